@@ -1,0 +1,171 @@
+"""How a command speaks: errors in one line, progress with rate and ETA, `--json` for programs.
+
+All three commands share this; it knows nothing of pictures. Results go to standard output, everything said on the
+way to standard error, so `command --json | jq` always works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any, NoReturn
+
+import click
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+
+class UserError(ValueError):
+    """Something the user can mend: what is wrong, with both values, then what to do. Printed as one line."""
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that clean-up runs as it does for Ctrl-C."""
+
+
+def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
+    raise Terminated
+
+
+class Group(click.Group):
+    """A command group that turns a user's mistake into one line, and Ctrl-C into exit code 130 (SIGTERM: 143)."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; raises click.ClickException for UserError, exits 130 or 143 when interrupted."""
+        signal.signal(signal.SIGTERM, _on_sigterm)
+        try:
+            return super().invoke(ctx)
+        except UserError as error:
+            raise click.ClickException(str(error)) from error
+        except (KeyboardInterrupt, Terminated) as stop:
+            say("Interrupted. The same command goes on from here.")
+            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+
+
+def say(text: str) -> None:
+    """One line to a person, on standard error."""
+    click.echo(text, err=True)
+
+
+def answer(data: dict[str, Any]) -> None:
+    """One JSON object on one line of standard output, for programs."""
+    click.echo(json.dumps(data))
+
+
+def count_noun(n: int, noun: str, plural: str = "") -> str:
+    """`1 picture`, `1,797 pictures`."""
+    return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def duration_text(seconds: float) -> str:
+    """`48 s`, `3 min 20 s`, `1 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def bytes_text(n: float) -> str:
+    """`812 B`, `27.4 KB`, `31.2 GB`, in powers of 1000."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if abs(n) < 1000:
+            return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
+        n /= 1000
+    return f"{n:.1f} TB"
+
+
+def usable_cores() -> int:
+    """Cores this process may run on, which a container or taskset can make fewer than the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Progress:
+    """Counts work towards a total. `advance(n)`, or `update(done)` where the count is kept elsewhere."""
+
+    def __init__(self, total: int, unit: str) -> None:
+        self.total, self.unit, self.started = total, unit, time.monotonic()
+        self.done = 0  # of `total`
+        self.skipped = 0  # of `done`, by an earlier run: they tell nothing of the rate
+
+    def skip(self, n: int) -> None:
+        """`n` units were done before this run."""
+        self.skipped += n
+        self.update(self.done + n)
+
+    def advance(self, n: int = 1, note: str = "") -> None:
+        """`n` more units are done."""
+        self.update(self.done + n, note)
+
+    def update(self, done: int, note: str = "") -> None:
+        """`done` units are done in all."""
+        self.done = done
+
+    def rate(self) -> float:
+        """Units per second since the start of this run."""
+        return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
+
+    def eta_s(self) -> float:
+        """Seconds left at the present rate."""
+        return (self.total - self.done) / max(self.rate(), 1e-9)
+
+
+class _Lines(Progress):
+    """Plain lines, one every `every_s` seconds, for logs and pipes. Work over within that time prints nothing."""
+
+    def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
+        super().__init__(total, unit)
+        self.label, self.every_s, self.last = label, every_s, time.monotonic()
+
+    def update(self, done: int, note: str = "") -> None:
+        super().update(done, note)
+        now = time.monotonic()
+        if now - self.last >= self.every_s and done:
+            self.last = now
+            say(
+                f"{self.label}: {done:,} of {self.total:,} {self.unit}, {self.rate():,.0f} {self.unit}/s, "
+                f"{duration_text(self.eta_s())} left{', ' + note if note else ''}"
+            )
+
+
+class _Bar(Progress):
+    """A rich progress bar for a terminal."""
+
+    def __init__(self, label: str, total: int, unit: str, bar: Any) -> None:
+        super().__init__(total, unit)
+        self.bar, self.task = bar, bar.add_task(label, total=total, rate="", note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        super().update(done, note)
+        self.bar.update(self.task, completed=done, rate=f"{self.rate():,.0f} {self.unit}/s", note=note)
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
+    """A bar on a terminal, plain lines elsewhere; both with rate and time left, both on standard error."""
+    if not sys.stderr.isatty():
+        yield _Lines(label, total, unit)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(label, total, unit, bar)

@@ -1,0 +1,118 @@
+"""One picture: a file's bytes to RGB pixels, and pixels to the bytes that a record carries.
+
+The format is sniffed from the content, never taken from the name: ILSVRC holds a PNG and 22 CMYK JPEGs under .JPEG.
+EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. Pillow 13 decodes; its JPEG decoder is libjpeg-turbo.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prep.rescale import rescaled_size
+
+MAX_PIXELS = 100_000_000  # of a source, and of what it is rescaled to: beyond it a file is a bomb, not a photograph
+FORMATS = ("jpeg", "ppm")
+
+_ORIENTATION = 0x0112
+_SAME = "jpeg"  # what a record of ILSVRC usually is; any other container is accounted as a conversion
+_MODES = {"L": "grey", "LA": "grey", "1": "grey", "CMYK": "cmyk", "P": "palette", "PA": "palette", "RGBA": "alpha"}
+
+
+class BadPicture(ValueError):
+    """A file that is no usable picture; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """RGB pixels and what it took to get them."""
+
+    pixels: npt.NDArray[np.uint8]  # (H, W, 3)
+    converted: tuple[str, ...]  # what it was, where not an RGB JPEG: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
+    orientation: int  # EXIF orientation, 1 where there is none: said, not applied
+
+
+def read_picture(content: bytes) -> Picture:
+    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB; raises BadPicture with the reason."""
+    if not content:
+        raise BadPicture("empty file")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Pillow warns of is either harmless (odd EXIF) or judged below (size)
+        try:
+            with Image.open(io.BytesIO(content)) as image:
+                return _decode(image)
+        except BadPicture:
+            raise
+        except Image.UnidentifiedImageError:
+            raise BadPicture("not a picture in a format that is known") from None
+        except Image.DecompressionBombError:
+            raise BadPicture(f"more than {MAX_PIXELS:,} pixels") from None
+        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+            raise BadPicture(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
+
+
+def _decode(image: Image.Image) -> Picture:
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise BadPicture(f"{width}×{height}: more than {MAX_PIXELS:,} pixels")
+    converted = []
+    container = (image.format or "unknown").lower()
+    if container not in (_SAME, "mpo"):  # an MPO is a JPEG that is followed by others
+        converted.append(container)
+    orientation = _orientation(image)
+    mode = image.mode
+    if mode in _MODES:
+        converted.append(_MODES[mode])
+    if mode.startswith("I;16"):
+        converted += ["16-bit", "grey"]
+        pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+    elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_MODES):
+        pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    else:
+        raise BadPicture(f"pixel type {mode}, expected 8 or 16 bits a channel")
+    return Picture(pixels, tuple(converted), orientation)
+
+
+def _orientation(image: Image.Image) -> int:
+    if "exif" not in image.info:
+        return 1
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block says nothing about the picture
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
+    """Raise BadPicture where the whole rescaled picture, which `keep_aspect` keeps, would be beyond reason."""
+    height, width = pixels.shape[:2]
+    new_width, new_height = rescaled_size(width, height, side_px)
+    if keep_aspect and (new_width * new_height > MAX_PIXELS or max(new_width, new_height) > 65_000):
+        raise BadPicture(f"{width}×{height} would become {new_width}×{new_height}")
+
+
+def encode(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
+    """uint8 (H, W, 3) to a baseline 4:2:0 JPEG of `quality`, or to a PPM whose header fills exactly one row."""
+    if format == "ppm":
+        return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality, subsampling="4:2:0")
+    return out.getvalue()
+
+
+def ppm_header(height: int, width: int) -> bytes:
+    """A P6 header of 3·width bytes: a comment pads it to one row of pixels.
+
+    Any image library opens the file, and one that knows may take its bytes as uint8 (height + 1, width, 3) whose first
+    row is not picture: no decoder, no copy. Raises ValueError where `width` is too small for a header (under 11 px).
+    """
+    head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
+    padding = 3 * width - len(head) - len(tail)
+    if padding < 0:
+        raise ValueError(f"width {width} px is too small for a header of one row")
+    return head + b" " * padding + tail
