@@ -1,0 +1,67 @@
+"""CPU or GPU: the only file that knows the difference.
+
+Every graph is written once. A Placement says which device an operator has, how encoded pictures are decoded, and where the
+finished batch lies as a torch.device.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+from prep.console import UserError
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a graph runs. `device_id` is None on the CPU, which needs no driver."""
+
+    device_id: int | None
+
+    @staticmethod
+    def of(device: str) -> Placement:
+        """`cpu`, `cuda` or `cuda:N`; raises UserError for other words and for a GPU that is not there."""
+        if device == "cpu":
+            return Placement(None)
+        match = re.fullmatch(r"cuda(?::(\d+))?", device)
+        if match is None:
+            raise UserError(f"device {device!r}: expected cpu or cuda:N.")
+        import torch
+
+        wanted, there = int(match[1] or 0), torch.cuda.device_count()
+        if wanted >= there:
+            raise UserError(f"device {device}: this machine shows {there} GPUs. Name cpu, or a GPU that is there.")
+        return Placement(wanted)
+
+    @property
+    def torch_device(self) -> str:
+        """The same place in torch's words."""
+        return "cpu" if self.device_id is None else f"cuda:{self.device_id}"
+
+    @property
+    def decoder(self) -> str:
+        """DALI's device word for a decoder: its input is always on the CPU."""
+        return "cpu" if self.device_id is None else "mixed"
+
+    def place(self, node: Any) -> Any:
+        """A DALI node of the reader, moved to where the operators are."""
+        return node if self.device_id is None else node.gpu()
+
+
+def dali() -> ModuleType:
+    """The module nvidia.dali; raises UserError that says how to install it where it is missing."""
+    try:
+        import nvidia.dali
+        import nvidia.dali.fn
+        import nvidia.dali.types
+    except ModuleNotFoundError as error:
+        if not (error.name or "").startswith("nvidia"):
+            raise
+        raise UserError(
+            "NVIDIA DALI is not installed. Install it with: pip install 'alexnet[cuda13]' (or 'alexnet[cuda12]'; it "
+            "runs on the CPU too). The package called plain nvidia-dali is a placeholder that fails."
+        ) from None
+    module: ModuleType = nvidia.dali
+    return module
