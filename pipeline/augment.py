@@ -127,6 +127,11 @@ class Augmenter:
         views = [self._finish(square, top + y, left + x, flip) for flip in (0, 1) for y, x in corners]
         return self.fn.stack(*views)
 
+    def stored_square(self, record: Node) -> Node:
+        """uint8 (side_px, side_px, 3): the central square as it is stored."""
+        square, top, left = self._square(record)
+        return square[top:, left:, :] if top or left else square
+
     def _square(self, record: Node) -> tuple[Node, int, int]:
         """The decoded central square as HWC uint8, and the row and column of it where picture begins."""
         fn, side = self.fn, self.settings.side_px

@@ -167,10 +167,10 @@ class EvalLoader(_Loader):
             raise UserError(f"views {views}: expected 1 (centre) or 10 (corners and centre, and these mirrored).")
         self.views = views
         augmenter = Augmenter(store, placement, how)
-        pipe = _pipeline(batch_size, placement, 0, threads)
+        pipe = unbuilt_pipeline(batch_size, placement, 0, threads)
         with pipe:
             # Padding repeats the last record to fill the last batch, and makes every pass begin with the first.
-            record, label = _reader(store, split, seed=0, shuffle=False, pad_last_batch=True)
+            record, label = reader(store, split, seed=0, shuffle=False, pad_last_batch=True)
             image = augmenter.centre_view(record) if views == 1 else augmenter.ten_views(record)
             pipe.set_outputs(image, label)
         pipe.build()
@@ -257,16 +257,17 @@ def train_graph(
     """The built DALI pipeline of training. Its outputs: images, labels, then the draws (offset, flip, shift)."""
     reader_seed, pipe_seed, *draw_seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(5) >> 1)
     augmenter = Augmenter(store, placement, how)
-    pipe = _pipeline(batch_size, placement, pipe_seed, threads, enable_checkpointing=True, checkpoint=checkpoint)
+    pipe = unbuilt_pipeline(batch_size, placement, pipe_seed, threads, enable_checkpointing=True, checkpoint=checkpoint)
     with pipe:
-        record, label = _reader(store, split, seed=reader_seed, shuffle=True, pad_last_batch=False)
+        record, label = reader(store, split, seed=reader_seed, shuffle=True, pad_last_batch=False)
         draws = augmenter.draw(batch_size, (draw_seeds[0], draw_seeds[1], draw_seeds[2]))
         pipe.set_outputs(augmenter.training_image(record, draws), label, *draws)
     pipe.build()
     return pipe
 
 
-def _pipeline(batch_size: int, placement: Placement, seed: int, threads: int, **more: Any) -> Any:
+def unbuilt_pipeline(batch_size: int, placement: Placement, seed: int, threads: int, **more: Any) -> Any:
+    """A DALI pipeline with the settings that all of ours share, for a graph to be defined in."""
     return dali().Pipeline(
         batch_size=batch_size,
         num_threads=threads,
@@ -278,7 +279,8 @@ def _pipeline(batch_size: int, placement: Placement, seed: int, threads: int, **
     )
 
 
-def _reader(store: Store, split: str, seed: int, shuffle: bool, pad_last_batch: bool) -> tuple[Any, Any]:
+def reader(store: Store, split: str, seed: int, shuffle: bool, pad_last_batch: bool) -> tuple[Any, Any]:
+    """The graph's source: nodes of the encoded picture, uint8 (bytes,), and the label, int32 (1,)."""
     info = store.split(split)
     mean_bytes = max(1, info.bytes // info.records)
     record, label = dali().fn.readers.caffe(
