@@ -1,0 +1,244 @@
+"""The command `alextrain`: options in, a configuration, one call."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from prep.console import CONTEXT, Group, UserError, answer, count_noun, progress, say
+from prep.manifest import DEFAULT_STORE, STORE_ENV, Store
+
+RECIPE_NAMES = ("paper", "released", "short")  # of train.recipe, which is heavy to import for a --help
+GPUS_HELP = "0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]"
+
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default=DEFAULT_STORE,
+    show_default=True,
+    envvar=STORE_ENV,
+    show_envvar=True,
+    help="Folder of the store.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+
+
+@click.group(cls=Group, context_settings=CONTEXT)
+@click.version_option(package_name="alexnet")
+def main() -> None:
+    """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, look at it.
+
+    \b
+    Example:
+      alextrain run --gpus 0,1 --store store
+      alextrain evaluate run --store store --views 10
+    """
+
+
+@main.command()
+@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
+@store_option
+@click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
+@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default="paper", show_default=True, help="Every number of the training; see `alextrain recipe`.")
+@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]")
+@click.option("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]")
+@click.option("--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first.")
+@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of parameters, order, windows, noise and dropout.")
+@click.option("--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS", help="Steps between two lines.")
+@click.option("--checkpoint-every", type=click.IntRange(1), default=1000, show_default=True, metavar="STEPS", help="Steps between two checkpoints, beside each epoch's.")
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and end.")
+@json_option
+def run(
+    gpus: str | None,
+    store: Path,
+    run_dir: Path,
+    recipe: str,
+    batch: int | None,
+    epochs: int | None,
+    steps: int | None,
+    seed: int,
+    log_every: int,
+    checkpoint_every: int,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Train AlexNet on a store. To go on with a run that was stopped or killed, give the same command again.
+
+    \b
+    Example:
+      alextrain run --gpus 0,1 --store store --run-dir run
+      alextrain run --gpus cpu --recipe short --epochs 2
+    """
+    opened = Store.open(store)
+    opened.split("train")
+    from train.devices import devices_of
+    from train.recipe import recipe_named
+    from train.run import RunConfig
+
+    chosen = recipe_named(recipe)
+    config = RunConfig(
+        store=store,
+        recipe=chosen,
+        batch_size=batch or chosen.batch_size,
+        seed=seed,
+        run_dir=run_dir,
+        devices=devices_of(gpus),
+        epochs=epochs or chosen.epochs,
+        steps=steps,
+        log_every=log_every,
+        checkpoint_every=checkpoint_every,
+    )
+    for line in _plan_lines(config, opened):
+        say(line)
+    if not dry_run:
+        from train.loop import fit
+
+        fit(config)
+        say(f"{run_dir}: trained. Next: alextrain evaluate {run_dir} --store {store}")
+    if as_json:
+        answer(_run_answer(config, dry_run))
+
+
+def _plan_lines(config: Any, store: Store) -> list[str]:
+    from train.devices import devices_text
+    from train.summary import summarise
+
+    records, classes = store.split("train").records, len(store.classes)
+    per_epoch = records // config.batch_size
+    steps = min(config.epochs * per_epoch, config.steps or config.epochs * per_epoch)
+    parameters = sum(row.parameters for row in summarise(classes))
+    if not per_epoch:
+        raise UserError(f"--batch {config.batch_size}: {config.store} has {records:,} training records. Pass --batch {records} or less.")
+    return [
+        f"AlexNet, {devices_text(config.devices)}; {count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
+        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}; {records:,} records, "
+        f"{count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, into {config.run_dir}",
+    ]
+
+
+def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
+    from train.figures import read_metrics
+
+    lines = [] if dry_run else read_metrics(config.run_dir)
+    last = {kind: next((line for line in reversed(lines) if line["kind"] == kind), None) for kind in ("train", "val")}
+    return {
+        "run_dir": str(config.run_dir),
+        "recipe": config.recipe.name,
+        "batch_size": config.batch_size,
+        "devices": list(config.devices),
+        "dry_run": dry_run,
+        **last,
+    }
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@store_option
+@click.option("--views", type=click.Choice(["1", "10"]), default="10", show_default=True, help="Ten views average the softmax, as the authors did.")
+@click.option("--split", default="val", show_default=True, help="Which split.")
+@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
+@json_option
+def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | None, as_json: bool) -> None:
+    """Error rates of a run's newest checkpoint over a split, each image exactly once.
+
+    \b
+    Example:
+      alextrain evaluate run --store store --views 10
+    """
+    opened = Store.open(store)
+    records = opened.split(split).records
+    from pipeline.loader import eval_loader
+    from train.devices import devices_of
+    from train.evaluate import evaluate as measure
+    from train.run import load_trained
+
+    devices = devices_of(gpus)
+    model, state = load_trained(run_dir, devices)
+    if state["identity"]["classes"] != len(opened.classes):
+        raise UserError(
+            f"{run_dir} knows {state['identity']['classes']} classes, {store} has {len(opened.classes)}. "
+            "Point --store at the one it was trained on."
+        )
+    batch = min(records, 128 if views == "1" else 16)
+    loader = eval_loader(
+        store, batch, devices[0], views=int(views), split=split, augmentation=model.recipe.augmentation
+    )
+    with loader, progress(f"{split}, {views} views", records, "images") as report:
+        result = measure(model, loader, report)
+    if as_json:
+        answer({**vars(result), "views": int(views), "split": split, "step": state["step"]})
+        return
+    click.echo(
+        f"{split}, {'centre view' if views == '1' else 'ten views'}: top-1 error {result.top1_error:.2%}, top-5 error "
+        f"{result.top5_error:.2%}, loss {result.loss:.4f}, {count_noun(result.images, 'image')}, step {state['step']:,}"
+    )
+
+
+@main.command()
+@click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
+@click.option("--gpus", metavar="0,1|0|cpu", default="0,1", show_default=True, help="Where the columns would be; nothing is put there.")
+@json_option
+def summary(classes: int, gpus: str, as_json: bool) -> None:
+    """The table of layers: output, parameters, multiply-adds, column, and what it sees of the other column.
+
+    \b
+    Example:
+      alextrain summary --classes 1000
+    """
+    from train.summary import summary_json, summary_lines
+
+    words = ["cpu"] if gpus == "cpu" else [f"GPU {number}" for number in gpus.split(",")]
+    if len(words) > 2:
+        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
+    devices = words[0], words[-1]
+    if as_json:
+        answer(summary_json(classes, devices))
+        return
+    for line in summary_lines(classes, devices):
+        click.echo(line)
+
+
+@main.command()
+@click.argument("name", type=click.Choice(RECIPE_NAMES), default="paper")
+@json_option
+def recipe(name: str, as_json: bool) -> None:
+    """Every number of a recipe, with its source beside it.
+
+    \b
+    Example:
+      alextrain recipe released
+    """
+    from dataclasses import asdict
+
+    from train.recipe import recipe_named
+
+    chosen = recipe_named(name)
+    if as_json:
+        answer(asdict(chosen))
+        return
+    for field in fields(chosen):
+        if field.name not in ("name", "sources"):
+            click.echo(f"{field.name:24} {getattr(chosen, field.name)}")
+            click.echo(f"{'':24}   {chosen.sources[field.name]}")
+
+
+@main.command()
+@click.argument("run_dir", type=click.Path(path_type=Path))
+def figures(run_dir: Path) -> None:
+    """Draw a run's learning curve and its 96 first-layer kernels into the run folder.
+
+    \b
+    Example:
+      alextrain figures run
+    """
+    from train.figures import draw_kernels, draw_learning_curve
+    from train.run import load_trained
+
+    _, state = load_trained(run_dir, ("cpu", "cpu"))
+    curve, kernels = run_dir / "learning-curve.png", run_dir / "kernels.png"
+    draw_learning_curve(run_dir, curve)
+    draw_kernels(state["parameters"], kernels)
+    say(f"Drawn: {curve}, {kernels}")

@@ -1,0 +1,147 @@
+"""The update rule of the paper (section 5) and the learning-rate schedules.
+
+    v ← momentum · v − decay · ε · w − ε · ∂L/∂w
+    w ← w + v
+
+ε is inside the velocity, so after a drop of the rate the old velocity lives on for about ten steps; torch.optim.SGD multiplies
+when it applies, and drops at once. At a constant rate the two are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.model import AlexNet
+from train.recipe import Change, Plateau, Recipe
+
+
+class PaperSGD(torch.optim.Optimizer):
+    """The two lines above. A group whose lr is 0 is frozen: no gradient wanted, velocity untouched (weights.cu:148)."""
+
+    def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
+        """`groups`: dicts with params, lr, weight_decay, and what else the caller wants to find them by."""
+        super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+
+    def velocity(self, parameter: nn.Parameter) -> Tensor:
+        """The v of a parameter, made at need: same shape and device."""
+        state = self.state[parameter]
+        if "velocity" not in state:
+            state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        velocity: Tensor = state["velocity"]
+        return velocity
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the rule needs one gradient
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            lr = group["lr"]
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if lr == 0 or not parameters:
+                continue
+            gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+            velocities = [self.velocity(p) for p in parameters]
+            torch._foreach_mul_(velocities, group["momentum"])
+            if group["weight_decay"]:
+                torch._foreach_add_(velocities, parameters, alpha=-lr * group["weight_decay"])
+            torch._foreach_add_(velocities, gradients, alpha=-lr)
+            torch._foreach_add_(parameters, velocities)
+
+
+def make_optimiser(model: AlexNet, recipe: Recipe) -> PaperSGD:
+    """Groups by what a schedule can address: conv1's weights, other weights, biases; see Schedule.apply."""
+    groups: dict[str, dict[str, Any]] = {
+        "conv1": {"params": [], "weight_decay": recipe.weight_decay},
+        "weights": {"params": [], "weight_decay": recipe.weight_decay},
+        "conv1 biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
+        "biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
+    }
+    for name, parameters in model.by_joined_name().items():
+        first = name.startswith("conv1.")
+        if name.endswith(".bias"):
+            groups["conv1 biases" if first else "biases"]["params"] += parameters
+        else:
+            groups["conv1" if first else "weights"]["params"] += parameters
+    return PaperSGD([{"name": name, **group} for name, group in groups.items()], recipe.momentum)
+
+
+@dataclass
+class Schedule:
+    """What the rates and the colour noise are now. Plateau state is in the three numbers, which a checkpoint keeps."""
+
+    recipe: Recipe
+    best_error: float = float("inf")
+    epochs_since_best: int = 0
+    drops: int = 0
+    finished: bool = field(default=False, init=False)
+
+    def rates(self, epochs_done: int) -> tuple[float, float, float]:
+        """(lr of weights, of conv1's weights, of biases) after `epochs_done` whole epochs."""
+        recipe = self.recipe
+        lr, lr_conv1 = recipe.lr, None  # a rate that conv1 is given of its own it keeps
+        if isinstance(recipe.schedule, Plateau):
+            lr *= recipe.schedule.factor**self.drops
+        for change in self._changes(epochs_done):
+            lr = lr if change.lr is None else change.lr
+            lr_conv1 = lr_conv1 if change.lr_conv1 is None else change.lr_conv1
+        return lr, lr if lr_conv1 is None else lr_conv1, lr if recipe.lr_bias is None else recipe.lr_bias
+
+    def colour(self, epochs_done: int) -> str:
+        """The colour noise after `epochs_done` whole epochs, in Augmentation's words."""
+        colour = self.recipe.augmentation.colour
+        for change in self._changes(epochs_done):
+            colour = change.colour or colour
+        return colour
+
+    def apply(self, optimiser: PaperSGD, epochs_done: int) -> float:
+        """Set the rates of an optimiser that make_optimiser made; returns the rate of the weights.
+
+        A rate of 0 for conv1 freezes the layer whole: no gradient is computed for it.
+        """
+        lr, lr_conv1, lr_bias = self.rates(epochs_done)
+        rates = {"weights": lr, "biases": lr_bias, "conv1": lr_conv1, "conv1 biases": lr_bias if lr_conv1 else 0.0}
+        for group in optimiser.param_groups:
+            group["lr"] = rates[group["name"]]
+            for parameter in group["params"]:
+                parameter.requires_grad_(group["lr"] != 0)
+        return lr
+
+    def saw_validation(self, error: float) -> None:
+        """Count an epoch's validation error towards a plateau; `finished` says that the last rate has reached one."""
+        plan = self.recipe.schedule
+        if not isinstance(plan, Plateau):
+            return
+        if error < self.best_error:
+            self.best_error, self.epochs_since_best = error, 0
+            return
+        self.epochs_since_best += 1
+        if self.epochs_since_best < plan.patience_epochs:
+            return
+        self.epochs_since_best = 0
+        if self.drops == plan.drops:
+            self.finished = True
+        else:
+            self.drops += 1
+
+    def _changes(self, epochs_done: int) -> list[Change]:
+        if isinstance(self.recipe.schedule, Plateau):
+            return []
+        return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]
+
+    def state_dict(self) -> dict[str, float | int | bool]:
+        """What rates depend on beside the epoch."""
+        return {
+            "best_error": self.best_error,
+            "epochs_since_best": self.epochs_since_best,
+            "drops": self.drops,
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The inverse of state_dict."""
+        for name in self.state_dict():
+            setattr(self, name, state[name])
