@@ -4,9 +4,9 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 
     image[c, i, j] = (S[y + i, x + j'] [c] + shift[c] − mean[c, i, j]) / divisor        j' = j, or 223 − j if flipped
 
-with y, x uniform over 0..side_px − 224 inclusive (33 × 33 windows at 256; the paper's section 4.1 counts 32 × 32 × 2, the released
-code's convdata_jpeg.py draws from 33), flip with probability one half, and shift = P·diag(σ)·z, z ~ N(0, I): one offset for
-each image, constant over its pixels. Evaluation has no shift and no divisor.
+with y, x uniform over 0..side_px − 224 inclusive (33 × 33 windows at 256; the paper's section 4.1 counts 32 × 32 × 2,
+the released code's convdata_jpeg.py draws from 33), flip with probability one half, and shift = P·diag(σ)·z, z ~ N(0,
+I): one offset for each image, constant over its pixels. Evaluation has no shift and no divisor.
 
 All of that after the decoder is one operator: crop_mirror_normalize takes a mean for each sample, so the noise rides
 along as `mean − shift` and costs nothing.
@@ -35,7 +35,9 @@ Node = Any  # nvidia.dali.DataNode: DALI ships no types
 class Augmentation:
     """The choices that the formula leaves open. Recipes name them with their sources."""
 
-    mean: str = "channel"  # "image": centre window of the mean image, from every window (convdata_jpeg.py); "channel"; "none"
+    mean: str = (
+        "channel"  # "image": centre window of the mean image, from every window (convdata_jpeg.py); "channel"; "none"
+    )
     colour: str = "stdev"  # σ = strength·√λ on 0..255 (the authors' code); "eigenvalue": strength·λ on [0, 1]; "off"
     strength: float = 0.1  # standard deviation of α (section 4.1)
     divisor: float = 1.0  # of the finished training image; the authors' code divides by 1 + strength
@@ -64,9 +66,10 @@ class Draws(NamedTuple):
 def noise_matrix(stats: ColourStats, colour: str, strength: float) -> npt.NDArray[np.float32]:
     """float32 (3, 3) A with shift = A·z, z ~ N(0, I), in grey levels 0..255.
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues without naming the scale of
-    the pixels. The authors' code has standard deviations there, on 0..255 (convdata.py: color_pca); fb.resnet.torch and those after it
-    have eigenvalues of pixels in [0, 1], which shifts 2 to 17 times less. Both readings are here.
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues without naming the
+    scale of the pixels. The authors' code has standard deviations there, on 0..255 (convdata.py: color_pca);
+    fb.resnet.torch and those after it have eigenvalues of pixels in [0, 1], which shifts 2 to 17 times less. Both
+    readings are here.
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)
@@ -81,7 +84,9 @@ class Augmenter:
         """Raises StoreError where the store's statistics are missing, UserError where its pictures are too small."""
         side = store.settings.side_px
         if side < WINDOW_PX:
-            raise UserError(f"{store.root} holds pictures of {side} px, the window is {WINDOW_PX} px. Build it with --side 256.")
+            raise UserError(
+                f"{store.root} holds pictures of {side} px, the window is {WINDOW_PX} px. Build it with --side 256."
+            )
         self.settings: Settings = store.settings
         self.stats = store.colour()
         self.placement, self.how = placement, how
@@ -150,8 +155,12 @@ class Augmenter:
         start = offset + self._origin(record) if self.settings.keep_aspect else offset
         return self._decode_slice(record, start, WINDOW_PX), None, None
 
-    def _finish(self, picture: Node, y: Node, x: Node, flip: Node = 0, shift: Node = None, divisor: float = 1.0) -> Node:
-        """Cut (where y and x say), mirror, subtract, divide, float32 CHW: one fused operator, a second for a mean image."""
+    def _finish(
+        self, picture: Node, y: Node, x: Node, flip: Node = 0, shift: Node = None, divisor: float = 1.0
+    ) -> Node:
+        """Cut (where y and x say), mirror, subtract, divide, float32 CHW: one fused operator, a second for a mean
+        image.
+        """
         fn, types = self.fn, self.types
         cut: dict[str, Any] = {}
         if y is not None:
@@ -200,7 +209,9 @@ class Augmenter:
 
 
 def _fraction(fn: Any, types: Any, offset: Node, room: int) -> Node:
-    """An offset in px as crop_pos wants it, a share of the room: DALI multiplies and rounds, so the px comes back exactly."""
+    """An offset in px as crop_pos wants it, a share of the room: DALI multiplies and rounds, so the px comes back
+    exactly.
+    """
     if isinstance(offset, int):
         return offset / max(room, 1)
     return fn.cast(offset, dtype=types.FLOAT) / float(max(room, 1))

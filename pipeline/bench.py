@@ -1,4 +1,6 @@
-"""How fast the stream is on this machine, beside the bound: decoding the same records with libjpeg-turbo and nothing else."""
+"""How fast the stream is on this machine, beside the bound: decoding the same records with libjpeg-turbo and nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class BenchResult:
     seconds: float
 
 
-def bench_stream(store: Store, batch: int, threads: int, device: str, seconds: float, split: str = "train") -> BenchResult:
+def bench_stream(
+    store: Store, batch: int, threads: int, device: str, seconds: float, split: str = "train"
+) -> BenchResult:
     """Measure training batches for `seconds`, and the bound for as long. Raises what TrainLoader raises."""
     placement = Placement.of(device)
     batch = min(batch, store.split(split).records)

@@ -76,6 +76,8 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     if as_json:
         answer(result_json(result))
         return
-    click.echo(f"stream  {result.images_per_s:10,.0f} images/s  {result.format} records, batch {result.batch}, {result.device}")
+    click.echo(
+        f"stream  {result.images_per_s:10,.0f} images/s  {result.format} records, batch {result.batch}, {result.device}"
+    )
     click.echo(f"bound   {result.bound_images_per_s:10,.0f} images/s  {result.bound}, {result.threads} threads")
     click.echo(f"share   {result.share_of_bound:10.2f}")

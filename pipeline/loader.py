@@ -3,7 +3,8 @@
     from pipeline.loader import train_loader
 
     for images, labels in train_loader("store", batch_size=128):  # one epoch
-        ...                                                       # images float32 (128, 3, 224, 224), labels int64 (128,)
+        ...                                                       # images float32 (128, 3, 224, 224), labels int64
+        (128,)
 
 DALI does the work in its own threads, ahead of the consumer; what arrives is a view of its memory, without a copy. Each
 batch has memory of its own for as long as a tensor of it lives, so batches may be kept or changed in place.
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import Augmentation, Augmenter
 from pipeline.placement import Placement, dali
@@ -82,20 +84,30 @@ class _Loader:
         return outputs
 
     def _batch(self, outputs: tuple[Any, ...], size: int) -> Batch:
-        images, labels = (torch.from_dlpack(output.as_tensor())[:size] for output in outputs[:2])
+        images, labels = (from_dlpack(output.as_tensor())[:size] for output in outputs[:2])
         if labels.shape != (size, 1):
-            raise StoreError(f"{self.store.root}: labels of shape {tuple(labels.shape)}, expected {(size, 1)}. Build it again.")
+            raise StoreError(
+                f"{self.store.root}: labels of shape {tuple(labels.shape)}, expected {(size, 1)}. Build it again."
+            )
         return Batch(images, labels[:, 0].to(self.placement.torch_device, torch.int64))
 
 
 class TrainLoader(_Loader):
-    """Epochs of random windows. Iterating serves what is left of the present epoch: whole batches, records // batch_size.
+    """Epochs of random windows. Iterating serves what is left of the present epoch: whole batches, records //
+    batch_size.
 
     The records that do not fill a batch at the end of one epoch open the next, so that none is served less often.
     """
 
     def __init__(
-        self, store: Store, split: str, batch_size: int, placement: Placement, seed: int, how: Augmentation, threads: int
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        placement: Placement,
+        seed: int,
+        how: Augmentation,
+        threads: int,
     ) -> None:
         super().__init__(store, split, batch_size, placement)
         if self.records < batch_size:
@@ -160,7 +172,14 @@ class EvalLoader(_Loader):
     """Every image of a split exactly once, each time it is iterated; the last batch may be smaller."""
 
     def __init__(
-        self, store: Store, split: str, batch_size: int, placement: Placement, views: int, how: Augmentation, threads: int
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        placement: Placement,
+        views: int,
+        how: Augmentation,
+        threads: int,
     ) -> None:
         super().__init__(store, split, batch_size, placement)
         if views not in (1, 10):
@@ -233,7 +252,8 @@ def eval_loader(
     augmentation: Augmentation | None = None,
     threads: int | None = None,
 ) -> EvalLoader:
-    """Every image of `split` exactly once: the centre window, or with views=10 the four corners and the centre, then mirrored.
+    """Every image of `split` exactly once: the centre window, or with views=10 the four corners and the centre, then
+    mirrored.
 
     Gives Batch(images, labels): float32 (N, 3, 224, 224), or (N, 10, 3, 224, 224) for ten views (6 MB an image: choose
     batch_size accordingly), RGB in grey levels minus the mean of the training split; int64 (N,). Of `augmentation`

@@ -1,7 +1,7 @@
 """CPU or GPU: the only file that knows the difference.
 
-Every graph is written once. A Placement says which device an operator has, how encoded pictures are decoded, and where the
-finished batch lies as a torch.device.
+Every graph is written once. A Placement says which device an operator has, how encoded pictures are decoded, and
+where the finished batch lies as a torch.device.
 """
 
 from __future__ import annotations

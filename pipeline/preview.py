@@ -1,4 +1,4 @@
-"""A contact sheet of the stream, so that a person sees what it does: a photograph a row, its augmentations beside it."""
+"""A contact sheet of the stream, so that a person sees what it does: one photograph a row, augmented."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _GAP, _HEAD = 6, 34
 
 
 def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
-    """Draw `rows` photographs: as stored, eight random augmentations, and the eighth with colour noise ten times larger.
+    """Draw `rows` photographs: as stored, eight random augmentations, and the eighth with colour noise ten times
+    larger.
 
     Raises UserError where the file cannot be written, StoreError as the loaders do.
     """
@@ -55,7 +56,7 @@ def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.nd
         record, _ = reader(store, split, seed=0, shuffle=False, pad_last_batch=False)
         outputs = [augmenter.stored_square(record)]
         for three in seeds:
-            draws = augmenter.draw(rows, tuple(three))
+            draws = augmenter.draw(rows, (three[0], three[1], three[2]))
             outputs.append(augmenter.training_image(record, draws))
         outputs.append(augmenter.training_image(record, draws._replace(shift=draws.shift * LOUD)))
         pipe.set_outputs(*outputs)

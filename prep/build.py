@@ -1,14 +1,14 @@
 """Building a split: cut the inputs into shards, have them built, put the store together.
 
-A shard is a pure function of its inputs and the settings: written to a temporary folder, synced, renamed, then recorded by
-a JSON file that is itself renamed into place. So a build that was killed loses the shards in flight and no more,
-and the same command again finishes it with the same fingerprint. While it is unfinished its state is in
+A shard is a pure function of its inputs and the settings: written to a temporary folder, synced, renamed, then
+recorded by a JSON file that is itself renamed into place. So a build that was killed loses the shards in flight and
+no more, and the same command again finishes it with the same fingerprint. While it is unfinished its state is in
 
     store/train/.build/plan.json         what is being built, to refuse another
     store/train/.build/00000.json .npy   one finished shard: counts, digest, moments; sum of its central squares
 
-The order of the records is fixed here: by a keyed hash of their paths, so it depends on nothing but names and seed, and DALI,
-which reads in key order through a small shuffle buffer, meets the classes well mixed.
+The order of the records is fixed here: by a keyed hash of their paths, so it depends on nothing but names and seed,
+and DALI, which reads in key order through a small shuffle buffer, meets the classes well mixed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def _tasks(source: Source, folder: Path, settings: Settings, skip_bad: bool) -> 
     edges = [n * s // shards for s in range(shards + 1)]
     return [
         ShardTask(s, start, tuple(ordered[start:stop]), source.root, source.split, folder, settings, skip_bad)
-        for s, (start, stop) in enumerate(zip(edges, edges[1:], strict=False))
+        for s, (start, stop) in enumerate(pairwise(edges))
     ]
 
 
@@ -277,10 +278,14 @@ def _put_together(
             shards.append(Shard(**record["shard"]))
     bad = [fate for fate in fates if fate["fate"] == "bad"]
     if bad and not skip_bad:
-        raise UserError(f"{bad[0]['source']}: {bad[0]['why']} (found by an earlier run). Pass --on-bad skip to leave it out.")
+        raise UserError(
+            f"{bad[0]['source']}: {bad[0]['why']} (found by an earlier run). Pass --on-bad skip to leave it out."
+        )
     records = sum(s.records for s in shards)
     if not records:
-        raise UserError(f"{source.root}: not one of {len(source.inputs):,} inputs is a picture (first: {bad[0]['why']}).")
+        raise UserError(
+            f"{source.root}: not one of {len(source.inputs):,} inputs is a picture (first: {bad[0]['why']})."
+        )
     account = {
         "plan": plan,
         "inputs": len(source.inputs),
@@ -338,5 +343,7 @@ def _only_builder(store: Path) -> Iterator[None]:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise UserError(f"{store}: another build is at work in this store. Wait for it, or choose another --store.") from None
+            raise UserError(
+                f"{store}: another build is at work in this store. Wait for it, or choose another --store."
+            ) from None
         yield

@@ -72,9 +72,17 @@ def main() -> None:
     show_default=True,
     help="Rescaling filter; area enlarges by bicubic.",
 )
-@click.option("--on-bad", type=click.Choice(["fail", "skip"]), default="fail", show_default=True, help="A file that is no picture: stop, or leave it out and say so.")
+@click.option(
+    "--on-bad",
+    type=click.Choice(["fail", "skip"]),
+    default="fail",
+    show_default=True,
+    help="A file that is no picture: stop, or leave it out and say so.",
+)
 @click.option("--jobs", type=click.IntRange(1), metavar="N", help="Worker processes.  [default: all cores]")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the order of the records.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of the order of the records."
+)
 @json_option
 def build_lmdb(
     source: Path,
@@ -142,7 +150,9 @@ def _report_build(store: Store, name: str, done: int, seconds: float, as_json: b
     if converted:
         click.echo(f"  converted: {converted}")
     if skipped:
-        click.echo(f"  left out: {count_noun(skipped, 'file')}; {store.root / name / 'inputs.jsonl'} says which and why")
+        click.echo(
+            f"  left out: {count_noun(skipped, 'file')}; {store.root / name / 'inputs.jsonl'} says which and why"
+        )
     if done:
         click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} pictures/s")
     else:
@@ -152,8 +162,12 @@ def _report_build(store: Store, name: str, done: int, seconds: float, as_json: b
 @main.command("pca-stats")
 @store_option
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Which split.")
-@click.option("--recompute", is_flag=True, help="Decode the store's records again and compare, instead of reading sums.")
-@click.option("--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the components.")
+@click.option(
+    "--recompute", is_flag=True, help="Decode the store's records again and compare, instead of reading sums."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the components."
+)
 @json_option
 def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, as_json: bool) -> None:
     """Mean, covariance and principal components of the RGB pixels of a split.
@@ -193,7 +207,8 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, as_js
     _print_stats(stats)
     if difference is not None:
         click.echo(
-            f"recomputed from the stored records; the build's sums give standard deviations within {difference:.4f} grey levels"
+            f"recomputed from the stored records; the standard deviations of the build differ by at most "
+            f"{difference:.4f} grey levels"
             + ("" if opened.settings.format == "ppm" else " (they are of the pixels before JPEG)")
         )
 
@@ -202,7 +217,9 @@ def _print_stats(stats: ColourStats) -> None:
     def row(values: Any, width: int = 10, digits: int = 4) -> str:
         return "".join(f"{v:{width}.{digits}f}" for v in values)
 
-    click.echo(f"{stats.records:,} records, {stats.pixels:,} pixels, RGB on the scale 0..{stats.pixel_scale} (grey levels)")
+    click.echo(
+        f"{stats.records:,} records, {stats.pixels:,} pixels, RGB on the scale 0..{stats.pixel_scale} (grey levels)"
+    )
     click.echo(f"mean RGB                {row(stats.mean_rgb, digits=2)}   grey levels")
     for name, values in zip("RGB", stats.covariance, strict=True):
         click.echo(f"covariance {name}            {row(values, digits=1)}   grey levels squared")
@@ -210,6 +227,8 @@ def _print_stats(stats: ColourStats) -> None:
     click.echo(f"standard deviation      {row(stats.stdevs, digits=2)}   grey levels (color_pca of the authors' code)")
     click.echo(f"eigenvalue              {row(stats.eigenvalues, digits=1)}   variance, grey levels squared")
     unit = [value / stats.pixel_scale**2 for value in stats.eigenvalues]
-    click.echo(f"eigenvalue, [0, 1]      {row(unit)}   variance of pixels in [0, 1] (fb.resnet.torch: 0.2175 0.0188 0.0045)")
+    click.echo(
+        f"eigenvalue, [0, 1]      {row(unit)}   variance of pixels in [0, 1] (fb.resnet.torch: 0.2175 0.0188 0.0045)"
+    )
     for name, values in zip("RGB", stats.eigenvectors, strict=True):
         click.echo(f"eigenvectors {name}          {row(values)}")

@@ -112,7 +112,9 @@ def moments_of_records(store: Store, split: str, report: Progress) -> ColourStat
             try:
                 moments += Moments.of(read_picture(Datum.decode(value).data).pixels)
             except (DatumError, BadPicture) as error:
-                raise StoreError(f"{path}, key {key.decode(errors='replace')}: {error}. Build the store again.") from None
+                raise StoreError(
+                    f"{path}, key {key.decode(errors='replace')}: {error}. Build the store again."
+                ) from None
             records += 1
             report.advance()
     return colour_stats(records, moments)

@@ -81,7 +81,8 @@ class ColourStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
     The square roots of `eigenvalues` are standard deviations in grey levels, the quantity that Krizhevsky's code
-    multiplies by N(0, 0.1). Divide `eigenvalues` by 255² for pixels in [0, 1], the scale of fb.resnet.torch's constants.
+    multiplies by N(0, 0.1). Divide `eigenvalues` by 255² for pixels in [0, 1], the scale of fb.resnet.torch's
+    constants.
     """
 
     records: int
@@ -148,13 +149,17 @@ class Store:
             settings = _build(Settings, data["settings"], f"{path}: settings")
             return Store(root, settings, dict(data["tools"]), tuple(data["classes"]), splits)
         except (KeyError, TypeError, AttributeError) as error:
-            raise StoreError(f"{path}: {error!r} where a field should be. The store is damaged: build it again.") from None
+            raise StoreError(
+                f"{path}: {error!r} where a field should be. The store is damaged: build it again."
+            ) from None
 
     def split(self, name: str) -> Split:
         """The split `name`; raises StoreError where the store has none of that name."""
         if name not in self.splits:
             has = ", ".join(self.splits) or "none"
-            raise StoreError(f"{self.root} has no split {name} (it has: {has}). Build it: alexprep build-lmdb --split {name}")
+            raise StoreError(
+                f"{self.root} has no split {name} (it has: {has}). Build it: alexprep build-lmdb --split {name}"
+            )
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:

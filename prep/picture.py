@@ -1,7 +1,8 @@
 """One picture: a file's bytes to RGB pixels, and pixels to the bytes that a record carries.
 
 The format is sniffed from the content, never taken from the name: ILSVRC holds a PNG and 22 CMYK JPEGs under .JPEG.
-EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. Pillow 13 decodes; its JPEG decoder is libjpeg-turbo.
+EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. Pillow 13 decodes; its JPEG decoder is
+libjpeg-turbo.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from prep.rescale import rescaled_size
 
@@ -33,7 +34,9 @@ class Picture:
     """RGB pixels and what it took to get them."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    converted: tuple[str, ...]  # what it was, where not an RGB JPEG: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
+    converted: tuple[
+        str, ...
+    ]  # what it was, where not an RGB JPEG: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
     orientation: int  # EXIF orientation, 1 where there is none: said, not applied
 
 
@@ -48,7 +51,7 @@ def read_picture(content: bytes) -> Picture:
                 return _decode(image)
         except BadPicture:
             raise
-        except Image.UnidentifiedImageError:
+        except UnidentifiedImageError:
             raise BadPicture("not a picture in a format that is known") from None
         except Image.DecompressionBombError:
             raise BadPicture(f"more than {MAX_PIXELS:,} pixels") from None

@@ -7,8 +7,8 @@ the square needs are computed.
 
 `area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as
 OpenCV's INTER_AREA, which made the authors' 2014 data set (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX
-is not this: it takes or leaves whole pixels, and on ILSVRC's sizes differs by 4 grey levels on average and by over 100 at
-edges. The other kernels are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each
+is not this: it takes or leaves whole pixels, and on ILSVRC's sizes differs by 4 grey levels on average and by over
+100 at edges. The other kernels are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each
 widened by the scale when shrinking) without its 8-bit rounding between the passes.
 """
 
@@ -66,7 +66,7 @@ class _Arithmetic:
     with negative lobes get float64 and more bits than anyone will see.
     """
 
-    dtype: type[np.floating[npt.NBitBase]]
+    dtype: type[np.float32] | type[np.float64]
     first_bits: int
     between_bits: int
     second_bits: int
@@ -83,7 +83,7 @@ class _Band:
 
     out: slice
     taken: slice
-    weights: npt.NDArray[np.floating[npt.NBitBase]]
+    weights: npt.NDArray[np.float32] | npt.NDArray[np.float64]
 
 
 def _two_passes(
@@ -159,7 +159,9 @@ def _area(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
 
 
 def _kernel(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """Each output's first input, and weights (outputs, taps), of a kernel that is widened by the scale when shrinking."""
+    """Each output's first input, and weights (outputs, taps), of a kernel that is widened by the scale when
+    shrinking.
+    """
     reach, kernel = _KERNELS[name]
     scale = n_in / n_out
     width = max(scale, 1.0)

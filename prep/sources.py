@@ -51,14 +51,12 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     return {split: inside[split]}
 
 
-def read_source(
-    folder: Path, split: str, labels: Path | None, label_order: str | None, known: Sequence[str]
-) -> Source:
+def read_source(folder: Path, split: str, labels: Path | None, label_order: str | None, known: Sequence[str]) -> Source:
     """List one split.
 
-    Class folders give classes and labels by their sorted names. A flat folder needs `labels`, see _flat; `known` are the
-    classes that the store already has, empty where it has none. Raises UserError for a folder that holds neither, labels
-    that do not fit, and classes other than `known`.
+    Class folders give classes and labels by their sorted names. A flat folder needs `labels`, see _flat; `known` are
+    the classes that the store already has, empty where it has none. Raises UserError for a folder that holds neither,
+    labels that do not fit, and classes other than `known`.
     """
     with os.scandir(os.fsencode(folder)) as entries:
         listing = sorted((e.name, e.is_dir(), e.is_file()) for e in entries if not e.name.startswith(b"."))
@@ -71,10 +69,12 @@ def read_source(
     if files and not folders:
         return _flat(folder, split, files, labels, label_order, known)
     if not files:
-        raise UserError(f"{folder}: the folder is empty. Expected a folder for each class, or photographs and --labels.")
+        raise UserError(
+            f"{folder}: the folder is empty. Expected a folder for each class, or photographs and --labels."
+        )
     raise UserError(
-        f"{folder}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side (first file: "
-        f"{_shown(files[0])}). Expected class folders alone, or photographs alone with --labels."
+        f"{folder}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side "
+        f"(first file: {_shown(files[0])}). Expected class folders alone, or photographs alone with --labels."
     )
 
 
@@ -146,7 +146,9 @@ def _ground_truth(
         if max(numbers) > len(classes):
             raise UserError(f"--labels {path}: number {max(numbers)}, but the store has {len(classes)} classes.")
         found = [k - 1 for k in numbers]
-        say(f"{root}: label number k is read as the k-th class in sorted order (--label-order devkit for ILSVRC's own).")
+        say(
+            f"{root}: label number k is read as the k-th class in sorted order (--label-order devkit for ILSVRC's own)."
+        )
     return dict(zip(files, found, strict=True)), classes
 
 
@@ -158,7 +160,9 @@ def _devkit(path: Path) -> dict[int, str]:
         synsets = loadmat(path, squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     except FileNotFoundError:
-        raise UserError(f"--label-order devkit: {path} is missing. Put the devkit's meta.mat beside the labels.") from None
+        raise UserError(
+            f"--label-order devkit: {path} is missing. Put the devkit's meta.mat beside the labels."
+        ) from None
     except Exception as error:  # loadmat raises many kinds for a broken file
         raise UserError(f"{path}: not the devkit's meta.mat ({error}).") from None
 
@@ -176,21 +180,29 @@ def _name_label(
             raise UserError(f"--labels {path}, line {at}: {_shown(name)} has two labels, {pairs[name]} and {parts[1]}.")
     lacking = [name for name in files if name not in pairs]
     if lacking:
-        raise UserError(f"--labels {path}: no label for {len(lacking):,} of {len(files):,} photographs (first: {_shown(lacking[0])}).")
+        raise UserError(
+            f"--labels {path}: no label for {len(lacking):,} of {len(files):,} photographs "
+            f"(first: {_shown(lacking[0])})."
+        )
     place = {name: label for label, name in enumerate(known)}
     if all(label in place for label in pairs.values()):
         return {name: place[pairs[name]] for name in files}, tuple(known)
     if any(not label.isdecimal() for label in pairs.values()):
         if known:
             odd = next(label for label in pairs.values() if label not in place)
-            raise UserError(f"--labels {path}: {odd} is not among the store's {len(known)} classes (first: {known[0]}).")
+            raise UserError(
+                f"--labels {path}: {odd} is not among the store's {len(known)} classes (first: {known[0]})."
+            )
         classes = tuple(sorted(set(pairs.values())))
         place = {name: label for label, name in enumerate(classes)}
         return {name: place[pairs[name]] for name in files}, classes
     numbers = {name: int(pairs[name]) for name in files}
     classes = tuple(known) or tuple(str(k) for k in range(max(numbers.values()) + 1))
     if max(numbers.values()) >= len(classes):
-        raise UserError(f"--labels {path}: label {max(numbers.values())}, but labels of {len(classes)} classes end at {len(classes) - 1}.")
+        raise UserError(
+            f"--labels {path}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
+            f"{len(classes) - 1}."
+        )
     return numbers, classes
 
 

@@ -33,7 +33,8 @@ def save(run_dir: Path, step: int, state: Mapping[str, Any]) -> Path:
         os.replace(temporary, path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be written ({error}). The checkpoints before it are whole: make room and give the same command again."
+            f"{path}: cannot be written ({error}). The checkpoints before it are whole: make room and "
+            "give the same command again."
         ) from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -42,13 +42,43 @@ def main() -> None:
 @click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
 @store_option
 @click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
-@click.option("--recipe", type=click.Choice(RECIPE_NAMES), default="paper", show_default=True, help="Every number of the training; see `alextrain recipe`.")
+@click.option(
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default="paper",
+    show_default=True,
+    help="Every number of the training; see `alextrain recipe`.",
+)
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]")
-@click.option("--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]")
-@click.option("--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of parameters, order, windows, noise and dropout.")
-@click.option("--log-every", type=click.IntRange(1), default=20, show_default=True, metavar="STEPS", help="Steps between two lines.")
-@click.option("--checkpoint-every", type=click.IntRange(1), default=1000, show_default=True, metavar="STEPS", help="Steps between two checkpoints, beside each epoch's.")
+@click.option(
+    "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]"
+)
+@click.option(
+    "--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of parameters, order, windows, noise and dropout.",
+)
+@click.option(
+    "--log-every",
+    type=click.IntRange(1),
+    default=20,
+    show_default=True,
+    metavar="STEPS",
+    help="Steps between two lines.",
+)
+@click.option(
+    "--checkpoint-every",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    metavar="STEPS",
+    help="Steps between two checkpoints, beside each epoch's.",
+)
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and end.")
 @json_option
 def run(
@@ -111,9 +141,13 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
     steps = min(config.epochs * per_epoch, config.steps or config.epochs * per_epoch)
     parameters = sum(row.parameters for row in summarise(classes))
     if not per_epoch:
-        raise UserError(f"--batch {config.batch_size}: {config.store} has {records:,} training records. Pass --batch {records} or less.")
+        raise UserError(
+            f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
+            f"Pass --batch {records} or less."
+        )
     return [
-        f"AlexNet, {devices_text(config.devices)}; {count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
+        f"AlexNet, {devices_text(config.devices)}; {count_noun(parameters, 'parameter')}, "
+        f"{count_noun(classes, 'class', 'classes')}",
         f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}; {records:,} records, "
         f"{count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, into {config.run_dir}",
     ]
@@ -137,7 +171,13 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @store_option
-@click.option("--views", type=click.Choice(["1", "10"]), default="10", show_default=True, help="Ten views average the softmax, as the authors did.")
+@click.option(
+    "--views",
+    type=click.Choice(["1", "10"]),
+    default="10",
+    show_default=True,
+    help="Ten views average the softmax, as the authors did.",
+)
 @click.option("--split", default="val", show_default=True, help="Which split.")
 @click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
 @json_option
@@ -179,7 +219,13 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
 
 @main.command()
 @click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
-@click.option("--gpus", metavar="0,1|0|cpu", default="0,1", show_default=True, help="Where the columns would be; nothing is put there.")
+@click.option(
+    "--gpus",
+    metavar="0,1|0|cpu",
+    default="0,1",
+    show_default=True,
+    help="Where the columns would be; nothing is put there.",
+)
 @json_option
 def summary(classes: int, gpus: str, as_json: bool) -> None:
     """The table of layers: output, parameters, multiply-adds, column, and what it sees of the other column.

@@ -23,7 +23,7 @@ class EvalResult:
 
 
 def wrong(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: how many of N rows of scores (N, classes) miss the label with their best, and with their five best."""
+    """(2,) int64: how many of N rows of scores (N, classes) miss the label with their best, and their five best."""
     best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
     return torch.stack([len(labels) - best[:, 0].sum(), len(labels) - best.any(dim=1).sum()])
 
@@ -42,7 +42,7 @@ def evaluate(model: AlexNet, loader: EvalLoader, report: Progress) -> EvalResult
             for batch in loader:
                 labels = batch.labels.to(model.devices[0])
                 logits = model(batch.images.flatten(0, -4))  # (N · views, classes)
-                log_p = torch.log_softmax(logits.float(), dim=1).unflatten(0, (len(labels), -1))
+                log_p = torch.log_softmax(logits.float(), dim=1).reshape(len(labels), -1, logits.shape[1])
                 log_p = log_p.logsumexp(dim=1) - torch.log(torch.tensor(float(log_p.shape[1])))
                 misses += wrong(log_p, labels).cpu()
                 loss -= float(log_p.gather(1, labels[:, None]).sum())

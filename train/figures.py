@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def draw_learning_curve(run_dir: Path, out: Path) -> None:
         loss.plot(epochs, [line["loss"] for line in mine], label=label, **style)
         error.plot(epochs, [100 * line["top1_error"] for line in mine], label=label, **style)
     rates = [(line["epoch"], line["lr"]) for line in lines if line["kind"] == "train"]
-    drops = [before for (before, lr), (_, next_lr) in zip(rates, rates[1:], strict=False) if next_lr != lr]
+    drops = [before for (before, lr), (_, next_lr) in pairwise(rates) if next_lr != lr]
     for axes, name in ((loss, "loss, nats"), (error, "top-1 error, %")):
         for epoch in drops:
             axes.axvline(epoch, color="0.85", lw=1, zorder=0)
@@ -64,7 +65,9 @@ def draw_learning_curve(run_dir: Path, out: Path) -> None:
 
 
 def draw_kernels(parameters: Mapping[str, Tensor], out: Path) -> None:
-    """The 11×11×3 kernels of conv1, column 0's above column 1's; each stretched to its own range, as figure 3 of the paper."""
+    """The 11×11×3 kernels of conv1, column 0's above column 1's; each stretched to its own range, as figure 3 of the
+    paper.
+    """
     kernels = parameters["conv1.weight"].permute(0, 2, 3, 1)  # (96, 11, 11, 3)
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     images = ((kernels - low) / (high - low).clamp_min(1e-12)).numpy()

@@ -74,7 +74,9 @@ def fit(config: RunConfig) -> Path:
                 epoch_ends = step % steps_per_epoch == 0
                 pause = bool(stop) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
-                    log.train({"kind": "train", "epoch": step / steps_per_epoch, "step": step, **interval.read(), "lr": lr})
+                    log.train(
+                        {"kind": "train", "epoch": step / steps_per_epoch, "step": step, **interval.read(), "lr": lr}
+                    )
                 if pause:
                     break
 
@@ -97,7 +99,9 @@ def fit(config: RunConfig) -> Path:
 
 
 def _stream(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream of an epoch: where the schedule changes the colour noise, another stream begins, with its own seed."""
+    """The training stream of an epoch: where the schedule changes the colour noise, another stream begins, with its
+    own seed.
+    """
     how = config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != how.colour:
@@ -215,8 +219,8 @@ class _Log:
     def train(self, line: dict[str, Any]) -> None:
         self._write(line)
         say(
-            f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  top-1 {line['top1_error']:6.1%}  "
-            f"top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  {line['images_per_s']:,.1f} images/s  "
+            f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
+            f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  {line['images_per_s']:,.1f} images/s  "
             f"waits for stream {line['waiting_share']:.1%}"
         )
 
@@ -242,7 +246,9 @@ def _step_of(line: str) -> float:
 
 @contextmanager
 def _stop_requests() -> Iterator[list[BaseException]]:
-    """A list that is empty until Ctrl-C or SIGTERM puts in what to raise once the step is done; a second one raises now."""
+    """A list that is empty until Ctrl-C or SIGTERM puts in what to raise once the step is done; a second one raises
+    now.
+    """
     asked: list[BaseException] = []
 
     def ask(signum: int, frame: FrameType | None) -> None:

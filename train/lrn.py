@@ -4,9 +4,10 @@ Across maps, for maps i of one column:
 
     b_i = a_i · s_i^−β        s_i = k + α Σ a_j²   over j = i − n/2 … i + n/2, clipped to the column's maps
 
-α here multiplies the plain sum, as the paper writes it. The authors' code divides it by n (layer.py: scale / size), and so
-does torch.nn.LocalResponseNorm: its `alpha` is n times ours. One autograd function keeps x, s and nothing else, and
-takes s^−¾ from two square roots, where PyTorch's own (average pooling, then a scalar power) costs half of AlexNet's step on a CPU.
+α here multiplies the plain sum, as the paper writes it. The authors' code divides it by n (layer.py: scale / size),
+and so does torch.nn.LocalResponseNorm: its `alpha` is n times ours. One autograd function keeps x, s and nothing
+else, and takes s^−¾ from two square roots, where PyTorch's own (average pooling, then a scalar power) costs half of
+AlexNet's step on a CPU.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     """Normalise (N, C, H, W) across `size` neighbouring maps (odd); alpha multiplies the sum of squares."""
     if size % 2 == 0:
         raise ValueError(f"size {size}: expected an odd number of maps")
-    result: Tensor = _AcrossMaps.apply(x, size, alpha, beta, k)
+    result: Tensor = _AcrossMaps.apply(x, size, alpha, beta, k)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 

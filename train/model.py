@@ -1,8 +1,8 @@
 """The two-column AlexNet (the paper, sections 3.2 and 3.5, figure 2).
 
 Each column has half of every layer's maps or units and lives on a device of its own; they may be one device. The column
-sees only its own maps, except where figure 2 has crossing arrows: before conv3, fc6, fc7 and fc8, and there `cross` is called.
-Normalisation never crosses.
+sees only its own maps, except where figure 2 has crossing arrows: before conv3, fc6, fc7 and fc8, and there `cross`
+is called. Normalisation never crosses.
 
 Shapes, per column, for N images:
 
@@ -13,8 +13,8 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-224 px give 55 positions of conv1 because the authors' code rounds up (layer.py:1004: 1 + ceil((224 − 11) / 4)) and lets the last
-window hang over the right and lower edge by three zero pixels, which is the mean colour.
+224 px give 55 positions of conv1 because the authors' code rounds up (layer.py:1004: 1 + ceil((224 − 11) / 4)) and
+lets the last window hang over the right and lower edge by three zero pixels, which is the mean colour.
 """
 
 from __future__ import annotations
@@ -143,8 +143,10 @@ class AlexNet(nn.Module):
         for name, parameters in mine.items():
             rows = sum(p.shape[0] for p in parameters)
             if tensors[name].shape != (rows, *parameters[0].shape[1:]):
-                raise ValueError(f"{name}: shape {tuple(tensors[name].shape)}, expected {(rows, *parameters[0].shape[1:])}")
-            pieces = tensors[name].split([p.shape[0] for p in parameters])
+                raise ValueError(
+                    f"{name}: shape {tuple(tensors[name].shape)}, expected {(rows, *parameters[0].shape[1:])}"
+                )
+            pieces = torch.split(tensors[name], [p.shape[0] for p in parameters])
             for parameter, piece in zip(parameters, pieces, strict=True):
                 part(parameter).copy_(piece)
 
@@ -152,11 +154,13 @@ class AlexNet(nn.Module):
         """Joined name (`conv1.weight` …) to the columns' parameters that make it up, in order; fc8 has one."""
         names = [name for name, _ in self._columns[0].named_parameters()]
         found = {name: [column.get_parameter(name) for column in self._columns] for name in names}
-        return {**found, "fc8.weight": [self.fc8.weight], "fc8.bias": [self.fc8.bias]}
+        return {**found, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
 
     def to(self, *args: object, **kwargs: object) -> AlexNet:
         """Refused: the network is placed when it is made, and moving it as one piece would undo that."""
-        raise TypeError("an AlexNet owns its placement: make it anew with other devices, and load_joined the parameters")
+        raise TypeError(
+            "an AlexNet owns its placement: make it anew with other devices, and load_joined the parameters"
+        )
 
     @property
     def _columns(self) -> list[Column]:
@@ -195,7 +199,9 @@ class AlexNet(nn.Module):
         return local_response_norm(x, **vars(self.recipe.lrn))
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout: zero with probability p in training, all times 1 − p in test (section 4.2), or the scaling swapped."""
+        """Dropout: zero with probability p in training, all times 1 − p in test (section 4.2), or the scaling
+        swapped.
+        """
         p = self.recipe.dropout
         if p == 0:
             return x
@@ -224,5 +230,5 @@ def initialise(model: AlexNet) -> None:
             he = math.sqrt(2 / math.prod(shape[1:])) if layer != "fc8" else 0.01
             whole = torch.randn(shape) * (he if recipe.init == "he" else recipe.init_std[layer])
         with torch.no_grad():
-            for parameter, piece in zip(parameters, whole.split([p.shape[0] for p in parameters]), strict=True):
+            for parameter, piece in zip(parameters, torch.split(whole, [p.shape[0] for p in parameters]), strict=True):
                 parameter.copy_(piece)

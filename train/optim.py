@@ -3,8 +3,8 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-ε is inside the velocity, so after a drop of the rate the old velocity lives on for about ten steps; torch.optim.SGD multiplies
-when it applies, and drops at once. At a constant rate the two are the same.
+ε is inside the velocity, so after a drop of the rate the old velocity lives on for about ten steps; torch.optim.SGD
+multiplies when it applies, and drops at once. At a constant rate the two are the same.
 """
 
 from __future__ import annotations

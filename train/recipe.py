@@ -1,8 +1,8 @@
 """Every number of a training, with its source beside it.
 
-A recipe is data: `paper` follows the text, `released` the code and parameter files that made the paper's table (net #145 of
-AlexNet-Source-Code: layers/layers-145.cfg, layers/layer-params-145.cfg, here L145 and P145), `short` is for minutes on a
-CPU and small batches. Where paper and code part, the source says so.
+A recipe is data: `paper` follows the text, `released` the code and parameter files that made the paper's table (net
+#145 of AlexNet-Source-Code: layers/layers-145.cfg, layers/layer-params-145.cfg, here L145 and P145), `short` is for
+minutes on a CPU and small batches. Where paper and code part, the source says so.
 """
 
 from __future__ import annotations
@@ -89,8 +89,8 @@ PAPER = _recipe(
     input_divisor=(1.0, "section 2: raw RGB values, nothing but the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="eigenvalue", strength=0.1),
-        "section 2 (mean activity per pixel); 4.1: eigenvalues times N(0, 0.1), read on pixels in [0, 1], for on 0..255 they "
-        "would shift by over a thousand grey levels",
+        "section 2 (mean activity per pixel); 4.1: eigenvalues times N(0, 0.1), read on pixels in [0, 1]; on "
+        "0..255 they would shift by over a thousand grey levels",
     ),
     init=("normal", "section 5: zero-mean Gaussian"),
     init_std=(dict.fromkeys(_LAYERS, 0.01), "section 5: 'each layer'"),
@@ -118,8 +118,8 @@ RELEASED = _recipe(
     input_divisor=(1.0, "convdata_jpeg.py: nothing but the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32),
-        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one window for 32 "
-        "images :77",
+        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one window for "
+        "32 images :77",
     ),
     init=("normal", "layer.py:807"),
     init_std=(
@@ -127,7 +127,10 @@ RELEASED = _recipe(
         "L145: initW; the paper has 0.01 everywhere",
     ),
     bias_one=(_BIAS_ONE, "L145: initB"),
-    lrn=(Lrn(5, 1e-4 / 5, 0.75, 2.0), "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times this"),
+    lrn=(
+        Lrn(5, 1e-4 / 5, 0.75, 2.0),
+        "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times this",
+    ),
     norm_before_relu=(True, "L145:35-63: rnorm1 on conv1's linear outputs, ReLU after pool1; the paper has ReLU first"),
     within_map=(Lrn(5, 1e-3 / 25, 0.75, 1.0), "L145:107-117, P145:157-163: cnorm2; not in the paper"),
     dropout=(0.5, "L145:256-292: hs, keep 0.5"),

@@ -95,7 +95,9 @@ def _description(config: RunConfig, store: Store) -> dict[str, Any]:
 
 
 def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, Any]]:
-    """The network of a run's newest checkpoint, on `devices`, and the checkpoint; raises UserError where there is none."""
+    """The network of a run's newest checkpoint, on `devices`, and the checkpoint; raises UserError where there is
+    none.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {run_dir}")
     state = checkpoint.load_latest(run_dir)

@@ -82,7 +82,9 @@ def summary_lines(classes: int, devices: tuple[str, str]) -> list[str]:
         shape = " × ".join(map(str, row.output_per_column))
         on = " and ".join(f"column {c} ({devices[c]})" for c in range(row.columns))
         times = f"{COLUMNS} × " if row.columns == COLUMNS else ""
-        lines.append(f"{row.layer:6} {times + shape:>19}  {row.sees:12} {row.parameters:12,} {row.multiply_adds:14,}  {on}")
+        lines.append(
+            f"{row.layer:6} {times + shape:>19}  {row.sees:12} {row.parameters:12,} {row.multiply_adds:14,}  {on}"
+        )
     lines.append(
         f"{'total':6} {'':19}  {'':12} {sum(r.parameters for r in rows):12,} {sum(r.multiply_adds for r in rows):14,}"
     )

@@ -1,0 +1,1 @@
+"""Demo data, benchmarks and checks that run from a checkout; never installed."""
