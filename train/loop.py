@@ -220,8 +220,8 @@ class _Log:
         self._write(line)
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
-            f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  {line['images_per_s']:,.1f} images/s  "
-            f"waits for stream {line['waiting_share']:.1%}"
+            f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
+            f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}"
         )
 
     def validation(self, epoch: int, step: int, result: EvalResult) -> None:

@@ -1,0 +1,34 @@
+# Two commands matter on a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test lint bench help clean
+
+help:  ## Say what can be made
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: .venv/ready  ## Photographs in, a trained AlexNet out, in a few minutes
+	@$(BIN)/python -m tools.demo
+
+test: .venv/ready  ## Every test, with warnings as errors
+	@$(BIN)/python -m pytest
+
+lint: .venv/ready  ## Style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: .venv/ready  ## Build, stream and training step beside their peers and bounds
+	$(BIN)/python -m tools.bench_build
+	$(BIN)/python -m tools.bench_stream
+	$(BIN)/python -m tools.bench_train
+
+clean:  ## Remove the environment and the demo
+	rm -rf .venv demo
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,bench,dev]'
+	@touch $@

@@ -1,0 +1,139 @@
+"""Shared fixtures: a small photo set in ILSVRC's layout, a store built from it, and Caffe's Datum as protobuf knows it.
+
+`photo_folder` and `store` are made once for all tests. Do not write into them: copy them first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+from PIL import Image
+
+from prep.cli import main
+
+CLASSES = ("n00000011", "n00000022", "n00000033")
+_TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
+_TRAIN, _VAL = 30, 12
+
+
+@pytest.fixture(scope="session")
+def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 training pictures in 3 class folders, 12 flat validation pictures with val_ground_truth.txt.
+
+    Sides of 60 to 400 px, either orientation. Each split has one greyscale file, one CMYK file and one PNG that is
+    named .JPEG; train has one with EXIF orientation 6. Every class has a colour of its own.
+    """
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(2012)
+    labels = rng.permutation(np.arange(_TRAIN + _VAL) % len(CLASSES)).tolist()
+    for name in CLASSES:
+        (root / "train" / name).mkdir(parents=True)
+    (root / "val").mkdir()
+    for count, label in enumerate(labels):
+        width, height = (int(n) for n in rng.integers(60, 401, size=2))
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        fine = coarse.resize((width, height), Image.Resampling.BICUBIC)
+        picture = Image.blend(fine, Image.new("RGB", (width, height), _TINTS[label]), 0.4)
+        path = root / "train" / CLASSES[label] / f"{CLASSES[label]}_{count + 1}.JPEG"
+        if count >= _TRAIN:
+            path = root / "val" / f"Small_val_{count - _TRAIN + 1:08d}.JPEG"
+        _save(picture, path, count)
+    truth = [f"{label + 1}\n" for label in labels[_TRAIN:]]
+    (root / "val_ground_truth.txt").write_text("".join(truth))
+    return root
+
+
+def _save(picture: Image.Image, path: Path, count: int) -> None:
+    if count in (3, 33):
+        picture.convert("L").save(path, "JPEG")
+    elif count in (7, 37):
+        picture.convert("CMYK").save(path, "JPEG")
+    elif count in (11, 41):
+        picture.save(path, "PNG")
+    elif count == 15:
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        picture.save(path, "JPEG", exif=exif)
+    else:
+        picture.save(path, "JPEG", quality=92)
+
+
+@pytest.fixture(scope="session")
+def store(photo_folder: Path, build: Build) -> Path:
+    """`photo_folder` built by the command with its default settings: 256 px, JPEG; train and val."""
+    return build(photo_folder)
+
+
+Build = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    """build(source, *options) gives a new store that alexprep made of `source`."""
+
+    def run(source: Path, *options: str) -> Path:
+        path = tmp_path_factory.mktemp("built") / "store"
+        words = ["build-lmdb", str(source), "--store", str(path), "--jobs", "1", *options]
+        result = CliRunner().invoke(main, words)
+        assert result.exit_code == 0, result.output
+        return path
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
+    """`photo_folder` in each of the four kinds of record: jpeg or ppm, the central square or the whole picture."""
+    return {
+        "jpeg": store,
+        "jpeg-whole": build(photo_folder, "--keep-aspect"),
+        "ppm": build(photo_folder, "--format", "ppm"),
+        "ppm-whole": build(photo_folder, "--format", "ppm", "--keep-aspect"),
+    }
+
+
+@pytest.fixture(scope="session")
+def caffe_datum() -> Callable[[], Any]:
+    """Caffe's Datum (proto2), as protobuf's own library builds it from the field numbers of caffe.proto."""
+    field = descriptor_pb2.FieldDescriptorProto
+    file = descriptor_pb2.FileDescriptorProto(name="datum.proto", package="caffe", syntax="proto2")
+    message = file.message_type.add(name="Datum")
+    for name, number, kind, label in (
+        ("channels", 1, field.TYPE_INT32, field.LABEL_OPTIONAL),
+        ("height", 2, field.TYPE_INT32, field.LABEL_OPTIONAL),
+        ("width", 3, field.TYPE_INT32, field.LABEL_OPTIONAL),
+        ("data", 4, field.TYPE_BYTES, field.LABEL_OPTIONAL),
+        ("label", 5, field.TYPE_INT32, field.LABEL_OPTIONAL),
+        ("float_data", 6, field.TYPE_FLOAT, field.LABEL_REPEATED),
+        ("encoded", 7, field.TYPE_BOOL, field.LABEL_OPTIONAL),
+        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # ours, as is the next
+        ("crc32", 1002, field.TYPE_FIXED32, field.LABEL_OPTIONAL),
+    ):
+        message.field.add(name=name, number=number, type=kind, label=label)
+    pool = descriptor_pool.DescriptorPool()
+    pool.Add(file)
+    return message_factory.GetMessageClass(pool.FindMessageTypeByName("caffe.Datum"))
+
+
+@pytest.fixture(scope="session")
+def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
+    """Reads all records of a split by lmdb and protobuf alone: (key, Datum) in the order of shards and keys."""
+
+    def read(store: Path, split: str) -> list[tuple[bytes, Any]]:
+        records = []
+        for folder in sorted((store / split).glob("[0-9]*")):
+            with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
+                for key, value in txn.cursor():
+                    datum = caffe_datum()
+                    datum.ParseFromString(value)
+                    records.append((key, datum))
+        return records
+
+    return read

@@ -1,0 +1,236 @@
+"""Training: it learns, it goes on to the bit after kill -9 or a signal, and it refuses to go on with something else.
+
+A child process trains a small network on the CPU; the parent kills it at a step and starts it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from prep.console import UserError
+from train import checkpoint
+from train.loop import fit
+from train.model import Widths
+from train.recipe import SHORT, Change
+from train.run import RunConfig, load_trained
+
+SMALL = Widths(8, 8, 8, 8, 8, 16, 16)
+CHILD = """
+import sys, time
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from test_loop import config
+from train.loop import fit
+fit(config(Path(sys.argv[2]), Path(sys.argv[3])))
+"""
+
+
+def config(store: Path, run_dir: Path, **changes) -> RunConfig:
+    """9 steps of 8 images: 3 epochs of 3 steps on the 30 training pictures of the test store."""
+    plan = RunConfig(
+        store=store,
+        recipe=replace(SHORT, schedule=(Change(1, lr=0.002),)),
+        batch_size=8,
+        seed=3,
+        widths=SMALL,
+        run_dir=run_dir,
+        epochs=3,
+        log_every=1,
+        checkpoint_every=2,
+        threads=2,
+    )
+    return replace(plan, **changes)
+
+
+def metrics(run_dir: Path) -> list[dict]:
+    """The lines without what depends on the clock."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "waiting_share")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def whole_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fit(config(stores["jpeg"], tmp_path_factory.mktemp("whole") / "run"))
+
+
+def start(store: Path, run_dir: Path) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(store), str(run_dir)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def same_result(a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    one, two = (checkpoint.load_latest(run_dir) for run_dir in (a, b))
+    assert one["step"] == two["step"]
+    for part in ("parameters", "velocity"):
+        for name, tensor in one[part].items():
+            assert torch.equal(tensor, two[part][name]), name
+
+
+def test_metrics_have_every_step_once(whole_run: Path) -> None:
+    lines = metrics(whole_run)
+    steps = [line["step"] for line in lines if line["kind"] == "train"]
+    assert steps == list(range(1, len(steps) + 1))
+    validations = [line for line in lines if line["kind"] == "val"]
+    assert [line["epoch"] for line in validations] == [1, 2, 3] and len({line["images"] for line in validations}) == 1
+    assert lines[0]["lr"] == SHORT.lr
+    assert steps[-1] % 3 == 0 and lines[-2]["lr"] == 0.002
+
+
+@pytest.mark.parametrize("kill_at_step", [1, 3, 4, 7])
+def test_a_killed_run_goes_on_to_the_same_bits(
+    stores: dict[str, Path], whole_run: Path, tmp_path: Path, kill_at_step: int
+) -> None:
+    run_dir = tmp_path / "run"
+    child = start(stores["jpeg"], run_dir)
+    log = run_dir / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and child.poll() is None:
+        if log.exists() and log.read_text().count('"train"') >= kill_at_step:
+            break
+        time.sleep(0.001)
+    child.kill()
+    assert child.wait() == -signal.SIGKILL
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_that_step(
+    stores: dict[str, Path], whole_run: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    from train.loop import _Log
+
+    log_line = _Log.train
+
+    def signal_after_five(self, line) -> None:
+        log_line(self, line)
+        if line["step"] == 5:
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(_Log, "train", signal_after_five)
+    with pytest.raises(BaseException) as stop:
+        fit(config(stores["jpeg"], run_dir))
+    assert stop.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
+    assert checkpoint.load_latest(run_dir)["step"] == 6  # the step that was under way
+    monkeypatch.undo()
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+def test_steps_end_a_run_and_more_steps_continue_it(stores: dict[str, Path], whole_run: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(config(stores["jpeg"], run_dir, steps=5))
+    assert checkpoint.load_latest(run_dir)["step"] == 5
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+def test_the_colour_noise_can_end_during_a_run(stores: dict[str, Path], tmp_path: Path) -> None:
+    plan = config(stores["jpeg"], tmp_path / "a", recipe=replace(SHORT, schedule=(Change(1, colour="off"),)))
+    fit(plan)
+    fit(replace(plan, run_dir=tmp_path / "b", steps=6))
+    fit(replace(plan, run_dir=tmp_path / "b"))
+    same_result(tmp_path / "a", tmp_path / "b")
+    assert checkpoint.load_latest(tmp_path / "a")["stream"]["augmentation"]["colour"] == "off"
+
+
+def test_a_small_network_learns_its_pictures_by_heart(stores: dict[str, Path], tmp_path: Path) -> None:
+    recipe = replace(SHORT, schedule=(), dropout=0.0, lr=0.005)
+    run_dir = fit(
+        config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=30, log_every=4, checkpoint_every=1000)
+    )
+    lines = [line for line in metrics(run_dir) if line["kind"] == "train"]
+    last = lines[-5:]
+    assert lines[0]["loss"] > 0.9
+    assert sum(line["loss"] for line in last) / len(last) < 0.5
+    assert sum(line["top1_error"] for line in last) / len(last) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 4}, "batch size"),
+        ({"seed": 4}, "seed"),
+        ({"widths": replace(SMALL, fc7=18)}, "widths"),
+        ({"recipe": replace(SHORT, lr=0.5)}, "recipe digest"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused(
+    stores: dict[str, Path], whole_run: Path, change: dict, named: str
+) -> None:
+    with pytest.raises(UserError, match=f"another {named}"):
+        fit(config(stores["jpeg"], whole_run, **change))
+
+
+def test_another_store_is_refused(stores: dict[str, Path], whole_run: Path) -> None:
+    with pytest.raises(UserError, match="another store fingerprint"):
+        fit(config(stores["ppm"], whole_run))
+
+
+def test_a_folder_of_something_else_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="something else than a run"):
+        fit(config(stores["jpeg"], tmp_path))
+
+
+def test_a_torn_checkpoint_is_passed_over(stores: dict[str, Path], whole_run: Path, tmp_path: Path, capsys) -> None:
+    run_dir = tmp_path / "run"
+    fit(config(stores["jpeg"], run_dir))
+    before, newest = checkpoint.checkpoints(run_dir)
+    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    _, state = load_trained_small(run_dir)
+    assert f"{state['step']:08d}" in before.name and "cannot be read" in capsys.readouterr().err
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+def load_trained_small(run_dir: Path):
+    return load_trained(run_dir, ("cpu", "cpu"))
+
+
+def test_a_checkpoint_executes_nothing(tmp_path: Path) -> None:
+    """A pickle that would run a command is refused by weights_only, and counts as one that cannot be read."""
+    import pickle
+
+    class Trap:
+        def __reduce__(self):
+            return (os.mkdir, (str(tmp_path / "sprung"),))
+
+    (tmp_path / "checkpoint-00000001.pt").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(UserError, match="none of its 1 checkpoints"):
+        checkpoint.load_latest(tmp_path)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(stores: dict[str, Path], tmp_path: Path) -> None:
+    plan = config(stores["jpeg"], tmp_path / "run", recipe=replace(SHORT, schedule=(), lr=1e12))
+    with pytest.raises(UserError, match="diverged"):
+        fit(plan)
+    state = checkpoint.load_latest(tmp_path / "run")
+    assert state is None or all(torch.isfinite(t).all() for t in state["parameters"].values())
+
+
+def test_the_stream_of_a_run_is_closed(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.loader import TrainLoader
+
+    closed = []
+    monkeypatch.setattr(TrainLoader, "close", lambda self: closed.append(self))
+    fit(config(stores["jpeg"], tmp_path / "run", epochs=1))
+    assert closed

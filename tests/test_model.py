@@ -1,0 +1,196 @@
+"""The two-column network against the paper's table, and against a grouped network of torch's own modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.model import AlexNet, Widths
+from train.recipe import PAPER, RELEASED, SHORT, Recipe
+from train.summary import summarise
+
+SMALL = Widths(8, 12, 12, 16, 8, 20, 24)
+
+
+class Grouped(nn.Module):
+    """AlexNet without columns: convolutions in two groups where a column sees only itself, torch's LRN on each half."""
+
+    def __init__(self, classes: int, w: Widths, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe = recipe
+        self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
+        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2, groups=2)
+        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1)
+        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1, groups=2)
+        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1, groups=2)
+        self.fc6 = nn.Linear(w.conv5 * 36, w.fc6)
+        self.fc7 = nn.Linear(w.fc6, w.fc7)
+        self.fc8 = nn.Linear(w.fc7, classes)
+
+    def norm(self, x):
+        lrn = self.recipe.lrn
+        torchs = nn.LocalResponseNorm(lrn.size, lrn.alpha * lrn.size, lrn.beta, lrn.k)
+        return torch.cat([torchs(half) for half in x.chunk(2, 1)], 1)
+
+    def forward(self, x):
+        x = self.conv1(F.pad(x / self.recipe.input_divisor, (0, 3, 0, 3)))
+        if self.recipe.norm_before_relu:
+            x = F.relu(F.max_pool2d(self.norm(x), 3, 2))
+        else:
+            x = F.max_pool2d(self.norm(F.relu(x)), 3, 2)
+        x = self.norm(F.relu(self.conv2(x)))
+        if self.recipe.within_map is not None:
+            lrn = self.recipe.within_map
+            window = torch.ones(x.shape[1], 1, lrn.size, lrn.size, dtype=x.dtype)
+            x = x / (lrn.k + lrn.alpha * F.conv2d(x * x, window, padding=2, groups=x.shape[1])) ** lrn.beta
+        x = F.max_pool2d(x, 3, 2)
+        x = F.relu(self.conv4(F.relu(self.conv3(x))))
+        x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2).flatten(1)
+        keep = 1 - self.recipe.dropout
+        return self.fc8(F.relu(self.fc7(F.relu(self.fc6(x)) * keep)) * keep)
+
+
+@pytest.mark.parametrize("recipe", [PAPER, RELEASED, SHORT], ids=lambda r: r.name)
+def test_two_columns_equal_one_grouped_network_in_outputs_and_gradients(recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), SMALL).double().eval()
+    grouped = Grouped(7, SMALL, recipe).double()
+    grouped.load_state_dict(columns.joined())
+    images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
+    upstream = torch.randn(3, 7, dtype=torch.float64)
+
+    ours, theirs = columns(images), grouped(images)
+    assert theirs.std() > 1e-3
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    ours.backward(upstream)
+    theirs.backward(upstream)
+    mine = columns.joined(lambda p: p.grad)
+    for name, parameter in grouped.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        assert torch.allclose(mine[name], parameter.grad, rtol=1e-8, atol=1e-12), name
+
+
+def test_parameters_and_shapes_are_the_papers() -> None:
+    rows = {row.layer: row for row in summarise(1000)}
+    assert sum(row.parameters for row in rows.values()) == 60_965_224
+    assert {name: row.output_per_column for name, row in rows.items()} == {
+        "conv1": (48, 55, 55),
+        "conv2": (128, 27, 27),
+        "conv3": (192, 13, 13),
+        "conv4": (192, 13, 13),
+        "conv5": (128, 13, 13),
+        "fc6": (2048,),
+        "fc7": (2048,),
+        "fc8": (1000,),
+    }
+    assert [name for name, row in rows.items() if row.sees == "both columns"] == ["conv3", "fc6", "fc7", "fc8"]
+    assert rows["conv1"].multiply_adds == 96 * 55 * 55 * 11 * 11 * 3
+    assert rows["conv4"].multiply_adds == 384 * 13 * 13 * 9 * 192
+    assert rows["conv3"].parameters == 384 * (9 * 256 + 1)
+
+
+def test_joined_shapes_are_the_papers() -> None:
+    joined = AlexNet(1000, PAPER, ("meta", "meta")).by_joined_name()
+    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined: (256, 48, 5, 5)
+    assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
+    assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2
+    assert [tuple(p.shape) for p in joined["fc8.weight"]] == [(1000, 4096)]
+
+
+@pytest.fixture
+def probe() -> AlexNet:
+    torch.manual_seed(1)
+    return AlexNet(5, replace(SHORT, dropout=0.0), ("cpu", "cpu"), SMALL)
+
+
+@pytest.mark.parametrize(
+    ("layer", "sees_other"),
+    [
+        ("conv2", False),
+        ("conv3", True),
+        ("conv4", False),
+        ("conv5", False),
+        ("fc6", True),
+        ("fc7", True),
+        ("fc8", True),
+    ],
+)
+def test_columns_see_each_other_only_where_figure_2_has_arrows(probe: AlexNet, layer: str, sees_other: bool) -> None:
+    """Column 1's parameters below a layer reach column 0's output of that layer only over a crossing above them."""
+    order = ["conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"]
+    below = order[order.index(layer) - 1]
+    seen: dict[str, torch.Tensor] = {}
+    module = probe.fc8 if layer == "fc8" else getattr(probe.columns[0], layer)
+    module.register_forward_hook(lambda m, i, out: seen.update(out=out))
+    probe(torch.randn(2, 3, 224, 224) * 60)
+    other = getattr(probe.columns[1], below).weight
+    (gradient,) = torch.autograd.grad(seen["out"].square().sum(), other, allow_unused=True)
+    assert (gradient is not None and bool(gradient.abs().sum() > 0)) == sees_other
+
+
+def test_parameters_survive_joining_and_loading(probe: AlexNet) -> None:
+    torch.manual_seed(2)
+    other = AlexNet(5, probe.recipe, ("cpu", "cpu"), SMALL)
+    images = torch.randn(2, 3, 224, 224)
+    assert not torch.equal(other(images), probe(images))
+    other.load_joined(probe.joined())
+    assert torch.equal(other(images), probe(images))
+
+
+def test_parameters_that_do_not_fit_are_refused(probe: AlexNet) -> None:
+    joined = probe.joined()
+    with pytest.raises(ValueError, match=r"fc8\.weight: shape"):
+        probe.load_joined({**joined, "fc8.weight": torch.zeros(6, 24)})
+    with pytest.raises(ValueError, match="extra"):
+        probe.load_joined({**joined, "extra": torch.zeros(1)})
+
+
+def test_columns_on_two_devices_cross_only_through_cross() -> None:
+    """`meta` stands in for a second device: only `cross` may bring the two together, and it moves each half."""
+    model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    halves = [torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")]
+    joined = model.cross(halves, (cpu, meta))
+    assert [j.device for j in joined] == [cpu, meta] and all(j.shape == (2, 7) for j in joined)
+    same = model.cross(halves, (cpu, cpu))
+    assert same[0] is same[1]
+
+
+@pytest.mark.parametrize(("recipe", "stds"), [(PAPER, {}), (RELEASED, {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03})])
+def test_initialisation_is_the_table(recipe: Recipe, stds: dict[str, float]) -> None:
+    torch.manual_seed(3)
+    joined = AlexNet(20, recipe, ("cpu", "cpu"), Widths(96, 256, 384, 384, 256, 256, 256)).joined()
+    for layer in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
+        weight, wanted = joined[f"{layer}.weight"], stds.get(layer, 0.01)
+        assert abs(weight.std().item() / wanted - 1) < 5 / (2 * weight.numel()) ** 0.5
+        assert abs(weight.mean().item()) < 5 * wanted / weight.numel() ** 0.5
+        bias = 1.0 if layer in ("conv2", "conv4", "conv5", "fc6", "fc7") else 0.0
+        assert (joined[f"{layer}.bias"] == bias).all()
+
+
+def test_dropout_zeroes_in_training_and_halves_in_test() -> None:
+    torch.manual_seed(4)
+    model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
+    ones = torch.ones(200, 500)
+    dropped = model.train()._drop(ones)
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    assert abs(dropped.mean().item() - 0.5) < 3.3 * 0.5 / 100_000**0.5
+    assert (model.eval()._drop(ones) == 0.5).all()
+    model.recipe = replace(PAPER, dropout_scales_training=True)
+    assert set(model.train()._drop(ones).unique().tolist()) == {0.0, 2.0}
+    assert (model.eval()._drop(ones) == 1).all()
+
+
+def test_what_does_not_fit_is_refused(probe: AlexNet) -> None:
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
+        probe(torch.zeros(1, 3, 227, 227))
+    with pytest.raises(ValueError, match="3 devices"):
+        AlexNet(5, PAPER, ("cpu",) * 3, SMALL)
+    with pytest.raises(ValueError, match="even"):
+        AlexNet(5, PAPER, ("cpu", "cpu"), replace(SMALL, conv4=15))
+    with pytest.raises(TypeError, match="placement"):
+        probe.to("cpu")

@@ -1,0 +1,148 @@
+"""The update against the paper's two lines written out in NumPy, and the schedules against their tables."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from train.model import AlexNet, Widths
+from train.optim import PaperSGD, Schedule, make_optimiser
+from train.recipe import PAPER, RECIPES, RELEASED, SHORT, Change, Plateau, check_sources
+
+SMALL = Widths(4, 4, 4, 4, 4, 6, 6)
+
+
+def run(optimiser: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray) -> np.ndarray:
+    for lr, grad in zip(rates, grads, strict=True):
+        for group in optimiser.param_groups:
+            group["lr"] = lr
+        w.grad = torch.tensor(grad)
+        optimiser.step()
+    return w.detach().numpy()
+
+
+@pytest.fixture
+def grads() -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(12, 5, 3))
+
+
+RATES = [0.01] * 6 + [0.001] * 6
+
+
+def test_update_is_the_papers_rule_over_a_drop_of_the_rate(grads: np.ndarray) -> None:
+    w = torch.nn.Parameter(torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3))
+    expected, v = w.detach().numpy().copy(), np.zeros((5, 3))
+    for lr, grad in zip(RATES, grads, strict=True):
+        v = 0.9 * v - 0.0005 * lr * expected - lr * grad
+        expected = expected + v
+    found = run(PaperSGD([{"params": [w], "weight_decay": 0.0005}], 0.9), w, RATES, grads)
+    assert np.allclose(found, expected, rtol=1e-13)
+
+
+def test_torch_sgd_is_the_same_at_one_rate_and_differs_after_a_drop(grads: np.ndarray) -> None:
+    def both(rates: list[float]) -> tuple[np.ndarray, np.ndarray]:
+        ours, theirs = (torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
+        sgd = torch.optim.SGD([theirs], lr=1.0, momentum=0.9, weight_decay=0.0005)
+        paper = PaperSGD([{"params": [ours], "weight_decay": 0.0005}], 0.9)
+        return run(paper, ours, rates, grads), run(sgd, theirs, rates, grads)
+
+    ours, theirs = both([0.01] * 12)
+    assert np.allclose(ours, theirs, rtol=1e-12)
+    ours, theirs = both(RATES)
+    assert np.abs(ours - theirs).max() > 1e-3
+
+
+def test_rate_zero_freezes_weights_and_velocity(grads: np.ndarray) -> None:
+    w = torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float64))
+    optimiser = PaperSGD([{"params": [w], "weight_decay": 0.0005}], 0.9)
+    run(optimiser, w, [0.01] * 3, grads[:3])
+    weights, velocity = w.detach().clone(), optimiser.velocity(w).clone()
+    run(optimiser, w, [0.0] * 4, grads[:4])
+    assert torch.equal(w, weights) and torch.equal(optimiser.velocity(w), velocity)
+
+
+def decays(recipe) -> dict[str, float]:
+    model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
+    by_parameter = {
+        parameter: group["weight_decay"]
+        for group in make_optimiser(model, recipe).param_groups
+        for parameter in group["params"]
+    }
+    assert len(by_parameter) == len(list(model.parameters()))
+    return {name: by_parameter[parameters[0]] for name, parameters in model.by_joined_name().items()}
+
+
+def test_the_paper_decays_everything_the_code_only_weights() -> None:
+    assert set(decays(PAPER).values()) == {0.0005}
+    assert {name.split(".")[1]: decay for name, decay in decays(RELEASED).items()} == {"weight": 0.0005, "bias": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("epochs_done", "lr", "lr_conv1", "colour"),
+    [
+        (0, 1e-2, 1e-2, "stdev"),
+        (24, 1e-2, 1e-2, "stdev"),
+        (25, 1e-3, 1e-3, "stdev"),
+        (51, 1e-4, 1e-4, "stdev"),
+        (66, 1e-4, 1e-4, "stdev"),
+        (67, 1e-4, 1e-5, "off"),
+        (72, 1e-4, 0.0, "off"),
+        (79, 1e-5, 0.0, "off"),
+        (90, 1e-5, 0.0, "off"),
+    ],
+)
+def test_released_schedule_is_the_table_of_net_145(epochs_done: int, lr: float, lr_conv1: float, colour: str) -> None:
+    schedule = Schedule(RELEASED)
+    assert schedule.rates(epochs_done) == (lr, lr_conv1, 0.02)
+    assert schedule.colour(epochs_done) == colour
+
+
+def test_a_frozen_conv1_gets_no_gradient_and_the_rest_does() -> None:
+    torch.manual_seed(0)
+    recipe = replace(SHORT, schedule=(Change(1, lr_conv1=0.0),), dropout=0.0)
+    model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
+    optimiser, schedule = make_optimiser(model, recipe), Schedule(recipe)
+    schedule.apply(optimiser, 1)
+    model(torch.randn(2, 3, 224, 224)).square().sum().backward()
+    first = model.columns[0].conv1.weight
+    assert first.grad is None and model.columns[1].conv2.weight.grad is not None
+    before = first.detach().clone()
+    optimiser.step()
+    assert torch.equal(first, before)
+
+
+def test_plateau_drops_three_times_and_then_ends() -> None:
+    schedule = Schedule(replace(PAPER, schedule=Plateau(0.1, patience_epochs=2, drops=3)))
+    rates = []
+    for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.71, 0.7, 0.7]:
+        schedule.saw_validation(error)
+        rates.append(schedule.rates(0)[0])
+        if schedule.finished:
+            break
+    assert np.allclose(rates, [1e-2, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-5])
+    assert schedule.finished
+    other = Schedule(schedule.recipe)
+    other.load_state_dict(schedule.state_dict())
+    assert other == schedule and other.finished
+
+
+def test_every_number_of_every_recipe_has_a_source() -> None:
+    check_sources()
+
+
+def test_the_papers_numbers() -> None:
+    assert (PAPER.batch_size, PAPER.lr, PAPER.momentum, PAPER.weight_decay, PAPER.dropout) == (
+        128,
+        0.01,
+        0.9,
+        0.0005,
+        0.5,
+    )
+    assert (PAPER.lrn.k, PAPER.lrn.size, PAPER.lrn.alpha, PAPER.lrn.beta) == (2, 5, 1e-4, 0.75)
+    assert set(PAPER.init_std.values()) == {0.01} and not PAPER.norm_before_relu and PAPER.within_map is None
+    assert isinstance(PAPER.schedule, Plateau) and (PAPER.schedule.factor, PAPER.schedule.drops) == (0.1, 3)
+    assert RELEASED.lrn.alpha == pytest.approx(2e-5) and RELEASED.augmentation.divisor == 1.1
+    assert set(RECIPES) == {"paper", "released", "short"}
