@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 from sklearn.decomposition import PCA
+from threadpoolctl import threadpool_limits
 
 from prep.build import ShardTask, build_shard, build_split
 from prep.cli import main
@@ -48,8 +49,9 @@ PICTURES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
 
 
 def run_here(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-    for task in tasks:
-        build_shard(task, report.advance)
+    with threadpool_limits(1, "blas"):
+        for task in tasks:
+            build_shard(task, report.advance)
 
 
 def test_covariance_is_numpys() -> None:

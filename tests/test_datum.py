@@ -49,7 +49,7 @@ def test_protobuf_reads_what_we_write(datum: Datum, caffe_datum: Callable[[], An
 
 
 def test_plain_caffe_datum_sees_ours_as_unknown_fields(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 stand after Caffe's: without them protobuf writes the first part of our record, to the byte."""
+    """Fields 1001 and 1002 stand last: without them protobuf writes the first part of our record, to the byte."""
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("source")

@@ -132,7 +132,9 @@ def test_exif_orientation_is_said_not_applied(orientation: int) -> None:
     assert np.array_equal(picture.pixels, read_picture(file_of(PHOTO, "JPEG")).pixels)
 
 
-@pytest.mark.parametrize("block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + bytes(40), b"Exif\0\0MM"])
+@pytest.mark.parametrize(
+    "block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + bytes(40), b"Exif\0\0MM"]
+)
 def test_broken_exif_is_no_reason_to_refuse(block: bytes) -> None:
     picture = read_picture(file_of(PHOTO, "JPEG", exif=block))
     assert picture.orientation == 1
@@ -158,9 +160,9 @@ def test_truncated_files_are_refused(format: str, options: dict[str, Any], share
         (b"", "^empty file$"),
         (b"This is no picture.\n", "not a picture"),
         (b"<!DOCTYPE html><html>404</html>", "not a picture"),
-        (b"\xff\xd8\xff", "cannot be decoded: ."),
+        (b"\xff\xd8\xff", "not a picture"),
         (b"\xff\xd8\xff\xe0 a JPEG by its first bytes alone" + bytes(500), "cannot be decoded: ."),
-        (b"\x89PNG\r\n\x1a\n" + bytes(100), "cannot be decoded: ."),
+        (b"\x89PNG\r\n\x1a\n" + bytes(100), "not a picture"),
         (b"P6\n10 10\n255\n" + bytes(100), "cannot be decoded: ."),
         (bytes(10_000), "not a picture"),
     ],

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 import tracemalloc
+from collections.abc import Iterator
 from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from threadpoolctl import threadpool_limits
 
 from prep.rescale import FILTERS, rescale, rescaled_size
 
@@ -25,6 +27,13 @@ PILLOW = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """As a worker has: on a busy machine threads wait for one another longer than such small products take."""
+    with threadpool_limits(1, "blas"):
+        yield
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
@@ -78,7 +87,15 @@ def expected_and_got(
 @pytest.mark.parametrize("keep_aspect", [False, True])
 @pytest.mark.parametrize(
     ("height", "width", "side"),
-    [(375, 500, 256), (500, 333, 256), (301, 257, 256), (257, 257, 256), (97, 641, 61), (700, 997, 100), (640, 481, 37)],
+    [
+        (375, 500, 256),
+        (500, 333, 256),
+        (301, 257, 256),
+        (257, 257, 256),
+        (97, 641, 61),
+        (700, 997, 100),
+        (640, 481, 37),
+    ],
 )
 def test_area_is_the_area_average(height: int, width: int, side: int, keep_aspect: bool) -> None:
     expected, got = expected_and_got(noise(height, width), side, keep_aspect, "area")
@@ -120,7 +137,9 @@ def test_area_of_white_with_dark_lines_shrunk_very_much() -> None:
     ("height", "width", "side"),
     [(375, 500, 256), (333, 500, 64), (640, 97, 96), (31, 47, 64), (61, 40, 101), (1, 3, 32), (700, 997, 50)],
 )
-def test_kernels_are_pillows_in_floating_point(height: int, width: int, side: int, name: str, keep_aspect: bool) -> None:
+def test_kernels_are_pillows_in_floating_point(
+    height: int, width: int, side: int, name: str, keep_aspect: bool
+) -> None:
     expected, got = expected_and_got(noise(height, width), side, keep_aspect, name)
     assert got.dtype == np.uint8
     assert got.shape == expected.shape
@@ -209,5 +228,5 @@ def test_picture_of_the_right_size_is_left_alone(name: str) -> None:
 
 
 def test_unknown_filter_is_named() -> None:
-    with pytest.raises(ValueError, match="'box'.*area, bilinear, bicubic, lanczos"):
+    with pytest.raises(ValueError, match=r"'box'.*area, bilinear, bicubic, lanczos"):
         rescale(noise(10, 10), 32, False, "box")

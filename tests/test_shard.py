@@ -79,7 +79,7 @@ def test_digest_knows_order_keys_and_borders(tmp_path: Path) -> None:
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB, more than twice the first map, with one record of 80 MB: all there, and the file is no larger than that."""
+    """150 MB, more than twice the first map, with one record of 80 MB: all there, in a file that is no larger."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 

@@ -1,9 +1,9 @@
-"""The whole flow on the demo's data: photographs in, a trained and evaluated AlexNet out, in a few minutes on two cores.
+"""The whole flow on the demo's data: photographs in, a trained and evaluated AlexNet out, in minutes on two cores.
 
     python -m tools.demo
 
-Runs the product's own commands, as a user would type them, and shows each. Interrupted, it goes on where it was; finished,
-it begins anew the next time.
+Runs the product's own commands, as a user would type them, and shows each. Interrupted, it goes on where it was;
+finished, it begins anew the next time.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def demo(folder: Path) -> None:
         errors |= _run(words)
     finished.touch()
     click.secho(
-        f"\nTen-view top-1 error {errors['top1_error']:.1%} on {errors['images']} photographs that it had not seen; chance is "
-        f"{1 - 1 / CLASSES:.0%}. {duration_text(time.monotonic() - started)} in all. Look at:",
+        f"\nTen-view top-1 error {errors['top1_error']:.1%} on {errors['images']} photographs that it had not seen; "
+        f"chance is {1 - 1 / CLASSES:.0%}. {duration_text(time.monotonic() - started)} in all. Look at:",
         bold=True,
     )
     for name, what in LOOK_AT:

@@ -1,0 +1,201 @@
+"""Every command as a user meets it: help with an example, one clear line for a mistake, JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import pairwise
+from pathlib import Path
+
+import click
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+import pipeline.cli
+import prep.cli
+import train.cli
+from pipeline.preview import AUGMENTED
+from train.recipe import RECIPES
+
+GROUPS = {"alexprep": prep.cli.main, "alexstream": pipeline.cli.main, "alextrain": train.cli.main}
+COMMANDS = [(group, name) for group, main in GROUPS.items() for name in main.commands]
+
+
+def run(group: str, *words: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(GROUPS[group], list(words))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(("group", "name"), COMMANDS)
+def test_every_command_has_help_with_an_example(group: str, name: str) -> None:
+    for words in ([name, "--help"], [name, "-h"]):
+        code, out, _ = run(group, *words)
+        assert code == 0 and "Example:" in out and f"{group} {name}" in out
+    for parameter in GROUPS[group].commands[name].params:
+        if isinstance(parameter, click.Option):
+            assert parameter.help, f"{group} {name} {parameter.name}"
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_has_help_and_a_version(group: str) -> None:
+    code, out, _ = run(group, "--help")
+    assert code == 0 and "Example:" in out
+    assert all(name in out for name in GROUPS[group].commands)
+    assert run(group, "--version")[0] == 0
+
+
+def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
+    from prep.picture import FORMATS
+    from prep.rescale import FILTERS
+    from prep.sources import LABEL_ORDERS
+
+    choices = {p.name: p.type.choices for p in prep.cli.build_lmdb.params if isinstance(p.type, click.Choice)}
+    assert tuple(choices["format"]) == FORMATS and tuple(choices["filter"]) == FILTERS
+    assert tuple(choices["label_order"]) == LABEL_ORDERS
+    assert train.cli.RECIPE_NAMES == tuple(RECIPES)
+
+
+MISTAKES = [
+    (["alexprep", "build-lmdb", "nowhere"], "nowhere: no such folder"),
+    (["alexprep", "build-lmdb", "empty"], "empty: the folder is empty"),
+    (["alexprep", "pca-stats", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexstream", "preview", "out.png", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexstream", "bench", "--store", "old"], "built with store version 99; this program reads version 1"),
+    (["alextrain", "run", "--store", "old"], "built with store version 99; this program reads version 1"),
+    (["alextrain", "run", "--store", "empty"], "no manifest.json"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "0,1,2"], "--gpus 0,1,2: AlexNet has two columns"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "7,8"], "--gpus 7,8: there is no GPU 7"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "one"], "--gpus one: expected two GPUs (0,1)"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "999"], "--batch 999"),
+    (["alextrain", "evaluate", "nowhere", "--store", "STORE"], "nowhere: no such run"),
+    (["alextrain", "evaluate", "empty", "--store", "STORE"], "empty: no checkpoint"),
+    (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "has no split test"),
+    (["alextrain", "figures", "nowhere"], "nowhere: no such run"),
+    (["alextrain", "summary", "--gpus", "0,1,2"], "AlexNet has two columns"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: " ".join(value)[:50])
+def test_a_mistake_gets_one_clear_line(
+    words: list[str], message: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Path("old").mkdir()
+    Path("old/manifest.json").write_text(json.dumps({"kind": "alexnet-store", "schema": 99}))
+    words = [str(store) if word == "STORE" else word for word in words]
+    code, out, err = run(*words)
+    assert code == 1 and out == ""
+    errors = [line for line in err.splitlines() if line]
+    assert len(errors) == 1 and errors[0].startswith("Error: ") and message in errors[0]
+    assert not Path("run").exists() and not Path("out.png").exists() and not Path("store").exists()
+
+
+def test_the_default_of_gpus_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    from train.devices import devices_of, devices_text
+
+    for there, wanted in ((0, ("cpu", "cpu")), (1, ("cuda:0", "cuda:0")), (8, ("cuda:0", "cuda:1"))):
+        monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
+        assert devices_of(None) == wanted
+    assert devices_of("3,1") == ("cuda:3", "cuda:1") and devices_of("5") == ("cuda:5", "cuda:5")
+    assert devices_text(("cuda:0", "cuda:1")) == "column 0 on cuda:0, column 1 on cuda:1"
+
+
+def test_summary_as_text_and_json() -> None:
+    code, out, _ = run("alextrain", "summary")
+    assert code == 0 and "60,965,224" in out and "column 1 (GPU 1)" in out
+    table = json.loads(run("alextrain", "summary", "--json", "--classes", "10")[1])
+    assert table["parameters"] == 60_965_224 - 990 * 4097
+    assert sum(row["multiply_adds"] for row in table["layers"]) == table["multiply_adds"]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_prints_every_number_with_its_source(name: str) -> None:
+    code, out, _ = run("alextrain", "recipe", name)
+    assert code == 0 and all(source in out for source in RECIPES[name].sources.values())
+    assert json.loads(run("alextrain", "recipe", name, "--json")[1])["lr"] == RECIPES[name].lr
+
+
+def test_bench_says_the_rate_and_its_share_of_the_bound(stores: dict[str, Path]) -> None:
+    for kind in ("jpeg", "ppm"):
+        words = ["--store", str(stores[kind]), "--seconds", "0.2", "--batch", "8", "--threads", "1"]
+        code, out, _ = run("alexstream", "bench", "--json", *words)
+        said = json.loads(out)
+        assert code == 0 and said["images_per_s"] > 0 and said["bound_images_per_s"] > 0
+        assert said["format"] == kind and said["threads"] == 1 and said["batch"] == 8 and said["device"] == "cpu"
+        assert 0 < said["share_of_bound"] < 100
+
+
+def test_preview_shows_stored_pictures_augmentations_and_louder_noise(stores: dict[str, Path], tmp_path: Path) -> None:
+    sheets = {}
+    for kind in ("jpeg", "ppm", "ppm-whole"):
+        out = tmp_path / f"{kind}.png"
+        assert run("alexstream", "preview", str(out), "--store", str(stores[kind]), "--rows", "3")[0] == 0
+        sheets[kind] = np.asarray(Image.open(out)).astype(float)
+    cell = 224 + 6
+    assert sheets["jpeg"].shape == (34 + 3 * cell, 6 + (AUGMENTED + 2) * cell, 3)
+    assert np.abs(sheets["jpeg"] - sheets["ppm"]).mean() < 3  # the same draws of the same pictures
+    for row in range(3):
+        cells = [
+            sheets["ppm"][34 + row * cell :][:224, 6 + column * cell :][:, :224] for column in range(AUGMENTED + 2)
+        ]
+        assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
+        eighth, louder = cells[AUGMENTED], cells[AUGMENTED + 1]
+        inside = ((louder > 1) & (louder < 254)).all(2)
+        if inside.sum() > 500:  # where nothing is clipped the two differ by one colour: the same window and flip
+            assert (louder - eighth)[inside].std(0).max() < 1.5
+
+
+def test_preview_into_a_folder_that_is_not_there(store: Path, tmp_path: Path) -> None:
+    code, _, err = run("alexstream", "preview", str(tmp_path / "no" / "out.png"), "--store", str(store))
+    assert code == 1 and err.count("\n") == 1 and "there is no folder" in err
+
+
+def test_dry_run_says_the_plan_and_writes_nothing(store: Path, tmp_path: Path) -> None:
+    words = ["--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--batch", "8", "--dry-run"]
+    code, out, err = run("alextrain", "run", *words, "--epochs", "4", "--json")
+    assert code == 0 and json.loads(out)["dry_run"] is True
+    assert "both columns on cpu" in err and "3 steps an epoch, 12 steps in all" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_whole_network_trains_resumes_evaluates_and_draws(store: Path, tmp_path: Path) -> None:
+    """The commands one after the other, at the paper's full width, on the CPU."""
+    run_dir = tmp_path / "run"
+    words = ["--store", str(store), "--run-dir", str(run_dir), "--gpus", "cpu", "--batch", "10"]
+    code, out, err = run("alextrain", "run", *words, "--recipe", "released", "--steps", "1", "--json")
+    assert code == 0 and json.loads(out)["train"]["step"] == 1
+    code, out, err = run("alextrain", "run", *words, "--recipe", "released", "--epochs", "1", "--json")
+    assert code == 0 and "goes on after step 1" in err
+    assert json.loads(out)["val"]["images"] == 12 and json.loads(out)["train"]["step"] == 3
+    code, _, err = run("alextrain", "run", *words, "--recipe", "paper", "--epochs", "1")
+    assert code == 1 and "another recipe (released, here paper)" in err
+    code, out, _ = run("alextrain", "evaluate", str(run_dir), "--store", str(store), "--json")
+    said = json.loads(out)
+    assert code == 0 and {"top1_error", "top5_error", "loss", "images"} <= set(said)
+    assert said["images"] == 12 and said["views"] == 10
+    assert run("alextrain", "figures", str(run_dir))[0] == 0
+    for name in ("learning-curve.png", "kernels.png"):
+        assert np.asarray(Image.open(run_dir / name)).std() > 5
+
+
+def test_dali_that_is_not_installed_is_said_in_one_line(store: Path) -> None:
+    script = (
+        "import sys\n"
+        "class Missing:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[:2] == ['nvidia', 'dali']:\n"
+        "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
+        "sys.meta_path.insert(0, Missing())\n"
+        "from pipeline.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    words = ["bench", "--store", str(store)]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert "NVIDIA DALI is not installed" in done.stderr and "alexnet[cuda13]" in done.stderr
