@@ -125,11 +125,6 @@ def first_records(store: Store) -> list[bytes]:
     return [Datum.decode(value).data for _, value in islice(records, _HELD_RECORDS)]
 
 
-def copy(record: bytes) -> object:
-    """A copy that lets go of the interpreter's lock, as bytes and bytearray do not."""
-    return np.frombuffer(record, np.uint8).copy()
-
-
 def bound(name: str, work: Callable[[bytes], object], store: Store, count: int, threads: int) -> Contestant:
     """`work` alone, on as many records as `count` batches have."""
     held = first_records(store)
@@ -199,7 +194,8 @@ def main(store: Path | None, threads: int, batches: int, rounds: int, as_json: b
             stream("DALI, plain graph, JPEG", dali_batches(jpeg, threads), batches, _JPEG_BOUND),
             bound(_JPEG_BOUND, libjpeg_turbo().decode_jpeg, jpeg, batches, threads),
             stream("ours, PPM", ours(ppm, threads), batches, _PPM_BOUND),
-            bound(_PPM_BOUND, copy, ppm, batches, threads),
+            # numpy's copy lets go of the interpreter's lock, as that of bytes and bytearray does not
+            bound(_PPM_BOUND, lambda record: np.frombuffer(record, np.uint8).copy(), ppm, batches, threads),
         )
         rows = race(contestants, rounds)
     more = {"records": jpeg.split("train").records, "batch": BATCH, "batches": batches, "threads": threads}

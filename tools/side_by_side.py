@@ -117,13 +117,12 @@ def show(rows: Sequence[Row], as_json: bool, more: dict[str, Any], note: str = "
         answer({**more, "contestants": [asdict(row) for row in rows]})
         return
     width = max(len(row.name) for row in rows)
-    click.echo(f"{'images/s, median':<{width}} {'':>9} {'min .. max':>18} {'of ours':>9} {'of bound':>9}")
+    bounded = any(row.of_bound is not None for row in rows)
+    click.echo(f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}")
     for row in rows:
         spread = f"{_rate(row.least)} .. {_rate(row.most)}"
-        of_bound = "" if row.of_bound is None else f"{row.of_bound:.2f}"
-        click.echo(
-            f"{row.name:<{width}} {_rate(row.images_per_s):>9} {spread:>18} {row.of_ours:9.2f} {of_bound:>9}".rstrip()
-        )
+        of_bound = "" if row.of_bound is None else f"{row.of_bound:9.2f}"
+        click.echo(f"{row.name:<{width}} {_rate(row.images_per_s):>8} {spread:>18} {row.of_ours:8.2f}{of_bound}")
     if note:
         click.echo(note)
 
