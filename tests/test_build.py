@@ -625,12 +625,20 @@ def slow_fingerprint(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> st
     return build(slow, tmp_path_factory.mktemp("slow_store") / "store").fingerprint
 
 
-class Command:
-    """The build of `slow` as a process of its own, at the head of its own process group."""
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background inherits that it is ignored
+from prep.cli import main
+main()
+"""
 
-    def __init__(self, slow: Path, store: Path) -> None:
-        words = ["build-lmdb", str(slow), "--store", str(store), "--side", "32", "--format", "ppm", "--jobs", "2"]
-        program = [sys.executable, "-c", "from prep.cli import main; main()"]
+
+class Command:
+    """A build in two workers, as a process of its own, at the head of its own process group."""
+
+    def __init__(self, photos: Path, store: Path) -> None:
+        words = ["build-lmdb", str(photos), "--store", str(store), "--side", "32", "--format", "ppm", "--jobs", "2"]
+        program = [sys.executable, "-c", COMMAND]
         self.work = store / "train" / ".build"
         self.process = subprocess.Popen(
             program + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
@@ -719,6 +727,28 @@ def test_interrupted_by_a_signal(slow: Path, slow_fingerprint: str, tmp_path: Pa
     report = Progress(320, "pictures")
     assert build(slow, store, report=report).fingerprint == slow_fingerprint
     assert report.skipped >= 64
+
+
+def test_ctrl_c_while_the_workers_start(slow: Path, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the workers too, which must leave it to the parent from the beginning."""
+    command = Command(slow, tmp_path / "store")
+    command.wait_for("worker", lambda: any("spawn_main" in line for line in group(command.process.pid).values()))
+    os.killpg(command.process.pid, signal.SIGINT)
+    code, stdout, stderr = command.end()
+    assert code == 130, stderr
+    assert (stdout, stderr) == ("", "Interrupted. The same command goes on from here.\n")
+
+
+def test_signal_does_not_wait_for_shards_under_way(tmp_path: Path) -> None:
+    """Shards of 64 large pictures take seconds: SIGTERM in the first of them ends the build with none finished."""
+    photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
+    command = Command(photos, tmp_path / "store")
+    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
+    command.process.send_signal(signal.SIGTERM)
+    code, _, stderr = command.end()
+    assert code == 143, stderr
+    assert command.finished() == []
+    assert list(command.work.glob("*.json")) == [command.work / "plan.json"]
 
 
 def test_killed_worker_is_said_in_one_line(slow: Path, slow_fingerprint: str, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def config(store: Path, run_dir: Path, **changes) -> RunConfig:
     """9 steps of 8 images: 3 epochs of 3 steps on the 30 training pictures of the test store."""
     plan = RunConfig(
         store=store,
-        recipe=replace(SHORT, schedule=(Change(1, lr=0.002),)),
+        recipe=replace(SHORT, dropout=0.5, schedule=(Change(1.5, lr=0.002),)),
         batch_size=8,
         seed=3,
         widths=SMALL,

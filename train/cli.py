@@ -192,6 +192,7 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
     records = opened.split(split).records
     from pipeline.loader import eval_loader
     from train.devices import devices_of
+    from train.evaluate import batch_of
     from train.evaluate import evaluate as measure
     from train.run import load_trained
 
@@ -202,7 +203,7 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
             f"{run_dir} knows {state['identity']['classes']} classes, {store} has {len(opened.classes)}. "
             "Point --store at the one it was trained on."
         )
-    batch = min(records, 128 if views == "1" else 16)
+    batch = batch_of(records, int(views), devices[0])
     loader = eval_loader(
         store, batch, devices[0], views=int(views), split=split, augmentation=model.recipe.augmentation
     )

@@ -21,7 +21,7 @@ from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from prep.console import Terminated, UserError, progress, say
 from prep.manifest import Store
 from train import checkpoint
-from train.evaluate import EvalResult, evaluate, wrong
+from train.evaluate import EvalResult, batch_of, evaluate, wrong
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
 from train.run import RunConfig, begin, check_identity, identity
@@ -61,8 +61,8 @@ def fit(config: RunConfig) -> Path:
     with _stop_requests() as stop:
         interval = _Interval(loader)
         while step < last_step and not schedule.finished:
-            lr = schedule.apply(optimiser, step // steps_per_epoch)
             for images, labels in loader:
+                lr = schedule.apply(optimiser, step / steps_per_epoch)
                 labels = labels.to(model.devices[0], non_blocking=True)
                 logits = model(images)
                 loss = F.cross_entropy(logits, labels)
@@ -120,7 +120,7 @@ def _validation(config: RunConfig, store: Store) -> EvalLoader | None:
     if "val" not in store.splits:
         say(f"{config.store} has no split val: no validation errors, and a schedule that waits for them never moves.")
         return None
-    batch = min(config.batch_size, store.split("val").records)
+    batch = batch_of(store.split("val").records, 1, config.devices[0])
     return eval_loader(
         config.store, batch, config.devices[0], augmentation=config.recipe.augmentation, threads=config.threads
     )

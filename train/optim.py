@@ -79,8 +79,8 @@ class Schedule:
     drops: int = 0
     finished: bool = field(default=False, init=False)
 
-    def rates(self, epochs_done: int) -> tuple[float, float, float]:
-        """(lr of weights, of conv1's weights, of biases) after `epochs_done` whole epochs."""
+    def rates(self, epochs_done: float) -> tuple[float, float, float]:
+        """(lr of weights, of conv1's weights, of biases) after `epochs_done` epochs."""
         recipe = self.recipe
         lr, lr_conv1 = recipe.lr, None  # a rate that conv1 is given of its own it keeps
         if isinstance(recipe.schedule, Plateau):
@@ -97,7 +97,7 @@ class Schedule:
             colour = change.colour or colour
         return colour
 
-    def apply(self, optimiser: PaperSGD, epochs_done: int) -> float:
+    def apply(self, optimiser: PaperSGD, epochs_done: float) -> float:
         """Set the rates of an optimiser that make_optimiser made; returns the rate of the weights.
 
         A rate of 0 for conv1 freezes the layer whole: no gradient is computed for it.
@@ -127,7 +127,7 @@ class Schedule:
         else:
             self.drops += 1
 
-    def _changes(self, epochs_done: int) -> list[Change]:
+    def _changes(self, epochs_done: float) -> list[Change]:
         if isinstance(self.recipe.schedule, Plateau):
             return []
         return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]
