@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ from typing import Any
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 from PIL import features
 
 from prep import shard
@@ -86,6 +88,7 @@ def build_split(
     plan = _plan(source, settings)
     store.mkdir(parents=True, exist_ok=True)
     with _only_builder(store):
+        _sweep(store)
         existing = Store.open(store) if (store / "manifest.json").exists() else None
         if existing is not None:
             _same_settings(settings, asdict(existing.settings), store)
@@ -96,6 +99,7 @@ def build_split(
                         "Choose another --store, or delete this one to build it anew."
                     )
                 report.skip(len(source.inputs))
+                shutil.rmtree(store / source.split / ".build", ignore_errors=True)
                 return existing
         folder = store / source.split
         work = folder / ".build"
@@ -123,7 +127,7 @@ def build_shard(task: ShardTask, count: Callable[[], None]) -> None:
         shutil.rmtree(final, ignore_errors=True)  # renamed by a build that was killed before it could record
         os.rename(temporary, final)
         sync_folder(task.folder)
-        np.save(_record_path(task).with_suffix(".npy"), result.square_sum)
+        _save_array(_record_path(task).with_suffix(".npy"), result.square_sum)
         summary = result.summary(Shard(task.path, records, size, digest))
         write_atomic(_record_path(task), json.dumps(summary).encode())
     except (lmdb.Error, OSError) as error:
@@ -163,7 +167,7 @@ class _ShardResult:
             check_rescaled_size(picture.pixels, settings.side_px, settings.keep_aspect)
         except BadPicture as why:
             if not task.skip_bad:
-                raise UserError(f"{name}: {why}. Mend or remove it, or pass --on-bad skip to leave it out.") from None
+                raise UserError(f"{name}: {why}. Mend it, or pass --on-bad skip to leave it out.") from None
             self.fates.append({"source": name, "fate": "bad", "why": str(why)})
             return None
         pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
@@ -236,9 +240,9 @@ def _start_or_go_on(work: Path, plan: str, settings: Settings, store: Path) -> N
                 f"or delete {work.parent} to start anew."
             )
         return
-    if work.parent.exists():
+    if work.parent.exists() and set(os.listdir(work.parent)) - {work.name}:
         raise StoreError(f"{work.parent} exists but no build of ours began it. Choose another --store, or remove it.")
-    work.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
     write_atomic(path, json.dumps({"plan": plan, "settings": asdict(settings)}).encode())
 
 
@@ -304,8 +308,7 @@ def _put_together(
         moments=moments.to_json(),
         account=account,
     )
-    with open(folder / "mean_image.npy", "wb") as file:
-        np.save(file, (square_sum / records).astype(np.float32))
+    _save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     write_colour(folder, split)
     lines = [json.dumps(fate, ensure_ascii=False) + "\n" for fate in sorted(fates, key=lambda f: str(f["source"]))]
     write_atomic(folder / "inputs.jsonl", "".join(lines).encode())
@@ -319,6 +322,21 @@ def write_colour(folder: Path, split: Split) -> None:
     """Write colour.json, which the stream reads, from the split's exact moments."""
     stats = colour_stats(split.records, Moments.from_json(split.moments))
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    content = io.BytesIO()
+    np.save(content, array)
+    write_atomic(path, content.getvalue())
+
+
+def _sweep(store: Path) -> None:
+    """Remove what killed builds left under temporary names. Only the holder of the store's lock may."""
+    for left in [*store.glob(".*.tmp"), *store.glob("*/.*.tmp"), *store.glob("*/.build/*.tmp")]:
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def _record_path(task: ShardTask) -> Path:

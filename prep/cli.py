@@ -31,7 +31,7 @@ store_option = click.option(
     show_envvar=True,
     help="Folder of the store.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 
 
 @click.group(cls=Group, context_settings=CONTEXT)

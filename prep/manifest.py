@@ -148,7 +148,9 @@ class Store:
                 splits[name] = _build(Split, {**raw, "shards": shards}, where)
             settings = _build(Settings, data["settings"], f"{path}: settings")
             return Store(root, settings, dict(data["tools"]), tuple(data["classes"]), splits)
-        except (KeyError, TypeError, AttributeError) as error:
+        except StoreError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StoreError(
                 f"{path}: {error!r} where a field should be. The store is damaged: build it again."
             ) from None
@@ -163,12 +165,18 @@ class Store:
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:
-        """The LMDB folders of a split in order; raises StoreError where one is missing."""
-        paths = [self.root / shard.path for shard in self.split(split).shards]
-        for path in paths:
-            if not (path / "data.mdb").is_file():
-                raise StoreError(f"{path}/data.mdb is missing from the store. Build the store again.")
-        return [str(path) for path in paths]
+        """The LMDB folders of a split in order; raises StoreError where one is missing or cut short."""
+        paths = []
+        for shard in self.split(split).shards:
+            file = self.root / shard.path / "data.mdb"
+            if not file.is_file():
+                raise StoreError(f"{file} is missing from the store. Build the store again.")
+            if file.stat().st_size < shard.bytes:  # reading past its end would kill the process
+                raise StoreError(
+                    f"{file} has {file.stat().st_size:,} bytes, its records {shard.bytes:,}. Build it again."
+                )
+            paths.append(str(file.parent))
+        return paths
 
     def colour(self, split: str = "train") -> ColourStats:
         """Mean and colour PCA of a split; raises StoreError where colour.json is missing or damaged."""
@@ -187,7 +195,7 @@ class Store:
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, EOFError) as error:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if mean.shape != (side, side, 3) or mean.dtype != np.float32:
             raise StoreError(f"{path}: {mean.dtype} {mean.shape}, expected float32 {(side, side, 3)}. Build it again.")

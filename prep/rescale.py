@@ -122,8 +122,8 @@ def _bands(n_in: int, n_out: int, first: int, last: int, name: str, channels: in
     bits = how.first_bits if channels == 1 else how.second_bits
     outputs = np.arange(first, last)
     lows, weights = _area(n_in, n_out, outputs) if name == "area" else _kernel(n_in, n_out, outputs, name)
-    whole = np.rint(weights * 2.0**bits)
-    whole[np.arange(len(whole)), whole.argmax(axis=1)] += 2.0**bits - whole.sum(axis=1)  # a flat picture stays flat
+    # The running sum is rounded, not each weight: they sum to 2^bits, a flat picture stays flat, none turns negative.
+    whole = np.diff(np.rint(np.cumsum(weights, axis=1) * 2.0**bits), axis=1, prepend=0.0)
     taps = whole.shape[1]
     starts = lows[::_BLOCK]  # one for each band
     ends = lows[np.minimum(np.arange(len(starts)) * _BLOCK + _BLOCK, len(lows)) - 1]

@@ -36,7 +36,8 @@ def run_local(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
     with _one_blas_thread():
         pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (done,))
         try:
-            running: set[Future[None]] = {pool.submit(_work, task) for task in tasks}
+            with _ctrl_c_held_back():  # submitting starts the workers, which inherit that
+                running: set[Future[None]] = {pool.submit(_work, task) for task in tasks}
             while running:
                 finished, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
                 report.update(before + done.value)
@@ -58,7 +59,6 @@ def run_local(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
 def _begin(done: Synchronized[int]) -> None:
     global _done
     _done = done
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -77,6 +77,16 @@ def _work(task: ShardTask) -> None:
 def _count() -> None:
     with _done.get_lock():
         _done.value += 1
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Block SIGINT: processes started inside never see it, and here it comes through at the end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

@@ -65,10 +65,19 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
 
 
 def read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Every (key, value) in order; raises StoreError where the LMDB cannot be opened."""
+    """Every (key, value) in order; raises StoreError where the LMDB is damaged.
+
+    LMDB maps its file and trusts it: reading past the end of one that was cut short kills the process. So its length is
+    held against the number of pages that its header promises, before any is touched.
+    """
     try:
-        env = lmdb.open(str(folder), readonly=True, lock=False, subdir=True)
+        with lmdb.open(str(folder), readonly=True, lock=False, subdir=True) as env:
+            promised, found = (env.info()["last_pgno"] + 1) * env.stat()["psize"], (folder / "data.mdb").stat().st_size
+            if found < promised:
+                raise StoreError(
+                    f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. Build the store again."
+                )
+            with env.begin(buffers=False) as txn:
+                yield from txn.cursor()
     except lmdb.Error as error:
         raise StoreError(f"{folder}: {error}. Build the store again.") from None
-    with env, env.begin(buffers=False) as txn:
-        yield from txn.cursor()

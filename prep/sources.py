@@ -157,7 +157,7 @@ def _devkit(path: Path) -> dict[int, str]:
     from scipy.io import loadmat
 
     try:
-        synsets = loadmat(path, squeeze_me=True)["synsets"]
+        synsets = loadmat(str(path), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     except FileNotFoundError:
         raise UserError(
@@ -208,7 +208,8 @@ def _name_label(
 
 def _beside(root: Path) -> Path:
     """The one label file near a flat folder; raises UserError where there is none or more than one."""
-    near = sorted({*root.parent.glob("*ground_truth*.txt"), *root.parent.glob(f"{root.name}.txt")})
+    place = root.resolve()
+    near = sorted({*place.parent.glob("*ground_truth*.txt"), *place.parent.glob(f"{place.name}.txt")})
     if len(near) != 1:
         found = f"{len(near)} files beside it look like labels" if near else "no label file lies beside it"
         raise UserError(f"{root}: photographs without class folders, and {found}. Name one with --labels FILE.")

@@ -223,7 +223,7 @@ def test_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_path
 def test_damaged_record_is_named(photo_folder: Path, tmp_path: Path) -> None:
     """A record that was changed after the build: the error names the shard and the key."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    good = Datum(1, 1, b"not a picture", 0, b"x").encode()
+    good = Datum(1, 1, b"not a picture" * 100_000, 0, b"x").encode()  # as long as the shard that it stands for
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"
         for file in folder.iterdir():

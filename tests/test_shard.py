@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,3 +135,17 @@ def test_damaged_page_is_a_store_error(tmp_path: Path) -> None:
     file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
     with pytest.raises(StoreError, match=str(folder)):
         list(read(folder))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
+    """As a copy that broke off leaves it. In a process of its own: reading a map past its file's end is SIGBUS."""
+    folder = tmp_path / "s"
+    write(folder, some_records(100))
+    file = folder / "data.mdb"
+    with open(file, "r+b") as handle:
+        handle.truncate(int(file.stat().st_size * share))
+    program = "import sys, pathlib; from prep.shard import read; list(read(pathlib.Path(sys.argv[1])))"
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1, ended
+    assert ended.stderr.splitlines()[-1].startswith(f"prep.manifest.StoreError: {folder}")

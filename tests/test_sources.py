@@ -216,6 +216,12 @@ def test_label_file_beside_the_folder_is_found(flat: Path, tmp_path: Path, name:
     assert [label for _, label in pairs(read(flat))] == [1, 0, 1, 0]
 
 
+def test_label_file_beside_a_folder_named_by_a_dot(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    label_file(tmp_path, "2\n1\n2\n1\n", "val_ground_truth.txt")
+    monkeypatch.chdir(flat)
+    assert [label for _, label in pairs(read(Path(".")))] == [1, 0, 1, 0]
+
+
 def test_label_file_beside_the_folder_must_be_the_only_one(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no label file"):
         read(flat)

@@ -21,6 +21,7 @@ from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from prep.console import Terminated, UserError, progress, say
 from prep.manifest import Store
 from train import checkpoint
+from train.devices import keep_freed_memory
 from train.evaluate import EvalResult, batch_of, evaluate, wrong
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
@@ -36,6 +37,8 @@ def fit(config: RunConfig) -> Path:
     # ---- store, model, optimiser
     store = Store.open(config.store)
     begin(config, store)
+    if config.devices[0] == "cpu":
+        keep_freed_memory()
     torch.manual_seed(config.seed)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.widths)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)

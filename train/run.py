@@ -15,7 +15,7 @@ import torch
 from prep.console import UserError
 from prep.manifest import Store, digest_json, write_atomic
 from train import checkpoint
-from train.devices import Devices
+from train.devices import Devices, keep_freed_memory
 from train.model import AlexNet, Widths
 from train.recipe import Recipe, recipe_named
 
@@ -98,6 +98,8 @@ def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, An
     """The network of a run's newest checkpoint, on `devices`, and the checkpoint; raises UserError where there is
     none.
     """
+    if devices[0] == "cpu":
+        keep_freed_memory()
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {run_dir}")
     state = checkpoint.load_latest(run_dir)
