@@ -25,7 +25,7 @@ STEPS = (
     "alexprep build-lmdb {0}/photographs --store {0}/store",
     "alexprep pca-stats --store {0}/store --plot {0}/colour.png",
     "alexstream preview {0}/preview.png --store {0}/store",
-    "alextrain run --store {0}/store --run-dir {0}/run --recipe short",
+    "alextrain run --store {0}/store --run-dir {0}/run --recipe short --steps 232",
     "alextrain evaluate {0}/run --store {0}/store --views 1",
     "alextrain evaluate {0}/run --store {0}/store --views 10 --json",
     "alextrain figures {0}/run",
