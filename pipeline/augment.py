@@ -182,8 +182,7 @@ class Augmenter:
         )
         if self.mean_image is None:
             return image
-        mean_image = types.Constant((self.mean_image / divisor).astype(np.float32))
-        return image - self.placement.place(mean_image)
+        return image - self.placement.constant(types, (self.mean_image / divisor).astype(np.float32))
 
     @property
     def _is_raw(self) -> bool:
@@ -192,7 +191,7 @@ class Augmenter:
 
     @property
     def _exact(self) -> dict[str, Any]:
-        """Decoder options that give libjpeg-turbo's pixels on every device."""
+        """Decoder options that make a GPU upsample chroma as libjpeg-turbo does on the CPU."""
         return {"output_type": self.types.RGB, "jpeg_fancy_upsampling": True, "adjust_orientation": False}
 
     def _decode_slice(self, record: Node, start: Node, size_px: int) -> Node:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from pipeline.augment import Augmentation
-from pipeline.loader import TrainLoader, reader, unbuilt_pipeline
+from pipeline.loader import TrainLoader, dali_errors, reader, unbuilt_pipeline
 from pipeline.placement import Placement
 from prep.manifest import Store
 
@@ -103,8 +103,9 @@ def _hold_records(store: Store, split: str) -> list[bytes]:
     with pipe:
         record, _ = reader(store, split, seed=0, shuffle=False, pad_last_batch=False)
         pipe.set_outputs(record)
-    pipe.build()
-    return [np.array(pipe.run()[0][0]).tobytes() for _ in range(wanted)]
+    with dali_errors(store, split):
+        pipe.build()
+        return [np.array(pipe.run()[0][0]).tobytes() for _ in range(wanted)]
 
 
 def _bound(format: str) -> tuple[Callable[[bytes], object], str]:

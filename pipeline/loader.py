@@ -7,7 +7,8 @@
         (128,)
 
 DALI does the work in its own threads, ahead of the consumer; what arrives is a view of its memory, without a copy. Each
-batch has memory of its own for as long as a tensor of it lives, so batches may be kept or changed in place.
+batch has memory of its own for as long as a tensor of it lives, so batches may be kept or changed in place. On a GPU
+they belong to the stream that is torch's current one when they are served.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,6 +39,22 @@ class Batch(NamedTuple):
 
     images: torch.Tensor  # float32 (N, 3, 224, 224), RGB, grey levels minus the mean; ten views: (N, 10, 3, 224, 224)
     labels: torch.Tensor  # int64 (N,), 0..classes − 1
+
+
+@contextmanager
+def dali_errors(store: Store, split: str) -> Iterator[None]:
+    """Raise DALI's RuntimeErrors as StoreError, with its own words for the cause, in one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
+        causes = [line for line in lines[after[0] if after else 0 :] if line]
+        cause = next((line for line in causes if "key" in line.lower()), causes[0] if causes else repr(error))
+        raise StoreError(
+            f"{store.root}, split {split}: DALI stopped ({cause}). If a record is damaged, this finds it: "
+            f"alexprep pca-stats --recompute --store {store.root} --split {split}"
+        ) from None
 
 
 class _Loader:
@@ -66,22 +84,15 @@ class _Loader:
         self.close()
 
     def _run(self) -> tuple[Any, ...]:
-        """DALI's next outputs; raises StoreError, with DALI's own words for the record, where one cannot be read."""
+        """DALI's next outputs; raises StoreError as dali_errors does."""
         if self._pipe is None:
             raise ValueError("the loader is closed")
         started = time.perf_counter()
         try:
-            outputs: tuple[Any, ...] = self._pipe.run()
-        except RuntimeError as error:
-            where = [line.strip() for line in str(error).splitlines() if "key" in line.lower()]
-            detail = where[0] if where else str(error).strip().splitlines()[0]
-            raise StoreError(
-                f"{self.store.root}, split {self.split}: a record cannot be decoded ({detail}). "
-                f"Look for it with: alexprep pca-stats --recompute --store {self.store.root} --split {self.split}"
-            ) from None
+            with dali_errors(self.store, self.split):
+                return self.placement.run(self._pipe)
         finally:
             self.waited_s += time.perf_counter() - started
-        return outputs
 
     def _batch(self, outputs: tuple[Any, ...], size: int) -> Batch:
         images, labels = (from_dlpack(output.as_tensor())[:size] for output in outputs[:2])
@@ -89,7 +100,7 @@ class _Loader:
             raise StoreError(
                 f"{self.store.root}: labels of shape {tuple(labels.shape)}, expected {(size, 1)}. Build it again."
             )
-        return Batch(images, labels[:, 0].to(self.placement.torch_device, torch.int64))
+        return Batch(images, labels[:, 0].to(torch.int64))
 
 
 class TrainLoader(_Loader):
@@ -137,6 +148,11 @@ class TrainLoader(_Loader):
         """Where the stream stands, to continue with the next batch to the bit: JSON-able, a few hundred bytes."""
         blob = base64.b64encode(self._pipe.checkpoint()).decode("ascii")
         return {**self._identity(), "batches_served": self.batches_served, "dali": blob}
+
+    def can_continue(self, state: Mapping[str, Any]) -> bool:
+        """Whether a state is of the same kind of device and the same versions; where not, no bits can be promised."""
+        mine = self._identity()
+        return all(state.get(name) == mine[name] for name in ("graph_version", "dali_version", "device_kind"))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a state of the same store, geometry and settings; raises UserError naming what differs.
@@ -191,8 +207,9 @@ class EvalLoader(_Loader):
             # Padding repeats the last record to fill the last batch, and makes every pass begin with the first.
             record, label = reader(store, split, seed=0, shuffle=False, pad_last_batch=True)
             image = augmenter.centre_view(record) if views == 1 else augmenter.ten_views(record)
-            pipe.set_outputs(image, label)
-        pipe.build()
+            pipe.set_outputs(image, placement.place(label))
+        with dali_errors(store, split):
+            pipe.build()
         self._pipe = pipe
 
     def __len__(self) -> int:
@@ -281,8 +298,9 @@ def train_graph(
     with pipe:
         record, label = reader(store, split, seed=reader_seed, shuffle=True, pad_last_batch=False)
         draws = augmenter.draw(batch_size, (draw_seeds[0], draw_seeds[1], draw_seeds[2]))
-        pipe.set_outputs(augmenter.training_image(record, draws), label, *draws)
-    pipe.build()
+        pipe.set_outputs(augmenter.training_image(record, draws), placement.place(label), *draws)
+    with dali_errors(store, split):
+        pipe.build()
     return pipe
 
 

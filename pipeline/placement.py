@@ -45,6 +45,21 @@ class Placement:
         """DALI's device word for a decoder: its input is always on the CPU."""
         return "cpu" if self.device_id is None else "mixed"
 
+    def constant(self, types: Any, values: Any) -> Any:
+        """An array as a DALI node that already lies where the operators are."""
+        return types.Constant(values, device="cpu" if self.device_id is None else "gpu")
+
+    def run(self, pipe: Any) -> tuple[Any, ...]:
+        """A pipeline's next outputs; on a GPU bound to torch's present stream, so that neither side waits for the host
+        and DALI does not reuse their memory before torch has done with it."""
+        if self.device_id is None:
+            outputs: tuple[Any, ...] = pipe.run()
+        else:
+            import torch
+
+            outputs = pipe.run(torch.cuda.current_stream(self.device_id))
+        return outputs
+
     def place(self, node: Any) -> Any:
         """A DALI node of the reader, moved to where the operators are."""
         return node if self.device_id is None else node.gpu()

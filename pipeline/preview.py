@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
-from pipeline.loader import reader, unbuilt_pipeline
+from pipeline.loader import dali_errors, reader, unbuilt_pipeline
 from pipeline.placement import Placement
 from prep.console import UserError
 from prep.manifest import Store
@@ -60,8 +60,9 @@ def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.nd
             outputs.append(augmenter.training_image(record, draws))
         outputs.append(augmenter.training_image(record, draws._replace(shift=draws.shift * LOUD)))
         pipe.set_outputs(*outputs)
-    pipe.build()
-    stored, *augmented = pipe.run()
+    with dali_errors(store, split):
+        pipe.build()
+        stored, *augmented = pipe.run()
     columns = [[np.array(stored[row]) for row in range(rows)]]
     for output in augmented:
         images = output.as_array().transpose(0, 2, 3, 1)

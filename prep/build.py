@@ -13,7 +13,6 @@ and DALI, which reads in key order through a small shuffle buffer, meets the cla
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import io
 import json
@@ -21,7 +20,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from importlib.metadata import version
 from itertools import pairwise
@@ -38,12 +36,14 @@ from prep.colour import Moments, colour_stats
 from prep.console import Progress, UserError, bytes_text
 from prep.datum import Datum
 from prep.manifest import (
+    SPLITS,
     Settings,
     Shard,
     Split,
     Store,
     StoreError,
     digest_json,
+    hold_lock,
     split_fingerprint,
     sync_folder,
     write_atomic,
@@ -85,9 +85,20 @@ def build_split(
     Raises UserError where the store or a half-built split has other settings or inputs, where another build is at
     work, at the first bad picture unless `skip_bad`, and where the disk is full.
     """
+    try:
+        return _build_split(source, store, settings, jobs, skip_bad, run, report)
+    except OSError as error:
+        raise UserError(
+            f"{store}: {error}. Give the same command again once that is mended: the shards that are finished are kept."
+        ) from error
+
+
+def _build_split(
+    source: Source, store: Path, settings: Settings, jobs: int, skip_bad: bool, run: Runner, report: Progress
+) -> Store:
     plan = _plan(source, settings)
     store.mkdir(parents=True, exist_ok=True)
-    with _only_builder(store):
+    with hold_lock(store, "build"):
         _sweep(store)
         existing = Store.open(store) if (store / "manifest.json").exists() else None
         if existing is not None:
@@ -105,10 +116,10 @@ def build_split(
         work = folder / ".build"
         _start_or_go_on(work, plan, settings, store)
         tasks = _tasks(source, folder, settings, skip_bad)
-        todo = [task for task in tasks if not _record_path(task).exists()]
+        todo = [task for task in tasks if not _is_done(task)]
         report.skip(len(source.inputs) - sum(len(task.inputs) for task in todo))
         run(todo, jobs, report)
-        built = _put_together(source, store, settings, tasks, plan, existing, skip_bad)
+        built = _put_together(source, store, settings, tasks, plan, existing)
         shutil.rmtree(work)
         return built
 
@@ -264,7 +275,6 @@ def _put_together(
     tasks: Sequence[ShardTask],
     plan: str,
     existing: Store | None,
-    skip_bad: bool,
 ) -> Store:
     """All shards are there: add up their records, write what the stream reads, and last the manifest."""
     folder = store / source.split
@@ -281,10 +291,6 @@ def _put_together(
         if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
             shards.append(Shard(**record["shard"]))
     bad = [fate for fate in fates if fate["fate"] == "bad"]
-    if bad and not skip_bad:
-        raise UserError(
-            f"{bad[0]['source']}: {bad[0]['why']} (found by an earlier run). Pass --on-bad skip to leave it out."
-        )
     records = sum(s.records for s in shards)
     if not records:
         raise UserError(
@@ -332,11 +338,21 @@ def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 def _sweep(store: Path) -> None:
     """Remove what killed builds left under temporary names. Only the holder of the store's lock may."""
-    for left in [*store.glob(".*.tmp"), *store.glob("*/.*.tmp"), *store.glob("*/.build/*.tmp")]:
+    ours = (".manifest.json.*.tmp", *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp")))
+    for left in [path for pattern in ours for path in store.glob(pattern)]:
         if left.is_dir():
             shutil.rmtree(left)
         else:
             left.unlink()
+
+
+def _is_done(task: ShardTask) -> bool:
+    """Recorded, and not with a bad picture that this build would not leave out: it may have been mended."""
+    try:
+        fates = json.loads(_record_path(task).read_bytes())["fates"]
+    except (FileNotFoundError, ValueError):
+        return False
+    return task.skip_bad or not any(fate["fate"] == "bad" for fate in fates)
 
 
 def _record_path(task: ShardTask) -> Path:
@@ -352,16 +368,3 @@ def _tools() -> dict[str, str]:
         "numpy": np.__version__,
         "lmdb": ".".join(map(str, lmdb.version())),
     }
-
-
-@contextmanager
-def _only_builder(store: Path) -> Iterator[None]:
-    """Hold the store's lock; raises UserError where another build has it. The kernel drops it with the process."""
-    with open(store / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{store}: another build is at work in this store. Wait for it, or choose another --store."
-            ) from None
-        yield

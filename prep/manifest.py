@@ -14,10 +14,12 @@ changed in place. A reader checks the schema number and refuses another with bot
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -242,6 +244,19 @@ def write_atomic(path: Path, content: bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+@contextmanager
+def hold_lock(folder: Path, doing: str) -> Iterator[None]:
+    """Be the only one of `doing` in a folder; raises UserError where another is. Ends with the process."""
+    with open(folder / ".lock", "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                f"{folder}: another {doing} is at work in this folder. Wait for it, or name another."
+            ) from None
+        yield
 
 
 def sync_folder(path: Path) -> None:

@@ -26,7 +26,7 @@ _done: Synchronized[int]  # inputs done by all workers; set in each worker by _b
 def run_local(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
     """Build `tasks` in `jobs` processes; the first error ends the build, what is finished stays.
 
-    Raises UserError as build_shard does, and where a worker was killed, naming its shard's source.
+    Raises UserError as build_shard does, and where a worker was killed.
     """
     if not tasks:
         return

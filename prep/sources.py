@@ -81,10 +81,14 @@ def read_source(folder: Path, split: str, labels: Path | None, label_order: str 
 def _class_folders(root: Path, split: str, folders: Sequence[bytes], known: Sequence[str]) -> Source:
     classes = tuple(_shown(name) for name in folders)
     _same_classes(classes, known, root)
-    inputs, empty = [], []
+    inputs: list[Input] = []
+    empty: list[str] = []
+    odd: list[bytes] = []
     for label, name in enumerate(folders):
         with os.scandir(os.path.join(os.fsencode(root), name)) as entries:
-            found = sorted(e.name for e in entries if e.is_file() and not e.name.startswith(b"."))
+            names = sorted((e.name, e.is_file()) for e in entries if not e.name.startswith(b"."))
+        found = [file for file, is_file in names if is_file]
+        odd += [name + b"/" + file for file, is_file in names if not is_file]
         if not found:
             empty.append(classes[label])
         inputs += [Input(name + b"/" + file, label) for file in found]
@@ -92,6 +96,8 @@ def _class_folders(root: Path, split: str, folders: Sequence[bytes], known: Sequ
         raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} and not one file in them.")
     if empty:
         say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph (first: {empty[0]}).")
+    if odd:
+        say(f"{root}: {count_noun(len(odd), 'entry', 'entries')} not taken, being no files (first: {_shown(odd[0])}).")
     return Source(root, split, classes, tuple(sorted(inputs, key=lambda i: i.path)))
 
 

@@ -75,6 +75,12 @@ MISTAKES = [
     (["alextrain", "evaluate", "nowhere", "--store", "STORE"], "nowhere: no such run"),
     (["alextrain", "evaluate", "empty", "--store", "STORE"], "empty: no checkpoint"),
     (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "has no split test"),
+    (
+        ["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "8", "--run-dir", "a-file"],
+        "--run-dir a-file",
+    ),
+    (["alexprep", "build-lmdb", "PHOTOS", "--store", "a-file"], "a-file"),
+    (["alexprep", "build-lmdb", "PHOTOS", "--store", "a-file/x"], "a-file/x"),
     (["alextrain", "figures", "nowhere"], "nowhere: no such run"),
     (["alextrain", "summary", "--gpus", "0,1,2"], "AlexNet has two columns"),
 ]
@@ -82,17 +88,24 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("words", "message"), MISTAKES, ids=lambda value: " ".join(value)[:50])
 def test_a_mistake_gets_one_clear_line(
-    words: list[str], message: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: list[str],
+    message: str,
+    store: Path,
+    photo_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    Path("a-file").touch()
     Path("empty").mkdir()
     Path("old").mkdir()
     Path("old/manifest.json").write_text(json.dumps({"kind": "alexnet-store", "schema": 99}))
-    words = [str(store) if word == "STORE" else word for word in words]
+    words = [{"STORE": str(store), "PHOTOS": str(photo_folder)}.get(word, word) for word in words]
     code, out, err = run(*words)
     assert code == 1 and out == ""
-    errors = [line for line in err.splitlines() if line]
-    assert len(errors) == 1 and errors[0].startswith("Error: ") and message in errors[0]
+    *said, error = [line for line in err.splitlines() if line]
+    assert error.startswith("Error: ") and message in error and "Traceback" not in err
+    assert not said or words[:2] == ["alextrain", "run"]  # which says its plan first
     assert not Path("run").exists() and not Path("out.png").exists() and not Path("store").exists()
 
 
@@ -182,6 +195,23 @@ def test_the_whole_network_trains_resumes_evaluates_and_draws(store: Path, tmp_p
     assert run("alextrain", "figures", str(run_dir))[0] == 0
     for name in ("learning-curve.png", "kernels.png"):
         assert np.asarray(Image.open(run_dir / name)).std() > 5
+
+
+def test_evaluation_on_a_store_of_other_classes_is_refused(store: Path, photo_folder: Path, tmp_path: Path) -> None:
+    import shutil
+
+    from train.loop import fit
+    from train.model import Widths
+    from train.recipe import SHORT
+    from train.run import RunConfig
+
+    run_dir = fit(RunConfig(store, SHORT, 8, widths=Widths(4, 4, 4, 4, 4, 4, 4), run_dir=tmp_path / "run", steps=1))
+    shutil.copytree(photo_folder / "train", tmp_path / "other")
+    (tmp_path / "other" / "n00000011").rename(tmp_path / "other" / "n00000044")
+    other = str(tmp_path / "store")
+    assert run("alexprep", "build-lmdb", str(tmp_path / "other"), "--store", other, "--jobs", "1")[0] == 0
+    code, _, err = run("alextrain", "evaluate", str(run_dir), "--store", other, "--split", "train")
+    assert code == 1 and "not the same" in err and "n00000011" in err
 
 
 def test_dali_that_is_not_installed_is_said_in_one_line(store: Path) -> None:

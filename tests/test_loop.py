@@ -193,8 +193,8 @@ def test_a_torn_checkpoint_is_passed_over(stores: dict[str, Path], whole_run: Pa
     fit(config(stores["jpeg"], run_dir))
     before, newest = checkpoint.checkpoints(run_dir)
     newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
-    _, state = load_trained_small(run_dir)
-    assert f"{state['step']:08d}" in before.name and "cannot be read" in capsys.readouterr().err
+    _, state, _ = load_trained_small(run_dir)
+    assert f"{state['step']:08d}" in before.name and "torn" in capsys.readouterr().err
     fit(config(stores["jpeg"], run_dir))
     same_result(run_dir, whole_run)
 
@@ -223,6 +223,89 @@ def test_a_loss_that_is_no_number_stops_the_run(stores: dict[str, Path], tmp_pat
         fit(plan)
     state = checkpoint.load_latest(tmp_path / "run")
     assert state is None or all(torch.isfinite(t).all() for t in state["parameters"].values())
+
+
+def test_a_signal_during_validation_ends_the_run_at_once_and_loses_nothing(
+    stores: dict[str, Path], whole_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import train.loop
+
+    validate = train.loop.evaluate
+
+    def signalled(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return validate(*args)
+
+    run_dir = tmp_path / "run"
+    monkeypatch.setattr(train.loop, "evaluate", signalled)
+    with pytest.raises(BaseException) as stop:
+        fit(config(stores["jpeg"], run_dir))
+    assert stop.typename == "Terminated"
+    assert checkpoint.load_latest(run_dir)["step"] == 3 and not any(m["kind"] == "val" for m in metrics(run_dir))
+    monkeypatch.undo()
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+def test_torn_checkpoints_do_not_push_out_good_ones(stores: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    fit(config(stores["jpeg"], run_dir, steps=2))
+    for step in (5, 6):
+        (run_dir / f"checkpoint-{step:08d}.pt").write_bytes(b"torn")
+    fit(config(stores["jpeg"], run_dir, steps=4))
+    assert checkpoint.load_latest(run_dir)["step"] == 4
+    assert [path.name[-5:] for path in checkpoint.checkpoints(run_dir)] == ["03.pt", "04.pt"]
+
+
+def test_two_trainings_in_one_folder_are_refused(stores: dict[str, Path], whole_run: Path) -> None:
+    from prep.manifest import hold_lock
+
+    with hold_lock(whole_run, "training"), pytest.raises(UserError, match="another training is at work"):
+        fit(config(stores["jpeg"], whole_run))
+
+
+def test_settings_of_a_run_that_never_reached_a_checkpoint_bind_nobody(stores: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(UserError, match="a batch takes 64"):
+        fit(config(stores["jpeg"], run_dir, batch_size=64))
+    fit(config(stores["jpeg"], run_dir, steps=1))
+    assert json.loads((run_dir / "run.json").read_text())["settings"]["batch_size"] == 8
+
+
+def test_a_trained_network_is_loaded_by_the_recipe_that_it_was_trained_with(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    recipe = replace(SHORT, name="mine", input_divisor=3.0, schedule=())
+    run_dir = fit(config(stores["jpeg"], tmp_path / "run", recipe=recipe, steps=1))
+    model, _, classes = load_trained(run_dir, ("cpu", "cpu"))
+    assert model.recipe == recipe and len(classes) == 3
+
+
+def test_a_stream_state_of_another_dali_starts_the_rest_of_the_epoch_anew(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    fit(config(stores["jpeg"], run_dir, steps=2))
+    monkeypatch.setattr("nvidia.dali.__version__", "2.99")
+    fit(config(stores["jpeg"], run_dir))
+    assert "goes on with other pictures" in capsys.readouterr().err
+    assert [m["step"] for m in metrics(run_dir) if m["kind"] == "train"] == list(range(1, 10))
+
+
+def test_columns_on_two_gpus_are_seeded_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Both columns would otherwise drop the same units: torch.manual_seed gives every GPU the same seed."""
+    from contextlib import nullcontext
+
+    from train.loop import _seed
+
+    seeds, where = [], []
+    monkeypatch.setattr("torch.manual_seed", seeds.append)
+    monkeypatch.setattr("torch.cuda.manual_seed", seeds.append)
+    monkeypatch.setattr("torch.cuda.device", lambda device: where.append(device) or nullcontext())
+    _seed(config(tmp_path, tmp_path, devices=("cuda:0", "cuda:1")), 0)
+    assert len(set(seeds)) == 2 and where == ["cuda:1"]
+    _seed(config(tmp_path, tmp_path, devices=("cuda:0", "cuda:0")), 0)
+    assert len(seeds) == 3
 
 
 def test_the_stream_of_a_run_is_closed(

@@ -42,16 +42,18 @@ LOOK_AT = (
 def demo(folder: Path) -> None:
     """Run the flow in `folder`; raises UserError where a step fails."""
     started = time.monotonic()
-    finished = folder / "finished"
+    finished = folder / ".alexnet-demo-finished"
     if finished.exists():
-        shutil.rmtree(folder)
+        for made in ("photographs", "store", "run"):
+            shutil.rmtree(folder / made, ignore_errors=True)
+        finished.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "photographs").exists():
         click.secho(f"$ python -m tools.photo_digits {folder}/photographs", bold=True)
         make(folder / "photographs")
     errors = {}
     for step in STEPS:
-        words = step.format(folder).split()
+        words = [word.format(folder) for word in step.split()]
         click.secho(f"$ {' '.join(words)}", bold=True)
         errors |= _run(words)
     finished.touch()

@@ -2,7 +2,7 @@
 
 From what scikit-learn carries: the 1,797 digits of load_digits (8×8, 16 grey levels), each drawn large and bright
 over a darkened part of one of the two photographs of load_sample_images. As ILSVRC does, it varies sizes and
-orientations, and holds some greyscale and CMYK files and a PNG with a JPEG's name.
+orientations, and holds some greyscale and CMYK files and two PNGs with a JPEG's name.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       flat
@@ -31,7 +31,7 @@ SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
 DARKEN = 0.4
 TINT = (200, 255)
-_ODD_EVERY = 60  # of so many pictures one is greyscale, one CMYK; one in all is a PNG
+_ODD_EVERY = 60  # of so many pictures one is greyscale, one CMYK; two in all are PNGs
 
 
 def digit_picture(digit: npt.NDArray[np.float64], darkened: list[Image.Image], rng: np.random.Generator) -> Image.Image:

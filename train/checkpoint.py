@@ -39,9 +39,16 @@ def save(run_dir: Path, step: int, state: Mapping[str, Any]) -> Path:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(run_dir)
-    for old in checkpoints(run_dir)[:-KEPT]:
+    for old in [p for p in checkpoints(run_dir) if p <= path][:-KEPT]:
         old.unlink()
     return path
+
+
+def drop_after(run_dir: Path, step: int) -> None:
+    """Remove checkpoints of later steps: a run that goes on from `step` found that they cannot be read."""
+    for path in checkpoints(run_dir):
+        if path.name > f"checkpoint-{step:08d}.pt":
+            path.unlink()
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -59,9 +66,8 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
     for path in reversed(found):
         try:
             state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a torn file makes torch raise many kinds
-            first_line = (str(error).splitlines() or [repr(error)])[0]
-            say(f"{path}: cannot be read ({first_line}); the one before it is used.")
+        except Exception:  # a torn file makes torch raise many kinds, some with advice that is not ours
+            say(f"{path}: torn, altered or not a checkpoint; the one before it is used.")
             continue
         if state.get("format") != FORMAT:
             raise UserError(f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}.")

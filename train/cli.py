@@ -197,11 +197,15 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
     from train.run import load_trained
 
     devices = devices_of(gpus)
-    model, state = load_trained(run_dir, devices)
-    if state["identity"]["classes"] != len(opened.classes):
+    model, state, classes = load_trained(run_dir, devices)
+    if classes != list(opened.classes):
         raise UserError(
-            f"{run_dir} knows {state['identity']['classes']} classes, {store} has {len(opened.classes)}. "
-            "Point --store at the one it was trained on."
+            f"{run_dir} knows {count_noun(len(classes), 'class', 'classes')} ({classes[0]} …), {store} has "
+            f"{len(opened.classes)} ({opened.classes[0]} …), not the same. Point --store at the one it was trained on."
+        )
+    if state["identity"]["store_fingerprint"] != opened.split("train").fingerprint:
+        say(
+            f"{store} is not the store that {run_dir} was trained on: its mean is subtracted, not the training store's."
         )
     batch = batch_of(records, int(views), devices[0])
     loader = eval_loader(
@@ -284,7 +288,7 @@ def figures(run_dir: Path) -> None:
     from train.figures import draw_kernels, draw_learning_curve
     from train.run import load_trained
 
-    _, state = load_trained(run_dir, ("cpu", "cpu"))
+    _, state, _ = load_trained(run_dir, ("cpu", "cpu"))
     curve, kernels = run_dir / "learning-curve.png", run_dir / "kernels.png"
     draw_learning_curve(run_dir, curve)
     draw_kernels(state["parameters"], kernels)

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 
 from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from prep.console import Terminated, UserError, progress, say
-from prep.manifest import Store
+from prep.manifest import Store, hold_lock
 from train import checkpoint
 from train.devices import keep_freed_memory
 from train.evaluate import EvalResult, batch_of, evaluate, wrong
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
-from train.run import RunConfig, begin, check_identity, identity
+from train.run import RunConfig, check_identity, claim, describe, identity
 
 
 def fit(config: RunConfig) -> Path:
@@ -34,12 +34,18 @@ def fit(config: RunConfig) -> Path:
     Raises UserError as the loaders do, for a run folder of another run, and when the loss is no longer a number; after
     Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
+    claim(config.run_dir)
+    with hold_lock(config.run_dir, "training"):
+        _fit(config)
+    return config.run_dir
+
+
+def _fit(config: RunConfig) -> None:
     # ---- store, model, optimiser
     store = Store.open(config.store)
-    begin(config, store)
     if config.devices[0] == "cpu":
         keep_freed_memory()
-    torch.manual_seed(config.seed)
+    _seed(config, 0)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.widths)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
     steps_per_epoch = store.split("train").records // config.batch_size
@@ -47,23 +53,41 @@ def fit(config: RunConfig) -> Path:
 
     # ---- resume. What holds, in this order: 1. the newest checkpoint of the run folder that can be read, if it is of
     # ---- the same run; 2. the seed. The stream is the one of the epoch, continued where the checkpoint left it.
-    step = 0
+    step, validation_due = 0, False
     state = checkpoint.load_latest(config.run_dir)
     if state is not None:
         check_identity(state, identity(config, store), config.run_dir)
-        step = _restore(state, model, optimiser, schedule)
+        step, validation_due = state["step"], state["validation_due"]
+        _restore(state, config, model, optimiser, schedule)
+        checkpoint.drop_after(config.run_dir, step)
         say(f"{config.run_dir}: goes on after step {step:,}.")
+    describe(config, store)
     loader = _stream(config, schedule, step // max(steps_per_epoch, 1))
     if state is not None and state["stream"] is not None:
-        loader.load_state_dict(state["stream"])
+        if loader.can_continue(state["stream"]):
+            loader.load_state_dict(state["stream"])
+        else:
+            say("Another device or version of DALI than before: this epoch goes on with other pictures.")
+            loader.batches_served = state["stream"]["batches_served"]
     validation = _validation(config, store)
-    log = _Log(config.run_dir / "metrics.jsonl", step)
+    log = _Log(config.run_dir / "metrics.jsonl", step, validation_due)
 
-    # ---- steps
+    # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
     model.train()
     with _stop_requests() as stop:
-        interval = _Interval(loader)
-        while step < last_step and not schedule.finished:
+        while True:
+            if validation_due and validation is not None:
+                with stop.at_once():
+                    result = _validate(model, validation)
+                schedule.saw_validation(result.top1_error)
+                log.validation(step // steps_per_epoch, step, result)
+                validation_due = False
+                if step >= last_step or schedule.finished:
+                    _save(config, store, step, model, optimiser, schedule, loader, validation_due)
+            if step >= last_step or schedule.finished:
+                break
+
+            interval = _Interval(loader)
             for images, labels in loader:
                 lr = schedule.apply(optimiser, step / steps_per_epoch)
                 labels = labels.to(model.devices[0], non_blocking=True)
@@ -75,30 +99,29 @@ def fit(config: RunConfig) -> Path:
                 step += 1
                 interval.add(loss.detach(), logits.detach(), labels)
                 epoch_ends = step % steps_per_epoch == 0
-                pause = bool(stop) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
+                pause = bool(stop.asked) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
-                    log.train(
-                        {"kind": "train", "epoch": step / steps_per_epoch, "step": step, **interval.read(), "lr": lr}
-                    )
+                    epoch = step / steps_per_epoch
+                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(), "lr": lr})
                 if pause:
                     break
 
-            # ---- at an epoch's end, every so often, and when asked to stop
-            stream_state: dict[str, Any] | None = loader.state_dict()
-            epoch = step // steps_per_epoch
-            if epoch_ends and validation is not None:
-                result = _validate(model, validation)
-                schedule.saw_validation(result.top1_error)
-                log.validation(epoch, step, result)
-            if epoch_ends and schedule.colour(epoch) != loader.how.colour:
+            validation_due = epoch_ends and validation is not None
+            if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.how.colour:
                 loader.close()
-                loader, stream_state = _stream(config, schedule, epoch), None
-            checkpoint.save(config.run_dir, step, _state(config, store, step, model, optimiser, schedule, stream_state))
-            if stop:
-                raise stop[0]
-            interval = _Interval(loader)
+                loader = _stream(config, schedule, step // steps_per_epoch)
+            _save(config, store, step, model, optimiser, schedule, loader, validation_due)
+            if stop.asked:
+                raise stop.asked
     loader.close()
-    return config.run_dir
+
+
+def _seed(config: RunConfig, step: int) -> None:
+    """Seed every generator; that of column 1's GPU differently, or both columns would drop the same units."""
+    torch.manual_seed(config.seed + step)
+    if config.devices[0] != config.devices[1]:
+        with torch.cuda.device(config.devices[1]):
+            torch.cuda.manual_seed(config.seed + step + (1 << 32))
 
 
 def _stream(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
@@ -134,40 +157,56 @@ def _validate(model: AlexNet, loader: EvalLoader) -> EvalResult:
         return evaluate(model, loader, report)
 
 
-def _state(
+def _save(
     config: RunConfig,
     store: Store,
     step: int,
     model: AlexNet,
     optimiser: PaperSGD,
     schedule: Schedule,
-    stream: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Everything that decides what comes next. `_restore` takes the same names."""
-    return {
+    loader: TrainLoader,
+    validation_due: bool,
+) -> None:
+    """Checkpoint everything that decides what comes next; `_restore` takes the same names.
+
+    Raises UserError for parameters that are no numbers: the checkpoints before stay the newest.
+    """
+    parameters = model.joined()
+    if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
+        raise UserError(_DIVERGED.format(f"parameters are no numbers at step {step:,}"))
+    state = {
         "identity": identity(config, store),
         "step": step,
-        "parameters": model.joined(),
+        "validation_due": validation_due,
+        "parameters": parameters,
         "velocity": model.joined(optimiser.velocity),
         "schedule": schedule.state_dict(),
+        "devices": list(config.devices),
         "random": torch.get_rng_state(),
         "random_cuda": [torch.cuda.get_rng_state(d) for d in model.devices if d.type == "cuda"],
-        "stream": stream,
+        "stream": loader.state_dict(),
     }
+    checkpoint.save(config.run_dir, step, state)
 
 
-def _restore(state: dict[str, Any], model: AlexNet, optimiser: PaperSGD, schedule: Schedule) -> int:
-    """Put a checkpoint's state back; returns its step. The stream is restored by its loader."""
+def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser: PaperSGD, schedule: Schedule) -> None:
+    """Put a checkpoint's state back; on other devices the random generators begin anew. The stream is its loader's."""
     model.load_joined(state["parameters"])
     model.load_joined(state["velocity"], optimiser.velocity)
     schedule.load_state_dict(state["schedule"])
+    if state["devices"] != list(config.devices):
+        _seed(config, state["step"])
+        return
     torch.set_rng_state(state["random"])
     gpus = [device for device in model.devices if device.type == "cuda"]
-    if len(gpus) == len(state["random_cuda"]):
-        for device, generator in zip(gpus, state["random_cuda"], strict=True):
-            torch.cuda.set_rng_state(generator, device)
-    step: int = state["step"]
-    return step
+    for device, generator in zip(gpus, state["random_cuda"], strict=True):
+        torch.cuda.set_rng_state(generator, device)
+
+
+_DIVERGED = (
+    "{}: training has diverged. The last checkpoint is kept. A lower rate usually helps: choose another --recipe, or a "
+    "larger --batch for the same rate."
+)
 
 
 class _Interval:
@@ -192,10 +231,7 @@ class _Interval:
         loss = float(self.loss) / self.steps
         misses = torch.as_tensor(self.misses).tolist()
         if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} within the last {self.steps} steps: training has diverged. The last checkpoint is "
-                "kept. A lower rate usually helps: choose another --recipe, or a larger --batch for the same rate."
-            )
+            raise UserError(_DIVERGED.format(f"the loss is {loss} within the last {self.steps} steps"))
         seconds = time.perf_counter() - self.started
         read = {
             "loss": loss,
@@ -209,11 +245,12 @@ class _Interval:
 
 
 class _Log:
-    """metrics.jsonl and the lines on the terminal. Lines after the step from which a run goes on are taken back."""
+    """metrics.jsonl and the lines on the terminal. Lines after the point from which a run goes on are taken back."""
 
-    def __init__(self, path: Path, step: int) -> None:
+    def __init__(self, path: Path, step: int, validation_due: bool) -> None:
         if path.exists():
-            kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            last = (step, 0 if validation_due else 1)
+            kept = [line for line in path.read_text().splitlines() if _place_of(line) <= last]
             temporary = path.with_name(".metrics.tmp")
             temporary.write_text("".join(line + "\n" for line in kept))
             os.replace(temporary, path)
@@ -239,31 +276,46 @@ class _Log:
             file.write(json.dumps(line) + "\n")
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for a line that a kill has cut short."""
+def _place_of(line: str) -> tuple[float, int]:
+    """(step, 1 for a validation) of a line of metrics.jsonl; after everything for a line that a kill has cut short."""
     try:
-        return float(json.loads(line)["step"])
+        read = json.loads(line)
+        return float(read["step"]), int(read["kind"] == "val")
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return math.inf, 1
+
+
+class _Stop:
+    """What to raise once the step is done, None until Ctrl-C or SIGTERM asks for it."""
+
+    def __init__(self) -> None:
+        self.asked: BaseException | None = None
+        self.waits = True
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Inside, nothing is lost by stopping: raise right away."""
+        self.waits = False
+        try:
+            yield
+        finally:
+            self.waits = True
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        stop = Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+        if self.asked is not None or not self.waits:
+            raise stop
+        self.asked = stop
+        say("Stopping after this step, with a checkpoint.")
 
 
 @contextmanager
-def _stop_requests() -> Iterator[list[BaseException]]:
-    """A list that is empty until Ctrl-C or SIGTERM puts in what to raise once the step is done; a second one raises
-    now.
-    """
-    asked: list[BaseException] = []
-
-    def ask(signum: int, frame: FrameType | None) -> None:
-        stop = Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
-        if asked:
-            raise stop
-        asked.append(stop)
-        say("Stopping after this step, with a checkpoint.")
-
-    before = {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+def _stop_requests() -> Iterator[_Stop]:
+    """Signals ask the loop to stop; a second one raises at once."""
+    stop = _Stop()
+    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield asked
+        yield stop
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

@@ -191,6 +191,19 @@ def recipe_named(name: str) -> Recipe:
     return RECIPES[name]
 
 
+def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
+    """The inverse of dataclasses.asdict and json.dumps; raises TypeError or KeyError for anything else."""
+    schedule = data["schedule"]
+    parts = {
+        "augmentation": Augmentation(**data["augmentation"]),
+        "bias_one": tuple(data["bias_one"]),
+        "lrn": Lrn(**data["lrn"]),
+        "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),
+        "schedule": Plateau(**schedule) if isinstance(schedule, dict) else tuple(Change(**c) for c in schedule),
+    }
+    return Recipe(**{**data, **parts})
+
+
 def check_sources() -> None:
     """Raise AssertionError unless every field of every recipe has a source: run by the tests."""
     for recipe in RECIPES.values():

@@ -17,7 +17,7 @@ from prep.manifest import Store, digest_json, write_atomic
 from train import checkpoint
 from train.devices import Devices, keep_freed_memory
 from train.model import AlexNet, Widths
-from train.recipe import Recipe, recipe_named
+from train.recipe import Recipe, recipe_from_json
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def identity(config: RunConfig, store: Store) -> dict[str, Any]:
         "store_fingerprint": store.split("train").fingerprint,
         "classes": len(store.classes),
         "recipe": config.recipe.name,
-        "recipe_digest": digest_json({k: v for k, v in asdict(config.recipe).items() if k != "sources"}),
+        "recipe_digest": recipe_digest(config.recipe),
         "batch_size": config.batch_size,
         "seed": config.seed,
         "widths": asdict(config.widths),
@@ -64,18 +64,20 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], run_dir: P
             )
 
 
-def begin(config: RunConfig, store: Store) -> None:
-    """Make the run folder and write run.json; raises UserError where the folder belongs to something else."""
-    path = config.run_dir / "run.json"
-    if config.run_dir.exists() and not path.exists() and any(config.run_dir.iterdir()):
-        raise UserError(f"{config.run_dir}: a folder that holds something else than a run. Name another --run-dir.")
+def claim(run_dir: Path) -> None:
+    """Make the run folder; raises UserError where it cannot be made or belongs to something else."""
     try:
-        config.run_dir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            check_identity(json.loads(path.read_bytes()), identity(config, store), config.run_dir)
-        write_atomic(path, json.dumps(_description(config, store), indent=1).encode())
+        run_dir.mkdir(parents=True, exist_ok=True)
+        others = [p.name for p in run_dir.iterdir() if p.name not in (".lock", "metrics.jsonl")]
     except OSError as error:
-        raise UserError(f"--run-dir {config.run_dir}: {error.strerror or error}.") from None
+        raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
+    if others and "run.json" not in others:
+        raise UserError(f"{run_dir}: a folder that holds something else than a run. Name another --run-dir.")
+
+
+def describe(config: RunConfig, store: Store) -> None:
+    """Write run.json: what the run is, for people and for load_trained."""
+    write_atomic(config.run_dir / "run.json", json.dumps(_description(config, store), indent=1).encode())
 
 
 def _description(config: RunConfig, store: Store) -> dict[str, Any]:
@@ -94,9 +96,11 @@ def _description(config: RunConfig, store: Store) -> dict[str, Any]:
     }
 
 
-def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, Any]]:
-    """The network of a run's newest checkpoint, on `devices`, and the checkpoint; raises UserError where there is
-    none.
+def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, Any], list[str]]:
+    """The network of a run's newest checkpoint on `devices`, the checkpoint, and the names of the classes.
+
+    Built by the recipe as run.json has it, whatever this program's recipes say now. Raises UserError where there is no
+    run, or no checkpoint in it.
     """
     if devices[0] == "cpu":
         keep_freed_memory()
@@ -106,6 +110,18 @@ def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, An
     if state is None:
         raise UserError(f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {run_dir}")
     about = state["identity"]
-    model = AlexNet(about["classes"], recipe_named(about["recipe"]), devices, Widths(**about["widths"]))
+    try:
+        description = json.loads((run_dir / "run.json").read_bytes())
+        recipe, classes = recipe_from_json(description["recipe"]), list(description["classes"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{run_dir / 'run.json'}: cannot be read ({error!r}), and the checkpoint needs it.") from None
+    if recipe_digest(recipe) != about["recipe_digest"] or len(classes) != about["classes"]:
+        raise UserError(f"{run_dir / 'run.json'}: its recipe or classes are not those of the checkpoint beside it.")
+    model = AlexNet(about["classes"], recipe, devices, Widths(**about["widths"]))
     model.load_joined(state["parameters"])
-    return model, state
+    return model, state, classes
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """Digest of a recipe's numbers, sources left out."""
+    return digest_json({k: v for k, v in asdict(recipe).items() if k != "sources"})
