@@ -17,9 +17,10 @@ import torch
 from pipeline.augment import Augmentation
 from pipeline.loader import TrainLoader, dali_errors, reader, unbuilt_pipeline
 from pipeline.placement import Placement
+from prep.console import Progress
 from prep.manifest import Store
 
-_ROUNDS = 5  # stream and bound in turn, so that a machine whose speed drifts drifts for both
+ROUNDS = 5  # stream and bound in turn, so that a machine whose speed drifts drifts for both
 _HELD_RECORDS = 2000
 _AHEAD = 4  # batches that DALI may have ready: not counted
 
@@ -40,7 +41,7 @@ class BenchResult:
 
 
 def bench_stream(
-    store: Store, batch: int, threads: int, device: str, seconds: float, split: str = "train"
+    store: Store, batch: int, threads: int, device: str, seconds: float, report: Progress, split: str = "train"
 ) -> BenchResult:
     """Measure training batches for `seconds`, and the bound for as long. Raises what TrainLoader raises."""
     placement = Placement.of(device)
@@ -70,11 +71,12 @@ def bench_stream(
 
         decode()  # page cache, threads, buffers
         ours, theirs = [], []
-        for _ in range(_ROUNDS):
+        for _ in range(ROUNDS):
             for _ in range(_AHEAD):  # made while the bound had its turn
                 stream()
-            ours.append(_rate(stream, seconds / _ROUNDS))
-            theirs.append(_rate(decode, seconds / _ROUNDS))
+            ours.append(_rate(stream, seconds / ROUNDS))
+            theirs.append(_rate(decode, seconds / ROUNDS))
+            report.advance()
     loader.close()
     rate, limit = float(np.median(ours)), float(np.median(theirs))
     share = float(np.median(np.array(ours) / np.array(theirs)))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, say, usable_cores
+from prep.console import CONTEXT, Group, UserError, answer, progress, say, usable_cores
 from prep.manifest import DEFAULT_STORE, STORE_ENV, Store
 
 store_option = click.option(
@@ -70,9 +70,10 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
       alexstream bench --store store --threads 2 --seconds 10
     """
     opened = Store.open(store)
-    from pipeline.bench import bench_stream, result_json
+    from pipeline.bench import ROUNDS, bench_stream, result_json
 
-    result = bench_stream(opened, batch, threads or usable_cores(), device, seconds)
+    with progress("measuring", ROUNDS, "rounds") as report:
+        result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, report)
     if as_json:
         answer(result_json(result))
         return
