@@ -343,7 +343,7 @@ def test_mended_file_lets_the_same_command_finish(with_bad: Path, tmp_path: Path
 
 
 def test_bad_file_that_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """Shards that a run with --on-bad skip finished: the strict command refuses them, the other finishes."""
+    """Shards that a run with --on-bad skip finished: the strict command looks at them again, the other finishes."""
 
     def all_but_the_end(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
         run_here(tasks, jobs, report)
@@ -351,10 +351,15 @@ def test_bad_file_that_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) ->
 
     with pytest.raises(Stopped):
         build(with_bad, tmp_path / "store", skip_bad=True, run=all_but_the_end)
-    with pytest.raises(UserError, match=r"bad_.*found by an earlier run"):
+    with pytest.raises(UserError, match=r"bad_.*Mend it"):
         build(with_bad, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
+    shutil.copytree(tmp_path / "store", tmp_path / "mended")
     assert build(with_bad, tmp_path / "store", skip_bad=True).split("train").records == 200
+    good = next(path for path in sorted(with_bad.glob("*/*")) if "bad_" not in path.name)
+    for name in BAD:
+        shutil.copy(good, with_bad / name)
+    assert build(with_bad, tmp_path / "mended").split("train").records == 200 + len(BAD)
 
 
 def test_shard_without_a_picture_is_left_out(
