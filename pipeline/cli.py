@@ -6,18 +6,8 @@ from pathlib import Path
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, progress, say, usable_cores
-from prep.manifest import DEFAULT_STORE, STORE_ENV, Store
-
-store_option = click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_STORE,
-    show_default=True,
-    envvar=STORE_ENV,
-    show_envvar=True,
-    help="Folder of the store.",
-)
+from prep.console import CONTEXT, Group, UserError, answer, json_option, progress, say, store_option, usable_cores
+from prep.manifest import Store
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -61,7 +51,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
 @click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: all cores]")
 @click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where DALI works.")
 @click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long to measure.")
-@click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
+@json_option
 def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
     """Measure the stream, beside a bare libjpeg-turbo decode of the same records on as many threads.
 

@@ -16,22 +16,13 @@ from prep.console import (
     bytes_text,
     count_noun,
     duration_text,
+    json_option,
     progress,
     say,
+    store_option,
     usable_cores,
 )
-from prep.manifest import DEFAULT_STORE, SPLITS, STORE_ENV, ColourStats, Settings, Store
-
-store_option = click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_STORE,
-    show_default=True,
-    envvar=STORE_ENV,
-    show_envvar=True,
-    help="Folder of the store.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
+from prep.manifest import SPLITS, ColourStats, Settings, Store
 
 
 @click.group(cls=Group, context_settings=CONTEXT)

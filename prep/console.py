@@ -13,12 +13,25 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import click
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+# Options that commands share.
+store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    default="store",
+    show_default=True,
+    envvar="ALEXNET_STORE",
+    show_envvar=True,
+    help="Folder of the store.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
 
 
 class UserError(ValueError):

@@ -31,8 +31,6 @@ from prep.console import UserError
 
 SCHEMA = 1
 KIND = "alexnet-store"
-STORE_ENV = "ALEXNET_STORE"
-DEFAULT_STORE = "store"
 SPLITS = ("train", "val")
 
 T = TypeVar("T")

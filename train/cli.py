@@ -8,22 +8,11 @@ from typing import Any
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, count_noun, progress, say
-from prep.manifest import DEFAULT_STORE, STORE_ENV, Store
+from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, progress, say, store_option
+from prep.manifest import Store
 
 RECIPE_NAMES = ("paper", "released", "short")  # of train.recipe, which is heavy to import for a --help
 GPUS_HELP = "0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]"
-
-store_option = click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    default=DEFAULT_STORE,
-    show_default=True,
-    envvar=STORE_ENV,
-    show_envvar=True,
-    help="Folder of the store.",
-)
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
