@@ -201,6 +201,7 @@ class EvalLoader(_Loader):
         if views not in (1, 10):
             raise UserError(f"views {views}: expected 1 (centre) or 10 (corners and centre, and these mirrored).")
         self.views = views
+        self._unfinished = 0  # batches of a pass that was left early
         augmenter = Augmenter(store, placement, how)
         pipe = unbuilt_pipeline(batch_size, placement, 0, threads)
         with pipe:
@@ -218,17 +219,14 @@ class EvalLoader(_Loader):
 
     def __iter__(self) -> Iterator[Batch]:
         """One pass over the split; a pass that is left early is finished unseen before the next."""
-        if self._unfinished:
-            for _ in range(self._unfinished):
-                self._run()
+        for _ in range(self._unfinished):
+            self._run()
         self._unfinished = len(self)
         for index in range(len(self)):
             size = min(self.batch_size, self.records - index * self.batch_size)
             outputs = self._run()
             self._unfinished -= 1
             yield self._batch(outputs, size)
-
-    _unfinished = 0
 
 
 def train_loader(

@@ -1,7 +1,7 @@
 """CPU or GPU: the only file that knows the difference.
 
 Every graph is written once. A Placement says which device an operator has, how encoded pictures are decoded, and
-where the finished batch lies as a torch.device.
+on which of torch's streams a finished batch is handed over.
 """
 
 from __future__ import annotations
@@ -34,11 +34,6 @@ class Placement:
         if wanted >= there:
             raise UserError(f"device {device}: this machine shows {there} GPUs. Name cpu, or a GPU that is there.")
         return Placement(wanted)
-
-    @property
-    def torch_device(self) -> str:
-        """The same place in torch's words."""
-        return "cpu" if self.device_id is None else f"cuda:{self.device_id}"
 
     @property
     def decoder(self) -> str:

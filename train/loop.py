@@ -63,7 +63,7 @@ def _fit(config: RunConfig) -> None:
         say(f"{config.run_dir}: goes on after step {step:,}.")
     describe(config, store)
     loader = _stream(config, schedule, step // max(steps_per_epoch, 1))
-    if state is not None and state["stream"] is not None:
+    if state is not None:
         if loader.can_continue(state["stream"]):
             loader.load_state_dict(state["stream"])
         else:
