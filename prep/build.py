@@ -1,11 +1,11 @@
 """Building a split: cut the inputs into shards, have them built, put the store together.
 
-A shard is a pure function of its inputs and the settings: written to a temporary folder, synced, renamed, then
-recorded by a JSON file that is itself renamed into place. So a build that was killed loses the shards in flight and
-no more, and the same command again finishes it with the same fingerprint. While it is unfinished its state is in
+A build that was killed loses the shards in flight and no more, and the same command again finishes it with the same
+fingerprint. While it is unfinished its state is in
 
     store/train/.build/plan.json         what is being built, to refuse another
-    store/train/.build/00000.json .npy   one finished shard: counts, digest, moments; sum of its central squares
+    store/train/.build/inputs.npz        its listing, to name an input that has changed since
+    store/train/.build/00000.json .npy   one finished shard, see prep.work
 
 The order of the records is fixed here: by a keyed hash of their paths, so it depends on nothing but names and seed,
 and DALI, which reads in key order through a small shuffle buffer, meets the classes well mixed.
@@ -13,28 +13,24 @@ and DALI, which reads in key order through a small shuffle buffer, meets the cla
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
-import numpy.typing as npt
 from PIL import features
 
-from prep import shard
 from prep.colour import Moments, colour_stats
-from prep.console import Progress, UserError, bytes_text
-from prep.datum import Datum
+from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, say
+from prep.estimate import Estimate, estimate, free_bytes, look
+from prep.labels import shown
 from prep.manifest import (
     SPLITS,
     Settings,
@@ -42,268 +38,248 @@ from prep.manifest import (
     Split,
     Store,
     StoreError,
-    digest_json,
     hold_lock,
     split_fingerprint,
-    sync_folder,
     write_atomic,
 )
-from prep.picture import BadPicture, check_rescaled_size, encode, read_picture
-from prep.rescale import rescale
-from prep.sources import Input, Source
+from prep.plan import Plan, bad_of, changed_inputs, same_settings, touches
+from prep.runners import Counts, Died, Runner
+from prep.sources import Source
+from prep.work import ShardTask, build_shard, record_path, save_array
 
-SHARD_RECORDS = 4096  # at the most: about 100 MB of JPEG, ten seconds of one core
-_LEAST_RECORDS, _WANTED_SHARDS = 64, 32  # a small split is cut finer, so that all cores have work
-
-Runner = Callable[[Sequence["ShardTask"], int, Progress], None]
+_NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
 
 
 @dataclass(frozen=True)
-class ShardTask:
-    """All that building one shard takes; small enough to send to a worker or another machine."""
+class Policy:
+    """What to do with inputs that are no pictures, and with what an earlier build left."""
 
-    number: int
-    first_index: int  # of its first record in the split: keys go on from there
-    inputs: tuple[Input, ...]
-    source: Path
-    split: str
-    folder: Path  # of the split, in the store
-    settings: Settings
-    skip_bad: bool
+    skip_bad: bool = False
+    max_bad: int | None = None  # of those left out; None: any number
+    restart: bool = False  # discard an unfinished build
 
-    @property
-    def path(self) -> str:
-        """The shard's folder, relative to the store."""
-        return f"{self.split}/{self.number:05d}"
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a build would do, as --dry-run says it."""
+
+    inputs: int
+    classes: int
+    bad: tuple[tuple[str, str], ...]  # (name, why): found by a look at the first bytes, and at what is no file
+    done: int  # inputs in shards that are finished
+    whole: bool  # the split is there already, of the same inputs and settings
+    estimate: Estimate | None  # of what is left; None where nothing is, or the sample held no picture
+    free_bytes: int
 
 
 def build_split(
-    source: Source, store: Path, settings: Settings, jobs: int, skip_bad: bool, run: Runner, report: Progress
+    source: Source, store: Path, settings: Settings, runner: Runner, report: Progress, policy: Policy = Policy()
 ) -> Store:
     """Build one split into the folder `store` and return the store; a split that is there already is left as it is.
 
     Raises UserError where the store or a half-built split has other settings or inputs, where another build is at
-    work, at the first bad picture unless `skip_bad`, and where the disk is full.
+    work, at bad inputs as `policy` says, and where a worker died; DiskFull where there is no room.
     """
+    plan = Plan(source, store / source.split, settings, policy.skip_bad)
     try:
-        return _build_split(source, store, settings, jobs, skip_bad, run, report)
+        store.mkdir(parents=True, exist_ok=True)
+        with hold_lock(store, "build"):
+            _sweep(store)
+            existing = _existing(store, plan)
+            if existing is not None and source.split in existing.splits:
+                report.skip(len(source.inputs))
+                shutil.rmtree(plan.work, ignore_errors=True)
+                return existing
+            if policy.restart and plan.folder.exists():
+                shutil.rmtree(plan.folder)
+            _start_or_go_on(plan, store)
+            todo = [number for number in range(plan.shards) if not plan.is_done(number)]
+            left = plan.inputs_of(todo)
+            report.skip(len(source.inputs) - left)
+            if 0 < len(todo) < plan.shards:
+                say(f"{source.split}: {plan.shards - len(todo):,} of {plan.shards:,} shards are finished; going on.")
+            bad_before = plan.bad_so_far()
+            _refuse_bad(plan, policy, runner.jobs, todo)
+            _refuse_full(plan, todo, runner)
+            try:
+                _run(plan, todo, runner, report, policy, bad_before)
+            except DiskFull as error:
+                todo = [number for number in todo if not plan.is_done(number)]
+                need = _need_text(plan, todo)
+                raise DiskFull(
+                    f"{error}: the disk is full. {need}{bytes_text(free_bytes(store))} are free. "
+                    "Make room and give the same command again: the shards that are finished are kept."
+                ) from error
+            built = _put_together(plan, store, existing, policy)
+            shutil.rmtree(plan.work)
+            return built
     except OSError as error:
         raise UserError(
             f"{store}: {error}. Give the same command again once that is mended: the shards that are finished are kept."
         ) from error
 
 
-def _build_split(
-    source: Source, store: Path, settings: Settings, jobs: int, skip_bad: bool, run: Runner, report: Progress
-) -> Store:
-    plan = _plan(source, settings)
-    store.mkdir(parents=True, exist_ok=True)
-    with hold_lock(store, "build"):
-        _sweep(store)
-        existing = Store.open(store) if (store / "manifest.json").exists() else None
-        if existing is not None:
-            _same_settings(settings, asdict(existing.settings), store)
-            if source.split in existing.splits:
-                if existing.splits[source.split].account.get("plan") != plan:
-                    raise UserError(
-                        f"{store} holds a split {source.split} of other inputs. "
-                        "Choose another --store, or delete this one to build it anew."
-                    )
-                report.skip(len(source.inputs))
-                shutil.rmtree(store / source.split / ".build", ignore_errors=True)
-                return existing
-        folder = store / source.split
-        work = folder / ".build"
-        _start_or_go_on(work, plan, settings, store)
-        tasks = _tasks(source, folder, settings, skip_bad)
-        todo = [task for task in tasks if not _is_done(task)]
-        report.skip(len(source.inputs) - sum(len(task.inputs) for task in todo))
-        run(todo, jobs, report)
-        built = _put_together(source, store, settings, tasks, plan, existing)
-        shutil.rmtree(work)
-        return built
+def forecast(source: Source, store: Path, settings: Settings, runner: Runner, policy: Policy = Policy()) -> Forecast:
+    """What build_split would do, without writing a byte. Raises UserError where it would refuse to begin."""
+    plan = Plan(source, store / source.split, settings, policy.skip_bad)
+    existing = _existing(store, plan)
+    whole = existing is not None and source.split in existing.splits
+    todo: Sequence[int] = ()
+    if not whole:
+        todo = range(plan.shards)
+        if not policy.restart and (plan.work / "plan.json").exists():
+            changed = changed_inputs(plan, store)
+            todo = [number for number in todo if not plan.is_done(number) or touches(plan, number, changed)]
+    left = plan.inputs_of(todo)
+    bad = () if whole else (*source.refused, *look(source.place, source.inputs, runner.jobs))
+    guess = estimate(plan.sample(todo), left, runner) if left else None
+    return Forecast(
+        len(source.inputs) + len(source.refused),
+        len(source.classes),
+        bad,
+        len(source.inputs) - left,
+        whole,
+        guess,
+        free_bytes(store),
+    )
 
 
-def build_shard(task: ShardTask, count: Callable[[], None]) -> None:
-    """Build and record one shard; `count` is called once for each input.
-
-    Raises UserError for a bad picture (unless the task skips them) and for a full or broken disk.
-    """
-    temporary = task.folder / ".build" / f"{task.number:05d}.{os.getpid()}.tmp"
-    final = task.folder / f"{task.number:05d}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    result = _ShardResult(task, count)
-    try:
-        records, size, digest = shard.write(temporary, result.records())
-        shutil.rmtree(final, ignore_errors=True)  # renamed by a build that was killed before it could record
-        os.rename(temporary, final)
-        sync_folder(task.folder)
-        _save_array(_record_path(task).with_suffix(".npy"), result.square_sum)
-        summary = result.summary(Shard(task.path, records, size, digest))
-        write_atomic(_record_path(task), json.dumps(summary).encode())
-    except (lmdb.Error, OSError) as error:
-        free = bytes_text(shutil.disk_usage(task.folder).free)
+def _existing(store: Path, plan: Plan) -> Store | None:
+    """The store, None before its first split is whole; raises UserError where its settings or inputs are others."""
+    if not (store / "manifest.json").exists():
+        return None
+    existing, split = Store.open(store), plan.source.split
+    same_settings(plan.settings, asdict(existing.settings), store)
+    if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
         raise UserError(
-            f"{task.folder}: {error}, with {free} free on that disk. Make room and give the same command again: "
-            "the shards that are finished are kept."
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,}, this "
+            f"command names {len(plan.source.inputs):,}). Choose another --store, or delete this one to build it anew."
+        )
+    return existing
 
 
-class _ShardResult:
-    """Reads, rescales and encodes one shard's inputs in order, and adds up what is known while pixels are in hand."""
-
-    def __init__(self, task: ShardTask, count: Callable[[], None]) -> None:
-        side = task.settings.side_px
-        self.task, self.count = task, count
-        self.moments = Moments()
-        self.square_sum = np.zeros((side, side, 3), np.uint32)  # 2^32 / 255 squares fit, a shard has 4096
-        self.labels: Counter[int] = Counter()
-        self.fates: list[dict[str, Any]] = []
-
-    def records(self) -> Iterator[tuple[bytes, bytes]]:
-        for index, item in enumerate(self.task.inputs, self.task.first_index):
-            value = self._record(item)
-            self.count()
-            if value is not None:
-                yield shard.key_of(index), value
-
-    def _record(self, item: Input) -> bytes | None:
-        task, settings = self.task, self.task.settings
-        name = item.path.decode("utf-8", "backslashreplace")
-        try:
-            content = _read(os.path.join(os.fsencode(task.source), item.path))
-            picture = read_picture(content)
-            check_rescaled_size(picture.pixels, settings.side_px, settings.keep_aspect)
-        except BadPicture as why:
-            if not task.skip_bad:
-                raise UserError(f"{name}: {why}. Mend it, or pass --on-bad skip to leave it out.") from None
-            self.fates.append({"source": name, "fate": "bad", "why": str(why)})
-            return None
-        pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
-        height, width = pixels.shape[:2]
-        top, left = (height - settings.side_px) // 2, (width - settings.side_px) // 2
-        self.moments += Moments.of(pixels)
-        self.square_sum += pixels[top : top + settings.side_px, left : left + settings.side_px]
-        self.labels[item.label] += 1
-        if picture.converted or picture.orientation != 1:
-            fate: dict[str, Any] = {"source": name, "fate": "kept"}
-            if picture.converted:
-                fate |= {"fate": "converted", "how": list(picture.converted)}
-            if picture.orientation != 1:
-                fate["exif_orientation"] = picture.orientation
-            self.fates.append(fate)
-        return Datum(height, width, encode(pixels, settings.format, settings.quality), item.label, item.path).encode()
-
-    def summary(self, built: Shard) -> dict[str, Any]:
-        return {
-            "shard": asdict(built),
-            "moments": self.moments.to_json(),
-            "labels": sorted(self.labels.items()),
-            "fates": self.fates,
-        }
-
-
-def _read(path: bytes) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise BadPicture(f"cannot be read: {error.strerror or error}") from None
-
-
-def record_order(inputs: Sequence[Input], seed: int) -> list[Input]:
-    """The seeded permutation: sorted by BLAKE2b (8 bytes, keyed by the seed) of the path, ties by the path itself."""
-    key = seed.to_bytes(8, "little")
-    return sorted(inputs, key=lambda i: (hashlib.blake2b(i.path, digest_size=8, key=key).digest(), i.path))
-
-
-def _tasks(source: Source, folder: Path, settings: Settings, skip_bad: bool) -> list[ShardTask]:
-    """Shards of nearly equal length, as many as the number of inputs alone says."""
-    ordered = record_order(source.inputs, settings.seed)
-    n = len(ordered)
-    length = min(SHARD_RECORDS, max(_LEAST_RECORDS, -(-n // _WANTED_SHARDS)))
-    shards = -(-n // length)
-    edges = [n * s // shards for s in range(shards + 1)]
-    return [
-        ShardTask(s, start, tuple(ordered[start:stop]), source.root, source.split, folder, settings, skip_bad)
-        for s, (start, stop) in enumerate(pairwise(edges))
-    ]
-
-
-def _plan(source: Source, settings: Settings) -> str:
-    """Digest of all that the records depend on, beside what the files hold."""
-    inputs = hashlib.sha256()
-    for item in source.inputs:
-        inputs.update(b"%d\0%b\0" % (item.label, item.path))
-    return digest_json({"settings": asdict(settings), "classes": source.classes, "inputs": inputs.hexdigest()})
-
-
-def _start_or_go_on(work: Path, plan: str, settings: Settings, store: Path) -> None:
-    path = work / "plan.json"
-    if path.exists():
-        begun = json.loads(path.read_bytes())
-        if begun["plan"] != plan:
-            _same_settings(settings, begun["settings"], store)
-            raise UserError(
-                f"{store} holds an unfinished build of other inputs. Give its command again to finish it, "
-                f"or delete {work.parent} to start anew."
+def _start_or_go_on(plan: Plan, store: Path) -> None:
+    path = plan.work / "plan.json"
+    if not path.exists():
+        if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work.name}:
+            raise StoreError(
+                f"{plan.folder} exists but no build of ours began it. Choose another --store, or remove it."
             )
+        plan.work.mkdir(parents=True, exist_ok=True)
+        plan.source.inputs.save(plan.work / "inputs.npz")
+        begun = {"plan": plan.digest, "settings": asdict(plan.settings), "classes": list(plan.source.classes)}
+        write_atomic(path, json.dumps(begun).encode())
         return
-    if work.parent.exists() and set(os.listdir(work.parent)) - {work.name}:
-        raise StoreError(f"{work.parent} exists but no build of ours began it. Choose another --store, or remove it.")
-    work.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, json.dumps({"plan": plan, "settings": asdict(settings)}).encode())
+    changed = changed_inputs(plan, store)
+    for number in range(plan.shards) if changed else ():
+        if touches(plan, number, changed):
+            record_path(plan.folder, number).unlink(missing_ok=True)  # only ever where the input was bad
+    if changed:
+        say(
+            f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began, none in use yet."
+        )
+        plan.source.inputs.save(plan.work / "inputs.npz")
 
 
-def _same_settings(asked: Settings, found: dict[str, Any], store: Path) -> None:
-    for field in fields(Settings):
-        ask, has = getattr(asked, field.name), found[field.name]
-        if ask != has:
-            option = "side" if field.name == "side_px" else field.name.replace("_", "-")
+def _refuse_bad(plan: Plan, policy: Policy, jobs: int, todo: Sequence[int]) -> None:
+    """Before the long part: raise UserError for what a look at names and first bytes finds to be no picture."""
+    bad = list(plan.source.refused)
+    if not policy.skip_bad and todo:
+        bad += look(plan.source.place, plan.source.inputs, jobs)
+    if not bad or (policy.skip_bad and (policy.max_bad is None or len(bad) <= policy.max_bad)):
+        return
+    lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]
+    write_atomic(plan.work / "bad.jsonl", "".join(lines).encode())
+    allowed = f", --max-bad {policy.max_bad} allowed" if policy.skip_bad else ""
+    raise UserError(
+        f"{count_noun(len(bad), 'input')} of {len(plan.source.inputs) + len(plan.source.refused):,} "
+        f"{'is' if len(bad) == 1 else 'are'} no picture{allowed}, found before any work "
+        f"(first: {bad[0][0]}: {bad[0][1]}). "
+        f"{plan.work / 'bad.jsonl'} lists all. Mend them, or leave them out with --on-bad skip."
+    )
+
+
+def _refuse_full(plan: Plan, todo: Sequence[int], runner: Runner) -> None:
+    """Before the long part: raise DiskFull where the rest will clearly not fit."""
+    free = free_bytes(plan.folder)
+    left = plan.inputs_of(todo)
+    if left * _most_bytes(plan.settings) < free:
+        return  # without looking
+    guess = estimate(plan.sample(todo), left, runner)
+    if guess is None or guess.bytes <= free:
+        return
+    need = f"{bytes_text(guess.bytes)} needed for {left:,} pictures (judged by {guess.sampled})"
+    text = f"{need}, {bytes_text(free)} free"
+    if 0.8 * guess.bytes > free:
+        raise DiskFull(f"{plan.folder}: {text}. Make room, or choose another --store; nothing was written.")
+    say(f"{plan.folder}: {text}; beginning all the same.")
+
+
+def _most_bytes(settings: Settings) -> int:
+    """What a record may take at the most, for pictures up to 4:1."""
+    return 3 * settings.side_px**2 * (4 if settings.keep_aspect else 1) + 8192
+
+
+def _need_text(plan: Plan, todo: Sequence[int]) -> str:
+    """How much more is needed, from what the finished shards took."""
+    records = [record["shard"] for number in range(plan.shards) if (record := plan.record(number))]
+    count = sum(record["records"] for record in records)
+    if not count:
+        return ""
+    each = sum(record["bytes"] for record in records) / count + 4096
+    return f"About {bytes_text(each * plan.inputs_of(todo))} are needed for {plan.inputs_of(todo):,} pictures, "
+
+
+def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, policy: Policy, bad_before: int) -> None:
+    before = report.done
+    refused = len(plan.source.refused)
+
+    def watch(counts: Counts) -> None:
+        bad = refused + bad_before + counts.bad
+        report.update(before + counts.done, bad=bad, size=counts.bytes)
+        if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
-                f"{store} was begun with --{option} {has}, this command says {ask}. "
-                "Give the same settings, or choose another --store."
+                f"{bad:,} inputs are no pictures, --max-bad {policy.max_bad} allowed. Mend them, or allow more: "
+                "the shards that are finished are kept."
+            )
+
+    for task, result in runner.map(build_shard, _tasks(plan, todo), watch):
+        if isinstance(result, Died):
+            raise UserError(
+                f"{shown(task.inputs[result.at].path)}: a worker process {result.how()} at this file. If memory ran "
+                "out, give the same command again with fewer --jobs: the shards that are finished are kept."
             )
 
 
-def _put_together(
-    source: Source,
-    store: Path,
-    settings: Settings,
-    tasks: Sequence[ShardTask],
-    plan: str,
-    existing: Store | None,
-) -> Store:
+def _tasks(plan: Plan, todo: Iterable[int]) -> Iterator[ShardTask]:
+    return (plan.task(number) for number in todo)
+
+
+def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Policy) -> Store:
     """All shards are there: add up their records, write what the stream reads, and last the manifest."""
-    folder = store / source.split
+    source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards = Moments(), []
     labels: Counter[int] = Counter()
-    fates: list[dict[str, Any]] = []
+    fates: list[dict[str, Any]] = [{"source": name, "fate": "bad", "why": why} for name, why in source.refused]
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
-    for task in tasks:
-        record = json.loads(_record_path(task).read_bytes())
-        square_sum += np.load(_record_path(task).with_suffix(".npy"))
+    for number in range(plan.shards):
+        record = plan.record(number)
+        if record is None:
+            raise UserError(f"{record_path(folder, number)} has gone. Give the same command again.")
+        square_sum += np.load(record_path(folder, number).with_suffix(".npy"))
         moments += Moments.from_json(record["moments"])
         labels.update(dict(record["labels"]))
         fates += record["fates"]
         if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
             shards.append(Shard(**record["shard"]))
-    bad = [fate for fate in fates if fate["fate"] == "bad"]
-    records = sum(s.records for s in shards)
-    if not records:
+    bad = bad_of(fates)
+    if policy.max_bad is not None and len(bad) > policy.max_bad:
         raise UserError(
-            f"{source.root}: not one of {len(source.inputs):,} inputs is a picture (first: {bad[0]['why']})."
+            f"{len(bad):,} inputs are no pictures, --max-bad {policy.max_bad} allowed. Allow more to finish."
         )
-    account = {
-        "plan": plan,
-        "inputs": len(source.inputs),
-        "kept": records,
-        "converted": dict(Counter(how for fate in fates for how in fate.get("how", ()))),
-        "exif_orientation": dict(Counter(str(f["exif_orientation"]) for f in fates if "exif_orientation" in f)),
-        "bad": dict(Counter(fate["why"] for fate in bad)),
-    }
+    inputs, records = len(source.inputs) + len(source.refused), sum(s.records for s in shards)
+    if not records:
+        raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {bad[0]['why']}).")
     split = Split(
         records=records,
         bytes=sum(s.bytes for s in shards),
@@ -312,16 +288,29 @@ def _put_together(
         label_counts=tuple(labels[k] for k in range(len(source.classes))),
         shards=tuple(shards),
         moments=moments.to_json(),
-        account=account,
+        account={"plan": plan.digest, "inputs": inputs, "kept": records, **_account(fates)},
     )
-    _save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
+    save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     write_colour(folder, split)
     lines = [json.dumps(fate, ensure_ascii=False) + "\n" for fate in sorted(fates, key=lambda f: str(f["source"]))]
     write_atomic(folder / "inputs.jsonl", "".join(lines).encode())
     splits = {**(existing.splits if existing else {}), source.split: split}
-    built = Store(store, settings, _tools(), source.classes, splits)
+    built = Store(store, settings, tool_versions(), source.classes, splits)
     built.save()
     return built
+
+
+def _account(fates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of what was converted, turned by EXIF, and left out; of many reasons the commonest by name."""
+    reasons = Counter(str(fate["why"]) for fate in bad_of(fates))
+    named = dict(reasons.most_common(_NAMED_REASONS))
+    if len(named) < len(reasons):
+        named["other reasons"] = reasons.total() - sum(named.values())
+    return {
+        "converted": dict(Counter(how for fate in fates for how in fate.get("how", ()))),
+        "exif_orientation": dict(Counter(str(f["exif_orientation"]) for f in fates if "exif_orientation" in f)),
+        "bad": named,
+    }
 
 
 def write_colour(folder: Path, split: Split) -> None:
@@ -330,15 +319,12 @@ def write_colour(folder: Path, split: Split) -> None:
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())
 
 
-def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    content = io.BytesIO()
-    np.save(content, array)
-    write_atomic(path, content.getvalue())
-
-
 def _sweep(store: Path) -> None:
     """Remove what killed builds left under temporary names. Only the holder of the store's lock may."""
-    ours = (".manifest.json.*.tmp", *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp")))
+    ours = (
+        ".manifest.json.*.tmp",
+        *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp", ".build/.*.tmp")),
+    )
     for left in [path for pattern in ours for path in store.glob(pattern)]:
         if left.is_dir():
             shutil.rmtree(left)
@@ -346,25 +332,13 @@ def _sweep(store: Path) -> None:
             left.unlink()
 
 
-def _is_done(task: ShardTask) -> bool:
-    """Recorded, and not with a bad picture that this build would not leave out: it may have been mended."""
-    try:
-        fates = json.loads(_record_path(task).read_bytes())["fates"]
-    except (FileNotFoundError, ValueError):
-        return False
-    return task.skip_bad or not any(fate["fate"] == "bad" for fate in fates)
-
-
-def _record_path(task: ShardTask) -> Path:
-    return task.folder / ".build" / f"{task.number:05d}.json"
-
-
-def _tools() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     """Versions of what shapes the bytes of a record."""
     return {
         "alexnet": version("alexnet"),
         "pillow": version("pillow"),
-        "libjpeg_turbo": str(features.version_feature("libjpeg_turbo") or "none"),
+        "pillow_libjpeg_turbo": str(features.version_feature("libjpeg_turbo") or "none"),
+        "simplejpeg": version("simplejpeg"),
         "numpy": np.__version__,
         "lmdb": ".".join(map(str, lmdb.version())),
     }

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 CHANNELS, HEIGHT, WIDTH, DATA, LABEL, FLOAT_DATA, ENCODED = 1, 2, 3, 4, 5, 6, 7
 SOURCE, CRC32 = 1001, 1002
+CRC32_BYTES = 6  # its tag and the number, last in a record
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
@@ -56,22 +57,7 @@ class Datum:
     def decode(value: bytes) -> Datum:
         """Check the checksum, then read the fields; raises DatumError."""
         check(value)
-        found: dict[int, int | bytes] = {}
-        at, end = 0, len(value) - 6
-        while at < end:
-            tag, at = _read_varint(value, at, end)
-            number, kind = tag >> 3, tag & 7
-            if kind == _VARINT:
-                found[number], at = _read_varint(value, at, end)
-            elif kind == _BYTES:
-                size, at = _read_varint(value, at, end)
-                found[number], at = value[at : at + size], at + size
-            elif kind in (_FIXED32, _FIXED64):
-                at += 4 if kind == _FIXED32 else 8
-            else:
-                raise DatumError(f"wire type {kind} at byte {at}, which a Datum never has")
-            if at > end:
-                raise DatumError(f"field {number} ends at byte {at} of {end}")
+        found = read_fields(value, len(value) - CRC32_BYTES)
         numbers = [found.get(field) for field in (HEIGHT, WIDTH, LABEL, CHANNELS)]
         data, source = found.get(DATA), found.get(SOURCE, b"")
         if not isinstance(data, bytes) or not isinstance(source, bytes) or found.get(ENCODED) != 1:
@@ -89,6 +75,30 @@ def check(value: bytes) -> None:
     said, is_now = int.from_bytes(value[-4:], "little"), zlib.crc32(value[:-6])
     if said != is_now:
         raise DatumError(f"checksum {is_now:08x}, the record says {said:08x}: bytes have changed since it was written")
+
+
+def read_fields(value: bytes, end: int) -> dict[int, int | bytes]:
+    """The fields of the message in `value[:end]` by number: varints as numbers, strings as bytes, the last of each.
+
+    Raises DatumError for bytes that are no message. Fixed-width fields are passed over.
+    """
+    found: dict[int, int | bytes] = {}
+    at = 0
+    while at < end:
+        tag, at = _read_varint(value, at, end)
+        number, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            found[number], at = _read_varint(value, at, end)
+        elif kind == _BYTES:
+            size, at = _read_varint(value, at, end)
+            found[number], at = value[at : at + size], at + size
+        elif kind in (_FIXED32, _FIXED64):
+            at += 4 if kind == _FIXED32 else 8
+        else:
+            raise DatumError(f"wire type {kind} at byte {at}, which a Datum never has")
+        if at > end:
+            raise DatumError(f"field {number} ends at byte {at} of {end}")
+    return found
 
 
 def _number(field: int, value: int) -> bytes:

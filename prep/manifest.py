@@ -32,6 +32,8 @@ from prep.console import UserError
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
+FORMATS = ("jpeg", "ppm")  # of a record
+FILTERS = ("area", "bilinear", "bicubic", "lanczos")
 
 T = TypeVar("T")
 

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-FILTERS = ("area", "bilinear", "bicubic", "lanczos")
+from prep.manifest import FILTERS
 
 Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
@@ -53,8 +54,8 @@ def rescale(
     if (new_width, new_height) == (width, height):
         return np.ascontiguousarray(pixels[rows[0] : rows[1], columns[0] : columns[1]])
     name = "bicubic" if filter == "area" and min(width, height) < side_px else filter
-    down = _bands(height, new_height, *rows, name, 1)
-    across = _bands(width, new_width, *columns, name, 3)
+    down = _pass(height, new_height, *rows, name, 1)
+    across = _pass(width, new_width, *columns, name, 3)
     return _two_passes(pixels, down, across, _ARITHMETIC[name])
 
 
@@ -63,7 +64,8 @@ class _Arithmetic:
     """How many bits the weights of each pass and the numbers between the passes have, so that sums stay exact.
 
     For area, whose weights are not negative: 8 + 16 bits, then (8 + 4) + 12: both 24, the mantissa of float32. Kernels
-    with negative lobes get float64 and more bits than anyone will see.
+    with negative lobes get float64 and more bits than anyone will see. A weight is a whole number of 2^-bits; those of
+    the first pass are given times 2^between_bits, so that rounding its sums to whole numbers is all that is left.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -77,76 +79,79 @@ _EXACT64 = _Arithmetic(np.float64, 22, 12, 22)
 _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lanczos": _EXACT64}
 
 
-@dataclass(frozen=True)
-class _Band:
-    """Outputs `out` come from inputs `taken` (both in units of pixels) through `weights`."""
+class _Pass(NamedTuple):
+    """One pass of a filter: the inputs that it needs, how many numbers it gives, and its matrix cut into bands.
 
-    out: slice
-    taken: slice
-    weights: npt.NDArray[np.float32] | npt.NDArray[np.float64]
+    A band is (inputs, outputs, weights): slices of the numbers of one line, the inputs counted from `taken.start`.
+    """
+
+    taken: slice  # of pixels
+    length: int  # of a line of outputs, in numbers
+    bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
 
 
-def _two_passes(
-    pixels: npt.NDArray[np.uint8], down: tuple[_Band, ...], across: tuple[_Band, ...], how: _Arithmetic
-) -> npt.NDArray[np.uint8]:
-    left, right = across[0].taken.start, across[-1].taken.stop
-    height, width = down[-1].out.stop, across[-1].out.stop
-    strip = np.ascontiguousarray(pixels[:, left:right]).reshape(len(pixels), -1)  # (H, 3 w): RGB interleaved
-    between = np.empty((height, strip.shape[1]), how.dtype)
-    for band in down:
-        np.matmul(band.weights, strip[band.taken].astype(how.dtype), out=between[band.out])
-    between *= 2.0 ** (how.between_bits - how.first_bits)
+def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: _Arithmetic) -> npt.NDArray[np.uint8]:
+    strip = np.ascontiguousarray(pixels[down.taken, across.taken])
+    strip = strip.reshape(len(strip), -1)  # (rows, 3 columns): RGB interleaved
+    between = np.empty((down.length, strip.shape[1]), how.dtype)
+    for taken, out, weights in down.bands:
+        np.matmul(weights, strip[taken].astype(how.dtype), out=between[out])
     np.rint(between, out=between)
-    result = np.empty((height, 3 * width), how.dtype)
-    for band in across:
-        taken = slice(3 * (band.taken.start - left), 3 * (band.taken.stop - left))
-        np.matmul(between[:, taken], band.weights, out=result[:, 3 * band.out.start : 3 * band.out.stop])
-    result *= 2.0 ** -(how.between_bits + how.second_bits)
+    result = np.empty((down.length, across.length), how.dtype)
+    for taken, out, weights in across.bands:
+        np.matmul(between[:, taken], weights, out=result[:, out])
     np.rint(result, out=result)
     if how is not _EXACT32:
         np.clip(result, 0, 255, out=result)
-    return result.astype(np.uint8).reshape(height, width, 3)
+    return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_BLOCK = 16  # outputs to a band: small enough to waste little on zeros, large enough for BLAS
+_BLOCK = {1: 16, 3: 4}  # outputs to a band, by channels: small wastes little on zeros, large keeps BLAS busy
 
 
-@lru_cache(maxsize=32)  # each 0.25 MB for ILSVRC's sizes, up to 2 MB for area at 12 megapixels
-def _bands(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> tuple[_Band, ...]:
+@lru_cache(maxsize=64)  # each 40 KB and 0.1 MB for ILSVRC's sizes, up to 1 MB for area at 12 megapixels
+def _pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
     """The matrix of one pass, outputs `first` to `last` of `n_out`, cut into bands of _BLOCK outputs.
 
     For channels = 1 a band's weights are (outputs, inputs), to multiply from the left; for 3 they are the transpose
     with every weight spread over RGB, (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
     """
-    how = _ARITHMETIC[name]
+    how, block = _ARITHMETIC[name], _BLOCK[channels]
     bits = how.first_bits if channels == 1 else how.second_bits
     outputs = np.arange(first, last)
     lows, weights = _area(n_in, n_out, outputs) if name == "area" else _kernel(n_in, n_out, outputs, name)
     # The running sum is rounded, not each weight: they sum to 2^bits, a flat picture stays flat, none turns negative.
-    whole = np.diff(np.rint(np.cumsum(weights, axis=1) * 2.0**bits), axis=1, prepend=0.0)
+    sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
+    sums[:, 1:] -= sums[:, :-1].copy()
+    whole = sums * 2.0 ** ((how.between_bits if channels == 1 else -how.between_bits) - bits)
     taps = whole.shape[1]
-    starts = lows[::_BLOCK]  # one for each band
-    ends = lows[np.minimum(np.arange(len(starts)) * _BLOCK + _BLOCK, len(lows)) - 1]
+    starts = lows[::block]  # one for each band
+    ends = lows[np.minimum(np.arange(len(starts)) * block + block, len(lows)) - 1]
     length = min(n_in, int((ends - starts).max()) + taps)
     starts = np.minimum(starts, n_in - length)
 
-    band, row = np.divmod(np.arange(len(outputs)), _BLOCK)
-    dense = np.zeros((len(starts), _BLOCK, length + taps))  # taps beyond the picture's edge have weight zero
-    dense[band[:, None], row[:, None], (lows - starts[band])[:, None] + np.arange(taps)] = whole
-    dense = dense[:, :, :length]
-    if channels > 1:
-        spread = np.zeros((len(starts), length, channels, _BLOCK, channels))
+    band, row = np.divmod(np.arange(len(outputs)), block)
+    column = (lows - starts[band])[:, None] + np.arange(taps)  # beyond `length` only for taps of weight zero
+    if channels == 1:
+        dense = np.zeros((len(starts), block, length + taps), how.dtype)
+        dense[band[:, None], row[:, None], column] = whole
+        dense = dense[:, :, :length]
+    else:
+        dense = np.zeros((len(starts), length + taps, channels, block, channels), how.dtype)
         for channel in range(channels):
-            spread[:, :, channel, :, channel] = dense.transpose(0, 2, 1)
-        dense = spread.reshape(len(starts), length * channels, _BLOCK * channels)
-    dense = dense.astype(how.dtype)
-    bands = []
-    for index, start in enumerate(starts.tolist()):
-        out = slice(index * _BLOCK, min((index + 1) * _BLOCK, len(outputs)))
-        used = out.stop - out.start
-        matrix = dense[index, :used] if channels == 1 else dense[index, :, : used * channels]
-        bands.append(_Band(out, slice(start, start + length), matrix))
-    return tuple(bands)
+            dense[band[:, None], column, channel, row[:, None], channel] = whole
+        dense = dense[:, :length].reshape(len(starts), length * channels, block * channels)
+    first_in = int(starts[0])
+    bands = [
+        (slice(start, start + length * channels), slice(index * block * channels, (index + 1) * block * channels), band)
+        for index, (start, band) in enumerate(zip(((starts - first_in) * channels).tolist(), dense, strict=True))
+    ]
+    partial = len(outputs) % block
+    if partial:
+        taken, out, weights = bands[-1]
+        end = partial * channels
+        bands[-1] = (taken, slice(out.start, out.start + end), weights[:end] if channels == 1 else weights[:, :end])
+    return _Pass(slice(first_in, int(starts[-1]) + length), len(outputs) * channels, tuple(bands))
 
 
 def _area(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:

@@ -1,7 +1,8 @@
-"""Who builds the shards: a pool of processes on this machine.
+"""Who does the work: processes on this machine, and what they tell while they work.
 
 Every worker is a fresh interpreter (an LMDB must not cross a fork) with one BLAS thread. Workers leave Ctrl-C to the
-parent, and end by themselves when the parent is gone, even when it was killed.
+parent, and end by themselves when the parent is gone, even when it was killed. A worker that dies is told from one
+that fails: its last step is known, and the others go on.
 """
 
 from __future__ import annotations
@@ -11,56 +12,178 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
-from multiprocessing.sharedctypes import Synchronized
+import traceback
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, NamedTuple, Protocol, TypeVar
 
-from prep.build import ShardTask, build_shard
-from prep.console import Progress, UserError
+from prep.console import UserError, keep_freed_memory
 
-_done: Synchronized[int]  # inputs done by all workers; set in each worker by _begin
+T = TypeVar("T")
+R = TypeVar("R")
+
+_KEEP_BYTES = 256_000_000  # of freed memory a worker holds on to: the arrays of a photograph, not of a giant
+_POLL_S = 0.2
 
 
-def run_local(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-    """Build `tasks` in `jobs` processes; the first error ends the build, what is finished stays.
+class Counts(NamedTuple):
+    """What all workers have done so far."""
 
-    Raises UserError as build_shard does, and where a worker was killed.
-    """
-    if not tasks:
-        return
-    context = multiprocessing.get_context("spawn")
-    done = context.Value("q", 0)
-    before = report.done
-    with _one_blas_thread():
-        pool = ProcessPoolExecutor(min(jobs, len(tasks)), context, _begin, (done,))
+    done: int  # inputs or records
+    bad: int
+    bytes: int
+
+
+class Tally:
+    """A worker's numbers, written by it and read by the parent at any time: where it is, and its Counts."""
+
+    SIZE = 4
+
+    def __init__(self, numbers: MutableSequence[int] | None = None, first: int = 0) -> None:
+        self._numbers = [0] * self.SIZE if numbers is None else numbers
+        self._first = first
+
+    def begin(self, index: int) -> None:
+        """Input `index` of the task is next: what the parent names if the worker dies."""
+        self._numbers[self._first] = index
+
+    def count(self, size: int = 0, bad: bool = False) -> None:
+        """One input more is done, and gave `size` bytes."""
+        self._numbers[self._first + 1] += 1
+        self._numbers[self._first + 2] += bad
+        self._numbers[self._first + 3] += size
+
+    @property
+    def at(self) -> int:
+        """What `begin` was last told."""
+        return self._numbers[self._first]
+
+    @property
+    def counts(self) -> Counts:
+        """Since the worker began."""
+        return Counts(*self._numbers[self._first + 1 : self._first + self.SIZE])
+
+
+@dataclass(frozen=True)
+class Died:
+    """A worker's process ended in the middle of a task."""
+
+    at: int  # the index it had begun, as its Tally says
+    exit_code: int  # negative: of the signal
+
+    def how(self) -> str:
+        """`was killed (SIGKILL)`, `ended with code 1`."""
+        if self.exit_code >= 0:
+            return f"ended with code {self.exit_code}"
+        with suppress(ValueError):
+            return f"was killed ({signal.Signals(-self.exit_code).name})"
+        return f"was killed (signal {-self.exit_code})"
+
+
+class Runner(Protocol):
+    """Anything that can do independent tasks: the processes below, or a cluster."""
+
+    jobs: int
+
+    def map(
+        self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+    ) -> Iterator[tuple[T, R | Died]]:
+        """Each task with its result, as they are ready. The first exception of `work` is raised here."""
+
+
+class Workers:
+    """A runner of `jobs` processes, started as they are needed, ended by `with`."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs = jobs
+        self._context = multiprocessing.get_context("spawn")
+        self._numbers = self._context.RawArray("q", Tally.SIZE * jobs)
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
+
+    def map(
+        self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+    ) -> Iterator[tuple[T, R | Died]]:
+        """As Runner.map; `work` must be a function of a module. Takes from `tasks` only what is about to be done."""
+        before = self._counts()
+        waiting, busy = iter(tasks), dict[int, T]()
+        idle, more = list(range(self.jobs)), True
+        while busy or more:
+            while idle and more:
+                try:
+                    task = next(waiting)
+                except StopIteration:
+                    more = False
+                    break
+                slot = idle.pop(0)
+                self._connection(slot).send((work, task))
+                busy[slot] = task
+            ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
+            watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
+            for slot in [slot for slot in busy if self._workers[slot][1] in ready]:
+                idle.append(slot)
+                yield busy.pop(slot), self._result(slot)
+        watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
+
+    def _counts(self) -> Counts:
+        each = [Tally(self._numbers, Tally.SIZE * slot).counts for slot in range(self.jobs)]
+        return Counts(*(sum(numbers) for numbers in zip(*each, strict=True)))
+
+    def _result(self, slot: int) -> Any:
+        process, connection = self._workers[slot]
         try:
-            with _ctrl_c_held_back():  # submitting starts the workers, which inherit that
-                running: set[Future[None]] = {pool.submit(_work, task) for task in tasks}
-            while running:
-                finished, running = wait(running, timeout=0.2, return_when=FIRST_EXCEPTION)
-                report.update(before + done.value)
-                for future in finished:
-                    future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "A worker process was killed, most likely for want of memory. Give the same command again with fewer "
-                "--jobs: the shards that are finished are kept."
-            ) from None
-        except BaseException:
-            for process in list(pool._processes.values()):  # no public way to end work that is under way (3.14 has one)
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            value, error = connection.recv()
+        except (EOFError, ConnectionError):
+            process.join()
+            connection.close()
+            del self._workers[slot]
+            return Died(Tally(self._numbers, Tally.SIZE * slot).at, process.exitcode or 0)
+        if error is not None:
+            raise error
+        return value
+
+    def _connection(self, slot: int) -> Connection:
+        if slot not in self._workers:
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs, self._numbers, slot), daemon=True)
+            with _one_blas_thread(), _ctrl_c_held_back():
+                process.start()
+            theirs.close()
+            self._workers[slot] = process, ours
+        return self._workers[slot][1]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for process, _ in self._workers.values():
+            process.terminate()  # idle, or in a task whose result nobody will take
+        for process, connection in self._workers.values():
+            process.join()
+            connection.close()
+        self._workers.clear()
 
 
-def _begin(done: Synchronized[int]) -> None:
-    global _done
-    _done = done
+def _serve(connection: Connection, numbers: MutableSequence[int], slot: int) -> None:
+    """A worker's life: tasks in, results out, until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
+    tally = Tally(numbers, Tally.SIZE * slot)
+    with suppress(EOFError):
+        while True:
+            work, task = connection.recv()
+            answer: tuple[Any, BaseException | None]
+            try:
+                answer = work(task, tally), None
+            except UserError as error:
+                answer = None, error
+            except Exception:  # a fault of ours: its place would be lost on the way
+                answer = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
+            connection.send(answer)
 
 
 def _end_with_parent() -> None:
@@ -68,15 +191,6 @@ def _end_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-def _work(task: ShardTask) -> None:
-    build_shard(task, _count)
-
-
-def _count() -> None:
-    with _done.get_lock():
-        _done.value += 1
 
 
 @contextmanager

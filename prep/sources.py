@@ -1,49 +1,108 @@
-"""Where photographs come from: folders of classes, or a flat folder with a file of labels.
+"""Where photographs come from: folders of classes, a flat folder with labels, or archives of either.
 
-A listing is sorted by bytes, so it is the same on every file system; nothing is opened here but the label files.
+Listing opens nothing but label files and archives. A name that begins with a dot is no input; any other entry ends in
+the listing, or in `refused` with the reason: nothing is passed over without a word.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
-from prep.console import UserError, count_noun, say
+import numpy as np
+import numpy.typing as npt
+
+from prep.console import UserError, count_noun, progress, say
+from prep.labels import read_labels, shown
+from prep.listing import Input, Listing
 from prep.manifest import SPLITS
+from prep.picture import MAX_FILE_BYTES, BadPicture
 
-LABEL_ORDERS = ("sorted", "devkit")
+Content = bytes | npt.NDArray[np.uint8]  # a file's bytes, or RGB pixels where a record holds bare ones
+
+_AT_ONCE = 32  # class folders: enough to hide a slow file system's answers, few enough to hold
+_KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
-@dataclass(frozen=True)
-class Input:
-    """One file to take in: its path below the split's folder (as bytes) and its label, 0..K−1."""
+class Place(Protocol):
+    """Reads inputs; small enough to send to a worker or another machine."""
 
-    path: bytes
-    label: int
+    @property
+    def root(self) -> Path:
+        """Where the inputs are, for messages."""
+
+    def read(self, item: Input) -> Content:
+        """What one input holds. Raises BadPicture where it cannot be read, UserError where it has changed."""
+
+    def head(self, item: Input, size: int) -> bytes:
+        """The first `size` bytes of one input, or fewer; raises BadPicture where it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All inputs of one split, in the order of their paths."""
+    """All inputs of one split, in the order of class and name, and the entries that are none."""
 
-    root: Path
+    place: Place
     split: str
     classes: tuple[str, ...]
-    inputs: tuple[Input, ...]
+    inputs: Listing
+    refused: tuple[tuple[str, str], ...] = ()  # (name, why)
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Inputs that are files below `root`."""
+
+    root: Path
+
+    def read(self, item: Input) -> bytes:
+        """A file's bytes; raises BadPicture where it cannot be read, UserError where it is not the one listed."""
+        return self._bytes(item, MAX_FILE_BYTES + 1, check=True)
+
+    def head(self, item: Input, size: int) -> bytes:
+        """A file's first bytes; raises BadPicture where it cannot be read."""
+        return self._bytes(item, size, check=False)
+
+    def _bytes(self, item: Input, size: int, check: bool) -> bytes:
+        try:  # a FIFO that took the file's place would otherwise be waited for without end
+            handle = os.open(os.path.join(os.fsencode(self.root), item.path), os.O_RDONLY | os.O_NONBLOCK)
+            with open(handle, "rb", buffering=0) as file:
+                found = os.fstat(handle)
+                if check and (found.st_size, found.st_mtime_ns) != (item.size, item.stamp_ns):
+                    raise UserError(
+                        f"{shown(item.path)} was changed after it was listed: {item.size:,} bytes then, "
+                        f"{found.st_size:,} now. Give the same command again once nothing writes to the source."
+                    )
+                if not stat.S_ISREG(found.st_mode):
+                    raise BadPicture(f"a {_kind(found.st_mode)}, not a file")
+                return file.read(min(size, found.st_size)) if size else b""
+        except OSError as error:
+            raise BadPicture(f"cannot be read: {error.strerror or error}") from None
 
 
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
-    """The folder of each split to build: SOURCE/train and SOURCE/val where SOURCE has them, else SOURCE itself.
+    """What to build each split of: SOURCE/train and SOURCE/val, or their archives, where SOURCE has them, else SOURCE.
 
-    Raises UserError for a SOURCE that is missing, no folder, or lacks the split that was named.
+    Raises UserError for a SOURCE that is missing, neither a folder nor an archive, or lacks the split that was named.
     """
+    if source.is_file():
+        guess = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
+        return {split or guess: source}
     if not source.is_dir():
-        raise UserError(f"{source}: {'not a folder' if source.exists() else 'no such folder'}.")
-    inside = {name: source / name for name in SPLITS if (source / name).is_dir()}
+        raise UserError(f"{source}: {'not a folder or an archive' if source.exists() else 'no such folder'}.")
+    inside = {}
+    for name in SPLITS:
+        archives = (source / f"ILSVRC2012_img_{name}.tar", source / f"{name}.tar")
+        found = [path for path in (source / name, *archives) if path.is_dir() or (path in archives and path.is_file())]
+        if found:
+            inside[name] = found[0]
     if split is None:
-        return inside or {"train": source}
+        return inside or {SPLITS[0]: source}
     if not inside:
         return {split: source}
     if split not in inside:
@@ -51,176 +110,138 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     return {split: inside[split]}
 
 
-def read_source(folder: Path, split: str, labels: Path | None, label_order: str | None, known: Sequence[str]) -> Source:
-    """List one split.
+def read_source(
+    path: Path,
+    split: str,
+    labels: Path | None,
+    label_order: str | None,
+    known: Sequence[str],
+    follow_links: bool = False,
+) -> Source:
+    """List one split, from a folder or a tar archive.
 
-    Class folders give classes and labels by their sorted names. A flat folder needs `labels`, see _flat; `known` are
-    the classes that the store already has, empty where it has none. Raises UserError for a folder that holds neither,
-    labels that do not fit, and classes other than `known`.
+    Class folders give classes and labels by their sorted names. Flat photographs need `labels`, see prep.labels;
+    `known` are the classes that the store already has, empty where it has none. Symbolic links that lead out of the
+    folder are refused unless `follow_links`. Raises UserError for a source that holds neither, labels that do not fit,
+    and classes other than `known`.
     """
-    with os.scandir(os.fsencode(folder)) as entries:
-        listing = sorted((e.name, e.is_dir(), e.is_file()) for e in entries if not e.name.startswith(b"."))
-    folders = [name for name, is_folder, _ in listing if is_folder]
-    files = [name for name, _, is_file in listing if is_file]
-    if folders and not files:
-        if labels is not None:
-            say(f"{folder}: class folders give the labels of {split}; --labels is not needed there.")
-        return _class_folders(folder, split, folders, known)
-    if files and not folders:
-        return _flat(folder, split, files, labels, label_order, known)
-    if not files:
-        raise UserError(
-            f"{folder}: the folder is empty. Expected a folder for each class, or photographs and --labels."
+    if path.is_file():
+        from prep.archive import Archive, list_archive
+
+        place: Place = Archive(path)
+        found = list_archive(path, flat=labels is not None)
+    else:
+        place = Folder(path)
+        found = _list_folder(path, split, follow_links)
+    if found.flat:
+        named, classes = read_labels(
+            labels, [found.listing.path(i) for i in range(len(found.listing))], path, label_order, known
         )
-    raise UserError(
-        f"{folder}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side "
-        f"(first file: {_shown(files[0])}). Expected class folders alone, or photographs alone with --labels."
-    )
+        inputs = Listing()
+        for item in found.listing:
+            inputs.add(item.path, named[item.path], item.size, item.stamp_ns, item.at)
+        return Source(place, split, classes, inputs, found.refused)
+    if labels is not None:
+        say(f"{path}: class folders give the labels of {split}; --labels is not needed there.")
+    _same_classes(found.classes, known, path)
+    return Source(place, split, found.classes, found.listing, found.refused)
 
 
-def _class_folders(root: Path, split: str, folders: Sequence[bytes], known: Sequence[str]) -> Source:
-    classes = tuple(_shown(name) for name in folders)
-    _same_classes(classes, known, root)
-    inputs: list[Input] = []
-    empty: list[str] = []
-    odd: list[bytes] = []
-    for label, name in enumerate(folders):
-        with os.scandir(os.path.join(os.fsencode(root), name)) as entries:
-            names = sorted((e.name, e.is_file()) for e in entries if not e.name.startswith(b"."))
-        found = [file for file, is_file in names if is_file]
-        odd += [name + b"/" + file for file, is_file in names if not is_file]
-        if not found:
-            empty.append(classes[label])
-        inputs += [Input(name + b"/" + file, label) for file in found]
-    if not inputs:
+@dataclass(frozen=True)
+class Found:
+    """What a folder or an archive holds: photographs with the labels of their class folders, or flat ones."""
+
+    listing: Listing
+    classes: tuple[str, ...]
+    flat: bool
+    refused: tuple[tuple[str, str], ...]
+
+
+def _list_folder(root: Path, split: str, follow_links: bool) -> Found:
+    base = os.fsencode(root.resolve()) + b"/"
+    entries = _entries(os.fsencode(root), base, follow_links)
+    folders = [entry.name for entry in entries if stat.S_ISDIR(entry.mode)]
+    files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
+    refused = [(shown(entry.name), entry.why) for entry in entries if entry.mode == 0]
+    if folders and files:
+        raise UserError(
+            f"{root}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side "
+            f"(first file: {shown(files[0].name)}). Expected class folders alone, or photographs alone with --labels."
+        )
+    listing = Listing()
+    if files:
+        for entry in files:
+            listing.add(entry.name, 0, entry.size, entry.stamp_ns)
+        return Found(listing, (), True, tuple(refused))
+    if not folders:
+        raise UserError(f"{root}: the folder is empty. Expected a folder for each class, or photographs and --labels.")
+    classes = tuple(shown(name) for name in folders)
+    empty = []
+    paths = [os.path.join(os.fsencode(root), name) for name in folders]
+    with progress(f"{split}: listing", len(folders), "folders") as report, ThreadPoolExecutor(8) as pool:
+        for first in range(0, len(folders), _AT_ONCE):
+            chunk = paths[first : first + _AT_ONCE]
+            listed = pool.map(_entries, chunk, [base] * len(chunk), [follow_links] * len(chunk))
+            for label, entries in enumerate(listed, first):
+                before = len(listing)
+                for entry in entries:
+                    name = folders[label] + b"/" + entry.name
+                    if stat.S_ISREG(entry.mode):
+                        listing.add(name, label, entry.size, entry.stamp_ns)
+                    else:
+                        refused.append((shown(name), entry.why or f"a {_kind(entry.mode)}, not a file"))
+                if len(listing) == before:
+                    empty.append(classes[label])
+                report.advance()
+    if not len(listing):
         raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} and not one file in them.")
+    say_empty(root, empty)
+    return Found(listing, classes, False, tuple(refused))
+
+
+def say_empty(root: Path, empty: Sequence[str]) -> None:
+    """Tell of classes that have no photograph."""
     if empty:
         say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph (first: {empty[0]}).")
-    if odd:
-        say(f"{root}: {count_noun(len(odd), 'entry', 'entries')} not taken, being no files (first: {_shown(odd[0])}).")
-    return Source(root, split, classes, tuple(sorted(inputs, key=lambda i: i.path)))
 
 
-def _flat(
-    root: Path, split: str, files: Sequence[bytes], labels: Path | None, order: str | None, known: Sequence[str]
-) -> Source:
-    """Photographs side by side, with labels from a text file of one of two kinds:
-
-    `name label` a line, where the label is the name of a class or its number 0..K−1 (Caffe's val.txt); or one number
-    1..K a line for each photograph in the order of their names (ILSVRC's ground truth), read by _ground_truth.
-    """
-    if labels is None:
-        labels = _beside(root)
-    try:
-        lines = [line for line in labels.read_text(errors="surrogateescape").splitlines() if line.strip()]
-    except OSError as error:
-        raise UserError(f"--labels {labels}: {error.strerror or error}.") from None
-    if not lines:
-        raise UserError(f"--labels {labels}: the file is empty.")
-    if len(lines[0].split()) == 1:
-        named, classes = _ground_truth(labels, lines, files, root, order, known)
-    else:
-        named, classes = _name_label(labels, lines, files, root, known)
-    return Source(root, split, classes, tuple(Input(name, named[name]) for name in files))
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    name: bytes
+    mode: int  # its kind as in st_mode; 0: not to be taken
+    size: int = 0
+    stamp_ns: int = 0
+    why: str = ""
 
 
-def _ground_truth(
-    path: Path, lines: Sequence[str], files: Sequence[bytes], root: Path, order: str | None, known: Sequence[str]
-) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """One number 1..K a line. Which class is number k is what people get wrong: the devkit has an order of its own.
-
-    `order` says it: "sorted", the k-th name in sorted order; "devkit", as meta.mat beside the file says. By default
-    devkit where meta.mat lies beside the file, as in ILSVRC2012_devkit_t12/data, else sorted.
-    """
-    if len(lines) != len(files):
-        raise UserError(f"--labels {path}: {len(lines):,} lines for {len(files):,} photographs in {root}. One a line.")
-    meta = path.with_name("meta.mat")
-    if order is None:
-        order = "devkit" if meta.is_file() else "sorted"
-    numbers = [_whole(line, path, at, 1) for at, line in enumerate(lines, 1)]
-    if order == "devkit":
-        synset = _devkit(meta)
-        classes = tuple(known) or tuple(sorted(synset[k] for k in synset if k <= max(numbers)))
-        place = {name: label for label, name in enumerate(classes)}
-        missing = sorted({synset.get(k, f"number {k}") for k in numbers} - set(classes))
-        if missing:
-            raise UserError(f"--labels {path}: {missing[0]} is not among the store's {len(classes)} classes.")
-        found = [place[synset[k]] for k in numbers]
-        say(f"{root}: label numbers are the devkit's ({meta.name} beside {path.name}).")
-    else:
-        classes = tuple(known) or tuple(str(k) for k in range(max(numbers)))
-        if max(numbers) > len(classes):
-            raise UserError(f"--labels {path}: number {max(numbers)}, but the store has {len(classes)} classes.")
-        found = [k - 1 for k in numbers]
-        say(
-            f"{root}: label number k is read as the k-th class in sorted order (--label-order devkit for ILSVRC's own)."
-        )
-    return dict(zip(files, found, strict=True)), classes
+def _entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
+    """What a folder holds, sorted by name; links are resolved, and refused where they lead out of `base`."""
+    found = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            try:
+                if entry.is_symlink() and not follow_links:
+                    target = os.path.realpath(entry.path, strict=True)
+                    if not target.startswith(base):
+                        why = f"a symbolic link out of the source, to {shown(target)}; --follow-links takes it"
+                        found.append(_Entry(entry.name, 0, why=why))
+                        continue
+                status = entry.stat()
+            except OSError as error:
+                found.append(_Entry(entry.name, 0, why=f"cannot be looked at: {error.strerror or error}"))
+                continue
+            mode = stat.S_IFMT(status.st_mode)
+            if mode in (stat.S_IFREG, stat.S_IFDIR):
+                found.append(_Entry(entry.name, mode, status.st_size, status.st_mtime_ns))
+            else:
+                found.append(_Entry(entry.name, 0, why=f"a {_kind(mode)}, not a file"))
+    return sorted(found, key=lambda entry: entry.name)
 
 
-def _devkit(path: Path) -> dict[int, str]:
-    """ILSVRC2012_ID -> synset, from the devkit's meta.mat."""
-    from scipy.io import loadmat
-
-    try:
-        synsets = loadmat(str(path), squeeze_me=True)["synsets"]
-        return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
-    except FileNotFoundError:
-        raise UserError(
-            f"--label-order devkit: {path} is missing. Put the devkit's meta.mat beside the labels."
-        ) from None
-    except Exception as error:  # loadmat raises many kinds for a broken file
-        raise UserError(f"{path}: not the devkit's meta.mat ({error}).") from None
-
-
-def _name_label(
-    path: Path, lines: Sequence[str], files: Sequence[bytes], root: Path, known: Sequence[str]
-) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    pairs: dict[bytes, str] = {}
-    for at, line in enumerate(lines, 1):
-        parts = line.rsplit(None, 1)
-        if len(parts) != 2:
-            raise UserError(f"--labels {path}, line {at}: {line!r}, expected `name label`.")
-        name = os.path.basename(os.fsencode(parts[0].strip()))
-        if pairs.setdefault(name, parts[1]) != parts[1]:
-            raise UserError(f"--labels {path}, line {at}: {_shown(name)} has two labels, {pairs[name]} and {parts[1]}.")
-    lacking = [name for name in files if name not in pairs]
-    if lacking:
-        raise UserError(
-            f"--labels {path}: no label for {len(lacking):,} of {len(files):,} photographs "
-            f"(first: {_shown(lacking[0])})."
-        )
-    place = {name: label for label, name in enumerate(known)}
-    if all(label in place for label in pairs.values()):
-        return {name: place[pairs[name]] for name in files}, tuple(known)
-    if any(not label.isdecimal() for label in pairs.values()):
-        if known:
-            odd = next(label for label in pairs.values() if label not in place)
-            raise UserError(
-                f"--labels {path}: {odd} is not among the store's {len(known)} classes (first: {known[0]})."
-            )
-        classes = tuple(sorted(set(pairs.values())))
-        place = {name: label for label, name in enumerate(classes)}
-        return {name: place[pairs[name]] for name in files}, classes
-    numbers = {name: int(pairs[name]) for name in files}
-    classes = tuple(known) or tuple(str(k) for k in range(max(numbers.values()) + 1))
-    if max(numbers.values()) >= len(classes):
-        raise UserError(
-            f"--labels {path}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
-            f"{len(classes) - 1}."
-        )
-    return numbers, classes
-
-
-def _beside(root: Path) -> Path:
-    """The one label file near a flat folder; raises UserError where there is none or more than one."""
-    place = root.resolve()
-    near = sorted({*place.parent.glob("*ground_truth*.txt"), *place.parent.glob(f"{place.name}.txt")})
-    if len(near) != 1:
-        found = f"{len(near)} files beside it look like labels" if near else "no label file lies beside it"
-        raise UserError(f"{root}: photographs without class folders, and {found}. Name one with --labels FILE.")
-    say(f"{root}: labels from {near[0]}.")
-    return near[0]
+def _kind(mode: int) -> str:
+    return _KINDS.get(stat.S_IFMT(mode), "device")
 
 
 def _same_classes(found: Sequence[str], known: Sequence[str], root: Path) -> None:
@@ -231,14 +252,3 @@ def _same_classes(found: Sequence[str], known: Sequence[str], root: Path) -> Non
             + (f" (first that only one of them has: {odd[0]})" if odd else "")
             + ". Splits of one store share their classes."
         )
-
-
-def _whole(text: str, path: Path, line: int, least: int) -> int:
-    if not text.strip().isdecimal() or int(text) < least:
-        raise UserError(f"--labels {path}, line {line}: {text.strip()!r}, expected a whole number from {least}.")
-    return int(text)
-
-
-def _shown(name: bytes) -> str:
-    """A name that can be printed and stored as UTF-8 whatever its bytes are."""
-    return name.decode("utf-8", "backslashreplace")

@@ -1,185 +1,356 @@
-"""How fast a store is built, beside a Pillow script and the bound.
+"""How fast a store is built, beside FFCV's writer, a Pillow script, libvips and the bound.
 
-ours    prep.build.build_split with prep.runners.run_local, as `alexprep build-lmdb` calls them: decode, area average
-        to 256 px, central square, JPEG of quality 90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact
-        colour moments, mean image, everything synced to the disk, manifest.
-Pillow  what one writes in an afternoon: a pool of processes that decode, resize the shorter side to 256 px by Pillow's
-        bicubic filter, cut the central square and encode at quality 90; the parent puts the files into one plain LMDB.
-        No labels, checksums or moments, one commit. Pillow's BOX would take 0.4 times as long to resize, LANCZOS 1.3.
-bound   libjpeg-turbo (simplejpeg) alone, on threads: files held in memory are decoded and, cut to at most 256×256
-        without resizing, encoded again. It leaves out the few pictures that simplejpeg cannot read: CMYK, PNG.
+ours    `alexprep build-lmdb` as a user calls it, a process of its own: decode, area average to 256 px, central square,
+        JPEG of quality 90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image,
+        everything synced to the disk, manifest.
+FFCV    its DatasetWriter, JPEG of quality 90 (tools/peers/ffcv_writer.py). It has no rescaling to a shorter side, so
+        Pillow's bicubic filter does that in the data set, as torchvision's Resize would.
+Pillow  what one writes in an afternoon: a pool of processes that rescale by Pillow's bicubic filter, one plain LMDB
+        written by the parent in one commit (tools/peers/pillow_script.py).
+libvips the same with libvips' thumbnail (tools/peers/vips_thumbnail.py).
+bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/peers/jpeg_bound.py).
 
-Everyone has as many workers as --jobs says and reads from the page cache. Timed for ours and for Pillow: starting the
-pool of fresh interpreters (each imports this module, which imports little), all pictures, ending the pool, closing the
-LMDB. Not timed: the imports of this process, listing the folder, deleting the last round's store. The bound starts no
-process and opens no file. With few pictures the start is most of it: take a thousand or more.
+Everyone has --jobs worker processes, is held to as many cores, and reads the same files from the page cache, which is
+read through before each turn. Ours is timed from starting the command to its end, with the imports and the listing of
+the folder. The others are programs that have done both and, but for FFCV, have started their workers when they are
+given the word; they are timed from that to their answer that all is written, which is kind to them. Only ours and
+LMDB sync. Not timed: deleting what the last turn wrote.
 
-Then ours by step, in this process with one BLAS thread: milliseconds for one picture. Rescaling keeps the weights of
-the last sizes that it saw, so photographs of many sizes take longer than photographs of few.
+The photographs are repeated, by hard links where the disk allows it, until they are --pictures in number: choose so
+many that each works for ten seconds and ours loses little by starting. The bound goes through them twice for that.
+Repeating also means that every size of photograph comes again: what a contestant keeps by size pays sooner than it
+would on as many different photographs.
 
-FFCV's writer is not here, for it needs system packages.
+With --steps nothing is raced; instead the steps of ours are timed one by one on one core, in this process, with one
+BLAS thread, beside libjpeg-turbo alone. A round is one pass through at most 320 photographs, none repeated.
 """
 
 from __future__ import annotations
 
-import io
-import multiprocessing
+import contextlib
+import itertools
+import json
 import os
 import shutil
+import subprocess
+import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import product
+from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import click
-import lmdb
-from PIL import Image
 
-from prep.console import Progress, UserError, count_noun, say
-from tools.side_by_side import Benchmark, Contestant, common_options, libjpeg_turbo, photo_digits, race, show
+from prep.console import UserError, answer, count_noun, say
+from tools.side_by_side import Benchmark, Contestant, Row, common_options, photo_digits, race, show
 
 SIDE_PX, QUALITY, FILTER = 256, 90, "area"
-_STEP_PICTURES = 300
+_ENDINGS = (".jpeg", ".jpg", ".png")
 _BOUND = "bound: decode and encode alone"
+_BOUND_PASSES = 2
+_STEP_PICTURES = 320
+_ALONE = ("libjpeg-turbo alone, decode", "libjpeg-turbo alone, encode")
+_ROOT = Path(__file__).parent.parent
 
 
-def photographs(folder: Path, limit: int | None) -> list[Path]:
-    """All files below `folder`, relative to it, or `limit` of them evenly chosen. Raises UserError for none."""
-    paths = sorted(p.relative_to(folder) for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-    if not paths:
-        raise UserError(f"--source {folder}: no file in it. Name a folder of photographs.")
-    wanted = min(limit or len(paths), len(paths))
-    return [paths[len(paths) * index // wanted] for index in range(wanted)]
+def photographs(folder: Path) -> list[Path]:
+    """The pictures below `folder`, by the endings of their names, in order. Raises UserError for none."""
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
+    if not found:
+        raise UserError(f"--source {folder}: no {', '.join(_ENDINGS)} file in it. Name a folder of photographs.")
+    return found
 
 
-def ours(folder: Path, paths: Sequence[Path], store: Path, jobs: int) -> int:
-    """A build, all pictures under one label."""
-    from prep.build import build_split
-    from prep.manifest import Settings
-    from prep.runners import run_local
-    from prep.sources import Input, Source
-
-    source = Source(folder, "train", ("photographs",), tuple(Input(os.fsencode(path), 0) for path in paths))
-    settings = Settings(SIDE_PX, False, "jpeg", QUALITY, FILTER, 0)
-    built = build_split(source, store, settings, jobs, False, run_local, Progress(len(paths), "pictures"))
-    return built.split("train").records
+def chosen(paths: Sequence[Path], wanted: int) -> list[Path]:
+    """`wanted` of them, evenly spread; all and from the first again where there are fewer."""
+    if wanted < len(paths):
+        return [paths[len(paths) * index // wanted] for index in range(wanted)]
+    return list(itertools.islice(itertools.cycle(paths), wanted))
 
 
-def pillow_jpeg(path: Path) -> bytes:
-    """The Pillow script's work on one photograph."""
-    image = Image.open(path).convert("RGB")
-    scale = SIDE_PX / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
-    left, top = (width - SIDE_PX) // 2, (height - SIDE_PX) // 2
-    image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE_PX, top + SIDE_PX))
-    out = io.BytesIO()
-    image.save(out, "JPEG", quality=QUALITY)
-    return out.getvalue()
-
-
-def pillow_script(folder: Path, paths: Sequence[Path], out: Path, jobs: int) -> int:
-    """The Pillow script: a pool of processes, one plain LMDB."""
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
-    with pool, lmdb.open(str(out), map_size=1 << 40) as env, env.begin(write=True) as txn:
-        for index, content in enumerate(pool.map(pillow_jpeg, [folder / path for path in paths], chunksize=16)):
-            txn.put(b"%08d" % index, content)
-    return len(paths)
-
-
-def bound(folder: Path, paths: Sequence[Path], jobs: int) -> Contestant:
-    """libjpeg-turbo alone, on the files that it can read."""
-    jpeg = libjpeg_turbo()
-
-    def images(content: bytes) -> int:
+def lay_out(paths: Sequence[Path], source: Path, folder: Path) -> None:
+    """Links to `paths`, copies where there can be none, in class folders after the folders below `source`."""
+    for index, path in enumerate(paths):
+        parts = path.relative_to(source).parent.parts
+        link = folder / ("_".join(parts) or "photographs") / f"{index:06d}_{path.name}"
+        link.parent.mkdir(parents=True, exist_ok=True)
         try:
-            pixels = jpeg.decode_jpeg(content)
-        except ValueError:
-            return 0
-        top, left = (max(0, length - SIDE_PX) // 2 for length in pixels.shape[:2])
-        cut = pixels[top : top + SIDE_PX, left : left + SIDE_PX].copy()
-        jpeg.encode_jpeg(cut, quality=QUALITY, colorsubsampling="420")
-        return 1
-
-    held = [content for content in ((folder / path).read_bytes() for path in paths) if images(content)]
-    pool = ThreadPoolExecutor(jobs)
-
-    def one_thread(first: int) -> int:
-        return sum(images(content) for content in held[first::jobs])
-
-    return Contestant(_BOUND, lambda: sum(pool.map(one_thread, range(jobs))), _BOUND)
+            os.link(path.resolve(), link)
+        except OSError:  # another disk, or no right to link
+            shutil.copyfile(path, link)
 
 
-def ms_by_step(folder: Path, paths: Sequence[Path], out: Path) -> dict[str, float]:
-    """Milliseconds that one picture takes in each step of ours, of one thread."""
+class Program:
+    """A process that answers in lines; its standard error is kept for the case that it fails."""
+
+    def __init__(self, name: str, command: Sequence[str], errors: Path) -> None:
+        self.name, self.command, self.errors = name, command, errors
+        self.process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Start it in the root of the checkout, where `-m tools.…` finds the peers."""
+        pipe = subprocess.PIPE
+        with self.errors.open("w") as errors:
+            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=errors, text=True, cwd=_ROOT)
+
+    def line(self) -> str:
+        """The next line that it prints; raises UserError where it ends instead."""
+        assert self.process is not None and self.process.stdout is not None
+        text = self.process.stdout.readline()
+        if not text:
+            why = self.errors.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{self.name}: exit code {self.process.wait()}. {' '.join(why)}")
+        return text.strip()
+
+    def go(self) -> None:
+        """Give the word."""
+        assert self.process is not None and self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+
+    def wait(self) -> None:
+        """Wait for its end, if it was started; raises UserError where it failed."""
+        if self.process is not None:
+            self.process.communicate()
+            ended, self.process = self.process, None
+            if ended.returncode:
+                raise UserError(f"{self.name}: exit code {ended.returncode}.")
+
+    def stop(self) -> None:
+        """End it if it still runs."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.terminate()
+            self.process.communicate()
+        self.process = None
+
+
+class Field:
+    """Where everyone reads and writes, and everyone who runs there."""
+
+    def __init__(self, pictures: Path, work: Path, jobs: int) -> None:
+        self.pictures, self.work, self.jobs = pictures, work, jobs
+        self.out = work / "out"
+        self.versions: dict[str, str] = {}
+        self.programs: list[Program] = []
+        files = {path.stat().st_ino: path for path in sorted(pictures.glob("*/*"))}
+        self.files = list(files.values())  # one path for each file
+
+    def clear(self) -> None:
+        """Wait for whoever still runs, delete what was written, sync, have all files in the page cache."""
+        for program in self.programs:
+            program.wait()
+        shutil.rmtree(self.out, ignore_errors=True)
+        os.sync()
+        for path in self.files:
+            path.read_bytes()
+
+    def _program(self, name: str, command: Sequence[str]) -> Program:
+        program = Program(name, command, self.work / "errors.txt")
+        self.programs.append(program)
+        return program
+
+    def ours(self, name: str) -> Contestant:
+        """`alexprep build-lmdb`, from its start to its end."""
+        alexprep = Path(sysconfig.get_path("scripts")) / "alexprep"
+        if not alexprep.exists():
+            raise UserError("alexprep is not installed beside this Python. Install it with: pip install -e .")
+        told = ("--store", str(self.out), "--jobs", str(self.jobs), "--json")
+        command = (str(alexprep), "build-lmdb", str(self.pictures), *told)
+        program = self._program(name, command)
+
+        def turn() -> int:
+            program.start()
+            built = json.loads(program.line())
+            program.wait()
+            return int(built["records"])
+
+        return Contestant(name, turn, _BOUND, self.clear)
+
+    def peer(self, name: str, python: str | Path, module: str, *more: str) -> Contestant:
+        """One of tools.peers under the interpreter `python`, from the word to its end. Raises UserError if it fails."""
+        command = [str(Path(python).absolute()), "-m", f"tools.peers.{module}"]
+        command += [str(self.pictures), str(self.out), str(self.jobs), *more]
+        program = self._program(name, command)
+
+        def prepare() -> None:
+            self.clear()
+            program.start()
+            self.versions[name] = program.line()
+
+        def turn() -> int:
+            program.go()
+            return int(program.line())
+
+        prepare()  # what is missing shall be said before the race
+        program.stop()
+        return Contestant(name, turn, _BOUND, prepare)
+
+    def stop(self) -> None:
+        """End whoever still runs."""
+        for program in self.programs:
+            program.stop()
+
+
+def contestants(field: Field, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
+    """Everyone who can run here; says who cannot, and why."""
+    racing = [field.ours("ours")]
+    if ffcv is None:
+        say("FFCV is left out: name an interpreter that has it with --ffcv-python")
+    else:
+        racing.append(field.peer("FFCV, Pillow bicubic", ffcv, "ffcv_writer", "jpg"))
+        if more:
+            racing.append(field.peer("FFCV, its own rescaling", ffcv, "ffcv_writer", "own"))
+            racing.append(field.peer("FFCV, Pillow bicubic, raw", ffcv, "ffcv_writer", "raw"))
+    racing.append(field.peer("Pillow script, bicubic", sys.executable, "pillow_script", "BICUBIC"))
+    if more:
+        racing.append(field.peer("Pillow script, BOX", sys.executable, "pillow_script", "BOX"))
+    if vips is None:
+        say("libvips is left out: name an interpreter that has pyvips and lmdb with --vips-python")
+    else:
+        racing.append(field.peer("libvips thumbnail", vips, "vips_thumbnail"))
+    racing.append(field.peer(_BOUND, sys.executable, "jpeg_bound", str(_BOUND_PASSES)))
+    for name, versions in field.versions.items():
+        say(f"{name}: {versions}")
+    return racing
+
+
+def ours_over(rows: Sequence[Row]) -> dict[str, float]:
+    """By the name of each of the others: how many times its rate ours is."""
+    return {row.name: round(1 / row.of_ours, 2) for row in rows[1:]}
+
+
+def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds for one picture in each step of ours, and in libjpeg-turbo alone: medians over the rounds."""
     import numpy as np
+    import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
     from prep import colour, datum, picture, rescale, shard
 
+    taken: dict[str, float] = {}
     square_sum = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint32)
 
-    def moments(pixels: Any) -> Any:
-        np.add(square_sum, pixels, out=square_sum)
-        colour.Moments.of(pixels)
-        return pixels
-
-    steps: dict[str, Callable[[Any], Any]] = {
-        "read and decode": lambda path: picture.read_picture((folder / path).read_bytes()).pixels,
-        "rescale": lambda pixels: rescale.rescale(pixels, SIDE_PX, False, FILTER),
-        "moments": moments,
-        "encode": lambda pixels: picture.encode(pixels, "jpeg", QUALITY),
-        "Datum and LMDB": lambda content: datum.Datum(SIDE_PX, SIDE_PX, content, 0, b"n0/photograph.jpg").encode(),
-    }
-    seconds = dict.fromkeys(steps, 0.0)
-    values: list[Any] = list(paths)
-    with threadpool_limits(1):
-        for index, step in product(range(len(values)), steps):
-            started = time.perf_counter()
-            values[index] = steps[step](values[index])
-            seconds[step] += time.perf_counter() - started
+    def timed(step: str, work: Callable[[], Any]) -> Any:
         started = time.perf_counter()
-        shard.write(out, ((shard.key_of(index), value) for index, value in enumerate(values)))
-        seconds["Datum and LMDB"] += time.perf_counter() - started
-    return {step: round(1000 * taken / len(paths), 3) for step, taken in seconds.items()}
+        done = work()
+        taken[step] = taken.get(step, 0.0) + time.perf_counter() - started
+        return done
+
+    def moments(square: Any) -> None:
+        np.add(square_sum, square, out=square_sum)
+        colour.Moments.of(square)
+
+    def one(path: Path) -> bytes:
+        content = timed("read", path.read_bytes)
+        pixels = timed("decode", lambda: picture.read_picture(content).pixels)
+        square = timed("rescale", lambda: rescale.rescale(pixels, SIDE_PX, False, FILTER))
+        timed("moments", lambda: moments(square))
+        file = timed("encode", lambda: picture.encode(square, "jpeg", QUALITY))
+        with contextlib.suppress(ValueError):  # CMYK, PNG
+            timed(_ALONE[0], lambda: simplejpeg.decode_jpeg(content))
+        timed(_ALONE[1], lambda: simplejpeg.encode_jpeg(square, quality=QUALITY, colorsubsampling="420"))
+        record = datum.Datum(SIDE_PX, SIDE_PX, file, 0, os.fsencode(path.name))
+        return bytes(timed("Datum and LMDB", record.encode))
+
+    found: dict[str, list[float]] = {}
+    with threadpool_limits(1):
+        for number in range(rounds):
+            taken.clear()
+            square_sum[:] = 0
+            records = [one(path) for path in paths]
+            keyed = [(shard.key_of(index), record) for index, record in enumerate(records)]
+            timed("Datum and LMDB", partial(shard.write, out / str(number), iter(keyed)))
+            for step, seconds in taken.items():
+                found.setdefault(step, []).append(1000 * seconds / len(paths))
+    middle = {step: round(median(all_ms), 3) for step, all_ms in found.items()}
+    return {k: ms for k, ms in middle.items() if k not in _ALONE}, {k: middle[k] for k in _ALONE if k in middle}
+
+
+def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) -> None:
+    """The table of steps, or one JSON object."""
+    say(f"{count_noun(len(paths), 'picture')}, one core, {count_noun(rounds, 'round')}")
+    steps, alone = ms_by_step(paths, work / "steps", rounds)
+    if as_json:
+        answer({"pictures": len(paths), "rounds": rounds, "ours_ms_by_step": steps, "libjpeg_turbo_ms": alone})
+        return
+    click.echo(f"{'one picture on one core':<28} {'ms':>6}")
+    for step, ms in {**steps, "together": sum(steps.values()), **alone}.items():
+        click.echo(f"{step:<28} {ms:6.2f}")
+
+
+_interpreter = click.Path(exists=True, dir_okay=False, path_type=Path)
 
 
 @click.command(cls=Benchmark)
 @click.option(
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of photographs, every file a picture.  [default: the photo digits, made now]",
+    help="Folder of photographs, at any depth.  [default: the photo digits, made now]",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="Take only so many, evenly chosen.")
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers of everyone.")
+@click.option(
+    "--pictures",
+    type=click.IntRange(1),
+    default=8000,
+    show_default=True,
+    metavar="N",
+    help="How many everyone works through: the photographs again and again, or some of them. Have each contestant "
+    "work for ten seconds or more, so that starting is a small share.",
+)
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone.")
+@click.option("--ffcv-python", type=_interpreter, metavar="PATH", help="Interpreter that has FFCV; else left out.")
+@click.option(
+    "--vips-python", type=_interpreter, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."
+)
+@click.option("--more", is_flag=True, help="Also Pillow's BOX filter, FFCV's own rescaling and FFCV's raw records.")
+@click.option("--steps", is_flag=True, help="Instead: what each step of ours takes on one core.")
 @common_options
-def main(source: Path | None, limit: int | None, jobs: int, rounds: int, as_json: bool) -> None:
-    """Measure building a store of photographs, beside a Pillow script and bare libjpeg-turbo.
+def main(
+    source: Path | None,
+    pictures: int,
+    jobs: int,
+    ffcv_python: Path | None,
+    vips_python: Path | None,
+    more: bool,
+    steps: bool,
+    rounds: int,
+    as_json: bool,
+) -> None:
+    """Measure building a store of photographs, beside FFCV's writer, a Pillow script, libvips and bare libjpeg-turbo.
+
+    FFCV wants an environment of its own: the system's libopencv-dev, libturbojpeg0-dev and pkg-config; in a new venv
+    `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'`, then `pip install
+    --no-build-isolation ffcv`. The same environment then does for libvips.
 
     \b
     Example:
-      python -m tools.bench_build --rounds 5
-      python -m tools.bench_build --source ilsvrc/train --limit 1000
+      python -m tools.bench_build --source ilsvrc/train --rounds 3
+      python -m tools.bench_build --ffcv-python peers/bin/python --vips-python peers/bin/python
+      python -m tools.bench_build --source ilsvrc/train --steps
     """
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)
         folder = source or photo_digits(work / "digits")
-        paths = photographs(folder, limit)
-        out = work / "out"
-        say(f"{count_noun(len(paths), 'picture')}, {count_noun(jobs, 'worker')}")
-
-        def clean() -> None:
-            shutil.rmtree(out, ignore_errors=True)
-
-        build = Contestant("ours", lambda: ours(folder, paths, out, jobs), _BOUND, clean)
-        pillow = Contestant("Pillow script, bicubic", lambda: pillow_script(folder, paths, out, jobs), _BOUND, clean)
-        rows = race((build, pillow, bound(folder, paths, jobs)), rounds)
-        steps = ms_by_step(folder, paths[:: max(1, len(paths) // _STEP_PICTURES)], work / "steps")
-    note = ", ".join(f"{step} {taken:.2f}" for step, taken in steps.items())
-    more = {"pictures": len(paths), "jobs": jobs, "rounds": rounds, "ours_ms_by_step": steps}
-    show(rows, as_json, more, f"ours, one picture on one core, ms: {note}; together {sum(steps.values()):.2f}")
+        paths = photographs(folder)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 1 if steps else jobs])
+        if steps:
+            show_steps(chosen(paths, min(len(paths), _STEP_PICTURES)), work, rounds, as_json)
+            return
+        lay_out(chosen(paths, pictures), folder, work / "pictures")
+        count = f"{count_noun(pictures, 'picture')} of {count_noun(len(paths), 'photograph')}"
+        say(f"{count}, {count_noun(jobs, 'worker')}")
+        field = Field(work / "pictures", work, jobs)
+        try:
+            rows = race(contestants(field, ffcv_python, vips_python, more), rounds)
+        finally:
+            field.stop()
+    ratios = ours_over(rows)
+    data = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds, "ours_over": ratios}
+    note = "\n".join(f"ours / {name}: {ratio:.2f}" for name, ratio in ratios.items())
+    show(rows, as_json, {**data, "versions": field.versions}, note)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ from prep.build import build_split
 from prep.console import Progress, UserError, say
 from prep.datum import Datum
 from prep.manifest import Settings, Store
-from prep.runners import run_local
+from prep.runners import Workers
 from prep.sources import read_source
 from tools.side_by_side import Benchmark, Contestant, common_options, libjpeg_turbo, photo_digits, race, show
 
@@ -142,7 +142,8 @@ def bound(name: str, work: Callable[[bytes], object], store: Store, count: int, 
 def build(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
     """A store of the folders of classes in `folder`."""
     source = read_source(folder, "train", None, None, ())
-    return build_split(source, store, settings, threads, False, run_local, Progress(len(source.inputs), "pictures"))
+    with Workers(threads) as workers:
+        return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))
 
 
 def ppm_twin(jpeg: Store, work: Path, threads: int) -> Store:

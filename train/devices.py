@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 
+from prep import console
 from prep.console import UserError
 
 Devices = tuple[str, str]
@@ -43,14 +42,5 @@ def devices_text(devices: Devices) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep the memory of freed tensors for the next, for training on a CPU.
-
-    glibc otherwise gives every large block back to the kernel, and each step pays for fresh, zeroed pages again:
-    measured, a quarter of AlexNet's step. Does nothing where the C library is another.
-    """
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    mallopt(-4, 0)  # M_MMAP_MAX: no block of its own mapping
-    mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep up to 2 GiB at the heap's top
+    """Have the C library keep up to 2 GiB of freed tensors for the next, for training on a CPU."""
+    console.keep_freed_memory(2**31 - 1, map_large_blocks=False)

@@ -1,0 +1,116 @@
+"""The inputs of a split as columns, so that a million of them are some dozens of megabytes, and their order."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.manifest import sync_folder
+
+ALONE = -1  # `at` of an input that is a file of its own
+
+_COLUMNS = ("label", "size", "stamp_ns", "at")
+
+
+@dataclass(frozen=True, slots=True)
+class Input:
+    """One picture to take in."""
+
+    path: bytes  # below the split's folder, or as in the archive: class/name or name
+    label: int  # 0..K−1
+    size: int = 0  # bytes, as listed
+    stamp_ns: int = 0  # when the file was last modified; 0 inside archives
+    at: int = ALONE  # where in an archive it begins, or which LMDB it is in
+
+
+class Listing:
+    """Inputs, in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self._paths = bytearray()
+        self._ends = array("q")
+        self._columns = {name: array("q") for name in _COLUMNS}
+
+    def add(self, path: bytes, label: int, size: int = 0, stamp_ns: int = 0, at: int = ALONE) -> None:
+        """One input more."""
+        self._paths += path
+        self._ends.append(len(self._paths))
+        for name, value in zip(_COLUMNS, (label, size, stamp_ns, at), strict=True):
+            self._columns[name].append(value)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> Input:
+        return Input(self.path(index), *(self._columns[name][index] for name in _COLUMNS))
+
+    def __iter__(self) -> Iterator[Input]:
+        return (self[index] for index in range(len(self)))
+
+    def path(self, index: int) -> bytes:
+        """The path of one input."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
+
+    def digest(self) -> str:
+        """SHA-256 over what the records depend on beside the contents: paths, labels, and the sizes of the files."""
+        whole = hashlib.sha256(self._paths)
+        for column in (self._ends, self._columns["label"], self._columns["size"]):
+            whole.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
+        return whole.hexdigest()
+
+    def order(self, seed: int) -> npt.NDArray[np.int64]:
+        """The seeded permutation: by BLAKE2b (8 bytes, keyed by the seed) of the path, ties by the path itself.
+
+        It depends on nothing but paths and seed: not on the order of the listing, nor on any generator's version.
+        """
+        key = seed.to_bytes(8, "little")
+        hashes = array("Q")
+        for index in range(len(self)):
+            digest = hashlib.blake2b(self.path(index), digest_size=8, key=key).digest()
+            hashes.append(int.from_bytes(digest, "big"))
+        values = np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
+        order = np.argsort(values, kind="stable")
+        same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
+        if len(same):
+            return np.array(sorted(order.tolist(), key=lambda i: (hashes[i], self.path(i), self._columns["at"][i])))
+        return order
+
+    def save(self, path: Path) -> None:
+        """Write all columns to a .npz file, whole or not at all."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with open(temporary, "wb") as file:
+                np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **self._arrays())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        sync_folder(path.parent)
+
+    @staticmethod
+    def load(path: Path) -> Listing:
+        """The inverse of `save`; raises OSError or ValueError where the file is not one."""
+        listing = Listing()
+        with np.load(path, allow_pickle=False) as saved:
+            listing._paths = bytearray(saved["paths"].tobytes())
+            listing._ends = array("q", saved["ends"].tobytes())
+            listing._columns = {name: array("q", saved[name].tobytes()) for name in _COLUMNS}
+        return listing
+
+    def same_as(self, other: Listing) -> bool:
+        """Whether all columns agree."""
+        return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
+
+    def _arrays(self) -> dict[str, Any]:
+        return {name: np.frombuffer(column, np.int64) for name, column in self._columns.items()}

@@ -1,0 +1,254 @@
+"""Is a store what its manifest says? Every byte is looked at; every fault is named by shard, key and source.
+
+Shards are read by worker processes: LMDB trusts its file, and one that was cut short or torn kills who touches it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from prep import shard
+from prep.colour import Moments, PixelSums, colour_stats
+from prep.console import Progress, UserError
+from prep.datum import CRC32_BYTES, SOURCE, Datum, DatumError, read_fields
+from prep.labels import shown
+from prep.manifest import Settings, Shard, Split, Store, StoreError, split_fingerprint
+from prep.picture import BadPicture, ppm_header, read_picture
+from prep.runners import Died, Runner, Tally
+
+# The moments of a jpeg store are of the pixels before compression. How far those of the stored pictures may be off:
+MEAN_BOUND = 1.0  # grey levels, of each channel's mean and of the mean image on average
+SPREAD_BOUND = 0.03  # of the largest entry of the covariance, for each entry
+_LEAST_QUALITY = 50  # below it JPEG changes more than these bounds, and only digests and pictures are compared
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is not as it should be."""
+
+    where: str  # a shard, `train/00003`, or a file of the store
+    key: str  # of the record; empty where the fault is not one record's
+    source: str  # path of its photograph, where it can still be read
+    what: str
+
+    def line(self) -> str:
+        """For a person."""
+        key = f", key {self.key}" if self.key else ""
+        source = f" ({self.source})" if self.source else ""
+        return f"{self.where}{key}{source}: {self.what}"
+
+
+@dataclass(frozen=True)
+class _Check:
+    """One shard to look at; what a worker is sent."""
+
+    root: Path
+    shard: Shard
+    settings: Settings
+    classes: int
+    decode: bool
+
+
+@dataclass
+class _Seen:
+    """What a worker found in one shard."""
+
+    faults: list[Fault] = field(default_factory=list)
+    keys: tuple[int, int] = (-1, -1)  # the first and the last
+    records: int = 0
+    labels: Counter[int] = field(default_factory=Counter)
+    moments: Moments = field(default_factory=Moments)
+    square_sum: npt.NDArray[np.int64] | None = None
+
+
+def verify_split(store: Store, split: str, runner: Runner, report: Progress, decode: bool = True) -> list[Fault]:
+    """Look at every record of a split and at what the manifest says of them; without `decode` pictures stay closed."""
+    whole = store.split(split)
+    tasks = [_Check(store.root, each, store.settings, len(store.classes), decode) for each in whole.shards]
+    seen: dict[str, _Seen] = {}
+    faults: list[Fault] = []
+    for task, result in runner.map(check_shard, tasks, lambda counts: report.update(counts.done, counts.bad)):
+        if isinstance(result, Died):
+            what = f"the process that read it {result.how()} at record {result.at}: the file is torn or cut short"
+            faults.append(Fault(task.shard.path, "", "", what))
+        else:
+            seen[task.shard.path] = result
+            faults += result.faults
+    faults += _check_manifest(store, split)
+    if not faults:
+        faults += _check_sums(store, split, [seen[each.path] for each in whole.shards], decode)
+    return sorted(faults, key=lambda fault: (fault.where, fault.key))
+
+
+def check_shard(task: _Check, tally: Tally) -> _Seen:
+    """Everything that can be wrong in one shard. Its digest is only compared where no record is at fault."""
+    seen, told, digest, size, last = _Seen(), task.shard, sha256(), 0, -1
+    sums = PixelSums(task.settings.side_px)
+    try:
+        for key, value in shard.read(task.root / told.path):
+            tally.begin(seen.records)
+            seen.records += 1
+            digest.update(key + len(value).to_bytes(8, "little"))
+            digest.update(value)
+            size += len(value)
+            before = len(seen.faults)
+            number = int(key) if len(key) == 8 and key.isdigit() else -1
+            try:
+                if number <= last:
+                    raise DatumError("its key is not a number of eight digits that is above the one before")
+                last = number
+                seen.keys = (number if seen.keys[0] < 0 else seen.keys[0], number)
+                label, pixels = _look(task, value)
+                seen.labels[label] += 1
+                if pixels is not None:
+                    sums.add(pixels)
+            except (DatumError, BadPicture) as error:
+                seen.faults.append(Fault(told.path, shown(key), _source(value), str(error)))
+            tally.count(len(value), bad=len(seen.faults) > before)
+    except StoreError as error:
+        seen.faults.append(Fault(told.path, "", "", str(error)))
+    if not seen.faults:
+        for name, is_now, said in (
+            ("records", seen.records, told.records),
+            ("bytes", size, told.bytes),
+            ("digest", digest.hexdigest(), told.digest),
+        ):
+            if is_now != said:
+                seen.faults.append(Fault(told.path, "", "", f"{name} {is_now}, the manifest says {said}"))
+                break
+    seen.moments, seen.square_sum = sums.moments, sums.square_sum()
+    return seen
+
+
+def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
+    """A record's label and pixels; raises DatumError or BadPicture where it is not what the settings promise."""
+    datum = Datum.decode(value)
+    side, shape = task.settings.side_px, (datum.height, datum.width)
+    if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
+        raise DatumError(f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}")
+    if not 0 <= datum.label < task.classes:
+        raise DatumError(f"label {datum.label}, the store has {task.classes} classes")
+    if not task.decode:
+        return datum.label, None
+    if task.settings.format == "ppm":
+        header = ppm_header(*shape)
+        if not datum.data.startswith(header) or len(datum.data) != len(header) * (shape[0] + 1):
+            raise DatumError("not a PPM whose header fills one row")
+        pixels = np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
+        return datum.label, pixels
+    picture = read_picture(datum.data)
+    if picture.pixels.shape[:2] != shape or picture.converted:
+        raise DatumError(f"decodes to {picture.pixels.shape}, {picture.converted}; expected an RGB JPEG of {shape}")
+    return datum.label, picture.pixels
+
+
+def _source(value: bytes) -> str:
+    """The source path of a record that may be damaged; empty where it cannot be read."""
+    try:
+        source = read_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
+    except DatumError:
+        return ""
+    return shown(source) if isinstance(source, bytes) else ""
+
+
+def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
+    """What can be wrong without a look at any record."""
+    split = store.split(name)
+    where = "manifest.json"
+
+    def differ(what: str, is_now: object, said: object) -> Iterator[Fault]:
+        if is_now != said:
+            yield Fault(where, "", "", f"split {name}: {what} {is_now}, it says {said}")
+
+    said = json.loads((store.root / where).read_bytes()).get("fingerprint")
+    yield from differ("fingerprint of the store", store.fingerprint, said)
+    yield from differ("fingerprint", split_fingerprint(store.classes, split.shards), split.fingerprint)
+    yield from differ("records of all shards", sum(each.records for each in split.shards), split.records)
+    yield from differ("bytes of all shards", sum(each.bytes for each in split.shards), split.bytes)
+    yield from differ("records of all classes", sum(split.label_counts), split.records)
+    yield from differ("classes with a count", len(split.label_counts), len(store.classes))
+    account = split.account
+    yield from differ("inputs kept", account.get("kept"), split.records)
+    yield from differ("inputs kept or bad", split.records + sum(account.get("bad", {}).values()), account.get("inputs"))
+    named = {Path(each.path).name for each in split.shards}
+    for folder in sorted((store.root / name).glob("[0-9]*")):
+        if folder.name not in named:
+            yield Fault(f"{name}/{folder.name}", "", "", "a shard that the manifest does not name")
+    try:
+        lines = (store.root / name / "inputs.jsonl").read_text().splitlines()
+        bad = sum(json.loads(line)["fate"] == "bad" for line in lines)
+        if bad != sum(account.get("bad", {}).values()):
+            yield Fault(f"{name}/inputs.jsonl", "", "", f"{bad} bad inputs, the manifest says {account.get('bad')}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        yield Fault(f"{name}/inputs.jsonl", "", "", f"cannot be read: {error}")
+    try:
+        told = asdict(store.colour(name))
+        if told != asdict(colour_stats(split.records, Moments.from_json(split.moments))):
+            yield Fault(
+                f"{name}/colour.json", "", "", "not what the manifest's moments give: alexprep pca-stats mends it"
+            )
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        yield Fault(f"{name}/colour.json", "", "", str(error))
+
+
+def _check_sums(store: Store, name: str, shards: Sequence[_Seen], decode: bool) -> Iterator[Fault]:
+    """The records, all sound, against the sums that the manifest has of them."""
+    split = store.split(name)
+    where = "manifest.json"
+    labels: Counter[int] = Counter()
+    last = -1
+    for told, seen in zip(split.shards, shards, strict=True):
+        labels += seen.labels
+        if seen.keys[0] <= last:
+            yield Fault(told.path, f"{seen.keys[0]:08d}", "", f"follows key {last:08d} of the shard before")
+        last = seen.keys[1]
+    counted = tuple(labels[label] for label in range(len(store.classes)))
+    if counted != split.label_counts:
+        label = next(k for k, (a, b) in enumerate(zip(counted, split.label_counts, strict=True)) if a != b)
+        what = f"{counted[label]} records of {store.classes[label]}, it says {split.label_counts[label]}"
+        yield Fault(where, "", "", f"split {name}: {what}")
+    if decode:
+        yield from _check_pixels(store, split, name, shards)
+
+
+def _check_pixels(store: Store, split: Split, name: str, shards: Sequence[_Seen]) -> Iterator[Fault]:
+    where, exact = "manifest.json", store.settings.format == "ppm"
+    moments = sum((seen.moments for seen in shards), Moments())
+    said = Moments.from_json(split.moments)
+    if moments.pixels != said.pixels or moments.pixels != split.pixels:
+        yield Fault(where, "", "", f"split {name}: {moments.pixels} pixels, it says {said.pixels}")
+        return
+    if exact and moments != said:
+        yield Fault(where, "", "", f"split {name}: moments {moments.to_json()}, it says {said.to_json()}")
+    squares = sum(seen.square_sum for seen in shards if seen.square_sum is not None) / split.records
+    try:
+        mean_image = store.mean_image(name)
+    except StoreError as error:
+        yield Fault(f"{name}/mean_image.npy", "", "", str(error))
+        return
+    if exact and not np.array_equal(np.asarray(squares, np.float32), mean_image):
+        yield Fault(f"{name}/mean_image.npy", "", "", "not the mean of the stored pictures")
+    if exact or store.settings.quality < _LEAST_QUALITY:
+        return
+    now, then = colour_stats(split.records, moments), colour_stats(split.records, said)
+    off = float(np.abs(np.subtract(now.mean_rgb, then.mean_rgb)).max())
+    if off > MEAN_BOUND:
+        yield Fault(
+            where, "", "", f"split {name}: mean RGB is off by {off:.2f} grey levels, JPEG explains {MEAN_BOUND}"
+        )
+    covariance = np.array(then.covariance)
+    off = float(np.abs(np.array(now.covariance) - covariance).max() / max(np.abs(covariance).max(), 1e-9))
+    if off > SPREAD_BOUND:
+        yield Fault(where, "", "", f"split {name}: covariance is off by {off:.1%}, JPEG explains {SPREAD_BOUND:.0%}")
+    off = float(np.abs(squares - mean_image).mean())
+    if off > MEAN_BOUND:
+        what = f"off by {off:.2f} grey levels on average, JPEG explains {MEAN_BOUND}"
+        yield Fault(f"{name}/mean_image.npy", "", "", what)

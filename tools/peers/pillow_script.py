@@ -1,0 +1,36 @@
+"""What one writes in an afternoon: Pillow in a pool of processes, one LMDB. No labels, checksums or moments.
+
+python -m tools.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from functools import partial
+
+import PIL
+from PIL import Image
+
+from tools.peers.turn import QUALITY, SIDE_PX, lmdb_turn
+
+
+def square(path: str, filter: str) -> Image.Image:
+    """The photograph rescaled to SIDE_PX on its shorter side, and the central square of that."""
+    image = Image.open(path).convert("RGB")
+    scale = SIDE_PX / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    left, top = (width - SIDE_PX) // 2, (height - SIDE_PX) // 2
+    image = image.resize((width, height), Image.Resampling[filter])
+    return image.crop((left, top, left + SIDE_PX, top + SIDE_PX))
+
+
+def jpeg(filter: str, path: str) -> bytes:
+    """The square as a file."""
+    out = io.BytesIO()
+    square(path, filter).save(out, "JPEG", quality=QUALITY)
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    lmdb_turn(f"Pillow {PIL.__version__}", partial(jpeg, sys.argv[4]))
