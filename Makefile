@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench help clean
+.PHONY: demo test soak lint bench help clean
 
 help:  ## Say what can be made
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -13,6 +13,9 @@ demo: .venv/ready  ## Photographs in, a trained AlexNet out, in a few minutes
 
 test: .venv/ready  ## Every test, with warnings as errors
 	@$(BIN)/python -m pytest
+
+soak: .venv/ready  ## The long tests: hundreds of kills, for an hour or so
+	@$(BIN)/python -m pytest -m soak
 
 lint: .venv/ready  ## Style and types
 	$(BIN)/ruff check .

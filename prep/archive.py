@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import tarfile
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -112,6 +113,8 @@ def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress)
             yield member
         file.seek(tar.offset)
         rest = file.read(min(tarfile.BLOCKSIZE, max(0, end - tar.offset)))
+    except UserError:
+        raise
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise UserError(f"{damaged} {file.tell():,} ({error}). Get it again.") from None
     if rest.strip(b"\0") or (tar.offset == start and not rest):
@@ -144,12 +147,23 @@ def _safe(member: tarfile.TarInfo) -> tuple[bytes, str]:
     return b"/".join(parts), ""
 
 
+def _order(found: Listing) -> Sequence[int]:
+    """By class, name and place in the archive. ILSVRC's archives are in that order as they are, which saves memory."""
+
+    def key(i: int) -> bytes:
+        return found.path(i).replace(b"/", b"\0") + b"\0" + found[i].at.to_bytes(8)
+
+    if all(key(i) < key(i + 1) for i in range(len(found) - 1)):
+        return range(len(found))
+    return array("q", sorted(range(len(found)), key=key))
+
+
 def _found(path: Path, taken: _Taken, flat: bool) -> Found:
     """Sorted by class and name, as a folder's listing is. As in unpacking, the last member of a name counts."""
     found, refused = taken.photographs, taken.refused
     if not len(found):
         raise UserError(f"{path}: {count_noun(len(refused), 'odd member')} and not one photograph.")
-    order = sorted(range(len(found)), key=lambda i: found.path(i).replace(b"/", b"\0") + b"\0%020d" % found[i].at)
+    order = _order(found)
     loose = next((found.path(i) for i in order if b"/" not in found.path(i)), None)
     if loose and taken.folders:
         raise UserError(
@@ -161,9 +175,9 @@ def _found(path: Path, taken: _Taken, flat: bool) -> Found:
     label_of = {folder: label for label, folder in enumerate(folders)}
     counts = [0] * len(folders)
     listing = Listing()
-    for i, following in zip(order, [*order[1:], None], strict=True):
+    for place, i in enumerate(order):
         item = found[i]
-        if following is not None and found.path(following) == item.path:
+        if place + 1 < len(order) and found.path(order[place + 1]) == item.path:
             refused.append((shown(item.path), "another member of the same name follows in the archive"))
             continue
         folder, _, name = item.path.rpartition(b"/")

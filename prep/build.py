@@ -45,7 +45,7 @@ from prep.manifest import (
 from prep.plan import Plan, bad_of, changed_inputs, same_settings, touches
 from prep.runners import Counts, Died, Runner
 from prep.sources import Source
-from prep.work import ShardTask, build_shard, record_path, save_array
+from prep.work import ShardTask, build_shard, is_full, record_path, save_array
 
 _NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
 
@@ -81,6 +81,7 @@ def build_split(
     work, at bad inputs as `policy` says, and where a worker died; DiskFull where there is no room.
     """
     plan = Plan(source, store / source.split, settings, policy.skip_bad)
+    _refuse_inside(source, store)
     try:
         store.mkdir(parents=True, exist_ok=True)
         with hold_lock(store, "build"):
@@ -90,7 +91,7 @@ def build_split(
                 report.skip(len(source.inputs))
                 shutil.rmtree(plan.work, ignore_errors=True)
                 return existing
-            if policy.restart and plan.folder.exists():
+            if policy.restart and (plan.work / "plan.json").exists():  # else the folder is none of ours
                 shutil.rmtree(plan.folder)
             _start_or_go_on(plan, store)
             todo = [number for number in range(plan.shards) if not plan.is_done(number)]
@@ -104,16 +105,14 @@ def build_split(
             try:
                 _run(plan, todo, runner, report, policy, bad_before)
             except DiskFull as error:
-                todo = [number for number in todo if not plan.is_done(number)]
-                need = _need_text(plan, todo)
-                raise DiskFull(
-                    f"{error}: the disk is full. {need}{bytes_text(free_bytes(store))} are free. "
-                    "Make room and give the same command again: the shards that are finished are kept."
-                ) from error
+                need = _need_text(plan, [number for number in todo if not plan.is_done(number)])
+                raise _disk_full(error, store, need) from error
             built = _put_together(plan, store, existing, policy)
             shutil.rmtree(plan.work)
             return built
     except OSError as error:
+        if is_full(error):
+            raise _disk_full(error, store) from error
         raise UserError(
             f"{store}: {error}. Give the same command again once that is mended: the shards that are finished are kept."
         ) from error
@@ -121,6 +120,7 @@ def build_split(
 
 def forecast(source: Source, store: Path, settings: Settings, runner: Runner, policy: Policy = Policy()) -> Forecast:
     """What build_split would do, without writing a byte. Raises UserError where it would refuse to begin."""
+    _refuse_inside(source, store)
     plan = Plan(source, store / source.split, settings, policy.skip_bad)
     existing = _existing(store, plan)
     whole = existing is not None and source.split in existing.splits
@@ -144,6 +144,13 @@ def forecast(source: Source, store: Path, settings: Settings, runner: Runner, po
     )
 
 
+def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
+    return DiskFull(
+        f"{error}: the disk is full. {need}{bytes_text(free_bytes(store))} are free. "
+        "Make room and give the same command again: the shards that are finished are kept."
+    )
+
+
 def _existing(store: Path, plan: Plan) -> Store | None:
     """The store, None before its first split is whole; raises UserError where its settings or inputs are others."""
     if not (store / "manifest.json").exists():
@@ -158,6 +165,15 @@ def _existing(store: Path, plan: Plan) -> Store | None:
     return existing
 
 
+def _refuse_inside(source: Source, store: Path) -> None:
+    """A store among its own photographs would write to the source, and be listed as a class the next time."""
+    root, place = source.place.root.resolve(), store.resolve()
+    if root.is_dir() and (place.is_relative_to(root) or root == place / source.split):
+        raise UserError(
+            f"--store {store}: that is inside the source {source.place.root}. Choose a folder outside of it."
+        )
+
+
 def _start_or_go_on(plan: Plan, store: Path) -> None:
     path = plan.work / "plan.json"
     if not path.exists():
@@ -167,7 +183,7 @@ def _start_or_go_on(plan: Plan, store: Path) -> None:
             )
         plan.work.mkdir(parents=True, exist_ok=True)
         plan.source.inputs.save(plan.work / "inputs.npz")
-        begun = {"plan": plan.digest, "settings": asdict(plan.settings), "classes": list(plan.source.classes)}
+        begun = {"settings": asdict(plan.settings), "classes": list(plan.source.classes)}
         write_atomic(path, json.dumps(begun).encode())
         return
     changed = changed_inputs(plan, store)
@@ -211,7 +227,7 @@ def _refuse_full(plan: Plan, todo: Sequence[int], runner: Runner) -> None:
     need = f"{bytes_text(guess.bytes)} needed for {left:,} pictures (judged by {guess.sampled})"
     text = f"{need}, {bytes_text(free)} free"
     if 0.8 * guess.bytes > free:
-        raise DiskFull(f"{plan.folder}: {text}. Make room, or choose another --store; nothing was written.")
+        raise DiskFull(f"{plan.folder}: {text}. Make room, or choose another --store; nothing was built.")
     say(f"{plan.folder}: {text}; beginning all the same.")
 
 

@@ -70,7 +70,8 @@ class PixelSums:
 
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px
-        self.moments = Moments()
+        self._pixels = 0
+        self._sums = np.zeros((4, 3), np.int64)  # of x, x², x·next, x·next but one
         self._square = np.zeros((side_px, 3 * side_px), np.float32)  # of fewer than 2^16 pictures
         self._squares = np.zeros((side_px, 3 * side_px), np.int64)
         self._pending = 0
@@ -79,24 +80,30 @@ class PixelSums:
         """One uint8 (H, W, 3) picture of at most 2^37 pixels; where there are squares, no side below `side_px`."""
         height, width = picture.shape[:2]
         lines = picture.reshape(height, 3 * width)
-        sums = np.zeros((4, width, 3))  # of x, x², x·next, x·next but one
+        sums = np.zeros((4, 3 * width))
         top, left = (height - self.side_px) // 2, 3 * ((width - self.side_px) // 2)
         for start in range(0, height, _EXACT_LINES):
             block = lines[start : start + _EXACT_LINES].astype(np.float32)
-            sums[0] += block.sum(axis=0).reshape(width, 3)
+            sums[0] += np.ones(len(block), np.float32) @ block
             for shift in range(3):
-                here, there = block[:, : 3 * width - shift], block[:, shift:]
-                sums[1 + shift].reshape(-1)[: 3 * width - shift] += np.einsum("ij,ij->j", here, there)
+                end = 3 * width - shift
+                sums[1 + shift, :end] += np.einsum("ij,ij->j", block[:, :end], block[:, shift:])
             first, last = max(start, top), min(start + _EXACT_LINES, top + self.side_px)
             if first < last:
                 self._square[first - top : last - top] += block[
                     first - start : last - start, left : left + 3 * self.side_px
                 ]
-        total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = sums.sum(axis=1).astype(np.int64).tolist()
-        self.moments += Moments(height * width, tuple(total), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
+        self._pixels += height * width
+        self._sums += sums.reshape(4, width, 3).sum(axis=1).astype(np.int64)
         self._pending += 1
         if self._pending == 2**15:
             self.square_sum()
+
+    @property
+    def moments(self) -> Moments:
+        """Of all pixels so far: fewer than 2^47 of them."""
+        total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = self._sums.tolist()
+        return Moments(self._pixels, tuple(total), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
     def square_sum(self) -> npt.NDArray[np.int64]:
         """int64 (side_px, side_px, 3): the sum of all central squares so far."""

@@ -165,7 +165,7 @@ class Progress:
 
     def eta_s(self) -> float:
         """Seconds left at the present rate."""
-        return (self.total - self.done) / max(self.rate(), 1e-9)
+        return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
 
 class _Lines(Progress):

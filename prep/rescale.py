@@ -109,7 +109,7 @@ def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: 
 _BLOCK = {1: 16, 3: 4}  # outputs to a band, by channels: small wastes little on zeros, large keeps BLAS busy
 
 
-@lru_cache(maxsize=64)  # each 40 KB and 0.1 MB for ILSVRC's sizes, up to 1 MB for area at 12 megapixels
+@lru_cache(maxsize=256)  # each 40 KB and 0.1 MB for ILSVRC's sizes, up to 1 MB for area at 12 megapixels
 def _pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
     """The matrix of one pass, outputs `first` to `last` of `n_out`, cut into bands of _BLOCK outputs.
 

@@ -119,7 +119,7 @@ class Workers:
                     more = False
                     break
                 slot = idle.pop(0)
-                self._connection(slot).send((work, task))
+                self._send(slot, (work, task))
                 busy[slot] = task
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
             watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
@@ -127,6 +127,13 @@ class Workers:
                 idle.append(slot)
                 yield busy.pop(slot), self._result(slot)
         watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
+
+    def _send(self, slot: int, message: Any) -> None:
+        try:
+            self._connection(slot).send(message)
+        except ConnectionError:  # the worker died while it had nothing to do
+            self._workers.pop(slot)[1].close()
+            self._connection(slot).send(message)
 
     def _counts(self) -> Counts:
         each = [Tally(self._numbers, Tally.SIZE * slot).counts for slot in range(self.jobs)]
@@ -176,6 +183,7 @@ def _serve(connection: Connection, numbers: MutableSequence[int], slot: int) -> 
     with suppress(EOFError):
         while True:
             work, task = connection.recv()
+            tally.begin(0)
             answer: tuple[Any, BaseException | None]
             try:
                 answer = work(task, tally), None

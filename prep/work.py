@@ -33,7 +33,7 @@ from prep.rescale import rescale
 from prep.runners import Tally
 from prep.sources import Place
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def build_shard(task: ShardTask, tally: Tally) -> None:
     except lmdb.Error as error:  # it says "Input/output error" where a page did not fit on the disk
         raise DiskFull(f"{task.folder}: {error}") from error
     except OSError as error:
-        kind = DiskFull if error.errno in _FULL else UserError
+        kind = DiskFull if is_full(error) else UserError
         raise kind(f"{task.folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -141,6 +141,11 @@ class ShardResult:
             "labels": sorted(self.labels.items()),
             "fates": self.fates,
         }
+
+
+def is_full(error: OSError) -> bool:
+    """Whether it says that a disk, a quota or a file has no room left."""
+    return error.errno in _NO_ROOM
 
 
 def read_input(task: ShardTask, item: Input) -> Picture:
