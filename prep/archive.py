@@ -11,7 +11,7 @@ import os
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +21,8 @@ from prep.labels import shown
 from prep.listing import Input, Listing
 from prep.picture import MAX_FILE_BYTES, BadPicture
 from prep.sources import Found, say_empty
+
+_MOST_PADDING = 16 << 20  # tapes have the longest records; more zeros are a download that stopped on the way
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,18 @@ def list_archive(path: Path, flat: bool) -> Found:
             name, why = _safe(member)
             if why or not name:
                 taken.add(name, member, why)
-            elif name.lower().endswith(b".tar"):
+            elif member.isreg() and name.lower().endswith(b".tar"):
                 folder = name.rsplit(b"/", 1)[-1][: -len(".tar")]
                 taken.folders.add(folder)
                 inside = _members(file, path, member.offset_data, member.offset_data + member.size, report)
                 for photograph in inside:
                     inner, why = _safe(photograph)
-                    taken.add(inner and folder + b"/" + inner.rsplit(b"/", 1)[-1], photograph, why)
+                    if not photograph.isdir():
+                        taken.add(inner and folder + b"/" + inner.rsplit(b"/", 1)[-1], photograph, why)
+            elif member.isdir():
+                taken.folders.add(name)
             else:
-                taken.add(b"/".join(name.split(b"/")[-2:]), member, "")
+                taken.add(name, member, "")
     return _found(path, taken, flat)
 
 
@@ -88,7 +93,7 @@ class _Taken:
         elif name:
             self.photographs.add(name, 0, member.size, 0, member.offset_data)
             if b"/" in name:
-                self.folders.add(name.split(b"/")[0])
+                self.folders.add(name.rpartition(b"/")[0])
 
 
 def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress) -> Iterator[tarfile.TarInfo]:
@@ -104,6 +109,8 @@ def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress)
         tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep all of them: a gigabyte for ImageNet
+            if member.size < 0:
+                raise tarfile.ReadError(f"{shown(_bytes(member.name))} has a size below zero")
             if member.offset_data + (member.size if member.isreg() else 0) > end:
                 raise UserError(
                     f"{path} is cut short: {shown(_bytes(member.name))} ends at byte "
@@ -111,14 +118,30 @@ def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress)
                 )
             report.update(min(member.offset_data, report.total))
             yield member
-        file.seek(tar.offset)
-        rest = file.read(min(tarfile.BLOCKSIZE, max(0, end - tar.offset)))
+        zeros = _zeros(file, tar.offset, end)
     except UserError:
         raise
     except (tarfile.TarError, ValueError, OverflowError) as error:
         raise UserError(f"{damaged} {file.tell():,} ({error}). Get it again.") from None
-    if rest.strip(b"\0") or (tar.offset == start and not rest):
-        raise UserError(f"{damaged} {tar.offset:,}. Get it again.")
+    if tar.offset + zeros < end:
+        raise UserError(f"{damaged} {tar.offset + zeros:,}. Get it again.")
+    if not tarfile.BLOCKSIZE <= zeros <= _MOST_PADDING:
+        raise UserError(
+            f"{path} is cut short: at byte {tar.offset:,} it has {zeros:,} zero bytes where a tar ends in "
+            f"{2 * tarfile.BLOCKSIZE:,} to {_MOST_PADDING:,}. Get it again."
+        )
+
+
+def _zeros(file: BinaryIO, at: int, end: int) -> int:
+    """How many zero bytes lie from byte `at` on: none but the mark and the padding of a tar's end, if it is whole."""
+    file.seek(at)
+    count = 0
+    while at + count < end:
+        block = file.read(min(1 << 20, end - at - count))
+        count += len(block) - len(block.lstrip(b"\0"))
+        if not block or block.strip(b"\0"):
+            break
+    return count
 
 
 def _compressed(file: BinaryIO, start: int) -> bool:
@@ -131,18 +154,18 @@ def _bytes(name: str) -> bytes:
 
 
 def _safe(member: tarfile.TarInfo) -> tuple[bytes, str]:
-    """A member's name and why it is not taken; both empty for what is no input: folders, names beginning with a dot."""
+    """A member's name and why it is not taken; both empty for what is no input: names beginning with a dot."""
     name = _bytes(member.name)
     parts = [part for part in name.split(b"/") if part != b"."]
-    if member.isdir():
+    if member.isdir() and not parts:
         return b"", ""
     if name.startswith(b"/") or b".." in parts or b"" in parts:
         return name, "its name leads out of the archive"
-    if not parts or parts[-1].startswith(b"."):
+    if not parts or any(part.startswith(b".") for part in parts):
         return b"", ""
     if member.issym() or member.islnk():
         return name, "a link, not a file"
-    if not member.isreg() or member.issparse():
+    if not (member.isdir() or member.isreg()) or member.issparse():
         return name, "neither a plain file nor a folder"
     return b"/".join(parts), ""
 
@@ -170,8 +193,15 @@ def _found(path: Path, taken: _Taken, flat: bool) -> Found:
             f"{path}: {count_noun(len(taken.folders), 'folder')} and photographs side by side (first: "
             f"{shown(loose)}). Expected class folders alone, or photographs alone with --labels."
         )
-    flat = loose is not None or (flat and len(taken.folders) == 1)
-    folders = sorted(taken.folders)
+    within = min((found.path(i).count(b"/") for i in order), default=0) - 1  # folders around those of classes
+    around = {tuple(found.path(i).split(b"/")[:within]) for i in order} if within > 0 else {()}
+    if len(around) > 1:
+        first, second = (shown(b"/".join(parts)) for parts in sorted(around)[:2])
+        raise UserError(f"{path}: class folders in {first} and in {second}. Expected those of one split.")
+    cut = sum(len(part) + 1 for part in next(iter(around)))
+    classes_at = {name[cut:] for name in taken.folders if name.count(b"/") == within}
+    flat = loose is not None or (flat and len(classes_at) == 1)
+    folders = sorted(classes_at)
     label_of = {folder: label for label, folder in enumerate(folders)}
     counts = [0] * len(folders)
     listing = Listing()
@@ -180,7 +210,11 @@ def _found(path: Path, taken: _Taken, flat: bool) -> Found:
         if place + 1 < len(order) and found.path(order[place + 1]) == item.path:
             refused.append((shown(item.path), "another member of the same name follows in the archive"))
             continue
+        item = replace(item, path=item.path[cut:])
         folder, _, name = item.path.rpartition(b"/")
+        if folder.count(b"/"):
+            refused.append((shown(item.path), "in a folder inside that of a class"))
+            continue
         label = 0 if flat else label_of[folder]
         listing.add(name if flat else item.path, label, item.size, 0, item.at)
         if not flat:

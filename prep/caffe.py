@@ -20,7 +20,7 @@ import numpy.typing as npt
 from prep import shard
 from prep.console import Progress, UserError, count_noun
 from prep.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, read_fields
-from prep.labels import shown
+from prep.labels import numbered_classes, shown
 from prep.listing import Input, Listing
 from prep.picture import MAX_PIXELS, BadPicture
 from prep.runners import Counts, Died, Runner, Tally
@@ -148,13 +148,13 @@ def _classes(
     owners = [next(iter(found)) if len(found) == 1 else b"" for found in folder_of.values()]
     if len(folder_of) == most and all(owners) and len(set(owners)) == most:
         return tuple(shown(next(iter(folder_of[label]))) for label in range(most))
-    return tuple(str(label) for label in range(most))
+    return numbered_classes(most, str(folder))
 
 
 def _list(folder: str, tally: Tally) -> tuple[list[bytes], list[int | None], list[int]]:
     """Keys, labels and sizes of one LMDB's records; a label is None where the record is no Datum or has none."""
     keys, labels, sizes = [], [], []
-    for key, value in shard.read(Path(folder)):
+    for key, value in shard.read(Path(folder), "Is it one of Caffe's, and whole?"):
         try:
             label = read_fields(value, len(value)).get(LABEL)
         except DatumError:

@@ -376,7 +376,7 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
     "--recompute", is_flag=True, help="Decode the store's records again and compare, instead of reading sums."
 )
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png", help="Draw the components."
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png|.svg", help="Draw the components."
 )
 @jobs_option
 @json_option

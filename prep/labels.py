@@ -15,6 +15,7 @@ from pathlib import Path
 from prep.console import UserError, say
 
 LABEL_ORDERS = ("sorted", "devkit")
+MAX_CLASSES = 1_000_000  # every class gets a name and a count: a greater number is a mistake
 
 
 def read_labels(
@@ -28,7 +29,7 @@ def read_labels(
     if labels is None:
         labels = _beside(root)
     try:
-        lines = [line for line in labels.read_text(errors="surrogateescape").splitlines() if line.strip()]
+        lines = [line for line in labels.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     except OSError as error:
         raise UserError(f"--labels {labels}: {error.strerror or error}.") from None
     if not lines:
@@ -62,7 +63,7 @@ def _ground_truth(
         found = [place[synset[k]] for k in numbers]
         say(f"{root}: label numbers are the devkit's ({meta.name} beside {path.name}).")
     else:
-        classes = tuple(known) or tuple(str(k) for k in range(max(numbers)))
+        classes = tuple(known) or numbered_classes(max(numbers), f"--labels {path}")
         if max(numbers) > len(classes):
             raise UserError(f"--labels {path}: number {max(numbers)}, but the store has {len(classes)} classes.")
         found = [k - 1 for k in numbers]
@@ -119,8 +120,8 @@ def _name_label(
         classes = tuple(sorted(set(pairs.values())))
         place = {name: label for label, name in enumerate(classes)}
         return {name: place[pairs[name]] for name in files}, classes
-    numbers = {name: int(pairs[name]) for name in files}
-    classes = tuple(known) or tuple(str(k) for k in range(max(numbers.values()) + 1))
+    numbers = {name: _number(pairs[name]) for name in files}
+    classes = tuple(known) or numbered_classes(max(numbers.values()) + 1, f"--labels {path}")
     if max(numbers.values()) >= len(classes):
         raise UserError(
             f"--labels {path}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
@@ -145,9 +146,22 @@ def _beside(root: Path) -> Path:
 
 
 def _whole(text: str, path: Path, line: int, least: int) -> int:
-    if not text.strip().isdecimal() or int(text) < least:
-        raise UserError(f"--labels {path}, line {line}: {text.strip()!r}, expected a whole number from {least}.")
-    return int(text)
+    text = text.strip()
+    if not text.isdecimal() or _number(text) < least:
+        raise UserError(f"--labels {path}, line {line}: {text[:40]!r}, expected a whole number from {least}.")
+    return _number(text)
+
+
+def _number(text: str) -> int:
+    """Decimal digits as a number; int() refuses very many of them, and beyond MAX_CLASSES it matters not by how far."""
+    return int(text) if len(text) < 19 else 10**18
+
+
+def numbered_classes(count: int, place: str) -> tuple[str, ...]:
+    """Classes called 0, 1, 2…; raises UserError where there would be more than MAX_CLASSES."""
+    if count > MAX_CLASSES:
+        raise UserError(f"{place}: a label of {count - 1:,}; more than {MAX_CLASSES:,} classes are a mistake.")
+    return tuple(str(k) for k in range(count))
 
 
 def shown(name: bytes) -> str:

@@ -59,7 +59,7 @@ def read_picture(content: bytes) -> Picture:
     if not content:
         raise BadPicture("empty file")
     picture = _read_jpeg(content) if content.startswith(_HEADS[0]) else None
-    return picture or _with_pillow(content, _decode)
+    return picture or _with_pillow(content, lambda image: _decode(image, content))
 
 
 def may_be_picture(head: bytes) -> bool:
@@ -72,10 +72,7 @@ def _read_jpeg(content: bytes) -> Picture | None:
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height)
-        if width * height * len(content) > 16 * _MAX_SCANNED:  # a scan has a header of ten bytes and more
-            scans = content.count(b"\xff\xda")
-            if width * height * scans > _MAX_SCANNED:
-                raise BadPicture(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
+        _check_scans(width, height, content)
         if colours not in ("YCbCr", "RGB"):
             return None
         pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False)
@@ -116,9 +113,11 @@ def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
             raise BadPicture(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
 
 
-def _decode(image: Image.Image) -> Picture:
+def _decode(image: Image.Image, content: bytes) -> Picture:
     width, height = image.size
     _check_size(width, height)
+    if image.format in ("JPEG", "MPO"):  # libjpeg takes more kinds than simplejpeg has a name for
+        _check_scans(width, height, content)
     converted = []
     container = (image.format or "unknown").lower()
     if container not in (_SAME, "mpo"):  # an MPO is a JPEG that is followed by others
@@ -140,6 +139,13 @@ def _decode(image: Image.Image) -> Picture:
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
         raise BadPicture(f"{width}×{height}: more than {MAX_PIXELS:,} pixels")
+
+
+def _check_scans(width: int, height: int, content: bytes) -> None:
+    if width * height * len(content) > 16 * _MAX_SCANNED:  # a scan has a header of ten bytes and more
+        scans = content.count(b"\xff\xda")
+        if width * height * scans > _MAX_SCANNED:
+            raise BadPicture(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
 
 
 def _orientation(image: Image.Image) -> int:

@@ -64,7 +64,7 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
             env.set_mapsize(env.info()["map_size"] * 2)
 
 
-def read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
+def read(folder: Path, mend: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
     """Every (key, value) in order; raises StoreError where the LMDB is damaged.
 
     LMDB maps its file and trusts it: reading past the end of one that was cut short kills the process. So its length is
@@ -74,10 +74,8 @@ def read(folder: Path) -> Iterator[tuple[bytes, bytes]]:
         with lmdb.open(str(folder), readonly=True, lock=False, subdir=True) as env:
             promised, found = (env.info()["last_pgno"] + 1) * env.stat()["psize"], (folder / "data.mdb").stat().st_size
             if found < promised:
-                raise StoreError(
-                    f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. Build the store again."
-                )
+                raise StoreError(f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. {mend}")
             with env.begin(buffers=False) as txn:
                 yield from txn.cursor()
     except lmdb.Error as error:
-        raise StoreError(f"{folder}: {error}. Build the store again.") from None
+        raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {mend}") from None

@@ -217,7 +217,11 @@ class _Entry:
 def _entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
     """What a folder holds, sorted by name; links are resolved, and refused where they lead out of `base`."""
     found = []
-    with os.scandir(folder) as entries:
+    try:
+        scanned = os.scandir(folder)
+    except OSError as error:
+        raise UserError(f"{shown(folder)}: {error.strerror or error}.") from None
+    with scanned as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue

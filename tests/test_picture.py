@@ -11,9 +11,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import simplejpeg
 from PIL import Image
 
-from prep.picture import BadPicture, check_rescaled_size, encode, ppm_header, read_picture
+from prep.picture import (
+    BadPicture,
+    _read_jpeg,
+    check_rescaled_size,
+    encode,
+    may_be_picture,
+    ppm_header,
+    read_picture,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -59,6 +68,119 @@ def test_rgb_jpeg(options: dict[str, Any]) -> None:
     assert np.array_equal(picture.pixels, np.asarray(pillow(content)))
     assert picture.converted == ()
     assert picture.orientation == 1
+
+
+def odd_jpegs() -> dict[str, bytes]:
+    """Of every kind that Pillow and simplejpeg write: samplings, scans, tables, restart markers, odd sizes."""
+    found = {}
+    for height, width in ((60, 83), (1, 1), (7, 9), (16, 16), (17, 33), (8, 200), (201, 1)):
+        noise = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        for sampling in ("4:4:4", "4:2:2", "4:2:0"):
+            for progressive in (False, True):
+                options = {"subsampling": sampling, "progressive": progressive, "quality": 80}
+                found[f"{sampling} {height}x{width} {progressive}"] = file_of(Image.fromarray(noise), "JPEG", **options)
+        for sampling in ("440", "411"):
+            found[f"{sampling} {height}x{width}"] = bytes(simplejpeg.encode_jpeg(noise, 90, "RGB", sampling))
+    for quality in (1, 30, 100):
+        found[f"quality {quality}"] = file_of(PHOTO, "JPEG", quality=quality)
+    found["optimised"] = file_of(PHOTO, "JPEG", optimize=True)
+    found["restart markers"] = file_of(PHOTO, "JPEG", restart_marker_blocks=3)
+    found["restart markers, progressive"] = file_of(PHOTO, "JPEG", restart_marker_rows=1, progressive=True)
+    found["not transformed"] = file_of(PHOTO, "JPEG", keep_rgb=True)
+    found["tables of its own"] = file_of(PHOTO, "JPEG", qtables=[list(range(1, 65)), [40] * 64])
+    found["comment and profile"] = file_of(PHOTO, "JPEG", comment=b"x" * 900, icc_profile=b"y" * 90_000)
+    found["large"] = file_of(smooth(700, 1001), "JPEG", quality=85)
+    return found
+
+
+ODD_JPEGS = odd_jpegs()
+
+
+@pytest.mark.parametrize("name", list(ODD_JPEGS))
+def test_fast_path_gives_pillows_pixels(name: str) -> None:
+    """And it is the fast path that gives them, not Pillow."""
+    content = ODD_JPEGS[name]
+    expected = np.asarray(pillow(content))
+    picture = read_picture(content)
+    assert picture.pixels.dtype == np.uint8
+    assert np.array_equal(picture.pixels, expected)
+    assert (picture.converted, picture.orientation) == ((), 1)
+    fast = _read_jpeg(content)
+    assert fast is not None
+    assert np.array_equal(fast.pixels, expected)
+
+
+def test_what_the_fast_path_leaves_to_pillow() -> None:
+    """Other colours, and whatever libjpeg warns of or refuses: the same pixels, the same reasons as Pillow alone."""
+    noise = np.random.default_rng(3).integers(0, 256, (60, 83, 3), dtype=np.uint8)
+    whole = file_of(Image.fromarray(noise), "JPEG")
+    scan = whole.index(b"\xff\xda") + 14
+    middle = scan + (len(whole) - scan) // 2
+    files = {
+        "grey": file_of(PHOTO.convert("L"), "JPEG"),
+        "cmyk": file_of(PHOTO.convert("CMYK"), "JPEG"),
+        "cut, with an end": whole[:middle] + b"\xff\xd9",
+        "a hole": whole[:middle] + whole[middle + 90 :],
+        "bent": whole[:middle] + bytes(60) + whole[middle + 60 :],
+        "bytes before a marker": whole[:2] + b"\0\0\0" + whole[2:],
+        "cut": whole[:middle],
+        "no tables": whole[: whole.index(b"\xff\xdb")] + whole[whole.index(b"\xff\xc0") :],
+    }
+    kept = 0
+    for name, content in files.items():
+        if name not in ("a hole", "bent"):  # noise in the middle of a scan is a code for some pixels too
+            assert _read_jpeg(content) is None, name
+        try:
+            expected = np.asarray(pillow(content).convert("RGB"))
+        except Exception:
+            with pytest.raises(BadPicture):
+                read_picture(content)
+        else:
+            kept += 1
+            assert np.array_equal(read_picture(content).pixels, expected), name
+    assert kept >= 5
+
+
+def test_bent_jpegs_are_judged_as_pillow_judges_them() -> None:
+    """Any bytes changed: the same pixels as Pillow's, or refused where Pillow refuses."""
+    rng = np.random.default_rng(11)
+    content = file_of(smooth(40, 56, 3), "JPEG", quality=80)
+    outcomes = set()
+    for _ in range(400):
+        bent = bytearray(content)
+        for at in rng.integers(2, len(content), int(rng.integers(1, 4))):
+            bent[at] = rng.integers(0, 256)
+        try:
+            expected = np.asarray(pillow(bytes(bent)).convert("RGB"))
+        except Exception:
+            with pytest.raises(BadPicture):
+                read_picture(bytes(bent))
+            outcomes.add("refused")
+        else:
+            try:
+                got = read_picture(bytes(bent))
+            except BadPicture as why:
+                assert "more than" in str(why)  # a size that only a bomb has
+                continue
+            assert np.array_equal(got.pixels, expected)
+            outcomes.add("read")
+    assert outcomes == {"refused", "read"}
+
+
+def test_names_and_first_bytes_of_every_format_may_be_a_picture() -> None:
+    for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
+        assert may_be_picture(file_of(PHOTO, format)[:8])
+    assert may_be_picture(file_of(PHOTO.convert("1"), "PPM")[:8])
+    for head in (b"", b"\0" * 8, b"%!PS-Ado", b"<html><b", b"\x7fELF\2\1\1", b"\xff\xd8"):
+        assert not may_be_picture(head)
+
+
+def test_formats_that_are_not_read_are_not_even_tried() -> None:
+    """Pillow would start Ghostscript for PostScript, and knows dozens of formats that no photograph has."""
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
+    for content in (script, file_of(PHOTO, "ICO"), file_of(PHOTO, "TGA"), file_of(PHOTO, "JPEG2000"), b"%PDF-1.4\n"):
+        with pytest.raises(BadPicture, match="not a picture in a format that is known"):
+            read_picture(content)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +248,9 @@ def test_black_and_white() -> None:
 def test_exif_orientation_is_said_not_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
+    for options in ({}, {"progressive": True}, {"comment": b"x" * 2000}, {"icc_profile": b"y" * 70_000}):
+        assert read_picture(file_of(PHOTO, "JPEG", exif=exif, **options)).orientation == orientation
+    assert read_picture(file_of(PHOTO.convert("L"), "JPEG", exif=exif)).orientation == orientation
     picture = read_picture(file_of(PHOTO, "JPEG", exif=exif))
     assert picture.orientation == orientation
     assert picture.converted == ()

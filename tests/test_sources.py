@@ -1,22 +1,27 @@
-"""prep.sources against small folders written here, whose listing and labels are known beforehand.
+"""prep.sources against small folders written here, whose listing is known beforehand.
 
-The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. Nothing is opened but label files, so
-the photographs are empty files.
+Nothing is opened but what a test reads itself, so most photographs are empty files. Links, FIFOs, sockets and odd names
+are real ones. What is not taken must be in `refused`, by name and with the reason.
 """
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import tarfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
+from typing import NoReturn
 
-import numpy as np
 import pytest
-from scipy.io import savemat
 
 from prep.console import UserError
-from prep.sources import Source, find_splits, read_source
-
-NAMES = ["b.JPEG", "a.JPEG", "c.JPEG", "B.JPEG"]
-IN_ORDER = [b"B.JPEG", b"a.JPEG", b"b.JPEG", b"c.JPEG"]  # by bytes
+from prep.listing import Input
+from prep.picture import BadPicture
+from prep.sources import Folder, Source, find_splits, read_source
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -27,32 +32,12 @@ def touch(folder: Path, *names: str) -> Path:
     return folder
 
 
-def read(
-    folder: Path, labels: Path | None = None, order: str | None = None, known: tuple[str, ...] = (), split: str = "val"
-) -> Source:
-    return read_source(folder, split, labels, order, known)
-
-
-def label_file(tmp_path: Path, text: str, name: str = "labels.txt") -> Path:
-    path = tmp_path / name
-    path.write_text(text)
-    return path
+def read(folder: Path, known: tuple[str, ...] = (), split: str = "train", follow_links: bool = False) -> Source:
+    return read_source(folder, split, None, None, known, follow_links)
 
 
 def pairs(source: Source) -> list[tuple[bytes, int]]:
     return [(item.path, item.label) for item in source.inputs]
-
-
-def devkit(path: Path, numbered: dict[int, str]) -> None:
-    """A meta.mat like the devkit's: an array of structs `synsets` with ILSVRC2012_ID and WNID, and fields beside."""
-    kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
-    rows = [(number, name, f"word of {name}", 0) for number, name in numbered.items()]
-    savemat(path, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
-
-
-@pytest.fixture
-def flat(tmp_path: Path) -> Path:
-    return touch(tmp_path / "photos", *NAMES)
 
 
 def test_class_folders_are_sorted_by_bytes(tmp_path: Path) -> None:
@@ -67,7 +52,7 @@ def test_class_folders_are_sorted_by_bytes(tmp_path: Path) -> None:
         (b"n2/a.JPEG", 3),
         (b"n2/b.JPEG", 3),
     ]
-    assert (source.split, source.root) == ("train", root)
+    assert (source.split, source.place.root) == ("train", root)
 
 
 def test_a_folder_name_that_begins_another_keeps_its_label(tmp_path: Path) -> None:
@@ -76,7 +61,7 @@ def test_a_folder_name_that_begins_another_keeps_its_label(tmp_path: Path) -> No
     source = read(root)
     assert source.classes == ("n1", "n1-x")
     assert dict(pairs(source)) == {b"n1/a.JPEG": 0, b"n1-x/a.JPEG": 1}
-    assert [item.path for item in source.inputs] == sorted(item.path for item in source.inputs)
+    assert [item.path for item in source.inputs] == [b"n1/a.JPEG", b"n1-x/a.JPEG"]  # by class, then by name
 
 
 def test_hidden_files_are_passed_over(tmp_path: Path) -> None:
@@ -102,133 +87,6 @@ def test_names_that_are_no_text(tmp_path: Path) -> None:
     with open(bytes(folder) + b"/\xff\xfe.JPEG", "wb"):
         pass
     assert pairs(read(folder.parent)) == [(b"n1/x", 0), (b"n1/\xff\xfe.JPEG", 0)]
-
-
-def test_ground_truth_goes_by_the_order_of_names(flat: Path, tmp_path: Path) -> None:
-    labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    source = read(flat, labels, known=("n1", "n2", "n3", "n4"))
-    assert pairs(source) == list(zip(IN_ORDER, [2, 0, 1, 0], strict=True))
-    assert source.classes == ("n1", "n2", "n3", "n4")
-
-
-def test_ground_truth_without_known_classes_numbers_them(flat: Path, tmp_path: Path) -> None:
-    source = read(flat, label_file(tmp_path, "3\n1\n2\n1\n\n"))
-    assert [label for _, label in pairs(source)] == [2, 0, 1, 0]
-    assert len(source.classes) == 3
-
-
-def test_ground_truth_in_the_devkits_order(flat: Path, tmp_path: Path) -> None:
-    """Number 1 is n3, 2 is n1, 3 is n2: the labels are places in the sorted names, whatever the devkit counts."""
-    labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2", 4: "n9", 5: "n0 is an inner node"})
-    expected = list(zip(IN_ORDER, [1, 2, 0, 2], strict=True))  # n2, n3, n1, n3
-    for order in (None, "devkit"):
-        assert pairs(read(flat, labels, order, known=("n1", "n2", "n3"))) == expected
-        alone = read(flat, labels, order)
-        assert pairs(alone) == expected
-        assert alone.classes == ("n1", "n2", "n3")
-    assert [label for _, label in pairs(read(flat, labels, "sorted", known=("n1", "n2", "n3")))] == [2, 0, 1, 0]
-
-
-def test_devkit_class_that_the_store_lacks(flat: Path, tmp_path: Path) -> None:
-    labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2"})
-    with pytest.raises(UserError, match="n3 is not among the store's 2 classes"):
-        read(flat, labels, known=("n1", "n2"))
-    with pytest.raises(UserError, match="number 9"):
-        read(flat, label_file(tmp_path, "3\n1\n9\n1\n"), known=("n1", "n2", "n3"))
-
-
-def test_devkit_file_missing_or_broken(flat: Path, tmp_path: Path) -> None:
-    labels = label_file(tmp_path, "1\n1\n1\n1\n")
-    with pytest.raises(UserError, match=r"meta\.mat is missing"):
-        read(flat, labels, "devkit")
-    (tmp_path / "meta.mat").write_bytes(b"not a mat file" * 40)
-    with pytest.raises(UserError, match=r"not the devkit's meta\.mat"):
-        read(flat, labels)
-
-
-def test_name_and_number_a_line(flat: Path, tmp_path: Path) -> None:
-    labels = label_file(tmp_path, "a.JPEG 2\nB.JPEG 0\nc.JPEG\t1\n\nval/b.JPEG 2\nnot_there.JPEG 1\n")
-    source = read(flat, labels)
-    assert pairs(source) == list(zip(IN_ORDER, [0, 2, 2, 1], strict=True))
-    assert source.classes == ("0", "1", "2")
-    assert read(flat, labels, known=("x", "y", "z", "w")).classes == ("x", "y", "z", "w")
-
-
-def test_name_and_class_a_line(flat: Path, tmp_path: Path) -> None:
-    labels = label_file(tmp_path, "a.JPEG dog\nB.JPEG cat\nc.JPEG cat\nb.JPEG ape\n")
-    source = read(flat, labels)
-    assert source.classes == ("ape", "cat", "dog")
-    assert pairs(source) == list(zip(IN_ORDER, [1, 2, 0, 1], strict=True))
-    known = ("dog", "eel", "cat", "ape")  # the store's order rules
-    assert [label for _, label in pairs(read(flat, labels, known=known))] == [2, 0, 3, 2]
-
-
-def test_class_names_that_are_numbers(flat: Path, tmp_path: Path) -> None:
-    """Where the store's classes are called 10, 20, 30, a label 10 is that class, not number 10."""
-    labels = label_file(tmp_path, "a.JPEG 10\nB.JPEG 30\nc.JPEG 20\nb.JPEG 10\n")
-    assert [label for _, label in pairs(read(flat, labels, known=("10", "20", "30")))] == [2, 0, 0, 1]
-
-
-def test_names_with_spaces(tmp_path: Path) -> None:
-    root = touch(tmp_path / "photos", "my cat.JPEG", "my dog.JPEG")
-    source = read(root, label_file(tmp_path, "my cat.JPEG 1\nmy dog.JPEG 0\n"))
-    assert pairs(source) == [(b"my cat.JPEG", 1), (b"my dog.JPEG", 0)]
-
-
-@pytest.mark.parametrize(
-    ("text", "known", "named"),
-    [
-        ("a.JPEG 0\nb.JPEG 1\nc.JPEG 0\n", (), ["1 of 4", "B.JPEG"]),
-        ("a.JPEG 0\nb.JPEG 1\nc.JPEG 0\nB.JPEG 1\na.JPEG 1\n", (), ["line 5", "a.JPEG", "two labels", "0", "1"]),
-        ("a.JPEG 0\nb.JPEG\nc.JPEG 0\nB.JPEG 1\n", (), ["line 2", "b.JPEG"]),
-        ("a.JPEG 0\nb.JPEG 3\nc.JPEG 0\nB.JPEG 1\n", ("x", "y"), ["label 3", "2 classes"]),
-        ("a.JPEG x\nb.JPEG z\nc.JPEG x\nB.JPEG y\n", ("x", "y"), ["z", "2 classes"]),
-        ("1\n2\n1\n", (), ["3 lines", "4 photographs"]),
-        ("1\n2\n1\n1\n1\n", (), ["5 lines", "4 photographs"]),
-        ("1\n2\n0\n1\n", (), ["line 3", "'0'", "from 1"]),
-        ("1\n2\n-1\n1\n", (), ["line 3", "'-1'"]),
-        ("1\n2\n1 2\n1\n", (), ["line 3", "'1 2'"]),
-        ("1\n2\nx\n1\n", (), ["line 3", "'x'"]),
-        ("1\n2\n3\n1\n", ("x", "y"), ["number 3", "2 classes"]),
-        ("\n\n", (), ["empty"]),
-    ],
-)
-def test_labels_that_do_not_fit(
-    flat: Path, tmp_path: Path, text: str, known: tuple[str, ...], named: list[str]
-) -> None:
-    with pytest.raises(UserError) as caught:
-        read(flat, label_file(tmp_path, text), known=known)
-    for part in ["labels.txt", *named]:
-        assert part in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_label_file_that_is_missing(flat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"nowhere\.txt: No such file"):
-        read(flat, tmp_path / "nowhere.txt")
-
-
-@pytest.mark.parametrize("name", ["photos.txt", "ILSVRC2012_validation_ground_truth.txt", "val_ground_truth.txt"])
-def test_label_file_beside_the_folder_is_found(flat: Path, tmp_path: Path, name: str) -> None:
-    label_file(tmp_path, "2\n1\n2\n1\n", name)
-    assert [label for _, label in pairs(read(flat))] == [1, 0, 1, 0]
-
-
-def test_label_file_beside_a_folder_named_by_a_dot(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    label_file(tmp_path, "2\n1\n2\n1\n", "val_ground_truth.txt")
-    monkeypatch.chdir(flat)
-    assert [label for _, label in pairs(read(Path(".")))] == [1, 0, 1, 0]
-
-
-def test_label_file_beside_the_folder_must_be_the_only_one(flat: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no label file"):
-        read(flat)
-    label_file(tmp_path, "2\n1\n2\n1\n", "photos.txt")
-    label_file(tmp_path, "2\n1\n2\n1\n", "my_ground_truth.txt")
-    with pytest.raises(UserError, match="2 files beside it"):
-        read(flat)
 
 
 def test_empty_folder(tmp_path: Path) -> None:
@@ -273,5 +131,255 @@ def test_find_splits(tmp_path: Path) -> None:
     assert find_splits(classes, "val") == {"val": classes}
     with pytest.raises(UserError, match="no such folder"):
         find_splits(tmp_path / "nowhere", None)
-    with pytest.raises(UserError, match="not a folder"):
-        find_splits(both / "val" / "a.JPEG", None)
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UserError, match="not a folder or an archive"):
+        find_splits(tmp_path / "fifo", None)
+
+
+def test_find_splits_with_archives(tmp_path: Path) -> None:
+    names = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
+    source = touch(tmp_path / "ilsvrc", *names, "ILSVRC2012_devkit_t12/data/meta.mat", "ILSVRC2012_img_test.tar")
+    assert find_splits(source, None) == {"train": source / names[0], "val": source / names[1]}
+    assert find_splits(source, "val") == {"val": source / names[1]}
+    for archive, split in ((names[0], "train"), (names[1], "val"), ("ILSVRC2012_img_test.tar", "train")):
+        assert find_splits(source / archive, None) == {split: source / archive}
+        assert find_splits(source / archive, "val") == {"val": source / archive}
+    short = touch(tmp_path / "short", "train.tar", "val.tar")
+    assert find_splits(short, None) == {"train": short / "train.tar", "val": short / "val.tar"}
+    assert find_splits(short / "val.tar", None) == {"val": short / "val.tar"}
+    mixed = touch(tmp_path / "mixed", "train/n1/a.JPEG", "val.tar", "train.tar")
+    assert find_splits(mixed, None) == {"train": mixed / "train", "val": mixed / "val.tar"}
+
+
+def links(tmp_path: Path) -> Path:
+    """Links inside the root to a file and to a class, out of it to both, to nothing, and to itself."""
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
+    touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
+    (root / "n1" / "a.JPEG").write_bytes(b"content of a")
+    (tmp_path / "elsewhere" / "x.JPEG").write_bytes(b"content of x")
+    os.symlink("a.JPEG", root / "n1" / "in.JPEG")
+    os.symlink("../n1/a.JPEG", root / "n2" / "in.JPEG")
+    os.symlink(root / "n2" / "b.JPEG", root / "n1" / "absolute.JPEG")
+    os.symlink("n2", root / "n3")
+    os.symlink(tmp_path / "elsewhere" / "x.JPEG", root / "n1" / "out.JPEG")
+    os.symlink("../elsewhere/n5", root / "n5")
+    os.symlink("nothing.JPEG", root / "n1" / "dangling.JPEG")
+    os.symlink("loop.JPEG", root / "n1" / "loop.JPEG")
+    os.symlink("../n1", root / "n1" / "itself")
+    os.symlink("..", root / "n2" / "above")
+    return root
+
+
+INSIDE = [
+    (b"n1/a.JPEG", 0),
+    (b"n1/absolute.JPEG", 0),
+    (b"n1/in.JPEG", 0),
+    (b"n2/b.JPEG", 1),
+    (b"n2/in.JPEG", 1),
+    (b"n3/b.JPEG", 2),
+    (b"n3/in.JPEG", 2),
+]
+
+
+def test_links_inside_the_root_are_taken_and_others_refused(tmp_path: Path) -> None:
+    source = read(links(tmp_path))
+    assert source.classes == ("n1", "n2", "n3")
+    assert pairs(source) == INSIDE
+    refused = dict(source.refused)
+    assert len(refused) == len(source.refused)
+    assert set(refused) == {
+        "n5",
+        "n1/out.JPEG",
+        "n1/dangling.JPEG",
+        "n1/loop.JPEG",
+        "n1/itself",
+        "n2/above",
+        "n3/above",
+    }
+    for name, target in (("n1/out.JPEG", "elsewhere/x.JPEG"), ("n5", "elsewhere/n5")):
+        assert f"a symbolic link out of the source, to {tmp_path}/{target}" in refused[name]
+        assert "--follow-links" in refused[name]
+    assert "No such file" in refused["n1/dangling.JPEG"]
+    assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of them
+    assert refused["n1/itself"] == "a folder, not a file"
+    item = next(item for item in source.inputs if item.path == b"n2/in.JPEG")
+    assert source.place.read(item) == b"content of a"
+
+
+def test_links_out_of_the_root_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
+    source = read(links(tmp_path), follow_links=True)
+    assert source.classes == ("n1", "n2", "n3", "n5")
+    more = [(b"n1/out.JPEG", 0), (b"n5/y.JPEG", 3), (b"n5/z.JPEG", 3)]
+    assert sorted(pairs(source)) == sorted(INSIDE + more)
+    assert {name for name, _ in source.refused} == {
+        "n1/dangling.JPEG",
+        "n1/loop.JPEG",
+        "n1/itself",
+        "n2/above",
+        "n3/above",
+    }
+    item = next(item for item in source.inputs if item.path == b"n1/out.JPEG")
+    assert source.place.read(item) == b"content of x"
+
+
+def test_a_link_to_a_folder_whose_name_the_roots_begins_leads_out(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG")
+    touch(tmp_path / "t2", "b.JPEG")
+    os.symlink(tmp_path / "t2" / "b.JPEG", root / "n1" / "b.JPEG")
+    source = read(root)
+    assert pairs(source) == [(b"n1/a.JPEG", 0)]
+    assert [name for name, _ in source.refused] == ["n1/b.JPEG"]
+
+
+def test_a_root_that_is_a_link_is_taken(tmp_path: Path) -> None:
+    root = touch(tmp_path / "real", "n1/a.JPEG")
+    os.symlink("a.JPEG", root / "n1" / "b.JPEG")
+    os.symlink("real", tmp_path / "named")
+    source = read(tmp_path / "named")
+    assert pairs(source) == [(b"n1/a.JPEG", 0), (b"n1/b.JPEG", 0)]
+    assert source.refused == ()
+
+
+def test_what_is_no_file_is_refused_by_name(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n1/inner/b.JPEG")
+    os.mkfifo(root / "n1" / "fifo.JPEG")
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(root / "n1" / "socket.JPEG"))
+        source = read(root)
+    assert pairs(source) == [(b"n1/a.JPEG", 0)]
+    assert source.classes == ("n1",)
+    assert dict(source.refused) == {
+        "n1/inner": "a folder, not a file",
+        "n1/fifo.JPEG": "a FIFO, not a file",
+        "n1/socket.JPEG": "a socket, not a file",
+        "fifo": "a FIFO, not a file",
+    }
+
+
+def test_odd_names(tmp_path: Path) -> None:
+    folder = tmp_path / "t" / "a class"
+    folder.mkdir(parents=True)
+    names = [b" ", b"a\nb.JPEG", b"a b.JPEG", b"\\x.JPEG", b"\xff\xfe.JPEG", b"x" * 255]
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(b"content of " + name)
+    os.mkfifo(os.fsencode(folder) + b"/fifo\n\xff")
+    source = read(folder.parent)
+    assert pairs(source) == [(b"a class/" + name, 0) for name in sorted(names)]
+    assert [name for name, _ in source.refused] == ["a class/fifo\n\\xff"]
+    for item in source.inputs:
+        assert source.place.read(item) == b"content of " + item.path.removeprefix(b"a class/")
+
+
+def test_names_that_differ_in_case_are_two(tmp_path: Path) -> None:
+    source = read(touch(tmp_path / "t", "a/x.JPEG", "A/x.JPEG", "A/X.JPEG"))
+    assert source.classes == ("A", "a")
+    assert pairs(source) == [(b"A/X.JPEG", 0), (b"A/x.JPEG", 0), (b"a/x.JPEG", 1)]
+
+
+def test_a_class_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a stand-in for the operating system: root may read everything."""
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
+    scandir = os.scandir
+
+    def refusing(folder: bytes) -> object:
+        if folder.endswith(b"n2"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"n2.*Permission denied"):
+        read(root)
+
+
+@pytest.fixture
+def bell() -> Iterator[None]:
+    """What would wait for ever fails instead."""
+
+    def ring(signum: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError("it waited for a FIFO")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(20)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def listed(root: Path) -> tuple[Folder, Input]:
+    (root / "n1").mkdir(parents=True)
+    (root / "n1" / "a.JPEG").write_bytes(b"content of a")
+    source = read(root)
+    assert isinstance(source.place, Folder)
+    return source.place, source.inputs[0]
+
+
+def test_a_file_is_read_as_it_was_listed(tmp_path: Path) -> None:
+    place, item = listed(tmp_path / "t")
+    status = (tmp_path / "t" / "n1" / "a.JPEG").stat()
+    assert (item.size, item.stamp_ns) == (12, status.st_mtime_ns)
+    assert place.read(item) == b"content of a"
+    assert [place.head(item, size) for size in (0, 4, 100)] == [b"", b"cont", b"content of a"]
+
+
+def test_a_file_that_changed_after_it_was_listed_is_said(tmp_path: Path) -> None:
+    place, item = listed(tmp_path / "t")
+    path = tmp_path / "t" / "n1" / "a.JPEG"
+    path.write_bytes(b"content of b, which is longer")
+    with pytest.raises(UserError, match=r"n1/a\.JPEG was changed after it was listed: 12 bytes then, 29 now"):
+        place.read(item)
+    path.write_bytes(b"content of b")
+    os.utime(path, ns=(0, item.stamp_ns + 1))
+    with pytest.raises(UserError, match="was changed"):
+        place.read(item)
+    os.utime(path, ns=(0, item.stamp_ns))
+    assert place.read(item) == b"content of b"  # as far as can be known it is the one that was listed
+
+
+def test_a_file_that_has_gone_is_bad(tmp_path: Path) -> None:
+    place, item = listed(tmp_path / "t")
+    (tmp_path / "t" / "n1" / "a.JPEG").unlink()
+    for reading in (place.read, lambda it: place.head(it, 4)):
+        with pytest.raises(BadPicture, match="cannot be read: No such file"):
+            reading(item)
+
+
+@pytest.mark.usefixtures("bell")
+def test_what_took_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
+    place, item = listed(tmp_path / "t")
+    path = tmp_path / "t" / "n1" / "a.JPEG"
+    for make, kind in ((os.mkfifo, "FIFO"), (os.mkdir, "folder")):
+        path.unlink()
+        make(path)
+        with pytest.raises((UserError, BadPicture), match=r"was changed|Is a directory"):
+            place.read(item)
+        with pytest.raises(BadPicture, match=f"a {kind}, not a file|Is a directory"):
+            place.head(item, 4)
+        status = path.stat()
+        same = replace(item, size=status.st_size, stamp_ns=status.st_mtime_ns)  # as a file system without times has it
+        with pytest.raises(BadPicture, match=f"a {kind}, not a file|Is a directory"):
+            place.read(same)
+        if kind == "FIFO":
+            continue
+        path.rmdir()
+        path.touch()
+
+
+def test_labels_are_not_needed_for_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
+    (tmp_path / "labels.txt").write_text("a.JPEG 7\n")
+    source = read_source(root, "train", tmp_path / "labels.txt", None, ())
+    assert pairs(source) == [(b"n1/a.JPEG", 0), (b"n2/a.JPEG", 1)]
+    assert "--labels is not needed" in capsys.readouterr().err
+
+
+def test_a_tar_of_class_folders_lists_as_the_folder(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n2/b.JPEG", "n10/z.JPEG", "n1/a.JPEG", "n1/.hidden", "n1-x/a.JPEG")
+    with tarfile.open(tmp_path / "t.tar", "w") as tar:
+        tar.add(root, ".")
+    folder, archive = read(root), read(tmp_path / "t.tar")
+    assert archive.classes == folder.classes == ("n1", "n1-x", "n10", "n2")
+    assert pairs(archive) == pairs(folder)
+    with pytest.raises(UserError, match="4 classes, the store has 1"):
+        read(tmp_path / "t.tar", known=("n1",))
