@@ -19,6 +19,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from hashlib import sha256
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,10 +29,11 @@ import numpy as np
 from PIL import features
 
 from prep.colour import Moments, colour_stats
-from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, say
+from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, disk_error, say
 from prep.estimate import Estimate, estimate, free_bytes, look
 from prep.labels import shown
 from prep.manifest import (
+    FILES,
     SPLITS,
     Settings,
     Shard,
@@ -45,7 +47,7 @@ from prep.manifest import (
 from prep.plan import Plan, bad_of, changed_inputs, same_settings, touches
 from prep.runners import Counts, Died, Runner
 from prep.sources import Source
-from prep.work import ShardTask, build_shard, is_full, record_path, save_array
+from prep.work import ShardTask, build_shard, record_path, save_array
 
 _NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
 
@@ -111,10 +113,11 @@ def build_split(
             shutil.rmtree(plan.work)
             return built
     except OSError as error:
-        if is_full(error):
-            raise _disk_full(error, store) from error
+        told = disk_error(error, f"{store}: {error}")
+        if isinstance(told, DiskFull):
+            raise _disk_full(told, store) from error
         raise UserError(
-            f"{store}: {error}. Give the same command again once that is mended: the shards that are finished are kept."
+            f"{told}. Give the same command again once that is mended: the shards that are finished are kept."
         ) from error
 
 
@@ -286,7 +289,9 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
         moments += Moments.from_json(record["moments"])
         labels.update(dict(record["labels"]))
         fates += record["fates"]
-        if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
+        if not record["shard"]["records"]:
+            shutil.rmtree(folder / f"{number:05d}", ignore_errors=True)
+        else:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
             shards.append(Shard(**record["shard"]))
     bad = bad_of(fates)
     if policy.max_bad is not None and len(bad) > policy.max_bad:
@@ -296,6 +301,9 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
     inputs, records = len(source.inputs) + len(source.refused), sum(s.records for s in shards)
     if not records:
         raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {bad[0]['why']}).")
+    save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
+    lines = [json.dumps(fate, ensure_ascii=False) + "\n" for fate in sorted(fates, key=lambda f: str(f["source"]))]
+    write_atomic(folder / "inputs.jsonl", "".join(lines).encode())
     split = Split(
         records=records,
         bytes=sum(s.bytes for s in shards),
@@ -304,19 +312,22 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
         label_counts=tuple(labels[k] for k in range(len(source.classes))),
         shards=tuple(shards),
         moments=moments.to_json(),
-        account={"plan": plan.digest, "inputs": inputs, "kept": records, **_account(fates)},
+        account={
+            "plan": plan.digest,
+            "inputs": inputs,
+            "kept": records,
+            **account_of(fates),
+            "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+        },
     )
-    save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     write_colour(folder, split)
-    lines = [json.dumps(fate, ensure_ascii=False) + "\n" for fate in sorted(fates, key=lambda f: str(f["source"]))]
-    write_atomic(folder / "inputs.jsonl", "".join(lines).encode())
     splits = {**(existing.splits if existing else {}), source.split: split}
     built = Store(store, settings, tool_versions(), source.classes, splits)
     built.save()
     return built
 
 
-def _account(fates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def account_of(fates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of what was converted, turned by EXIF, and left out; of many reasons the commonest by name."""
     reasons = Counter(str(fate["why"]) for fate in bad_of(fates))
     named = dict(reasons.most_common(_NAMED_REASONS))

@@ -7,6 +7,7 @@ way to standard error, so `command --json | jq` always works.
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import signal
@@ -45,6 +46,12 @@ class DiskFull(UserError):
     """There is no room for what is to be written."""
 
     exit_code = 3
+
+
+def disk_error(error: OSError, text: str) -> UserError:
+    """What to raise for an error of the disk: DiskFull where a disk, a quota or a file has no room left."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return DiskFull(text) if full else UserError(text)
 
 
 class Terminated(BaseException):

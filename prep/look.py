@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import lmdb
 
 from prep import shard
-from prep.console import Progress, UserError, bytes_text, count_noun
+from prep.console import Progress, UserError, bytes_text, count_noun, disk_error
 from prep.datum import Datum, DatumError
 from prep.labels import shown
 from prep.manifest import Split, Store, StoreError
@@ -56,6 +57,8 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
 
     Raises StoreError where no shard has it, or the record is damaged.
     """
+    if not (key.isascii() and key.isdigit()):
+        raise StoreError(f"--key {key!r}: expected a number, as {shown(shard.key_of(17))} or 17.")
     wanted = key.zfill(8).encode()
     tasks = [(path, wanted) for path in store.shard_paths(split)]
     for (path, _), found in runner.map(_get, tasks, lambda counts: None):
@@ -109,7 +112,8 @@ def _export_shard(task: _Export, tally: Tally) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             _write(os.path.join(os.fsencode(folder), file_name(datum.source, key, task.format)), datum.data)
         except OSError as error:
-            raise UserError(f"{folder}: {error.strerror or error}. Give the same command again to go on.") from None
+            text = f"{folder}: {error.strerror or error}. Give the same command again to go on."
+            raise disk_error(error, text) from None
         tally.count(len(datum.data))
 
 
@@ -138,9 +142,25 @@ def _write(path: bytes, content: bytes) -> None:
     except FileNotFoundError:
         pass
     temporary = os.path.join(os.path.dirname(path), b".%d.tmp" % os.getpid())
-    with open(temporary, "wb") as file:
-        file.write(content)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        _rename_new(temporary, path)
+    except FileExistsError:
+        _write(path, content)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _rename_new(old: bytes, new: bytes) -> None:
+    """Rename a file; raises FileExistsError, where the disk can link, if another worker was first."""
+    try:
+        os.link(old, new)
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and the like
+        os.replace(old, new)
 
 
 def summary_lines(store: Store) -> Iterator[str]:

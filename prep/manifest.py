@@ -32,6 +32,7 @@ from prep.console import UserError
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
+FILES = ("mean_image.npy", "inputs.jsonl")  # of a split; their digests are in its account
 FORMATS = ("jpeg", "ppm")  # of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")
 
@@ -75,7 +76,9 @@ class Split:
     label_counts: tuple[int, ...]
     shards: tuple[Shard, ...]
     moments: Mapping[str, Any]
-    account: Mapping[str, Any]  # inputs, kept, converted {how: n}, exif_orientation {value: n}, bad {why: n}
+    account: Mapping[
+        str, Any
+    ]  # inputs, kept, converted {how: n}, exif_orientation {value: n}, bad {why: n}, files {name: SHA-256}
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,22 @@ def _build(cls: type[T], data: Any, where: str) -> T:
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         found = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise StoreError(f"{where} holds {found}, expected {sorted(names)}. The store is damaged: build it again.")
+    for field in fields(cls):  # type: ignore[arg-type]
+        if type(data[field.name]) not in _TYPES[str(field.type).partition("[")[0]]:
+            raise StoreError(
+                f"{where}: {field.name} is {data[field.name]!r}, expected {field.type}. "
+                "The store is damaged: build it again."
+            )
     return cls(**{name: _frozen(data[name]) for name in names})
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "str": (str,),
+    "bool": (bool,),
+    "tuple": (list, tuple),
+    "Mapping": (dict,),
+}
 
 
 def _frozen(value: Any) -> Any:
@@ -219,6 +237,7 @@ class Store:
             "classes": list(self.classes),
             "splits": {name: asdict(split) for name, split in self.splits.items()},
         }
+        data["checksum"] = digest_json(data)
         write_atomic(self.root / "manifest.json", json.dumps(data, indent=1).encode())
 
 

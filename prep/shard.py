@@ -76,6 +76,12 @@ def read(folder: Path, mend: str = "Build the store again.") -> Iterator[tuple[b
             if found < promised:
                 raise StoreError(f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. {mend}")
             with env.begin(buffers=False) as txn:
-                yield from txn.cursor()
+                count = 0
+                for item in txn.cursor():
+                    count += 1
+                    yield item
+                said = txn.stat()["entries"]  # which DALI takes for the number of records
+                if count != said:
+                    raise StoreError(f"{folder}: {count:,} records, its header says {said:,}. {mend}")
     except lmdb.Error as error:
         raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {mend}") from None

@@ -6,7 +6,6 @@ sum of its central squares). It is written last, by rename: a shard without one 
 
 from __future__ import annotations
 
-import errno
 import io
 import json
 import os
@@ -23,7 +22,7 @@ import numpy.typing as npt
 
 from prep import shard
 from prep.colour import PixelSums
-from prep.console import DiskFull, UserError
+from prep.console import DiskFull, UserError, disk_error
 from prep.datum import Datum
 from prep.labels import shown
 from prep.listing import Input
@@ -32,8 +31,6 @@ from prep.picture import MAX_FILE_BYTES, BadPicture, Picture, check_rescaled_siz
 from prep.rescale import rescale
 from prep.runners import Tally
 from prep.sources import Place
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True)
@@ -81,8 +78,7 @@ def build_shard(task: ShardTask, tally: Tally) -> None:
     except lmdb.Error as error:  # it says "Input/output error" where a page did not fit on the disk
         raise DiskFull(f"{task.folder}: {error}") from error
     except OSError as error:
-        kind = DiskFull if is_full(error) else UserError
-        raise kind(f"{task.folder}: {error.strerror or error}") from error
+        raise disk_error(error, f"{task.folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -141,11 +137,6 @@ class ShardResult:
             "labels": sorted(self.labels.items()),
             "fates": self.fates,
         }
-
-
-def is_full(error: OSError) -> bool:
-    """Whether it says that a disk, a quota or a file has no room left."""
-    return error.errno in _NO_ROOM
 
 
 def read_input(task: ShardTask, item: Input) -> Picture:

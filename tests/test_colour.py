@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -17,12 +17,14 @@ from PIL import Image
 from sklearn.decomposition import PCA
 from threadpoolctl import threadpool_limits
 
-from prep.build import ShardTask, build_shard, build_split
+from prep import cli, runners
+from prep.build import build_split
 from prep.cli import main
 from prep.colour import Moments, colour_stats, moments_of_records
 from prep.console import Progress
 from prep.datum import Datum
 from prep.manifest import Settings, Store, StoreError
+from prep.runners import Counts, Died, Tally, Workers
 from prep.shard import write
 from prep.sources import read_source
 
@@ -48,10 +50,18 @@ def all_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.floa
 PICTURES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
 
 
-def run_here(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-    with threadpool_limits(1, "blas"):
-        for task in tasks:
-            build_shard(task, report.advance)
+class Here:
+    """A runner without other processes."""
+
+    jobs = 1
+
+    def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
+        tally = Tally()
+        with threadpool_limits(1, "blas"):
+            for task in tasks:
+                result = work(task, tally)
+                watch(tally.counts)
+                yield task, result
 
 
 def test_covariance_is_numpys() -> None:
@@ -161,7 +171,7 @@ def test_one_pixel_has_no_covariance() -> None:
 def build(photo_folder: Path, store: Path, format: str) -> Store:
     source = read_source(photo_folder / "train", "train", None, None, ())
     settings = Settings(64, True, format, 60, "area", 3)
-    return build_split(source, store, settings, 1, False, run_here, Progress(len(source.inputs), "pictures"))
+    return build_split(source, store, settings, Here(), Progress(len(source.inputs), "pictures"))
 
 
 def recomputed(store: Path) -> dict[str, Any]:
@@ -231,4 +241,53 @@ def test_damaged_record_is_named(photo_folder: Path, tmp_path: Path) -> None:
         folder.rmdir()
         write(folder, [(b"00000005", value)])
         with pytest.raises(StoreError, match="00000, key 00000005: "):
-            moments_of_records(store, "train", Progress(30, "records"))
+            moments_of_records(store, "train", Here(), Progress(30, "records"))
+
+
+def test_recompute_runs_on_all_workers(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many processes as --jobs, or as there are cores; each shard is a task."""
+    asked: list[int] = []
+
+    class Recorded(Workers):
+        def __init__(self, jobs: int) -> None:
+            asked.append(jobs)
+            super().__init__(jobs)
+
+    monkeypatch.setattr(runners, "Workers", Recorded)
+    monkeypatch.setattr(cli, "usable_cores", lambda: 5)
+    words = ["pca-stats", "--store", str(stores["ppm"]), "--recompute"]
+    assert CliRunner().invoke(main, words).exit_code == 0
+    assert CliRunner().invoke(main, [*words, "--jobs", "2"]).exit_code == 0
+    assert asked == [5, 2]
+
+
+def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
+    """130 pictures are three shards: three tasks, 130 records told, the build's sums to the bit."""
+    rng = np.random.default_rng(6)
+    (tmp_path / "photos" / "n1").mkdir(parents=True)
+    for number in range(130):
+        head = b"P6 32 32 255\n"
+        (tmp_path / "photos" / "n1" / f"{number}.ppm").write_bytes(head + rng.bytes(3072))
+    source = read_source(tmp_path / "photos", "train", None, None, ())
+    settings = Settings(32, False, "ppm", 90, "area", 0)
+    store = build_split(source, tmp_path / "store", settings, Here(), Progress(130, "pictures"))
+    seen: list[str] = []
+
+    class Recorded(Here):
+        def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
+            for task, result in super().map(work, tasks, watch):
+                seen.append(task)
+                yield task, result
+
+    report = Progress(130, "records")
+    assert moments_of_records(store, "train", Recorded(), report) == store.colour("train")
+    assert seen == store.shard_paths("train") and len(seen) == 3
+    assert report.done == 130
+
+    class Dying(Here):
+        def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
+            for task in tasks:
+                yield task, Died(4, -7)
+
+    with pytest.raises(StoreError, match=r"00000: the process that read it was killed \(SIGBUS\).*alexprep verify"):
+        moments_of_records(store, "train", Dying(), report)

@@ -50,13 +50,14 @@ def test_every_group_has_help_and_a_version(group: str) -> None:
 
 
 def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
-    from prep.picture import FORMATS
-    from prep.rescale import FILTERS
-    from prep.sources import LABEL_ORDERS
+    from prep.labels import LABEL_ORDERS
+    from prep.manifest import FILTERS, FORMATS, SPLITS
 
-    choices = {p.name: p.type.choices for p in prep.cli.build_lmdb.params if isinstance(p.type, click.Choice)}
-    assert tuple(choices["format"]) == FORMATS and tuple(choices["filter"]) == FILTERS
-    assert tuple(choices["label_order"]) == LABEL_ORDERS
+    for command in (prep.cli.build_lmdb, prep.cli.import_caffe):
+        choices = {p.name: p.type.choices for p in command.params if isinstance(p.type, click.Choice)}
+        assert tuple(choices["format"]) == FORMATS and tuple(choices["filter"]) == FILTERS
+        assert tuple(choices["split"]) == SPLITS
+        assert tuple(choices.get("label_order", LABEL_ORDERS)) == LABEL_ORDERS
     assert train.cli.RECIPE_NAMES == tuple(RECIPES)
 
 
@@ -64,6 +65,19 @@ MISTAKES = [
     (["alexprep", "build-lmdb", "nowhere"], "nowhere: no such folder"),
     (["alexprep", "build-lmdb", "empty"], "empty: the folder is empty"),
     (["alexprep", "pca-stats", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexprep", "build-lmdb", "a-file"], "a-file: "),
+    (["alexprep", "build-lmdb", "PHOTOS", "--store", "old"], "built with store version 99"),
+    (["alexprep", "build-lmdb", "PHOTOS", "--split", "val", "--labels", "no.txt", "--store", "store"], "no.txt"),
+    (["alexprep", "verify", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexprep", "verify", "--store", "empty"], "no manifest.json"),
+    (["alexprep", "verify", "--store", "old"], "built with store version 99"),
+    (["alexprep", "inspect", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexprep", "inspect", "--store", "STORE", "--key", "99"], "no key 00000099"),
+    (["alexprep", "inspect", "--store", "STORE", "--out", "out.png"], "--key"),
+    (["alexprep", "export-files", "out", "--store", "nowhere"], "nowhere: no such store"),
+    (["alexprep", "export-files", "a-file/out", "--store", "STORE"], "a-file/out"),
+    (["alexprep", "import-caffe", "nowhere", "--store", "store"], "nowhere"),
+    (["alexprep", "import-caffe", "empty", "--store", "store"], "empty"),
     (["alexstream", "preview", "out.png", "--store", "nowhere"], "nowhere: no such store"),
     (["alexstream", "bench", "--store", "old"], "built with store version 99; this program reads version 1"),
     (["alextrain", "run", "--store", "old"], "built with store version 99; this program reads version 1"),

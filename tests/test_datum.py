@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prep.datum import Datum, DatumError, check
+from prep.datum import CRC32_BYTES, DATA, ENCODED, HEIGHT, LABEL, SOURCE, WIDTH, Datum, DatumError, check, read_fields
 
 SMALL = Datum(height=3, width=5, data=b"\xff\xd8 a file \x00\xff\xd9", label=7, source=b"n1/a b.JPEG")
 EXAMPLES = [
@@ -97,6 +97,24 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
     message.encoded = False
     with pytest.raises(DatumError, match="encoded"):
         Datum.decode(sealed(message.SerializeToString()))
+
+
+def test_fields_are_read_from_any_message(caffe_datum: Callable[[], Any]) -> None:
+    """Ours or Caffe's: by number, the last of each; floats are passed over; nothing is read beyond the end."""
+    value = SMALL.encode()
+    fields = read_fields(value, len(value) - CRC32_BYTES)
+    assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
+    message = caffe_datum()
+    message.label, message.data = -1, b"bgr"
+    message.float_data.extend([1.5, -2.0])
+    body = message.SerializeToString()
+    assert read_fields(body, len(body)) == {LABEL: 2**64 - 1, DATA: b"bgr"}
+    assert read_fields(body + b"\x28\x05", len(body) + 2)[LABEL] == 5
+    assert read_fields(body + b"\x28\x05", len(body)) == read_fields(body, len(body))
+    assert read_fields(b"", 0) == {}
+    for kind in (3, 4, 6, 7):
+        with pytest.raises(DatumError, match=f"wire type {kind}"):
+            read_fields(bytes([8 | kind]), 1)
 
 
 def test_every_flipped_bit_is_caught() -> None:
