@@ -17,6 +17,7 @@ from prep.console import (
     answer,
     bytes_text,
     count_noun,
+    disk_error,
     duration_text,
     json_option,
     progress,
@@ -320,7 +321,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
         try:
             write_atomic(out, datum.data)
         except OSError as error:
-            raise UserError(f"--out {out}: {error.strerror or error}.") from None
+            raise disk_error(error, f"--out {out}: {error.strerror or error}.") from None
     facts = {
         "shard": shard,
         "key": key.zfill(8),

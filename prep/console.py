@@ -113,7 +113,7 @@ def duration_text(seconds: float) -> str:
 def bytes_text(n: float) -> str:
     """`812 B`, `27.4 KB`, `31.2 GB`, in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
-        if abs(n) < 999.95 or (unit == "B" and abs(n) < 1000):
+        if abs(n) < (999.5 if unit == "B" else 999.95):
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
         n /= 1000
     return f"{n:.1f} TB"
@@ -189,7 +189,7 @@ class _Lines(Progress):
             self.last = now
             line: dict[str, Any] = {"progress": self.label, "done": done, "total": self.total, "unit": self.unit}
             line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": round(self.eta_s())}
-            if size:
+            if size or bad:
                 line |= {"bad": bad, "bytes": size}
             say(json.dumps(line, ensure_ascii=False))
 

@@ -1,8 +1,7 @@
-"""prep.build and prep.runners: the store against the photographs, interrupted builds against a whole one.
+"""prep.build: the store against the photographs; built again, otherwise, twice at a time, with other splits.
 
 Records are read by lmdb and protobuf; labels are compared with the folders and the ground truth, pixels with Pillow's
-resize in floating point, sums with NumPy. A build that was stopped, by a signal, by kill -9, before any one of its
-steps on the disk, must be finished by the same command with the fingerprint of a build that ran through.
+resize in floating point, sums with NumPy.
 """
 
 from __future__ import annotations
@@ -12,100 +11,36 @@ import io
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
+from building import (
+    PPM,
+    Never,
+    Records,
+    Stop,
+    Stopped,
+    build,
+    decoded,
+    everything,
+    files_of,
+    make_pictures,
+    sources_of,
+    stamps,
+)
 from click.testing import CliRunner
 from PIL import Image
-from threadpoolctl import threadpool_limits
 
 from prep import shard
-from prep.build import Runner, ShardTask, build_shard, build_split
+from prep.build import Policy
 from prep.cli import main
 from prep.console import Progress, UserError
 from prep.manifest import Settings, Store, StoreError
-from prep.runners import run_local
-from prep.sources import read_source
-
-Records = Callable[[Path, str], list[tuple[bytes, Any]]]
-
-PPM = Settings(32, False, "ppm", 90, "area", 0)
-CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 60.0
-
-
-def run_here(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-    """The runner of most tests: no other process, and one BLAS thread as a worker has."""
-    with threadpool_limits(1, "blas"):
-        for task in tasks:
-            build_shard(task, report.advance)
-
-
-class Stopped(Exception):
-    """What a runner of a test raises to leave a build unfinished."""
-
-
-def run_one_then_stop(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-    run_here(tasks[:1], jobs, report)
-    raise Stopped
-
-
-def build(
-    folder: Path,
-    store: Path,
-    settings: Settings = PPM,
-    *,
-    split: str = "train",
-    jobs: int = 1,
-    skip_bad: bool = False,
-    run: Runner = run_here,
-    report: Progress | None = None,
-) -> Store:
-    known = Store.open(store).classes if (store / "manifest.json").exists() else ()
-    source = read_source(folder, split, None, None, known)
-    report = report or Progress(len(source.inputs), "pictures")
-    return build_split(source, store, settings, jobs, skip_bad, run, report)
-
-
-def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
-    """`count` JPEGs in three class folders; every `distinct`-th has the same content, which is quick to make."""
-    rng = np.random.default_rng(count)
-    contents = []
-    for _ in range(distinct):
-        height, width = (int(n) for n in rng.integers(*sizes, size=2))
-        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
-        out = io.BytesIO()
-        coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG")
-        contents.append(out.getvalue())
-    for number in range(count):
-        name = CLASSES[int(rng.integers(3))]
-        (folder / name).mkdir(parents=True, exist_ok=True)
-        (folder / name / f"{name}_{number}.JPEG").write_bytes(contents[number % distinct])
-    return folder
-
-
-def files_of(folder: Path) -> list[str]:
-    """Every file's path below `folder`, by bytes."""
-    return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*"))
-
-
-def sources_of(records: Sequence[tuple[bytes, Any]]) -> list[str]:
-    return [datum.source.decode() for _, datum in records]
-
-
-def decoded(datum: Any) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(datum.data)))
+from prep.runners import Workers
 
 
 @pytest.fixture(scope="module")
@@ -265,147 +200,24 @@ def test_any_number_of_jobs_gives_the_same_records(
     for jobs in (1, 2, 3):
         path = tmp_path / str(jobs)
         report = Progress(200, "pictures")
-        built = build(small, path, jobs=jobs, run=run_local, report=report)
+        with Workers(jobs) as workers:
+            built = build(small, path, runner=workers, report=report)
         assert built.fingerprint == whole.fingerprint
         assert built.splits == whole.splits
         assert [(key, datum.SerializeToString()) for key, datum in records_of(path, "train")] == expected
-        assert (path / "train" / "mean_image.npy").read_bytes() == (
-            small_store / "train" / "mean_image.npy"
-        ).read_bytes()
-        assert report.done == 200
+        mean = (small_store / "train" / "mean_image.npy").read_bytes()
+        assert (path / "train" / "mean_image.npy").read_bytes() == mean
+        assert (report.done, report.bad, report.size) == (200, 0, whole.split("train").bytes)
         assert not (path / "train" / ".build").exists()
-
-
-def test_runner_leaves_the_environment_as_it_was(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "7")
-    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
-    before = dict(os.environ)
-    run_local([], 2, Progress(0, "pictures"))
-    with pytest.raises(UserError):  # a shard whose source is not there
-        build(small, tmp_path / "store", run=lambda tasks, jobs, report: run_local([lost(tasks[0])], jobs, report))
-    assert dict(os.environ) == before
-
-
-def lost(task: ShardTask) -> ShardTask:
-    return replace(task, source=task.source / "nowhere")
-
-
-# Bad files
-
-
-BAD = {
-    "n1/bad_empty.JPEG": b"",
-    "n1/bad_text.JPEG": b"no picture\n",
-    "n2/bad_too.JPEG": b"neither\n",
-    "n3/bad_cut.JPEG": b"\xff\xd8\xff\xe0 cut off",
-}
-
-
-@pytest.fixture
-def with_bad(copy_of_small: Path) -> Path:
-    for name, content in BAD.items():
-        (copy_of_small / name).write_bytes(content)
-    return copy_of_small
-
-
-def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, records_of: Records) -> None:
-    built = build(with_bad, tmp_path / "store", skip_bad=True)
-    account = built.split("train").account
-    assert account["inputs"] == 204
-    assert account["kept"] == built.split("train").records == 200
-    assert sum(account["bad"].values()) == 4
-    assert account["bad"]["empty file"] == 1
-    assert account["bad"]["not a picture in a format that is known"] >= 2
-    assert set(sources_of(records_of(tmp_path / "store", "train"))) == set(files_of(with_bad)) - set(BAD)
-    lines = [json.loads(line) for line in (tmp_path / "store" / "train" / "inputs.jsonl").read_text().splitlines()]
-    assert {line["source"]: line["fate"] for line in lines} == dict.fromkeys(BAD, "bad")
-    assert all(line["why"] for line in lines)
-
-
-def test_bad_file_stops_the_command_which_names_it(with_bad: Path, tmp_path: Path) -> None:
-    words = ["build-lmdb", str(with_bad), "--store", str(tmp_path / "store"), "--side", "32", "--jobs", "1"]
-    result = CliRunner().invoke(main, words)
-    assert result.exit_code == 1
-    assert result.stderr.startswith("Error: ")
-    assert any(name in result.stderr for name in BAD)
-    assert "--on-bad skip" in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert not (tmp_path / "store" / "manifest.json").exists()
-
-
-def test_mended_file_lets_the_same_command_finish(with_bad: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="bad_"):
-        build(with_bad, tmp_path / "store")
-    good = (with_bad / "n1" / min(p.name for p in (with_bad / "n1").iterdir() if p.name.startswith("n1"))).read_bytes()
-    for name in BAD:
-        (with_bad / name).write_bytes(good)
-    assert build(with_bad, tmp_path / "store").fingerprint == build(with_bad, tmp_path / "other").fingerprint
-
-
-def test_bad_file_that_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """Shards that a run with --on-bad skip finished: the strict command looks at them again, the other finishes."""
-
-    def all_but_the_end(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-        run_here(tasks, jobs, report)
-        raise Stopped
-
-    with pytest.raises(Stopped):
-        build(with_bad, tmp_path / "store", skip_bad=True, run=all_but_the_end)
-    with pytest.raises(UserError, match=r"bad_.*Mend it"):
-        build(with_bad, tmp_path / "store")
-    assert not (tmp_path / "store" / "manifest.json").exists()
-    shutil.copytree(tmp_path / "store", tmp_path / "mended")
-    assert build(with_bad, tmp_path / "store", skip_bad=True).split("train").records == 200
-    good = next(path for path in sorted(with_bad.glob("*/*")) if "bad_" not in path.name)
-    for name in BAD:
-        shutil.copy(good, with_bad / name)
-    assert build(with_bad, tmp_path / "mended").split("train").records == 200 + len(BAD)
-
-
-def test_shard_without_a_picture_is_left_out(
-    small_store: Path, copy_of_small: Path, tmp_path: Path, records_of: Records
-) -> None:
-    for path in sources_of(records_of(small_store, "train"))[50:100]:
-        (copy_of_small / path).write_bytes(b"no picture")
-    built = build(copy_of_small, tmp_path / "store", skip_bad=True)
-    assert [s.path for s in built.split("train").shards] == ["train/00000", "train/00002", "train/00003"]
-    assert all(s.records == 50 for s in built.split("train").shards)
-    assert built.split("train").records == 150
-
-
-def test_not_one_picture(tmp_path: Path) -> None:
-    (tmp_path / "photos" / "n1").mkdir(parents=True)
-    for number in range(3):
-        (tmp_path / "photos" / "n1" / f"{number}.JPEG").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="not one of 3 inputs is a picture"):
-        build(tmp_path / "photos", tmp_path / "store", skip_bad=True)
-    assert not (tmp_path / "store" / "manifest.json").exists()
-
-
-def test_file_that_vanished_is_a_bad_one(copy_of_small: Path, tmp_path: Path) -> None:
-    def after_removal(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-        (copy_of_small / files_of(copy_of_small)[3]).unlink()
-        run_here(tasks, jobs, report)
-
-    gone = files_of(copy_of_small)[3]
-    with pytest.raises(UserError, match=f"{gone}: cannot be read: No such file"):
-        build(copy_of_small, tmp_path / "store", run=after_removal)
 
 
 # Again, otherwise, at the same time
 
 
-def stamps(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-
-
 def test_second_run_does_nothing(small: Path, small_store: Path) -> None:
-    def never(tasks: Sequence[ShardTask], jobs: int, report: Progress) -> None:
-        raise AssertionError("there is nothing to run")
-
     before, fingerprint = stamps(small_store), Store.open(small_store).fingerprint
     report = Progress(200, "pictures")
-    assert build(small, small_store, run=never, report=report).fingerprint == fingerprint
+    assert build(small, small_store, runner=Never(), report=report).fingerprint == fingerprint
     assert stamps(small_store) == before
     assert report.done == report.skipped == 200
 
@@ -433,22 +245,20 @@ def test_other_settings_are_refused(
 def test_other_settings_are_refused_by_an_unfinished_build(small: Path, small_store: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(Stopped):
-        build(small, store, run=run_one_then_stop)
+        build(small, store, runner=Stop())
     for changes, has, asked in CHANGES:
         with pytest.raises(UserError, match=f"{has}, this command says {asked}"):
             build(small, store, replace(PPM, **changes))
     assert build(small, store).fingerprint == Store.open(small_store).fingerprint
 
 
-def test_other_inputs_are_refused(small: Path, copy_of_small: Path, tmp_path: Path) -> None:
-    with pytest.raises(Stopped):
-        build(small, tmp_path / "unfinished", run=run_one_then_stop)
+def test_other_inputs_are_refused_by_a_whole_split(small: Path, copy_of_small: Path, tmp_path: Path) -> None:
     build(small, tmp_path / "whole")
+    before = stamps(tmp_path / "whole")
     (copy_of_small / files_of(copy_of_small)[0]).unlink()
-    with pytest.raises(UserError, match="unfinished build of other inputs"):
-        build(copy_of_small, tmp_path / "unfinished")
-    with pytest.raises(UserError, match="a split train of other inputs"):
+    with pytest.raises(UserError, match=r"a split train of other inputs \(200, this command names 199\)"):
         build(copy_of_small, tmp_path / "whole")
+    assert stamps(tmp_path / "whole") == before
 
 
 def test_folder_of_someone_else_is_left_alone(small: Path, tmp_path: Path) -> None:
@@ -456,6 +266,8 @@ def test_folder_of_someone_else_is_left_alone(small: Path, tmp_path: Path) -> No
     (tmp_path / "store" / "train" / "precious.txt").write_text("mine")
     with pytest.raises(StoreError, match="no build of ours began it"):
         build(small, tmp_path / "store")
+    with pytest.raises(StoreError, match="no build of ours began it"):
+        build(small, tmp_path / "store", policy=Policy(restart=True))
     assert (tmp_path / "store" / "train" / "precious.txt").read_text() == "mine"
 
 
@@ -482,306 +294,69 @@ def test_second_builder_is_refused(small: Path, tmp_path: Path) -> None:
     build(small, store)
 
 
-def test_full_disk_is_said_and_the_build_goes_on_later(
-    small: Path, small_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, calls = shard.write, []
-
-    def full(folder: Path, records: Any) -> tuple[int, int, str]:
-        calls.append(folder)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        return write(folder, records)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(shard, "write", full)
-        with pytest.raises(UserError, match=r"No space left on device.*free on that disk"):
-            build(small, tmp_path / "store")
+def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> None:
+    """Of other settings, of other inputs, and one whose plan cannot be read."""
+    store = tmp_path / "store"
+    with pytest.raises(Stopped):
+        build(small, store, replace(PPM, side_px=40), runner=Stop(2))
     report = Progress(200, "pictures")
-    built = build(small, tmp_path / "store", report=report)
-    assert built.fingerprint == Store.open(small_store).fingerprint
-    assert report.skipped == 100
-
-
-# Stopped and given again
-
-
-STEPS = """
-import json, os, sys
-from pathlib import Path
-from prep.build import build_shard, build_split
-from prep.console import Progress
-from prep.manifest import Settings
-from prep.sources import read_source
-
-photos, work = Path(sys.argv[1]), Path(sys.argv[2])
-source = read_source(photos, "train", None, None, ())
-settings = Settings(32, False, "ppm", 90, "area", 0)
-left = None
-
-
-def watch(event, args):
-    global left
-    writes = event == "open" and isinstance(args[1], str) and "w" in args[1]
-    if left is not None and (writes or event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir")):
-        if left == 0:
-            os._exit(9)
-        left -= 1
-
-
-def run_here(tasks, jobs, report):
-    for task in tasks:
-        build_shard(task, report.advance)
-
-
-def in_a_child(store, steps):
-    global left
-    sys.stdout.flush()
-    child = os.fork()
-    if child == 0:
-        left = steps
-        try:
-            build_split(source, store, settings, 1, False, run_here, Progress(1, "pictures"))
-        except Exception as error:
-            print(json.dumps({"error": str(error)}), flush=True)
-            os._exit(1)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-
-
-sys.addaudithook(watch)
-steps, code = 0, 9
-while code == 9:
-    store = work / f"{steps:03d}"
-    code = in_a_child(store, steps)
-    again = in_a_child(store, None)
-    print(json.dumps({"steps": steps, "code": code, "again": again}), flush=True)
-    steps += 1
-"""
-
-
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Builds that died (os._exit: nothing is cleaned up) before their 1st, 2nd, 3rd… step on the disk, given again.
-
-    A step is a folder made, a file opened to write, a rename or a removal. The last build of them ran through.
-    """
-    photos = make_pictures(tmp_path_factory.mktemp("stepped") / "photos", 66, (32, 34))  # two shards
-    work = photos.parent
-    ended = subprocess.run(
-        [sys.executable, "-c", STEPS, str(photos), str(work)],
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=DEADLINE_S,
-    )
-    assert ended.returncode == 0, ended.stderr
-    return work, [json.loads(line) for line in ended.stdout.splitlines()]
-
-
-def test_killed_before_any_step_the_same_command_finishes(stepped: tuple[Path, list[dict[str, Any]]]) -> None:
-    work, said = stepped
-    ends = [line for line in said if "steps" in line]
-    assert len(ends) > 20
-    assert [line["code"] for line in ends] == [9] * (len(ends) - 1) + [0]
-    failed = [line for line in said if "error" in line or line["again"] != 0]
-    assert failed == []
-    whole = Store.open(work / f"{ends[-1]['steps']:03d}")
-    assert whole.split("train").records == 66
-    for line in ends:
-        again = Store.open(work / f"{line['steps']:03d}")
-        assert again.fingerprint == whole.fingerprint
-        assert again.splits == whole.splits
-
-
-def test_killed_before_any_step_nothing_is_left_over(stepped: tuple[Path, list[dict[str, Any]]]) -> None:
-    """The files of each store are those of the build that ran through."""
-    work, said = stepped
-    ends = [line for line in said if "steps" in line and line["again"] == 0]
-
-    def tree(store: Path) -> list[Path]:
-        return sorted(path.relative_to(store) for path in store.rglob("*"))
-
-    whole = tree(work / f"{ends[-1]['steps']:03d}")
-    left_over = {
-        line["steps"]: extra
-        for line in ends
-        if (extra := [str(p) for p in tree(work / f"{line['steps']:03d}") if p not in whole])
-    }
-    assert left_over == {}
-
-
-@pytest.fixture(scope="module")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 pictures that take a worker a few milliseconds each: five shards."""
-    return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
-
-
-@pytest.fixture(scope="module")
-def slow_fingerprint(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return build(slow, tmp_path_factory.mktemp("slow_store") / "store").fingerprint
-
-
-COMMAND = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background inherits that it is ignored
-from prep.cli import main
-main()
-"""
-
-
-class Command:
-    """A build in two workers, as a process of its own, at the head of its own process group."""
-
-    def __init__(self, photos: Path, store: Path) -> None:
-        words = ["build-lmdb", str(photos), "--store", str(store), "--side", "32", "--format", "ppm", "--jobs", "2"]
-        program = [sys.executable, "-c", COMMAND]
-        self.work = store / "train" / ".build"
-        self.process = subprocess.Popen(
-            program + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-
-    def wait_for(self, what: str, reached: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + DEADLINE_S
-        while not reached():
-            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[1]}"
-            assert time.monotonic() < deadline, f"no {what}"
-            time.sleep(0.002)
-
-    def wait_for_records(self, count: int) -> None:
-        self.wait_for(f"{count} finished shards", lambda: len(self.finished()) >= count)
-
-    def finished(self) -> list[Path]:
-        return sorted(self.work.glob("[0-9]*.json"))
-
-    def end(self) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error, once the whole process group is gone."""
-        stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
-        deadline = time.monotonic() + DEADLINE_S
-        while left := group(self.process.pid):
-            assert time.monotonic() < deadline, f"left behind: {left}"
-            time.sleep(0.01)
-        return self.process.returncode, stdout, stderr
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[[Path, Path], Command]]:
-    """Starts commands, and kills what a test that failed left of them."""
-    started: list[Command] = []
-
-    def run(photos: Path, store: Path) -> Command:
-        started.append(Command(photos, store))
-        return started[-1]
-
-    yield run
-    for command in started:
-        with suppress(ProcessLookupError):
-            os.killpg(command.process.pid, signal.SIGKILL)
-        command.process.communicate()
-
-
-def group(leader: int) -> dict[int, str]:
-    """The living processes of a process group and their command lines."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, pgrp = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
-            if int(pgrp) == leader and state not in "ZX":
-                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-    return found
-
-
-def test_killed_again_and_again_the_same_command_finishes(
-    start: Callable[[Path, Path], Command], slow: Path, slow_fingerprint: str, tmp_path: Path
-) -> None:
-    """kill -9 of the parent when the build begins, in the first shards, after one shard, after three."""
-    store = tmp_path / "store"
-    moments: list[tuple[str, Callable[[Command], bool]]] = [
-        ("plan", lambda command: (command.work / "plan.json").exists()),
-        ("shard under way", lambda command: any(command.work.glob("*.tmp/data.mdb"))),
-        ("first shard", lambda command: len(command.finished()) >= 1),
-        ("third shard", lambda command: len(command.finished()) >= 3),
+    built = build(small, store, policy=Policy(restart=True), report=report)
+    assert report.skipped == 0
+    assert built.settings == PPM
+    fresh = build(small, tmp_path / "fresh")
+    assert built.fingerprint == fresh.fingerprint
+    assert [path.relative_to(store) for path in sorted(store.rglob("*"))] == [
+        path.relative_to(fresh.root) for path in sorted(fresh.root.rglob("*"))
     ]
-    for what, reached in moments:
-        command = start(slow, store)
-        command.wait_for(what, lambda command=command, reached=reached: reached(command))
-        command.process.send_signal(signal.SIGKILL)
-        code, _, _ = command.end()
-        assert code == -signal.SIGKILL
-        assert not (store / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in command.finished()}
-    databases = [store / "train" / path.stem / "data.mdb" for path in kept]
-    written = [path.stat().st_mtime_ns for path in databases]
-    assert 3 <= len(kept) <= 5
-    command = start(slow, store)
-    code, _, stderr = command.end()
-    assert code == 0, stderr
-    assert Store.open(store).fingerprint == slow_fingerprint
-    assert [path.stat().st_mtime_ns for path in databases] == written  # finished shards were not built again
-    assert not command.work.exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interrupted_by_a_signal(
-    start: Callable[[Path, Path], Command], slow: Path, slow_fingerprint: str, tmp_path: Path, number: int, code: int
-) -> None:
-    """SIGTERM to the parent, as `kill` sends it; SIGINT to the whole group, as a terminal sends Ctrl-C."""
+def test_restart_leaves_a_whole_split_as_it_is(small: Path, tmp_path: Path) -> None:
+    build(small, tmp_path / "store")
+    before = stamps(tmp_path / "store")
+    build(small, tmp_path / "store", policy=Policy(restart=True), runner=Never())
+    assert stamps(tmp_path / "store") == before
+
+
+def test_restart_of_one_split_leaves_the_other(small: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    command = start(slow, store)
-    command.wait_for_records(1)
-    if number == signal.SIGINT:
-        os.killpg(command.process.pid, number)
-    else:
-        command.process.send_signal(number)
-    returned, stdout, stderr = command.end()
-    assert returned == code, stderr
-    assert stdout == ""
-    assert stderr.strip().splitlines()[-1] == "Interrupted. The same command goes on from here."
-    assert "Traceback" not in stderr
-    assert not (store / "manifest.json").exists()
-    report = Progress(320, "pictures")
-    assert build(slow, store, report=report).fingerprint == slow_fingerprint
-    assert report.skipped >= 64
+    build(small, store)
+    before = stamps(store / "train")
+    with pytest.raises(Stopped):
+        build(small, store, split="val", runner=Stop())
+    assert list(build(small, store, split="val", policy=Policy(restart=True)).splits) == ["train", "val"]
+    assert stamps(store / "train") == before
 
 
-def test_ctrl_c_while_the_workers_start(start: Callable[[Path, Path], Command], slow: Path, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the workers too, which must leave it to the parent from the beginning."""
-    said = []
-    for delay_s in (0.05, 0.15, 0.25, 0.35):
-        command = start(slow, tmp_path / str(delay_s))
-        command.wait_for("worker", lambda pid=command.process.pid: any("spawn_main" in w for w in group(pid).values()))
-        time.sleep(delay_s)
-        os.killpg(command.process.pid, signal.SIGINT)
-        said.append(command.end())
-    assert said == [(130, "", "Interrupted. The same command goes on from here.\n")] * len(said)
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("where", ["same", "split", "inside", "link"])
+def test_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, restart: bool, where: str) -> None:
+    """Whatever is asked, nothing in the source is touched."""
+    shutil.copytree(small, tmp_path / "data" / "train")
+    (tmp_path / "data" / "train" / ".someone.tmp").write_text("mine")
+    (tmp_path / "link").symlink_to("data")
+    store = {"same": "data", "split": "data/train", "inside": "data/train/n1/store", "link": "link"}[where]
+    before = everything(tmp_path / "data")
+    with pytest.raises(UserError, match=str(tmp_path / "data" / "train")):
+        build(tmp_path / "data" / "train", tmp_path / store, policy=Policy(restart=restart))
+    assert everything(tmp_path / "data") == before
 
 
-def test_signal_does_not_wait_for_shards_under_way(start: Callable[[Path, Path], Command], tmp_path: Path) -> None:
-    """Shards of 64 large pictures take seconds: SIGTERM in the first of them ends the build with none finished."""
-    photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
-    command = start(photos, tmp_path / "store")
-    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
-    command.process.send_signal(signal.SIGTERM)
-    code, _, stderr = command.end()
-    assert code == 143, stderr
-    assert command.finished() == []
-    assert list(command.work.glob("*.json")) == [command.work / "plan.json"]
-
-
-def test_killed_worker_is_said_in_one_line(
-    start: Callable[[Path, Path], Command], slow: Path, slow_fingerprint: str, tmp_path: Path
-) -> None:
-    """As the kernel does when memory runs out."""
-    store = tmp_path / "store"
-    command = start(slow, store)
-    command.wait_for_records(1)
-    workers = [pid for pid, line in group(command.process.pid).items() if "spawn_main" in line]
-    assert 1 <= len(workers) <= 2
-    os.kill(workers[0], signal.SIGKILL)
-    code, _, stderr = command.end()
-    assert code == 1, stderr
-    assert stderr.startswith("Error: A worker process was killed")
-    assert stderr.count("\n") == 1
-    assert build(slow, store).fingerprint == slow_fingerprint
+def test_source_is_only_read(small: Path, tmp_path: Path) -> None:
+    """Folders without the right to write, and times and contents as before."""
+    photos = Path(shutil.copytree(small, tmp_path / "photos"))
+    (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
+    for folder in (photos, *photos.glob("*")):
+        folder.chmod(0o555)
+    before = everything(photos)
+    try:
+        with pytest.raises(UserError):
+            build(photos, tmp_path / "store")
+        with pytest.raises(Stopped):
+            build(photos, tmp_path / "store", policy=Policy(skip_bad=True), runner=Stop())
+        build(photos, tmp_path / "store", policy=Policy(skip_bad=True, restart=True))
+        words = ["build-lmdb", str(photos), "--store", str(tmp_path / "store"), "--dry-run"]
+        CliRunner().invoke(main, [*words, "--side", "32", "--format", "ppm", "--jobs", "1"])
+        assert everything(photos) == before
+    finally:
+        for folder in (photos, *photos.glob("*")):
+            folder.chmod(0o755)
