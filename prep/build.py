@@ -18,6 +18,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -93,8 +94,8 @@ def build_split(
                 report.skip(len(source.inputs))
                 shutil.rmtree(plan.work, ignore_errors=True)
                 return existing
-            if policy.restart and (plan.work / "plan.json").exists():  # else the folder is none of ours
-                shutil.rmtree(plan.folder)
+            if (plan.work / "plan.json").exists() and (policy.restart or not plan.has_finished()):
+                _discard(plan, store)  # without plan.json the folder is none of ours
             _start_or_go_on(plan, store)
             todo = [number for number in range(plan.shards) if not plan.is_done(number)]
             left = plan.inputs_of(todo)
@@ -130,7 +131,10 @@ def forecast(source: Source, store: Path, settings: Settings, runner: Runner, po
     todo: Sequence[int] = ()
     if not whole:
         todo = range(plan.shards)
-        if not policy.restart and (plan.work / "plan.json").exists():
+        begun = (plan.work / "plan.json").exists()
+        if not begun:
+            _refuse_foreign(plan)
+        if begun and not policy.restart and plan.has_finished():
             changed = changed_inputs(plan, store)
             todo = [number for number in todo if not plan.is_done(number) or touches(plan, number, changed)]
     left = plan.inputs_of(todo)
@@ -177,14 +181,17 @@ def _refuse_inside(source: Source, store: Path) -> None:
         )
 
 
+def _refuse_foreign(plan: Plan) -> None:
+    if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work.name}:
+        raise StoreError(f"{plan.folder} exists but no build of ours began it. Choose another --store, or remove it.")
+
+
 def _start_or_go_on(plan: Plan, store: Path) -> None:
     path = plan.work / "plan.json"
     if not path.exists():
-        if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work.name}:
-            raise StoreError(
-                f"{plan.folder} exists but no build of ours began it. Choose another --store, or remove it."
-            )
-        plan.work.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(plan)
+        shutil.rmtree(plan.work, ignore_errors=True)
+        plan.work.mkdir(parents=True)
         plan.source.inputs.save(plan.work / "inputs.npz")
         begun = {"settings": asdict(plan.settings), "classes": list(plan.source.classes)}
         write_atomic(path, json.dumps(begun).encode())
@@ -243,7 +250,7 @@ def _need_text(plan: Plan, todo: Sequence[int]) -> str:
     """How much more is needed, from what the finished shards took."""
     records = [record["shard"] for number in range(plan.shards) if (record := plan.record(number))]
     count = sum(record["records"] for record in records)
-    if not count:
+    if not count or not todo:
         return ""
     each = sum(record["bytes"] for record in records) / count + 4096
     return f"About {bytes_text(each * plan.inputs_of(todo))} are needed for {plan.inputs_of(todo):,} pictures, "
@@ -258,16 +265,17 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
         report.update(before + counts.done, bad=bad, size=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
-                f"{bad:,} inputs are no pictures, --max-bad {policy.max_bad} allowed. Mend them, or allow more: "
+                f"{count_noun(bad, 'input')} of no use, --max-bad {policy.max_bad} allowed. Mend them, or allow more: "
                 "the shards that are finished are kept."
             )
 
-    for task, result in runner.map(build_shard, _tasks(plan, todo), watch):
-        if isinstance(result, Died):
-            raise UserError(
-                f"{shown(task.inputs[result.at].path)}: a worker process {result.how()} at this file. If memory ran "
-                "out, give the same command again with fewer --jobs: the shards that are finished are kept."
-            )
+    with closing(runner.map(build_shard, _tasks(plan, todo), watch)) as results:  # none works on without the lock
+        for task, result in results:
+            if isinstance(result, Died):
+                raise UserError(
+                    f"{shown(task.inputs[result.at].path)}: a worker process {result.how()} at this file. If memory "
+                    "ran out, give the same command again with fewer --jobs: the shards that are finished are kept."
+                )
 
 
 def _tasks(plan: Plan, todo: Iterable[int]) -> Iterator[ShardTask]:
@@ -346,13 +354,21 @@ def write_colour(folder: Path, split: Split) -> None:
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())
 
 
+def _discard(plan: Plan, store: Path) -> None:
+    """Remove an unfinished build; renamed first, so that one that is killed here leaves no record without its shard."""
+    away = store / f".{plan.folder.name}.{os.getpid()}.tmp"
+    os.rename(plan.folder, away)
+    shutil.rmtree(away)
+
+
 def _sweep(store: Path) -> None:
     """Remove what killed builds left under temporary names. Only the holder of the store's lock may."""
     ours = (
         ".manifest.json.*.tmp",
-        *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp", ".build/.*.tmp")),
+        *(f".{split}.*.tmp" for split in SPLITS),
+        *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp")),
     )
-    for left in [path for pattern in ours for path in store.glob(pattern)]:
+    for left in {path for pattern in ours for path in store.glob(pattern)}:
         if left.is_dir():
             shutil.rmtree(left)
         else:

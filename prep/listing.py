@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zipfile
+import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -102,15 +104,37 @@ class Listing:
     def load(path: Path) -> Listing:
         """The inverse of `save`; raises OSError or ValueError where the file is not one."""
         listing = Listing()
-        with np.load(path, allow_pickle=False) as saved:
-            listing._paths = bytearray(saved["paths"].tobytes())
-            listing._ends = array("q", saved["ends"].tobytes())
-            listing._columns = {name: array("q", saved[name].tobytes()) for name in _COLUMNS}
+        try:
+            with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
+                listing._paths = bytearray(saved["paths"].tobytes())
+                listing._ends = array("q", saved["ends"].tobytes())
+                listing._columns = {name: array("q", saved[name].tobytes()) for name in _COLUMNS}
+        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise ValueError(f"{path}: {error}") from None
         return listing
 
     def same_as(self, other: Listing) -> bool:
         """Whether all columns agree."""
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
+
+    def first_other_path(self, later: Listing) -> tuple[bytes, str] | None:
+        """The first path that only one of two listings has, with "has gone" or "is new"; None where they agree."""
+        if (self._paths, self._ends) == (later._paths, later._ends):
+            return None
+        for index in range(min(len(self), len(later))):
+            then, now = self.path(index), later.path(index)
+            if then != now:
+                gone = then.replace(b"/", b"\0") < now.replace(b"/", b"\0")  # both are in order
+                return (then, "has gone") if gone else (now, "is new")
+        longer, what = (self, "has gone") if len(self) > len(later) else (later, "is new")
+        return longer.path(min(len(self), len(later))), what
+
+    def differing(self, other: Listing) -> list[int]:
+        """The inputs in which two listings of the same paths differ."""
+        differ = np.zeros(len(self), bool)
+        for name, column in self._arrays().items():
+            differ |= column != other._arrays()[name]
+        return np.flatnonzero(differ).tolist()
 
     def _arrays(self) -> dict[str, Any]:
         return {name: np.frombuffer(column, np.int64) for name, column in self._columns.items()}

@@ -64,6 +64,10 @@ class Plan:
             return None
         return record
 
+    def has_finished(self) -> bool:
+        """Whether any shard, of this plan or another, is recorded here."""
+        return any(self.work.glob("[0-9]*.json"))
+
     def is_done(self, number: int) -> bool:
         """Recorded, and not with a bad picture that this build would not leave out: it may have been mended."""
         record = self.record(number)
@@ -97,28 +101,30 @@ def changed_inputs(plan: Plan, store: Path) -> dict[bytes, tuple[Input, Input]]:
     try:
         begun = json.loads((plan.work / "plan.json").read_bytes())
         then = Listing.load(plan.work / "inputs.npz")
-    except (OSError, ValueError, KeyError) as error:
+        classes, settings = begun["classes"], dict(begun["settings"])
+        if settings.keys() != asdict(plan.settings).keys():
+            raise ValueError("plan.json has other fields")
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{plan.work}: {error}. The unfinished build cannot be read: pass --restart to discard it."
         ) from None
-    same_settings(plan.settings, begun["settings"], store)
+    same_settings(plan.settings, settings, store)
     now = plan.source.inputs
     way_out = "Put it back to go on, pass --restart to discard what was built, or choose another --store."
-    if begun["classes"] != list(plan.source.classes):
+    if classes != list(plan.source.classes):
         raise UserError(
-            f"{store} holds an unfinished build of {len(begun['classes'])} classes, this command has "
+            f"{store} holds an unfinished build of {len(classes)} classes, this command has "
             f"{len(plan.source.classes)}. {way_out}"
         )
     if now.same_as(then):
         return {}
-    old, new = {item.path: item for item in then}, {item.path: item for item in now}
-    for title, only in (("has gone", old.keys() - new.keys()), ("is new", new.keys() - old.keys())):
-        if only:
-            raise UserError(
-                f"{store} holds an unfinished build of other inputs: {shown(min(only))} {title} "
-                f"({len(old):,} inputs then, {len(new):,} now). {way_out}"
-            )
-    changed = {path: (item, new[path]) for path, item in old.items() if item != new[path]}
+    odd = then.first_other_path(now)
+    if odd is not None:
+        raise UserError(
+            f"{store} holds an unfinished build of other inputs: {shown(odd[0])} {odd[1]} "
+            f"({len(then):,} inputs then, {len(now):,} now). {way_out}"
+        )
+    changed = {now.path(index): (then[index], now[index]) for index in then.differing(now)}
     for number in range(plan.shards):
         record = plan.record(number)
         if record is None:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Iterable, Iterator, MutableSequence
+from collections.abc import Callable, Generator, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -91,7 +92,7 @@ class Runner(Protocol):
 
     def map(
         self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
-    ) -> Iterator[tuple[T, R | Died]]:
+    ) -> Generator[tuple[T, R | Died], None, None]:
         """Each task with its result, as they are ready. The first exception of `work` is raised here."""
 
 
@@ -106,10 +107,18 @@ class Workers:
 
     def map(
         self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
-    ) -> Iterator[tuple[T, R | Died]]:
+    ) -> Generator[tuple[T, R | Died], None, None]:
         """As Runner.map; `work` must be a function of a module. Takes from `tasks` only what is about to be done."""
+        busy = dict[int, T]()
+        try:
+            yield from self._map(work, iter(tasks), watch, busy)
+        finally:
+            self._end(busy)  # where nobody takes the results, no worker goes on, nor answers for a later task
+
+    def _map(
+        self, work: Callable[[T, Tally], R], waiting: Iterator[T], watch: Callable[[Counts], None], busy: dict[int, T]
+    ) -> Iterator[tuple[T, R | Died]]:
         before = self._counts()
-        waiting, busy = iter(tasks), dict[int, T]()
         idle, more = list(range(self.jobs)), True
         while busy or more:
             while idle and more:
@@ -119,8 +128,8 @@ class Workers:
                     more = False
                     break
                 slot = idle.pop(0)
-                self._send(slot, (work, task))
                 busy[slot] = task
+                self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
             watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
             for slot in [slot for slot in busy if self._workers[slot][1] in ready]:
@@ -154,6 +163,7 @@ class Workers:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
+            multiprocessing.resource_tracker.ensure_running()  # starting it later would let SIGINT through again
             ours, theirs = self._context.Pipe()
             process = self._context.Process(target=_serve, args=(theirs, self._numbers, slot), daemon=True)
             with _one_blas_thread(), _ctrl_c_held_back():
@@ -166,12 +176,15 @@ class Workers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        for process, _ in self._workers.values():
+        self._end(list(self._workers))
+
+    def _end(self, slots: Iterable[int]) -> None:
+        ended = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
+        for process, _ in ended:
             process.terminate()  # idle, or in a task whose result nobody will take
-        for process, connection in self._workers.values():
+        for process, connection in ended:
             process.join()
             connection.close()
-        self._workers.clear()
 
 
 def _serve(connection: Connection, numbers: MutableSequence[int], slot: int) -> None:

@@ -76,7 +76,9 @@ class Folder:
                 if check and (found.st_size, found.st_mtime_ns) != (item.size, item.stamp_ns):
                     raise UserError(
                         f"{shown(item.path)} was changed after it was listed: {item.size:,} bytes then, "
-                        f"{found.st_size:,} now. Give the same command again once nothing writes to the source."
+                        f"{found.st_size:,} now, modified at {item.stamp_ns / 1e9:.3f} then, "
+                        f"{found.st_mtime_ns / 1e9:.3f} now (seconds since 1970). "
+                        "Give the same command again once nothing writes to the source."
                     )
                 if not stat.S_ISREG(found.st_mode):
                     raise BadPicture(f"a {_kind(found.st_mode)}, not a file")

@@ -78,7 +78,12 @@ def build_shard(task: ShardTask, tally: Tally) -> None:
     except lmdb.Error as error:  # it says "Input/output error" where a page did not fit on the disk
         raise DiskFull(f"{task.folder}: {error}") from error
     except OSError as error:
-        raise disk_error(error, f"{task.folder}: {error.strerror or error}") from error
+        told = disk_error(error, f"{task.folder}: {error.strerror or error}")
+        if isinstance(told, DiskFull):  # the parent knows how much is needed
+            raise told from error
+        raise UserError(
+            f"{told}. Give the same command again once that is mended: the shards that are finished are kept."
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
