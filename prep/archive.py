@@ -22,6 +22,8 @@ from prep.listing import Input, Listing
 from prep.picture import MAX_FILE_BYTES, BadPicture
 from prep.sources import Found, say_empty
 
+_EXTENDED = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
+_MOST_HEADER = 1 << 20
 _MOST_PADDING = 16 << 20  # tapes have the longest records; more zeros are a download that stopped on the way
 
 
@@ -58,7 +60,7 @@ def list_archive(path: Path, flat: bool) -> Found:
     Raises UserError for a file that is no tar, is compressed, or was cut short.
     """
     size = path.stat().st_size
-    taken = _Taken()
+    taken = _Taken(path.stat().st_mtime_ns)
     with open(path, "rb") as file, progress(f"{path.name}: listing", size, "bytes") as report:
         for member in _members(file, path, 0, size, report):
             name, why = _safe(member)
@@ -82,7 +84,8 @@ def list_archive(path: Path, flat: bool) -> Found:
 class _Taken:
     """What was found, in the archive's order."""
 
-    def __init__(self) -> None:
+    def __init__(self, stamp_ns: int) -> None:
+        self.stamp_ns = stamp_ns  # of the archive: it stands for each of its members
         self.photographs = Listing()
         self.folders: set[bytes] = set()
         self.refused: list[tuple[str, str]] = []
@@ -91,9 +94,18 @@ class _Taken:
         if why:
             self.refused.append((shown(name), why))
         elif name:
-            self.photographs.add(name, 0, member.size, 0, member.offset_data)
+            self.photographs.add(name, 0, member.size, self.stamp_ns, member.offset_data)
             if b"/" in name:
                 self.folders.add(name.rpartition(b"/")[0])
+
+
+class _Member(tarfile.TarInfo):
+    """Its long names and extended headers are read into memory, so their size is bounded."""
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in _EXTENDED and self.size > _MOST_HEADER:
+            raise tarfile.ReadError(f"a header of {self.size:,} bytes")
+        return super()._proc_member(archive)  # type: ignore[misc,no-any-return]  # tarfile's own hook
 
 
 def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress) -> Iterator[tarfile.TarInfo]:
@@ -106,7 +118,7 @@ def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress)
         raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")
     file.seek(start)
     try:
-        tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape")
+        tar = tarfile.TarFile(fileobj=file, mode="r", tarinfo=_Member, encoding="utf-8", errors="surrogateescape")
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # it would keep all of them: a gigabyte for ImageNet
             if member.size < 0:
@@ -121,9 +133,9 @@ def _members(file: BinaryIO, path: Path, start: int, end: int, report: Progress)
         zeros = _zeros(file, tar.offset, end)
     except UserError:
         raise
-    except (tarfile.TarError, ValueError, OverflowError) as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
         raise UserError(f"{damaged} {file.tell():,} ({error}). Get it again.") from None
-    if tar.offset + zeros < end:
+    if tar.offset + zeros < end and zeros <= _MOST_PADDING:
         raise UserError(f"{damaged} {tar.offset + zeros:,}. Get it again.")
     if not tarfile.BLOCKSIZE <= zeros <= _MOST_PADDING:
         raise UserError(
@@ -136,7 +148,7 @@ def _zeros(file: BinaryIO, at: int, end: int) -> int:
     """How many zero bytes lie from byte `at` on: none but the mark and the padding of a tar's end, if it is whole."""
     file.seek(at)
     count = 0
-    while at + count < end:
+    while at + count < end and count <= _MOST_PADDING:
         block = file.read(min(1 << 20, end - at - count))
         count += len(block) - len(block.lstrip(b"\0"))
         if not block or block.strip(b"\0"):
@@ -216,7 +228,7 @@ def _found(path: Path, taken: _Taken, flat: bool) -> Found:
             refused.append((shown(item.path), "in a folder inside that of a class"))
             continue
         label = 0 if flat else label_of[folder]
-        listing.add(name if flat else item.path, label, item.size, 0, item.at)
+        listing.add(name if flat else item.path, label, item.size, item.stamp_ns, item.at)
         if not flat:
             counts[label] += 1
     classes = () if flat else tuple(shown(folder) for folder in folders)

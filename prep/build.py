@@ -15,20 +15,19 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from hashlib import sha256
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import lmdb
 import numpy as np
-from PIL import features
 
+from prep.account import write_fates
 from prep.colour import Moments, colour_stats
 from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, disk_error, say
 from prep.estimate import Estimate, estimate, free_bytes, look
@@ -45,12 +44,15 @@ from prep.manifest import (
     split_fingerprint,
     write_atomic,
 )
-from prep.plan import Plan, bad_of, changed_inputs, same_settings, touches
-from prep.runners import Counts, Died, Runner
+from prep.plan import Plan, bad_of, changed_inputs, same_settings, tool_versions, touches
+from prep.runners import BEFORE, Counts, Died, Runner
 from prep.sources import Source
 from prep.work import ShardTask, build_shard, record_path, save_array
 
-_NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
+_TEMPORARY = re.compile(
+    r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|\d{5}\.(json|npy)"
+    rf"|{'|'.join(SPLITS)})\.\d+\.tmp|\d{{5}}\.\d+\.tmp"
+)
 
 
 @dataclass(frozen=True)
@@ -88,15 +90,16 @@ def build_split(
     try:
         store.mkdir(parents=True, exist_ok=True)
         with hold_lock(store, "build"):
-            _sweep(store)
             existing = _existing(store, plan)
             if existing is not None and source.split in existing.splits:
+                _sweep(store)
                 report.skip(len(source.inputs))
                 shutil.rmtree(plan.work, ignore_errors=True)
                 return existing
             if (plan.work / "plan.json").exists() and (policy.restart or not plan.has_finished()):
                 _discard(plan, store)  # without plan.json the folder is none of ours
             _start_or_go_on(plan, store)
+            _sweep(store)
             todo = [number for number in range(plan.shards) if not plan.is_done(number)]
             left = plan.inputs_of(todo)
             report.skip(len(source.inputs) - left)
@@ -175,9 +178,10 @@ def _existing(store: Path, plan: Plan) -> Store | None:
 def _refuse_inside(source: Source, store: Path) -> None:
     """A store among its own photographs would write to the source, and be listed as a class the next time."""
     root, place = source.place.root.resolve(), store.resolve()
-    if root.is_dir() and (place.is_relative_to(root) or root == place / source.split):
+    inside = place.is_relative_to(root) or root == place / source.split if root.is_dir() else place == root.parent
+    if inside:
         raise UserError(
-            f"--store {store}: that is inside the source {source.place.root}. Choose a folder outside of it."
+            f"--store {store}: that is the place of the source, {source.place.root}. Choose a folder outside of it."
         )
 
 
@@ -193,7 +197,12 @@ def _start_or_go_on(plan: Plan, store: Path) -> None:
         shutil.rmtree(plan.work, ignore_errors=True)
         plan.work.mkdir(parents=True)
         plan.source.inputs.save(plan.work / "inputs.npz")
-        begun = {"settings": asdict(plan.settings), "classes": list(plan.source.classes)}
+        begun = {
+            "settings": asdict(plan.settings),
+            "tools": tool_versions(),
+            "classes": list(plan.source.classes),
+            "edges": plan.edges,
+        }
         write_atomic(path, json.dumps(begun).encode())
         return
     changed = changed_inputs(plan, store)
@@ -265,12 +274,13 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
         report.update(before + counts.done, bad=bad, size=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
-                f"{count_noun(bad, 'input')} of no use, --max-bad {policy.max_bad} allowed. Mend them, or allow more: "
-                "the shards that are finished are kept."
+                f"{_too_many(bad, policy.max_bad)} Mend them, or allow more: the shards that are finished are kept."
             )
 
     with closing(runner.map(build_shard, _tasks(plan, todo), watch)) as results:  # none works on without the lock
         for task, result in results:
+            if isinstance(result, Died) and result.at == BEFORE:
+                raise UserError(f"A worker process {result.how()} before it began. Give the same command again.")
             if isinstance(result, Died):
                 raise UserError(
                     f"{shown(task.inputs[result.at].path)}: a worker process {result.how()} at this file. If memory "
@@ -285,9 +295,8 @@ def _tasks(plan: Plan, todo: Iterable[int]) -> Iterator[ShardTask]:
 def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Policy) -> Store:
     """All shards are there: add up their records, write what the stream reads, and last the manifest."""
     source, settings, folder = plan.source, plan.settings, plan.folder
-    moments, shards = Moments(), []
+    moments, shards, bad = Moments(), [], len(source.refused)
     labels: Counter[int] = Counter()
-    fates: list[dict[str, Any]] = [{"source": name, "fate": "bad", "why": why} for name, why in source.refused]
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
     for number in range(plan.shards):
         record = plan.record(number)
@@ -296,22 +305,20 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
         square_sum += np.load(record_path(folder, number).with_suffix(".npy"))
         moments += Moments.from_json(record["moments"])
         labels.update(dict(record["labels"]))
-        fates += record["fates"]
-        if not record["shard"]["records"]:
-            shutil.rmtree(folder / f"{number:05d}", ignore_errors=True)
-        else:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
+        left_out = len(bad_of(record["fates"]))
+        if record["shard"]["records"] + left_out != plan.inputs_of([number]):
+            raise UserError(f"{record_path(folder, number)} is of other inputs. Pass --restart to build anew.")
+        bad += left_out
+        if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty where all inputs were bad
             shards.append(Shard(**record["shard"]))
-    bad = bad_of(fates)
-    if policy.max_bad is not None and len(bad) > policy.max_bad:
-        raise UserError(
-            f"{len(bad):,} inputs are no pictures, --max-bad {policy.max_bad} allowed. Allow more to finish."
-        )
+    if policy.max_bad is not None and bad > policy.max_bad:
+        raise UserError(f"{_too_many(bad, policy.max_bad)} Allow more to finish.")
     inputs, records = len(source.inputs) + len(source.refused), sum(s.records for s in shards)
     if not records:
-        raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {bad[0]['why']}).")
+        first = next(_fates(plan))
+        raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {first['why']}).")
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
-    lines = [json.dumps(fate, ensure_ascii=False) + "\n" for fate in sorted(fates, key=lambda f: str(f["source"]))]
-    write_atomic(folder / "inputs.jsonl", "".join(lines).encode())
+    account = write_fates(folder / "inputs.jsonl", _fates(plan))
     split = Split(
         records=records,
         bytes=sum(s.bytes for s in shards),
@@ -324,28 +331,28 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
             "plan": plan.digest,
             "inputs": inputs,
             "kept": records,
-            **account_of(fates),
+            **account,
             "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
         },
     )
     write_colour(folder, split)
     splits = {**(existing.splits if existing else {}), source.split: split}
     built = Store(store, settings, tool_versions(), source.classes, splits)
+    for number in set(range(plan.shards)) - {int(Path(each.path).name) for each in shards}:
+        shutil.rmtree(folder / f"{number:05d}", ignore_errors=True)
     built.save()
     return built
 
 
-def account_of(fates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of what was converted, turned by EXIF, and left out; of many reasons the commonest by name."""
-    reasons = Counter(str(fate["why"]) for fate in bad_of(fates))
-    named = dict(reasons.most_common(_NAMED_REASONS))
-    if len(named) < len(reasons):
-        named["other reasons"] = reasons.total() - sum(named.values())
-    return {
-        "converted": dict(Counter(how for fate in fates for how in fate.get("how", ()))),
-        "exif_orientation": dict(Counter(str(f["exif_orientation"]) for f in fates if "exif_orientation" in f)),
-        "bad": named,
-    }
+def _fates(plan: Plan) -> Iterator[dict[str, Any]]:
+    """Of all inputs that are not plainly kept, in the order of the records."""
+    yield from ({"source": name, "fate": "bad", "why": why} for name, why in plan.source.refused)
+    for number in range(plan.shards):
+        yield from (plan.record(number) or {"fates": ()})["fates"]
+
+
+def _too_many(bad: int, most: int) -> str:
+    return f"{count_noun(bad, 'input')} {'is' if bad == 1 else 'are'} no picture, --max-bad {most} allowed."
 
 
 def write_colour(folder: Path, split: Split) -> None:
@@ -363,25 +370,11 @@ def _discard(plan: Plan, store: Path) -> None:
 
 def _sweep(store: Path) -> None:
     """Remove what killed builds left under temporary names. Only the holder of the store's lock may."""
-    ours = (
-        ".manifest.json.*.tmp",
-        *(f".{split}.*.tmp" for split in SPLITS),
-        *(f"{split}/{name}" for split in SPLITS for name in (".*.tmp", ".build/*.tmp")),
-    )
-    for left in {path for pattern in ours for path in store.glob(pattern)}:
-        if left.is_dir():
-            shutil.rmtree(left)
-        else:
-            left.unlink()
-
-
-def tool_versions() -> dict[str, str]:
-    """Versions of what shapes the bytes of a record."""
-    return {
-        "alexnet": version("alexnet"),
-        "pillow": version("pillow"),
-        "pillow_libjpeg_turbo": str(features.version_feature("libjpeg_turbo") or "none"),
-        "simplejpeg": version("simplejpeg"),
-        "numpy": np.__version__,
-        "lmdb": ".".join(map(str, lmdb.version())),
-    }
+    for folder in (store, *(store / split for split in SPLITS), *(store / split / ".build" for split in SPLITS)):
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(name):
+                left = folder / name
+                if left.is_dir():
+                    shutil.rmtree(left)
+                else:
+                    left.unlink()

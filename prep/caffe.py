@@ -100,6 +100,8 @@ def read_datums(
     else as the store has them, else by the folders in the keys where each label has one of its own, else by number.
     Raises UserError for a folder that is no LMDB or holds no Datums, and for labels that the names do not cover.
     """
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
     folder_of: dict[int, set[bytes]] = {}
     for index, folder in enumerate(folders):

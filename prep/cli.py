@@ -20,6 +20,7 @@ from prep.console import (
     disk_error,
     duration_text,
     json_option,
+    one_line,
     progress,
     say,
     store_option,
@@ -53,7 +54,7 @@ split_option = click.option(
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Which split."
 )
 jobs_option = click.option(
-    "--jobs", type=click.IntRange(1), metavar="N", help="Worker processes.  [default: all cores]"
+    "--jobs", type=click.IntRange(1, 1024), metavar="N", help="Worker processes.  [default: all cores]"
 )
 
 
@@ -269,7 +270,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
         )
     else:
         for fault in faults:
-            click.echo(fault.line())
+            click.echo(one_line(fault.line()))
     if faults:
         raise UserError(
             f"{store}: {count_noun(len(faults), 'fault')}. Move the store away and give its alexprep build-lmdb again."

@@ -66,7 +66,7 @@ class _Shown(click.ClickException):
     """One line on standard error, and an exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
+        super().__init__(one_line(message))
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
 
@@ -80,6 +80,10 @@ class Group(click.Group):
             return super().invoke(ctx)
         except UserError as error:
             raise _Shown(str(error), error.exit_code) from error
+        except BrokenPipeError:
+            raise  # click knows what to do
+        except OSError as error:  # of a path that a command was given, most likely
+            raise _Shown(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             say("Interrupted. The same command goes on from here.")
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
@@ -87,7 +91,12 @@ class Group(click.Group):
 
 def say(text: str) -> None:
     """One line to a person, on standard error."""
-    click.echo(text, err=True)
+    click.echo(one_line(text), err=True)
+
+
+def one_line(text: str) -> str:
+    """With control characters written out: a file's name may hold a line's end, or what steers a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def answer(data: dict[str, Any]) -> None:
@@ -188,7 +197,8 @@ class _Lines(Progress):
         if now - self.last >= self.every_s and done:
             self.last = now
             line: dict[str, Any] = {"progress": self.label, "done": done, "total": self.total, "unit": self.unit}
-            line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": round(self.eta_s())}
+            eta_s = round(self.eta_s()) if done > self.skipped else None
+            line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": eta_s}
             if size or bad:
                 line |= {"bad": bad, "bytes": size}
             say(json.dumps(line, ensure_ascii=False))

@@ -18,6 +18,7 @@ CHANNELS, HEIGHT, WIDTH, DATA, LABEL, FLOAT_DATA, ENCODED = 1, 2, 3, 4, 5, 6, 7
 SOURCE, CRC32 = 1001, 1002
 CRC32_BYTES = 6  # its tag and the number, last in a record
 
+_KNOWN = {CHANNELS, HEIGHT, WIDTH, DATA, LABEL, ENCODED, SOURCE}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
 
@@ -78,7 +79,7 @@ def check(value: bytes) -> None:
 
 
 def read_fields(value: bytes, end: int) -> dict[int, int | bytes]:
-    """The fields of the message in `value[:end]` by number: varints as numbers, strings as bytes, the last of each.
+    """The known fields of the message in `value[:end]`: varints as numbers, strings as bytes, the last of each number.
 
     Raises DatumError for bytes that are no message. Fixed-width fields are passed over.
     """
@@ -88,10 +89,14 @@ def read_fields(value: bytes, end: int) -> dict[int, int | bytes]:
         tag, at = _read_varint(value, at, end)
         number, kind = tag >> 3, tag & 7
         if kind == _VARINT:
-            found[number], at = _read_varint(value, at, end)
+            content, at = _read_varint(value, at, end)
+            if number in _KNOWN:
+                found[number] = content
         elif kind == _BYTES:
             size, at = _read_varint(value, at, end)
-            found[number], at = value[at : at + size], at + size
+            if number in _KNOWN:
+                found[number] = value[at : at + size]
+            at += size
         elif kind in (_FIXED32, _FIXED64):
             at += 4 if kind == _FIXED32 else 8
         else:

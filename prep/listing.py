@@ -9,6 +9,7 @@ import zlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Input:
     path: bytes  # below the split's folder, or as in the archive: class/name or name
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
-    stamp_ns: int = 0  # when the file was last modified; 0 inside archives
+    stamp_ns: int = 0  # when the file, or the archive it is in, was last modified
     at: int = ALONE  # where in an archive it begins, or which LMDB it is in
 
 
@@ -117,24 +118,26 @@ class Listing:
         """Whether all columns agree."""
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
-    def first_other_path(self, later: Listing) -> tuple[bytes, str] | None:
-        """The first path that only one of two listings has, with "has gone" or "is new"; None where they agree."""
-        if (self._paths, self._ends) == (later._paths, later._ends):
-            return None
-        for index in range(min(len(self), len(later))):
-            then, now = self.path(index), later.path(index)
-            if then != now:
-                gone = then.replace(b"/", b"\0") < now.replace(b"/", b"\0")  # both are in order
-                return (then, "has gone") if gone else (now, "is new")
-        longer, what = (self, "has gone") if len(self) > len(later) else (later, "is new")
-        return longer.path(min(len(self), len(later))), what
+    def first_other_path(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
+        """A path that only one of two listings has, with "has gone" or "is new"; None where both have the same."""
+        here, there = self.order(seed).tolist(), later.order(seed).tolist()
+        for then, now in zip_longest(here, there):
+            if then is None:
+                return later.path(now), "is new"
+            path = self.path(then)
+            if now is None or path != later.path(now):
+                gone = all(path != later.path(index) for index in there)
+                return (path, "has gone") if gone else (later.path(now), "is new")
+        return None
 
-    def differing(self, other: Listing) -> list[int]:
-        """The inputs in which two listings of the same paths differ."""
-        differ = np.zeros(len(self), bool)
-        for name, column in self._arrays().items():
-            differ |= column != other._arrays()[name]
-        return np.flatnonzero(differ).tolist()
+    def differing(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
+        """The inputs, then and now, in which two listings of the same paths differ."""
+        here, there = self.order(seed), later.order(seed)
+        differ = np.zeros(len(here), bool)
+        for then, now in zip(self._arrays().values(), later._arrays().values(), strict=True):
+            differ |= then[here] != now[there]
+        pairs = zip(here[differ].tolist(), there[differ].tolist(), strict=True)
+        return {self.path(then): (self[then], later[now]) for then, now in pairs}
 
     def _arrays(self) -> dict[str, Any]:
         return {name: np.frombuffer(column, np.int64) for name, column in self._columns.items()}

@@ -215,7 +215,7 @@ class Store:
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header raises what reading it as Python leads to
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if mean.shape != (side, side, 3) or mean.dtype != np.float32:
             raise StoreError(f"{path}: {mean.dtype} {mean.shape}, expected float32 {(side, side, 3)}. Build it again.")
@@ -268,7 +268,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 @contextmanager
 def hold_lock(folder: Path, doing: str) -> Iterator[None]:
     """Be the only one of `doing` in a folder; raises UserError where another is. Ends with the process."""
-    with open(folder / ".lock", "w") as handle:
+    with open(folder / ".lock", "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

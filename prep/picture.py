@@ -31,6 +31,16 @@ _ORIENTATION = 0x0112
 _READ = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names: never EPS, which starts a program
 _HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
 _MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of ten scans may have twice MAX_PIXELS
+_MAX_SEGMENTS = 10_000  # of a JPEG before its picture: Pillow takes a microsecond and more for each
+_UNDO = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
 _SAME = "jpeg"  # what a record of ILSVRC usually is; any other container is accounted as a conversion
 _MODES = {"L": "grey", "LA": "grey", "1": "grey", "CMYK": "cmyk", "P": "palette", "PA": "palette", "RGBA": "alpha"}
 
@@ -69,6 +79,7 @@ def may_be_picture(head: bytes) -> bool:
 
 def _read_jpeg(content: bytes) -> Picture | None:
     """An RGB or YCbCr JPEG that libjpeg-turbo reads without a warning; None for any other."""
+    has_exif = _has_exif(content)
     try:
         height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height)
@@ -81,20 +92,26 @@ def _read_jpeg(content: bytes) -> Picture | None:
     except ValueError:
         return None
     orientation = 1
-    if _has_exif(content):
+    if has_exif:
         with suppress(BadPicture):  # a broken EXIF block says nothing about the picture
             orientation = _with_pillow(content, _orientation)
     return Picture(pixels, (), orientation)
 
 
 def _has_exif(content: bytes) -> bool:
-    """Walks the segments before the first scan: each is FF, a marker, its length."""
+    """Walks the segments before the first scan: FF, more of them as filling, a marker, a length."""
     at = 2
-    while content[at : at + 1] == b"\xff" and content[at + 1 : at + 2] != b"\xda":
-        if content.startswith(b"\xe1", at + 1) and content.startswith(b"Exif\0\0", at + 4):
+    for _ in range(_MAX_SEGMENTS):
+        while content[at : at + 2] == b"\xff\xff":
+            at += 1
+        if content[at : at + 1] != b"\xff" or content[at + 1 : at + 2] == b"\xda":
+            return False
+        if content[at + 1 : at + 2] == b"\xe1" and content.startswith(b"Exif\0\0", at + 4):
             return True
         at += 2 + max(int.from_bytes(content[at + 2 : at + 4]), 2)
-    return False
+        if at + 4 > len(content):
+            return False
+    raise BadPicture(f"more than {_MAX_SEGMENTS:,} segments before the picture")
 
 
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
@@ -123,12 +140,18 @@ def _decode(image: Image.Image, content: bytes) -> Picture:
     if container not in (_SAME, "mpo"):  # an MPO is a JPEG that is followed by others
         converted.append(container)
     orientation = _orientation(image)
+    if container == "tiff" and orientation in _UNDO:  # of this format alone Pillow applies it
+        image.load()
+        image = image.transpose(_UNDO[orientation])
     mode = image.mode
     if mode in _MODES:
         converted.append(_MODES[mode])
-    if mode.startswith("I;16"):
+    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # the latter a PGM
         converted += ["16-bit", "grey"]
-        pixels = np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, axis=2)
+        numbers = np.asarray(image)
+        pixels = np.empty((*numbers.shape, 3), np.uint8)
+        for top in range(0, len(numbers), 256):
+            pixels[top : top + 256] = (numbers[top : top + 256] >> 8)[..., None]
     elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_MODES):
         pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     else:
@@ -149,7 +172,7 @@ def _check_scans(width: int, height: int, content: bytes) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    if "exif" not in image.info:
+    if "exif" not in image.info and image.format != "TIFF":
         return 1
     try:
         value = image.getexif().get(_ORIENTATION, 1)

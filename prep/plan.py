@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import lmdb
+import numpy as np
+from PIL import features
 
 from prep.console import UserError
 from prep.labels import shown
@@ -58,11 +63,13 @@ class Plan:
 
     def record(self, number: int) -> dict[str, Any] | None:
         """What a finished shard's record says; None where there is none."""
+        path = record_path(self.folder, number)
         try:
-            record: dict[str, Any] = json.loads(record_path(self.folder, number).read_bytes())
+            record: dict[str, Any] = json.loads(path.read_bytes())
+            size = (self.folder / f"{number:05d}" / "data.mdb").stat().st_size
         except (FileNotFoundError, ValueError):
             return None
-        return record
+        return record if path.with_suffix(".npy").exists() and size >= record["shard"]["bytes"] else None
 
     def has_finished(self) -> bool:
         """Whether any shard, of this plan or another, is recorded here."""
@@ -104,11 +111,18 @@ def changed_inputs(plan: Plan, store: Path) -> dict[bytes, tuple[Input, Input]]:
         classes, settings = begun["classes"], dict(begun["settings"])
         if settings.keys() != asdict(plan.settings).keys():
             raise ValueError("plan.json has other fields")
+        tools, edges = dict(begun["tools"]), list(begun["edges"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{plan.work}: {error}. The unfinished build cannot be read: pass --restart to discard it."
         ) from None
     same_settings(plan.settings, settings, store)
+    for tool, used in tool_versions().items():
+        if tools.get(tool) != used:
+            raise UserError(
+                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, this is {used}. "
+                "Finish it with that version, or pass --restart to discard what was built."
+            )
     now = plan.source.inputs
     way_out = "Put it back to go on, pass --restart to discard what was built, or choose another --store."
     if classes != list(plan.source.classes):
@@ -118,13 +132,15 @@ def changed_inputs(plan: Plan, store: Path) -> dict[bytes, tuple[Input, Input]]:
         )
     if now.same_as(then):
         return {}
-    odd = then.first_other_path(now)
+    odd = then.first_other_path(now, plan.settings.seed)
     if odd is not None:
         raise UserError(
             f"{store} holds an unfinished build of other inputs: {shown(odd[0])} {odd[1]} "
             f"({len(then):,} inputs then, {len(now):,} now). {way_out}"
         )
-    changed = {now.path(index): (then[index], now[index]) for index in then.differing(now)}
+    if edges != plan.edges:
+        raise UserError(f"{store} holds an unfinished build of other shards. {way_out}")
+    changed = then.differing(now, plan.settings.seed)
     for number in range(plan.shards):
         record = plan.record(number)
         if record is None:
@@ -156,3 +172,15 @@ def same_settings(asked: Settings, found: Mapping[str, Any], store: Path) -> Non
                 f"{store} was begun with --{option} {has}, this command says {ask}. "
                 "Give the same settings, pass --restart to discard an unfinished build, or choose another --store."
             )
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what shapes the bytes of a record."""
+    return {
+        "alexnet": version("alexnet"),
+        "pillow": version("pillow"),
+        "pillow_libjpeg_turbo": str(features.version_feature("libjpeg_turbo") or "none"),
+        "simplejpeg": version("simplejpeg"),
+        "numpy": np.__version__,
+        "lmdb": ".".join(map(str, lmdb.version())),
+    }

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import answer, bytes_text, count_noun, duration_text
+from prep.account import read_fates
+from prep.console import answer, bytes_text, count_noun, duration_text, one_line
 from prep.manifest import ColourStats, Store
 
 if TYPE_CHECKING:
@@ -44,18 +43,12 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(f"  converted: {converted}")
     if skipped:
         click.echo(f"  left out: {count_noun(skipped, 'input')}; {fates} says which and why. The first:")
-        for fate in bad_inputs(fates, 3):
-            click.echo(f"    {fate['source']}: {fate['why']}")
+        for fate in islice((fate for fate in read_fates(fates) if fate["fate"] == "bad"), 3):
+            click.echo(one_line(f"    {fate['source']}: {fate['why']}"))
     if done:
         click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} pictures/s")
     else:
         click.echo("  built before with the same inputs and settings; nothing to do")
-
-
-def bad_inputs(path: Path, most: int) -> list[dict[str, Any]]:
-    """The first few lines of an inputs.jsonl that tell of inputs left out."""
-    with open(path, encoding="utf-8") as lines:
-        return list(islice((fate for line in lines if (fate := json.loads(line))["fate"] == "bad"), most))
 
 
 def report_forecast(told: Forecast, name: str, as_json: bool) -> None:
@@ -81,7 +74,7 @@ def report_forecast(told: Forecast, name: str, as_json: bool) -> None:
             f"  {count_noun(len(told.bad), 'input')} seen that {'is' if len(told.bad) == 1 else 'are'} no picture:"
         )
         for source, why in told.bad[:10]:
-            click.echo(f"    {source}: {why}")
+            click.echo(one_line(f"    {source}: {why}"))
     if told.whole:
         click.echo("  built before with the same inputs and settings; nothing to do")
         return

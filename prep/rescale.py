@@ -14,9 +14,9 @@ widened by the scale when shrinking) without its 8-bit rounding between the pass
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +88,7 @@ class _Pass(NamedTuple):
     taken: slice  # of pixels
     length: int  # of a line of outputs, in numbers
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
+    size: int  # bytes of all weights
 
 
 def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: _Arithmetic) -> npt.NDArray[np.uint8]:
@@ -109,8 +110,26 @@ def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: 
 _BLOCK = {1: 16, 3: 4}  # outputs to a band, by channels: small wastes little on zeros, large keeps BLAS busy
 
 
-@lru_cache(maxsize=256)  # each 40 KB and 0.1 MB for ILSVRC's sizes, up to 1 MB for area at 12 megapixels
+_CACHE_BYTES = 64_000_000  # of weights: 40 KB down and 0.1 MB across for ILSVRC's sizes, hundreds of them
+_cache: OrderedDict[tuple[int, int, int, int, str, int], _Pass] = OrderedDict()
+_cached_bytes = 0
+
+
 def _pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
+    """_make_pass, remembered for the sizes that were used last."""
+    global _cached_bytes
+    key = (n_in, n_out, first, last, name, channels)
+    if key in _cache:
+        _cache.move_to_end(key)
+        return _cache[key]
+    made = _cache[key] = _make_pass(*key)
+    _cached_bytes += made.size
+    while _cached_bytes > _CACHE_BYTES:
+        _cached_bytes -= _cache.popitem(last=False)[1].size
+    return made
+
+
+def _make_pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
     """The matrix of one pass, outputs `first` to `last` of `n_out`, cut into bands of _BLOCK outputs.
 
     For channels = 1 a band's weights are (outputs, inputs), to multiply from the left; for 3 they are the transpose
@@ -151,7 +170,7 @@ def _pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int
         taken, out, weights = bands[-1]
         end = partial * channels
         bands[-1] = (taken, slice(out.start, out.start + end), weights[:end] if channels == 1 else weights[:, :end])
-    return _Pass(slice(first_in, int(starts[-1]) + length), len(outputs) * channels, tuple(bands))
+    return _Pass(slice(first_in, int(starts[-1]) + length), len(outputs) * channels, tuple(bands), dense.nbytes)
 
 
 def _area(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:

@@ -29,6 +29,7 @@ R = TypeVar("R")
 
 _KEEP_BYTES = 256_000_000  # of freed memory a worker holds on to: the arrays of a photograph, not of a giant
 _POLL_S = 0.2
+BEFORE = -1  # `at` of a worker that has not begun its task
 
 
 class Counts(NamedTuple):
@@ -73,7 +74,7 @@ class Tally:
 class Died:
     """A worker's process ended in the middle of a task."""
 
-    at: int  # the index it had begun, as its Tally says
+    at: int  # the index it had begun, as its Tally says; BEFORE where it had not begun
     exit_code: int  # negative: of the signal
 
     def how(self) -> str:
@@ -121,14 +122,13 @@ class Workers:
         before = self._counts()
         idle, more = list(range(self.jobs)), True
         while busy or more:
-            while idle and more:
-                try:
-                    task = next(waiting)
-                except StopIteration:
-                    more = False
-                    break
-                slot = idle.pop(0)
-                busy[slot] = task
+            fresh = dict(zip(idle, waiting, strict=False)) if more else {}
+            more = more and len(fresh) == len(idle)
+            idle = [slot for slot in idle if slot not in fresh]
+            busy |= fresh
+            for slot in fresh:
+                self._connection(slot)  # all start before the first is waited for
+            for slot, task in fresh.items():
                 self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
             watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
@@ -138,11 +138,15 @@ class Workers:
         watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
 
     def _send(self, slot: int, message: Any) -> None:
+        Tally(self._numbers, Tally.SIZE * slot).begin(BEFORE)
         try:
             self._connection(slot).send(message)
         except ConnectionError:  # the worker died while it had nothing to do
-            self._workers.pop(slot)[1].close()
-            self._connection(slot).send(message)
+            self._end([slot])
+            try:
+                self._connection(slot).send(message)
+            except ConnectionError:
+                raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
 
     def _counts(self) -> Counts:
         each = [Tally(self._numbers, Tally.SIZE * slot).counts for slot in range(self.jobs)]
@@ -181,7 +185,7 @@ class Workers:
     def _end(self, slots: Iterable[int]) -> None:
         ended = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
         for process, _ in ended:
-            process.terminate()  # idle, or in a task whose result nobody will take
+            process.kill()  # idle, or in a task whose result nobody will take; also where it was stopped
         for process, connection in ended:
             process.join()
             connection.close()

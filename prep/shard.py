@@ -76,12 +76,14 @@ def read(folder: Path, mend: str = "Build the store again.") -> Iterator[tuple[b
             if found < promised:
                 raise StoreError(f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. {mend}")
             with env.begin(buffers=False) as txn:
-                count = 0
+                count, said = 0, txn.stat()["entries"]  # which DALI takes for the number of records
                 for item in txn.cursor():
                     count += 1
+                    if count > said:
+                        break  # pages that lead to themselves never end
                     yield item
-                said = txn.stat()["entries"]  # which DALI takes for the number of records
                 if count != said:
-                    raise StoreError(f"{folder}: {count:,} records, its header says {said:,}. {mend}")
+                    more = "more than " if count > said else ""
+                    raise StoreError(f"{folder}: {more}{min(count, said):,} records, its header says {said:,}. {mend}")
     except lmdb.Error as error:
         raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {mend}") from None

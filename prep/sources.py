@@ -71,7 +71,7 @@ class Folder:
     def _bytes(self, item: Input, size: int, check: bool) -> bytes:
         try:  # a FIFO that took the file's place would otherwise be waited for without end
             handle = os.open(os.path.join(os.fsencode(self.root), item.path), os.O_RDONLY | os.O_NONBLOCK)
-            with open(handle, "rb", buffering=0) as file:
+            with open(handle, "rb") as file:
                 found = os.fstat(handle)
                 if check and (found.st_size, found.st_mtime_ns) != (item.size, item.stamp_ns):
                     raise UserError(
@@ -104,12 +104,25 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
         if found:
             inside[name] = found[0]
     if split is None:
+        _tell_beside(source, inside)
         return inside or {SPLITS[0]: source}
     if not inside:
         return {split: source}
     if split not in inside:
         raise UserError(f"--split {split}: {source} has {' and '.join(inside)} but no {split}.")
     return {split: inside[split]}
+
+
+def _tell_beside(source: Path, inside: dict[str, Path]) -> None:
+    """Say what is left aside where one folder looks like a split: it may be a class of that name."""
+    if inside and len(inside) < len(SPLITS):
+        others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
+        if others:
+            found = " and ".join(path.name for path in inside.values())
+            say(
+                f"{source}: taking {found}; {count_noun(len(others), 'folder')} beside it not (first: {others[0]}). "
+                "Are they classes? Then build from a folder of another layout."
+            )
 
 
 def read_source(

@@ -32,6 +32,8 @@ from prep.rescale import rescale
 from prep.runners import Tally
 from prep.sources import Place
 
+_NO_ROOM = ("Input/output error", "No space left", "quota", "File too large")  # the first: a page fitted in part
+
 
 @dataclass(frozen=True)
 class ShardTask:
@@ -75,8 +77,10 @@ def build_shard(task: ShardTask, tally: Tally) -> None:
         save_array(record.with_suffix(".npy"), result.sums.square_sum())
         summary = result.summary(Shard(task.path, records, size, digest))
         write_atomic(record, json.dumps(summary).encode())
-    except lmdb.Error as error:  # it says "Input/output error" where a page did not fit on the disk
-        raise DiskFull(f"{task.folder}: {error}") from error
+    except lmdb.Error as error:
+        if any(text in str(error) for text in _NO_ROOM):
+            raise DiskFull(f"{task.folder}: {error}") from error
+        raise UserError(f"{task.folder}: {error}. Give the same command again once that is mended.") from error
     except OSError as error:
         told = disk_error(error, f"{task.folder}: {error.strerror or error}")
         if isinstance(told, DiskFull):  # the parent knows how much is needed
