@@ -50,7 +50,7 @@ from prep.sources import Source
 from prep.work import ShardTask, build_shard, record_path, save_array
 
 _TEMPORARY = re.compile(
-    r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|\d{5}\.(json|npy)"
+    r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json|\d{5}\.(json|npy)"
     rf"|{'|'.join(SPLITS)})\.\d+\.tmp|\d{{5}}\.\d+\.tmp"
 )
 
@@ -96,7 +96,7 @@ def build_split(
                 report.skip(len(source.inputs))
                 shutil.rmtree(plan.work, ignore_errors=True)
                 return existing
-            if (plan.work / "plan.json").exists() and (policy.restart or not plan.has_finished()):
+            if (plan.work / "plan.json").exists() and (policy.restart or not (plan.has_finished() or plan.deaths())):
                 _discard(plan, store)  # without plan.json the folder is none of ours
             _start_or_go_on(plan, store)
             _sweep(store)
@@ -282,9 +282,12 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
             if isinstance(result, Died) and result.at == BEFORE:
                 raise UserError(f"A worker process {result.how()} before it began. Give the same command again.")
             if isinstance(result, Died):
+                name = shown(task.inputs[result.at].path)
+                plan.note_death(name)
                 raise UserError(
-                    f"{shown(task.inputs[result.at].path)}: a worker process {result.how()} at this file. If memory "
-                    "ran out, give the same command again with fewer --jobs: the shards that are finished are kept."
+                    f"{name}: a worker process {result.how()} at this file. If memory ran "
+                    "out, give the same command again with fewer --jobs: the shards that are finished are kept. "
+                    "With --on-bad skip a file at which workers died twice is left out."
                 )
 
 

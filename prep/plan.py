@@ -16,7 +16,7 @@ from PIL import features
 from prep.console import UserError
 from prep.labels import shown
 from prep.listing import Input, Listing
-from prep.manifest import Settings, digest_json
+from prep.manifest import Settings, digest_json, write_atomic
 from prep.sources import Source
 from prep.work import ShardTask, record_path
 
@@ -44,7 +44,24 @@ class Plan:
         start, stop = self.edges[number], self.edges[number + 1]
         inputs = tuple(self.source.inputs[index] for index in self.order[start:stop].tolist())
         source = self.source
-        return ShardTask(number, start, inputs, source.place, source.split, self.folder, self.settings, self.skip_bad)
+        deadly = frozenset(path for path, times in self.deaths().items() if self.skip_bad and times > 1)
+        return ShardTask(
+            number, start, inputs, source.place, source.split, self.folder, self.settings, self.skip_bad, deadly
+        )
+
+    def deaths(self) -> dict[str, int]:
+        """How often a worker died at an input, by its path."""
+        try:
+            found: dict[str, int] = json.loads((self.work / "deaths.json").read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found
+
+    def note_death(self, path: str) -> None:
+        """A worker died at an input."""
+        deaths = self.deaths()
+        deaths[path] = deaths.get(path, 0) + 1
+        write_atomic(self.work / "deaths.json", json.dumps(deaths).encode())
 
     def inputs_of(self, numbers: Iterable[int]) -> int:
         """How many inputs these shards have."""

@@ -47,6 +47,7 @@ class ShardTask:
     folder: Path  # of the split, in the store
     settings: Settings
     skip_bad: bool
+    deadly: frozenset[str] = frozenset()  # inputs that killed their workers twice: left out unread
 
     @property
     def path(self) -> str:
@@ -113,6 +114,8 @@ class ShardResult:
     def _record(self, item: Input) -> bytes | None:
         settings = self.task.settings
         try:
+            if shown(item.path) in self.task.deadly:
+                raise BadPicture("killed the process that read it, twice")
             picture = read_input(self.task, item)
         except BadPicture as why:
             if not self.task.skip_bad:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from building import DEADLINE_S, PPM, Command, build, group, make_pictures, one_blas_thread
+from building import DEADLINE_S, PPM, SKIP, STRICT, Command, build, group, make_pictures, one_blas_thread
 
 from prep.build import build_split
 from prep.console import Progress, UserError
@@ -283,6 +283,19 @@ def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_
         with Workers(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
             build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
     assert build(slow, tmp_path / "store").splits == slow_store.splits
+
+
+def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path) -> None:
+    """Where bad ones are left out; else it is tried again, for want of memory is not a file's fault."""
+    source = read_source(slow, "train", None, None, ())
+    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    for policy in (STRICT, SKIP, STRICT):
+        with Workers(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
+            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
+    with Workers(2) as workers:
+        store = build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
+    split = store.split("train")
+    assert (split.records, split.account["bad"]) == (319, {"killed the process that read it, twice": 1})
 
 
 def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -> None:
