@@ -14,7 +14,7 @@ demo: .venv/ready  ## Photographs in, a trained AlexNet out, in a few minutes
 test: .venv/ready  ## Every test, with warnings as errors
 	@$(BIN)/python -m pytest
 
-soak: .venv/ready  ## The long tests: hundreds of kills, for an hour or so
+soak: .venv/ready  ## The long tests: hundreds of kills, ten minutes
 	@$(BIN)/python -m pytest -m soak
 
 lint: .venv/ready  ## Style and types
