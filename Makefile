@@ -23,7 +23,7 @@ lint: .venv/ready  ## Style and types
 	$(BIN)/mypy
 
 bench: .venv/ready  ## Build, stream and training step beside their peers and bounds
-	$(BIN)/python -m tools.bench_build
+	$(BIN)/python -m tools.bench_build --rounds 3
 	$(BIN)/python -m tools.bench_stream
 	$(BIN)/python -m tools.bench_train
 
