@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, BinaryIO
 
-from prep.manifest import sync_folder
+from prep.manifest import atomic_file
 
 _NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
 
@@ -33,22 +32,13 @@ def account_of(fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 def write_fates(path: Path, fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Write one line for each fate, the file whole or not at all; returns their account."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-            account = account_of(_written(fates, file))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
-    return account
+    with atomic_file(path) as file:
+        return account_of(_written(fates, file))
 
 
-def _written(fates: Iterable[Mapping[str, Any]], file: IO[str]) -> Iterator[Mapping[str, Any]]:
+def _written(fates: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterator[Mapping[str, Any]]:
     for fate in fates:
-        file.write(json.dumps(fate, ensure_ascii=False) + "\n")
+        file.write(json.dumps(fate, ensure_ascii=False).encode() + b"\n")
         yield fate
 
 

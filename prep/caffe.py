@@ -42,7 +42,8 @@ class CaffeDatums:
 
     def read(self, item: Input) -> Content:
         """A record's file, or its pixels as uint8 (H, W, 3); raises BadPicture where it holds neither."""
-        value = _environment(str(self.folders[item.at])).get(item.path)
+        with _environment(str(self.folders[item.at])).begin() as txn:
+            value = txn.get(item.path)
         if value is None:
             raise UserError(f"{self.folders[item.at]}: key {shown(item.path)} has gone while it was read.")
         return _content(value)
@@ -52,19 +53,9 @@ class CaffeDatums:
         return b"\xff\xd8\xff"[:size]
 
 
-class _Reader:
-    def __init__(self, path: str) -> None:
-        self.env = lmdb.open(path, readonly=True, lock=False, subdir=True)
-
-    def get(self, key: bytes) -> bytes | None:
-        with self.env.begin() as txn:
-            value: bytes | None = txn.get(key)
-            return value
-
-
 @lru_cache(maxsize=8)
-def _environment(path: str) -> _Reader:
-    return _Reader(path)
+def _environment(path: str) -> lmdb.Environment:
+    return lmdb.open(path, readonly=True, lock=False, subdir=True)
 
 
 def _content(value: bytes) -> Content:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.labels import shown
@@ -75,7 +75,7 @@ def estimate(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> Estimat
 
 def _measure(task: ShardTask, tally: Tally) -> tuple[int, int, float]:
     """Pictures, bytes in pages of LMDB, and seconds of a few inputs."""
-    warm = ShardTask(**{**vars(task), "inputs": task.inputs[:1]})
+    warm = replace(task, inputs=task.inputs[:1])
     list(ShardResult(warm, Tally()).records())  # loading the libraries is not part of the time
     began = time.monotonic()
     sizes = [len(value) for _, value in ShardResult(task, tally).records()]
@@ -87,8 +87,3 @@ def free_bytes(path: Path) -> int:
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free
-
-
-def names_text(bad: Iterable[tuple[str, str]], most: int = 3) -> str:
-    """The first few of a list of (name, why)."""
-    return "; ".join(f"{name}: {why}" for name, why in list(bad)[:most])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 import zlib
 from array import array
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.manifest import sync_folder
+from prep.manifest import atomic_file
 
 ALONE = -1  # `at` of an input that is a file of its own
 
@@ -90,16 +89,8 @@ class Listing:
 
     def save(self, path: Path) -> None:
         """Write all columns to a .npz file, whole or not at all."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **self._arrays())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        sync_folder(path.parent)
+        with atomic_file(path) as file:
+            np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **self._arrays())
 
     @staticmethod
     def load(path: Path) -> Listing:

@@ -71,11 +71,11 @@ class Plan:
         """A few inputs of these shards, evenly taken, one to a task."""
         chosen = [numbers[len(numbers) * k // most] for k in range(most)] if numbers else []
         tasks = []
-        for k, number in enumerate(dict.fromkeys(chosen)):
+        for number in dict.fromkeys(chosen):
             task = self.task(number)
             share = -(-most // len(set(chosen)))
             step = max(1, len(task.inputs) // share)
-            tasks.append(replace(task, number=k, inputs=task.inputs[::step][:share], skip_bad=True))
+            tasks.append(replace(task, inputs=task.inputs[::step][:share], skip_bad=True))
         return tasks
 
     def record(self, number: int) -> dict[str, Any] | None:
@@ -104,16 +104,15 @@ class Plan:
 
 
 def bad_of(fates: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The fates of inputs that were left out."""
     return [fate for fate in fates if fate["fate"] == "bad"]
 
 
 def touches(plan: Plan, number: int, changed: Mapping[bytes, Any]) -> bool:
+    """Whether a shard has any of the inputs that `changed` names by path."""
     start, stop = plan.edges[number], plan.edges[number + 1]
-    return (
-        any(plan.source.inputs.path(index) in changed for index in plan.order[start:stop].tolist())
-        if changed
-        else False
-    )
+    indices = plan.order[start:stop].tolist() if changed else ()
+    return any(plan.source.inputs.path(index) in changed for index in indices)
 
 
 def changed_inputs(plan: Plan, store: Path) -> dict[bytes, tuple[Input, Input]]:

@@ -127,22 +127,6 @@ def test_mean_image_is_the_mean_of_central_squares(small: Path, tmp_path: Path, 
     np.testing.assert_allclose(mean, np.mean(squares, axis=0), rtol=1e-6)
 
 
-def test_account_adds_up(store: Path) -> None:
-    """conftest.py makes in each split one grey, one CMYK file and one PNG, and one with orientation 6 in train."""
-    splits = json.loads((store / "manifest.json").read_bytes())["splits"]
-    odd = {"grey": 1, "cmyk": 1, "png": 1}
-    for split, inputs, turned in (("train", 30, {"6": 1}), ("val", 12, {})):
-        account = splits[split]["account"]
-        assert account["inputs"] == account["kept"] == splits[split]["records"] == inputs
-        assert account["converted"] == odd
-        assert account["exif_orientation"] == turned
-        assert account["bad"] == {}
-        lines = [json.loads(line) for line in (store / split / "inputs.jsonl").read_text().splitlines()]
-        assert Counter(how for line in lines for how in line.get("how", ())) == odd
-        assert [line["exif_orientation"] for line in lines if "exif_orientation" in line] == [6] * len(turned)
-        assert len(lines) == 3 + len(turned)
-
-
 def test_bytes_and_pixels_are_counted(small_store: Path, records_of: Records) -> None:
     split = Store.open(small_store).split("train")
     assert split.pixels == 200 * 32 * 32

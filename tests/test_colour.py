@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from building import Here
 from click.testing import CliRunner
 from PIL import Image
 from sklearn.decomposition import PCA
-from threadpoolctl import threadpool_limits
 
 from prep import cli, runners
 from prep.build import build_split
@@ -24,7 +24,7 @@ from prep.colour import Moments, colour_stats, moments_of_records
 from prep.console import Progress
 from prep.datum import Datum
 from prep.manifest import Settings, Store, StoreError
-from prep.runners import Counts, Died, Tally, Workers
+from prep.runners import Counts, Died, Workers
 from prep.shard import write
 from prep.sources import read_source
 
@@ -48,20 +48,6 @@ def all_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.floa
 
 
 PICTURES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
-
-
-class Here:
-    """A runner without other processes."""
-
-    jobs = 1
-
-    def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
-        tally = Tally()
-        with threadpool_limits(1, "blas"):
-            for task in tasks:
-                result = work(task, tally)
-                watch(tally.counts)
-                yield task, result
 
 
 def test_covariance_is_numpys() -> None:

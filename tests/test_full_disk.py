@@ -89,7 +89,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:
+    if not mounted:  # the injected errors and RLIMIT_FSIZE above hold the same everywhere; this is the real thing
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
