@@ -148,12 +148,14 @@ def build_lmdb(
       alexprep build-lmdb /data/ilsvrc --store store --dry-run
       alexprep build-lmdb /data/val --split val --labels /data/ILSVRC2012_validation_ground_truth.txt
     """
-    from prep.build import forecast
     from prep.runners import Workers
-    from prep.sources import find_splits, read_source
 
-    settings, policy = _settings_and_policy(options)
-    with Workers(jobs or usable_cores()) as workers:
+    with Workers(jobs or usable_cores(), preload="prep.work") as workers:
+        workers.start()
+        from prep.build import forecast
+        from prep.sources import find_splits, read_source
+
+        settings, policy = _settings_and_policy(options)
         for name, path in find_splits(source, split).items():
             found = read_source(path, name, labels, label_order, _known(store), follow_links)
             if dry_run:
@@ -224,7 +226,8 @@ def import_caffe(
     from prep.runners import Workers
 
     settings, policy = _settings_and_policy(options)
-    with Workers(jobs or usable_cores()) as workers:
+    with Workers(jobs or usable_cores(), preload="prep.work") as workers:
+        workers.start()
         with progress(f"{split}: listing", 0, "records") as report:
             found = read_datums(lmdbs, split, classes, _known(store), workers, report)
         _build(found, store, settings, workers, policy, as_json)

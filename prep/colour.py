@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep import shard
+from prep import native, shard
 from prep.console import Progress
 from prep.datum import Datum, DatumError
 from prep.manifest import ColourStats, Store, StoreError
@@ -23,6 +23,7 @@ from prep.runners import Died, Runner, Tally
 
 PIXEL_SCALE = 255
 _EXACT_LINES = 256  # 256 · 255² < 2^24, the mantissa of float32
+_MOST_PENDING = 257  # pictures whose 8-bit numbers add up to less than 2^16
 
 
 @dataclass(frozen=True)
@@ -61,56 +62,65 @@ class Moments:
 
 
 class PixelSums:
-    """Adds up pictures: the moments of all their pixels, and the sum of their central squares of `side_px`.
-
-    Columns of 256 products of 8-bit numbers add up to less than 2^24, so float32, the fastest, is exact; what they
-    give is added in float64, exact up to 2^53. RGB stays interleaved: a line times itself shifted by one number holds
-    R·G and G·B, shifted by two R·B.
-    """
+    """Adds up pictures: the moments of all their pixels, and the sum of their central squares of `side_px`."""
 
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px
         self._pixels = 0
-        self._sums = np.zeros((4, 3), np.int64)  # of x, x², x·next, x·next but one
-        self._square = np.zeros((side_px, 3 * side_px), np.float32)  # of fewer than 2^16 pictures
-        self._squares = np.zeros((side_px, 3 * side_px), np.int64)
+        self._sums = np.zeros(9, np.int64)  # R, G, B, RR, RG, RB, GG, GB, BB
+        self._square = np.zeros((side_px, side_px, 3), np.uint16)  # of at most _MOST_PENDING pictures
+        self._squares = np.zeros((side_px, side_px, 3), np.int64)
         self._pending = 0
 
     def add(self, picture: npt.NDArray[np.uint8]) -> None:
         """One uint8 (H, W, 3) picture of at most 2^37 pixels; where there are squares, no side below `side_px`."""
         height, width = picture.shape[:2]
-        lines = picture.reshape(height, 3 * width)
-        sums = np.zeros((4, 3 * width))
-        top, left = (height - self.side_px) // 2, 3 * ((width - self.side_px) // 2)
-        for start in range(0, height, _EXACT_LINES):
-            block = lines[start : start + _EXACT_LINES].astype(np.float32)
-            sums[0] += np.ones(len(block), np.float32) @ block
-            for shift in range(3):
-                end = 3 * width - shift
-                sums[1 + shift, :end] += np.einsum("ij,ij->j", block[:, :end], block[:, shift:])
-            first, last = max(start, top), min(start + _EXACT_LINES, top + self.side_px)
-            if first < last:
-                self._square[first - top : last - top] += block[
-                    first - start : last - start, left : left + 3 * self.side_px
-                ]
+        side = self.side_px
+        top, left = (height - side) // 2, (width - side) // 2
+        square = picture[top : top + side, left : left + side]
+        if native.kernel:
+            native.kernel.add_moments(picture, self._sums)
+            native.kernel.add_square(square, self._square)
+        else:
+            _add_moments(picture, self._sums)
+            self._square += square
         self._pixels += height * width
-        self._sums += sums.reshape(4, width, 3).sum(axis=1).astype(np.int64)
         self._pending += 1
-        if self._pending == 2**15:
+        if self._pending == _MOST_PENDING:
             self.square_sum()
 
     @property
     def moments(self) -> Moments:
         """Of all pixels so far: fewer than 2^47 of them."""
-        total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = self._sums.tolist()
-        return Moments(self._pixels, tuple(total), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
+        r, g, b, rr, rg, rb, gg, gb, bb = self._sums.tolist()
+        return Moments(self._pixels, (r, g, b), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
     def square_sum(self) -> npt.NDArray[np.int64]:
         """int64 (side_px, side_px, 3): the sum of all central squares so far."""
-        self._squares += self._square.astype(np.int64)
+        self._squares += self._square
         self._square[:] = 0
         self._pending = 0
-        return self._squares.reshape(self.side_px, self.side_px, 3)
+        return self._squares
+
+
+def _add_moments(picture: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
+    """What native.c's add_moments does.
+
+    Columns of 256 products of 8-bit numbers add up to less than 2^24, so float32, the fastest, is exact; what they
+    give is added in float64, exact up to 2^53. RGB stays interleaved: a line times itself shifted by one number holds
+    R·G and G·B, shifted by two R·B.
+    """
+    height, width = picture.shape[:2]
+    lines = picture.reshape(height, 3 * width)
+    found = np.zeros((4, 3 * width))  # of x, x², x·next, x·next but one
+    for start in range(0, height, _EXACT_LINES):
+        block = lines[start : start + _EXACT_LINES].astype(np.float32)
+        found[0] += np.ones(len(block), np.float32) @ block
+        for shift in range(3):
+            end = 3 * width - shift
+            found[1 + shift, :end] += np.einsum("ij,ij->j", block[:, :end], block[:, shift:])
+    total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = found.reshape(4, width, 3).sum(axis=1).astype(np.int64)
+    sums += (*total, rr, rg, rb, gg, gb, bb)
 
 
 def colour_stats(records: int, moments: Moments) -> ColourStats:

@@ -1,9 +1,9 @@
 """Rescaling: the shorter side to a given length, then the central square (the paper, section 2).
 
-Both passes of a separable filter are products with banded matrices, done block by block in BLAS. Weights are integers
-that sum to a power of two and every partial sum fits the float's mantissa, so floating point is exact here: the same
-pixels come out whatever order, vector width or fused multiply-add a machine's BLAS uses. Only the rows and columns that
-the square needs are computed.
+Weights are integers that sum to a power of two and every partial sum fits the float's mantissa, so floating point is
+exact here: the same pixels come out whatever order, vector width or fused multiply-add is used. That is done by a
+compiled kernel (native.c), and where it could not be compiled by products with banded matrices, block by block in BLAS.
+Only the rows and columns that the square needs are computed.
 
 `area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as
 OpenCV's INTER_AREA, which made the authors' 2014 data set (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX
@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from prep import native
 from prep.manifest import FILTERS
 
 Floats = npt.NDArray[np.float64]
@@ -54,9 +55,10 @@ def rescale(
     if (new_width, new_height) == (width, height):
         return np.ascontiguousarray(pixels[rows[0] : rows[1], columns[0] : columns[1]])
     name = "bicubic" if filter == "area" and min(width, height) < side_px else filter
-    down = _pass(height, new_height, *rows, name, 1)
-    across = _pass(width, new_width, *columns, name, 3)
-    return _two_passes(pixels, down, across, _ARITHMETIC[name])
+    down, across = _Lines(height, new_height, *rows, name, 1), _Lines(width, new_width, *columns, name, 3)
+    if native.kernel:
+        return native.kernel.rescale(pixels, _remembered(_native_pass, down), _remembered(_native_pass, across))
+    return _two_passes(pixels, _remembered(_pass, down), _remembered(_pass, across), _ARITHMETIC[name])
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,20 @@ _EXACT64 = _Arithmetic(np.float64, 22, 12, 22)
 _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lanczos": _EXACT64}
 
 
+class _Lines(NamedTuple):
+    """What a pass does: lines of `n_in` pixels to `n_out`, of which outputs `first` to `last` are wanted.
+
+    The first pass, down, has `channels` = 1, for a column is one number wide; the second, across, has 3.
+    """
+
+    n_in: int
+    n_out: int
+    first: int
+    last: int
+    name: str
+    channels: int
+
+
 class _Pass(NamedTuple):
     """One pass of a filter: the inputs that it needs, how many numbers it gives, and its matrix cut into bands.
 
@@ -89,6 +105,9 @@ class _Pass(NamedTuple):
     length: int  # of a line of outputs, in numbers
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
     size: int  # bytes of all weights
+
+
+Made = TypeVar("Made", _Pass, native.Pass)
 
 
 def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: _Arithmetic) -> npt.NDArray[np.uint8]:
@@ -111,31 +130,29 @@ _BLOCK = {1: 16, 3: 4}  # outputs to a band, by channels: small wastes little on
 
 
 _CACHE_BYTES = 64_000_000  # of weights: 40 KB down and 0.1 MB across for ILSVRC's sizes, hundreds of them
-_cache: OrderedDict[tuple[int, int, int, int, str, int], _Pass] = OrderedDict()
+_cache: OrderedDict[tuple[Callable[[_Lines], Any], _Lines], Any] = OrderedDict()
 _cached_bytes = 0
 
 
-def _pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
-    """_make_pass, remembered for the sizes that were used last."""
+def _remembered(make: Callable[[_Lines], Made], lines: _Lines) -> Made:
+    """make(lines), kept for the sizes that were used last."""
     global _cached_bytes
-    key = (n_in, n_out, first, last, name, channels)
+    key = make, lines
     if key in _cache:
         _cache.move_to_end(key)
-        return _cache[key]
-    made = _cache[key] = _make_pass(*key)
-    _cached_bytes += made.size
-    while _cached_bytes > _CACHE_BYTES:
-        _cached_bytes -= _cache.popitem(last=False)[1].size
+    else:
+        _cache[key] = make(lines)
+        _cached_bytes += _cache[key].size
+        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # two are in use
+            _cached_bytes -= _cache.popitem(last=False)[1].size
+    made: Made = _cache[key]
     return made
 
 
-def _make_pass(n_in: int, n_out: int, first: int, last: int, name: str, channels: int) -> _Pass:
-    """The matrix of one pass, outputs `first` to `last` of `n_out`, cut into bands of _BLOCK outputs.
-
-    For channels = 1 a band's weights are (outputs, inputs), to multiply from the left; for 3 they are the transpose
-    with every weight spread over RGB, (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
-    """
-    how, block = _ARITHMETIC[name], _BLOCK[channels]
+def _taps(lines: _Lines) -> tuple[Integers, npt.NDArray[Any]]:
+    """Each output's first input, (outputs,), and its weights, (outputs, taps): see _Arithmetic."""
+    n_in, n_out, first, last, name, channels = lines
+    how = _ARITHMETIC[name]
     bits = how.first_bits if channels == 1 else how.second_bits
     outputs = np.arange(first, last)
     lows, weights = _area(n_in, n_out, outputs) if name == "area" else _kernel(n_in, n_out, outputs, name)
@@ -143,20 +160,35 @@ def _make_pass(n_in: int, n_out: int, first: int, last: int, name: str, channels
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
     whole = sums * 2.0 ** ((how.between_bits if channels == 1 else -how.between_bits) - bits)
-    taps = whole.shape[1]
+    return lows, whole.astype(how.dtype)
+
+
+def _native_pass(lines: _Lines) -> native.Pass:
+    return native.Pass(*_taps(lines))
+
+
+def _pass(lines: _Lines) -> _Pass:
+    """The matrix of one pass, cut into bands of _BLOCK outputs.
+
+    For channels = 1 a band's weights are (outputs, inputs), to multiply from the left; for 3 they are the transpose
+    with every weight spread over RGB, (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
+    """
+    n_in, channels, block = lines.n_in, lines.channels, _BLOCK[lines.channels]
+    lows, whole = _taps(lines)
+    outputs, taps = whole.shape
     starts = lows[::block]  # one for each band
     ends = lows[np.minimum(np.arange(len(starts)) * block + block, len(lows)) - 1]
     length = min(n_in, int((ends - starts).max()) + taps)
     starts = np.minimum(starts, n_in - length)
 
-    band, row = np.divmod(np.arange(len(outputs)), block)
+    band, row = np.divmod(np.arange(outputs), block)
     column = (lows - starts[band])[:, None] + np.arange(taps)  # beyond `length` only for taps of weight zero
     if channels == 1:
-        dense = np.zeros((len(starts), block, length + taps), how.dtype)
+        dense = np.zeros((len(starts), block, length + taps), whole.dtype)
         dense[band[:, None], row[:, None], column] = whole
         dense = dense[:, :, :length]
     else:
-        dense = np.zeros((len(starts), length + taps, channels, block, channels), how.dtype)
+        dense = np.zeros((len(starts), length + taps, channels, block, channels), whole.dtype)
         for channel in range(channels):
             dense[band[:, None], column, channel, row[:, None], channel] = whole
         dense = dense[:, :length].reshape(len(starts), length * channels, block * channels)
@@ -165,12 +197,12 @@ def _make_pass(n_in: int, n_out: int, first: int, last: int, name: str, channels
         (slice(start, start + length * channels), slice(index * block * channels, (index + 1) * block * channels), band)
         for index, (start, band) in enumerate(zip(((starts - first_in) * channels).tolist(), dense, strict=True))
     ]
-    partial = len(outputs) % block
+    partial = outputs % block
     if partial:
         taken, out, weights = bands[-1]
         end = partial * channels
         bands[-1] = (taken, slice(out.start, out.start + end), weights[:end] if channels == 1 else weights[:, :end])
-    return _Pass(slice(first_in, int(starts[-1]) + length), len(outputs) * channels, tuple(bands), dense.nbytes)
+    return _Pass(slice(first_in, int(starts[-1]) + length), outputs * channels, tuple(bands), dense.nbytes)
 
 
 def _area(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:

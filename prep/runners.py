@@ -7,6 +7,7 @@ that fails: its last step is known, and the others go on.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.resource_tracker
@@ -98,13 +99,22 @@ class Runner(Protocol):
 
 
 class Workers:
-    """A runner of `jobs` processes, started as they are needed, ended by `with`."""
+    """A runner of `jobs` processes, started as they are needed, ended by `with`.
 
-    def __init__(self, jobs: int) -> None:
+    Each imports the module `preload` as it starts: libraries are loaded while the parent still lists its inputs.
+    """
+
+    def __init__(self, jobs: int, preload: str = __name__) -> None:
         self.jobs = jobs
+        self._preload = preload
         self._context = multiprocessing.get_context("spawn")
         self._numbers = self._context.RawArray("q", Tally.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
+
+    def start(self) -> None:
+        """Start all processes now, before there is work for them."""
+        for slot in range(self.jobs):
+            self._connection(slot)
 
     def map(
         self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
@@ -169,7 +179,8 @@ class Workers:
         if slot not in self._workers:
             multiprocessing.resource_tracker.ensure_running()  # starting it later would let SIGINT through again
             ours, theirs = self._context.Pipe()
-            process = self._context.Process(target=_serve, args=(theirs, self._numbers, slot), daemon=True)
+            told = theirs, self._numbers, slot, self._preload
+            process = self._context.Process(target=_serve, args=told, daemon=True)
             with _one_blas_thread(), _ctrl_c_held_back():
                 process.start()
             theirs.close()
@@ -191,12 +202,13 @@ class Workers:
             connection.close()
 
 
-def _serve(connection: Connection, numbers: MutableSequence[int], slot: int) -> None:
+def _serve(connection: Connection, numbers: MutableSequence[int], slot: int, preload: str) -> None:
     """A worker's life: tasks in, results out, until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
     tally = Tally(numbers, Tally.SIZE * slot)
+    importlib.import_module(preload)
     with suppress(EOFError):
         while True:
             work, task = connection.recv()

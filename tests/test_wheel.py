@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -9,6 +11,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from prep.native import library_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -37,8 +41,25 @@ def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"prep", "pipeline", "train"}
     ours = {f"{room}/{path.name}" for room in ("prep", "pipeline", "train") for path in (ROOT / room).glob("*.py")}
-    assert {name for name in names if ".dist-info" not in name} == ours
+    native = {"prep/native.c"} | ({f"prep/{library_path().name}"} if shutil.which("cc") else set())
+    assert {name for name in names if ".dist-info" not in name} == ours | native
     assert any(name.endswith("licenses/LICENSE") for name in names)
+
+
+def test_without_a_compiler_the_wheel_is_for_every_machine(tmp_path: Path) -> None:
+    """What is in the source distribution is enough to make it."""
+    for name in ("prep", "pipeline", "train", "tools"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tmp_path)
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
+    done = subprocess.run(
+        [*words, str(tmp_path)], capture_output=True, text=True, check=False, env={**os.environ, "CC": "no-such-cc"}
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 def test_scripts_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:

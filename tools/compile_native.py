@@ -1,0 +1,53 @@
+"""What pip runs when it installs the package: compiles prep/native.c if a C compiler is there, else does without.
+
+The compiler is $CC or cc. Where it can make a function for each kind of CPU it does, so that what was built on one
+machine runs on any of its architecture, as fast as that allows.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sysconfig
+import tempfile
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-shared"]
+
+
+def compile_native(source: Path) -> Path | None:
+    """Compile `source` to the library beside it that prep/native.py will look for; None where that cannot be done."""
+    library = source.with_name(f"native-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
+    compiler = shlex.split(os.environ.get("CC", "cc"))
+    try:
+        with tempfile.TemporaryDirectory(dir=source.parent) as folder:
+            made = Path(folder, library.name)
+            for clones in (["-DCLONES"], []):
+                words = [*compiler, *FLAGS, *clones, str(source), "-o", str(made)]
+                if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+                    for old in source.parent.glob("native-*.so"):
+                        old.unlink()
+                    made.replace(library)
+                    return library
+    except OSError:  # no such compiler, or a folder that cannot be written to
+        pass
+    return None
+
+
+class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
+    """Adds the library to the wheel, which is then one for this platform; any Python 3 can load it."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Called by hatchling before it gathers files."""
+        library = compile_native(Path(self.root, "prep", "native.c"))
+        if library is None:
+            self.app.display_warning("prep/native.c was not compiled: building stores will take longer")
+            return
+        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+        build_data.update(pure_python=False, tag=f"py3-none-{platform}")
+        build_data["artifacts"].append(f"/prep/{library.name}")
