@@ -332,3 +332,18 @@ def test_tallies_share_an_array() -> None:
         tally.count(slot, bad=slot == 2)
     assert [Tally(numbers, slot * Tally.SIZE).at for slot in range(3)] == [0, 1, 2]
     assert [Tally(numbers, slot * Tally.SIZE).counts for slot in range(3)] == [(1, 0, 0), (1, 0, 1), (1, 1, 2)]
+
+
+def loaded(name: str, tally: Tally) -> bool:
+    return name in sys.modules
+
+
+def test_workers_that_are_started_load_their_module_before_there_is_work() -> None:
+    with Workers(2, preload="wave") as workers:
+        workers.start()
+        pids = {process.pid for process, _ in workers._workers.values()}
+        assert len(pids) == 2
+        assert [result for _, result in workers.map(loaded, ["wave", "wave", "chunk"], ignore)][:2] == [True, True]
+        assert {process.pid for process, _ in workers._workers.values()} == pids
+    with Workers(1) as workers:
+        assert [result for _, result in workers.map(loaded, ["wave"], ignore)] == [False]
