@@ -343,7 +343,7 @@ def test_workers_that_are_started_load_their_module_before_there_is_work() -> No
         workers.start()
         pids = {process.pid for process, _ in workers._workers.values()}
         assert len(pids) == 2
-        assert [result for _, result in workers.map(loaded, ["wave", "wave", "chunk"], ignore)][:2] == [True, True]
+        assert [result for _, result in workers.map(loaded, ["wave", "wave"], ignore)] == [True, True]
         assert {process.pid for process, _ in workers._workers.values()} == pids
     with Workers(1) as workers:
         assert [result for _, result in workers.map(loaded, ["wave"], ignore)] == [False]
