@@ -151,7 +151,6 @@ def build_lmdb(
     from prep.runners import Workers
 
     with Workers(jobs or usable_cores(), preload="prep.work") as workers:
-        workers.start()
         from prep.build import forecast
         from prep.sources import find_splits, read_source
 
@@ -227,7 +226,6 @@ def import_caffe(
 
     settings, policy = _settings_and_policy(options)
     with Workers(jobs or usable_cores(), preload="prep.work") as workers:
-        workers.start()
         with progress(f"{split}: listing", 0, "records") as report:
             found = read_datums(lmdbs, split, classes, _known(store), workers, report)
         _build(found, store, settings, workers, policy, as_json)

@@ -11,6 +11,7 @@ Hence a record can be checked without parsing it: `value[-4:]` is the little-end
 
 from __future__ import annotations
 
+import re
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +21,13 @@ CHANNELS, HEIGHT, WIDTH, DATA, LABEL, FLOAT_DATA, ENCODED = 1, 2, 3, 4, 5, 6, 7
 SOURCE, CRC32 = 1001, 1002
 CRC32_BYTES = 6  # its tag and the number, last in a record
 
-Buffer = bytes | memoryview
-
 _KNOWN = {CHANNELS, HEIGHT, WIDTH, DATA, LABEL, ENCODED, SOURCE}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
+
+_DIGITS = rb"([\x80-\xff]{0,8}[\x00-\x7f])"  # a varint
+_HEAD = re.compile(rb"\x08\x03\x10" + _DIGITS + rb"\x18" + _DIGITS + rb"\x22" + _DIGITS, re.DOTALL)
+_LABEL = re.compile(rb"\x28" + _DIGITS, re.DOTALL)
 
 
 class DatumError(ValueError):
@@ -83,27 +86,22 @@ class Span(NamedTuple):
     label: int
 
 
-def locate(value: Buffer) -> Span:
+def locate(value: memoryview) -> Span:
     """Find the picture in a record of ours without copying it or checking its sum; raises DatumError."""
-    end, at = len(value), 0
-    start = stop = height = width = label = -1
-    while at < end and label < 0:  # the label follows the picture
-        tag, at = _read_varint(value, at, end)
-        number, at = _read_varint(value, at, end)
-        if tag == DATA << 3 | _BYTES:
-            start, at = at, at + number
-            stop = at
-        elif tag == HEIGHT << 3:
-            height = number
-        elif tag == WIDTH << 3:
-            width = number
-        elif tag == LABEL << 3:
-            label = number
-        elif tag != CHANNELS << 3:
-            break
-    if min(start, height, width, label) < 0 or stop > end:
-        raise DatumError("not a record of ours: no height, width, picture and label at its beginning")
-    return Span(start, stop, height, width, label)
+    found = _HEAD.match(value)
+    if found:
+        height, width, size = (_number_of(digits) for digits in found.groups())
+        label = _LABEL.match(value, found.end() + size)
+        if label:
+            return Span(found.end(), found.end() + size, height, width, _number_of(label[1]))
+    raise DatumError("not a record of ours: no height, width, picture and label at its beginning")
+
+
+def _number_of(varint: bytes) -> int:
+    number = 0
+    for digit in reversed(varint):
+        number = number << 7 | digit & 0x7F
+    return number
 
 
 def check(value: bytes) -> None:
@@ -157,7 +155,7 @@ def _varint(value: int) -> bytes:
     return bytes(out)
 
 
-def _read_varint(value: Buffer, at: int, end: int) -> tuple[int, int]:
+def _read_varint(value: bytes, at: int, end: int) -> tuple[int, int]:
     number = shift = 0
     while at < end and shift < 64:
         byte = value[at]

@@ -101,20 +101,16 @@ class Runner(Protocol):
 class Workers:
     """A runner of `jobs` processes, started as they are needed, ended by `with`.
 
-    Each imports the module `preload` as it starts: libraries are loaded while the parent still lists its inputs.
+    With `preload`, the name of a module, all are started by `with`, and import it at once: libraries are loaded while
+    the parent still lists its inputs.
     """
 
-    def __init__(self, jobs: int, preload: str = __name__) -> None:
+    def __init__(self, jobs: int, preload: str = "") -> None:
         self.jobs = jobs
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
         self._numbers = self._context.RawArray("q", Tally.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
-
-    def start(self) -> None:
-        """Start all processes now, before there is work for them."""
-        for slot in range(self.jobs):
-            self._connection(slot)
 
     def map(
         self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
@@ -188,6 +184,8 @@ class Workers:
         return self._workers[slot][1]
 
     def __enter__(self) -> Workers:
+        for slot in range(self.jobs if self._preload else 0):
+            self._connection(slot)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -208,7 +206,8 @@ def _serve(connection: Connection, numbers: MutableSequence[int], slot: int, pre
     threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
     tally = Tally(numbers, Tally.SIZE * slot)
-    importlib.import_module(preload)
+    if preload:
+        importlib.import_module(preload)
     with suppress(EOFError):
         while True:
             work, task = connection.recv()

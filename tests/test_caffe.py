@@ -42,7 +42,7 @@ def processes() -> None:
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker takes half a second to start: most tests do without."""
     if "processes" not in request.fixturenames:
-        monkeypatch.setattr("prep.runners.Workers", lambda jobs: nullcontext(Here()))
+        monkeypatch.setattr("prep.runners.Workers", lambda jobs, preload="": nullcontext(Here()))
 
 
 def import_caffe(store: Path, *words: object) -> Result:

@@ -338,9 +338,8 @@ def loaded(name: str, tally: Tally) -> bool:
     return name in sys.modules
 
 
-def test_workers_that_are_started_load_their_module_before_there_is_work() -> None:
+def test_workers_with_a_module_load_it_before_there_is_work() -> None:
     with Workers(2, preload="wave") as workers:
-        workers.start()
         pids = {process.pid for process, _ in workers._workers.values()}
         assert len(pids) == 2
         assert [result for _, result in workers.map(loaded, ["wave", "wave"], ignore)] == [True, True]
