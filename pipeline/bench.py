@@ -1,37 +1,45 @@
-"""How fast the stream is on this machine, beside the bound: decoding the same records with libjpeg-turbo and nothing
-else.
+"""How fast the stream is on this machine, stage by stage, beside the bound: the same records decoded with
+libjpeg-turbo and nothing else.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+import simplejpeg
 import torch
 
-from pipeline.augment import Augmentation
-from pipeline.loader import TrainLoader, dali_errors, reader, unbuilt_pipeline
+from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
+from pipeline.feed import Fed, Feed, built
+from pipeline.loader import TrainLoader
+from pipeline.order import draw
 from pipeline.placement import Placement
+from pipeline.records import Records
 from prep.console import Progress
 from prep.manifest import Store
 
-ROUNDS = 5  # stream and bound in turn, so that a machine whose speed drifts drifts for both
+ROUNDS = 5  # all in turn, so that a machine whose speed drifts drifts for all
+STAGES = ("read", "decode", "augment", "hand over")
 _HELD_RECORDS = 2000
-_AHEAD = 4  # batches that DALI may have ready: not counted
+_AHEAD = 8  # batches that may be ready: not counted
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the rounds."""
+    """Medians over the rounds, images/s."""
 
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
+    stages: dict[str, float]  # images/s through this stage and all before it; the last is the stream
     bound: str  # what the bound is, with the library that made it
     batch: int
     threads: int
@@ -43,50 +51,68 @@ class BenchResult:
 def bench_stream(
     store: Store, batch: int, threads: int, device: str, seconds: float, report: Progress, split: str = "train"
 ) -> BenchResult:
-    """Measure training batches for `seconds`, and the bound for as long. Raises what TrainLoader raises."""
+    """Measure training batches for `seconds`, the stages before them and the bound for as long each.
+
+    Raises what TrainLoader raises.
+    """
     placement = Placement.of(device)
     batch = min(batch, store.split(split).records)
-    loader = TrainLoader(store, split, batch, placement, 0, Augmentation(), threads)
-    records = _hold_records(store, split)
-    bound, name = _bound(store.settings.format)
+    with ExitStack() as held:
+        more: dict[str, Any] = {"layout": "NCHW", "dtype": "float32", "shard": 0, "world_size": 1}
+        loader = TrainLoader(store, split, batch, placement, 0, how=Augmentation(), threads=threads, **more)
+        held.enter_context(loader)
+        records = held.enter_context(closing(Records(store, split)))
+        batches = (batch for _ in itertools.count() for batch in loader)
 
-    batches = (batch for _ in itertools.count() for batch in loader)
+        def stream() -> int:
+            served = len(next(batches).labels)
+            if placement.device_id is not None:
+                torch.cuda.synchronize(placement.device_id)
+            return served
 
-    def stream() -> int:
-        served = len(next(batches).labels)
-        if placement.device_id is not None:
-            torch.cuda.synchronize(placement.device_id)
-        return served
+        contestants: dict[str, Callable[[], int]] = {"read": _reading(records, batch)}
+        augmenter = Augmenter(store, placement, Augmentation(), "NCHW", "float32")
+        for name, graph in (("decode", partial(augmenter.pictures, WINDOW_PX)), ("augment", augmenter.window)):
+            feed = Feed(built(graph, batch, placement, threads), placement, Records(store, split))
+            held.enter_context(closing(feed))
+            only = None if name == "augment" else {"picture", "start"}
+            feed.begin(_jobs(feed, augmenter, len(records), batch, only))
+            contestants[name] = partial(_take, feed)
+        contestants["hand over"] = stream
+        pool = held.enter_context(ThreadPoolExecutor(threads))
+        contestants["bound"] = _bound(records, store.settings.format, pool, threads)
 
-    with ThreadPoolExecutor(threads) as pool:
-        shares = [records[k::threads] for k in range(threads)]
-
-        def decode_all(share: list[bytes]) -> int:
-            for record in share:
-                bound(record)
-            return len(share)
-
-        def decode() -> int:
-            return sum(pool.map(decode_all, shares))
-
-        decode()  # page cache, threads, buffers
-        ours, theirs = [], []
+        rates: dict[str, list[float]] = {name: [] for name in contestants}
         for _ in range(ROUNDS):
-            for _ in range(_AHEAD):  # made while the bound had its turn
-                stream()
-            ours.append(_rate(stream, seconds / ROUNDS))
-            theirs.append(_rate(decode, seconds / ROUNDS))
+            for name, work in contestants.items():
+                for _ in range(1 if name == "bound" else _AHEAD):  # made while others had their turn
+                    work()
+                rates[name].append(_rate(work, seconds / ROUNDS))
             report.advance()
-    loader.close()
-    rate, limit = float(np.median(ours)), float(np.median(theirs))
-    share = float(np.median(np.array(ours) / np.array(theirs)))
-    return BenchResult(rate, limit, share, name, batch, threads, device, store.settings.format, seconds)
+    median = {name: float(np.median(found)) for name, found in rates.items()}
+    share = float(np.median(np.array(rates["hand over"]) / np.array(rates["bound"])))
+    name = "copy of the same bytes"
+    if store.settings.format == "jpeg":
+        name = f"libjpeg-turbo decode (simplejpeg {simplejpeg.__version__})"
+    return BenchResult(
+        images_per_s=median["hand over"],
+        bound_images_per_s=median["bound"],
+        share_of_bound=share,
+        stages={name: median[name] for name in STAGES},
+        bound=name,
+        batch=batch,
+        threads=threads,
+        device=device,
+        format=store.settings.format,
+        seconds=seconds,
+    )
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
     """For --json: rates to a tenth, the share to three digits."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
-    return {**asdict(result), **rounded, "share_of_bound": round(result.share_of_bound, 3)}
+    stages = {name: round(value, 1) for name, value in result.stages.items()}
+    return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
 
 
 def _rate(work: Callable[[], int], seconds: float) -> float:
@@ -98,37 +124,49 @@ def _rate(work: Callable[[], int], seconds: float) -> float:
             return done / elapsed
 
 
-def _hold_records(store: Store, split: str) -> list[bytes]:
-    """The payloads of the first records, in memory."""
-    wanted = min(store.split(split).records, _HELD_RECORDS)
-    pipe = unbuilt_pipeline(1, Placement(None), 0, threads=1)
-    with pipe:
-        record, _ = reader(store, split, seed=0, shuffle=False, pad_last_batch=False)
-        pipe.set_outputs(record)
-    with dali_errors(store, split):
-        pipe.build()
-        return [np.array(pipe.run()[0][0]).tobytes() for _ in range(wanted)]
+def _reading(records: Records, batch: int) -> Callable[[], int]:
+    """Look records up, as the stream does on its own threads; here on one."""
+    places = itertools.cycle(range(0, len(records) - batch + 1, batch))
+
+    def work() -> int:
+        first = next(places)
+        return len([records[number] for number in range(first, first + batch)])
+
+    return work
 
 
-def _bound(format: str) -> tuple[Callable[[bytes], object], str]:
-    """What one record costs at the least: a decode (JPEG) or a copy of its bytes (PPM)."""
-    if format == "ppm":
-        return _copy, "copy of the same bytes"
-    try:
-        import simplejpeg
-    except ModuleNotFoundError:
-        return _decode_with_pillow, "Pillow decode (for bare libjpeg-turbo: pip install 'alexnet[bench]')"
-    decode: Callable[[bytes], object] = simplejpeg.decode_jpeg
-    return decode, f"libjpeg-turbo decode (simplejpeg {simplejpeg.__version__})"
+def _jobs(
+    feed: Feed, augmenter: Augmenter, records: int, batch: int, only: set[str] | None
+) -> Iterator[Callable[[], Fed]]:
+    """Endless batches in the store's order; of their inputs those that the graph has."""
+    draws = draw(0, 0, 0, batch, augmenter.room_px)
+
+    def look_up(first: int) -> Fed:
+        def inputs(found: Any) -> dict[str, Any]:
+            every = augmenter.random_inputs(found, draws)
+            return {name: values for name, values in every.items() if only is None or name in only}
+
+        return feed.look_up(np.arange(first, first + batch), inputs)
+
+    return (partial(look_up, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 
 
-def _copy(content: bytes) -> object:
-    return np.frombuffer(content, np.uint8).copy()  # lets go of the interpreter's lock, as bytearray does not
+def _take(feed: Feed) -> int:
+    served = feed.next()
+    assert served is not None
+    return len(served[1].labels)
 
 
-def _decode_with_pillow(content: bytes) -> object:
-    import io
+def _bound(records: Records, format: str, pool: ThreadPoolExecutor, threads: int) -> Callable[[], int]:
+    """What records cost at the least, on all threads: a decode (JPEG) or a copy of their bytes (PPM)."""
+    work: Callable[[Any], object] = simplejpeg.decode_jpeg if format == "jpeg" else np.copy  # both let go of the lock
+    held = [records[number].picture for number in range(min(len(records), _HELD_RECORDS))]
+    contents = [picture.tobytes() if format == "jpeg" else picture for picture in held]
 
-    from PIL import Image
+    def all_of(share: list[Any]) -> int:
+        for content in share:
+            work(content)
+        return len(share)
 
-    return Image.open(io.BytesIO(content)).load()
+    shares = [contents[k::threads] for k in range(threads)]
+    return lambda: sum(pool.map(all_of, shares))

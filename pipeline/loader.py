@@ -1,10 +1,14 @@
 """Batches for a training loop, from a store.
 
-    from pipeline.loader import train_loader
+    from pipeline.loader import train_loader, eval_loader
 
     for images, labels in train_loader("store", batch_size=128):  # one epoch
         ...                                                       # images float32 (128, 3, 224, 224), labels int64
         (128,)
+
+What is served is the formula of pipeline.augment, in the order and with the draws of pipeline.order: functions of the
+seed and of where the stream stands, which is two numbers, epoch and step. So a state continues anywhere at once, to
+the bit; threads, prefetching and the number of loaders that share an epoch change nothing.
 
 DALI does the work in its own threads, ahead of the consumer; what arrives is a view of its memory, without a copy. Each
 batch has memory of its own for as long as a tensor of it lives, so batches may be kept or changed in place. On a GPU
@@ -13,220 +17,270 @@ they belong to the stream that is torch's current one when they are served.
 
 from __future__ import annotations
 
-import base64
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import Augmentation, Augmenter
-from pipeline.placement import Placement, dali
+from pipeline.feed import Fed, Feed, Job, built
+from pipeline.order import draw, epoch_order
+from pipeline.placement import Placement
+from pipeline.records import Records
 from prep.console import UserError, usable_cores
-from prep.manifest import Store, StoreError
+from prep.manifest import Store
 
-GRAPH_VERSION = 1  # of the graphs in this file and augment.py: a state of another graph cannot be continued
-_SHUFFLE_BYTES = 256_000_000  # of records held back to be mixed; the store's own order is a permutation already
+GRAPH_VERSION = 2  # of what pipeline.order and pipeline.augment serve: a state of another cannot be continued
 
 
 class Batch(NamedTuple):
     """One batch, on the loader's device."""
 
-    images: torch.Tensor  # float32 (N, 3, 224, 224), RGB, grey levels minus the mean; ten views: (N, 10, 3, 224, 224)
+    images: (
+        torch.Tensor
+    )  # (N, 3, 224, 224), NHWC (N, 224, 224, 3), ten views (N, 10, …): RGB, grey levels minus the mean
     labels: torch.Tensor  # int64 (N,), 0..classes − 1
 
 
-@contextmanager
-def dali_errors(store: Store, split: str) -> Iterator[None]:
-    """Raise DALI's RuntimeErrors as StoreError, with its own words for the cause, in one line."""
-    try:
-        yield
-    except RuntimeError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
-        causes = [line for line in lines[after[0] if after else 0 :] if line]
-        cause = next((line for line in causes if "key" in line.lower()), causes[0] if causes else repr(error))
-        raise StoreError(
-            f"{store.root}, split {split}: DALI stopped ({cause}). If a record is damaged, this finds it: "
-            f"alexprep pca-stats --recompute --store {store.root} --split {split}"
-        ) from None
+class Waits(NamedTuple):
+    """Who waited for whom."""
+
+    batches: int
+    waited_s: float  # the consumer, for batches: of it training is input-bound
+    held_s: float  # the loader, for its consumer: from handing a batch over to being asked for the next
 
 
 class _Loader:
-    """What the two loaders share: a store, a built DALI pipeline, and the time its consumer spent waiting."""
+    """What the two loaders share: a store, a fed DALI graph, and who waited for whom."""
 
-    def __init__(self, store: Store, split: str, batch_size: int, placement: Placement) -> None:
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        placement: Placement,
+        how: Augmentation,
+        layout: str,
+        dtype: str,
+        threads: int,
+        shard: int,
+        world_size: int,
+    ) -> None:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
+        if not 0 <= shard < world_size:
+            raise UserError(f"shard {shard} of {world_size}: expected 0 to {world_size - 1}.")
         self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
+        self.how, self.layout, self.dtype = how, layout, dtype
+        self.shard, self.world_size, self.threads = shard, world_size, threads
         self.records = store.split(split).records
-        self.waited_s = 0.0
-        self._pipe: Any = None
+        self._waits = Waits(0, 0.0, 0.0)
+        self._handed_over_at: float | None = None
+        self._records = Records(store, split)
+        self._augmenter = Augmenter(store, placement, how, layout, dtype)
+        self._to_bfloat16 = dtype == "bfloat16"  # by torch: DALI has none
+        self._feed: Feed | None = None
 
     @property
     def classes(self) -> tuple[str, ...]:
         """The names of the classes; a label is an index into them."""
         return self.store.classes
 
-    def close(self) -> None:
-        """End DALI's threads and give back its memory. Batches that were handed out stay valid."""
-        self._pipe = None
+    def waits(self) -> Waits:
+        """Who waited for whom since this was asked last."""
+        now, waits = time.perf_counter(), self._waits
+        held_s = 0.0 if self._handed_over_at is None else now - self._handed_over_at
+        self._waits, self._handed_over_at = Waits(0, 0.0, 0.0), now
+        return waits._replace(held_s=waits.held_s + held_s)
 
-    def __enter__(self) -> Any:
+    def close(self) -> None:
+        """End the threads, give back memory and files. Batches that were handed out stay valid."""
+        if self._feed is not None:
+            self._feed.close()
+
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self) -> tuple[Any, ...]:
-        """DALI's next outputs; raises StoreError as dali_errors does."""
-        if self._pipe is None:
-            raise ValueError("the loader is closed")
-        started = time.perf_counter()
-        try:
-            with dali_errors(self.store, self.split):
-                return self.placement.run(self._pipe)
-        finally:
-            self.waited_s += time.perf_counter() - started
+    def _open(self, graph: Any) -> None:
+        """Build the graph that `graph()` defines, and feed it from now on."""
+        pipe = built(graph, self.batch_size, self.placement, self.threads)
+        self._feed = Feed(pipe, self.placement, self._records)
 
-    def _batch(self, outputs: tuple[Any, ...], size: int) -> Batch:
-        images, labels = (from_dlpack(output.as_tensor())[:size] for output in outputs[:2])
-        if labels.shape != (size, 1):
-            raise StoreError(
-                f"{self.store.root}: labels of shape {tuple(labels.shape)}, expected {(size, 1)}. Build it again."
-            )
-        return Batch(images, labels[:, 0].to(torch.int64))
+    def _start(self, jobs: Iterator[Job]) -> None:
+        assert self._feed is not None
+        self._feed.begin(jobs)
+        self._handed_over_at = None
+
+    def _next(self) -> Batch | None:
+        """The next batch; None after the last. Raises StoreError for a record that is damaged."""
+        assert self._feed is not None
+        asked = time.perf_counter()
+        held_s = 0.0 if self._handed_over_at is None else asked - self._handed_over_at
+        served = self._feed.next()
+        batch = None if served is None else self._batch(*served)
+        now = self._handed_over_at = time.perf_counter()
+        before = self._waits
+        self._waits = Waits(before.batches + (batch is not None), before.waited_s + now - asked, before.held_s + held_s)
+        return batch
+
+    def _batch(self, outputs: tuple[Any, ...], fed: Fed) -> Batch:
+        images = from_dlpack(outputs[0].as_tensor())
+        return Batch(images.to(torch.bfloat16) if self._to_bfloat16 else images, self.placement.tensor(fed.labels))
 
 
 class TrainLoader(_Loader):
     """Epochs of random windows. Iterating serves what is left of the present epoch: whole batches, records //
-    batch_size.
+    (batch_size · world_size).
 
-    The records that do not fill a batch at the end of one epoch open the next, so that none is served less often.
+    What does not fill a batch is left out of its epoch, other records each time: see `left_out`.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        split: str,
-        batch_size: int,
-        placement: Placement,
-        seed: int,
-        how: Augmentation,
-        threads: int,
-    ) -> None:
-        super().__init__(store, split, batch_size, placement)
-        if self.records < batch_size:
+    def __init__(self, store: Store, split: str, batch_size: int, placement: Placement, seed: int, **more: Any) -> None:
+        super().__init__(store, split, batch_size, placement, **more)
+        if self.records < batch_size * self.world_size:
+            many = "" if self.world_size == 1 else f", {self.world_size:,} of them {batch_size * self.world_size:,}"
             raise UserError(
-                f"{store.root} has {self.records:,} records in {split}, a batch takes {batch_size:,}. "
-                f"Ask for a batch of at most {self.records:,}."
+                f"{store.root} has {self.records:,} records in {split}, a batch takes {batch_size:,}{many}. "
+                f"Ask for a batch of at most {self.records // self.world_size:,}."
             )
-        self.seed, self.how, self.threads = seed, how, threads
-        self.batches_served = 0
-        self._build(None)
+        if not 0 <= seed < 2**64:
+            raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
+        self.seed = seed
+        self.epoch, self.step = 0, 0  # where the stream stands: the next batch to be served
+        self._order = (-1, np.empty(0, np.int64))  # of an epoch, the one last asked for
+        self._continues = False
+        self._open(lambda: self._augmenter.window(self.how.divisor))
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return self.records // self.batch_size
+        return self.records // (self.batch_size * self.world_size)
+
+    @property
+    def left_out(self) -> int:
+        """Records that no loader serves in an epoch: fewer than a batch of each."""
+        return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches that are left of this epoch; a new iterator after its end begins the next."""
+        if not self._continues:
+            self._start(partial(self._look_up, epoch, step) for epoch, step in self._places())
+            self._continues = True
         while True:
-            batch = self._batch(self._run(), self.batch_size)
-            self.batches_served += 1
-            last = self.batches_served % len(self) == 0
+            batch = self._next()
+            assert batch is not None  # there is no last epoch
+            self.epoch, self.step = self._after(self.epoch, self.step)
+            last = self.step == 0
             yield batch
             if last:
                 return
 
-    def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, to continue with the next batch to the bit: JSON-able, a few hundred bytes."""
-        blob = base64.b64encode(self._pipe.checkpoint()).decode("ascii")
-        return {**self._identity(), "batches_served": self.batches_served, "dali": blob}
+    def seek(self, epoch: int, step: int = 0) -> None:
+        """Stand before batch `step` of `epoch`. Raises UserError where there is no such batch."""
+        if epoch < 0 or not 0 <= step < len(self):
+            raise UserError(f"epoch {epoch}, step {step}: an epoch has steps 0 to {len(self) - 1}.")
+        self.epoch, self.step = epoch, step
+        self._continues = False
 
-    def can_continue(self, state: Mapping[str, Any]) -> bool:
-        """Whether a state is of the same kind of device and the same versions; where not, no bits can be promised."""
-        mine = self._identity()
-        return all(state.get(name) == mine[name] for name in ("graph_version", "dali_version", "device_kind"))
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands, to continue with the next batch to the bit: JSON-able, a few hundred bytes.
+
+        The same for all loaders of a world, but for `shard`.
+        """
+        return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a state of the same store, geometry and settings; raises UserError naming what differs.
+        """Continue from a state of the same store, seed and settings; raises UserError naming what differs.
 
-        DALI itself would take the state of another data set or batch size, and serve something else.
+        Any of a world's loaders may take the state of any other. Between epochs the world size and the batch size may
+        change: each step of the next epoch is divided anew, batch_size records to a loader. Within one they may change
+        as long as their product, the records of a step, stays.
         """
-        for name, mine in self._identity().items():
-            if state.get(name) != mine:
-                raise UserError(f"stream state of another {name.replace('_', ' ')}: {state.get(name)}, here {mine}.")
-        self._build(base64.b64decode(state["dali"]))
-        self.batches_served = int(state["batches_served"])
+        mine = self._identity()
+        free = {"batch_size", "world_size"}
+        step_size = state.get("batch_size", 0) * state.get("world_size", 0)
+        if state.get("step") and step_size != self.batch_size * self.world_size:
+            free = set()
+        for name, value in mine.items():
+            if name not in free and state.get(name) != value:
+                within = " within an epoch" if name in ("batch_size", "world_size") else ""
+                raise UserError(
+                    f"stream state of another {name.replace('_', ' ')}{within}: {state.get(name)}, here {value}."
+                )
+        self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
         return {
             "graph_version": GRAPH_VERSION,
-            "dali_version": dali().__version__,
             "store_fingerprint": self.store.split(self.split).fingerprint,
             "split": self.split,
             "batch_size": self.batch_size,
+            "world_size": self.world_size,
             "seed": self.seed,
             "augmentation": asdict(self.how),
-            "device_kind": self.placement.decoder,
+            "layout": self.layout,
+            "dtype": self.dtype,
         }
 
-    def _build(self, checkpoint: bytes | None) -> None:
-        self._pipe = None
-        self._pipe = train_graph(
-            self.store, self.split, self.batch_size, self.placement, self.seed, self.how, self.threads, checkpoint
-        )
+    def _places(self) -> Iterator[tuple[int, int]]:
+        place = self.epoch, self.step
+        while True:
+            yield place
+            place = self._after(*place)
+
+    def _after(self, epoch: int, step: int) -> tuple[int, int]:
+        return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
+
+    def _look_up(self, epoch: int, step: int) -> Fed:
+        images = self.batch_size * self.world_size
+        mine = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
+        known, order = self._order
+        if known != epoch:
+            order = epoch_order(self.records, self.seed, epoch)
+            self._order = epoch, order
+        draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.how.shared_by)
+        numbers = order[step * images : (step + 1) * images][mine]
+        assert self._feed is not None
+        return self._feed.look_up(numbers, lambda records: self._augmenter.random_inputs(records, draws.part(mine)))
 
 
 class EvalLoader(_Loader):
     """Every image of a split exactly once, each time it is iterated; the last batch may be smaller."""
 
     def __init__(
-        self,
-        store: Store,
-        split: str,
-        batch_size: int,
-        placement: Placement,
-        views: int,
-        how: Augmentation,
-        threads: int,
+        self, store: Store, split: str, batch_size: int, placement: Placement, views: int, **more: Any
     ) -> None:
-        super().__init__(store, split, batch_size, placement)
+        super().__init__(store, split, batch_size, placement, **more)
         if views not in (1, 10):
             raise UserError(f"views {views}: expected 1 (centre) or 10 (corners and centre, and these mirrored).")
         self.views = views
-        self._unfinished = 0  # batches of a pass that was left early
-        augmenter = Augmenter(store, placement, how)
-        pipe = unbuilt_pipeline(batch_size, placement, 0, threads)
-        with pipe:
-            # Padding repeats the last record to fill the last batch, and makes every pass begin with the first.
-            record, label = reader(store, split, seed=0, shuffle=False, pad_last_batch=True)
-            image = augmenter.centre_view(record) if views == 1 else augmenter.ten_views(record)
-            pipe.set_outputs(image, placement.place(label))
-        with dali_errors(store, split):
-            pipe.build()
-        self._pipe = pipe
+        first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
+        self._numbers = np.arange(first, end)
+        self._open(self._augmenter.window if views == 1 else self._augmenter.ten_views)
 
     def __len__(self) -> int:
         """Batches in a pass."""
-        return -(-self.records // self.batch_size)
+        return -(-len(self._numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over the split; a pass that is left early is finished unseen before the next."""
-        for _ in range(self._unfinished):
-            self._run()
-        self._unfinished = len(self)
-        for index in range(len(self)):
-            size = min(self.batch_size, self.records - index * self.batch_size)
-            outputs = self._run()
-            self._unfinished -= 1
-            yield self._batch(outputs, size)
+        """One pass over this loader's part of the split, from its beginning."""
+        self._start(partial(self._look_up, index) for index in range(len(self)))
+        while (batch := self._next()) is not None:
+            yield batch
+
+    def _look_up(self, index: int) -> Fed:
+        numbers = self._numbers[index * self.batch_size : (index + 1) * self.batch_size]
+        inputs = self._augmenter.centre_inputs if self.views == 1 else self._augmenter.square_inputs
+        assert self._feed is not None
+        return self._feed.look_up(numbers, inputs)
 
 
 def train_loader(
@@ -237,24 +291,42 @@ def train_loader(
     *,
     split: str = "train",
     augmentation: Augmentation | None = None,
+    layout: str = "NCHW",
+    dtype: str = "float32",
     threads: int | None = None,
+    shard: int = 0,
+    world_size: int = 1,
 ) -> TrainLoader:
     """Training batches of `store`: random 224×224 window, flip, colour noise (the paper, section 4.1), minus the mean.
 
     store         folder that `alexprep build-lmdb` wrote
-    batch_size    images in a batch; an epoch has records // batch_size of them
+    batch_size    images in a batch of this loader; an epoch has records // (batch_size · world_size) of them
     device        "cpu" or "cuda:N": where DALI decodes and augments, and where the batches lie
-    seed          of every random draw: the same seed gives the same bits for any number of threads
+    seed          of every random draw, 0..2^64 − 1: the same seed gives the same bits for any number of threads
     augmentation  readings of mean and colour noise; see pipeline.augment.Augmentation
+    layout        "NCHW" or "NHWC"
+    dtype         "float32", "float16" or "bfloat16"
     threads       of DALI on the CPU; None: all cores this process may use
+    shard         which part of each step this loader serves, 0..world_size − 1: a process' rank
+    world_size    loaders that serve an epoch together: what one of batch_size · world_size would, cut into batches
 
-    Gives Batch(images, labels): float32 (N, 3, 224, 224) RGB in grey levels minus the mean, int64 (N,).
+    Gives Batch(images, labels): (N, 3, 224, 224) RGB in grey levels minus the mean, int64 (N,).
     Raises StoreError for a store that is missing, damaged or of another version; UserError for a batch larger than the
-    split, a GPU that is not there, and where DALI is not installed.
+    split, a GPU that is not there, a choice that does not exist, and where DALI is not installed.
     """
-    placement = Placement.of(device)
-    how = augmentation or Augmentation()
-    return TrainLoader(Store.open(store), split, batch_size, placement, seed, how, threads or usable_cores())
+    return TrainLoader(
+        Store.open(store),
+        split,
+        batch_size,
+        Placement.of(device),
+        seed,
+        how=augmentation or Augmentation(),
+        layout=layout,
+        dtype=dtype,
+        threads=threads or usable_cores(),
+        shard=shard,
+        world_size=world_size,
+    )
 
 
 def eval_loader(
@@ -265,67 +337,30 @@ def eval_loader(
     views: int = 1,
     split: str = "val",
     augmentation: Augmentation | None = None,
+    layout: str = "NCHW",
+    dtype: str = "float32",
     threads: int | None = None,
+    shard: int = 0,
+    world_size: int = 1,
 ) -> EvalLoader:
     """Every image of `split` exactly once: the centre window, or with views=10 the four corners and the centre, then
     mirrored.
 
-    Gives Batch(images, labels): float32 (N, 3, 224, 224), or (N, 10, 3, 224, 224) for ten views (6 MB an image: choose
+    With `world_size` loaders each serves a range of the records, that of `shard`; together they serve every one.
+    Gives Batch(images, labels): (N, 3, 224, 224), or (N, 10, 3, 224, 224) for ten views (6 MB an image: choose
     batch_size accordingly), RGB in grey levels minus the mean of the training split; int64 (N,). Of `augmentation`
     only the mean counts here. Other arguments and errors as train_loader's.
     """
-    placement = Placement.of(device)
-    how = augmentation or Augmentation()
-    return EvalLoader(Store.open(store), split, batch_size, placement, views, how, threads or usable_cores())
-
-
-def train_graph(
-    store: Store,
-    split: str,
-    batch_size: int,
-    placement: Placement,
-    seed: int,
-    how: Augmentation,
-    threads: int,
-    checkpoint: bytes | None = None,
-) -> Any:
-    """The built DALI pipeline of training. Its outputs: images, labels, then the draws (offset, flip, shift)."""
-    reader_seed, pipe_seed, *draw_seeds = (int(s) for s in np.random.SeedSequence(seed).generate_state(5) >> 1)
-    augmenter = Augmenter(store, placement, how)
-    pipe = unbuilt_pipeline(batch_size, placement, pipe_seed, threads, enable_checkpointing=True, checkpoint=checkpoint)
-    with pipe:
-        record, label = reader(store, split, seed=reader_seed, shuffle=True, pad_last_batch=False)
-        draws = augmenter.draw(batch_size, (draw_seeds[0], draw_seeds[1], draw_seeds[2]))
-        pipe.set_outputs(augmenter.training_image(record, draws), placement.place(label), *draws)
-    with dali_errors(store, split):
-        pipe.build()
-    return pipe
-
-
-def unbuilt_pipeline(batch_size: int, placement: Placement, seed: int, threads: int, **more: Any) -> Any:
-    """A DALI pipeline with the settings that all of ours share, for a graph to be defined in."""
-    return dali().Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=placement.device_id,
-        seed=seed,
-        exec_dynamic=True,  # gives every batch memory of its own
-        prefetch_queue_depth=2,
-        **more,
+    return EvalLoader(
+        Store.open(store),
+        split,
+        batch_size,
+        Placement.of(device),
+        views,
+        how=augmentation or Augmentation(),
+        layout=layout,
+        dtype=dtype,
+        threads=threads or usable_cores(),
+        shard=shard,
+        world_size=world_size,
     )
-
-
-def reader(store: Store, split: str, seed: int, shuffle: bool, pad_last_batch: bool) -> tuple[Any, Any]:
-    """The graph's source: nodes of the encoded picture, uint8 (bytes,), and the label, int32 (1,)."""
-    info = store.split(split)
-    mean_bytes = max(1, info.bytes // info.records)
-    record, label = dali().fn.readers.caffe(
-        path=store.shard_paths(split),
-        random_shuffle=shuffle,
-        initial_fill=max(1, min(info.records, _SHUFFLE_BYTES // mean_bytes)) if shuffle else 1,
-        pad_last_batch=pad_last_batch,
-        tensor_init_bytes=mean_bytes,
-        seed=seed,
-        name="reader",
-    )
-    return record, label

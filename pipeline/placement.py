@@ -40,20 +40,31 @@ class Placement:
         """DALI's device word for a decoder: its input is always on the CPU."""
         return "cpu" if self.device_id is None else "mixed"
 
-    def constant(self, types: Any, values: Any) -> Any:
+    def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
         """An array as a DALI node that already lies where the operators are."""
-        return types.Constant(values, device="cpu" if self.device_id is None else "gpu")
+        return types.Constant(values, device="cpu" if self.device_id is None else "gpu", layout=layout)
 
-    def run(self, pipe: Any) -> tuple[Any, ...]:
+    def schedule(self, pipe: Any) -> None:
+        """Have a pipeline work on what it was fed with."""
+        pipe.schedule_run()
+
+    def outputs(self, pipe: Any) -> tuple[Any, ...]:
         """A pipeline's next outputs; on a GPU bound to torch's present stream, so that neither side waits for the host
         and DALI does not reuse their memory before torch has done with it."""
         if self.device_id is None:
-            outputs: tuple[Any, ...] = pipe.run()
+            outputs: tuple[Any, ...] = pipe.outputs()
         else:
             import torch
 
-            outputs = pipe.run(torch.cuda.current_stream(self.device_id))
+            outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
         return outputs
+
+    def tensor(self, array: Any) -> Any:
+        """A NumPy array as a torch tensor where the batches lie."""
+        import torch
+
+        host = torch.from_numpy(array)
+        return host if self.device_id is None else host.to(f"cuda:{self.device_id}", non_blocking=True)
 
     def place(self, node: Any) -> Any:
         """A DALI node of the reader, moved to where the operators are."""
@@ -65,6 +76,7 @@ def dali() -> ModuleType:
     try:
         import nvidia.dali
         import nvidia.dali.fn
+        import nvidia.dali.tensors
         import nvidia.dali.types
     except ModuleNotFoundError as error:
         if not (error.name or "").startswith("nvidia"):

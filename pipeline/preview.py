@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
-from pipeline.loader import dali_errors, reader, unbuilt_pipeline
+from pipeline.feed import Fed, Feed, built
+from pipeline.order import draw
 from pipeline.placement import Placement
+from pipeline.records import Record, Records
 from prep.console import UserError
 from prep.manifest import Store
 
@@ -49,22 +53,30 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
 def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
     """One list for each column: uint8 (H, W, 3) for each row."""
     placement = Placement.of("cpu")
-    augmenter = Augmenter(store, placement, Augmentation(mean="none"))
-    seeds = (np.random.SeedSequence(seed).generate_state(3 * AUGMENTED) >> 1).reshape(AUGMENTED, 3).tolist()
-    pipe = unbuilt_pipeline(rows, placement, seed, threads=1)
-    with pipe:
-        record, _ = reader(store, split, seed=0, shuffle=False, pad_last_batch=False)
-        outputs = [augmenter.stored_square(record)]
-        for three in seeds:
-            draws = augmenter.draw(rows, (three[0], three[1], three[2]))
-            outputs.append(augmenter.training_image(record, draws))
-        outputs.append(augmenter.training_image(record, draws._replace(shift=draws.shift * LOUD)))
-        pipe.set_outputs(*outputs)
-    with dali_errors(store, split):
-        pipe.build()
-        stored, *augmented = pipe.run()
-    columns = [[np.array(stored[row]) for row in range(rows)]]
-    for output in augmented:
-        images = output.as_array().transpose(0, 2, 3, 1)
+    augmenter = Augmenter(store, placement, Augmentation(mean="none"), "NHWC", "float32")
+    feed = Feed(built(augmenter.window, rows, placement, threads=1), placement, Records(store, split))
+
+    def job(column: int) -> Fed:
+        draws = draw(seed, 0, min(column, AUGMENTED - 1), rows, augmenter.room_px)
+        if column == AUGMENTED:
+            draws = draws._replace(normal=draws.normal * LOUD)
+        return feed.look_up(np.arange(rows), lambda records: augmenter.random_inputs(records, draws))
+
+    columns = [
+        [_stored(record, store.settings.side_px) for record in feed.look_up(np.arange(rows), lambda _: {}).records]
+    ]
+    feed.begin(partial(job, column) for column in range(AUGMENTED + 1))
+    while (served := feed.next()) is not None:
+        images = served[0][0].as_array()
         columns.append(list(np.clip(np.rint(images), 0, 255).astype(np.uint8)))
+    feed.close()
     return columns
+
+
+def _stored(record: Record, side_px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """The central square of a record, as it is stored."""
+    picture = record.picture
+    if picture.ndim == 1:
+        picture = np.asarray(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"))
+    y, x = ((length - side_px) // 2 for length in picture.shape[:2])
+    return picture[y : y + side_px, x : x + side_px].copy()

@@ -251,7 +251,7 @@ def test_killed_worker_is_said_in_one_line(start: Start, slow: Path, slow_store:
     """As the kernel does when memory runs out: the file that it was at is named."""
     store = tmp_path / "store"
     command = start(slow, store)
-    command.wait_for_records(20)  # both workers have begun
+    command.wait_for_records(2)  # both workers have begun
     workers = [pid for pid, line in group(command.process.pid).items() if "spawn_main" in line]
     assert 1 <= len(workers) <= 2
     os.kill(workers[0], signal.SIGKILL)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 OURS = {"prep", "pipeline", "train", "tools", "tests"}
 ALLOWED = {
     "prep": ("prep",),
-    "pipeline": ("pipeline", "prep.manifest", "prep.console"),
+    "pipeline": ("pipeline", "prep.manifest", "prep.console", "prep.datum", "prep.shard"),
     "train": ("train", "pipeline", "prep.manifest", "prep.console"),
 }
 HEAVY = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}

@@ -55,7 +55,10 @@ def config(store: Path, run_dir: Path, **changes) -> RunConfig:
 def metrics(run_dir: Path) -> list[dict]:
     """The lines without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in ("images_per_s", "waiting_share")} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("images_per_s", "waiting_share", "stream_waiting_share")}
+        for line in lines
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -150,9 +153,9 @@ def test_the_colour_noise_can_end_during_a_run(stores: dict[str, Path], tmp_path
 
 
 def test_a_small_network_learns_its_pictures_by_heart(stores: dict[str, Path], tmp_path: Path) -> None:
-    recipe = replace(SHORT, schedule=(), dropout=0.0, lr=0.005)
+    recipe = replace(SHORT, schedule=(), dropout=0.0, lr=0.003)
     run_dir = fit(
-        config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=30, log_every=4, checkpoint_every=1000)
+        config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=30, log_every=4, checkpoint_every=1000, seed=0)
     )
     lines = [line for line in metrics(run_dir) if line["kind"] == "train"]
     last = lines[-5:]
@@ -279,17 +282,6 @@ def test_a_trained_network_is_loaded_by_the_recipe_that_it_was_trained_with(
     run_dir = fit(config(stores["jpeg"], tmp_path / "run", recipe=recipe, steps=1))
     model, _, classes = load_trained(run_dir, ("cpu", "cpu"))
     assert model.recipe == recipe and len(classes) == 3
-
-
-def test_a_stream_state_of_another_dali_starts_the_rest_of_the_epoch_anew(
-    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    fit(config(stores["jpeg"], run_dir, steps=2))
-    monkeypatch.setattr("nvidia.dali.__version__", "2.99")
-    fit(config(stores["jpeg"], run_dir))
-    assert "goes on with other pictures" in capsys.readouterr().err
-    assert [m["step"] for m in metrics(run_dir) if m["kind"] == "train"] == list(range(1, 10))
 
 
 def test_columns_on_two_gpus_are_seeded_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -64,11 +64,7 @@ def _fit(config: RunConfig) -> None:
     describe(config, store)
     loader = _stream(config, schedule, step // max(steps_per_epoch, 1))
     if state is not None:
-        if loader.can_continue(state["stream"]):
-            loader.load_state_dict(state["stream"])
-        else:
-            say("Another device or version of DALI than before: this epoch goes on with other pictures.")
-            loader.batches_served = state["stream"]["batches_served"]
+        loader.load_state_dict(state["stream"])
     validation = _validation(config, store)
     log = _Log(config.run_dir / "metrics.jsonl", step, validation_due)
 
@@ -125,21 +121,16 @@ def _seed(config: RunConfig, step: int) -> None:
 
 
 def _stream(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream of an epoch: where the schedule changes the colour noise, another stream begins, with its
-    own seed.
-    """
+    """The training stream of an epoch: where the schedule changes the colour noise, another stream begins."""
     how = config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != how.colour:
         how = replace(how, colour=colour, divisor=1.0 if colour == "off" else how.divisor)
-    return train_loader(
-        config.store,
-        config.batch_size,
-        config.devices[0],
-        config.seed + (1 << 32 if how is not config.recipe.augmentation else 0),
-        augmentation=how,
-        threads=config.threads,
+    loader = train_loader(
+        config.store, config.batch_size, config.devices[0], config.seed, augmentation=how, threads=config.threads
     )
+    loader.seek(epochs_done)
+    return loader
 
 
 def _validation(config: RunConfig, store: Store) -> EvalLoader | None:
@@ -217,7 +208,8 @@ class _Interval:
         self._begin()
 
     def _begin(self) -> None:
-        self.started, self.waited = time.perf_counter(), self.loader.waited_s
+        self.started = time.perf_counter()
+        self.loader.waits()
         self.steps = self.images = 0
         self.loss: torch.Tensor | float = 0.0
         self.misses: torch.Tensor | int = 0
@@ -232,13 +224,14 @@ class _Interval:
         misses = torch.as_tensor(self.misses).tolist()
         if not math.isfinite(loss):
             raise UserError(_DIVERGED.format(f"the loss is {loss} within the last {self.steps} steps"))
-        seconds = time.perf_counter() - self.started
+        seconds, waits = time.perf_counter() - self.started, self.loader.waits()
         read = {
             "loss": loss,
             "top1_error": misses[0] / self.images,
             "top5_error": misses[1] / self.images,
             "images_per_s": self.images / seconds,
-            "waiting_share": (self.loader.waited_s - self.waited) / seconds,
+            "waiting_share": waits.waited_s / seconds,
+            "stream_waiting_share": waits.held_s / seconds,
         }
         self._begin()
         return read
@@ -261,7 +254,8 @@ class _Log:
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
             f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
-            f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}"
+            f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}, "
+            f"stream waits {line['stream_waiting_share']:.1%}"
         )
 
     def validation(self, epoch: int, step: int, result: EvalResult) -> None:

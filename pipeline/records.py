@@ -1,0 +1,100 @@
+"""The records of a split by number, as the pictures that a graph is fed with: views of the mapped files."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from contextlib import suppress
+from itertools import accumulate
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.datum import CRC32_BYTES, SOURCE, DatumError, check, locate, read_fields
+from prep.manifest import Store, StoreError
+from prep.shard import Reader
+
+
+class Record(NamedTuple):
+    """One record, until its Records are closed."""
+
+    picture: npt.NDArray[np.uint8]  # a JPEG file's bytes, (n,); of a PPM the pixels, (height, width, 3)
+    height: int
+    width: int
+    label: int
+
+
+class Records:
+    """Random access to a split. Shards are opened when they are first needed."""
+
+    def __init__(self, store: Store, split: str) -> None:
+        """Raises StoreError for a split that is not there."""
+        self.store, self.split = store, split
+        self._shards = store.split(split).shards
+        self._ends = list(accumulate(shard.records for shard in self._shards))
+        self._readers: dict[int, Reader] = {}
+        self._raw = store.settings.format == "ppm"
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def __getitem__(self, number: int) -> Record:
+        """Record `number`, 0..len − 1, in the store's order; raises StoreError naming it where it is damaged."""
+        value = self._value(number)
+        try:
+            start, end, height, width, label = locate(value)
+            if not 0 <= label < len(self.store.classes):
+                raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
+            if self._raw:
+                start += 3 * width  # the header fills one row (prep.picture.ppm_header)
+                if end - start != 3 * width * height:
+                    raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
+        except DatumError as error:
+            raise StoreError(f"{self.name(number)}: {error}. {self.advice}") from None
+        picture = np.frombuffer(value, np.uint8, end - start, start)
+        return Record(picture.reshape(height, width, 3) if self._raw else picture, height, width, label)
+
+    def name(self, number: int) -> str:
+        """Where record `number` lies and where it came from: shard, key and source path."""
+        shard, place = self._place(number)
+        text = f"{self.store.root / self._shards[shard].path}, key {self._reader(shard).key(place).decode()}"
+        value = bytes(self._value(number))
+        with suppress(DatumError):
+            source = read_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
+            if isinstance(source, bytes):
+                text += f", made of {source.decode('utf-8', 'backslashreplace')}"
+        return text
+
+    def damaged(self, number: int) -> str:
+        """Why record `number` cannot be what was written: its checksum, or its fields. Empty where it can."""
+        try:
+            check(bytes(self._value(number)))
+            self[number]
+        except (DatumError, StoreError) as error:
+            return str(error)
+        return ""
+
+    def close(self) -> None:
+        """Unmap all files: pictures that are still held must not be used again."""
+        for reader in self._readers.values():
+            reader.close()
+        self._readers.clear()
+
+    def _value(self, number: int) -> memoryview:
+        shard, place = self._place(number)
+        return self._reader(shard)[place]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        shard = bisect_right(self._ends, number)
+        return shard, number - (self._ends[shard - 1] if shard else 0)
+
+    def _reader(self, shard: int) -> Reader:
+        if shard not in self._readers:
+            told = self._shards[shard]
+            self._readers[shard] = Reader(self.store.root / told.path, told.records, self.advice)
+        return self._readers[shard]
+
+    @property
+    def advice(self) -> str:
+        """What to do about a damaged record."""
+        return f"This checks the store: alexprep verify --store {self.store.root}"
