@@ -32,7 +32,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
@@ -46,7 +45,19 @@ from typing import Any
 import click
 
 from prep.console import UserError, answer, count_noun, say
-from tools.side_by_side import Benchmark, Contestant, Row, common_options, photo_digits, race, show
+from tools.side_by_side import (
+    INTERPRETER,
+    Benchmark,
+    Contestant,
+    Program,
+    common_options,
+    ours_over,
+    photo_digits,
+    race,
+    ratio_lines,
+    show,
+    timed,
+)
 
 SIDE_PX, QUALITY, FILTER = 256, 90, "area"
 _ENDINGS = (".jpeg", ".jpg", ".png")
@@ -54,7 +65,6 @@ _BOUND = "bound: decode and encode alone"
 _BOUND_PASSES = 2
 _STEP_PICTURES = 320
 _ALONE = ("libjpeg-turbo alone, decode", "libjpeg-turbo alone, encode")
-_ROOT = Path(__file__).parent.parent
 
 
 def photographs(folder: Path) -> list[Path]:
@@ -82,50 +92,6 @@ def lay_out(paths: Sequence[Path], source: Path, folder: Path) -> None:
             os.link(path.resolve(), link)
         except OSError:  # another disk, or no right to link
             shutil.copyfile(path, link)
-
-
-class Program:
-    """A process that answers in lines; its standard error is kept for the case that it fails."""
-
-    def __init__(self, name: str, command: Sequence[str], errors: Path) -> None:
-        self.name, self.command, self.errors = name, command, errors
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        """Start it in the root of the checkout, where `-m tools.…` finds the peers."""
-        pipe = subprocess.PIPE
-        with self.errors.open("w") as errors:
-            self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=errors, text=True, cwd=_ROOT)
-
-    def line(self) -> str:
-        """The next line that it prints; raises UserError where it ends instead."""
-        assert self.process is not None and self.process.stdout is not None
-        text = self.process.stdout.readline()
-        if not text:
-            why = self.errors.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{self.name}: exit code {self.process.wait()}. {' '.join(why)}")
-        return text.strip()
-
-    def go(self) -> None:
-        """Give the word."""
-        assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write("go\n")
-        self.process.stdin.flush()
-
-    def wait(self) -> None:
-        """Wait for its end, if it was started; raises UserError where it failed."""
-        if self.process is not None:
-            self.process.communicate()
-            ended, self.process = self.process, None
-            if ended.returncode:
-                raise UserError(f"{self.name}: exit code {ended.returncode}.")
-
-    def stop(self) -> None:
-        """End it if it still runs."""
-        if self.process is not None and self.process.poll() is None:
-            self.process.terminate()
-            self.process.communicate()
-        self.process = None
 
 
 class Field:
@@ -168,7 +134,7 @@ class Field:
             program.wait()
             return int(built["records"])
 
-        return Contestant(name, turn, _BOUND, self.clear)
+        return Contestant(name, timed(turn), _BOUND, self.clear)
 
     def peer(self, name: str, python: str | Path, module: str, *more: str) -> Contestant:
         """One of tools.peers under the interpreter `python`, from the word to its end. Raises UserError if it fails."""
@@ -187,7 +153,7 @@ class Field:
 
         prepare()  # what is missing shall be said before the race
         program.stop()
-        return Contestant(name, turn, _BOUND, prepare)
+        return Contestant(name, timed(turn), _BOUND, prepare)
 
     def stop(self) -> None:
         """End whoever still runs."""
@@ -216,11 +182,6 @@ def contestants(field: Field, ffcv: Path | None, vips: Path | None, more: bool) 
     for name, versions in field.versions.items():
         say(f"{name}: {versions}")
     return racing
-
-
-def ours_over(rows: Sequence[Row]) -> dict[str, float]:
-    """By the name of each of the others: how many times its rate ours is."""
-    return {row.name: round(1 / row.of_ours, 2) for row in rows[1:]}
 
 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -282,9 +243,6 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
         click.echo(f"{step:<28} {ms:6.2f}")
 
 
-_interpreter = click.Path(exists=True, dir_okay=False, path_type=Path)
-
-
 @click.command(cls=Benchmark)
 @click.option(
     "--source",
@@ -301,9 +259,9 @@ _interpreter = click.Path(exists=True, dir_okay=False, path_type=Path)
     "work for ten seconds or more, so that starting is a small share.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone.")
-@click.option("--ffcv-python", type=_interpreter, metavar="PATH", help="Interpreter that has FFCV; else left out.")
+@click.option("--ffcv-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has FFCV; else left out.")
 @click.option(
-    "--vips-python", type=_interpreter, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."
+    "--vips-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."
 )
 @click.option("--more", is_flag=True, help="Also Pillow's BOX filter, FFCV's own rescaling and FFCV's raw records.")
 @click.option("--steps", is_flag=True, help="Instead: what each step of ours takes on one core.")
@@ -347,10 +305,8 @@ def main(
             rows = race(contestants(field, ffcv_python, vips_python, more), rounds)
         finally:
             field.stop()
-    ratios = ours_over(rows)
-    data = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds, "ours_over": ratios}
-    note = "\n".join(f"ours / {name}: {ratio:.2f}" for name, ratio in ratios.items())
-    show(rows, as_json, {**data, "versions": field.versions}, note)
+    data = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds}
+    show(rows, as_json, {**data, "ours_over": ours_over(rows), "versions": field.versions}, ratio_lines(rows))
 
 
 if __name__ == "__main__":

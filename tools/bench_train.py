@@ -30,7 +30,7 @@ from torch import nn
 
 from pipeline.augment import WINDOW_PX
 from prep.console import say
-from tools.side_by_side import Benchmark, Contestant, common_options, race, show
+from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
 from train.recipe import PAPER
@@ -100,7 +100,7 @@ def peak_memory_mb(name: str, batch: int) -> int:
 def contestant(name: str, batch: int, steps: int) -> Contestant:
     """One contestant, its network made."""
     step = training_step(name, batch)
-    return Contestant(name, lambda: sum(step() for _ in range(steps)))
+    return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 
 
 @click.command(cls=Benchmark)
