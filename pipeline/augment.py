@@ -41,7 +41,6 @@ WINDOW_PX = 224
 MEANS = ("channel", "image", "aligned", "none")
 COLOURS = ("stdev", "eigenvalue", "off")
 LAYOUTS = ("NCHW", "NHWC")
-DTYPES = ("float32", "float16", "bfloat16")
 
 Node = Any  # nvidia.dali.DataNode: DALI ships no types
 
@@ -91,7 +90,7 @@ def noise_matrix(stats: ColourStats, colour: str, strength: float) -> npt.NDArra
 class Augmenter:
     """The image part of a graph for one store, on one placement: its nodes, and the numbers that they are fed with."""
 
-    def __init__(self, store: Store, placement: Placement, how: Augmentation, layout: str, dtype: str) -> None:
+    def __init__(self, store: Store, placement: Placement, how: Augmentation, layout: str) -> None:
         """Raises StoreError where the store's statistics are missing, UserError where its pictures are too small."""
         self.side_px = store.settings.side_px
         if self.side_px < WINDOW_PX:
@@ -100,7 +99,6 @@ class Augmenter:
                 "Build it with --side 256."
             )
         check_choice("layout", layout, LAYOUTS)
-        check_choice("dtype", dtype, DTYPES)
         self.settings, self.placement, self.how = store.settings, placement, how
         self.stats = store.colour()
         self.room_px = self.side_px - WINDOW_PX  # the largest offset of a window
@@ -110,7 +108,6 @@ class Augmenter:
         self.is_raw = store.settings.format == "ppm"
         self._fn, self._types = dali().fn, dali().types
         self._layout = layout[1:]
-        self._dtype = self._types.FLOAT16 if dtype == "float16" else self._types.FLOAT
 
     # ---- numbers
 
@@ -211,8 +208,8 @@ class Augmenter:
                 dtype=types.FLOAT,
                 output_layout=self._layout,
             )
-            return self._finished(image - under)
-        return self._finished(self._minus_centre(image, divisor))
+            return image - under
+        return self._minus_centre(image, divisor)
 
     def ten_views(self) -> Node:
         """(10, …) for each image, fed with square_inputs."""
@@ -228,22 +225,21 @@ class Augmenter:
                 if self.how.mean == "aligned":
                     assert self.mean_image is not None
                     under = self.mean_image[y : y + WINDOW_PX, x : x + WINDOW_PX]
-                    views.append(self._finished(image - self._constant(under[:, ::-1] if flip else under)))
+                    views.append(image - self._constant(under[:, ::-1] if flip else under))
                 else:
-                    views.append(self._finished(self._minus_centre(image, 1.0)))
+                    views.append(self._minus_centre(image, 1.0))
         return self._fn.stack(*views)
 
     def _source(self, name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
         return self._fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
     def _normalised(self, picture: Node, flip: Node, mean: Any, divisor: float, **where: Any) -> Node:
-        exact = self.mean_image is not None  # what is still to be subtracted is subtracted in float32
         return self._fn.crop_mirror_normalize(
             picture,
             mirror=flip,
             mean=mean,
             std=[divisor] * 3,
-            dtype=self._types.FLOAT if exact else self._dtype,
+            dtype=self._types.FLOAT,
             output_layout=self._layout,
             **where,
         )
@@ -258,11 +254,6 @@ class Augmenter:
     def _constant(self, hwc: npt.NDArray[Any]) -> Node:
         values = hwc.transpose(2, 0, 1) if self._layout == "CHW" else hwc
         return self.placement.constant(self._types, np.ascontiguousarray(values, np.float32))
-
-    def _finished(self, image: Node) -> Node:
-        if self.mean_image is None or self._dtype is self._types.FLOAT:
-            return image
-        return self._fn.cast(image, dtype=self._dtype)
 
 
 def _shares(

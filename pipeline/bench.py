@@ -71,7 +71,7 @@ def bench_stream(
             return served
 
         contestants: dict[str, Callable[[], int]] = {"read": _reading(records, batch)}
-        augmenter = Augmenter(store, placement, Augmentation(), "NCHW", "float32")
+        augmenter = Augmenter(store, placement, Augmentation(), "NCHW")
         for name, graph in (("decode", partial(augmenter.pictures, WINDOW_PX)), ("augment", augmenter.window)):
             feed = Feed(built(graph, batch, placement, threads), placement, Records(store, split))
             held.enter_context(closing(feed))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class Feed:
         self._jobs: Iterator[Job] = iter(())
         self._looked_up: deque[Future[Fed]] = deque()
         self._in_graph: deque[Fed] = deque()
+        self._failed: StoreError | None = None  # for good: DALI does not go on, and no batch may be passed over
 
     def look_up(self, numbers: npt.NDArray[np.int64], inputs: Callable[[Sequence[Record]], Mapping[str, Any]]) -> Fed:
         """Records by number; `inputs(records)` gives what the graph takes for them. Raises StoreError as Records."""
@@ -65,45 +67,64 @@ class Feed:
     def begin(self, jobs: Iterator[Job]) -> None:
         """Go on with other jobs; what is left of those before is dropped."""
         self._looked_up.clear()
-        while self._in_graph:
-            self._take()
+        with suppress(StoreError):  # which `next` will raise
+            while self._in_graph and self._failed is None:
+                self._take()
         self._jobs = jobs
 
     def next(self) -> tuple[tuple[Any, ...], Fed] | None:
         """DALI's outputs for the next job, and what they were made of; None after the last job.
 
-        Raises StoreError naming shard, key and source of a record that is damaged; ValueError when closed.
+        Raises StoreError naming shard, key and source of a record that is damaged, from then on always; ValueError when
+        closed.
         """
         if self._pipe is None:
             raise ValueError("the loader is closed")
-        while len(self._in_graph) < IN_GRAPH:
-            for job in islice(self._jobs, LOOKED_UP - len(self._looked_up)):
-                self._looked_up.append(self._readers.submit(job))
-            if not self._looked_up:
-                break
-            fed = self._looked_up.popleft().result()
-            for name, values in fed.inputs.items():
-                self._pipe.feed_input(name, values)
-            self._placement.schedule(self._pipe)
-            self._in_graph.append(fed)
-        if not self._in_graph:
-            return None
-        return self._take()
+        if self._failed is None:
+            self._fill()
+        if self._in_graph and self._failed is None:
+            return self._take()
+        if self._failed is not None:
+            raise self._failed
+        return None
 
     def close(self) -> None:
         """End DALI's threads and ours, and give back memory and files."""
         self._readers.shutdown(cancel_futures=True)
         self._looked_up.clear()
         self._jobs = iter(())
-        self._pipe = None  # before the files that its inputs lie in
+        if self._pipe is not None:
+            self._pipe._shutdown()  # before the files that it reads; a traceback may hold the pipeline itself
+        self._pipe = None
         self._in_graph.clear()
         self._records.close()
+
+    def _fill(self) -> None:
+        """Keep IN_GRAPH batches in the graph, and LOOKED_UP before it, while there are jobs."""
+        while len(self._in_graph) < IN_GRAPH:
+            for job in islice(self._jobs, LOOKED_UP - len(self._looked_up)):
+                self._looked_up.append(self._readers.submit(job))
+            if not self._looked_up:
+                return
+            try:
+                fed = self._looked_up[0].result()
+            except StoreError as error:
+                if not self._in_graph:  # what precedes it is served first
+                    self._failed = error
+                return
+            self._looked_up.popleft()
+            for name, values in fed.inputs.items():
+                self._pipe.feed_input(name, values)
+            self._placement.schedule(self._pipe)
+            self._in_graph.append(fed)
 
     def _take(self) -> tuple[tuple[Any, ...], Fed]:
         try:
             outputs = self._placement.outputs(self._pipe)
         except RuntimeError as error:
-            raise self._explained(error) from None
+            self._failed = self._explained(error)
+        if self._failed is not None:
+            raise self._failed  # outside of `except`: DALI's own error would come along, and hold its pipeline
         return outputs, self._in_graph.popleft()
 
     def _explained(self, error: RuntimeError) -> StoreError:

@@ -53,7 +53,7 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
 def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
     """One list for each column: uint8 (H, W, 3) for each row."""
     placement = Placement.of("cpu")
-    augmenter = Augmenter(store, placement, Augmentation(mean="none"), "NHWC", "float32")
+    augmenter = Augmenter(store, placement, Augmentation(mean="none"), "NHWC")
     feed = Feed(built(augmenter.window, rows, placement, threads=1), placement, Records(store, split))
 
     def job(column: int) -> Fed:

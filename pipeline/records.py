@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 
 from prep.datum import CRC32_BYTES, SOURCE, DatumError, check, locate, read_fields
 from prep.manifest import Store, StoreError
@@ -66,12 +67,20 @@ class Records:
         return text
 
     def damaged(self, number: int) -> str:
-        """Why record `number` cannot be what was written: its checksum, or its fields. Empty where it can."""
+        """Why record `number` cannot be what was written: checksum, fields, or a JPEG that cannot be decoded or has
+        another size. Empty where nothing is wrong with it.
+        """
         try:
             check(bytes(self._value(number)))
-            self[number]
+            picture, height, width, _ = self[number]
+            if not self._raw:
+                size = simplejpeg.decode_jpeg(picture.tobytes(), "RGB", strict=True).shape[:2]
+                if size != (height, width):
+                    return f"{size[1]}×{size[0]} px, the record says {width}×{height}"
         except (DatumError, StoreError) as error:
             return str(error)
+        except ValueError as error:
+            return f"cannot be decoded: {error}"
         return ""
 
     def close(self) -> None:

@@ -91,7 +91,7 @@ def locate(value: memoryview) -> Span:
     found = _HEAD.match(value)
     if found:
         height, width, size = (_number_of(digits) for digits in found.groups())
-        label = _LABEL.match(value, found.end() + size)
+        label = _LABEL.match(value, min(found.end() + size, len(value)))
         if label:
             return Span(found.end(), found.end() + size, height, width, _number_of(label[1]))
     raise DatumError("not a record of ours: no height, width, picture and label at its beginning")

@@ -103,6 +103,7 @@ class Reader:
                 self._first = int(first) if first.isdigit() else 0
                 self._keys: list[bytes] | None = None
                 if last != key_of(self._first + records - 1):  # inputs were left out: their keys are not given again
+                    cursor.first()
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
     def key(self, place: int) -> bytes:

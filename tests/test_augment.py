@@ -1,169 +1,286 @@
-"""The training stream, image by image, against a NumPy oracle given the same draws; and the draws against chance.
+"""The stream, image by image, against a NumPy oracle: the formula of pipeline.augment in float64.
 
-The oracle reads the records itself (py-lmdb, protobuf-free), decodes them with Pillow, and applies the formula of
-pipeline.augment in float64.
+The oracle takes the records from the LMDB in the order of their keys, decodes them with Pillow, and asks pipeline.order
+alone which record has which place and what chance decided for it.
 """
 
 from __future__ import annotations
 
 import io
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from conftest import Build
 from PIL import Image
 
 from pipeline.augment import Augmentation, noise_matrix
-from pipeline.loader import eval_loader, train_graph
-from pipeline.placement import Placement
+from pipeline.loader import eval_loader, train_loader
+from pipeline.order import draw, epoch_order
 from prep import shard
 from prep.console import UserError
 from prep.datum import Datum
-from prep.manifest import Store
+from prep.manifest import Store, StoreError
 
-CPU = Placement.of("cpu")
+KINDS = ["jpeg", "jpeg-whole", "ppm", "ppm-whole"]
+MEANS = ["channel", "image", "aligned", "none"]
 CHOICES = [
     Augmentation(),
-    Augmentation(mean="image", colour="stdev", divisor=1.1, shared_by=4),
-    Augmentation(mean="none", colour="eigenvalue"),
-    Augmentation(mean="channel", colour="off"),
+    Augmentation(mean="image", divisor=1.1, shared_by=4),
+    Augmentation(mean="aligned", divisor=1.1, strength=0.3),
+    Augmentation(mean="none", colour="eigenvalue", strength=2.0),
+    Augmentation(mean="channel", colour="off", divisor=2.5, shared_by=32),
 ]
-
-
-def central_square(picture: np.ndarray, side: int) -> np.ndarray:
-    top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
-    return picture[top : top + side, left : left + side]
+TOLERANCE = 1e-3  # grey levels
 
 
 def stored_squares(store: Store, split: str) -> list[tuple[int, np.ndarray]]:
     """(label, central square) of every record, in the order of their keys."""
-    squares = []
+    return list(_stored_squares(store.root, split))
+
+
+@cache
+def _stored_squares(root: Path, split: str) -> list[tuple[int, np.ndarray]]:
+    store, squares = Store.open(root), []
+    side = store.settings.side_px
     for path in store.shard_paths(split):
         for _, value in shard.read(Path(path)):
             datum = Datum.decode(value)
             picture = np.asarray(Image.open(io.BytesIO(datum.data)))
-            squares.append((datum.label, central_square(picture, store.settings.side_px)))
+            top, left = (picture.shape[0] - side) // 2, (picture.shape[1] - side) // 2
+            squares.append((datum.label, picture[top : top + side, left : left + side].astype(np.float64)))
     return squares
 
 
-def mean_of(store: Store, how: Augmentation) -> np.ndarray:
-    """What is subtracted, (224, 224, 3) or (3,)."""
-    if how.mean == "image":
-        return central_square(store.mean_image().astype(np.float64), 224)
-    return np.array(store.colour().mean_rgb if how.mean == "channel" else [0.0, 0.0, 0.0])
+mean_image = cache(lambda root: Store.open(root).mean_image().astype(np.float64))
 
 
-def oracle(square: np.ndarray, offset: np.ndarray, flip: int, shift: np.ndarray, mean: np.ndarray, divisor: float):
-    y, x = offset
-    window = square[y : y + 224, x : x + 224].astype(np.float64)
-    if flip:
-        window = window[:, ::-1]
-    return ((window + shift - mean) / divisor).transpose(2, 0, 1)
+def formula(
+    square: np.ndarray,
+    offset: tuple[int, int],
+    flip: int,
+    shift: np.ndarray | float,
+    mean: str,
+    store: Store,
+    divisor: float = 1.0,
+) -> np.ndarray:
+    """float64 (3, 224, 224): (S[y + i, x + j′] + shift − mean) / divisor, as the docstring has it."""
+    (y, x), m = offset, (store.settings.side_px - 224) // 2
+    rows, columns = slice(y, y + 224), np.arange(x, x + 224)[:: -1 if flip else 1]
+    if mean == "image":
+        subtracted = mean_image(store.root)[m : m + 224, m : m + 224]
+    elif mean == "aligned":
+        subtracted = mean_image(store.root)[rows][:, columns]
+    else:
+        subtracted = np.array(store.colour().mean_rgb if mean == "channel" else [0.0, 0.0, 0.0])
+    return ((square[rows][:, columns] + shift - subtracted) / divisor).transpose(2, 0, 1)
 
 
-@pytest.mark.parametrize("how", CHOICES, ids=lambda how: f"{how.mean}-{how.colour}-{how.shared_by}")
-@pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
+def formula_shift(store: Store, how: Augmentation, z: np.ndarray) -> np.ndarray:
+    """P·diag(σ)·z from the covariance of the pixels alone: its eigenvalues are variances on 0..255."""
+    stats = store.colour()
+    vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
+    if how.colour == "off":
+        return np.zeros(3)
+    if how.colour == "stdev":
+        return vectors @ (how.strength * np.sqrt(variances) * z)
+    return 255 * (vectors @ (how.strength * variances / 255**2 * z))  # the paper's p λ α, for pixels in [0, 1]
+
+
+def expected(
+    store: Store, how: Augmentation, seed: int, batch_size: int, epochs: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(label, image) of the training stream from its beginning."""
+    squares, room = stored_squares(store, "train"), store.settings.side_px - 224
+    for epoch in range(epochs):
+        order = epoch_order(len(squares), seed, epoch)
+        for step in range(len(squares) // batch_size):
+            draws = draw(seed, epoch, step, batch_size, room, how.shared_by)
+            for k, number in enumerate(order[step * batch_size : (step + 1) * batch_size]):
+                label, square = squares[number]
+                shift = formula_shift(store, how, draws.normal[k])
+                offset = tuple(draws.offset[k].tolist())
+                yield label, formula(square, offset, int(draws.flip[k]), shift, how.mean, store, how.divisor)
+
+
+def served(loader, epochs: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+    with loader:
+        for _ in range(epochs):
+            for images, labels in loader:
+                for image, label in zip(images, labels, strict=True):
+                    yield int(label), image.numpy()
+
+
+def name(how: Augmentation) -> str:
+    return f"{how.mean}-{how.colour}-{how.divisor}-{how.shared_by}"
+
+
+@pytest.mark.parametrize("how", CHOICES, ids=name)
+@pytest.mark.parametrize("kind", KINDS)
 def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, how: Augmentation) -> None:
     store = Store.open(stores[kind])
-    squares = stored_squares(store, "train")
-    images, labels, offsets, flips, shifts = (
-        out.as_array() for out in train_graph(store, "train", 16, CPU, 3, how, 2).run()
-    )
-    for image, label, offset, flip, shift in zip(images, labels[:, 0], offsets, flips, shifts, strict=True):
-        wanted = [
-            oracle(square, offset, flip, shift, mean_of(store, how), how.divisor)
-            for mine, square in squares
-            if mine == label
-        ]
-        assert min(np.abs(image - one).max() for one in wanted) < 1e-3
+    compared = 0
+    found = served(train_loader(store.root, 10, seed=3, augmentation=how))
+    for (label, image), (right, wanted) in zip(found, expected(store, how, 3, 10), strict=True):
+        assert label == right
+        assert np.abs(image - wanted).max() < TOLERANCE
+        compared += 1
+    assert compared == 30
 
 
-@pytest.mark.parametrize("mean", ["channel", "image", "none"])
-@pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
-def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    store, how = Store.open(stores[kind]), Augmentation(mean=mean)
-    squares = stored_squares(store, "val")
+@pytest.mark.parametrize(("kind", "mean"), [("jpeg", "aligned"), ("ppm", "none"), ("ppm-whole", "none")])
+def test_every_window_is_where_it_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
+    """Each of the 33 offsets in each direction: positions that DALI is given as shares come back as whole pixels."""
+    store, how = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
+    draws = [draw(1, epoch, 0, 30, 32).offset for epoch in range(6)]
+    assert all(set(column) == set(range(33)) for column in np.concatenate(draws).T.tolist())
+    found = served(train_loader(store.root, 30, seed=1, augmentation=how), 6)
+    for (_, image), (_, wanted) in zip(found, expected(store, how, 1, 30, 6), strict=True):
+        assert np.abs(image - wanted).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("side", "options"),
+    [(224, ("--format", "ppm", "--keep-aspect")), (225, ("--format", "ppm")), (227, ("--keep-aspect",))],
+)
+def test_other_sides_have_other_windows(photo_folder: Path, build: Build, side: int, options: tuple[str, ...]) -> None:
+    """Odd rooms, and none at all."""
+    store = Store.open(build(photo_folder, "--split", "train", "--side", str(side), *options))
+    how = Augmentation(mean="aligned")
+    found = served(train_loader(store.root, 10, seed=9, augmentation=how))
+    for (label, image), (right, wanted) in zip(found, expected(store, how, 9, 10), strict=True):
+        assert label == right
+        assert np.abs(image - wanted).max() < TOLERANCE
+    views = served(eval_loader(store.root, 4, views=10, split="train", augmentation=how))
+    for (_, ten), (_, square) in zip(itertools.islice(views, 6), stored_squares(store, "train"), strict=False):
+        for view, (corner, flip) in zip(ten, ten_windows(store), strict=True):
+            wanted = formula(square, corner, flip, 0.0, "aligned", store)
+            assert np.abs(view - wanted).max() < TOLERANCE
+
+
+def ten_windows(store: Store) -> list[tuple[tuple[int, int], int]]:
     far = store.settings.side_px - 224
     corners = [(0, 0), (0, far), (far // 2, far // 2), (far, 0), (far, far)]
-    nothing = np.zeros(3)
-    ten = [(corner, flip) for flip in (0, 1) for corner in corners]
-    with (
-        eval_loader(store.root, 5, augmentation=how) as one_view,
-        eval_loader(store.root, 5, views=10, augmentation=how) as ten_views,
-    ):
-        one = [(int(label), image) for batch in one_view for image, label in zip(*batch, strict=True)]
-        all_ten = [(int(label), views) for batch in ten_views for views, label in zip(*batch, strict=True)]
+    return [(corner, flip) for flip in (0, 1) for corner in corners]
+
+
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
+    """In the store's order; of the augmentation only the mean counts."""
+    store, how = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
+    squares = stored_squares(store, "val")
+    one = list(served(eval_loader(store.root, 5, augmentation=how)))
+    all_ten = list(served(eval_loader(store.root, 5, views=10, augmentation=how)))
     assert len(one) == len(all_ten) == len(squares)
+    windows = ten_windows(store)
     for (label, square), (label_1, image), (label_10, views) in zip(squares, one, all_ten, strict=True):
         assert label == label_1 == label_10
-        wanted = oracle(square, corners[2], 0, nothing, mean_of(store, how), 1.0)
-        assert np.abs(image.numpy() - wanted).max() < 1e-3
-        for view, (corner, flip) in zip(views.numpy(), ten, strict=True):
-            assert np.abs(view - oracle(square, corner, flip, nothing, mean_of(store, how), 1.0)).max() < 1e-3
+        wanted = [formula(square, corner, flip, 0.0, mean, store) for corner, flip in windows]
+        assert np.abs(image - wanted[2]).max() < TOLERANCE
+        assert np.abs(views - np.stack(wanted)).max() < TOLERANCE
 
 
-@pytest.fixture(scope="module")
-def many_draws(stores: dict[str, Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Offsets (n, 2), flips (n,), shifts (n, 3) of a few thousand images."""
+def test_means_of_evaluation_are_the_training_splits(stores: dict[str, Path]) -> None:
+    with (
+        eval_loader(stores["jpeg"], 8) as plain,
+        eval_loader(stores["jpeg"], 8, augmentation=Augmentation("none")) as raw,
+    ):
+        difference = next(iter(raw)).images - next(iter(plain)).images
+    mean = Store.open(stores["jpeg"]).colour("train").mean_rgb
+    assert np.allclose(difference.mean((0, 2, 3)).numpy(), mean, atol=1e-3)
+    assert not np.allclose(mean, Store.open(stores["jpeg"]).colour("val").mean_rgb, atol=1e-3)
+
+
+@pytest.mark.parametrize("mean", ["image", "aligned"])
+def test_a_mirrored_picture_has_a_mirrored_mean_only_where_it_is_aligned(stores: dict[str, Path], mean: str) -> None:
+    """Of the ten views, the sixth to tenth mirror the first to fifth."""
     store = Store.open(stores["ppm"])
-    graph = train_graph(store, "train", 32, CPU, 11, Augmentation(), 2)
-    runs = [[out.as_array() for out in graph.run()[2:]] for _ in range(250)]
-    offsets, flips, shifts = (np.concatenate(parts) for parts in zip(*runs, strict=True))
-    return offsets, flips, shifts
+    m = store.mean_image()[16:240, 16:240].transpose(2, 0, 1)
+    assert np.abs(m - m[:, :, ::-1]).max() > 1
+    with eval_loader(store.root, 4, views=10, augmentation=Augmentation(mean=mean)) as loader:
+        views = next(iter(loader)).images.numpy()
+    plain, mirrored = views[:, 2], views[:, 7, :, :, ::-1]
+    if mean == "aligned":
+        assert np.abs(plain - mirrored).max() < TOLERANCE
+    else:
+        assert np.abs((mirrored - plain) - (m - m[:, :, ::-1])).max() < TOLERANCE
 
 
-def test_windows_are_uniform_over_33_by_33(many_draws: tuple[np.ndarray, ...]) -> None:
-    offsets = many_draws[0]
-    n = len(offsets)
-    assert offsets.min() == 0 and offsets.max() == 32
-    for axis in range(2):
-        counts = np.bincount(offsets[:, axis], minlength=33)
-        chi2 = ((counts - n / 33) ** 2 / (n / 33)).sum()
-        assert chi2 < 62.5  # 99.9 % quantile at 32 degrees of freedom
-    table = np.zeros((33, 33))
-    np.add.at(table, tuple(offsets.T), 1)
-    chi2 = ((table - n / 1089) ** 2 / (n / 1089)).sum()
-    assert abs(chi2 - 1088) < 3.3 * np.sqrt(2 * 1088)  # rows and columns are independent
+def batches(store: Path, loader: str, **options) -> list[torch.Tensor]:
+    """One batch of 8 images or views, and what follows it."""
+    if loader == "train":
+        stream = train_loader(store, 8, seed=4, **options)
+    elif loader == "centre":
+        stream = eval_loader(store, 8, **options)
+    else:
+        stream = eval_loader(store, 1, views=10, **options)
+    with stream:
+        return [batch.images for batch in itertools.islice(stream, 2)]
 
 
-def test_half_of_the_images_are_flipped(many_draws: tuple[np.ndarray, ...]) -> None:
-    flips = many_draws[1]
-    assert set(np.unique(flips)) == {0, 1}
-    assert abs(flips.mean() - 0.5) < 3.3 * 0.5 / np.sqrt(len(flips))
-    assert abs(np.corrcoef(flips[:-1], flips[1:])[0, 1]) < 3.3 / np.sqrt(len(flips))
+LOADERS = ["train", "centre", "ten views"]
 
 
-def test_colour_offsets_have_the_covariance_of_the_pixels(
-    stores: dict[str, Path], many_draws: tuple[np.ndarray, ...]
-) -> None:
-    shifts, stats = many_draws[2].astype(np.float64), Store.open(stores["ppm"]).colour()
-    wanted = 0.1**2 * np.array(stats.covariance)  # P diag(0.1² λ) Pᵀ
-    found = np.cov(shifts.T)
-    spread = np.sqrt((np.outer(np.diag(wanted), np.diag(wanted)) + wanted**2) / len(shifts))
-    assert (np.abs(found - wanted) < 4 * spread).all()
-    assert (np.abs(shifts.mean(0)) < 4 * np.sqrt(np.diag(wanted) / len(shifts))).all()
+@pytest.mark.parametrize("mean", MEANS)
+@pytest.mark.parametrize("loader", LOADERS)
+def test_one_layout_is_the_other_transposed(stores: dict[str, Path], loader: str, mean: str) -> None:
+    how = Augmentation(mean=mean, divisor=1.1)
+    planes = batches(stores["ppm-whole"], loader, augmentation=how)
+    pixels = batches(stores["ppm-whole"], loader, augmentation=how, layout="NHWC")
+    for a, b in zip(planes, pixels, strict=True):
+        assert a.shape[-3:] == (3, 224, 224) and b.shape[-3:] == (224, 224, 3) and b.is_contiguous()
+        assert torch.equal(a, b.movedim(-1, -3))
+
+
+@pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
+    """bfloat16 as torch rounds, float16 to one unit in its last place."""
+    options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
+    whole = batches(stores["jpeg"], loader, **options)
+    brain = batches(stores["jpeg"], loader, dtype="bfloat16", **options)
+    half = batches(stores["jpeg"], loader, dtype="float16", **options)
+    for a, b, c in zip(whole, brain, half, strict=True):
+        assert (a.dtype, b.dtype, c.dtype) == (torch.float32, torch.bfloat16, torch.float16)
+        assert torch.equal(b, a.to(torch.bfloat16))
+        rounded = a.numpy().astype(np.float16)
+        apart = np.abs(c.numpy().astype(np.float32) - rounded.astype(np.float32))
+        assert (apart <= np.spacing(np.abs(rounded)).astype(np.float32)).all()
+        assert (c.numpy() == rounded).mean() > 0.95
 
 
 def test_two_readings_of_the_noise_formula(stores: dict[str, Path]) -> None:
-    stats = Store.open(stores["jpeg"]).colour()
-    vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
-    alpha = np.array([0.7, -1.3, 0.4])
-    by_stdev = vectors @ (0.1 * alpha * np.sqrt(variances))
-    unit_pixels = vectors @ (0.1 * alpha * variances / 255**2)  # the paper's p λ α, for pixels in [0, 1]
-    assert np.allclose(noise_matrix(stats, "stdev", 0.1) @ alpha, by_stdev, rtol=1e-5)
-    assert np.allclose(noise_matrix(stats, "eigenvalue", 0.1) @ alpha, 255 * unit_pixels, rtol=1e-5)
-    assert not noise_matrix(stats, "off", 0.1).any()
+    store = Store.open(stores["jpeg"])
+    z = np.array([0.7, -1.3, 0.4])
+    for colour, strength in itertools.product(("stdev", "eigenvalue", "off"), (0.1, 0.7)):
+        found = noise_matrix(store.colour(), colour, strength) @ z
+        assert np.allclose(found, formula_shift(store, Augmentation(colour=colour, strength=strength), z), rtol=1e-5)
 
 
-def test_window_and_flip_are_shared_by_neighbours_but_noise_is_not(stores: dict[str, Path]) -> None:
-    graph = train_graph(Store.open(stores["jpeg"]), "train", 16, CPU, 5, Augmentation(shared_by=4), 2)
-    runs = [[out.as_array() for out in graph.run()[2:]] for _ in range(20)]
-    offsets, flips, shifts = (np.stack(parts) for parts in zip(*runs, strict=True))
-    assert (offsets.reshape(20, 4, 4, 2) == offsets.reshape(20, 4, 4, 2)[:, :, :1]).all()
-    assert (flips.reshape(20, 4, 4) == flips.reshape(20, 4, 4)[:, :, :1]).all()
-    assert len(np.unique(offsets[:, ::4].reshape(-1, 2), axis=0)) > 60
-    assert len(np.unique(shifts.reshape(-1, 3), axis=0)) == 20 * 16
+def test_colour_offsets_have_the_covariance_of_the_pixels(stores: dict[str, Path]) -> None:
+    stats = Store.open(stores["ppm"]).colour()
+    wanted = 0.1**2 * np.array(stats.covariance)  # P diag(0.1² λ) Pᵀ
+    shifts = draw(11, 0, 0, 8000, 32).normal @ noise_matrix(stats, "stdev", 0.1).T
+    spread = np.sqrt((np.outer(np.diag(wanted), np.diag(wanted)) + wanted**2) / len(shifts))
+    assert (np.abs(np.cov(shifts.T) - wanted) < 4 * spread).all()
+    assert (np.abs(shifts.mean(0)) < 4 * np.sqrt(np.diag(wanted) / len(shifts))).all()
+
+
+def test_without_statistics_the_stream_says_how_to_write_them(photo_folder: Path, build: Build) -> None:
+    store = build(photo_folder, "--split", "train")
+    (store / "train" / "mean_image.npy").unlink()
+    for loader in (train_loader, eval_loader):
+        with pytest.raises(StoreError, match="mean_image"):
+            loader(store, 4, split="train", augmentation=Augmentation(mean="aligned"))
+    (store / "train" / "colour.json").unlink()
+    with pytest.raises(StoreError, match="alexprep pca-stats"):
+        train_loader(store, 4)
 
 
 @pytest.mark.parametrize(
@@ -172,3 +289,16 @@ def test_window_and_flip_are_shared_by_neighbours_but_noise_is_not(stores: dict[
 def test_a_choice_that_does_not_exist_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):
         replace(Augmentation(), **wrong)
+
+
+@pytest.mark.parametrize("wrong", [{"layout": "CHWN"}, {"dtype": "float64"}])
+def test_a_layout_or_dtype_that_does_not_exist_is_refused(stores: dict[str, Path], wrong: dict[str, str]) -> None:
+    for loader in (train_loader, eval_loader):
+        with pytest.raises(UserError, match="expected one of"):
+            loader(stores["jpeg"], 4, **wrong)
+
+
+def test_pictures_smaller_than_the_window_are_refused(photo_folder: Path, build: Build) -> None:
+    small = build(photo_folder, "--side", "200", "--split", "train")
+    with pytest.raises(UserError, match="200 px, the window is 224 px"):
+        train_loader(small, 4)

@@ -1,7 +1,8 @@
 """prep.datum against protobuf's own library and DALI's Caffe reader; the checksum against zlib and against damage.
 
 protobuf knows Caffe's message from the descriptor that conftest.py builds. Damage is every single-bit flip, every
-truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them.
+truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them. What `locate`
+finds is held against Datum.decode and against the Datum that was encoded.
 """
 
 from __future__ import annotations
@@ -15,7 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from prep.datum import CRC32_BYTES, DATA, ENCODED, HEIGHT, LABEL, SOURCE, WIDTH, Datum, DatumError, check, read_fields
+from prep.datum import (
+    CRC32_BYTES,
+    DATA,
+    ENCODED,
+    HEIGHT,
+    LABEL,
+    SOURCE,
+    WIDTH,
+    Datum,
+    DatumError,
+    check,
+    locate,
+    read_fields,
+)
 
 SMALL = Datum(height=3, width=5, data=b"\xff\xd8 a file \x00\xff\xd9", label=7, source=b"n1/a b.JPEG")
 EXAMPLES = [
@@ -180,6 +194,98 @@ def test_random_changes_give_datum_error_or_a_datum() -> None:
         except DatumError:
             refused += 1
     assert 300 < refused < 3000
+
+
+def a_datum(rng: np.random.Generator) -> Datum:
+    """Numbers of 1 to 31 bits, so varints of 1 to 5 bytes; pictures of 0 bytes to some hundred kilobytes."""
+    height, width, label = (int(rng.integers(0, 2 ** int(rng.integers(1, 32)))) for _ in range(3))
+    data = rng.bytes(int(rng.integers(0, 2 ** int(rng.integers(1, 18)))))
+    return Datum(height, width, data, label, rng.bytes(int(rng.integers(0, 200))))
+
+
+def test_the_picture_is_located_where_decode_finds_it() -> None:
+    rng = np.random.default_rng(40)
+    lengths = set()
+    for datum in [*EXAMPLES[:4], *(a_datum(rng) for _ in range(600)), Datum(2**31 - 1, 1, b"x" * 2**21, 0, b"s")]:
+        value = datum.encode()
+        start, end, height, width, label = locate(memoryview(value))
+        assert Datum.decode(value) == Datum(height, width, value[start:end], label, datum.source) == datum
+        lengths |= {-(-max(number.bit_length(), 1) // 7) for number in (height, width, label)}
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any]) -> None:
+    for datum in EXAMPLES[:4]:
+        message = caffe_datum()
+        message.channels, message.height, message.width = 3, datum.height, datum.width
+        message.data, message.label, message.encoded, message.source = datum.data, datum.label, True, datum.source
+        value = message.SerializeToString()
+        start, end, *numbers = locate(memoryview(value))
+        assert value[start:end] == datum.data and numbers == [datum.height, datum.width, datum.label]
+
+
+@pytest.mark.parametrize("datum", EXAMPLES[:4])
+def test_a_record_that_was_cut_is_located_or_refused(datum: Datum) -> None:
+    """What follows the label is not looked at; before its end nothing is located."""
+    value = datum.encode()
+    whole = locate(memoryview(value))
+    label_ends = whole.end + 1 + -(-max(datum.label.bit_length(), 1) // 7)
+    for length in range(len(value)) if len(value) < 1000 else [*range(40), *range(label_ends - 40, len(value))]:
+        if length >= label_ends:
+            assert locate(memoryview(value)[:length]) == whole
+        else:
+            with pytest.raises(DatumError):
+                locate(memoryview(value)[:length])
+
+
+@pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label"])
+def test_a_record_without_a_field_is_not_located(lacking: str, caffe_datum: Callable[[], Any]) -> None:
+    message = caffe_datum()
+    message.ParseFromString(SMALL.encode())
+    message.ClearField(lacking)
+    with pytest.raises(DatumError):
+        locate(memoryview(message.SerializeToString()))
+
+
+def test_only_pictures_of_three_channels_are_located() -> None:
+    with pytest.raises(DatumError):
+        locate(memoryview(EXAMPLES[4].encode()))
+
+
+def test_whatever_is_located_lies_within_the_record() -> None:
+    """Random bytes, good records with bytes changed, and pictures that say they are longer: no other error."""
+    rng = np.random.default_rng(8)
+    attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
+    for _ in range(4000):
+        damaged = bytearray(EXAMPLES[int(rng.integers(0, 2))].encode())
+        for at in rng.integers(0, len(damaged), int(rng.integers(1, 4))):
+            damaged[at] = rng.integers(0, 256)
+        attempts.append(bytes(damaged))
+    attempts += [b"\x08\x03\x10" + rng.bytes(2) + b"\x18\x01\x22" + rng.bytes(8) + b"\x28\x01" for _ in range(500)]
+    located = 0
+    for value in attempts:
+        try:
+            start, end, *numbers = locate(memoryview(value))
+        except DatumError:
+            continue
+        located += 1
+        assert 0 < start <= end <= len(value) - 2 and min(numbers) >= 0
+        assert value[end : end + 1] == b"\x28"
+    assert located > 1000
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"\xff" * 8 + b"\x7f",
+        b"\xff" * 4 + b"\x7f",
+        b"\xff" * 9 + b"\x01",
+        b"\x80" * 12,
+    ],
+)
+def test_a_picture_that_says_it_is_endless_is_refused(size: bytes) -> None:
+    with pytest.raises(DatumError):
+        locate(memoryview(b"\x08\x03\x10\x05\x18\x05\x22" + size + b"\x28\x01" * 20))
 
 
 def test_dali_reads_the_records_as_they_are(store: Path, records_of: Callable[[Path, str], Any]) -> None:

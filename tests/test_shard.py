@@ -1,12 +1,18 @@
-"""prep.shard against the lmdb library used directly, and hashlib over the bytes that the docstring names."""
+"""prep.shard against the lmdb library used directly, and hashlib over the bytes that the docstring names.
+
+Readers are held against what was written, by place, with keys that have gaps where inputs were left out.
+"""
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import lmdb
@@ -14,7 +20,7 @@ import numpy as np
 import pytest
 
 from prep.manifest import StoreError
-from prep.shard import key_of, read, write
+from prep.shard import Reader, key_of, read, write
 
 
 def some_records(count: int, seed: int = 0) -> list[tuple[bytes, bytes]]:
@@ -146,6 +152,168 @@ def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
     with open(file, "r+b") as handle:
         handle.truncate(int(file.stat().st_size * share))
     program = "import sys, pathlib; from prep.shard import read; list(read(pathlib.Path(sys.argv[1])))"
+    ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 1, ended
+    assert ended.stderr.splitlines()[-1].startswith(f"prep.manifest.StoreError: {folder}")
+
+
+def with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
+    return [(key_of(number), value) for number, (_, value) in zip(numbers, some_records(len(numbers)), strict=True)]
+
+
+def open_handles(folder: Path) -> int:
+    """How often the LMDB at `folder` is open in this process."""
+    gc.collect()
+    found = 0
+    for handle in os.listdir("/proc/self/fd"):
+        try:
+            found += os.readlink(f"/proc/self/fd/{handle}") == os.path.realpath(folder / "data.mdb")
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        [0],
+        list(range(50)),
+        list(range(700, 760)),
+        ([0, 2, 3]),
+        ([5, 6, 8]),
+        ([1, 3, 4, 9, 10, 99_999_999]),
+        [k for k in range(300) if k % 7],
+        [],
+    ],
+    ids=lambda numbers: f"{len(numbers)}-from-{min(numbers, default=0)}",
+)
+def test_a_reader_finds_by_place_what_was_written_in_that_place(tmp_path: Path, numbers: list[int]) -> None:
+    records = with_keys(numbers)
+    write(tmp_path / "s", records)
+    reader = Reader(tmp_path / "s", len(numbers))
+    backwards = [(reader.key(place), bytes(reader[place])) for place in reversed(range(len(numbers)))]
+    assert backwards[::-1] == records == list(read(tmp_path / "s"))
+    reader.close()
+    assert open_handles(tmp_path / "s") == 0
+
+
+def test_a_reader_copies_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "s", some_records(30))
+    reader = Reader(tmp_path / "s", 30)
+    assert all(isinstance(reader[place], memoryview) and reader[place].readonly for place in range(30))
+    addresses = [np.frombuffer(reader[7], np.uint8).ctypes.data for _ in range(2)]
+    assert addresses[0] == addresses[1]
+    reader.close()
+
+
+@pytest.mark.parametrize("promised", [0, 29, 31])
+def test_a_reader_refuses_another_number_of_records(tmp_path: Path, promised: int) -> None:
+    write(tmp_path / "s", some_records(30))
+    with pytest.raises(StoreError, match=f"30 records, the manifest says {promised}. mend it") as refused:
+        Reader(tmp_path / "s", promised, "mend it")
+    assert refused.value and open_handles(tmp_path / "s") == 0  # though the error is kept
+
+
+def test_a_key_that_is_missing_between_others_is_named(tmp_path: Path) -> None:
+    """As many keys as there should be, the first and the last right."""
+    with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
+        for key in (b"00000000", b"000000005", b"00000002"):
+            txn.put(key, key)
+    reader = Reader(tmp_path / "s", 3, "mend it")
+    assert bytes(reader[2]) == b"00000002"
+    with pytest.raises(StoreError, match=r"00000001\. mend it"):
+        reader[1]
+    reader.close()
+
+
+def test_readers_of_one_shard_share_it_until_the_last_is_closed(tmp_path: Path) -> None:
+    """Also by another path, and beside `read`: LMDB allows a file to be opened once in a process."""
+    records = some_records(40)
+    write(tmp_path / "s", records)
+    (tmp_path / "link").symlink_to(tmp_path / "s")
+    first, second, third = (Reader(tmp_path / name, 40) for name in ("s", "link", "s"))
+    assert open_handles(tmp_path / "s") == 1
+    passing = read(tmp_path / "link")
+    assert next(passing) == records[0]
+    for gone in (first, third):
+        gone.close()
+        assert [bytes(second[place]) for place in range(40)] == [value for _, value in records]
+    second.close()
+    second.close()
+    assert list(passing) == records[1:]
+    assert open_handles(tmp_path / "s") == 0
+    again = Reader(tmp_path / "s", 40)
+    assert bytes(again[39]) == records[39][1]
+    again.close()
+
+
+def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
+    records = some_records(200)
+    write(tmp_path / "s", records)
+    reader = Reader(tmp_path / "s", 200)
+
+    def some(seed: int) -> bool:
+        places = np.random.default_rng(seed).integers(0, 200, 2000).tolist()
+        return all(reader[place] == records[place][1] for place in places)
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(some, range(8)))
+    reader.close()
+
+
+def test_a_shard_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+    for seed in range(3):
+        records = some_records(20, seed)
+        write(tmp_path / "s", records)
+        reader = Reader(tmp_path / "s", 20)
+        assert [bytes(reader[place]) for place in range(20)] == [value for _, value in records]
+        reader.close()
+        shutil.rmtree(tmp_path / "s")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"x" * 100, b"not an lmdb" * 2000])
+def test_a_reader_names_what_is_no_lmdb(tmp_path: Path, content: bytes | None) -> None:
+    folder = tmp_path / "s"
+    if content is not None:
+        folder.mkdir()
+        (folder / "data.mdb").write_bytes(content)
+    with pytest.raises(StoreError, match=str(folder)):
+        Reader(folder, 3)
+    assert open_handles(folder) == 0
+
+
+def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
+    """Each page but the two of the header is overwritten in its turn; a record that is found may be damaged."""
+    folder = tmp_path / "s"
+    write(folder, some_records(60))
+    content = (folder / "data.mdb").read_bytes()
+    refused = 0
+    for page in range(2, len(content) // 4096):
+        (folder / "data.mdb").write_bytes(content[: page * 4096] + b"\xff" * 4096 + content[(page + 1) * 4096 :])
+        try:
+            reader = Reader(folder, 60)
+            for place in range(60):
+                len(reader[place])
+            reader.close()
+        except StoreError as error:
+            assert str(error).startswith(str(folder))
+            refused += 1
+    assert refused
+
+
+@pytest.mark.parametrize("cut", [1, 4096, 100_000])
+def test_a_reader_refuses_a_file_that_was_cut(tmp_path: Path, cut: int) -> None:
+    """Be it by one byte. In a process of its own: reading a map past its file's end is SIGBUS."""
+    folder = tmp_path / "s"
+    write(folder, some_records(100))
+    file = folder / "data.mdb"
+    with open(file, "r+b") as handle:
+        handle.truncate(file.stat().st_size - cut)
+    program = (
+        "import sys, pathlib; from prep.shard import Reader\n"
+        "reader = Reader(pathlib.Path(sys.argv[1]), 100)\n"
+        "print(sum(bytes(reader[place])[-1] for place in range(100) if reader[place]))\n"
+    )
     ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1, ended
     assert ended.stderr.splitlines()[-1].startswith(f"prep.manifest.StoreError: {folder}")
