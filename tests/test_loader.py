@@ -551,9 +551,10 @@ def test_a_shard_that_is_missing_is_named(broken: Path) -> None:
 # ---- resources
 
 
-def test_loaders_that_were_closed_leave_nothing(numbered: Path) -> None:
-    """200 of them, some closed before the first batch, all with others on their way: no file, no thread, and less than
-    24 MB more memory, 120 kB for each: a tenth of a batch."""
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_loaders_that_were_closed_leave_nothing(numbered: Path, times: int) -> None:
+    """Some closed before the first batch, all with others on their way: no file, no thread, and less than 24 MB more
+    memory, twenty batches."""
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
@@ -570,11 +571,15 @@ def test_loaders_that_were_closed_leave_nothing(numbered: Path) -> None:
         "        loader.close()\n"
         "use(40)\n"
         "before = held()\n"
-        "use(200)\n"
+        "use(int(sys.argv[2]))\n"
         "print(*before, *held())\n"
     )
     ended = subprocess.run(
-        [sys.executable, "-c", script, str(numbered)], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", script, str(numbered), str(times)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     files, threads, tasks, kb, files_after, threads_after, tasks_after, kb_after = map(int, ended.stdout.split())
     assert (files_after, threads_after, tasks_after) == (files, threads, tasks)
