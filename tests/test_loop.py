@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.loader import EvalLoader, TrainLoader
 from prep.console import UserError
 from train import checkpoint
 from train.loop import fit
@@ -300,12 +301,23 @@ def test_columns_on_two_gpus_are_seeded_apart(monkeypatch: pytest.MonkeyPatch, t
     assert len(seeds) == 3
 
 
-def test_the_stream_of_a_run_is_closed(
-    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ends", ["well", "diverged"])
+def test_the_streams_of_a_run_are_closed(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
 ) -> None:
-    from pipeline.loader import TrainLoader
-
-    closed = []
-    monkeypatch.setattr(TrainLoader, "close", lambda self: closed.append(self))
-    fit(config(stores["jpeg"], tmp_path / "run", epochs=1))
-    assert closed
+    """Though someone keeps them, as a traceback does: both, that of training and that of validation."""
+    kept: list[TrainLoader | EvalLoader] = []
+    for kind in (TrainLoader, EvalLoader):
+        begin = kind._start
+        monkeypatch.setattr(kind, "_start", lambda self, jobs, begin=begin: (kept.append(self), begin(self, jobs)))
+    recipe = replace(SHORT, schedule=(), lr=0.001 if ends == "well" else 1e12)
+    plan = config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=2)
+    if ends == "well":
+        fit(plan)
+        assert {type(loader) for loader in kept} == {TrainLoader, EvalLoader}
+    else:
+        with pytest.raises(UserError, match="diverged"):
+            fit(plan)
+    for loader in list(kept):
+        with pytest.raises(ValueError, match="closed"):
+            next(iter(loader))

@@ -8,7 +8,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -35,12 +35,12 @@ def fit(config: RunConfig) -> Path:
     Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
     claim(config.run_dir)
-    with hold_lock(config.run_dir, "training"):
-        _fit(config)
+    with hold_lock(config.run_dir, "training"), ExitStack() as streams:
+        _fit(config, streams)
     return config.run_dir
 
 
-def _fit(config: RunConfig) -> None:
+def _fit(config: RunConfig, streams: ExitStack) -> None:
     # ---- store, model, optimiser
     store = Store.open(config.store)
     if config.devices[0] == "cpu":
@@ -62,10 +62,12 @@ def _fit(config: RunConfig) -> None:
         checkpoint.drop_after(config.run_dir, step)
         say(f"{config.run_dir}: goes on after step {step:,}.")
     describe(config, store)
-    loader = _stream(config, schedule, step // max(steps_per_epoch, 1))
+    loader = streams.enter_context(_stream(config, schedule, step // max(steps_per_epoch, 1)))
     if state is not None:
         loader.load_state_dict(state["stream"])
     validation = _validation(config, store)
+    if validation is not None:
+        streams.enter_context(validation)
     log = _Log(config.run_dir / "metrics.jsonl", step, validation_due)
 
     # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
@@ -105,11 +107,10 @@ def _fit(config: RunConfig) -> None:
             validation_due = epoch_ends and validation is not None
             if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.how.colour:
                 loader.close()
-                loader = _stream(config, schedule, step // steps_per_epoch)
+                loader = streams.enter_context(_stream(config, schedule, step // steps_per_epoch))
             _save(config, store, step, model, optimiser, schedule, loader, validation_due)
             if stop.asked:
                 raise stop.asked
-    loader.close()
 
 
 def _seed(config: RunConfig, step: int) -> None:
