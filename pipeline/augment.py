@@ -100,10 +100,10 @@ class Augmenter:
             )
         check_choice("layout", layout, LAYOUTS)
         self.settings, self.placement, self.how = store.settings, placement, how
-        self.stats = store.colour()
+        stats = store.colour()
         self.room_px = self.side_px - WINDOW_PX  # the largest offset of a window
-        self.mean_rgb = np.array(self.stats.mean_rgb if how.mean == "channel" else (0, 0, 0))
-        self.noise = noise_matrix(self.stats, how.colour, how.strength)
+        self.mean_rgb = np.array(stats.mean_rgb if how.mean == "channel" else (0, 0, 0))
+        self.noise = noise_matrix(stats, how.colour, how.strength)
         self.mean_image = store.mean_image() if how.mean in ("image", "aligned") else None
         self.is_raw = store.settings.format == "ppm"
         self._fn, self._types = dali().fn, dali().types

@@ -89,7 +89,7 @@ class _Loader:
         self._records = Records(store, split)
         check_choice("dtype", dtype, tuple(_DTYPES))
         self._augmenter = Augmenter(store, placement, how, layout)
-        self._feed: Feed | None = None
+        self._feed: Feed  # which `_open` makes, last
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -105,8 +105,7 @@ class _Loader:
 
     def close(self) -> None:
         """End the threads, give back memory and files. Batches that were handed out stay valid."""
-        if self._feed is not None:
-            self._feed.close()
+        self._feed.close()
 
     def __enter__(self) -> Self:
         return self
@@ -120,13 +119,11 @@ class _Loader:
         self._feed = Feed(pipe, self.placement, self._records)
 
     def _start(self, jobs: Iterator[Job]) -> None:
-        assert self._feed is not None
         self._feed.begin(jobs)
         self._handed_over_at = None
 
     def _next(self) -> Batch | None:
         """The next batch; None after the last. Raises StoreError for a record that is damaged."""
-        assert self._feed is not None
         asked = time.perf_counter()
         held_s = 0.0 if self._handed_over_at is None else asked - self._handed_over_at
         served = self._feed.next()
@@ -252,7 +249,6 @@ class TrainLoader(_Loader):
             self._order = epoch, order
         draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.how.shared_by)
         numbers = order[step * images : (step + 1) * images][mine]
-        assert self._feed is not None
         return self._feed.look_up(numbers, lambda records: self._augmenter.random_inputs(records, draws.part(mine)))
 
 
@@ -283,7 +279,6 @@ class EvalLoader(_Loader):
     def _look_up(self, index: int) -> Fed:
         numbers = self._numbers[index * self.batch_size : (index + 1) * self.batch_size]
         inputs = self._augmenter.centre_inputs if self.views == 1 else self._augmenter.square_inputs
-        assert self._feed is not None
         return self._feed.look_up(numbers, inputs)
 
 

@@ -8,7 +8,7 @@ fingerprint. While it is unfinished its state is in
     store/train/.build/00000.json .npy   one finished shard, see prep.work
 
 The order of the records is fixed here: by a keyed hash of their paths, so it depends on nothing but names and seed,
-and DALI, which reads in key order through a small shuffle buffer, meets the classes well mixed.
+and a stream that reads blocks of neighbours (pipeline.order) meets the classes well mixed.
 """
 
 from __future__ import annotations

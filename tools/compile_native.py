@@ -21,7 +21,10 @@ FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-shared"]
 
 
 def compile_native(source: Path) -> Path | None:
-    """Compile `source` to the library beside it that prep/native.py will look for; None where that cannot be done."""
+    """Compile `source` to the library beside it that prep/native.py will look for; None where that cannot be done.
+
+    The name is that of native.library_path, which cannot be called: there is no NumPy where pip builds.
+    """
     library = source.with_name(f"native-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
