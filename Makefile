@@ -30,7 +30,7 @@ bench: .venv/ready  ## Build, stream and training step beside their peers and bo
 clean:  ## Remove the environment and the demo
 	rm -rf .venv demo
 
-.venv/ready: pyproject.toml constraints.txt prep/native.c tools/compile_native.py
+.venv/ready: pyproject.toml constraints.txt $(wildcard */native.c) tools/compile_native.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,dev]'

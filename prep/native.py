@@ -1,31 +1,24 @@
-"""The inner loops of a build in C (native.c), where a compiler was there at installation; `kernel` is None elsewhere.
+"""The inner loops of a build in C (native.c); `kernel` is None where they could not be compiled (compiled.py).
 
-Nothing depends on it but speed: rescale.py and colour.py do the same in NumPy, with the same bits. The library's name
-holds a digest of its source, so that one left from another version is never loaded, and what a compiler made of the
-source is tried on a small picture before it is believed. ALEXNET_NATIVE=0 in the environment switches it off.
+rescale.py and colour.py do the same in NumPy, with the same bits.
 """
 
 from __future__ import annotations
 
 import ctypes
 import itertools
-import os
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from prep import compiled
+
 Integers = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 SOURCE = Path(__file__).with_name("native.c")
-
-
-def library_path() -> Path:
-    """Where the library compiled from the present source lies, or would."""
-    return SOURCE.with_name(f"native-{sha256(SOURCE.read_bytes()).hexdigest()[:16]}.so")
 
 
 class Pass(ctypes.Structure):
@@ -49,10 +42,9 @@ class Pass(ctypes.Structure):
 
 
 class Kernel:
-    """The library's functions. Raises OSError or AttributeError where it is none of ours."""
+    """The library's functions. Raises AttributeError where it lacks one."""
 
-    def __init__(self, path: Path) -> None:
-        library = ctypes.CDLL(str(path))  # which lets other threads run while in a call
+    def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
         self._rescale = {"f": library.rescale_float, "d": library.rescale_double}
         self._moments = library.add_moments
@@ -90,18 +82,7 @@ class Kernel:
         self._lines(square.ctypes.data, square.strides[0], side, 3 * side, sums.ctypes.data)
 
 
-def load(path: Path) -> Kernel | None:
-    """The library at `path`, if it is there, is one of ours, and is right."""
-    if os.environ.get("ALEXNET_NATIVE") == "0":
-        return None
-    try:
-        kernel = Kernel(path)
-    except (OSError, AttributeError):
-        return None
-    return kernel if _is_right(kernel) else None
-
-
-def _is_right(kernel: Kernel) -> bool:
+def is_right(kernel: Kernel) -> bool:
     """Whether it computes what it should on a small picture, with one to five rows and three or four columns to each
     output, in both kinds of numbers.
     """
@@ -136,4 +117,4 @@ def _is_right(kernel: Kernel) -> bool:
     return right and np.array_equal(square, pixels[5:18, 11:24].astype(np.uint16) + 7)
 
 
-kernel = load(library_path())
+kernel = compiled.load(compiled.library_path(SOURCE), Kernel, is_right)

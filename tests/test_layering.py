@@ -13,8 +13,8 @@ ROOT = Path(__file__).parent.parent
 OURS = {"prep", "pipeline", "train", "tools", "tests"}
 ALLOWED = {
     "prep": ("prep",),
-    "pipeline": ("pipeline", "prep.manifest", "prep.console", "prep.datum", "prep.shard"),
-    "train": ("train", "pipeline", "prep.manifest", "prep.console"),
+    "pipeline": ("pipeline", "prep.manifest", "prep.console", "prep.compiled", "prep.datum", "prep.shard"),
+    "train": ("train", "pipeline", "prep.manifest", "prep.console", "prep.compiled"),
 }
 HEAVY = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
 

@@ -13,7 +13,7 @@ import pytest
 from building import Here
 from PIL import Image
 
-from prep import native
+from prep import compiled, native
 from prep.build import build_split
 from prep.colour import PixelSums
 from prep.console import Progress
@@ -22,7 +22,12 @@ from prep.rescale import rescale
 from prep.sources import read_source
 from tools.compile_native import compile_native
 
-compiled = pytest.mark.skipif(native.kernel is None, reason="no C compiler was there at installation")
+needs_kernel = pytest.mark.skipif(native.kernel is None, reason="no C compiler was there at installation")
+
+
+def load(path: Path) -> native.Kernel | None:
+    return compiled.load(path, native.Kernel, native.is_right)
+
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -40,7 +45,7 @@ def by_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str = "area")
         return rescale(pixels, side, keep_aspect, filter)
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("keep_aspect", [False, True])
 def test_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
@@ -56,19 +61,19 @@ def test_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
         assert np.array_equal(rescale(pixels, side, keep_aspect, filter), expected), (height, width, side)
 
 
-@compiled
+@needs_kernel
 def test_pixels_that_are_not_contiguous() -> None:
     pixels = noise(400, 900)
     for view in (pixels[::2, 5:605], pixels[:, ::-1], pixels.transpose(1, 0, 2), pixels[:, :, ::-1]):
         assert np.array_equal(rescale(view, 100), by_numpy(view.copy(), 100, False))
 
 
-@compiled
+@needs_kernel
 def test_nothing_beyond_the_picture_is_read_or_written() -> None:
     """The picture is the last thing in its memory, fenced by pages that kill who touches them."""
     program = """
 import ctypes, mmap, numpy as np
-from prep import native
+from prep import compiled, native
 from prep.rescale import rescale
 libc = ctypes.CDLL(None, use_errno=True)
 page = mmap.PAGESIZE
@@ -104,7 +109,7 @@ os._exit(0)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
-@compiled
+@needs_kernel
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (70, 64), (129, 127), (300, 200), (130, 5000)])
 def test_same_sums_as_numpy(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     side = min(64, *size)
@@ -139,11 +144,11 @@ def test_a_store_is_the_same_without_it(
 
 
 def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert native.load(tmp_path / "absent.so") is None
+    assert load(tmp_path / "absent.so") is None
     (tmp_path / "torn.so").write_bytes(b"\x7fELF and no more")
-    assert native.load(tmp_path / "torn.so") is None
+    assert load(tmp_path / "torn.so") is None
     monkeypatch.setenv("ALEXNET_NATIVE", "0")
-    assert native.load(native.library_path()) is None
+    assert load(compiled.library_path(native.SOURCE)) is None
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -176,7 +181,7 @@ def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, righ
     source = tmp_path / "native.c"
     source.write_text(text.replace(right, wrong))
     library = compile_native(source)
-    assert library and native.load(library) is None
+    assert library and load(library) is None
 
 
 @needs_compiler
@@ -186,11 +191,10 @@ def test_compiling_replaces_what_was_left(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "native-0123456789abcdef.so").write_bytes(b"old")
     library = compile_native(source)
     assert library and sorted(tmp_path.iterdir()) == sorted([source, library])
-    assert native.load(library)
-    monkeypatch.setattr(native, "SOURCE", source)
-    assert native.library_path() == library
+    assert load(library)
+    assert compiled.library_path(source) == library
     source.write_text(source.read_text() + "\n")
-    assert not native.library_path().exists()  # made of another source: never loaded
+    assert not compiled.library_path(source).exists()  # made of another source: never loaded
 
 
 @needs_compiler
@@ -206,7 +210,7 @@ def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.Mo
             patch.setenv("CC", f"cc {flags.removeprefix('-DCLONES')}")
             library = compile_native(source)
         assert library
-        monkeypatch.setattr(native, "kernel", native.load(library))
+        monkeypatch.setattr(native, "kernel", load(library))
         assert native.kernel
         for picture, wanted in zip(pictures, expected, strict=True):
             assert np.array_equal(rescale(picture), wanted), flags

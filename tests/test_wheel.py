@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from prep.native import library_path
+from prep.compiled import library_path
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,7 +41,9 @@ def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"prep", "pipeline", "train"}
     ours = {f"{room}/{path.name}" for room in ("prep", "pipeline", "train") for path in (ROOT / room).glob("*.py")}
-    native = {"prep/native.c"} | ({f"prep/{library_path().name}"} if shutil.which("cc") else set())
+    sources = list(ROOT.glob("*/native.c"))
+    libraries = [library_path(source) for source in sources] if shutil.which("cc") else []
+    native = {f"{path.parent.name}/{path.name}" for path in sources + libraries}
     assert {name for name in names if ".dist-info" not in name} == ours | native
     assert any(name.endswith("licenses/LICENSE") for name in names)
 

@@ -1,4 +1,4 @@
-"""What pip runs when it installs the package: compiles prep/native.c if a C compiler is there, else does without.
+"""What pip runs when it installs the package: compiles the native.c of each room if a C compiler is there.
 
 The compiler is $CC or cc. Where it can make a function for each kind of CPU it does, so that what was built on one
 machine runs on any of its architecture, as fast as that allows.
@@ -21,9 +21,9 @@ FLAGS = ["-std=gnu11", "-O3", "-fPIC", "-shared"]
 
 
 def compile_native(source: Path) -> Path | None:
-    """Compile `source` to the library beside it that prep/native.py will look for; None where that cannot be done.
+    """Compile `source` to the library beside it that prep/compiled.py will look for; None where that cannot be done.
 
-    The name is that of native.library_path, which cannot be called: there is no NumPy where pip builds.
+    The name is that of compiled.library_path, which cannot be imported: pip builds where the package is not.
     """
     library = source.with_name(f"native-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
@@ -43,14 +43,15 @@ def compile_native(source: Path) -> Path | None:
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
-    """Adds the library to the wheel, which is then one for this platform; any Python 3 can load it."""
+    """Adds the libraries to the wheel, which is then one for this platform; any Python 3 can load them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it gathers files."""
-        library = compile_native(Path(self.root, "prep", "native.c"))
-        if library is None:
-            self.app.display_warning("prep/native.c was not compiled: building stores will take longer")
-            return
-        platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data.update(pure_python=False, tag=f"py3-none-{platform}")
-        build_data["artifacts"].append(f"/prep/{library.name}")
+        for source in sorted(Path(self.root).glob("*/native.c")):
+            library = compile_native(source)
+            if library is None:
+                self.app.display_warning(f"{source.parent.name}/native.c was not compiled: what it does takes longer")
+                continue
+            platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data.update(pure_python=False, tag=f"py3-none-{platform}")
+            build_data["artifacts"].append(f"/{source.parent.name}/{library.name}")
