@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -17,12 +17,14 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
-from pipeline.feed import Fed, Feed, built
+from pipeline.augment import WINDOW_PX, Augmentation, Augmenter, Cuts
+from pipeline.engine import Engine, engine_for
+from pipeline.feed import Fed, Feed
+from pipeline.graph import Form, decoded, encoded
 from pipeline.loader import TrainLoader
 from pipeline.order import draw
 from pipeline.placement import Placement
-from pipeline.records import Records
+from pipeline.records import Record, Records
 from prep.console import Progress
 from prep.manifest import Store
 
@@ -71,12 +73,15 @@ def bench_stream(
             return served
 
         contestants: dict[str, Callable[[], int]] = {"read": _reading(records, batch)}
-        augmenter = Augmenter(store, placement, Augmentation(), "NCHW")
-        for name, graph in (("decode", partial(augmenter.pictures, WINDOW_PX)), ("augment", augmenter.window)):
-            feed = Feed(built(graph, batch, placement, threads), placement, Records(store, split))
+        augmenter = Augmenter(store, Augmentation())
+        whole = engine_for(augmenter, placement, Form(), threads)
+        engines: dict[str, Engine] = (
+            {"augment": whole} if augmenter.is_raw else {"decode": _Decoding(placement), "augment": whole}
+        )
+        for name, engine in engines.items():
+            feed = Feed(engine, placement, Records(store, split), batch, threads)
             held.enter_context(closing(feed))
-            only = None if name == "augment" else {"picture", "start"}
-            feed.begin(_jobs(feed, augmenter, len(records), batch, only))
+            feed.begin(_jobs(feed, augmenter, len(records), batch))
             contestants[name] = partial(_take, feed)
         contestants["hand over"] = stream
         pool = held.enter_context(ThreadPoolExecutor(threads))
@@ -98,7 +103,7 @@ def bench_stream(
         images_per_s=median["hand over"],
         bound_images_per_s=median["bound"],
         share_of_bound=share,
-        stages={name: median[name] for name in STAGES},
+        stages={name: median[name] for name in STAGES if name in median},
         bound=name,
         batch=batch,
         threads=threads,
@@ -135,18 +140,31 @@ def _reading(records: Records, batch: int) -> Callable[[], int]:
     return work
 
 
-def _jobs(
-    feed: Feed, augmenter: Augmenter, records: int, batch: int, only: set[str] | None
-) -> Iterator[Callable[[], Fed]]:
-    """Endless batches in the store's order; of their inputs those that the graph has."""
+class _Decoding:
+    """An engine that decodes windows and stops there."""
+
+    def __init__(self, placement: Placement) -> None:
+        self._placement = placement
+
+    def nodes(self) -> Any:
+        return decoded(self._placement, WINDOW_PX)
+
+    def inputs(self, records: Sequence[Record], cuts: Cuts) -> dict[str, Any]:
+        return encoded(records, cuts.origin + cuts.offset[:, 0])
+
+    def images(self, outputs: tuple[Any, ...], records: Sequence[Record], cuts: Cuts) -> torch.Tensor:
+        return torch.empty(0)
+
+    def close(self) -> None:
+        pass
+
+
+def _jobs(feed: Feed, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], Fed]]:
+    """Endless batches in the store's order."""
     draws = draw(0, 0, 0, batch, augmenter.room_px)
 
     def look_up(first: int) -> Fed:
-        def inputs(found: Any) -> dict[str, Any]:
-            every = augmenter.random_inputs(found, draws)
-            return {name: values for name, values in every.items() if only is None or name in only}
-
-        return feed.look_up(np.arange(first, first + batch), inputs)
+        return feed.look_up(np.arange(first, first + batch), lambda found: augmenter.random(found, draws))
 
     return (partial(look_up, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 
@@ -154,7 +172,7 @@ def _jobs(
 def _take(feed: Feed) -> int:
     served = feed.next()
     assert served is not None
-    return len(served[1].labels)
+    return len(served.fed.labels)
 
 
 def _bound(records: Records, format: str, pool: ThreadPoolExecutor, threads: int) -> Callable[[], int]:

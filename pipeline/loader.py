@@ -10,9 +10,9 @@ What is served is the formula of pipeline.augment, in the order and with the dra
 seed and of where the stream stands, which is two numbers, epoch and step. So a state continues anywhere at once, to
 the bit; threads, prefetching and the number of loaders that share an epoch change nothing.
 
-DALI does the work in its own threads, ahead of the consumer; what arrives is a view of its memory, without a copy. Each
-batch has memory of its own for as long as a tensor of it lives, so batches may be kept or changed in place. On a GPU
-they belong to the stream that is torch's current one when they are served.
+The work is done in threads, ahead of the consumer; what arrives is not copied. Each batch has memory of its own for as
+long as a tensor of it lives, so batches may be kept or changed in place. On a GPU they belong to the stream that is
+torch's current one when they are served.
 """
 
 from __future__ import annotations
@@ -26,20 +26,19 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
-from torch.utils.dlpack import from_dlpack
 
-from pipeline.augment import Augmentation, Augmenter, check_choice
-from pipeline.feed import Fed, Feed, Job, built
+from pipeline.augment import LAYOUTS, Augmentation, Augmenter, check_choice
+from pipeline.engine import engine_for
+from pipeline.feed import Fed, Feed, Job
+from pipeline.graph import Form
 from pipeline.order import draw, epoch_order
 from pipeline.placement import Placement
 from pipeline.records import Records
 from prep.console import UserError, usable_cores
 from prep.manifest import Store
 
-GRAPH_VERSION = 2  # of what pipeline.order and pipeline.augment serve: a state of another cannot be continued
+GRAPH_VERSION = 3  # of what pipeline.order and pipeline.augment serve: a state of another cannot be continued
 
-
-# Halved by torch: DALI has no bfloat16, and on a CPU takes four times as long for float16 as for float32.
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -88,7 +87,8 @@ class _Loader:
         self._handed_over_at: float | None = None
         self._records = Records(store, split)
         check_choice("dtype", dtype, tuple(_DTYPES))
-        self._augmenter = Augmenter(store, placement, how, layout)
+        check_choice("layout", layout, LAYOUTS)
+        self._augmenter = Augmenter(store, how)
         self._feed: Feed  # which `_open` makes, last
 
     @property
@@ -113,10 +113,11 @@ class _Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, graph: Any) -> None:
-        """Build the graph that `graph()` defines, and feed it from now on."""
-        pipe = built(graph, self.batch_size, self.placement, self.threads)
-        self._feed = Feed(pipe, self.placement, self._records)
+    def _open(self, views: int, divisor: float) -> None:
+        """Begin to serve so many windows of each record."""
+        form = Form(views, self.layout, divisor, _DTYPES[self.dtype])
+        engine = engine_for(self._augmenter, self.placement, form, self.threads)
+        self._feed = Feed(engine, self.placement, self._records, self.batch_size, self.threads)
 
     def _start(self, jobs: Iterator[Job]) -> None:
         self._feed.begin(jobs)
@@ -127,15 +128,11 @@ class _Loader:
         asked = time.perf_counter()
         held_s = 0.0 if self._handed_over_at is None else asked - self._handed_over_at
         served = self._feed.next()
-        batch = None if served is None else self._batch(*served)
+        batch = None if served is None else Batch(served.images, self.placement.tensor(served.fed.labels))
         now = self._handed_over_at = time.perf_counter()
         before = self._waits
         self._waits = Waits(before.batches + (batch is not None), before.waited_s + now - asked, before.held_s + held_s)
         return batch
-
-    def _batch(self, outputs: tuple[Any, ...], fed: Fed) -> Batch:
-        images = from_dlpack(outputs[0].as_tensor())
-        return Batch(images.to(_DTYPES[self.dtype]), self.placement.tensor(fed.labels))
 
 
 class TrainLoader(_Loader):
@@ -159,7 +156,7 @@ class TrainLoader(_Loader):
         self.epoch, self.step = 0, 0  # where the stream stands: the next batch to be served
         self._order = (-1, np.empty(0, np.int64))  # of an epoch, the one last asked for
         self._continues = False
-        self._open(lambda: self._augmenter.window(self.how.divisor))
+        self._open(1, self.how.divisor)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -249,7 +246,7 @@ class TrainLoader(_Loader):
             self._order = epoch, order
         draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.how.shared_by)
         numbers = order[step * images : (step + 1) * images][mine]
-        return self._feed.look_up(numbers, lambda records: self._augmenter.random_inputs(records, draws.part(mine)))
+        return self._feed.look_up(numbers, lambda records: self._augmenter.random(records, draws.part(mine)))
 
 
 class EvalLoader(_Loader):
@@ -264,7 +261,7 @@ class EvalLoader(_Loader):
         self.views = views
         first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
         self._numbers = np.arange(first, end)
-        self._open(self._augmenter.window if views == 1 else self._augmenter.ten_views)
+        self._open(views, 1.0)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -278,8 +275,7 @@ class EvalLoader(_Loader):
 
     def _look_up(self, index: int) -> Fed:
         numbers = self._numbers[index * self.batch_size : (index + 1) * self.batch_size]
-        inputs = self._augmenter.centre_inputs if self.views == 1 else self._augmenter.square_inputs
-        return self._feed.look_up(numbers, inputs)
+        return self._feed.look_up(numbers, lambda records: self._augmenter.still(records, self.views))
 
 
 def train_loader(

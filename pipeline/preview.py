@@ -11,7 +11,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
-from pipeline.feed import Fed, Feed, built
+from pipeline.engine import engine_for
+from pipeline.feed import Fed, Feed
+from pipeline.graph import Form
 from pipeline.order import draw
 from pipeline.placement import Placement
 from pipeline.records import Record, Records
@@ -53,22 +55,20 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
 def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
     """One list for each column: uint8 (H, W, 3) for each row."""
     placement = Placement.of("cpu")
-    augmenter = Augmenter(store, placement, Augmentation(mean="none"), "NHWC")
-    feed = Feed(built(augmenter.window, rows, placement, threads=1), placement, Records(store, split))
+    augmenter = Augmenter(store, Augmentation(mean="none"))
+    engine = engine_for(augmenter, placement, Form(layout="NHWC"), threads=1)
+    feed = Feed(engine, placement, Records(store, split), rows, threads=1)
 
     def job(column: int) -> Fed:
         draws = draw(seed, 0, min(column, AUGMENTED - 1), rows, augmenter.room_px)
         if column == AUGMENTED:
             draws = draws._replace(normal=draws.normal * LOUD)
-        return feed.look_up(np.arange(rows), lambda records: augmenter.random_inputs(records, draws))
+        return feed.look_up(np.arange(rows), lambda records: augmenter.random(records, draws))
 
-    columns = [
-        [_stored(record, store.settings.side_px) for record in feed.look_up(np.arange(rows), lambda _: {}).records]
-    ]
+    columns = [[_stored(record, store.settings.side_px) for record in job(0).records]]
     feed.begin(partial(job, column) for column in range(AUGMENTED + 1))
     while (served := feed.next()) is not None:
-        images = served[0][0].as_array()
-        columns.append(list(np.clip(np.rint(images), 0, 255).astype(np.uint8)))
+        columns.append(list(np.clip(np.rint(served.images.numpy()), 0, 255).astype(np.uint8)))
     feed.close()
     return columns
 

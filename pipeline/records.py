@@ -34,7 +34,7 @@ class Records:
         self._shards = store.split(split).shards
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, Reader] = {}
-        self._raw = store.settings.format == "ppm"
+        self._raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -50,6 +50,8 @@ class Records:
                 start += 3 * width  # the header fills one row (prep.picture.ppm_header)
                 if end - start != 3 * width * height:
                     raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
+            if min(height, width) != self._side_px:
+                raise DatumError(f"{width}×{height} px, the shorter side of this store's pictures is {self._side_px}")
         except DatumError as error:
             raise StoreError(f"{self.name(number)}: {error}. {self.advice}") from None
         picture = np.frombuffer(value, np.uint8, end - start, start)

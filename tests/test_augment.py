@@ -19,6 +19,7 @@ import torch
 from conftest import Build
 from PIL import Image
 
+from pipeline import native
 from pipeline.augment import Augmentation, noise_matrix
 from pipeline.loader import eval_loader, train_loader
 from pipeline.order import draw, epoch_order
@@ -37,6 +38,16 @@ CHOICES = [
     Augmentation(mean="channel", colour="off", divisor=2.5, shared_by=32),
 ]
 TOLERANCE = 1e-3  # grey levels
+
+
+@pytest.fixture(params=["kernel", "graph"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both engines: the graph is what a GPU runs, and a CPU where no compiler was there."""
+    if request.param == "graph":
+        monkeypatch.setattr(native, "kernel", None)
+    elif native.kernel is None:
+        pytest.skip("no C compiler was there at installation")
+    return request.param
 
 
 def stored_squares(store: Store, split: str) -> list[tuple[int, np.ndarray]]:
@@ -122,6 +133,7 @@ def name(how: Augmentation) -> str:
 
 @pytest.mark.parametrize("how", CHOICES, ids=name)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("engine")
 def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, how: Augmentation) -> None:
     store = Store.open(stores[kind])
     compared = 0
@@ -134,6 +146,7 @@ def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, h
 
 
 @pytest.mark.parametrize(("kind", "mean"), [("jpeg", "aligned"), ("ppm", "none"), ("ppm-whole", "none")])
+@pytest.mark.usefixtures("engine")
 def test_every_window_is_where_it_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
     """Each of the 33 offsets in each direction: positions that DALI is given as shares come back as whole pixels."""
     store, how = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
@@ -148,6 +161,7 @@ def test_every_window_is_where_it_was_drawn(stores: dict[str, Path], kind: str, 
     ("side", "options"),
     [(224, ("--format", "ppm", "--keep-aspect")), (225, ("--format", "ppm")), (227, ("--keep-aspect",))],
 )
+@pytest.mark.usefixtures("engine")
 def test_other_sides_have_other_windows(photo_folder: Path, build: Build, side: int, options: tuple[str, ...]) -> None:
     """Odd rooms, and none at all."""
     store = Store.open(build(photo_folder, "--split", "train", "--side", str(side), *options))
@@ -171,6 +185,7 @@ def ten_windows(store: Store) -> list[tuple[tuple[int, int], int]]:
 
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.usefixtures("engine")
 def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
     """In the store's order; of the augmentation only the mean counts."""
     store, how = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
@@ -229,6 +244,7 @@ LOADERS = ["train", "centre", "ten views"]
 
 @pytest.mark.parametrize("mean", MEANS)
 @pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.usefixtures("engine")
 def test_one_layout_is_the_other_transposed(stores: dict[str, Path], loader: str, mean: str) -> None:
     how = Augmentation(mean=mean, divisor=1.1)
     planes = batches(stores["ppm-whole"], loader, augmentation=how)

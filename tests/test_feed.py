@@ -1,4 +1,4 @@
-"""A Feed: jobs in, DALI's outputs in the same order, never more in hand than it says, and an end to it at any time."""
+"""A Feed: jobs in, their images in the same order, never more in hand than it says, and an end to it at any time."""
 
 from __future__ import annotations
 
@@ -12,8 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from pipeline import native
 from pipeline.augment import Augmentation, Augmenter
-from pipeline.feed import IN_GRAPH, LOOKED_UP, Fed, Feed, built
+from pipeline.engine import engine_for
+from pipeline.feed import FINISHED, IN_GRAPH, LOOKED_UP, Fed, Feed
+from pipeline.graph import Form
 from pipeline.placement import Placement
 from pipeline.records import Records
 from prep.manifest import Store, StoreError
@@ -27,22 +30,24 @@ class Wired:
 
     def __init__(self, path: Path) -> None:
         store = Store.open(path)
-        self.augmenter = Augmenter(store, CPU, NOTHING, "NHWC")
-        pipe = built(self.augmenter.window, 3, CPU, threads=1)
-        self.feed = Feed(pipe, CPU, Records(store, "train"))
+        self.augmenter = Augmenter(store, NOTHING)
+        engine = engine_for(self.augmenter, CPU, Form(layout="NHWC"), threads=1)
+        self.feed = Feed(engine, CPU, Records(store, "train"), batch_size=3, threads=1)
 
     def job(self, first: int, wait_s: float = 0.0) -> Fed:
         time.sleep(wait_s)
-        return self.feed.look_up(np.arange(first, first + 3), self.augmenter.centre_inputs)
+        return self.feed.look_up(np.arange(first, first + 3), lambda records: self.augmenter.still(records, 1))
 
     def take(self) -> tuple[int, float]:
         """The first record's number, and a sum of the pixels that came with it."""
-        outputs, fed = self.feed.next()
-        return int(fed.numbers[0]), float(outputs[0].as_array().sum(dtype=np.float64))
+        images, fed = self.feed.next()
+        return int(fed.numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
 
-@pytest.fixture
-def wired(stores: dict[str, Path]) -> Iterator[Wired]:
+@pytest.fixture(params=["kernel", "graph"])
+def wired(stores: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wired]:
+    if request.param == "graph":
+        monkeypatch.setattr(native, "kernel", None)
     one = Wired(stores["ppm"])
     yield one
     one.feed.close()
@@ -95,7 +100,7 @@ def test_jobs_are_asked_for_no_further_ahead_than_is_said(wired: Wired) -> None:
     wired.feed.begin(endless())
     for taken in range(1, 30):
         wired.take()
-        assert asked <= taken + LOOKED_UP + IN_GRAPH
+        assert asked <= taken + LOOKED_UP + IN_GRAPH + FINISHED
 
 
 def test_batches_are_looked_up_while_others_are_decoded(wired: Wired) -> None:
