@@ -21,6 +21,7 @@ from prep.cli import main
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
+RECORDS, VAL = 37, 23  # of `numbered`
 
 
 @pytest.fixture(scope="session")
@@ -97,6 +98,21 @@ def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
         "ppm": build(photo_folder, "--format", "ppm"),
         "ppm-whole": build(photo_folder, "--format", "ppm", "--keep-aspect"),
     }
+
+
+@pytest.fixture(scope="session")
+def numbered(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
+    """A store of 37 training and 23 validation pictures whose labels are their numbers."""
+    source = tmp_path_factory.mktemp("numbered")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", RECORDS), ("val", VAL)):
+        (source / split).mkdir()
+        for k in range(n):
+            picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(picture).resize((260 + k, 256)).save(source / split / f"{k:03d}.jpg")
+    labels = source / "numbers.txt"
+    labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(RECORDS)))
+    return build(source, "--labels", str(labels))
 
 
 @pytest.fixture(scope="session")
