@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -181,6 +182,15 @@ class Command:
         return self.process.returncode, stdout, stderr
 
 
+def stepped(photos: Path, work: Path, how: str) -> list[dict[str, Any]]:
+    """Builds that end before their 1st, 2nd, 3rd… step on the disk, given again; see tests/stepped.py."""
+    program = [sys.executable, str(Path(__file__).with_name("stepped.py")), str(photos), str(work), how]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as a worker has
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
 def group(leader: int) -> dict[int, str]:
     """The living processes of a process group and their command lines."""
     found = {}
@@ -199,8 +209,3 @@ def is_alive(pid: int) -> bool:
         return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def one_blas_thread() -> dict[str, str]:
-    """The environment of a process that builds by itself."""
-    return {**os.environ, "OPENBLAS_NUM_THREADS": "1"}

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import lmdb
 import numpy as np
@@ -153,3 +155,17 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
         return records
 
     return read
+
+
+@pytest.fixture
+def bell() -> Iterator[None]:
+    """What would read or wait for ever fails instead, after a minute."""
+
+    def ring(signum: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError("it does not end")
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import io
 import os
-import signal
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,6 +24,8 @@ from prep.console import UserError
 from prep.manifest import Store
 from prep.picture import BadPicture
 from prep.sources import Found
+
+pytestmark = pytest.mark.usefixtures("bell")
 
 BLOCK = 512
 Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
@@ -70,20 +70,6 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
         for path in root.rglob("*")
         if (status := path.lstat())
     }
-
-
-@pytest.fixture(autouse=True)
-def bell() -> Iterator[None]:
-    """What would read for ever fails instead."""
-
-    def ring(signum: int, frame: FrameType | None) -> NoReturn:
-        raise TimeoutError("it does not end")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,14 @@ By injected errors at each step, by a limit on the length of files, and, where t
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-from building import DEADLINE_S, PPM, Command, Here, build, make_pictures, one_blas_thread
+from building import DEADLINE_S, PPM, Command, Here, build, make_pictures, stepped
 
 from prep.console import DiskFull, UserError
 from prep.manifest import Store, StoreError
@@ -30,13 +28,6 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return build(photos, tmp_path_factory.mktemp("whole") / "store")
-
-
-def stepped(photos: Path, work: Path, how: str) -> list[dict[str, Any]]:
-    program = [sys.executable, str(Path(__file__).with_name("stepped.py")), str(photos), str(work), how]
-    ended = subprocess.run(program, env=one_blas_thread(), capture_output=True, text=True, timeout=DEADLINE_S)
-    assert ended.returncode == 0, ended.stderr
-    return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
 @pytest.mark.parametrize(("how", "code"), [("full", 3), ("limit", 3), ("broken", 1)])

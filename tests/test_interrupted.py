@@ -6,11 +6,8 @@ no process, no file under a temporary name.
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -19,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from building import DEADLINE_S, PPM, SKIP, STRICT, Command, build, group, make_pictures, one_blas_thread
+from building import PPM, SKIP, STRICT, Command, build, group, make_pictures, stepped
 
 from prep.build import build_split
 from prep.console import Progress, UserError
@@ -67,19 +64,16 @@ def start() -> Iterator[Start]:
 
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
-def stepped(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Builds that died before their 1st, 2nd, 3rd… step, given again; see tests/stepped.py."""
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Of builds that died before each step: where they are, and what was said."""
     work = tmp_path_factory.mktemp("stepped")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
-    program = [sys.executable, str(Path(__file__).with_name("stepped.py")), str(photos), str(work), request.param]
-    ended = subprocess.run(program, env=one_blas_thread(), capture_output=True, text=True, timeout=DEADLINE_S)
-    assert ended.returncode == 0, ended.stderr
     build(photos, work / "whole")
-    return work, [json.loads(line) for line in ended.stdout.splitlines()]
+    return work, stepped(photos, work, request.param)
 
 
-def test_killed_before_any_step_the_same_command_finishes(stepped: tuple[Path, Any]) -> None:
-    work, ends = stepped
+def test_killed_before_any_step_the_same_command_finishes(ended: tuple[Path, Any]) -> None:
+    work, ends = ended
     assert len(ends) >= 14
     assert {end["code"] for end in ends[:-1]} == {9}
     assert [end for end in ends if end["again"] != 0 or end["torn"]] == []
@@ -90,9 +84,9 @@ def test_killed_before_any_step_the_same_command_finishes(stepped: tuple[Path, A
         assert again.splits == whole.splits
 
 
-def test_killed_before_any_step_nothing_is_left_over(stepped: tuple[Path, Any]) -> None:
+def test_killed_before_any_step_nothing_is_left_over(ended: tuple[Path, Any]) -> None:
     """The files of each store are those of the build that ran through."""
-    work, ends = stepped
+    work, ends = ended
     expected = tree(work / "whole")
     found = {end["at"]: tree(work / f"{end['at']:03d}") for end in ends}
     assert {at: set(files) ^ set(expected) for at, files in found.items() if files != expected} == {}

@@ -120,16 +120,21 @@ def test_an_error_of_the_source_comes_through(tmp_path: Path) -> None:
         write(tmp_path / "s", broken())
 
 
-@pytest.mark.parametrize("content", [None, b"", b"x" * 100, b"not an lmdb" * 2000])
-def test_what_is_no_lmdb_is_named(tmp_path: Path, content: bytes | None) -> None:
+@pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
+def no_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that is not there, or whose data.mdb is something else."""
     folder = tmp_path / "s"
-    if content is not None:
+    if request.param is not None:
         folder.mkdir()
-        (folder / "data.mdb").write_bytes(content)
-    with pytest.raises(StoreError, match=str(folder)):
-        list(read(folder))
-    if content is None:
-        assert not folder.exists()
+        (folder / "data.mdb").write_bytes(request.param)
+    return folder
+
+
+def test_what_is_no_lmdb_is_named(no_lmdb: Path) -> None:
+    was_there = no_lmdb.exists()
+    with pytest.raises(StoreError, match=str(no_lmdb)):
+        list(read(no_lmdb))
+    assert no_lmdb.exists() == was_there
 
 
 def test_damaged_page_is_a_store_error(tmp_path: Path) -> None:
@@ -143,18 +148,23 @@ def test_damaged_page_is_a_store_error(tmp_path: Path) -> None:
         list(read(folder))
 
 
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
-    """As a copy that broke off leaves it. In a process of its own: reading a map past its file's end is SIGBUS."""
-    folder = tmp_path / "s"
-    write(folder, some_records(100))
-    file = folder / "data.mdb"
-    with open(file, "r+b") as handle:
-        handle.truncate(int(file.stat().st_size * share))
-    program = "import sys, pathlib; from prep.shard import read; list(read(pathlib.Path(sys.argv[1])))"
+def said_of_a_cut_file(folder: Path, size: int, program: str) -> str:
+    """The last line that a process of its own says: reading a map past its file's end is SIGBUS."""
+    os.truncate(folder / "data.mdb", size)
+    program = "import sys, pathlib; from prep.shard import Reader, read\nfolder = pathlib.Path(sys.argv[1])\n" + program
     ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 1, ended
-    assert ended.stderr.splitlines()[-1].startswith(f"prep.manifest.StoreError: {folder}")
+    return ended.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
+def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
+    """As a copy that broke off leaves it."""
+    folder = tmp_path / "s"
+    write(folder, some_records(100))
+    size = int((folder / "data.mdb").stat().st_size * share)
+    said = said_of_a_cut_file(folder, size, "list(read(folder))")
+    assert said.startswith(f"prep.manifest.StoreError: {folder}")
 
 
 def with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
@@ -271,15 +281,10 @@ def test_a_shard_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "s")
 
 
-@pytest.mark.parametrize("content", [None, b"", b"x" * 100, b"not an lmdb" * 2000])
-def test_a_reader_names_what_is_no_lmdb(tmp_path: Path, content: bytes | None) -> None:
-    folder = tmp_path / "s"
-    if content is not None:
-        folder.mkdir()
-        (folder / "data.mdb").write_bytes(content)
-    with pytest.raises(StoreError, match=str(folder)):
-        Reader(folder, 3)
-    assert open_handles(folder) == 0
+def test_a_reader_names_what_is_no_lmdb(no_lmdb: Path) -> None:
+    with pytest.raises(StoreError, match=str(no_lmdb)):
+        Reader(no_lmdb, 3)
+    assert open_handles(no_lmdb) == 0
 
 
 def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
@@ -303,17 +308,10 @@ def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 4096, 100_000])
 def test_a_reader_refuses_a_file_that_was_cut(tmp_path: Path, cut: int) -> None:
-    """Be it by one byte. In a process of its own: reading a map past its file's end is SIGBUS."""
+    """Be it by one byte."""
     folder = tmp_path / "s"
     write(folder, some_records(100))
-    file = folder / "data.mdb"
-    with open(file, "r+b") as handle:
-        handle.truncate(file.stat().st_size - cut)
-    program = (
-        "import sys, pathlib; from prep.shard import Reader\n"
-        "reader = Reader(pathlib.Path(sys.argv[1]), 100)\n"
-        "print(sum(bytes(reader[place])[-1] for place in range(100) if reader[place]))\n"
-    )
-    ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1, ended
-    assert ended.stderr.splitlines()[-1].startswith(f"prep.manifest.StoreError: {folder}")
+    size = (folder / "data.mdb").stat().st_size - cut
+    program = "reader = Reader(folder, 100)\nprint(sum(bytes(reader[k])[-1] for k in range(100) if reader[k]))"
+    said = said_of_a_cut_file(folder, size, program)
+    assert said.startswith(f"prep.manifest.StoreError: {folder}")

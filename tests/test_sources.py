@@ -7,14 +7,10 @@ are real ones. What is not taken must be in `refused`, by name and with the reas
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import tarfile
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import NoReturn
 
 import pytest
 
@@ -291,20 +287,6 @@ def test_a_class_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypa
     monkeypatch.setattr(os, "scandir", refusing)
     with pytest.raises(UserError, match=r"n2.*Permission denied"):
         read(root)
-
-
-@pytest.fixture
-def bell() -> Iterator[None]:
-    """What would wait for ever fails instead."""
-
-    def ring(signum: int, frame: FrameType | None) -> NoReturn:
-        raise TimeoutError("it waited for a FIFO")
-
-    before = signal.signal(signal.SIGALRM, ring)
-    signal.alarm(20)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 def listed(root: Path) -> tuple[Folder, Input]:
