@@ -17,24 +17,33 @@ from prep.compiled import library_path
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    words = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(out),
-        str(ROOT),
-    ]
-    subprocess.run(words, check=True, capture_output=True)
+NEEDED = ("prep", "pipeline", "train", "tools", "pyproject.toml", "README.md", "LICENSE")  # to make a wheel
+
+
+def copied(folder: Path, *names: str) -> Path:
+    """Building compiles beside the source, where other tests may be loading what is there: so it is done in a copy."""
+    for name in names:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder)
+    return folder
+
+
+def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
+    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    done = subprocess.run(
+        [*words, str(sources)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+    )
+    assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
     return path
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    others = ("tests", "docs", "Makefile", "CHANGELOG.md", "constraints.txt", ".gitignore")
+    return build_wheel(copied(tmp_path_factory.mktemp("sources"), *NEEDED, *others), tmp_path_factory.mktemp("wheel"))
 
 
 def test_contents(wheel: Path) -> None:
@@ -50,16 +59,7 @@ def test_contents(wheel: Path) -> None:
 
 def test_without_a_compiler_the_wheel_is_for_every_machine(tmp_path: Path) -> None:
     """What is in the source distribution is enough to make it."""
-    for name in ("prep", "pipeline", "train", "tools"):
-        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tmp_path)
-    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
-    done = subprocess.run(
-        [*words, str(tmp_path)], capture_output=True, text=True, check=False, env={**os.environ, "CC": "no-such-cc"}
-    )
-    assert done.returncode == 0, done.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    wheel = build_wheel(copied(tmp_path, *NEEDED), tmp_path, CC="no-such-cc")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
