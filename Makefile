@@ -11,8 +11,8 @@ help:  ## Say what can be made
 demo: .venv/ready  ## Photographs in, a trained AlexNet out, in a few minutes
 	@$(BIN)/python -m tools.demo
 
-test: .venv/ready  ## Every test, with warnings as errors
-	@$(BIN)/python -m pytest
+test: .venv/ready  ## Every test, in two processes, with warnings as errors
+	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: .venv/ready  ## The long tests: hundreds of kills, ten minutes
 	@$(BIN)/python -m pytest -m soak

@@ -1,10 +1,13 @@
 """Shared fixtures: a small photo set in ILSVRC's layout, a store built from it, and Caffe's Datum as protobuf knows it.
 
-`photo_folder` and `store` are made once for all tests. Do not write into them: copy them first.
+`photo_folder`, `store`, `stores` and `numbered` are made once in a process. Do not write into them: copy them first.
+`make test` has two processes, so a test is not alone: it bounds time by what a slow machine needs, and writes into
+folders of its own only.
 """
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,6 +27,11 @@ CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
 RECORDS, VAL = 37, 23  # of `numbered`
+
+
+def pytest_configure() -> None:
+    """Before torch is loaded. Its threads would spin while they wait, on cores that the other tests need."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
