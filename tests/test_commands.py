@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pipeline.cli
 import prep.cli
 import train.cli
 from pipeline.preview import AUGMENTED
-from train.recipe import RECIPES
+from train.recipes import RECIPES
 
 GROUPS = {"alexprep": prep.cli.main, "alexstream": pipeline.cli.main, "alextrain": train.cli.main}
 COMMANDS = [(group, name) for group, main in GROUPS.items() for name in main.commands]
@@ -214,12 +215,13 @@ def test_the_whole_network_trains_resumes_evaluates_and_draws(store: Path, tmp_p
 def test_evaluation_on_a_store_of_other_classes_is_refused(store: Path, photo_folder: Path, tmp_path: Path) -> None:
     import shutil
 
+    from train.architecture import ALEXNET, Widths
     from train.loop import fit
-    from train.model import Widths
-    from train.recipe import SHORT
+    from train.recipes import SHORT
     from train.run import RunConfig
 
-    run_dir = fit(RunConfig(store, SHORT, 8, widths=Widths(4, 4, 4, 4, 4, 4, 4), run_dir=tmp_path / "run", steps=1))
+    small = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 4, 4))
+    run_dir = fit(RunConfig(store, SHORT, 8, model=small, run_dir=tmp_path / "run", steps=1))
     shutil.copytree(photo_folder / "train", tmp_path / "other")
     (tmp_path / "other" / "n00000011").rename(tmp_path / "other" / "n00000044")
     other = str(tmp_path / "store")

@@ -11,11 +11,12 @@ import torch
 
 from pipeline.loader import EvalLoader, eval_loader
 from prep.console import Progress
+from train.architecture import ALEXNET, Widths
 from train.evaluate import evaluate, wrong
-from train.model import AlexNet, Widths
-from train.recipe import SHORT
+from train.model import AlexNet
+from train.recipes import SHORT
 
-SMALL = Widths(8, 8, 8, 8, 8, 12, 12)
+SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 
 
 def test_wrong_counts_misses_of_the_best_and_the_five_best() -> None:

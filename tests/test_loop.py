@@ -20,12 +20,13 @@ import torch
 from pipeline.loader import EvalLoader, TrainLoader
 from prep.console import UserError
 from train import checkpoint
+from train.architecture import ALEXNET, HALF, Widths
 from train.loop import fit
-from train.model import Widths
-from train.recipe import SHORT, Change
+from train.recipe import Change
+from train.recipes import SHORT
 from train.run import RunConfig, load_trained
 
-SMALL = Widths(8, 8, 8, 8, 8, 16, 16)
+SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
 CHILD = """
 import sys, time
 from pathlib import Path
@@ -43,7 +44,7 @@ def config(store: Path, run_dir: Path, **changes) -> RunConfig:
         recipe=replace(SHORT, dropout=0.5, schedule=(Change(1.5, lr=0.002),)),
         batch_size=8,
         seed=3,
-        widths=SMALL,
+        model=SMALL,
         run_dir=run_dir,
         epochs=3,
         log_every=1,
@@ -170,7 +171,8 @@ def test_a_small_network_learns_its_pictures_by_heart(stores: dict[str, Path], t
     [
         ({"batch_size": 4}, "batch size"),
         ({"seed": 4}, "seed"),
-        ({"widths": replace(SMALL, fc7=18)}, "widths"),
+        ({"model": HALF}, r"model \(alexnet, here half\)"),
+        ({"model": replace(SMALL, widths=replace(SMALL.widths, fc7=18))}, "model digest"),
         ({"recipe": replace(SHORT, lr=0.5)}, "recipe digest"),
     ],
 )

@@ -9,59 +9,96 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train.model import AlexNet, Widths
-from train.recipe import PAPER, RELEASED, SHORT, Recipe
+from train.architecture import ALEXNET, CONVOLUTIONAL, HALF, JOINED, TORCHVISION, Architecture, Widths
+from train.model import AlexNet
+from train.recipe import Recipe
+from train.recipes import PAPER, RELEASED, SHORT
 from train.summary import summarise
 
-SMALL = Widths(8, 12, 12, 16, 8, 20, 24)
+WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
+SMALL = replace(ALEXNET, widths=WIDTHS)
 
 
 class Grouped(nn.Module):
-    """AlexNet without columns: convolutions in two groups where a column sees only itself, torch's LRN on each half."""
+    """The network without columns: convolutions in groups where a column sees only itself, torch's LRN on each."""
 
-    def __init__(self, classes: int, w: Widths, recipe: Recipe) -> None:
+    def __init__(self, classes: int, architecture: Architecture, recipe: Recipe) -> None:
         super().__init__()
-        self.recipe = recipe
+        self.recipe, self.architecture, w = recipe, architecture, architecture.widths
+        self.groups = architecture.columns
+        self.apart = 1 if recipe.crossing else self.groups
         self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
-        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2, groups=2)
-        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1)
-        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1, groups=2)
-        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1, groups=2)
-        self.fc6 = nn.Linear(w.conv5 * 36, w.fc6)
-        self.fc7 = nn.Linear(w.fc6, w.fc7)
+        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2, groups=self.groups)
+        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1, groups=self.apart)
+        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1, groups=self.groups)
+        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1, groups=self.groups)
+        self.fc6 = nn.Linear(w.conv5 * 36 // self.apart, w.fc6)
+        self.fc7 = nn.Linear(w.fc6 // self.apart, w.fc7)
         self.fc8 = nn.Linear(w.fc7, classes)
 
     def norm(self, x):
         lrn = self.recipe.lrn
+        if lrn is None or not self.architecture.normalised:
+            return x
         torchs = nn.LocalResponseNorm(lrn.size, lrn.alpha * lrn.size, lrn.beta, lrn.k)
-        return torch.cat([torchs(half) for half in x.chunk(2, 1)], 1)
+        return torch.cat([torchs(share) for share in x.chunk(self.groups, 1)], 1)
+
+    def full(self, layer: nn.Linear, x):
+        """A grouped layer: each share of the units sees its own share of the inputs."""
+        pieces = zip(
+            *(t.chunk(self.apart, dim) for t, dim in ((x, 1), (layer.weight, 0), (layer.bias, 0))), strict=True
+        )
+        return torch.cat([x @ w.T + b for x, w, b in pieces], 1)
+
+    def keep(self, before: str) -> float:
+        dropped = before in self.architecture.dropout_before and not self.recipe.dropout_scales_training
+        return 1 - self.recipe.dropout if dropped else 1.0
 
     def forward(self, x):
-        x = self.conv1(F.pad(x / self.recipe.input_divisor, (0, 3, 0, 3)))
-        if self.recipe.norm_before_relu:
-            x = F.relu(F.max_pool2d(self.norm(x), 3, 2))
-        else:
-            x = F.max_pool2d(self.norm(F.relu(x)), 3, 2)
-        x = self.norm(F.relu(self.conv2(x)))
+        act = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}[self.recipe.activation]
+        pool = nn.MaxPool2d(self.recipe.pool_px, 2)
+        pad = (0, 3, 0, 3) if self.architecture.conv1_padding is None else (2, 2, 2, 2)
+        x = self.conv1(F.pad(x / self.recipe.input_divisor, pad))
+        x = act(pool(self.norm(x))) if self.recipe.norm_before_relu else pool(self.norm(act(x)))
+        x = self.norm(act(self.conv2(x)))
         if self.recipe.within_map is not None:
             lrn = self.recipe.within_map
             window = torch.ones(x.shape[1], 1, lrn.size, lrn.size, dtype=x.dtype)
             x = x / (lrn.k + lrn.alpha * F.conv2d(x * x, window, padding=2, groups=x.shape[1])) ** lrn.beta
-        x = F.max_pool2d(x, 3, 2)
-        x = F.relu(self.conv4(F.relu(self.conv3(x))))
-        x = F.max_pool2d(F.relu(self.conv5(x)), 3, 2).flatten(1)
-        keep = 1 - self.recipe.dropout
-        return self.fc8(F.relu(self.fc7(F.relu(self.fc6(x)) * keep)) * keep)
+        x = act(self.conv4(act(self.conv3(pool(x)))))
+        x = pool(act(self.conv5(x))).flatten(1)
+        x = act(self.full(self.fc6, x * self.keep("fc6")))
+        x = act(self.full(self.fc7, x * self.keep("fc7")))
+        return self.fc8(x * self.keep("fc8"))
 
 
-@pytest.mark.parametrize("recipe", [PAPER, RELEASED, SHORT], ids=lambda r: r.name)
-def test_two_columns_equal_one_grouped_network_in_outputs_and_gradients(recipe: Recipe) -> None:
+def small(architecture: Architecture) -> Architecture:
+    return replace(architecture, widths=WIDTHS)
+
+
+NETWORKS = {
+    "paper": (ALEXNET, PAPER),
+    "released": (ALEXNET, RELEASED),
+    "short": (ALEXNET, SHORT),
+    "no crossing": (ALEXNET, replace(SHORT, crossing=False)),
+    "tanh, no normalisation": (ALEXNET, replace(SHORT, activation="tanh", lrn=None)),
+    "sigmoid, pools of 2": (ALEXNET, replace(SHORT, activation="sigmoid", pool_px=2)),
+    "joined": (JOINED, PAPER),
+    "one column, released": (HALF, RELEASED),
+    "one column, no crossing": (HALF, replace(SHORT, crossing=False)),
+    "torchvision": (TORCHVISION, replace(SHORT, dropout=0.3)),
+    "convolutional": (CONVOLUTIONAL, replace(SHORT, dropout=0.3)),
+}
+
+
+@pytest.mark.parametrize(("architecture", "recipe"), NETWORKS.values(), ids=NETWORKS)
+def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture: Architecture, recipe: Recipe) -> None:
     torch.manual_seed(0)
-    columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), SMALL).double().eval()
-    grouped = Grouped(7, SMALL, recipe).double()
+    columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), small(architecture)).double().eval()
+    grouped = Grouped(7, small(architecture), recipe).double()
     grouped.load_state_dict(columns.joined())
-    images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
-    upstream = torch.randn(3, 7, dtype=torch.float64)
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64) * 60
+    upstream = torch.randn(2, 7, dtype=torch.float64)
 
     ours, theirs = columns(images), grouped(images)
     assert theirs.std() > 1e-3
@@ -163,7 +200,7 @@ def test_columns_on_two_devices_cross_only_through_cross() -> None:
 @pytest.mark.parametrize(("recipe", "stds"), [(PAPER, {}), (RELEASED, {"conv3": 0.03, "conv4": 0.03, "conv5": 0.03})])
 def test_initialisation_is_the_table(recipe: Recipe, stds: dict[str, float]) -> None:
     torch.manual_seed(3)
-    joined = AlexNet(20, recipe, ("cpu", "cpu"), Widths(96, 256, 384, 384, 256, 256, 256)).joined()
+    joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined()
     for layer in ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8"):
         weight, wanted = joined[f"{layer}.weight"], stds.get(layer, 0.01)
         assert abs(weight.std().item() / wanted - 1) < 5 / (2 * weight.numel()) ** 0.5
@@ -191,6 +228,6 @@ def test_what_does_not_fit_is_refused(probe: AlexNet) -> None:
     with pytest.raises(ValueError, match="3 devices"):
         AlexNet(5, PAPER, ("cpu",) * 3, SMALL)
     with pytest.raises(ValueError, match="even"):
-        AlexNet(5, PAPER, ("cpu", "cpu"), replace(SMALL, conv4=15))
+        replace(SMALL, widths=replace(SMALL.widths, conv4=15))
     with pytest.raises(TypeError, match="placement"):
         probe.to("cpu")

@@ -33,7 +33,7 @@ from prep.console import say
 from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
-from train.recipe import PAPER
+from train.recipes import PAPER
 
 OURS, PLAIN, WITHOUT_LRN = "ours", "plain PyTorch", "plain PyTorch, without LRN"
 NAMES = (OURS, PLAIN, WITHOUT_LRN)

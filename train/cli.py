@@ -10,9 +10,17 @@ import click
 
 from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, progress, say, store_option
 from prep.manifest import Store
+from train.architecture import ARCHITECTURES
 
-RECIPE_NAMES = ("paper", "released", "short")  # of train.recipe, which is heavy to import for a --help
+RECIPE_NAMES = ("paper", "released", "short")  # of train.recipes, which is heavy to import for a --help
 GPUS_HELP = "0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]"
+model_option = click.option(
+    "--model",
+    type=click.Choice(list(ARCHITECTURES)),
+    default="alexnet",
+    show_default=True,
+    help="Which network of the family; see `alextrain summary --model`.",
+)
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -31,6 +39,7 @@ def main() -> None:
 @click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
 @store_option
 @click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
+@model_option
 @click.option(
     "--recipe",
     type=click.Choice(RECIPE_NAMES),
@@ -74,6 +83,7 @@ def run(
     gpus: str | None,
     store: Path,
     run_dir: Path,
+    model: str,
     recipe: str,
     batch: int | None,
     epochs: int | None,
@@ -94,17 +104,18 @@ def run(
     opened = Store.open(store)
     opened.split("train")
     from train.devices import devices_of
-    from train.recipe import recipe_named
+    from train.recipes import recipe_named
     from train.run import RunConfig
 
-    chosen = recipe_named(recipe)
+    chosen, architecture = recipe_named(recipe), ARCHITECTURES[model]
     config = RunConfig(
         store=store,
         recipe=chosen,
+        model=architecture,
         batch_size=batch or chosen.batch_size,
         seed=seed,
         run_dir=run_dir,
-        devices=devices_of(gpus),
+        devices=devices_of(gpus, architecture.columns),
         epochs=epochs or chosen.epochs,
         steps=steps,
         log_every=log_every,
@@ -128,15 +139,15 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
     records, classes = store.split("train").records, len(store.classes)
     per_epoch = records // config.batch_size
     steps = min(config.epochs * per_epoch, config.steps or config.epochs * per_epoch)
-    parameters = sum(row.parameters for row in summarise(classes))
+    parameters = sum(row.parameters for row in summarise(classes, config.model, config.recipe))
     if not per_epoch:
         raise UserError(
             f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
             f"Pass --batch {records} or less."
         )
     return [
-        f"AlexNet, {devices_text(config.devices)}; {count_noun(parameters, 'parameter')}, "
-        f"{count_noun(classes, 'class', 'classes')}",
+        f"{config.model.name}, {devices_text(config.devices, config.model.columns)}; "
+        f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
         f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}; {records:,} records, "
         f"{count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, into {config.run_dir}",
     ]
@@ -149,6 +160,7 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
     last = {kind: next((line for line in reversed(lines) if line["kind"] == kind), None) for kind in ("train", "val")}
     return {
         "run_dir": str(config.run_dir),
+        "model": config.model.name,
         "recipe": config.recipe.name,
         "batch_size": config.batch_size,
         "devices": list(config.devices),
@@ -212,6 +224,7 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
 
 
 @main.command()
+@model_option
 @click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
 @click.option(
     "--gpus",
@@ -221,12 +234,13 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
     help="Where the columns would be; nothing is put there.",
 )
 @json_option
-def summary(classes: int, gpus: str, as_json: bool) -> None:
+def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
     """The table of layers: output, parameters, multiply-adds, column, and what it sees of the other column.
 
     \b
     Example:
       alextrain summary --classes 1000
+      alextrain summary --model torchvision
     """
     from train.summary import summary_json, summary_lines
 
@@ -235,9 +249,9 @@ def summary(classes: int, gpus: str, as_json: bool) -> None:
         raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
     devices = words[0], words[-1]
     if as_json:
-        answer(summary_json(classes, devices))
+        answer(summary_json(classes, devices, ARCHITECTURES[model]))
         return
-    for line in summary_lines(classes, devices):
+    for line in summary_lines(classes, devices, ARCHITECTURES[model]):
         click.echo(line)
 
 
@@ -253,7 +267,7 @@ def recipe(name: str, as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from train.recipe import recipe_named
+    from train.recipes import recipe_named
 
     chosen = recipe_named(name)
     if as_json:
@@ -268,7 +282,7 @@ def recipe(name: str, as_json: bool) -> None:
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
 def figures(run_dir: Path) -> None:
-    """Draw a run's learning curve and its 96 first-layer kernels into the run folder.
+    """Draw a run's learning curve and its first-layer kernels into the run folder.
 
     \b
     Example:
@@ -277,8 +291,8 @@ def figures(run_dir: Path) -> None:
     from train.figures import draw_kernels, draw_learning_curve
     from train.run import load_trained
 
-    _, state, _ = load_trained(run_dir, ("cpu", "cpu"))
+    network, state, _ = load_trained(run_dir, ("cpu", "cpu"))
     curve, kernels = run_dir / "learning-curve.png", run_dir / "kernels.png"
     draw_learning_curve(run_dir, curve)
-    draw_kernels(state["parameters"], kernels)
+    draw_kernels(state["parameters"], kernels, network.architecture.columns)
     say(f"Drawn: {curve}, {kernels}")

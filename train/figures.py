@@ -1,4 +1,4 @@
-"""Pictures of a run: its learning curve, and the 96 kernels of the first layer (the paper's figure 3)."""
+"""Pictures of a run: its learning curve, and the kernels of the first layer (the paper's figure 3)."""
 
 from __future__ import annotations
 
@@ -64,20 +64,21 @@ def draw_learning_curve(run_dir: Path, out: Path) -> None:
     _save(figure, out)
 
 
-def draw_kernels(parameters: Mapping[str, Tensor], out: Path) -> None:
-    """The 11×11×3 kernels of conv1, column 0's above column 1's; each stretched to its own range, as figure 3 of the
-    paper.
+def draw_kernels(parameters: Mapping[str, Tensor], out: Path, columns: int) -> None:
+    """The 11×11×3 kernels of conv1, column 0's above column 1's where there are two; each stretched to its own range,
+    as figure 3 of the paper.
     """
     kernels = parameters["conv1.weight"].permute(0, 2, 3, 1)  # (96, 11, 11, 3)
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
     images = ((kernels - low) / (high - low).clamp_min(1e-12)).numpy()
-    half = len(images) // 2
-    rows = -(-half // _ACROSS)
-    figure = _figure(figsize=(9, 0.6 * 2 * rows + 0.5))
-    for column, part in enumerate(figure.subfigures(2, 1)):
-        part.suptitle(f"column {column}", fontsize=9, x=0.01, ha="left")
+    share = len(images) // columns
+    rows = -(-share // _ACROSS)
+    figure = _figure(figsize=(9, 0.6 * columns * rows + 0.5))
+    for column, part in enumerate(figure.subfigures(columns, 1, squeeze=False).flat):
+        if columns > 1:
+            part.suptitle(f"column {column}", fontsize=9, x=0.01, ha="left")
         for axes in part.subplots(rows, _ACROSS, squeeze=False).flat:
             axes.axis("off")
-        for axes, image in zip(part.axes, images[column * half :][:half], strict=False):
+        for axes, image in zip(part.axes, images[column * share :][:share], strict=False):
             axes.imshow(image, interpolation="nearest")
     _save(figure, out)

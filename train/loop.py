@@ -46,7 +46,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
     if config.devices[0] == "cpu":
         keep_freed_memory()
     _seed(config, 0)
-    model = AlexNet(len(store.classes), config.recipe, config.devices, config.widths)
+    model = AlexNet(len(store.classes), config.recipe, config.devices, config.model)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
     steps_per_epoch = store.split("train").records // config.batch_size
     last_step = min(config.epochs * steps_per_epoch, config.steps if config.steps is not None else math.inf)
@@ -90,7 +90,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
                 lr = schedule.apply(optimiser, step / steps_per_epoch)
                 labels = labels.to(model.devices[0], non_blocking=True)
                 logits = model(images)
-                loss = F.cross_entropy(logits, labels)
+                loss = F.cross_entropy(logits, labels, label_smoothing=config.recipe.label_smoothing)
                 optimiser.zero_grad(set_to_none=True)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
                 optimiser.step()

@@ -1,9 +1,10 @@
-"""The two-column AlexNet (the paper, sections 3.2 and 3.5, figure 2).
+"""AlexNet in its two columns (the paper, sections 3.2 and 3.5, figure 2), and its relatives of train.architecture.
 
 Each column has half of every layer's maps or units and lives on a device of its own; they may be one device. The column
 sees only its own maps, except where figure 2 has crossing arrows: before conv3, fc6, fc7 and fc8, and there `cross`
 is called. Normalisation never crosses. Maps lie in memory with their channels last, which makes a step on a CPU a third
-shorter: convolution, pooling and the normalisation over channels all like it.
+shorter: convolution, pooling and the normalisation over channels all like it. A network of one column is the same
+without anything to cross.
 
 Shapes, per column, for N images:
 
@@ -14,63 +15,68 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-224 px give 55 positions of conv1 because the authors' code rounds up (layer.py:1004: 1 + ceil((224 − 11) / 4)) and
-lets the last window hang over the right and lower edge by three zero pixels, which is the mean colour.
+How 224 px give 55 positions of conv1: Architecture.padding_px. Pooling rounds down, so that windows of 2 px give maps
+of the same size, as section 3.4 compares them.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.augment import WINDOW_PX
+from train.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture, Widths
 from train.lrn import local_response_norm, within_map_norm
 from train.recipe import Recipe
 
-COLUMNS = 2
-LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+POOLED_PX = 6  # side of pool5's maps for a window
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
-@dataclass(frozen=True)
-class Widths:
-    """Maps or units of each layer, both columns together: the paper's, unless a test wants a small network."""
+class FullLayer(nn.Linear):
+    """A fully-connected layer that also slides over maps, `side` × `side` at a time, with the same numbers.
 
-    conv1: int = 96
-    conv2: int = 256
-    conv3: int = 384
-    conv4: int = 384
-    conv5: int = 256
-    fc6: int = 4096
-    fc7: int = 4096
+    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); (N, maps, rows, columns) gives (N, units,
+    rows − side + 1, columns − side + 1).
+    """
+
+    def __init__(self, maps: int, units: int, side: int = 1) -> None:
+        super().__init__(maps * side**2, units)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the class says."""
+        if x.dim() == 2:
+            return super().forward(x)
+        return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
 
 
 class Column(nn.Module):
-    """One column: half of every layer but the last."""
+    """One column: its share of every layer but the last. `sees` is how many columns a crossing shows it."""
 
-    def __init__(self, widths: Widths) -> None:
+    def __init__(self, w: Widths, sees: int) -> None:
         super().__init__()
-        w = Widths(**{name: n // COLUMNS for name, n in vars(widths).items()})
         self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
         self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2)
-        self.conv3 = nn.Conv2d(COLUMNS * w.conv2, w.conv3, 3, padding=1)
+        self.conv3 = nn.Conv2d(sees * w.conv2, w.conv3, 3, padding=1)
         self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1)
         self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1)
-        self.fc6 = nn.Linear(COLUMNS * w.conv5 * 6 * 6, w.fc6)
-        self.fc7 = nn.Linear(COLUMNS * w.fc6, w.fc7)
+        self.fc6 = FullLayer(sees * w.conv5, w.fc6, POOLED_PX)
+        self.fc7 = FullLayer(sees * w.fc6, w.fc7)
 
 
 class AlexNet(nn.Module):
-    """Two columns and the classifier. Outputs logits (N, classes) on column 0's device.
+    """A network of the family. Outputs logits (N, classes) on column 0's device.
 
-    classes   number of classes
-    recipe    what of the network a recipe decides: initialisation, normalisation, dropout, division of the input
-    devices   of column 0 and column 1; equal ones put both columns on one device
-    widths    the paper's, unless given
+    classes       number of classes
+    recipe        what of the network a recipe decides: initialisation, activation, normalisation, pooling, dropout,
+                  whether columns cross, division of the input
+    devices       of column 0 and column 1; equal ones put both columns on one device, one column is on the first
+    architecture  which network
     """
 
     def __init__(
@@ -78,20 +84,18 @@ class AlexNet(nn.Module):
         classes: int,
         recipe: Recipe,
         devices: Sequence[str | torch.device] = ("cpu", "cpu"),
-        widths: Widths | None = None,
+        architecture: Architecture = ALEXNET,
     ) -> None:
         super().__init__()
-        if len(devices) != COLUMNS:
-            raise ValueError(f"{len(devices)} devices for {COLUMNS} columns")
-        widths = widths or Widths()
-        odd = [f"{name} = {n}" for name, n in vars(widths).items() if n % COLUMNS]
-        if odd:
-            raise ValueError(f"{', '.join(odd)}: every layer is shared by {COLUMNS} columns, expected even numbers")
-        self.recipe, self.widths = recipe, widths
-        self.devices = tuple(torch.device(device) for device in devices)
+        count = architecture.columns
+        if len(devices) not in (count, 2):
+            raise ValueError(f"{len(devices)} devices for {count} columns")
+        self.recipe, self.architecture = recipe, architecture
+        self.devices = tuple(torch.device(device) for device in devices[:count])
+        share = Widths(**{name: n // count for name, n in vars(architecture.widths).items()})
         with torch.device("meta"):
-            self.columns = nn.ModuleList(Column(widths) for _ in range(COLUMNS))
-            self.fc8 = nn.Linear(widths.fc7, classes)
+            self.columns = nn.ModuleList(Column(share, count if recipe.crossing else 1) for _ in range(count))
+            self.fc8 = FullLayer(architecture.widths.fc7, classes)
         for column, device in zip(self.columns, self.devices, strict=True):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.fc8.to_empty(device=self.devices[0])
@@ -99,24 +103,35 @@ class AlexNet(nn.Module):
             initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images float32 (N, 3, 224, 224), grey levels minus the mean, on any device; logits (N, classes)."""
+        """Logits (N, classes) of images float32 (N, 3, 224, 224), grey levels minus the mean, on any device.
+
+        A convolutional network takes larger ones, too, and gives those a map of logits, as `dense` does.
+        """
+        if self.architecture.convolutional:
+            logits = self.dense(images)
+            return logits.flatten(1) if logits.shape[2:] == (1, 1) else logits
         if images.shape[1:] != (3, WINDOW_PX, WINDOW_PX):
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {WINDOW_PX}, {WINDOW_PX})")
-        inputs = self._to_columns(images)
-        maps = [self._layers_1_and_2(column, x) for column, x in zip(self._columns, inputs, strict=True)]
-        maps = [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self.cross(maps), strict=True)]
-        units = [m.flatten(1) for m in maps]  # (N, 4608): joined, column 0's maps come first
-        units = [self._drop(F.relu(c.fc6(x))) for c, x in zip(self._columns, self.cross(units), strict=True)]
-        units = [self._drop(F.relu(c.fc7(x))) for c, x in zip(self._columns, self.cross(units), strict=True)]
-        (joined,) = self.cross(units, self.devices[:1])
-        logits: Tensor = self.fc8(joined)
-        return logits
+        return self._classified([maps.flatten(1) for maps in self._pooled(images)])  # column 0's maps come first
+
+    def dense(self, images: Tensor) -> Tensor:
+        """Logits (N, classes, rows, columns) of images (N, 3, height, width) of at least 224 px: a window each 32 px.
+
+        256 px give 2 × 2. A window sees its neighbourhood where alone it would see zero padding, so that its logits are
+        near those of the same window alone, not equal.
+        """
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < WINDOW_PX:
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {WINDOW_PX} or more, the same)")
+        return self._classified(self._pooled(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
         """Give each receiving device (by default each column's) both columns' activations, column 0's first.
 
-        The only place where activations change device. Columns that share a device share the joined tensor.
+        The only place where activations change device. Columns that share a device share the joined tensor; a single
+        column's is passed on.
         """
+        if len(halves) == 1:
+            return list(halves)
         joined: dict[torch.device, Tensor] = {}
         for device in receivers or self.devices:
             if device not in joined:
@@ -167,37 +182,68 @@ class AlexNet(nn.Module):
     def _columns(self) -> list[Column]:
         return [column for column in self.columns if isinstance(column, Column)]
 
-    def _to_columns(self, images: Tensor) -> list[Tensor]:
-        """The image for each column, padded by three rows and columns at the lower right."""
+    def _pooled(self, images: Tensor) -> list[Tensor]:
+        """pool5 of each column: (N, 128, 6, 6) of images of 224 px."""
+        maps = [self._layers_1_and_2(column, x) for column, x in zip(self._columns, self._inputs(images), strict=True)]
+        return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._seen(maps), strict=True)]
+
+    def _classified(self, units: list[Tensor]) -> Tensor:
+        """fc6 to fc8, of vectors or of maps."""
+        for name in ("fc6", "fc7"):
+            layers: list[nn.Module] = [column.get_submodule(name) for column in self._columns]
+            inputs = self._seen(self._dropped(name, units))
+            units = [self._activation(layer(x)) for layer, x in zip(layers, inputs, strict=True)]
+        (joined,) = self.cross(self._dropped("fc8", units), self.devices[:1])
+        logits: Tensor = self.fc8(joined)
+        return logits
+
+    def _seen(self, halves: list[Tensor]) -> list[Tensor]:
+        """What conv3, fc6 and fc7 of each column are given: both halves, or its own where a recipe forbids crossing."""
+        return self.cross(halves) if self.recipe.crossing else halves
+
+    def _inputs(self, images: Tensor) -> list[Tensor]:
+        """The padded image for each column."""
+        padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
         ready: dict[torch.device, Tensor] = {}
         for device in self.devices:
             if device not in ready:
                 placed = images.to(device, non_blocking=True)
                 if self.recipe.input_divisor != 1.0:
                     placed = placed / self.recipe.input_divisor
-                ready[device] = F.pad(placed, (0, 3, 0, 3)).contiguous(memory_format=torch.channels_last)
+                ready[device] = F.pad(placed, padding).contiguous(memory_format=torch.channels_last)
         return [ready[device] for device in self.devices]
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
         """(N, 3, 227, 227) to (N, 128, 13, 13)."""
         x = column.conv1(x)
         if self.recipe.norm_before_relu:
-            x = F.relu(F.max_pool2d(self._norm(x), 3, 2))
+            x = self._activation(self._pool(self._norm(x)))
         else:
-            x = F.max_pool2d(self._norm(F.relu(x)), 3, 2)
-        x = self._norm(F.relu(column.conv2(x)))
-        if self.recipe.within_map is not None:
+            x = self._pool(self._norm(self._activation(x)))
+        x = self._norm(self._activation(column.conv2(x)))
+        if self.recipe.within_map is not None and self.architecture.normalised:
             x = within_map_norm(x, **vars(self.recipe.within_map))
-        return F.max_pool2d(x, 3, 2)
+        return self._pool(x)
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
         """(N, 256, 13, 13), of both columns, to (N, 128, 6, 6)."""
-        x = F.relu(column.conv3(x))
-        x = F.relu(column.conv4(x))
-        return F.max_pool2d(F.relu(column.conv5(x)), 3, 2)
+        x = self._activation(column.conv3(x))
+        x = self._activation(column.conv4(x))
+        return self._pool(self._activation(column.conv5(x)))
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return ACTIVATIONS[self.recipe.activation](x)
 
     def _norm(self, x: Tensor) -> Tensor:
+        if self.recipe.lrn is None or not self.architecture.normalised:
+            return x
         return local_response_norm(x, **vars(self.recipe.lrn))
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, self.recipe.pool_px, 2)
+
+    def _dropped(self, layer: str, units: list[Tensor]) -> list[Tensor]:
+        return [self._drop(x) for x in units] if layer in self.architecture.dropout_before else units
 
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout: zero with probability p in training, all times 1 − p in test (section 4.2), or the scaling
@@ -214,9 +260,9 @@ class AlexNet(nn.Module):
 def initialise(model: AlexNet) -> None:
     """Fill all parameters from torch's generator of the CPU: the same numbers wherever the columns are.
 
-    init     weights                                          biases
-    normal   N(0, init_std[layer]²)                           1 in the layers of bias_one, else 0
-    he       N(0, 2 / fan_in); fc8 N(0, 0.01²)                the same
+    init     weights                             biases
+    normal   N(0, init_std[layer]²)              init_bias[layer], 0 where it names none
+    he       N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same
 
     paper: std 0.01 everywhere, biases 1 in conv2, conv4, conv5, fc6, fc7. released: std 0.03 in conv3, conv4, conv5.
     Each layer is drawn whole and then shared out, so the joined parameters do not depend on the columns.
@@ -226,10 +272,23 @@ def initialise(model: AlexNet) -> None:
         layer, kind = name.split(".")
         shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
         if kind == "bias":
-            whole = torch.full(shape, 1.0 if layer in recipe.bias_one else 0.0)
+            whole = torch.full(shape, recipe.init_bias.get(layer, 0.0))
         else:
             he = math.sqrt(2 / math.prod(shape[1:])) if layer != "fc8" else 0.01
             whole = torch.randn(shape) * (he if recipe.init == "he" else recipe.init_std[layer])
         with torch.no_grad():
             for parameter, piece in zip(parameters, torch.split(whole, [p.shape[0] for p in parameters]), strict=True):
                 parameter.copy_(piece)
+
+
+def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """torchvision's state_dict of AlexNet under our names, for load_joined of the architecture `torchvision`.
+
+    Its weights expect (RGB / 255 − mean) / std with torchvision's mean and std for each channel, which our stream does
+    not serve. Raises KeyError for a name that is not of that network.
+    """
+    found = {}
+    for name, tensor in state.items():
+        layer, kind = name.rsplit(".", 1)
+        found[f"{TORCHVISION_LAYERS[layer]}.{kind}"] = tensor
+    return found

@@ -9,6 +9,7 @@ multiplies when it applies, and drops at once. At a constant rate the two are th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model import AlexNet
-from train.recipe import Change, Plateau, Recipe
+from train.recipe import Change, Cosine, Plateau, Recipe
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -69,6 +70,16 @@ def make_optimiser(model: AlexNet, recipe: Recipe) -> PaperSGD:
     return PaperSGD([{"name": name, **group} for name, group in groups.items()], recipe.momentum)
 
 
+def cosine_share(plan: Cosine, epochs_done: float, epochs: int) -> float:
+    """The share of lr after `epochs_done` of `epochs`; `plan.end` from there on."""
+    if epochs_done < plan.warmup_epochs:
+        return plan.start + (1 - plan.start) * epochs_done / plan.warmup_epochs
+    if epochs_done >= epochs:
+        return plan.end
+    way = (epochs_done - plan.warmup_epochs) / (epochs - plan.warmup_epochs)
+    return plan.end + (1 - plan.end) * (1 + math.cos(math.pi * way)) / 2
+
+
 @dataclass
 class Schedule:
     """What the rates and the colour noise are now. Plateau state is in the three numbers, which a checkpoint keeps."""
@@ -85,10 +96,13 @@ class Schedule:
         lr, lr_conv1 = recipe.lr, None  # a rate that conv1 is given of its own it keeps
         if isinstance(recipe.schedule, Plateau):
             lr *= recipe.schedule.factor**self.drops
+        if isinstance(recipe.schedule, Cosine):
+            lr *= cosine_share(recipe.schedule, epochs_done, recipe.epochs)
         for change in self._changes(epochs_done):
             lr = lr if change.lr is None else change.lr
             lr_conv1 = lr_conv1 if change.lr_conv1 is None else change.lr_conv1
-        return lr, lr if lr_conv1 is None else lr_conv1, lr if recipe.lr_bias is None else recipe.lr_bias
+        lr_bias = lr * recipe.lr_bias_factor if recipe.lr_bias is None else recipe.lr_bias
+        return lr, lr if lr_conv1 is None else lr_conv1, lr_bias
 
     def colour(self, epochs_done: int) -> str:
         """The colour noise after `epochs_done` whole epochs, in Augmentation's words."""
@@ -128,7 +142,7 @@ class Schedule:
             self.drops += 1
 
     def _changes(self, epochs_done: float) -> list[Change]:
-        if isinstance(self.recipe.schedule, Plateau):
+        if not isinstance(self.recipe.schedule, tuple):
             return []
         return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ import torch
 from prep.console import UserError
 from prep.manifest import Store, digest_json, write_atomic
 from train import checkpoint
+from train.architecture import ALEXNET, Architecture, architecture_from_json, numbers_of
 from train.devices import Devices, keep_freed_memory
-from train.model import AlexNet, Widths
+from train.model import AlexNet
 from train.recipe import Recipe, recipe_from_json
 
 
@@ -28,7 +29,7 @@ class RunConfig:
     recipe: Recipe
     batch_size: int
     seed: int = 0
-    widths: Widths = field(default_factory=Widths)
+    model: Architecture = ALEXNET
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")
@@ -44,11 +45,12 @@ def identity(config: RunConfig, store: Store) -> dict[str, Any]:
     return {
         "store_fingerprint": store.split("train").fingerprint,
         "classes": len(store.classes),
+        "model": config.model.name,
+        "model_digest": digest_json(numbers_of(config.model)),
         "recipe": config.recipe.name,
         "recipe_digest": recipe_digest(config.recipe),
         "batch_size": config.batch_size,
         "seed": config.seed,
-        "widths": asdict(config.widths),
     }
 
 
@@ -57,7 +59,7 @@ def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], run_dir: P
     for name, here in mine.items():
         there = state["identity"].get(name)
         if there != here:
-            shown = [str(v)[:16] for v in (there, here)]
+            shown = [str(v)[:60] for v in (there, here)]
             raise UserError(
                 f"{run_dir} was trained with another {name.replace('_', ' ')} ({shown[0]}, here {shown[1]}). "
                 "Give the settings it began with, or start a new --run-dir."
@@ -81,10 +83,11 @@ def describe(config: RunConfig, store: Store) -> None:
 
 
 def _description(config: RunConfig, store: Store) -> dict[str, Any]:
-    settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "widths")}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "model")}
     return {
         "identity": identity(config, store),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        "model": asdict(config.model),
         "recipe": asdict(config.recipe),
         "classes": list(store.classes),
         "environment": {
@@ -99,7 +102,7 @@ def _description(config: RunConfig, store: Store) -> dict[str, Any]:
 def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, Any], list[str]]:
     """The network of a run's newest checkpoint on `devices`, the checkpoint, and the names of the classes.
 
-    Built by the recipe as run.json has it, whatever this program's recipes say now. Raises UserError where there is no
+    Built by model and recipe as run.json has them, whatever this program's say now. Raises UserError where there is no
     run, or no checkpoint in it.
     """
     if devices[0] == "cpu":
@@ -112,14 +115,16 @@ def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, An
     about = state["identity"]
     try:
         description = json.loads((run_dir / "run.json").read_bytes())
-        recipe, classes = recipe_from_json(description["recipe"]), list(description["classes"])
+        model, recipe = architecture_from_json(description["model"]), recipe_from_json(description["recipe"])
+        classes = list(description["classes"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{run_dir / 'run.json'}: cannot be read ({error!r}), and the checkpoint needs it.") from None
-    if recipe_digest(recipe) != about["recipe_digest"] or len(classes) != about["classes"]:
-        raise UserError(f"{run_dir / 'run.json'}: its recipe or classes are not those of the checkpoint beside it.")
-    model = AlexNet(about["classes"], recipe, devices, Widths(**about["widths"]))
-    model.load_joined(state["parameters"])
-    return model, state, classes
+    found = {"model_digest": digest_json(numbers_of(model)), "recipe_digest": recipe_digest(recipe)}
+    if {**found, "classes": len(classes)} != {name: about.get(name) for name in (*found, "classes")}:
+        raise UserError(f"{run_dir / 'run.json'}: its model, recipe or classes are not those of the checkpoint there.")
+    network = AlexNet(len(classes), recipe, devices, model)
+    network.load_joined(state["parameters"])
+    return network, state, classes
 
 
 def recipe_digest(recipe: Recipe) -> str:

@@ -1,0 +1,119 @@
+"""The family of networks: what each has in common with AlexNet of 2012, and where it differs.
+
+An architecture is what parameters a network has and how they are joined; what may vary without another network (rates,
+noise, activation, normalisation) is a recipe's. Light to import: no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+COLUMNS = 2  # of the paper's network, and the most there may be
+LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Maps or units of each layer, all columns together: the paper's, unless given."""
+
+    conv1: int = 96
+    conv2: int = 256
+    conv3: int = 384
+    conv4: int = 384
+    conv5: int = 256
+    fc6: int = 4096
+    fc7: int = 4096
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One network of the family."""
+
+    name: str
+    source: str
+    columns: int = COLUMNS  # 1 or 2
+    widths: Widths = Widths()
+    conv1_padding: int | None = None  # zero px on every side; None: at the lower right, what the last window lacks
+    normalised: bool = True  # False: no normalisation, whatever a recipe says
+    dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs are dropped
+    convolutional: bool = False  # True: fc6 to fc8 slide over maps, and a larger picture gives a map of predictions
+
+    def __post_init__(self) -> None:
+        """Raise ValueError for columns that cannot share the layers."""
+        if self.columns not in (1, COLUMNS):
+            raise ValueError(f"{self.columns} columns: expected 1 or {COLUMNS}")
+        odd = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
+        if odd:
+            raise ValueError(
+                f"{', '.join(odd)}: every layer is shared by {self.columns} columns, expected even numbers"
+            )
+
+    def padding_px(self, side_px: int) -> tuple[int, int]:
+        """Zero px before and after a side of the picture.
+
+        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55) and its kernels
+        read zeros beyond the edge: three rows and columns at the lower right of 224 px, which is the mean colour.
+        """
+        if self.conv1_padding is None:
+            return 0, (11 - side_px) % 4
+        return self.conv1_padding, self.conv1_padding
+
+
+ALEXNET = Architecture(
+    "alexnet", "sections 3.2 and 3.5, figure 2; net #145 of the authors' code: 60,965,224 parameters for 1000 classes"
+)
+JOINED = Architecture(
+    "joined",
+    "ours: the paper's widths without columns, so that every layer sees all maps; 62,378,344 parameters",
+    columns=1,
+)
+HALF = Architecture(
+    "half",
+    "section 3.2: 'a net with half as many kernels in each convolutional layer trained on one GPU'; its footnote and "
+    "net #145-half (layer-params-145-half.cfg:100) leave conv5 at 256 maps, fc6 and fc7 at 4096 units, for about as "
+    "many parameters: 59,798,312",
+    columns=1,
+    widths=Widths(48, 128, 192, 192, 256, 4096, 4096),
+)
+TORCHVISION = Architecture(
+    "torchvision",
+    "torchvision.models.alexnet, after Krizhevsky 2014 (arXiv 1404.5997): 61,100,840 parameters",
+    columns=1,
+    widths=Widths(64, 192, 384, 256, 256, 4096, 4096),
+    conv1_padding=2,
+    normalised=False,
+    dropout_before=("fc6", "fc7"),
+)
+CONVOLUTIONAL = Architecture(
+    "convolutional",
+    "alexnet with fc6 as 6×6 and fc7, fc8 as 1×1 convolutions, the same numbers (Sermanet et al. 2014, arXiv "
+    "1312.6229, section 3.5); either's checkpoint loads into the other",
+    convolutional=True,
+)
+
+ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, TORCHVISION, CONVOLUTIONAL)}
+
+# Where torchvision's state_dict has a layer's parameters. Its pixels are (RGB / 255 − mean) / std of its own.
+TORCHVISION_LAYERS = {
+    "features.0": "conv1",
+    "features.3": "conv2",
+    "features.6": "conv3",
+    "features.8": "conv4",
+    "features.10": "conv5",
+    "classifier.1": "fc6",
+    "classifier.4": "fc7",
+    "classifier.6": "fc8",
+}
+
+
+def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
+    """The inverse of dataclasses.asdict and json.dumps; raises TypeError, KeyError or ValueError for anything else."""
+    parts = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
+    return Architecture(**{**data, **parts})
+
+
+def numbers_of(architecture: Architecture) -> dict[str, Any]:
+    """What decides the network: everything but the source."""
+    return {name: value for name, value in asdict(architecture).items() if name != "source"}
