@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -59,7 +59,15 @@ def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
         assert tuple(choices["format"]) == FORMATS and tuple(choices["filter"]) == FILTERS
         assert tuple(choices["split"]) == SPLITS
         assert tuple(choices.get("label_order", LABEL_ORDERS)) == LABEL_ORDERS
-    assert train.cli.RECIPE_NAMES == tuple(RECIPES)
+    from train import options
+    from train.recipe import ACTIVATIONS, POOLS_PX
+    from train.setting import set_fields
+
+    assert options.RECIPE_NAMES == tuple(RECIPES) and options.ACTIVATIONS == ACTIVATIONS
+    pools = next(p for p in train.cli.recipe.params if p.name == "pool")
+    assert [int(px) for px in pools.type.choices] == list(POOLS_PX)
+    for word in options.SCHEDULES:
+        assert set_fields(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
 
 
 MISTAKES = [
@@ -98,6 +106,9 @@ MISTAKES = [
     (["alexprep", "build-lmdb", "PHOTOS", "--store", "a-file/x"], "a-file/x"),
     (["alextrain", "figures", "nowhere"], "nowhere: no such run"),
     (["alextrain", "summary", "--gpus", "0,1,2"], "AlexNet has two columns"),
+    (["alextrain", "recipe", "--set", "lr=fast"], "--set lr=fast: expected a number"),
+    (["alextrain", "run", "--store", "STORE", "--set", "lrr=1"], "there is no lrr. Near: lr"),
+    (["alextrain", "run", "--store", "STORE", "--model", "half", "--gpus", "0,1"], "this network has one column"),
 ]
 
 
@@ -145,8 +156,40 @@ def test_summary_as_text_and_json() -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_prints_every_number_with_its_source(name: str) -> None:
     code, out, _ = run("alextrain", "recipe", name)
-    assert code == 0 and all(source in out for source in RECIPES[name].sources.values())
+    assert code == 0
+    lines = out.splitlines()
+    first = next(line for line in lines if line.startswith("  batch_size"))
+    begin = first.index(RECIPES[name].sources["batch_size"][:9])
+    told = " ".join(line[begin:] for line in lines)
+    for field, source in RECIPES[name].sources.items():
+        assert source in " ".join(told.split()), field
+        assert any(line.startswith((f"  {field} ", f"  {field}.")) for line in lines), field
+    assert max(map(len, lines)) <= 120
     assert json.loads(run("alextrain", "recipe", name, "--json")[1])["lr"] == RECIPES[name].lr
+
+
+@pytest.mark.parametrize(
+    ("words", "changed"),
+    [
+        (["--no-lrn"], {"lrn": None, "within_map": None}),
+        (["--no-dropout"], {"dropout": 0.0}),
+        (["--no-crossing"], {"crossing": False}),
+        (["--activation", "tanh"], {"activation": "tanh"}),
+        (["--pool", "2"], {"pool_px": 2}),
+        (["--schedule", "plateau"], {"schedule": asdict(RECIPES["paper"].schedule)}),
+        (["--set", "lr=0.02", "--set", "momentum=0.8"], {"lr": 0.02, "momentum": 0.8}),
+        (
+            ["--no-colour"],
+            {"augmentation": {**asdict(RECIPES["released"].augmentation), "colour": "off", "divisor": 1.0}},
+        ),
+    ],
+)
+def test_shorthands_change_what_they_say_and_nothing_else(words: list[str], changed: dict) -> None:
+    code, out, _ = run("alextrain", "recipe", "released", "--json", *words)
+    before, after = json.loads(json.dumps(asdict(RECIPES["released"]))), json.loads(out)
+    assert code == 0 and {**before, **changed} == {**after, "name": "released", "sources": before["sources"]}
+    assert after["name"].startswith("released, ")
+    assert {name for name in after["sources"] if "command line" in after["sources"][name]} == set(changed)
 
 
 def test_bench_says_the_rate_and_its_share_of_the_bound(stores: dict[str, Path]) -> None:

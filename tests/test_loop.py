@@ -287,6 +287,31 @@ def test_a_trained_network_is_loaded_by_the_recipe_that_it_was_trained_with(
     assert model.recipe == recipe and len(classes) == 3
 
 
+def test_another_network_with_changed_numbers_trains_goes_on_and_is_loaded_as_it_was(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    """One column, no overlap, tanh: run.json tells of it, the folder holds to it, two parts make the same whole."""
+    from train.figures import draw_kernels
+    from train.setting import SET, set_fields
+
+    half = replace(HALF, widths=Widths(6, 7, 8, 8, 8, 16, 16))
+    recipe = set_fields(replace(SHORT, schedule=()), ["activation=tanh", "pool_px=2", "dropout=0.5"])
+    plan = config(stores["jpeg"], tmp_path / "a", recipe=recipe, model=half, epochs=2)
+    fit(plan)
+    fit(replace(plan, run_dir=tmp_path / "b", steps=4))
+    with pytest.raises(UserError, match="another recipe"):
+        fit(replace(plan, run_dir=tmp_path / "b", recipe=set_fields(recipe, ["pool_px=3"])))
+    fit(replace(plan, run_dir=tmp_path / "b"))
+    same_result(tmp_path / "a", tmp_path / "b")
+    model, state, _ = load_trained(tmp_path / "a", ("cpu", "cpu"))
+    assert model.architecture == half and model.recipe == recipe and len(model.columns) == 1
+    described = json.loads((tmp_path / "a" / "run.json").read_text())
+    assert described["identity"]["model"] == "half" and described["recipe"]["sources"]["pool_px"] == SET
+    assert described["recipe"]["name"] == "short, activation=tanh, dropout=0.5, pool_px=2"
+    draw_kernels(state["parameters"], tmp_path / "kernels.png", model.architecture.columns)
+    assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
 def test_columns_on_two_gpus_are_seeded_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Both columns would otherwise drop the same units: torch.manual_seed gives every GPU the same seed."""
     from contextlib import nullcontext

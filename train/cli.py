@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,7 @@ import click
 from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, progress, say, store_option
 from prep.manifest import Store
 from train.architecture import ARCHITECTURES
-
-RECIPE_NAMES = ("paper", "released", "short")  # of train.recipes, which is heavy to import for a --help
-GPUS_HELP = "0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]"
-model_option = click.option(
-    "--model",
-    type=click.Choice(list(ARCHITECTURES)),
-    default="alexnet",
-    show_default=True,
-    help="Which network of the family; see `alextrain summary --model`.",
-)
+from train.options import RECIPE_NAMES, gpus_option, model_option, recipe_option, recipe_settings
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -36,17 +26,12 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
+@gpus_option
 @store_option
 @click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
 @model_option
-@click.option(
-    "--recipe",
-    type=click.Choice(RECIPE_NAMES),
-    default="paper",
-    show_default=True,
-    help="Every number of the training; see `alextrain recipe`.",
-)
+@recipe_option
+@recipe_settings
 @click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]")
 @click.option(
     "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]"
@@ -85,6 +70,7 @@ def run(
     run_dir: Path,
     model: str,
     recipe: str,
+    settings: list[str],
     batch: int | None,
     epochs: int | None,
     steps: int | None,
@@ -100,14 +86,15 @@ def run(
     Example:
       alextrain run --gpus 0,1 --store store --run-dir run
       alextrain run --gpus cpu --recipe short --epochs 2
+      alextrain run --model half --set lr=0.02 --no-dropout
     """
     opened = Store.open(store)
     opened.split("train")
     from train.devices import devices_of
-    from train.recipes import recipe_named
     from train.run import RunConfig
+    from train.setting import recipe_of
 
-    chosen, architecture = recipe_named(recipe), ARCHITECTURES[model]
+    chosen, architecture = recipe_of(recipe, settings, epochs), ARCHITECTURES[model]
     config = RunConfig(
         store=store,
         recipe=chosen,
@@ -180,7 +167,7 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
     help="Ten views average the softmax, as the authors did.",
 )
 @click.option("--split", default="val", show_default=True, help="Which split.")
-@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
+@gpus_option
 @json_option
 def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | None, as_json: bool) -> None:
     """Error rates of a run's newest checkpoint over a split, each image exactly once.
@@ -257,26 +244,27 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("name", type=click.Choice(RECIPE_NAMES), default="paper")
+@recipe_settings
 @json_option
-def recipe(name: str, as_json: bool) -> None:
-    """Every number of a recipe, with its source beside it.
+def recipe(name: str, settings: list[str], as_json: bool) -> None:
+    """Every number of a recipe, with its source beside it; the names are those that --set takes.
 
     \b
     Example:
       alextrain recipe released
+      alextrain recipe paper --set lr=0.02 --no-lrn
     """
     from dataclasses import asdict
 
-    from train.recipes import recipe_named
+    from train.recipe_table import recipe_lines
+    from train.setting import recipe_of
 
-    chosen = recipe_named(name)
+    chosen = recipe_of(name, settings)
     if as_json:
         answer(asdict(chosen))
         return
-    for field in fields(chosen):
-        if field.name not in ("name", "sources"):
-            click.echo(f"{field.name:24} {getattr(chosen, field.name)}")
-            click.echo(f"{'':24}   {chosen.sources[field.name]}")
+    for line in recipe_lines(chosen):
+        click.echo(line)
 
 
 @main.command()

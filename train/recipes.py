@@ -80,14 +80,14 @@ RELEASED = _variant(
     PAPER,
     "released",
     batch_size=(128, "convnet.py:177"),
-    epochs=(91, "P145:182: stopped at epoch 91"),
+    epochs=(91, "P145:169-182: stopped at epoch 91"),
     input_divisor=(1.0, "convdata_jpeg.py: nothing but the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32),
         "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one window for "
         "32 images :77",
     ),
-    activation=("relu", "L145: neuron=relu"),
+    activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 2.0),
         "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times this",
@@ -104,7 +104,7 @@ RELEASED = _variant(
         "L145: initW; the paper has 0.01 everywhere",
     ),
     init_bias=(dict.fromkeys(_HIDDEN, 1.0), "L145: initB"),
-    label_smoothing=(0.0, "L145: logreg"),
+    label_smoothing=(0.0, "L145:294-299: softmax and logistic regression"),
     lr=(0.01, "P145:169"),
     lr_bias=(0.02, "P145: epsB, constant; the paper has one rate, net #145 of 2010 had 0.002"),
     lr_bias_factor=(1.0, "not used where lr_bias is a number"),

@@ -1,0 +1,94 @@
+"""Options that commands of `alextrain` share. Light: a --help imports no torch, so choices are written out here.
+
+tests/test_commands.py holds them to train.recipes, train.recipe and train.ablate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import click
+
+from train.architecture import ARCHITECTURES
+
+RECIPE_NAMES = ("paper", "released", "short")
+ACTIVATIONS = ("relu", "tanh", "sigmoid")
+SCHEDULES = ("plateau", "steps", "cosine")
+
+Command = Callable[..., Any]
+
+gpus_option = click.option(
+    "--gpus",
+    metavar="0,1|0|cpu",
+    help="0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]",
+)
+model_option = click.option(
+    "--model",
+    type=click.Choice(list(ARCHITECTURES)),
+    default="alexnet",
+    show_default=True,
+    help="Which network of the family; see `alextrain summary --model`.",
+)
+recipe_option = click.option(
+    "--recipe",
+    type=click.Choice(RECIPE_NAMES),
+    default="paper",
+    show_default=True,
+    help="Every number of the training; see `alextrain recipe`.",
+)
+
+_SETTINGS = (
+    click.option(
+        "--set",
+        "settings",
+        metavar="FIELD=VALUE",
+        multiple=True,
+        help="Another number than the recipe's, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints the names.",
+    ),
+    click.option("--activation", type=click.Choice(ACTIVATIONS), help="Short for --set activation=…"),
+    click.option("--pool", type=click.Choice(["2", "3"]), help="Short for --set pool_px=…: 2 does not overlap."),
+    click.option("--schedule", type=click.Choice(SCHEDULES), help="Short for --set schedule=…"),
+    click.option("--no-lrn", is_flag=True, help="Short for --set lrn=none --set within_map=none."),
+    click.option("--no-dropout", is_flag=True, help="Short for --set dropout=0."),
+    click.option(
+        "--no-colour",
+        is_flag=True,
+        help="No colour noise: short for --set augmentation.colour=off --set augmentation.divisor=1.",
+    ),
+    click.option("--no-crossing", is_flag=True, help="Columns meet in fc8 alone: short for --set crossing=false."),
+)
+
+
+def recipe_settings(command: Command) -> Command:
+    """Add --set and its shorthands to a command, which gets them all as `settings`, a list of FIELD=VALUE."""
+
+    @wraps(command)
+    def collected(
+        *,
+        settings: tuple[str, ...],
+        activation: str | None,
+        pool: str | None,
+        schedule: str | None,
+        no_lrn: bool,
+        no_dropout: bool,
+        no_colour: bool,
+        no_crossing: bool,
+        **others: Any,
+    ) -> Any:
+        short = {
+            f"activation={activation}": activation,
+            f"pool_px={pool}": pool,
+            f"schedule={schedule}": schedule,
+            "lrn=none within_map=none": no_lrn,
+            "dropout=0": no_dropout,
+            "augmentation.colour=off augmentation.divisor=1": no_colour,
+            "crossing=false": no_crossing,
+        }
+        chosen = [word for words, given in short.items() if given for word in words.split()]
+        return command(settings=[*settings, *chosen], **others)
+
+    for option in reversed(_SETTINGS):
+        collected = option(collected)
+    return collected
