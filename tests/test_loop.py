@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.loader import EvalLoader, TrainLoader
+from pipeline.loader import EvalLoader, TrainLoader, train_loader
 from prep.console import UserError
 from train import checkpoint
 from train.architecture import ALEXNET, HALF, Widths
 from train.loop import fit
-from train.recipe import Change
+from train.model import AlexNet
+from train.recipe import Change, Cosine
 from train.recipes import SHORT
 from train.run import RunConfig, load_trained
 
@@ -310,6 +311,25 @@ def test_another_network_with_changed_numbers_trains_goes_on_and_is_loaded_as_it
     assert described["recipe"]["name"] == "short, activation=tanh, dropout=0.5, pool_px=2"
     draw_kernels(state["parameters"], tmp_path / "kernels.png", model.architecture.columns)
     assert (tmp_path / "kernels.png").stat().st_size > 1000
+
+
+def test_labels_are_smoothed_as_the_recipe_says_under_a_cosine_with_warm_up(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    """The first loss by the formula of Szegedy et al. 2016: (1 - e) times that of the label, e times that of all."""
+    recipe = replace(SHORT, dropout=0.0, label_smoothing=0.3, epochs=2, schedule=Cosine(1, 0.1, 0.01))
+    plan = config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=2)
+    fit(plan)
+    lines = [line for line in metrics(tmp_path / "run") if line["kind"] == "train"]
+    rates = [line["lr"] / SHORT.lr for line in lines]
+    assert rates == pytest.approx([0.1, 0.4, 0.7, 1.0, 0.7525, 0.2575])
+    torch.manual_seed(plan.seed)
+    model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
+    with train_loader(stores["jpeg"], 8, "cpu", plan.seed, augmentation=recipe.augmentation) as loader:
+        images, labels = next(iter(loader))
+    p = torch.log_softmax(model(images).double(), 1).detach()
+    wanted = -0.7 * p[torch.arange(8), labels].mean() - 0.3 * p.mean()
+    assert lines[0]["loss"] == pytest.approx(wanted.item(), rel=1e-5)
 
 
 def test_columns_on_two_gpus_are_seeded_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from train.architecture import ALEXNET, Widths
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
-from train.recipe import Change, Plateau, recipe_fields
-from train.recipes import PAPER, RECIPES, RELEASED, SHORT
+from train.recipe import Change, Cosine, Plateau, recipe_fields
+from train.recipes import CAFFE, MODERN, PAPER, RECIPES, RELEASED, SHORT
 
 SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 
@@ -149,4 +149,54 @@ def test_the_papers_numbers() -> None:
     assert set(PAPER.init_std.values()) == {0.01} and not PAPER.norm_before_relu and PAPER.within_map is None
     assert isinstance(PAPER.schedule, Plateau) and (PAPER.schedule.factor, PAPER.schedule.drops) == (0.1, 3)
     assert RELEASED.lrn.alpha == pytest.approx(2e-5) and RELEASED.augmentation.divisor == 1.1
-    assert set(RECIPES) == {"paper", "released", "short"}
+    assert set(RECIPES) == {"paper", "released", "caffe", "modern", "short"}
+
+
+@pytest.mark.parametrize(
+    ("batches", "lr"), [(0, 1e-2), (99_000, 1e-2), (101_000, 1e-3), (201_000, 1e-4), (301_000, 1e-5), (449_000, 1e-6)]
+)
+def test_caffes_rate_by_its_iterations_and_biases_at_twice_it(batches: int, lr: float) -> None:
+    epochs_done = batches * CAFFE.batch_size / 1_281_167
+    assert Schedule(CAFFE).rates(epochs_done) == pytest.approx((lr, lr, 2 * lr))
+    assert abs(450_000 * CAFFE.batch_size / 1_281_167 - CAFFE.epochs) < 0.1
+
+
+def test_caffes_numbers() -> None:
+    """models/bvlc_alexnet, as reported in its train_val.prototxt and solver.prototxt."""
+    assert (CAFFE.batch_size, CAFFE.momentum, CAFFE.weight_decay, CAFFE.dropout) == (256, 0.9, 0.0005, 0.5)
+    assert {layer for layer, std in CAFFE.init_std.items() if std == 0.005} == {"fc6", "fc7"}
+    assert CAFFE.init_bias == {**dict.fromkeys(PAPER.init_bias, 0.1)}
+    assert (CAFFE.lrn.k, CAFFE.lrn.alpha) == (1, pytest.approx(2e-5)) and CAFFE.augmentation.colour == "off"
+    assert CAFFE.dropout_scales_training and not CAFFE.decay_biases and CAFFE.augmentation.mean == "aligned"
+
+
+def test_biases_follow_the_rate_where_the_recipe_says_so() -> None:
+    """A multiple of lr over every drop (Caffe), and a constant through all of them (the released code)."""
+    for recipe, wanted in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
+        model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
+        optimiser, schedule = make_optimiser(model, recipe), Schedule(recipe)
+        for epochs_done in (0, 30, 60):
+            lr = schedule.apply(optimiser, epochs_done)
+            rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+            assert rates["weights"] == rates["conv1"] == lr
+            assert rates["biases"] == rates["conv1 biases"] == pytest.approx(wanted(lr))
+
+
+def test_cosine_with_warm_up_is_the_formula() -> None:
+    recipe = replace(MODERN, lr=0.2, epochs=50, schedule=Cosine(warmup_epochs=5, start=0.1, end=0.01))
+    schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
+    found = [schedule.rates(epoch)[0] for epoch in epochs]
+    rise = 0.02 + (0.2 - 0.02) * epochs / 5
+    fall = 0.002 + 0.5 * (0.2 - 0.002) * (1 + np.cos(np.pi * (epochs - 5) / 45))
+    assert np.allclose(found, np.where(epochs < 5, rise, np.where(epochs < 50, fall, 0.002)), rtol=1e-12)
+    assert max(found) == found[20] == 0.2
+    assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).rates(0)[0] == 0.2
+    schedule.saw_validation(0.5)
+    assert not schedule.finished and schedule == Schedule(recipe, best_error=schedule.best_error)
+
+
+def test_every_recipe_has_a_rate_at_each_of_its_epochs() -> None:
+    """None of them freezes the whole network, which a rate of 0 would."""
+    for recipe in RECIPES.values():
+        schedule = Schedule(recipe)
+        assert all(schedule.rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name

@@ -13,7 +13,7 @@ import click
 
 from train.architecture import ARCHITECTURES
 
-RECIPE_NAMES = ("paper", "released", "short")
+RECIPE_NAMES = ("paper", "released", "caffe", "modern", "short")
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 SCHEDULES = ("plateau", "steps", "cosine")
 

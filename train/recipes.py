@@ -17,10 +17,9 @@ from typing import Any
 from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.architecture import LAYERS
-from train.recipe import Change, Lrn, Plateau, Recipe
+from train.recipe import Change, Cosine, Lrn, Plateau, Recipe
 
 _HIDDEN = ("conv2", "conv4", "conv5", "fc6", "fc7")  # whose biases do not start at 0
-_CAFFE = "train_val.prototxt"
 
 
 def _recipe(name: str, **numbers: tuple[Any, str]) -> Recipe:
@@ -123,6 +122,79 @@ RELEASED = _variant(
     ),
 )
 
+CAFFE = _variant(
+    PAPER,
+    "caffe",
+    batch_size=(256, "train_val.prototxt"),
+    epochs=(90, "solver.prototxt: 450,000 batches of 256 are 89.9 epochs"),
+    input_divisor=(1.0, "train_val.prototxt: nothing but the mean subtracted"),
+    augmentation=(
+        Augmentation(mean="aligned", colour="off", strength=0.0),
+        "data_transformer.cpp:113: the part of the mean image that lies under the window; random window and flip, no "
+        "colour noise. Caffe's windows are of 227 px, to the same 55 × 55 positions",
+    ),
+    activation=("relu", "train_val.prototxt"),
+    lrn=(
+        Lrn(5, 1e-4 / 5, 0.75, 1.0),
+        "train_val.prototxt, alpha divided by size in lrn_layer.cpp:120, k = 1 in caffe.proto:888. Caffe's runs over "
+        "all 96 and 256 maps, ours within a column",
+    ),
+    norm_before_relu=(False, "train_val.prototxt: relu1, norm1, pool1"),
+    within_map=(None, "not in train_val.prototxt"),
+    pool_px=(3, "train_val.prototxt: kernel 3, stride 2"),
+    crossing=(True, "train_val.prototxt: group 2 in conv2, conv4 and conv5, none elsewhere"),
+    dropout=(0.5, "train_val.prototxt: drop6, drop7"),
+    dropout_scales_training=(True, "dropout_layer.cpp"),
+    init=("normal", "train_val.prototxt: gaussian"),
+    init_std=(
+        {**dict.fromkeys(LAYERS, 0.01), "fc6": 0.005, "fc7": 0.005},
+        "train_val.prototxt; the paper has 0.01 everywhere",
+    ),
+    init_bias=(
+        dict.fromkeys(_HIDDEN, 0.1),
+        "train_val.prototxt; readme.md:14: with the paper's 1 the loss stayed where it was",
+    ),
+    label_smoothing=(0.0, "train_val.prototxt: softmax loss"),
+    lr=(0.01, "solver.prototxt"),
+    lr_bias=(None, "train_val.prototxt: a multiple of lr"),
+    lr_bias_factor=(2.0, "train_val.prototxt: lr_mult 2"),
+    momentum=(0.9, "solver.prototxt"),
+    weight_decay=(0.0005, "solver.prototxt"),
+    decay_biases=(False, "train_val.prototxt: decay_mult 0"),
+    schedule=(
+        tuple(Change(20 * drop, lr=float(f"1e-{2 + drop}")) for drop in (1, 2, 3, 4)),
+        "solver.prototxt: a tenth after each 100,000 batches of 256, which are 19.98 epochs",
+    ),
+)
+
+MODERN = _variant(
+    PAPER,
+    "modern",
+    batch_size=(512, "ours: what one GPU of today takes with ease"),
+    epochs=(90, "ours: the paper's"),
+    input_divisor=(64.0, "ours: pixels of about unit variance, as initialisation 'he' expects"),
+    augmentation=(
+        Augmentation(mean="channel", colour="stdev", strength=0.1),
+        "ours: a mean for each channel; noise as the released code's, without its /1.1",
+    ),
+    dropout_scales_training=(True, "ours: nothing is left to do in test"),
+    init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the size of the signal from layer to layer"),
+    init_std=(PAPER.init_std, "not used by 'he'"),
+    init_bias=({}, "He et al. 2015: none"),
+    label_smoothing=(0.1, "Szegedy et al. 2016 (arXiv 1512.00567), section 7"),
+    lr=(
+        0.04,
+        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: in proportion to the batch; the paper's 0.01 at 128, which "
+        "the authors' code kept to at 256 (layer-params-170-256-double.cfg)",
+    ),
+    decay_biases=(False, "ours, as the released code"),
+    schedule=(
+        Cosine(warmup_epochs=5, start=0.1, end=0.001),
+        "Goyal et al. 2017, section 2.2: warm-up over 5 epochs; Loshchilov and Hutter 2017 (arXiv 1608.03983), eq. 5: "
+        "half a cosine; the shares of lr at both ends are ours",
+    ),
+)
+
 SHORT = _variant(
     PAPER,
     "short",
@@ -142,7 +214,7 @@ SHORT = _variant(
     schedule=((Change(2, lr=0.001),), "ours: one drop for the last third"),
 )
 
-RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, SHORT)}
+RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SHORT)}
 
 
 def recipe_named(name: str) -> Recipe:
