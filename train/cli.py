@@ -9,8 +9,20 @@ import click
 
 from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, progress, say, store_option
 from prep.manifest import Store
+from train.ablations import ABLATIONS
 from train.architecture import ARCHITECTURES
-from train.options import RECIPE_NAMES, gpus_option, model_option, recipe_option, recipe_settings
+from train.options import (
+    RECIPE_NAMES,
+    batch_option,
+    epochs_option,
+    gpus_option,
+    model_option,
+    recipe_option,
+    recipe_settings,
+    seed_option,
+    set_option,
+    steps_option,
+)
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -32,20 +44,10 @@ def main() -> None:
 @model_option
 @recipe_option
 @recipe_settings
-@click.option("--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]")
-@click.option(
-    "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]"
-)
-@click.option(
-    "--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first."
-)
-@click.option(
-    "--seed",
-    type=click.IntRange(0, 2**31 - 1),
-    default=0,
-    show_default=True,
-    help="Of parameters, order, windows, noise and dropout.",
-)
+@batch_option
+@epochs_option
+@steps_option
+@seed_option
 @click.option(
     "--log-every",
     type=click.IntRange(1),
@@ -121,11 +123,11 @@ def run(
 
 def _plan_lines(config: Any, store: Store) -> list[str]:
     from train.devices import devices_text
+    from train.run import length
     from train.summary import summarise
 
     records, classes = store.split("train").records, len(store.classes)
-    per_epoch = records // config.batch_size
-    steps = min(config.epochs * per_epoch, config.steps or config.epochs * per_epoch)
+    per_epoch, steps = length(config, store)
     parameters = sum(row.parameters for row in summarise(classes, config.model, config.recipe))
     if not per_epoch:
         raise UserError(
@@ -264,6 +266,58 @@ def recipe(name: str, settings: list[str], as_json: bool) -> None:
         answer(asdict(chosen))
         return
     for line in recipe_lines(chosen):
+        click.echo(line)
+
+
+@main.command()
+@store_option
+@click.option(
+    "--out", type=click.Path(path_type=Path), default="ablations", show_default=True, help="Folder of the runs."
+)
+@click.option(
+    "--only",
+    type=click.Choice([ablation.name for ablation in ABLATIONS]),
+    multiple=True,
+    help="One of them, beside the baseline; may be given again.  [default: all]",
+)
+@recipe_option
+@set_option
+@batch_option
+@epochs_option
+@steps_option
+@seed_option
+@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each.")
+@gpus_option
+@click.option("-n", "--dry-run", is_flag=True, help="Say what would be trained, and end.")
+@json_option
+def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
+    """Train the network without one part at a time, and set the errors beside the paper's.
+
+    What is trained already is not trained again; an ablation that was stopped or killed goes on when the same command
+    is given again. All of them have the same seed, so that parameters, order and windows begin the same.
+
+    \b
+    Example:
+      alextrain ablate --store store --out ablations --recipe modern --epochs 20 --seeds 3
+      alextrain ablate --recipe short --only no-lrn --only half
+    """
+    Store.open(store).split("train")
+    from train.ablate import ablate as train_and_measure
+    from train.ablate import outcome_rows, plan_runs, table_lines
+
+    runs = plan_runs(store, out, **options)
+    if dry_run:
+        for run in runs:
+            say(f"{run.config.run_dir}: {run.config.model.name}, recipe {run.config.recipe.name}")
+        if as_json:
+            answer({"dry_run": True, "runs": [str(run.config.run_dir) for run in runs]})
+        return
+    rows = outcome_rows(train_and_measure(runs))
+    if as_json:
+        settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
+        answer({"store": str(store), **settings, "ablations": rows})
+        return
+    for line in table_lines(rows):
         click.echo(line)
 
 

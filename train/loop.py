@@ -25,14 +25,18 @@ from train.devices import keep_freed_memory
 from train.evaluate import EvalResult, batch_of, evaluate, wrong
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
-from train.run import RunConfig, check_identity, claim, describe, identity
+from train.run import RunConfig, check_identity, claim, describe, identity, length
+
+
+class Diverged(UserError):
+    """The loss, or a parameter, is no longer a number."""
 
 
 def fit(config: RunConfig) -> Path:
     """Train, or go on training; returns the run folder.
 
-    Raises UserError as the loaders do, for a run folder of another run, and when the loss is no longer a number; after
-    Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
+    Raises UserError as the loaders do and for a run folder of another run, Diverged when the loss is no longer a
+    number; after Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
     claim(config.run_dir)
     with hold_lock(config.run_dir, "training"), ExitStack() as streams:
@@ -48,8 +52,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
     _seed(config, 0)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.model)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
-    steps_per_epoch = store.split("train").records // config.batch_size
-    last_step = min(config.epochs * steps_per_epoch, config.steps if config.steps is not None else math.inf)
+    steps_per_epoch, last_step = length(config, store)
 
     # ---- resume. What holds, in this order: 1. the newest checkpoint of the run folder that can be read, if it is of
     # ---- the same run; 2. the seed. The stream is the one of the epoch, continued where the checkpoint left it.
@@ -161,11 +164,11 @@ def _save(
 ) -> None:
     """Checkpoint everything that decides what comes next; `_restore` takes the same names.
 
-    Raises UserError for parameters that are no numbers: the checkpoints before stay the newest.
+    Raises Diverged for parameters that are no numbers: the checkpoints before stay the newest.
     """
     parameters = model.joined()
     if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
-        raise UserError(_DIVERGED.format(f"parameters are no numbers at step {step:,}"))
+        raise Diverged(_DIVERGED.format(f"parameters are no numbers at step {step:,}"))
     state = {
         "identity": identity(config, store),
         "step": step,
@@ -196,8 +199,8 @@ def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser
 
 
 _DIVERGED = (
-    "{}: training has diverged. The last checkpoint is kept. A lower rate usually helps: choose another --recipe, or a "
-    "larger --batch for the same rate."
+    "{}: training has diverged. The last checkpoint is kept. A lower rate usually helps: --set lr=…, another "
+    "--recipe, or a larger --batch for the same rate."
 )
 
 
@@ -220,11 +223,11 @@ class _Interval:
         self.loss, self.misses = self.loss + loss, self.misses + wrong(logits, labels)
 
     def read(self) -> dict[str, float]:
-        """Means over the interval; begins the next. Raises UserError for a loss that is not finite."""
+        """Means over the interval; begins the next. Raises Diverged for a loss that is not finite."""
         loss = float(self.loss) / self.steps
         misses = torch.as_tensor(self.misses).tolist()
         if not math.isfinite(loss):
-            raise UserError(_DIVERGED.format(f"the loss is {loss} within the last {self.steps} steps"))
+            raise Diverged(_DIVERGED.format(f"the loss is {loss} within the last {self.steps} steps"))
         seconds, waits = time.perf_counter() - self.started, self.loader.waits()
         read = {
             "loss": loss,

@@ -1,6 +1,6 @@
 """Options that commands of `alextrain` share. Light: a --help imports no torch, so choices are written out here.
 
-tests/test_commands.py holds them to train.recipes, train.recipe and train.ablate.
+tests/test_commands.py holds them to train.recipes and train.recipe.
 """
 
 from __future__ import annotations
@@ -39,14 +39,32 @@ recipe_option = click.option(
     help="Every number of the training; see `alextrain recipe`.",
 )
 
+batch_option = click.option(
+    "--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]"
+)
+epochs_option = click.option(
+    "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]"
+)
+steps_option = click.option(
+    "--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first."
+)
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, 2**31 - 1),
+    default=0,
+    show_default=True,
+    help="Of parameters, order, windows, noise and dropout.",
+)
+set_option = click.option(
+    "--set",
+    "settings",
+    metavar="FIELD=VALUE",
+    multiple=True,
+    help="Another number than the recipe's, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints the names.",
+)
+
 _SETTINGS = (
-    click.option(
-        "--set",
-        "settings",
-        metavar="FIELD=VALUE",
-        multiple=True,
-        help="Another number than the recipe's, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints the names.",
-    ),
+    set_option,
     click.option("--activation", type=click.Choice(ACTIVATIONS), help="Short for --set activation=…"),
     click.option("--pool", type=click.Choice(["2", "3"]), help="Short for --set pool_px=…: 2 does not overlap."),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Short for --set schedule=…"),

@@ -40,6 +40,13 @@ class RunConfig:
     threads: int | None = None  # of the stream on the CPU
 
 
+def length(config: RunConfig, store: Store) -> tuple[int, int]:
+    """(steps of an epoch, steps in all)."""
+    steps_per_epoch = store.split("train").records // config.batch_size
+    steps = config.epochs * steps_per_epoch
+    return steps_per_epoch, steps if config.steps is None else min(steps, config.steps)
+
+
 def identity(config: RunConfig, store: Store) -> dict[str, Any]:
     """What must agree for a checkpoint to be continued."""
     return {

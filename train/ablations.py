@@ -1,0 +1,68 @@
+"""The ablations of the paper: which part is taken away, how, and what that cost its authors. Light: no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """The network without one of its parts."""
+
+    name: str
+    source: str
+    settings: tuple[str, ...] = ()  # as `--set` takes them
+    model: str = "alexnet"  # of ARCHITECTURES
+    rise_top1: float | None = None  # of the authors' error without the part, percentage points
+    rise_top5: float | None = None
+
+
+BASELINE = Ablation("baseline", "the network with all its parts")
+
+ABLATIONS = (
+    BASELINE,
+    Ablation(
+        "no-lrn",
+        "section 3.3; net #148 of the authors' code: 42.03 / 19.36 %, #145: 40.66 / 18.21 %",
+        ("lrn=none", "within_map=none"),
+        rise_top1=1.4,
+        rise_top5=1.2,
+    ),
+    Ablation(
+        "pool-2",
+        "section 3.4; net #147: 41.06 / 18.51 %",
+        ("pool_px=2",),
+        rise_top1=0.4,
+        rise_top5=0.3,
+    ),
+    Ablation(
+        "no-dropout",
+        "section 4.2: 'without dropout, our network exhibits substantial overfitting', no number",
+        ("dropout=0",),
+    ),
+    Ablation(
+        "no-colour",
+        "section 4.1: the noise 'reduces the top-1 error rate by over 1%'",
+        ("augmentation.colour=off", "augmentation.divisor=1"),
+        rise_top1=1.0,
+    ),
+    Ablation(
+        "no-crossing",
+        "net #150: 41.83 / 19.33 %, its columns made wider (160 maps of conv2, 4096 units each); not in the paper",
+        ("crossing=false",),
+        rise_top1=1.17,
+        rise_top5=1.12,
+    ),
+    Ablation(
+        "half",
+        "section 3.2: two GPUs against half the kernels on one; net #145-half, ILSVRC-2010: 39.17 / 18.23 %",
+        model="half",
+        rise_top1=1.7,
+        rise_top5=1.2,
+    ),
+    Ablation(
+        "tanh",
+        "section 3.1, figure 1: six times as many epochs to 25 % of training error, four layers, CIFAR-10",
+        ("activation=tanh",),
+    ),
+)
