@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
+from train import lrn, native
 from train.lrn import local_response_norm, within_map_norm
 
+Numbers = npt.NDArray[np.float64]
+SHAPES = [(48, 5), (128, 5), (96, 5), (7, 3), (3, 5), (1, 5), (12, 9), (2, 101), (33, 1)]
 
-def by_formula(a: np.ndarray, n: int, alpha: float, beta: float, k: float) -> np.ndarray:
+
+def by_formula(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
     """Section 3.3, map by map."""
     b = np.empty_like(a)
     maps = a.shape[1]
@@ -19,12 +25,62 @@ def by_formula(a: np.ndarray, n: int, alpha: float, beta: float, k: float) -> np
     return b
 
 
-@pytest.mark.parametrize(("maps", "size"), [(48, 5), (128, 5), (7, 3), (3, 5), (1, 5), (12, 9)])
+def gradient_by_formula(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
+    """Each output's derivative by each map that it sees."""
+    maps = a.shape[1]
+    found = np.zeros_like(a)
+    for i in range(maps):
+        low, high = max(0, i - n // 2), min(maps - 1, i + n // 2)
+        s = k + alpha * (a[:, low : high + 1] ** 2).sum(1)
+        found[:, i] += grad[:, i] * s**-beta
+        for j in range(low, high + 1):
+            found[:, j] -= grad[:, i] * a[:, i] * beta * s ** (-beta - 1) * 2 * alpha * a[:, j]
+    return found
+
+
+def maps_of(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
+    """float32 (2, count, 4, 5), of both signs."""
+    x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
+    return x.contiguous(memory_format=torch.channels_last) if last else x
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    if request.param == "plain":
+        monkeypatch.setattr(native, "kernel", None)
+    elif native.kernel is None:
+        pytest.skip("no C compiler was there at installation")
+    return str(request.param)
+
+
+@pytest.mark.parametrize(("maps", "size"), SHAPES)
 @pytest.mark.parametrize("beta", [0.75, 0.6])
 def test_equals_the_formula_of_the_paper(maps: int, size: int, beta: float) -> None:
-    x = torch.randn(2, maps, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(maps)) * 30
+    x = maps_of(maps).double()
     found = local_response_norm(x, size, 1e-2, beta, 2.0)
     assert np.allclose(found.numpy(), by_formula(x.numpy(), size, 1e-2, beta, 2.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("maps", "size"), SHAPES)
+def test_float32_is_within_a_few_ulp_of_the_formula(maps: int, size: int, relu: bool, way: str) -> None:
+    x = maps_of(maps)
+    a = (x.relu() if relu else x).double().numpy()
+    wanted = by_formula(a, size, 1e-2, 0.75, 2.0)
+    found = local_response_norm(x, size, 1e-2, 0.75, 2.0, relu).numpy()
+    assert (np.abs(found - wanted) <= 6 * np.spacing(np.abs(wanted).astype(np.float32))).all()
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize(("maps", "size"), SHAPES)
+def test_gradient_in_float32_equals_the_formula(maps: int, size: int, relu: bool, way: str) -> None:
+    x, grad = maps_of(maps).requires_grad_(), maps_of(maps, last=False, seed=1)
+    a = (x.relu() if relu else x).detach().double().numpy()
+    wanted = gradient_by_formula(a, grad.double().numpy(), size, 1e-2, 0.75, 2.0)
+    if relu:
+        wanted[x.detach().numpy() <= 0] = 0
+    (found,) = torch.autograd.grad(local_response_norm(x, size, 1e-2, 0.75, 2.0, relu), x, grad)
+    assert np.allclose(found.numpy(), wanted, rtol=1e-5, atol=1e-6 * np.abs(grad.numpy()).max())
 
 
 def test_torch_divides_alpha_by_the_window() -> None:
@@ -34,14 +90,15 @@ def test_torch_divides_alpha_by_the_window() -> None:
 
 
 @pytest.mark.parametrize("beta", [0.75, 0.5])
-def test_gradient(beta: float) -> None:
+@pytest.mark.parametrize("relu", [False, True])
+def test_gradient(beta: float, relu: bool) -> None:
     x = torch.randn(2, 7, 2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)) * 5
     x.requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, 5, 0.1, beta, 2.0), x)
-    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, 3, 0.1, beta, 2.0), x)
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, 5, 0.1, beta, 2.0, relu), x)
+    assert torch.autograd.gradcheck(lambda x: local_response_norm(x, 3, 0.1, beta, 2.0, relu), x)
 
 
-def test_gradient_in_float32_equals_torchs() -> None:
+def test_gradient_in_float32_equals_torchs(way: str) -> None:
     x = torch.randn(4, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).requires_grad_()
     upstream = torch.randn(4, 48, 9, 9, generator=torch.Generator().manual_seed(3))
     (ours,) = torch.autograd.grad(local_response_norm(x, 5, 1e-4, 0.75, 2.0), x, upstream)
@@ -49,17 +106,104 @@ def test_gradient_in_float32_equals_torchs() -> None:
     assert torch.allclose(ours, theirs, atol=1e-5)
 
 
-def test_the_input_is_left_as_it_was() -> None:
-    x = torch.randn(1, 6, 3, 3, generator=torch.Generator().manual_seed(4))
-    before = x.clone()
-    local_response_norm(x, 5, 1e-4, 0.75, 2.0)
-    within_map_norm(x, 5, 1e-4, 0.75, 1.0)
-    assert torch.equal(x, before)
+def test_any_layout(way: str) -> None:
+    """Channels first, strided, transposed, expanded; the gradient too."""
+    whole = torch.randn(4, 14, 10, 12, generator=torch.Generator().manual_seed(6)) * 20
+    whole = whole.contiguous(memory_format=torch.channels_last)
+    views = [whole.contiguous(), whole[::2, 3:11, 1:, ::3], whole.transpose(2, 3), whole.permute(0, 2, 1, 3)]
+    views += [whole[:, :1].expand(4, 6, 10, 12), whole.flip(1)]
+    for view in views:
+        x = view.detach().requires_grad_()
+        found = local_response_norm(x, 5, 1e-2, 0.75, 2.0, relu=True)
+        (gradient,) = torch.autograd.grad(found, x, torch.ones(()).expand(x.shape))
+        a = x.detach().relu().double().numpy()
+        assert np.allclose(found.detach().numpy(), by_formula(a, 5, 1e-2, 0.75, 2.0), rtol=1e-6)
+        wanted = gradient_by_formula(a, np.ones_like(a), 5, 1e-2, 0.75, 2.0) * (x.detach().numpy() > 0)
+        assert np.allclose(gradient.numpy(), wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_an_even_window_is_refused() -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_of_16_bits_are_computed_in_32(dtype: torch.dtype) -> None:
+    """200² times five is beyond float16, whose result is not."""
+    x = (maps_of(12) * 7).to(dtype).requires_grad_()
+    found = local_response_norm(x, 5, 1e-4, 0.75, 2.0)
+    wanted = local_response_norm(x.double(), 5, 1e-4, 0.75, 2.0)
+    assert found.dtype == dtype and torch.equal(found, wanted.to(dtype))
+    (gradient,) = torch.autograd.grad(found.float().sum(), x)
+    (exact,) = torch.autograd.grad(wanted.sum(), x)
+    assert gradient.dtype == dtype and torch.allclose(gradient.double(), exact.double(), rtol=1e-2, atol=1e-4)
+
+
+def test_nan_and_infinity_reach_the_maps_that_see_them(way: str) -> None:
+    for bad in (float("nan"), float("inf")):
+        x = maps_of(11).abs()
+        x[1, 5, 2, 3] = bad
+        x.requires_grad_()
+        found = local_response_norm(x, 5, 1e-2, 0.75, 2.0, relu=True)
+        (gradient,) = torch.autograd.grad(found.sum(), x)
+        assert found[1, 5, 2, 3].isnan() and found.isnan().sum() == (5 if bad != bad else 1)
+        if bad == float("inf"):
+            assert (found[1, 3:8, 2, 3].nan_to_num() == 0).all()
+        assert gradient[1, 5, 2, 3].isnan()
+        assert not gradient[0].isnan().any() and not gradient[1, :1].isnan().any()
+
+
+def test_huge_and_tiny_numbers(way: str) -> None:
+    for scale in (1e15, 1e-30):
+        x = maps_of(9) * scale
+        found = local_response_norm(x, 5, 1e-4, 0.75, 2.0)
+        assert np.allclose(found.numpy(), by_formula(x.double().numpy(), 5, 1e-4, 0.75, 2.0), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(0, 48, 5, 5), (2, 8, 0, 3), (2, 0, 3, 3)])
+def test_an_empty_batch(shape: tuple[int, ...], way: str) -> None:
+    x = torch.zeros(shape, requires_grad=True)
+    found = local_response_norm(x, 5, 1e-4, 0.75, 2.0, relu=True)
+    (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert found.shape == gradient.shape == shape
+
+
+def test_the_input_is_left_as_it_was_and_is_all_that_is_kept(way: str) -> None:
+    x = maps_of(6).requires_grad_()
+    before, kept = x.detach().clone(), []
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outputs = local_response_norm(x, 5, 1e-4, 0.75, 2.0, relu=True), within_map_norm(x, 5, 1e-4, 0.75, 1.0)
+    sum(output.sum() for output in outputs).backward()
+    assert torch.equal(x, before) and kept == [x.data_ptr()] * 2
+
+
+def test_differentiable_once(way: str) -> None:
+    """A second derivative is refused, not wrong."""
+    x = maps_of(6).requires_grad_()
+    (gradient,) = torch.autograd.grad(local_response_norm(x, 5, 1e-2, 0.75, 2.0).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    for size in (4, 0, -1):
+        with pytest.raises(ValueError, match="odd"):
+            local_response_norm(torch.zeros(1, 4, 2, 2), size, 1e-4, 0.75, 2.0)
     with pytest.raises(ValueError, match="odd"):
-        local_response_norm(torch.zeros(1, 4, 2, 2), 4, 1e-4, 0.75, 2.0)
+        within_map_norm(torch.zeros(1, 4, 2, 2), 4, 1e-4, 0.75, 2.0)
+    with pytest.raises(ValueError, match="expected"):
+        local_response_norm(torch.zeros(1, 4), 5, 1e-4, 0.75, 2.0)
+
+
+def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 on a CPU with the paper's exponent is compiled, and nothing else."""
+    x = maps_of(4)
+    assert lrn.fits_kernel(x, 0.75) == (native.kernel is not None)
+    for other in (x.double(), x.half(), x.to("meta"), x[:0]):
+        assert not lrn.fits_kernel(other, 0.75)
+    assert not lrn.fits_kernel(x, 0.5)
+    monkeypatch.setattr(native, "kernel", None)
+    assert not lrn.fits_kernel(x, 0.75)
 
 
 def test_within_map_norm_equals_the_formula() -> None:
@@ -68,3 +212,11 @@ def test_within_map_norm_equals_the_formula() -> None:
     squares = sum(padded[:, :, y : y + 7, x : x + 6] for y in range(5) for x in range(5))
     wanted = a.numpy() / (1 + 4e-5 * squares) ** 0.75
     assert np.allclose(within_map_norm(a, 5, 4e-5, 0.75, 1.0).numpy(), wanted, rtol=1e-12)
+
+
+@pytest.mark.parametrize("beta", [0.75, 0.5])
+def test_within_map_gradient(beta: float) -> None:
+    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(7)) * 5
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 3, 0.1, beta, 1.0), x)
+    assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 5, 0.1, beta, 1.0), x)

@@ -5,45 +5,111 @@ Across maps, for maps i of one column:
     b_i = a_i · s_i^−β        s_i = k + α Σ a_j²   over j = i − n/2 … i + n/2, clipped to the column's maps
 
 α here multiplies the plain sum, as the paper writes it. The authors' code divides it by n (layer.py: scale / size),
-and so does torch.nn.LocalResponseNorm: its `alpha` is n times ours. One autograd function keeps x, s and nothing
-else, and takes s^−¾ from two square roots, where PyTorch's own (average pooling, then a scalar power) costs half of
-AlexNet's step on a CPU.
+and so does torch.nn.LocalResponseNorm: its `alpha` is n times ours.
+
+Three ways, by where x is; each keeps x for the backward pass and nothing else, and can take the ReLU before it along:
+
+    float32 on a CPU with β = ¾   native.c: s^−¾ is two square roots. Within 6 ulp of the formula.
+    on a GPU                      lrn_triton.py, where Triton is installed
+    all else                      PyTorch's operators, below: what the others are tested against
 """
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from train import native
 
-def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Normalise (N, C, H, W) across `size` neighbouring maps (odd); alpha multiplies the sum of squares."""
-    if size % 2 == 0:
-        raise ValueError(f"size {size}: expected an odd number of maps")
-    result: Tensor = _AcrossMaps.apply(x, size, alpha, beta, k)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+
+def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
+    """Normalise (N, C, H, W) across `size` neighbouring maps (odd); alpha multiplies the sum of squares.
+
+    With `relu`, of max(x, 0). Numbers of 16 bits are squared and summed in float32. Differentiable once.
+    """
+    check_size(size)
+    if x.dim() != 4:
+        raise ValueError(f"a tensor of shape {tuple(x.shape)}: expected (N, C, H, W)")
+    result: Tensor
+    if fits_kernel(x, beta):
+        result = _Compiled.apply(channels_last(x), native.Norm(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    elif x.is_cuda and x.dtype != torch.float64 and x.numel() and _triton_is_there():
+        from train import lrn_triton
+
+        result = lrn_triton.local_response_norm(x, size, alpha, beta, k, relu)
+    else:
+        result = _Plain.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]
     return result
 
 
-class _AcrossMaps(torch.autograd.Function):
+def check_size(size: int) -> None:
+    """Raises ValueError for an even one: a window has a middle."""
+    if size % 2 == 0 or size < 1:
+        raise ValueError(f"size {size}: expected an odd number of maps")
+
+
+def fits_kernel(x: Tensor, beta: float) -> bool:
+    """Whether native.c has x's kind of numbers, its place and this exponent."""
+    cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
+    return native.kernel is not None and cpu and beta == 0.75
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """x, or a copy of it, as native.c wants it."""
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _triton_is_there() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-        s = _window_sum(x * x, size).mul_(alpha).add_(k)
-        ctx.save_for_backward(x, s)
-        ctx.constants = size, alpha, beta
-        return x * _negative_power(s, beta)
+    def forward(ctx: Any, x: Tensor, how: native.Norm) -> Tensor:
+        assert native.kernel
+        ctx.save_for_backward(x)
+        ctx.how, ctx.kernel = how, native.kernel
+        return native.kernel.norm(x, how)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return ctx.kernel.norm_backward(x, channels_last(grad), ctx.how), None
+
+
+class _Plain(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.constants = size, alpha, beta, k, relu
+        a = _activations(x, relu)
+        s = _window_sum(a * a, size).mul_(alpha).add_(k)
+        return a.mul(_negative_power(s, beta)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) for i in the window of j, which is j in the window of i
-        x, s = ctx.saved_tensors
-        size, alpha, beta = ctx.constants
-        direct = grad * _negative_power(s, beta)
-        spread = _window_sum((direct * x).div_(s), size)
-        return direct.sub_(spread.mul_(x), alpha=2 * alpha * beta), None, None, None, None
+        (x,) = ctx.saved_tensors
+        size, alpha, beta, k, relu = ctx.constants
+        a = _activations(x, relu)
+        s = _window_sum(a * a, size).mul_(alpha).add_(k)
+        direct = grad.to(a.dtype) * _negative_power(s, beta)
+        spread = _window_sum((direct * a).div_(s), size)
+        found = direct.sub_(spread.mul_(a), alpha=2 * alpha * beta)
+        if relu:
+            found.masked_fill_(x <= 0, 0)
+        return found.to(x.dtype), None, None, None, None, None
+
+
+def _activations(x: Tensor, relu: bool) -> Tensor:
+    a = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    return a.relu() if relu else a
 
 
 def _negative_power(s: Tensor, beta: float) -> Tensor:
@@ -66,7 +132,37 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
     """Normalise (N, C, H, W) by the squares in a `size` × `size` neighbourhood of the same map, zero beyond its edge.
 
     The released net #145 has it after the second layer's normalisation (layers-145.cfg: cnorm2, of type rnorm); the
-    paper does not mention it.
+    paper does not mention it. Keeps x alone; differentiable once.
     """
-    squares = F.avg_pool2d(x * x, size, stride=1, padding=size // 2) * size**2
-    return x * (k + alpha * squares) ** -beta
+    check_size(size)
+    result: Tensor = _WithinMap.apply(x, size, alpha, beta, k)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _WithinMap(torch.autograd.Function):
+    """The neighbourhood is symmetric as across maps, and so the gradient has the same form."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.constants = size, alpha, beta, k
+        a = _activations(x, False)
+        s = _area_sum(a * a, size).mul_(alpha).add_(k)
+        return a.mul(_negative_power(s, beta)).to(x.dtype)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (x,) = ctx.saved_tensors
+        size, alpha, beta, k = ctx.constants
+        a = _activations(x, False)
+        s = _area_sum(a * a, size).mul_(alpha).add_(k)
+        direct = grad.to(a.dtype) * _negative_power(s, beta)
+        spread = _area_sum((direct * a).div_(s), size)
+        return direct.sub_(spread.mul_(a), alpha=2 * alpha * beta).to(x.dtype), None, None, None, None
+
+
+def _area_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over `size` × `size` neighbouring positions of a map, zero beyond its edge."""
+    down = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0), divisor_override=1)
+    return F.avg_pool2d(down, (1, size), stride=1, padding=(0, size // 2), divisor_override=1)
