@@ -31,10 +31,15 @@ from torch import Tensor, nn
 from pipeline.augment import WINDOW_PX
 from train.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture, Widths
 from train.lrn import local_response_norm, within_map_norm
-from train.recipe import Recipe
+from train.pool import max_pool
+from train.recipe import Lrn, Recipe
 
 POOLED_PX = 6  # side of pool5's maps for a window
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "tanh": torch.tanh, "sigmoid": torch.sigmoid}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+}
 
 
 class FullLayer(nn.Linear):
@@ -215,32 +220,42 @@ class AlexNet(nn.Module):
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
         """(N, 3, 227, 227) to (N, 128, 13, 13)."""
-        x = column.conv1(x)
+        norm = self._norm
         if self.recipe.norm_before_relu:
-            x = self._activation(self._pool(self._norm(x)))
+            x = self._pool(column.conv1(x), norm, active_after=True)
         else:
-            x = self._pool(self._norm(self._activation(x)))
-        x = self._norm(self._activation(column.conv2(x)))
-        if self.recipe.within_map is not None and self.architecture.normalised:
-            x = within_map_norm(x, **vars(self.recipe.within_map))
-        return self._pool(x)
+            x = self._pool(column.conv1(x), norm, active_before=True)
+        x = column.conv2(x)
+        if self.recipe.within_map is None or not self.architecture.normalised:
+            return self._pool(x, norm, active_before=True)
+        x = self._activation(x)
+        if norm is not None:
+            x = local_response_norm(x, **vars(norm))
+        return self._pool(within_map_norm(x, **vars(self.recipe.within_map)))
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
         """(N, 256, 13, 13), of both columns, to (N, 128, 6, 6)."""
         x = self._activation(column.conv3(x))
         x = self._activation(column.conv4(x))
-        return self._pool(self._activation(column.conv5(x)))
+        return self._pool(column.conv5(x), active_after=True)
+
+    @property
+    def _norm(self) -> Lrn | None:
+        return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
+        """In place: no layer keeps its output."""
         return ACTIVATIONS[self.recipe.activation](x)
 
-    def _norm(self, x: Tensor) -> Tensor:
-        if self.recipe.lrn is None or not self.architecture.normalised:
-            return x
-        return local_response_norm(x, **vars(self.recipe.lrn))
-
-    def _pool(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(x, self.recipe.pool_px, 2)
+    def _pool(
+        self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
+    ) -> Tensor:
+        """Activation, normalisation, pooling, activation, what of them is asked for. ReLU is done along with the rest."""
+        relu = self.recipe.activation == "relu"
+        if active_before and not relu:
+            x = self._activation(x)
+        x = max_pool(x, self.recipe.pool_px, norm, relu and active_before, relu and active_after)
+        return self._activation(x) if active_after and not relu else x
 
     def _dropped(self, layer: str, units: list[Tensor]) -> list[Tensor]:
         return [self._drop(x) for x in units] if layer in self.architecture.dropout_before else units

@@ -1,9 +1,8 @@
-"""Max-pooling, 3 × 3 with stride 2 and so overlapping (section 3.4), with what surrounds it in the network.
+"""Max-pooling with stride 2, overlapping where windows are 3 px (section 3.4), with what surrounds it in the network.
 
 On a CPU the maps before it are large and what is done to each number is little: ReLU, normalisation and pooling go
 over memory once together (native.c), keep a byte for each pooled number, with a normalisation the maps before it too,
-and nothing between.
-Elsewhere it is PyTorch's operators, one after the other.
+and nothing between. Elsewhere it is PyTorch's operators, one after the other.
 """
 
 from __future__ import annotations
@@ -19,20 +18,22 @@ from train.lrn import channels_last, check_size, fits_kernel, local_response_nor
 from train.recipe import Lrn
 
 
-def max_pool(x: Tensor, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False) -> Tensor:
-    """Pool (N, C, H, W), 3 or more rows and columns, to (N, C, (H − 3) // 2 + 1, (W − 3) // 2 + 1).
+def max_pool(
+    x: Tensor, size_px: int = 3, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False
+) -> Tensor:
+    """Pool (N, C, H, W), `size_px` or more rows and columns, to (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1).
 
     In this order: ReLU if `relu_before`, normalisation by `norm`, pooling, ReLU if `relu_after`. Differentiable once
     where it is compiled. Equal numbers: the first has the gradient, as in torch.
     """
     if norm is not None:
         check_size(norm.size)
-    if not fits_kernel(x, 0.75 if norm is None else norm.beta) or min(x.shape[2:]) < 3:
+    if size_px != 3 or min(x.shape[2:]) < 3 or not fits_kernel(x, 0.75 if norm is None else norm.beta):
         if norm is not None:
             x = local_response_norm(x, **vars(norm), relu=relu_before)
         elif relu_before:
             x = F.relu(x)
-        pooled = F.max_pool2d(x, 3, 2)
+        pooled = F.max_pool2d(x, size_px, 2)
         return F.relu(pooled) if relu_after else pooled
     how = native.Norm(x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before)
     # Without a normalisation between, ReLU before pooling and after it are the same, and after it is less work.
