@@ -250,11 +250,11 @@ class AlexNet(nn.Module):
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Activation, normalisation, pooling, activation, what of them is asked for. ReLU is done along with the rest."""
+        """Activation, normalisation, pooling, activation: what is asked for. ReLU is done along with the rest."""
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
             x = self._activation(x)
-        x = max_pool(x, self.recipe.pool_px, norm, relu and active_before, relu and active_after)
+        x = max_pool(x, norm, relu and active_before, relu and active_after, self.recipe.pool_px)
         return self._activation(x) if active_after and not relu else x
 
     def _dropped(self, layer: str, units: list[Tensor]) -> list[Tensor]:

@@ -19,7 +19,7 @@ from train.recipe import Lrn
 
 
 def max_pool(
-    x: Tensor, size_px: int = 3, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False
+    x: Tensor, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False, size_px: int = 3
 ) -> Tensor:
     """Pool (N, C, H, W), `size_px` or more rows and columns, to (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1).
 
