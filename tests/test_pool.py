@@ -9,7 +9,8 @@ from torch import Tensor
 
 from train import native
 from train.pool import max_pool
-from train.recipe import PAPER, Lrn
+from train.recipe import Lrn
+from train.recipes import PAPER
 
 SHAPES = [(2, 48, 15, 15), (3, 5, 8, 9), (1, 1, 3, 3), (2, 33, 4, 7), (2, 12, 13, 6)]
 MODES = [(None, False, False), (None, True, False), (None, False, True), (PAPER.lrn, True, False)]
