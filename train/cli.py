@@ -17,6 +17,7 @@ from train.options import (
     epochs_option,
     gpus_option,
     model_option,
+    precision_option,
     recipe_option,
     recipe_settings,
     seed_option,
@@ -48,6 +49,7 @@ def main() -> None:
 @epochs_option
 @steps_option
 @seed_option
+@precision_option
 @click.option(
     "--log-every",
     type=click.IntRange(1),
@@ -77,6 +79,7 @@ def run(
     epochs: int | None,
     steps: int | None,
     seed: int,
+    precision: str,
     log_every: int,
     checkpoint_every: int,
     dry_run: bool,
@@ -93,18 +96,22 @@ def run(
     opened = Store.open(store)
     opened.split("train")
     from train.devices import devices_of
+    from train.precision import set_precision
     from train.run import RunConfig
     from train.setting import recipe_of
 
     chosen, architecture = recipe_of(recipe, settings, epochs), ARCHITECTURES[model]
+    devices = devices_of(gpus, architecture.columns)
+    set_precision(precision, devices)  # refuses early
     config = RunConfig(
         store=store,
         recipe=chosen,
         model=architecture,
         batch_size=batch or chosen.batch_size,
         seed=seed,
+        precision=precision,
         run_dir=run_dir,
-        devices=devices_of(gpus, architecture.columns),
+        devices=devices,
         epochs=epochs or chosen.epochs,
         steps=steps,
         log_every=log_every,
@@ -137,7 +144,7 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
     return [
         f"{config.model.name}, {devices_text(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
-        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}; {records:,} records, "
+        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}, {config.precision}; {records:,} records, "
         f"{count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, into {config.run_dir}",
     ]
 
@@ -152,6 +159,7 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
         "model": config.model.name,
         "recipe": config.recipe.name,
         "batch_size": config.batch_size,
+        "precision": config.precision,
         "devices": list(config.devices),
         "dry_run": dry_run,
         **last,
@@ -169,9 +177,16 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
     help="Ten views average the softmax, as the authors did.",
 )
 @click.option("--split", default="val", show_default=True, help="Which split.")
+<<<<<<< 
 @gpus_option
+=======
+@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
+@precision_option
+>>>>>>> 
 @json_option
-def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | None, as_json: bool) -> None:
+def evaluate(
+    run_dir: Path, store: Path, views: str, split: str, gpus: str | None, precision: str, as_json: bool
+) -> None:
     """Error rates of a run's newest checkpoint over a split, each image exactly once.
 
     \b
@@ -184,9 +199,11 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
     from train.devices import devices_of
     from train.evaluate import batch_of
     from train.evaluate import evaluate as measure
+    from train.precision import set_precision
     from train.run import load_trained
 
     devices = devices_of(gpus)
+    set_precision(precision, devices)  # refuses early
     model, state, classes = load_trained(run_dir, devices)
     if classes != list(opened.classes):
         raise UserError(
@@ -202,9 +219,9 @@ def evaluate(run_dir: Path, store: Path, views: str, split: str, gpus: str | Non
         store, batch, devices[0], views=int(views), split=split, augmentation=model.recipe.augmentation
     )
     with loader, progress(f"{split}, {views} views", records, "images") as report:
-        result = measure(model, loader, report)
+        result = measure(model, loader, report, precision)
     if as_json:
-        answer({**vars(result), "views": int(views), "split": split, "step": state["step"]})
+        answer({**vars(result), "views": int(views), "split": split, "precision": precision, "step": state["step"]})
         return
     click.echo(
         f"{split}, {'centre view' if views == '1' else 'ten views'}: top-1 error {result.top1_error:.2%}, top-5 error "

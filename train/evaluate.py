@@ -10,6 +10,7 @@ from torch import Tensor
 from pipeline.loader import EvalLoader
 from prep.console import Progress
 from train.model import AlexNet
+from train.precision import autocast, set_precision
 
 
 def batch_of(records: int, views: int, device: str) -> int:
@@ -33,12 +34,13 @@ def wrong(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([len(labels) - best[:, 0].sum(), len(labels) - best.any(dim=1).sum()])
 
 
-def evaluate(model: AlexNet, loader: EvalLoader, report: Progress) -> EvalResult:
+def evaluate(model: AlexNet, loader: EvalLoader, report: Progress, precision: str = "fp32") -> EvalResult:
     """Evaluate `model` on all images of `loader`; ten views average the softmax (layer.cu:1809, section 4.1).
 
-    Leaves the model in the mode it was in. Raises RuntimeError where the loader served another number of images than
-    the split has, which would make the rates wrong.
+    Leaves the model in the mode it was in. Raises UserError for a precision that its devices do not have; RuntimeError
+    where the loader served another number of images than the split has, which would make the rates wrong.
     """
+    set_precision(precision, model.devices)
     was_training = model.training
     model.eval()
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
@@ -46,7 +48,8 @@ def evaluate(model: AlexNet, loader: EvalLoader, report: Progress) -> EvalResult
         with torch.no_grad():
             for batch in loader:
                 labels = batch.labels.to(model.devices[0])
-                logits = model(batch.images.flatten(0, -4))  # (N · views, classes)
+                with autocast(precision, model.devices[0]):
+                    logits = model(batch.images.flatten(0, -4))  # (N · views, classes)
                 log_p = torch.log_softmax(logits.float(), dim=1).reshape(len(labels), -1, logits.shape[1])
                 log_p = log_p.logsumexp(dim=1) - torch.log(torch.tensor(float(log_p.shape[1])))
                 misses += wrong(log_p, labels).cpu()

@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from prep.console import Terminated, UserError, progress, say
@@ -26,6 +25,7 @@ from train.evaluate import EvalResult, batch_of, evaluate, wrong
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
 from train.run import RunConfig, check_identity, claim, describe, identity, length
+from train.step import TrainingStep
 
 
 class Diverged(UserError):
@@ -52,6 +52,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
     _seed(config, 0)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.model)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
+    train_on = TrainingStep(model, optimiser, config.precision)
     steps_per_epoch, last_step = length(config, store)
 
     # ---- resume. What holds, in this order: 1. the newest checkpoint of the run folder that can be read, if it is of
@@ -79,7 +80,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
         while True:
             if validation_due and validation is not None:
                 with stop.at_once():
-                    result = _validate(model, validation)
+                    result = _validate(model, validation, config.precision)
                 schedule.saw_validation(result.top1_error)
                 log.validation(step // steps_per_epoch, step, result)
                 validation_due = False
@@ -91,14 +92,9 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
             interval = _Interval(loader)
             for images, labels in loader:
                 lr = schedule.apply(optimiser, step / steps_per_epoch)
-                labels = labels.to(model.devices[0], non_blocking=True)
-                logits = model(images)
-                loss = F.cross_entropy(logits, labels, label_smoothing=config.recipe.label_smoothing)
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-                optimiser.step()
+                stepped = train_on(images, labels)
                 step += 1
-                interval.add(loss.detach(), logits.detach(), labels)
+                interval.add(*stepped)
                 epoch_ends = step % steps_per_epoch == 0
                 pause = bool(stop.asked) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
@@ -147,9 +143,9 @@ def _validation(config: RunConfig, store: Store) -> EvalLoader | None:
     )
 
 
-def _validate(model: AlexNet, loader: EvalLoader) -> EvalResult:
+def _validate(model: AlexNet, loader: EvalLoader, precision: str) -> EvalResult:
     with progress("validation", loader.records, "images") as report:
-        return evaluate(model, loader, report)
+        return evaluate(model, loader, report, precision)
 
 
 def _save(

@@ -1,6 +1,6 @@
 """Options that commands of `alextrain` share. Light: a --help imports no torch, so choices are written out here.
 
-tests/test_commands.py holds them to train.recipes and train.recipe.
+tests/test_commands.py holds them to train.recipes, train.recipe and train.precision.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from train.architecture import ARCHITECTURES
 
 RECIPE_NAMES = ("paper", "released", "caffe", "modern", "short")
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
+PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("plateau", "steps", "cosine")
 
 Command = Callable[..., Any]
@@ -54,6 +55,13 @@ seed_option = click.option(
     default=0,
     show_default=True,
     help="Of parameters, order, windows, noise and dropout.",
+)
+precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="Of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and sums.",
 )
 set_option = click.option(
     "--set",

@@ -30,6 +30,7 @@ class RunConfig:
     batch_size: int
     seed: int = 0
     model: Architecture = ALEXNET
+    precision: str = "fp32"  # one of train.precision.PRECISIONS
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")
@@ -58,6 +59,7 @@ def identity(config: RunConfig, store: Store) -> dict[str, Any]:
         "recipe_digest": recipe_digest(config.recipe),
         "batch_size": config.batch_size,
         "seed": config.seed,
+        "precision": config.precision,
     }
 
 

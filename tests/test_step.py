@@ -1,0 +1,109 @@
+"""The step against the same lines written out, and that nothing in it waits for a device."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_loop import SMALL
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from train.loop import _Interval
+from train.model import AlexNet
+from train.optim import Schedule, make_optimiser
+from train.recipe import PAPER, RELEASED, SHORT, Recipe
+from train.step import TrainingStep
+
+READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim"}
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for a GPU: values read, and copies to the CPU."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        assert name not in READS_VALUES, f"{name} reads a value"
+        to_cpu = name == "_to_copy" and str(kwargs.get("device")) == "cpu"
+        assert not (to_cpu and args[0].device.type != "cpu"), "a copy to the CPU"
+        return func(*args, **kwargs)
+
+
+def made(recipe: Recipe, device: str = "cpu", **how: Any) -> tuple[AlexNet, TrainingStep]:
+    torch.manual_seed(0)
+    model = AlexNet(5, recipe, (device, device), SMALL if device == "cpu" else None)
+    optimiser = make_optimiser(model, recipe)
+    Schedule(recipe).apply(optimiser, 0)
+    return model, TrainingStep(model, optimiser, **how)
+
+
+def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    return 60 * torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1)), torch.arange(n) % 5
+
+
+def test_a_step_is_forward_loss_backward_and_update() -> None:
+    recipe = replace(SHORT, dropout=0.0)
+    (ours, step), (theirs, _) = made(recipe), made(recipe)
+    images, labels = batch()
+    velocity = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}
+    for _ in range(3):
+        stepped = step(images, labels)
+        logits = theirs(images)
+        loss = F.cross_entropy(logits, labels)
+        gradients = torch.autograd.grad(loss, list(theirs.parameters()))
+        for (name, p), g in zip(theirs.named_parameters(), gradients, strict=True):
+            decay = 0.0 if name.endswith("bias") else recipe.weight_decay
+            velocity[name] = recipe.momentum * velocity[name] - recipe.lr * (g + decay * p.detach())
+            p.data += velocity[name]
+        assert torch.allclose(stepped.loss, loss) and torch.allclose(stepped.logits, logits, atol=1e-5)
+        assert torch.equal(stepped.labels, labels)
+    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(mine, other, atol=1e-6), name
+
+
+def test_what_is_returned_holds_no_graph() -> None:
+    _, step = made(SHORT)
+    stepped = step(*batch())
+    assert not stepped.loss.requires_grad and not stepped.logits.requires_grad
+    assert stepped.loss.shape == () and stepped.logits.shape == (4, 5)
+
+
+def test_gradients_do_not_pile_up() -> None:
+    model, step = made(SHORT)
+    images, labels = batch()
+    for group in step.optimiser.param_groups:
+        group["lr"] = 0.0
+    step(images, labels)
+    once = [p.grad.clone() for p in model.parameters()]
+    step(images, labels)
+    for first, p in zip(once, model.parameters(), strict=True):
+        assert torch.allclose(first, p.grad)
+
+
+@pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
+def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) -> None:
+    """Tensors on the device `meta` have shapes and no values: reading one raises. The whole network, batch of 128."""
+    model, step = made(recipe, "meta")
+    interval = _Interval(SimpleNamespace(waits=lambda: None))
+    images = torch.empty(128, 3, 224, 224, device="meta")
+    labels = torch.empty(128, dtype=torch.int64, device="meta")
+    for _ in range(2):
+        interval.add(*step(images, labels))
+    assert all(p.grad is not None for p in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        float(interval.loss)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_no_operation_of_the_step_waits(precision: str) -> None:
+    _, step = made(PAPER, precision=precision)
+    images, labels = batch()
+    interval = _Interval(SimpleNamespace(waits=lambda: None))
+    with NoWaiting():
+        interval.add(*step(images, labels))
+    with NoWaiting(), pytest.raises(AssertionError, match="reads a value"):
+        float(interval.loss)

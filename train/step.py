@@ -1,0 +1,55 @@
+"""One training step: forward, cross-entropy, backward, update.
+
+Nothing in it waits for a device, and so the two columns run at the same time on their two GPUs although one thread
+launches both, column 0's layers first:
+
+-   A launch only queues work on the current stream of its device and returns. No value is read on the way (no item(),
+    no cpu(), no shape that depends on data): tests/test_step.py runs the step on tensors that have no values.
+-   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream, and
+    events make it wait for the receiver's stream and the receiver's stream for it. The host goes on.
+-   Backward, autograd has a thread for each GPU, which launches that GPU's part; the copies turn round.
+-   The update queues additions on each parameter's device. Rates are numbers of the host.
+
+So GPU 1 has its first layers queued some hundred microseconds after GPU 0, and from then on each waits for the other
+only at the crossings, as in the paper. What the caller reads of the result is the only thing that waits.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from train.model import AlexNet
+from train.precision import autocast, set_precision
+
+
+class Stepped(NamedTuple):
+    """What a step gives, on column 0's device, without a graph behind it."""
+
+    loss: Tensor  # (), float32, nats: the mean over the batch, before the update
+    logits: Tensor  # (N, classes), float32
+    labels: Tensor  # (N,), int64
+
+
+class TrainingStep:
+    """step(images, labels) trains `model` on one batch."""
+
+    def __init__(self, model: AlexNet, optimiser: torch.optim.Optimizer, precision: str = "fp32") -> None:
+        """Raises UserError for a precision that the model's devices do not have."""
+        set_precision(precision, model.devices)
+        self.model, self.optimiser, self.precision = model, optimiser, precision
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Stepped:
+        """Images float32 (N, 3, 224, 224), grey levels minus the mean; labels int64 (N,); on any device."""
+        device = self.model.devices[0]
+        labels = labels.to(device, non_blocking=True)
+        with autocast(self.precision, device):
+            logits = self.model(images).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.model.recipe.label_smoothing)
+        self.optimiser.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.optimiser.step()
+        return Stepped(loss.detach(), logits.detach(), labels)
