@@ -153,13 +153,13 @@ def photo_digits(folder: Path) -> Path:
     return folder / "train"
 
 
-def race(contestants: Sequence[Contestant], rounds: int) -> list[Row]:
-    """Run all in turn, once for nothing and `rounds` times for the record."""
+def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE_S) -> list[Row]:
+    """Run all in turn, once for nothing and `rounds` times for the record, with a pause before each turn."""
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds + 1):
         say(f"round {number} of {rounds}" if number else "warming up, not counted")
         for contestant in contestants:
-            time.sleep(_PAUSE_S)
+            time.sleep(pause_s)
             contestant.prepare()
             rate = contestant.rate()
             if number:
@@ -194,15 +194,22 @@ def show(rows: Sequence[Row], as_json: bool, more: dict[str, Any], note: str = "
     if as_json:
         answer({**more, "contestants": [asdict(row) for row in rows]})
         return
+    click.echo(table(rows))
+    if note:
+        click.echo(note)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rates and their ratios, a line each."""
     width = max(len(row.name) for row in rows)
     bounded = any(row.of_bound is not None for row in rows)
-    click.echo(f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}")
+    head = f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}"
+    lines = [head]
     for row in rows:
         spread = f"{_rate(row.least)} .. {_rate(row.most)}"
         of_bound = "" if row.of_bound is None else f"{row.of_bound:9.2f}"
-        click.echo(f"{row.name:<{width}} {_rate(row.images_per_s):>8} {spread:>18} {row.of_ours:8.2f}{of_bound}")
-    if note:
-        click.echo(note)
+        lines.append(f"{row.name:<{width}} {_rate(row.images_per_s):>8} {spread:>18} {row.of_ours:8.2f}{of_bound}")
+    return "\n".join(lines)
 
 
 def _rate(images_per_s: float) -> str:
