@@ -30,10 +30,12 @@ BF16_STEP = 2.0**-8  # relative distance of a number from the nearest bfloat16 i
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """The global ones, as they were."""
-    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    """The global ones, as they were; one thread, for tensors this small."""
+    matmul, conv, threads = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.get_num_threads()
     before = matmul.fp32_precision, conv.fp32_precision
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     matmul.fp32_precision, conv.fp32_precision = before
 
 

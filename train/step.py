@@ -18,11 +18,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from train.model import AlexNet
+from train.optim import PaperSGD
 from train.precision import autocast, set_precision
 
 
@@ -37,7 +37,7 @@ class Stepped(NamedTuple):
 class TrainingStep:
     """step(images, labels) trains `model` on one batch."""
 
-    def __init__(self, model: AlexNet, optimiser: torch.optim.Optimizer, precision: str = "fp32") -> None:
+    def __init__(self, model: AlexNet, optimiser: PaperSGD, precision: str = "fp32") -> None:
         """Raises UserError for a precision that the model's devices do not have."""
         set_precision(precision, model.devices)
         self.model, self.optimiser, self.precision = model, optimiser, precision
