@@ -15,14 +15,15 @@ from test_loop import SMALL, config
 
 from pipeline.loader import eval_loader
 from prep.console import Progress, UserError
-from train import cli
+from train import cli, options
 from train.evaluate import evaluate
 from train.loop import fit
 from train.lrn import local_response_norm, within_map_norm
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
 from train.precision import PRECISIONS, autocast, set_precision
-from train.recipe import PAPER, RELEASED, SHORT, Recipe
+from train.recipe import Recipe
+from train.recipes import PAPER, RELEASED, SHORT
 from train.step import TrainingStep
 
 BF16_STEP = 2.0**-8  # relative distance of a number from the nearest bfloat16 is at most this
@@ -183,4 +184,4 @@ def test_the_precision_of_a_command_reaches_the_run(stores: dict[str, Path], tmp
     words = ["run", "--store", str(stores["jpeg"]), "--gpus", "cpu", "--batch", "8", "--dry-run", "--json"]
     result = CliRunner().invoke(cli.main, [*words, "--run-dir", str(tmp_path / "run"), "--precision", "bf16"])
     assert result.exit_code == 0 and json.loads(result.stdout)["precision"] == "bf16" and "bf16;" in result.stderr
-    assert cli.PRECISION_NAMES == PRECISIONS
+    assert options.PRECISIONS == PRECISIONS

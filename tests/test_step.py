@@ -13,9 +13,11 @@ from test_loop import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.loop import _Interval
+from train.architecture import ALEXNET
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
-from train.recipe import PAPER, RELEASED, SHORT, Recipe
+from train.recipe import Recipe
+from train.recipes import PAPER, RELEASED, SHORT
 from train.step import TrainingStep
 
 READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim"}
@@ -35,7 +37,7 @@ class NoWaiting(TorchDispatchMode):
 
 def made(recipe: Recipe, device: str = "cpu", **how: Any) -> tuple[AlexNet, TrainingStep]:
     torch.manual_seed(0)
-    model = AlexNet(5, recipe, (device, device), SMALL if device == "cpu" else None)
+    model = AlexNet(5, recipe, (device, device), SMALL if device == "cpu" else ALEXNET)
     optimiser = make_optimiser(model, recipe)
     Schedule(recipe).apply(optimiser, 0)
     return model, TrainingStep(model, optimiser, **how)

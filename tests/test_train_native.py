@@ -17,7 +17,7 @@ from tools.compile_native import compile_native
 from train import native
 from train.lrn import local_response_norm
 from train.pool import max_pool
-from train.recipe import PAPER
+from train.recipes import PAPER
 
 needs_kernel = pytest.mark.skipif(native.kernel is None, reason="no C compiler was there at installation")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

@@ -144,8 +144,9 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
     return [
         f"{config.model.name}, {devices_text(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
-        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}, {config.precision}; {records:,} records, "
-        f"{count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, into {config.run_dir}",
+        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}, {config.precision}; "
+        f"{records:,} records, {count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, "
+        f"into {config.run_dir}",
     ]
 
 
@@ -177,12 +178,8 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
     help="Ten views average the softmax, as the authors did.",
 )
 @click.option("--split", default="val", show_default=True, help="Which split.")
-<<<<<<< 
 @gpus_option
-=======
-@click.option("--gpus", metavar="0,1|0|cpu", help=GPUS_HELP)
 @precision_option
->>>>>>> 
 @json_option
 def evaluate(
     run_dir: Path, store: Path, views: str, split: str, gpus: str | None, precision: str, as_json: bool

@@ -19,7 +19,7 @@ from train.lrn import local_response_norm
 from train.model import AlexNet
 from train.optim import make_optimiser
 from train.precision import autocast, set_precision
-from train.recipe import PAPER
+from train.recipes import PAPER
 from train.step import TrainingStep
 
 # Grey levels. nvJPEG and libjpeg-turbo may round the cosine transform apart by one or two, and enlarge chroma by other
@@ -119,7 +119,7 @@ def network(plan: Plan, classes: int, devices: tuple[str, str]) -> AlexNet:
     gradients are so small beside what they are sums of that those of float32 and float64 can part by a tenth.
     """
     torch.manual_seed(0)
-    return AlexNet(classes, replace(PAPER, init="he"), devices, plan.widths)
+    return AlexNet(classes, replace(PAPER, init="he"), devices, plan.model)
 
 
 def outcome(model: AlexNet, images: Tensor, labels: Tensor, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
@@ -169,7 +169,7 @@ def lrn_checks(plan: Plan) -> Iterator[Check]:
     lrn, images = PAPER.lrn, 2 if plan.quick else 8
     theirs = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by the maps
     types = (torch.float32, torch.bfloat16) if "bf16" in plan.precisions else (torch.float32,)
-    for maps, side in ((plan.widths.conv1 // 2, 55), (plan.widths.conv2 // 2, 27)):
+    for maps, side in ((plan.model.widths.conv1 // 2, 55), (plan.model.widths.conv2 // 2, 27)):
         for dtype in types:
             draw = torch.Generator().manual_seed(maps)
             x, upstream = (scale * torch.randn(images, maps, side, side, generator=draw) for scale in (50.0, 1.0))

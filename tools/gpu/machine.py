@@ -7,7 +7,7 @@ import re
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from pipeline.placement import dali
 from prep.console import UserError, usable_cores
 from prep.manifest import Store
 from train.devices import Devices
-from train.model import Widths
+from train.architecture import ALEXNET, Architecture, Widths
 
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
@@ -54,9 +54,10 @@ class Plan:
         return ("fp32", "tf32", "bf16") if torch.cuda.get_device_capability(self.device) >= (8, 0) else ("fp32",)
 
     @property
-    def widths(self) -> Widths:
-        """The paper's; on a quick CPU eight maps."""
-        return Widths(8, 8, 8, 8, 8, 16, 16) if self.quick and not self.on_gpu else Widths()
+    def model(self) -> Architecture:
+        """The paper's; on a quick CPU of eight maps."""
+        small = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
+        return small if self.quick and not self.on_gpu else ALEXNET
 
     @property
     def rounds(self) -> int:
