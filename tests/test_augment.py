@@ -82,14 +82,14 @@ def formula(
 ) -> np.ndarray:
     """float64 (3, 224, 224): (S[y + i, x + j′] + shift − mean) / divisor, as the docstring has it."""
     (y, x), m = offset, (store.settings.side_px - 224) // 2
-    rows, columns = slice(y, y + 224), np.arange(x, x + 224)[:: -1 if flip else 1]
+    window, mirror = np.s_[y : y + 224, x : x + 224], np.s_[:, :: -1 if flip else 1]
     if mean == "image":
         subtracted = mean_image(store.root)[m : m + 224, m : m + 224]
     elif mean == "aligned":
-        subtracted = mean_image(store.root)[rows][:, columns]
+        subtracted = mean_image(store.root)[window][mirror]
     else:
         subtracted = np.array(store.colour().mean_rgb if mean == "channel" else [0.0, 0.0, 0.0])
-    return ((square[rows][:, columns] + shift - subtracted) / divisor).transpose(2, 0, 1)
+    return ((square[window][mirror] + shift - subtracted) / divisor).transpose(2, 0, 1)
 
 
 def formula_shift(store: Store, how: Augmentation, z: np.ndarray) -> np.ndarray:
@@ -196,9 +196,10 @@ def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: st
     windows = ten_windows(store)
     for (label, square), (label_1, image), (label_10, views) in zip(squares, one, all_ten, strict=True):
         assert label == label_1 == label_10
-        wanted = [formula(square, corner, flip, 0.0, mean, store) for corner, flip in windows]
-        assert np.abs(image - wanted[2]).max() < TOLERANCE
-        assert np.abs(views - np.stack(wanted)).max() < TOLERANCE
+        for number, (view, (corner, flip)) in enumerate(zip(views, windows, strict=True)):
+            wanted = formula(square, corner, flip, 0.0, mean, store)
+            assert np.abs(view - wanted).max() < TOLERANCE
+            assert number != 2 or np.abs(image - wanted).max() < TOLERANCE
 
 
 def test_means_of_evaluation_are_the_training_splits(stores: dict[str, Path]) -> None:
