@@ -34,10 +34,12 @@ def slow_square(task: float, tally: Tally) -> tuple[float, int]:
     return task**2, os.getpid()
 
 
-def nap(task: int, tally: Tally) -> int:
-    """Longer the earlier it was given."""
-    time.sleep(0.4 if task == 0 else 0.01)
-    return task
+def wait_for(task: Path | None, tally: Tally) -> None:
+    """Until there is such a file, where one is named."""
+    deadline = time.monotonic() + 60
+    while task is not None and not task.exists():
+        assert time.monotonic() < deadline, f"no {task}"
+        time.sleep(0.01)
 
 
 def five_steps(task: int, tally: Tally) -> None:
@@ -104,10 +106,15 @@ def test_each_task_comes_back_with_its_result(jobs: int) -> None:
     wait_for_end(pids)
 
 
-def test_results_come_as_they_are_ready() -> None:
+def test_results_come_as_they_are_ready(tmp_path: Path) -> None:
+    """The first task does not end before the results of all others have come."""
+    came: list[Path | None] = []
     with Workers(2) as workers:
-        list(workers.map(nap, [1, 1], ignore))
-        assert [task for task, _ in workers.map(nap, range(5), ignore)] == [1, 2, 3, 4, 0]
+        for task, _ in workers.map(wait_for, [tmp_path / "file", None, None, None, None], ignore):
+            came.append(task)
+            if len(came) == 4:
+                (tmp_path / "file").touch()
+    assert came == [None, None, None, None, tmp_path / "file"]
 
 
 def test_no_more_processes_than_tasks() -> None:
