@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from test_loop import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.loop import _Interval
 from train.architecture import ALEXNET
+from train.loop import _Interval
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
 from train.recipe import Recipe

@@ -16,8 +16,8 @@ import torch
 from pipeline.placement import dali
 from prep.console import UserError, usable_cores
 from prep.manifest import Store
-from train.devices import Devices
 from train.architecture import ALEXNET, Architecture, Widths
+from train.devices import Devices
 
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
