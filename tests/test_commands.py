@@ -141,6 +141,8 @@ def test_the_default_of_gpus_is_what_the_machine_has(monkeypatch: pytest.MonkeyP
     for there, wanted in ((0, ("cpu", "cpu")), (1, ("cuda:0", "cuda:0")), (8, ("cuda:0", "cuda:1"))):
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
         assert devices_of(None) == wanted
+    assert devices_of(None, columns=1) == ("cuda:0", "cuda:0")
+    assert devices_text(("cuda:0", "cuda:0"), columns=1) == "one column on cuda:0"
     assert devices_of("3,1") == ("cuda:3", "cuda:1") and devices_of("5") == ("cuda:5", "cuda:5")
     assert devices_text(("cuda:0", "cuda:1")) == "column 0 on cuda:0, column 1 on cuda:1"
 
