@@ -107,6 +107,8 @@ def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_aga
     assert trained[4:] == ["baseline-seed0", "half-seed0"]
     with pytest.raises(UserError, match="another batch size"):
         ablate(small_runs(store, tmp_path / "a", only=["half"], batch=4))
+    with pytest.raises(UserError, match="another recipe"):
+        ablate(small_runs(store, tmp_path / "a", only=["half"], steps=4, settings=["lr=0.01"]))
 
 
 def test_one_that_diverges_is_told_and_does_not_stop_the_others(
