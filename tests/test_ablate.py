@@ -15,13 +15,13 @@ import train.cli
 from prep.console import UserError
 from train.ablate import Outcome, Run, ablate, outcome_rows, plan_runs, table_lines
 from train.ablations import ABLATIONS, BASELINE
-from train.architecture import ALEXNET, ARCHITECTURES, HALF, Widths
+from train.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
 from train.recipes import PAPER, RELEASED
 from train.run import RunConfig
 
 SMALL = {
     "alexnet": replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)),
-    "half": replace(HALF, widths=Widths(4, 4, 4, 4, 8, 16, 16)),
+    "one-gpu": replace(ONE_GPU, widths=Widths(4, 4, 4, 4, 8, 16, 16)),
 }
 
 
@@ -49,7 +49,7 @@ def test_each_ablation_takes_one_part_away_and_nothing_else(tmp_path: Path) -> N
         "no-dropout": ("alexnet", {"dropout": 0.0}),
         "no-colour": ("alexnet", {"augmentation": {**base["augmentation"], "colour": "off", "divisor": 1.0}}),
         "no-crossing": ("alexnet", {"crossing": False}),
-        "half": ("half", {}),
+        "one-gpu": ("one-gpu", {}),
         "tanh": ("alexnet", {"activation": "tanh"}),
     }
 
@@ -60,7 +60,7 @@ def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files()
     assert said == {
         "no-lrn": (1.4, 1.2),
         "pool-2": (0.4, 0.3),
-        "half": (1.7, 1.2),
+        "one-gpu": (1.7, 1.2),
         "no-colour": (1.0, None),
         "no-crossing": (pytest.approx(41.83 - 40.66), pytest.approx(19.33 - 18.21)),
     }
@@ -69,7 +69,7 @@ def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files()
 def test_what_a_recipe_lacks_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = [run.ablation.name for run in small_runs(tmp_path, tmp_path)]
     assert "no-dropout" not in names and "no-dropout: left out" in capsys.readouterr().err
-    assert [run.ablation.name for run in small_runs(tmp_path, tmp_path, only=["half"])] == ["baseline", "half"]
+    assert [run.ablation.name for run in small_runs(tmp_path, tmp_path, only=["one-gpu"])] == ["baseline", "one-gpu"]
     seeds = [run.config.seed for run in small_runs(tmp_path, tmp_path, only=["tanh"], seed=5, seeds=2)]
     assert seeds == [5, 6, 5, 6]
     both = small_runs(tmp_path, tmp_path, settings=["lr=0.02"], only=["tanh"])
@@ -85,30 +85,30 @@ def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_aga
 
     def stopped_at_half(config: RunConfig) -> Path:
         trained.append(config.run_dir.name)
-        if config.model.name == "half" and len(trained) == 3:
+        if config.model.name == "one-gpu" and len(trained) == 3:
             fit(replace(config, steps=1))
             raise KeyboardInterrupt
         return fit(config)
 
     monkeypatch.setattr(train.ablate, "fit", stopped_at_half)
-    runs = small_runs(store, tmp_path / "a", only=["no-crossing", "half"])
+    runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])
     with pytest.raises(KeyboardInterrupt):
         ablate(runs)
-    assert trained == ["baseline-seed0", "no-crossing-seed0", "half-seed0"]
+    assert trained == ["baseline-seed0", "no-crossing-seed0", "one-gpu-seed0"]
     rows = outcome_rows(ablate(runs))
-    assert trained[3:] == ["half-seed0"]
-    last = (tmp_path / "a" / "half-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert trained[3:] == ["one-gpu-seed0"]
+    last = (tmp_path / "a" / "one-gpu-seed0" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in last if '"train"' in line] == [1, 3]
     assert outcome_rows(ablate(runs)) == rows and len(trained) == 4
     assert all(0 <= row["top1_error"]["mean"] <= 100 for row in rows)
 
-    longer = small_runs(store, tmp_path / "a", only=["half"], steps=4)
+    longer = small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4)
     ablate(longer)
-    assert trained[4:] == ["baseline-seed0", "half-seed0"]
+    assert trained[4:] == ["baseline-seed0", "one-gpu-seed0"]
     with pytest.raises(UserError, match="another batch size"):
-        ablate(small_runs(store, tmp_path / "a", only=["half"], batch=4))
+        ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], batch=4))
     with pytest.raises(UserError, match="another recipe"):
-        ablate(small_runs(store, tmp_path / "a", only=["half"], steps=4, settings=["lr=0.01"]))
+        ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4, settings=["lr=0.01"]))
 
 
 def test_one_that_diverges_is_told_and_does_not_stop_the_others(
@@ -150,17 +150,17 @@ def test_the_command_prints_a_table_and_json(store: Path, tmp_path: Path, monkey
     for name, architecture in SMALL.items():
         monkeypatch.setitem(ARCHITECTURES, name, architecture)
     words = ["ablate", "--store", str(store), "--out", str(tmp_path / "out"), "--recipe", "paper", "--batch", "8"]
-    words += ["--steps", "1", "--gpus", "cpu", "--only", "half", "--set", "init=he", "--set", "input_divisor=64"]
+    words += ["--steps", "1", "--gpus", "cpu", "--only", "one-gpu", "--set", "init=he", "--set", "input_divisor=64"]
     planned = CliRunner().invoke(train.cli.main, [*words, "--dry-run"])
-    assert planned.exit_code == 0 and "half-seed0: half" in planned.stderr and not (tmp_path / "out").exists()
+    assert planned.exit_code == 0 and "one-gpu-seed0: half" in planned.stderr and not (tmp_path / "out").exists()
     done = CliRunner().invoke(train.cli.main, [*words, "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
-    assert [row["ablation"] for row in said["ablations"]] == ["baseline", "half"] and said["steps"] == 1
+    assert [row["ablation"] for row in said["ablations"]] == ["baseline", "one-gpu"] and said["steps"] == 1
     assert said["ablations"][1]["paper_top1"] == 1.7
     shown = CliRunner().invoke(train.cli.main, words)
     assert "trained and measured before" in shown.stderr
     error = said["ablations"][1]["top1_error"]["mean"]
-    half = next(line for line in shown.stdout.splitlines() if line.startswith("half"))
+    half = next(line for line in shown.stdout.splitlines() if line.startswith("one-gpu"))
     assert half.split()[1:4] == ["+1.7", "+1.2", f"{error:.1f}"] and "section 3.2" in shown.stdout
-    assert PAPER.name in json.loads((tmp_path / "out" / "half-seed0" / "run.json").read_text())["recipe"]["name"]
+    assert PAPER.name in json.loads((tmp_path / "out" / "one-gpu-seed0" / "run.json").read_text())["recipe"]["name"]

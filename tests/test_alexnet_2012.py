@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from train.architecture import ALEXNET, HALF, JOINED, LAYERS, Widths
+from train.architecture import ALEXNET, JOINED, LAYERS, ONE_GPU, Widths
 from train.model import AlexNet
 from train.optim import PaperSGD
 from train.recipe import Recipe
@@ -56,7 +56,7 @@ def test_60_million_parameters_layer_by_layer() -> None:
 
 
 def test_section_3_2_half_as_many_kernels_on_one_gpu_and_about_as_many_parameters() -> None:
-    two, one = ({row.layer: row for row in summarise(1000, a)} for a in (ALEXNET, HALF))
+    two, one = ({row.layer: row for row in summarise(1000, a)} for a in (ALEXNET, ONE_GPU))
     assert [one[layer].neurons * 2 for layer in LAYERS[:4]] == [two[layer].neurons for layer in LAYERS[:4]]
     assert one["conv5"].neurons == two["conv5"].neurons
     total = [sum(row.parameters for row in rows.values()) for rows in (one, two)]

@@ -15,6 +15,7 @@ from train.architecture import (
     ARCHITECTURES,
     CONVOLUTIONAL,
     HALF,
+    ONE_GPU,
     TORCHVISION,
     Widths,
     architecture_from_json,
@@ -31,7 +32,8 @@ WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
     [
         ("alexnet", 60_965_224),
         ("joined", 62_378_344),
-        ("half", 59_798_312),
+        ("half", 16_630_440),
+        ("one-gpu", 59_798_312),
         ("torchvision", 61_100_840),
         ("convolutional", 60_965_224),
     ],
@@ -42,12 +44,13 @@ def test_parameters_of_each_architecture(name: str, parameters: int) -> None:
     assert name in ("alexnet", "convolutional") or f"{parameters:,}" in architecture.source
 
 
-def test_half_has_half_the_kernels_but_the_last_layers_whole() -> None:
-    """Section 3.2's footnote: conv5 and the fully-connected layers were not halved."""
-    whole, half = vars(ALEXNET.widths), vars(HALF.widths)
-    ratio = {name: half[name] / whole[name] for name in whole}
+def test_halves_of_the_kernels() -> None:
+    """Section 3.2's footnote: of the net on one GPU, conv5 and the fully-connected layers were not halved."""
+    whole, half, one = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
+    assert {half[name] / whole[name] for name in whole} == {0.5}
+    ratio = {name: one[name] / whole[name] for name in whole}
     assert ratio == {"conv1": 0.5, "conv2": 0.5, "conv3": 0.5, "conv4": 0.5, "conv5": 1, "fc6": 1, "fc7": 1}
-    assert HALF.columns == 1
+    assert HALF.columns == ONE_GPU.columns == 1
 
 
 def test_an_architecture_survives_json() -> None:

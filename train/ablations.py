@@ -54,9 +54,9 @@ ABLATIONS = (
         rise_top5=1.12,
     ),
     Ablation(
-        "half",
+        "one-gpu",
         "section 3.2: two GPUs against half the kernels on one; net #145-half, ILSVRC-2010: 39.17 / 18.23 %",
-        model="half",
+        model="one-gpu",
         rise_top1=1.7,
         rise_top5=1.2,
     ),

@@ -71,6 +71,12 @@ JOINED = Architecture(
 )
 HALF = Architecture(
     "half",
+    "ours: one of the two columns alone, a third of the work; 16,630,440 parameters",
+    columns=1,
+    widths=Widths(48, 128, 192, 192, 128, 2048, 2048),
+)
+ONE_GPU = Architecture(
+    "one-gpu",
     "section 3.2: 'a net with half as many kernels in each convolutional layer trained on one GPU'; its footnote and "
     "net #145-half (layer-params-145-half.cfg:100) leave conv5 at 256 maps, fc6 and fc7 at 4096 units, for about as "
     "many parameters: 59,798,312",
@@ -93,7 +99,7 @@ CONVOLUTIONAL = Architecture(
     convolutional=True,
 )
 
-ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, TORCHVISION, CONVOLUTIONAL)}
+ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
 # Where torchvision's state_dict has a layer's parameters. Its pixels are (RGB / 255 − mean) / std of its own.
 TORCHVISION_LAYERS = {

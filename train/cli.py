@@ -313,7 +313,7 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
     \b
     Example:
       alextrain ablate --store store --out ablations --recipe modern --epochs 20 --seeds 3
-      alextrain ablate --recipe short --only no-lrn --only half
+      alextrain ablate --recipe short --only no-lrn --only one-gpu
     """
     Store.open(store).split("train")
     from train.ablate import ablate as train_and_measure
