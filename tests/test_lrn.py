@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -220,3 +225,52 @@ def test_within_map_gradient(beta: float) -> None:
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 3, 0.1, beta, 1.0), x)
     assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 5, 0.1, beta, 1.0), x)
+
+
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+TRITON_CASES = [
+    (12, 5, 0.75, True, torch.float32, True),
+    (7, 3, 0.6, False, torch.float32, False),
+    (130, 1, 0.75, True, torch.float16, True),
+    (3, 9, 0.6, False, torch.bfloat16, False),
+]
+
+
+def check_triton(
+    maps: int, size: int, beta: float, relu: bool, dtype: torch.dtype, last: bool, device: str = "cpu"
+) -> None:
+    """The Triton kernel and its gradient beside the plain form, on `device`."""
+    from train import lrn_triton
+
+    x, grad = (torch.randn(2, maps, 3, 2, generator=torch.Generator().manual_seed(seed)) * 20 for seed in (0, 1))
+    x = x.to(device, dtype, memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
+    found = lrn_triton.local_response_norm(x, size, 1e-2, beta, 2.0, relu)
+    wanted = lrn._Plain.apply(x, size, 1e-2, beta, 2.0, relu)
+    pairs = [(found, wanted)]
+    pairs += [tuple(torch.autograd.grad(output, x, grad.to(x))[0] for output in (found, wanted))]
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    for ours, plain in pairs:
+        assert ours.dtype == dtype and torch.allclose(ours, plain, rtol=tolerance, atol=tolerance)
+
+
+@needs_triton
+def test_triton_by_its_interpreter() -> None:
+    """Reads by what torch calls a CPU; the interpreter must be chosen before Triton is imported."""
+    program = "import sys; sys.path.insert(0, 'tests')\nimport test_lrn\n"
+    program += "for case in test_lrn.TRITON_CASES:\n    test_lrn.check_triton(*case)\n"
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@needs_triton
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("case", [*TRITON_CASES, (128, 5, 0.75, True, torch.float32, True)], ids=str)
+def test_triton_on_a_gpu(case: tuple[int, int, float, bool, torch.dtype, bool]) -> None:
+    check_triton(*case, "cuda")
+    maps, size, beta, relu, dtype, _ = case
+    x = (maps_of(maps) / 10).to("cuda", dtype)
+    wanted = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # float64 goes by PyTorch
+    assert torch.allclose(local_response_norm(x, size, 1e-2, beta, 2.0, relu), wanted, rtol=1e-2, atol=1e-5)

@@ -1,6 +1,8 @@
 """How fast one training step is, beside the same network written with PyTorch's own modules.
 
 ours    train.model.AlexNet with the recipe `paper`, both columns on the CPU, train.optim with that recipe's rates.
+ours, without LRN
+        the same but for its normalisations: what they cost us, as a share of the step.
 plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout,
         torch.optim.SGD with the same rates. It has as many parameters, layer by layer.
 plain, without LRN
@@ -22,6 +24,8 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+from unittest import mock
 
 import click
 import torch
@@ -31,12 +35,15 @@ from torch import nn
 from pipeline.augment import WINDOW_PX
 from prep.console import say
 from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
+from train import model as our_model
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
+from train.pool import max_pool
 from train.recipes import PAPER
 
-OURS, PLAIN, WITHOUT_LRN = "ours", "plain PyTorch", "plain PyTorch, without LRN"
-NAMES = (OURS, PLAIN, WITHOUT_LRN)
+OURS, OURS_WITHOUT_LRN = "ours", "ours, without LRN"
+PLAIN, WITHOUT_LRN = "plain PyTorch", "plain PyTorch, without LRN"
+NAMES = (OURS, OURS_WITHOUT_LRN, PLAIN, WITHOUT_LRN)
 CLASSES = 1000
 
 
@@ -69,7 +76,7 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
     images, labels = 60 * torch.randn(batch, 3, WINDOW_PX, WINDOW_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module
     optimiser: torch.optim.Optimizer
-    if name == OURS:
+    if name in (OURS, OURS_WITHOUT_LRN):
         model = ours = AlexNet(CLASSES, PAPER, ("cpu", "cpu"))
         optimiser = updates = make_optimiser(ours, PAPER)
         Schedule(PAPER).apply(updates, 0)
@@ -80,8 +87,17 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
         optimiser = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
     model.train()
 
+    def pool_alone(x: torch.Tensor, norm: object = None, **relu: bool) -> torch.Tensor:
+        return max_pool(x, None, **relu)
+
+    def without_lrn() -> Any:
+        """The recipe `paper` normalises nowhere but where it pools."""
+        return mock.patch.object(our_model, "max_pool", pool_alone if name == OURS_WITHOUT_LRN else max_pool)
+
     def step() -> int:
-        loss = F.cross_entropy(model(images), labels)
+        with without_lrn():
+            outputs = model(images)
+        loss = F.cross_entropy(outputs, labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimiser.step()
@@ -121,8 +137,11 @@ def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
         memory = {name: pool.submit(peak_memory_mb, name, batch).result() for name in NAMES}
     rows = race([contestant(name, batch, steps) for name in NAMES], rounds)
     threads = torch.get_num_threads()
+    lrn_share = 1 - 1 / next(row.of_ours for row in rows if row.name == OURS_WITHOUT_LRN)
     more = {"batch": batch, "steps": steps, "threads": threads, "rounds": rounds, "peak_memory_mb": memory}
-    show(rows, as_json, more, "peak memory, MB: " + ", ".join(f"{name} {mb:,}" for name, mb in memory.items()))
+    note = f"LRN's share of our step: {lrn_share:.1%}\n"
+    note += "peak memory, MB: " + ", ".join(f"{name} {mb:,}" for name, mb in memory.items())
+    show(rows, as_json, {**more, "lrn_share": round(lrn_share, 3)}, note)
 
 
 if __name__ == "__main__":
