@@ -16,6 +16,7 @@ from tools import compile_native as compiling
 from tools.compile_native import compile_native
 from train import native
 from train.lrn import local_response_norm
+from train.optim import PaperSGD
 from train.pool import max_pool
 from train.recipes import PAPER
 
@@ -112,6 +113,34 @@ os._exit(0)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
+@needs_kernel
+@pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
+def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a convolution with maps last, of a layer longer than a block, biases; other layouts."""
+    results = []
+    for kernel in (native.kernel, None):
+        monkeypatch.setattr(native, "kernel", kernel)
+        draw = torch.Generator().manual_seed(0)
+        parameters, before = [], []
+        for shape in ((6, 5, 3, 3), (300, 701), (17,), (3, 0)):
+            w, g = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+            if layouts == "strided":
+                w, g = (t.repeat_interleave(2, 0)[::2] for t in (w, g))
+            elif len(shape) == 4:
+                w = w.contiguous(memory_format=torch.channels_last)
+                g = g if layouts == "different" else g.to(memory_format=torch.channels_last)
+            parameters.append(torch.nn.Parameter(w))
+            parameters[-1].grad = g
+            before.append(parameters[-1]._version)
+        optimiser = PaperSGD([{"params": parameters, "lr": 0.1, "weight_decay": 0.2}], 0.9)
+        optimiser.step()
+        optimiser.step()
+        assert all(p._version > old for p, old in zip(parameters, before, strict=True))
+        results.append([*parameters, *(optimiser.velocity(p) for p in parameters)])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
 def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(tmp_path / "absent.so") is None
     monkeypatch.setenv("ALEXNET_NATIVE", "0")
@@ -136,6 +165,7 @@ def test_close_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
         ("relu && most <= 0 ? NOTHING : tap", "tap"),
         ("a.first + right)", "a.first + left)"),
         ("b = {grad + above, taps + above, 6}", "b = {grad + above, taps + above, 3}"),
+        ("- pull * w[i]", "- decay * w[i]"),
         ("void norm_backward", "void norm_back"),
     ],
 )

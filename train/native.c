@@ -232,3 +232,13 @@ EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *ta
                 normalise_back(x, into, shape.columns, how, squares, terms, out);
         }
 }
+
+/* v <- momentum v - rate decay w - rate g, then w <- w + v, for `count` numbers. */
+EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict g, int64_t count, float momentum,
+                     float rate, float decay) {
+    const float pull = rate * decay;
+    for (int64_t i = 0; i < count; i++) {
+        v[i] = momentum * v[i] - pull * w[i] - rate * g[i];
+        w[i] += v[i];
+    }
+}

@@ -19,6 +19,7 @@ from prep import compiled
 
 SOURCE = Path(__file__).with_name("native.c")
 _AT_ONCE = 4096  # numbers, which a first-level cache holds with what is made of them
+_BLOCK = 1 << 16  # numbers of an update that are worth a thread
 
 
 class Norm(ctypes.Structure):
@@ -64,7 +65,9 @@ class Kernel:
         self._backward.argtypes = [pointer, pointer, number, number, Norm, pointer, pointer]
         self._pool.argtypes = [pointer, number, Pool, Norm, pointer, pointer, pointer]
         self._unpool.argtypes = [pointer, pointer, pointer, number, Pool, Norm, pointer, pointer]
-        for function in (self._forward, self._backward, self._pool, self._unpool):
+        self._update = library.update
+        self._update.argtypes = [pointer, pointer, pointer, number, *[ctypes.c_float] * 3]
+        for function in (self._forward, self._backward, self._pool, self._unpool, self._update):
             function.restype = None
 
     def norm(self, x: Tensor, how: Norm) -> Tensor:
@@ -126,6 +129,16 @@ class Kernel:
         share(images, part)
         return out
 
+    def update(self, w: Tensor, v: Tensor, g: Tensor, momentum: float, rate: float, decay: float) -> None:
+        """v ← momentum · v − rate · decay · w − rate · g, then w ← w + v, for float32 tensors of one dense layout."""
+
+        def part(first: int, end: int) -> None:
+            pointers = (tensor.data_ptr() + 4 * _BLOCK * first for tensor in (w, v, g))
+            self._update(*pointers, min(_BLOCK * end, w.numel()) - _BLOCK * first, momentum, rate, decay)
+
+        share(-(-w.numel() // _BLOCK), part)
+        torch.autograd.graph.increment_version((w, v))
+
 
 def share(items: int, part: Callable[[int, int], None]) -> None:
     """Call part(first, end) for all of `items`, in torch's number of threads, of which the caller's is one."""
@@ -146,7 +159,7 @@ def _at(x: Tensor, position: int) -> int:
 
 def is_right(kernel: Kernel) -> bool:
     """Whether it computes what it should on small maps: windows cut at both ends, whole vectors of maps and rests, ReLU
-    before the normalisation and after the pooling.
+    before the normalisation and after the pooling; and on the update of as many parameters.
     """
     return _is_right_for(kernel, 44, 5, (6, 7), True, False) and _is_right_for(kernel, 9, 7, (5, 8), False, True)
 
@@ -182,6 +195,10 @@ def _is_right_for(kernel: Kernel, maps: int, size: int, area: tuple[int, int], r
         (pooled, most.masked_fill(cut, 0)),
         (kernel.pool_backward(x, sent, taps, shape, how), back(unpooled.view(2, maps, *area))),
     ]
+    v, w = grad + 1, x + 1
+    next_v = 0.9 * v.double() - 0.1 * (0.2 * w.double() + x)
+    pairs += [(v, next_v), (w, w + next_v)]
+    kernel.update(w, v, x, 0.9, 0.1, 0.2)
     return all(torch.allclose(found.double(), wanted, 1e-5, 1e-6) for found, wanted in pairs)
 
 

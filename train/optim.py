@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train import native
 from train.model import AlexNet
 from train.recipe import Change, Cosine, Plateau, Recipe
 
@@ -44,13 +45,31 @@ class PaperSGD(torch.optim.Optimizer):
             parameters = [p for p in group["params"] if p.grad is not None]
             if lr == 0 or not parameters:
                 continue
+            parameters = [p for p in parameters if not self._updated_at_once(p, group)]
             gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
             velocities = [self.velocity(p) for p in parameters]
+            if not parameters:
+                continue
             torch._foreach_mul_(velocities, group["momentum"])
             if group["weight_decay"]:
                 torch._foreach_add_(velocities, parameters, alpha=-lr * group["weight_decay"])
             torch._foreach_add_(velocities, gradients, alpha=-lr)
             torch._foreach_add_(parameters, velocities)
+
+    def _updated_at_once(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
+        """Update one parameter in one pass over memory, if native.c is there and can: five numbers read and written,
+        where the operators below take eleven.
+        """
+        velocity, gradient = self.velocity(parameter), parameter.grad
+        if native.kernel is None or gradient is None:
+            return False
+        trio = parameter, velocity, gradient
+        layouts = [torch.contiguous_format, *[torch.channels_last] * (parameter.dim() == 4)]
+        alike = any(all(t.is_contiguous(memory_format=layout) for t in trio) for layout in layouts)
+        if not alike or any(t.device.type != "cpu" or t.dtype != torch.float32 for t in trio) or not parameter.numel():
+            return False
+        native.kernel.update(*trio, group["momentum"], group["lr"], group["weight_decay"])
+        return True
 
 
 def make_optimiser(model: AlexNet, recipe: Recipe) -> PaperSGD:
