@@ -42,14 +42,12 @@ class PaperSGD(torch.optim.Optimizer):
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             lr = group["lr"]
-            parameters = [p for p in group["params"] if p.grad is not None]
-            if lr == 0 or not parameters:
-                continue
-            parameters = [p for p in parameters if not self._updated_at_once(p, group)]
-            gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-            velocities = [self.velocity(p) for p in parameters]
+            given = [] if lr == 0 else [p for p in group["params"] if p.grad is not None]
+            parameters = [p for p in given if not self._updated_at_once(p, group)]
             if not parameters:
                 continue
+            gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+            velocities = [self.velocity(p) for p in parameters]
             torch._foreach_mul_(velocities, group["momentum"])
             if group["weight_decay"]:
                 torch._foreach_add_(velocities, parameters, alpha=-lr * group["weight_decay"])
@@ -58,7 +56,7 @@ class PaperSGD(torch.optim.Optimizer):
 
     def _updated_at_once(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
         """Update one parameter in one pass over memory, if native.c is there and can: five numbers read and written,
-        where the operators below take eleven.
+        where PyTorch's operators, one after the other, take eleven.
         """
         velocity, gradient = self.velocity(parameter), parameter.grad
         if native.kernel is None or gradient is None:
