@@ -24,8 +24,7 @@ import multiprocessing
 import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
-from unittest import mock
+from dataclasses import replace
 
 import click
 import torch
@@ -35,10 +34,8 @@ from torch import nn
 from pipeline.augment import WINDOW_PX
 from prep.console import say
 from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
-from train import model as our_model
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
-from train.pool import max_pool
 from train.recipes import PAPER
 
 OURS, OURS_WITHOUT_LRN = "ours", "ours, without LRN"
@@ -52,6 +49,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 
     def norm() -> nn.Module:
         lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps
+        assert lrn
         return nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k) if with_lrn else nn.Identity()
 
     def relu() -> nn.Module:
@@ -77,7 +75,8 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
     model: nn.Module
     optimiser: torch.optim.Optimizer
     if name in (OURS, OURS_WITHOUT_LRN):
-        model = ours = AlexNet(CLASSES, PAPER, ("cpu", "cpu"))
+        recipe = PAPER if name == OURS else replace(PAPER, lrn=None)
+        model = ours = AlexNet(CLASSES, recipe, ("cpu", "cpu"))
         optimiser = updates = make_optimiser(ours, PAPER)
         Schedule(PAPER).apply(updates, 0)
     else:
@@ -87,17 +86,8 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
         optimiser = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
     model.train()
 
-    def pool_alone(x: torch.Tensor, norm: object = None, **relu: bool) -> torch.Tensor:
-        return max_pool(x, None, **relu)
-
-    def without_lrn() -> Any:
-        """The recipe `paper` normalises nowhere but where it pools."""
-        return mock.patch.object(our_model, "max_pool", pool_alone if name == OURS_WITHOUT_LRN else max_pool)
-
     def step() -> int:
-        with without_lrn():
-            outputs = model(images)
-        loss = F.cross_entropy(outputs, labels)
+        loss = F.cross_entropy(model(images), labels)
         optimiser.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
         optimiser.step()

@@ -41,18 +41,20 @@ class PaperSGD(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the rule needs one gradient
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            lr = group["lr"]
-            given = [] if lr == 0 else [p for p in group["params"] if p.grad is not None]
-            parameters = [p for p in given if not self._updated_at_once(p, group)]
-            if not parameters:
-                continue
-            gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
-            velocities = [self.velocity(p) for p in parameters]
-            torch._foreach_mul_(velocities, group["momentum"])
-            if group["weight_decay"]:
-                torch._foreach_add_(velocities, parameters, alpha=-lr * group["weight_decay"])
-            torch._foreach_add_(velocities, gradients, alpha=-lr)
-            torch._foreach_add_(parameters, velocities)
+            given = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
+            rest = [p for p in given if not self._updated_at_once(p, group)]
+            for device in dict.fromkeys(p.device for p in rest):  # lists on one device are updated by few launches
+                self._update([p for p in rest if p.device == device], group)
+
+    def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+        gradients: list[Tensor] = [p.grad for p in parameters if p.grad is not None]
+        weights: list[Tensor] = [*parameters]
+        velocities, lr = [self.velocity(p) for p in parameters], group["lr"]
+        torch._foreach_mul_(velocities, group["momentum"])
+        if group["weight_decay"]:
+            torch._foreach_add_(velocities, weights, alpha=-lr * group["weight_decay"])
+        torch._foreach_add_(velocities, gradients, alpha=-lr)
+        torch._foreach_add_(weights, velocities)
 
     def _updated_at_once(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
         """Update one parameter in one pass over memory, if native.c is there and can: five numbers read and written,
