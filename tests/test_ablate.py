@@ -152,7 +152,7 @@ def test_the_command_prints_a_table_and_json(store: Path, tmp_path: Path, monkey
     words = ["ablate", "--store", str(store), "--out", str(tmp_path / "out"), "--recipe", "paper", "--batch", "8"]
     words += ["--steps", "1", "--gpus", "cpu", "--only", "one-gpu", "--set", "init=he", "--set", "input_divisor=64"]
     planned = CliRunner().invoke(train.cli.main, [*words, "--dry-run"])
-    assert planned.exit_code == 0 and "one-gpu-seed0: half" in planned.stderr and not (tmp_path / "out").exists()
+    assert planned.exit_code == 0 and "one-gpu-seed0: one-gpu" in planned.stderr and not (tmp_path / "out").exists()
     done = CliRunner().invoke(train.cli.main, [*words, "--json"])
     assert done.exit_code == 0, done.output
     said = json.loads(done.stdout)
