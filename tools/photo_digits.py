@@ -9,12 +9,16 @@ orientations, and holds some greyscale and CMYK files and two PNGs with a JPEG's
     OUT/val_ground_truth.txt                    one number a line, 1..10, in the order of the names
 
     python -m tools.photo_digits OUT
+
+With --hard the photographs are not darkened, a digit has any colour, 0.4 to 0.9 of the square and a tilt of up to 25°:
+about what telling CIFAR-10's classes apart is to a small network.
 """
 
 from __future__ import annotations
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -29,28 +33,41 @@ CLASSES = 10
 VAL_PICTURES = 297
 SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
-DARKEN = 0.4
-TINT = (200, 255)
 _ODD_EVERY = 60  # of so many pictures one is greyscale, one CMYK; two in all are PNGs
 
 
-def digit_picture(digit: npt.NDArray[np.float64], darkened: list[Image.Image], rng: np.random.Generator) -> Image.Image:
-    """One 8×8 digit (0..16) over a part of a darkened photograph; RGB, shorter side 200 to 500 px, either
-    orientation.
-    """
+@dataclass(frozen=True)
+class Difficulty:
+    """How digits stand out."""
+
+    darken: float = 0.4  # of the photographs
+    tint: tuple[int, int] = (200, 255)  # of the digit, each of R, G, B
+    share: tuple[float, float] = (0.8, 1.0)  # of the shorter side, with the empty cell around the digit
+    tilt_degrees: float = 0.0  # either way
+
+
+EASY, HARD = Difficulty(), Difficulty(1.0, (0, 255), (0.4, 0.9), 25.0)
+
+
+def digit_picture(
+    digit: npt.NDArray[np.float64], photographs: list[Image.Image], rng: np.random.Generator, how: Difficulty = EASY
+) -> Image.Image:
+    """One 8×8 digit (0..16) over a part of a photograph; RGB, shorter side 200 to 500 px, either orientation."""
     short = int(rng.integers(SHORT_SIDE_PX[0], SHORT_SIDE_PX[1] + 1))
     width, height = short, round(short * rng.uniform(1.0, LONGEST_ASPECT))
     if rng.random() < 0.5:
         width, height = height, width
-    picture = _part_of(darkened[rng.integers(len(darkened))], width, height, rng)
+    picture = _part_of(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(0.8, 1.0))  # of the digit and the empty cell around it, which softens its edges
+    size = round(short * rng.uniform(*how.share))  # of the digit and the empty cell around it, which softens its edges
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
+    if how.tilt_degrees:
+        mask = mask.rotate(rng.uniform(-how.tilt_degrees, how.tilt_degrees), Image.Resampling.BICUBIC)
     room = (short - size) // 2  # inside the central square, so that no crop of it loses the digit
     top = (height - size) // 2 + int(rng.integers(-room, room + 1))
     left = (width - size) // 2 + int(rng.integers(-room, room + 1))
-    red, green, blue = (int(c) for c in rng.integers(TINT[0], TINT[1] + 1, size=3))
+    red, green, blue = (int(c) for c in rng.integers(how.tint[0], how.tint[1] + 1, size=3))
     picture.paste((red, green, blue), (left, top, left + size, top + size), mask)
     return picture
 
@@ -65,7 +82,7 @@ def _part_of(photograph: Image.Image, width: int, height: int, rng: np.random.Ge
     return photograph.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
-def make(out: Path, seed: int = 0, limit: int | None = None) -> tuple[int, int]:
+def make(out: Path, seed: int = 0, limit: int | None = None, how: Difficulty = EASY) -> tuple[int, int]:
     """Write the data set to a folder that does not exist yet; returns the numbers of training and validation pictures.
 
     `limit` takes only so many digits, for tests. Made under a temporary name and renamed, so a folder that is there is
@@ -74,7 +91,7 @@ def make(out: Path, seed: int = 0, limit: int | None = None) -> tuple[int, int]:
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder, or delete this one.")
     digits = load_digits()
-    darkened = [Image.fromarray((photo * DARKEN).astype(np.uint8)) for photo in load_sample_images().images]
+    photographs = [Image.fromarray((photo * how.darken).astype(np.uint8)) for photo in load_sample_images().images]
     order = np.random.default_rng(seed).permutation(len(digits.images))[:limit].tolist()
     val_count = round(len(order) * VAL_PICTURES / len(digits.images))
     temporary = out.with_name(f".{out.name}.part")
@@ -90,7 +107,7 @@ def make(out: Path, seed: int = 0, limit: int | None = None) -> tuple[int, int]:
         if count < val_count:
             path = temporary / "val" / f"PhotoDigits_val_{count + 1:08d}.JPEG"
         rng = np.random.default_rng([seed, count])
-        picture = digit_picture(digits.images[order[count]], darkened, rng)
+        picture = digit_picture(digits.images[order[count]], photographs, rng, how)
         _save(picture, path, count, quality=int(rng.integers(85, 96)))
         return label
 
@@ -120,10 +137,11 @@ def _save(picture: Image.Image, path: Path, count: int, quality: int) -> None:
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-def main(out: Path, seed: int) -> None:
+@click.option("--hard", is_flag=True, help="Digits of any colour over undarkened photographs, tilted and of any size.")
+def main(out: Path, seed: int, hard: bool) -> None:
     """Make the demo's data set: 1,797 digits over photographs, in ILSVRC's layout, in the new folder OUT."""
     try:
-        train, val = make(out, seed)
+        train, val = make(out, seed, how=HARD if hard else EASY)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     say(f"{out}: {count_noun(train, 'training picture')}, {count_noun(val, 'validation picture')}")
