@@ -11,6 +11,7 @@ import torch
 import pipeline.cli
 import prep.cli
 import train.cli
+from tools import draw_alexnet
 from tools.readme_help import README, with_help
 
 ROOT = README.parent
@@ -30,6 +31,11 @@ def test_readme_lists_every_command_and_no_other() -> None:
 def test_links_of_the_readme_lead_somewhere() -> None:
     links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_the_picture_of_the_network_is_that_of_the_network() -> None:
+    drawn = (ROOT / "docs" / "alexnet.svg").read_text()
+    assert drawn == draw_alexnet.picture(), "python -m tools.draw_alexnet docs/alexnet.svg brings it up to date"
 
 
 def test_python_of_the_readme_runs(store: Path) -> None:
