@@ -237,6 +237,15 @@ def test_dry_run_says_the_plan_and_writes_nothing(store: Path, tmp_path: Path) -
     assert not (tmp_path / "run").exists()
 
 
+def test_the_default_recipe_learns_and_the_letter_of_the_paper_is_warned_of(store: Path, tmp_path: Path) -> None:
+    words = ["--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--batch", "8", "--dry-run"]
+    said = {recipe: run("alextrain", "run", *words, "--recipe", recipe)[2] for recipe in RECIPES}
+    assert {recipe for recipe, lines in said.items() if "almost blind" in lines} == {"paper"}
+    assert run("alextrain", "run", *words)[2] == said["released"]
+    tamed = ["--recipe", "paper", "--set", "init_std.conv3=0.03"]
+    assert "almost blind" not in run("alextrain", "run", *words, *tamed)[2]
+
+
 def test_the_whole_network_trains_resumes_evaluates_and_draws(store: Path, tmp_path: Path) -> None:
     """The commands one after the other, at the paper's full width, on the CPU."""
     run_dir = tmp_path / "run"

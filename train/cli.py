@@ -97,6 +97,7 @@ def run(
     opened.split("train")
     from train.devices import devices_of
     from train.precision import set_precision
+    from train.recipe import starts_blind
     from train.run import RunConfig
     from train.setting import recipe_of
 
@@ -117,6 +118,11 @@ def run(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
     )
+    if starts_blind(chosen):
+        say(
+            f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
+            "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
+        )
     for line in _plan_lines(config, opened):
         say(line)
     if not dry_run:

@@ -35,7 +35,7 @@ model_option = click.option(
 recipe_option = click.option(
     "--recipe",
     type=click.Choice(RECIPE_NAMES),
-    default="paper",
+    default="released",
     show_default=True,
     help="Every number of the training; see `alextrain recipe`.",
 )

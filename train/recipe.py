@@ -159,3 +159,12 @@ def _plan_from_json(data: Any) -> Plan:
 def recipe_fields() -> list[str]:
     """The names of what a recipe decides, in order."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
+
+
+def starts_blind(recipe: Recipe) -> bool:
+    """Whether its logits hardly depend on the picture at first, as those of the paper's own initialisation: weights of
+    0.01 and biases of 1 in the middle layers (docs/measurements.md has what follows of it).
+    """
+    middle = ("conv3", "conv4", "conv5")
+    small = all(recipe.init_std[layer] <= 0.01 for layer in middle)
+    return recipe.init == "normal" and small and any(recipe.init_bias.get(layer, 0) >= 1 for layer in middle)
