@@ -9,7 +9,8 @@ the released code's convdata_jpeg.py draws from 33), flip with probability one h
 I): one offset for each image, constant over its pixels. A picture stored whole (--keep-aspect) has its central square
 at ((height − side_px) // 2, (width − side_px) // 2). Evaluation has no shift and no divisor: the centre window begins
 at (side_px − 224) // 2; ten views are top left, top right, centre, bottom left, bottom right, then these mirrored (the
-order of convdata_jpeg.py). mean[c, i, j] is, of the training split's mean image M over central squares,
+order of convdata_jpeg.py); and the whole of S is a window of side_px, for networks that slide over it: below, m is 0
+then. mean[c, i, j] is, of the training split's mean image M over central squares,
 
     channel     its mean over all pixels, one number a channel
     image       M[m + i, m + j, c], m = (side_px − 224) // 2: the centre window, from every window, never mirrored, as
@@ -39,6 +40,7 @@ WINDOW_PX = 224
 MEANS = ("channel", "image", "aligned", "none")
 COLOURS = ("stdev", "eigenvalue", "off")
 LAYOUTS = ("NCHW", "NHWC")
+SQUARE = "square"  # in place of a number of views: the central square, whole
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,15 @@ class Cuts(NamedTuple):
     """Where the windows of N records lie, V to each, and what is added to their pixels."""
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins
-    offset: npt.NDArray[np.int32]  # (N, V, 2): of the window in the square, 0..side_px − 224
+    offset: npt.NDArray[np.int32]  # (N, V, 2): of the window in the square, 0..side_px − 224; of the whole square 0
     flip: npt.NDArray[np.int32]  # (N, V)
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise minus the mean of the channels, where that is the mean
 
 
-def still_windows(views: int, room_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Offsets (views, 2) and flips (views,) of the centre window (1), or of the ten views (10)."""
-    middle, far = room_px // 2, room_px
-    if views == 1:
+def still_windows(views: int | str, room_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Offsets (V, 2) and flips (V,) of the centre window (1), of the ten views (10), or of the square (SQUARE)."""
+    middle, far = 0 if views == SQUARE else room_px // 2, room_px
+    if views != 10:
         return np.full((1, 2), middle, np.int32), np.zeros(1, np.int32)
     five = np.array([(0, 0), (0, far), (middle, middle), (far, 0), (far, far)], np.int32)
     return np.tile(five, (2, 1)), np.repeat(np.arange(2, dtype=np.int32), 5)
@@ -125,14 +127,14 @@ class Augmenter:
         shift = draws.normal @ self.noise.T - self.mean_rgb
         return Cuts(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
 
-    def still(self, records: Sequence[Record], views: int) -> Cuts:
-        """The centre window of each record, or its ten views."""
+    def still(self, records: Sequence[Record], views: int | str) -> Cuts:
+        """The centre window of each record, its ten views, or its square."""
         offset, flip = still_windows(views, self.room_px)
         many = len(records)
         return Cuts(
             self._origin(records),
-            np.broadcast_to(offset, (many, views, 2)),
-            np.broadcast_to(flip, (many, views)),
+            np.broadcast_to(offset, (many, *offset.shape)),
+            np.broadcast_to(flip, (many, *flip.shape)),
             np.broadcast_to(-self.mean_rgb, (many, 3)).astype(np.float32),
         )
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import WINDOW_PX, Augmenter, Cuts
+from pipeline.augment import Augmenter, Cuts
 from pipeline.graph import Form, decoded, encoded
 from pipeline.native import WINDOW, Kernel
 from pipeline.placement import Placement
@@ -34,9 +34,9 @@ class Cutter:
         self._views, self._layout, self._dtype, self._scale = form.views, form.layout, form.dtype, 1 / form.divisor
         self._side_px, self._is_raw = augmenter.side_px, augmenter.is_raw
         self._aligned = augmenter.how.mean == "aligned"
-        self._decoded_px = WINDOW_PX if form.views == 1 else augmenter.side_px
+        self._window_px, self._room_px = form.window_px, augmenter.side_px - form.window_px
+        self._decoded_px = self._window_px if form.views == 1 else augmenter.side_px
         self._mean: npt.NDArray[np.float32] | None = None
-        self._centre = augmenter.room_px // 2
         if augmenter.mean_image is not None:  # plain and mirrored
             both = np.stack([augmenter.mean_image, augmenter.mean_image[:, ::-1]]).astype(np.float32)
             self._mean = np.ascontiguousarray(both.transpose(0, 3, 1, 2) if form.layout == "NCHW" else both)
@@ -56,8 +56,8 @@ class Cutter:
     def images(self, outputs: tuple[Any, ...], records: Sequence[Record], cuts: Cuts) -> torch.Tensor:
         """(N, 3, 224, 224), or with ten views (N, 10, …), or channels last, in memory of their own."""
         windows = self._windows(outputs, records, cuts)
-        many, count = len(windows), len(records)
-        shape = (3, WINDOW_PX, WINDOW_PX) if self._layout == "NCHW" else (WINDOW_PX, WINDOW_PX, 3)
+        many, count, side = len(windows), len(records), self._window_px
+        shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
         images = self._memory.array((many, *shape))
 
         def cut(part: slice) -> None:
@@ -97,11 +97,11 @@ class Cutter:
     def _mean_addresses(self, cuts: Cuts) -> npt.NDArray[np.int64]:
         """(N, V): of the upper left of what is subtracted; under a mirrored window lies the mirrored mean."""
         assert self._mean is not None
-        y = x = np.full(cuts.flip.shape, self._centre)
+        y = x = np.full(cuts.flip.shape, self._room_px // 2)
         whole = np.zeros(cuts.flip.shape, np.int64)
         if self._aligned:
             y, x, whole = cuts.offset[:, :, 0], cuts.offset[:, :, 1], cuts.flip.astype(np.int64)
-            x = np.where(whole == 1, self._side_px - WINDOW_PX - x, x)
+            x = np.where(whole == 1, self._room_px - x, x)
         pixel_bytes = self._mean.itemsize * (1 if self._layout == "NCHW" else 3)
         first = whole * self._mean[0].nbytes + (y * self._side_px + x) * pixel_bytes
         return np.asarray(_address(self._mean) + first, np.int64)

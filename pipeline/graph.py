@@ -29,6 +29,7 @@ class Form(NamedTuple):
     layout: str = "NCHW"  # one of LAYOUTS
     divisor: float = 1.0
     dtype: torch.dtype = torch.float32
+    window_px: int = WINDOW_PX  # its side; the square's, where one view is the whole of it
 
 
 def decoded(placement: Placement, size_px: int) -> Node:
@@ -67,6 +68,7 @@ class Graph:
     def __init__(self, augmenter: Augmenter, placement: Placement, form: Form) -> None:
         self._augmenter, self._placement, self._views = augmenter, placement, form.views
         self._layout, self._divisor, self._dtype = form.layout[1:], form.divisor, form.dtype
+        self._window_px, self._room_px = form.window_px, augmenter.side_px - form.window_px
         self._fn, self._types = dali().fn, dali().types
 
     def nodes(self) -> Node:
@@ -80,7 +82,7 @@ class Graph:
             if self._views > 1:
                 return {"picture": tensors(self._squares(records, start), "HWC")}
             sizes = np.array([record.picture.shape[:2] for record in records], np.int32)
-            y, x = _shares(start, sizes - WINDOW_PX)
+            y, x = _shares(start, sizes - self._window_px)
             fed = {"picture": tensors(records, "HWC"), "y": y, "x": x}
         else:
             fed = encoded(records, start)
@@ -88,7 +90,7 @@ class Graph:
             fed |= {"flip": np.ascontiguousarray(cuts.flip[:, 0]), "mean": np.ascontiguousarray(-cuts.shift)}
             if self._augmenter.how.mean == "aligned":
                 offset = cuts.offset[:, 0]
-                fed["mean_y"], fed["mean_x"] = _shares(offset, np.full_like(offset, self._augmenter.room_px))
+                fed["mean_y"], fed["mean_x"] = _shares(offset, np.full_like(offset, self._room_px))
         return fed
 
     def images(self, outputs: tuple[Any, ...], records: Sequence[Record], cuts: Cuts) -> torch.Tensor:
@@ -116,10 +118,10 @@ class Graph:
 
     def _window(self) -> Node:
         fn, types = self._fn, self._types
-        picture, where = self._pictures(WINDOW_PX), {}
+        picture, where = self._pictures(self._window_px), {}
         if self._augmenter.is_raw:
             where = {"crop_pos_y": source("y", types.FLOAT, 0), "crop_pos_x": source("x", types.FLOAT, 0)}
-            where["crop"] = (WINDOW_PX, WINDOW_PX)
+            where["crop"] = (self._window_px, self._window_px)
         flip = source("flip", types.INT32, 0)
         image = self._normalised(picture, flip, source("mean", types.FLOAT, 1), **where)
         if self._augmenter.how.mean == "aligned":
@@ -128,7 +130,7 @@ class Graph:
             whole = self._placement.constant(types, self._augmenter.mean_image.astype(np.float32), "HWC")
             under = fn.crop_mirror_normalize(
                 whole,
-                crop=(WINDOW_PX, WINDOW_PX),
+                crop=(self._window_px, self._window_px),
                 crop_pos_y=places[0],
                 crop_pos_x=places[1],
                 mirror=flip,
@@ -143,7 +145,7 @@ class Graph:
     def _ten_views(self) -> Node:
         """(10, …) for each picture, out of its square; the windows are the same for all."""
         square, views = self._pictures(self._augmenter.side_px), []
-        room = self._augmenter.room_px
+        room = self._room_px
         offsets, flips = still_windows(self._views, room)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
             where = {"crop_pos_y": y / max(room, 1), "crop_pos_x": x / max(room, 1)}
@@ -172,9 +174,8 @@ class Graph:
         if self._augmenter.how.mean != "image":
             return image
         assert self._augmenter.mean_image is not None
-        middle = self._augmenter.room_px // 2
-        centre = self._augmenter.mean_image[middle : middle + WINDOW_PX, middle : middle + WINDOW_PX]
-        return image - self._constant(centre / self._divisor)
+        under = slice(self._room_px // 2, self._room_px // 2 + self._window_px)
+        return image - self._constant(self._augmenter.mean_image[under, under] / self._divisor)
 
     def _constant(self, hwc: npt.NDArray[Any]) -> Node:
         values = hwc.transpose(2, 0, 1) if self._layout == "CHW" else hwc

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from pipeline.augment import LAYOUTS, Augmentation, Augmenter, check_choice
+from pipeline.augment import LAYOUTS, SQUARE, WINDOW_PX, Augmentation, Augmenter, check_choice
 from pipeline.engine import engine_for
 from pipeline.feed import Fed, Feed, Job
 from pipeline.graph import Form
@@ -45,9 +45,9 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class Batch(NamedTuple):
     """One batch, on the loader's device."""
 
-    images: (
-        torch.Tensor
-    )  # (N, 3, 224, 224), NHWC (N, 224, 224, 3), ten views (N, 10, …): RGB, grey levels minus the mean
+    # (N, 3, 224, 224), NHWC (N, 224, 224, 3), ten views (N, 10, …), squares (N, 3, side, side): RGB, grey levels minus
+    # the mean
+    images: torch.Tensor
     labels: torch.Tensor  # int64 (N,), 0..classes − 1
 
 
@@ -113,9 +113,9 @@ class _Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, views: int, divisor: float) -> None:
+    def _open(self, views: int, divisor: float, window_px: int = WINDOW_PX) -> None:
         """Begin to serve so many windows of each record."""
-        form = Form(views, self.layout, divisor, _DTYPES[self.dtype])
+        form = Form(views, self.layout, divisor, _DTYPES[self.dtype], window_px)
         engine = engine_for(self._augmenter, self.placement, form, self.threads)
         self._feed = Feed(engine, self.placement, self._records, self.batch_size, self.threads)
 
@@ -253,15 +253,20 @@ class EvalLoader(_Loader):
     """Every image of a split exactly once, each time it is iterated; the last batch may be smaller."""
 
     def __init__(
-        self, store: Store, split: str, batch_size: int, placement: Placement, views: int, **more: Any
+        self, store: Store, split: str, batch_size: int, placement: Placement, views: int | str, **more: Any
     ) -> None:
         super().__init__(store, split, batch_size, placement, **more)
-        if views not in (1, 10):
-            raise UserError(f"views {views}: expected 1 (centre) or 10 (corners and centre, and these mirrored).")
+        if views not in (1, 10, SQUARE):
+            raise UserError(
+                f"views {views}: expected 1 (centre), 10 (corners and centre, and these mirrored) or {SQUARE}."
+            )
         self.views = views
         first, end = (self.records * part // self.world_size for part in (self.shard, self.shard + 1))
         self._numbers = np.arange(first, end)
-        self._open(views, 1.0)
+        if isinstance(views, str):
+            self._open(1, 1.0, self._augmenter.side_px)
+        else:
+            self._open(views, 1.0)
 
     def __len__(self) -> int:
         """Batches in a pass."""
@@ -329,7 +334,7 @@ def eval_loader(
     batch_size: int = 128,
     device: str = "cpu",
     *,
-    views: int = 1,
+    views: int | str = 1,
     split: str = "val",
     augmentation: Augmentation | None = None,
     layout: str = "NCHW",
@@ -339,12 +344,13 @@ def eval_loader(
     world_size: int = 1,
 ) -> EvalLoader:
     """Every image of `split` exactly once: the centre window, or with views=10 the four corners and the centre, then
-    mirrored.
+    mirrored; with views="square" the whole central square, for a network that slides over it.
 
     With `world_size` loaders each serves a range of the records, that of `shard`; together they serve every one.
     Gives Batch(images, labels): (N, 3, 224, 224), or (N, 10, 3, 224, 224) for ten views (6 MB an image: choose
-    batch_size accordingly), RGB in grey levels minus the mean of the training split; int64 (N,). Of `augmentation`
-    only the mean counts here. Other arguments and errors as train_loader's.
+    batch_size accordingly), or (N, 3, side, side) for squares of the store's side, RGB in grey levels minus the mean of
+    the training split; int64 (N,). Of `augmentation` only the mean counts here. Other arguments and errors as
+    train_loader's.
     """
     return EvalLoader(
         Store.open(store),

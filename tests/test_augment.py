@@ -170,6 +170,9 @@ def test_other_sides_have_other_windows(photo_folder: Path, build: Build, side: 
     for (label, image), (right, wanted) in zip(found, expected(store, how, 9, 10), strict=True):
         assert label == right
         assert np.abs(image - wanted).max() < TOLERANCE
+    whole = served(eval_loader(store.root, 4, views="square", split="train", augmentation=how))
+    for (_, image), (_, square) in zip(itertools.islice(whole, 6), stored_squares(store, "train"), strict=False):
+        assert np.abs(image - (square - mean_image(store.root)).transpose(2, 0, 1)).max() < TOLERANCE
     views = served(eval_loader(store.root, 4, views=10, split="train", augmentation=how))
     for (_, ten), (_, square) in zip(itertools.islice(views, 6), stored_squares(store, "train"), strict=False):
         for view, (corner, flip) in zip(ten, ten_windows(store), strict=True):
@@ -200,6 +203,31 @@ def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: st
             wanted = formula(square, corner, flip, 0.0, mean, store)
             assert np.abs(view - wanted).max() < TOLERANCE
             assert number != 2 or np.abs(image - wanted).max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("kind", "mean", "layout"),
+    [
+        ("jpeg", "channel", "NCHW"),
+        ("jpeg-whole", "image", "NCHW"),
+        ("jpeg-whole", "aligned", "NHWC"),
+        ("ppm", "aligned", "NCHW"),
+        ("ppm-whole", "none", "NHWC"),
+        ("ppm-whole", "image", "NHWC"),
+    ],
+)
+@pytest.mark.usefixtures("engine")
+def test_squares_are_whole_minus_the_whole_mean(stores: dict[str, Path], kind: str, mean: str, layout: str) -> None:
+    """All 256 × 256 × 3 of the central square; a mean image is all of itself, a mean of channels one number each."""
+    store, how = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0)
+    rgb = {"channel": store.colour("train").mean_rgb, "none": (0, 0, 0)}
+    subtracted = np.array(rgb[mean]) if mean in rgb else mean_image(store.root)
+    loader = eval_loader(store.root, 5, views="square", augmentation=how, layout=layout)
+    squares = stored_squares(store, "val")
+    for (label, square), (found_label, found) in zip(squares, served(loader), strict=True):
+        wanted = square - subtracted
+        assert label == found_label and found.shape == ((3, 256, 256) if layout == "NCHW" else (256, 256, 3))
+        assert np.abs(found - (wanted.transpose(2, 0, 1) if layout == "NCHW" else wanted)).max() < TOLERANCE
 
 
 def test_means_of_evaluation_are_the_training_splits(stores: dict[str, Path]) -> None:
