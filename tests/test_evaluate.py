@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.augment import Augmentation
 from pipeline.loader import EvalLoader, eval_loader
 from prep.console import Progress
 from train.architecture import ALEXNET, Widths
@@ -56,6 +57,21 @@ def test_rates_equal_a_count_by_hand(stores: dict[str, Path], model: AlexNet, vi
     assert found.top1_error == misses / images
     assert found.top5_error == 0
     assert found.loss == pytest.approx(loss / images, rel=1e-4)
+
+
+def test_windows_of_a_square_average_their_softmax(stores: dict[str, Path], model: AlexNet) -> None:
+    """256 px give 2 × 2 windows; the batches, of 5, 5 and 2, are not the count of the windows."""
+    with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
+        found = evaluate(model, loader, Progress(loader.records, "images"))
+        with torch.no_grad():
+            maps = [(model.eval().dense(images).double(), labels) for images, labels in loader]
+    model.train()
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))  # (12, 3, 2, 2)
+    p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    p = p.mean((2, 3))
+    assert logits.shape == (12, 3, 2, 2) and np.abs(logits - logits[:, :, :1, :1]).max() > 0.01
+    assert found.images == 12 and found.top1_error == (p.argmax(1) != labels).mean()
+    assert found.loss == pytest.approx(-np.log(p[np.arange(12), labels]).mean(), rel=1e-4)
 
 
 def test_a_loader_that_serves_too_few_images_is_caught(

@@ -25,6 +25,8 @@ from train.options import (
     steps_option,
 )
 
+VIEWS = {"1": "centre view", "10": "ten views", "dense": "dense windows"}  # of `evaluate`
+
 
 @click.group(cls=Group, context_settings=CONTEXT)
 @click.version_option(package_name="alexnet")
@@ -178,10 +180,10 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
 @store_option
 @click.option(
     "--views",
-    type=click.Choice(["1", "10"]),
+    type=click.Choice(list(VIEWS)),
     default="10",
     show_default=True,
-    help="Ten views average the softmax, as the authors did.",
+    help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
 )
 @click.option("--split", default="val", show_default=True, help="Which split.")
 @gpus_option
@@ -217,17 +219,25 @@ def evaluate(
         say(
             f"{store} is not the store that {run_dir} was trained on: its mean is subtracted, not the training store's."
         )
-    batch = batch_of(records, int(views), devices[0])
-    loader = eval_loader(
-        store, batch, devices[0], views=int(views), split=split, augmentation=model.recipe.augmentation
-    )
+    dense = views == "dense"
+    served: int | str = "square" if dense else int(views)
+    batch = batch_of(records, 1 if dense else int(views), devices[0])
+    loader = eval_loader(store, batch, devices[0], views=served, split=split, augmentation=model.recipe.augmentation)
     with loader, progress(f"{split}, {views} views", records, "images") as report:
         result = measure(model, loader, report, precision)
     if as_json:
-        answer({**vars(result), "views": int(views), "split": split, "precision": precision, "step": state["step"]})
+        answer(
+            {
+                **vars(result),
+                "views": views if dense else int(views),
+                "split": split,
+                "precision": precision,
+                "step": state["step"],
+            }
+        )
         return
     click.echo(
-        f"{split}, {'centre view' if views == '1' else 'ten views'}: top-1 error {result.top1_error:.2%}, top-5 error "
+        f"{split}, {VIEWS[views]}: top-1 error {result.top1_error:.2%}, top-5 error "
         f"{result.top5_error:.2%}, loss {result.loss:.4f}, {count_noun(result.images, 'image')}, step {state['step']:,}"
     )
 

@@ -1,4 +1,4 @@
-"""Error rates over a whole split: every image once, by one view or by ten."""
+"""Error rates over a whole split: every image once, by one view, by ten, or by every window of a square."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeline.augment import SQUARE
 from pipeline.loader import EvalLoader
 from prep.console import Progress
 from train.model import AlexNet
@@ -35,7 +36,8 @@ def wrong(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def evaluate(model: AlexNet, loader: EvalLoader, report: Progress, precision: str = "fp32") -> EvalResult:
-    """Evaluate `model` on all images of `loader`; ten views average the softmax (layer.cu:1809, section 4.1).
+    """Evaluate `model` on all images of `loader`; ten views average the softmax (layer.cu:1809, section 4.1), and so do
+    the windows of a square, which are those of AlexNet.dense.
 
     Leaves the model in the mode it was in. Raises UserError for a precision that its devices do not have; RuntimeError
     where the loader served another number of images than the split has, which would make the rates wrong.
@@ -49,8 +51,11 @@ def evaluate(model: AlexNet, loader: EvalLoader, report: Progress, precision: st
             for batch in loader:
                 labels = batch.labels.to(model.devices[0])
                 with autocast(precision, model.devices[0]):
-                    logits = model(batch.images.flatten(0, -4))  # (N · views, classes)
-                log_p = torch.log_softmax(logits.float(), dim=1).reshape(len(labels), -1, logits.shape[1])
+                    if loader.views == SQUARE:
+                        logits = model.dense(batch.images).flatten(2).mT  # (N, windows, classes)
+                    else:
+                        logits = model(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))
+                log_p = torch.log_softmax(logits.float(), dim=2)  # (N, views, classes)
                 log_p = log_p.logsumexp(dim=1) - torch.log(torch.tensor(float(log_p.shape[1])))
                 misses += wrong(log_p, labels).cpu()
                 loss -= float(log_p.gather(1, labels[:, None]).sum())
