@@ -1,0 +1,123 @@
+"""A training on a terminal: where it stands, its curves in small, how long it will last; with rich.
+
+It is drawn again twice a second by a thread of its own from numbers that the loop has read anyway. What others say
+meanwhile scrolls by above it, as does a line for each validation; at its end it disappears.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live as RichLive
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from prep.console import Progress, bytes_text, duration_text
+from train.folder import last_of, seconds_left
+from train.view import Line, Lines, Plan, validation_text
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_CURVE = 32  # values in a small curve
+_PER_S = 2  # drawings
+_CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "top5_error", ".1%"))
+
+
+def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
+    """A curve of `width` characters or less: means of equal parts of `values`, from their least to their greatest."""
+    if not values:
+        return ""
+    width = min(width, len(values))
+    parts = [values[k * len(values) // width : (k + 1) * len(values) // width] for k in range(width)]
+    means = [sum(part) / len(part) for part in parts]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1))] for mean in means)
+
+
+class Live(Lines):
+    """The view that moves."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        """`console`: where it is drawn; standard error unless given."""
+        self._console = console or Console(stderr=True)
+        self._live = RichLive(self, console=self._console, refresh_per_second=_PER_S, transient=True)
+        self._plan = Plan(1, 1, 1)
+        self._lines: list[Line] = []
+        self._step = 0  # of the last line
+        self._steps_since: Callable[[], int] = int
+        self._report: tuple[str, Progress] | None = None
+
+    def begin(self, plan: Plan, lines: Sequence[Line], step: int) -> None:
+        """As in Lines."""
+        self._plan, self._lines, self._step = plan, list(lines), step
+        self._live.start()
+
+    def follow(self, steps: Callable[[], int]) -> None:
+        """As in Lines."""
+        self._steps_since = steps
+
+    def train(self, line: Line) -> None:
+        """As in Lines."""
+        self._lines.append(line)
+        self._step = line["step"]
+
+    def validation(self, line: Line) -> None:
+        """As in Lines."""
+        self._lines.append(line)
+        self._console.print(validation_text(line), highlight=False)
+
+    @contextmanager
+    def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
+        """As in Lines."""
+        self._report = label, Progress(total, unit)
+        try:
+            yield self._report[1]
+        finally:
+            self._report = None
+
+    def end(self) -> None:
+        """As in Lines."""
+        self._live.stop()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The picture: where it stands, what it learns, how fast, what the last validation said."""
+        step = self._step + self._steps_since()
+        table = Table.grid(padding=(0, 2))
+        table.add_row("step", f"{step:,} of {self._plan.steps:,}", self._bar(step, self._plan.steps))
+        table.add_row("epoch", f"{step / self._plan.steps_per_epoch:.2f}", self._left(step))
+        for name, key, form in _CURVES:
+            values = [line[key] for line in self._lines if line["kind"] == "train"]
+            curve = "" if options.ascii_only else sparkline(values)
+            table.add_row(name, format(values[-1], form) if values else "", Text(curve, "cyan"))
+        yield table
+        line, val = last_of(self._lines, "train"), last_of(self._lines, "val")
+        if line is not None:
+            memory = [_memory(line["memory_mb"]), *(f"GPU {_memory(n)}" for n in line.get("gpu_memory_mb", ()))]
+            yield Text(
+                f"lr {line['lr']:g}   {line['images_per_s']:,.1f} images/s   waits for stream "
+                f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}   "
+                f"memory {', '.join(memory)}"
+            )
+        if self._report is not None:
+            label, report = self._report
+            yield Text(f"{label}: {report.done:,} of {report.total:,} {report.unit}", "cyan")
+        elif val is not None:
+            best = min((old for old in self._lines if old["kind"] == "val"), key=lambda old: float(old["top1_error"]))
+            yield Text(
+                f"validation at epoch {val['epoch']}: top-1 {val['top1_error']:.1%}, top-5 {val['top5_error']:.1%}; "
+                f"best top-1 {best['top1_error']:.1%} at epoch {best['epoch']}"
+            )
+
+    def _bar(self, done: int, total: int) -> Any:
+        return ProgressBar(total=total, completed=done, width=_CURVE)
+
+    def _left(self, step: int) -> str:
+        seconds = seconds_left(self._lines, step, self._plan.steps, self._plan.batch_size)
+        return "" if seconds is None else f"{duration_text(seconds)} left"
+
+
+def _memory(megabytes: float) -> str:
+    return bytes_text(megabytes * 1e6)
