@@ -21,6 +21,7 @@ from pipeline.loader import EvalLoader, TrainLoader, train_loader
 from prep.console import UserError
 from train import checkpoint
 from train.architecture import ALEXNET, HALF, Widths
+from train.folder import CLOCKED
 from train.loop import fit
 from train.model import AlexNet
 from train.recipe import Change, Cosine
@@ -58,10 +59,7 @@ def config(store: Path, run_dir: Path, **changes) -> RunConfig:
 def metrics(run_dir: Path) -> list[dict]:
     """The lines without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if k not in ("images_per_s", "waiting_share", "stream_waiting_share")}
-        for line in lines
-    ]
+    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
 
 
 @pytest.fixture(scope="module")
@@ -119,16 +117,16 @@ def test_a_signal_leaves_a_checkpoint_of_that_step(
     stores: dict[str, Path], whole_run: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_dir = tmp_path / "run"
-    from train.loop import _Log
+    from train.log import Log
 
-    log_line = _Log.train
+    log_line = Log.train
 
     def signal_after_five(self, line) -> None:
         log_line(self, line)
         if line["step"] == 5:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(_Log, "train", signal_after_five)
+    monkeypatch.setattr(Log, "train", signal_after_five)
     with pytest.raises(BaseException) as stop:
         fit(config(stores["jpeg"], run_dir))
     assert stop.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")

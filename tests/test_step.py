@@ -13,7 +13,7 @@ from test_loop import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.architecture import ALEXNET
-from train.loop import _Interval
+from train.interval import Interval
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
 from train.recipe import Recipe
@@ -90,7 +90,7 @@ def test_gradients_do_not_pile_up() -> None:
 def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) -> None:
     """Tensors on the device `meta` have shapes and no values: reading one raises. The whole network, batch of 128."""
     model, step = made(recipe, "meta")
-    interval = _Interval(SimpleNamespace(waits=lambda: None))
+    interval = Interval(SimpleNamespace(waits=lambda: None), model)
     images = torch.empty(128, 3, 224, 224, device="meta")
     labels = torch.empty(128, dtype=torch.int64, device="meta")
     for _ in range(2):
@@ -102,9 +102,9 @@ def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) ->
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_no_operation_of_the_step_waits(precision: str) -> None:
-    _, step = made(PAPER, precision=precision)
+    model, step = made(PAPER, precision=precision)
     images, labels = batch()
-    interval = _Interval(SimpleNamespace(waits=lambda: None))
+    interval = Interval(SimpleNamespace(waits=lambda: None), model)
     with NoWaiting():
         interval.add(*step(images, labels))
     with NoWaiting(), pytest.raises(AssertionError, match="reads a value"):

@@ -20,7 +20,8 @@ from train.ablations import ABLATIONS, BASELINE, Ablation
 from train.architecture import ARCHITECTURES, Architecture
 from train.devices import devices_of
 from train.evaluate import batch_of, evaluate
-from train.loop import Diverged, fit
+from train.interval import Diverged
+from train.loop import fit
 from train.run import RunConfig, check_identity, identity, length, load_trained
 from train.setting import recipe_of, set_fields
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,34 +13,33 @@ from typing import Any
 import torch
 
 from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
-from prep.console import Terminated, UserError, progress, say
+from prep.console import Terminated, say
 from prep.manifest import Store, hold_lock
 from train import checkpoint
 from train.devices import keep_freed_memory
-from train.evaluate import EvalResult, batch_of, evaluate, wrong
+from train.evaluate import EvalResult, batch_of, evaluate
+from train.interval import Diverged
+from train.log import Log
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
 from train.run import RunConfig, check_identity, claim, describe, identity, length
 from train.step import TrainingStep
+from train.view import Lines, Plan, view_for
 
 
-class Diverged(UserError):
-    """The loss, or a parameter, is no longer a number."""
-
-
-def fit(config: RunConfig) -> Path:
-    """Train, or go on training; returns the run folder.
+def fit(config: RunConfig, view: Lines | None = None) -> Path:
+    """Train, or go on training; returns the run folder. `view`: what a person sees; by default what fits the terminal.
 
     Raises UserError as the loaders do and for a run folder of another run, Diverged when the loss is no longer a
     number; after Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
     claim(config.run_dir)
     with hold_lock(config.run_dir, "training"), ExitStack() as streams:
-        _fit(config, streams)
+        _fit(config, streams, view or view_for())
     return config.run_dir
 
 
-def _fit(config: RunConfig, streams: ExitStack) -> None:
+def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
     # ---- store, model, optimiser
     store = Store.open(config.store)
     if config.devices[0] == "cpu":
@@ -64,7 +59,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
         step, validation_due = state["step"], state["validation_due"]
         _restore(state, config, model, optimiser, schedule)
         checkpoint.drop_after(config.run_dir, step)
-        say(f"{config.run_dir}: goes on after step {step:,}.")
+        view.note(f"{config.run_dir}: goes on after step {step:,}.")
     describe(config, store)
     loader = streams.enter_context(_stream(config, schedule, step // max(steps_per_epoch, 1)))
     if state is not None:
@@ -72,7 +67,8 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
     validation = _validation(config, store)
     if validation is not None:
         streams.enter_context(validation)
-    log = _Log(config.run_dir / "metrics.jsonl", step, validation_due)
+    plan = Plan(steps_per_epoch, last_step, config.batch_size)
+    log = streams.enter_context(Log(config.run_dir, plan, step, validation_due, view))
 
     # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
     model.train()
@@ -80,7 +76,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
         while True:
             if validation_due and validation is not None:
                 with stop.at_once():
-                    result = _validate(model, validation, config.precision)
+                    result = _validate(model, validation, config.precision, view)
                 schedule.saw_validation(result.top1_error)
                 log.validation(step // steps_per_epoch, step, result)
                 validation_due = False
@@ -89,7 +85,7 @@ def _fit(config: RunConfig, streams: ExitStack) -> None:
             if step >= last_step or schedule.finished:
                 break
 
-            interval = _Interval(loader)
+            interval = log.interval(loader, model)
             for images, labels in loader:
                 lr = schedule.apply(optimiser, step / steps_per_epoch)
                 stepped = train_on(images, labels)
@@ -143,8 +139,8 @@ def _validation(config: RunConfig, store: Store) -> EvalLoader | None:
     )
 
 
-def _validate(model: AlexNet, loader: EvalLoader, precision: str) -> EvalResult:
-    with progress("validation", loader.records, "images") as report:
+def _validate(model: AlexNet, loader: EvalLoader, precision: str, view: Lines) -> EvalResult:
+    with view.progress("validation", loader.records, "images") as report:
         return evaluate(model, loader, report, precision)
 
 
@@ -164,7 +160,7 @@ def _save(
     """
     parameters = model.joined()
     if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
-        raise Diverged(_DIVERGED.format(f"parameters are no numbers at step {step:,}"))
+        raise Diverged(f"parameters are no numbers at step {step:,}")
     state = {
         "identity": identity(config, store),
         "step": step,
@@ -192,91 +188,6 @@ def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser
     gpus = [device for device in model.devices if device.type == "cuda"]
     for device, generator in zip(gpus, state["random_cuda"], strict=True):
         torch.cuda.set_rng_state(generator, device)
-
-
-_DIVERGED = (
-    "{}: training has diverged. The last checkpoint is kept. A lower rate usually helps: --set lr=…, another "
-    "--recipe, or a larger --batch for the same rate."
-)
-
-
-class _Interval:
-    """Sums since the last line, on the device: reading them is the only time the loop waits for it."""
-
-    def __init__(self, loader: TrainLoader) -> None:
-        self.loader = loader
-        self._begin()
-
-    def _begin(self) -> None:
-        self.started = time.perf_counter()
-        self.loader.waits()
-        self.steps = self.images = 0
-        self.loss: torch.Tensor | float = 0.0
-        self.misses: torch.Tensor | int = 0
-
-    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        self.steps, self.images = self.steps + 1, self.images + len(labels)
-        self.loss, self.misses = self.loss + loss, self.misses + wrong(logits, labels)
-
-    def read(self) -> dict[str, float]:
-        """Means over the interval; begins the next. Raises Diverged for a loss that is not finite."""
-        loss = float(self.loss) / self.steps
-        misses = torch.as_tensor(self.misses).tolist()
-        if not math.isfinite(loss):
-            raise Diverged(_DIVERGED.format(f"the loss is {loss} within the last {self.steps} steps"))
-        seconds, waits = time.perf_counter() - self.started, self.loader.waits()
-        read = {
-            "loss": loss,
-            "top1_error": misses[0] / self.images,
-            "top5_error": misses[1] / self.images,
-            "images_per_s": self.images / seconds,
-            "waiting_share": waits.waited_s / seconds,
-            "stream_waiting_share": waits.held_s / seconds,
-        }
-        self._begin()
-        return read
-
-
-class _Log:
-    """metrics.jsonl and the lines on the terminal. Lines after the point from which a run goes on are taken back."""
-
-    def __init__(self, path: Path, step: int, validation_due: bool) -> None:
-        if path.exists():
-            last = (step, 0 if validation_due else 1)
-            kept = [line for line in path.read_text().splitlines() if _place_of(line) <= last]
-            temporary = path.with_name(".metrics.tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
-            os.replace(temporary, path)
-        self.path = path
-
-    def train(self, line: dict[str, Any]) -> None:
-        self._write(line)
-        say(
-            f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
-            f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
-            f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}, "
-            f"stream waits {line['stream_waiting_share']:.1%}"
-        )
-
-    def validation(self, epoch: int, step: int, result: EvalResult) -> None:
-        self._write({"kind": "val", "epoch": epoch, "step": step, **vars(result)})
-        say(
-            f"epoch {epoch:6.2f}  validation  loss {result.loss:.3f}  top-1 {result.top1_error:6.1%}  "
-            f"top-5 {result.top5_error:6.1%}  of {result.images:,} images, centre view"
-        )
-
-    def _write(self, line: dict[str, Any]) -> None:
-        with open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _place_of(line: str) -> tuple[float, int]:
-    """(step, 1 for a validation) of a line of metrics.jsonl; after everything for a line that a kill has cut short."""
-    try:
-        read = json.loads(line)
-        return float(read["step"]), int(read["kind"] == "val")
-    except (ValueError, KeyError, TypeError):
-        return math.inf, 1
 
 
 class _Stop:

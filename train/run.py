@@ -93,11 +93,13 @@ def describe(config: RunConfig, store: Store) -> None:
 
 def _description(config: RunConfig, store: Store) -> dict[str, Any]:
     settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "model")}
+    steps_per_epoch, steps = length(config, store)
     return {
         "identity": identity(config, store),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         "model": asdict(config.model),
         "recipe": asdict(config.recipe),
+        "length": {"steps_per_epoch": steps_per_epoch, "steps": steps},
         "classes": list(store.classes),
         "environment": {
             "alexnet": version("alexnet"),
