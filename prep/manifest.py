@@ -285,6 +285,21 @@ def hold_lock(folder: Path, doing: str) -> Iterator[None]:
         yield
 
 
+def lock_is_held(folder: Path) -> bool:
+    """Whether someone holds hold_lock in a folder: asked by sharing the lock for a moment, which writes nothing.
+
+    Raises OSError where the lock cannot be looked at.
+    """
+    try:
+        with open(folder / ".lock") as handle:
+            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
 def sync_folder(path: Path) -> None:
     """Make a rename inside `path` survive a power cut."""
     handle = os.open(path, os.O_RDONLY)

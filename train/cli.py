@@ -7,10 +7,21 @@ from typing import Any
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, progress, say, store_option
+from prep.console import (
+    CONTEXT,
+    Group,
+    UserError,
+    answer,
+    count_noun,
+    json_option,
+    progress,
+    say,
+    store_option,
+)
 from prep.manifest import Store
 from train.ablations import ABLATIONS
 from train.architecture import ARCHITECTURES
+from train.cli_runs import compare, status
 from train.options import (
     RECIPE_NAMES,
     batch_option,
@@ -69,6 +80,7 @@ def main() -> None:
     help="Steps between two checkpoints, beside each epoch's.",
 )
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and end.")
+@click.option("-q", "--quiet", is_flag=True, help="Errors, warnings and the last line only.")
 @json_option
 def run(
     gpus: str | None,
@@ -85,6 +97,7 @@ def run(
     log_every: int,
     checkpoint_every: int,
     dry_run: bool,
+    quiet: bool,
     as_json: bool,
 ) -> None:
     """Train AlexNet on a store. To go on with a run that was stopped or killed, give the same command again.
@@ -126,11 +139,13 @@ def run(
             "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
         )
     for line in _plan_lines(config, opened):
-        say(line)
+        if not quiet or dry_run:
+            say(line)
     if not dry_run:
         from train.loop import fit
+        from train.view import view_for
 
-        fit(config)
+        fit(config, view_for(quiet))
         say(f"{run_dir}: trained. Next: alextrain evaluate {run_dir} --store {store}")
     if as_json:
         answer(_run_answer(config, dry_run))
@@ -368,3 +383,7 @@ def figures(run_dir: Path) -> None:
     draw_learning_curve(run_dir, curve)
     draw_kernels(state["parameters"], kernels, network.architecture.columns)
     say(f"Drawn: {curve}, {kernels}")
+
+
+main.add_command(status)
+main.add_command(compare)
