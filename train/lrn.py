@@ -12,11 +12,14 @@ Three ways, by where x is; each keeps x for the backward pass and nothing else, 
     float32 on a CPU with β = ¾   native.c: s^−¾ is two square roots. Within 6 ulp of the formula.
     on a GPU                      lrn_triton.py, where Triton is installed
     all else                      PyTorch's operators, below: what the others are tested against
+
+Under torch.export, which sees no C and would write out additions in place as scatters, it is `_traced`.
 """
 
 from __future__ import annotations
 
 import importlib.util
+import math
 from typing import Any
 
 import torch
@@ -35,7 +38,9 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     if x.dim() != 4:
         raise ValueError(f"a tensor of shape {tuple(x.shape)}: expected (N, C, H, W)")
     result: Tensor
-    if fits_kernel(x, beta):
+    if torch.compiler.is_compiling():
+        result = _traced(_activations(x, relu), (size, 1, 1), alpha, beta, k).to(x.dtype)
+    elif fits_kernel(x, beta):
         result = _Compiled.apply(channels_last(x), native.Norm(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     elif x.is_cuda and x.dtype != torch.float64 and x.numel() and _triton_is_there():
         from train import lrn_triton
@@ -54,6 +59,8 @@ def check_size(size: int) -> None:
 
 def fits_kernel(x: Tensor, beta: float) -> bool:
     """Whether native.c has x's kind of numbers, its place and this exponent."""
+    if torch.compiler.is_compiling():
+        return False
     cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
     return native.kernel is not None and cpu and beta == 0.75
 
@@ -119,6 +126,13 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
     return s.pow(-beta)
 
 
+def _traced(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
+    """a · (k + α Σ a²)^−β over `window` (odd: maps, rows, columns): a mean over volumes and a power."""
+    squares = F.pad((a * a).unsqueeze(1), [side // 2 for side in reversed(window) for _ in range(2)])
+    mean = F.avg_pool3d(squares, window, stride=1).squeeze(1)
+    return a * (mean * (alpha * math.prod(window)) + k).pow(-beta)
+
+
 def _window_sum(x: Tensor, size: int) -> Tensor:
     """Sum over `size` neighbouring channels, clipped at the ends: shifted additions, no copy of x."""
     total = x.clone()
@@ -135,6 +149,8 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
     paper does not mention it. Keeps x alone; differentiable once.
     """
     check_size(size)
+    if torch.compiler.is_compiling():
+        return _traced(_activations(x, False), (1, size, size), alpha, beta, k).to(x.dtype)
     result: Tensor = _WithinMap.apply(x, size, alpha, beta, k)  # type: ignore[no-untyped-call]
     return result
 
