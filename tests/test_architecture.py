@@ -58,35 +58,40 @@ def test_an_architecture_survives_json() -> None:
         assert architecture_from_json(json.loads(json.dumps(asdict(architecture)))) == architecture
 
 
-def published() -> nn.Module:
-    """torchvision/models/alexnet.py, __init__ and forward."""
+def published(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
+    """torchvision/models/alexnet.py, __init__; with other widths, the same with those."""
     net = nn.Module()
     net.features = nn.Sequential(
-        nn.Conv2d(3, 64, kernel_size=11, stride=4, padding=2),
+        nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(64, 192, kernel_size=5, padding=2),
+        nn.Conv2d(w.conv1, w.conv2, kernel_size=5, padding=2),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(192, 384, kernel_size=3, padding=1),
+        nn.Conv2d(w.conv2, w.conv3, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, kernel_size=3, padding=1),
+        nn.Conv2d(w.conv3, w.conv4, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
-        nn.Conv2d(256, 256, kernel_size=3, padding=1),
+        nn.Conv2d(w.conv4, w.conv5, kernel_size=3, padding=1),
         nn.ReLU(inplace=True),
         nn.MaxPool2d(kernel_size=3, stride=2),
     )
     net.avgpool = nn.AdaptiveAvgPool2d((6, 6))
     net.classifier = nn.Sequential(
         nn.Dropout(p=0.5),
-        nn.Linear(256 * 6 * 6, 4096),
+        nn.Linear(w.conv5 * 6 * 6, w.fc6),
         nn.ReLU(inplace=True),
         nn.Dropout(p=0.5),
-        nn.Linear(4096, 4096),
+        nn.Linear(w.fc6, w.fc7),
         nn.ReLU(inplace=True),
-        nn.Linear(4096, 1000),
+        nn.Linear(w.fc7, classes),
     )
     return net
+
+
+def published_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """torchvision/models/alexnet.py, forward."""
+    return net.classifier(net.avgpool(net.features(x)).flatten(1))
 
 
 def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> None:
@@ -101,7 +106,7 @@ def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> 
         ours.train(training), theirs.train(training)
         with torch.no_grad():
             torch.manual_seed(1)
-            wanted = theirs.classifier(theirs.avgpool(theirs.features(images)).flatten(1))
+            wanted = published_forward(theirs, images)
             torch.manual_seed(1)
             found = ours(images)
         assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)

@@ -17,6 +17,7 @@ RECIPE_NAMES = ("paper", "released", "caffe", "modern", "short")
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("plateau", "steps", "cosine")
+EXPORTS = ("safetensors", "torchvision", "onnx")
 
 Command = Callable[..., Any]
 
