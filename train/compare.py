@@ -121,17 +121,19 @@ def draw_comparison(runs: Sequence[Compared], out: Path) -> None:
     panels = figure.subplots(1, 2)
     for number, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
         colour = f"C{number}" if len(runs) <= 10 else _shade(number / (len(runs) - 1))
+        panels[0].plot([], [], color=colour, marker="o", ms=3, lw=1.4, label=label)  # for the legend
         for kind, style in (("train", {"lw": 0.8, "alpha": 0.4}), ("val", {"marker": "o", "ms": 3, "lw": 1.4})):
             mine = [line for line in run.lines if line["kind"] == kind]
             epochs = [line["epoch"] for line in mine]
             for axes, key, scale in zip(panels, ("loss", "top1_error"), (1, 100), strict=True):
-                named = label if kind == "val" and key == "loss" else None
-                axes.plot(epochs, [scale * line[key] for line in mine], color=colour, label=named, **style)
+                axes.plot(epochs, [scale * line[key] for line in mine], color=colour, **style)
     for axes, name in zip(panels, ("loss, nats", "top-1 error, %"), strict=True):
         axes.set(xlabel="epochs", ylabel=name)
         axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower left", frameon=False, title="training thin, validation with dots")
+    figure.legend(
+        loc="outside lower left", frameon=False, alignment="left", title="training thin, validation with dots"
+    )
     _save(figure, out)
 
 

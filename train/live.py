@@ -53,7 +53,7 @@ class Live(Lines):
     def begin(self, plan: Plan, lines: Sequence[Line], step: int) -> None:
         """As in Lines."""
         self._plan, self._lines, self._step = plan, list(lines), step
-        self._live.start()
+        self._live.start(refresh=True)
 
     def follow(self, steps: Callable[[], int]) -> None:
         """As in Lines."""
@@ -98,7 +98,7 @@ class Live(Lines):
             memory = [_memory(line["memory_mb"]), *(f"GPU {_memory(n)}" for n in line.get("gpu_memory_mb", ()))]
             yield Text(
                 f"lr {line['lr']:g}   {line['images_per_s']:,.1f} images/s   waits for stream "
-                f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}   "
+                f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
         if self._report is not None:

@@ -18,8 +18,9 @@ from typing import Any
 from pipeline.loader import TrainLoader
 from prep.console import Terminated
 from prep.manifest import write_atomic
+from train.append import Appended
 from train.evaluate import EvalResult
-from train.events import EventFiles, NoTensorBoard
+from train.events import EventFile, NoTensorBoard
 from train.folder import EVENTS, METRICS, STATUS, place_of, read_lines
 from train.interval import Interval
 from train.model import AlexNet
@@ -36,12 +37,11 @@ class Log:
             last = (step, 0 if validation_due else 1)
             kept = [text + "\n" for text in self.path.read_text().splitlines() if place_of(text) <= last]
             write_atomic(self.path, "".join(kept).encode())
-        self._waiting = ""  # text that is still to be written
-        self._size = self.path.stat().st_size if self.path.exists() else 0
+        self._file = Appended(self.path)
         lines = read_lines(run_dir)
-        self._events: EventFiles | None = None
+        self._events: EventFile | None = None
         try:
-            self._events = EventFiles(run_dir / EVENTS, lines, step)
+            self._events = EventFile(run_dir / EVENTS, lines, step)
         except NoTensorBoard as error:
             view.note(str(error))
         self._say_status("training")
@@ -54,8 +54,6 @@ class Log:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.view.end()
-        if self._events is not None:
-            self._events.close()
         with suppress(OSError):  # what ended the run is to be said, not that a full disk holds no more of it
             if error is None:
                 self._say_status("finished")
@@ -84,28 +82,11 @@ class Log:
     def _write(self, line: dict[str, Any]) -> None:
         line["unix_time_s"] = round(time.time(), 3)
         self.step = line["step"]
-        self._append(json.dumps(line) + "\n")
+        error = self._file.add(f"{json.dumps(line)}\n".encode())
+        if error is not None:
+            self.view.warn(f"{self.path}: cannot be written ({error.strerror}). Its lines wait in memory; make room.")
         if self._events is not None:
-            try:
-                self._events.add(line)
-            except NoTensorBoard as error:
-                self._events = None
-                self.view.warn(str(error))
-
-    def _append(self, text: str) -> None:
-        """Add to metrics.jsonl all that waits, or nothing: a part of it is taken back."""
-        warned, self._waiting = bool(self._waiting), self._waiting + text
-        content = self._waiting.encode()
-        try:
-            with open(self.path, "ab") as file:
-                file.write(content)
-        except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, self._size)
-            if not warned:
-                self.view.warn(f"{self.path}: cannot be written ({error.strerror}). Its lines wait; make room.")
-        else:
-            self._size, self._waiting = self._size + len(content), ""
+            self._events.add(line)
 
     def _say_status(self, state: str, said: str = "") -> None:
         """Replace status.json; `state` is training, finished, stopped or failed, `said` why."""
