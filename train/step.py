@@ -1,5 +1,9 @@
 """One training step: forward, cross-entropy, backward, update.
 
+A batch too large for the memory is computed in equal parts, one after the other, whose gradients are averaged: the
+same update up to rounding, while the activations of one part are held. Each part has dropout draws of its own, as the
+images of a batch have.
+
 Nothing in it waits for a device, and so the two columns run at the same time on their two GPUs although one thread
 launches both, column 0's layers first:
 
@@ -18,6 +22,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -37,19 +42,29 @@ class Stepped(NamedTuple):
 class TrainingStep:
     """step(images, labels) trains `model` on one batch."""
 
-    def __init__(self, model: AlexNet, optimiser: PaperSGD, precision: str = "fp32") -> None:
+    def __init__(self, model: AlexNet, optimiser: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
         """Raises UserError for a precision that the model's devices do not have."""
         set_precision(precision, model.devices)
-        self.model, self.optimiser, self.precision = model, optimiser, precision
+        self.model, self.optimiser, self.precision, self.parts = model, optimiser, precision, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> Stepped:
-        """Images float32 (N, 3, 224, 224), grey levels minus the mean; labels int64 (N,); on any device."""
+        """Images float32 (N, 3, 224, 224), grey levels minus the mean; labels int64 (N,); on any device.
+
+        Raises ValueError for a batch that cannot be divided into `parts`.
+        """
+        if len(labels) % self.parts:
+            raise ValueError(f"a batch of {len(labels)} in {self.parts} parts")
         device = self.model.devices[0]
         labels = labels.to(device, non_blocking=True)
-        with autocast(self.precision, device):
-            logits = self.model(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.model.recipe.label_smoothing)
         self.optimiser.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        losses, logits = [], []
+        for part, part_labels in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True):
+            with autocast(self.precision, device):
+                scores = self.model(part).float()
+                loss = F.cross_entropy(scores, part_labels, label_smoothing=self.model.recipe.label_smoothing)
+                loss = loss / self.parts
+            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            losses.append(loss.detach())
+            logits.append(scores.detach())
         self.optimiser.step()
-        return Stepped(loss.detach(), logits.detach(), labels)
+        return Stepped(torch.stack(losses).sum(), torch.cat(logits), labels)
