@@ -52,6 +52,21 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
         raise UserError(f"{out}: {error}. Name a file such as preview.png in a folder that exists.") from None
 
 
+def draw_pictures(pictures: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> None:
+    """Draw pictures uint8 (N, height, width, 3) side by side, 16 in a row, at half their size.
+
+    Raises OSError where the file cannot be written.
+    """
+    count, height, width, _ = pictures.shape
+    across = min(count, 16)
+    sheet = Image.new("RGB", (across * (width // 2), -(-count // across) * (height // 2)), "white")
+    for place, picture in enumerate(pictures):
+        row, column = divmod(place, across)
+        small = Image.fromarray(picture).resize((width // 2, height // 2), Image.Resampling.BOX)
+        sheet.paste(small, (column * (width // 2), row * (height // 2)))
+    sheet.save(out)
+
+
 def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
     """One list for each column: uint8 (H, W, 3) for each row."""
     placement = Placement.of("cpu")
