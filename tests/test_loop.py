@@ -170,9 +170,9 @@ def test_a_small_network_learns_its_pictures_by_heart(stores: dict[str, Path], t
     [
         ({"batch_size": 4}, "batch size"),
         ({"seed": 4}, "seed"),
-        ({"model": HALF}, r"model \(alexnet, here half\)"),
-        ({"model": replace(SMALL, widths=replace(SMALL.widths, fc7=18))}, "model digest"),
-        ({"recipe": replace(SHORT, lr=0.5)}, "recipe digest"),
+        ({"model": HALF}, r"model \(alexnet, here half\): columns is 2, here 1"),
+        ({"model": replace(SMALL, widths=replace(SMALL.widths, fc7=18))}, "model: widths.fc7 is 16, here 18"),
+        ({"recipe": replace(SHORT, lr=0.5)}, "recipe: dropout is 0.5, here 0.0"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused(

@@ -20,9 +20,10 @@ from train.ablations import ABLATIONS, BASELINE, Ablation
 from train.architecture import ARCHITECTURES, Architecture
 from train.devices import devices_of
 from train.evaluate import batch_of, evaluate
-from train.interval import Diverged
+from train.guards import Diverged
+from train.identity import check_identity, identity
 from train.loop import fit
-from train.run import RunConfig, check_identity, identity, length, load_trained
+from train.run import RunConfig, length, load_trained
 from train.setting import recipe_of, set_fields
 
 RESULT = "ablation.json"

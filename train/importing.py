@@ -14,10 +14,11 @@ from pipeline.loader import train_loader
 from prep.console import UserError, count_noun, say
 from prep.manifest import Store, hold_lock
 from train import checkpoint
+from train.loop import state_of
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
 from train.recipe import Recipe
-from train.run import RunConfig, claim, describe, identity
+from train.run import RunConfig, claim, describe
 from train.torchvision_layout import TORCHVISIONS, Normalisation, check_fits, to_ours
 
 
@@ -66,21 +67,9 @@ def begin(config: RunConfig, store: Store, network: AlexNet) -> None:
         with train_loader(
             config.store, config.batch_size, "cpu", config.seed, augmentation=config.recipe.augmentation, threads=1
         ) as loader:
-            stream = loader.state_dict()
-        optimiser = make_optimiser(network, config.recipe)
-        torch.manual_seed(config.seed)
-        state = {
-            "identity": identity(config, store),
-            "step": 0,
-            "validation_due": False,
-            "parameters": network.joined(),
-            "velocity": network.joined(optimiser.velocity),
-            "schedule": Schedule(config.recipe).state_dict(),
-            "devices": ["cpu", "cpu"],
-            "random": torch.get_rng_state(),
-            "random_cuda": [],
-            "stream": stream,
-        }
+            optimiser = make_optimiser(network, config.recipe)
+            torch.manual_seed(config.seed)
+            state = state_of(config, store, 0, network, optimiser, Schedule(config.recipe), loader, False)
         checkpoint.save(config.run_dir, 0, state)
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +11,8 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import TrainLoader
-from prep.console import UserError
 from train.evaluate import wrong
 from train.model import AlexNet
-
-
-class Diverged(UserError):
-    """The loss, or a parameter, is no longer a number."""
-
-    def __init__(self, what: str) -> None:
-        """`what` is no number, and where."""
-        super().__init__(
-            f"{what}: training has diverged. The last checkpoint is kept. A lower rate usually helps: --set lr=…, "
-            "another --recipe, or a larger --batch for the same rate."
-        )
 
 
 class Interval:
@@ -47,15 +34,10 @@ class Interval:
         self.steps, self.images = self.steps + 1, self.images + len(labels)
         self.loss, self.misses = self.loss + loss, self.misses + wrong(logits, labels)
 
-    def read(self) -> dict[str, Any]:
-        """Means over the interval, and norms and memory at its end; begins the next.
-
-        Raises Diverged for a loss that is not finite.
-        """
+    def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """Means over the interval, memory, and `norms` (guards.norms_of) by layer; begins the next."""
         loss = float(self.loss) / self.steps
         misses = torch.as_tensor(self.misses).tolist()
-        if not math.isfinite(loss):
-            raise Diverged(f"the loss is {loss} within the last {self.steps} steps")
         seconds, waits = time.perf_counter() - self.started, self.loader.waits()
         read = {
             "loss": loss,
@@ -64,36 +46,22 @@ class Interval:
             "images_per_s": self.images / seconds,
             "waiting_share": waits.waited_s / seconds,
             "stream_waiting_share": waits.held_s / seconds,
-            **layer_norms(self.model),
+            **layer_norms(norms),
             **peak_memory(self.model.devices),
         }
         self._begin()
         return read
 
 
-def layer_norms(model: AlexNet) -> dict[str, dict[str, float | None]]:
-    """Euclidean norms of each layer's weights, both columns together, and of their gradient in the last step.
+def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Of guards.norms_of the weights, by layer: `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
-    `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`. Biases are left out, which recipes begin at 0 or 1;
-    so is the gradient of a layer that is frozen. None is a norm that is not finite. Each device computes its own and is
-    read once.
+    Biases are left out, which recipes begin at 0 or 1; so is the gradient of a layer that is frozen.
     """
-    tensors: dict[torch.device, list[tuple[str, str, Tensor]]] = {}
-    for name, parameters in model.by_joined_name().items():
-        layer, _, kind = name.partition(".")
-        for parameter in parameters if kind == "weight" else ():
-            here = tensors.setdefault(parameter.device, [])
-            here.append(("weight_norm", layer, parameter.detach()))
-            if parameter.grad is not None:
-                here.append(("gradient_norm", layer, parameter.grad))
-    queued = {device: torch.stack([torch.linalg.vector_norm(t) for *_, t in here]) for device, here in tensors.items()}
-    squares: dict[str, dict[str, float]] = {"gradient_norm": {}, "weight_norm": {}}
-    for device, here in tensors.items():
-        for (kind, layer, _), norm in zip(here, queued[device].tolist(), strict=True):
-            squares[kind][layer] = squares[kind].get(layer, 0.0) + norm**2
+    weights = {name.removesuffix(".weight"): of for name, of in norms.items() if name.endswith(".weight")}
     return {
-        kind: {layer: math.sqrt(square) if math.isfinite(square) else None for layer, square in found.items()}
-        for kind, found in squares.items()
+        "gradient_norm": {layer: of["gradient"] for layer, of in weights.items() if "gradient" in of},
+        "weight_norm": {layer: of["parameter"] for layer, of in weights.items()},
     }
 
 

@@ -18,11 +18,12 @@ from prep.manifest import Store, hold_lock
 from train import checkpoint
 from train.devices import keep_freed_memory
 from train.evaluate import EvalResult, batch_of, evaluate
-from train.interval import Diverged
+from train.guards import Watch, out_of_memory
+from train.identity import check_identity, identity
 from train.log import Log
 from train.model import AlexNet
 from train.optim import PaperSGD, Schedule, make_optimiser
-from train.run import RunConfig, check_identity, claim, describe, identity, length
+from train.run import RunConfig, check_parts, claim, describe, length, what_it_trains
 from train.step import TrainingStep
 from train.view import Lines, Plan, view_for
 
@@ -30,11 +31,13 @@ from train.view import Lines, Plan, view_for
 def fit(config: RunConfig, view: Lines | None = None) -> Path:
     """Train, or go on training; returns the run folder. `view`: what a person sees; by default what fits the terminal.
 
-    Raises UserError as the loaders do and for a run folder of another run, Diverged when the loss is no longer a
-    number; after Ctrl-C or SIGTERM finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
+    Raises UserError as the loaders do, for a run folder of another run, a batch that its parts do not divide and a
+    lack of memory, DiskFull, Diverged when the loss is no longer a number; after Ctrl-C or SIGTERM finishes the step,
+    writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
+    check_parts(config)
     claim(config.run_dir)
-    with hold_lock(config.run_dir, "training"), ExitStack() as streams:
+    with hold_lock(config.run_dir, "training"), out_of_memory(config), ExitStack() as streams:
         _fit(config, streams, view or view_for())
     return config.run_dir
 
@@ -47,7 +50,7 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
     _seed(config, 0)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.model)
     optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
-    train_on = TrainingStep(model, optimiser, config.precision)
+    train_on = TrainingStep(model, optimiser, config.precision, config.accumulate)
     steps_per_epoch, last_step = length(config, store)
 
     # ---- resume. What holds, in this order: 1. the newest checkpoint of the run folder that can be read, if it is of
@@ -60,8 +63,9 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
         _restore(state, config, model, optimiser, schedule)
         checkpoint.drop_after(config.run_dir, step)
         view.note(f"{config.run_dir}: goes on after step {step:,}.")
-    describe(config, store)
-    loader = streams.enter_context(_stream(config, schedule, step // max(steps_per_epoch, 1)))
+    keeper = checkpoint.Keeper(config.run_dir, config.keep, state)
+    describe(config, store, keeper.ancestry)
+    loader = streams.enter_context(stream_at(config, schedule, step // max(steps_per_epoch, 1)))
     if state is not None:
         loader.load_state_dict(state["stream"])
     validation = _validation(config, store)
@@ -69,6 +73,11 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
         streams.enter_context(validation)
     plan = Plan(steps_per_epoch, last_step, config.batch_size)
     log = streams.enter_context(Log(config.run_dir, plan, step, validation_due, view))
+    watch = Watch(config, store, model, view.warn)
+
+    def save(last: bool) -> None:
+        state = state_of(config, store, step, model, optimiser, schedule, loader, validation_due)
+        keeper.save(step, state, last)
 
     # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
     model.train()
@@ -79,9 +88,10 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
                     result = _validate(model, validation, config.precision, view)
                 schedule.saw_validation(result.top1_error)
                 log.validation(step // steps_per_epoch, step, result)
+                keeper.validated(step, result.top1_error)
                 validation_due = False
                 if step >= last_step or schedule.finished:
-                    _save(config, store, step, model, optimiser, schedule, loader, validation_due)
+                    save(last=True)
             if step >= last_step or schedule.finished:
                 break
 
@@ -91,19 +101,21 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
                 stepped = train_on(images, labels)
                 step += 1
                 interval.add(*stepped)
+                watch.add(*stepped)
                 epoch_ends = step % steps_per_epoch == 0
                 pause = bool(stop.asked) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
+                    norms = watch.judge(step, loader.how)
                     epoch = step / steps_per_epoch
-                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(), "lr": lr})
+                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(norms), "lr": lr})
                 if pause:
                     break
 
             validation_due = epoch_ends and validation is not None
             if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.how.colour:
                 loader.close()
-                loader = streams.enter_context(_stream(config, schedule, step // steps_per_epoch))
-            _save(config, store, step, model, optimiser, schedule, loader, validation_due)
+                loader = streams.enter_context(stream_at(config, schedule, step // steps_per_epoch))
+            save(last=bool(stop.asked) or (step == last_step and not validation_due))
             if stop.asked:
                 raise stop.asked
 
@@ -116,7 +128,7 @@ def _seed(config: RunConfig, step: int) -> None:
             torch.cuda.manual_seed(config.seed + step + (1 << 32))
 
 
-def _stream(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
+def stream_at(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
     """The training stream of an epoch: where the schedule changes the colour noise, another stream begins."""
     how = config.recipe.augmentation
     colour = schedule.colour(epochs_done)
@@ -144,7 +156,7 @@ def _validate(model: AlexNet, loader: EvalLoader, precision: str, view: Lines) -
         return evaluate(model, loader, report, precision)
 
 
-def _save(
+def state_of(
     config: RunConfig,
     store: Store,
     step: int,
@@ -153,19 +165,15 @@ def _save(
     schedule: Schedule,
     loader: TrainLoader,
     validation_due: bool,
-) -> None:
-    """Checkpoint everything that decides what comes next; `_restore` takes the same names.
-
-    Raises Diverged for parameters that are no numbers: the checkpoints before stay the newest.
-    """
-    parameters = model.joined()
-    if not all(bool(tensor.isfinite().all()) for tensor in parameters.values()):
-        raise Diverged(f"parameters are no numbers at step {step:,}")
-    state = {
+) -> dict[str, Any]:
+    """Everything that decides what comes next; `_restore` takes the same names."""
+    return {
         "identity": identity(config, store),
+        **what_it_trains(config, store),
         "step": step,
+        "steps_per_epoch": len(loader),
         "validation_due": validation_due,
-        "parameters": parameters,
+        "parameters": model.joined(),
         "velocity": model.joined(optimiser.velocity),
         "schedule": schedule.state_dict(),
         "devices": list(config.devices),
@@ -173,7 +181,6 @@ def _save(
         "random_cuda": [torch.cuda.get_rng_state(d) for d in model.devices if d.type == "cuda"],
         "stream": loader.state_dict(),
     }
-    checkpoint.save(config.run_dir, step, state)
 
 
 def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser: PaperSGD, schedule: Schedule) -> None:

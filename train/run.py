@@ -1,10 +1,10 @@
-"""What one run is: its configuration, its folder, and what makes it the same run when it goes on."""
+"""What one run is: its configuration, its folder, and the network that it has trained."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from prep.console import UserError
-from prep.manifest import Store, digest_json, write_atomic
+from prep.manifest import Store, write_atomic
 from train import checkpoint
-from train.architecture import ALEXNET, Architecture, architecture_from_json, numbers_of
+from train.architecture import ALEXNET, Architecture, architecture_from_json
 from train.devices import Devices, keep_freed_memory
+from train.identity import identity, plain
 from train.model import AlexNet
 from train.recipe import Recipe, recipe_from_json
 
@@ -31,6 +32,7 @@ class RunConfig:
     seed: int = 0
     model: Architecture = ALEXNET
     precision: str = "fp32"  # one of train.precision.PRECISIONS
+    accumulate: int = 1  # equal parts that a batch is computed in, one after the other
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")
@@ -38,6 +40,7 @@ class RunConfig:
     steps: int | None = None  # stop after so many steps in all, if that comes first
     log_every: int = 20  # steps between two lines
     checkpoint_every: int = 1000  # steps between two checkpoints, beside the one at each epoch's end
+    keep: int = checkpoint.KEPT  # checkpoints, beside the best
     threads: int | None = None  # of the stream on the CPU
 
 
@@ -48,96 +51,73 @@ def length(config: RunConfig, store: Store) -> tuple[int, int]:
     return steps_per_epoch, steps if config.steps is None else min(steps, config.steps)
 
 
-def identity(config: RunConfig, store: Store) -> dict[str, Any]:
-    """What must agree for a checkpoint to be continued."""
-    return {
-        "store_fingerprint": store.split("train").fingerprint,
-        "classes": len(store.classes),
-        "model": config.model.name,
-        "model_digest": digest_json(numbers_of(config.model)),
-        "recipe": config.recipe.name,
-        "recipe_digest": recipe_digest(config.recipe),
-        "batch_size": config.batch_size,
-        "seed": config.seed,
-        "precision": config.precision,
-    }
-
-
-def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], run_dir: Path) -> None:
-    """Raise UserError naming the first thing in which a checkpoint's run differs from this one."""
-    for name, here in mine.items():
-        there = state["identity"].get(name)
-        if there != here:
-            shown = [str(v)[:60] for v in (there, here)]
-            raise UserError(
-                f"{run_dir} was trained with another {name.replace('_', ' ')} ({shown[0]}, here {shown[1]}). "
-                "Give the settings it began with, or start a new --run-dir."
-            )
+def check_parts(config: RunConfig) -> None:
+    """Raise UserError for a batch that cannot be computed in so many equal parts."""
+    if config.batch_size % config.accumulate:
+        parts = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
+        raise UserError(
+            f"--accumulate {config.accumulate}: a batch of {config.batch_size} has no such equal parts. Give one of "
+            f"{', '.join(map(str, parts))}, or another --batch."
+        )
 
 
 def claim(run_dir: Path) -> None:
     """Make the run folder; raises UserError where it cannot be made or belongs to something else."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        others = [p.name for p in run_dir.iterdir() if p.name not in (".lock", "metrics.jsonl")]
+        names = [p.name for p in run_dir.iterdir() if p.name not in (".lock", "metrics.jsonl")]
+        others = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
     if others and "run.json" not in others:
         raise UserError(f"{run_dir}: a folder that holds something else than a run. Name another --run-dir.")
 
 
-def describe(config: RunConfig, store: Store) -> None:
-    """Write run.json: what the run is, for people and for load_trained."""
-    write_atomic(config.run_dir / "run.json", json.dumps(_description(config, store), indent=1).encode())
-
-
-def _description(config: RunConfig, store: Store) -> dict[str, Any]:
+def describe(config: RunConfig, store: Store, ancestry: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write run.json, what the run is, for people; `ancestry`: the checkpoints that it came from, see train.fork."""
     settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "model")}
     steps_per_epoch, steps = length(config, store)
-    return {
+    about = {
         "identity": identity(config, store),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        "model": asdict(config.model),
-        "recipe": asdict(config.recipe),
+        **what_it_trains(config, store),
         "length": {"steps_per_epoch": steps_per_epoch, "steps": steps},
-        "classes": list(store.classes),
-        "environment": {
-            "alexnet": version("alexnet"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-        },
+        "ancestry": list(ancestry),
     }
+    write_atomic(config.run_dir / "run.json", json.dumps(about, indent=1).encode())
 
 
-def load_trained(run_dir: Path, devices: Devices) -> tuple[AlexNet, dict[str, Any], list[str]]:
-    """The network of a run's newest checkpoint on `devices`, the checkpoint, and the names of the classes.
+def what_it_trains(config: RunConfig, store: Store) -> dict[str, Any]:
+    """Network, recipe with its sources, classes and versions: what a checkpoint needs to be used alone."""
+    about: dict[str, Any] = plain(
+        {
+            "model": asdict(config.model),
+            "recipe": asdict(config.recipe),
+            "classes": list(store.classes),
+            "environment": {
+                "alexnet": version("alexnet"),
+                "torch": torch.__version__,
+                "python": platform.python_version(),
+                "machine": platform.machine(),
+            },
+        }
+    )
+    return about
 
-    Built by model and recipe as run.json has them, whatever this program's say now. Raises UserError where there is no
-    run, or no checkpoint in it.
+
+def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> tuple[AlexNet, dict[str, Any], list[str]]:
+    """The network of a run's checkpoint on `devices`, the checkpoint, and the names of the classes.
+
+    `which` as checkpoint.load takes it. Built by model and recipe as the checkpoint has them, whatever this program's
+    say now; `run_dir` may be a checkpoint itself. Raises UserError where there is no run, or no such checkpoint in it.
     """
     if devices[0] == "cpu":
         keep_freed_memory()
-    if not run_dir.is_dir():
+    if not run_dir.exists():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {run_dir}")
-    state = checkpoint.load_latest(run_dir)
-    if state is None:
-        raise UserError(f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {run_dir}")
-    about = state["identity"]
-    try:
-        description = json.loads((run_dir / "run.json").read_bytes())
-        model, recipe = architecture_from_json(description["model"]), recipe_from_json(description["recipe"])
-        classes = list(description["classes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{run_dir / 'run.json'}: cannot be read ({error!r}), and the checkpoint needs it.") from None
-    found = {"model_digest": digest_json(numbers_of(model)), "recipe_digest": recipe_digest(recipe)}
-    if {**found, "classes": len(classes)} != {name: about.get(name) for name in (*found, "classes")}:
-        raise UserError(f"{run_dir / 'run.json'}: its model, recipe or classes are not those of the checkpoint there.")
+    state = checkpoint.load(run_dir, which) if run_dir.is_dir() else checkpoint.read(run_dir)
+    classes: list[str] = state["classes"]
+    model, recipe = architecture_from_json(state["model"]), recipe_from_json(state["recipe"])
     network = AlexNet(len(classes), recipe, devices, model)
     network.load_joined(state["parameters"])
     return network, state, classes
-
-
-def recipe_digest(recipe: Recipe) -> str:
-    """Digest of a recipe's numbers, sources left out."""
-    return digest_json({k: v for k, v in asdict(recipe).items() if k != "sources"})
