@@ -26,9 +26,13 @@ from train.cli_runs import compare, status
 from train.options import (
     EXPORTS,
     RECIPE_NAMES,
+    accumulate_option,
     batch_option,
+    checkpoint_option,
     epochs_option,
+    fork_option,
     gpus_option,
+    keep_option,
     model_option,
     precision_option,
     recipe_option,
@@ -61,6 +65,7 @@ def main() -> None:
 @recipe_option
 @recipe_settings
 @batch_option
+@accumulate_option
 @epochs_option
 @steps_option
 @seed_option
@@ -81,6 +86,8 @@ def main() -> None:
     metavar="STEPS",
     help="Steps between two checkpoints, beside each epoch's.",
 )
+@keep_option
+@fork_option
 @click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and end.")
 @click.option("-q", "--quiet", is_flag=True, help="Errors, warnings and the last line only.")
 @json_option
@@ -92,12 +99,15 @@ def run(
     recipe: str,
     settings: list[str],
     batch: int | None,
+    accumulate: int,
     epochs: int | None,
     steps: int | None,
     seed: int,
     precision: str,
     log_every: int,
     checkpoint_every: int,
+    keep: int,
+    fork: Path | None,
     dry_run: bool,
     quiet: bool,
     as_json: bool,
@@ -109,13 +119,14 @@ def run(
       alextrain run --gpus 0,1 --store store --run-dir run
       alextrain run --gpus cpu --recipe short --epochs 2
       alextrain run --model half --set lr=0.02 --no-dropout
+      alextrain run --run-dir run --fork cooled --set lr=0.001
     """
     opened = Store.open(store)
     opened.split("train")
     from train.devices import devices_of
     from train.precision import set_precision
     from train.recipe import starts_blind
-    from train.run import RunConfig
+    from train.run import RunConfig, check_parts
     from train.setting import recipe_of
 
     chosen, architecture = recipe_of(recipe, settings, epochs), ARCHITECTURES[model]
@@ -126,6 +137,7 @@ def run(
         recipe=chosen,
         model=architecture,
         batch_size=batch or chosen.batch_size,
+        accumulate=accumulate,
         seed=seed,
         precision=precision,
         run_dir=run_dir,
@@ -134,7 +146,9 @@ def run(
         steps=steps,
         log_every=log_every,
         checkpoint_every=checkpoint_every,
+        keep=keep,
     )
+    check_parts(config)  # refuses early
     if starts_blind(chosen):
         say(
             f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
@@ -144,11 +158,13 @@ def run(
         if not quiet or dry_run:
             say(line)
     if not dry_run:
+        from train.fork import fork as begin_with
         from train.loop import fit
         from train.view import view_for
 
+        config = begin_with(config, fork) if fork else config
         fit(config, view_for(quiet))
-        say(f"{run_dir}: trained. Next: alextrain evaluate {run_dir} --store {store}")
+        say(f"{config.run_dir}: trained. Next: alextrain evaluate {config.run_dir} --store {store}")
     if as_json:
         answer(_run_answer(config, dry_run))
 
@@ -166,10 +182,11 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
             f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
             f"Pass --batch {records} or less."
         )
+    parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     return [
         f"{config.model.name}, {devices_text(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
-        f"recipe {config.recipe.name}, batch {config.batch_size}, seed {config.seed}, {config.precision}; "
+        f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}, {config.precision}; "
         f"{records:,} records, {count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, "
         f"into {config.run_dir}",
     ]
@@ -203,13 +220,21 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
     help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
 )
 @click.option("--split", default="val", show_default=True, help="Which split.")
+@checkpoint_option
 @gpus_option
 @precision_option
 @json_option
 def evaluate(
-    run_dir: Path, store: Path, views: str, split: str, gpus: str | None, precision: str, as_json: bool
+    run_dir: Path,
+    store: Path,
+    views: str,
+    split: str,
+    checkpoint: str,
+    gpus: str | None,
+    precision: str,
+    as_json: bool,
 ) -> None:
-    """Error rates of a run's newest checkpoint over a split, each image exactly once.
+    """Error rates of a run's checkpoint over a split, each image exactly once.
 
     \b
     Example:
@@ -226,7 +251,7 @@ def evaluate(
 
     devices = devices_of(gpus)
     set_precision(precision, devices)  # refuses early
-    model, state, classes = load_trained(run_dir, devices)
+    model, state, classes = load_trained(run_dir, devices, checkpoint)
     if classes != list(opened.classes):
         raise UserError(
             f"{run_dir} knows {count_noun(len(classes), 'class', 'classes')} ({classes[0]} …), {store} has "
@@ -370,7 +395,8 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
 
 @main.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-def figures(run_dir: Path) -> None:
+@checkpoint_option
+def figures(run_dir: Path, checkpoint: str) -> None:
     """Draw a run's learning curve and its first-layer kernels into the run folder.
 
     \b
@@ -380,7 +406,7 @@ def figures(run_dir: Path) -> None:
     from train.figures import draw_kernels, draw_learning_curve
     from train.run import load_trained
 
-    network, state, _ = load_trained(run_dir, ("cpu", "cpu"))
+    network, state, _ = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
     curve, kernels = run_dir / "learning-curve.png", run_dir / "kernels.png"
     draw_learning_curve(run_dir, curve)
     draw_kernels(state["parameters"], kernels, network.architecture.columns)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -63,6 +64,35 @@ precision_option = click.option(
     default="fp32",
     show_default=True,
     help="Of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and sums.",
+)
+accumulate_option = click.option(
+    "--accumulate",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Compute a batch in N equal parts, one after the other: the same update, in less memory.",
+)
+keep_option = click.option(
+    "--keep",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    metavar="K",
+    help="Newest checkpoints to keep, beside the one with the lowest validation error.",
+)
+fork_option = click.option(
+    "--fork",
+    type=click.Path(path_type=Path),
+    metavar="NEW_DIR",
+    help="Begin a new run there with the newest checkpoint of --run-dir and the settings given here.",
+)
+checkpoint_option = click.option(
+    "--checkpoint",
+    metavar="best|last|FILE",
+    default="last",
+    show_default=True,
+    help="The one with the lowest validation error, the newest, or a file.",
 )
 set_option = click.option(
     "--set",
