@@ -139,6 +139,13 @@ def test_a_frozen_layer_has_no_gradient() -> None:
     assert set(norms["weight_norm"]) == set(LAYERS)
 
 
+def test_norms_of_large_layers_are_exact() -> None:
+    model = AlexNet(3, SHORT, ("cpu", "cpu"), replace(SMALL, widths=replace(SMALL.widths, conv5=256, fc6=1024)))
+    with torch.no_grad():
+        exact = sum(float((column.fc6.weight.fill_(0.3).double() ** 2).sum()) for column in model.columns) ** 0.5
+    assert layer_norms(model)["weight_norm"]["fc6"] == pytest.approx(exact, rel=1e-6)
+
+
 def test_memory_is_what_the_process_had_at_most(told: Told) -> None:
     used = [told["memory_mb"] for told in read_lines(told.run_dir) if told["kind"] == "train"]
     assert 50 < used[0] <= used[-1] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3 * 1.02

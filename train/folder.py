@@ -11,7 +11,6 @@ run/
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json
 # What of a line depends on the clock or the machine: all else is the same to the bit in a run that was interrupted.
 CLOCKED = ("images_per_s", "waiting_share", "stream_waiting_share", "memory_mb", "gpu_memory_mb", "unix_time_s")
 
-_RATE_OVER = 20  # lines from which the rate is taken that tells how long the rest will last
+RATE_OVER = 20  # lines from which the rate is taken that tells how long the rest will last
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
@@ -48,24 +47,28 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def place_of(text: str) -> tuple[float, int]:
-    """(step, 1 for a validation) of a line of metrics.jsonl; after everything for a line that was cut short."""
+def parsed(text: str) -> dict[str, Any] | None:
+    """A line of metrics.jsonl; None for one that was cut short, or is none."""
     try:
-        read = json.loads(text)
-        return float(read["step"]), int(read["kind"] == "val")
+        line = json.loads(text)
+        return dict(line) if isinstance(line["step"], int) and line["kind"] in ("train", "val") else None
     except (ValueError, KeyError, TypeError):
-        return math.inf, 1
+        return None
 
 
-def read_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl in their order: none before the first interval has ended."""
+def read_texts(run_dir: Path) -> list[str]:
+    """The lines of a run's metrics.jsonl as they are there; raises UserError where it cannot be read."""
     try:
-        texts = (run_dir / METRICS).read_text().splitlines()
+        return (run_dir / METRICS).read_text().splitlines()
     except FileNotFoundError:
         return []
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir / METRICS}: cannot be read ({error}).") from None
-    return [json.loads(text) for text in texts if place_of(text)[0] < math.inf]
+
+
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
+    """The whole lines of a run's metrics.jsonl in their order: none before the first interval has ended."""
+    return [line for line in map(parsed, read_texts(run_dir)) if line is not None]
 
 
 def last_of(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
@@ -78,7 +81,7 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 
     None before the first interval has ended.
     """
-    rates = [line["images_per_s"] for line in lines if line["kind"] == "train"][-_RATE_OVER:]
+    rates = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_OVER:]
     if not rates:
         return None
     seconds_per_image: float = sum(1 / rate for rate in rates) / len(rates)

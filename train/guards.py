@@ -30,6 +30,7 @@ from train.model import AlexNet
 from train.run import RunConfig, length
 
 STUCK_STEPS = 5000  # with a loss of ln(classes): the paper's network on ImageNet may need half as many to leave it
+STUCK_LEAST_STEPS = 200  # and half of a shorter run's steps, but not so few that a beginning looks stuck
 STUCK_SHARE = 0.01  # of ln(classes): how near is stuck
 ZERO_NATS = 1e-6
 ONE_CLASS_IMAGES = 32  # fewer labels of one class may be chance
@@ -46,7 +47,7 @@ class Watch:
         """`warn` is what says a warning."""
         self.config, self.store, self.model, self._tell = config, store, model, warn
         self.steps_per_epoch, last_step = length(config, store)
-        self.stuck_steps = max(1, min(STUCK_STEPS, last_step // 2))
+        self.stuck_steps = max(STUCK_LEAST_STEPS, min(STUCK_STEPS, last_step // 2))
         self._near_since: int | None = None  # the step since when every line has said ln(classes)
         self._said: set[str] = set()
         self._begin()
@@ -148,12 +149,19 @@ def norms_of(model: AlexNet) -> dict[str, dict[str, float]]:
                 parts = {"parameter": p.detach(), "gradient": p.grad} if p.device == device else {}
                 names += [(name, kind) for kind, tensor in parts.items() if tensor is not None]
                 tensors += [tensor for tensor in parts.values() if tensor is not None]
-        for key, norm in zip(names, torch.stack(list(torch._foreach_norm(tensors))).tolist(), strict=True):
+        for key, norm in zip(names, torch.stack([_norm(tensor) for tensor in tensors]).tolist(), strict=True):
             squares[key] = squares.get(key, 0.0) + norm**2
     found: dict[str, dict[str, float]] = {}
     for (name, kind), square in squares.items():
         found.setdefault(name, {})[kind] = math.sqrt(square)
     return found
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """(), of rows first: a single float32 sum over fc6's 38 million squares is wrong in the fourth digit on a CPU."""
+    rows: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
+    norm: Tensor = torch.linalg.vector_norm(rows)
+    return norm
 
 
 def set_aside(

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prep.console import Progress, bytes_text, duration_text
-from train.folder import last_of, seconds_left
+from train.folder import RATE_OVER, seconds_left
 from train.view import Line, Lines, Plan, validation_text
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -45,14 +45,21 @@ class Live(Lines):
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_PER_S, transient=True)
         self._plan = Plan(1, 1, 1)
-        self._lines: list[Line] = []
         self._step = 0  # of the last line
+        self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
+        self._curves = dict.fromkeys(self._values, "")
+        self._last: list[Line] = []  # of training
+        self._val: Line | None = None
+        self._best: Line | None = None
         self._steps_since: Callable[[], int] = int
         self._report: tuple[str, Progress] | None = None
 
     def begin(self, plan: Plan, lines: Sequence[Line], step: int) -> None:
         """As in Lines."""
-        self._plan, self._lines, self._step = plan, list(lines), step
+        self._plan, self._step = plan, step
+        for line in lines:
+            self._count(line)
+        self._draw_curves()
         self._live.start(refresh=True)
 
     def follow(self, steps: Callable[[], int]) -> None:
@@ -61,12 +68,13 @@ class Live(Lines):
 
     def train(self, line: Line) -> None:
         """As in Lines."""
-        self._lines.append(line)
+        self._count(line)
+        self._draw_curves()
         self._step = line["step"]
 
     def validation(self, line: Line) -> None:
         """As in Lines."""
-        self._lines.append(line)
+        self._count(line)
         self._console.print(validation_text(line), highlight=False)
 
     @contextmanager
@@ -89,12 +97,11 @@ class Live(Lines):
         table.add_row("step", f"{step:,} of {self._plan.steps:,}", self._bar(step, self._plan.steps))
         table.add_row("epoch", f"{step / self._plan.steps_per_epoch:.2f}", self._left(step))
         for name, key, form in _CURVES:
-            values = [line[key] for line in self._lines if line["kind"] == "train"]
-            curve = "" if options.ascii_only else sparkline(values)
+            values, curve = self._values[key], "" if options.ascii_only else self._curves[key]
             table.add_row(name, format(values[-1], form) if values else "", Text(curve, "cyan"))
         yield table
-        line, val = last_of(self._lines, "train"), last_of(self._lines, "val")
-        if line is not None:
+        if self._last:
+            line = self._last[-1]
             memory = [_memory(line["memory_mb"]), *(f"GPU {_memory(n)}" for n in line.get("gpu_memory_mb", ()))]
             yield Text(
                 f"lr {line['lr']:g}   {line['images_per_s']:,.1f} images/s   waits for stream "
@@ -104,18 +111,31 @@ class Live(Lines):
         if self._report is not None:
             label, report = self._report
             yield Text(f"{label}: {report.done:,} of {report.total:,} {report.unit}", "cyan")
-        elif val is not None:
-            best = min((old for old in self._lines if old["kind"] == "val"), key=lambda old: float(old["top1_error"]))
+        elif (val := self._val) is not None and (best := self._best) is not None:
             yield Text(
                 f"validation at epoch {val['epoch']}: top-1 {val['top1_error']:.1%}, top-5 {val['top5_error']:.1%}; "
                 f"best top-1 {best['top1_error']:.1%} at epoch {best['epoch']}"
             )
 
+    def _count(self, line: Line) -> None:
+        """Take what is drawn from a line: drawing itself is to cost little, however long the run."""
+        if line["kind"] == "train":
+            self._last = [*self._last, line][-RATE_OVER:]
+            for key, values in self._values.items():
+                values.append(line[key])
+        else:
+            self._val = line
+            if self._best is None or line["top1_error"] < self._best["top1_error"]:
+                self._best = line
+
+    def _draw_curves(self) -> None:
+        self._curves = {key: sparkline(values) for key, values in self._values.items()}
+
     def _bar(self, done: int, total: int) -> Any:
         return ProgressBar(total=total, completed=done, width=_CURVE)
 
     def _left(self, step: int) -> str:
-        seconds = seconds_left(self._lines, step, self._plan.steps, self._plan.batch_size)
+        seconds = seconds_left(self._last, step, self._plan.steps, self._plan.batch_size)
         return "" if seconds is None else f"{duration_text(seconds)} left"
 
 

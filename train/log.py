@@ -21,7 +21,7 @@ from prep.manifest import write_atomic
 from train.append import Appended
 from train.evaluate import EvalResult
 from train.events import EventFile, NoTensorBoard
-from train.folder import EVENTS, METRICS, STATUS, place_of, read_lines
+from train.folder import EVENTS, METRICS, STATUS, parsed, read_texts
 from train.interval import Interval
 from train.model import AlexNet
 from train.view import Lines, Plan
@@ -33,12 +33,13 @@ class Log:
     def __init__(self, run_dir: Path, plan: Plan, step: int, validation_due: bool, view: Lines) -> None:
         """Take back what is later than `step`, and its validation if that is due, then tell from there on."""
         self.path, self.view, self.step = run_dir / METRICS, view, step
+        last = step, "train" if validation_due else "val"  # a step's validation comes after its line of training
+        found = [(text, line) for text in read_texts(run_dir) if (line := parsed(text)) is not None]
+        kept = [(text, line) for text, line in found if (line["step"], line["kind"]) <= last]
         if self.path.exists():
-            last = (step, 0 if validation_due else 1)
-            kept = [text + "\n" for text in self.path.read_text().splitlines() if place_of(text) <= last]
-            write_atomic(self.path, "".join(kept).encode())
+            write_atomic(self.path, "".join(text + "\n" for text, _ in kept).encode())
+        lines = [line for _, line in kept]
         self._file = Appended(self.path)
-        lines = read_lines(run_dir)
         self._events: EventFile | None = None
         try:
             self._events = EventFile(run_dir / EVENTS, lines, step)
