@@ -61,6 +61,7 @@ class Live(Lines):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
+        self._console.show_cursor(True)  # or kill -9 would leave a terminal without one
 
     def follow(self, steps: Callable[[], int]) -> None:
         """As in Lines."""
