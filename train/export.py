@@ -87,9 +87,7 @@ def export(run_dir: Path, to: str, out: Path, store: Path | None = None) -> dict
     """
     missing = [name for name in _NEEDED[to] if find_spec(name) is None]
     if missing:
-        raise UserError(
-            f"--to {to} needs {' and '.join(missing)}. Install with: pip install -c constraints.txt '.[export]'"
-        )
+        raise UserError(f"--to {to} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
     network, state, classes = load_trained(run_dir, ("cpu", "cpu"))
     preprocessing = preprocessing_of(_trained_on(run_dir, state, store), network.recipe)
     if to == "torchvision":

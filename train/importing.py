@@ -36,17 +36,16 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     store, recipe = Store.open(config.store), config.recipe
     check_fits(config.model, recipe)
     state, texts = _read(file)
-    normalisation = _normalisation(texts)
     torch.manual_seed(config.seed)
     network = AlexNet(len(store.classes), recipe, ("cpu", "cpu"), config.model)
     try:
-        parameters = to_ours(state, recipe, normalisation, _mean_rgb(store, recipe))
+        parameters = to_ours(state, recipe, _normalisation(texts), _mean_rgb(store, recipe))
         if new_fc8:
             parameters |= {name: tensor for name, tensor in network.joined().items() if name.startswith("fc8.")}
         else:
             _check_classes(file, parameters, texts, store)
         network.load_joined(parameters)
-    except (KeyError, ValueError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}).") from None
@@ -63,13 +62,13 @@ def begin(config: RunConfig, store: Store, network: AlexNet) -> None:
     with hold_lock(config.run_dir, "training"):
         if checkpoint.checkpoints(config.run_dir):
             raise UserError(f"{config.run_dir}: there is a run in it already. Name another --run-dir.")
-        describe(config, store)
         with train_loader(
             config.store, config.batch_size, "cpu", config.seed, augmentation=config.recipe.augmentation, threads=1
         ) as loader:
             optimiser = make_optimiser(network, config.recipe)
             torch.manual_seed(config.seed)
             state = state_of(config, store, 0, network, optimiser, Schedule(config.recipe), loader, False)
+        describe(config, store)
         checkpoint.save(config.run_dir, 0, state)
 
 
