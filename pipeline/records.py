@@ -59,14 +59,24 @@ class Records:
 
     def name(self, number: int) -> str:
         """Where record `number` lies and where it came from: shard, key and source path."""
+        shard, _ = self._place(number)
+        source = self.source(number)
+        made_of = f", made of {source}" if source else ""
+        return f"{self.store.root / self._shards[shard].path}, key {self.key(number)}{made_of}"
+
+    def key(self, number: int) -> str:
+        """The key of record `number`: 8 digits, its own in the whole split."""
         shard, place = self._place(number)
-        text = f"{self.store.root / self._shards[shard].path}, key {self._reader(shard).key(place).decode()}"
+        return self._reader(shard).key(place).decode()
+
+    def source(self, number: int) -> str:
+        """The path of the photograph that record `number` was made of, in its source; empty where it is not told."""
         value = bytes(self._value(number))
         with suppress(DatumError):
             source = read_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
             if isinstance(source, bytes):
-                text += f", made of {source.decode('utf-8', 'backslashreplace')}"
-        return text
+                return source.decode("utf-8", "backslashreplace")
+        return ""
 
     def damaged(self, number: int) -> str:
         """Why record `number` cannot be what was written: checksum, fields, or a JPEG that cannot be decoded or has

@@ -13,7 +13,12 @@ ROOT = Path(__file__).parent.parent
 OURS = {"prep", "pipeline", "train", "tools", "tests"}
 ALLOWED = {
     "prep": ("prep",),
-    "pipeline": ("pipeline", "prep.manifest", "prep.console", "prep.compiled", "prep.datum", "prep.shard"),
+    # A photograph outside of a store (pipeline/photograph.py) is prepared by what prepares those inside: prep.picture
+    # and prep.rescale, which know of one picture and nothing else.
+    "pipeline": (
+        *("pipeline", "prep.manifest", "prep.console", "prep.compiled", "prep.datum", "prep.shard"),
+        *("prep.picture", "prep.rescale"),
+    ),
     "train": ("train", "pipeline", "prep.manifest", "prep.console", "prep.compiled"),
 }
 HEAVY = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
