@@ -18,6 +18,7 @@ from train import checkpoint
 from train.architecture import ALEXNET, Architecture, architecture_from_json
 from train.devices import Devices, keep_freed_memory
 from train.identity import identity, plain
+from train.keepsake import keep_mean_image, store_facts
 from train.model import AlexNet
 from train.recipe import Recipe, recipe_from_json
 
@@ -81,10 +82,12 @@ def describe(config: RunConfig, store: Store, ancestry: Sequence[Mapping[str, An
         "identity": identity(config, store),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         **what_it_trains(config, store),
+        "store": store_facts(store),
         "length": {"steps_per_epoch": steps_per_epoch, "steps": steps},
         "ancestry": list(ancestry),
     }
     write_atomic(config.run_dir / "run.json", json.dumps(about, indent=1).encode())
+    keep_mean_image(config.run_dir, store, config.recipe)
 
 
 def what_it_trains(config: RunConfig, store: Store) -> dict[str, Any]:

@@ -1,0 +1,115 @@
+"""What a run keeps of its training store, so that photographs can be shown to its network where the store is not.
+
+run.json has under "store" settings, sizes and colour statistics; `mean_image.npy` beside it is written where the recipe
+subtracts a mean image.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.photograph import Eye
+from prep.console import UserError, say
+from prep.manifest import ColourStats, Settings, Store, StoreError, write_atomic
+from train.recipe import Recipe
+
+MEAN_IMAGE = "mean_image.npy"
+_WITH_IMAGE = ("image", "aligned")  # readings of the mean that need one
+
+
+def store_facts(store: Store) -> dict[str, Any]:
+    """What run.json says of a store. Raises StoreError where its colour statistics are missing."""
+    return {
+        "fingerprint": store.fingerprint,
+        "settings": asdict(store.settings),
+        "tools": dict(store.tools),
+        "splits": {
+            name: {"records": split.records, "bytes": split.bytes, "label_counts": list(split.label_counts)}
+            for name, split in store.splits.items()
+        },
+        "colour": asdict(store.colour()),
+    }
+
+
+def keep_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
+    """Write the training split's mean image into the run folder where the recipe subtracts it."""
+    if recipe.augmentation.mean in _WITH_IMAGE and not (run_dir / MEAN_IMAGE).exists():
+        content = io.BytesIO()
+        np.save(content, store.mean_image())
+        write_atomic(run_dir / MEAN_IMAGE, content.getvalue())
+
+
+def description(run_dir: Path) -> dict[str, Any]:
+    """run.json; raises UserError where it cannot be read."""
+    try:
+        told: dict[str, Any] = json.loads((run_dir / "run.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir / 'run.json'}: cannot be read ({error}).") from None
+    return told
+
+
+def kept_colour(told: Mapping[str, Any]) -> ColourStats | None:
+    """The colour statistics that a run.json has; None of a run that an earlier version began."""
+    return ColourStats(**told["store"]["colour"]) if "store" in told else None
+
+
+def eye_of(run_dir: Path, recipe: Recipe, store: Store | None = None) -> Eye:
+    """How this run's network was shown pictures: by what the run keeps; of a run that kept nothing, by `store`.
+
+    Raises UserError where neither has it, StoreError where the store's statistics are missing.
+    """
+    mean, told = recipe.augmentation.mean, description(run_dir)
+    colour = kept_colour(told)
+    if colour is not None:
+        image = _kept_image(run_dir) if mean in _WITH_IMAGE else None
+        return Eye(Settings(**told["store"]["settings"]), mean, colour.mean_rgb, image)
+    if store is None:
+        raise UserError(
+            f"{run_dir / 'run.json'} has no mean of its training store: an earlier version began the run. "
+            "Point --store at that store."
+        )
+    image = store.mean_image() if mean in _WITH_IMAGE else None
+    return Eye(store.settings, mean, store.colour().mean_rgb, image)
+
+
+def _kept_image(run_dir: Path) -> Any:
+    try:
+        return np.load(run_dir / MEAN_IMAGE, allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run_dir / MEAN_IMAGE}: cannot be read ({error}), and the recipe subtracts it.") from None
+
+
+def store_of(run_dir: Path, state: Mapping[str, Any], classes: list[str], store: Path | None) -> Store | None:
+    """The store to look at: the one that is named, else the one that the run was trained on where it still is.
+
+    Raises StoreError where the one that is named is none, UserError where its classes are others than the run's. Says
+    so where it is another store than the training store.
+    """
+    fingerprint = state["identity"]["store_fingerprint"]
+    if store is None:
+        try:
+            found = Store.open(description(run_dir)["settings"]["store"])
+            return found if found.split("train").fingerprint == fingerprint else None
+        except StoreError:
+            return None
+    named = Store.open(store)
+    check_classes(run_dir, classes, named)
+    if "train" not in named.splits or named.split("train").fingerprint != fingerprint:
+        say(f"{store} is not the store that {run_dir} was trained on.")
+    return named
+
+
+def check_classes(run_dir: Path, classes: list[str], store: Store) -> None:
+    """Raise UserError where a store has other classes than the run was trained for."""
+    if classes != list(store.classes):
+        raise UserError(
+            f"{run_dir} knows {len(classes):,} classes ({classes[0]} …), {store.root} has {len(store.classes):,} "
+            f"({store.classes[0]} …), not the same. Point --store at the one it was trained on."
+        )
