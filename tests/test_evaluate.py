@@ -1,4 +1,6 @@
-"""Error rates against a count by hand; ten views against an average of softmaxes; every image counted once."""
+"""Error rates against a count by hand; ten views against an average of softmaxes; every image counted once; intervals
+against SciPy's.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
 
 from pipeline.augment import Augmentation
 from pipeline.loader import EvalLoader, eval_loader
 from prep.console import Progress
 from train.architecture import ALEXNET, Widths
-from train.evaluate import evaluate, wrong
+from train.evaluate import EvalResult, average, evaluate, rates, wilson, wrong
 from train.model import AlexNet
 from train.recipes import SHORT
 
@@ -39,16 +42,18 @@ def model(stores: dict[str, Path]) -> AlexNet:
 def test_rates_equal_a_count_by_hand(stores: dict[str, Path], model: AlexNet, views: int) -> None:
     with eval_loader(stores["jpeg"], 3, views=views) as loader:
         report = Progress(loader.records, "images")
-        found = evaluate(model, loader, report)
+        kept = np.zeros((loader.records, 3), np.float32)
+        found = evaluate(model, loader, report, probabilities=kept)
         assert model.training  # the mode it was in
         model.eval()
-        misses, loss, images = 0, 0.0, 0
+        misses, loss, images, by_hand = 0, 0.0, 0, []
         for batch in loader:
             for pictures, label in zip(*batch, strict=True):
                 with torch.no_grad():
                     logits = model(pictures.reshape(views, 3, 224, 224)).double().numpy()
                 p = np.exp(logits - logits.max(1, keepdims=True))
                 p = (p / p.sum(1, keepdims=True)).mean(0)
+                by_hand.append(p)
                 misses += p.argmax() != label
                 loss -= np.log(p[label])
                 images += 1
@@ -57,6 +62,8 @@ def test_rates_equal_a_count_by_hand(stores: dict[str, Path], model: AlexNet, vi
     assert found.top1_error == misses / images
     assert found.top5_error == 0
     assert found.loss == pytest.approx(loss / images, rel=1e-4)
+    assert found.misses == (misses, 0)
+    np.testing.assert_allclose(kept, by_hand, atol=1e-5)
 
 
 def test_windows_of_a_square_average_their_softmax(stores: dict[str, Path], model: AlexNet) -> None:
@@ -81,3 +88,25 @@ def test_a_loader_that_serves_too_few_images_is_caught(
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (batch for k, batch in enumerate(serve(self)) if k))
     with eval_loader(stores["jpeg"], 2) as loader, pytest.raises(RuntimeError, match="images were served"):
         evaluate(model, loader, Progress(1, "images"))
+
+
+@pytest.mark.parametrize(("misses", "images"), [(0, 12), (1, 12), (34, 297), (21_345, 50_000), (7, 7)])
+def test_intervals_are_scipys(misses: int, images: int) -> None:
+    expected = binomtest(misses, images).proportion_ci(0.95, method="wilson")
+    assert wilson(misses, images) == pytest.approx(tuple(expected), abs=1e-12)
+    result = EvalResult(misses / images, 0.0, 0.0, images)
+    assert result.misses == (misses, 0) and result.intervals[0] == wilson(misses, images)
+
+
+def test_an_average_weighs_probabilities_and_its_rates_are_counted() -> None:
+    one = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], np.float32)
+    two = np.array([[0.2, 0.8], [0.1, 0.9], [0.3, 0.7]], np.float32)
+    labels = np.array([0, 0, 1])
+    np.testing.assert_allclose(average([one, two]), (one.astype(float) + two) / 2)
+    weighted = average([one, two], [6.0, 2.0])
+    np.testing.assert_allclose(weighted, 0.75 * one.astype(float) + 0.25 * two)
+    assert rates(average([one, two]), labels).misses == (1, 0)
+    found = rates(weighted, labels)
+    assert found.misses == (1, 0) and found.images == 3  # 0.475 of the second
+    assert found.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
+    assert np.isfinite(rates(np.array([[0.0, 1.0]]), np.array([0])).loss)

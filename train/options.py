@@ -16,6 +16,7 @@ from train.architecture import ARCHITECTURES
 
 RECIPE_NAMES = ("paper", "released", "caffe", "modern", "short")
 ACTIVATIONS = ("relu", "tanh", "sigmoid")
+VIEWS = ("1", "10", "dense")
 PRECISIONS = ("fp32", "tf32", "bf16")
 SCHEDULES = ("plateau", "steps", "cosine")
 EXPORTS = ("safetensors", "torchvision", "onnx")
@@ -93,6 +94,13 @@ checkpoint_option = click.option(
     default="last",
     show_default=True,
     help="The one with the lowest validation error, the newest, or a file.",
+)
+views_option = click.option(
+    "--views",
+    type=click.Choice(VIEWS),
+    default="10",
+    show_default=True,
+    help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
 )
 set_option = click.option(
     "--set",
