@@ -8,6 +8,7 @@ folders of its own only.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -123,6 +124,27 @@ def numbered(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
     labels = source / "numbers.txt"
     labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(RECORDS)))
     return build(source, "--labels", str(labels))
+
+
+@pytest.fixture(scope="session")
+def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on `store`: the two columns, a few maps and units wide, 10 images a batch."""
+    from dataclasses import replace
+
+    from train.architecture import ALEXNET, Widths
+    from train.loop import fit
+    from train.recipes import SHORT
+    from train.run import RunConfig
+
+    small = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
+    run_dir = tmp_path_factory.mktemp("small") / "run"
+    return fit(RunConfig(store, SHORT, 10, model=small, run_dir=run_dir, epochs=2, log_every=1, threads=1))
+
+
+@pytest.fixture
+def trained_run(small_run: Path, tmp_path: Path) -> Path:
+    """A copy of `small_run` to write into."""
+    return Path(shutil.copytree(small_run, tmp_path / "trained"))
 
 
 @pytest.fixture(scope="session")
