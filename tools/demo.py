@@ -26,15 +26,13 @@ STEPS = (
     "alexprep pca-stats --store {0}/store --plot {0}/colour.png",
     "alexstream preview {0}/preview.png --store {0}/store",
     "alextrain run --store {0}/store --run-dir {0}/run --recipe short --steps 232",
-    "alextrain evaluate {0}/run --store {0}/store --views 1",
     "alextrain evaluate {0}/run --store {0}/store --views 10 --json",
-    "alextrain figures {0}/run",
+    "alextrain report {0}/run --store {0}/store",
 )
 LOOK_AT = (
     ("preview.png", "what the stream does to a photograph"),
     ("colour.png", "the principal components of the colours"),
-    ("run/learning-curve.png", "loss and error over the epochs"),
-    ("run/kernels.png", "the 96 kernels of the first layer"),
+    ("run/report.html", "one page about the run: errors, what it learnt in pictures, recipe, machine"),
     ("run/metrics.jsonl", "every number of the run"),
 )
 
@@ -94,7 +92,7 @@ def _run(words: list[str]) -> dict[str, float]:
     "--folder", type=click.Path(path_type=Path), default="demo", show_default=True, help="Where all of it goes."
 )
 def main(folder: Path) -> None:
-    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it, draw what it learnt."""
+    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it, write what it learnt on a page."""
     try:
         demo(folder)
     except UserError as error:

@@ -7,28 +7,18 @@ from typing import Any
 
 import click
 
-from prep.console import (
-    CONTEXT,
-    Group,
-    UserError,
-    answer,
-    bytes_text,
-    count_noun,
-    json_option,
-    progress,
-    say,
-    store_option,
-)
+from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, say, store_option
 from prep.manifest import Store
 from train.ablations import ABLATIONS
 from train.architecture import ARCHITECTURES
+from train.cli_evaluate import evaluate
+from train.cli_files import export, import_
 from train.cli_runs import compare, status
+from train.cli_shows import features, figures, predict, report, search
 from train.options import (
-    EXPORTS,
     RECIPE_NAMES,
     accumulate_option,
     batch_option,
-    checkpoint_option,
     epochs_option,
     fork_option,
     gpus_option,
@@ -41,8 +31,6 @@ from train.options import (
     set_option,
     steps_option,
 )
-
-VIEWS = {"1": "centre view", "10": "ten views", "dense": "dense windows"}  # of `evaluate`
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -210,81 +198,6 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
 
 
 @main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@store_option
-@click.option(
-    "--views",
-    type=click.Choice(list(VIEWS)),
-    default="10",
-    show_default=True,
-    help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
-)
-@click.option("--split", default="val", show_default=True, help="Which split.")
-@checkpoint_option
-@gpus_option
-@precision_option
-@json_option
-def evaluate(
-    run_dir: Path,
-    store: Path,
-    views: str,
-    split: str,
-    checkpoint: str,
-    gpus: str | None,
-    precision: str,
-    as_json: bool,
-) -> None:
-    """Error rates of a run's checkpoint over a split, each image exactly once.
-
-    \b
-    Example:
-      alextrain evaluate run --store store --views 10
-    """
-    opened = Store.open(store)
-    records = opened.split(split).records
-    from pipeline.loader import eval_loader
-    from train.devices import devices_of
-    from train.evaluate import batch_of
-    from train.evaluate import evaluate as measure
-    from train.precision import set_precision
-    from train.run import load_trained
-
-    devices = devices_of(gpus)
-    set_precision(precision, devices)  # refuses early
-    model, state, classes = load_trained(run_dir, devices, checkpoint)
-    if classes != list(opened.classes):
-        raise UserError(
-            f"{run_dir} knows {count_noun(len(classes), 'class', 'classes')} ({classes[0]} …), {store} has "
-            f"{len(opened.classes)} ({opened.classes[0]} …), not the same. Point --store at the one it was trained on."
-        )
-    if state["identity"]["store_fingerprint"] != opened.split("train").fingerprint:
-        say(
-            f"{store} is not the store that {run_dir} was trained on: its mean is subtracted, not the training store's."
-        )
-    dense = views == "dense"
-    served: int | str = "square" if dense else int(views)
-    batch = batch_of(records, 1 if dense else int(views), devices[0])
-    loader = eval_loader(store, batch, devices[0], views=served, split=split, augmentation=model.recipe.augmentation)
-    with loader, progress(f"{split}, {views} views", records, "images") as report:
-        result = measure(model, loader, report, precision)
-    if as_json:
-        answer(
-            {
-                **vars(result),
-                "views": views if dense else int(views),
-                "split": split,
-                "precision": precision,
-                "step": state["step"],
-            }
-        )
-        return
-    click.echo(
-        f"{split}, {VIEWS[views]}: top-1 error {result.top1_error:.2%}, top-5 error "
-        f"{result.top5_error:.2%}, loss {result.loss:.4f}, {count_noun(result.images, 'image')}, step {state['step']:,}"
-    )
-
-
-@main.command()
 @model_option
 @click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
 @click.option(
@@ -393,113 +306,5 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
         click.echo(line)
 
 
-@main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@checkpoint_option
-def figures(run_dir: Path, checkpoint: str) -> None:
-    """Draw a run's learning curve and its first-layer kernels into the run folder.
-
-    \b
-    Example:
-      alextrain figures run
-    """
-    from train.figures import draw_kernels, draw_learning_curve
-    from train.run import load_trained
-
-    network, state, _ = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
-    curve, kernels = run_dir / "learning-curve.png", run_dir / "kernels.png"
-    draw_learning_curve(run_dir, curve)
-    draw_kernels(state["parameters"], kernels, network.architecture.columns)
-    say(f"Drawn: {curve}, {kernels}")
-
-
-@main.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(EXPORTS), required=True, help="Which kind of file.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file; replaced whole.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    help="The store that it was trained on, whose mean goes along.  [default: where it was then]",
-)
-@json_option
-def export(run_dir: Path, to: str, out: Path, store: Path | None, as_json: bool) -> None:
-    """Write a run's newest checkpoint as a file for other programs, classes and preprocessing along with it.
-
-    \b
-    Example:
-      alextrain export run --to onnx --out alexnet.onnx
-      alextrain export run --to safetensors --out alexnet.safetensors
-    """
-    from train.export import export as write
-
-    told = write(run_dir, to, out, store)
-    if as_json:
-        answer(told)
-        return
-    say(f"{out}: step {told['step']:,}, {bytes_text(told['bytes'])}.")
-    if to == "torchvision":
-        values = told["preprocessing"]["normalise"]
-        mean, std = (tuple(round(level, 6) for level in values[name]) for name in ("mean", "std"))
-        exact = "" if values["exact"] else ", near it: a mean image was subtracted, which the file has"
-        say(f"Its input is what transforms.Normalize(mean={mean}, std={std}) gives{exact}.")
-
-
-@main.command(name="import")
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--from", "layout", type=click.Choice(["torchvision"]), default="torchvision", show_default=True, help="Whose."
-)
-@store_option
-@click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
-@click.option(
-    "--recipe",
-    type=click.Choice(RECIPE_NAMES),
-    default="modern",
-    show_default=True,
-    help="Of a training that goes on from here; it may not subtract a mean image.",
-)
-@recipe_settings
-@batch_option
-@epochs_option
-@seed_option
-@precision_option
-@click.option("--new-fc8", is_flag=True, help="Begin the last layer anew, for other classes than the file's.")
-@json_option
-def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
-    """Make a run, at step 0, of torchvision's weights of AlexNet: a state_dict, FILE.pth.
-
-    `alextrain evaluate` takes it. To train it further, give `alextrain run` --model torchvision and the same --recipe,
-    --set, --batch, --epochs, --seed and --precision.
-
-    \b
-    Example:
-      alextrain import alexnet-owt-7be5be79.pth --store store --run-dir imported
-      alextrain import alexnet-owt-7be5be79.pth --run-dir tuned --new-fc8 --set lr=0.001
-    """
-    Store.open(options["store"]).split("train")
-    from train.importing import import_torchvision
-    from train.run import RunConfig
-    from train.setting import recipe_of
-
-    chosen = recipe_of(options["recipe"], options["settings"], options["epochs"])
-    config = RunConfig(
-        store=options["store"],
-        recipe=chosen,
-        model=ARCHITECTURES["torchvision"],
-        batch_size=options["batch"] or chosen.batch_size,
-        seed=options["seed"],
-        precision=options["precision"],
-        run_dir=options["run_dir"],
-        epochs=options["epochs"] or chosen.epochs,
-    )
-    import_torchvision(file, config, new_fc8)
-    said = {"run_dir": str(config.run_dir), "from": layout, "file": str(file), "recipe": chosen.name}
-    if as_json:
-        answer(said)
-        return
-    say(f"{config.run_dir}: imported. Next: alextrain evaluate {config.run_dir} --store {config.store}")
-
-
-main.add_command(status)
-main.add_command(compare)
+for command in (compare, evaluate, export, features, figures, import_, predict, report, search, status):
+    main.add_command(command)

@@ -113,11 +113,12 @@ def draw_comparison(runs: Sequence[Compared], out: Path) -> None:
 
     Raises UserError where matplotlib is missing, or `out` cannot be written or is of another kind.
     """
-    from train.figures import _figure, _save
+    from train.drawing import format_of, rendered, save
 
-    if out.suffix.lower() not in (".png", ".svg"):
-        raise UserError(f"--out {out}: expected a name that ends in .png or .svg.")
-    figure = _figure(figsize=(9, 3.6 + 0.22 * len(runs)))
+    save(rendered(lambda figure: _curves(figure, runs), (9, 3.6 + 0.22 * len(runs)), format_of(out)), out)
+
+
+def _curves(figure: Any, runs: Sequence[Compared]) -> None:
     panels = figure.subplots(1, 2)
     for number, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
         colour = f"C{number}" if len(runs) <= 10 else _shade(number / (len(runs) - 1))
@@ -130,11 +131,7 @@ def draw_comparison(runs: Sequence[Compared], out: Path) -> None:
     for axes, name in zip(panels, ("loss, nats", "top-1 error, %"), strict=True):
         axes.set(xlabel="epochs", ylabel=name)
         axes.set_ylim(bottom=0)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(
-        loc="outside lower left", frameon=False, alignment="left", title="training thin, validation with dots"
-    )
-    _save(figure, out)
+    figure.legend(loc="outside lower left", alignment="left", title="training thin, validation with dots")
 
 
 def _shade(share: float) -> tuple[float, float, float]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.recipe import Change, Recipe, recipe_fields
 
-_HEADINGS = {
+HEADINGS = {  # above the field
     "batch_size": "What the network is shown",
     "activation": "What it computes",
     "init": "Where it begins",
@@ -21,17 +21,22 @@ _WIDTH = 120
 
 def recipe_lines(recipe: Recipe) -> list[str]:
     """The table, its columns aligned; names are those that `--set` takes."""
-    parts = {field: _rows(field, getattr(recipe, field)) for field in recipe_fields()}
+    parts = recipe_rows(recipe)
     name_width, value_width = (max(len(row[k]) for rows in parts.values() for row in rows) for k in (0, 1))
     source_width = _WIDTH - name_width - value_width - 6
     lines = [f"recipe {recipe.name}"]
     for field, rows in parts.items():
-        if field in _HEADINGS:
-            lines += ["", _HEADINGS[field]]
+        if field in HEADINGS:
+            lines += ["", HEADINGS[field]]
         for row, source in zip_longest(rows, wrap(recipe.sources[field], source_width, break_on_hyphens=False)):
             name, value = row or ("", "")
             lines.append(f"  {name:{name_width}}  {value:{value_width}}  {source or ''}".rstrip())
     return lines
+
+
+def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
+    """Of each field its rows of (name, value): a name is empty where the row goes on."""
+    return {field: _rows(field, getattr(recipe, field)) for field in recipe_fields()}
 
 
 def _rows(field: str, value: Any) -> list[tuple[str, str]]:
