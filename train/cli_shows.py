@@ -11,7 +11,7 @@ import click
 from prep.console import UserError, answer, count_noun, json_option, say, store_option
 from prep.manifest import Store
 from train.architecture import LAYERS
-from train.options import gpus_option, precision_option, views_option
+from train.options import checkpoint_option, gpus_option, precision_option, views_option
 
 run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -40,7 +40,7 @@ shown_seed_option = click.option(
 def _looks(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of a command that looks at a run's pictures."""
     options = (run_argument, seen_store_option, split_option, shown_seed_option, index_option)
-    for option in reversed((*options, gpus_option, precision_option)):
+    for option in reversed((*options, checkpoint_option, gpus_option, precision_option)):
         command = option(command)
     return command
 
@@ -55,6 +55,7 @@ def figures(
     split: str,
     seed: int,
     most: int,
+    checkpoint: str,
     gpus: str | None,
     precision: str,
     out: Path | None,
@@ -72,7 +73,7 @@ def figures(
     from train.drawing import rendered, save
     from train.gallery import Trained, plates
 
-    trained, folder = Trained.open(run_dir, store, gpus, precision), out or run_dir
+    trained, folder = Trained.open(run_dir, store, gpus, precision, checkpoint), out or run_dir
     _make(folder)
     drawn = []
     for plate in plates(trained, split, seed, most):
@@ -106,6 +107,7 @@ def report(
     split: str,
     seed: int,
     most: int,
+    checkpoint: str,
     gpus: str | None,
     precision: str,
     out: Path | None,
@@ -121,7 +123,7 @@ def report(
     from train.gallery import Trained
     from train.report import write_report
 
-    trained, path = Trained.open(run_dir, store, gpus, precision), out or run_dir / "report.html"
+    trained, path = Trained.open(run_dir, store, gpus, precision, checkpoint), out or run_dir / "report.html"
     size = write_report(trained, path, split, seed, most)
     say(f"Written: {path}, {size / 1e6:.1f} MB")
     _say_left_out(trained, split)
@@ -133,6 +135,7 @@ def report(
 @seen_store_option
 @views_option
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Classes to name.")
+@checkpoint_option
 @gpus_option
 @precision_option
 @json_option
@@ -142,6 +145,7 @@ def predict(
     store: Path | None,
     views: str,
     top: int,
+    checkpoint: str,
     gpus: str | None,
     precision: str,
     as_json: bool,
@@ -156,7 +160,7 @@ def predict(
     from train.gallery import Trained
     from train.predict import best, prepared, said_of
 
-    trained = Trained.open(run_dir, store, gpus, precision)
+    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
     for path in images:
         p, _ = said_of(trained.model, trained.eye, prepared(path, trained.eye), int(views), precision)
         said = best(p, top)
@@ -174,6 +178,7 @@ def predict(
 @store_option
 @click.option("--split", default="val", show_default=True, help="Which split.")
 @click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE.npy", help="Where they go.")
+@checkpoint_option
 @gpus_option
 @precision_option
 @json_option
@@ -183,6 +188,7 @@ def features(
     store: Path,
     split: str,
     out: Path,
+    checkpoint: str,
     gpus: str | None,
     precision: str,
     as_json: bool,
@@ -199,7 +205,7 @@ def features(
     from train.features import keys_path, write_features
     from train.gallery import Trained
 
-    trained = Trained.open(run_dir, store, gpus, precision)
+    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
     shape = write_features(trained.model, trained.looked_at(split), split, layer, out, precision)
     if as_json:
         answer({"out": str(out), "keys": str(keys_path(out)), "layer": layer, "split": split, "shape": list(shape)})
@@ -216,6 +222,7 @@ def features(
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.png|.svg", help="The sheet.  [default: RUN_DIR/search.png]"
 )
+@checkpoint_option
 @gpus_option
 @precision_option
 @json_option
@@ -226,6 +233,7 @@ def search(
     count: int,
     most: int,
     out: Path | None,
+    checkpoint: str,
     gpus: str | None,
     precision: str,
     as_json: bool,
@@ -244,7 +252,7 @@ def search(
 
     sheet = out or run_dir / "search.png"
     format = format_of(sheet)
-    trained = Trained.open(run_dir, store, gpus, precision)
+    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
     found = find(trained, images, count, most)
     rows = [row for row, _ in found]
     drawing = rendered(lambda figure: nearest_rows(figure, rows, trained.classes), rows_size(len(rows), count), format)

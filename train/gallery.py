@@ -67,7 +67,7 @@ class Plate(NamedTuple):
 
 @dataclass(frozen=True)
 class Trained:
-    """A run's newest checkpoint, and where its pictures come from."""
+    """A checkpoint of a run, and where its pictures come from."""
 
     run_dir: Path
     model: AlexNet
@@ -77,9 +77,9 @@ class Trained:
     precision: str = "fp32"
 
     @staticmethod
-    def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str) -> Trained:
+    def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str = "last") -> Trained:
         """Raises UserError as load_trained, store_of and devices_of."""
-        model, state, classes = load_trained(run_dir, devices_of(gpus))
+        model, state, classes = load_trained(run_dir, devices_of(gpus), checkpoint)
         return Trained(run_dir, model, state, classes, store_of(run_dir, state, classes, store), precision)
 
     @cached_property
