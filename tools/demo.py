@@ -92,7 +92,7 @@ def _run(words: list[str]) -> dict[str, float]:
     "--folder", type=click.Path(path_type=Path), default="demo", show_default=True, help="Where all of it goes."
 )
 def main(folder: Path) -> None:
-    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it, write what it learnt on a page."""
+    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it, report what it learnt."""
     try:
         demo(folder)
     except UserError as error:
