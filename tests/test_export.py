@@ -7,6 +7,7 @@ Networks are small, and random: a checkpoint at step 0.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import pickle
 from base64 import b64decode
@@ -119,13 +120,17 @@ def test_safetensors_load_into_a_network_made_of_their_own_metadata(
 
 @pytest.mark.parametrize(("name", "recipe"), [("alexnet", RELEASED), ("joined", PAPER), ("torchvision", MODERN)])
 def test_onnx_gives_the_same_outputs_for_any_batch(
-    made: Made, store: Path, tmp_path: Path, name: str, recipe: Recipe, capfd: pytest.CaptureFixture[str]
+    made: Made, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two columns with normalisation before ReLU and within maps; one column as the paper; none of it."""
     run_dir, network = made(TINY[name], recipe)
     out = tmp_path / "net.onnx"
+    said: list[logging.LogRecord] = []
+    listener = logging.Handler()
+    listener.emit = said.append
+    monkeypatch.setattr(logging.getLogger("torch.onnx"), "handlers", [listener])
     command("export", run_dir, "--to", "onnx", "--out", out)
-    assert capfd.readouterr() == ("", "")
+    assert not said  # the exporter misses torchvision, and what we use has none of it
     session = onnxruntime.InferenceSession(out)
     texts = session.get_modelmeta().custom_metadata_map
     preprocessing = json.loads(texts["preprocessing"])
