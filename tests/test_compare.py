@@ -16,6 +16,7 @@ from test_status import validation
 
 import train.cli
 from prep.console import UserError
+from train import compare
 from train.architecture import ALEXNET, HALF, Architecture
 from train.compare import comparison_json, comparison_lines, differences, draw_comparison, labels_of, read_runs
 from train.recipe import Recipe
@@ -108,11 +109,9 @@ def test_final_and_best_errors(tmp_path: Path) -> None:
 def test_the_picture_has_every_run_in_a_colour_of_its_own(
     tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from train import figures
-
     kept: list[Any] = []
-    save = figures._save
-    monkeypatch.setattr(figures, "_save", lambda figure, out: (kept.append(figure), save(figure, out)))
+    draw = compare._curves
+    monkeypatch.setattr(compare, "_curves", lambda figure, runs: (kept.append(figure), draw(figure, runs)))
     errors = [(0.9, 0.5 + k / 100, 0.625) for k in range(count)]
     runs = read_runs([made(tmp_path / str(k), seed=k, errors=errors[k]) for k in range(count)])
     draw_comparison(runs, tmp_path / "out.png")
@@ -148,7 +147,7 @@ def test_mistakes(tmp_path: Path) -> None:
             read_runs(run_dirs)
     with pytest.raises(UserError, match="not a run"):
         read_runs([a, tmp_path])
-    with pytest.raises(UserError, match=r"ends in .png or .svg"):
+    with pytest.raises(UserError, match=r"a picture is .png or .svg"):
         draw_comparison(read_runs([a, b]), tmp_path / "out.gif")
     with pytest.raises(UserError, match="no"):
         draw_comparison(read_runs([a, b]), tmp_path / "no" / "out.png")

@@ -69,7 +69,7 @@ def begin(config: RunConfig, store: Store, network: AlexNet) -> None:
             torch.manual_seed(config.seed)
             state = state_of(config, store, 0, network, optimiser, Schedule(config.recipe), loader, False)
         describe(config, store)
-        checkpoint.save(config.run_dir, 0, state)
+        checkpoint.Keeper(config.run_dir, config.keep, None).save(0, state, last=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

@@ -6,8 +6,8 @@
     bf16    convolutions and matrix products take and give bfloat16 (torch.autocast); parameters, gradients of
             parameters, velocities, sums of the local response normalisation, softmax and loss are float32.
 
-Left alone, PyTorch rounds in convolutions and not in matrix products, which is neither of the first two: the switches
-are always set. They are global to the process.
+Left alone, PyTorch rounds on a GPU in convolutions and not in matrix products, which is neither of the first two: for a
+GPU the switches are always set. They are global to the process.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
                 f"--precision bf16: {torch.cuda.get_device_name(device)} computes no bfloat16, which began with "
                 "compute capability 8.0. Pass --precision fp32."
             )
-    _set_tf32(precision == "tf32")
+    if any(torch.device(device).type == "cuda" for device in devices):  # torch.export cannot bear the newer switches
+        _set_tf32(precision == "tf32")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
