@@ -19,12 +19,25 @@ class Appended:
     def add(self, piece: bytes) -> OSError | None:
         """Write `piece` after what waits, all or nothing; returns why not the first time that it must wait."""
         begins_to_wait, self._waiting = not self._waiting, self._waiting + piece
+        error = self._write(synced=False)
+        return error if begins_to_wait else None
+
+    def sync(self) -> None:
+        """Have every piece on the disk; raises OSError where it cannot be."""
+        error = self._write(synced=True)
+        if error is not None:
+            raise error
+
+    def _write(self, synced: bool) -> OSError | None:
         try:
             with open(self.path, "ab") as file:
                 file.write(self._waiting)
+                file.flush()
+                if synced:
+                    os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, self._size)  # a part may have been written
-            return error if begins_to_wait else None
+            return error
         self._size, self._waiting = self._size + len(self._waiting), b""
         return None

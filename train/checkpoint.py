@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -83,13 +83,14 @@ class Keeper:
         for leftover in run_dir.glob(".*.tmp"):
             leftover.unlink()
 
-    def save(self, step: int, state: Mapping[str, Any], last: bool = False) -> None:
-        """Write a checkpoint, and remove those that are too many.
+    def save(self, step: int, state: Mapping[str, Any], last: bool, before: Callable[[], None]) -> None:
+        """Write a checkpoint, once `before` has written what it relies on, and remove those that are too many.
 
         A full disk is borne: the checkpoints before stay. Raises DiskFull when it is so for the third time in a row, or
         where the `last` one is at stake; UserError as `save`.
         """
         try:
+            before()
             path = save(self.run_dir, step, {**state, "best": self.best, "ancestry": self.ancestry})
         except DiskFull as error:
             self._failures += 1

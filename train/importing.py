@@ -69,7 +69,7 @@ def begin(config: RunConfig, store: Store, network: AlexNet) -> None:
             torch.manual_seed(config.seed)
             state = state_of(config, store, 0, network, optimiser, Schedule(config.recipe), loader, False)
         describe(config, store)
-        checkpoint.Keeper(config.run_dir, config.keep, None).save(0, state, last=True)
+        checkpoint.Keeper(config.run_dir, config.keep, None).save(0, state, last=True, before=lambda: None)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:

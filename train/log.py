@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.loader import TrainLoader
-from prep.console import Terminated
+from prep.console import Terminated, disk_error
 from prep.manifest import write_atomic
 from train.append import Appended
 from train.evaluate import EvalResult
@@ -79,6 +79,16 @@ class Log:
         line = {"kind": "val", "epoch": epoch, "step": step, **vars(result)}
         self._write(line)
         self.view.validation(line)
+
+    def sync(self) -> None:
+        """Have every line on the disk, before a checkpoint takes them for written.
+
+        Raises DiskFull where there is no room, UserError for another error of the disk.
+        """
+        try:
+            self._file.sync()
+        except OSError as error:
+            raise disk_error(error, f"{self.path}: cannot be written ({error.strerror or error}).") from None
 
     def _write(self, line: dict[str, Any]) -> None:
         line["unix_time_s"] = round(time.time(), 3)

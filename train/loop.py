@@ -77,7 +77,7 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
 
     def save(last: bool) -> None:
         state = state_of(config, store, step, model, optimiser, schedule, loader, validation_due)
-        keeper.save(step, state, last)
+        keeper.save(step, state, last, log.sync)
 
     # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
     model.train()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prep.console import UserError
+from prep.console import UserError, disk_error
 from prep.manifest import Store, write_atomic
 from train import checkpoint
 from train.architecture import ALEXNET, Architecture, architecture_from_json
@@ -75,7 +75,10 @@ def claim(run_dir: Path) -> None:
 
 
 def describe(config: RunConfig, store: Store, ancestry: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write run.json, what the run is, for people; `ancestry`: the checkpoints that it came from, see train.fork."""
+    """Write run.json, what the run is, for people; `ancestry`: the checkpoints that it came from, see train.fork.
+
+    Raises UserError for an error of the disk, DiskFull where it is full.
+    """
     settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "model")}
     steps_per_epoch, steps = length(config, store)
     about = {
@@ -86,8 +89,12 @@ def describe(config: RunConfig, store: Store, ancestry: Sequence[Mapping[str, An
         "length": {"steps_per_epoch": steps_per_epoch, "steps": steps},
         "ancestry": list(ancestry),
     }
-    write_atomic(config.run_dir / "run.json", json.dumps(about, indent=1).encode())
-    keep_mean_image(config.run_dir, store, config.recipe)
+    path = config.run_dir / "run.json"
+    try:
+        write_atomic(path, json.dumps(about, indent=1).encode())
+        keep_mean_image(config.run_dir, store, config.recipe)
+    except OSError as error:
+        raise disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.") from None
 
 
 def what_it_trains(config: RunConfig, store: Store) -> dict[str, Any]:
