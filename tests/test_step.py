@@ -13,6 +13,7 @@ from test_loop import SMALL
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.architecture import ALEXNET
+from train.guards import Watch
 from train.interval import Interval
 from train.model import AlexNet
 from train.optim import Schedule, make_optimiser
@@ -86,15 +87,65 @@ def test_gradients_do_not_pile_up() -> None:
         assert torch.allclose(first, p.grad)
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_batch_in_parts_is_the_same_update(parts: int) -> None:
+    """The paper's network but for dropout, whose draws are others; three steps, so that momentum counts."""
+    recipe = replace(PAPER, dropout=0.0, label_smoothing=0.1, lr=1e-3)
+    (whole, step), (divided, step_in_parts) = made(recipe), made(recipe, parts=parts)
+    images, labels = batch(8)
+    for _ in range(3):
+        one, other = step(images, labels), step_in_parts(images, labels)
+        assert torch.allclose(one.loss, other.loss, rtol=1e-5) and torch.equal(other.labels, labels)
+        assert torch.allclose(one.logits, other.logits, rtol=1e-4, atol=1e-5)
+    start = dict(made(recipe)[0].named_parameters())
+    for (name, mine), theirs in zip(whole.named_parameters(), divided.parameters(), strict=True):
+        moved = (mine - start[name]).norm()
+        assert moved > 0 and (mine - theirs).norm() <= 1e-4 * moved, name
+    with pytest.raises(ValueError, match="a batch of 7 in"):
+        step_in_parts(*batch(7))
+
+
+def test_a_batch_in_parts_holds_the_activations_of_one_part() -> None:
+    """Bytes that are kept for backward at any time, parameters aside."""
+    peaks = []
+    for parts in (1, 4):
+        model, step = made(PAPER, parts=parts)
+        ours = {p.data_ptr() for p in model.parameters()}
+        held: dict[int, int] = {}
+        peak = 0
+
+        class Kept:
+            def __init__(self, tensor: torch.Tensor, held: dict[int, int] = held) -> None:
+                self.tensor, self.held = tensor, held
+                held[id(self)] = tensor.nbytes
+
+            def __del__(self) -> None:
+                del self.held[id(self)]
+
+        def keep(tensor: torch.Tensor, ours: set[int] = ours, held: dict[int, int] = held, kind: Any = Kept) -> Any:
+            nonlocal peak
+            kept = tensor if tensor.data_ptr() in ours else kind(tensor)
+            peak = max(peak, sum(held.values()))
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda kept: getattr(kept, "tensor", kept)):
+            step(*batch(8))
+        peaks.append(peak)
+    assert peaks[1] < 0.3 * peaks[0]
+
+
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
 def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) -> None:
     """Tensors on the device `meta` have shapes and no values: reading one raises. The whole network, batch of 128."""
     model, step = made(recipe, "meta")
-    interval = Interval(SimpleNamespace(waits=lambda: None), model)
+    interval, watch = Interval(SimpleNamespace(waits=lambda: None), model), Watch.__new__(Watch)
+    watch._begin()
     images = torch.empty(128, 3, 224, 224, device="meta")
     labels = torch.empty(128, dtype=torch.int64, device="meta")
     for _ in range(2):
-        interval.add(*step(images, labels))
+        stepped = step(images, labels)
+        interval.add(*stepped)
+        watch.add(*stepped)
     assert all(p.grad is not None for p in model.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
         float(interval.loss)
@@ -104,8 +155,12 @@ def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) ->
 def test_no_operation_of_the_step_waits(precision: str) -> None:
     model, step = made(PAPER, precision=precision)
     images, labels = batch()
-    interval = Interval(SimpleNamespace(waits=lambda: None), model)
+    interval, watch = Interval(SimpleNamespace(waits=lambda: None), model), Watch.__new__(Watch)
+    watch._begin()
     with NoWaiting():
-        interval.add(*step(images, labels))
+        for _ in range(2):
+            stepped = step(images, labels)
+            interval.add(*stepped)
+            watch.add(*stepped)
     with NoWaiting(), pytest.raises(AssertionError, match="reads a value"):
         float(interval.loss)

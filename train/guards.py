@@ -30,7 +30,7 @@ from train.model import AlexNet
 from train.run import RunConfig, length
 
 STUCK_STEPS = 5000  # with a loss of ln(classes): the paper's network on ImageNet may need half as many to leave it
-STUCK_LEAST_STEPS = 200  # and half of a shorter run's steps, but not so few that a beginning looks stuck
+STUCK_LEAST = 100  # in a run of fewer than 10,000 steps half of them, but no fewer than these
 STUCK_SHARE = 0.01  # of ln(classes): how near is stuck
 ZERO_NATS = 1e-6
 ONE_CLASS_IMAGES = 32  # fewer labels of one class may be chance
@@ -47,7 +47,7 @@ class Watch:
         """`warn` is what says a warning."""
         self.config, self.store, self.model, self._tell = config, store, model, warn
         self.steps_per_epoch, last_step = length(config, store)
-        self.stuck_steps = max(STUCK_LEAST_STEPS, min(STUCK_STEPS, last_step // 2))
+        self.stuck_steps = max(STUCK_LEAST, min(STUCK_STEPS, last_step // 2))
         self._near_since: int | None = None  # the step since when every line has said ln(classes)
         self._said: set[str] = set()
         self._begin()
@@ -74,16 +74,18 @@ class Watch:
         """
         losses: list[float] = torch.stack(self._losses).tolist()
         norms = norms_of(self.model)
+        words = {"parameter": "", "gradient": "the gradient of "}
         bad = [
-            f"the {kind} of {name} has norm {n}"
-            for name, of in norms.items()
-            for kind, n in of.items()
-            if not math.isfinite(n)
+            f"{words[kind]}{name} has norm {norm}"
+            for name, kinds in norms.items()
+            for kind, norm in kinds.items()
+            if not math.isfinite(norm)
         ]
         wrong = next((place for place, loss in enumerate(losses) if not math.isfinite(loss)), None)
         if wrong is not None or bad:
             at = step if wrong is None else step - len(losses) + 1 + wrong
-            what = bad[0] if wrong is None else f"the loss is {losses[wrong]}"
+            last = f", within the last {len(losses)} steps" if len(losses) > 1 else ""
+            what = bad[0] + last if wrong is None else f"the loss is {losses[wrong]}"
             self._stop(at, what, {"steps": [step - len(losses) + 1, step], "losses": losses, "norms": norms}, how)
         self._warn(step, losses)
         self._begin()
@@ -132,7 +134,7 @@ class Watch:
         except (OSError, UserError) as error:
             aside = f"Its batch could not be written aside ({error})."
         raise Diverged(
-            f"step {at:,}: {what}, training has diverged. {aside} "
+            f"step {at:,}: {what}: training has diverged. {aside} "
             + (f"{kept[-1].name} is kept. " if kept else "")
             + "A lower rate usually helps: --set lr=…, another --recipe, or a larger --batch for the same rate; with "
             "--fork NEW_DIR from the checkpoint on."
@@ -149,19 +151,12 @@ def norms_of(model: AlexNet) -> dict[str, dict[str, float]]:
                 parts = {"parameter": p.detach(), "gradient": p.grad} if p.device == device else {}
                 names += [(name, kind) for kind, tensor in parts.items() if tensor is not None]
                 tensors += [tensor for tensor in parts.values() if tensor is not None]
-        for key, norm in zip(names, torch.stack([_norm(tensor) for tensor in tensors]).tolist(), strict=True):
+        for key, norm in zip(names, torch.stack(list(torch._foreach_norm(tensors))).tolist(), strict=True):
             squares[key] = squares.get(key, 0.0) + norm**2
     found: dict[str, dict[str, float]] = {}
     for (name, kind), square in squares.items():
         found.setdefault(name, {})[kind] = math.sqrt(square)
     return found
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    """(), of rows first: a single float32 sum over fc6's 38 million squares is wrong in the fourth digit on a CPU."""
-    rows: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
-    norm: Tensor = torch.linalg.vector_norm(rows)
-    return norm
 
 
 def set_aside(
