@@ -1,6 +1,6 @@
-"""Training: it learns, it goes on to the bit after kill -9 or a signal, and it refuses to go on with something else.
+"""Training: it learns, it goes on to the bit after a signal, and it refuses to go on with something else.
 
-A child process trains a small network on the CPU; the parent kills it at a step and starts it again.
+A small network on the CPU. Kills, checkpoints and forks are tests/test_survival.py's.
 """
 
 from __future__ import annotations
@@ -8,9 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,14 +26,6 @@ from train.recipes import SHORT
 from train.run import RunConfig, load_trained
 
 SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
-CHILD = """
-import sys, time
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-from test_loop import config
-from train.loop import fit
-fit(config(Path(sys.argv[2]), Path(sys.argv[3])))
-"""
 
 
 def config(store: Path, run_dir: Path, **changes) -> RunConfig:
@@ -67,14 +56,6 @@ def whole_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return fit(config(stores["jpeg"], tmp_path_factory.mktemp("whole") / "run"))
 
 
-def start(store: Path, run_dir: Path) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(Path(__file__).parent), str(store), str(run_dir)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-
-
 def same_result(a: Path, b: Path) -> None:
     assert metrics(a) == metrics(b)
     one, two = (checkpoint.load_latest(run_dir) for run_dir in (a, b))
@@ -92,24 +73,6 @@ def test_metrics_have_every_step_once(whole_run: Path) -> None:
     assert [line["epoch"] for line in validations] == [1, 2, 3] and len({line["images"] for line in validations}) == 1
     assert lines[0]["lr"] == SHORT.lr
     assert steps[-1] % 3 == 0 and lines[-2]["lr"] == 0.002
-
-
-@pytest.mark.parametrize("kill_at_step", [1, 3, 4, 7])
-def test_a_killed_run_goes_on_to_the_same_bits(
-    stores: dict[str, Path], whole_run: Path, tmp_path: Path, kill_at_step: int
-) -> None:
-    run_dir = tmp_path / "run"
-    child = start(stores["jpeg"], run_dir)
-    log = run_dir / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline and child.poll() is None:
-        if log.exists() and log.read_text().count('"train"') >= kill_at_step:
-            break
-        time.sleep(0.001)
-    child.kill()
-    assert child.wait() == -signal.SIGKILL
-    fit(config(stores["jpeg"], run_dir))
-    same_result(run_dir, whole_run)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])

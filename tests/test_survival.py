@@ -1,0 +1,376 @@
+"""What a run survives: kills at any doing, bits that flip, disks that fill; what it takes over, and what it hands on.
+
+The small network of tests/test_loop.py. Kills are those of tests/killed.py: 10 here, 100 by `make soak`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from test_loop import SMALL, config, metrics, same_result, whole_run  # noqa: F401  # a fixture
+
+import train.cli
+from prep.console import DiskFull, UserError
+from train import checkpoint
+from train.checkpoint import BEST, Unreadable, checkpoints, read
+from train.fork import fork
+from train.loop import _Log, fit
+from train.recipes import SHORT
+from train.run import RunConfig, load_trained
+
+# ---------------------------------------------------------------- kills
+
+
+def killed(store: Path, run_dir: Path, seed: int, kills: int, how: str) -> dict[str, Any]:
+    """Kill a run so often, and hold its result to that of a run that was not."""
+    words = [str(Path(__file__).with_name("killed.py")), str(store), str(run_dir), str(seed), str(kills), how]
+    root = Path(__file__).parent.parent
+    done = subprocess.run(
+        [sys.executable, *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    whole = run_dir.with_name("whole")
+    same_result(run_dir, whole)
+    mine, theirs = (checkpoint.load(folder) for folder in (run_dir, whole))
+    assert torch.equal(mine["random"], theirs["random"])
+    for part in ("schedule", "stream", "best", "identity"):
+        assert mine[part] == theirs[part], part
+    assert sorted(os.listdir(run_dir)) == sorted(os.listdir(whole))
+    assert not list(run_dir.glob(".*.tmp"))
+    return json.loads(done.stdout)
+
+
+def test_ten_kills_change_no_bit_and_leave_nothing_behind(stores: dict[str, Path], tmp_path: Path) -> None:
+    said = killed(stores["ppm"], tmp_path / "run", 1, 10, "at")
+    assert said["kills"] == 10 and len(said["at"]) >= 3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("how", ["at", "when"])
+def test_a_hundred_kills(stores: dict[str, Path], tmp_path: Path, how: str, seed: int) -> None:
+    """50 at doings and 50 at any time, or somewhat fewer where a run was done before its time had come."""
+    said = killed(stores["ppm"], tmp_path / "run", seed, 11, how)
+    assert said["kills"] >= (11 if how == "at" else 5)
+
+
+def test_a_line_that_a_power_cut_tore_is_taken_back(
+    stores: dict[str, Path],
+    whole_run: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    run_dir = fit(config(stores["jpeg"], tmp_path / "run", steps=4))
+    with open(run_dir / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "ep')
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+
+def test_every_flipped_bit_is_found(whole_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    """In the header, the tensors, the padding, the directory and the digest itself; and every cut."""
+    whole = checkpoints(whole_run)[-1].read_bytes()
+    file, chance = tmp_path / "checkpoint-00000001.pt", random.Random(0)
+    places = [*range(40), *range(len(whole) - 160, len(whole)), *chance.sample(range(len(whole)), 300)]
+    for place in places:
+        altered = bytearray(whole)
+        altered[place] ^= 1 << chance.randrange(8)
+        file.write_bytes(altered)
+        with pytest.raises(Unreadable, match=r"00000001\.pt: torn, altered"):
+            read(file)
+    for length in (0, 1, 70, 71, len(whole) // 2, len(whole) - 71, len(whole) - 1):
+        file.write_bytes(whole[:length])
+        with pytest.raises(Unreadable):
+            read(file)
+    file.write_bytes(whole)
+    assert read(file)["step"] == 9
+    file.write_bytes(whole + b"\0")
+    with pytest.raises(Unreadable):
+        read(file)
+
+
+def test_an_altered_newest_checkpoint_is_named_and_the_one_before_used(
+    stores: dict[str, Path],
+    whole_run: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(whole_run, run_dir)
+    newest = checkpoints(run_dir)[-1]
+    altered = bytearray(newest.read_bytes())
+    altered[len(altered) // 2] ^= 1
+    newest.write_bytes(altered)
+    fit(config(stores["jpeg"], run_dir))
+    said = capsys.readouterr().err
+    assert f"{newest}: torn, altered" in said and "goes on after step 8" in said
+    same_result(run_dir, whole_run)
+
+
+def test_a_checkpoint_of_the_format_before_is_told_from_a_torn_one(tmp_path: Path) -> None:
+    torch.save({"format": 1, "step": 1}, tmp_path / "checkpoint-00000001.pt")
+    with pytest.raises(UserError, match="checkpoint format 1, this program reads 2"):
+        checkpoint.load_latest(tmp_path)
+
+
+def test_a_checkpoint_is_a_zip_whose_comment_is_the_digest_of_what_is_before_it(whole_run: Path) -> None:  # noqa: F811
+    """By zipfile and hashlib alone; torch loads it without anything but weights."""
+    import hashlib
+    import zipfile
+
+    path = checkpoints(whole_run)[-1]
+    with zipfile.ZipFile(path) as archive:
+        comment = archive.comment
+        assert archive.testzip() is None
+    data = path.read_bytes()
+    assert comment == b"sha256:" + hashlib.sha256(data[: -len(comment)]).hexdigest().encode()
+    state = torch.load(path, weights_only=True)
+    assert {"parameters", "velocity", "schedule", "random", "stream", "recipe", "model", "classes"} <= set(state)
+    assert state["environment"]["torch"] == torch.__version__ and state["recipe"]["sources"]["lr"]
+    assert state["identity"]["store_fingerprint"]
+
+
+@pytest.mark.parametrize("keep", [1, 3])
+def test_the_newest_and_the_best_are_kept(stores: dict[str, Path], tmp_path: Path, keep: int) -> None:
+    run_dir = fit(config(stores["ppm"], tmp_path / "run", keep=keep, epochs=4))
+    assert [path.name[-5:-3] for path in checkpoints(run_dir)] == ["09", "10", "12"][-keep:]
+    errors = {line["step"]: line["top1_error"] for line in metrics(run_dir) if line["kind"] == "val"}
+    best = min(errors, key=errors.__getitem__)  # the first of equal ones
+    for state in (checkpoint.load(run_dir, "best"), load_trained(run_dir, ("cpu", "cpu"), "best")[1]):
+        assert state["step"] == best
+    assert checkpoint.load(run_dir)["best"] == {"step": best, "top1_error": errors[best]}
+    assert checkpoint.load(run_dir, str(run_dir / BEST))["step"] == best
+    assert checkpoint.load(run_dir, "checkpoint-00000012.pt")["step"] == 12
+    (run_dir / "run.json").unlink()
+    model, state, classes = load_trained(run_dir / BEST, ("cpu", "cpu"))  # which needs nothing beside it
+    assert model.architecture == SMALL and state["step"] == best and len(classes) == 3
+
+
+def test_best_follows_the_error_and_is_said_where_it_is_not_there(tmp_path: Path) -> None:
+    keeper = checkpoint.Keeper(tmp_path, 1, None)
+    with pytest.raises(UserError, match="no checkpoint of the run has been validated"):
+        checkpoint.load(tmp_path, "best")
+    for step, error in ((1, 0.5), (2, 0.7), (3, 0.4), (4, 0.4), (5, 0.9)):
+        keeper.save(step, {"step": step}, False, lambda: None)
+        keeper.validated(step, error)
+    assert checkpoint.load(tmp_path, "best")["step"] == 3
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-00000005.pt"]
+    keeper.validated(5, 0.1)
+    keeper.save(5, {"step": 5, "again": True}, True, lambda: None)
+    assert checkpoint.load(tmp_path, "best")["again"]
+    with pytest.raises(UserError, match=r"--checkpoint other: no such file"):
+        checkpoint.load(tmp_path, "other")
+
+
+def test_best_is_kept_where_files_have_one_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*of: object) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "link", refuse)
+    keeper = checkpoint.Keeper(tmp_path, 1, None)
+    keeper.save(1, {"step": 1}, False, lambda: None)
+    keeper.validated(1, 0.5)
+    assert checkpoint.load(tmp_path, "best")["step"] == 1
+
+
+# ---------------------------------------------------------------- full disks
+
+
+@contextmanager
+def files_up_to(bytes_: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (bytes_, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_borne_until_it_has_room_again(
+    stores: dict[str, Path],
+    whole_run: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """From step 3 to 5 files may have as many bytes as metrics.jsonl had: neither lines nor checkpoints fit."""
+    run_dir, log_line, room = tmp_path / "run", _Log.train, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self: _Log, line: dict[str, Any]) -> None:
+        if line["step"] == 3:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 30, room[1]))
+        if line["step"] == 5:
+            resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        log_line(self, line)
+
+    monkeypatch.setattr(_Log, "train", fill)
+    try:
+        fit(config(stores["jpeg"], run_dir))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    said = capsys.readouterr().err
+    assert said.count("Warning: ") == 2 and "failure 2 of 3" in said
+    same_result(run_dir, whole_run)
+
+
+def test_a_disk_that_stays_full_ends_the_run_with_3_and_costs_nothing_before(
+    stores: dict[str, Path],
+    whole_run: Path,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = fit(config(stores["jpeg"], tmp_path / "run", steps=2))
+    with (
+        files_up_to(60_000),
+        pytest.raises(DiskFull, match=r"00000006\.pt: cannot be written \(File too large\)") as end,
+    ):
+        fit(config(stores["jpeg"], run_dir))
+    assert end.value.exit_code == 3 and capsys.readouterr().err.count("Warning: ") == 2
+    assert [path.name[-5:-3] for path in checkpoints(run_dir)] == ["02"] and not list(run_dir.glob(".*.tmp"))
+    fit(config(stores["jpeg"], run_dir))
+    same_result(run_dir, whole_run)
+
+
+def test_three_failures_end_a_run_only_in_a_row_and_no_checkpoint_is_written_over_missing_lines(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full() -> None:
+        raise DiskFull("metrics.jsonl: cannot be written.")
+
+    keeper = checkpoint.Keeper(tmp_path, 2, None)
+    for step in (1, 2, 4, 5):
+        keeper.save(step, {"step": step}, False, full)
+        if step == 2:
+            keeper.save(3, {"step": 3}, False, lambda: None)
+    assert [path.name[-4:-3] for path in checkpoints(tmp_path)] == ["3"]
+    assert capsys.readouterr().err.count("Warning: metrics.jsonl") == 4
+    with pytest.raises(DiskFull):
+        keeper.save(6, {"step": 6}, False, full)
+
+
+def test_the_last_checkpoint_of_a_run_is_worth_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
+    with files_up_to(60_000), pytest.raises(DiskFull):
+        fit(config(stores["ppm"], tmp_path / "run", steps=2))
+
+
+# ---------------------------------------------------------------- forks
+
+
+def test_a_fork_without_changes_is_the_same_run(stores: dict[str, Path], whole_run: Path, tmp_path: Path) -> None:  # noqa: F811
+    origin = fit(config(stores["jpeg"], tmp_path / "run", steps=4))
+    forked = fork(config(stores["jpeg"], origin), tmp_path / "fork")
+    fit(forked)
+    assert metrics(tmp_path / "fork") == metrics(whole_run)[5:]  # 4 steps and a validation
+    one, two = checkpoint.load(tmp_path / "fork"), checkpoint.load(whole_run)
+    assert all(torch.equal(tensor, two["parameters"][name]) for name, tensor in one["parameters"].items())
+    (ancestor,) = json.loads((tmp_path / "fork" / "run.json").read_text())["ancestry"]
+    assert (ancestor["path"], ancestor["step"], ancestor["differences"]) == (str(origin), 4, [])
+    assert ancestor["checkpoint_digest"] == read(checkpoints(origin)[-1])["digest"]
+
+
+def test_a_fork_changes_settings_goes_on_and_tells_where_it_came_from(stores: dict[str, Path], tmp_path: Path) -> None:
+    origin = fit(config(stores["ppm"], tmp_path / "run", steps=4))
+    changed = replace(
+        config(stores["ppm"], origin), batch_size=4, seed=5, recipe=replace(SHORT, dropout=0.25, schedule=())
+    )
+    state = checkpoint.load(origin)
+    state["schedule"]["drops"] = 2
+    checkpoint.save(origin, 4, {name: part for name, part in state.items() if name != "digest"})
+    fork(config(stores["ppm"], origin, seed=5), tmp_path / "other")
+    assert checkpoint.load(tmp_path / "other")["schedule"]["drops"] == 2  # of the same schedule
+    first = fork(changed, tmp_path / "fork")
+    assert checkpoint.load(first.run_dir)["schedule"]["drops"] == 0
+    assert checkpoint.load(first.run_dir)["step"] == 9  # 4 of 3 an epoch: an epoch and a third; 7 an epoch of half
+    fit(replace(first, steps=12))
+    again = fork(changed, tmp_path / "fork")  # the same command again: it goes on
+    fit(again)
+    lines = [line for line in metrics(first.run_dir) if line["kind"] == "train"]
+    assert [line["step"] for line in lines] == list(range(10, 22)) and lines[0]["epoch"] == pytest.approx(10 / 7)
+    about = json.loads((first.run_dir / "run.json").read_text())
+    assert checkpoint.load(first.run_dir)["ancestry"] == about["ancestry"]
+    found = {d["name"]: (d["there"], d["here"]) for d in about["ancestry"][0]["differences"]}
+    plan = [{"after_epochs": 1.5, "lr": 0.002, "lr_conv1": None, "colour": None}]
+    assert found == {
+        "recipe.dropout": (0.5, 0.25),
+        "recipe.schedule": (plan, []),
+        "batch_size": (8, 4),
+        "seed": (3, 5),
+    }
+    fork(replace(changed, run_dir=first.run_dir), tmp_path / "second")
+    came = json.loads((tmp_path / "second" / "run.json").read_text())["ancestry"]
+    assert [ancestor["path"] for ancestor in came] == [str(origin), str(first.run_dir)]
+    with pytest.raises(UserError, match=rf"a run that began with {origin}, not with {tmp_path / 'second'}"):
+        fork(replace(changed, run_dir=tmp_path / "second"), first.run_dir)
+    with pytest.raises(UserError, match="another batch size"):
+        fit(replace(first, batch_size=8))
+    wider = replace(SMALL, widths=replace(SMALL.widths, fc7=18))
+    with pytest.raises(UserError, match=r"fc7\.weight has shape \(16, 16\) in the checkpoint, \(18, 16\)"):
+        fork(replace(changed, model=wider), tmp_path / "third")
+    with pytest.raises(UserError, match="that is --run-dir itself"):
+        fork(changed, origin)
+    with pytest.raises(UserError, match="no such run to fork"):
+        fork(replace(changed, run_dir=tmp_path / "nowhere"), tmp_path / "third")
+
+
+# ---------------------------------------------------------------- the command
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    before, log_line = signal.getsignal(signal.SIGTERM), _Log.train
+
+    def signalled(self: _Log, line: dict[str, Any]) -> None:
+        log_line(self, line)
+        if line["step"] == 1:  # a second signal would be obeyed at once
+            os.kill(os.getpid(), signum)
+
+    monkeypatch.setattr(_Log, "train", signalled)
+    monkeypatch.setitem(train.cli.ARCHITECTURES, "alexnet", SMALL)
+    words = ["--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--recipe", "short"]
+    try:
+        ended = CliRunner().invoke(
+            train.cli.main, ["run", *words, "--batch", "8", "--accumulate", "2", "--log-every", "1", "--keep", "1"]
+        )
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.exit_code == code, ended.output
+    assert "batch 8 in 2 parts" in ended.stderr and "same command goes on" in ended.stderr
+    assert checkpoint.load(tmp_path / "run")["step"] == 2  # the step that was under way
+    monkeypatch.undo()
+    monkeypatch.setitem(train.cli.ARCHITECTURES, "alexnet", SMALL)
+    fork_words = ["--batch", "8", "--fork", str(tmp_path / "fork"), "--epochs", "1"]
+    ended = CliRunner().invoke(train.cli.main, ["run", *words, *fork_words])
+    assert ended.exit_code == 0, ended.output
+    assert "begins with" in ended.stderr and "accumulate" in ended.stderr
+    assert checkpoint.load(tmp_path / "fork")["step"] == 3 and checkpoint.load(tmp_path / "run")["step"] == 2
+
+
+def test_parts_that_do_not_divide_a_batch_are_refused(store: Path, tmp_path: Path) -> None:
+    plan = RunConfig(store, SHORT, 8, accumulate=3, run_dir=tmp_path / "run")
+    with pytest.raises(UserError, match=r"a batch of 8 has no such equal parts\. Give one of 1, 2, 4, 8"):
+        fit(plan)
+    assert not (tmp_path / "run").exists()
