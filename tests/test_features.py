@@ -150,7 +150,7 @@ def test_predict_knows_the_mean_without_the_store_and_asks_for_it_where_a_run_ha
     told["settings"]["store"] = "nowhere"
     (trained_run / "run.json").write_text(json.dumps(told))
     image = next((photo_folder / "val").glob("*.JPEG"))
-    (kept,) = answers("predict", trained_run, image)
+    (kept,) = answers("predict", trained_run, image, "--store", "nowhere")
     del told["store"]
     (trained_run / "run.json").write_text(json.dumps(told))
     code, _, err = alextrain("predict", trained_run, image)

@@ -132,9 +132,9 @@ def test_the_right_guess_has_another_colour_and_so_have_neighbours_of_the_class(
     assert [text.get_text() for text in bars.texts] == ["x", "z", "y"]
     figure = Figure()
     near = [(square + k, k, float(k)) for k in range(3)]
-    nearest_rows(figure, [Row(square, "q", 1, near), Row(square, "r", None, near)], "xyz")
+    nearest_rows(figure, [Row(square, "0123456789" * 3, 1, near), Row(square, "r", None, near)], "xyz")
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown[:4]] == ["q", "x  0", "y  1", "z  2"]
+    assert [axes.get_title() for axes in shown[:4]] == ["…" + "9" + "0123456789" * 2, "x  0", "y  1", "z  2"]
     assert [to_hex(axes.title.get_color()) == ORANGE for axes in shown] == [*[False] * 2, True, *[False] * 5]
     assert [int(axes.images[0].get_array().max()) for axes in shown[4:]] == [0, 0, 1, 2]
 

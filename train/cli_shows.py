@@ -157,10 +157,15 @@ def predict(
       alextrain predict run cat.jpg
       alextrain predict run *.jpg --views 1 --json
     """
+    from dataclasses import replace
+
     from train.gallery import Trained
+    from train.keepsake import kept_colour, store_of
     from train.predict import best, prepared, said_of
 
-    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    trained = Trained.open(run_dir, None, gpus, precision, checkpoint)
+    if kept_colour(trained.told) is None:  # then the store is needed, else whatever ALEXNET_STORE names is of no matter
+        trained = replace(trained, store=store_of(run_dir, trained.state, trained.classes, store))
     for path in images:
         p, _ = said_of(trained.model, trained.eye, prepared(path, trained.eye), int(views), precision)
         said = best(p, top)

@@ -13,6 +13,7 @@ from train.drawing import BLUE, GREY, ORANGE, show, stretched, tiled
 from train.predict import Prediction
 
 ACROSS = 4  # pictures in a row of the left half
+_TITLE = 22  # characters that fit above a picture of the right half
 
 
 class Guess(NamedTuple):
@@ -70,7 +71,9 @@ def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None
     for axes in grid.flat:
         axes.axis("off")
     for row, cells in zip(rows, grid, strict=True):
-        show(cells[0], row.square, row.title)
+        title = row.title if len(row.title) <= _TITLE else "…" + row.title[1 - _TITLE :]
+        show(cells[0], row.square, title)
+        cells[0].title.set_fontsize(6.5)
         for axes, (square, label, distance) in zip(cells[2:], row.neighbours, strict=False):
             show(axes, square, f"{names[label]}  {distance:.3g}", ORANGE if label == row.label else "0.4")
             axes.title.set_fontsize(6.5)
