@@ -224,14 +224,12 @@ def test_a_turn_is_as_long_as_asked_and_leaves_out_what_was_ready(monkeypatch: p
     assert len(done) == 14 + 50 + 8
 
 
-def test_each_turn_sets_its_precision(plan: Plan) -> None:
+def test_each_turn_sets_its_precision(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """Others have set theirs since the step was made, and the switches are global."""
-    matmul = torch.backends.cuda.matmul
-    step = SimpleNamespace(precision="bf16")
-    contestant = timings._contestant(plan, "bf16", 2, lambda: None, 1, step)
-    matmul.fp32_precision = "tf32"
-    contestant.prepare()
-    assert matmul.fp32_precision == "ieee"
+    told: list[Any] = []
+    monkeypatch.setattr(timings, "set_precision", lambda *words: told.append(words))
+    timings._contestant(plan, "bf16", 2, lambda: None, 1, SimpleNamespace(precision="bf16")).prepare()
+    assert told == [("bf16", plan.devices)]
 
 
 @pytest.mark.parametrize("broken", [False, True])

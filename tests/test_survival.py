@@ -29,7 +29,8 @@ from prep.console import DiskFull, UserError
 from train import checkpoint
 from train.checkpoint import BEST, Unreadable, checkpoints, read
 from train.fork import fork
-from train.loop import _Log, fit
+from train.log import Log
+from train.loop import fit
 from train.recipes import SHORT
 from train.run import RunConfig, load_trained
 
@@ -216,16 +217,16 @@ def test_a_full_disk_is_borne_until_it_has_room_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """From step 3 to 5 files may have as many bytes as metrics.jsonl had: neither lines nor checkpoints fit."""
-    run_dir, log_line, room = tmp_path / "run", _Log.train, resource.getrlimit(resource.RLIMIT_FSIZE)
+    run_dir, log_line, room = tmp_path / "run", Log.train, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(self: _Log, line: dict[str, Any]) -> None:
+    def fill(self: Log, line: dict[str, Any]) -> None:
         if line["step"] == 3:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 30, room[1]))
         if line["step"] == 5:
             resource.setrlimit(resource.RLIMIT_FSIZE, room)
         log_line(self, line)
 
-    monkeypatch.setattr(_Log, "train", fill)
+    monkeypatch.setattr(Log, "train", fill)
     try:
         fit(config(stores["jpeg"], run_dir))
     finally:
@@ -341,14 +342,14 @@ def test_a_fork_changes_settings_goes_on_and_tells_where_it_came_from(stores: di
 def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
 ) -> None:
-    before, log_line = signal.getsignal(signal.SIGTERM), _Log.train
+    before, log_line = signal.getsignal(signal.SIGTERM), Log.train
 
-    def signalled(self: _Log, line: dict[str, Any]) -> None:
+    def signalled(self: Log, line: dict[str, Any]) -> None:
         log_line(self, line)
         if line["step"] == 1:  # a second signal would be obeyed at once
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(_Log, "train", signalled)
+    monkeypatch.setattr(Log, "train", signalled)
     monkeypatch.setitem(train.cli.ARCHITECTURES, "alexnet", SMALL)
     words = ["--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--recipe", "short"]
     try:
