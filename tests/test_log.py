@@ -74,7 +74,7 @@ def told(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
         except OSError:  # EIO: the other end is closed
             pass
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with pytest.MonkeyPatch.context() as patch, os.fdopen(child, "w") as terminal:
         patch.setattr(Log, "train", ask_after_five)
@@ -181,6 +181,7 @@ def test_a_run_that_goes_on_has_no_point_and_no_line_twice(tmp_path: Path) -> No
             if validation_due:
                 log.validation(1, 4, result)
             log.train(line(5, loss=7.0))
+        assert [told["kind"] for told in read_lines(tmp_path)] == ["train"] * 4 + ["val", "train"]
     assert [(told["kind"], told["step"]) for told in read_lines(tmp_path)] == [
         *[("train", step) for step in (1, 2, 3, 4)],
         ("val", 4),
