@@ -78,6 +78,7 @@ def attempt(store: Path, run_dir: Path, how: str, chance: random.Random, number:
             kept = checkpoint.checkpoints(run_dir)
             armed_at, left, steps = number, doings, int(kept[-1].stem[-8:]) if kept else 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(120)  # no orphan, should it hang
         fit(config(store, run_dir))
         os._exit(0)
     os.close(says)

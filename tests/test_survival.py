@@ -72,7 +72,7 @@ def test_ten_kills_change_no_bit_and_leave_nothing_behind(stores: dict[str, Path
 def test_a_hundred_kills(stores: dict[str, Path], tmp_path: Path, how: str, seed: int) -> None:
     """Half of them at doings, half at any time, up to 110; fewer where a run was done before its time had come."""
     said = killed(stores["ppm"], tmp_path / "run", seed, 11, how)
-    assert said["kills"] >= (8 if how == "at" else 5)
+    assert said["kills"] >= (8 if how == "at" else 1)
 
 
 def test_a_line_that_a_power_cut_tore_is_taken_back(
