@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from prep.console import UserError
-from tools.photo_digits import make
+from tools.photo_digits import HARD, make
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +66,15 @@ def test_the_label_is_the_digit_that_is_drawn(small: Path) -> None:
         scores = [np.corrcoef(cells.ravel(), one.ravel())[0, 1] for one in prototypes]
         right += int(np.argmax(scores)) == int(path.parent.name[1:])
     assert right / len(paths) > 0.5  # chance is a tenth; a few digits sit off the middle
+
+
+def test_the_hard_kind_draws_each_training_digit_anew_and_no_validation_digit_twice(tmp_path: Path) -> None:
+    out = tmp_path / "hard"
+    assert make(out, seed=5, limit=60, how=HARD) == (50 * HARD.copies, 10)
+    pictures = [path.read_bytes() for path in out.glob("train/*/*.JPEG")]
+    assert len(pictures) == len(set(pictures)) == 200 and len(list((out / "val").iterdir())) == 10
+    counts = [len(list(folder.iterdir())) for folder in (out / "train").iterdir()]
+    assert all(count % HARD.copies == 0 for count in counts) and sum(counts) == 200
 
 
 def test_a_folder_that_exists_is_left_alone(small: Path) -> None:

@@ -10,8 +10,8 @@ orientations, and holds some greyscale and CMYK files and two PNGs with a JPEG's
 
     python -m tools.photo_digits OUT
 
-With --hard the photographs are not darkened, a digit has any colour, 0.4 to 0.9 of the square and a tilt of up to 25°:
-about what telling CIFAR-10's classes apart is to a small network.
+With --hard it is about as hard as CIFAR-10 to a linear classifier (docs/measurements.md): brighter photographs, darker
+digits of any colour, of 0.6 to 1 of the square and tilted by up to 15°; each training digit is drawn four times.
 """
 
 from __future__ import annotations
@@ -44,9 +44,10 @@ class Difficulty:
     tint: tuple[int, int] = (200, 255)  # of the digit, each of R, G, B
     share: tuple[float, float] = (0.8, 1.0)  # of the shorter side, with the empty cell around the digit
     tilt_degrees: float = 0.0  # either way
+    copies: int = 1  # of each training digit, each drawn anew
 
 
-EASY, HARD = Difficulty(), Difficulty(1.0, (0, 255), (0.4, 0.9), 25.0)
+EASY, HARD = Difficulty(), Difficulty(0.7, (100, 255), (0.6, 1.0), 15.0, 4)
 
 
 def digit_picture(
@@ -94,6 +95,7 @@ def make(out: Path, seed: int = 0, limit: int | None = None, how: Difficulty = E
     photographs = [Image.fromarray((photo * how.darken).astype(np.uint8)) for photo in load_sample_images().images]
     order = np.random.default_rng(seed).permutation(len(digits.images))[:limit].tolist()
     val_count = round(len(order) * VAL_PICTURES / len(digits.images))
+    order += order[val_count:] * (how.copies - 1)
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     for label in range(CLASSES):
@@ -137,9 +139,9 @@ def _save(picture: Image.Image, path: Path, count: int, quality: int) -> None:
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--hard", is_flag=True, help="Digits of any colour over undarkened photographs, tilted and of any size.")
+@click.option("--hard", is_flag=True, help="About as hard as CIFAR-10, four training pictures of each digit.")
 def main(out: Path, seed: int, hard: bool) -> None:
-    """Make the demo's data set: 1,797 digits over photographs, in ILSVRC's layout, in the new folder OUT."""
+    """Make the demo's data set, digits over photographs in ILSVRC's layout, in the new folder OUT."""
     try:
         train, val = make(out, seed, how=HARD if hard else EASY)
     except UserError as error:
