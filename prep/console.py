@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -107,6 +108,11 @@ def answer(data: dict[str, Any]) -> None:
 def count_noun(n: int, noun: str, plural: str = "") -> str:
     """`1 picture`, `1,797 pictures`."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
+
+
+def quoted(path: Path) -> str:
+    """A path as an argument in a command that is to be copied into a shell: `'my run'`."""
+    return quote(str(path))
 
 
 def duration_text(seconds: float) -> str:

@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError
+from prep.console import UserError, quoted
 
 SCHEMA = 1
 KIND = "alexnet-store"
@@ -144,7 +144,9 @@ class Store:
         root = Path(root)
         path = root / "manifest.json"
         if not root.exists():
-            raise StoreError(f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {root}")
+            raise StoreError(
+                f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {quoted(root)}"
+            )
         try:
             data = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
@@ -179,9 +181,9 @@ class Store:
         """The split `name`; raises StoreError where the store has none of that name."""
         if name not in self.splits:
             has = ", ".join(self.splits) or "none"
-            raise StoreError(
-                f"{self.root} has no split {name} (it has: {has}). Build it: alexprep build-lmdb --split {name}"
-            )
+            build = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {quoted(self.root)}"
+            mend = build if name in SPLITS else "Name another --split."
+            raise StoreError(f"{self.root} has no split {name} (it has: {has}). {mend}")
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:

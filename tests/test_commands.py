@@ -70,6 +70,11 @@ def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
         assert set_fields(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
 
 
+def test_predict_refuses_dense_views_which_it_does_not_compute() -> None:
+    refused = CliRunner().invoke(train.cli.main, ["predict", "run", "cat.jpg", "--views", "dense"])
+    assert refused.exit_code == 2 and "'dense' is not one of '1', '10'" in refused.stderr
+
+
 MISTAKES = [
     (["alexprep", "build-lmdb", "nowhere"], "nowhere: no such folder"),
     (["alexprep", "build-lmdb", "empty"], "empty: the folder is empty"),
@@ -97,7 +102,7 @@ MISTAKES = [
     (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "999"], "--batch 999"),
     (["alextrain", "evaluate", "nowhere", "--store", "STORE"], "nowhere: no such run"),
     (["alextrain", "evaluate", "empty", "--store", "STORE"], "empty: no checkpoint"),
-    (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "has no split test"),
+    (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "Name another --split."),
     (
         ["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "8", "--run-dir", "a-file"],
         "--run-dir a-file",
@@ -105,6 +110,7 @@ MISTAKES = [
     (["alexprep", "build-lmdb", "PHOTOS", "--store", "a-file"], "a-file"),
     (["alexprep", "build-lmdb", "PHOTOS", "--store", "a-file/x"], "a-file/x"),
     (["alextrain", "figures", "nowhere"], "nowhere: no such run"),
+    (["alextrain", "status", "no where"], "no such run. Train one with: alextrain run --run-dir 'no where'"),
     (["alextrain", "report", "empty"], "empty: no checkpoint"),
     (["alextrain", "predict", "nowhere", "a-file"], "nowhere: no such run"),
     (["alextrain", "features", "empty", "--store", "nowhere", "--out", "f.npy"], "nowhere: no such store"),

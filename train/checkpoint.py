@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from prep.console import DiskFull, UserError, disk_error, say
+from prep.console import DiskFull, UserError, disk_error, quoted, say
 from prep.manifest import atomic_file, sync_folder
 
 FORMAT = 2
@@ -165,7 +165,7 @@ def load(run_dir: Path, which: str = "last") -> dict[str, Any]:
     if which == "last":
         state = load_latest(run_dir)
         if state is None:
-            raise UserError(f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {run_dir}")
+            raise UserError(f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {quoted(run_dir)}")
         return state
     path = run_dir / BEST if which == "best" else Path(which)
     if which == "best" and not path.exists():

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from prep.console import answer, bytes_text, json_option, say, store_option
+from prep.console import answer, bytes_text, json_option, quoted, say, store_option
 from prep.manifest import Store
 from train.architecture import ARCHITECTURES
 from train.options import (
@@ -106,4 +106,5 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     if as_json:
         answer(said)
         return
-    say(f"{config.run_dir}: imported. Next: alextrain evaluate {config.run_dir} --store {config.store}")
+    evaluate = f"alextrain evaluate {quoted(config.run_dir)} --store {quoted(config.store)}"
+    say(f"{config.run_dir}: imported. Next: {evaluate}")

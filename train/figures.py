@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prep.console import UserError
+from prep.console import UserError, quoted
 from prep.manifest import ColourStats
 from train.drawing import BLUE, GREY, ORANGE, format_of, rendered, save, show, stretched, tiled
 
@@ -27,7 +27,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
     except (OSError, ValueError) as error:
         raise UserError(f"{run_dir / 'metrics.jsonl'}: cannot be read ({error}).") from None
     if not lines:
-        raise UserError(f"{run_dir / 'metrics.jsonl'}: empty. Train first: alextrain run --run-dir {run_dir}")
+        raise UserError(f"{run_dir / 'metrics.jsonl'}: empty. Train first: alextrain run --run-dir {quoted(run_dir)}")
     return lines
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from prep.console import UserError, disk_error
+from prep.console import UserError, disk_error, quoted
 from prep.manifest import Store, write_atomic
 from train import checkpoint
 from train.architecture import ALEXNET, Architecture, architecture_from_json
@@ -124,7 +124,7 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> tuple[
     if devices[0] == "cpu":
         keep_freed_memory()
     if not run_dir.exists():
-        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {run_dir}")
+        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {quoted(run_dir)}")
     state = checkpoint.load(run_dir, which) if run_dir.is_dir() else checkpoint.read(run_dir)
     classes: list[str] = state["classes"]
     model, recipe = architecture_from_json(state["model"]), recipe_from_json(state["recipe"])
