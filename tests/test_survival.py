@@ -363,10 +363,17 @@ def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
     assert checkpoint.load(tmp_path / "run")["step"] == 2  # the step that was under way
     monkeypatch.undo()
     monkeypatch.setitem(train.cli.ARCHITECTURES, "alexnet", SMALL)
+    ended = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "8", "--accumulate", "2", "--dry-run"])
+    assert ended.exit_code == 0 and "run: would go on after step 2." in ended.stderr
+    refused = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "4", "--dry-run"])
+    assert refused.exit_code == 1 and "another batch size (8, here 4)" in refused.stderr
     fork_words = ["--batch", "8", "--fork", str(tmp_path / "fork"), "--epochs", "1"]
+    ended = CliRunner().invoke(train.cli.main, ["run", *words, *fork_words, "--dry-run"])
+    assert ended.exit_code == 0 and not (tmp_path / "fork").exists()
+    assert f"into {tmp_path / 'fork'}" in ended.stderr and "run after step 2." in ended.stderr
     ended = CliRunner().invoke(train.cli.main, ["run", *words, *fork_words])
     assert ended.exit_code == 0, ended.output
-    assert "begins with" in ended.stderr and "accumulate" in ended.stderr
+    assert "begins with" in ended.stderr and "1 difference: accumulate" in ended.stderr
     assert checkpoint.load(tmp_path / "fork")["step"] == 3 and checkpoint.load(tmp_path / "run")["step"] == 2
 
 

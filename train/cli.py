@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, say, store_option
+from prep.console import CONTEXT, Group, UserError, answer, count_noun, json_option, quoted, say, store_option
 from prep.manifest import Store
 from train.ablations import ABLATIONS
 from train.architecture import ARCHITECTURES
@@ -142,19 +143,25 @@ def run(
             f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
             "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
         )
-    for line in _plan_lines(config, opened):
+    into = replace(config, run_dir=fork) if fork else config
+    for line in _plan_lines(into, opened):
         if not quiet or dry_run:
             say(line)
-    if not dry_run:
+    if dry_run:
+        from train.fork import foretell
+
+        say(foretell(config, fork))
+    else:
         from train.fork import fork as begin_with
         from train.loop import fit
         from train.view import view_for
 
-        config = begin_with(config, fork) if fork else config
-        fit(config, view_for(quiet))
-        say(f"{config.run_dir}: trained. Next: alextrain evaluate {config.run_dir} --store {store}")
+        if fork:
+            begin_with(config, fork)
+        fit(into, view_for(quiet))
+        say(f"{into.run_dir}: trained. Next: alextrain evaluate {quoted(into.run_dir)} --store {quoted(store)}")
     if as_json:
-        answer(_run_answer(config, dry_run))
+        answer(_run_answer(into, dry_run))
 
 
 def _plan_lines(config: Any, store: Store) -> list[str]:

@@ -9,7 +9,7 @@ any other, which keeps the checkpoints that it came from as `ancestry`.
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from typing import Any
 from prep.console import UserError, count_noun, say
 from prep.manifest import Store, hold_lock
 from train import checkpoint
-from train.identity import differences, identity
+from train.identity import check_identity, differences, identity
 from train.loop import stream_at
 from train.model import AlexNet
 from train.optim import Schedule
@@ -30,27 +30,62 @@ def fork(config: RunConfig, new_dir: Path) -> RunConfig:
     Does nothing else where the fork has begun. Raises UserError for a run without a checkpoint, for parameters of other
     shapes, and for a folder that is another's.
     """
-    origin, forked = config.run_dir, replace(config, run_dir=new_dir)
-    check_parts(config)
-    if origin.resolve() == new_dir.resolve():
-        raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
+    forked = _forked(config, new_dir)
     claim(new_dir)
     with hold_lock(new_dir, "training"):
-        _begin(forked, origin)
+        _begin(forked, config.run_dir)
     return forked
+
+
+def foretell(config: RunConfig, new_dir: Path | None) -> str:
+    """What a run, with --fork where `new_dir` is given, would begin with, for --dry-run; writes nothing.
+
+    Raises UserError where the run would for what is in the folders.
+    """
+    store, planned = Store.open(config.store), _forked(config, new_dir) if new_dir else config
+    begun = None
+    if planned.run_dir.exists():
+        claim(planned.run_dir)
+        begun = checkpoint.load_latest(planned.run_dir)
+    if begun is not None:
+        if new_dir:
+            _check_origin(begun, new_dir, config.run_dir)
+        check_identity(begun, identity(planned, store), planned.run_dir)
+        return f"{planned.run_dir}: would go on after step {begun['step']:,}."
+    if new_dir:
+        state = _load_origin(planned, store, config.run_dir)
+        return f"{new_dir}: would begin with {config.run_dir} after step {state['step']:,}."
+    return f"{planned.run_dir}: would begin at step 0."
+
+
+def _forked(config: RunConfig, new_dir: Path) -> RunConfig:
+    check_parts(config)
+    if config.run_dir.resolve() == new_dir.resolve():
+        raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
+    return replace(config, run_dir=new_dir)
+
+
+def _check_origin(begun: Mapping[str, Any], new_dir: Path, origin: Path) -> None:
+    came = begun["ancestry"][-1]["path"] if begun["ancestry"] else None
+    if came != str(origin.resolve()) and (came is None or Path(came).exists()):
+        raise UserError(f"--fork {new_dir}: a run that began with {came or 'nothing'}, not with {origin}.")
+
+
+def _load_origin(config: RunConfig, store: Store, origin: Path) -> dict[str, Any]:
+    if not origin.is_dir():
+        raise UserError(f"--run-dir {origin}: no such run to fork.")
+    state = checkpoint.load(origin)
+    _check_shapes(config, store, state)
+    return state
 
 
 def _begin(config: RunConfig, origin: Path) -> None:
     begun = checkpoint.load_latest(config.run_dir)
     if begun is not None:
-        came = begun["ancestry"][-1]["path"] if begun["ancestry"] else None
-        if came != str(origin.resolve()) and (came is None or Path(came).exists()):
-            raise UserError(f"--fork {config.run_dir}: a run that began with {came or 'nothing'}, not with {origin}.")
+        _check_origin(begun, config.run_dir, origin)
         return
-    if not origin.is_dir():
-        raise UserError(f"--run-dir {origin}: no such run to fork.")
-    state, store = checkpoint.load(origin), Store.open(config.store)
-    _check_shapes(config, store, state)
+    store = Store.open(config.store)
+    state = _load_origin(config, store, origin)
     mine = identity(config, store)
     changed = differences(state["identity"], mine)
     names = {difference.name for difference in changed}
@@ -84,7 +119,7 @@ def _begin(config: RunConfig, origin: Path) -> None:
     checkpoint.save(config.run_dir, step, state)
     say(
         f"{config.run_dir}: begins with {origin} after step {ancestor['step']:,}, as step {step:,}; "
-        f"{count_noun(len(changed), 'difference')}: {json.dumps(sorted(names))}"
+        f"{count_noun(len(changed), 'difference')}{': ' if names else ''}{', '.join(sorted(names))}"
     )
 
 
