@@ -91,6 +91,16 @@ def test_a_run_that_ended(run_dir: Path, state: str, said: str, told: str) -> No
     assert (status["seconds_left"] == 0) == (state == "finished")
 
 
+def test_a_run_that_an_import_or_a_fork_began(run_dir: Path) -> None:
+    for name in ("metrics.jsonl", "status.json"):
+        (run_dir / name).unlink()
+    status = status_of(run_dir)
+    assert (status["state"], status["alive"], status["finished"], status["said"]) == ("new", False, False, "")
+    lines = status_lines(status)
+    assert lines[0].endswith("run: not trained in this folder yet")
+    assert lines[-1] == "The same alextrain run goes on after step 30."
+
+
 def test_a_run_that_was_killed_before_its_first_line(run_dir: Path) -> None:
     for path in run_dir.iterdir():
         if path.name != "run.json":

@@ -14,6 +14,7 @@ from train.folder import STATUS, last_of, newest_checkpoint, read_description, r
 
 _SAID = {
     "training": "training",
+    "new": "not trained in this folder yet",
     "finished": "finished",
     "stopped": "stopped",
     "failed": "failed",
@@ -25,7 +26,8 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     """What `alextrain status --json` prints; only reads, and holds nothing up.
 
     run_dir, model, recipe
-    state              training, finished, stopped, failed, or dead: gone without a word
+    state              training, finished, stopped, failed, dead: gone without a word, or new: with a checkpoint that
+                       `alextrain import` made or a fork began with, and no training yet
     alive, finished    whether a process trains in the folder; whether there is nothing left to do
     said               how it stopped or why it failed, or ""
     process, host      that began last, None of a run that did not get so far
@@ -45,8 +47,9 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         ended = {}
     state = ended.get("state", "training")
-    state = "training" if alive else "dead" if state == "training" else state
     lines, saved, now = read_lines(run_dir), newest_checkpoint(run_dir), time.time()
+    gone = "new" if saved and not lines and not (run_dir / STATUS).exists() else "dead"
+    state = "training" if alive else gone if state == "training" else state
     train, val = last_of(lines, "train"), last_of(lines, "val")
     step = max([line["step"] for line in lines[-1:]] + [saved[0] if saved else 0])
     steps, settings = about["length"]["steps"], about["settings"]
@@ -59,7 +62,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "state": state,
         "alive": alive,
         "finished": finished,
-        "said": "" if alive or state == "dead" else ended["said"],
+        "said": "" if state in ("training", "new", "dead") else ended["said"],
         "process": ended.get("process"),
         "host": ended.get("host"),
         "step": step,
