@@ -11,7 +11,7 @@ import click
 from prep.console import UserError, answer, count_noun, json_option, say, store_option
 from prep.manifest import Store
 from train.architecture import LAYERS
-from train.options import checkpoint_option, gpus_option, precision_option, views_option
+from train.options import checkpoint_option, gpus_option, precision_option
 
 run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -100,7 +100,9 @@ def _make(folder: Path) -> None:
 
 @click.command()
 @_looks
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.html", help="[default: RUN_DIR/report.html]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: RUN_DIR/report.html]"
+)
 def report(
     run_dir: Path,
     store: Path | None,
@@ -132,8 +134,20 @@ def report(
 @click.command()
 @run_argument
 @images_argument
-@seen_store_option
-@views_option
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="ALEXNET_STORE",
+    show_envvar=True,
+    help="The training store, for a run that kept no mean of it.  [default: where it was then]",
+)
+@click.option(
+    "--views",
+    type=click.Choice(["1", "10"]),
+    default="10",
+    show_default=True,
+    help="The centre, or ten views; the softmax is averaged.",
+)
 @click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Classes to name.")
 @checkpoint_option
 @gpus_option

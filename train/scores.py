@@ -90,7 +90,7 @@ def score(
         split=split,
         augmentation=model.recipe.augmentation,
     )
-    with loader, progress(f"{split}, {views} views", records, "images") as report:
+    with loader, progress(f"{split}, {views} view{'s' * (views != 1)}", records, "images") as report:
         result = evaluate(model, loader, report, precision, probabilities)
     held = Records(store, split)
     about = {
