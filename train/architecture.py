@@ -66,12 +66,12 @@ ALEXNET = Architecture(
 )
 JOINED = Architecture(
     "joined",
-    "ours: the paper's widths without columns, so that every layer sees all maps; 62,378,344 parameters",
+    "ours: the paper's widths without columns, so that each sees all maps; 62,378,344 parameters for 1000 classes",
     columns=1,
 )
 HALF = Architecture(
     "half",
-    "ours: one of the two columns alone, a third of the work; 16,630,440 parameters",
+    "ours: one of the two columns alone, a third of the work; 16,630,440 parameters for 1000 classes",
     columns=1,
     widths=Widths(48, 128, 192, 192, 128, 2048, 2048),
 )
@@ -85,7 +85,7 @@ ONE_GPU = Architecture(
 )
 TORCHVISION = Architecture(
     "torchvision",
-    "torchvision.models.alexnet, after Krizhevsky 2014 (arXiv 1404.5997): 61,100,840 parameters",
+    "torchvision.models.alexnet, after Krizhevsky 2014 (arXiv 1404.5997): 61,100,840 parameters for 1000 classes",
     columns=1,
     widths=Widths(64, 192, 384, 256, 256, 4096, 4096),
     conv1_padding=2,
