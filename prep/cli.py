@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from prep.sources import Source
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT, goes_on=("build-lmdb", "import-caffe", "export-files"))
 @click.version_option(package_name="alexnet")
 def main() -> None:
     """Photographs into a store that a stream can read: rescaled, checksummed, in a seeded order.

@@ -72,7 +72,14 @@ class _Shown(click.ClickException):
 
 
 class Group(click.Group):
-    """A command group that turns a user's mistake into one line, and Ctrl-C into exit code 130 (SIGTERM: 143)."""
+    """A command group that turns a user's mistake into one line, and Ctrl-C into exit code 130 (SIGTERM: 143).
+
+    `goes_on` names the commands that keep what they have done when interrupted; the others begin again.
+    """
+
+    def __init__(self, *args: Any, goes_on: tuple[str, ...] = (), **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.goes_on = goes_on
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; raises click.ClickException for UserError, exits 130 or 143 when interrupted."""
@@ -86,7 +93,8 @@ class Group(click.Group):
         except OSError as error:  # of a path that a command was given, most likely
             raise _Shown(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
-            say("Interrupted. The same command goes on from here.")
+            then = "goes on from here" if ctx.invoked_subcommand in self.goes_on else "begins again"
+            say(f"Interrupted. The same command {then}.")
             ctx.exit(143 if isinstance(stop, Terminated) else 130)
 
 

@@ -146,12 +146,16 @@ def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: py
         (UserError("mend it"), 1, "Error: mend it\n"),
         (StoreError("build it"), 1, "Error: build it\n"),
         (DiskFull("no room"), 3, "Error: no room\n"),
-        (KeyboardInterrupt(), 130, "Interrupted. The same command goes on from here.\n"),
-        (Terminated(), 143, "Interrupted. The same command goes on from here.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted. The same command begins again.\n"),
+        (Terminated(), 143, "Interrupted. The same command begins again.\n"),
     ):
         raised.append(error)
         result = alexprep("inspect", "--store", tmp_path)
         assert (result.exit_code, result.stdout, result.stderr) == (code, "", said)
+    raised.append(KeyboardInterrupt())
+    result = alexprep("export-files", tmp_path / "out", "--store", tmp_path)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted. The same command goes on from here.\n")
+    assert set(main.goes_on) < set(main.commands)
     assert alexprep("inspect", "--nothing").exit_code == 2
     for code in ("0:", "1:", "2:", "3:", "130, 143:"):
         assert code in alexprep("--help").stdout

@@ -34,7 +34,7 @@ from train.options import (
 )
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
+@click.group(cls=Group, context_settings=CONTEXT, goes_on=("run", "ablate"))
 @click.version_option(package_name="alexnet")
 def main() -> None:
     """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, look at it.
