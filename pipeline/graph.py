@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.dlpack import from_dlpack
 
 from pipeline.augment import WINDOW_PX, Augmenter, Cuts, still_windows
 from pipeline.placement import Placement, dali
@@ -98,7 +97,8 @@ class Graph:
 
         torch halves: DALI has no bfloat16, and on a CPU takes four times as long for float16 as for float32.
         """
-        return from_dlpack(outputs[0].as_tensor()).to(self._dtype)
+        images: torch.Tensor = self._placement.as_torch(outputs[0])
+        return images.to(self._dtype)
 
     def close(self) -> None:
         """Nothing is held but nodes."""

@@ -7,6 +7,7 @@ on which of torch's streams a finished batch is handed over.
 from __future__ import annotations
 
 import re
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -56,8 +57,16 @@ class Placement:
         else:
             import torch
 
-            outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
+            with self._current():
+                outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
         return outputs
+
+    def as_torch(self, output: Any) -> Any:
+        """One of `outputs` as a torch tensor on the same memory."""
+        from torch.utils.dlpack import from_dlpack
+
+        with self._current():
+            return from_dlpack(output.as_tensor())
 
     def tensor(self, array: Any) -> Any:
         """A NumPy array as a torch tensor where the batches lie."""
@@ -66,7 +75,18 @@ class Placement:
         host = torch.from_numpy(array)
         if self.device_id is None:
             return host
-        return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)  # unpinned, the host would wait
+        with self._current():  # or pinning would take memory of GPU 0
+            return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)  # unpinned, the host would wait
+
+    def _current(self) -> AbstractContextManager[object]:
+        """Inside, the GPU is CUDA's current one. Torch's default stream is the number 0, which DALI takes for that of
+        the current GPU: were it another, DALI would wait for, and free memory by, the wrong stream.
+        """
+        if self.device_id is None:
+            return nullcontext()
+        import torch
+
+        return torch.cuda.device(self.device_id)
 
     def place(self, node: Any) -> Any:
         """A DALI node of the reader, moved to where the operators are."""

@@ -1,0 +1,50 @@
+"""What a GPU's placement asks of CUDA, on a machine without one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.placement import Placement
+
+
+def test_a_batch_is_handed_over_while_its_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--gpus 1` leaves GPU 0 current, and 0, torch's default stream, is then the stream of another GPU to DALI."""
+    current = [0]
+    seen: dict[str, int] = {}
+
+    @contextmanager
+    def device(number: int) -> Iterator[None]:
+        current.append(number)
+        yield
+        current.pop()
+
+    class Output:
+        def as_tensor(self) -> np.ndarray[Any, Any]:
+            seen["as_tensor"] = current[-1]
+            return np.ones(3, np.float32)
+
+    def outputs(stream: str) -> tuple[Output]:
+        seen["outputs"] = current[-1]
+        assert stream == "the stream of 1"
+        return (Output(),)
+
+    def pin(labels: torch.Tensor) -> torch.Tensor:
+        seen["pin_memory"] = current[-1]
+        return labels
+
+    monkeypatch.setattr("torch.cuda.device", device)
+    monkeypatch.setattr("torch.cuda.current_stream", lambda number: f"the stream of {number}")
+    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
+    monkeypatch.setattr("torch.Tensor.to", lambda labels, *where, **how: labels)
+    placement = Placement(1)
+    (output,) = placement.outputs(SimpleNamespace(outputs=outputs))
+    assert placement.as_torch(output).tolist() == [1, 1, 1]
+    assert placement.tensor(np.arange(2)).tolist() == [0, 1]
+    assert seen == {"outputs": 1, "as_tensor": 1, "pin_memory": 1} and current == [0]
