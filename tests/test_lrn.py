@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
@@ -263,6 +264,44 @@ def test_triton_by_its_interpreter() -> None:
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=False, timeout=120
     )
     assert done.returncode == 0, done.stderr
+
+
+class SaidToBeOnAGpu(Tensor):
+    """What the choice between the ways is tried with where there is no GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["it raises", "it is wrong"])
+def test_triton_that_cannot_compile_is_done_without(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An image without a C compiler has Triton and cannot use it: training stopped at the first normalisation. It is
+    tried once, here first by an evaluation.
+    """
+
+    def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+        tried.append(x)
+        if wrong:
+            return x * alpha
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    tried: list[Tensor] = []
+    monkeypatch.setattr(native, "kernel", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "train.lrn_triton", SimpleNamespace(local_response_norm=kernel))
+    monkeypatch.setattr("train.lrn_triton", sys.modules["train.lrn_triton"], raising=False)
+    lrn.triton_fault.cache_clear()
+    x = maps_of(7)
+    try:
+        with torch.no_grad():
+            found = [local_response_norm(x.as_subclass(SaidToBeOnAGpu), 5, 1e-2, 0.75, 2.0) for _ in range(2)]
+        assert all(torch.equal(b, local_response_norm(x, 5, 1e-2, 0.75, 2.0)) for b in found)
+        said = capsys.readouterr().err
+        assert len(tried) == 1 and said.count("\n") == 1 and "PyTorch's operators" in said
+        assert ("something else" if wrong else "RuntimeError: Failed to find C compiler") in said
+    finally:
+        lrn.triton_fault.cache_clear()
 
 
 @needs_triton

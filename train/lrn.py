@@ -10,7 +10,7 @@ and so does torch.nn.LocalResponseNorm: its `alpha` is n times ours.
 Three ways, by where x is; each keeps x for the backward pass and nothing else, and can take the ReLU before it along:
 
     float32 on a CPU with β = ¾   native.c: s^−¾ is two square roots. Within 6 ulp of the formula.
-    on a GPU                      lrn_triton.py, where Triton is installed
+    on a GPU                      lrn_triton.py, where Triton is installed and compiles: triton_fault
     all else                      PyTorch's operators, below: what the others are tested against
 
 Under torch.export, which sees no C and would write out additions in place as scatters, it is `_traced`.
@@ -18,6 +18,7 @@ Under torch.export, which sees no C and would write out additions in place as sc
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import math
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prep.console import say
 from train import native
 
 
@@ -42,7 +44,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
         result = _traced(_activations(x, relu), (size, 1, 1), alpha, beta, k).to(x.dtype)
     elif fits_kernel(x, beta):
         result = _Compiled.apply(channels_last(x), native.Norm(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    elif x.is_cuda and x.dtype != torch.float64 and x.numel() and _triton_is_there():
+    elif x.is_cuda and x.dtype != torch.float64 and x.numel() and triton_fault(x.device) is None:
         from train import lrn_triton
 
         result = lrn_triton.local_response_norm(x, size, alpha, beta, k, relu)
@@ -70,8 +72,31 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _triton_is_there() -> bool:
-    return importlib.util.find_spec("triton") is not None
+@functools.cache
+def triton_fault(device: torch.device) -> str | None:
+    """Why Triton's kernel is not used on a GPU; None where it is. It is tried once in a process, and waited for.
+
+    Triton calls a C compiler for what launches a kernel, wants Python's headers for it and a folder to keep it in; an
+    image made for running, not for building, may have none of these, and training goes on without.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        from train import lrn_triton
+
+        with torch.inference_mode(False), torch.enable_grad():  # the first to ask may be an evaluation
+            x = torch.arange(-5.0, 7.0, device=device).view(1, 6, 1, 2).requires_grad_()
+            ways = [of(x, 5, 0.1, 0.75, 2.0, True) for of in (lrn_triton.local_response_norm, _Plain.apply)]
+            pairs = [ways, [torch.autograd.grad(way.square().sum(), x)[0] for way in ways]]
+        alike = all(torch.allclose(found, wanted, rtol=1e-4, atol=1e-5) for found, wanted in pairs)
+        fault = None if alike else "Triton computes something else"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of a compiler, a driver, a disk
+        fault = f"Triton fails: {type(error).__name__}: {error}".splitlines()[0][:300]
+    if fault is not None:
+        say(f"{device}: {fault}. The normalisation goes by PyTorch's operators, and takes longer.")
+    return fault
 
 
 class _Compiled(torch.autograd.Function):

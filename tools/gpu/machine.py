@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,19 @@ from prep.console import UserError, usable_cores
 from prep.manifest import Store
 from train.architecture import ALEXNET, Architecture, Widths
 from train.devices import Devices
+from train.lrn import triton_fault
 
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
 # Dense peaks of the matrix units by the vendor's data sheets, TFLOP/s: bfloat16, on a V100 float16.
-_PEAKS = ((r"GH200|H200|H100.*HBM3|H100 SXM", 989.0), (r"H100.*PCIe", 756.0), (r"A100", 312.0), (r"V100", 125.0))
+_PEAKS = (
+    (r"H[12]00 NVL", 835.0),  # a card of 400 or 600 W
+    (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
+    (r"H100.*PCIe", 756.0),
+    (r"A100", 312.0),
+    (r"V100", 125.0),
+)
 
 
 @dataclass(frozen=True)
@@ -117,6 +125,7 @@ def machine(devices: Devices) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "dali": dali_version,
+        "triton": _triton(devices),
         "driver": _driver(),
         "cores": usable_cores(),
         "numa_nodes": len(list(Path("/sys/devices/system/node").glob("node[0-9]*"))) or None,
@@ -149,6 +158,13 @@ def peak_tflops(devices: Devices) -> float | None:
 def hours_of_imagenet(images_per_s: float) -> float:
     """Of 90 epochs of 1,281,167 images."""
     return PAPER_EPOCHS * IMAGENET_IMAGES / images_per_s / 3600
+
+
+def _triton(devices: Devices) -> str:
+    """Its version, or why the normalisation goes without it."""
+    if not devices[0].startswith("cuda"):
+        return "not used on a CPU"
+    return triton_fault(torch.device(devices[0])) or version("triton")
 
 
 def _driver() -> str | None:
