@@ -267,6 +267,8 @@ def test_hours_and_shares_of_the_peak(monkeypatch: pytest.MonkeyPatch, plan: Pla
     names = {"cuda:0": "NVIDIA H100 80GB HBM3", "cuda:1": "NVIDIA A100-SXM4-40GB", "cuda:2": "NVIDIA GeForce RTX 9090"}
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: names[str(device)])
     assert peak_tflops(("cuda:0", "cuda:0")) == 989 and peak_tflops(("cuda:0", "cuda:1")) == 989 + 312
+    names |= {f"cuda:{n}": f"NVIDIA {name}" for n, name in enumerate(("H200", "H200 NVL", "H100 NVL", "H100 PCIe"), 3)}
+    assert [peak_tflops((f"cuda:{n}",) * 2) for n in range(3, 7)] == [989, 835, 835, 756]
     assert peak_tflops(("cuda:0", "cuda:2")) is None and peak_tflops(("cpu", "cpu")) is None
     gpu = Plan(plan.store, None, ("cuda:0", "cuda:0"), 128, False)
     monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
@@ -277,7 +279,7 @@ def test_hours_and_shares_of_the_peak(monkeypatch: pytest.MonkeyPatch, plan: Pla
     rows = [row("stream of jpeg", 30_000, 1.0), row("bf16 from jpeg", 19_800, 0.99)]
     rows += [row(name, 20_000.0, 1.0) for name in gpu.precisions]
     found = timings.conclusions(gpu, rows)["bf16"]
-    assert found["tflops"] == pytest.approx(20_000 * 6 * 724_406_816 / 1e12, rel=1e-3)
+    assert found["tflops"] == pytest.approx(20_000 * 2 * (3 * 724_406_816 - 105_415_200) / 1e12, rel=1e-3)
     assert found["share_of_bf16_peak"] == pytest.approx(found["tflops"] / 989, abs=1e-3)
     assert found["from_jpeg"] == {
         "images_per_s": 19_800,

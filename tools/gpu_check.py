@@ -27,8 +27,9 @@ first time through not counted:
 so two runs are compared, one with it and one without.
 
 Then the network at larger batches, the time of a step by kind of kernel (torch.profiler), the memory of its tensors,
-and the step recorded in a CUDA graph. The share of the peak counts 2 · 3 operations for each multiply-add of a forward,
-against the data sheet's dense bfloat16 rate. The hours are those of 90 epochs of 1,281,167 images, goal under 2.
+and the step recorded in a CUDA graph. The share of the peak counts two operations for each multiply-add, three times a
+forward's but for the gradient of the image, which nobody wants, against the data sheet's dense bfloat16 rate. The hours
+are those of 90 epochs of 1,281,167 images, goal under 2.
 
 Exit code 0: every check is ok; 1: one is not, or there is no GPU. `--device cpu --quick` runs the same code end to end
 without a GPU, with eight maps a layer: it tries the tool, and its rates mean nothing.

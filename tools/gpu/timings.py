@@ -240,11 +240,12 @@ def graph(plan: Plan) -> list[Row]:
 def conclusions(plan: Plan, rows: list[Row]) -> dict[str, Any]:
     """What the rates mean: by network fed from a stream, and for the network alone."""
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}  # they are rounded to tenths
-    multiply_adds = sum(row.multiply_adds for row in summarise(1000))
+    layers = [row.multiply_adds for row in summarise(1000)]
+    multiply_adds = 3 * sum(layers) - layers[0]  # forward, gradients of weights, of inputs: the image wants none
     peak = peak_tflops(plan.devices) if plan.on_gpu else None
     found: dict[str, Any] = {}
     for precision in plan.precisions:
-        tflops = rate[precision] * multiply_adds * 2 * 3 / 1e12  # a step is thrice a forward
+        tflops = rate[precision] * multiply_adds * 2 / 1e12
         entry: dict[str, Any] = {"images_per_s": rate[precision]}
         if plan.on_gpu:
             entry["tflops"] = round(tflops, 1)
