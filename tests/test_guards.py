@@ -165,7 +165,19 @@ def raise_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
 
-@pytest.mark.parametrize("run_out", [lambda: torch.empty(1 << 48), raise_out_of_memory], ids=["CPU", "GPU"])
+def raise_untyped(words: str) -> None:
+    raise RuntimeError(words)
+
+
+RUN_OUT = {
+    "CPU": lambda: torch.empty(1 << 48),
+    "GPU": raise_out_of_memory,
+    "driver": lambda: raise_untyped("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    "cuBLAS": lambda: raise_untyped("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+}
+
+
+@pytest.mark.parametrize("run_out", RUN_OUT.values(), ids=RUN_OUT)
 @pytest.mark.parametrize(("parts", "named"), [(1, "--accumulate 2"), (2, "--accumulate 4"), (8, "Give --batch 4")])
 def test_a_lack_of_memory_is_said_with_what_fits(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_out: Any, parts: int, named: str

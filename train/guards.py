@@ -35,6 +35,9 @@ STUCK_SHARE = 0.01  # of ln(classes): how near is stuck
 ZERO_NATS = 1e-6
 ONE_CLASS_IMAGES = 32  # fewer labels of one class may be chance
 
+# What a lack of memory is called where it has no type of its own: a CPU's allocator, the driver's and DALI's, cuBLAS.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
 
 class Diverged(UserError):
     """The loss, a gradient or a parameter is no longer a number."""
@@ -220,8 +223,9 @@ def out_of_memory(config: RunConfig) -> Iterator[None]:
     """Say what fits where a device or the machine has no memory left; raises UserError for that, else what it was."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; the CPU's has no type
-        if not isinstance(error, MemoryError | torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        typed = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not typed and not any(words in str(error) for words in _NO_MEMORY):
             raise
         raise UserError(_memory_advice(config, str(error).strip().split("\n")[0][:200])) from None
 
