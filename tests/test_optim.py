@@ -44,6 +44,30 @@ def test_update_is_the_papers_rule_over_a_drop_of_the_rate(grads: np.ndarray) ->
     assert np.allclose(found, expected, rtol=1e-13)
 
 
+@pytest.mark.parametrize("momentum", [0.9, 0.0])
+@pytest.mark.parametrize("last", [True, False], ids=["channels last", "gradients of another layout"])
+def test_lists_of_one_device_are_updated_by_the_rule(
+    momentum: float, last: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without native.c, as on a GPU: two parameters by one call, or one operator after the other."""
+    monkeypatch.setattr("train.native.kernel", None)
+    layout = torch.channels_last if last else torch.contiguous_format
+    start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
+    ours = [torch.nn.Parameter(torch.tensor(w).contiguous(memory_format=torch.channels_last)) for w in start]
+    optimiser = PaperSGD([{"params": ours, "weight_decay": 0.05}], momentum)
+    expected, v = start.astype(np.float64), np.zeros(start.shape)
+    for lr, seed in zip([0.1] * 3 + [0.01] * 3, range(6), strict=True):
+        grad = np.random.default_rng(seed).normal(size=start.shape).astype(np.float32)
+        v = momentum * v - 0.05 * lr * expected - lr * grad
+        expected = expected + v
+        optimiser.param_groups[0]["lr"] = lr
+        for w, g in zip(ours, grad, strict=True):
+            w.grad = torch.tensor(g).contiguous(memory_format=layout)
+        optimiser.step()
+    assert np.allclose([w.detach().numpy() for w in ours], expected, rtol=1e-5, atol=1e-6)
+    assert np.allclose([optimiser.velocity(w).numpy() for w in ours], v, rtol=1e-5, atol=1e-6)
+
+
 def test_torch_sgd_is_the_same_at_one_rate_and_differs_after_a_drop(grads: np.ndarray) -> None:
     def both(rates: list[float]) -> tuple[np.ndarray, np.ndarray]:
         ours, theirs = (torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
