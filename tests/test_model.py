@@ -181,6 +181,8 @@ def test_dropout_zeroes_in_training_and_halves_in_test() -> None:
     assert set(dropped.unique().tolist()) == {0.0, 1.0}
     assert abs(dropped.mean().item() - 0.5) < 3.3 * 0.5 / 100_000**0.5
     assert (model.eval()._drop(ones) == 0.5).all()
+    model.recipe = replace(PAPER, dropout=0.25)
+    assert (model._drop(ones) == 0.75).all() and 0.7 < model.train()._drop(ones).mean() < 0.8
     model.recipe = replace(PAPER, dropout_scales_training=True)
     assert set(model.train()._drop(ones).unique().tolist()) == {0.0, 2.0}
     assert (model.eval()._drop(ones) == 1).all()
