@@ -1,10 +1,12 @@
 """One run killed again and again, each time given again; a program of tests/test_survival.py.
 
-killed.py STORE RUN_DIR SEED KILLS HOW. Each attempt is a fork of this process, which has imported everything and begun
-nothing. HOW: `at` kills itself with SIGKILL just before one of its doings: a file opened to write, signed, synced,
-renamed, linked or removed, a step done; attempt k dies from step k on, some doings later. `when` is killed by its
-parent after a random time. The first attempt, into the folder `whole` beside RUN_DIR, and the last are left alone.
-Says a JSON object: kills, and at what. Wants OMP_NUM_THREADS=1: threads do not survive a fork.
+killed.py STORE RUN_DIR SEED HOW. Each attempt is a fork of this process, which has imported everything and begun
+nothing. An attempt into the folder `whole` beside RUN_DIR is left alone; then come ten that are to be killed, and one
+that is left alone again. HOW: `at` kills itself with SIGKILL just before one of its doings: a file opened to write,
+signed, synced, renamed, linked or removed, a step done. Attempt k, of 0 to 9, dies some doings after the run of nine
+steps has made k of them: all ten die, for a run that is done has doings too when it is given again. `when` is killed
+by its parent after a random time, and may be done before; the first one early, so that it is not. Says a JSON object:
+kills, and at what. Wants OMP_NUM_THREADS=1: threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -27,6 +29,9 @@ import train.loop
 from train import checkpoint
 from train.loop import fit
 from train.step import TrainingStep
+
+STEPS = 9  # of the run
+KILLS = STEPS + 1
 
 armed_at: int | None = None  # the step from which on doings are counted
 left = 0
@@ -67,11 +72,11 @@ def stepped(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingStep._
     return done
 
 
-def attempt(store: Path, run_dir: Path, how: str, chance: random.Random, number: int | None, run_s: float) -> str:
-    """How a fork ended: what it was killed at, or nothing where it was done."""
+def attempt(store: Path, run_dir: Path, how: str, chance: random.Random, number: int | None, within_s: float) -> str:
+    """How a fork ended: what it was killed at, or nothing where it was done. `number` None: it is left alone."""
     global armed_at, left, steps, says
     reads, says = os.pipe()
-    doings, delay_s = chance.randrange(8), chance.uniform(0, run_s)
+    doings, delay_s = chance.randrange(8), chance.uniform(0, within_s)
     child = os.fork()
     if child == 0:
         if number is not None and how == "at":
@@ -94,13 +99,14 @@ def attempt(store: Path, run_dir: Path, how: str, chance: random.Random, number:
     return ""
 
 
-def main(store: Path, run_dir: Path, seed: int, kills: int, how: str) -> None:
+def main(store: Path, run_dir: Path, seed: int, how: str) -> None:
     chance = random.Random(seed)
     started = time.monotonic()
     assert attempt(store, run_dir.with_name("whole"), how, chance, None, 0) == ""
     run_s = time.monotonic() - started
-    ends = [attempt(store, run_dir, how, chance, number, run_s) for number in range(kills)]
-    assert attempt(store, run_dir, how, chance, None, run_s) == ""
+    assert int(checkpoint.checkpoints(run_dir.with_name("whole"))[-1].stem[-8:]) == STEPS
+    ends = [attempt(store, run_dir, how, chance, number, run_s if number else run_s / 4) for number in range(KILLS)]
+    assert attempt(store, run_dir, how, chance, None, 0) == ""
     died = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": died.total(), "at": dict(died)}) + "\n")
     sys.stdout.flush()
@@ -112,4 +118,4 @@ if __name__ == "__main__":
     os.fsync, checkpoint._sign = told("fsync", os.fsync), told("sign", checkpoint._sign)
     train.loop.TrainingStep.__call__ = stepped
     sys.addaudithook(watch)
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,6 +1,6 @@
 """What a run survives: kills at any doing, bits that flip, disks that fill; what it takes over, and what it hands on.
 
-The small network of tests/test_loop.py. Kills are those of tests/killed.py: 10 here, 100 by `make soak`.
+The small network of tests/test_loop.py. Kills are those of tests/killed.py: 10 here, up to 100 by `make soak`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from train.run import RunConfig, load_trained
 # ---------------------------------------------------------------- kills
 
 
-def killed(store: Path, run_dir: Path, seed: int, kills: int, how: str) -> dict[str, Any]:
-    """Kill a run so often, and hold its result to that of a run that was not."""
-    words = [str(Path(__file__).with_name("killed.py")), str(store), str(run_dir), str(seed), str(kills), how]
+def killed(store: Path, run_dir: Path, seed: int, how: str) -> dict[str, Any]:
+    """Kill a run up to ten times, and hold its result to that of a run that was not killed."""
+    words = [str(Path(__file__).with_name("killed.py")), str(store), str(run_dir), str(seed), how]
     root = Path(__file__).parent.parent
     done = subprocess.run(
         [sys.executable, *words],
@@ -62,7 +62,7 @@ def killed(store: Path, run_dir: Path, seed: int, kills: int, how: str) -> dict[
 
 
 def test_ten_kills_change_no_bit_and_leave_nothing_behind(stores: dict[str, Path], tmp_path: Path) -> None:
-    said = killed(stores["ppm"], tmp_path / "run", 1, 10, "at")
+    said = killed(stores["ppm"], tmp_path / "run", 1, "at")
     assert said["kills"] == 10 and len(said["at"]) >= 3
 
 
@@ -70,9 +70,9 @@ def test_ten_kills_change_no_bit_and_leave_nothing_behind(stores: dict[str, Path
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("how", ["at", "when"])
 def test_a_hundred_kills(stores: dict[str, Path], tmp_path: Path, how: str, seed: int) -> None:
-    """Half of them at doings, half at any time, up to 110; fewer where a run was done before its time had come."""
-    said = killed(stores["ppm"], tmp_path / "run", seed, 11, how)
-    assert said["kills"] >= (8 if how == "at" else 1)
+    """Ten of each run: at doings all of them; at any time those that came before it was done, as the first does."""
+    said = killed(stores["ppm"], tmp_path / "run", seed, how)
+    assert said["kills"] == 10 if how == "at" else 1 <= said["kills"] <= 10
 
 
 def test_a_line_that_a_power_cut_tore_is_taken_back(
