@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -274,16 +275,23 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
+_LOCK_TRIES, _LOCK_TRY_S = 5, 0.02
+
+
 @contextmanager
 def hold_lock(folder: Path, doing: str) -> Iterator[None]:
     """Be the only one of `doing` in a folder; raises UserError where another is. Ends with the process."""
     with open(folder / ".lock", "a") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"{folder}: another {doing} is at work in this folder. Wait for it, or name another."
-            ) from None
+        for left in reversed(range(_LOCK_TRIES)):
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:  # perhaps by lock_is_held, for a moment
+                if not left:
+                    raise UserError(
+                        f"{folder}: another {doing} is at work in this folder. Wait for it, or name another."
+                    ) from None
+                time.sleep(_LOCK_TRY_S)
         yield
 
 

@@ -154,3 +154,13 @@ def test_a_lock_is_looked_at_without_being_taken(tmp_path: Path) -> None:
         assert not lock_is_held(tmp_path)
     with hold_lock(tmp_path, "training"):
         pass
+
+
+def test_who_looks_at_a_lock_keeps_no_one_from_taking_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with hold_lock(tmp_path, "training"):
+        pass
+    with open(tmp_path / ".lock") as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        monkeypatch.setattr("prep.manifest.time.sleep", lambda s: fcntl.flock(other, fcntl.LOCK_UN))
+        with hold_lock(tmp_path, "training"):
+            assert lock_is_held(tmp_path)
