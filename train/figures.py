@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from prep.console import UserError, quoted
 from prep.manifest import ColourStats
 from train.drawing import BLUE, GREY, ORANGE, format_of, rendered, save, show, stretched, tiled
+from train.folder import read_lines
 
 _ACROSS = 16  # kernels in a row
 _FELL = 0.6  # of the rate before: less than this is a drop, more is a schedule that falls all the time
@@ -21,11 +21,8 @@ _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl; raises UserError where there are none."""
-    try:
-        lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir / 'metrics.jsonl'}: cannot be read ({error}).") from None
+    """The whole lines of a run's metrics.jsonl; raises UserError where there are none."""
+    lines = read_lines(run_dir)
     if not lines:
         raise UserError(f"{run_dir / 'metrics.jsonl'}: empty. Train first: alextrain run --run-dir {quoted(run_dir)}")
     return lines
