@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -99,8 +99,9 @@ class Group(click.Group):
 
 
 def say(text: str) -> None:
-    """One line to a person, on standard error."""
-    click.echo(one_line(text), err=True)
+    """One line to a person, on standard error; where that is closed, or full, the work goes on unheard."""
+    with suppress(OSError):
+        click.echo(one_line(text), err=True)
 
 
 def one_line(text: str) -> str:

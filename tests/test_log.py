@@ -5,6 +5,7 @@ One small run is trained, its standard error a terminal; the rest gives a Log li
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -27,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loop import SMALL, config
 
 import train.cli
+from prep.console import DiskFull, Progress
 from train import checkpoint
 from train.architecture import ALEXNET, ARCHITECTURES, LAYERS
 from train.evaluate import EvalResult
@@ -242,6 +244,53 @@ def test_a_log_says_how_its_run_ended(tmp_path: Path, error: BaseException | Non
         assert raised is error
     status = json.loads((tmp_path / "status.json").read_bytes())
     assert (status["state"], status["said"], status["step"], status["process"]) == (state, said, 7, os.getpid())
+
+
+def test_a_disk_that_is_full_at_the_beginning_is_said_and_costs_no_line(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line(step)) + "\n" for step in (1, 2)))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with pytest.raises(DiskFull, match=r"cannot be written \(File too large\)\. Make room"):
+            Log(tmp_path, PLAN, 2, False, Quiet())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_terminal_that_was_closed_ends_no_run(tmp_path: Path) -> None:
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    live = Live(Console(file=Closed()))
+    live.begin = live.end = lambda *of: live._console.print("…")  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="Input"):
+        live.end()
+    result = EvalResult(0.5, 0.25, 2.0, 12)
+    live.begin = lambda *of: None  # type: ignore[method-assign]
+    with Log(tmp_path, PLAN, 0, False, live) as log:
+        log.validation(1, 10, result)
+    assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "finished"
+
+
+def test_a_validation_that_ends_while_it_is_drawn_breaks_no_picture() -> None:
+    class Ends(Live):
+        looks = 0
+
+        @property
+        def _report(self) -> tuple[str, Progress] | None:
+            self.looks += 1
+            return ("validation", Progress(500, "images")) if self.looks == 1 else None
+
+        @_report.setter
+        def _report(self, value: object) -> None:
+            pass
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(Ends(console))
+    assert "validation: 0 of 500 images" in console.export_text()
 
 
 def test_a_terminal_shows_a_run_and_is_left_tidy(told: Told) -> None:

@@ -47,7 +47,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def parsed(text: str) -> dict[str, Any] | None:
+def parsed(text: bytes) -> dict[str, Any] | None:
     """A line of metrics.jsonl; None for one that was cut short, or is none."""
     try:
         line = json.loads(text)
@@ -56,13 +56,13 @@ def parsed(text: str) -> dict[str, Any] | None:
         return None
 
 
-def read_texts(run_dir: Path) -> list[str]:
-    """The lines of a run's metrics.jsonl as they are there; raises UserError where it cannot be read."""
+def read_texts(run_dir: Path) -> list[bytes]:
+    """The lines of a run's metrics.jsonl as they are there, whole or not; raises UserError where it cannot be read."""
     try:
-        return (run_dir / METRICS).read_text().splitlines()
+        return (run_dir / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
         return []
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise UserError(f"{run_dir / METRICS}: cannot be read ({error}).") from None
 
 

@@ -7,7 +7,7 @@ meanwhile scrolls by above it, as does a line for each validation; at its end it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -76,7 +76,8 @@ class Live(Lines):
     def validation(self, line: Line) -> None:
         """As in Lines."""
         self._count(line)
-        self._console.print(validation_text(line), highlight=False)
+        with suppress(OSError):  # the terminal was closed
+            self._console.print(validation_text(line), highlight=False)
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
@@ -109,8 +110,8 @@ class Live(Lines):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if self._report is not None:
-            label, report = self._report
+        if (under_way := self._report) is not None:  # looked at once: the loop may end it meanwhile
+            label, report = under_way
             yield Text(f"{label}: {report.done:,} of {report.total:,} {report.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
             yield Text(

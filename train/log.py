@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.loader import TrainLoader
-from prep.console import Terminated, disk_error
+from prep.console import Terminated, UserError, disk_error
 from prep.manifest import write_atomic
 from train.append import Appended
 from train.evaluate import EvalResult
@@ -31,21 +31,22 @@ class Log:
     """The account of one run; a context, whose end says how the run ended."""
 
     def __init__(self, run_dir: Path, plan: Plan, step: int, validation_due: bool, view: Lines) -> None:
-        """Take back what is later than `step`, and its validation if that is due, then tell from there on."""
+        """Take back what is later than `step`, and its validation if that is due, then tell from there on.
+
+        Raises as `sync`.
+        """
         self.path, self.view, self.step = run_dir / METRICS, view, step
         last = step, "train" if validation_due else "val"  # a step's validation comes after its line of training
         found = [(text, line) for text in read_texts(run_dir) if (line := parsed(text)) is not None]
         kept = [(text, line) for text, line in found if (line["step"], line["kind"]) <= last]
-        if self.path.exists():
-            write_atomic(self.path, "".join(text + "\n" for text, _ in kept).encode())
         lines = [line for _, line in kept]
-        self._file = Appended(self.path)
-        self._events: EventFile | None = None
         try:
-            self._events = EventFile(run_dir / EVENTS, lines, step)
-        except NoTensorBoard as error:
-            view.note(str(error))
-        self._say_status("training")
+            if self.path.exists():
+                write_atomic(self.path, b"".join(text + b"\n" for text, _ in kept))
+            self._file, self._events = Appended(self.path), self._event_file(lines, step)
+            self._say_status("training")
+        except OSError as error:
+            raise _not_written(run_dir, error) from None
         view.begin(plan, lines, step)
 
     def __enter__(self) -> Log:
@@ -54,7 +55,8 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.view.end()
+        with suppress(OSError):  # the terminal was closed
+            self.view.end()
         with suppress(OSError):  # what ended the run is to be said, not that a full disk holds no more of it
             if error is None:
                 self._say_status("finished")
@@ -88,7 +90,14 @@ class Log:
         try:
             self._file.sync()
         except OSError as error:
-            raise disk_error(error, f"{self.path}: cannot be written ({error.strerror or error}).") from None
+            raise _not_written(self.path, error) from None
+
+    def _event_file(self, lines: list[dict[str, Any]], step: int) -> EventFile | None:
+        try:
+            return EventFile(self.path.with_name(EVENTS), lines, step)
+        except NoTensorBoard as error:
+            self.view.note(str(error))
+            return None
 
     def _write(self, line: dict[str, Any]) -> None:
         line["unix_time_s"] = round(time.time(), 3)
@@ -104,3 +113,7 @@ class Log:
         about = {"process": os.getpid(), "host": platform.node(), "unix_time_s": round(time.time(), 3)}
         status = {"state": state, "said": said, "step": self.step, **about}
         write_atomic(self.path.with_name(STATUS), json.dumps(status).encode())
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -206,9 +206,11 @@ class _Stop:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, nothing is lost by stopping: raise right away."""
+        """Inside, nothing is lost by stopping: raise right away, also what was asked for since the loop looked last."""
         self.waits = False
         try:
+            if self.asked is not None:
+                raise self.asked
             yield
         finally:
             self.waits = True
@@ -218,7 +220,8 @@ class _Stop:
         if self.asked is not None or not self.waits:
             raise stop
         self.asked = stop
-        say("Stopping after this step, with a checkpoint.")
+        with suppress(RuntimeError):  # the signal came in the middle of another line, which cannot be broken into
+            say("Stopping after this step, with a checkpoint.")
 
 
 @contextmanager
