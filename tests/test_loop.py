@@ -5,21 +5,29 @@ A small network on the CPU. Kills, checkpoints and forks are tests/test_survival
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
+import sys
+import termios
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.loader import EvalLoader, TrainLoader, train_loader
-from prep.console import UserError
+from prep.console import Terminated, UserError, say
 from train import checkpoint
 from train.architecture import ALEXNET, HALF, Widths
 from train.folder import CLOCKED
-from train.loop import fit
+from train.keepsake import keep_mean_image
+from train.loop import _stop_requests, fit
 from train.model import AlexNet
 from train.recipe import Change, Cosine
 from train.recipes import SHORT
@@ -150,10 +158,12 @@ def test_another_store_is_refused(stores: dict[str, Path], whole_run: Path) -> N
         fit(config(stores["ppm"], whole_run))
 
 
-def test_a_folder_of_something_else_is_refused(stores: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("dear")
+@pytest.mark.parametrize("name", ["letter.txt", "metrics.jsonl"])
+def test_a_folder_of_something_else_is_refused(stores: dict[str, Path], tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("dear")
     with pytest.raises(UserError, match="something else than a run"):
         fit(config(stores["jpeg"], tmp_path))
+    assert (tmp_path / name).read_text() == "dear"
 
 
 def test_a_torn_checkpoint_is_passed_over(stores: dict[str, Path], whole_run: Path, tmp_path: Path, capsys) -> None:
@@ -215,6 +225,38 @@ def test_a_signal_during_validation_ends_the_run_at_once_and_loses_nothing(
     same_result(run_dir, whole_run)
 
 
+def test_a_signal_just_before_a_validation_does_not_wait_for_it() -> None:
+    """After the loop has looked for one: the validation of ImageNet takes minutes."""
+    with _stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(Terminated), stop.at_once():
+            pytest.fail("it began")
+
+
+def test_a_signal_in_the_middle_of_a_line_that_waits_for_its_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python refuses to write another within it."""
+    reads, writes = os.pipe()
+    main = threading.get_ident()
+
+    def interrupt_then_read() -> None:
+        while int.from_bytes(fcntl.ioctl(reads, termios.FIONREAD, bytes(4)), sys.byteorder) < 1 << 16:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        signal.pthread_kill(main, signal.SIGINT)
+        time.sleep(0.05)
+        while os.read(reads, 1 << 16):
+            pass
+
+    reader = threading.Thread(target=interrupt_then_read)
+    with os.fdopen(writes, "w") as stderr, monkeypatch.context() as patch, _stop_requests() as stop:
+        patch.setattr(sys, "stderr", stderr)
+        reader.start()
+        say("x" * (1 << 18))
+    reader.join()
+    os.close(reads)
+    assert isinstance(stop.asked, KeyboardInterrupt)
+
+
 def test_torn_checkpoints_do_not_push_out_good_ones(stores: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(config(stores["jpeg"], run_dir, steps=2))
@@ -238,6 +280,13 @@ def test_settings_of_a_run_that_never_reached_a_checkpoint_bind_nobody(stores: d
         fit(config(stores["jpeg"], run_dir, batch_size=64))
     fit(config(stores["jpeg"], run_dir, steps=1))
     assert json.loads((run_dir / "run.json").read_text())["settings"]["batch_size"] == 8
+
+
+def test_a_mean_image_is_that_of_the_store_though_the_folder_was_begun_with_another(tmp_path: Path) -> None:
+    recipe = replace(SHORT, augmentation=replace(SHORT.augmentation, mean="image"))
+    for value in (1.0, 2.0):
+        keep_mean_image(tmp_path, SimpleNamespace(mean_image=lambda: np.full((3, 4, 4), value)), recipe)  # noqa: B023
+        assert (np.load(tmp_path / "mean_image.npy") == value).all()
 
 
 def test_a_trained_network_is_loaded_by_the_recipe_that_it_was_trained_with(

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,8 +81,8 @@ def test_a_line_that_a_power_cut_tore_is_taken_back(
     tmp_path: Path,
 ) -> None:
     run_dir = fit(config(stores["jpeg"], tmp_path / "run", steps=4))
-    with open(run_dir / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "train", "ep')
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "ep\0\0\xc3\n\xff\xfe')
     fit(config(stores["jpeg"], run_dir))
     same_result(run_dir, whole_run)
 
@@ -194,6 +194,71 @@ def test_best_is_kept_where_files_have_one_name(tmp_path: Path, monkeypatch: pyt
     keeper.save(1, {"step": 1}, False, lambda: None)
     keeper.validated(1, 0.5)
     assert checkpoint.load(tmp_path, "best")["step"] == 1
+
+
+def test_what_a_kill_left_undone_after_a_checkpoint_is_done_when_the_run_is_given_again(tmp_path: Path) -> None:
+    """A run killed as it ended: nothing is saved again, yet best.pt and the number of checkpoints are right."""
+    keeper = checkpoint.Keeper(tmp_path, 3, None)
+    for step in (1, 2, 3):
+        keeper.save(step, {"step": step}, False, lambda: None)
+    (tmp_path / BEST).write_bytes(b"an older one")
+    ended = {"step": 3, "best": {"step": 3, "top1_error": 0.5}, "ancestry": []}
+    checkpoint.Keeper(tmp_path, 2, ended)
+    assert [path.name[-4:-3] for path in checkpoints(tmp_path)] == ["2", "3"]
+    assert checkpoint.load(tmp_path, "best")["step"] == 3
+    checkpoint.Keeper(tmp_path, 2, {**ended, "best": {"step": 2, "top1_error": 0.5}})
+    assert checkpoint.load(tmp_path, "best")["step"] == 3
+
+
+def test_a_checkpoint_of_another_step_than_its_name_is_refused_and_others_files_are_left(tmp_path: Path) -> None:
+    paths = [checkpoint.save(tmp_path, step, {"step": step}) for step in (3, 4)]
+    for name in ("checkpoint-mine.pt", "checkpoint-00000004 (copy).pt"):
+        shutil.copy(paths[0], tmp_path / name)
+    assert checkpoints(tmp_path) == paths and checkpoint.load(tmp_path)["step"] == 4
+    shutil.copy(paths[0], tmp_path / "checkpoint-00000009.pt")
+    with pytest.raises(
+        UserError, match=r"00000009\.pt: is of step 3\. Name it checkpoint-00000003\.pt, or move it away"
+    ):
+        checkpoint.load(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        ("_digests", PermissionError(13, "Permission denied"), r"00000002\.pt: cannot be read \(Permission denied\)"),
+        ("torch.load", RuntimeError("can't allocate memory"), "can't allocate memory"),
+    ],
+)
+def test_a_whole_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_torn_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception, said: str
+) -> None:
+    """The one before it would be used, and this one removed."""
+
+    def fail(*of: object, **more: object) -> None:
+        raise error
+
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"step": step})
+    monkeypatch.setattr(f"train.checkpoint.{where}", fail)
+    with pytest.raises((UserError, RuntimeError), match=said) as told:
+        checkpoint.load_latest(tmp_path)
+    assert not isinstance(told.value, Unreadable)
+
+
+def test_a_checkpoint_that_the_run_removes_before_it_is_read_is_not_taken_for_a_torn_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keeper = checkpoint.Keeper(tmp_path, 1, None)
+    keeper.save(1, {"step": 1}, False, lambda: None)
+
+    def read_late(path: Path) -> dict[str, Any]:
+        if path.name.endswith("1.pt"):
+            keeper.save(2, {"step": 2}, False, lambda: None)
+        return read(path)
+
+    monkeypatch.setattr(checkpoint, "read", read_late)
+    assert checkpoint.load(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
 
 
 # ---------------------------------------------------------------- full disks
@@ -375,6 +440,31 @@ def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
     assert ended.exit_code == 0, ended.output
     assert "begins with" in ended.stderr and "1 difference: accumulate" in ended.stderr
     assert checkpoint.load(tmp_path / "fork")["step"] == 3 and checkpoint.load(tmp_path / "run")["step"] == 2
+
+
+@pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
+def test_a_run_that_no_one_hears_still_ends_with_a_checkpoint(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """`alextrain run 2>&1 | tee log`, and Ctrl-C, which ends tee first; or a log on the disk that is full."""
+    log_line, (reads, writes) = Log.train, os.pipe()
+    os.close(reads)
+    stderr = os.fdopen(os.open("/dev/full", os.O_WRONLY) if where == "a full disk" else os.dup(writes), "w")
+    os.close(writes)
+
+    def interrupted(self: Log, line: dict[str, Any]) -> None:
+        if line["step"] == 1:
+            monkeypatch.setattr(sys, "stderr", stderr)
+            os.kill(os.getpid(), signal.SIGINT)
+        log_line(self, line)
+
+    monkeypatch.setattr(Log, "train", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        fit(config(stores["ppm"], tmp_path / "run"))
+    monkeypatch.undo()
+    with suppress(OSError):
+        stderr.close()
+    assert checkpoint.load(tmp_path / "run")["step"] == 2
 
 
 def test_parts_that_do_not_divide_a_batch_are_refused(store: Path, tmp_path: Path) -> None:

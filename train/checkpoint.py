@@ -16,7 +16,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from io import BufferedRandom
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, BinaryIO
 
 import torch
 
@@ -75,13 +76,15 @@ class Keeper:
     """The checkpoints of a run under way, and what each takes over from the one before it."""
 
     def __init__(self, run_dir: Path, keep: int, state: Mapping[str, Any] | None) -> None:
-        """`state`: the checkpoint that the run goes on from. Removes what a kill has left half written."""
+        """`state`: the checkpoint that the run goes on from. Removes and mends what a kill has left half done."""
         self.run_dir, self.keep = run_dir, keep
         self.best: dict[str, Any] | None = None if state is None else state["best"]  # step, top1_error in 0..1
         self.ancestry: list[dict[str, Any]] = [] if state is None else state["ancestry"]
         self._failures = 0
         for leftover in run_dir.glob(".*.tmp"):
             leftover.unlink()
+        if state is not None:
+            self._tidy(state["step"])
 
     def save(self, step: int, state: Mapping[str, Any], last: bool, before: Callable[[], None]) -> None:
         """Write a checkpoint, once `before` has written what it relies on, and remove those that are too many.
@@ -91,7 +94,7 @@ class Keeper:
         """
         try:
             before()
-            path = save(self.run_dir, step, {**state, "best": self.best, "ancestry": self.ancestry})
+            save(self.run_dir, step, {**state, "best": self.best, "ancestry": self.ancestry})
         except DiskFull as error:
             self._failures += 1
             if last or self._failures == FULL_DISKS:
@@ -99,10 +102,7 @@ class Keeper:
             say(f"Warning: {error} Training goes on; failure {self._failures} of {FULL_DISKS} before it stops.")
             return
         self._failures = 0
-        if self.best is not None and self.best["step"] == step:
-            self._keep_as_best(path)
-        for old in [p for p in checkpoints(self.run_dir) if p <= path][: -self.keep]:
-            old.unlink()
+        self._tidy(step)
 
     def validated(self, step: int, top1_error: float) -> None:
         """The checkpoint of `step` has this error: the lowest is kept."""
@@ -110,6 +110,14 @@ class Keeper:
         if path.exists() and (self.best is None or top1_error < self.best["top1_error"]):
             self.best = {"step": step, "top1_error": top1_error}
             self._keep_as_best(path)
+
+    def _tidy(self, newest: int) -> None:
+        """Have best.pt name the newest checkpoint where that is the best, and remove those that are too many."""
+        path = path_of(self.run_dir, newest)
+        if self.best is not None and self.best["step"] == newest:
+            self._keep_as_best(path)
+        for old in [p for p in checkpoints(self.run_dir) if p <= path][: -self.keep]:
+            old.unlink()
 
     def _keep_as_best(self, path: Path) -> None:
         best = self.run_dir / BEST
@@ -136,22 +144,29 @@ def drop_after(run_dir: Path, step: int) -> None:
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, without the second name of the best."""
-    return sorted(run_dir.glob("checkpoint-*.pt"))
+    """The checkpoints of a run, oldest first, without the second name of the best, and others' files."""
+    return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
 def load_latest(run_dir: Path) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, on the CPU; None where the run has none.
 
     One that cannot be read is named and passed over. Raises UserError where none of several can be read, or the newest
-    is of another format.
+    is of another format, of another step than its name says, or another user's.
     """
     found = checkpoints(run_dir)
     for path in reversed(found):
         try:
-            return read(path)
+            state = read(path)
         except Unreadable as error:
-            say(f"{error} The one before it is used.")
+            if not path.exists():  # a run at work has newer ones by now
+                return load_latest(run_dir)
+            say(str(error) if path == found[0] else f"{error} The one before it is used.")
+            continue
+        named = path_of(run_dir, state["step"])
+        if path != named:
+            raise UserError(f"{path}: is of step {state['step']:,}. Name it {named.name}, or move it away.")
+        return state
     if found:
         raise UserError(f"{run_dir}: none of its {len(found)} checkpoints can be read. Start a new --run-dir.")
     return None
@@ -180,23 +195,31 @@ def load(run_dir: Path, which: str = "last") -> dict[str, Any]:
 def read(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU, and under `digest` the SHA-256 that it was held to.
 
-    Raises Unreadable for a file that is not, to the bit, what was written; UserError for one of another format.
+    Raises Unreadable for a file that is not, to the bit, what was written; UserError for one of another format, or that
+    may not be read; what torch raises where a whole file cannot be held, as for want of memory.
     """
+    whole = False
     try:
-        told, digest = _digests(path)
-        if told == digest or not told:  # format 1 had no digest
-            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            if state.get("format") != FORMAT:
-                raise UserError(
-                    f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}. Read it with the "
-                    "alexnet release that wrote it."
-                )
-            if told:
-                return {**state, "digest": digest}
+        with open(path, "rb") as file:  # once: a run at work may put another under this name
+            told, digest = _digests(file)
+            whole = told == digest
+            if whole or not told:  # format 1 had no digest
+                file.seek(0)
+                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                if state.get("format") != FORMAT:
+                    raise UserError(
+                        f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}. Read it with "
+                        "the alexnet release that wrote it."
+                    )
+                if whole:
+                    return {**state, "digest": digest}
     except UserError:
         raise
-    except Exception:  # a torn file makes torch raise many kinds, some with advice that is not ours
-        pass
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
+    except Exception as error:  # a torn file makes torch raise many kinds, some with advice that is not ours
+        if whole and not isinstance(error, UnpicklingError):
+            raise
     raise Unreadable(f"{path}: torn, altered or not a checkpoint.")
 
 
@@ -213,17 +236,16 @@ def _sign(file: BufferedRandom) -> None:
     file.write(_MARK + digest.encode())
 
 
-def _digests(path: Path) -> tuple[str, str]:
+def _digests(file: BinaryIO) -> tuple[str, str]:
     """(the digest that a file says, empty where it says none; the digest of what is before it), in hex."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
-        while left > 0:
-            part = file.read(min(left, 1 << 20))
-            if not part:
-                break
-            digest.update(part)
-            left -= len(part)
-        comment = file.read(_COMMENT_BYTES)
+    left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
+    while left > 0:
+        part = file.read(min(left, 1 << 20))
+        if not part:
+            break
+        digest.update(part)
+        left -= len(part)
+    comment = file.read(_COMMENT_BYTES)
     told = comment[len(_MARK) :].decode("ascii", "replace") if comment.startswith(_MARK) else ""
     return told, digest.hexdigest()

@@ -39,11 +39,16 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def keep_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
-    """Write the training split's mean image into the run folder where the recipe subtracts it."""
-    if recipe.augmentation.mean in _WITH_IMAGE and not (run_dir / MEAN_IMAGE).exists():
-        content = io.BytesIO()
-        np.save(content, store.mean_image())
-        write_atomic(run_dir / MEAN_IMAGE, content.getvalue())
+    """Write the training split's mean image into the run folder where the recipe subtracts it.
+
+    One that is there may be another store's: of a run that ended before its first checkpoint, which binds nobody.
+    """
+    if recipe.augmentation.mean not in _WITH_IMAGE:
+        return
+    content, path = io.BytesIO(), run_dir / MEAN_IMAGE
+    np.save(content, store.mean_image())
+    if not path.exists() or path.read_bytes() != content.getvalue():
+        write_atomic(path, content.getvalue())
 
 
 def description(run_dir: Path) -> dict[str, Any]:

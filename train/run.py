@@ -66,7 +66,7 @@ def claim(run_dir: Path) -> None:
     """Make the run folder; raises UserError where it cannot be made or belongs to something else."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        names = [p.name for p in run_dir.iterdir() if p.name not in (".lock", "metrics.jsonl")]
+        names = [p.name for p in run_dir.iterdir() if p.name != ".lock"]
         others = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
