@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from shlex import quote
 from types import FrameType
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 import click
 
@@ -69,6 +69,11 @@ class _Shown(click.ClickException):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(one_line(message))
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        """Print it; where that cannot be, as on a full disk, the exit code still tells."""
+        with suppress(OSError):
+            super().show(file)
 
 
 class Group(click.Group):

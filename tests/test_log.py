@@ -28,7 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_loop import SMALL, config
 
 import train.cli
-from prep.console import DiskFull, Progress
+from prep.console import DiskFull, Progress, Terminated
 from train import checkpoint
 from train.architecture import ALEXNET, ARCHITECTURES, LAYERS
 from train.evaluate import EvalResult
@@ -230,6 +230,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Captur
     [
         (None, "finished", ""),
         (KeyboardInterrupt(), "stopped", "by Ctrl-C"),
+        (Terminated(), "stopped", "by SIGTERM"),
         (ValueError("no\nroom"), "failed", "no\nroom"),
     ],
 )

@@ -23,15 +23,18 @@ import torch
 
 from pipeline.loader import EvalLoader, TrainLoader, train_loader
 from prep.console import Terminated, UserError, say
+from prep.manifest import Store
 from train import checkpoint
 from train.architecture import ALEXNET, HALF, Widths
+from train.evaluate import EvalResult
 from train.folder import CLOCKED
 from train.keepsake import keep_mean_image
-from train.loop import _stop_requests, fit
+from train.loop import _restore, _stop_requests, fit
 from train.model import AlexNet
-from train.recipe import Change, Cosine
+from train.optim import Schedule, make_optimiser
+from train.recipe import Change, Cosine, Plateau
 from train.recipes import SHORT
-from train.run import RunConfig, load_trained
+from train.run import RunConfig, length, load_trained
 
 SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
 
@@ -231,6 +234,48 @@ def test_a_signal_just_before_a_validation_does_not_wait_for_it() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Terminated), stop.at_once():
             pytest.fail("it began")
+
+
+def test_a_second_signal_is_obeyed_at_once_and_none_after_the_loop() -> None:
+    before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
+    with _stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert isinstance(stop.asked, KeyboardInterrupt)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_plateau_drops_the_rate_ends_the_run_and_survives_a_stop(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Errors that never fall: a drop after the second validation, the end after the third."""
+    monkeypatch.setattr("train.loop.evaluate", lambda *of: EvalResult(0.5, 0.25, 2.0, 12))
+    recipe = replace(SHORT, schedule=Plateau(factor=0.5, patience_epochs=1, drops=1))
+    plan = config(stores["ppm"], tmp_path / "a", recipe=recipe, epochs=5)
+    fit(plan)
+    lines = metrics(plan.run_dir)
+    assert [line["epoch"] for line in lines if line["kind"] == "val"] == [1, 2, 3]
+    rates = [line["lr"] for line in lines if line["kind"] == "train"]
+    assert rates == [SHORT.lr] * 6 + [SHORT.lr / 2] * 3
+    for steps in (7, None, None):
+        fit(replace(plan, run_dir=tmp_path / "b", steps=steps))
+    same_result(plan.run_dir, tmp_path / "b")
+
+
+def test_on_other_devices_the_generators_begin_anew(whole_run: Path, stores: dict[str, Path]) -> None:
+    state, plan = checkpoint.load(whole_run), config(stores["jpeg"], whole_run)
+    model = AlexNet(3, plan.recipe, ("cpu", "cpu"), SMALL)
+    for devices, seed in ((["cuda:0", "cuda:1"], plan.seed + 9), (["cpu", "cpu"], None)):
+        _restore({**state, "devices": devices}, plan, model, make_optimiser(model, plan.recipe), Schedule(plan.recipe))
+        assert torch.equal(torch.get_rng_state(), state["random"]) == (seed is None)
+        assert seed is None or torch.initial_seed() == seed
+
+
+def test_a_run_is_as_long_as_the_shorter_of_epochs_and_steps(stores: dict[str, Path], tmp_path: Path) -> None:
+    opened = Store.open(stores["ppm"])
+    lengths = [length(config(opened.root, tmp_path, steps=steps), opened) for steps in (None, 5, 100)]
+    assert lengths == [(3, 9), (3, 5), (3, 9)]
 
 
 def test_a_signal_in_the_middle_of_a_line_that_waits_for_its_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def killed(store: Path, run_dir: Path, seed: int, how: str) -> dict[str, Any]:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # twelve forks, each of which ends itself after 120 s
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -261,6 +261,31 @@ def test_a_checkpoint_that_the_run_removes_before_it_is_read_is_not_taken_for_a_
     assert checkpoint.load(tmp_path)["step"] == 2 and capsys.readouterr().err == ""
 
 
+def test_lines_are_on_the_disk_before_their_checkpoint_and_that_before_the_last_is_removed(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut at any moment finds a checkpoint, and every line before it."""
+    doings: list[str] = []
+
+    def told(what: str, real: Any) -> Any:
+        def call(thing: Any, *more: Any) -> Any:
+            name = os.readlink(f"/proc/self/fd/{thing}") if isinstance(thing, int) else (more or (thing,))[-1]
+            doings.append(f"{what} {os.path.basename(name)}")
+            return real(thing, *more)
+
+        return call
+
+    for what in ("fsync", "replace", "unlink"):
+        monkeypatch.setattr(os, what, told(what, getattr(os, what)))
+    run_dir = fit(config(stores["ppm"], tmp_path / "run", steps=2, checkpoint_every=1, keep=1))
+    monkeypatch.undo()
+    one, two = "checkpoint-00000001.pt", "checkpoint-00000002.pt"
+    wanted = ["fsync metrics.jsonl", f"fsync .{two}.tmp", f"replace {two}", f"fsync {run_dir.name}", f"unlink {one}"]
+    found = [doing for doing in doings if doing in wanted]
+    last = len(found) - 1 - found[::-1].index(wanted[0])
+    assert found[last : last + len(wanted)] == wanted
+
+
 # ---------------------------------------------------------------- full disks
 
 
@@ -339,6 +364,46 @@ def test_three_failures_end_a_run_only_in_a_row_and_no_checkpoint_is_written_ove
 def test_the_last_checkpoint_of_a_run_is_worth_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
     with files_up_to(60_000), pytest.raises(DiskFull):
         fit(config(stores["ppm"], tmp_path / "run", steps=2))
+
+
+@pytest.mark.parametrize("ends", ["by a signal", "after a validation"])
+def test_a_full_disk_is_an_error_where_a_stop_wants_a_checkpoint_and_none_before_the_last_validation(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    log_line, validated, room = Log.train, Log.validation, resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def fill(self: Log, line: dict[str, Any]) -> None:
+        log_line(self, line)
+        if line["step"] == (1 if ends == "by a signal" else 3):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, room[1]))
+            if ends == "by a signal":
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    def make_room(self: Log, *of: Any) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+        validated(self, *of)
+
+    monkeypatch.setattr(Log, "train", fill)
+    monkeypatch.setattr(Log, "validation", make_room)
+    plan = config(stores["ppm"], tmp_path / "run", steps=3, checkpoint_every=100)
+    try:
+        with pytest.raises(DiskFull) if ends == "by a signal" else nullcontext():
+            fit(plan)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, room)
+    steps = [path.name[-5:-3] for path in checkpoints(plan.run_dir)]
+    assert steps == ([] if ends == "by a signal" else ["03"])
+
+
+def test_a_full_disk_has_its_exit_code_though_standard_error_goes_there_too() -> None:
+    script = (
+        "import click\nfrom prep.console import DiskFull, Group, say\n"
+        "@click.group(cls=Group)\ndef main(): pass\n"
+        "@main.command()\ndef run():\n    say('on the way')\n    raise DiskFull('no room')\nmain()"
+    )
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([sys.executable, "-c", script, "run"], stderr=full, check=False)
+    assert ended.returncode == 3
 
 
 # ---------------------------------------------------------------- forks

@@ -116,7 +116,7 @@ class Keeper:
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
-        for old in [p for p in checkpoints(self.run_dir) if p <= path][: -self.keep]:
+        for old in checkpoints(self.run_dir)[: -self.keep]:
             old.unlink()
 
     def _keep_as_best(self, path: Path) -> None:
