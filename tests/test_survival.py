@@ -215,12 +215,14 @@ def test_a_checkpoint_of_another_step_than_its_name_is_refused_and_others_files_
     for name in ("checkpoint-mine.pt", "checkpoint-00000004 (copy).pt"):
         shutil.copy(paths[0], tmp_path / name)
     assert checkpoints(tmp_path) == paths and checkpoint.load(tmp_path)["step"] == 4
+    (tmp_path / "checkpoint-00000005.pt").symlink_to("nowhere")
+    assert checkpoint.load(tmp_path)["step"] == 4
     shutil.copy(paths[0], tmp_path / "checkpoint-00000009.pt")
     with pytest.raises(
         UserError, match=r"00000009\.pt: is of step 3\. Name it checkpoint-00000003\.pt, or move it away"
     ):
         checkpoint.load(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 6
 
 
 @pytest.mark.parametrize(

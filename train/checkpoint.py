@@ -159,7 +159,7 @@ def load_latest(run_dir: Path) -> dict[str, Any] | None:
         try:
             state = read(path)
         except Unreadable as error:
-            if not path.exists():  # a run at work has newer ones by now
+            if path not in checkpoints(run_dir):  # a run at work has newer ones by now
                 return load_latest(run_dir)
             say(str(error) if path == found[0] else f"{error} The one before it is used.")
             continue
