@@ -181,7 +181,11 @@ MODERN = _variant(
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the size of the signal from layer to layer"),
     init_std=(PAPER.init_std, "not used by 'he'"),
     init_bias=({}, "He et al. 2015: none"),
-    label_smoothing=(0.1, "Szegedy et al. 2016 (arXiv 1512.00567), section 7"),
+    label_smoothing=(
+        0.0,
+        "ours: the 0.1 of Szegedy et al. 2016 (arXiv 1512.00567), section 7, slowed down what we measured "
+        "(docs/measurements.md)",
+    ),
     lr=(
         0.04,
         "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: in proportion to the batch; the paper's 0.01 at 128, which "
