@@ -29,6 +29,18 @@ def test_wrong_counts_misses_of_the_best_and_the_five_best() -> None:
     assert wrong(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer classes than five
 
 
+def test_equal_scores_count_by_the_number_of_the_class_and_what_is_no_number_is_missed() -> None:
+    """topk names equal scores in any order: a network that says the same of all classes had other errors each time."""
+    labels = torch.tensor([0, 1, 4, 5, 9])
+    assert wrong(torch.zeros(5, 10), labels).tolist() == [4, 2]
+    assert wrong(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 4, (300, 9)), rng.integers(0, 9, 300)
+    order = np.argsort(-scores, axis=1, kind="stable")
+    expected = [(order[:, :k] != labels[:, None]).all(1).sum() for k in (1, 5)]
+    assert wrong(torch.from_numpy(scores).float(), torch.from_numpy(labels)).tolist() == expected
+
+
 @pytest.fixture(scope="module")
 def model(stores: dict[str, Path]) -> AlexNet:
     torch.manual_seed(0)

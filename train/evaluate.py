@@ -59,9 +59,15 @@ class EvalResult:
 
 
 def wrong(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: how many of N rows of scores (N, classes) miss the label with their best, and their five best."""
-    best = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]  # (N, 5)
-    return torch.stack([len(labels) - best[:, 0].sum(), len(labels) - best.any(dim=1).sum()])
+    """(2,) int64: how many of N rows of scores (N, classes) miss the label with their best, and their five best.
+
+    Of equal scores the class with the lower number is the better, as for argmax; topk would leave it to chance. A score
+    that is no number is worse than none, so that its label is missed.
+    """
+    own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
+    worse = (scores < own) | ((scores == own) & (classes >= labels[:, None]))  # (N, classes), the label's own too
+    better = (~worse).sum(dim=1)  # classes that are named before the label
+    return torch.stack([(better >= 1).sum(), (better >= min(5, len(classes))).sum()])
 
 
 def evaluate(
