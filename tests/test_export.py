@@ -27,7 +27,7 @@ from test_architecture import published, published_forward
 
 from pipeline.augment import Augmentation
 from pipeline.loader import eval_loader
-from prep.console import UserError
+from prep.console import DiskFull, UserError
 from prep.manifest import Store
 from train import cli, export, options
 from train.architecture import ALEXNET, JOINED, TORCHVISION, Architecture, Widths, architecture_from_json
@@ -67,6 +67,16 @@ def made(store: Path, tmp_path: Path) -> Made:
         return config.run_dir, network.eval()
 
     return make
+
+
+def test_a_disk_that_is_full_is_said_in_one_line_for_every_format(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, _ = made(TINY["torchvision"], MODERN)
+    monkeypatch.setattr(export, "atomic_file", lambda out: open("/dev/full", "wb"))
+    for to in ("torchvision", "safetensors"):
+        with pytest.raises(DiskFull, match="No space left"):
+            export.export(run_dir, to, tmp_path / "net")
 
 
 def command(*words: object) -> dict:

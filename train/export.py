@@ -16,6 +16,7 @@ In a mean image float32 numbers lie row by row, little end first, in base64.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import warnings
@@ -139,7 +140,9 @@ def _torchvision(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], obj
         to_torchvision(network.joined(), network.recipe, TORCHVISIONS.std)  # theirs, so that weights keep their size
     )
     state._metadata = OrderedDict({"": {"version": 1, **texts}})  # type: ignore[attr-defined]
-    return lambda file: torch.save(state, file)
+    content = io.BytesIO()  # for torch.save has an error of its own where a disk is full
+    torch.save(state, content)
+    return lambda file: file.write(content.getbuffer())
 
 
 def _onnx(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
