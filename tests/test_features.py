@@ -120,6 +120,9 @@ def test_the_index_is_built_once_for_a_checkpoint_a_store_and_a_size(
     with pytest.raises(TypeError):  # another step: to be built
         index_of(trained_run, model, {**state, "step": 99}, opened, most=7)
     assert not index_path.exists()
+    for changed, precision in (({"digest": "another run's"}, "fp32"), ({}, "bf16")):
+        with pytest.raises(TypeError):
+            index_of(trained_run, model, {**state, **changed}, opened, most=7, precision=precision)
 
 
 @pytest.mark.parametrize("views", [1, 10])

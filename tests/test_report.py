@@ -21,6 +21,10 @@ from PIL import Image
 pytest.importorskip("matplotlib")
 
 from train.cli import main
+from train.evaluate import EvalResult
+from train.gallery import Trained, plates
+from train.report import page
+from train.scores import note_result
 
 _VOID = {"meta", "link", "img", "br"}
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -92,6 +96,29 @@ def test_the_page_tells_errors_recipe_store_environment_and_throughput(report: P
     for fact in (told["store"]["fingerprint"], told["environment"]["torch"], "Images per second", "30"):
         assert fact in text
     assert json.loads((store / "manifest.json").read_text())["fingerprint"] == told["store"]["fingerprint"]
+
+
+def test_an_imported_network_has_a_page_too(trained_run: Path) -> None:
+    """It has no metrics.jsonl; its evaluations are of every kind, and of these the page tells."""
+    (trained_run / "metrics.jsonl").unlink()
+    trained = Trained.open(trained_run, None, "cpu", "fp32")
+    for views in (10, "dense"):
+        note_result(
+            trained_run,
+            {
+                "step": trained.state["step"],
+                "split": "val",
+                "split_fingerprint": "f",
+                "views": views,
+                "precision": "fp32",
+            },
+            EvalResult(0.5, 0.25, 1.0, 12),
+        )
+    names = [plate.name for plate in plates(trained)]
+    assert names[0] == "kernels" and len(names) == 7
+    text = Page(page(trained, [])).text
+    for words in ("No training step was logged", "Top-1 error, ten views", "Top-5 error, dense windows"):
+        assert words in text
 
 
 def browser() -> str | None:

@@ -14,7 +14,8 @@ from pipeline.records import Records
 from prep.console import UserError
 from prep.manifest import Store
 from train.cli import main
-from train.scores import Scores, check_same, load_scores, noted_results, weights_of
+from train.evaluate import EvalResult
+from train.scores import Scores, check_same, load_scores, note_result, noted_results, weights_of
 
 
 def evaluate(*words: object) -> tuple[int, str, str]:
@@ -72,6 +73,20 @@ def test_weights() -> None:
             weights_of(text, 2)
 
 
+def test_results_are_noted_of_any_views_whatever_a_full_disk_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for views in (10, "dense", 1, 10):
+        note_result(tmp_path, {**ABOUT, "views": views}, EvalResult(0.5, 0.25, views == 1, 12))
+    with monkeypatch.context() as patched, pytest.raises(UserError, match="evaluations"):
+        patched.setattr("train.append.open", lambda *_: open("/dev/full", "wb"), raising=False)
+        note_result(tmp_path, {**ABOUT, "step": 2}, EvalResult(0.5, 0.25, 1.0, 12))
+    note_result(tmp_path, {**ABOUT, "step": 3}, EvalResult(0.5, 0.25, 1.0, 12))
+    assert [(line["step"], line["views"]) for line in noted_results(tmp_path)] == [
+        (1, 1), (1, 10), (1, "dense"), (3, 1),
+    ]  # fmt: skip
+
+
 def test_a_run_its_saved_probabilities_and_both_together(trained_run: Path, store: Path, tmp_path: Path) -> None:
     out = tmp_path / "one.npz"
     code, said, _ = evaluate(trained_run, "--store", store, "--views", "1", "--out", out, "--json")
@@ -105,5 +120,8 @@ def test_refusals_of_the_command(trained_run: Path, store: Path, tmp_path: Path)
     MADE.save(tmp_path / "other.npz")
     code, _, err = evaluate(trained_run, tmp_path / "other.npz", "--store", store, "--views", "1")
     assert code == 1 and "differ in classes" in err
+    for out in ("scores.npy", "nowhere/scores.npz"):  # said before the work, which is left undone
+        code, said, err = evaluate(trained_run, "--store", store, "--out", tmp_path / out)
+        assert code == 1 and not said and "--out" in err and not noted_results(trained_run)[1:]
     code, _, err = evaluate(tmp_path / "none.npz")
     assert code == 1 and "no saved probabilities" in err

@@ -188,10 +188,9 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
 
 
 def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
-    from train.figures import read_metrics
+    from train.folder import last_of, read_lines
 
-    lines = [] if dry_run else read_metrics(config.run_dir)
-    last = {kind: next((line for line in reversed(lines) if line["kind"] == kind), None) for kind in ("train", "val")}
+    lines = [] if dry_run else read_lines(config.run_dir)
     return {
         "run_dir": str(config.run_dir),
         "model": config.model.name,
@@ -200,7 +199,7 @@ def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
         "precision": config.precision,
         "devices": list(config.devices),
         "dry_run": dry_run,
-        **last,
+        **{kind: last_of(lines, kind) for kind in ("train", "val")},
     }
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, answer, count_noun, json_option, say, store_option
+from prep.console import answer, count_noun, json_option, say, store_option
 from prep.manifest import Store
 from train.options import checkpoint_option, gpus_option, precision_option, views_option
 
@@ -55,8 +55,10 @@ def evaluate(
     if opened is not None:
         opened.split(split)
     from train.evaluate import average, rates
-    from train.scores import Scores, check_same, load_scores, weights_of
+    from train.scores import Scores, check_out, check_same, load_scores, weights_of
 
+    if out is not None:
+        check_out(out)  # before the work
     shares, names = weights_of(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, saved, strict=True):
@@ -107,10 +109,8 @@ def _evaluated(
             "store's."
         )
     result, scores = score(model, state, store, split, views if views == DENSE else int(views), precision, str(run_dir))
-    try:
+    if run_dir.is_dir():  # and no checkpoint alone
         note_result(run_dir, scores.about, result)
-    except OSError as error:
-        raise UserError(f"{run_dir / 'evaluations.jsonl'}: {error.strerror}.") from None
     return result, scores
 
 
@@ -121,13 +121,14 @@ def _shared(members: list[Scores], name: str) -> Any:
 
 
 def _say_result(name: str, about: Any, result: EvalResult) -> None:
-    which = {1: "centre view", 10: "ten views", "dense": "dense windows", None: "different views"}[about["views"]]
-    texts = []
+    from train.scores import views_text
+
+    what, texts = f"{about['split']}, {views_text(about['views'])}", []
     for word, misses, (low, high) in zip(("top-1", "top-5"), result.misses, result.intervals, strict=True):
         texts.append(f"{word} error {misses / result.images:.2%} ({misses:,}; 95 %: {low:.2%} to {high:.2%})")
     step = about["step"] if isinstance(about["step"], int) else None
     click.echo(
-        f"{name + ': ' if name else ''}{about['split']}, {which}: {', '.join(texts)}, loss {result.loss:.4f}, "
+        f"{name + ': ' if name else ''}{what}: {', '.join(texts)}, loss {result.loss:.4f}, "
         f"{count_noun(result.images, 'image')}" + (f", step {step:,}" if step is not None else "")
     )
 

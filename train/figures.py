@@ -4,40 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from prep.console import UserError, quoted
 from prep.manifest import ColourStats
-from train.drawing import BLUE, GREY, ORANGE, format_of, rendered, save, show, stretched, tiled
-from train.folder import read_lines
+from train.drawing import BLUE, GREY, ORANGE, show, stretched, tiled
 
 _ACROSS = 16  # kernels in a row
 _FELL = 0.6  # of the rate before: less than this is a drop, more is a schedule that falls all the time
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations
-
-
-def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl; raises UserError where there are none."""
-    lines = read_lines(run_dir)
-    if not lines:
-        raise UserError(f"{run_dir / 'metrics.jsonl'}: empty. Train first: alextrain run --run-dir {quoted(run_dir)}")
-    return lines
-
-
-def draw_learning_curve(run_dir: Path, out: Path) -> None:
-    """Loss and errors over epochs into a .png or .svg file; raises UserError where it cannot be written."""
-    lines = read_metrics(run_dir)
-    save(rendered(lambda figure: learning_curve(figure, lines), CURVE_SIZE, format_of(out)), out)
-
-
-def draw_kernels(parameters: Mapping[str, Tensor], out: Path, columns: int) -> None:
-    """The kernels of conv1 into a .png or .svg file; raises UserError where it cannot be written."""
-    size = kernels_size(parameters, columns)
-    save(rendered(lambda figure: kernels(figure, parameters, columns), size, format_of(out)), out)
 
 
 CURVE_SIZE = (8.0, 3.4)

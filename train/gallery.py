@@ -25,7 +25,6 @@ from train.figures import (
     kernels,
     kernels_size,
     learning_curve,
-    read_metrics,
 )
 from train.figures_classes import (
     CONFUSION_SIZE,
@@ -44,6 +43,7 @@ from train.figures_pictures import (
     nearest_rows,
     rows_size,
 )
+from train.folder import read_lines
 from train.index import LAYER, MOST, index_of, nearest
 from train.keepsake import description, eye_of, kept_colour, store_of
 from train.model import AlexNet
@@ -103,10 +103,17 @@ class Trained:
         """Probabilities of a split by the centre view: read where the run folder has them, else made and kept."""
         store = self.looked_at(split)
         path = self.run_dir / f"scores-{split}-{self.state['step']:08d}.npz"
-        if path.exists():
+        asked = {
+            "checkpoint": self.state["digest"],
+            "split_fingerprint": store.split(split).fingerprint,
+            "precision": self.precision,
+        }
+        try:
             kept = load_scores(path)
-            if kept.about["split_fingerprint"] == store.split(split).fingerprint:
+            if all(kept.about.get(name) == value for name, value in asked.items()):
                 return kept
+        except UserError:
+            pass  # missing, or torn: they are made anew
         result, scores = score(self.model, self.state, store, split, 1, self.precision, str(self.run_dir))
         note_result(self.run_dir, scores.about, result)
         for old in self.run_dir.glob(f"scores-{split}-*.npz"):
@@ -128,14 +135,15 @@ def plates(trained: Trained, split: str = "val", seed: int = 0, most: int = MOST
 
 
 def _of_the_run(trained: Trained) -> Iterator[Plate]:
-    lines = read_metrics(trained.run_dir)
-    yield Plate(
-        "learning-curve",
-        "Learning curves",
-        "Loss and errors over the epochs. Upright lines mark where the learning rate fell.",
-        CURVE_SIZE,
-        lambda figure: learning_curve(figure, lines),
-    )
+    lines = read_lines(trained.run_dir)
+    if lines:  # an imported network has none
+        yield Plate(
+            "learning-curve",
+            "Learning curves",
+            "Loss and errors over the epochs. Upright lines mark where the learning rate fell.",
+            CURVE_SIZE,
+            lambda figure: learning_curve(figure, lines),
+        )
     parameters, columns = trained.state["parameters"], trained.model.architecture.columns
     yield Plate(
         "kernels",
@@ -174,7 +182,7 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
             lambda figure: guesses(figure, made, names),
         )
         if "train" in store.splits:
-            queries = numbers[GUESSES:] or numbers[:QUERIES]
+            queries = numbers[-QUERIES:]  # others than the guesses, where there are enough
             training = held.enter_context(Pictures(store, "train"))
             index = index_of(trained.run_dir, model, trained.state, store, most, trained.precision)
             units = [said_of(model, eye, shown[k], 1, trained.precision, LAYER)[1] for k in queries]

@@ -1,7 +1,7 @@
 """The nearest training pictures in the space of fc7 (the paper's figure 4, right), over an index that is built once.
 
 `index-fc7-00000232.npz` in the run folder: fc7 of the training split's centre views by the checkpoint of step 232, with
-keys and labels. An index of another checkpoint, store or size is built anew, and the old one removed.
+keys and labels. An index of another checkpoint, store, size or precision is built anew, and the old one removed.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def index_of(
     """The index of a run's checkpoint, read where it is there, else built and stored; raises as the loaders."""
     path = run_dir / f"index-{LAYER}-{state['step']:08d}.npz"
     records = min(most, store.split("train").records)
-    about = f"{store.split('train').fingerprint} {records} {precision}"
+    about = f"{state['digest']} {store.split('train').fingerprint} {records} {precision}"
     index = _read(path, about)
     if index is None:
         features = np.concatenate(list(split_activations(model, store, "train", LAYER, records, precision)))

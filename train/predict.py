@@ -26,13 +26,6 @@ class Prediction:
     probabilities: list[float]
 
 
-def probabilities_of(
-    model: AlexNet, eye: Eye, square: Pixels, views: int = 10, precision: str = "fp32"
-) -> npt.NDArray[np.float64]:
-    """Probabilities (classes,) of a prepared picture, the softmax averaged over its views."""
-    return said_of(model, eye, square, views, precision)[0]
-
-
 def said_of(
     model: AlexNet, eye: Eye, square: Pixels, views: int = 10, precision: str = "fp32", layer: str = LAYERS[-1]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:

@@ -13,11 +13,11 @@ from typing import Any
 from prep.console import bytes_text, count_noun, say
 from train.drawing import rendered, save
 from train.evaluate import EvalResult
-from train.figures import read_metrics
+from train.folder import read_lines
 from train.gallery import Plate, Trained, plates
 from train.index import MOST
 from train.recipe_table import HEADINGS, recipe_rows
-from train.scores import noted_results
+from train.scores import noted_results, views_text
 from train.summary import summarise
 
 _STYLE = """
@@ -77,7 +77,7 @@ def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "v
     sections = [
         ("results", "Results", _results(trained, split)),
         *((plate.name, plate.title, _figure(plate, content)) for plate, content in shown),
-        ("throughput", "Throughput", _throughput(read_metrics(trained.run_dir))),
+        ("throughput", "Throughput", _throughput(read_lines(trained.run_dir))),
         ("network", "Network", _network(trained)),
         ("recipe", "Recipe, with its sources", _recipe(trained)),
         ("store", "Training store", _store(trained)),
@@ -113,7 +113,7 @@ def _results(trained: Trained, split: str) -> str:
     lines = noted_results(trained.run_dir)
     of_now = [line for line in lines if line["step"] == trained.state["step"] and line["split"] == split]
     for line in of_now:
-        result, views = _result(line), _views(line["views"])
+        result, views = _result(line), views_text(line["views"])
         for word, misses, interval in zip(("Top-1", "Top-5"), result.misses, result.intervals, strict=True):
             facts.append(
                 (
@@ -122,9 +122,9 @@ def _results(trained: Trained, split: str) -> str:
                     f"{misses:,} of {result.images:,}; 95 %: {interval[0]:.2%} to {interval[1]:.2%}",
                 )
             )
-    validations = [line for line in read_metrics(trained.run_dir) if line["kind"] == "val"]
-    if not of_now and validations:
-        last = validations[-1]
+    validations = [line for line in read_lines(trained.run_dir) if line["kind"] == "val"]
+    last = next((line for line in reversed(validations) if line["step"] == trained.state["step"]), None)
+    if not of_now and last is not None:
         facts.append(
             ("Top-1 error, centre view", f"{last['top1_error']:.2%}", f"validation after epoch {last['epoch']}")
         )
@@ -134,7 +134,7 @@ def _results(trained: Trained, split: str) -> str:
             [
                 f"{line['step']:,}",
                 escape(line["split"]),
-                _views(line["views"]),
+                views_text(line["views"]),
                 line["precision"],
                 *(_rate(m, i, result.images) for m, i in zip(result.misses, result.intervals, strict=True)),
                 f"{result.loss:.4f}",
@@ -147,10 +147,6 @@ def _results(trained: Trained, split: str) -> str:
 
 def _result(line: dict[str, Any]) -> EvalResult:
     return EvalResult(line["top1_error"], line["top5_error"], line["loss"], line["images"])
-
-
-def _views(views: int) -> str:
-    return "centre view" if views == 1 else f"{views} views"
 
 
 def _rate(misses: int, interval: tuple[float, float], images: int) -> str:

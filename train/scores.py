@@ -1,7 +1,8 @@
 """Probabilities of a whole split, in memory or saved, and several of them together.
 
 A saved file is NumPy's .npz without pickles: `probabilities` float32 (N, classes), `labels` int64 (N,), `keys` (N,) of
-8 digits each, in the store's order, and `about`, JSON: run, step, split, its fingerprint, views, precision, classes.
+8 digits each, in the store's order, and `about`, JSON: run, step, checkpoint (its SHA-256), split, split_fingerprint,
+views, precision, classes.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pipeline.loader import eval_loader
 from pipeline.records import Records
 from prep.console import UserError, disk_error, progress
 from prep.manifest import Store, atomic_file
+from train.append import Appended
 from train.evaluate import EvalResult, batch_of, evaluate
 from train.model import AlexNet
 from train.precision import set_precision
 
 DENSE = "dense"  # in place of a number of views: every window of the whole square
+_EVALUATIONS = "evaluations.jsonl"
 _ARRAYS = ("probabilities", "labels", "keys", "about")
 
 
@@ -40,14 +43,21 @@ class Scores:
 
     def save(self, out: Path) -> None:
         """Write a .npz, whole or not at all; raises UserError where it cannot be written."""
-        if out.suffix != ".npz":
-            raise UserError(f"--out {out}: probabilities are saved as .npz. Name it {out.with_suffix('.npz')}.")
+        check_out(out)
         about = np.array(json.dumps(dict(self.about)))
         try:
             with atomic_file(out) as file:
                 np.savez(file, about=about, labels=self.labels, keys=self.keys, probabilities=self.probabilities)
         except OSError as error:
             raise disk_error(error, f"--out {out}: {error.strerror or error}.") from None
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError for a name under which probabilities are not saved, or in a folder that is not there."""
+    if out.suffix != ".npz":
+        raise UserError(f"--out {out}: probabilities are saved as .npz. Name it {out.with_suffix('.npz')}.")
+    if not out.parent.is_dir():
+        raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another.")
 
 
 def load_scores(path: Path) -> Scores:
@@ -96,6 +106,7 @@ def score(
     about = {
         "run": run,
         "step": state["step"],
+        "checkpoint": state["digest"],
         "split": split,
         "split_fingerprint": store.split(split).fingerprint,
         "views": views,
@@ -137,16 +148,23 @@ def weights_of(text: str | None, members: int) -> list[float] | None:
     return weights
 
 
+def views_text(views: int | str | None) -> str:
+    """What `about` says of views, for people; None: several networks', not all the same."""
+    return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
+
+
 def note_result(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
-    """Add a line to the run's evaluations.jsonl, which the report tells of."""
+    """Add a line to the run's evaluations.jsonl, which the report tells of; raises UserError where it cannot be."""
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
-    with open(run_dir / "evaluations.jsonl", "a") as file:
-        file.write(json.dumps(line | vars(result)) + "\n")
+    path = run_dir / _EVALUATIONS
+    error = Appended(path).add(f"{json.dumps(line | vars(result))}\n".encode())
+    if error is not None:
+        raise disk_error(error, f"{path}: cannot be written ({error.strerror}).")
 
 
 def noted_results(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl, the last of each step, split and number of views."""
-    path = run_dir / "evaluations.jsonl"
+    """The lines of evaluations.jsonl, the last of each step, split, views and precision."""
+    path = run_dir / _EVALUATIONS
     if not path.exists():
         return []
     found = {}
@@ -155,5 +173,5 @@ def noted_results(run_dir: Path) -> list[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:  # cut short by a kill
             continue
-        found[line["step"], line["split_fingerprint"], line["views"], line["precision"]] = line
+        found[line["step"], line["split_fingerprint"], str(line["views"]), line["precision"]] = line
     return [found[place] for place in sorted(found)]
