@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from matplotlib.figure import Figure
 from prep.manifest import Store
 from train.cli import main
 from train.drawing import ORANGE, rendered, stretched, tiled
-from train.figures import CURVE_SIZE, colour_axes, kernels, learning_curve, rate_drops, read_metrics
+from train.figures import CURVE_SIZE, colour_axes, kernels, learning_curve, rate_drops
 from train.figures_classes import class_errors, confusion_matrix, confusion_of
 from train.figures_pictures import Guess, Row, feature_maps, guesses, nearest_rows
+from train.folder import read_lines
+from train.gallery import Trained
 from train.predict import Prediction
 
 WITHOUT_STORE = ["colour-axes", "kernels", "learning-curve"]
@@ -152,6 +155,44 @@ def test_feature_maps_show_the_strongest_of_each_column() -> None:
     assert np.asarray(panels[1].images[0].get_array())[: 13 * scale, : 13 * scale].max() == 0
 
 
+def test_names_are_drawn_as_they_are_written() -> None:
+    """A formula for matplotlib, letters that its font lacks, a line's end, and one that would push all else aside."""
+    names = ["$a_{b$", "猫\n", "x" * 200]
+    square = np.zeros((8, 8, 3), np.uint8)
+    rows = [Row(square, "$p_{1$.jpg\n", 0, [(square, k, float(k)) for k in range(3)])]
+    made = [Guess(square, 2, Prediction([0, 2, 1], [0.6, 0.3, 0.1]))]
+    found = confusion_of(np.eye(3)[[1, 2, 0]], np.array([0, 1, 2]))
+    for draw in (
+        lambda figure: nearest_rows(figure, rows, names),
+        lambda figure: guesses(figure, made, names),
+        lambda figure: class_errors(figure, found, names),
+        lambda figure: confusion_matrix(figure, found, names),
+    ):
+        assert rendered(draw, (8, 3)).startswith(b"\x89PNG")
+        figure = Figure()
+        draw(figure)
+        texts = [text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text"))]
+        assert "$a_{b$" in " ".join(texts) and "猫\\n" in " ".join(texts)
+        assert all(len(text) < 50 and ("\n" not in text or "above" in text) for text in texts)
+
+
+def test_probabilities_that_were_kept_are_those_of_the_checkpoint_and_the_precision(
+    trained_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained = Trained.open(trained_run, None, "cpu", "fp32")
+    kept = trained.scores("val")
+    monkeypatch.setattr("train.gallery.score", None)
+    assert np.array_equal(trained.scores("val").probabilities, kept.probabilities)
+    state = dict(trained.state)
+    for changed in (replace(trained, precision="bf16"), replace(trained, state={**state, "digest": "another run's"})):
+        with pytest.raises(TypeError):  # to be made anew
+            changed.scores("val")
+    (path,) = trained_run.glob("scores-val-*.npz")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(TypeError):
+        trained.scores("val")
+
+
 def drawn(*words: object) -> tuple[list[str], str]:
     result = CliRunner().invoke(main, ["figures", *map(str, words)])
     assert result.exit_code == 0, result.output
@@ -172,8 +213,12 @@ def test_the_command_draws_all_with_a_store_and_says_what_it_leaves_out(
     said, _ = drawn(trained_run, "--format", "svg", "--out", tmp_path / "svg")
     assert sorted(path.stem for path in (tmp_path / "svg").glob("*.svg")) == WITHOUT_STORE
     assert "No store to look at" in said[-1] and "--store" in said[-1]
-    lines = read_metrics(trained_run)
+    lines = read_lines(trained_run)
+    with open(trained_run / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "val", "st')  # by a run that trains meanwhile
     again = rendered(lambda figure: learning_curve(figure, lines), CURVE_SIZE, "svg")
+    assert again == (tmp_path / "svg" / "learning-curve.svg").read_bytes()
+    drawn(trained_run, "--format", "svg", "--out", tmp_path / "svg")
     assert again == (tmp_path / "svg" / "learning-curve.svg").read_bytes()
 
 

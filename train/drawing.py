@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, disk_error
+from prep.console import UserError, disk_error, one_line
 from prep.manifest import write_atomic
 
 FORMATS = ("png", "svg")
@@ -28,6 +29,7 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": INK,
     "legend.frameon": False,
     "svg.hashsalt": "alexnet",  # else the names inside an SVG are random
+    "text.parse_math": False,  # a class or a photograph may have a name with two $
     "figure.constrained_layout.use": True,
 }
 
@@ -42,7 +44,8 @@ def rendered(draw: Draw, size: tuple[float, float], format: str = "png") -> byte
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UserError("Figures need matplotlib. Install it with: pip install 'alexnet[figures]'") from None
-    with rc_context(_STYLE):
+    with rc_context(_STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
         figure, buffer = Figure(figsize=size), io.BytesIO()
         draw(figure)
         figure.savefig(buffer, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
@@ -63,6 +66,12 @@ def format_of(out: Path) -> str:
     if format not in FORMATS:
         raise UserError(f"{out}: a picture is .{' or .'.join(FORMATS)}. Name it {out.with_suffix('.png').name}.")
     return format
+
+
+def shortened(name: str, most: int) -> str:
+    """A name as it is drawn: control characters written out, of a long one its beginning."""
+    text = one_line(name)
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def show(axes: Any, image: Image, title: str = "", colour: str = INK) -> None:

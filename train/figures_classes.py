@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from train.drawing import BLUE, ORANGE
+from train.drawing import BLUE, ORANGE, shortened
 
 WORST = 10  # classes whose confusion is drawn
 _NAMED = 20  # classes whose bars have names
+_NAME = 20  # characters of a name
 
 
 class Confusion(NamedTuple):
@@ -63,9 +64,13 @@ def class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -> Non
     for place, k in enumerate(named):
         bars.text(place, errors[k], f"{images[k] - confusion.counts[k, k]}", ha="center", va="bottom", fontsize=8)
     bars.axhline(overall, color=ORANGE, lw=1, label=f"all: {overall:.1f} %")
-    bars.set_xticks(range(len(named)), [names[k] for k in named], rotation=60, ha="right", fontsize=8)
-    bars.set(ylabel="top-1 error, %; above: images missed")
+    _name(bars.set_xticks, named, names, rotation=60, ha="right")
+    bars.set(ylabel="top-1 error, %\nabove: images missed")
     bars.legend()
+
+
+def _name(set_ticks: Any, classes: Sequence[int], names: Sequence[str], **how: Any) -> None:
+    set_ticks(range(len(classes)), [shortened(names[k], _NAME) for k in classes], fontsize=8, **how)
 
 
 CONFUSION_SIZE = (8.0, 5.0)
@@ -95,8 +100,8 @@ def confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) ->
                 axes.text(x, y, f"{count}", ha="center", va="center", color=colour, fontsize=8.5)
             if row == column:
                 axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec=ORANGE, lw=1.3))
-    axes.set_xticks(range(len(columns)), [names[k] for k in columns], rotation=60, ha="right", fontsize=8)
-    axes.set_yticks(range(len(rows)), [names[k] for k in rows], fontsize=8)
+    _name(axes.set_xticks, columns, names, rotation=60, ha="right")
+    _name(axes.set_yticks, rows, names)
     axes.set(xlabel="taken for", ylabel="is")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -9,11 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.photograph import Pixels
-from train.drawing import BLUE, GREY, ORANGE, show, stretched, tiled
+from prep.console import one_line
+from train.drawing import BLUE, ORANGE, shortened, show, stretched, tiled
 from train.predict import Prediction
 
 ACROSS = 4  # pictures in a row of the left half
-_TITLE = 22  # characters that fit above a picture of the right half
+# Characters that fit
+_GUESS = 26  # above a picture of the left half, and on a bar
+_TITLE = 22  # above a picture of the right half
+_NEAR = 12  # there, with the distance
 
 
 class Guess(NamedTuple):
@@ -48,10 +52,10 @@ def guesses(figure: Any, shown: Sequence[Guess], names: Sequence[str]) -> None:
         row, column = divmod(k, ACROSS)
         picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
         picture.axis("on")
-        show(picture, square, names[label])
+        show(picture, square, shortened(names[label], _GUESS))
         for place, (guess, p) in enumerate(zip(prediction.labels, prediction.probabilities, strict=True)):
             bars.barh(place, p, color=ORANGE if guess == label else BLUE, height=0.78, alpha=0.55)
-            bars.text(0.02, place, names[guess], va="center", fontsize=8)
+            bars.text(0.02, place, shortened(names[guess], _GUESS), va="center", fontsize=8, clip_on=True)
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
 
 
@@ -71,11 +75,12 @@ def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None
     for axes in grid.flat:
         axes.axis("off")
     for row, cells in zip(rows, grid, strict=True):
-        title = row.title if len(row.title) <= _TITLE else "…" + row.title[1 - _TITLE :]
-        show(cells[0], row.square, title)
+        title = one_line(row.title)
+        show(cells[0], row.square, title if len(title) <= _TITLE else "…" + title[1 - _TITLE :])
         cells[0].title.set_fontsize(6.5)
         for axes, (square, label, distance) in zip(cells[2:], row.neighbours, strict=False):
-            show(axes, square, f"{names[label]}  {distance:.3g}", ORANGE if label == row.label else "0.4")
+            name = f"{shortened(names[label], _NEAR)}  {distance:.3g}"
+            show(axes, square, name, ORANGE if label == row.label else "0.4")
             axes.title.set_fontsize(6.5)
 
 
@@ -101,5 +106,3 @@ def feature_maps(figure: Any, square: Pixels, columns: dict[str, list[npt.NDArra
                 axes.set_ylabel(f"{layer}\n{part.shape[1]}×{part.shape[2]}", fontsize=8.5)
             if layer == next(iter(columns)) and many > 1:
                 axes.set_title(f"column {place}")
-    if not many:
-        figure.text(0.5, 0.5, "no maps", color=GREY)
