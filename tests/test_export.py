@@ -109,7 +109,7 @@ def test_safetensors_load_into_a_network_made_of_their_own_metadata(
     run_dir, network = made(TINY[name], recipe)
     out = tmp_path / "net.safetensors"
     out.write_text("what was there")
-    told = command("export", run_dir, "--to", "safetensors", "--out", out)
+    told = command("export", run_dir / "checkpoint-00000000.pt", "--to", "safetensors", "--out", out)
     assert told["step"] == 0 and told["bytes"] == out.stat().st_size
     with safe_open(out, "pt") as file:
         texts = {key: json.loads(text) for key, text in file.metadata().items()}

@@ -148,6 +148,17 @@ def test_predictions_are_those_of_the_evaluation(
         assert ps == sorted(ps, reverse=True) and sum(ps) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_checkpoint_may_be_named_in_place_of_its_run(small_run: Path, photo_folder: Path, tmp_path: Path) -> None:
+    """Of the photograph's name everything is written out: a line's end, and bytes that are no UTF-8."""
+    odd = tmp_path / "a\nb\udcff.jpg"
+    shutil.copy(next((photo_folder / "val").glob("*.JPEG")), odd)
+    assert answers("predict", small_run / "best.pt", odd) == answers("predict", small_run, odd, "--checkpoint", "best")
+    code, said, _ = alextrain("predict", small_run, odd, "--views", "1")
+    assert code == 0 and said.count("\n") == 1 and r"a\nb\udcff.jpg: n000" in said
+    code, _, err = alextrain("predict", small_run, odd, "--views", "dense")
+    assert code == 2 and "dense" in err
+
+
 def test_predict_knows_the_mean_without_the_store_and_asks_for_it_where_a_run_has_none(
     trained_run: Path, store: Path, photo_folder: Path
 ) -> None:
@@ -201,5 +212,7 @@ def test_search_finds_the_photograph_itself_among_the_training_pictures(
         assert first["distance"] < 1e-2 < 10 * others[0]["distance"]
         assert [n["distance"] for n in one["nearest"]] == sorted(n["distance"] for n in one["nearest"])
     assert np.asarray(Image.open(sheet)).std() > 20
+    code, _, err = alextrain("search", trained_run, *[photographs[0]] * 101, "--store", store)
+    assert code == 1 and "a sheet holds 100" in err
     code, _, err = alextrain("search", trained_run, photographs[0], "--out", tmp_path / "sheet.gif")
     assert code == 1 and "sheet.png" in err

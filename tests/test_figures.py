@@ -210,7 +210,8 @@ def test_the_command_draws_all_with_a_store_and_says_what_it_leaves_out(
     told = json.loads((trained_run / "run.json").read_text())
     told["settings"]["store"] = "nowhere"
     (trained_run / "run.json").write_text(json.dumps(told))
-    said, _ = drawn(trained_run, "--format", "svg", "--out", tmp_path / "svg")
+    said, answered = drawn(trained_run, "--format", "svg", "--out", tmp_path / "svg", "--json")
+    assert {f"{name}.svg" for name in WITHOUT_STORE} == set(json.loads(answered)["files"])
     assert sorted(path.stem for path in (tmp_path / "svg").glob("*.svg")) == WITHOUT_STORE
     assert "No store to look at" in said[-1] and "--store" in said[-1]
     lines = read_lines(trained_run)

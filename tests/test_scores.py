@@ -100,7 +100,9 @@ def test_a_run_its_saved_probabilities_and_both_together(trained_run: Path, stor
     np.testing.assert_allclose(saved.probabilities.sum(1), 1, rtol=1e-5)
     right = saved.probabilities[np.arange(12), saved.labels].astype(float)
     assert alone["loss"] == pytest.approx(-np.log(right).mean(), rel=1e-5)
-    (noted,) = noted_results(trained_run)
+    code, said, _ = evaluate(trained_run / "best.pt", "--store", store, "--views", "1", "--json")
+    assert code == 0 and json.loads(said)["loss"] > 0
+    noted = noted_results(trained_run)[-1]
     assert noted["top1_error"] == alone["top1_error"] and noted["views"] == 1
 
     other = replace(saved, probabilities=np.roll(saved.probabilities, 1, axis=1))
@@ -122,6 +124,6 @@ def test_refusals_of_the_command(trained_run: Path, store: Path, tmp_path: Path)
     assert code == 1 and "differ in classes" in err
     for out in ("scores.npy", "nowhere/scores.npz"):  # said before the work, which is left undone
         code, said, err = evaluate(trained_run, "--store", store, "--out", tmp_path / out)
-        assert code == 1 and not said and "--out" in err and not noted_results(trained_run)[1:]
+        assert code == 1 and not said and "--out" in err and len(noted_results(trained_run)) == 1
     code, _, err = evaluate(tmp_path / "none.npz")
     assert code == 1 and "no saved probabilities" in err

@@ -91,16 +91,18 @@ def evaluate(
 
 
 def _evaluated(
-    run_dir: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
+    path: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
 ) -> tuple[EvalResult, Scores]:
     from train.devices import devices_of
+    from train.folder import DESCRIPTION
     from train.keepsake import check_classes
     from train.precision import set_precision
-    from train.run import load_trained
+    from train.run import load_trained, run_and_checkpoint
     from train.scores import DENSE, note_result, score
 
     devices = devices_of(gpus)
     set_precision(precision, devices)  # refuses early
+    run_dir, checkpoint = run_and_checkpoint(path, checkpoint)
     model, state, classes = load_trained(run_dir, devices, checkpoint)
     check_classes(run_dir, classes, store)
     if "train" not in store.splits or state["identity"]["store_fingerprint"] != store.split("train").fingerprint:
@@ -108,8 +110,8 @@ def _evaluated(
             f"{store.root} is not the store that {run_dir} was trained on: its mean is subtracted, not the training "
             "store's."
         )
-    result, scores = score(model, state, store, split, views if views == DENSE else int(views), precision, str(run_dir))
-    if run_dir.is_dir():  # and no checkpoint alone
+    result, scores = score(model, state, store, split, views if views == DENSE else int(views), precision, str(path))
+    if (run_dir / DESCRIPTION).exists():  # else it is a checkpoint that lies elsewhere
         note_result(run_dir, scores.about, result)
     return result, scores
 

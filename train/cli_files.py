@@ -14,6 +14,7 @@ from train.options import (
     EXPORTS,
     RECIPE_NAMES,
     batch_option,
+    checkpoint_option,
     epochs_option,
     precision_option,
     recipe_settings,
@@ -30,18 +31,19 @@ from train.options import (
     type=click.Path(path_type=Path),
     help="The store that it was trained on, whose mean goes along.  [default: where it was then]",
 )
+@checkpoint_option
 @json_option
-def export(run_dir: Path, to: str, out: Path, store: Path | None, as_json: bool) -> None:
-    """Write a run's newest checkpoint as a file for other programs, classes and preprocessing along with it.
+def export(run_dir: Path, to: str, out: Path, store: Path | None, checkpoint: str, as_json: bool) -> None:
+    """Write a run's network as a file for other programs, classes and preprocessing along with it.
 
     \b
     Example:
       alextrain export run --to onnx --out alexnet.onnx
-      alextrain export run --to safetensors --out alexnet.safetensors
+      alextrain export run --checkpoint best --to safetensors --out alexnet.safetensors
     """
     from train.export import export as write
 
-    told = write(run_dir, to, out, store)
+    told = write(run_dir, to, out, store, checkpoint)
     if as_json:
         answer(told)
         return

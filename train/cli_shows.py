@@ -8,10 +8,12 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, answer, count_noun, json_option, say, store_option
+from prep.console import UserError, answer, count_noun, json_option, one_line, say, store_option
 from prep.manifest import Store
 from train.architecture import LAYERS
 from train.options import checkpoint_option, gpus_option, precision_option
+
+SHEET_ROWS = 100  # photographs on a sheet: of more, matplotlib cannot draw it
 
 run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
@@ -49,6 +51,7 @@ def _looks(command: Callable[..., Any]) -> Callable[..., Any]:
 @_looks
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where they go.  [default: RUN_DIR]")
 @click.option("--format", type=click.Choice(["png", "svg"]), default="png", show_default=True, help="Of each file.")
+@json_option
 def figures(
     run_dir: Path,
     store: Path | None,
@@ -60,6 +63,7 @@ def figures(
     precision: str,
     out: Path | None,
     format: str,
+    as_json: bool,
 ) -> None:
     """Draw what a run learnt: curves, kernels, guesses, nearest pictures, feature maps, errors per class, colour axes.
 
@@ -73,15 +77,19 @@ def figures(
     from train.drawing import rendered, save
     from train.gallery import Trained, plates
 
-    trained, folder = Trained.open(run_dir, store, gpus, precision, checkpoint), out or run_dir
+    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    folder = out or trained.run_dir
     _make(folder)
     drawn = []
     for plate in plates(trained, split, seed, most):
         path = folder / f"{plate.name}.{format}"
         save(rendered(plate.draw, plate.size, format), path)
         drawn.append(path.name)
-    say(f"Drawn into {folder}: {', '.join(drawn)}")
     _say_left_out(trained, split)
+    if as_json:
+        answer({"out": str(folder), "files": drawn, "step": trained.state["step"]})
+    else:
+        say(f"Drawn into {folder}: {', '.join(drawn)}")
 
 
 def _say_left_out(trained: Any, split: str) -> None:
@@ -103,6 +111,7 @@ def _make(folder: Path) -> None:
 @click.option(
     "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: RUN_DIR/report.html]"
 )
+@json_option
 def report(
     run_dir: Path,
     store: Path | None,
@@ -113,6 +122,7 @@ def report(
     gpus: str | None,
     precision: str,
     out: Path | None,
+    as_json: bool,
 ) -> None:
     """Write one page about a run: its errors, all its pictures, its recipe with sources, store, machine, throughput.
 
@@ -125,10 +135,14 @@ def report(
     from train.gallery import Trained
     from train.report import write_report
 
-    trained, path = Trained.open(run_dir, store, gpus, precision, checkpoint), out or run_dir / "report.html"
+    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    path = out or trained.run_dir / "report.html"
     size = write_report(trained, path, split, seed, most)
-    say(f"Written: {path}, {size / 1e6:.1f} MB")
     _say_left_out(trained, split)
+    if as_json:
+        answer({"out": str(path), "bytes": size, "step": trained.state["step"]})
+    else:
+        say(f"Written: {path}, {size / 1e6:.1f} MB")
 
 
 @click.command()
@@ -169,7 +183,7 @@ def predict(
     \b
     Example:
       alextrain predict run cat.jpg
-      alextrain predict run *.jpg --views 1 --json
+      alextrain predict run/best.pt *.jpg --views 1 --json
     """
     from dataclasses import replace
 
@@ -188,7 +202,7 @@ def predict(
             guesses = [{"class": name, "probability": p} for name, p in both]
             answer({"image": str(path), "views": int(views), "step": trained.state["step"], "guesses": guesses})
         else:
-            click.echo(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in both))
+            click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in both)))
 
 
 @click.command()
@@ -269,17 +283,19 @@ def search(
     from train.gallery import Trained
     from train.search import search as find
 
-    sheet = out or run_dir / "search.png"
-    format = format_of(sheet)
+    format = "png" if out is None else format_of(out)
+    if len(images) > SHEET_ROWS:
+        raise UserError(f"{len(images)} photographs: a sheet holds {SHEET_ROWS}. Name fewer at a time.")
     trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    sheet = out or trained.run_dir / "search.png"
     found = find(trained, images, count, most)
     rows = [row for row, _ in found]
-    drawing = rendered(lambda figure: nearest_rows(figure, rows, trained.classes), rows_size(len(rows), count), format)
-    save(drawing, sheet)
+    size = rows_size(len(rows), len(rows[0].neighbours))  # a small store may have fewer than were asked for
+    save(rendered(lambda figure: nearest_rows(figure, rows, trained.classes), size, format), sheet)
     say(f"Drawn: {sheet}")
     for path, (_, near) in zip(images, found, strict=True):
         if as_json:
             answer({"image": str(path), "step": trained.state["step"], "nearest": near})
         else:
             told = ", ".join(f"{one['class']} {one['source'] or one['key']} ({one['distance']:.3g})" for one in near)
-            click.echo(f"{path}: {told}")
+            click.echo(one_line(f"{path}: {told}"))

@@ -38,7 +38,7 @@ from prep.console import UserError, disk_error
 from prep.manifest import Store, atomic_file
 from train.model import AlexNet
 from train.recipe import Recipe
-from train.run import load_trained
+from train.run import load_trained, run_and_checkpoint
 from train.torchvision_layout import TORCHVISIONS, check_fits, to_torchvision
 
 FORMATS = ("safetensors", "torchvision", "onnx")
@@ -77,11 +77,12 @@ def preprocessing_of(store: Store, recipe: Recipe) -> Preprocessing:
     return Preprocessing(side, how, mean_rgb, image, recipe.input_divisor)
 
 
-def export(run_dir: Path, to: str, out: Path, store: Path | None = None) -> dict[str, Any]:
-    """Write the newest checkpoint of a run as `out`, whole or not at all; returns what is to be said of it.
+def export(run_dir: Path, to: str, out: Path, store: Path | None = None, checkpoint: str = "last") -> dict[str, Any]:
+    """Write a checkpoint of a run as `out`, whole or not at all; returns what is to be said of it.
 
-    to     one of FORMATS
-    store  the one it was trained on, for its mean; None: where run.json says that it was
+    run_dir, checkpoint  as train.run.run_and_checkpoint takes them
+    to                   one of FORMATS
+    store                the one it was trained on, for its mean; None: where run.json says that it was
 
     Raises UserError where there is no run, the store is another one, a package is missing, the network does not fit the
     format, or `out` cannot be written; StoreError as Store.open.
@@ -89,7 +90,8 @@ def export(run_dir: Path, to: str, out: Path, store: Path | None = None) -> dict
     missing = [name for name in _NEEDED[to] if find_spec(name) is None]
     if missing:
         raise UserError(f"--to {to} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
-    network, state, classes = load_trained(run_dir, ("cpu", "cpu"))
+    run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
+    network, state, classes = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
     preprocessing = preprocessing_of(_trained_on(run_dir, state, store), network.recipe)
     if to == "torchvision":
         check_fits(network.architecture, network.recipe)

@@ -121,7 +121,8 @@ def write_features(
                     np.lib.format.write_array_header_1_0(file, header)
                 file.write(np.ascontiguousarray(found, "<f4").tobytes())
         lines = [
-            "\t".join((keys.key(k), store.classes[keys[k].label], one_line(keys.source(k)))) for k in range(records)
+            "\t".join((keys.key(k), one_line(store.classes[keys[k].label]), one_line(keys.source(k))))
+            for k in range(records)
         ]
         write_atomic(keys_path(out), "".join(line + "\n" for line in lines).encode())
     except OSError as error:

@@ -48,7 +48,7 @@ from train.index import LAYER, MOST, index_of, nearest
 from train.keepsake import description, eye_of, kept_colour, store_of
 from train.model import AlexNet
 from train.predict import best, said_of
-from train.run import load_trained
+from train.run import load_trained, run_and_checkpoint
 from train.scores import Scores, load_scores, note_result, score
 
 GUESSES, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper's figure 4
@@ -79,6 +79,7 @@ class Trained:
     @staticmethod
     def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str = "last") -> Trained:
         """Raises UserError as load_trained, store_of and devices_of."""
+        run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
         model, state, classes = load_trained(run_dir, devices_of(gpus), checkpoint)
         return Trained(run_dir, model, state, classes, store_of(run_dir, state, classes, store), precision)
 

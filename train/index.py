@@ -55,7 +55,12 @@ def index_of(
     about = f"{state['digest']} {store.split('train').fingerprint} {records} {precision}"
     index = _read(path, about)
     if index is None:
-        features = np.concatenate(list(split_activations(model, store, "train", LAYER, records, precision)))
+        features, filled = np.empty((records, 0), np.float32), 0
+        for part in split_activations(model, store, "train", LAYER, records, precision):
+            if not filled:
+                features = np.empty((records, part.shape[1]), np.float32)  # once: there may be many gigabytes
+            features[filled : filled + len(part)] = part
+            filled += len(part)
         held = Records(store, "train")
         labels = np.array([held[k].label for k in range(records)], np.int64)
         index = Index(features, labels, np.array([held.key(k) for k in range(records)], "S8"))

@@ -115,6 +115,11 @@ def what_it_trains(config: RunConfig, store: Store) -> dict[str, Any]:
     return about
 
 
+def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
+    """A run's folder, and which checkpoint of it: `which`, or `path` where that is a checkpoint in its run's folder."""
+    return (path.parent, str(path)) if path.is_file() else (path, which)
+
+
 def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> tuple[AlexNet, dict[str, Any], list[str]]:
     """The network of a run's checkpoint on `devices`, the checkpoint, and the names of the classes.
 

@@ -155,10 +155,12 @@ def _plan(text: str, recipe: Recipe) -> Plan:
     for drop, word in enumerate(words, 1):
         after, _, lr = word.partition(":")
         try:
-            change = Change(float(after), float(f"{recipe.lr / 10**drop:.6g}") if not lr else float(lr))
+            epochs, rate = float(after), float(f"{recipe.lr / 10**drop:.6g}") if not lr else float(lr)
         except ValueError:
             raise _Unfit("plateau, cosine, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4") from None
-        changes.append(change)
+        if not (0 <= epochs < math.inf and 0 < rate < math.inf):
+            raise _Unfit("epochs of at least 0, and rates of more than 0")
+        changes.append(Change(epochs, rate))
     if any(later.after_epochs <= change.after_epochs for change, later in pairwise(changes)):
         raise _Unfit("epochs that rise")
     return tuple(changes)
