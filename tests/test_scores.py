@@ -68,7 +68,7 @@ def test_only_what_is_said_of_the_same_images_is_averaged(change: dict, message:
 
 def test_weights() -> None:
     assert weights_of(None, 2) is None and weights_of("2,1.5", 2) == [2.0, 1.5]
-    for text in ("1", "1,2,3", "1,-1", "0,0", "a,b", "nan,1", "inf,1"):
+    for text in ("1", "1,2,3", "1,-1", "3,-1", "0,0", "a,b", "nan,1", "inf,1"):
         with pytest.raises(UserError, match=text):
             weights_of(text, 2)
 
