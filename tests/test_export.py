@@ -290,6 +290,7 @@ def test_an_imported_run_differs_at_the_border_alone_and_is_evaluated(
 def test_an_imported_run_is_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
     """The same options go on, without a new beginning; the first loss is that of the imported weights."""
     words = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
+    words += ["--set", "label_smoothing=0.1"]
     command("import", weights, *words, "--set", "lr=0.001")
     network, _, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
     going_on = [*words, "--set", "lr=0.001", "--model", "torchvision", "--recipe", "modern"]

@@ -229,8 +229,3 @@ def test_without_matplotlib(trained_run: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = CliRunner().invoke(main, ["figures", str(trained_run)])
     assert result.exit_code == 1 and "pip install 'alexnet[figures]'" in result.stderr
-
-
-def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
-    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]

@@ -16,6 +16,7 @@ from test_log import line
 
 import train.cli
 from prep.manifest import hold_lock, lock_is_held
+from train.folder import read_lines
 from train.status import status_lines, status_of
 
 RUN = {
@@ -164,3 +165,8 @@ def test_who_looks_at_a_lock_keeps_no_one_from_taking_it(tmp_path: Path, monkeyp
         monkeypatch.setattr("prep.manifest.time.sleep", lambda s: fcntl.flock(other, fcntl.LOCK_UN))
         with hold_lock(tmp_path, "training"):
             assert lock_is_held(tmp_path)
+
+
+def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
+    assert read_lines(tmp_path) == [{"kind": "train", "step": 1}]
