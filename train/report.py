@@ -42,7 +42,10 @@ dl.facts dd { margin: 0; font-size: 1.25rem; font-variant-numeric: tabular-nums;
 dl.facts dd small { display: block; font-size: .8rem; color: var(--quiet); }
 figure { margin: 0; }
 figcaption { font-size: .9rem; margin: .3rem 0 0; }
-.wide { overflow-x: auto; }
+.wide { overflow-x: auto; background: linear-gradient(90deg, var(--page) 40%, transparent) 0 / 3rem 100% local,
+  linear-gradient(270deg, var(--page) 40%, transparent) 100% / 3rem 100% local,
+  linear-gradient(90deg, var(--line), transparent) 0 / 1rem 100% scroll,
+  linear-gradient(270deg, var(--line), transparent) 100% / 1rem 100% scroll; background-repeat: no-repeat; }
 dl.facts + .wide { margin-top: 1.2rem; }
 figure .wide { background: #fff; border-radius: .4rem; padding: .6rem; }
 img { display: block; width: 100%; min-width: 36rem; height: auto; }
@@ -54,6 +57,8 @@ thead th { color: var(--quiet); font-weight: 400; }
 td.number, th.number { text-align: right; white-space: nowrap; }
 td.value { white-space: nowrap; }
 td.source { color: var(--quiet); min-width: 16rem; }
+@media (max-width: 40rem) { figure .wide::before { content: "scroll sideways \\2192"; position: sticky; left: 0;
+  color: #61676d; font-size: .8rem; } }
 code { font: .9em ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
 @media print { body { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } }
 """
@@ -190,11 +195,13 @@ def _network(trained: Trained) -> str:
 
 
 def _recipe(trained: Trained) -> str:
-    recipe, rows = trained.model.recipe, []
+    recipe, rows, given = trained.model.recipe, [], trained.told.get("settings", {})
     for field, parts in recipe_rows(recipe).items():
         if field in HEADINGS:
             rows.append(f'<tr><th class="part" colspan="3">{escape(HEADINGS[field])}</th></tr>')
         for k, (name, value) in enumerate(parts):
+            if name in given and str(given[name]) != value:  # --epochs, --batch
+                value = f"{value}, here {given[name]}"
             source = f'<td class="source" rowspan="{len(parts)}">{escape(recipe.sources[field])}</td>' if not k else ""
             rows.append(f'<tr><th>{escape(name)}</th><td class="value">{escape(value)}</td>{source}</tr>')
     head = "<thead><tr><th>Field</th><th>Value</th><th>Source</th></tr></thead>"
