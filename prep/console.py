@@ -56,7 +56,11 @@ def disk_error(error: OSError, text: str) -> UserError:
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that clean-up runs as it does for Ctrl-C."""
+    """SIGTERM, or another signal that ends a process, raised so that clean-up runs as it does for Ctrl-C."""
+
+    def __init__(self, signum: int = signal.SIGTERM) -> None:
+        super().__init__()
+        self.signum = signum
 
 
 def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
@@ -100,7 +104,7 @@ class Group(click.Group):
         except (KeyboardInterrupt, Terminated) as stop:
             then = "goes on from here" if ctx.invoked_subcommand in self.goes_on else "begins again"
             say(f"Interrupted. The same command {then}.")
-            ctx.exit(143 if isinstance(stop, Terminated) else 130)
+            ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
 
 
 def say(text: str) -> None:

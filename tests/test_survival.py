@@ -470,11 +470,12 @@ def test_a_fork_changes_settings_goes_on_and_tells_where_it_came_from(stores: di
 # ---------------------------------------------------------------- the command
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
 def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
 ) -> None:
     before, log_line = signal.getsignal(signal.SIGTERM), Log.train
+    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
 
     def signalled(self: Log, line: dict[str, Any]) -> None:
         log_line(self, line)
@@ -490,6 +491,7 @@ def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
         )
     finally:
         signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGHUP, hung_up)
     assert ended.exit_code == code, ended.output
     assert "batch 8 in 2 parts" in ended.stderr and "same command goes on" in ended.stderr
     assert checkpoint.load(tmp_path / "run")["step"] == 2  # the step that was under way

@@ -76,7 +76,7 @@ def _run(words: list[str]) -> dict[str, float]:
             said, _ = child.communicate()
     finally:
         signal.signal(signal.SIGINT, before)
-    if child.returncode < 0 or child.returncode in (130, 143):
+    if child.returncode < 0 or child.returncode in (129, 130, 143):
         raise KeyboardInterrupt
     if child.returncode:
         raise UserError(f"`{' '.join(words)}` ended with exit code {child.returncode}.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -61,7 +62,8 @@ class Log:
             if error is None:
                 self._say_status("finished")
             elif isinstance(error, KeyboardInterrupt | Terminated):
-                self._say_status("stopped", "by SIGTERM" if isinstance(error, Terminated) else "by Ctrl-C")
+                by = signal.Signals(error.signum).name if isinstance(error, Terminated) else "Ctrl-C"
+                self._say_status("stopped", f"by {by}")
             else:
                 self._say_status("failed", str(error) or type(error).__name__)
 

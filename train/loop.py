@@ -32,8 +32,8 @@ def fit(config: RunConfig, view: Lines | None = None) -> Path:
     """Train, or go on training; returns the run folder. `view`: what a person sees; by default what fits the terminal.
 
     Raises UserError as the loaders do, for a run folder of another run, a batch that its parts do not divide and a
-    lack of memory, DiskFull, Diverged when the loss is no longer a number; after Ctrl-C or SIGTERM finishes the step,
-    writes a checkpoint and raises KeyboardInterrupt or Terminated.
+    lack of memory, DiskFull, Diverged when the loss is no longer a number; after Ctrl-C, SIGTERM or SIGHUP finishes the
+    step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
     check_parts(config)
     claim(config.run_dir)
@@ -198,7 +198,7 @@ def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser
 
 
 class _Stop:
-    """What to raise once the step is done, None until Ctrl-C or SIGTERM asks for it."""
+    """What to raise once the step is done, None until Ctrl-C, SIGTERM or SIGHUP asks for it."""
 
     def __init__(self) -> None:
         self.asked: BaseException | None = None
@@ -216,7 +216,7 @@ class _Stop:
             self.waits = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        stop = Terminated() if signum == signal.SIGTERM else KeyboardInterrupt()
+        stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.asked is not None or not self.waits:
             raise stop
         self.asked = stop
@@ -226,9 +226,11 @@ class _Stop:
 
 @contextmanager
 def _stop_requests() -> Iterator[_Stop]:
-    """Signals ask the loop to stop; a second one raises at once."""
-    stop = _Stop()
-    before = {signum: signal.signal(signum, stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    """Signals ask the loop to stop; a second one raises at once. A closed terminal is one, but not under nohup."""
+    stop, asking = _Stop(), [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asking.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, stop) for signum in asking}
     try:
         yield stop
     finally:
