@@ -202,9 +202,10 @@ def test_what_a_kill_left_undone_after_a_checkpoint_is_done_when_the_run_is_give
     for step in (1, 2, 3):
         keeper.save(step, {"step": step}, False, lambda: None)
     (tmp_path / BEST).write_bytes(b"an older one")
+    (tmp_path / ".run.json.77.tmp").write_text("{")
     ended = {"step": 3, "best": {"step": 3, "top1_error": 0.5}, "ancestry": []}
     checkpoint.Keeper(tmp_path, 2, ended)
-    assert [path.name[-4:-3] for path in checkpoints(tmp_path)] == ["2", "3"]
+    assert [path.name[-4:-3] for path in checkpoints(tmp_path)] == ["2", "3"] and not list(tmp_path.glob(".*"))
     assert checkpoint.load(tmp_path, "best")["step"] == 3
     checkpoint.Keeper(tmp_path, 2, {**ended, "best": {"step": 2, "top1_error": 0.5}})
     assert checkpoint.load(tmp_path, "best")["step"] == 3
