@@ -39,6 +39,7 @@ def made(
         "model": asdict(model),
         "recipe": asdict(recipe),
         "length": {"steps_per_epoch": 10, "steps": 100},
+        "store": {},
         "classes": ["a", "b"],
         "environment": {"torch": "2.13.0"},
     }

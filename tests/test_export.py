@@ -33,6 +33,7 @@ from train import cli, export, options
 from train.architecture import ALEXNET, JOINED, TORCHVISION, Architecture, Widths, architecture_from_json
 from train.export import preprocessing_of
 from train.importing import begin, import_torchvision
+from train.keepsake import eye_of
 from train.model import AlexNet
 from train.recipe import Recipe, recipe_from_json
 from train.recipes import CAFFE, MODERN, PAPER, RELEASED
@@ -155,9 +156,11 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 
 
 @pytest.mark.parametrize("recipe", [PAPER, CAFFE, MODERN], ids=lambda recipe: recipe.augmentation.mean)
-def test_constants_make_of_pixels_what_the_stream_serves(store: Path, recipe: Recipe) -> None:
+def test_constants_make_of_pixels_what_the_stream_serves(made: Made, store: Path, recipe: Recipe) -> None:
     """Read as JSON, by NumPy alone."""
-    told = json.loads(json.dumps(vars(preprocessing_of(Store.open(store), recipe))))
+    run_dir, _ = made(TINY["joined"], recipe)
+    eye = eye_of(run_dir, recipe)
+    told = json.loads(json.dumps(vars(preprocessing_of(eye, recipe.input_divisor))))
     pixels = images_of(store, "none").numpy()
     assert pixels.min() >= 0 and told["shorter_side_px"] == 256 and told["input_divisor"] == recipe.input_divisor
     if told["mean_image"] is None:
@@ -213,12 +216,20 @@ def test_what_torchvisions_definition_cannot_compute_is_refused_with_the_reason(
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_another_store_or_none_is_refused_for_its_mean(made: Made, stores: dict[str, Path], tmp_path: Path) -> None:
+def test_the_store_is_not_needed_but_what_the_run_keeps_of_it_is(made: Made, tmp_path: Path) -> None:
     run_dir, _ = made(TINY["joined"], PAPER)
-    words = ["export", run_dir, "--to", "safetensors", "--out", tmp_path / "net", "--store"]
-    assert "not the store" in refused(*words, stores["ppm"])
-    assert "name it with --store" in refused(*words, tmp_path / "nowhere")
-    assert "cannot be written" in refused("export", run_dir, "--to", "safetensors", "--out", tmp_path / "no" / "net")
+    words = ["export", run_dir, "--to", "safetensors", "--out"]
+    command(*words, tmp_path / "beside")
+    told = json.loads((run_dir / "run.json").read_text())
+    told["settings"]["store"] = "nowhere"
+    (run_dir / "run.json").write_text(json.dumps(told))
+    command(*words, tmp_path / "alone")
+    with safe_open(tmp_path / "beside", "pt") as beside, safe_open(tmp_path / "alone", "pt") as alone:
+        assert alone.metadata() == beside.metadata() and "mean_image" in alone.metadata()["preprocessing"]
+    assert "cannot be written" in refused(*words, tmp_path / "no" / "net")
+    (run_dir / "mean_image.npy").unlink()
+    assert "mean_image.npy: cannot be read" in refused(*words, tmp_path / "net")
+    assert not (tmp_path / "net").exists()
 
 
 @pytest.mark.parametrize("to", ["onnx", "safetensors"])

@@ -159,22 +159,19 @@ def test_a_checkpoint_may_be_named_in_place_of_its_run(small_run: Path, photo_fo
     assert code == 2 and "dense" in err
 
 
-def test_predict_knows_the_mean_without_the_store_and_asks_for_it_where_a_run_has_none(
-    trained_run: Path, store: Path, photo_folder: Path
-) -> None:
+def test_predict_knows_the_mean_without_the_store(trained_run: Path, photo_folder: Path) -> None:
     told = json.loads((trained_run / "run.json").read_text())
+    image = next((photo_folder / "val").glob("*.JPEG"))
+    at_the_store = answers("predict", trained_run, image)
     told["settings"]["store"] = "nowhere"
     (trained_run / "run.json").write_text(json.dumps(told))
-    image = next((photo_folder / "val").glob("*.JPEG"))
-    (kept,) = answers("predict", trained_run, image, "--store", "nowhere")
+    assert answers("predict", trained_run, image) == at_the_store
+    code, _, err = alextrain("predict", trained_run, trained_run / "run.json")
+    assert code == 1 and "run.json: not a picture" in err
     del told["store"]
     (trained_run / "run.json").write_text(json.dumps(told))
     code, _, err = alextrain("predict", trained_run, image)
-    assert code == 1 and "--store" in err and err.count("\n") == 1
-    (by_store,) = answers("predict", trained_run, image, "--store", store)
-    assert by_store == kept
-    code, _, err = alextrain("predict", trained_run, trained_run / "run.json", "--store", store)
-    assert code == 1 and "run.json: not a picture" in err
+    assert code == 1 and "run.json: has no store, which this version reads" in err and err.count("\n") == 1
 
 
 def test_a_mean_image_is_kept_with_the_run(store: Path, tmp_path: Path, photo_folder: Path) -> None:

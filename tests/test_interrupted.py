@@ -199,9 +199,9 @@ def test_interrupted_by_a_signal(
     assert report.skipped >= 64
 
 
-def test_ctrl_c_while_the_workers_start(start: Start, slow: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_the_workers_start(start: Start, tmp_path: Path) -> None:
     """A terminal sends Ctrl-C to the workers too, which must leave it to the parent from the beginning."""
-    said = []
+    said, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
         command.wait_for("worker", lambda pid=command.process.pid: any("spawn_main" in w for w in group(pid).values()))

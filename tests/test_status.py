@@ -25,6 +25,7 @@ RUN = {
     "model": {"name": "alexnet"},
     "recipe": {"name": "short"},
     "length": {"steps_per_epoch": 10, "steps": 100},
+    "store": {},
     "classes": ["a", "b"],
 }
 

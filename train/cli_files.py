@@ -26,14 +26,9 @@ from train.options import (
 @click.argument("run_dir", type=click.Path(path_type=Path))
 @click.option("--to", type=click.Choice(EXPORTS), required=True, help="Which kind of file.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file; replaced whole.")
-@click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    help="The store that it was trained on, whose mean goes along.  [default: where it was then]",
-)
 @checkpoint_option
 @json_option
-def export(run_dir: Path, to: str, out: Path, store: Path | None, checkpoint: str, as_json: bool) -> None:
+def export(run_dir: Path, to: str, out: Path, checkpoint: str, as_json: bool) -> None:
     """Write a run's network as a file for other programs, classes and preprocessing along with it.
 
     \b
@@ -43,7 +38,7 @@ def export(run_dir: Path, to: str, out: Path, store: Path | None, checkpoint: st
     """
     from train.export import export as write
 
-    told = write(run_dir, to, out, store, checkpoint)
+    told = write(run_dir, to, out, checkpoint)
     if as_json:
         answer(told)
         return

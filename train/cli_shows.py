@@ -149,13 +149,6 @@ def report(
 @run_argument
 @images_argument
 @click.option(
-    "--store",
-    type=click.Path(path_type=Path),
-    envvar="ALEXNET_STORE",
-    show_envvar=True,
-    help="The training store, for a run that kept no mean of it.  [default: where it was then]",
-)
-@click.option(
     "--views",
     type=click.Choice(["1", "10"]),
     default="10",
@@ -170,7 +163,6 @@ def report(
 def predict(
     run_dir: Path,
     images: tuple[Path, ...],
-    store: Path | None,
     views: str,
     top: int,
     checkpoint: str,
@@ -185,15 +177,10 @@ def predict(
       alextrain predict run cat.jpg
       alextrain predict run/best.pt *.jpg --views 1 --json
     """
-    from dataclasses import replace
-
     from train.gallery import Trained
-    from train.keepsake import kept_colour, store_of
     from train.predict import best, prepared, said_of
 
     trained = Trained.open(run_dir, None, gpus, precision, checkpoint)
-    if kept_colour(trained.told) is None:  # then the store is needed, else whatever ALEXNET_STORE names is of no matter
-        trained = replace(trained, store=store_of(run_dir, trained.state, trained.classes, store))
     for path in images:
         p, _ = said_of(trained.model, trained.eye, prepared(path, trained.eye), int(views), precision)
         said = best(p, top)

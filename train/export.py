@@ -34,10 +34,11 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import WINDOW_PX
+from pipeline.photograph import Eye
 from prep.console import UserError, disk_error
-from prep.manifest import Store, atomic_file
+from prep.manifest import atomic_file
+from train.keepsake import eye_of
 from train.model import AlexNet
-from train.recipe import Recipe
 from train.run import load_trained, run_and_checkpoint
 from train.torchvision_layout import TORCHVISIONS, check_fits, to_torchvision
 
@@ -62,37 +63,34 @@ class Preprocessing:
     normalise: Mapping[str, Any] | None = None  # torchvision's: mean and std of Normalize, and whether that is exact
 
 
-def preprocessing_of(store: Store, recipe: Recipe) -> Preprocessing:
-    """What a recipe subtracts, from the store; raises StoreError where its statistics are missing."""
-    how, side = recipe.augmentation.mean, store.settings.side_px
-    mean_rgb, image = tuple(store.colour().mean_rgb if how == "channel" else (0.0, 0.0, 0.0)), None
-    if how in ("image", "aligned"):
-        whole = store.mean_image()
+def preprocessing_of(eye: Eye, input_divisor: float) -> Preprocessing:
+    """What is subtracted of the pictures that a network was shown, and what they are divided by."""
+    mean_rgb, image, whole = tuple(eye.mean_rgb if eye.mean == "channel" else (0.0, 0.0, 0.0)), None, eye.mean_image
+    if whole is not None:
         mean_rgb = tuple(whole.mean((0, 1), dtype=np.float64).tolist())
         image = {
             "shape": list(whole.shape),
             "dtype": "float32",
             "base64": b64encode(whole.astype("<f4").tobytes()).decode(),
         }
-    return Preprocessing(side, how, mean_rgb, image, recipe.input_divisor)
+    return Preprocessing(eye.settings.side_px, eye.mean, mean_rgb, image, input_divisor)
 
 
-def export(run_dir: Path, to: str, out: Path, store: Path | None = None, checkpoint: str = "last") -> dict[str, Any]:
+def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[str, Any]:
     """Write a checkpoint of a run as `out`, whole or not at all; returns what is to be said of it.
 
     run_dir, checkpoint  as train.run.run_and_checkpoint takes them
     to                   one of FORMATS
-    store                the one it was trained on, for its mean; None: where run.json says that it was
 
-    Raises UserError where there is no run, the store is another one, a package is missing, the network does not fit the
-    format, or `out` cannot be written; StoreError as Store.open.
+    Raises UserError where there is no run, a package is missing, the network does not fit the format, or `out` cannot
+    be written.
     """
     missing = [name for name in _NEEDED[to] if find_spec(name) is None]
     if missing:
         raise UserError(f"--to {to} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
     run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
     network, state, classes = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
-    preprocessing = preprocessing_of(_trained_on(run_dir, state, store), network.recipe)
+    preprocessing = preprocessing_of(eye_of(run_dir, network.recipe), network.recipe.input_divisor)
     if to == "torchvision":
         check_fits(network.architecture, network.recipe)
         mean = [level / 255 for level in preprocessing.mean_rgb]
@@ -112,22 +110,6 @@ def export(run_dir: Path, to: str, out: Path, store: Path | None = None, checkpo
         raise disk_error(error, f"{out}: cannot be written ({error.strerror or error}). Name another --out.") from error
     shown = {key: value for key, value in asdict(preprocessing).items() if key != "mean_image"}
     return {"out": str(out), "to": to, "step": state["step"], "bytes": out.stat().st_size, "preprocessing": shown}
-
-
-def _trained_on(run_dir: Path, state: Mapping[str, Any], path: Path | None) -> Store:
-    """The store of a run; raises UserError for another, whose mean would be wrong."""
-    path = path or Path(json.loads((run_dir / "run.json").read_bytes())["settings"]["store"])
-    try:
-        store = Store.open(path)
-        here, there = store.split("train").fingerprint, state["identity"]["store_fingerprint"]
-    except UserError as error:
-        raise UserError(f"{error} The mean of what {run_dir} was trained on is needed: name it with --store.") from None
-    if here != there:
-        raise UserError(
-            f"{path} is not the store that {run_dir} was trained on (train {here[:8]}, the run's {there[:8]}): its "
-            "mean would be wrong. Name that one with --store."
-        )
-    return store
 
 
 def _safetensors(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:

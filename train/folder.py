@@ -37,7 +37,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
         raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name the --run-dir of one.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). The same alextrain run again writes it anew.") from None
-    parts = ("identity", "settings", "model", "recipe", "length")
+    parts = ("identity", "settings", "model", "recipe", "length", "store")
     missing = [part for part in parts if not isinstance(found, dict) or not isinstance(found.get(part), dict)]
     if missing:
         raise UserError(

@@ -43,9 +43,9 @@ from train.figures_pictures import (
     nearest_rows,
     rows_size,
 )
-from train.folder import read_lines
+from train.folder import read_description, read_lines
 from train.index import LAYER, MOST, index_of, nearest
-from train.keepsake import description, eye_of, kept_colour, store_of
+from train.keepsake import eye_of, kept_colour, store_of
 from train.model import AlexNet
 from train.predict import best, said_of
 from train.run import load_trained, run_and_checkpoint
@@ -86,12 +86,12 @@ class Trained:
     @cached_property
     def told(self) -> dict[str, Any]:
         """run.json."""
-        return description(self.run_dir)
+        return read_description(self.run_dir)
 
     @cached_property
     def eye(self) -> Eye:
         """How this network is shown pictures."""
-        return eye_of(self.run_dir, self.model.recipe, self.store)
+        return eye_of(self.run_dir, self.model.recipe)
 
     def looked_at(self, split: str) -> Store:
         """The store; raises UserError where there is none, or it lacks the split."""
@@ -154,15 +154,14 @@ def _of_the_run(trained: Trained) -> Iterator[Plate]:
         kernels_size(parameters, columns),
         lambda figure: kernels(figure, parameters, columns),
     )
-    colour = kept_colour(trained.told) or (trained.store.colour() if trained.store else None)
-    if colour is not None:
-        yield Plate(
-            "colour-axes",
-            "Colour axes of the store",
-            "Principal components of the training pixels, along which the colour noise of section 4.1 goes.",
-            COLOUR_SIZE,
-            lambda figure: colour_axes(figure, colour),
-        )
+    colour = kept_colour(trained.told)
+    yield Plate(
+        "colour-axes",
+        "Colour axes of the store",
+        "Principal components of the training pixels, along which the colour noise of section 4.1 goes.",
+        COLOUR_SIZE,
+        lambda figure: colour_axes(figure, colour),
+    )
 
 
 def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Iterator[Plate]:

@@ -7,7 +7,6 @@ subtracts a mean image.
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 from pipeline.photograph import Eye
 from prep.console import UserError, say
 from prep.manifest import ColourStats, Settings, Store, StoreError, write_atomic
+from train.folder import read_description
 from train.recipe import Recipe
 
 MEAN_IMAGE = "mean_image.npy"
@@ -51,37 +51,16 @@ def keep_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
         write_atomic(path, content.getvalue())
 
 
-def description(run_dir: Path) -> dict[str, Any]:
-    """run.json; raises UserError where it cannot be read."""
-    try:
-        told: dict[str, Any] = json.loads((run_dir / "run.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir / 'run.json'}: cannot be read ({error}).") from None
-    return told
+def kept_colour(told: Mapping[str, Any]) -> ColourStats:
+    """The colour statistics of the training store, from a run.json."""
+    return ColourStats(**told["store"]["colour"])
 
 
-def kept_colour(told: Mapping[str, Any]) -> ColourStats | None:
-    """The colour statistics that a run.json has; None of a run that an earlier version began."""
-    return ColourStats(**told["store"]["colour"]) if "store" in told else None
-
-
-def eye_of(run_dir: Path, recipe: Recipe, store: Store | None = None) -> Eye:
-    """How this run's network was shown pictures: by what the run keeps; of a run that kept nothing, by `store`.
-
-    Raises UserError where neither has it, StoreError where the store's statistics are missing.
-    """
-    mean, told = recipe.augmentation.mean, description(run_dir)
-    colour = kept_colour(told)
-    if colour is not None:
-        image = _kept_image(run_dir) if mean in _WITH_IMAGE else None
-        return Eye(Settings(**told["store"]["settings"]), mean, colour.mean_rgb, image)
-    if store is None:
-        raise UserError(
-            f"{run_dir / 'run.json'} has no mean of its training store: an earlier version began the run. "
-            "Point --store at that store."
-        )
-    image = store.mean_image() if mean in _WITH_IMAGE else None
-    return Eye(store.settings, mean, store.colour().mean_rgb, image)
+def eye_of(run_dir: Path, recipe: Recipe) -> Eye:
+    """How this run's network was shown pictures; raises UserError where the run folder does not tell."""
+    mean, told = recipe.augmentation.mean, read_description(run_dir)
+    image = _kept_image(run_dir) if mean in _WITH_IMAGE else None
+    return Eye(Settings(**told["store"]["settings"]), mean, kept_colour(told).mean_rgb, image)
 
 
 def _kept_image(run_dir: Path) -> Any:
@@ -100,7 +79,7 @@ def store_of(run_dir: Path, state: Mapping[str, Any], classes: list[str], store:
     fingerprint = state["identity"]["store_fingerprint"]
     if store is None:
         try:
-            found = Store.open(description(run_dir)["settings"]["store"])
+            found = Store.open(read_description(run_dir)["settings"]["store"])
             return found if found.split("train").fingerprint == fingerprint else None
         except StoreError:
             return None

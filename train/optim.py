@@ -56,6 +56,7 @@ class PaperSGD(torch.optim.Optimizer):
             # torch: v ← momentum · v + (1 − dampening)(∂L/∂w + decay · w), then w ← w − lr · v; with these it is ours
             same = {"lr": -1.0, "dampening": 1.0 + lr, "nesterov": False, "maximize": False, "is_first_step": False}
             torch._fused_sgd_(weights, gradients, velocities, weight_decay=decay, momentum=momentum, **same)
+            torch.autograd.graph.increment_version((*weights, *velocities))  # which that operator leaves out
             return
         torch._foreach_mul_(velocities, momentum)
         if decay:

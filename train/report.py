@@ -209,9 +209,7 @@ def _recipe(trained: Trained) -> str:
 
 
 def _store(trained: Trained) -> str:
-    told = trained.told.get("store")
-    if told is None:
-        return '<p class="quiet">An earlier version began this run: its run.json does not tell of the store.</p>'
+    told = trained.told["store"]
     counts = {name: split["records"] for name, split in told["splits"].items()}
     facts = [(f"Records, {name}", f"{n:,}", bytes_text(told["splits"][name]["bytes"])) for name, n in counts.items()]
     facts.append(("Classes", f"{len(trained.classes):,}", f"{trained.classes[0]} to {trained.classes[-1]}"))
