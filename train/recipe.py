@@ -35,7 +35,7 @@ class Change:
     """From `after_epochs` epochs on: what is not None takes the place of what was."""
 
     after_epochs: float  # a change of the colour noise waits for the epoch to end
-    lr: float | None = None  # of all weights, conv1's too
+    lr: float | None = None  # of all weights, conv1's too unless it was given its own
     lr_conv1: float | None = None  # of conv1's weights alone; 0 freezes the layer
     colour: str | None = None
 
