@@ -87,6 +87,29 @@ def test_where_fields_tell_nothing_the_folder_does(tmp_path: Path, how: str) -> 
     assert labels_of(read_runs([a, b])) == [str(a), str(b)]
 
 
+def test_a_fork_says_what_it_came_from(tmp_path: Path) -> None:
+    forked = made(tmp_path / "b")
+    about = json.loads((forked / "run.json").read_text())
+    (forked / "run.json").write_text(json.dumps({**about, "ancestry": [{"path": "/runs/long/a", "step": 1030}]}))
+    runs = read_runs([made(tmp_path / "a"), forked])
+    (row,) = [line.split(None, 2) for line in comparison_lines(runs) if line.startswith("ancestry")]
+    assert row[1:] == ["none", "a after step 1,030"]
+    assert labels_of(runs) == ["ancestry none", "ancestry a after step 1,030"]
+
+
+def test_a_folder_that_begins_with_an_underscore_is_in_the_legend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[Any] = []
+    draw = compare._curves
+    monkeypatch.setattr(compare, "_curves", lambda figure, runs: (kept.append(figure), draw(figure, runs)))
+    for name in ("_a", "b"):
+        made(tmp_path / name, errors=(0.5, 0.4))
+    monkeypatch.chdir(tmp_path)
+    draw_comparison(read_runs([Path("_a"), Path("b")]), tmp_path / "curves.png")
+    assert [text.get_text().strip() for text in kept[0].legends[0].get_texts()] == ["_a", "b"]
+
+
 def test_two_of_one_name_are_told_apart(tmp_path: Path) -> None:
     a, b, c = made(tmp_path / "a"), made(tmp_path / "b"), made(tmp_path / "c", seed=1)
     assert labels_of(read_runs([a, b, c])) == [f"seed 0, {a}", f"seed 0, {b}", "seed 1"]

@@ -66,7 +66,9 @@ def labels_of(runs: Sequence[Compared]) -> list[str]:
     if not rows or len(rows) > _IN_LEGEND:
         return folders
     short = {name: "" if name.endswith(".name") else f"{name.rpartition('.')[2]} " for name in rows}
-    labels = [", ".join(short[name] + _text(values[k]) for name, values in rows.items()) for k in range(len(runs))]
+    labels = [
+        ", ".join(short[name] + _text(name, values[k]) for name, values in rows.items()) for k in range(len(runs))
+    ]
     return [f"{a}, {b}" if labels.count(a) > 1 else a for a, b in zip(labels, folders, strict=True)]
 
 
@@ -94,7 +96,7 @@ def comparison_json(runs: Sequence[Compared]) -> dict[str, Any]:
 def comparison_lines(runs: Sequence[Compared]) -> list[str]:
     """The fields that differ and the errors as a table, a column for each run."""
     rows = [["", *(str(run.run_dir) for run in runs)]]
-    rows += [[name, *map(_text, values)] for name, values in differences(runs).items()]
+    rows += [[name, *(_text(name, value) for value in values)] for name, values in differences(runs).items()]
     results = [results_of(run) for run in runs]
     rows.append(["step", *(_cell(r["train"], lambda line: f"{line['step']:,}") for r in results)])
     rows.append(["training loss", *(_cell(r["train"], lambda line: f"{line['loss']:.3f}") for r in results)])
@@ -122,7 +124,8 @@ def _curves(figure: Any, runs: Sequence[Compared]) -> None:
     panels = figure.subplots(1, 2)
     for number, (run, label) in enumerate(zip(runs, labels_of(runs), strict=True)):
         colour = f"C{number}" if len(runs) <= 10 else _shade(number / (len(runs) - 1))
-        panels[0].plot([], [], color=colour, marker="o", ms=3, lw=1.4, label=label)  # for the legend
+        shown = f" {label}" if label.startswith("_") else label  # which matplotlib would leave out
+        panels[0].plot([], [], color=colour, marker="o", ms=3, lw=1.4, label=shown)  # for the legend
         for kind, style in (("train", {"lw": 0.8, "alpha": 0.4}), ("val", {"marker": "o", "ms": 3, "lw": 1.4})):
             mine = [line for line in run.lines if line["kind"] == kind]
             epochs = [line["epoch"] for line in mine]
@@ -154,7 +157,9 @@ def _among(name: str, groups: Sequence[str]) -> bool:
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 
-def _text(value: Any) -> str:
+def _text(name: str, value: Any) -> str:
+    if name == "ancestry":
+        value = ", ".join(f"{Path(one['path']).name} after step {one['step']:,}" for one in value or ()) or None
     if value is None:
         return "none"
     text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
