@@ -150,7 +150,8 @@ def test_norms_of_large_layers_are_right() -> None:
 
 def test_memory_is_what_the_process_had_at_most(told: Told) -> None:
     used = [told["memory_mb"] for told in read_lines(told.run_dir) if told["kind"] == "train"]
-    assert 50 < used[0] <= used[-1] <= resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3 * 1.02
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
+    assert 50 < used[0] <= 1.02 * used[-1] <= 1.05 * most  # the kernel counts by and by
 
 
 def test_memory_of_each_gpu_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
