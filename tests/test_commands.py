@@ -68,6 +68,15 @@ def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
     assert [int(px) for px in pools.type.choices] == list(POOLS_PX)
     for word in options.SCHEDULES:
         assert set_fields(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
+    from train.checkpoint import KEPT
+    from train.index import MOST
+
+    defaults = {
+        p.name: p.default
+        for name in ("run", "figures", "report", "search")
+        for p in train.cli.main.commands[name].params
+    }
+    assert (defaults["keep"], defaults["most"]) == (KEPT, MOST)
 
 
 def test_predict_refuses_dense_views_which_it_does_not_compute() -> None:

@@ -24,7 +24,7 @@ from base64 import b64encode
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[
         check_fits(network.architecture, network.recipe)
         mean = [level / 255 for level in preprocessing.mean_rgb]
         normalise = {"mean": mean, "std": TORCHVISIONS.std, "exact": preprocessing.mean_image is None}
-        preprocessing = Preprocessing(**{**vars(preprocessing), "normalise": normalise})
+        preprocessing = replace(preprocessing, normalise=normalise)
     told = {
         "architecture": asdict(network.architecture),
         "recipe": asdict(network.recipe),
