@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test soak lint bench help clean
+.PHONY: demo test soak lint docs bench help clean
 
 help:  ## Say what can be made
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,16 +22,20 @@ lint: .venv/ready  ## Style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/ready  ## The documentation site, in site/; any warning is an error
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@$(BIN)/python -m tools.check_site site
+
 bench: .venv/ready  ## Build, stream and training step beside their peers and bounds
 	$(BIN)/python -m tools.bench_build --rounds 3
 	$(BIN)/python -m tools.bench_stream
 	$(BIN)/python -m tools.bench_train
 
-clean:  ## Remove the environment and the demo
-	rm -rf .venv demo
+clean:  ## Remove the environment, the demo and the site
+	rm -rf .venv demo site
 
-.venv/ready: pyproject.toml constraints.txt $(wildcard */native.c) tools/compile_native.py
+.venv/ready: pyproject.toml constraints.txt $(wildcard */*/kernels.c) tools/compile_native.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,dev]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,dev,docs]'
 	@touch $@

@@ -18,8 +18,8 @@ then. mean[c, i, j] is, of the training split's mean image M over central square
     aligned     M[y + i, x + j', c]: the part of M that lies under the window, as Caffe's data_transformer.cpp does
     none        0
 
-What chance decides comes from pipeline.order; what is done with the numbers is in pipeline.cut (on a CPU, in C) and
-pipeline.graph (by DALI: on a GPU, and where no C compiler was there).
+What chance decides comes from pipeline.sampling; what is done with the numbers is in pipeline.engines.cpu_engine (on a CPU, in C) and
+pipeline.engines.dali_engine (by DALI: on a GPU, and where no C compiler was there).
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.order import Draws
 from pipeline.records import Record
+from pipeline.sampling import Draws
 from prep.console import UserError
-from prep.manifest import ColourStats, Store
+from prep.store.manifest import ColourStats, Store
 
 WINDOW_PX = 224
 MEANS = ("channel", "image", "aligned", "none")

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from prep.console import CONTEXT, Group, UserError, answer, json_option, progress, say, store_option, usable_cores
-from prep.manifest import SPLITS, Store
+from prep.store.manifest import SPLITS, Store
 
 
 @click.group(cls=Group, context_settings=CONTEXT)
@@ -41,7 +41,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     opened = Store.open(store)
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}. Make it first, or name another.")
-    from pipeline.preview import draw_preview
+    from pipeline.diagnostics.preview import draw_preview
 
     draw_preview(opened, out, rows, seed)
     say(f"Drawn: {out}")
@@ -66,8 +66,8 @@ def inspect(
       alexstream inspect --store store --batch 128
     """
     opened = Store.open(store)
-    from pipeline.mixing import LEAST_SHARE, mixing
-    from pipeline.order import BLOCK, WINDOW
+    from pipeline.diagnostics.shuffle_quality import LEAST_SHARE, mixing
+    from pipeline.sampling import BLOCK, WINDOW
 
     records, step = opened.split(split).records, batch * world_size
     if records < step:
@@ -119,7 +119,7 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
       alexstream bench --store store --threads 2 --seconds 10
     """
     opened = Store.open(store)
-    from pipeline.bench import ROUNDS, bench_stream, result_json
+    from pipeline.diagnostics.bench import ROUNDS, bench_stream, result_json
 
     with progress("measuring", ROUNDS, "rounds") as report:
         result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, report)

@@ -6,7 +6,7 @@
         ...                                                       # images float32 (128, 3, 224, 224), labels int64
         (128,)
 
-What is served is the formula of pipeline.augment, in the order and with the draws of pipeline.order: functions of the
+What is served is the formula of pipeline.augment, in the order and with the draws of pipeline.sampling: functions of the
 seed and of where the stream stands, which is two numbers, epoch and step. So a state continues anywhere at once, to
 the bit; threads, prefetching and the number of loaders that share an epoch change nothing.
 
@@ -28,16 +28,16 @@ import numpy as np
 import torch
 
 from pipeline.augment import LAYOUTS, SQUARE, WINDOW_PX, Augmentation, Augmenter, check_choice
-from pipeline.engine import engine_for
-from pipeline.feed import Fed, Feed, Job
-from pipeline.graph import Form
-from pipeline.order import draw, epoch_order
+from pipeline.engines.dali_engine import Form
+from pipeline.engines.engine import engine_for
 from pipeline.placement import Placement
+from pipeline.prefetch import Fed, Feed, Job
 from pipeline.records import Records
+from pipeline.sampling import draw, epoch_order
 from prep.console import UserError, usable_cores
-from prep.manifest import Store
+from prep.store.manifest import Store
 
-GRAPH_VERSION = 3  # of what pipeline.order and pipeline.augment serve: a state of another cannot be continued
+GRAPH_VERSION = 3  # of what pipeline.sampling and pipeline.augment serve: a state of another cannot be continued
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 

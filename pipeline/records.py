@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from prep.datum import CRC32_BYTES, SOURCE, DatumError, check, locate, read_fields
-from prep.manifest import Store, StoreError
-from prep.shard import Reader
+from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, check, locate, read_fields
+from prep.store.lmdb_shard import Reader
+from prep.store.manifest import Store, StoreError
 
 
 class Record(NamedTuple):
@@ -47,7 +47,7 @@ class Records:
             if not 0 <= label < len(self.store.classes):
                 raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
             if self._raw:
-                start += 3 * width  # the header fills one row (prep.picture.ppm_header)
+                start += 3 * width  # the header fills one row (prep.images.codec.ppm_header)
                 if end - start != 3 * width * height:
                     raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
             if min(height, width) != self._side_px:

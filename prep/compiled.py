@@ -19,7 +19,7 @@ Kernel = TypeVar("Kernel")
 
 def library_path(source: Path) -> Path:
     """Where the library compiled from the present text of `source` lies, or would."""
-    return source.with_name(f"native-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
+    return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
 def load(path: Path, kernel: Callable[[ctypes.CDLL], Kernel], is_right: Callable[[Kernel], bool]) -> Kernel | None:

@@ -131,10 +131,10 @@ def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps on `store`: the two columns, a few maps and units wide, 10 images a batch."""
     from dataclasses import replace
 
-    from train.architecture import ALEXNET, Widths
-    from train.loop import fit
-    from train.recipes import SHORT
-    from train.run import RunConfig
+    from train.config.architecture import ALEXNET, Widths
+    from train.config.recipes import SHORT
+    from train.config.run_config import RunConfig
+    from train.trainer.loop import fit
 
     small = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
     run_dir = tmp_path_factory.mktemp("small") / "run"

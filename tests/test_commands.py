@@ -18,8 +18,8 @@ from PIL import Image
 import pipeline.cli
 import prep.cli
 import train.cli
-from pipeline.preview import AUGMENTED
-from train.recipes import RECIPES
+from pipeline.diagnostics.preview import AUGMENTED
+from train.config.recipes import RECIPES
 
 GROUPS = {"alexprep": prep.cli.main, "alexstream": pipeline.cli.main, "alextrain": train.cli.main}
 COMMANDS = [(group, name) for group, main in GROUPS.items() for name in main.commands]
@@ -51,25 +51,25 @@ def test_every_group_has_help_and_a_version(group: str) -> None:
 
 
 def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
-    from prep.labels import LABEL_ORDERS
-    from prep.manifest import FILTERS, FORMATS, SPLITS
+    from prep.inputs.labels import LABEL_ORDERS
+    from prep.store.manifest import FILTERS, FORMATS, SPLITS
 
-    for command in (prep.cli.build_lmdb, prep.cli.import_caffe):
+    for command in (prep.cli.main.commands["build-lmdb"], prep.cli.main.commands["import-caffe"]):
         choices = {p.name: p.type.choices for p in command.params if isinstance(p.type, click.Choice)}
         assert tuple(choices["format"]) == FORMATS and tuple(choices["filter"]) == FILTERS
         assert tuple(choices["split"]) == SPLITS
         assert tuple(choices.get("label_order", LABEL_ORDERS)) == LABEL_ORDERS
-    from train import options
-    from train.recipe import ACTIVATIONS, POOLS_PX
-    from train.setting import set_fields
+    from train.cli import options
+    from train.config.overrides import set_fields
+    from train.config.recipe import ACTIVATIONS, POOLS_PX
 
     assert options.RECIPE_NAMES == tuple(RECIPES) and options.ACTIVATIONS == ACTIVATIONS
-    pools = next(p for p in train.cli.recipe.params if p.name == "pool")
+    pools = next(p for p in train.cli.main.commands["recipe"].params if p.name == "pool")
     assert [int(px) for px in pools.type.choices] == list(POOLS_PX)
     for word in options.SCHEDULES:
         assert set_fields(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
-    from train.checkpoint import KEPT
-    from train.index import MOST
+    from train.evaluation.neighbors import MOST
+    from train.runs.checkpoint import KEPT
 
     defaults = {
         p.name: p.default
@@ -156,7 +156,7 @@ def test_a_mistake_gets_one_clear_line(
 
 
 def test_the_default_of_gpus_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.devices import devices_of, devices_text
+    from train.config.devices import devices_of, devices_text
 
     for there, wanted in ((0, ("cpu", "cpu")), (1, ("cuda:0", "cuda:0")), (8, ("cuda:0", "cuda:1"))):
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
@@ -289,10 +289,10 @@ def test_the_whole_network_trains_resumes_evaluates_and_draws(store: Path, tmp_p
 def test_evaluation_on_a_store_of_other_classes_is_refused(store: Path, photo_folder: Path, tmp_path: Path) -> None:
     import shutil
 
-    from train.architecture import ALEXNET, Widths
-    from train.loop import fit
-    from train.recipes import SHORT
-    from train.run import RunConfig
+    from train.config.architecture import ALEXNET, Widths
+    from train.config.recipes import SHORT
+    from train.config.run_config import RunConfig
+    from train.trainer.loop import fit
 
     small = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 4, 4))
     run_dir = fit(RunConfig(store, SHORT, 8, model=small, run_dir=tmp_path / "run", steps=1))

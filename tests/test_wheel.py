@@ -50,7 +50,7 @@ def test_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"prep", "pipeline", "train"}
     ours = {f"{room}/{path.name}" for room in ("prep", "pipeline", "train") for path in (ROOT / room).glob("*.py")}
-    sources = list(ROOT.glob("*/native.c"))
+    sources = list(ROOT.glob("*/*/kernels.c"))
     libraries = [library_path(source) for source in sources] if shutil.which("cc") else []
     native = {f"{path.parent.name}/{path.name}" for path in sources + libraries}
     assert {name for name in names if ".dist-info" not in name} == ours | native

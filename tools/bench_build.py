@@ -190,7 +190,8 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
     import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
-    from prep import colour, datum, picture, rescale, shard
+    from prep.images import codec, color_stats, rescale
+    from prep.store import datum, lmdb_shard
 
     taken: dict[str, float] = {}
     square_sum = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint32)
@@ -203,14 +204,14 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
 
     def moments(square: Any) -> None:
         np.add(square_sum, square, out=square_sum)
-        colour.Moments.of(square)
+        color_stats.Moments.of(square)
 
     def one(path: Path) -> bytes:
         content = timed("read", path.read_bytes)
-        pixels = timed("decode", lambda: picture.read_picture(content).pixels)
+        pixels = timed("decode", lambda: codec.read_picture(content).pixels)
         square = timed("rescale", lambda: rescale.rescale(pixels, SIDE_PX, False, FILTER))
         timed("moments", lambda: moments(square))
-        file = timed("encode", lambda: picture.encode(square, "jpeg", QUALITY))
+        file = timed("encode", lambda: codec.encode(square, "jpeg", QUALITY))
         with contextlib.suppress(ValueError):  # CMYK, PNG
             timed(_ALONE[0], lambda: simplejpeg.decode_jpeg(content))
         timed(_ALONE[1], lambda: simplejpeg.encode_jpeg(square, quality=QUALITY, colorsubsampling="420"))
@@ -223,8 +224,8 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
             taken.clear()
             square_sum[:] = 0
             records = [one(path) for path in paths]
-            keyed = [(shard.key_of(index), record) for index, record in enumerate(records)]
-            timed("Datum and LMDB", partial(shard.write, out / str(number), iter(keyed)))
+            keyed = [(lmdb_shard.key_of(index), record) for index, record in enumerate(records)]
+            timed("Datum and LMDB", partial(lmdb_shard.write, out / str(number), iter(keyed)))
             for step, seconds in taken.items():
                 found.setdefault(step, []).append(1000 * seconds / len(paths))
     middle = {step: round(median(all_ms), 3) for step, all_ms in found.items()}

@@ -4,7 +4,7 @@ Everyone gives batches without end: random window of 224 px, flip, minus the cha
 
 ours        pipeline.loader.train_loader as a training has it, with colour noise, too. On JPEG records; on the same
             with the mean image in place of a mean for each channel; on PPM records.
-torch       DataLoader whose workers each open the LMDB with py-lmdb, read prep.datum.Datum, and decode with Pillow or
+torch       DataLoader whose workers each open the LMDB with py-lmdb, read prep.store.datum.Datum, and decode with Pillow or
             with simplejpeg, which is libjpeg-turbo. NumPy does the rest.
 FFCV        on a .beton of the same JPEG files, and on one of pixels (tools/peers/ffcv_stream.py).
 SPDL        its threads on the same files, decoded by its FFmpeg or by simplejpeg (tools/peers/spdl_stream.py).
@@ -50,13 +50,13 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from pipeline.augment import Augmentation
 from pipeline.loader import train_loader
-from prep import shard
-from prep.build import build_split
+from prep.build.split import build_split
 from prep.console import Progress, UserError, say
-from prep.datum import Datum
-from prep.manifest import Settings, Store
-from prep.runners import Workers
-from prep.sources import read_source
+from prep.inputs.sources import read_source
+from prep.store import lmdb_shard
+from prep.store.datum import Datum
+from prep.store.manifest import Settings, Store
+from prep.workers import Workers
 from tools.peers.stream_turn import BATCH, WINDOW_PX, images_per_s, look_at, random_window
 from tools.side_by_side import (
     INTERPRETER,
@@ -90,7 +90,7 @@ class LmdbPictures(Dataset[tuple[Tensor, int]]):
     """The torch peers' data set: records of a store, opened in whichever worker asks."""
 
     def __init__(self, store: Store, decode: Decoder) -> None:
-        self.keys = [(path, key) for path in store.shard_paths("train") for key, _ in shard.read(Path(path))]
+        self.keys = [(path, key) for path in store.shard_paths("train") for key, _ in lmdb_shard.read(Path(path))]
         self.mean = np.array(store.colour().mean_rgb, np.float32)
         self.decode = decode
         self.shards: dict[str, Any] = {}
@@ -153,7 +153,7 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Iterator[A
 
 def records_of(store: Store) -> Iterator[Datum]:
     """In the store's order."""
-    return (Datum.decode(value) for path in store.shard_paths("train") for _, value in shard.read(Path(path)))
+    return (Datum.decode(value) for path in store.shard_paths("train") for _, value in lmdb_shard.read(Path(path)))
 
 
 def write_files(store: Store, folder: Path, count: int | None) -> Path:

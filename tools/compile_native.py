@@ -26,7 +26,7 @@ def compile_native(source: Path) -> Path | None:
 
     The name is that of compiled.library_path, which cannot be imported: pip builds where the package is not.
     """
-    library = source.with_name(f"native-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
+    library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
@@ -34,7 +34,7 @@ def compile_native(source: Path) -> Path | None:
             for clones in (["-DCLONES"], []):
                 words = [*compiler, *FLAGS, *clones, str(source), "-o", str(made)]
                 if subprocess.run(words, capture_output=True, check=False).returncode == 0:
-                    for old in source.parent.glob("native-*.so"):
+                    for old in source.parent.glob(f"{source.stem}-*.so"):
                         old.unlink()
                     made.replace(library)
                     return library
@@ -48,11 +48,11 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it gathers files."""
-        for source in sorted(Path(self.root).glob("*/native.c")):
+        for source in sorted(Path(self.root).glob("*/*/kernels.c")):
             library = compile_native(source)
             if library is None:
-                self.app.display_warning(f"{source.parent.name}/native.c was not compiled: what it does takes longer")
+                self.app.display_warning(f"{source.relative_to(self.root)} was not compiled: what it does takes longer")
                 continue
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data.update(pure_python=False, tag=f"py3-none-{platform}")
-            build_data["artifacts"].append(f"/{source.parent.name}/{library.name}")
+            build_data["artifacts"].append(f"/{library.relative_to(self.root)}")

@@ -10,13 +10,13 @@ from pathlib import Path
 
 import click
 
-from train.summary import LayerRow, summarise
+from train.model.summary import LayerRow, summarise
 
 WIDTH, HEIGHT = 1180, 516
 ROWS = 150, 360  # y of the two columns' middles
 INK, QUIET = "#222222", "#777777"
 FILLS = ("#7fa6c9", "#e0a96d")  # of column 0 and column 1
-KERNELS = {  # and what follows a layer: from train.model, which does not say them in a form to be read
+KERNELS = {  # and what follows a layer: from train.model.alexnet, which does not say them in a form to be read
     "conv1": "11×11, stride 4",
     "conv2": "5×5",
     "conv3": "3×3",

@@ -47,12 +47,13 @@ import click
 import torch
 
 from prep.console import UserError, answer, say, store_option
-from prep.manifest import Store, write_atomic
+from prep.files import write_atomic
+from prep.store.manifest import Store
 from tools.gpu.checks import Check, all_checks
 from tools.gpu.machine import Plan, machine
 from tools.gpu.timings import conclusions, timings
 from tools.side_by_side import Benchmark, Row, table
-from train.devices import devices_of
+from train.config.devices import devices_of
 
 
 def planned(store: Path, ppm_store: Path | None, device: str, gpus: str | None, batch: int, quick: bool) -> Plan:

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from pipeline.augment import WINDOW_PX, Augmentation
 from pipeline.loader import Batch, train_loader
-from prep.manifest import Store
+from prep.store.manifest import Store
 from tools.gpu.machine import Plan
-from train.lrn import local_response_norm
-from train.model import AlexNet
-from train.optim import make_optimiser
-from train.precision import autocast, set_precision
-from train.recipes import PAPER
-from train.step import TrainingStep
+from train.config.recipes import PAPER
+from train.model.alexnet import AlexNet
+from train.model.lrn import local_response_norm
+from train.model.precision import autocast, set_precision
+from train.trainer.optim import make_optimiser
+from train.trainer.step import TrainingStep
 
 # Grey levels. nvJPEG and libjpeg-turbo may round the cosine transform apart by one or two, and enlarge chroma by other
 # filters, which at coloured edges is more; a window, a flip, a mean or a noise gone wrong is 3 or more on average.
@@ -165,7 +165,7 @@ def network_checks(plan: Plan) -> Iterator[Check]:
 
 
 def lrn_checks(plan: Plan) -> Iterator[Check]:
-    """Whatever train.lrn does on this device, against torch's own normalisation in float64 on the CPU."""
+    """Whatever train.model.lrn does on this device, against torch's own normalisation in float64 on the CPU."""
     lrn, images = PAPER.lrn, 2 if plan.quick else 8
     theirs = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by the maps
     types = (torch.float32, torch.bfloat16) if "bf16" in plan.precisions else (torch.float32,)

@@ -16,10 +16,10 @@ import torch
 
 from pipeline.placement import dali
 from prep.console import UserError, usable_cores
-from prep.manifest import Store
-from train.architecture import ALEXNET, Architecture, Widths
-from train.devices import Devices
-from train.lrn import triton_fault
+from prep.store.manifest import Store
+from train.config.architecture import ALEXNET, Architecture, Widths
+from train.config.devices import Devices
+from train.model.lrn import triton_fault
 
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30

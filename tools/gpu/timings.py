@@ -11,13 +11,13 @@ from typing import Any
 import torch
 
 from pipeline.loader import Batch, TrainLoader, train_loader
-from prep.manifest import Store
+from prep.store.manifest import Store
 from tools.gpu.checks import prepared
 from tools.gpu.machine import Plan, hours_of_imagenet, peak_tflops, seconds
 from tools.side_by_side import Contestant, Row, race
-from train.precision import set_precision
-from train.step import TrainingStep
-from train.summary import summarise
+from train.model.precision import set_precision
+from train.model.summary import summarise
+from train.trainer.step import TrainingStep
 
 AHEAD = 8  # batches that a stream may have ready when its turn comes: taken first, not counted
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0

@@ -1,0 +1,1 @@
+"""What a stream delivers and how fast: benchmark, preview sheet, and shuffle quality."""

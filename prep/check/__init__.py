@@ -1,0 +1,1 @@
+"""Reading a finished store: verify, inspect, export, and plot its colours."""

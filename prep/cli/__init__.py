@@ -1,0 +1,5 @@
+"""The command `alexprep`."""
+
+from prep.cli.group import main
+
+__all__ = ["main"]

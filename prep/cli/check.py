@@ -1,0 +1,230 @@
+"""`alexprep verify`, `inspect`, `export-files` and `pca-stats`: read a store."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from prep.build.report import print_stats
+from prep.cli.options import jobs_option, split_option
+from prep.console import (
+    UserError,
+    answer,
+    bytes_text,
+    count_noun,
+    disk_error,
+    duration_text,
+    json_option,
+    one_line,
+    progress,
+    say,
+    store_option,
+    usable_cores,
+)
+from prep.store.manifest import SPLITS, Store
+
+if TYPE_CHECKING:
+    pass
+
+
+@click.command("verify")
+@store_option
+@click.option("--split", type=click.Choice(SPLITS), help="Which split.  [default: all]")
+@click.option("--quick", is_flag=True, help="Checksums, digests and counts only: open no picture.")
+@jobs_option
+@json_option
+def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_json: bool) -> None:
+    """Check every record of a store against its checksum and the manifest, and name each fault.
+
+    Pictures are decoded and their colour sums compared with the build's: to the bit for ppm, within what JPEG explains
+    for jpeg. Exit code 1 where there is a fault.
+
+    \b
+    Example:
+      alexprep verify --store store
+      alexprep verify --store store --quick --json | jq .faults
+    """
+    from prep.check.verify import verify_split
+    from prep.workers import Workers
+
+    opened = Store.open(store)
+    names = [split] if split else list(opened.splits)
+    records = sum(opened.split(name).records for name in names)
+    faults, started = [], time.monotonic()
+    with Workers(jobs or usable_cores()) as workers, progress("verifying", records, "records") as report:
+        for name in names:
+            faults += verify_split(opened, name, workers, report, decode=not quick)
+    seconds = time.monotonic() - started
+    if as_json:
+        answer(
+            {
+                "ok": not faults,
+                "splits": names,
+                "records": records,
+                "seconds": round(seconds, 3),
+                "faults": [asdict(fault) for fault in faults],
+            }
+        )
+    else:
+        for fault in faults:
+            click.echo(one_line(fault.line()))
+    if faults:
+        raise UserError(
+            f"{store}: {count_noun(len(faults), 'fault')}. Move the store away and give its alexprep build-lmdb again."
+        )
+    if not as_json:
+        click.echo(
+            f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} as the manifest says, "
+            f"{duration_text(seconds)}, {records / max(seconds, 1e-9):,.0f} records/s"
+        )
+
+
+@click.command("inspect")
+@store_option
+@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Where --key looks.")
+@click.option("--key", metavar="K", help="One record, by its key.")
+@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the record's picture to a file.")
+@json_option
+def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
+    """Say what a store holds: splits, classes, settings, the fate of every input; or one record of it.
+
+    \b
+    Example:
+      alexprep inspect --store store
+      alexprep inspect --store store --key 17 --out picture.jpg
+    """
+    opened = Store.open(store)
+    if key is not None:
+        _inspect_record(opened, split, key, out, as_json)
+        return
+    if out is not None:
+        raise UserError(f"--out {out}: of which record? Name it with --key.")
+    from prep.check.inspect import describe, summary_lines
+
+    if as_json:
+        answer(describe(opened))
+        return
+    for line in summary_lines(opened):
+        click.echo(line)
+
+
+def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_json: bool) -> None:
+    from prep.check.inspect import find_record
+    from prep.files import write_atomic
+    from prep.workers import Workers
+
+    with Workers(1) as workers:
+        shard, datum = find_record(store, split, key, workers)
+    if out is not None:
+        try:
+            write_atomic(out, datum.data)
+        except OSError as error:
+            raise disk_error(error, f"--out {out}: {error.strerror or error}.") from None
+    facts = {
+        "shard": shard,
+        "key": key.zfill(8),
+        "source": datum.source.decode("utf-8", "backslashreplace"),
+        "label": datum.label,
+        "class": store.classes[datum.label] if datum.label < len(store.classes) else "",
+        "width_px": datum.width,
+        "height_px": datum.height,
+        "bytes": len(datum.data),
+        "out": out and str(out),
+    }
+    if as_json:
+        answer(facts)
+        return
+    for name, value in facts.items():
+        if value is not None:
+            click.echo(f"{name:10} {value}")
+
+
+@click.command("export-files")
+@click.argument("out", type=click.Path(path_type=Path, file_okay=False))
+@store_option
+@split_option
+@jobs_option
+@json_option
+def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
+    """Write every record of a split to OUT/CLASS/NAME: a folder of images again.
+
+    The files are the stored pictures to the byte, 256 px on the shorter side; the same command again goes on.
+
+    \b
+    Example:
+      alexprep export-files pictures --store store --split val
+    """
+    from prep.check.inspect import export_split
+    from prep.workers import Workers
+
+    opened = Store.open(store)
+    records, started = opened.split(split).records, time.monotonic()
+    with Workers(jobs or usable_cores()) as workers, progress(f"{split}: writing", records, "files") as report:
+        export_split(opened, split, out, workers, report)
+    seconds = time.monotonic() - started
+    if as_json:
+        answer({"split": split, "files": records, "bytes": report.size, "seconds": round(seconds, 3)})
+        return
+    click.echo(f"{out}: {count_noun(records, 'file')}, {bytes_text(report.size)}, {duration_text(seconds)}")
+
+
+@click.command("pca-stats")
+@store_option
+@split_option
+@click.option(
+    "--recompute", is_flag=True, help="Decode the store's records again and compare, instead of reading sums."
+)
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png|.svg", help="Draw the components."
+)
+@jobs_option
+@json_option
+def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs: int | None, as_json: bool) -> None:
+    """Mean, covariance and principal components of the RGB pixels of a split.
+
+    They come from exact sums that were gathered during the build, and are written to SPLIT/colour.json for the stream.
+    With --recompute the stored pictures are decoded instead and the difference is said; the file stays as it is.
+
+    \b
+    Example:
+      alexprep pca-stats --store store
+      alexprep pca-stats --store store --json | jq .stdevs
+      alexprep pca-stats --store store --plot colours.png
+    """
+    from prep.build.split import write_colour
+    from prep.images.color_stats import moments_of_records
+    from prep.workers import Workers
+
+    opened = Store.open(store)
+    if not recompute:
+        try:
+            write_colour(store / split, opened.split(split))
+        except OSError as error:
+            say(f"{store / split / 'colour.json'} stays as it is: {error.strerror}.")
+    stats = opened.colour(split)
+    difference = None
+    if recompute:
+        workers = Workers(jobs or usable_cores())
+        with workers, progress(f"{split}: decoding", stats.records, "records") as report:
+            again = moments_of_records(opened, split, workers, report)
+        difference = max(abs(a - b) for a, b in zip(stats.stdevs, again.stdevs, strict=True))
+        stats = again
+    if plot is not None:
+        from prep.check.color_plot import plot_colour
+
+        plot_colour(opened, split, stats, plot)
+        say(f"Drawn: {plot}")
+    if as_json:
+        answer(asdict(stats))
+        return
+    print_stats(stats)
+    if difference is not None:
+        click.echo(
+            f"recomputed from the stored records; the standard deviations of the build differ by at most "
+            f"{difference:.4f} grey levels"
+            + ("" if opened.settings.format == "ppm" else " (they are of the pixels before JPEG)")
+        )

@@ -1,0 +1,28 @@
+"""The command `alexprep`: its commands, each in a module of its subject."""
+
+from __future__ import annotations
+
+import click
+
+from prep.cli.build import build_lmdb, import_caffe
+from prep.cli.check import export_files, inspect, pca_stats, verify
+from prep.console import CONTEXT, Group
+
+
+@click.group(cls=Group, context_settings=CONTEXT, goes_on=("build-lmdb", "import-caffe", "export-files"))
+@click.version_option(package_name="alexnet")
+def main() -> None:
+    """Photographs into a store that a stream can read: rescaled, checksummed, in a seeded order.
+
+    \b
+    Example:
+      alexprep build-lmdb /data/ilsvrc --store store
+      alexprep verify --store store
+      alexprep pca-stats --store store
+
+    Exit code 0: done; 1: something to mend; 2: the command was wrong; 3: the disk is full; 130, 143: interrupted.
+    """
+
+
+for command in (build_lmdb, import_caffe, verify, inspect, export_files, pca_stats):
+    main.add_command(command)

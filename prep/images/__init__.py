@@ -1,0 +1,1 @@
+"""Operations on one picture: decode, rescale, encode, and colour statistics."""

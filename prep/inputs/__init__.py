@@ -1,0 +1,1 @@
+"""Where photographs come from: folders, tar archives, Caffe LMDBs, and label files."""

@@ -1,0 +1,211 @@
+"""What the tests of building share: runners in this process, pictures that are quick to make, builds as commands."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from threadpoolctl import threadpool_limits
+
+from prep.build.shard_task import build_shard
+from prep.build.split import Policy, build_split
+from prep.console import Progress
+from prep.inputs.sources import read_source
+from prep.store.manifest import Settings, Store
+from prep.workers import Runner, Tally
+
+Records = Callable[[Path, str], list[tuple[bytes, Any]]]
+
+PPM = Settings(32, False, "ppm", 90, "area", 0)
+STRICT, SKIP = Policy(), Policy(skip_bad=True)
+CLASSES = ("n1", "n2", "n3")
+DEADLINE_S = 240.0  # of what would otherwise never end; the longest takes 8 s alone, 40 s on a crowded machine
+
+
+class Stopped(Exception):
+    """What a runner of a test raises to leave a build unfinished."""
+
+
+class Here:
+    """The runner of most tests: no other process, and one BLAS thread as a worker has."""
+
+    jobs = 1
+
+    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
+        tally = Tally()
+        with threadpool_limits(1, "blas"):
+            for task in tasks:
+                result = work(task, tally)
+                watch(tally.counts)
+                yield task, result
+
+
+class Stop(Here):
+    """Ends the building with Stopped after a number of shards; what is no building, it does."""
+
+    def __init__(self, after: int = 1) -> None:
+        self.after = after
+
+    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
+        for done, pair in enumerate(super().map(work, tasks, watch), 1):
+            yield pair
+            if work is build_shard and done == self.after:
+                raise Stopped
+
+
+class Never(Here):
+    """Fails a test that builds a shard."""
+
+    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
+        for task in tasks:
+            raise AssertionError(f"there is nothing to run: {task}")
+        yield from ()
+
+
+def build(
+    folder: Path,
+    store: Path,
+    settings: Settings = PPM,
+    policy: Policy = STRICT,
+    *,
+    split: str = "train",
+    runner: Runner | None = None,
+    report: Progress | None = None,
+) -> Store:
+    known = Store.open(store).classes if (store / "manifest.json").exists() else ()
+    source = read_source(folder, split, None, None, known)
+    report = report or Progress(len(source.inputs), "pictures")
+    return build_split(source, store, settings, runner or Here(), report, policy)
+
+
+def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
+    """`count` JPEGs in three class folders; every `distinct`-th has the same content, which is quick to make."""
+    rng = np.random.default_rng(count)
+    contents = []
+    for _ in range(distinct):
+        height, width = (int(n) for n in rng.integers(*sizes, size=2))
+        coarse = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(out, "JPEG")
+        contents.append(out.getvalue())
+    for name in CLASSES:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(count):
+        name = CLASSES[int(rng.integers(3))]
+        (folder / name / f"{name}_{number}.JPEG").write_bytes(contents[number % distinct])
+    return folder
+
+
+def files_of(folder: Path) -> list[str]:
+    """Every file's path below `folder`, by bytes."""
+    return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*"))
+
+
+def sources_of(records: Sequence[tuple[bytes, Any]]) -> list[str]:
+    return [datum.source.decode() for _, datum in records]
+
+
+def decoded(datum: Any) -> npt.NDArray[np.uint8]:
+    return np.asarray(Image.open(io.BytesIO(datum.data)))
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, time of change and content of all that is in a folder, and of itself."""
+    return {
+        str(path): (status.st_mode, status.st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in (folder, *folder.rglob("*"))
+        for status in [path.stat()]
+    }
+
+
+COMMAND = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background inherits that it is ignored
+from prep.cli import main
+main()
+"""
+
+
+class Command:
+    """A build in two workers, as a process of its own, at the head of its own process group."""
+
+    def __init__(self, photos: Path, store: Path, *words: str) -> None:
+        program = [sys.executable, "-c", COMMAND, "build-lmdb", str(photos), "--store", str(store)]
+        self.work = store / "train" / ".build"
+        self.process = subprocess.Popen(
+            [*program, "--side", "32", "--format", "ppm", "--jobs", "2", *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def wait_for(self, what: str, reached: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + DEADLINE_S
+        while not reached():
+            assert self.process.poll() is None, f"ended before {what}: {self.process.communicate()[1]}"
+            assert time.monotonic() < deadline, f"no {what}"
+            time.sleep(0.002)
+
+    def wait_for_records(self, count: int) -> None:
+        self.wait_for(f"{count} finished shards", lambda: len(self.finished()) >= count)
+
+    def finished(self) -> list[Path]:
+        return sorted(self.work.glob("[0-9]*.json"))
+
+    def kill(self) -> None:
+        """kill -9 of the parent alone; its workers must end by themselves."""
+        self.process.send_signal(signal.SIGKILL)
+
+    def end(self) -> tuple[int, str, str]:
+        """Exit code, standard output and standard error, once the whole process group is gone."""
+        stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
+        deadline = time.monotonic() + DEADLINE_S
+        while left := group(self.process.pid):
+            assert time.monotonic() < deadline, f"left behind: {left}"
+            time.sleep(0.01)
+        return self.process.returncode, stdout, stderr
+
+
+def stepped(photos: Path, work: Path, how: str) -> list[dict[str, Any]]:
+    """Builds that end before their 1st, 2nd, 3rd… step on the disk, given again; see tests/helpers/stepped.py."""
+    program = [sys.executable, str(Path(__file__).with_name("stepped.py")), str(photos), str(work), how]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as a worker has
+    ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
+    assert ended.returncode == 0, ended.stderr
+    return [json.loads(line) for line in ended.stdout.splitlines()]
+
+
+def group(leader: int) -> dict[int, str]:
+    """The living processes of a process group and their command lines."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, pgrp = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+            if int(pgrp) == leader and state not in "ZX":
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

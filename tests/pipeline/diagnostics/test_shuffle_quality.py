@@ -1,0 +1,76 @@
+"""Distinct classes in a batch: the ideal against shuffles that are drawn, an epoch against the ideal, a bad order."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.diagnostics import shuffle_quality as mixing_module
+from pipeline.diagnostics.shuffle_quality import ideal_distinct, mixing
+from prep.console import Progress
+from prep.store.manifest import Store
+
+
+@pytest.mark.parametrize(("counts", "batch"), [([5, 5, 5], 4), ([1, 1, 8], 3), ([10] * 50, 128), ([0, 7, 3], 10)])
+def test_the_ideal_is_what_shuffles_give(counts: list[int], batch: int) -> None:
+    rng = np.random.default_rng(0)
+    labels = np.repeat(np.arange(len(counts)), counts)
+    drawn = [len(set(rng.permutation(labels)[:batch].tolist())) for _ in range(4000)]
+    assert ideal_distinct(np.array(counts), batch) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 63 + 1e-9)
+
+
+@pytest.fixture(scope="module")
+def many_classes(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
+    """40 classes of 8 small pictures each, in the order of the hash of their paths."""
+    source = tmp_path_factory.mktemp("many")
+    rng = np.random.default_rng(0)
+    for label in range(40):
+        (source / f"c{label:02}").mkdir()
+        for k in range(8):
+            picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(picture).save(source / f"c{label:02}" / f"{k}.png")
+    return Path(build(source, "--side", "32"))
+
+
+def inspect(store: Path, *words: str) -> tuple[dict[str, Any], str]:
+    result = CliRunner().invoke(main, ["inspect", "--store", str(store), "--json", *words])
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout), result.stderr
+
+
+def test_an_epoch_is_mixed(many_classes: Path) -> None:
+    said, warned = inspect(many_classes, "--batch", "32")
+    assert (said["records"], said["steps"], said["left_out"], said["batches"]) == (320, 10, 0, 10)
+    assert said["share_of_ideal"] == pytest.approx(1.0, abs=0.05)
+    assert "Warning" not in warned
+
+
+def test_what_an_epoch_leaves_out(many_classes: Path) -> None:
+    said, _ = inspect(many_classes, "--batch", "19", "--world-size", "3")
+    assert (said["steps"], said["left_out"]) == (320 // 57, 320 % 57)
+
+
+def test_classes_in_a_row_are_told(many_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a stream would serve a store whose records lie class by class."""
+    store = Store.open(many_classes)
+    by_class = np.argsort(
+        [record.label for record in map(mixing_module.Records(store, "train").__getitem__, range(320))]
+    )
+    monkeypatch.setattr(mixing_module, "epoch_order", lambda *_: by_class)
+    found = mixing(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
+    assert found.distinct_classes == 4
+    assert found.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))
+    assert "classes, below 0.95" in inspect(many_classes, "--batch", "32")[1]
+
+
+def test_a_batch_larger_than_the_split(many_classes: Path) -> None:
+    result = CliRunner().invoke(main, ["inspect", "--store", str(many_classes), "--batch", "321"])
+    assert result.exit_code == 1
+    assert "320 records in train, a step takes 321" in result.stderr

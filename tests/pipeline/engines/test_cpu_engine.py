@@ -1,0 +1,160 @@
+"""The kernel that finishes images on a CPU: its edges, its check at loading, its threads, and the memory of batches."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.augment import Augmentation
+from pipeline.engines import kernels
+from pipeline.engines.cpu_engine import _Memory
+from pipeline.loader import eval_loader, train_loader
+from prep import compiled
+from tests.prep.images.test_kernels import needs_compiler
+from tools.compile_native import compile_native
+
+needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("rows[side + j] = pixels[3 * j + 1]", "rows[side + j] = pixels[3 * j + 2]"),
+        ("(pixel + shift - mean) * scale", "(pixel + shift - mean)"),
+        ("(pixel + shift - mean) * scale", "(pixel + shift * scale - mean * scale)"),
+        ("(c * mean_side + i) * mean_side", "(c * side + i) * mean_side"),
+        ("finished(row[side - 1 - j], shift, mean[j], scale)", "finished(row[j], shift, mean[j], scale)"),
+        ("finished(row[side - 1 - j], shift, 0, scale)", "finished(row[side - j], shift, 0, scale)"),
+        ("w->shift[j % 3]", "w->shift[0]"),
+        ("3 * i * mean_side", "3 * i * side"),
+        ("rows[c * side + side - 1 - j]", "rows[c * side + j]"),
+        ("finished(row[j], shifts[j], 0, scale)", "finished(row[j], 0, 0, scale)"),
+    ],
+)
+def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
+    text = kernels.SOURCE.read_text()
+    assert text.count(right) == 1
+    source = tmp_path / "kernels.c"
+    source.write_text(text.replace(right, wrong))
+    library = compile_native(source)
+    assert library and compiled.load(library, kernels.Kernel, kernels.is_right) is None
+
+
+@needs_compiler
+@pytest.mark.parametrize("flags", ["-O0", "-O1 -ffp-contract=off", "-O3 -march=native"])
+def test_every_compiler_gives_the_same_bits(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
+) -> None:
+    def batch(layout: str) -> torch.Tensor:
+        how = Augmentation(mean="aligned", divisor=1.1)
+        with train_loader(stores["ppm"], 10, seed=5, augmentation=how, layout=layout) as loader:
+            return next(iter(loader)).images
+
+    expected = [batch(layout) for layout in ("NCHW", "NHWC")]
+    shutil.copy(kernels.SOURCE, tmp_path)
+    monkeypatch.setenv("CC", f"cc {flags}")
+    library = compile_native(tmp_path / "kernels.c")
+    assert library
+    monkeypatch.setattr(kernels, "kernel", compiled.load(library, kernels.Kernel, kernels.is_right))
+    assert kernels.kernel
+    assert all(torch.equal(batch(layout), wanted) for layout, wanted in zip(("NCHW", "NHWC"), expected, strict=True))
+
+
+@needs_kernel
+def test_nothing_beyond_window_mean_or_output_is_touched() -> None:
+    """Each is the last thing in its memory, and the first, fenced by pages that kill who touches them."""
+    program = """
+import ctypes, itertools, mmap, os, numpy as np
+from pipeline.engines.kernels import WINDOW, kernel
+libc = ctypes.CDLL(None, use_errno=True)
+page = mmap.PAGESIZE
+def fenced(shape, dtype, last):
+    nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    pages = -(-nbytes // page)
+    area = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for fence in (start, start + (pages + 1) * page):
+        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    at = (pages + 1) * page - nbytes if last else page
+    return np.frombuffer(area, dtype, int(np.prod(shape)), at).reshape(shape)
+assert kernel
+kept = []
+for side, last, layout, flip in itertools.product((1, 2, 31, 32, 33, 224), (0, 1), ("NCHW", "NHWC"), (0, 1)):
+    picture, mean = fenced((side, side, 3), np.uint8, last), fenced((3, side, side), np.float32, last)
+    out = fenced((1, 3, side, side) if layout == "NCHW" else (1, side, side, 3), np.float32, last)
+    picture[:] = 7
+    window = np.zeros(1, WINDOW)
+    window["pixels"], window["mean"], window["stride"], window["flip"] = (
+        picture.ctypes.data, mean.ctypes.data, 3 * side, flip)
+    kernel.cut(window, layout, side, 0.5, out)
+    assert (out == 3.5).all()
+    window["mean"], out[:] = 0, 0
+    kernel.cut(window, layout, side, 0.5, out)
+    assert (out == 3.5).all()
+    kept += picture, mean, out
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@needs_kernel
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_same_bits_for_any_number_of_threads(stores: dict[str, Path], threads: int) -> None:
+    """More of them than images, too."""
+
+    def views(threads: int) -> list[torch.Tensor]:
+        with eval_loader(stores["jpeg-whole"], 1, views=10, threads=threads) as loader:
+            return [batch.images for batch in itertools.islice(loader, 3)]
+
+    assert all(torch.equal(a, b) for a, b in zip(views(1), views(threads), strict=True))
+
+
+def test_batches_that_are_kept_have_memory_of_their_own(stores: dict[str, Path]) -> None:
+    """Each is what it was when it came, though all that were dropped in between gave their memory to others."""
+    with train_loader(stores["ppm"], 5, seed=1) as loader:
+        first = [batch.images.clone() for _ in range(2) for batch in loader]
+        loader.seek(0)
+        kept = []
+        for k, batch in enumerate(batch for _ in range(2) for batch in loader):
+            if k % 3 == 1:
+                kept.append((k, batch.images[2:4]))  # a view keeps its batch
+            elif k % 3 == 2:
+                batch.images.fill_(k)
+    assert all(torch.equal(part, first[k][2:4]) for k, part in kept) and len(kept) == 4
+
+
+def test_memory_comes_back_and_is_given_back() -> None:
+    memory = _Memory()
+    array = memory.array((4, 5))
+    assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
+    address, tensor = array.ctypes.data, torch.from_numpy(array)
+    del array
+    view = tensor[1:2]
+    del tensor
+    assert memory.array((4, 5)).ctypes.data != address  # still looked at
+    del view
+    gc.collect()
+    addresses = {held.ctypes.data for held in [memory.array((4, 5)), memory.array((4, 5))]}
+    assert address in addresses
+    held = [memory.array((4, 5)) for _ in range(9)]
+    del held
+    assert len(memory._free) == 3
+    outstanding = memory.array((4, 5))
+    memory.close()
+    del outstanding
+    assert not memory._free
+
+
+def test_another_shape_takes_other_memory() -> None:
+    memory = _Memory()
+    memory.array((9, 9))
+    assert memory.array((2, 3)).size == 6 and memory.array((90, 90)).size == 8100

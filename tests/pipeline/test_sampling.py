@@ -1,0 +1,188 @@
+"""Order and draws: permutations, how well they mix, chance against its distributions, and the bits that are promised.
+
+NumPy's generators are pinned by digest: a NumPy that draws otherwise is another stream, which needs another
+GRAPH_VERSION.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+
+import numpy as np
+import pytest
+
+from pipeline.sampling import BLOCK, WINDOW, draw, epoch_order
+
+SIZES = [1, 2, 63, 64, 65, 1000, 16_384, 20_000]
+ROOM = 32
+
+
+def digest(*arrays: np.ndarray) -> str:
+    return hashlib.sha256(b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)).hexdigest()
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (7, 3), (2**64 - 1, 10**9)])
+def test_every_record_has_one_place_in_an_epoch(size: int, seed: int, epoch: int) -> None:
+    order = epoch_order(size, seed, epoch)
+    assert order.dtype == np.int64
+    assert sorted(order.tolist()) == list(range(size))
+
+
+def test_an_empty_split_has_an_empty_order() -> None:
+    assert len(epoch_order(0, 0, 0)) == 0
+
+
+@pytest.mark.parametrize("size", [64, 1000, 20_000])
+def test_orders_differ_between_epochs_and_seeds_and_are_the_same_for_the_same(size: int) -> None:
+    places = [(0, 0), (0, 1), (1, 0), (1, 1), (2**32, 0), (0, 2**32), (2**63, 0)]
+    orders = [epoch_order(size, *place) for place in places]
+    for place, order in zip(places, orders, strict=True):
+        assert np.array_equal(order, epoch_order(size, *place))
+    for one, other in itertools.combinations(orders, 2):
+        assert np.mean(one == other) < 0.1
+
+
+@pytest.mark.parametrize("size", [20_000, 40_000])
+def test_batches_of_a_store_in_random_order_have_as_many_classes_as_by_a_perfect_shuffle(size: int) -> None:
+    labels = np.random.default_rng(1).permutation(np.arange(size) % 200)
+    ideal = _distinct(labels[np.random.default_rng(2).permutation(size)])
+    assert _distinct(labels[epoch_order(size, 0, 0)]) == pytest.approx(ideal, rel=0.01)
+
+
+@pytest.mark.parametrize("size", [16_384, 40_000])
+def test_neighbours_of_the_store_are_apart_in_an_epoch(size: int) -> None:
+    """A batch draws on as many blocks as if each of its records had been drawn from a whole window."""
+    blocks = WINDOW // BLOCK
+    ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
+    mixed = epoch_order(size, 0, 0) // BLOCK
+    assert _distinct(mixed[: size // WINDOW * WINDOW]) == pytest.approx(ideal, rel=0.03)
+
+
+def _distinct(labels: np.ndarray, batch: int = 128) -> float:
+    whole = labels[: len(labels) // batch * batch].reshape(-1, batch)
+    return float(np.mean([len(np.unique(row)) for row in whole]))
+
+
+@pytest.mark.parametrize("size", [20_000, 100_000])
+def test_a_window_reads_few_blocks_and_these_whole(size: int) -> None:
+    order = epoch_order(size, 3, 1)
+    seen: list[set[int]] = []
+    for first in range(0, size, WINDOW):
+        blocks, counts = np.unique(order[first : first + WINDOW] // BLOCK, return_counts=True)
+        assert len(blocks) <= WINDOW // BLOCK + 2  # one in part at each end, and the store's last, which is short
+        last = (size - 1) // BLOCK
+        assert sum(count < BLOCK for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
+        seen.append(set(blocks.tolist()))
+    assert sum(map(len, seen)) <= -(-size // BLOCK) + len(seen)
+    ends = [max(window) - min(window) for window in seen]
+    assert min(ends) > 0.9 * size / BLOCK  # the blocks of a window come from all over the store
+
+
+@pytest.mark.parametrize("record", [0, 63, 64, 129])
+def test_a_record_is_equally_likely_everywhere(record: int) -> None:
+    """130 records: two whole blocks and one of two records."""
+    places = [int(np.flatnonzero(epoch_order(130, 0, epoch) == record)[0]) for epoch in range(2600)]
+    counts = np.bincount(np.array(places) // 10, minlength=13)
+    assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile at 12 degrees of freedom
+
+
+@pytest.fixture(scope="module")
+def many() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What 400 steps of 128 images draw: offsets (400, 128, 2), flips (400, 128), normals (400, 128, 3)."""
+    drawn = [draw(5, step // 100, step % 100, 128, ROOM) for step in range(400)]
+    offsets, flips, normals = (np.stack(parts) for parts in zip(*drawn, strict=True))
+    return offsets, flips, normals
+
+
+def test_windows_are_uniform_over_33_by_33(many: tuple[np.ndarray, ...]) -> None:
+    offsets = many[0].reshape(-1, 2)
+    n = len(offsets)
+    assert offsets.dtype == np.int32 and offsets.min() == 0 and offsets.max() == ROOM
+    for axis in range(2):
+        counts = np.bincount(offsets[:, axis], minlength=33)
+        assert ((counts - n / 33) ** 2 / (n / 33)).sum() < 62.5  # 99.9 % quantile at 32 degrees of freedom
+    table = np.zeros((33, 33))
+    np.add.at(table, tuple(offsets.T), 1)
+    chi2 = ((table - n / 1089) ** 2 / (n / 1089)).sum()
+    assert abs(chi2 - 1088) < 3.3 * np.sqrt(2 * 1088)  # rows and columns are independent
+
+
+def test_half_of_the_images_are_flipped(many: tuple[np.ndarray, ...]) -> None:
+    flips = many[1]
+    assert flips.dtype == np.int32 and set(np.unique(flips)) == {0, 1}
+    assert abs(flips.mean() - 0.5) < 3.3 * 0.5 / np.sqrt(flips.size)
+
+
+def test_noise_is_standard_normal(many: tuple[np.ndarray, ...]) -> None:
+    normal = many[2].reshape(-1, 3)
+    n = len(normal)
+    assert normal.dtype == np.float64
+    assert (np.abs(normal.mean(0)) < 4 / np.sqrt(n)).all()
+    assert (np.abs(np.cov(normal.T) - np.eye(3)) < 4 * np.sqrt(2 / n)).all()
+    assert (np.abs((normal**4).mean(0) - 3) < 4 * np.sqrt(96 / n)).all()
+
+
+def test_images_steps_and_kinds_of_draws_are_independent(many: tuple[np.ndarray, ...]) -> None:
+    offsets, flips, normals = many
+    columns = np.concatenate([offsets, flips[..., None], normals], axis=2).astype(np.float64)
+    for one, other in (
+        (columns[:-1], columns[1:]),
+        (columns[:-100], columns[100:]),
+        (columns[:, :-1], columns[:, 1:]),
+    ):
+        a, b = one.reshape(-1, 6), other.reshape(-1, 6)
+        correlation = np.corrcoef(a.T, b.T)[:6, 6:]
+        assert (np.abs(correlation) < 4.5 / np.sqrt(len(a))).all()
+    within = np.corrcoef(columns.reshape(-1, 6).T) - np.eye(6)
+    assert (np.abs(within) < 4.5 / np.sqrt(columns[..., 0].size)).all()
+
+
+@pytest.mark.parametrize(("seed", "epoch", "step"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0), (0, 2**32, 0)])
+def test_draws_differ_with_seed_epoch_and_step_and_are_the_same_for_the_same(seed: int, epoch: int, step: int) -> None:
+    zero, one, again = (draw(*place, 64, ROOM) for place in ((0, 0, 0), (seed, epoch, step), (seed, epoch, step)))
+    for a, b, c in zip(zero, one, again, strict=True):
+        assert not np.array_equal(a, b) and np.array_equal(b, c)
+
+
+def test_no_two_places_share_a_generator() -> None:
+    """Small numbers in each of the three, which a sum or a product of them would confuse."""
+    places = itertools.product(range(4), repeat=3)
+    assert len({draw(*place, 4, ROOM).normal.tobytes() for place in places}) == 64
+
+
+@pytest.mark.parametrize(("images", "shared_by"), [(16, 4), (10, 4), (128, 32), (3, 32)])
+def test_window_and_flip_are_shared_by_neighbours_but_noise_is_not(images: int, shared_by: int) -> None:
+    drawn = [draw(0, 0, step, images, ROOM, shared_by) for step in range(40)]
+    for one in drawn:
+        assert [len(part) for part in one] == [images] * 3
+        for first in range(0, images, shared_by):
+            assert (one.offset[first : first + shared_by] == one.offset[first]).all()
+            assert (one.flip[first : first + shared_by] == one.flip[first]).all()
+    leaders = np.concatenate([one.offset[::shared_by] for one in drawn])
+    ideal = 1089 * (1 - (1 - 1 / 1089) ** len(leaders))
+    assert len(np.unique(leaders, axis=0)) > 0.9 * ideal
+    assert len(np.unique(np.concatenate([one.normal for one in drawn]))) == 40 * images * 3
+
+
+def test_a_part_of_the_draws_is_those_of_its_images() -> None:
+    whole = draw(0, 0, 0, 12, ROOM)
+    for mine, all_of_them in zip(whole.part(slice(4, 8)), whole, strict=True):
+        assert np.array_equal(mine, all_of_them[4:8])
+
+
+def test_without_room_there_is_one_window() -> None:
+    assert not draw(0, 0, 0, 50, 0).offset.any()
+
+
+def test_the_bits_are_those_of_the_first_release() -> None:
+    """Where these fail, NumPy's generators or their use here have changed: states of before cannot be continued."""
+    order, last = epoch_order(20_000, 0, 0), epoch_order(1000, 2**64 - 1, 90)
+    assert digest(order) == "7a8c2849a3ed1c2a69aaf4ee5c5d5b5cff87e4e978effc2e6b241f5242fd3916"
+    assert digest(last) == "fd88b008bc89ad71d1bedf409b959bf0f6a88f847367c93d41557eb54f811820"
+    offset, flip, normal = draw(0, 0, 0, 128, ROOM)
+    assert digest(offset, flip) == "b4f0d3274e496e5a49b2e9f860ad72b6b85fa184a1604f09efbab360b08eecde"
+    assert digest(normal.astype(np.float32)) == "11e5cd77fca54ee423b10ccb5d34855c792c41bb4d7d449bcfbaffb3709b2e48"
+    offset, flip, _ = draw(2**64 - 1, 90, 10_000, 128, ROOM, 32)
+    assert digest(offset, flip) == "5ceede14341467428cd545833774b664f94aa73c5db402070781b7c2dc23e613"

@@ -1,0 +1,321 @@
+"""Builds that end before they are done: killed at any step or moment, by signals, or with a worker that dies.
+
+Each must be finished by the same command with the fingerprint of a build that ran through, and leave nothing behind:
+no process, no file under a temporary name.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prep.build.shard_task import ShardTask, build_shard
+from prep.build.split import build_split
+from prep.console import Progress, UserError
+from prep.images.codec import read_picture
+from prep.inputs.folder import Folder
+from prep.inputs.sources import read_source
+from prep.store.manifest import Store
+from prep.workers import Tally, Workers
+from tests.helpers.building import PPM, SKIP, STRICT, Command, build, group, make_pictures, stepped
+
+Start = Callable[..., Command]
+
+
+def tree(store: Path) -> list[str]:
+    return sorted(str(path.relative_to(store)) for path in store.rglob("*"))
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """320 pictures that take a worker a few milliseconds each: five shards."""
+    return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
+
+
+@pytest.fixture(scope="module")
+def slow_store(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return build(slow, tmp_path_factory.mktemp("slow_store") / "store")
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts commands, and kills what a test that failed left of them."""
+    started: list[Command] = []
+
+    def run(photos: Path, store: Path, *words: str) -> Command:
+        started.append(Command(photos, store, *words))
+        return started[-1]
+
+    yield run
+    for command in started:
+        with suppress(ProcessLookupError):
+            os.killpg(command.process.pid, signal.SIGKILL)
+        command.process.communicate()
+
+
+# At every step on the disk
+
+
+@pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
+def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """Of builds that died before each step: where they are, and what was said."""
+    work = tmp_path_factory.mktemp("stepped")
+    photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
+    build(photos, work / "whole")
+    return work, stepped(photos, work, request.param)
+
+
+def test_killed_before_any_step_the_same_command_finishes(ended: tuple[Path, Any]) -> None:
+    work, ends = ended
+    assert len(ends) >= 14
+    assert {end["code"] for end in ends[:-1]} == {9}
+    assert [end for end in ends if end["again"] != 0 or end["torn"]] == []
+    whole = Store.open(work / "whole")
+    for end in ends:
+        again = Store.open(work / f"{end['at']:03d}")
+        assert again.fingerprint == whole.fingerprint
+        assert again.splits == whole.splits
+
+
+def test_killed_before_any_step_nothing_is_left_over(ended: tuple[Path, Any]) -> None:
+    """The files of each store are those of the build that ran through."""
+    work, ends = ended
+    expected = tree(work / "whole")
+    found = {end["at"]: tree(work / f"{end['at']:03d}") for end in ends}
+    assert {at: set(files) ^ set(expected) for at, files in found.items() if files != expected} == {}
+
+
+# At any moment
+
+
+def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, finish: Callable[[Path], Store]) -> Store:
+    """kill -9 so long after a build began, and at once the same again."""
+    command = start(photos, store)
+    time.sleep(delay_s)
+    command.kill()
+    command.process.wait()
+    built = finish(store)
+    command.end()
+    return built
+
+
+def test_killed_at_random_moments_the_same_command_finishes(
+    start: Start, slow: Path, slow_store: Store, tmp_path: Path
+) -> None:
+    """Ten of the two hundred below; finished in this process, which is quicker."""
+    rng = np.random.default_rng(9)
+    for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
+        store = tmp_path / str(number)
+        built = kill_and_finish(start, slow, store, float(delay_s), lambda store: build(slow, store))
+        assert built.splits == slow_store.splits, delay_s
+        assert tree(store) == tree(slow_store.root), delay_s
+
+
+@pytest.mark.soak
+def test_killed_at_two_hundred_random_moments(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
+    """By commands alone; every tenth is killed several times before it may finish."""
+    rng = np.random.default_rng(200)
+
+    def finish(store: Path) -> Store:
+        code, _, stderr = start(slow, store).end()
+        assert code == 0, stderr
+        return Store.open(store)
+
+    began = time.monotonic()
+    finish(tmp_path / "measured")
+    takes_s = time.monotonic() - began
+    for number in range(200):
+        store = tmp_path / str(number)
+        for _ in range(4 if number % 10 == 0 else 0):
+            command = start(slow, store)
+            time.sleep(rng.uniform(0, takes_s))
+            command.kill()
+            command.process.wait()
+        built = kill_and_finish(start, slow, store, float(rng.uniform(0, takes_s)), finish)
+        assert built.splits == slow_store.splits, number
+        assert tree(store) == tree(slow_store.root), number
+
+
+def test_killed_again_and_again_the_same_command_finishes(
+    start: Start, slow: Path, slow_store: Store, tmp_path: Path
+) -> None:
+    """kill -9 of the parent when the build begins, in the first shards, after one shard, after three."""
+    store = tmp_path / "store"
+    moments: list[tuple[str, Callable[[Command], bool]]] = [
+        ("plan", lambda command: (command.work / "plan.json").exists()),
+        ("shard under way", lambda command: any(command.work.glob("*.tmp/data.mdb"))),
+        ("first shard", lambda command: len(command.finished()) >= 1),
+        ("third shard", lambda command: len(command.finished()) >= 3),
+    ]
+    for what, reached in moments:
+        command = start(slow, store)
+        command.wait_for(what, lambda command=command, reached=reached: reached(command))
+        command.kill()
+        code, _, _ = command.end()
+        assert code == -signal.SIGKILL
+        assert not (store / "manifest.json").exists()
+    kept = {path: path.stat().st_mtime_ns for path in command.finished()}
+    databases = [store / "train" / path.stem / "data.mdb" for path in kept]
+    written = [path.stat().st_mtime_ns for path in databases]
+    assert 3 <= len(kept) <= 5
+    command = start(slow, store)
+    code, _, stderr = command.end()
+    assert code == 0, stderr
+    assert Store.open(store).splits == slow_store.splits
+    assert [path.stat().st_mtime_ns for path in databases] == written  # finished shards were not built again
+    assert tree(store) == tree(slow_store.root)
+
+
+# By signals
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_interrupted_by_a_signal(
+    start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
+) -> None:
+    """SIGTERM to the parent, as `kill` sends it; SIGINT to the whole group, as a terminal sends Ctrl-C."""
+    store = tmp_path / "store"
+    command = start(slow, store)
+    command.wait_for_records(1)
+    if number == signal.SIGINT:
+        os.killpg(command.process.pid, number)
+    else:
+        command.process.send_signal(number)
+    returned, stdout, stderr = command.end()
+    assert returned == code, stderr
+    assert stdout == ""
+    assert stderr.strip().splitlines()[-1] == "Interrupted. The same command goes on from here."
+    assert "Traceback" not in stderr
+    assert not (store / "manifest.json").exists()
+    report = Progress(320, "pictures")
+    assert build(slow, store, report=report).splits == slow_store.splits
+    assert report.skipped >= 64
+
+
+def test_ctrl_c_while_the_workers_start(start: Start, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the workers too, which must leave it to the parent from the beginning."""
+    said, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
+    for delay_s in (0.05, 0.2, 0.35):
+        command = start(slow, tmp_path / str(delay_s))
+        command.wait_for("worker", lambda pid=command.process.pid: any("spawn_main" in w for w in group(pid).values()))
+        time.sleep(delay_s)
+        os.killpg(command.process.pid, signal.SIGINT)
+        said.append(command.end())
+    assert said == [(130, "", "Interrupted. The same command goes on from here.\n")] * len(said)
+
+
+def test_signal_does_not_wait_for_shards_under_way(start: Start, tmp_path: Path) -> None:
+    """Shards of 64 large pictures take seconds: SIGTERM in the first of them ends the build with none finished."""
+    photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
+    command = start(photos, tmp_path / "store")
+    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
+    command.process.send_signal(signal.SIGTERM)
+    code, _, stderr = command.end()
+    assert code == 143, stderr
+    assert command.finished() == []
+    assert list(command.work.glob("*.json")) == [command.work / "plan.json"]
+
+
+def test_two_commands_at_once(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
+    """The second is refused in one line and does no harm to the first."""
+    first = start(slow, tmp_path / "store")
+    first.wait_for("plan", lambda: (first.work / "plan.json").exists())
+    first.process.send_signal(signal.SIGSTOP)
+    for words in ([], ["--restart"]):
+        code, stdout, stderr = start(slow, tmp_path / "store", *words).end()
+        assert (code, stdout, stderr.count("\n")) == (1, "", 1), stderr
+        assert "another build is at work" in stderr
+    first.process.send_signal(signal.SIGCONT)
+    code, _, stderr = first.end()
+    assert code == 0, stderr
+    assert Store.open(tmp_path / "store").splits == slow_store.splits
+
+
+# Workers that die
+
+
+def test_killed_worker_is_said_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
+    """As the kernel does when memory runs out: the file that it was at is named."""
+    store = tmp_path / "store"
+    command = start(slow, store, "--jobs", "1")
+    command.wait_for_records(1)
+    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
+    time.sleep(0.03)  # of the fifth of a second that it takes
+    (worker,) = [pid for pid, line in group(command.process.pid).items() if "spawn_main" in line]
+    os.kill(worker, signal.SIGKILL)
+    code, _, stderr = command.end()
+    assert code == 1, stderr
+    assert "Traceback" not in stderr
+    assert stderr.count("\n") == 1
+    name, _, rest = stderr.removeprefix("Error: ").partition(": ")
+    assert (slow / name).is_file()
+    assert rest.startswith("a worker process was killed (SIGKILL) at this file.")
+    assert "fewer --jobs" in rest
+    assert build(slow, store).splits == slow_store.splits
+
+
+class DeadlyFolder(Folder):
+    """Whoever reads its picture number 100 is killed; the others take a while."""
+
+    def read(self, item: Any) -> bytes:
+        time.sleep(0.01)
+        if item.path.endswith(b"_100.JPEG"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(item)
+
+
+def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_path: Path) -> None:
+    source = read_source(slow, "train", None, None, ())
+    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    for _ in range(2):
+        with Workers(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
+            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
+    assert build(slow, tmp_path / "store").splits == slow_store.splits
+
+
+def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path) -> None:
+    """Where bad ones are left out; else it is tried again, for want of memory is not a file's fault."""
+    source = read_source(slow, "train", None, None, ())
+    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    for policy in (STRICT, SKIP, STRICT):
+        with Workers(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
+            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
+    with Workers(2) as workers:
+        store = build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
+    split = store.split("train")
+    assert (split.records, split.account["bad"]) == (319, {"killed the process that read it, twice": 1})
+
+
+def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -> None:
+    """The lock is given back with the workers at rest, even where a caller keeps them for later."""
+    source = read_source(slow, "train", None, None, ())
+    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    with Workers(2) as workers:
+        with pytest.raises(UserError) as told:
+            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
+        before = tree(tmp_path / "store")
+        time.sleep(1)
+        assert tree(tmp_path / "store") == before
+    assert "killed" in str(told.value)  # a traceback that is kept keeps all that it names
+
+
+def test_shard_that_is_under_way_twice_is_whole(slow: Path, tmp_path: Path) -> None:
+    """As after a kill whose workers take a moment to notice: both write the same, under names of their own."""
+    source = read_source(slow, "train", None, None, ())
+    (tmp_path / ".build").mkdir()
+    inputs = tuple(source.inputs[k] for k in range(20))
+    task = ShardTask(0, 0, inputs, source.place, "train", tmp_path, PPM, False)
+    build_shard(task, Tally())
+    first = (tmp_path / ".build" / "00000.json").read_bytes()
+    build_shard(task, Tally())
+    assert (tmp_path / ".build" / "00000.json").read_bytes() == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".build", "00000"]
+    assert read_picture((slow / os.fsdecode(inputs[0].path)).read_bytes()).pixels.ndim == 3

@@ -1,0 +1,197 @@
+"""prep.build.preflight and the forecast of --dry-run: figures held against the build that follows, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from prep.build.preflight import free_bytes
+from prep.build.split import Forecast, Policy, forecast
+from prep.cli import main
+from prep.console import DiskFull, UserError
+from prep.inputs.sources import read_source
+from prep.store.manifest import Settings
+from prep.workers import Runner
+from tests.helpers.building import PPM, SKIP, STRICT, Here, Never, Stop, Stopped, build, everything, make_pictures
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """400 pictures of many sizes: seven shards."""
+    return make_pictures(tmp_path_factory.mktemp("estimate") / "photos", 400, (60, 200))
+
+
+def told(
+    photos: Path, store: Path, settings: Settings = PPM, policy: Policy = STRICT, runner: Runner | None = None
+) -> Forecast:
+    return forecast(read_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
+
+
+def dry_run(photos: Path, store: Path, *words: str) -> Result:
+    base = ["build-lmdb", str(photos), "--store", str(store), "--jobs", "1", "--dry-run"]
+    return CliRunner().invoke(main, [*base, *words])
+
+
+def bytes_on_disk(store: Path) -> int:
+    return sum(path.stat().st_size for path in store.glob("train/0*/data.mdb"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(32, False, "ppm", 90, "area", 0),
+        Settings(64, True, "ppm", 90, "area", 0),
+        Settings(128, False, "jpeg", 90, "area", 0),
+        Settings(128, True, "jpeg", 99, "area", 0),
+    ],
+)
+def test_bytes_are_those_of_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
+    """Within a quarter of what the LMDBs take on the disk; of seconds only that the machine is not wildly off."""
+    guess = told(photos, tmp_path / "store", settings).estimate
+    assert guess is not None
+    build(photos, tmp_path / "store", settings)
+    assert guess.bytes == pytest.approx(bytes_on_disk(tmp_path / "store"), rel=0.25)
+    assert 0 < guess.sampled <= 32
+    assert 0.01 < guess.seconds < 60
+
+
+def test_more_jobs_take_less_time(photos: Path, tmp_path: Path) -> None:
+    class Many(Here):
+        jobs = 100
+
+    one, many = told(photos, tmp_path).estimate, told(photos, tmp_path, runner=Many()).estimate
+    assert one is not None and many is not None
+    assert one.seconds / many.seconds > 20
+
+
+def test_nothing_is_written(photos: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(photos, tmp_path / "photos"))
+    (source / "n1" / "bad.JPEG").write_bytes(b"no picture")
+    store = tmp_path / "deep" / "store"
+    before = everything(tmp_path)
+    said = told(source, store)
+    assert (said.inputs, said.classes, said.done, said.whole) == (401, 3, 0, False)
+    assert said.bad == (("n1/bad.JPEG", "not a picture in a format that is known"),)
+    assert everything(tmp_path) == before
+    with pytest.raises(Stopped):
+        build(source, store, policy=SKIP, runner=Stop(2))
+    (source / "n1" / "bad.JPEG").write_bytes(b"")
+    before = everything(tmp_path)
+    for policy in (SKIP, Policy(restart=True)):
+        told(source, store, policy=policy)
+    assert everything(tmp_path) == before
+
+
+def test_what_is_done_already_is_said(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    fresh = told(photos, store)
+    with pytest.raises(Stopped):
+        build(photos, store, runner=Stop(3))
+    said = told(photos, store)
+    assert (said.inputs, said.done, said.whole) == (400, 171, False)
+    assert said.estimate is not None and fresh.estimate is not None
+    assert said.estimate.bytes == pytest.approx(fresh.estimate.bytes * 229 / 400, rel=0.05)
+    assert told(photos, store, policy=Policy(restart=True)).done == 0
+    build(photos, store)
+    said = told(photos, store, runner=Never())
+    assert (said.inputs, said.done, said.whole, said.estimate) == (400, 400, True, None)
+
+
+def test_what_the_build_would_refuse_is_refused(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    other = Settings(**{**vars(PPM), "seed": 3})
+    with pytest.raises(Stopped):
+        build(photos, store, runner=Stop())
+    with pytest.raises(UserError, match="--seed 0, this command says 3"):
+        told(photos, store, other)
+    build(photos, store)
+    with pytest.raises(UserError, match="--seed 0, this command says 3"):
+        told(photos, store, other)
+    (tmp_path / "theirs" / "train").mkdir(parents=True)
+    (tmp_path / "theirs" / "train" / "precious.txt").write_text("mine")
+    with pytest.raises(UserError, match="no build of ours began it"):
+        told(photos, tmp_path / "theirs")
+
+
+def test_not_one_picture_gives_no_estimate(tmp_path: Path) -> None:
+    (tmp_path / "photos" / "n1").mkdir(parents=True)
+    (tmp_path / "photos" / "n1" / "cut.JPEG").write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    assert told(tmp_path / "photos", tmp_path / "store").estimate is None
+    result = dry_run(tmp_path / "photos", tmp_path / "store")
+    assert result.exit_code == 0
+    assert "no estimate" in result.stdout
+
+
+def test_command_says_it_to_a_person_and_to_a_program(photos: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    result = dry_run(photos, store, "--side", "128", "--json")
+    assert result.exit_code == 0, result.stderr
+    assert not store.exists()
+    said = json.loads(result.stdout)
+    assert (said["inputs"], said["classes"], said["bad"], said["done"]) == (400, 3, [], 0)
+    assert said["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    build(photos, store, Settings(128, False, "jpeg", 90, "area", 0))
+    assert said["bytes"] == pytest.approx(bytes_on_disk(store), rel=0.25)
+    again = dry_run(photos, store, "--side", "128")
+    assert "nothing to do" in again.stdout
+    fresh = dry_run(photos, tmp_path / "other", "--side", "128")
+    assert "400 inputs of 3 classes" in fresh.stdout
+    assert "fits" in fresh.stdout and "NOT" not in fresh.stdout
+
+
+def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(Path(path)) or Usage(9, 2, 7))
+    assert free_bytes(tmp_path / "a" / "b" / "c") == 7
+    assert asked == [tmp_path]
+    monkeypatch.chdir(tmp_path)
+    assert free_bytes(Path("nowhere") / "store") == 7
+
+
+# Too little room
+
+
+def free(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**12, 10**12 - n, n))
+
+
+def test_too_little_room_is_refused_before_anything_is_built(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "store"
+    with monkeypatch.context() as patch:
+        free(patch, 500_000)
+        with pytest.raises(DiskFull, match=r"1\.6 MB needed for 400 pictures.*500\.0 KB free"):
+            build(photos, store, runner=Stop(0))
+        assert not list((store / "train").glob("0*"))
+        result = CliRunner().invoke(
+            main, ["build-lmdb", str(photos), "--store", str(store), "--side", "32", "--format", "ppm", "--jobs", "1"]
+        )
+        assert result.exit_code == 3
+        assert result.stderr.count("\n") == 1
+        result = dry_run(photos, store, "--side", "32", "--format", "ppm")
+        assert "does NOT fit" in result.stdout
+    build(photos, store)
+
+
+def test_what_may_just_fit_is_begun(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An estimate is no reason to refuse what may fit."""
+    free(monkeypatch, 1_500_000)
+    assert build(photos, tmp_path / "store").split("train").records == 400
+    assert "1.5 MB free; beginning all the same" in capsys.readouterr().err
+
+
+def test_only_what_is_left_must_fit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Stopped):
+        build(photos, tmp_path / "store", runner=Stop(6))
+    free(monkeypatch, 500_000)
+    assert build(photos, tmp_path / "store").split("train").records == 400

@@ -1,0 +1,244 @@
+"""The compiled kernel against the NumPy that stands beside it, and what happens where it is not there, old or wrong."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from prep import compiled
+from prep.build.split import build_split
+from prep.console import Progress
+from prep.images import kernels
+from prep.images.color_stats import PixelSums
+from prep.images.rescale import rescale
+from prep.inputs.sources import read_source
+from prep.store.manifest import FILTERS, Settings
+from tests.helpers.building import Here
+from tools.compile_native import compile_native
+
+needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+
+
+def load(path: Path) -> kernels.Kernel | None:
+    return compiled.load(path, kernels.Kernel, kernels.is_right)
+
+
+Pixels = npt.NDArray[np.uint8]
+
+
+def noise(height: int, width: int) -> Pixels:
+    """Uniform noise, a third of it black or white only."""
+    pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels[: height // 3] = np.where(pixels[: height // 3] < 128, 0, 255)
+    return pixels
+
+
+def by_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str = "area") -> Pixels:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "kernel", None)
+        return rescale(pixels, side, keep_aspect, filter)
+
+
+@needs_kernel
+@pytest.mark.parametrize("filter", FILTERS)
+@pytest.mark.parametrize("keep_aspect", [False, True])
+def test_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
+    """ILSVRC's usual sizes, many rows and columns to an output, strips, enlargement, and sizes drawn at random."""
+    sizes = [(375, 500, 256), (500, 375, 256), (333, 500, 256), (257, 256, 256), (1200, 1600, 256), (300, 4000, 256)]
+    sizes += [(4000, 300, 256), (64, 65, 64), (32, 1, 1), (1, 1, 1), (97, 33, 32), (2000, 1999, 33), (150, 140, 256)]
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        sizes.append(tuple(int(number) for number in rng.integers((1, 1, 1), (200, 200, 100))))
+    for height, width, side in sizes:
+        pixels = noise(height, width)
+        expected = by_numpy(pixels, side, keep_aspect, filter)
+        assert np.array_equal(rescale(pixels, side, keep_aspect, filter), expected), (height, width, side)
+
+
+@needs_kernel
+def test_pixels_that_are_not_contiguous() -> None:
+    pixels = noise(400, 900)
+    for view in (pixels[::2, 5:605], pixels[:, ::-1], pixels.transpose(1, 0, 2), pixels[:, :, ::-1]):
+        assert np.array_equal(rescale(view, 100), by_numpy(view.copy(), 100, False))
+
+
+@needs_kernel
+def test_nothing_beyond_the_picture_is_read_or_written() -> None:
+    """The picture is the last thing in its memory, fenced by pages that kill who touches them."""
+    program = """
+import ctypes, mmap, numpy as np
+from prep import compiled
+from prep.images import kernels
+from prep.images.rescale import rescale
+libc = ctypes.CDLL(None, use_errno=True)
+page = mmap.PAGESIZE
+def fenced(array):
+    pages = -(-array.nbytes // page)
+    area = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for fence in (start, start + (pages + 1) * page):
+        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    at = (pages + 1) * page - array.nbytes
+    held = np.frombuffer(area, array.dtype, array.size, at).reshape(array.shape)
+    held[:] = array
+    return held
+assert kernels.kernel
+kept = []
+rng = np.random.default_rng(0)
+sizes = (41, 50, 32), (20, 33, 32), (32, 33, 32), (100, 32, 32), (64, 64, 32), (33, 90, 7), (375, 500, 256)
+for height, width, side in sizes:
+    pixels = rng.integers(0, 256, (height, width, 3), np.uint8)
+    kept.append(fenced(pixels))
+    for keep_aspect in (False, True):
+        assert np.array_equal(rescale(kept[-1], side, keep_aspect), rescale(pixels, side, keep_aspect))
+    sums, square = fenced(np.zeros(9, np.int64)), fenced(np.zeros((side, side, 3), np.uint16))
+    kernels.kernel.add_moments(kept[-1], sums)
+    part = rescale(pixels, side)
+    kernels.kernel.add_square(fenced(part), square)
+    assert sums[0] == pixels[..., 0].sum(dtype=int) and square.sum() == part.sum(dtype=int)
+    kept += sums, square
+import os
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@needs_kernel
+@pytest.mark.parametrize("size", [(1, 1), (64, 64), (70, 64), (129, 127), (300, 200), (130, 5000)])
+def test_same_sums_as_numpy(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    side = min(64, *size)
+    found, expected = PixelSums(side), PixelSums(side)
+    pictures = [noise(*size), np.full((*size, 3), 255, np.uint8), noise(*size)[:, ::-1]]
+    for picture in pictures:
+        found.add(picture)
+    monkeypatch.setattr(kernels, "kernel", None)
+    for picture in pictures:
+        expected.add(picture)
+    assert found.moments == expected.moments
+    assert np.array_equal(found.square_sum(), expected.square_sum())
+
+
+@pytest.mark.parametrize("filter", ["area", "lanczos"])
+def test_a_store_is_the_same_without_it(
+    filter: str, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    for name in ("with", "without"):
+        source = read_source(photo_folder / "train", "train", None, None, ())
+        store = build_split(
+            source,
+            tmp_path / name,
+            Settings(64, False, "jpeg", 90, filter, 0),
+            Here(),
+            Progress(len(source.inputs), "pictures"),
+        )
+        built.append((store.split("train").fingerprint, store.split("train").moments, store.mean_image().tolist()))
+        monkeypatch.setattr(kernels, "kernel", None)
+    assert built[0] == built[1]
+
+
+def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(tmp_path / "absent.so") is None
+    (tmp_path / "torn.so").write_bytes(b"\x7fELF and no more")
+    assert load(tmp_path / "torn.so") is None
+    monkeypatch.setenv("ALEXNET_NATIVE", "0")
+    assert load(compiled.library_path(kernels.SOURCE)) is None
+
+
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+
+def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
+    """The library that a compiler makes of `text` which has the last word on its flags: the build's own come first."""
+    folder.mkdir(exist_ok=True)
+    compiler, source = folder / "compiler", folder / "kernels.c"
+    compiler.write_text(f'#!/bin/sh\nexec cc "$@" {flags}\n')
+    compiler.chmod(0o755)
+    source.write_text(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CC", str(compiler))
+        return compile_native(source)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (
+            "rows[j] + weights[1] * second[j];",
+            "rows[j] + weights[1] * rows[j];",
+        ),  # two rows to an output: not in 29 to 9
+        ("weights[2] * third[j]", "weights[2] * second[j]"),
+        ("+= weights[t] * rows[t * stride + j]", "+= weights[t] * rows[t * stride + j + 1]"),
+        ("12582912.0f", "12582913.0f"),
+        ("out[j] + ROUNDING - ROUNDING", "out[j]"),
+        ("sum += weights[t] *", "sum += weights[0] *"),
+        ("whole < 0 ? 0 :", ""),
+        ("6755399441055744.0", "6755399441055745.0"),
+        ("taps--;", "taps = 1;"),
+        ("rr += red * red", "rr += red * green"),
+        ("sums[j] += lines[j]", "sums[j] = lines[j]"),
+        ("void add_lines", "void add_columns"),
+    ],
+)
+def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
+    """Compiled without the pains that a library for use deserves: in a ninth of the time."""
+    text = kernels.SOURCE.read_text()
+    assert text.count(right) == 1
+    library = compiled_with("-UCLONES -O1", text.replace(right, wrong), tmp_path)
+    assert library and load(library) is None
+
+
+@needs_compiler
+def test_compiling_replaces_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "kernels.c"
+    source.write_bytes(kernels.SOURCE.read_bytes())
+    (tmp_path / "kernels-0123456789abcdef.so").write_bytes(b"old")
+    library = compile_native(source)
+    assert library and sorted(tmp_path.iterdir()) == sorted([source, library])
+    assert load(library)
+    assert compiled.library_path(source) == library
+    source.write_text(source.read_text() + "\n")
+    assert not compiled.library_path(source).exists()  # made of another source: never loaded
+
+
+@needs_compiler
+def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled for the plainest CPU of this architecture, as for the best, and for none in particular."""
+    pictures = [noise(375, 500), noise(257, 300), noise(900, 700)]
+    expected = [by_numpy(picture, 256, False) for picture in pictures]
+    for number, flags in enumerate(("", "-UCLONES -O0", "-UCLONES -O1 -ffp-contract=off", "-UCLONES -march=native")):
+        library = compiled_with(flags, kernels.SOURCE.read_text(), tmp_path / str(number))
+        assert library
+        monkeypatch.setattr(kernels, "kernel", load(library))
+        assert kernels.kernel
+        for picture, wanted in zip(pictures, expected, strict=True):
+            assert np.array_equal(rescale(picture), wanted), flags
+
+
+def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "kernels.c"
+    source.write_bytes(kernels.SOURCE.read_bytes())
+    for compiler in ("no-such-compiler", "false"):
+        monkeypatch.setenv("CC", compiler)
+        assert compile_native(source) is None
+        assert list(tmp_path.iterdir()) == [source]
+
+
+def test_pictures_that_c_would_misread_do_not_reach_it() -> None:
+    """Grey pictures made RGB by broadcasting have strides of zero."""
+    grey = noise(90, 70)[:, :, :1]
+    spread = np.broadcast_to(grey, (90, 70, 3))
+    assert np.array_equal(rescale(spread, 50), rescale(np.repeat(grey, 3, axis=2), 50))
+    sums = PixelSums(50)
+    sums.add(spread)
+    expected = np.asarray(Image.fromarray(grey[:, :, 0])).astype(np.int64)
+    assert sums.moments.total == (expected.sum(),) * 3

@@ -1,0 +1,232 @@
+"""prep.images.rescale against float64 overlap matrices written here, block means, and Pillow's resize in floating point.
+
+The reference of `area` is dense: entry (i, j) is the share of output pixel i that source pixel j covers. The reference
+of the other filters is Pillow on each channel in mode "F", which has no 8-bit rounding or clipping between the passes.
+"""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+from threadpoolctl import threadpool_limits
+
+from prep.images.rescale import FILTERS, rescale, rescaled_size
+
+Pixels = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float64]
+
+PILLOW = {
+    "bilinear": Image.Resampling.BILINEAR,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+
+
+@pytest.fixture(autouse=True)
+def one_blas_thread() -> Iterator[None]:
+    """As a worker has: on a busy machine threads wait for one another longer than such small products take."""
+    with threadpool_limits(1, "blas"):
+        yield
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    """Uniform noise, the upper half of it black or white only: the hardest picture for a filter."""
+    pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    upper = pixels[: height // 2]
+    upper[:] = np.where(upper < 128, 0, 255)
+    return pixels
+
+
+def new_size(height: int, width: int, side: int) -> tuple[int, int]:
+    """(height, width), the longer side rounded to the nearest integer, halves up."""
+    scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
+    return math.floor(height * scale + half), math.floor(width * scale + half)
+
+
+def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
+    """The central `side`×`side` part, the odd pixel of margin below and to the right."""
+    top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
+    return whole[top : top + side, left : left + side]
+
+
+def overlap_matrix(n_in: int, n_out: int) -> Floats:
+    """(n_out, n_in): the part of output pixel i, as long as n_in / n_out source pixels, that source pixel j covers."""
+    scale = n_in / n_out
+    i, j = np.arange(n_out)[:, None], np.arange(n_in)[None, :]
+    covered = np.minimum((i + 1) * scale, j + 1) - np.maximum(i * scale, j)
+    return np.clip(covered, 0, None) / scale
+
+
+def area_average(pixels: Pixels, height: int, width: int) -> Floats:
+    down, across = overlap_matrix(pixels.shape[0], height), overlap_matrix(pixels.shape[1], width)
+    return np.stack([down @ pixels[..., c].astype(np.float64) @ across.T for c in range(3)], axis=2)
+
+
+def pillow_resize(pixels: Pixels, height: int, width: int, name: str) -> Floats:
+    planes = [Image.fromarray(pixels[..., c].astype(np.float32)) for c in range(3)]
+    assert planes[0].mode == "F"
+    return np.stack([np.asarray(p.resize((width, height), PILLOW[name]), np.float64) for p in planes], axis=2)
+
+
+def expected_and_got(
+    pixels: Pixels, side: int, keep_aspect: bool, name: str
+) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.generic]]:
+    height, width = new_size(*pixels.shape[:2], side)
+    reference = area_average(pixels, height, width) if name == "area" else pillow_resize(pixels, height, width, name)
+    expected = np.clip(reference, 0, 255)
+    return expected if keep_aspect else central_square(expected, side), rescale(pixels, side, keep_aspect, name)
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize(
+    ("height", "width", "side"),
+    [
+        (375, 500, 256),
+        (500, 333, 256),
+        (301, 257, 256),
+        (257, 257, 256),
+        (97, 641, 61),
+        (700, 997, 100),
+        (640, 481, 37),
+    ],
+)
+def test_area_is_the_area_average(height: int, width: int, side: int, keep_aspect: bool) -> None:
+    expected, got = expected_and_got(noise(height, width), side, keep_aspect, "area")
+    assert got.dtype == np.uint8
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 0.6
+
+
+@pytest.mark.parametrize("factor", [2, 4, 8, 16])
+def test_area_is_the_block_mean_exactly_for_powers_of_two(factor: int) -> None:
+    pixels = noise(32 * factor, 48 * factor)
+    means = pixels.reshape(32, factor, 48, factor, 3).mean(axis=(1, 3), dtype=np.float64)
+    assert np.array_equal(rescale(pixels, 32, True), np.rint(means))
+
+
+@pytest.mark.parametrize("factor", [3, 5, 6, 7, 12])
+def test_area_is_the_block_mean_for_integer_factors(factor: int) -> None:
+    pixels = noise(48 * factor, 33 * factor)
+    means = pixels.reshape(48, factor, 33, factor, 3).mean(axis=(1, 3), dtype=np.float64)
+    assert np.abs(rescale(pixels, 33, True) - means).max() <= 0.6
+
+
+def test_area_of_noise_shrunk_very_much() -> None:
+    expected, got = expected_and_got(noise(2000, 2000), 32, False, "area")
+    assert np.abs(got - expected).max() <= 0.6
+
+
+def test_area_of_white_with_dark_lines_shrunk_very_much() -> None:
+    """A picture of 4160 px, as cameras make, to 32 px: every block of 130×130 has one black column, the mean is 253."""
+    pixels = np.full((4160, 4160, 3), 255, np.uint8)
+    pixels[:, ::130] = 0
+    got = rescale(pixels, 32).astype(np.float64)
+    assert np.abs(got - 255 * 129 / 130).max() <= 0.6
+
+
+@pytest.mark.parametrize("keep_aspect", [False, True])
+@pytest.mark.parametrize("name", list(PILLOW))
+@pytest.mark.parametrize(
+    ("height", "width", "side"),
+    [(375, 500, 256), (333, 500, 64), (640, 97, 96), (31, 47, 64), (61, 40, 101), (1, 3, 32), (700, 997, 50)],
+)
+def test_kernels_are_pillows_in_floating_point(
+    height: int, width: int, side: int, name: str, keep_aspect: bool
+) -> None:
+    expected, got = expected_and_got(noise(height, width), side, keep_aspect, name)
+    assert got.dtype == np.uint8
+    assert got.shape == expected.shape
+    assert np.abs(got - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize(("height", "width", "side"), [(31, 47, 64), (200, 100, 128), (50, 51, 52), (7, 300, 33)])
+def test_area_enlarges_by_bicubic(height: int, width: int, side: int) -> None:
+    pixels = noise(height, width)
+    for keep_aspect in (False, True):
+        by_area = rescale(pixels, side, keep_aspect, "area")
+        assert np.array_equal(by_area, rescale(pixels, side, keep_aspect, "bicubic"))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_flat_picture_stays_flat(name: str) -> None:
+    rng = np.random.default_rng(5)
+    colours = [(0, 1, 255), (254, 127, 128), *rng.integers(0, 256, (28, 3)).tolist()]
+    for colour in colours:
+        height, width, side = rng.integers(1, 400), rng.integers(1, 400), rng.integers(32, 150)
+        keep_aspect = max(height, width) < 20 * min(height, width)
+        pixels = np.empty((height, width, 3), np.uint8)
+        pixels[:] = colour
+        got = rescale(pixels, int(side), bool(keep_aspect), name)
+        assert np.array_equal(got, np.broadcast_to(np.array(colour, np.uint8), got.shape)), (height, width, side)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize(("height", "width"), [(1, 5000), (5000, 1), (1, 1), (3, 257)])
+def test_extreme_shapes_are_cheap(height: int, width: int, name: str) -> None:
+    pixels = noise(height, width)
+    tracemalloc.start()
+    try:
+        got = rescale(pixels, 256, False, name)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert got.shape == (256, 256, 3)
+    assert peak < 32e6
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 300), (300, 1), (1, 1), (3, 257)])
+def test_extreme_shapes_whole(height: int, width: int) -> None:
+    for name in FILTERS:
+        assert rescale(noise(height, width), 32, True, name).shape == (*new_size(height, width, 32), 3)
+
+
+def test_rescaled_size_rounds_halves_up() -> None:
+    assert rescaled_size(3, 2, 33) == (50, 33)  # 49.5
+    assert rescaled_size(2, 5, 33) == (33, 83)  # 82.5
+    rng = np.random.default_rng(1)
+    for width, height, side in rng.integers(1, 3000, (2000, 3)).tolist():
+        expected_height, expected_width = new_size(height, width, side)
+        assert rescaled_size(width, height, side) == (expected_width, expected_height)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_square_is_the_middle_of_the_whole_picture(name: str) -> None:
+    """Exact arithmetic: which rows and columns are computed together changes no pixel."""
+    for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
+        pixels = noise(height, width)
+        whole = rescale(pixels, 91, True, name)
+        assert np.array_equal(rescale(pixels, 91, False, name), central_square(whole, 91))
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_strides_do_not_matter(name: str) -> None:
+    for height, width in ((211, 307), (40, 60), (64, 80)):  # shrunk, enlarged, of that size already
+        pixels = noise(height, width)
+        turned = np.ascontiguousarray(pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
+        mirrored = np.ascontiguousarray(pixels[::-1, ::-1, ::-1])[::-1, ::-1, ::-1]
+        within = np.zeros((2 * height, 3 * width, 4), np.uint8)[::2, ::3, 1:]
+        within[:] = pixels
+        expected = rescale(pixels, 64, True, name)
+        for view in (turned, mirrored, within):
+            assert not view.flags.c_contiguous
+            assert np.array_equal(view, pixels)
+            assert np.array_equal(rescale(view, 64, True, name), expected)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_picture_of_the_right_size_is_left_alone(name: str) -> None:
+    pixels = noise(64, 91)
+    assert np.array_equal(rescale(pixels, 64, True, name), pixels)
+    assert np.array_equal(rescale(pixels, 64, False, name), pixels[:, 13:77])
+
+
+def test_unknown_filter_is_named() -> None:
+    with pytest.raises(ValueError, match=r"'box'.*area, bilinear, bicubic, lanczos"):
+        rescale(noise(10, 10), 32, False, "box")

@@ -1,0 +1,399 @@
+"""prep.inputs.caffe on LMDBs that lmdb and protobuf write here as Caffe's convert_imageset does.
+
+What alexprep made of them is read back by lmdb and protobuf alone, and decoded by Pillow. Bare pixels that have the
+store's size must come through a ppm store to the bit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import numpy.typing as npt
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from prep.cli import main
+from prep.images.codec import read_picture
+from prep.images.rescale import rescale
+from prep.store.manifest import Store
+from tests.helpers.building import Here
+
+Pixels = npt.NDArray[np.uint8]
+Records = Callable[[Path, str], list[tuple[bytes, Any]]]
+SIDE = 32
+
+
+@pytest.fixture
+def processes() -> None:
+    """Asked for by a test that is about worker processes."""
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker takes half a second to start: most tests do without."""
+    if "processes" not in request.fixturenames:
+        monkeypatch.setattr("prep.workers.Workers", lambda jobs, preload="": nullcontext(Here()))
+
+
+def import_caffe(store: Path, *words: object) -> Result:
+    options = ["--store", str(store), "--side", str(SIDE), "--jobs", "1"]
+    return CliRunner().invoke(main, ["import-caffe", *map(str, words), *options])
+
+
+def done(result: Result) -> str:
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fails(result: Result, *parts: object) -> str:
+    """Exit code 1, and one line that begins "Error:" and has all `parts`."""
+    assert result.exit_code == 1, result.output
+    assert isinstance(result.exception, SystemExit), result.exception
+    errors = [line for line in result.stderr.splitlines() if line]
+    assert len(errors) == 1, result.stderr
+    assert errors[0].startswith("Error: ")
+    for part in parts:
+        assert str(part) in errors[0]
+    return errors[0]
+
+
+def lmdb_of(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> Path:
+    folder.mkdir(parents=True)
+    with lmdb.open(str(folder), map_size=1 << 26) as env, env.begin(write=True) as txn:
+        for key, value in records:
+            txn.put(key, value)
+    return folder
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(noise(height, width, seed)).save(out, "JPEG", quality=95)
+    return out.getvalue()
+
+
+def bare(pixels: Pixels) -> dict[str, Any]:
+    """Fields of a Datum as CVMatToDatum fills them: C,H,W, blue first."""
+    height, width, channels = pixels.shape
+    planes = [pixels[:, :, channel].tobytes() for channel in reversed(range(channels))]
+    return {"channels": channels, "height": height, "width": width, "data": b"".join(planes), "encoded": False}
+
+
+@pytest.fixture
+def datum(caffe_datum: Callable[[], Any]) -> Callable[..., bytes]:
+    def make(**fields: Any) -> bytes:
+        message = caffe_datum()
+        for name, value in fields.items():
+            if name == "float_data":
+                message.float_data.extend(value)
+            else:
+                setattr(message, name, value)
+        return bytes(message.SerializeToString())
+
+    return make
+
+
+def decoded(message: Any) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(message.data)))
+
+
+def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
+    assert [key for key, _ in records] == sorted({key for key, _ in records})
+    found = {message.source: message for _, message in records}
+    assert len(found) == len(records)
+    return found
+
+
+def test_bare_pixels_come_through_to_the_bit(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    """Colour with its order of channels, grey, labels 0 and 2, and one that has to be cut and one to be rescaled."""
+    colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
+    grey = noise(SIDE, SIDE, 3)[:, :, :1]
+    records = [
+        (b"00000000_colour.JPEG", datum(**bare(colour), label=2)),
+        (b"00000001_wide.JPEG", datum(**bare(wide), label=0)),
+        (b"00000002_large.JPEG", datum(**bare(large), label=1)),
+        (b"00000003_grey.JPEG", datum(**bare(grey), label=0)),
+        (b"00000004_no_encoded_field", datum(**{**bare(colour[::-1]), "label": 1})),
+    ]
+    done(import_caffe(tmp_path / "store", lmdb_of(tmp_path / "l", records), "--format", "ppm"))
+    found = by_source(records_of(tmp_path / "store", "train"))
+    assert {name: message.label for name, message in found.items()} == {
+        b"00000000_colour.JPEG": 2,
+        b"00000001_wide.JPEG": 0,
+        b"00000002_large.JPEG": 1,
+        b"00000003_grey.JPEG": 0,
+        b"00000004_no_encoded_field": 1,
+    }
+    assert np.array_equal(decoded(found[b"00000000_colour.JPEG"]), colour)
+    assert np.array_equal(decoded(found[b"00000001_wide.JPEG"]), wide[:, 6 : 6 + SIDE])
+    assert np.array_equal(decoded(found[b"00000002_large.JPEG"]), rescale(large, SIDE, False, "area"))
+    assert np.array_equal(decoded(found[b"00000003_grey.JPEG"]), np.repeat(grey, 3, axis=2))
+    assert np.array_equal(decoded(found[b"00000004_no_encoded_field"]), colour[::-1])
+    for message in found.values():
+        assert (message.channels, message.height, message.width, message.encoded) == (3, SIDE, SIDE, True)
+    assert Store.open(tmp_path / "store").split("train").account["bad"] == {}
+
+
+def test_encoded_pictures(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    """What Caffe says of their size is not asked: it is the file that counts, of whatever format."""
+    files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
+    out = io.BytesIO()
+    Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
+    files[b"00000002_c"] = out.getvalue()
+    sizes = ({}, {"channels": 3, "height": 64, "width": 90}, {"channels": 1, "height": 7, "width": 10**6})
+    records = [
+        (key, datum(data=content, encoded=True, label=k, **size))
+        for k, ((key, content), size) in enumerate(zip(files.items(), sizes, strict=True))
+    ]
+    done(import_caffe(tmp_path / "store", lmdb_of(tmp_path / "l", records), "--format", "ppm"))
+    found = by_source(records_of(tmp_path / "store", "train"))
+    for label, (key, content) in enumerate(files.items()):
+        assert found[key].label == label
+        expected = rescale(read_picture(content).pixels, SIDE, False, "area")
+        assert np.array_equal(decoded(found[key]), expected)
+    assert Store.open(tmp_path / "store").split("train").account["converted"] == {"png": 1}
+
+
+def test_the_same_pictures_as_files_give_the_same_records(
+    photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
+) -> None:
+    """All but the name: a Caffe key is the name. Sums over the pixels and the classes are equal."""
+    paths = sorted((photo_folder / "train").glob("*/*"))
+    classes = sorted({path.parent.name for path in paths})
+    records = [
+        (
+            b"%08d_%s/%s" % (number, path.parent.name.encode(), path.name.encode()),
+            datum(data=path.read_bytes(), encoded=True, label=classes.index(path.parent.name)),
+        )
+        for number, path in enumerate(paths)
+    ]
+    done(import_caffe(tmp_path / "caffe", lmdb_of(tmp_path / "l", records)))
+    words = ["build-lmdb", str(photo_folder / "train"), "--store", str(tmp_path / "files"), "--side", str(SIDE)]
+    done(CliRunner().invoke(main, [*words, "--jobs", "1"]))
+    stores = [Store.open(tmp_path / name) for name in ("caffe", "files")]
+    assert stores[0].classes == stores[1].classes == tuple(classes)
+    assert stores[0].split("train").moments == stores[1].split("train").moments
+    assert stores[0].split("train").label_counts == stores[1].split("train").label_counts
+    caffe, files = (by_source(records_of(store.root, "train")) for store in stores)
+    assert {key[9:]: (message.data, message.label) for key, message in caffe.items()} == {
+        key: (message.data, message.label) for key, message in files.items()
+    }
+
+
+def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
+    """Key: value and the reason why it is left out."""
+    good = {"data": jpeg(), "encoded": True}
+    label = "no Datum, or one without a label"
+    return {
+        b"10_negative_label": (datum(**good, label=-1), label),
+        b"11_no_label": (datum(**good), label),
+        b"12_floats": (datum(float_data=[0.5] * 27, channels=3, height=3, width=3, label=0), "without 8-bit data"),
+        b"13_noise": (b"\xff" * 40, label),
+        b"14_empty": (b"", label),
+        b"15_text": (b"hello, this is no Datum", label),
+        b"16_cut": (datum(**good, label=0)[:300], label),
+        b"17_cut_picture": (datum(data=jpeg()[:400], encoded=True, label=0), "cannot be decoded"),
+        b"18_text_as_picture": (datum(data=b"hello", encoded=True, label=0), "not a picture"),
+        b"19_no_data": (datum(data=b"", encoded=True, label=0), "without 8-bit data"),
+        b"20_bare_too_short": (datum(**{**bare(noise(9, 9)), "height": 10, "label": 0}), "243 bytes for 3 channels"),
+        b"21_two_channels": (datum(**bare(noise(9, 9)[:, :, :2]), label=0), "2 channels"),
+        b"22_bare_without_size": (datum(data=b"abc", label=0), "3 bytes for 0 channels"),
+        b"23_negative_size": (datum(data=b"abc", channels=3, height=-1, width=-1, label=0), "3 bytes for 3 channels"),
+        b"24_huge_size": (datum(data=b"abc", channels=3, height=2**31 - 1, width=2**31 - 1, label=0), "3 bytes for 3"),
+        b"25_encoded_not_said": (datum(data=jpeg(), channels=3, height=40, width=50, label=0), "3 channels of 40×50"),
+    }
+
+
+def test_odd_records_are_accounted(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    odd = odd_records(datum)
+    good = {b"00_good": datum(data=jpeg(), encoded=True, label=0), b"99_good": datum(**bare(noise(40, 40)), label=1)}
+    folder = lmdb_of(tmp_path / "l", [*good.items(), *[(key, value) for key, (value, _) in odd.items()]])
+    answer = json.loads(done(import_caffe(tmp_path / "store", folder, "--on-bad", "skip", "--json")))
+    assert (answer["records"], answer["skipped"]) == (2, len(odd))
+    assert set(by_source(records_of(tmp_path / "store", "train"))) == set(good)
+    fates = [json.loads(line) for line in (tmp_path / "store" / "train" / "inputs.jsonl").read_text().splitlines()]
+    fates.sort(key=lambda fate: fate["source"])
+    assert [fate["source"].encode() for fate in fates] == list(odd)
+    for fate, (_, why) in zip(fates, odd.values(), strict=True):
+        assert fate["fate"] == "bad"
+        assert why in fate["why"], fate
+    account = Store.open(tmp_path / "store").split("train").account
+    assert (account["inputs"], account["kept"]) == (2 + len(odd), 2)
+    assert sum(account["bad"].values()) == len(odd)
+
+
+@pytest.mark.parametrize("key", [b"10_negative_label", b"17_cut_picture", b"22_bare_without_size"])
+def test_an_odd_record_stops_a_strict_import(key: bytes, datum: Callable[..., bytes], tmp_path: Path) -> None:
+    value, why = odd_records(datum)[key]
+    good = datum(data=jpeg(), encoded=True, label=0)
+    folder = lmdb_of(tmp_path / "l", [(b"00_good", good), (key, value)])
+    fails(import_caffe(tmp_path / "store", folder), key.decode(), why, "--on-bad skip")
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_not_one_record_is_usable(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    folder = lmdb_of(tmp_path / "l", [(b"a", b"\xff"), (b"b", datum(data=jpeg(), encoded=True, label=-1))])
+    fails(import_caffe(tmp_path / "s", folder, "--on-bad", "skip"), folder, "2 records", "not one")
+    fails(import_caffe(tmp_path / "s", lmdb_of(tmp_path / "e", [])), tmp_path / "e", "0 records")
+    assert not (tmp_path / "s" / "manifest.json").exists()
+
+
+def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple[bytes, bytes]]:
+    return [
+        (f"{number:08d}_{name}".encode(), datum(data=jpeg(number), encoded=True, label=label))
+        for number, (name, label) in enumerate(names)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("names", "classes"),
+    [
+        ((("n2/a.JPEG", 1), ("n1/b.JPEG", 0), ("n2/c.JPEG", 1)), ("n1", "n2")),
+        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels stay what they are, sorted or not
+        ((("train/n1/a.JPEG", 0), ("train/n2/b.JPEG", 1)), ("n1", "n2")),
+        ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
+        ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label
+        ((("n1/a.JPEG", 0), ("n1/b.JPEG", 1)), ("0", "1")),  # one folder of two labels
+        ((("n1/a.JPEG", 0), ("n3/b.JPEG", 2)), ("0", "1", "2")),  # no record says what 1 is
+    ],
+)
+def test_classes_from_the_keys_or_by_number(
+    names: tuple[tuple[str, int], ...], classes: tuple[str, ...], datum: Callable[..., bytes], tmp_path: Path
+) -> None:
+    done(import_caffe(tmp_path / "store", lmdb_of(tmp_path / "l", labelled(datum, *names))))
+    store = Store.open(tmp_path / "store")
+    assert store.classes == classes
+    counts = [sum(label == k for _, label in names) for k in range(len(classes))]
+    assert list(store.split("train").label_counts) == counts
+
+
+def test_classes_from_a_file(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    folder = lmdb_of(tmp_path / "l", labelled(datum, ("n9/a.JPEG", 0), ("n8/b.JPEG", 2)))
+    words = tmp_path / "synset_words.txt"
+    words.write_text(
+        "n01440764 tench, Tinca tinca\nn01443537 goldfish\n\nn01484850 great white shark\nn01491361 tiger\n"
+    )
+    done(import_caffe(tmp_path / "store", folder, "--classes", words))
+    store = Store.open(tmp_path / "store")
+    assert store.classes == ("n01440764", "n01443537", "n01484850", "n01491361")
+    assert store.split("train").label_counts == (1, 0, 1, 0)
+    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split takes the store's
+    done(import_caffe(tmp_path / "store", val, "--split", "val"))
+    assert Store.open(tmp_path / "store").split("val").label_counts == (0, 0, 0, 1)
+    beyond = lmdb_of(tmp_path / "b", labelled(datum, ("x.JPEG", 4)))
+    shutil.rmtree(tmp_path / "store" / "val")
+    fails(import_caffe(tmp_path / "other", beyond, "--classes", words), beyond, "label 4", "4 classes")
+
+
+def test_classes_that_do_not_fit(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", 2)))
+    words = tmp_path / "words.txt"
+    words.write_text("x\ny\n")
+    fails(import_caffe(tmp_path / "s", folder, "--classes", words), folder, "label 2", "2 classes")
+    words.write_text("x\ny\nx\n")
+    fails(import_caffe(tmp_path / "s", folder, "--classes", words), words, "twice")
+    fails(import_caffe(tmp_path / "s", folder, "--classes", tmp_path / "no.txt"), "no.txt", "No such file")
+    assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("label", [2**31 - 1, 10**9])
+def test_a_label_that_no_one_counts_classes_to_is_one_line(
+    label: int, datum: Callable[..., bytes], tmp_path: Path
+) -> None:
+    """No list of so many names is made: that would take all memory."""
+    folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
+    fails(import_caffe(tmp_path / "s", folder), folder)
+
+
+def test_several_lmdbs_are_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    """Also where their keys are the same, as those of parts that were converted apart are."""
+    pictures = [noise(SIDE, SIDE, seed) for seed in range(4)]
+    parts = [
+        lmdb_of(
+            tmp_path / "p0",
+            [(b"0_a", datum(**bare(pictures[0]), label=0)), (b"1_b", datum(**bare(pictures[1]), label=1))],
+        ),
+        lmdb_of(
+            tmp_path / "p1",
+            [(b"0_a", datum(**bare(pictures[2]), label=2)), (b"1_c", datum(**bare(pictures[3]), label=1))],
+        ),
+    ]
+    done(import_caffe(tmp_path / "store", *parts, "--format", "ppm"))
+    found = [(m.source, m.label, decoded(m).tobytes()) for _, m in records_of(tmp_path / "store", "train")]
+    expected = zip((b"0_a", b"1_b", b"0_a", b"1_c"), (0, 1, 2, 1), [p.tobytes() for p in pictures], strict=True)
+    assert sorted(found) == sorted(expected)
+
+
+@pytest.mark.usefixtures("processes")
+def test_import_is_the_same_for_any_number_of_jobs_and_again(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    records = labelled(datum, *[(f"n{k % 3}/{k}.JPEG", k % 3) for k in range(150)])
+    folder = lmdb_of(tmp_path / "l", records)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    done(import_caffe(tmp_path / "one", folder))
+    options = ["--store", str(tmp_path / "two"), "--side", str(SIDE), "--jobs", "2"]
+    done(CliRunner().invoke(main, ["import-caffe", str(folder), *options]))
+    assert Store.open(tmp_path / "one").fingerprint == Store.open(tmp_path / "two").fingerprint
+    assert "nothing to do" in done(import_caffe(tmp_path / "one", folder))
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # it is only read
+
+
+@pytest.mark.usefixtures("processes")
+def test_what_is_no_lmdb_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_bytes(b"x" * 9000)
+    for name, content in (("noise", np.random.default_rng(0).bytes(20_000)), ("zeros", bytes(20_000)), ("empty", b"")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "data.mdb").write_bytes(content)
+    for name in ("nowhere", "folder", "file", "noise", "zeros", "empty"):
+        before = sorted(os.listdir(tmp_path))
+        line = fails(import_caffe(tmp_path / "store", tmp_path / name, "--on-bad", "skip"), tmp_path / name)
+        assert "Build the store again" not in line  # it is none of ours
+        assert line.count(str(tmp_path / name)) == 1
+        assert sorted(os.listdir(tmp_path)) == before
+    assert os.listdir(tmp_path / "folder") == []
+
+
+@pytest.mark.usefixtures("processes")
+def test_damaged_lmdb_is_one_line_or_a_whole_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    """Cut anywhere, or with pages of noise: the process that reads it may die, the command does not."""
+    folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
+    content = (folder / "data.mdb").read_bytes()
+    torn = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]
+    cuts = len(torn)
+    rng = np.random.default_rng(2)
+    for count in (1, 2, 40):
+        bent = bytearray(content)
+        for page in rng.integers(2, len(content) // 4096, count):
+            bent[page * 4096 : page * 4096 + 64] = rng.bytes(64)
+        torn.append(bytes(bent))
+    for number, part in enumerate(torn):
+        path = tmp_path / f"torn{number}"
+        path.mkdir()
+        (path / "data.mdb").write_bytes(part)
+        result = import_caffe(tmp_path / f"store{number}", path, "--on-bad", "skip", "--json")
+        if number < cuts or result.exit_code:
+            fails(result, path)
+            assert not (tmp_path / f"store{number}" / "manifest.json").exists()
+        else:  # the noise fell into pictures: they are bad, and counted
+            answer = json.loads(result.stdout)
+            assert answer["records"] + answer["skipped"] == 60
+
+
+def test_usage(tmp_path: Path) -> None:
+    assert CliRunner().invoke(main, ["import-caffe", "--store", str(tmp_path)]).exit_code == 2
+    assert import_caffe(tmp_path / "s", tmp_path, "--split", "test").exit_code == 2
+    help_text = done(CliRunner().invoke(main, ["import-caffe", "--help"]))
+    assert "convert_imageset" in help_text

@@ -1,0 +1,208 @@
+"""prep.inputs.listing: columns that give back what was put in, their order, and what they take of memory.
+
+The order is computed again from its definition with hashlib alone; memory is measured in a process of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prep.inputs.listing import ALONE, Input, Listing
+
+ODD = [
+    Input(b"n1/a.JPEG", 0, 12, 34),
+    Input(b"", 7),
+    Input(b"n1/\xff\xfe \n.JPEG", 1, 2**40, 2**62, 5),
+    Input("n2/é.JPEG".encode(), 999, 0, -5, ALONE),
+    Input(b"x" * 5000, 2, 1, 1, 2**50),
+]
+
+
+def listing_of(inputs: list[Input]) -> Listing:
+    listing = Listing()
+    for item in inputs:
+        listing.add(item.path, item.label, item.size, item.stamp_ns, item.at)
+    return listing
+
+
+def ordered(listing: Listing, seed: int) -> list[bytes]:
+    return [listing.path(index) for index in listing.order(seed).tolist()]
+
+
+def test_gives_back_what_was_added() -> None:
+    listing = listing_of(ODD)
+    assert len(listing) == len(ODD)
+    assert list(listing) == ODD
+    assert [listing[index] for index in range(len(ODD))] == ODD
+    assert [listing.path(index) for index in range(len(ODD))] == [item.path for item in ODD]
+
+
+@pytest.mark.parametrize("index", [-1, 5, 6])
+def test_index_out_of_range(index: int) -> None:
+    with pytest.raises(IndexError):
+        listing_of(ODD).path(index)
+    with pytest.raises(IndexError):
+        listing_of(ODD)[index]
+
+
+@pytest.mark.parametrize("inputs", [ODD, []])
+def test_saved_and_loaded(inputs: list[Input], tmp_path: Path) -> None:
+    listing = listing_of(inputs)
+    listing.save(tmp_path / "inputs.npz")
+    again = Listing.load(tmp_path / "inputs.npz")
+    assert list(again) == inputs
+    assert again.same_as(listing)
+    assert again.digest() == listing.digest()
+    again.add(b"more", 3)
+    assert list(again) == [*inputs, Input(b"more", 3)]
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.npz"]
+
+
+def test_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "inputs.npz"
+    listing_of(ODD[:1]).save(path)
+    monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(OSError, match="No space"):
+        listing_of(ODD).save(path)
+    assert list(Listing.load(path)) == ODD[:1]
+    assert [path.name for path in tmp_path.iterdir()] == ["inputs.npz"]
+
+
+@pytest.mark.parametrize("content", [b"", b"no archive", "cut"])
+def test_load_of_what_is_no_listing(content: bytes | str, tmp_path: Path) -> None:
+    path = tmp_path / "inputs.npz"
+    listing_of(ODD).save(path)
+    path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:300])
+    with pytest.raises((OSError, ValueError)):
+        Listing.load(path)
+
+
+OTHERS = [
+    [*ODD[:3], Input("n2/è.JPEG".encode(), 999, 0, -5), ODD[4]],
+    [*ODD[:3], Input("n2/é.JPEG".encode(), 998, 0, -5), ODD[4]],
+    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 1, -5), ODD[4]],
+    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 0, -6), ODD[4]],
+    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 0, -5, 3), ODD[4]],
+    ODD[:4],
+    ODD[::-1],
+]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_same_as_sees_every_column(other: list[Input]) -> None:
+    assert listing_of(ODD).same_as(listing_of(ODD))
+    assert not listing_of(ODD).same_as(listing_of(other))
+
+
+def test_digest_is_of_what_the_records_depend_on() -> None:
+    """Paths, where one ends and the next begins, labels, sizes; neither times nor places in an archive."""
+    digest = listing_of(ODD).digest()
+    same = [listing_of(other).digest() == digest for other in OTHERS]
+    assert same == [False, False, False, True, True, False, False]
+    moved = [Input(b"ab", 0), Input(b"c", 0)], [Input(b"a", 0), Input(b"bc", 0)]
+    assert listing_of(moved[0]).digest() != listing_of(moved[1]).digest()
+
+
+def test_order_is_by_a_keyed_hash_of_the_path() -> None:
+    """Its definition in one line, for some seeds; and one value written down, so that no release can change it."""
+    paths = [f"n{k % 7:08d}/n{k % 7:08d}_{k}.JPEG".encode() for k in range(500)]
+    listing = listing_of([Input(path, 0) for path in paths])
+    for seed in (0, 1, 2**63 - 1):
+        key = seed.to_bytes(8, "little")
+        expected = sorted(paths, key=lambda path, key=key: hashlib.blake2b(path, digest_size=8, key=key).digest())
+        assert ordered(listing, seed) == expected
+    letters = listing_of([Input(letter.encode(), 0) for letter in "abcdefgh"])
+    assert b"".join(ordered(letters, 0)) == b"dgfchbae"
+
+
+def test_order_does_not_depend_on_the_listing() -> None:
+    inputs = [Input(f"n1/{k}.JPEG".encode(), k % 3, k, k) for k in range(300)]
+    expected = ordered(listing_of(inputs), 4)
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(inputs, len(inputs))
+        assert ordered(listing_of(shuffled), 4) == expected
+
+
+class Coarse:
+    """In the place of BLAKE2b: a hash that two thirds of all paths share."""
+
+    def __init__(self, path: bytes, digest_size: int, key: bytes) -> None:
+        self.path = path
+
+    def digest(self) -> bytes:
+        return b"the same" if self.path[0] % 3 else hashlib.sha256(self.path).digest()[:8]
+
+
+def test_order_of_equal_hashes_is_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prep.inputs.listing.hashlib.blake2b", Coarse)
+    inputs = [Input(bytes([97 + k]), 0) for k in range(20)]
+    expected = sorted((Coarse(item.path, 8, b"").digest(), item.path) for item in inputs)
+    for seed in range(3):
+        shuffled = random.Random(seed).sample(inputs, len(inputs))
+        assert ordered(listing_of(shuffled), 0) == [path for _, path in expected]
+
+
+def test_order_of_none_and_one() -> None:
+    assert listing_of([]).order(0).tolist() == []
+    assert listing_of(ODD[:1]).order(0).tolist() == [0]
+    assert np.issubdtype(listing_of([]).order(0).dtype, np.integer)
+
+
+MEMORY = """
+import sys
+from pathlib import Path
+from prep.inputs.listing import Listing
+from prep.store.manifest import Settings
+from prep.build.plan import Plan
+from prep.inputs.sources import Folder, Source
+
+def peak_mb():
+    status = Path("/proc/self/status").read_text()  # ru_maxrss of a child begins with its parent's
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+
+count, before = int(sys.argv[1]), peak_mb()
+listing = Listing()
+for number in range(count):
+    label = number // 1300
+    wnid = b"n%08d" % (1440764 + 7919 * label)
+    listing.add(b"%b/%b_%d.JPEG" % (wnid, wnid, number * 37 % 99991), label, 110_000 + number, 1_340_000_000 * 10**9)
+classes = tuple(f"n{k:08d}" for k in range(1000))
+settings = Settings(256, False, "jpeg", 90, "area", 0)
+plan = Plan(Source(Folder(Path("/data")), "train", classes, listing), Path("/store/train"), settings, False)
+seen = 0
+for task in map(plan.task, range(plan.shards)):
+    seen += len(task.inputs)
+work = Path(sys.argv[2])
+listing.save(work / "inputs.npz")
+assert Listing.load(work / "inputs.npz").same_as(listing)
+assert seen == count, seen
+print(before, peak_mb())
+"""
+
+
+def peak_mb(count: int, folder: Path) -> tuple[float, float]:
+    """Megabytes after the imports, and at the most, of a process that lists and cuts `count` inputs."""
+    ended = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(count), str(folder)], capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == 0, ended.stderr
+    before, after = ended.stdout.split()
+    return float(before), float(after)
+
+
+def test_memory_of_a_tenth_of_imagenet(tmp_path: Path) -> None:
+    before, after = peak_mb(130_000, tmp_path)
+    assert after - before < 40
+
+
+@pytest.mark.soak
+def test_memory_of_imagenet(tmp_path: Path) -> None:
+    """All 1.3 million, with whatever the imports take."""
+    assert peak_mb(1_300_000, tmp_path)[1] < 300

@@ -1,0 +1,305 @@
+"""prep.store.datum against protobuf's own library and DALI's Caffe reader; the checksum against zlib and against damage.
+
+protobuf knows Caffe's message from the descriptor that conftest.py builds. Damage is every single-bit flip, every
+truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them. What `locate`
+finds is held against Datum.decode and against the Datum that was encoded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prep.store.datum import (
+    CRC32_BYTES,
+    DATA,
+    ENCODED,
+    HEIGHT,
+    LABEL,
+    SOURCE,
+    WIDTH,
+    Datum,
+    DatumError,
+    check,
+    locate,
+    read_fields,
+)
+
+SMALL = Datum(height=3, width=5, data=b"\xff\xd8 a file \x00\xff\xd9", label=7, source=b"n1/a b.JPEG")
+EXAMPLES = [
+    SMALL,
+    Datum(height=256, width=256, data=b"x", label=0, source=b""),
+    Datum(height=256, width=256, data=bytes(range(256)) * 200, label=127, source="n1/é.JPEG".encode()),
+    Datum(height=65_000, width=128, data=b"\x00" * 127, label=128, source=b"\xff\xfe not utf-8"),
+    Datum(height=2**31 - 1, width=1, data=b"", label=2**31 - 1, source=b"s" * 300, channels=1),
+]
+
+
+def sealed(body: bytes) -> bytes:
+    """The bytes with a right checksum after them, as field 1002 of wire type fixed32."""
+    return body + bytes([0xD5, 0x3E]) + zlib.crc32(body).to_bytes(4, "little")
+
+
+@pytest.mark.parametrize("datum", EXAMPLES)
+def test_protobuf_reads_what_we_write(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
+    value = datum.encode()
+    message = caffe_datum()
+    assert message.ParseFromString(value) == len(value)
+    assert message.HasField("label")
+    assert message.label == datum.label
+    assert (message.channels, message.height, message.width) == (datum.channels, datum.height, datum.width)
+    assert message.data == datum.data
+    assert message.HasField("encoded")
+    assert message.encoded is True
+    assert list(message.float_data) == []
+    assert message.source == datum.source
+    assert message.crc32 == zlib.crc32(value[:-6])
+    assert value[-4:] == zlib.crc32(value[:-6]).to_bytes(4, "little")
+
+
+def test_plain_caffe_datum_sees_ours_as_unknown_fields(caffe_datum: Callable[[], Any]) -> None:
+    """Fields 1001 and 1002 stand last: without them protobuf writes the first part of our record, to the byte."""
+    message = caffe_datum()
+    message.ParseFromString(SMALL.encode())
+    message.ClearField("source")
+    message.ClearField("crc32")
+    plain = message.SerializeToString(deterministic=True)
+    assert SMALL.encode().startswith(plain)
+    assert len(SMALL.encode()) == len(plain) + len(SMALL.source) + 3 + 6
+
+
+@pytest.mark.parametrize("datum", EXAMPLES)
+def test_we_read_what_we_write(datum: Datum) -> None:
+    value = datum.encode()
+    check(value)
+    assert Datum.decode(value) == datum
+
+
+@pytest.mark.parametrize("datum", EXAMPLES)
+def test_we_read_what_protobuf_writes(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
+    message = caffe_datum()
+    message.channels, message.height, message.width = datum.channels, datum.height, datum.width
+    message.data, message.label, message.encoded, message.source = datum.data, datum.label, True, datum.source
+    message.float_data.extend([1.5, -2.0])  # a field that ours never has is passed over
+    body = message.SerializeToString()
+    assert Datum.decode(sealed(body)) == datum
+    with pytest.raises(DatumError, match="no checksum"):
+        Datum.decode(body)
+
+
+@pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label", "encoded"])
+def test_record_without_a_field_is_refused(lacking: str, caffe_datum: Callable[[], Any]) -> None:
+    message = caffe_datum()
+    message.ParseFromString(SMALL.encode())
+    message.ClearField("crc32")
+    assert Datum.decode(sealed(message.SerializeToString())) == SMALL
+    message.ClearField(lacking)
+    with pytest.raises(DatumError):
+        Datum.decode(sealed(message.SerializeToString()))
+
+
+def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
+    message = caffe_datum()
+    message.ParseFromString(SMALL.encode())
+    message.ClearField("crc32")
+    message.encoded = False
+    with pytest.raises(DatumError, match="encoded"):
+        Datum.decode(sealed(message.SerializeToString()))
+
+
+def test_fields_are_read_from_any_message(caffe_datum: Callable[[], Any]) -> None:
+    """Ours or Caffe's: by number, the last of each; floats are passed over; nothing is read beyond the end."""
+    value = SMALL.encode()
+    fields = read_fields(value, len(value) - CRC32_BYTES)
+    assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
+    message = caffe_datum()
+    message.label, message.data = -1, b"bgr"
+    message.float_data.extend([1.5, -2.0])
+    body = message.SerializeToString()
+    assert read_fields(body, len(body)) == {LABEL: 2**64 - 1, DATA: b"bgr"}
+    assert read_fields(body + b"\x28\x05", len(body) + 2)[LABEL] == 5
+    assert read_fields(body + b"\x28\x05", len(body)) == read_fields(body, len(body))
+    assert read_fields(b"", 0) == {}
+    for kind in (3, 4, 6, 7):
+        with pytest.raises(DatumError, match=f"wire type {kind}"):
+            read_fields(bytes([8 | kind]), 1)
+
+
+def test_every_flipped_bit_is_caught() -> None:
+    value = SMALL.encode()
+    for bit in range(8 * len(value)):
+        damaged = bytearray(value)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(DatumError):
+            check(bytes(damaged))
+        with pytest.raises(DatumError):
+            Datum.decode(bytes(damaged))
+
+
+def test_every_truncation_is_refused() -> None:
+    value = SMALL.encode()
+    for length in range(len(value)):
+        with pytest.raises(DatumError):
+            Datum.decode(value[:length])
+
+
+def test_every_truncation_with_a_right_checksum_is_refused() -> None:
+    """Only where the last field, the source, is gone altogether is what remains a whole Datum."""
+    body = SMALL.encode()[:-6]
+    without_source = len(body) - len(SMALL.source) - 3
+    for length in range(len(body)):
+        if length == without_source:
+            assert Datum.decode(sealed(body[:length])) == replace(SMALL, source=b"")
+        else:
+            with pytest.raises(DatumError):
+                Datum.decode(sealed(body[:length]))
+
+
+def test_checksum_error_gives_both_values() -> None:
+    value = SMALL.encode()
+    damaged = value[:10] + bytes([value[10] ^ 0x40]) + value[11:]
+    with pytest.raises(DatumError) as caught:
+        check(damaged)
+    assert f"{zlib.crc32(value[:-6]):08x}" in str(caught.value)
+    assert f"{zlib.crc32(damaged[:-6]):08x}" in str(caught.value)
+
+
+def test_random_bytes_give_datum_error_alone() -> None:
+    """Random bytes as they are, and with a right checksum, which lets them through to the parser."""
+    rng = np.random.default_rng(1002)
+    for _ in range(3000):
+        value = rng.bytes(int(rng.integers(0, 60)))
+        for attempt in (value, sealed(value)):
+            with pytest.raises(DatumError):
+                Datum.decode(attempt)
+
+
+def test_random_changes_give_datum_error_or_a_datum() -> None:
+    """A good record with bytes changed, then sealed again: another Datum or DatumError, no other error."""
+    rng = np.random.default_rng(7)
+    body = SMALL.encode()[:-6]
+    refused = 0
+    for _ in range(3000):
+        damaged = bytearray(body)
+        for at in rng.integers(0, len(body), int(rng.integers(1, 5))):
+            damaged[at] = rng.integers(0, 256)
+        try:
+            assert isinstance(Datum.decode(sealed(bytes(damaged))), Datum)
+        except DatumError:
+            refused += 1
+    assert 300 < refused < 3000
+
+
+def a_datum(rng: np.random.Generator) -> Datum:
+    """Numbers of 1 to 31 bits, so varints of 1 to 5 bytes; pictures of 0 bytes to some hundred kilobytes."""
+    height, width, label = (int(rng.integers(0, 2 ** int(rng.integers(1, 32)))) for _ in range(3))
+    data = rng.bytes(int(rng.integers(0, 2 ** int(rng.integers(1, 18)))))
+    return Datum(height, width, data, label, rng.bytes(int(rng.integers(0, 200))))
+
+
+def test_the_picture_is_located_where_decode_finds_it() -> None:
+    rng = np.random.default_rng(40)
+    lengths = set()
+    for datum in [*EXAMPLES[:4], *(a_datum(rng) for _ in range(600)), Datum(2**31 - 1, 1, b"x" * 2**21, 0, b"s")]:
+        value = datum.encode()
+        start, end, height, width, label = locate(memoryview(value))
+        assert Datum.decode(value) == Datum(height, width, value[start:end], label, datum.source) == datum
+        lengths |= {-(-max(number.bit_length(), 1) // 7) for number in (height, width, label)}
+    assert lengths == {1, 2, 3, 4, 5}
+
+
+def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any]) -> None:
+    for datum in EXAMPLES[:4]:
+        message = caffe_datum()
+        message.channels, message.height, message.width = 3, datum.height, datum.width
+        message.data, message.label, message.encoded, message.source = datum.data, datum.label, True, datum.source
+        value = message.SerializeToString()
+        start, end, *numbers = locate(memoryview(value))
+        assert value[start:end] == datum.data and numbers == [datum.height, datum.width, datum.label]
+
+
+@pytest.mark.parametrize("datum", EXAMPLES[:4])
+def test_a_record_that_was_cut_is_located_or_refused(datum: Datum) -> None:
+    """What follows the label is not looked at; before its end nothing is located."""
+    value = datum.encode()
+    whole = locate(memoryview(value))
+    label_ends = whole.end + 1 + -(-max(datum.label.bit_length(), 1) // 7)
+    for length in range(len(value)) if len(value) < 1000 else [*range(40), *range(label_ends - 40, len(value))]:
+        if length >= label_ends:
+            assert locate(memoryview(value)[:length]) == whole
+        else:
+            with pytest.raises(DatumError):
+                locate(memoryview(value)[:length])
+
+
+@pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label"])
+def test_a_record_without_a_field_is_not_located(lacking: str, caffe_datum: Callable[[], Any]) -> None:
+    message = caffe_datum()
+    message.ParseFromString(SMALL.encode())
+    message.ClearField(lacking)
+    with pytest.raises(DatumError):
+        locate(memoryview(message.SerializeToString()))
+
+
+def test_only_pictures_of_three_channels_are_located() -> None:
+    with pytest.raises(DatumError):
+        locate(memoryview(EXAMPLES[4].encode()))
+
+
+def test_whatever_is_located_lies_within_the_record() -> None:
+    """Random bytes, good records with bytes changed, and pictures that say they are longer: no other error."""
+    rng = np.random.default_rng(8)
+    attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
+    for _ in range(4000):
+        damaged = bytearray(EXAMPLES[int(rng.integers(0, 2))].encode())
+        for at in rng.integers(0, len(damaged), int(rng.integers(1, 4))):
+            damaged[at] = rng.integers(0, 256)
+        attempts.append(bytes(damaged))
+    attempts += [b"\x08\x03\x10" + rng.bytes(2) + b"\x18\x01\x22" + rng.bytes(8) + b"\x28\x01" for _ in range(500)]
+    located = 0
+    for value in attempts:
+        try:
+            start, end, *numbers = locate(memoryview(value))
+        except DatumError:
+            continue
+        located += 1
+        assert 0 < start <= end <= len(value) - 2 and min(numbers) >= 0
+        assert value[end : end + 1] == b"\x28"
+    assert located > 1000
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        b"\xff" * 8 + b"\x7f",
+        b"\xff" * 4 + b"\x7f",
+        b"\xff" * 9 + b"\x01",
+        b"\x80" * 12,
+    ],
+)
+def test_a_picture_that_says_it_is_endless_is_refused(size: bytes) -> None:
+    with pytest.raises(DatumError):
+        locate(memoryview(b"\x08\x03\x10\x05\x18\x05\x22" + size + b"\x28\x01" * 20))
+
+
+def test_dali_reads_the_records_as_they_are(store: Path, records_of: Callable[[Path, str], Any]) -> None:
+    """On the CPU, without a device: labels and payloads equal to what protobuf finds in the LMDB."""
+    pytest.importorskip("nvidia.dali")
+    from nvidia.dali import Pipeline, fn
+
+    expected = [(datum.label, datum.data) for _, datum in records_of(store, "train")]
+    assert {label for label, _ in expected} == {0, 1, 2}
+    shards = [str(path) for path in sorted((store / "train").glob("[0-9]*"))]
+    pipe = Pipeline(batch_size=len(expected), num_threads=1, device_id=None)
+    with pipe:
+        pipe.set_outputs(*fn.readers.caffe(path=shards, random_shuffle=False))
+    pipe.build()
+    payloads, labels = pipe.run()
+    found = [(int(np.array(labels.at(i)).item()), np.array(payloads.at(i)).tobytes()) for i in range(len(expected))]
+    assert found == expected

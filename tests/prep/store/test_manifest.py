@@ -1,0 +1,262 @@
+"""prep.store.manifest: what is refused, by stores that are damaged here on purpose, and what a fingerprint covers.
+
+Each error must name what was found and what was expected. Fingerprints are computed again with hashlib and json alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import lmdb
+import numpy as np
+import pytest
+
+from prep import files
+from prep.files import write_atomic
+from prep.store.manifest import ColourStats, Settings, Shard, Split, Store, StoreError
+
+Change = Callable[[dict[str, Any]], None]
+
+
+@pytest.fixture
+def copied(store: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(store, tmp_path / "store"))
+
+
+def change(store: Path, how: Change) -> None:
+    data = json.loads((store / "manifest.json").read_bytes())
+    how(data)
+    (store / "manifest.json").write_text(json.dumps(data))
+
+
+def refused(store: Path, *parts: str) -> None:
+    """Store.open raises StoreError in one line that has all `parts`."""
+    with pytest.raises(StoreError) as caught:
+        Store.open(store)
+    for part in parts:
+        assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_saved_is_opened(copied: Path) -> None:
+    before = (copied / "manifest.json").read_bytes()
+    opened = Store.open(copied)
+    assert Store.open(str(copied)) == opened
+    assert opened.settings == Settings(256, False, "jpeg", 90, "area", 0)
+    assert list(opened.splits) == ["train", "val"]
+    assert all(isinstance(s, Shard) for split in opened.splits.values() for s in split.shards)
+    opened.save()
+    assert (copied / "manifest.json").read_bytes() == before
+    assert Store.open(copied) == opened
+
+
+def test_another_schema_version_is_refused_with_both_numbers(copied: Path) -> None:
+    change(copied, lambda data: data.update(schema=2))
+    refused(copied, "version 2", "version 1")
+    change(copied, lambda data: data.pop("schema"))
+    refused(copied, "version None", "version 1")
+
+
+def test_another_schema_is_refused_before_its_fields_are_read(copied: Path) -> None:
+    (copied / "manifest.json").write_text(json.dumps({"kind": "alexnet-store", "schema": 7}))
+    refused(copied, "version 7", "version 1")
+
+
+def test_manifest_of_something_else(copied: Path) -> None:
+    change(copied, lambda data: data.update(kind="other"))
+    refused(copied, "manifest.json", "not the manifest of an alexnet store")
+    for text in ("[1, 2]", "3", '"text"', "null"):
+        (copied / "manifest.json").write_text(text)
+        refused(copied, "not the manifest of an alexnet store")
+
+
+def test_no_store(tmp_path: Path) -> None:
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such store", "alexprep build-lmdb")
+    refused(tmp_path, "no manifest.json", "not a store")
+    (tmp_path / "train").mkdir()
+    refused(tmp_path, "no manifest.json", "a build was not finished")
+    (tmp_path / "file").write_text("x")
+    refused(tmp_path / "file", "no manifest.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"kind": "alexnet-store", "sche', b"\xff\xfe\x00", b"not json"])
+def test_manifest_that_is_no_json(copied: Path, content: bytes) -> None:
+    (copied / "manifest.json").write_bytes(content)
+    refused(copied, "manifest.json", "cannot be read", "Build the store again")
+
+
+def test_manifest_cut_off_anywhere(copied: Path) -> None:
+    whole = (copied / "manifest.json").read_bytes()
+    for length in range(0, len(whole), 97):
+        (copied / "manifest.json").write_bytes(whole[:length])
+        refused(copied, "cannot be read")
+
+
+@pytest.mark.parametrize("name", ["settings", "tools", "classes", "splits"])
+def test_missing_part(copied: Path, name: str) -> None:
+    change(copied, lambda data: data.pop(name))
+    refused(copied, "manifest.json", name, "damaged")
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (Settings, lambda data: data["settings"]),
+        (Split, lambda data: data["splits"]["val"]),
+        (Shard, lambda data: data["splits"]["train"]["shards"][0]),
+    ],
+)
+def test_missing_or_strange_field(copied: Path, kind: type, place: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    whole = (copied / "manifest.json").read_bytes()
+    for field in fields(kind):
+        (copied / "manifest.json").write_bytes(whole)
+        change(copied, lambda data, name=field.name: place(data).pop(name))
+        refused(copied, "manifest.json", field.name, "damaged")
+    (copied / "manifest.json").write_bytes(whole)
+    change(copied, lambda data: place(data).update(colour_space="sRGB"))
+    refused(copied, "colour_space", "expected", "damaged")
+
+
+@pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}, {"a": {}}, [["a"]]])
+def test_part_of_another_type_is_refused_or_read(copied: Path, value: object) -> None:
+    """Whatever stands where a part should be, StoreError is the only error."""
+    whole = (copied / "manifest.json").read_bytes()
+    places: list[Change] = [
+        lambda data: data.update(settings=value),
+        lambda data: data.update(tools=value),
+        lambda data: data.update(classes=value),
+        lambda data: data.update(splits=value),
+        lambda data: data["splits"].update(train=value),
+        lambda data: data["splits"]["train"].update(shards=value),
+    ]
+    for place in places:
+        (copied / "manifest.json").write_bytes(whole)
+        change(copied, place)
+        try:
+            Store.open(copied)
+        except StoreError as error:
+            assert "manifest.json" in str(error)
+
+
+def test_missing_shard_is_named(copied: Path) -> None:
+    opened = Store.open(copied)
+    assert opened.shard_paths("train") == [str(copied / "train" / "00000")]
+    (copied / "train" / "00000" / "data.mdb").unlink()
+    with pytest.raises(StoreError, match=r"train/00000/data\.mdb is missing"):
+        opened.shard_paths("train")
+    shutil.rmtree(copied / "train" / "00000")
+    with pytest.raises(StoreError, match=r"train/00000/data\.mdb is missing"):
+        opened.shard_paths("train")
+
+
+def test_missing_split_is_named(copied: Path) -> None:
+    change(copied, lambda data: data["splits"].pop("val"))
+    opened = Store.open(copied)
+    for ask in (opened.split, opened.shard_paths, opened.colour):
+        with pytest.raises(StoreError, match=r"no split val \(it has: train\)"):
+            ask("val")
+    change(copied, lambda data: data.update(splits={}))
+    with pytest.raises(StoreError, match="it has: none"):
+        Store.open(copied).split("train")
+
+
+def test_colour_file(copied: Path) -> None:
+    opened = Store.open(copied)
+    path = copied / "train" / "colour.json"
+    whole = json.loads(path.read_bytes())
+    stats = opened.colour("train")
+    assert json.loads(json.dumps(asdict(stats))) == whole
+    for field in fields(ColourStats):
+        path.write_text(json.dumps({name: value for name, value in whole.items() if name != field.name}))
+        with pytest.raises(StoreError, match=f"colour.json.*{field.name}"):
+            opened.colour("train")
+    for text in ("", "{", "[]"):
+        path.write_text(text)
+        with pytest.raises(StoreError, match=r"colour\.json"):
+            opened.colour("train")
+    path.unlink()
+    with pytest.raises(StoreError, match=f"alexprep pca-stats --store {copied} --split train"):
+        opened.colour("train")
+
+
+def npy(array: np.ndarray[Any, Any]) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (npy(np.zeros((64, 64, 3), np.float32)), ["(64, 64, 3)", "(256, 256, 3)"]),
+        (npy(np.zeros((256, 256, 3), np.float64)), ["float64", "float32"]),
+        (npy(np.zeros((256, 256), np.float32)), ["(256, 256)", "(256, 256, 3)"]),
+        (npy(np.zeros((256, 256, 3), np.float32))[:5000], ["cannot be read"]),
+        (npy(np.zeros((256, 256, 3), np.float32))[:50], ["cannot be read"]),
+        (b"", ["cannot be read"]),
+        (b"no array", ["cannot be read"]),
+        (npy(np.array({"a": 1}, dtype=object)), ["cannot be read"]),
+    ],
+)
+def test_mean_image_that_is_none(copied: Path, content: bytes, parts: list[str]) -> None:
+    opened = Store.open(copied)
+    assert opened.mean_image("train").shape == (256, 256, 3)
+    path = copied / "train" / "mean_image.npy"
+    path.write_bytes(content)
+    with pytest.raises(StoreError) as caught:
+        opened.mean_image("train")
+    for part in ["mean_image.npy", *parts]:
+        assert part in str(caught.value)
+    path.unlink()
+    with pytest.raises(StoreError, match=r"mean_image\.npy"):
+        opened.mean_image("train")
+
+
+def canonical_digest(data: object) -> str:
+    text = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+def test_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
+    """From the LMDB files themselves: SHA-256 of key, length and value of each record, then of the digests."""
+    written = json.loads((store / "manifest.json").read_bytes())
+    splits = {}
+    for name in ("train", "val"):
+        digests = []
+        for folder in sorted((store / name).glob("[0-9]*")):
+            digest = hashlib.sha256()
+            with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
+                for key, value in txn.cursor():
+                    digest.update(key + len(value).to_bytes(8, "little") + value)
+            digests.append(digest.hexdigest())
+        assert [s["digest"] for s in written["splits"][name]["shards"]] == digests
+        splits[name] = canonical_digest({"classes": written["classes"], "shards": digests})
+        assert written["splits"][name]["fingerprint"] == splits[name]
+    assert written["fingerprint"] == Store.open(store).fingerprint == canonical_digest(splits)
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_atomic(path, b"old")
+    assert path.read_bytes() == b"old"
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["file.json"]
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["file.json"]
+    assert path.read_bytes() == b"new"

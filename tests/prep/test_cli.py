@@ -1,0 +1,367 @@
+"""The command alexprep, and prep.console and prep.check.color_plot beneath it: what it prints, where, and how it ends.
+
+Commands run in this process through click's runner, one as a process of its own; drawings are opened with Pillow and
+compared with the statistics. Numbers of an answer are compared with the store's own files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import shutil
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+from PIL import Image
+
+from prep import console
+from prep.cli import main
+from prep.console import DiskFull, Progress, Terminated, UserError, bytes_text, count_noun, duration_text, progress
+from prep.store.manifest import StoreError
+
+
+def alexprep(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def fails(result: Result, *parts: str) -> None:
+    """Exit code 1 and one line on standard error that begins "Error:" and has all `parts`."""
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)  # no traceback
+    assert result.stdout == ""
+    last = result.stderr.strip().splitlines()
+    assert len(last) == 1, result.stderr
+    assert last[0].startswith("Error: ")
+    for part in parts:
+        assert part in last[0]
+
+
+BUILD_KEYS = ["split", "records", "classes", "skipped", "bytes", "seconds", "images_per_s", "fingerprint"]
+STATS_KEYS = [
+    "records",
+    "pixels",
+    "mean_rgb",
+    "covariance",
+    "eigenvalues",
+    "stdevs",
+    "eigenvectors",
+    "pixel_scale",
+]
+
+
+def test_build_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
+    """As a process: one object a line on standard output for each split, nothing else there."""
+    photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
+    (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
+    store = tmp_path / "store"
+    program = [sys.executable, "-c", "from prep.cli import main; main()", "build-lmdb", str(photos), "--side", "32"]
+    ended = subprocess.run(
+        [*program, "--jobs", "1", "--on-bad", "skip", "--json"],
+        env={**os.environ, "ALEXNET_STORE": str(store)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [list(answer) for answer in answers] == [BUILD_KEYS, BUILD_KEYS]
+    written = json.loads((store / "manifest.json").read_bytes())["splits"]
+    for answer, split, records, skipped in zip(answers, ("train", "val"), (30, 12), (1, 0), strict=True):
+        assert (answer["split"], answer["records"], answer["classes"]) == (split, records, 3)
+        assert answer["skipped"] == skipped
+        assert answer["bytes"] == written[split]["bytes"] > 0
+        assert answer["fingerprint"] == written[split]["fingerprint"]
+        assert answer["seconds"] > 0
+        assert answer["images_per_s"] == pytest.approx((records + skipped) / answer["seconds"], rel=0.05, abs=0.2)
+
+
+def test_build_again_says_that_there_is_nothing_to_do(photo_folder: Path, store: Path) -> None:
+    result = alexprep("build-lmdb", photo_folder, "--store", store)
+    assert result.exit_code == 0
+    assert result.stdout.count("nothing to do") == 2
+    assert "train: 30 records of 3 classes" in result.stdout
+    assert "val: 12 records of 3 classes" in result.stdout
+    assert "converted: 1 cmyk, 1 grey, 1 png" in result.stdout
+    result = alexprep("build-lmdb", photo_folder, "--store", store, "--split", "val", "--json")
+    answer = json.loads(result.stdout)
+    assert (answer["split"], answer["records"], answer["images_per_s"]) == ("val", 12, 0)
+
+
+def test_build_with_other_settings_is_refused(photo_folder: Path, store: Path) -> None:
+    fails(alexprep("build-lmdb", photo_folder, "--store", store, "--side", "128"), "--side 256", "says 128")
+    fails(alexprep("build-lmdb", photo_folder, "--store", store, "--keep-aspect"), "--keep-aspect")
+
+
+def test_folders_that_cannot_be_built(tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    fails(alexprep("build-lmdb", tmp_path / "nowhere", "--store", store), str(tmp_path / "nowhere"), "no such folder")
+    (tmp_path / "empty").mkdir()
+    fails(alexprep("build-lmdb", tmp_path / "empty", "--store", store), str(tmp_path / "empty"), "empty")
+    (tmp_path / "file").write_text("x")
+    fails(alexprep("build-lmdb", tmp_path / "file", "--store", store), str(tmp_path / "file"), "archive")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat" / "a.JPEG").write_text("x")
+    fails(alexprep("build-lmdb", tmp_path / "flat", "--store", store), "--labels")
+    fails(alexprep("build-lmdb", tmp_path / "flat", "--store", store, "--labels", tmp_path / "no.txt"), "no.txt")
+    assert not store.exists()
+
+
+@pytest.mark.parametrize(
+    "words", [["--side", "0"], ["--format", "png"], ["--quality", "101"], ["--jobs", "0"], ["--seed", "-1"]]
+)
+def test_options_out_of_range_are_a_usage_error(words: list[str], tmp_path: Path) -> None:
+    result = alexprep("build-lmdb", tmp_path, "--store", tmp_path / "store", *words)
+    assert result.exit_code == 2
+    assert words[0] in result.stderr
+    assert not (tmp_path / "store").exists()
+
+
+def test_help_and_version() -> None:
+    names = ("build-lmdb", "import-caffe", "verify", "inspect", "export-files", "pca-stats")
+    assert set(main.commands) == set(names)
+    for words in (["--help"], ["-h"], *([name, flag] for name in names for flag in ("--help", "-h"))):
+        result = alexprep(*words)
+        assert result.exit_code == 0
+        assert result.stdout.startswith("Usage: ")
+        assert "Example" in result.stdout
+    assert alexprep("--version").exit_code == 0
+
+
+def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 for a mistake, 3 for a full disk, 130 and 143 where interrupted; 2 is click's own."""
+    raised: list[BaseException] = []
+
+    def open_store(root: object) -> None:
+        raise raised[-1]
+
+    monkeypatch.setattr("prep.cli.check.Store.open", open_store)
+    for error, code, said in (
+        (UserError("mend it"), 1, "Error: mend it\n"),
+        (StoreError("build it"), 1, "Error: build it\n"),
+        (DiskFull("no room"), 3, "Error: no room\n"),
+        (KeyboardInterrupt(), 130, "Interrupted. The same command begins again.\n"),
+        (Terminated(), 143, "Interrupted. The same command begins again.\n"),
+    ):
+        raised.append(error)
+        result = alexprep("inspect", "--store", tmp_path)
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", said)
+    raised.append(KeyboardInterrupt())
+    result = alexprep("export-files", tmp_path / "out", "--store", tmp_path)
+    assert (result.exit_code, result.stderr) == (130, "Interrupted. The same command goes on from here.\n")
+    assert set(main.goes_on) < set(main.commands)
+    assert alexprep("inspect", "--nothing").exit_code == 2
+    for code in ("0:", "1:", "2:", "3:", "130, 143:"):
+        assert code in alexprep("--help").stdout
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_pca_stats_answers_in_json(split: str, store: Path) -> None:
+    result = alexprep("pca-stats", "--store", store, "--split", split, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert list(answer) == STATS_KEYS
+    assert answer == json.loads((store / split / "colour.json").read_bytes())
+    assert answer["records"] == {"train": 30, "val": 12}[split]
+    assert answer["pixels"] == answer["records"] * 256 * 256
+    assert answer["pixel_scale"] == 255
+    np.testing.assert_allclose(np.square(answer["stdevs"]), answer["eigenvalues"], rtol=1e-12)
+
+
+def test_pca_stats_prints_the_same_numbers(store: Path) -> None:
+    stats = json.loads((store / "train" / "colour.json").read_bytes())
+    printed = alexprep("pca-stats", "--store", store).stdout
+    assert f"30 records, {30 * 256 * 256:,} pixels" in printed
+    for value in stats["mean_rgb"]:
+        assert f"{value:.2f}" in printed
+    for value in stats["stdevs"]:
+        assert f"{value:.2f}" in printed
+    for value in stats["eigenvalues"]:
+        assert f"{value:.1f}" in printed
+        assert f"{value / 255**2:.4f}" in printed
+    for value in np.ravel(stats["eigenvectors"]):
+        assert f"{value:.4f}" in printed
+
+
+def test_pca_stats_recompute_says_the_difference(store: Path) -> None:
+    before = (store / "val" / "colour.json").read_bytes()
+    built = json.loads(before)
+    again = json.loads(alexprep("pca-stats", "--store", store, "--split", "val", "--recompute", "--json").stdout)
+    difference = max(abs(a - b) for a, b in zip(built["stdevs"], again["stdevs"], strict=True))
+    assert 0 < difference < 1
+    result = alexprep("pca-stats", "--store", store, "--split", "val", "--recompute")
+    assert result.exit_code == 0
+    assert f"{difference:.4f} grey levels" in result.stdout
+    assert "before JPEG" in result.stdout
+    assert (store / "val" / "colour.json").read_bytes() == before
+
+
+def test_pca_stats_writes_a_missing_colour_file_again(store: Path, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(store, tmp_path / "store"))
+    (copied / "train" / "colour.json").unlink()
+    assert alexprep("pca-stats", "--store", copied).exit_code == 0
+    assert (copied / "train" / "colour.json").read_bytes() == (store / "train" / "colour.json").read_bytes()
+
+
+def test_pca_stats_without_a_store(store: Path, tmp_path: Path) -> None:
+    fails(alexprep("pca-stats", "--store", tmp_path / "nowhere"), "no such store")
+    fails(alexprep("pca-stats", "--store", tmp_path), "no manifest.json")
+    copied = Path(shutil.copytree(store, tmp_path / "store"))
+    (copied / "manifest.json").write_text("{")
+    fails(alexprep("pca-stats", "--store", copied), "cannot be read")
+
+
+def test_plot_is_drawn_beside_the_answer(store: Path, tmp_path: Path) -> None:
+    """What is drawn is for test_plot.py."""
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "pca.png"
+    result = alexprep("pca-stats", "--store", store, "--plot", out, "--json")
+    assert result.exit_code == 0, result.output
+    assert list(json.loads(result.stdout)) == STATS_KEYS
+    assert result.stderr == f"Drawn: {out}\n"
+    with Image.open(out) as image:
+        assert image.format == "PNG" and image.width > 600
+
+
+def test_plot_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for out in (tmp_path / "nowhere" / "pca.png", tmp_path / "pca.unknown"):
+        result = alexprep("pca-stats", "--store", store, "--plot", out)
+        fails(result, "--plot", str(out))
+        assert not out.exists()
+
+
+def test_plot_without_matplotlib_says_what_to_install(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    fails(alexprep("pca-stats", "--store", store, "--plot", tmp_path / "pca.png"), "pip install 'alexnet[figures]'")
+
+
+def test_progress_is_json_lines_where_no_terminal_is(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 of 300 in 10 s on a clock that stands still between the calls: 10 a second, 20 s left."""
+    clock = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with progress("train: é", 400, "pictures") as report:
+        report.skip(100)
+        report.advance(1)
+        report.update(101, 1, 99)
+        clock[0] += 4.9
+        report.advance()
+        assert capsys.readouterr() == ("", "")
+        clock[0] += 5.1
+        report.update(200, 3, 5_000)
+        clock[0] += 1
+        report.advance()
+        clock[0] += 4
+        report.update(250)
+    said = capsys.readouterr()
+    assert said.out == ""
+    first, second = said.err.splitlines()
+    assert json.loads(first) == {
+        "progress": "train: é",
+        "done": 200,
+        "total": 400,
+        "unit": "pictures",
+        "pictures_per_s": 10.0,
+        "eta_s": 20,
+        "bad": 3,
+        "bytes": 5_000,
+    }
+    assert json.loads(second)["pictures_per_s"] == 10.0 and json.loads(second)["eta_s"] == 15
+    assert "bytes" not in json.loads(second)
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    """In a pseudo-terminal: rate, size and bad ones beside the bar; nothing on standard output."""
+    script = (
+        "from prep.console import progress\n"
+        "with progress('train: rescaling', 400, 'pictures') as report:\n"
+        "    report.update(200, 3, 5_000_000)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=-1, stderr=theirs, env={**os.environ, "COLUMNS": "150"}
+    ) as ran:
+        os.close(theirs)
+        said = b""
+        with suppress(OSError):  # EIO is a pseudo-terminal's end of file
+            while chunk := os.read(ours, 4096):
+                said += chunk
+        assert ran.stdout is not None and ran.stdout.read() == b""
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
+    for part in ("train: rescaling", "200/400", "pictures/s", "5.0 MB, 3 bad"):
+        assert part in text, text
+
+
+def test_a_progress_keeps_what_it_was_told() -> None:
+    report = Progress(10, "pictures")
+    report.update(4, 1, 99)
+    assert (report.done, report.bad, report.size) == (4, 1, 99)
+    report.update(5, 2, 100)
+    assert (report.done, report.bad, report.size, report.skipped) == (5, 2, 100, 0)
+    report.skip(3)
+    assert (report.done, report.skipped) == (8, 3)
+
+
+def test_rate_leaves_out_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    report = Progress(1000, "pictures")
+    report.skip(900)
+    report.advance(50)
+    clock[0] = 5.0
+    assert report.done == 950
+    assert report.rate() == pytest.approx(10)
+    assert report.eta_s() == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+    ],
+)
+def test_duration_text(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (812, "812 B"),
+        (27_400, "27.4 KB"),
+        (31_240_000_000, "31.2 GB"),
+        (5_600_000_000_000, "5.6 TB"),
+        (999, "999 B"),
+        (1000, "1.0 KB"),
+        (999_949, "999.9 KB"),
+        (999_960, "1.0 MB"),
+        (999_960_000, "1.0 GB"),
+        (999_960_000_000, "1.0 TB"),
+    ],
+)
+def test_bytes_text(n: int, text: str) -> None:
+    assert bytes_text(n) == text
+
+
+def test_count_noun() -> None:
+    assert count_noun(1, "picture") == "1 picture"
+    assert count_noun(1797, "picture") == "1,797 pictures"
+    assert count_noun(3, "class", "classes") == "3 classes"
+    assert count_noun(0, "file") == "0 files"

@@ -1,0 +1,210 @@
+"""The family: parameters counted by hand, torchvision's published definition, networks that slide over pictures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.config.architecture import (
+    ALEXNET,
+    ARCHITECTURES,
+    CONVOLUTIONAL,
+    HALF,
+    ONE_GPU,
+    TORCHVISION,
+    Widths,
+    architecture_from_json,
+)
+from train.config.recipes import PAPER, SHORT
+from train.model.alexnet import AlexNet, from_torchvision
+from train.model.summary import summarise
+
+WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("alexnet", 60_965_224),
+        ("joined", 62_378_344),
+        ("half", 16_630_440),
+        ("one-gpu", 59_798_312),
+        ("torchvision", 61_100_840),
+        ("convolutional", 60_965_224),
+    ],
+)
+def test_parameters_of_each_architecture(name: str, parameters: int) -> None:
+    architecture = ARCHITECTURES[name]
+    assert sum(row.parameters for row in summarise(1000, architecture)) == parameters
+    assert name in ("alexnet", "convolutional") or f"{parameters:,}" in architecture.source
+
+
+def test_halves_of_the_kernels() -> None:
+    """Section 3.2's footnote: of the net on one GPU, conv5 and the fully-connected layers were not halved."""
+    whole, half, one = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
+    assert {half[name] / whole[name] for name in whole} == {0.5}
+    ratio = {name: one[name] / whole[name] for name in whole}
+    assert ratio == {"conv1": 0.5, "conv2": 0.5, "conv3": 0.5, "conv4": 0.5, "conv5": 1, "fc6": 1, "fc7": 1}
+    assert HALF.columns == ONE_GPU.columns == 1
+
+
+def test_an_architecture_survives_json() -> None:
+    for architecture in ARCHITECTURES.values():
+        assert architecture_from_json(json.loads(json.dumps(asdict(architecture)))) == architecture
+
+
+def published(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
+    """torchvision/models/alexnet.py, __init__; with other widths, the same with those."""
+    net = nn.Module()
+    net.features = nn.Sequential(
+        nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(w.conv1, w.conv2, kernel_size=5, padding=2),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+        nn.Conv2d(w.conv2, w.conv3, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(w.conv3, w.conv4, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.Conv2d(w.conv4, w.conv5, kernel_size=3, padding=1),
+        nn.ReLU(inplace=True),
+        nn.MaxPool2d(kernel_size=3, stride=2),
+    )
+    net.avgpool = nn.AdaptiveAvgPool2d((6, 6))
+    net.classifier = nn.Sequential(
+        nn.Dropout(p=0.5),
+        nn.Linear(w.conv5 * 6 * 6, w.fc6),
+        nn.ReLU(inplace=True),
+        nn.Dropout(p=0.5),
+        nn.Linear(w.fc6, w.fc7),
+        nn.ReLU(inplace=True),
+        nn.Linear(w.fc7, classes),
+    )
+    return net
+
+
+def published_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """torchvision/models/alexnet.py, forward."""
+    return net.classifier(net.avgpool(net.features(x)).flatten(1))
+
+
+def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> None:
+    """The same draws of dropout: the same seed, the same layers, the same scaling."""
+    torch.manual_seed(0)
+    theirs = published()
+    recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
+    ours = AlexNet(1000, recipe, ("cpu", "cpu"), TORCHVISION)
+    ours.load_joined(from_torchvision(theirs.state_dict()))
+    images = torch.randn(2, 3, 224, 224)
+    for training in (False, True):
+        ours.train(training), theirs.train(training)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            wanted = published_forward(theirs, images)
+            torch.manual_seed(1)
+            found = ours(images)
+        assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.fixture
+def twins() -> tuple[AlexNet, AlexNet]:
+    """alexnet and convolutional with the same small parameters, float64."""
+    torch.manual_seed(2)
+    recipe = replace(SHORT, dropout=0.5)
+    plain, sliding = (
+        AlexNet(5, recipe, ("cpu", "cpu"), replace(a, widths=WIDTHS)).double() for a in (ALEXNET, CONVOLUTIONAL)
+    )
+    sliding.load_joined(plain.joined())
+    return plain, sliding
+
+
+def test_the_convolutional_network_is_alexnet_with_the_same_numbers(twins: tuple[AlexNet, AlexNet]) -> None:
+    """Outputs and gradients, dropout included; and a checkpoint of either loads into the other."""
+    plain, sliding = twins
+    images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
+    outputs = []
+    for net in (plain, sliding):
+        torch.manual_seed(3)
+        outputs.append(net(images))
+        outputs[-1].square().sum().backward()
+    assert outputs[0].shape == outputs[1].shape == (3, 5)
+    assert torch.allclose(*outputs, rtol=1e-10)
+    mine, yours = (net.joined(lambda p: p.grad) for net in twins)
+    assert all(torch.allclose(mine[name], yours[name], rtol=1e-8, atol=1e-12) for name in mine)
+    plain.load_joined(sliding.joined())
+
+
+def slid(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
+    """A dense evaluation by convolutions and unfolded windows, on the joined parameters."""
+    w, r = net.joined(), net.recipe
+    x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)
+
+    def norm(x: torch.Tensor) -> torch.Tensor:
+        torchs = nn.LocalResponseNorm(r.lrn.size, r.lrn.alpha * r.lrn.size, r.lrn.beta, r.lrn.k)
+        return torch.cat([torchs(half) for half in x.chunk(2, 1)], 1)
+
+    x = F.max_pool2d(norm(x.relu()), 3, 2)
+    x = F.max_pool2d(norm(F.conv2d(x, w["conv2.weight"], w["conv2.bias"], padding=2, groups=2).relu()), 3, 2)
+    for layer, groups in (("conv3", 1), ("conv4", 2), ("conv5", 2)):
+        x = F.conv2d(x, w[f"{layer}.weight"], w[f"{layer}.bias"], padding=1, groups=groups).relu()
+    x = F.max_pool2d(x, 3, 2)
+    rows, columns, cells = x.shape[2] - 5, x.shape[3] - 5, []
+    for i in range(rows):
+        for j in range(columns):
+            units = x[:, :, i : i + 6, j : j + 6].flatten(1)
+            for layer in ("fc6", "fc7"):
+                units = (units @ w[f"{layer}.weight"].T + w[f"{layer}.bias"]).relu() * (1 - r.dropout)
+            cells.append(units @ w["fc8.weight"].T + w["fc8.bias"])
+    return torch.stack(cells, 2).unflatten(2, (rows, columns))
+
+
+@pytest.mark.parametrize(("height", "width", "map_shape"), [(224, 224, (1, 1)), (256, 256, (2, 2)), (256, 320, (2, 4))])
+def test_dense_evaluation_is_a_window_each_32_px(
+    twins: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
+) -> None:
+    images = torch.randn(2, 3, height, width, dtype=torch.float64) * 60
+    plain, sliding = (net.eval() for net in twins)
+    with torch.no_grad():
+        found, wanted = plain.dense(images), slid(plain, images, 3)
+        assert found.shape == (2, 5, *map_shape)
+        assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
+        alone = found.flatten(1) if map_shape == (1, 1) else found
+        assert torch.allclose(sliding(images), alone, rtol=1e-12)
+        if map_shape == (1, 1):
+            assert torch.allclose(plain(images), alone, rtol=1e-10)
+
+
+def test_dense_evaluation_refuses_less_than_a_window(twins: tuple[AlexNet, AlexNet]) -> None:
+    with pytest.raises(ValueError, match="224, 223"):
+        twins[0].dense(torch.zeros(1, 3, 224, 223, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
+        twins[0](torch.zeros(1, 3, 256, 256, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("side_px", range(224, 260))
+def test_conv1_covers_the_picture_with_as_many_windows_as_rounding_up_gives(side_px: int) -> None:
+    before, after = ALEXNET.padding_px(side_px)
+    assert before == 0 and (side_px + after - 11) % 4 == 0 and after < 4
+    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004, 1 + ceil((side - 11) / 4)
+
+
+def test_a_single_column_needs_no_crossing_and_no_second_device() -> None:
+    net = AlexNet(5, PAPER, ("meta", "meta"), replace(HALF, widths=WIDTHS))
+    (half,) = net.cross([torch.ones(2, 3)])
+    assert half.shape == (2, 3) and len(net.devices) == len(net.columns) == 1
+    with pytest.raises(ValueError, match="3 devices for 1 columns"):
+        AlexNet(5, PAPER, ("meta",) * 3, HALF)
+
+
+def test_columns_there_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 columns"):
+        replace(ALEXNET, columns=3)
+    with pytest.raises(ValueError, match="conv4 = 15"):
+        replace(ALEXNET, widths=Widths(conv4=15))
+    replace(HALF, widths=Widths(conv4=15))

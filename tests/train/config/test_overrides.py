@@ -1,0 +1,140 @@
+"""`--set`: values by the field's type, names and sources that tell of it, errors that name what is expected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, fields, replace
+
+import pytest
+
+from pipeline.augment import Augmentation
+from prep.console import UserError
+from train.config.architecture import LAYERS
+from train.config.overrides import COSINE, PLATEAU, SET, recipe_of, set_fields
+from train.config.recipe import Change, Cosine, Lrn, Plateau, Recipe, recipe_from_json
+from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
+
+
+@pytest.mark.parametrize(
+    ("setting", "field", "value"),
+    [
+        ("lr=0.02", "lr", 0.02),
+        ("batch_size=64", "batch_size", 64),
+        ("crossing=false", "crossing", False),
+        ("activation=tanh", "activation", "tanh"),
+        ("pool_px=2", "pool_px", 2),
+        ("lr_bias=0.02", "lr_bias", 0.02),
+        ("lrn=none", "lrn", None),
+        ("lrn=3,1e-3,0.5,1", "lrn", Lrn(3, 1e-3, 0.5, 1.0)),
+        ("lrn.alpha=2e-5", "lrn", Lrn(5, 2e-5, 0.75, 2.0)),
+        ("within_map=5,4e-5,0.75,1", "within_map", Lrn(5, 4e-5, 0.75, 1.0)),
+        ("augmentation.strength=0.05", "augmentation", Augmentation("image", "eigenvalue", 0.05)),
+        ("augmentation.colour=off", "augmentation", Augmentation("image", "off", 0.1)),
+        ("init_std=0.02", "init_std", dict.fromkeys(LAYERS, 0.02)),
+        ("init_std.conv3=0.03", "init_std", {**dict.fromkeys(LAYERS, 0.01), "conv3": 0.03}),
+        ("init_bias=none", "init_bias", {}),
+        ("init_bias.conv4=0.1", "init_bias", {**PAPER.init_bias, "conv4": 0.1}),
+        ("schedule.patience_epochs=3", "schedule", Plateau(0.1, 3, 3)),
+        ("schedule=cosine", "schedule", COSINE),
+        ("schedule=none", "schedule", ()),
+        ("schedule=steps", "schedule", (Change(30, lr=1e-3), Change(60, lr=1e-4))),
+        ("schedule=25,51,79", "schedule", (Change(25, lr=1e-3), Change(51, lr=1e-4), Change(79, lr=1e-5))),
+        ("schedule=25:5e-3, 51:1e-4", "schedule", (Change(25, lr=5e-3), Change(51, lr=1e-4))),
+    ],
+)
+def test_a_value_is_read_by_its_fields_type(setting: str, field: str, value: object) -> None:
+    changed = set_fields(PAPER, [setting])
+    assert getattr(changed, field) == value and type(getattr(changed, field)) is type(value)
+    others = {f.name for f in fields(Recipe)} - {field, "name", "sources"}
+    assert all(getattr(changed, other) == getattr(PAPER, other) for other in others)
+    assert SET in changed.sources[field]
+    assert {k: v for k, v in changed.sources.items() if k != field} == {
+        k: v for k, v in PAPER.sources.items() if k != field
+    }
+    assert changed.name.startswith("paper, " + setting.split("=")[0])
+    assert recipe_from_json(json.loads(json.dumps(asdict(changed)))) == changed
+
+
+def test_a_part_keeps_the_source_of_the_rest() -> None:
+    source = set_fields(PAPER, ["augmentation.strength=0.05"]).sources["augmentation"]
+    assert source == f"strength {SET}; else: {PAPER.sources['augmentation']}"
+    assert set_fields(PAPER, ["lr=0.02"]).sources["lr"] == SET
+
+
+def test_the_order_of_settings_and_how_a_number_is_written_change_nothing() -> None:
+    one = set_fields(PAPER, ["schedule=steps", "lr=2e-2", "init_std.conv3=0.03", "init_std=0.02"])
+    two = set_fields(PAPER, ["init_std=0.02", "lr=9", "init_std.conv3=0.03", "schedule=steps", "lr=0.02"])
+    assert one == two
+    assert one.name == "paper, init_std=0.02, init_std.conv3=0.03, lr=0.02, schedule=steps"
+    assert one.schedule == (Change(30, lr=2e-3), Change(60, lr=2e-4)) and one.init_std["conv3"] == 0.03
+
+
+def test_what_a_recipe_has_already_leaves_it_as_it_is() -> None:
+    assert set_fields(PAPER, ["lr=0.010", "lrn.k=2", "within_map=none", "activation=relu"]) is PAPER
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("lr", "--set lr: expected FIELD=VALUE"),
+        ("lr=fast", "--set lr=fast: expected a number"),
+        ("lr=nan", "--set lr=nan: expected a number"),
+        ("lr=-1", "--set lr=-1: lr -1.0: expected more than 0"),
+        ("batch_size=1.5", "--set batch_size=1.5: expected a whole number"),
+        ("crossing=no", "--set crossing=no: expected true or false"),
+        ("activation=rely", "--set activation=rely: activation 'rely': expected one of relu, tanh, sigmoid"),
+        ("pool_px=4", "--set pool_px=4: pool_px 4: expected 2 or 3"),
+        ("dropout=1", "dropout 1.0: expected at least 0, less than 1"),
+        ("lr_bais=1", "--set lr_bais=1: there is no lr_bais. Near: lr_bias"),
+        ("name=mine", "there is no name"),
+        ("zzz=1", "Expected one of batch_size, epochs"),
+        ("augmentation.strenght=1", "there is no strenght. Near: strength"),
+        ("augmentation.colour=red", "expected one of stdev, eigenvalue, off"),
+        ("init_std.conv9=1", "there is no conv9. Near: conv"),
+        ("init_std.conv3=", "--set init_std.conv3=: expected a number"),
+        ("lrn=5", "--set lrn=5: expected SIZE,ALPHA,BETA,K, or none"),
+        ("lrn.size=4", "expected an odd number"),
+        ("within_map.alpha=1", "--set within_map.alpha=1: expected a value for it as a whole, for it is none"),
+        ("lr.x=1", "has no part x"),
+        ("lr_bias=some", "--set lr_bias=some: expected a number, or none"),
+        ("schedule=soon", "--set schedule=soon: expected plateau, cosine, steps, none, or epochs as in 25,51,79"),
+        ("schedule=51,25", "expected epochs that rise"),
+        ("schedule=nan", "expected epochs of at least 0, and rates of more than 0"),
+        ("schedule=25:-1e-3", "rates of more than 0"),
+        ("schedule=25:inf", "rates of more than 0"),
+        ("schedule.drops=-1", "drops -1"),
+        ("schedule.end=0.1", "there is no end"),
+    ],
+)
+def test_errors_name_field_value_and_what_is_expected(setting: str, message: str) -> None:
+    with pytest.raises(UserError) as error:
+        set_fields(PAPER, [setting])
+    assert str(error.value).startswith("--set ") and message in str(error.value)
+
+
+def test_a_table_of_changes_has_no_parts() -> None:
+    with pytest.raises(UserError, match="expected a value for it as a whole"):
+        set_fields(RELEASED, ["schedule.drops=2"])
+
+
+def test_the_run_s_epochs_are_the_recipe_s_where_rates_are_drawn_over_them() -> None:
+    assert recipe_of("paper", [], 5) is PAPER
+    assert recipe_of("paper", ["schedule=cosine"], 5).epochs == 5
+    steps = recipe_of("paper", ["schedule=steps"], 30)
+    assert steps.epochs == 30 and steps.schedule == (Change(10, lr=1e-3), Change(20, lr=1e-4))
+    assert recipe_of("paper", ["schedule=25,51"], 30).epochs == 90
+
+
+def test_every_recipe_survives_json() -> None:
+    for recipe in RECIPES.values():
+        assert recipe_from_json(json.loads(json.dumps(asdict(recipe)))) == recipe
+
+
+def test_numbers_that_no_training_can_have_are_refused() -> None:
+    with pytest.raises(UserError, match="init_std"):
+        replace(SHORT, init_std={"conv1": 0.1})
+    with pytest.raises(UserError, match="init_bias"):
+        replace(SHORT, init_bias={"conv6": 0.1})
+    with pytest.raises(UserError, match="shares of lr"):
+        Cosine(5, 0.0, 0.1)
+    assert PLATEAU == PAPER.schedule

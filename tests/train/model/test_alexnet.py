@@ -1,0 +1,199 @@
+"""The two-column network against the paper's table, and against a grouped network of torch's own modules."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from train.config.architecture import ALEXNET, CONVOLUTIONAL, HALF, JOINED, TORCHVISION, Architecture, Widths
+from train.config.recipe import Recipe
+from train.config.recipes import PAPER, RELEASED, SHORT
+from train.model.alexnet import AlexNet
+from train.model.summary import summarise
+
+WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
+SMALL = replace(ALEXNET, widths=WIDTHS)
+
+
+class Grouped(nn.Module):
+    """The network without columns: convolutions in groups where a column sees only itself, torch's LRN on each."""
+
+    def __init__(self, classes: int, architecture: Architecture, recipe: Recipe) -> None:
+        super().__init__()
+        self.recipe, self.architecture, w = recipe, architecture, architecture.widths
+        self.groups = architecture.columns
+        self.apart = 1 if recipe.crossing else self.groups
+        self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
+        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2, groups=self.groups)
+        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1, groups=self.apart)
+        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1, groups=self.groups)
+        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1, groups=self.groups)
+        self.fc6 = nn.Linear(w.conv5 * 36 // self.apart, w.fc6)
+        self.fc7 = nn.Linear(w.fc6 // self.apart, w.fc7)
+        self.fc8 = nn.Linear(w.fc7, classes)
+
+    def norm(self, x):
+        lrn = self.recipe.lrn
+        if lrn is None or not self.architecture.normalised:
+            return x
+        torchs = nn.LocalResponseNorm(lrn.size, lrn.alpha * lrn.size, lrn.beta, lrn.k)
+        return torch.cat([torchs(share) for share in x.chunk(self.groups, 1)], 1)
+
+    def full(self, layer: nn.Linear, x):
+        """A grouped layer: each share of the units sees its own share of the inputs."""
+        pieces = zip(
+            *(t.chunk(self.apart, dim) for t, dim in ((x, 1), (layer.weight, 0), (layer.bias, 0))), strict=True
+        )
+        return torch.cat([x @ w.T + b for x, w, b in pieces], 1)
+
+    def keep(self, before: str) -> float:
+        dropped = before in self.architecture.dropout_before and not self.recipe.dropout_scales_training
+        return 1 - self.recipe.dropout if dropped else 1.0
+
+    def forward(self, x):
+        act = {"relu": nn.ReLU(), "tanh": nn.Tanh(), "sigmoid": nn.Sigmoid()}[self.recipe.activation]
+        pool = nn.MaxPool2d(self.recipe.pool_px, 2)
+        pad = (0, 3, 0, 3) if self.architecture.conv1_padding is None else (2, 2, 2, 2)
+        x = self.conv1(F.pad(x / self.recipe.input_divisor, pad))
+        x = act(pool(self.norm(x))) if self.recipe.norm_before_relu else pool(self.norm(act(x)))
+        x = self.norm(act(self.conv2(x)))
+        if self.recipe.within_map is not None and self.architecture.normalised:
+            lrn = self.recipe.within_map
+            window = torch.ones(x.shape[1], 1, lrn.size, lrn.size, dtype=x.dtype)
+            x = x / (lrn.k + lrn.alpha * F.conv2d(x * x, window, padding=2, groups=x.shape[1])) ** lrn.beta
+        x = act(self.conv4(act(self.conv3(pool(x)))))
+        x = pool(act(self.conv5(x))).flatten(1)
+        x = act(self.full(self.fc6, x * self.keep("fc6")))
+        x = act(self.full(self.fc7, x * self.keep("fc7")))
+        return self.fc8(x * self.keep("fc8"))
+
+
+def small(architecture: Architecture) -> Architecture:
+    return replace(architecture, widths=WIDTHS)
+
+
+NETWORKS = {
+    "paper": (ALEXNET, PAPER),
+    "released": (ALEXNET, RELEASED),
+    "short": (ALEXNET, SHORT),
+    "no crossing": (ALEXNET, replace(SHORT, crossing=False)),
+    "tanh, no normalisation": (ALEXNET, replace(SHORT, activation="tanh", lrn=None)),
+    "sigmoid, pools of 2": (ALEXNET, replace(SHORT, activation="sigmoid", pool_px=2)),
+    "joined": (JOINED, PAPER),
+    "one column, released": (HALF, RELEASED),
+    "one column, no crossing": (HALF, replace(SHORT, crossing=False)),
+    "torchvision": (TORCHVISION, replace(SHORT, dropout=0.3)),
+    "torchvision, released": (TORCHVISION, replace(RELEASED, dropout_scales_training=True)),
+    "convolutional": (CONVOLUTIONAL, replace(SHORT, dropout=0.3)),
+}
+
+
+@pytest.mark.parametrize(("architecture", "recipe"), NETWORKS.values(), ids=NETWORKS)
+def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture: Architecture, recipe: Recipe) -> None:
+    torch.manual_seed(0)
+    columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), small(architecture)).double().eval()
+    grouped = Grouped(7, small(architecture), recipe).double()
+    grouped.load_state_dict(columns.joined())
+    images = torch.randn(2, 3, 224, 224, dtype=torch.float64) * 60
+    upstream = torch.randn(2, 7, dtype=torch.float64)
+
+    ours, theirs = columns(images), grouped(images)
+    assert theirs.std() > 1e-3
+    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
+    ours.backward(upstream)
+    theirs.backward(upstream)
+    mine = columns.joined(lambda p: p.grad)
+    for name, parameter in grouped.named_parameters():
+        assert parameter.grad.abs().max() > 0, name
+        assert torch.allclose(mine[name], parameter.grad, rtol=1e-8, atol=1e-12), name
+
+
+def test_parameters_and_shapes_are_the_papers() -> None:
+    rows = {row.layer: row for row in summarise(1000)}
+    assert sum(row.parameters for row in rows.values()) == 60_965_224
+    assert {name: row.output_per_column for name, row in rows.items()} == {
+        "conv1": (48, 55, 55),
+        "conv2": (128, 27, 27),
+        "conv3": (192, 13, 13),
+        "conv4": (192, 13, 13),
+        "conv5": (128, 13, 13),
+        "fc6": (2048,),
+        "fc7": (2048,),
+        "fc8": (1000,),
+    }
+    assert [name for name, row in rows.items() if row.sees == "both columns"] == ["conv3", "fc6", "fc7", "fc8"]
+    assert rows["conv1"].multiply_adds == 96 * 55 * 55 * 11 * 11 * 3
+    assert rows["conv4"].multiply_adds == 384 * 13 * 13 * 9 * 192
+    assert rows["conv3"].parameters == 384 * (9 * 256 + 1)
+
+
+def test_joined_shapes_are_the_papers() -> None:
+    joined = AlexNet(1000, PAPER, ("meta", "meta")).by_joined_name()
+    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined: (256, 48, 5, 5)
+    assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
+    assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2
+    assert [tuple(p.shape) for p in joined["fc8.weight"]] == [(1000, 4096)]
+
+
+@pytest.fixture
+def probe() -> AlexNet:
+    torch.manual_seed(1)
+    return AlexNet(5, replace(SHORT, dropout=0.0), ("cpu", "cpu"), SMALL)
+
+
+def test_parameters_survive_joining_and_loading(probe: AlexNet) -> None:
+    torch.manual_seed(2)
+    other = AlexNet(5, probe.recipe, ("cpu", "cpu"), SMALL)
+    images = torch.randn(2, 3, 224, 224)
+    assert not torch.equal(other(images), probe(images))
+    other.load_joined(probe.joined())
+    assert torch.equal(other(images), probe(images))
+
+
+def test_parameters_that_do_not_fit_are_refused(probe: AlexNet) -> None:
+    joined = probe.joined()
+    with pytest.raises(ValueError, match=r"fc8\.weight: shape"):
+        probe.load_joined({**joined, "fc8.weight": torch.zeros(6, 24)})
+    with pytest.raises(ValueError, match="extra"):
+        probe.load_joined({**joined, "extra": torch.zeros(1)})
+
+
+def test_columns_on_two_devices_cross_only_through_cross() -> None:
+    """`meta` stands in for a second device: only `cross` may bring the two together, and it moves each half."""
+    model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    halves = [torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")]
+    joined = model.cross(halves, (cpu, meta))
+    assert [j.device for j in joined] == [cpu, meta] and all(j.shape == (2, 7) for j in joined)
+    same = model.cross(halves, (cpu, cpu))
+    assert same[0] is same[1]
+
+
+def test_dropout_zeroes_in_training_and_halves_in_test() -> None:
+    torch.manual_seed(4)
+    model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
+    ones = torch.ones(200, 500)
+    dropped = model.train()._drop(ones)
+    assert set(dropped.unique().tolist()) == {0.0, 1.0}
+    assert abs(dropped.mean().item() - 0.5) < 3.3 * 0.5 / 100_000**0.5
+    assert (model.eval()._drop(ones) == 0.5).all()
+    model.recipe = replace(PAPER, dropout=0.25)
+    assert (model._drop(ones) == 0.75).all() and 0.7 < model.train()._drop(ones).mean() < 0.8
+    model.recipe = replace(PAPER, dropout_scales_training=True)
+    assert set(model.train()._drop(ones).unique().tolist()) == {0.0, 2.0}
+    assert (model.eval()._drop(ones) == 1).all()
+
+
+def test_what_does_not_fit_is_refused(probe: AlexNet) -> None:
+    with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
+        probe(torch.zeros(1, 3, 227, 227))
+    with pytest.raises(ValueError, match="3 devices"):
+        AlexNet(5, PAPER, ("cpu",) * 3, SMALL)
+    with pytest.raises(ValueError, match="even"):
+        replace(SMALL, widths=replace(SMALL.widths, conv4=15))
+    with pytest.raises(TypeError, match="placement"):
+        probe.to("cpu")

@@ -1,0 +1,195 @@
+"""The compiled half of a training step: memory, threads, and libraries that compute something else."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from prep import compiled
+from tools import compile_native as compiling
+from tools.compile_native import compile_native
+from train.config.recipes import PAPER
+from train.model import kernels
+from train.model.lrn import local_response_norm
+from train.model.pooling import max_pool
+from train.trainer.optim import PaperSGD
+
+needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+
+PLAINEST = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time
+
+
+def load(path: Path) -> kernels.Kernel | None:
+    return compiled.load(path, kernels.Kernel, kernels.is_right)
+
+
+def everything() -> list[Tensor]:
+    """Outputs and gradients of all functions, on maps that leave rests of vectors and of blocks."""
+    found = []
+    for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
+        for output in (
+            local_response_norm(x, **vars(PAPER.lrn), relu=True),
+            max_pool(x, PAPER.lrn, relu_before=True),
+            max_pool(x, relu_after=True),
+        ):
+            found += [output.detach(), *torch.autograd.grad(output.square().sum(), x)]
+    return found
+
+
+@needs_kernel
+def test_same_bits_for_every_number_of_threads() -> None:
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7, 64):
+            torch.set_num_threads(threads)
+            results.append(everything())
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize(("items", "threads"), [(1, 4), (4, 4), (10, 3), (7, 1)])
+def test_work_is_shared_whole(items: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    done: list[int] = []
+    kernels.share(items, lambda first, end: done.extend(range(first, end)))
+    assert sorted(done) == list(range(items))
+
+
+@needs_kernel
+def test_nothing_beyond_the_tensors_is_read_or_written() -> None:
+    """Each tensor ends at a page that kills who touches it; then each begins behind one."""
+    program = """
+import ctypes, mmap, os
+import torch
+from train.model import kernels
+libc = ctypes.CDLL(None, use_errno=True)
+page, kept, at_end = mmap.PAGESIZE, [], True
+empty = torch.empty
+def fenced(*size, dtype=torch.float32, memory_format=None):
+    size = size[0] if isinstance(size[0], (tuple, torch.Size)) else size
+    count = 1
+    for n in size:
+        count *= n
+    size_bytes = count * dtype.itemsize
+    pages = -(-size_bytes // page)
+    area = mmap.mmap(-1, (pages + 2) * page)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(area))
+    for fence in (start, start + (pages + 1) * page):
+        assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
+    at = (pages + 1) * page - size_bytes if at_end else page
+    flat = torch.frombuffer(area, dtype=dtype, count=count, offset=at)
+    kept.append(area)
+    if memory_format is None:
+        return flat.view(size)
+    n, c, h, w = size
+    return flat.view(n, h, w, c).permute(0, 3, 1, 2)
+def filled(shape):
+    made = fenced(shape, memory_format=1)
+    return made.copy_(torch.randn(shape))
+torch.empty, torch.empty_like = fenced, lambda x: fenced(x.shape, memory_format=1)
+for at_end in (True, False):
+    shapes = (2, 44, 9, 8), (1, 9, 31, 20), (3, 1, 3, 3), (1, 128, 5, 5), (2, 3, 4, 4)
+    for shape, size in zip(shapes, (5, 7, 5, 5, 1)):
+        how, x = kernels.Norm(shape[1], size, 0.1, 2.0, True), filled(shape)
+        kernels.kernel.norm(x, how)
+        kernels.kernel.norm_backward(x, filled(shape), how)
+        for normalise in (True, False):
+            pool = kernels.Pool(*shape[2:], normalise, True)
+            out, taps = kernels.kernel.pool(x, pool, how)
+            kernels.kernel.pool_backward(x if normalise else None, filled(out.shape), taps, pool, how)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+
+
+@needs_kernel
+@pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
+def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of a convolution with maps last, of a layer longer than a block, biases; other layouts."""
+    results = []
+    for kernel in (kernels.kernel, None):
+        monkeypatch.setattr(kernels, "kernel", kernel)
+        draw = torch.Generator().manual_seed(0)
+        parameters, before = [], []
+        for shape in ((6, 5, 3, 3), (300, 701), (17,), (3, 0)):
+            w, g = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+            if layouts == "strided":
+                w, g = (t.repeat_interleave(2, 0)[::2] for t in (w, g))
+            elif len(shape) == 4:
+                w = w.contiguous(memory_format=torch.channels_last)
+                g = g if layouts == "different" else g.to(memory_format=torch.channels_last)
+            parameters.append(torch.nn.Parameter(w))
+            parameters[-1].grad = g
+            before.append(parameters[-1]._version)
+        optimiser = PaperSGD([{"params": parameters, "lr": 0.1, "weight_decay": 0.2}], 0.9)
+        optimiser.step()
+        optimiser.step()
+        assert all(p._version > old for p, old in zip(parameters, before, strict=True))
+        results.append([*parameters, *(optimiser.velocity(p) for p in parameters)])
+    for found, wanted in zip(*results, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load(tmp_path / "absent.so") is None
+    monkeypatch.setenv("ALEXNET_NATIVE", "0")
+    assert load(compiled.library_path(kernels.SOURCE)) is None
+
+
+def test_close_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = everything()
+    monkeypatch.setattr(kernels, "kernel", None)
+    for ours, plain in zip(found, everything(), strict=True):
+        assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("padded[3] + padded[4]", "padded[3] + padded[3]"),
+        ("t <= 2 * reach", "t < 2 * reach"),
+        ("factor = 1.5f", "factor = 1.0f"),
+        ("how.relu && x[i] <= 0 ? 0 : found", "found"),
+        ("relu && most <= 0 ? NOTHING : tap", "tap"),
+        ("a.first + right)", "a.first + left)"),
+        ("b = {grad + above, taps + above, 6}", "b = {grad + above, taps + above, 3}"),
+        ("- pull * w[i]", "- decay * w[i]"),
+        ("void norm_backward", "void norm_back"),
+    ],
+)
+def test_a_library_that_computes_something_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
+) -> None:
+    monkeypatch.setattr(compiling, "FLAGS", PLAINEST)
+    text = kernels.SOURCE.read_text()
+    assert text.count(right) == 1
+    source = tmp_path / "kernels.c"
+    source.write_text(text.replace(right, wrong))
+    library = compile_native(source)
+    assert library and load(library) is None
+
+
+@needs_compiler
+def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without vectors and fused multiply-adds: to the last few bits, and some larger where they cancel."""
+    monkeypatch.setattr(compiling, "FLAGS", [*PLAINEST, "-ffp-contract=off"])
+    expected, source = everything(), tmp_path / "kernels.c"
+    source.write_bytes(kernels.SOURCE.read_bytes())
+    library = compile_native(source)
+    assert library
+    monkeypatch.setattr(kernels, "kernel", load(library))
+    assert kernels.kernel
+    for found, wanted in zip(everything(), expected, strict=True):
+        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)

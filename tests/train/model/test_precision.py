@@ -1,0 +1,189 @@
+"""bfloat16 against float32 on the CPU, the switches of TF32, and what a run remembers of its precision."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+from pipeline.loader import eval_loader
+from prep.console import Progress, UserError
+from tests.train.trainer.test_loop import SMALL, config
+from train import cli
+from train.cli import options
+from train.config.recipe import Recipe
+from train.config.recipes import PAPER, RELEASED, SHORT
+from train.evaluation.evaluate import evaluate
+from train.model.alexnet import AlexNet
+from train.model.lrn import local_response_norm, within_map_norm
+from train.model.precision import PRECISIONS, autocast, set_precision
+from train.trainer.loop import fit
+from train.trainer.optim import make_optimiser
+from train.trainer.schedule import Schedule
+from train.trainer.step import TrainingStep
+
+BF16_STEP = 2.0**-8  # relative distance of a number from the nearest bfloat16 is at most this
+
+
+@pytest.fixture(autouse=True)
+def switches() -> Iterator[None]:
+    """The global ones, as they were; one thread, for tensors this small."""
+    matmul, conv, threads = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.get_num_threads()
+    before = matmul.fp32_precision, conv.fp32_precision
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    matmul.fp32_precision, conv.fp32_precision = before
+
+
+def small(recipe: Recipe = SHORT) -> AlexNet:
+    torch.manual_seed(0)
+    return AlexNet(5, replace(recipe, init="he", input_divisor=64.0), ("cpu", "cpu"), SMALL)
+
+
+def pictures(n: int = 6) -> torch.Tensor:
+    return 60 * torch.randn(n, 3, 224, 224, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
+def test_logits_in_bfloat16_agree_with_float32_and_are_not_the_same(recipe: Recipe) -> None:
+    model, images = small(recipe).eval(), pictures()
+    with torch.no_grad():
+        exact = model(images)
+        with autocast("bf16", model.devices[0]):
+            rounded = model(images)
+    assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
+    error = float((rounded.float() - exact).norm() / exact.norm())
+    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # eight layers
+
+
+def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_float32() -> None:
+    model = small()
+    optimiser = make_optimiser(model, SHORT)
+    Schedule(SHORT).apply(optimiser, 0)
+    stepped = TrainingStep(model, optimiser, "bf16")(pictures(), torch.arange(6) % 5)
+    assert stepped.loss.dtype == stepped.logits.dtype == torch.float32
+    for parameter in model.parameters():
+        assert parameter.dtype == parameter.grad.dtype == optimiser.velocity(parameter).dtype == torch.float32
+    assert torch.equal(stepped.logits, stepped.logits.bfloat16().float())  # fc8 gave bfloat16
+
+
+def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
+    model = small()
+    labels = torch.arange(6) % 5
+    stepped = TrainingStep(model, make_optimiser(model, SHORT), "bf16")(pictures(), labels)
+    logits = stepped.logits.double().numpy()
+    by_hand = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), labels]
+    assert float(stepped.loss) == pytest.approx(by_hand.mean(), rel=1e-6)
+
+
+@pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
+def test_normalisation_of_bfloat16_adds_up_in_float32(norm) -> None:
+    """One rounding, of the result: sums of rounded squares would be wrong by several."""
+    x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).bfloat16()
+    wanted = norm(x.double(), 5, 1e-2, 0.75, 2.0)
+    with autocast("bf16", torch.device("cpu")):
+        found = norm(x, 5, 1e-2, 0.75, 2.0)
+    assert ((found.double() - wanted).abs() <= 1.01 * BF16_STEP * wanted.abs()).all()
+
+
+@pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
+def test_gradient_of_normalisation_of_bfloat16(norm) -> None:
+    x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(3)).mul_(50).bfloat16().requires_grad_()
+    upstream = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(4)).bfloat16()
+    exact = x.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(norm(exact, 5, 1e-2, 0.75, 2.0), exact, upstream.double())
+    with autocast("bf16", torch.device("cpu")):
+        y = norm(x, 5, 1e-2, 0.75, 2.0)
+    (found,) = torch.autograd.grad(y, x, upstream.to(y.dtype))
+    assert float((found.double() - wanted).norm() / wanted.norm()) < BF16_STEP / 2
+
+
+def test_a_small_network_learns_in_bfloat16() -> None:
+    """Three pictures by heart, at the losses that float32 has on the way."""
+    images, labels, lines = pictures(3), torch.arange(3), []
+    for precision in ("fp32", "bf16"):
+        model = small(replace(SHORT, dropout=0.0, lr=0.02))
+        optimiser = make_optimiser(model, model.recipe)
+        Schedule(model.recipe).apply(optimiser, 0)
+        step = TrainingStep(model, optimiser, precision)
+        lines.append([float(step(images, labels).loss) for _ in range(6)])
+        assert lines[-1][-1] < 0.75 * lines[-1][0], lines
+    assert lines[1] == pytest.approx(lines[0], rel=0.02) and lines[1] != lines[0]
+
+
+def test_a_run_writes_down_its_precision(stores: dict[str, Path], tmp_path: Path) -> None:
+    run_dir = fit(config(stores["jpeg"], tmp_path / "run", steps=1, batch_size=2, precision="bf16"))
+    about = json.loads((run_dir / "run.json").read_text())
+    assert about["settings"]["precision"] == about["identity"]["precision"] == "bf16"
+
+
+def test_a_run_is_not_continued_in_another_precision(stores: dict[str, Path], tmp_path: Path) -> None:
+    plan = config(stores["jpeg"], tmp_path / "run", steps=1)
+    fit(plan)
+    with pytest.raises(UserError, match=r"another precision \(fp32, here bf16\)"):
+        fit(replace(plan, precision="bf16", steps=2))
+
+
+def test_evaluation_in_bfloat16_is_near_float32(stores: dict[str, Path]) -> None:
+    model = small()
+    model.fc8.weight.data.mul_(20)
+    with eval_loader(stores["jpeg"], 6) as loader:
+        results = [evaluate(model, loader, Progress(loader.records, "images"), word) for word in ("fp32", "bf16")]
+    assert results[0].loss != results[1].loss
+    assert results[1].loss == pytest.approx(results[0].loss, rel=0.05)
+
+
+def test_tf32_is_switched_for_products_and_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    matmul, conv = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    for word, told in [("tf32", "tf32"), ("fp32", "ieee"), ("tf32", "tf32"), ("bf16", "ieee")]:
+        set_precision(word, ("cuda:0", "cuda:1"))
+        assert matmul.fp32_precision == conv.fp32_precision == told, word
+
+
+def test_older_torch_has_older_switches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from types import SimpleNamespace
+
+    matmul, cudnn = SimpleNamespace(allow_tf32=False), SimpleNamespace(allow_tf32=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+    monkeypatch.setattr(torch.backends, "cudnn", cudnn)
+    for word, told in [("fp32", False), ("tf32", True), ("fp32", False)]:
+        set_precision(word, ("cuda:0",))
+        assert vars(matmul) == vars(cudnn) == {"allow_tf32": told}
+    monkeypatch.undo()
+
+
+def test_what_a_device_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="tf32: cpu has no TF32"):
+        set_precision("tf32", ("cpu", "cpu"))
+    with pytest.raises(UserError, match="fp16: expected one of fp32, tf32, bf16"):
+        set_precision("fp16", ("cpu",))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 0))
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Tesla V100")
+    with pytest.raises(UserError, match="Tesla V100 computes no bfloat16"):
+        set_precision("bf16", ("cuda:0", "cuda:1"))
+
+
+@pytest.mark.parametrize("command", [["run"], ["evaluate", "run"]], ids=lambda words: words[0])
+def test_the_commands_refuse_tf32_on_a_cpu_before_they_begin(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = [*command, "--store", str(stores["jpeg"]), "--gpus", "cpu", "--precision", "tf32"]
+    result = CliRunner().invoke(cli.main, words)
+    assert result.exit_code == 1 and "cpu has no TF32" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_precision_of_a_command_reaches_the_run(stores: dict[str, Path], tmp_path: Path) -> None:
+    words = ["run", "--store", str(stores["jpeg"]), "--gpus", "cpu", "--batch", "8", "--dry-run", "--json"]
+    result = CliRunner().invoke(cli.main, [*words, "--run-dir", str(tmp_path / "run"), "--precision", "bf16"])
+    assert result.exit_code == 0 and json.loads(result.stdout)["precision"] == "bf16" and "bf16;" in result.stderr
+    assert options.PRECISIONS == PRECISIONS

@@ -1,0 +1,182 @@
+"""The report as a browser sees it: parsed, its pictures decoded, nothing from outside; and in headless Chromium."""
+
+from __future__ import annotations
+
+import html
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+from base64 import b64decode
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+pytest.importorskip("matplotlib")
+
+from train.cli import main
+from train.evaluation.evaluate import EvalResult
+from train.evaluation.predictions import note_result
+from train.report.gallery import Trained, plates
+from train.report.html import page
+
+_VOID = {"meta", "link", "img", "br"}
+_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
+
+
+class Page(HTMLParser):
+    """Elements with their attributes, and the text; asserts that tags are balanced."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self.open = "", []
+        self.feed(source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.elements.append((tag, dict(attrs)))
+        if tag not in _VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] != "style":
+            self.text += data + " "
+
+
+@pytest.fixture(scope="module")
+def report(small_run: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("report") / "a <run> & more"
+    shutil.copytree(small_run, run_dir)
+    result = CliRunner().invoke(main, ["report", str(run_dir), "--store", str(store)])
+    assert result.exit_code == 0, result.output
+    return run_dir / "report.html"
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(report: Path) -> None:
+    source = report.read_text()
+    page = Page(source)
+    pictures = [attrs for tag, attrs in page.elements if tag == "img"]
+    assert len(pictures) == 8 and all(picture["alt"] for picture in pictures)
+    for picture in pictures:
+        kind, data = str(picture["src"]).split(",")
+        assert kind == "data:image/png;base64"
+        assert np.asarray(Image.open(io.BytesIO(b64decode(data, validate=True))).convert("L")).std() > 5
+    for _, attrs in page.elements:
+        for name in ("src", "href"):
+            assert (attrs.get(name) or "#").startswith(("#", "data:")), attrs
+    assert not re.search(r"https?:|url\(|@import|<script", source.split("<body>")[0])
+    assert "<script" not in source and "a &lt;run&gt; &amp; more" in source
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {f"#{name}" for name in ids} == {attrs["href"] for tag, attrs in page.elements if tag == "a"}
+
+
+def test_the_page_tells_errors_recipe_store_environment_and_throughput(report: Path, store: Path) -> None:
+    from train.config.recipes import SHORT
+
+    text = " ".join(Page(report.read_text()).text.split())
+    (line,) = [json.loads(line) for line in (report.parent / "evaluations.jsonl").read_text().splitlines()]
+    assert line["images"] == 12
+    misses = round(12 * line["top1_error"])
+    assert f"{misses / 12:.2%} {misses} of 12; 95 %:" in text
+    for source in SHORT.sources.values():
+        assert " ".join(source.split()) in text
+    told = json.loads((report.parent / "run.json").read_text())
+    for fact in (
+        told["store"]["fingerprint"],
+        told["environment"]["torch"],
+        "Images per second",
+        "3, here 2",
+        "16, here 10",
+    ):
+        assert fact in text
+    assert json.loads((store / "manifest.json").read_text())["fingerprint"] == told["store"]["fingerprint"]
+
+
+def test_an_imported_network_has_a_page_too(trained_run: Path) -> None:
+    """It has no metrics.jsonl; its evaluations are of every kind, and of these the page tells."""
+    (trained_run / "metrics.jsonl").unlink()
+    trained = Trained.open(trained_run, None, "cpu", "fp32")
+    for views in (10, "dense"):
+        note_result(
+            trained_run,
+            {
+                "step": trained.state["step"],
+                "split": "val",
+                "split_fingerprint": "f",
+                "views": views,
+                "precision": "fp32",
+            },
+            EvalResult(0.5, 0.25, 1.0, 12),
+        )
+    names = [plate.name for plate in plates(trained)]
+    assert names[0] == "kernels" and len(names) == 7
+    text = Page(page(trained, [])).text
+    for words in ("No training step was logged", "Top-1 error, ten views", "Top-5 error, dense windows"):
+        assert words in text
+
+
+def browser() -> str | None:
+    """Where a Chromium is: CHROMIUM in the environment, on the path, or as Playwright installed it."""
+    named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
+    cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
+    named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
+    return next((path for path in named if path), None)
+
+
+# The page in frames of a desktop's and a phone's width, in light and dark; a frame of the same origin can be asked.
+_WATCH = """<!DOCTYPE html><body><script>
+const found = [];
+for (const width of [1280, 390]) {
+  const frame = document.createElement("iframe");
+  frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
+  frame.srcdoc = PAGE;
+  frame.onload = () => {
+    const page = frame.contentDocument;
+    found.push({
+      width, room: page.documentElement.clientWidth, content: page.documentElement.scrollWidth,
+      pictures: [...page.images].map(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300),
+      boxes: [...page.querySelectorAll("figure, table, h1, h2, p, dl")].filter(
+        b => { const r = b.getBoundingClientRect(); return r.width < 1 || r.height < 1 }).length,
+      requests: frame.contentWindow.performance.getEntriesByType("resource").map(e => e.name).filter(
+        name => !name.startsWith("data:")),
+    });
+    document.title = JSON.stringify(found);
+  };
+  document.body.append(frame);
+}
+</script></body>"""
+
+
+def test_chromium_draws_every_picture_at_desktop_and_phone_width(report: Path, tmp_path: Path) -> None:
+    chromium = browser()
+    if chromium is None:
+        pytest.skip(
+            "no Chromium: install one with `apt install chromium`, or `pip install playwright` and `playwright install "
+            "chromium`; or name it in CHROMIUM"
+        )
+    watch = tmp_path / "watch.html"
+    watch.write_text(_WATCH.replace("PAGE", json.dumps(report.read_text()).replace("</", "<\\/")))
+    words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    words += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom"]
+    done = subprocess.run([*words, watch.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    assert ":CONSOLE" not in done.stderr
+    title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
+    assert title is not None, done.stderr[-2000:]
+    found = json.loads(html.unescape(title[1]))
+    assert sorted(frame["width"] for frame in found) == [390, 1280]
+    for frame in found:
+        assert frame["content"] <= frame["room"], "wider than the screen"
+        assert frame["pictures"] == [True] * 8
+        assert frame["boxes"] == 0 and frame["requests"] == []

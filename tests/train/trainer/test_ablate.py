@@ -1,0 +1,166 @@
+"""The paper's ablations: what each changes, that they go on where they were, and the table's arithmetic."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+
+import train.cli
+import train.trainer.ablate
+from prep.console import UserError
+from train.config.ablations import ABLATIONS, BASELINE
+from train.config.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
+from train.config.recipes import PAPER, RELEASED
+from train.config.run_config import RunConfig
+from train.trainer.ablate import Outcome, Run, ablate, outcome_rows, plan_runs, table_lines
+
+SMALL = {
+    "alexnet": replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)),
+    "one-gpu": replace(ONE_GPU, widths=Widths(4, 4, 4, 4, 8, 16, 16)),
+}
+
+
+def small_runs(store: Path, out: Path, **options) -> list[Run]:
+    """Three steps of 8 pictures each."""
+    options = {"recipe": "short", "batch": 8, "steps": 3, "gpus": "cpu", "networks": SMALL, **options}
+    return plan_runs(store, out, **options)
+
+
+def test_each_ablation_takes_one_part_away_and_nothing_else(tmp_path: Path) -> None:
+    """Of the released recipe, which has every part: fields that differ from the baseline's, and the network."""
+    runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
+    assert [run.ablation for run in runs] == list(ABLATIONS)
+    base = asdict(RELEASED)
+    changed = {}
+    for run in runs:
+        recipe = asdict(run.config.recipe)
+        fields = {k: v for k, v in recipe.items() if k not in ("name", "sources") and v != base[k]}
+        changed[run.ablation.name] = (run.config.model.name, fields)
+        assert (run.config.seed, run.config.batch_size, run.config.epochs) == (0, 128, 91)
+    assert changed == {
+        "baseline": ("alexnet", {}),
+        "no-lrn": ("alexnet", {"lrn": None, "within_map": None}),
+        "pool-2": ("alexnet", {"pool_px": 2}),
+        "no-dropout": ("alexnet", {"dropout": 0.0}),
+        "no-colour": ("alexnet", {"augmentation": {**base["augmentation"], "colour": "off", "divisor": 1.0}}),
+        "no-crossing": ("alexnet", {"crossing": False}),
+        "one-gpu": ("one-gpu", {}),
+        "tanh": ("alexnet", {"activation": "tanh"}),
+    }
+
+
+def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files() -> None:
+    """Points of top-1 and top-5 error; net #150's against net #145's, 40.66 / 18.21."""
+    said = {a.name: (a.rise_top1, a.rise_top5) for a in ABLATIONS if a.rise_top1 is not None}
+    assert said == {
+        "no-lrn": (1.4, 1.2),
+        "pool-2": (0.4, 0.3),
+        "one-gpu": (1.7, 1.2),
+        "no-colour": (1.0, None),
+        "no-crossing": (pytest.approx(41.83 - 40.66), pytest.approx(19.33 - 18.21)),
+    }
+
+
+def test_what_a_recipe_lacks_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = [run.ablation.name for run in small_runs(tmp_path, tmp_path)]
+    assert "no-dropout" not in names and "no-dropout: left out" in capsys.readouterr().err
+    assert [run.ablation.name for run in small_runs(tmp_path, tmp_path, only=["one-gpu"])] == ["baseline", "one-gpu"]
+    seeds = [run.config.seed for run in small_runs(tmp_path, tmp_path, only=["tanh"], seed=5, seeds=2)]
+    assert seeds == [5, 6, 5, 6]
+    both = small_runs(tmp_path, tmp_path, settings=["lr=0.02"], only=["tanh"])
+    assert [run.config.recipe.lr for run in both] == [0.02, 0.02]
+    assert both[1].config.recipe.name == "short, lr=0.02, activation=tanh"
+
+
+def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_again(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[str] = []
+    fit = train.trainer.ablate.fit
+
+    def stopped_at_half(config: RunConfig) -> Path:
+        trained.append(config.run_dir.name)
+        if config.model.name == "one-gpu" and len(trained) == 3:
+            fit(replace(config, steps=1))
+            raise KeyboardInterrupt
+        return fit(config)
+
+    monkeypatch.setattr(train.trainer.ablate, "fit", stopped_at_half)
+    runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])
+    with pytest.raises(KeyboardInterrupt):
+        ablate(runs)
+    assert trained == ["baseline-seed0", "no-crossing-seed0", "one-gpu-seed0"]
+    rows = outcome_rows(ablate(runs))
+    assert trained[3:] == ["one-gpu-seed0"]
+    last = (tmp_path / "a" / "one-gpu-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in last if '"train"' in line] == [1, 3]
+    assert outcome_rows(ablate(runs)) == rows and len(trained) == 4
+    assert all(0 <= row["top1_error"]["mean"] <= 100 for row in rows)
+
+    longer = small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4)
+    ablate(longer)
+    assert trained[4:] == ["baseline-seed0", "one-gpu-seed0"]
+    with pytest.raises(UserError, match="another batch size"):
+        ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], batch=4))
+    with pytest.raises(UserError, match="another recipe"):
+        ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4, settings=["lr=0.01"]))
+
+
+def test_one_that_diverges_is_told_and_does_not_stop_the_others(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = small_runs(store, tmp_path, only=["tanh"], settings=["lr=1e9"])
+    runs = [runs[0], replace(runs[1], config=replace(runs[1].config, recipe=replace(runs[1].config.recipe, lr=1e-9)))]
+    rows = outcome_rows(ablate(runs))
+    assert rows[0]["top1_error"]["mean"] is None and rows[1]["top1_error"]["mean"] is not None
+    assert rows[1]["top1_difference"]["mean"] is None and "diverged" in "\n".join(table_lines(rows))
+    monkeypatch.setattr(train.trainer.ablate, "fit", lambda config: pytest.fail("trained again"))
+    assert outcome_rows(ablate(runs)) == rows
+
+
+def test_means_spreads_and_paired_differences_are_numpys() -> None:
+    rng = np.random.default_rng(0)
+    base, other = rng.uniform(0.1, 0.9, (2, 3))
+    tanh = next(a for a in ABLATIONS if a.name == "tanh")
+    no_lrn = next(a for a in ABLATIONS if a.name == "no-lrn")
+    outcomes = [
+        Outcome(ablation, (), tuple(errors.tolist()), tuple((errors / 2).tolist()))
+        for ablation, errors in ((BASELINE, base), (no_lrn, other), (tanh, base))
+    ]
+    rows = outcome_rows(outcomes)
+    assert rows[1]["top1_error"] == pytest.approx({"mean": 100 * other.mean(), "spread": 100 * other.std(ddof=1)})
+    difference = 100 * (other - base)
+    assert rows[1]["top1_difference"] == pytest.approx({"mean": difference.mean(), "spread": difference.std(ddof=1)})
+    assert rows[1]["top5_difference"] == pytest.approx(
+        {"mean": difference.mean() / 2, "spread": difference.std(ddof=1) / 2}
+    )
+    assert rows[2]["top1_difference"] == {"mean": 0, "spread": 0}
+    lines = table_lines(rows)
+    assert f"{difference.mean():+.1f} ± {difference.std(ddof=1):.1f}" in lines[3] and "+1.4" in lines[3]
+    single = outcome_rows([Outcome(BASELINE, (), (0.5,), (0.25,))])[0]
+    assert single["top1_error"] == {"mean": 50, "spread": None} and "±" not in table_lines([single])[2]
+
+
+def test_the_command_prints_a_table_and_json(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, architecture in SMALL.items():
+        monkeypatch.setitem(ARCHITECTURES, name, architecture)
+    words = ["ablate", "--store", str(store), "--out", str(tmp_path / "out"), "--recipe", "paper", "--batch", "8"]
+    words += ["--steps", "1", "--gpus", "cpu", "--only", "one-gpu", "--set", "init=he", "--set", "input_divisor=64"]
+    planned = CliRunner().invoke(train.cli.main, [*words, "--dry-run"])
+    assert planned.exit_code == 0 and "one-gpu-seed0: one-gpu" in planned.stderr and not (tmp_path / "out").exists()
+    done = CliRunner().invoke(train.cli.main, [*words, "--json"])
+    assert done.exit_code == 0, done.output
+    said = json.loads(done.stdout)
+    assert [row["ablation"] for row in said["ablations"]] == ["baseline", "one-gpu"] and said["steps"] == 1
+    assert said["ablations"][1]["paper_top1"] == 1.7
+    shown = CliRunner().invoke(train.cli.main, words)
+    assert "trained and measured before" in shown.stderr
+    error = said["ablations"][1]["top1_error"]["mean"]
+    half = next(line for line in shown.stdout.splitlines() if line.startswith("one-gpu"))
+    assert half.split()[1:4] == ["+1.7", "+1.2", f"{error:.1f}"] and "section 3.2" in shown.stdout
+    assert PAPER.name in json.loads((tmp_path / "out" / "one-gpu-seed0" / "run.json").read_text())["recipe"]["name"]

@@ -1,0 +1,68 @@
+"""Write docs/cli.md: the --help of every command.
+
+python -m tools.cli_reference            # tests/test_docs.py fails where this would change the page
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+import pipeline.cli
+import prep.cli
+import train.cli
+from prep.console import CONTEXT
+
+PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+GROUPS: dict[str, click.Group] = {
+    "alexprep": prep.cli.main,
+    "alexstream": pipeline.cli.main,
+    "alextrain": train.cli.main,
+}
+WIDTH = 84  # characters: a code block of the site at desktop width
+
+INTRODUCTION = """\
+# Commands
+
+<!-- Written by `python -m tools.cli_reference`; tests/test_docs.py compares it with the commands. -->
+
+Three commands, one for each stage. Every subcommand has `--help` with an example; `-h` is the same. `--store` may come
+from the environment variable `ALEXNET_STORE`. Every command that prints figures prints JSON with `--json`.
+
+| exit code | meaning |
+| --- | --- |
+| 0 | done |
+| 1 | there is something to fix; the error says what, and what to type next |
+| 2 | the command line is wrong |
+| 3 | the disk is full |
+| 129, 130, 143 | interrupted by a closed terminal, by Ctrl-C, by SIGTERM |
+
+After each of them, giving the same command again continues the work.
+"""
+
+
+def page() -> str:
+    """The text of docs/cli.md: a section for each group, then one for each of its commands."""
+    parts = [INTRODUCTION]
+    for name, group in GROUPS.items():
+        parts.append(f"## {name}\n\n{_block(group, name)}")
+        for command in sorted(group.commands):
+            full_name = f"{name} {command}"
+            parts.append(f"### {full_name}\n\n{_block(group.commands[command], full_name)}")
+    return "\n".join(parts)
+
+
+def _block(command: click.Command, name: str) -> str:
+    context = click.Context(command, info_name=name, terminal_width=WIDTH, **CONTEXT)
+    return f"```text\n$ {name} --help\n{command.get_help(context)}\n```\n"
+
+
+@click.command()
+def main() -> None:
+    """Bring docs/cli.md up to date."""
+    PAGE.write_text(page(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

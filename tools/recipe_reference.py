@@ -1,0 +1,105 @@
+"""Write docs/recipes.md: every number of every recipe, with its source.
+
+python -m tools.recipe_reference            # tests/test_docs.py fails where this would change the page
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import click
+
+from train.config.recipe import Recipe, recipe_fields
+from train.config.recipe_table import HEADINGS, recipe_rows
+from train.config.recipes import RECIPES
+
+PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+
+INTRODUCTION = """\
+# Recipes
+
+<!-- Written by `python -m tools.recipe_reference`; tests/test_docs.py compares it with train/config/recipes.py. -->
+
+A recipe is every number of a training run, each with its source. `alextrain run --recipe NAME` trains with one;
+`alextrain recipe NAME` prints it. `--set FIELD=VALUE` changes any number, under the names of the first column, as in
+`--set lr=0.02 --set lrn.k=1`. The network (`--model`) and the recipe may be combined freely.
+
+| recipe | what it is |
+| --- | --- |
+| `paper` | the text of 2012, to the letter. It starts slowly: see [Measurements](measurements.md) |
+| `released` | the default: the authors' code and parameter files, net #145 of AlexNet-Source-Code |
+| `caffe` | models/bvlc_alexnet of BVLC's Caffe |
+| `modern` | the same network, trained as one would train it today |
+| `short` | for minutes on a CPU, and for small batches |
+
+In the sources, "section" is a section of the paper. L145 and P145 are layers/layers-145.cfg and
+layers/layer-params-145.cfg of the authors' code, with line numbers; other files with line numbers are of the same
+repository, of Caffe for `caffe`, or of fb.resnet.torch where it is named. "ours" marks a choice of this project.
+Epochs are counted from the start of the training.
+"""
+
+
+def page() -> str:
+    """The text of docs/recipes.md: the values of all recipes side by side, then each recipe with its sources."""
+    parts = [INTRODUCTION, "## Side by side\n", _side_by_side(RECIPES)]
+    for recipe in RECIPES.values():
+        parts += [f"## {recipe.name}\n", _sourced(recipe)]
+    return "\n".join(parts)
+
+
+def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
+    """A row for each number that any of the recipes has, in the order of the fields."""
+    by_recipe = {
+        name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
+    }
+    lines = [_row("number", *(f"`{name}`" for name in recipes)), _row(*["---"] * (len(recipes) + 1))]
+    for field in recipe_fields():
+        cells = [fields[field] for fields in by_recipe.values()]
+        for name in dict.fromkeys(name for values in cells for name in values):
+            lines.append(_row(f"`{name}`", *(values.get(name, "") for values in cells)))
+    return "\n".join(lines) + "\n"
+
+
+def _sourced(recipe: Recipe) -> str:
+    """A table for each heading, a row for each field."""
+    lines = []
+    for field, rows in recipe_rows(recipe).items():
+        if field in HEADINGS:
+            lines += ["", f"### {HEADINGS[field]} {{ #{recipe.name}-{field} }}", ""]
+            lines += [_row("number", "value", "source"), _row("---", "---", "---")]
+        cells = _cells(rows)
+        names = "<br>".join(f"`{name}`" for name in cells)
+        lines.append(_row(names, "<br>".join(cells.values()), _escaped(recipe.sources[field])))
+    return "\n".join(lines).strip() + "\n"
+
+
+def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
+    """The value of each number as Markdown; rows without a name continue the one before."""
+    cells: dict[str, str] = {}
+    for name, value in rows:
+        if name:
+            last, cells[name] = name, _escaped(value)
+        else:
+            between = " " if cells[last].endswith(",") else "<br>"
+            cells[last] += between + _escaped(value)
+    return cells
+
+
+def _escaped(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]])", r"\\\1", text)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+@click.command()
+def main() -> None:
+    """Bring docs/recipes.md up to date."""
+    PAGE.write_text(page(), "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""Run by tools.compare_bits in a process of its own: hash what the packages of one source tree compute.
+
+    cd TREE && PYTHONPATH=TREE python -P tree_bits.py compile
+    cd TREE && PYTHONPATH=TREE python -P tree_bits.py command KERNELS.json alextrain run --store STORE …
+    cd TREE && PYTHONPATH=TREE python -P tree_bits.py stream JPEG_STORE PPM_STORE BATCHES
+    cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
+    cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
+
+`command` runs a command of the project, and writes the list of the compiled kernels that it loaded to KERNELS.json. The
+others print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}; the results of `compile` are
+{source: library or null}. Only names that both trees have may be used here: the three commands, `pipeline.loader`,
+`pipeline.augment.Augmentation`, and files.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from hashlib import sha256
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("prep", "pipeline", "train")
+COMMANDS = {"alexprep": "prep.cli", "alexstream": "pipeline.cli", "alextrain": "train.cli"}
+
+# Values of metrics.jsonl that depend on the clock or on the machine.
+MEASURED = ("images_per_s", "waiting_share", "stream_waiting_share", "memory_mb", "gpu_memory_mb", "unix_time_s")
+
+
+def check_imports(tree: Path) -> None:
+    """Exit with a message where one of the packages would be imported from outside of `tree`."""
+    for name in PACKAGES:
+        file = import_module(name).__file__
+        if file is None or not Path(file).resolve().is_relative_to(tree):
+            sys.exit(f"{name} was imported from {file}, not from {tree}")
+
+
+def loaded_kernels(tree: Path) -> list[str]:
+    """The compiled C libraries of `tree` that this process has loaded, as Linux lists them."""
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    paths = {line.split(maxsplit=5)[5] for line in maps if line.endswith(".so") and str(tree) in line}
+    return sorted(str(Path(path).relative_to(tree)) for path in paths)
+
+
+def compile_kernels(tree: Path) -> dict[str, str | None]:
+    """Compile every C source of the packages; None where the compiler failed."""
+    compile_native = import_module("tools.compile_native").compile_native
+    libraries = {}
+    for source in sorted(path for name in PACKAGES for path in (tree / name).rglob("*.c")):
+        library = compile_native(source)
+        libraries[str(source.relative_to(tree))] = None if library is None else str(library.relative_to(tree))
+    return libraries
+
+
+def run_command(tree: Path, words: list[str]) -> None:
+    """Run one of the project's commands in this process; it ends by SystemExit."""
+    kernels_file, name, *arguments = words
+    try:
+        import_module(COMMANDS[name]).main(arguments, prog_name=name)
+    finally:
+        Path(kernels_file).write_text(json.dumps(loaded_kernels(tree)))
+
+
+def tensor_bytes(tensor: Any) -> bytes:
+    """dtype, shape and the bytes of the elements of a CPU tensor."""
+    import torch
+
+    about = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+    elements: bytes = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return about + elements
+
+
+def hash_of(parts: Iterable[bytes]) -> str:
+    """SHA-256 of the parts, each preceded by its length."""
+    digest = sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def batches_hash(loader: Any, batches: int) -> str:
+    """SHA-256 of the first batches of a loader, over as many epochs as that takes."""
+
+    def endless() -> Iterator[Any]:
+        while True:
+            yield from loader
+
+    with loader:
+        taken = islice(endless(), batches)
+        return hash_of(tensor_bytes(tensor) for batch in taken for tensor in (batch.images, batch.labels))
+
+
+def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
+    """Training batches of 128 and evaluation batches of 32 of the CPU stream, in several settings."""
+    augment, loader = import_module("pipeline.augment"), import_module("pipeline.loader")
+    make = augment.Augmentation
+    training: dict[str, tuple[Path, dict[str, Any]]] = {
+        "default": (jpeg, {}),
+        "default, ppm": (ppm, {}),
+        "seed 2^63, one thread": (jpeg, {"seed": 2**63, "threads": 1}),
+        "mean image": (ppm, {"augmentation": make(mean="image")}),
+        "mean aligned": (ppm, {"augmentation": make(mean="aligned")}),
+        "mean none": (ppm, {"augmentation": make(mean="none")}),
+        "colour eigenvalue": (ppm, {"augmentation": make(colour="eigenvalue")}),
+        "colour off": (ppm, {"augmentation": make(colour="off")}),
+        "as released": (ppm, {"augmentation": make(mean="image", divisor=1.1, shared_by=32)}),
+        "NHWC float16": (ppm, {"layout": "NHWC", "dtype": "float16"}),
+        "NHWC aligned": (ppm, {"layout": "NHWC", "augmentation": make(mean="aligned")}),
+        "bfloat16": (ppm, {"dtype": "bfloat16"}),
+        "shard 1 of 2": (ppm, {"shard": 1, "world_size": 2}),
+    }
+    evaluation: dict[str, tuple[Path, dict[str, Any]]] = {
+        "1 view": (jpeg, {}),
+        "1 view, aligned": (ppm, {"augmentation": make(mean="aligned")}),
+        "10 views": (jpeg, {"views": 10}),
+        "10 views, ppm float16": (ppm, {"views": 10, "dtype": "float16"}),
+        "square": (ppm, {"views": "square", "augmentation": make(mean="image")}),
+    }
+    hashes = {}
+    for name, (store, settings) in training.items():
+        stream = loader.train_loader(store, 128, **{"seed": 0, **settings})
+        batch_count = min(batches, len(stream) + 1)  # one batch of the next epoch where the store is small
+        hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
+    for name, (store, settings) in evaluation.items():
+        stream = loader.eval_loader(store, 32, **settings)
+        hashes[f"evaluation batches: {name}"] = batches_hash(stream, min(batches, len(stream)))
+    return hashes
+
+
+def run_hashes(run_dir: Path) -> dict[str, str]:
+    """Weights, velocity and the rest of the newest checkpoint of a run, and the lines of its metrics.jsonl."""
+    import torch
+
+    newest = max(run_dir.glob("checkpoint-*.pt"))
+    state = torch.load(newest, map_location="cpu", weights_only=True)
+    position = {name: state[name] for name in ("format", "identity", "step", "steps_per_epoch", "stream", "schedule")}
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    kept = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    return {
+        f"weights after {state['step']} steps": tensors_hash(state["parameters"]),
+        f"velocity after {state['step']} steps": tensors_hash(state["velocity"]),
+        "random generator": hash_of([tensor_bytes(state["random"])]),
+        "identity and stream state": hash_of([json.dumps(position, sort_keys=True).encode()]),
+        "metrics": hash_of(json.dumps(line, sort_keys=True).encode() for line in kept),
+    }
+
+
+def tensors_hash(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of named tensors, in the order of their names."""
+    return hash_of(part for name in sorted(tensors) for part in (name.encode(), tensor_bytes(tensors[name])))
+
+
+def array_hashes(file: Path) -> dict[str, str]:
+    """Every numeric array of a file of saved predictions."""
+    import numpy as np
+
+    with np.load(file, allow_pickle=False) as arrays:
+        numeric = [name for name in sorted(arrays) if arrays[name].dtype.kind in "fiu"]
+        return {name: hash_of([str(arrays[name].shape).encode(), arrays[name].tobytes()]) for name in numeric}
+
+
+def main() -> None:
+    """Do what the first word says, in the tree that is the working directory."""
+    tree = Path.cwd().resolve()
+    check_imports(tree)
+    action, *words = sys.argv[1:]
+    if action == "command":
+        run_command(tree, words)
+        return
+    results: Mapping[str, str | None]
+    if action == "compile":
+        results = compile_kernels(tree)
+    elif action == "stream":
+        results = stream_hashes(Path(words[0]), Path(words[1]), int(words[2]))
+    elif action == "run":
+        results = run_hashes(Path(words[0]))
+    else:
+        results = array_hashes(Path(words[0]))
+    print(json.dumps({"results": results, "kernels": loaded_kernels(tree)}))  # noqa: T201  # read by compare_bits
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,5 @@
+"""The command `alextrain`."""
+
+from train.cli.group import main
+
+__all__ = ["main"]

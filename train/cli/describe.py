@@ -1,0 +1,70 @@
+"""`alextrain summary` and `recipe`: tables of a network and of a recipe."""
+
+from __future__ import annotations
+
+import click
+
+from prep.console import UserError, answer, json_option
+from train.cli.options import (
+    RECIPE_NAMES,
+    model_option,
+    recipe_settings,
+)
+from train.config.architecture import ARCHITECTURES
+
+
+@click.command()
+@model_option
+@click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
+@click.option(
+    "--gpus",
+    metavar="0,1|0|cpu",
+    default="0,1",
+    show_default=True,
+    help="Where the columns would be; nothing is put there.",
+)
+@json_option
+def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
+    """The table of layers: output, parameters, multiply-adds, column, and what it sees of the other column.
+
+    \b
+    Example:
+      alextrain summary --classes 1000
+      alextrain summary --model torchvision
+    """
+    from train.model.summary import summary_json, summary_lines
+
+    words = ["cpu"] if gpus == "cpu" else [f"GPU {number}" for number in gpus.split(",")]
+    if len(words) > 2:
+        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
+    devices = words[0], words[-1]
+    if as_json:
+        answer(summary_json(classes, devices, ARCHITECTURES[model]))
+        return
+    for line in summary_lines(classes, devices, ARCHITECTURES[model]):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("name", type=click.Choice(RECIPE_NAMES), default="paper")
+@recipe_settings
+@json_option
+def recipe(name: str, settings: list[str], as_json: bool) -> None:
+    """Every number of a recipe, with its source beside it; the names are those that --set takes.
+
+    \b
+    Example:
+      alextrain recipe released
+      alextrain recipe paper --set lr=0.02 --no-lrn
+    """
+    from dataclasses import asdict
+
+    from train.config.overrides import recipe_of
+    from train.config.recipe_table import recipe_lines
+
+    chosen = recipe_of(name, settings)
+    if as_json:
+        answer(asdict(chosen))
+        return
+    for line in recipe_lines(chosen):
+        click.echo(line)

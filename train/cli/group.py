@@ -1,0 +1,44 @@
+"""The command `alextrain`: its commands, each in a module of its subject."""
+
+from __future__ import annotations
+
+import click
+
+from prep.console import CONTEXT, Group
+from train.cli.convert import export, import_
+from train.cli.describe import recipe, summary
+from train.cli.evaluate import evaluate
+from train.cli.inspect import features, figures, predict, report, search
+from train.cli.run import ablate, run
+from train.cli.runs import compare, status
+
+
+@click.group(cls=Group, context_settings=CONTEXT, goes_on=("run", "ablate"))
+@click.version_option(package_name="alexnet")
+def main() -> None:
+    """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, look at it.
+
+    \b
+    Example:
+      alextrain run --gpus 0,1 --store store
+      alextrain evaluate run --store store --views 10
+    """
+
+
+for command in (
+    run,
+    summary,
+    recipe,
+    ablate,
+    compare,
+    evaluate,
+    export,
+    features,
+    figures,
+    import_,
+    predict,
+    report,
+    search,
+    status,
+):
+    main.add_command(command)

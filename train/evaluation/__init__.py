@@ -1,0 +1,1 @@
+"""Error rates, predictions, features, and nearest neighbors of a trained network."""

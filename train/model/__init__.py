@@ -1,0 +1,1 @@
+"""The two-column AlexNet and its layers, in PyTorch, C and Triton."""

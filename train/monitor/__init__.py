@@ -1,0 +1,1 @@
+"""Metrics of a run in progress: metrics.jsonl, TensorBoard, and the console."""

@@ -1,0 +1,1 @@
+"""Figures and pages about runs: plots, the HTML report, comparisons, and image search."""

@@ -1,0 +1,1 @@
+"""The training loop, its optimizer and schedules, the watchdog, forks, and ablations."""

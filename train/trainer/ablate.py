@@ -1,0 +1,218 @@
+"""Run the paper's ablations on one store: the same seed, budget and recipe, one part away at a time.
+
+Each run is a run folder of its own, `NAME-seedN`, trained as `alextrain run` does. Its errors over the split val, by
+the centre view, are kept in it as ablation.json: what has them is not trained again, what was killed goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from pipeline.loader import eval_loader
+from prep.console import UserError, progress, say
+from prep.files import write_atomic
+from prep.store.manifest import Store
+from train.config.ablations import ABLATIONS, BASELINE, Ablation
+from train.config.architecture import ARCHITECTURES, Architecture
+from train.config.devices import devices_of
+from train.config.identity import check_identity, identity
+from train.config.overrides import recipe_of, set_fields
+from train.config.run_config import RunConfig, length
+from train.evaluation.evaluate import batch_of, evaluate
+from train.runs.loading import load_trained
+from train.trainer.loop import fit
+from train.trainer.watchdog import Diverged
+
+RESULT = "ablation.json"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training to be made: an ablation and a seed."""
+
+    ablation: Ablation
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Errors of one ablation, a number for each seed, shares in 0..1; None of a training that diverged."""
+
+    ablation: Ablation
+    runs: tuple[RunConfig, ...]
+    top1_errors: tuple[float | None, ...]
+    top5_errors: tuple[float | None, ...]
+
+
+def plan_runs(
+    store: Path,
+    out: Path,
+    recipe: str,
+    settings: Sequence[str] = (),
+    *,
+    only: Sequence[str] = (),  # names of ABLATIONS; none: all of them. The baseline always runs
+    seed: int = 0,
+    seeds: int = 1,
+    batch: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    gpus: str | None = None,
+    networks: Mapping[str, Architecture] = ARCHITECTURES,
+) -> list[Run]:
+    """The trainings to be made, ablation after ablation, those that change nothing of the recipe left out.
+
+    Raises UserError as recipe_of and devices_of.
+    """
+    base = recipe_of(recipe, settings, epochs)
+    runs = []
+    for ablation in ABLATIONS:
+        if only and ablation is not BASELINE and ablation.name not in only:
+            continue
+        changed, model = set_fields(base, ablation.settings), networks[ablation.model]
+        if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
+            say(f"{ablation.name}: left out, for recipe {base.name} is without it.")
+            continue
+        for number in range(seed, seed + seeds):
+            config = RunConfig(
+                store=store,
+                recipe=changed,
+                batch_size=batch or base.batch_size,
+                seed=number,
+                model=model,
+                run_dir=out / f"{ablation.name}-seed{number}",
+                devices=devices_of(gpus.split(",")[0] if gpus and model.columns == 1 else gpus, model.columns),
+                epochs=epochs or base.epochs,
+                steps=steps,
+            )
+            runs.append(Run(ablation, config))
+    return runs
+
+
+def ablate(runs: Sequence[Run]) -> list[Outcome]:
+    """Train and measure what is not yet; returns an outcome for each ablation.
+
+    Raises UserError as train.trainer.loop.fit does, where the store has no split val, and where a folder in which a run is
+    to be holds another.
+    """
+    errors = [_errors(run) for run in runs]
+    outcomes = []
+    for ablation in dict.fromkeys(run.ablation for run in runs):
+        mine = [place for place, run in enumerate(runs) if run.ablation == ablation]
+        top1, top5 = (tuple(errors[place][k] for place in mine) for k in (0, 1))
+        outcomes.append(Outcome(ablation, tuple(runs[place].config for place in mine), top1, top5))
+    return outcomes
+
+
+def known_errors(config: RunConfig, store: Store) -> tuple[float | None, float | None] | None:
+    """(top-1, top-5) of a run that was finished and measured before, None where there is something left to do.
+
+    Raises UserError where the folder is another run's.
+    """
+    try:
+        result = json.loads((config.run_dir / RESULT).read_bytes())
+    except (OSError, ValueError):
+        return None
+    check_identity(result, identity(config, store), config.run_dir)
+    if result["steps"] != length(config, store)[1]:
+        return None
+    return result["top1_error"], result["top5_error"]
+
+
+def _errors(run: Run) -> tuple[float | None, float | None]:
+    config = run.config
+    store = Store.open(config.store)
+    if "val" not in store.splits:
+        raise UserError(f"{config.store} has no split val, on which ablations are compared. Build it with --split val.")
+    known = known_errors(config, store)
+    if known is not None:
+        say(f"{config.run_dir}: trained and measured before.")
+        return known
+    say(f"{config.run_dir}: {config.model.name}, recipe {config.recipe.name}")
+    errors: tuple[float | None, float | None]
+    try:
+        fit(config)
+        errors = _measured(config, store)
+    except Diverged as error:
+        say(f"{config.run_dir}: {error}")
+        errors = None, None
+    result = {
+        "identity": identity(config, store),
+        "steps": length(config, store)[1],
+        "top1_error": errors[0],
+        "top5_error": errors[1],
+    }
+    write_atomic(config.run_dir / RESULT, json.dumps(result, indent=1).encode())
+    return errors
+
+
+def _measured(config: RunConfig, store: Store) -> tuple[float, float]:
+    model, _, _ = load_trained(config.run_dir, config.devices)
+    batch = batch_of(store.split("val").records, 1, config.devices[0])
+    loader = eval_loader(
+        config.store, batch, config.devices[0], augmentation=config.recipe.augmentation, threads=config.threads
+    )
+    with loader, progress("validation", loader.records, "images") as report:
+        result = evaluate(model, loader, report)
+    return result.top1_error, result.top5_error
+
+
+def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """For each outcome the paper's differences and ours, in percentage points, above 0 where the error is higher.
+
+    `spread` is the standard deviation over seeds, None of one seed; ours are differences of runs with the same seed.
+    """
+    base = outcomes[0]
+    return [
+        {
+            "ablation": outcome.ablation.name,
+            "source": outcome.ablation.source,
+            "runs": [str(config.run_dir) for config in outcome.runs],
+            "paper_top1": outcome.ablation.rise_top1,
+            "paper_top5": outcome.ablation.rise_top5,
+            "top1_error": _statistics(outcome.top1_errors),
+            "top5_error": _statistics(outcome.top5_errors),
+            "top1_difference": _statistics(_differences(outcome.top1_errors, base.top1_errors)),
+            "top5_difference": _statistics(_differences(outcome.top5_errors, base.top5_errors)),
+        }
+        for outcome in outcomes
+    ]
+
+
+def _differences(mine: Sequence[float | None], base: Sequence[float | None]) -> list[float | None]:
+    return [None if a is None or b is None else a - b for a, b in zip(mine, base, strict=True)]
+
+
+def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
+    """Mean and spread in percent; None where a run diverged."""
+    found = [100 * share for share in shares if share is not None]
+    if len(found) < len(shares):
+        return {"mean": None, "spread": None}
+    return {"mean": mean(found), "spread": stdev(found) if len(found) > 1 else None}
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows as text, and where the paper's numbers are from."""
+    lines = [
+        f"{'':12}{'paper, points':>14}  {'measured error, %':>26}  {'difference, points':>26}",
+        f"{'':12}{'top-1':>7}{'top-5':>7}" + 2 * f"  {'top-1':>13}{'top-5':>13}",
+    ]
+    for row in rows:
+        paper = "".join(f"{'' if row[k] is None else format(row[k], '+.1f'):>7}" for k in ("paper_top1", "paper_top5"))
+        errors = "".join(f"{_text(row[k], ''):>13}" for k in ("top1_error", "top5_error"))
+        differences = "".join(f"{_text(row[k], '+'):>13}" for k in ("top1_difference", "top5_difference"))
+        first = row["ablation"] == BASELINE.name
+        lines.append(f"{row['ablation']:12}{paper}  {errors}  {'' if first else differences}".rstrip())
+    lines.append("Errors by the centre view; the paper's differences are from:")
+    return lines + [f"  {row['ablation']}: {row['source']}" for row in rows if row["ablation"] != BASELINE.name]
+
+
+def _text(statistics: Mapping[str, float | None], sign: str) -> str:
+    middle, spread = statistics["mean"], statistics["spread"]
+    if middle is None:
+        return "diverged"
+    return f"{middle:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
