@@ -60,14 +60,14 @@ def test_choices_written_out_for_a_light_help_are_the_real_ones() -> None:
         assert tuple(choices["split"]) == SPLITS
         assert tuple(choices.get("label_order", LABEL_ORDERS)) == LABEL_ORDERS
     from train.cli import options
-    from train.config.overrides import set_fields
+    from train.config.overrides import apply_overrides
     from train.config.recipe import ACTIVATIONS, POOLS_PX
 
     assert options.RECIPE_NAMES == tuple(RECIPES) and options.ACTIVATIONS == ACTIVATIONS
     pools = next(p for p in train.cli.main.commands["recipe"].params if p.name == "pool")
     assert [int(px) for px in pools.type.choices] == list(POOLS_PX)
     for word in options.SCHEDULES:
-        assert set_fields(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
+        assert apply_overrides(RECIPES["released"], [f"schedule={word}"]).name == f"released, schedule={word}"
     from train.evaluation.neighbors import MOST
     from train.runs.checkpoint import KEPT
 
@@ -156,15 +156,15 @@ def test_a_mistake_gets_one_clear_line(
 
 
 def test_the_default_of_gpus_is_what_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
-    from train.config.devices import devices_of, devices_text
+    from train.config.devices import describe_devices, parse_devices
 
     for there, wanted in ((0, ("cpu", "cpu")), (1, ("cuda:0", "cuda:0")), (8, ("cuda:0", "cuda:1"))):
         monkeypatch.setattr("torch.cuda.device_count", lambda there=there: there)
-        assert devices_of(None) == wanted
-    assert devices_of(None, columns=1) == ("cuda:0", "cuda:0")
-    assert devices_text(("cuda:0", "cuda:0"), columns=1) == "one column on cuda:0"
-    assert devices_of("3,1") == ("cuda:3", "cuda:1") and devices_of("5") == ("cuda:5", "cuda:5")
-    assert devices_text(("cuda:0", "cuda:1")) == "column 0 on cuda:0, column 1 on cuda:1"
+        assert parse_devices(None) == wanted
+    assert parse_devices(None, columns=1) == ("cuda:0", "cuda:0")
+    assert describe_devices(("cuda:0", "cuda:0"), columns=1) == "one column on cuda:0"
+    assert parse_devices("3,1") == ("cuda:3", "cuda:1") and parse_devices("5") == ("cuda:5", "cuda:5")
+    assert describe_devices(("cuda:0", "cuda:1")) == "column 0 on cuda:0, column 1 on cuda:1"
 
 
 def test_summary_as_text_and_json() -> None:

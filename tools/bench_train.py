@@ -2,13 +2,13 @@
 
 ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, train.trainer.optim with that recipe's rates.
 ours, without LRN
-        the same but for its normalisations: what they cost us, as a share of the step.
+        the same but for its normalizations: what they cost us, as a share of the step.
 plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout,
         torch.optim.SGD with the same rates. It has as many parameters, layer by layer.
 plain, without LRN
-        the same but for its two normalisations: not the paper's network, for orientation.
+        the same but for its two normalizations: not the paper's network, for orientation.
 
-Two differences stay. The paper normalises within each column's 48 and 128 maps, plain across all 96 and 256, with the
+Two differences stay. The paper normalizes within each column's 48 and 128 maps, plain across all 96 and 256, with the
 same number of maps in each sum. The paper scales activations in tests, nn.Dropout in training.
 
 A step is: forward, cross-entropy, zero_grad, backward, update, in float32, of random images that are there already. A
@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.augment import WINDOW_PX
+from pipeline.augment import CROP_PX
 from prep.console import say
 from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
 from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
-from train.trainer.optim import make_optimiser
+from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
 
 OURS, OURS_WITHOUT_LRN = "ours", "ours, without LRN"
@@ -72,26 +72,26 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 def training_step(name: str, batch: int) -> Callable[[], int]:
     """One contestant's step, which returns its number of images."""
     torch.manual_seed(0)
-    images, labels = 60 * torch.randn(batch, 3, WINDOW_PX, WINDOW_PX), torch.randint(CLASSES, (batch,))
+    images, labels = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module
-    optimiser: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer
     if name in (OURS, OURS_WITHOUT_LRN):
         recipe = PAPER if name == OURS else replace(PAPER, lrn=None)
         model = ours = AlexNet(CLASSES, recipe, ("cpu", "cpu"))
-        optimiser = updates = make_optimiser(ours, PAPER)
+        optimizer = updates = make_optimizer(ours, PAPER)
         Schedule(PAPER).apply(updates, 0)
     else:
         model = plain_alexnet(with_lrn=name == PLAIN)
         for parameter in model.parameters():
             nn.init.normal_(parameter, std=PAPER.init_std["conv1"])  # the paper's: PyTorch's own diverges at its rate
-        optimiser = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
+        optimizer = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
     model.train()
 
     def step() -> int:
         loss = F.cross_entropy(model(images), labels)
-        optimiser.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        optimiser.step()
+        optimizer.step()
         return batch
 
     return step

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import click
 
-from train.model.summary import LayerRow, summarise
+from train.model.summary import LayerRow, summarize
 
 WIDTH, HEIGHT = 1180, 516
 ROWS = 150, 360  # y of the two columns' middles
@@ -86,7 +86,7 @@ def text(x: float, y: float, words: str, fill: str = INK, anchor: str = "middle"
 
 def picture(classes: int = 1000) -> str:
     """The SVG file."""
-    rows = summarise(classes)
+    rows = summarize(classes)
     drawn = boxes(rows)
     image = Box(40, sum(ROWS) / 2, 130, 6, "#cccccc")
     parts = [

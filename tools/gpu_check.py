@@ -3,7 +3,7 @@
     python -m tools.gpu_check --store STORE --ppm-store PPM_STORE --out gpu.json
 
 A checkout is enough, with PYTHONPATH or from its root: nothing of ours need be installed. Triton calls a C compiler;
-where it finds none the table of the machine says so, and the normalisation is PyTorch's operators.
+where it finds none the table of the machine says so, and the normalization is PyTorch's operators.
 A store of 3,200 records suffices: its epochs follow each other. Without --quick it takes under 6 minutes on one GPU.
 
 Checks, each ok or FAILED with what was found and what was wanted:
@@ -12,7 +12,7 @@ Checks, each ok or FAILED with what was found and what was wanted:
     chroma is not libjpeg-turbo's), PPM within float32 rounding; NCHW and NHWC; mean of the channel, of the image,
     aligned; a state continued on the GPU, to the bit;
 -   the network's logits and gradients in each precision against float64 on the CPU; on two GPUs too, where there are;
--   local response normalisation, whatever form of it this device gets, against torch's own in float64;
+-   local response normalization, whatever form of it this device gets, against torch's own in float64;
 -   three steps twice from one seed; that a step makes the host wait for nothing.
 
 Rates, as medians over turns: all contestants take turns of about a second, the devices idle before and after each, the
@@ -53,7 +53,7 @@ from tools.gpu.checks import Check, all_checks
 from tools.gpu.machine import Plan, machine
 from tools.gpu.timings import conclusions, timings
 from tools.side_by_side import Benchmark, Row, table
-from train.config.devices import devices_of
+from train.config.devices import parse_devices
 
 
 def planned(store: Path, ppm_store: Path | None, device: str, gpus: str | None, batch: int, quick: bool) -> Plan:
@@ -63,7 +63,7 @@ def planned(store: Path, ppm_store: Path | None, device: str, gpus: str | None, 
             f"torch {torch.__version__} sees no GPU on this machine. Run this where there is one; "
             "--device cpu --quick tries the tool itself."
         )
-    devices = devices_of("cpu" if device == "cpu" else gpus)
+    devices = parse_devices("cpu" if device == "cpu" else gpus)
     records = Store.open(store).split("train").records
     if ppm_store is not None and Store.open(ppm_store).settings.format != "ppm":
         raise UserError(f"--ppm-store {ppm_store}: its records are not ppm. Build it with --format ppm.")

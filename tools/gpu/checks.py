@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.augment import WINDOW_PX, Augmentation
+from pipeline.augment import CROP_PX, Augmentation
 from pipeline.loader import Batch, train_loader
 from prep.store.manifest import Store
 from tools.gpu.machine import Plan
@@ -19,7 +19,7 @@ from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm
 from train.model.precision import autocast, set_precision
-from train.trainer.optim import make_optimiser
+from train.trainer.optim import make_optimizer
 from train.trainer.step import TrainingStep
 
 # Grey levels. nvJPEG and libjpeg-turbo may round the cosine transform apart by one or two, and enlarge chroma by other
@@ -115,7 +115,7 @@ def stream_checks(plan: Plan, store: Path, format: str) -> Iterator[Check]:
 
 
 def network(plan: Plan, classes: int, devices: tuple[str, str]) -> AlexNet:
-    """The paper's, with the same parameters wherever it is, but initialised after He: from the paper's own values the
+    """The paper's, with the same parameters wherever it is, but initialized after He: from the paper's own values the
     gradients are so small beside what they are sums of that those of float32 and float64 can part by a tenth.
     """
     torch.manual_seed(0)
@@ -131,7 +131,7 @@ def outcome(model: AlexNet, images: Tensor, labels: Tensor, precision: str) -> t
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         loss = F.cross_entropy(logits, labels.to(logits.device))
     loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
-    gradients = model.joined(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
+    gradients = model.joined_tensors(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
     return logits.detach().double().cpu(), {name: gradient.double() for name, gradient in gradients.items()}
 
 
@@ -165,7 +165,7 @@ def network_checks(plan: Plan) -> Iterator[Check]:
 
 
 def lrn_checks(plan: Plan) -> Iterator[Check]:
-    """Whatever train.model.lrn does on this device, against torch's own normalisation in float64 on the CPU."""
+    """Whatever train.model.lrn does on this device, against torch's own normalization in float64 on the CPU."""
     lrn, images = PAPER.lrn, 2 if plan.quick else 8
     theirs = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by the maps
     types = (torch.float32, torch.bfloat16) if "bf16" in plan.precisions else (torch.float32,)
@@ -201,13 +201,13 @@ def prepared(
     """
     devices, batch = devices or plan.devices, batch or plan.batch
     model = network(plan, 1000, devices).train()
-    optimiser = make_optimiser(model, PAPER)
-    for group in optimiser.param_groups:
+    optimizer = make_optimizer(model, PAPER)
+    for group in optimizer.param_groups:
         group["lr"] = 1e-6
     draw = torch.Generator().manual_seed(1)
-    images = 60 * torch.randn(batch, 3, WINDOW_PX, WINDOW_PX, generator=draw)
+    images = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX, generator=draw)
     labels = torch.randint(1000, (batch,), generator=draw)
-    return TrainingStep(model, optimiser, precision), images.to(devices[0]), labels.to(devices[0])
+    return TrainingStep(model, optimizer, precision), images.to(devices[0]), labels.to(devices[0])
 
 
 def repeat_checks(plan: Plan) -> Iterator[Check]:
@@ -218,7 +218,7 @@ def repeat_checks(plan: Plan) -> Iterator[Check]:
         torch.manual_seed(7)
         for _ in range(3):
             step(images, labels)
-        ends.append([v.flatten() for v in step.model.joined(step.optimiser.velocity).values()])
+        ends.append([v.flatten() for v in step.model.joined_tensors(step.optimizer.velocity).values()])
     apart, limit = relative(torch.cat(ends[0]), torch.cat(ends[1])), SAME_RUN if plan.on_gpu else 0.0
     yield Check(
         f"three steps on {plan.devices[0]} and {plan.devices[1]}, twice",

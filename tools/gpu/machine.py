@@ -161,7 +161,7 @@ def hours_of_imagenet(images_per_s: float) -> float:
 
 
 def _triton(devices: Devices) -> str:
-    """Its version, or why the normalisation goes without it."""
+    """Its version, or why the normalization goes without it."""
     if not devices[0].startswith("cuda"):
         return "not used on a CPU"
     return triton_fault(torch.device(devices[0])) or version("triton")

@@ -16,7 +16,7 @@ from tools.gpu.checks import prepared
 from tools.gpu.machine import Plan, hours_of_imagenet, peak_tflops, seconds
 from tools.side_by_side import Contestant, Row, race
 from train.model.precision import set_precision
-from train.model.summary import summarise
+from train.model.summary import summarize
 from train.trainer.step import TrainingStep
 
 AHEAD = 8  # batches that a stream may have ready when its turn comes: taken first, not counted
@@ -240,7 +240,7 @@ def graph(plan: Plan) -> list[Row]:
 def conclusions(plan: Plan, rows: list[Row]) -> dict[str, Any]:
     """What the rates mean: by network fed from a stream, and for the network alone."""
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}  # they are rounded to tenths
-    layers = [row.multiply_adds for row in summarise(1000)]
+    layers = [row.multiply_adds for row in summarize(1000)]
     multiply_adds = 3 * sum(layers) - layers[0]  # forward, gradients of weights, of inputs: the image wants none
     peak = peak_tflops(plan.devices) if plan.on_gpu else None
     found: dict[str, Any] = {}

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from prep.console import answer, bytes_text, json_option, quoted, say, store_option
+from prep.console import print_json, bytes_text, json_option, shell_quoted, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
     EXPORTS,
@@ -40,7 +40,7 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str, as_json: bool) ->
 
     told = write(run_dir, to, out, checkpoint)
     if as_json:
-        answer(told)
+        print_json(told)
         return
     say(f"{out}: step {told['step']:,}, {bytes_text(told['bytes'])}.")
     if to == "torchvision":
@@ -83,11 +83,11 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
       alextrain import alexnet-owt-7be5be79.pth --run-dir tuned --new-fc8 --set lr=0.001
     """
     Store.open(options["store"]).split("train")
-    from train.config.overrides import recipe_of
+    from train.config.overrides import recipe_with_overrides
     from train.config.run_config import RunConfig
     from train.convert.import_torchvision import import_torchvision
 
-    chosen = recipe_of(options["recipe"], options["settings"], options["epochs"])
+    chosen = recipe_with_overrides(options["recipe"], options["settings"], options["epochs"])
     config = RunConfig(
         store=options["store"],
         recipe=chosen,
@@ -101,7 +101,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     import_torchvision(file, config, new_fc8)
     said = {"run_dir": str(config.run_dir), "from": layout, "file": str(file), "recipe": chosen.name}
     if as_json:
-        answer(said)
+        print_json(said)
         return
-    evaluate = f"alextrain evaluate {quoted(config.run_dir)} --store {quoted(config.store)}"
+    evaluate = f"alextrain evaluate {shell_quoted(config.run_dir)} --store {shell_quoted(config.store)}"
     say(f"{config.run_dir}: imported. Next: {evaluate}")

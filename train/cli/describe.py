@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from prep.console import UserError, answer, json_option
+from prep.console import UserError, print_json, json_option
 from train.cli.options import (
     RECIPE_NAMES,
     model_option,
@@ -39,7 +39,7 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
         raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
     devices = words[0], words[-1]
     if as_json:
-        answer(summary_json(classes, devices, ARCHITECTURES[model]))
+        print_json(summary_json(classes, devices, ARCHITECTURES[model]))
         return
     for line in summary_lines(classes, devices, ARCHITECTURES[model]):
         click.echo(line)
@@ -59,12 +59,12 @@ def recipe(name: str, settings: list[str], as_json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from train.config.overrides import recipe_of
+    from train.config.overrides import recipe_with_overrides
     from train.config.recipe_table import recipe_lines
 
-    chosen = recipe_of(name, settings)
+    chosen = recipe_with_overrides(name, settings)
     if as_json:
-        answer(asdict(chosen))
+        print_json(asdict(chosen))
         return
     for line in recipe_lines(chosen):
         click.echo(line)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import answer, count_noun, json_option, say, store_option
+from prep.console import print_json, count_noun, json_option, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option, views_option
 
 if TYPE_CHECKING:
     from train.evaluation.evaluate import EvalResult
-    from train.evaluation.predictions import Scores
+    from train.evaluation.predictions import Predictions
 
 
 @click.command()
@@ -55,7 +55,7 @@ def evaluate(
     if opened is not None:
         opened.split(split)
     from train.evaluation.evaluate import average, rates
-    from train.evaluation.predictions import Scores, check_out, check_same, load_scores, weights_of
+    from train.evaluation.predictions import Predictions, check_out, check_same, load_predictions, weights_of
 
     if out is not None:
         check_out(out)  # before the work
@@ -63,7 +63,7 @@ def evaluate(
     members, results = [], []
     for path, is_saved in zip(runs, saved, strict=True):
         if is_saved or opened is None:
-            member = load_scores(path)
+            member = load_predictions(path)
             result = rates(average([member.probabilities]), member.labels)
         else:
             result, member = _evaluated(path, opened, views, checkpoint, split, gpus, precision)
@@ -78,7 +78,7 @@ def evaluate(
         whole = rates(mean, last.labels)
         about = {**last.about, "run": names, "step": [member.about["step"] for member in members]}
         about |= {name: _shared(members, name) for name in ("views", "precision")}
-        last = Scores(mean.astype("float32"), last.labels, last.keys, about)
+        last = Predictions(mean.astype("float32"), last.labels, last.keys, about)
         if not as_json:
             _say_result(f"average of {len(members)}" + (f", weights {weights}" if weights else ""), about, whole)
     if out is not None:
@@ -87,20 +87,20 @@ def evaluate(
     if as_json:
         each = [_answered(m, r) for m, r in zip(members, results, strict=True)]
         together = {"members": each, "weights": shares} if len(each) > 1 else {}
-        answer({**_answered(last, whole), **together})
+        print_json({**_answered(last, whole), **together})
 
 
 def _evaluated(
     path: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
-) -> tuple[EvalResult, Scores]:
-    from train.config.devices import devices_of
-    from train.evaluation.predictions import DENSE, note_result, score
+) -> tuple[EvalResult, Predictions]:
+    from train.config.devices import parse_devices
+    from train.evaluation.predictions import DENSE, record_evaluation, score
     from train.model.precision import set_precision
     from train.runs.loading import load_trained, run_and_checkpoint
     from train.runs.preprocessing import check_classes
     from train.runs.run_dir import DESCRIPTION
 
-    devices = devices_of(gpus)
+    devices = parse_devices(gpus)
     set_precision(precision, devices)  # refuses early
     run_dir, checkpoint = run_and_checkpoint(path, checkpoint)
     model, state, classes = load_trained(run_dir, devices, checkpoint)
@@ -112,11 +112,11 @@ def _evaluated(
         )
     result, scores = score(model, state, store, split, views if views == DENSE else int(views), precision, str(path))
     if (run_dir / DESCRIPTION).exists():  # else it is a checkpoint that lies elsewhere
-        note_result(run_dir, scores.about, result)
+        record_evaluation(run_dir, scores.about, result)
     return result, scores
 
 
-def _shared(members: list[Scores], name: str) -> Any:
+def _shared(members: list[Predictions], name: str) -> Any:
     """What all members have in common under a name; None where they differ."""
     values = {member.about[name] for member in members}
     return values.pop() if len(values) == 1 else None
@@ -135,7 +135,7 @@ def _say_result(name: str, about: Any, result: EvalResult) -> None:
     )
 
 
-def _answered(member: Scores, result: EvalResult) -> dict[str, Any]:
+def _answered(member: Predictions, result: EvalResult) -> dict[str, Any]:
     about = {name: member.about[name] for name in ("run", "views", "split", "precision", "step")}
     (top1, top5), (interval1, interval5) = result.misses, result.intervals
     return {

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from prep.console import CONTEXT, Group
+from prep.console import CONTEXT_SETTINGS, Group
+from prep.version import version_option
 from train.cli.convert import export, import_
 from train.cli.describe import recipe, summary
 from train.cli.evaluate import evaluate
@@ -13,8 +14,8 @@ from train.cli.run import ablate, run
 from train.cli.runs import compare, status
 
 
-@click.group(cls=Group, context_settings=CONTEXT, goes_on=("run", "ablate"))
-@click.version_option(package_name="alexnet")
+@click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("run", "ablate"))
+@version_option
 def main() -> None:
     """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, look at it.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, answer, count_noun, json_option, one_line, say, store_option
+from prep.console import UserError, print_json, count_noun, json_option, one_line, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option
 from train.config.architecture import LAYERS
@@ -87,7 +87,7 @@ def figures(
         drawn.append(path.name)
     _say_left_out(trained, split)
     if as_json:
-        answer({"out": str(folder), "files": drawn, "step": trained.state["step"]})
+        print_json({"out": str(folder), "files": drawn, "step": trained.state["step"]})
     else:
         say(f"Drawn into {folder}: {', '.join(drawn)}")
 
@@ -140,7 +140,7 @@ def report(
     size = write_report(trained, path, split, seed, most)
     _say_left_out(trained, split)
     if as_json:
-        answer({"out": str(path), "bytes": size, "step": trained.state["step"]})
+        print_json({"out": str(path), "bytes": size, "step": trained.state["step"]})
     else:
         say(f"Written: {path}, {size / 1e6:.1f} MB")
 
@@ -187,7 +187,7 @@ def predict(
         both = zip([trained.classes[label] for label in said.labels], said.probabilities, strict=True)
         if as_json:
             guesses = [{"class": name, "probability": p} for name, p in both]
-            answer({"image": str(path), "views": int(views), "step": trained.state["step"], "guesses": guesses})
+            print_json({"image": str(path), "views": int(views), "step": trained.state["step"], "guesses": guesses})
         else:
             click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in both)))
 
@@ -228,7 +228,7 @@ def features(
     trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
     shape = write_features(trained.model, trained.looked_at(split), split, layer, out, precision)
     if as_json:
-        answer({"out": str(out), "keys": str(keys_path(out)), "layer": layer, "split": split, "shape": list(shape)})
+        print_json({"out": str(out), "keys": str(keys_path(out)), "layer": layer, "split": split, "shape": list(shape)})
     else:
         click.echo(f"{out}: {layer} of {count_noun(shape[0], 'image')}, {' × '.join(map(str, shape))}")
 
@@ -277,12 +277,12 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     found = find(trained, images, count, most)
     rows = [row for row, _ in found]
-    size = rows_size(len(rows), len(rows[0].neighbours))  # a small store may have fewer than were asked for
+    size = rows_size(len(rows), len(rows[0].neighbors))  # a small store may have fewer than were asked for
     save(rendered(lambda figure: nearest_rows(figure, rows, trained.classes), size, format), sheet)
     say(f"Drawn: {sheet}")
     for path, (_, near) in zip(images, found, strict=True):
         if as_json:
-            answer({"image": str(path), "step": trained.state["step"], "nearest": near})
+            print_json({"image": str(path), "step": trained.state["step"], "nearest": near})
         else:
             told = ", ".join(f"{one['class']} {one['source'] or one['key']} ({one['distance']:.3g})" for one in near)
             click.echo(one_line(f"{path}: {told}"))

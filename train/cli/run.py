@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, answer, count_noun, json_option, quoted, say, store_option
+from prep.console import UserError, print_json, count_noun, json_option, shell_quoted, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
     accumulate_option,
@@ -95,14 +95,14 @@ def run(
     """
     opened = Store.open(store)
     opened.split("train")
-    from train.config.devices import devices_of
-    from train.config.overrides import recipe_of
-    from train.config.recipe import starts_blind
+    from train.config.devices import parse_devices
+    from train.config.overrides import recipe_with_overrides
+    from train.config.recipe import insensitive_at_init
     from train.config.run_config import RunConfig, check_parts
     from train.model.precision import set_precision
 
-    chosen, architecture = recipe_of(recipe, settings, epochs), ARCHITECTURES[model]
-    devices = devices_of(gpus, architecture.columns)
+    chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
+    devices = parse_devices(gpus, architecture.columns)
     set_precision(precision, devices)  # refuses early
     config = RunConfig(
         store=store,
@@ -121,7 +121,7 @@ def run(
         keep=keep,
     )
     check_parts(config)  # refuses early
-    if starts_blind(chosen):
+    if insensitive_at_init(chosen):
         say(
             f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
             "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
@@ -131,30 +131,30 @@ def run(
         if not quiet or dry_run:
             say(line)
     if dry_run:
-        from train.trainer.fork import foretell
+        from train.trainer.fork import preview_fork
 
-        say(foretell(config, fork))
+        say(preview_fork(config, fork))
     else:
-        from train.monitor.view import view_for
+        from train.monitor.view import choose_view
         from train.trainer.fork import fork as begin_with
         from train.trainer.loop import fit
 
         if fork:
             begin_with(config, fork)
-        fit(into, view_for(quiet))
-        say(f"{into.run_dir}: trained. Next: alextrain evaluate {quoted(into.run_dir)} --store {quoted(store)}")
+        fit(into, choose_view(quiet))
+        say(f"{into.run_dir}: trained. Next: alextrain evaluate {shell_quoted(into.run_dir)} --store {shell_quoted(store)}")
     if as_json:
-        answer(_run_answer(into, dry_run))
+        print_json(_run_answer(into, dry_run))
 
 
 def _plan_lines(config: Any, store: Store) -> list[str]:
-    from train.config.devices import devices_text
+    from train.config.devices import describe_devices
     from train.config.run_config import length
-    from train.model.summary import summarise
+    from train.model.summary import summarize
 
     records, classes = store.split("train").records, len(store.classes)
     per_epoch, steps = length(config, store)
-    parameters = sum(row.parameters for row in summarise(classes, config.model, config.recipe))
+    parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
     if not per_epoch:
         raise UserError(
             f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
@@ -162,7 +162,7 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
         )
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     return [
-        f"{config.model.name}, {devices_text(config.devices, config.model.columns)}; "
+        f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
         f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}, {config.precision}; "
         f"{records:,} records, {count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, "
@@ -227,12 +227,12 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
         for run in runs:
             say(f"{run.config.run_dir}: {run.config.model.name}, recipe {run.config.recipe.name}")
         if as_json:
-            answer({"dry_run": True, "runs": [str(run.config.run_dir) for run in runs]})
+            print_json({"dry_run": True, "runs": [str(run.config.run_dir) for run in runs]})
         return
     rows = outcome_rows(train_and_measure(runs))
     if as_json:
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
-        answer({"store": str(store), **settings, "ablations": rows})
+        print_json({"store": str(store), **settings, "ablations": rows})
         return
     for line in table_lines(rows):
         click.echo(line)

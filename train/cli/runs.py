@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prep.console import answer, json_option, one_line, say
+from prep.console import print_json, json_option, one_line, say
 
 
 @click.command()
@@ -26,7 +26,7 @@ def status(run_dir: Path, as_json: bool) -> None:
 
     found = status_of(run_dir)
     if as_json:
-        answer(found)
+        print_json(found)
         return
     for line in status_lines(found):
         click.echo(one_line(line))
@@ -55,7 +55,7 @@ def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
     runs = read_runs(run_dirs)
     draw_comparison(runs, out)
     if as_json:
-        answer({**comparison_json(runs), "out": str(out)})
+        print_json({**comparison_json(runs), "out": str(out)})
         return
     for line in comparison_lines(runs):
         click.echo(one_line(line))

@@ -1,7 +1,7 @@
 """The family of networks: what each has in common with AlexNet of 2012, and where it differs.
 
 An architecture is what parameters a network has and how they are joined; what may vary without another network (rates,
-noise, activation, normalisation) is a recipe's. Light to import: no torch.
+noise, activation, normalization) is a recipe's. Light to import: no torch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Architecture:
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
     conv1_padding: int | None = None  # zero px on every side; None: at the lower right, what the last window lacks
-    normalised: bool = True  # False: no normalisation, whatever a recipe says
+    normalised: bool = True  # False: no normalization, whatever a recipe says
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs are dropped
     convolutional: bool = False  # True: fc6 to fc8 slide over maps, and a larger picture gives a map of predictions
 
@@ -120,6 +120,6 @@ def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
     return Architecture(**{**data, **parts})
 
 
-def numbers_of(architecture: Architecture) -> dict[str, Any]:
+def architecture_numbers(architecture: Architecture) -> dict[str, Any]:
     """What decides the network: everything but the source."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

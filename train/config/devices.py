@@ -10,7 +10,7 @@ from prep.console import UserError
 Devices = tuple[str, str]
 
 
-def devices_of(gpus: str | None, columns: int = 2) -> Devices:
+def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     """`0,1`: column 0 and column 1; `0`: both on one GPU; `cpu`; None: what the machine has and the columns need.
 
     Raises UserError for other words, for a GPU that is not there, and for two devices where there is one column.
@@ -36,7 +36,7 @@ def devices_of(gpus: str | None, columns: int = 2) -> Devices:
     return f"cuda:{int(numbers[0])}", f"cuda:{int(numbers[-1])}"
 
 
-def devices_text(devices: Devices, columns: int = 2) -> str:
+def describe_devices(devices: Devices, columns: int = 2) -> str:
     """`one column on cpu`, `both columns on cpu`, `column 0 on cuda:0, column 1 on cuda:1`."""
     if columns == 1:
         return f"one column on {devices[0]}"

@@ -24,7 +24,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.recipe import Change, Cosine, Plan, Plateau, Recipe, recipe_fields
+from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, ScheduleSpec, recipe_fields
 from train.config.recipes import recipe_named
 
 SET = "set on the command line"
@@ -37,17 +37,17 @@ class _Unfit(Exception):
     """A value that its field cannot have; the text is what is expected."""
 
 
-def recipe_of(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
-    """The recipe `name` with `settings`; raises UserError as set_fields and recipe_named.
+def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
+    """The recipe `name` with `settings`; raises UserError as apply_overrides and recipe_named.
 
     A run of `epochs` changes a recipe only where its rates are drawn over all of them: a cosine, or `schedule=steps`.
     """
-    recipe = set_fields(recipe_named(name), settings)
+    recipe = apply_overrides(recipe_named(name), settings)
     drawn = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
-    return set_fields(recipe_named(name), [*settings, f"epochs={epochs}"]) if epochs and drawn else recipe
+    return apply_overrides(recipe_named(name), [*settings, f"epochs={epochs}"]) if epochs and drawn else recipe
 
 
-def set_fields(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """The recipe with each FIELD=VALUE of `settings`, named and sourced accordingly.
 
     Raises UserError naming field, value and what is expected.
@@ -140,7 +140,7 @@ def _parsed(hint: Any, text: str) -> Any:
     return number
 
 
-def _plan(text: str, recipe: Recipe) -> Plan:
+def _plan(text: str, recipe: Recipe) -> ScheduleSpec:
     """A schedule by its words; `steps` goes by the recipe's rate and epochs, so that these are to be set before."""
     if text == "none":
         return ()
@@ -160,7 +160,7 @@ def _plan(text: str, recipe: Recipe) -> Plan:
             raise _Unfit("plateau, cosine, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4") from None
         if not (0 <= epochs < math.inf and 0 < rate < math.inf):
             raise _Unfit("epochs of at least 0, and rates of more than 0")
-        changes.append(Change(epochs, rate))
+        changes.append(ScheduleChange(epochs, rate))
     if any(later.after_epochs <= change.after_epochs for change, later in pairwise(changes)):
         raise _Unfit("epochs that rise")
     return tuple(changes)

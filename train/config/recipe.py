@@ -17,7 +17,7 @@ POOLS_PX = (2, 3)
 
 @dataclass(frozen=True)
 class Lrn:
-    """Normalisation across maps, alpha multiplying the plain sum of squares (train/model/lrn.py)."""
+    """Normalization across maps, alpha multiplying the plain sum of squares (train/model/lrn.py)."""
 
     size: int
     alpha: float
@@ -31,7 +31,7 @@ class Lrn:
 
 
 @dataclass(frozen=True)
-class Change:
+class ScheduleChange:
     """From `after_epochs` epochs on: what is not None takes the place of what was."""
 
     after_epochs: float  # a change of the colour noise waits for the epoch to end
@@ -77,7 +77,7 @@ class Cosine:
             )
 
 
-Plan = tuple[Change, ...] | Plateau | Cosine
+ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Recipe:
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # after layers 1 and 2
     norm_before_relu: bool  # layer 1: conv, norm, pool, ReLU in place of conv, ReLU, norm, pool
-    within_map: Lrn | None  # after layer 2's normalisation
+    within_map: Lrn | None  # after layer 2's normalization
     pool_px: int  # side of a pooling window, at a stride of 2: 3 overlaps, 2 does not
     crossing: bool  # False: conv3, fc6 and fc7 see their own column alone; fc8 sees both all the same
     dropout: float  # of fc6 and fc7: chance to be set to zero
@@ -111,7 +111,7 @@ class Recipe:
     momentum: float
     weight_decay: float
     decay_biases: bool
-    schedule: Plan
+    schedule: ScheduleSpec
 
     sources: Mapping[str, str]
 
@@ -149,9 +149,9 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     return Recipe(**{**data, **parts})
 
 
-def _plan_from_json(data: Any) -> Plan:
+def _plan_from_json(data: Any) -> ScheduleSpec:
     if not isinstance(data, dict):
-        return tuple(Change(**change) for change in data)
+        return tuple(ScheduleChange(**change) for change in data)
     kind = Cosine if "warmup_epochs" in data else Plateau
     return kind(**data)
 
@@ -161,8 +161,8 @@ def recipe_fields() -> list[str]:
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 
-def starts_blind(recipe: Recipe) -> bool:
-    """Whether its logits hardly depend on the picture at first, as those of the paper's own initialisation: weights of
+def insensitive_at_init(recipe: Recipe) -> bool:
+    """Whether its logits hardly depend on the picture at first, as those of the paper's own initialization: weights of
     0.01 and biases of 1 in the middle layers (docs/measurements.md has what follows of it).
     """
     middle = ("conv3", "conv4", "conv5")

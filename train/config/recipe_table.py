@@ -8,7 +8,7 @@ from itertools import zip_longest
 from textwrap import wrap
 from typing import Any
 
-from train.config.recipe import Change, Recipe, recipe_fields
+from train.config.recipe import Recipe, ScheduleChange, recipe_fields
 
 HEADINGS = {  # above the field
     "batch_size": "What the network is shown",
@@ -53,7 +53,7 @@ def _rows(field: str, value: Any) -> list[tuple[str, str]]:
     return [(field if k == 0 else "", line) for k, line in enumerate(lines)]
 
 
-def _change_text(change: Change) -> str:
+def _change_text(change: ScheduleChange) -> str:
     parts = [f"{name} {_text(value)}" for name, value in vars(change).items() if name != "after_epochs"]
     return ", ".join(part for part in parts if not part.endswith(" none"))
 

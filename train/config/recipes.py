@@ -17,7 +17,7 @@ from typing import Any
 from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.recipe import Change, Cosine, Lrn, Plateau, Recipe
+from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange
 
 _HIDDEN = ("conv2", "conv4", "conv5", "fc6", "fc7")  # whose biases do not start at 0
 
@@ -112,11 +112,11 @@ RELEASED = _variant(
     decay_biases=(False, "layer.cu:565; the paper makes no exception of them"),
     schedule=(
         (
-            Change(25, lr=1e-3),
-            Change(51, lr=1e-4),
-            Change(67, lr_conv1=1e-5, colour="off"),
-            Change(72, lr_conv1=0.0),
-            Change(79, lr=1e-5),
+            ScheduleChange(25, lr=1e-3),
+            ScheduleChange(51, lr=1e-4),
+            ScheduleChange(67, lr_conv1=1e-5, colour="off"),
+            ScheduleChange(72, lr_conv1=0.0),
+            ScheduleChange(79, lr=1e-5),
         ),
         "P145:169-182; the paper has three drops, for all layers",
     ),
@@ -162,7 +162,7 @@ CAFFE = _variant(
     weight_decay=(0.0005, "solver.prototxt"),
     decay_biases=(False, "train_val.prototxt: decay_mult 0"),
     schedule=(
-        tuple(Change(20 * drop, lr=float(f"1e-{2 + drop}")) for drop in (1, 2, 3, 4)),
+        tuple(ScheduleChange(20 * drop, lr=float(f"1e-{2 + drop}")) for drop in (1, 2, 3, 4)),
         "solver.prototxt: a tenth after each 100,000 batches of 256, which are 19.98 epochs",
     ),
 )
@@ -172,7 +172,7 @@ MODERN = _variant(
     "modern",
     batch_size=(512, "ours: what one GPU of today takes with ease"),
     epochs=(90, "ours: the paper's"),
-    input_divisor=(64.0, "ours: pixels of about unit variance, as initialisation 'he' expects"),
+    input_divisor=(64.0, "ours: pixels of about unit variance, as initialization 'he' expects"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as the released code's, without its /1.1",
@@ -204,7 +204,7 @@ SHORT = _variant(
     "short",
     batch_size=(16, "ours: many small steps learn more in minutes than few large ones (docs/measurements.md)"),
     epochs=(3, "ours: what four minutes of two cores allow on 1,500 pictures"),
-    input_divisor=(64.0, "ours: pixels of about unit variance, as initialisation 'he' expects"),
+    input_divisor=(64.0, "ours: pixels of about unit variance, as initialization 'he' expects"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as the released code's, without its /1.1",
@@ -215,7 +215,7 @@ SHORT = _variant(
     dropout=(0.0, "ours: none. Section 4.2: it 'roughly doubles the number of iterations required to converge'"),
     lr=(0.004, "ours: the paper's 0.01 at batches of 128, scaled down for small ones (docs/measurements.md)"),
     decay_biases=(False, "ours, as the released code"),
-    schedule=((Change(2, lr=0.001),), "ours: one drop for the last third"),
+    schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop for the last third"),
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SHORT)}

@@ -15,6 +15,7 @@ from pipeline.augment import SQUARE
 from pipeline.loader import EvalLoader
 from prep.console import Progress
 from train.model.alexnet import AlexNet
+from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
 Z_95 = 1.959963984540054  # the normal distribution's quantile of 0.975
@@ -85,28 +86,23 @@ def evaluate(
     of images than the split has, which would make the rates wrong.
     """
     set_precision(precision, model.devices)
-    was_training = model.training
-    model.eval()
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
-    try:
-        with torch.no_grad():
-            for batch in loader:
-                labels = batch.labels.to(model.devices[0])
-                with autocast(precision, model.devices[0]):
-                    if loader.views == SQUARE:
-                        logits = model.dense(batch.images).flatten(2).mT  # (N, windows, classes)
-                    else:
-                        logits = model(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))
-                log_p = log_mean_softmax(logits)
-                misses += wrong(log_p, labels).cpu()
-                loss -= float(log_p.gather(1, labels[:, None]).sum())
-                if probabilities is not None:
-                    room = probabilities[images : images + len(labels)]
-                    room[:] = log_p.exp().cpu().numpy()[: len(room)]
-                images += len(labels)
-                report.advance(len(labels))
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model):
+        for batch in loader:
+            labels = batch.labels.to(model.devices[0])
+            with autocast(precision, model.devices[0]):
+                if loader.views == SQUARE:
+                    logits = model.dense(batch.images).flatten(2).mT  # (N, windows, classes)
+                else:
+                    logits = model(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))
+            log_p = log_mean_softmax(logits)
+            misses += wrong(log_p, labels).cpu()
+            loss -= float(log_p.gather(1, labels[:, None]).sum())
+            if probabilities is not None:
+                room = probabilities[images : images + len(labels)]
+                room[:] = log_p.exp().cpu().numpy()[: len(room)]
+            images += len(labels)
+            report.advance(len(labels))
     if images != loader.records:
         raise RuntimeError(f"{images} images were served, the split has {loader.records}")
     return EvalResult(int(misses[0]) / images, int(misses[1]) / images, loss / images, images)

@@ -1,6 +1,6 @@
 """What the layers say of pictures: the activations of any layer, of single pictures or of a whole split.
 
-The activations of conv1 to fc7 are those after the nonlinearity, before normalisation, pooling and dropout's scaling;
+The activations of conv1 to fc7 are those after the nonlinearity, before normalization, pooling and dropout's scaling;
 those of fc8 are the logits. Both columns' are joined, column 0's first, as in the joined parameters.
 """
 
@@ -24,6 +24,7 @@ from prep.store.manifest import Store
 from train.config.architecture import LAYERS
 from train.evaluation.evaluate import batch_of
 from train.model.alexnet import ACTIVATIONS, AlexNet
+from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
 
@@ -62,13 +63,8 @@ def tapped(model: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Ten
 
 def activations(model: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32") -> dict[str, Tensor]:
     """float32 (N, …) of each layer, on the CPU, both columns joined; the model is in its evaluation mode for it."""
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), tapped(model, layers) as found, autocast(precision, model.devices[0]):
-            model(images)
-    finally:
-        model.train(was_training)
+    with evaluation_mode(model), tapped(model, layers) as found, autocast(precision, model.devices[0]):
+        model(images)
     return {layer: torch.cat([part.float().cpu() for part in parts], dim=1) for layer, parts in found.items()}
 
 

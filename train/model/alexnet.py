@@ -2,8 +2,8 @@
 
 Each column has half of every layer's maps or units and lives on a device of its own; they may be one device. The column
 sees only its own maps, except where figure 2 has crossing arrows: before conv3, fc6, fc7 and fc8, and there `cross`
-is called. Normalisation never crosses. Maps lie in memory with their channels last, which makes a step on a CPU a third
-shorter: convolution, pooling and the normalisation over channels all like it. A network of one column is the same
+is called. Normalization never crosses. Maps lie in memory with their channels last, which makes a step on a CPU a third
+shorter: convolution, pooling and the normalization over channels all like it. A network of one column is the same
 without anything to cross.
 
 Shapes, per column, for N images:
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.augment import WINDOW_PX
+from pipeline.augment import CROP_PX
 from train.config.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture, Widths
 from train.config.recipe import Lrn, Recipe
 from train.model.lrn import local_response_norm, within_map_norm
@@ -42,7 +42,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-class FullLayer(nn.Linear):
+class FullyConnected(nn.Linear):
     """A fully-connected layer that also slides over maps, `side` × `side` at a time, with the same numbers.
 
     weight (units, maps · side²). Input (N, maps · side²) gives (N, units); (N, maps, rows, columns) gives (N, units,
@@ -70,15 +70,15 @@ class Column(nn.Module):
         self.conv3 = nn.Conv2d(sees * w.conv2, w.conv3, 3, padding=1)
         self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1)
         self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1)
-        self.fc6 = FullLayer(sees * w.conv5, w.fc6, POOLED_PX)
-        self.fc7 = FullLayer(sees * w.fc6, w.fc7)
+        self.fc6 = FullyConnected(sees * w.conv5, w.fc6, POOLED_PX)
+        self.fc7 = FullyConnected(sees * w.fc6, w.fc7)
 
 
 class AlexNet(nn.Module):
     """A network of the family. Outputs logits (N, classes) on column 0's device.
 
     classes       number of classes
-    recipe        what of the network a recipe decides: initialisation, activation, normalisation, pooling, dropout,
+    recipe        what of the network a recipe decides: initialization, activation, normalization, pooling, dropout,
                   whether columns cross, division of the input
     devices       of column 0 and column 1; equal ones put both columns on one device, one column is on the first
     architecture  which network
@@ -100,12 +100,12 @@ class AlexNet(nn.Module):
         share = Widths(**{name: n // count for name, n in vars(architecture.widths).items()})
         with torch.device("meta"):
             self.columns = nn.ModuleList(Column(share, count if recipe.crossing else 1) for _ in range(count))
-            self.fc8 = FullLayer(architecture.widths.fc7, classes)
+            self.fc8 = FullyConnected(architecture.widths.fc7, classes)
         for column, device in zip(self.columns, self.devices, strict=True):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.fc8.to_empty(device=self.devices[0])
         if self.devices[0].type != "meta":
-            initialise(self)
+            initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) of images float32 (N, 3, 224, 224), grey levels minus the mean, on any device.
@@ -115,18 +115,18 @@ class AlexNet(nn.Module):
         if self.architecture.convolutional:
             logits = self.dense(images)
             return logits.flatten(1) if logits.shape[2:] == (1, 1) else logits
-        if images.shape[1:] != (3, WINDOW_PX, WINDOW_PX):
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {WINDOW_PX}, {WINDOW_PX})")
+        if images.shape[1:] != (3, CROP_PX, CROP_PX):
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX}, {CROP_PX})")
         return self._classified([maps.flatten(1) for maps in self._pooled(images)])  # column 0's maps come first
 
     def dense(self, images: Tensor) -> Tensor:
         """Logits (N, classes, rows, columns) of images (N, 3, height, width) of at least 224 px: a window each 32 px.
 
-        256 px give 2 × 2. A window sees its neighbourhood where alone it would see zero padding, so that its logits are
+        256 px give 2 × 2. A window sees its neighborhood where alone it would see zero padding, so that its logits are
         near those of the same window alone, not equal.
         """
-        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < WINDOW_PX:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {WINDOW_PX} or more, the same)")
+        if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX} or more, the same)")
         return self._classified(self._pooled(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
@@ -143,22 +143,22 @@ class AlexNet(nn.Module):
                 joined[device] = torch.cat([half.to(device, non_blocking=True) for half in halves], dim=1)
         return [joined[device] for device in receivers or self.devices]
 
-    def joined(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
+    def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
         """`part` of every parameter, in the shapes of the network without columns, on the CPU.
 
         `conv2.weight` is (256, 48, 5, 5), as a convolution with two groups has it; `fc6.weight` is (4096, 9216). A file
         with these loads for any placement of the columns.
         """
         found = {}
-        for name, parameters in self.by_joined_name().items():
+        for name, parameters in self.parameters_by_joined_name().items():
             found[name] = torch.cat([part(p).cpu() for p in parameters])
         return found
 
-    def load_joined(
+    def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
         """The inverse of joined; raises ValueError for names or shapes that do not fit."""
-        mine = self.by_joined_name()
+        mine = self.parameters_by_joined_name()
         if set(mine) != set(tensors):
             raise ValueError(f"parameters {sorted(set(mine) ^ set(tensors))} are on one side only")
         for name, parameters in mine.items():
@@ -171,7 +171,7 @@ class AlexNet(nn.Module):
             for parameter, piece in zip(parameters, pieces, strict=True):
                 part(parameter).copy_(piece)
 
-    def by_joined_name(self) -> dict[str, list[nn.Parameter]]:
+    def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
         """Joined name (`conv1.weight` …) to the columns' parameters that make it up, in order; fc8 has one."""
         names = [name for name, _ in self._columns[0].named_parameters()]
         found = {name: [column.get_parameter(name) for column in self._columns] for name in names}
@@ -180,7 +180,7 @@ class AlexNet(nn.Module):
     def to(self, *args: object, **kwargs: object) -> AlexNet:
         """Refused: the network is placed when it is made, and moving it as one piece would undo that."""
         raise TypeError(
-            "an AlexNet owns its placement: make it anew with other devices, and load_joined the parameters"
+            "an AlexNet owns its placement: make it anew with other devices, and load_joined_tensors the parameters"
         )
 
     @property
@@ -250,7 +250,7 @@ class AlexNet(nn.Module):
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Activation, normalisation, pooling, activation: what is asked for. ReLU is done along with the rest."""
+        """Activation, normalization, pooling, activation: what is asked for. ReLU is done along with the rest."""
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
             x = self._activation(x)
@@ -272,7 +272,7 @@ class AlexNet(nn.Module):
         return x * torch.empty_like(x).bernoulli_(1 - p) if self.training else x * (1 - p)
 
 
-def initialise(model: AlexNet) -> None:
+def initialize(model: AlexNet) -> None:
     """Fill all parameters from torch's generator of the CPU: the same numbers wherever the columns are.
 
     init     weights                             biases
@@ -283,7 +283,7 @@ def initialise(model: AlexNet) -> None:
     Each layer is drawn whole and then shared out, so the joined parameters do not depend on the columns.
     """
     recipe = model.recipe
-    for name, parameters in model.by_joined_name().items():
+    for name, parameters in model.parameters_by_joined_name().items():
         layer, kind = name.split(".")
         shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
         if kind == "bias":
@@ -297,7 +297,7 @@ def initialise(model: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's state_dict of AlexNet under our names, for load_joined of the architecture `torchvision`.
+    """torchvision's state_dict of AlexNet under our names, for load_joined_tensors of the architecture `torchvision`.
 
     Its weights expect (RGB / 255 − mean) / std with torchvision's mean and std for each channel, which our stream does
     not serve. Raises KeyError for a name that is not of that network.

@@ -1,4 +1,4 @@
-/* The elementwise half of a training step on a CPU: ReLU, normalisation across maps and max-pooling in one pass over
+/* The elementwise half of a training step on a CPU: ReLU, normalization across maps and max-pooling in one pass over
  * memory, and the update of the parameters. Called by kernels.py; lrn.py, pool.py and optim.py hold the same as PyTorch
  * operators. Maps lie channels last: (images, rows, columns, maps) without gaps. */
 
@@ -31,7 +31,7 @@ typedef struct {
 
 INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays */
 
-/* Numbers of `count` positions with `reach` zeros before, between and after them: a sum over neighbouring maps needs no
+/* Numbers of `count` positions with `reach` zeros before, between and after them: a sum over neighboring maps needs no
  * question where the ends are. */
 #define PADDED(count, how) ((how).reach + (count) * ((how).maps + (how).reach))
 
@@ -58,7 +58,7 @@ INLINE void put_squares(const float *restrict x, int64_t count, norm how, int64_
     }
 }
 
-INLINE void normalise_by(const float *restrict x, int64_t count, norm how, int64_t reach, float *restrict squares,
+INLINE void normalize_by(const float *restrict x, int64_t count, norm how, int64_t reach, float *restrict squares,
                          float *restrict out) {
     put_squares(x, count, how, reach, squares);
     for (int64_t p = 0; p < count; p++, x += how.maps, out += how.maps) {
@@ -73,13 +73,13 @@ INLINE void normalise_by(const float *restrict x, int64_t count, norm how, int64
 /* Forward, for `count` positions; `squares` is padded. */
 INLINE void normalise(const float *x, int64_t count, norm how, float *squares, float *out) {
     if (how.reach == 2) /* the paper's five maps, without a loop */
-        normalise_by(x, count, how, 2, squares, out);
+        normalize_by(x, count, how, 2, squares, out);
     else
-        normalise_by(x, count, how, how.reach, squares, out);
+        normalize_by(x, count, how, how.reach, squares, out);
 }
 
 /* dL/dx_i = g_i s_i^-3/4 - 2 alpha 3/4 a_i sum over the window of g_j a_j s_j^-7/4, and nothing where ReLU cut. */
-INLINE void normalise_back_by(const float *restrict x, const float *restrict grad, int64_t count, norm how,
+INLINE void normalize_back_by(const float *restrict x, const float *restrict grad, int64_t count, norm how,
                               int64_t reach, float *restrict squares, float *restrict terms, float *restrict out) {
     put_squares(x, count, how, reach, squares);
     for (int64_t p = 0; p < count; p++) {
@@ -103,12 +103,12 @@ INLINE void normalise_back_by(const float *restrict x, const float *restrict gra
 }
 
 /* Backward, for `count` positions; `squares` and `terms` are padded. */
-INLINE void normalise_back(const float *x, const float *grad, int64_t count, norm how, float *squares, float *terms,
+INLINE void normalize_back(const float *x, const float *grad, int64_t count, norm how, float *squares, float *terms,
                            float *out) {
     if (how.reach == 2)
-        normalise_back_by(x, grad, count, how, 2, squares, terms, out);
+        normalize_back_by(x, grad, count, how, 2, squares, terms, out);
     else
-        normalise_back_by(x, grad, count, how, how.reach, squares, terms, out);
+        normalize_back_by(x, grad, count, how, how.reach, squares, terms, out);
 }
 
 /* `positions` of x to out, some at a time. `scratch` is for PADDED(some) numbers. */
@@ -125,7 +125,7 @@ EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions
     pad(some, how, scratch), pad(some, how, terms);
     for (int64_t p = 0; p < positions; p += some) {
         const int64_t at = p * how.maps, count = positions - p < some ? positions - p : some;
-        normalise_back(x + at, grad + at, count, how, scratch, terms, out + at);
+        normalize_back(x + at, grad + at, count, how, scratch, terms, out + at);
     }
 }
 
@@ -197,7 +197,7 @@ INLINE void pool_line_back(const float *grad, const uint8_t *taps, int64_t row, 
         pool_line_from(a, a, 0, columns, maps, out);
 }
 
-/* ReLU, normalisation and pooling of `images`. `scratch` is for 3 lines of columns * maps and PADDED(columns). */
+/* ReLU, normalization and pooling of `images`. `scratch` is for 3 lines of columns * maps and PADDED(columns). */
 EACH_CPU void pool_forward(const float *x, int64_t images, pool shape, norm how, float *out, uint8_t *taps,
                            float *scratch) {
     const int64_t line = shape.columns * how.maps;
@@ -205,7 +205,7 @@ EACH_CPU void pool_forward(const float *x, int64_t images, pool shape, norm how,
     float *squares = scratch + 3 * line;
     pad(shape.columns, how, squares);
     for (int64_t image = 0; image < images; image++, x += shape.rows * line) {
-        int64_t ready = 0; /* lines of this image that are normalised */
+        int64_t ready = 0; /* lines of this image that are normalized */
         for (int64_t p = 0; p < POOLED(shape.rows); p++, out += pooled_line, taps += pooled_line) {
             const float *lines[3];
             for (; shape.normalise && ready < 2 * p + 3; ready++)
@@ -229,7 +229,7 @@ EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *ta
             float *into = shape.normalise ? scratch : out;
             pool_line_back(grad, taps, row, shape.rows, shape.columns, how.maps, into);
             if (shape.normalise)
-                normalise_back(x, into, shape.columns, how, squares, terms, out);
+                normalize_back(x, into, shape.columns, how, squares, terms, out);
         }
 }
 

@@ -1,4 +1,4 @@
-"""The elementwise half of a training step on a CPU, in C (kernels.c); `kernel` is None where it could not be compiled.
+"""The elementwise half of a training step on a CPU, in C (kernels.c); `native` is None where it could not be compiled.
 
 lrn.py, pool.py and optim.py say the same with PyTorch's operators, and go by it for tensors that are not float32 on a
 CPU. The work is shared by as many threads as PyTorch has, image by image or position by position, so the bits do not
@@ -42,7 +42,7 @@ class Norm(ctypes.Structure):
 
 
 class Pool(ctypes.Structure):
-    """Max-pooling, 3 × 3 with stride 2, of (rows, columns) maps that are normalised first, or not."""
+    """Max-pooling, 3 × 3 with stride 2, of (rows, columns) maps that are normalized first, or not."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -52,7 +52,7 @@ class Pool(ctypes.Structure):
     )
 
 
-class Kernel:
+class NativeKernels:
     """The library's functions, on float32 tensors (N, C, H, W) with channels last. Raises AttributeError where it
     lacks one.
     """
@@ -71,7 +71,7 @@ class Kernel:
             function.restype = None
 
     def norm(self, x: Tensor, how: Norm) -> Tensor:
-        """Normalise."""
+        """Normalize."""
         out = torch.empty_like(x)
 
         def part(first: int, end: int) -> None:
@@ -95,7 +95,7 @@ class Kernel:
         return out
 
     def pool(self, x: Tensor, shape: Pool, how: Norm) -> tuple[Tensor, Tensor]:
-        """Normalise, pool and cut: pooled maps, and for each number which of the nine it was (uint8), or 9 where
+        """Normalize, pool and cut: pooled maps, and for each number which of the nine it was (uint8), or 9 where
         ReLU lets no gradient through."""
         images, maps, rows, columns = x.shape
         out, taps = (
@@ -116,7 +116,7 @@ class Kernel:
         return out, taps
 
     def pool_backward(self, x: Tensor | None, grad: Tensor, taps: Tensor, shape: Pool, how: Norm) -> Tensor:
-        """The gradient of pool's x, given the pooled maps' and pool's taps. x is wanted where it was normalised."""
+        """The gradient of pool's x, given the pooled maps' and pool's taps. x is wanted where it was normalized."""
         images, columns = len(grad), int(shape.columns)
         whole = images, int(how.maps), int(shape.rows), columns
         out = torch.empty(whole, memory_format=torch.channels_last)
@@ -157,14 +157,14 @@ def _at(x: Tensor, position: int) -> int:
     return x.data_ptr() + 4 * position * x.shape[1]
 
 
-def is_right(kernel: Kernel) -> bool:
+def is_correct(kernel: NativeKernels) -> bool:
     """Whether it computes what it should on small maps: windows cut at both ends, whole vectors of maps and rests, ReLU
-    before the normalisation and after the pooling; and on the update of as many parameters.
+    before the normalization and after the pooling; and on the update of as many parameters.
     """
     return _is_right_for(kernel, 44, 5, (6, 7), True, False) and _is_right_for(kernel, 9, 7, (5, 8), False, True)
 
 
-def _is_right_for(kernel: Kernel, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool) -> bool:
+def _is_right_for(kernel: NativeKernels, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool) -> bool:
     draw, alpha, k = torch.Generator().manual_seed(0), 0.3, 2.0
     x, grad = (torch.randn(2, *area, maps, generator=draw).sub(0.7).permute(0, 3, 1, 2) for _ in range(2))
     how, shape = Norm(maps, size, alpha, k, relu), Pool(*area, True, relu_after)
@@ -202,4 +202,4 @@ def _is_right_for(kernel: Kernel, maps: int, size: int, area: tuple[int, int], r
     return all(torch.allclose(found.double(), wanted, 1e-5, 1e-6) for found, wanted in pairs)
 
 
-kernel = compiled.load(compiled.library_path(SOURCE), Kernel, is_right)
+native = compiled.load(compiled.library_path(SOURCE), NativeKernels, is_correct)

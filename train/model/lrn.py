@@ -1,4 +1,4 @@
-"""Local response normalisation (section 3.3), across maps and within a map.
+"""Local response normalization (section 3.3), across maps and within a map.
 
 Across maps, for maps i of one column:
 
@@ -32,7 +32,7 @@ from train.model import kernels
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
-    """Normalise (N, C, H, W) across `size` neighbouring maps (odd); alpha multiplies the sum of squares.
+    """Normalize (N, C, H, W) across `size` neighboring maps (odd); alpha multiplies the sum of squares.
 
     With `relu`, of max(x, 0). Numbers of 16 bits are squared and summed in float32. Differentiable once.
     """
@@ -64,7 +64,7 @@ def fits_kernel(x: Tensor, beta: float) -> bool:
     if torch.compiler.is_compiling():
         return False
     cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
-    return kernels.kernel is not None and cpu and beta == 0.75
+    return kernels.native is not None and cpu and beta == 0.75
 
 
 def channels_last(x: Tensor) -> Tensor:
@@ -95,17 +95,17 @@ def triton_fault(device: torch.device) -> str | None:
     except Exception as error:  # of a compiler, a driver, a disk
         fault = f"Triton fails: {type(error).__name__}: {error}".splitlines()[0][:300]
     if fault is not None:
-        say(f"{device}: {fault}. The normalisation goes by PyTorch's operators, and takes longer.")
+        say(f"{device}: {fault}. The normalization goes by PyTorch's operators, and takes longer.")
     return fault
 
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, how: kernels.Norm) -> Tensor:
-        assert kernels.kernel
+        assert kernels.native
         ctx.save_for_backward(x)
-        ctx.how, ctx.kernel = how, kernels.kernel
-        return kernels.kernel.norm(x, how)
+        ctx.how, ctx.kernel = how, kernels.native
+        return kernels.native.norm(x, how)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -159,7 +159,7 @@ def _traced(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, 
 
 
 def _window_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over `size` neighbouring channels, clipped at the ends: shifted additions, no copy of x."""
+    """Sum over `size` neighboring channels, clipped at the ends: shifted additions, no copy of x."""
     total = x.clone()
     for shift in range(1, min(size // 2, x.shape[1] - 1) + 1):
         total[:, shift:] += x[:, :-shift]
@@ -168,9 +168,9 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 
 
 def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Normalise (N, C, H, W) by the squares in a `size` × `size` neighbourhood of the same map, zero beyond its edge.
+    """Normalize (N, C, H, W) by the squares in a `size` × `size` neighborhood of the same map, zero beyond its edge.
 
-    The released net #145 has it after the second layer's normalisation (layers-145.cfg: cnorm2, of type rnorm); the
+    The released net #145 has it after the second layer's normalization (layers-145.cfg: cnorm2, of type rnorm); the
     paper does not mention it. Keeps x alone; differentiable once.
     """
     check_size(size)
@@ -181,7 +181,7 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
 
 
 class _WithinMap(torch.autograd.Function):
-    """The neighbourhood is symmetric as across maps, and so the gradient has the same form."""
+    """The neighborhood is symmetric as across maps, and so the gradient has the same form."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
@@ -204,6 +204,6 @@ class _WithinMap(torch.autograd.Function):
 
 
 def _area_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over `size` × `size` neighbouring positions of a map, zero beyond its edge."""
+    """Sum over `size` × `size` neighboring positions of a map, zero beyond its edge."""
     down = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0), divisor_override=1)
     return F.avg_pool2d(down, (1, size), stride=1, padding=(0, size // 2), divisor_override=1)

@@ -1,9 +1,9 @@
-"""Local response normalisation on a GPU, in Triton: one kernel forward, one backward, each a pass over memory.
+"""Local response normalization on a GPU, in Triton: one kernel forward, one backward, each a pass over memory.
 
 lrn.py imports it for a tensor on a GPU where Triton is installed; PyTorch's wheels for CUDA bring it along. Maps lie
 channels last or first, without gaps (others are copied). float16, bfloat16 and float32 are computed in float32.
 
-A program has some positions of an image and up to 128 maps. Neighbouring maps are read again from the first-level
+A program has some positions of an image and up to 128 maps. Neighboring maps are read again from the first-level
 cache, and the backward pass computes the sums anew from x, which costs less than keeping them would.
 """
 

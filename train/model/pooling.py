@@ -1,7 +1,7 @@
 """Max-pooling with stride 2, overlapping where windows are 3 px (section 3.4), with what surrounds it in the network.
 
-On a CPU the maps before it are large and what is done to each number is little: ReLU, normalisation and pooling go
-over memory once together (kernels.c), keep a byte for each pooled number, with a normalisation the maps before it too,
+On a CPU the maps before it are large and what is done to each number is little: ReLU, normalization and pooling go
+over memory once together (kernels.c), keep a byte for each pooled number, with a normalization the maps before it too,
 and nothing between. Elsewhere it is PyTorch's operators, one after the other.
 """
 
@@ -23,7 +23,7 @@ def max_pool(
 ) -> Tensor:
     """Pool (N, C, H, W), `size_px` or more rows and columns, to (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1).
 
-    In this order: ReLU if `relu_before`, normalisation by `norm`, pooling, ReLU if `relu_after`. Differentiable once
+    In this order: ReLU if `relu_before`, normalization by `norm`, pooling, ReLU if `relu_after`. Differentiable once
     where it is compiled. Equal numbers: the first has the gradient, as in torch.
     """
     if norm is not None:
@@ -36,7 +36,7 @@ def max_pool(
         pooled = F.max_pool2d(x, size_px, 2)
         return F.relu(pooled) if relu_after else pooled
     how = kernels.Norm(x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before)
-    # Without a normalisation between, ReLU before pooling and after it are the same, and after it is less work.
+    # Without a normalization between, ReLU before pooling and after it are the same, and after it is less work.
     shape = kernels.Pool(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
     result: Tensor = _Pooled.apply(channels_last(x), shape, how)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
@@ -45,10 +45,10 @@ def max_pool(
 class _Pooled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, shape: kernels.Pool, how: kernels.Norm) -> Tensor:
-        assert kernels.kernel
-        pooled, taps = kernels.kernel.pool(x, shape, how)
+        assert kernels.native
+        pooled, taps = kernels.native.pool(x, shape, how)
         ctx.save_for_backward(x if shape.normalise else None, taps)
-        ctx.made_by = kernels.kernel, shape, how
+        ctx.made_by = kernels.native, shape, how
         return pooled
 
     @staticmethod

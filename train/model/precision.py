@@ -4,7 +4,7 @@
     tf32    float32, but a GPU's convolutions and matrix products round their factors to 10 bits after the point (TF32)
             and add up in float32.
     bf16    convolutions and matrix products take and give bfloat16 (torch.autocast); parameters, gradients of
-            parameters, velocities, sums of the local response normalisation, softmax and loss are float32.
+            parameters, velocities, sums of the local response normalization, softmax and loss are float32.
 
 Left alone, PyTorch rounds on a GPU in convolutions and not in matrix products, which is neither of the first two: for a
 GPU the switches are always set. They are global to the process.

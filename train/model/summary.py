@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.augment import WINDOW_PX
+from pipeline.augment import CROP_PX
 from train.config.architecture import ALEXNET, LAYERS, Architecture
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER
@@ -29,7 +29,7 @@ class LayerRow:
     multiply_adds: int  # for one image
 
 
-def summarise(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
+def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
     """One row for each layer with parameters, of an architecture for `classes` classes, for a window of 224 px."""
     model = AlexNet(classes, recipe, ("meta", "meta"), architecture)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
@@ -40,9 +40,9 @@ def summarise(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(remember)
-    model.eval()(torch.zeros(1, 3, WINDOW_PX, WINDOW_PX, device="meta"))
+    model.eval()(torch.zeros(1, 3, CROP_PX, CROP_PX, device="meta"))
 
-    joined = model.by_joined_name()
+    joined = model.parameters_by_joined_name()
     rows = []
     before = 3
     for name in LAYERS:
@@ -69,7 +69,7 @@ def summarise(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
 def summary_json(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> dict[str, Any]:
     """The table and its totals, for --json."""
-    rows = summarise(classes, architecture)
+    rows = summarize(classes, architecture)
     return {
         "model": architecture.name,
         "classes": classes,
@@ -81,7 +81,7 @@ def summary_json(classes: int, devices: tuple[str, str], architecture: Architect
 
 def summary_lines(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> list[str]:
     """The table as text."""
-    rows = summarise(classes, architecture)
+    rows = summarize(classes, architecture)
     lines = [
         f"{architecture.name}: {architecture.source}",
         f"{'layer':6} {'output':>19}  {'sees':12} {'neurons':>9} {'parameters':>12} {'multiply-adds':>14}  on",

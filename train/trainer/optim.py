@@ -65,12 +65,12 @@ class PaperSGD(torch.optim.Optimizer):
     def _updated_at_once(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
         """Update one parameter of a CPU by kernels.c, if it is there and can."""
         velocity, gradient = self.velocity(parameter), parameter.grad
-        if kernels.kernel is None or gradient is None or parameter.device.type != "cpu" or not parameter.numel():
+        if kernels.native is None or gradient is None or parameter.device.type != "cpu" or not parameter.numel():
             return False
         trio = parameter, velocity, gradient
         if any(t.dtype != torch.float32 for t in trio) or not _dense_alike(*trio):
             return False
-        kernels.kernel.update(*trio, group["momentum"], group["lr"], group["weight_decay"])
+        kernels.native.update(*trio, group["momentum"], group["lr"], group["weight_decay"])
         return True
 
 
@@ -82,7 +82,7 @@ def _dense_alike(*tensors: Tensor) -> bool:
     return any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in layouts)
 
 
-def make_optimiser(model: AlexNet, recipe: Recipe) -> PaperSGD:
+def make_optimizer(model: AlexNet, recipe: Recipe) -> PaperSGD:
     """Groups by what a schedule can address: conv1's weights, other weights, biases; see Schedule.apply."""
     groups: dict[str, dict[str, Any]] = {
         "conv1": {"params": [], "weight_decay": recipe.weight_decay},
@@ -90,7 +90,7 @@ def make_optimiser(model: AlexNet, recipe: Recipe) -> PaperSGD:
         "conv1 biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
         "biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
     }
-    for name, parameters in model.by_joined_name().items():
+    for name, parameters in model.parameters_by_joined_name().items():
         first = name.startswith("conv1.")
         if name.endswith(".bias"):
             groups["conv1 biases" if first else "biases"]["params"] += parameters

@@ -6,18 +6,18 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from train.config.recipe import Change, Cosine, Plateau, Recipe
+from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange
 from train.trainer.optim import PaperSGD
 
 
-def cosine_share(plan: Cosine, epochs_done: float, epochs: int) -> float:
-    """The share of lr after `epochs_done` of `epochs`; `plan.end` from there on."""
-    if epochs_done < plan.warmup_epochs:
-        return plan.start + (1 - plan.start) * epochs_done / plan.warmup_epochs
+def cosine_share(spec: Cosine, epochs_done: float, epochs: int) -> float:
+    """The share of lr after `epochs_done` of `epochs`; `spec.end` from there on."""
+    if epochs_done < spec.warmup_epochs:
+        return spec.start + (1 - spec.start) * epochs_done / spec.warmup_epochs
     if epochs_done >= epochs:
-        return plan.end
-    way = (epochs_done - plan.warmup_epochs) / (epochs - plan.warmup_epochs)
-    return plan.end + (1 - plan.end) * (1 + math.cos(math.pi * way)) / 2
+        return spec.end
+    way = (epochs_done - spec.warmup_epochs) / (epochs - spec.warmup_epochs)
+    return spec.end + (1 - spec.end) * (1 + math.cos(math.pi * way)) / 2
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Schedule:
     drops: int = 0
     finished: bool = field(default=False, init=False)
 
-    def rates(self, epochs_done: float) -> tuple[float, float, float]:
+    def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
         """(lr of weights, of conv1's weights, of biases) after `epochs_done` epochs."""
         recipe = self.recipe
         lr, lr_conv1 = recipe.lr, None  # a rate that conv1 is given of its own it keeps
@@ -51,14 +51,14 @@ class Schedule:
             colour = change.colour or colour
         return colour
 
-    def apply(self, optimiser: PaperSGD, epochs_done: float) -> float:
-        """Set the rates of an optimiser that make_optimiser made; returns the rate of the weights.
+    def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
+        """Set the rates of an optimizer that make_optimizer made; returns the rate of the weights.
 
         A rate of 0 for conv1 freezes the layer whole: no gradient is computed for it.
         """
-        lr, lr_conv1, lr_bias = self.rates(epochs_done)
+        lr, lr_conv1, lr_bias = self.learning_rates(epochs_done)
         rates = {"weights": lr, "biases": lr_bias, "conv1": lr_conv1, "conv1 biases": lr_bias if lr_conv1 else 0.0}
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = rates[group["name"]]
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] != 0)
@@ -66,22 +66,22 @@ class Schedule:
 
     def saw_validation(self, error: float) -> None:
         """Count an epoch's validation error towards a plateau; `finished` says that the last rate has reached one."""
-        plan = self.recipe.schedule
-        if not isinstance(plan, Plateau):
+        spec = self.recipe.schedule
+        if not isinstance(spec, Plateau):
             return
         if error < self.best_error:
             self.best_error, self.epochs_since_best = error, 0
             return
         self.epochs_since_best += 1
-        if self.epochs_since_best < plan.patience_epochs:
+        if self.epochs_since_best < spec.patience_epochs:
             return
         self.epochs_since_best = 0
-        if self.drops == plan.drops:
+        if self.drops == spec.drops:
             self.finished = True
         else:
             self.drops += 1
 
-    def _changes(self, epochs_done: float) -> list[Change]:
+    def _changes(self, epochs_done: float) -> list[ScheduleChange]:
         if not isinstance(self.recipe.schedule, tuple):
             return []
         return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]

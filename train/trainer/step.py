@@ -31,7 +31,7 @@ from train.model.precision import autocast, set_precision
 from train.trainer.optim import PaperSGD
 
 
-class Stepped(NamedTuple):
+class StepResult(NamedTuple):
     """What a step gives, on column 0's device, without a graph behind it."""
 
     loss: Tensor  # (), float32, nats: the mean over the batch, before the update
@@ -42,12 +42,12 @@ class Stepped(NamedTuple):
 class TrainingStep:
     """step(images, labels) trains `model` on one batch."""
 
-    def __init__(self, model: AlexNet, optimiser: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
+    def __init__(self, model: AlexNet, optimizer: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
         """Raises UserError for a precision that the model's devices do not have."""
         set_precision(precision, model.devices)
-        self.model, self.optimiser, self.precision, self.parts = model, optimiser, precision, parts
+        self.model, self.optimizer, self.precision, self.parts = model, optimizer, precision, parts
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Stepped:
+    def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
         """Images float32 (N, 3, 224, 224), grey levels minus the mean; labels int64 (N,); on any device.
 
         Raises ValueError for a batch that cannot be divided into `parts`.
@@ -56,7 +56,7 @@ class TrainingStep:
             raise ValueError(f"a batch of {len(labels)} in {self.parts} parts")
         device = self.model.devices[0]
         labels = labels.to(device, non_blocking=True)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         losses, logits = [], []
         for part, part_labels in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True):
             with autocast(self.precision, device):
@@ -66,5 +66,5 @@ class TrainingStep:
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             losses.append(loss.detach())
             logits.append(scores.detach())
-        self.optimiser.step()
-        return Stepped(torch.stack(losses).sum(), torch.cat(logits), labels)
+        self.optimizer.step()
+        return StepResult(torch.stack(losses).sum(), torch.cat(logits), labels)

@@ -22,7 +22,7 @@ from train.config.architecture import (
 )
 from train.config.recipes import PAPER, SHORT
 from train.model.alexnet import AlexNet, from_torchvision
-from train.model.summary import summarise
+from train.model.summary import summarize
 
 WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
 
@@ -40,7 +40,7 @@ WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
 )
 def test_parameters_of_each_architecture(name: str, parameters: int) -> None:
     architecture = ARCHITECTURES[name]
-    assert sum(row.parameters for row in summarise(1000, architecture)) == parameters
+    assert sum(row.parameters for row in summarize(1000, architecture)) == parameters
     assert name in ("alexnet", "convolutional") or f"{parameters:,}" in architecture.source
 
 
@@ -100,7 +100,7 @@ def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> 
     theirs = published()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
     ours = AlexNet(1000, recipe, ("cpu", "cpu"), TORCHVISION)
-    ours.load_joined(from_torchvision(theirs.state_dict()))
+    ours.load_joined_tensors(from_torchvision(theirs.state_dict()))
     images = torch.randn(2, 3, 224, 224)
     for training in (False, True):
         ours.train(training), theirs.train(training)
@@ -120,7 +120,7 @@ def twins() -> tuple[AlexNet, AlexNet]:
     plain, sliding = (
         AlexNet(5, recipe, ("cpu", "cpu"), replace(a, widths=WIDTHS)).double() for a in (ALEXNET, CONVOLUTIONAL)
     )
-    sliding.load_joined(plain.joined())
+    sliding.load_joined_tensors(plain.joined_tensors())
     return plain, sliding
 
 
@@ -135,14 +135,14 @@ def test_the_convolutional_network_is_alexnet_with_the_same_numbers(twins: tuple
         outputs[-1].square().sum().backward()
     assert outputs[0].shape == outputs[1].shape == (3, 5)
     assert torch.allclose(*outputs, rtol=1e-10)
-    mine, yours = (net.joined(lambda p: p.grad) for net in twins)
+    mine, yours = (net.joined_tensors(lambda p: p.grad) for net in twins)
     assert all(torch.allclose(mine[name], yours[name], rtol=1e-8, atol=1e-12) for name in mine)
-    plain.load_joined(sliding.joined())
+    plain.load_joined_tensors(sliding.joined_tensors())
 
 
 def slid(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
     """A dense evaluation by convolutions and unfolded windows, on the joined parameters."""
-    w, r = net.joined(), net.recipe
+    w, r = net.joined_tensors(), net.recipe
     x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)
 
     def norm(x: torch.Tensor) -> torch.Tensor:

@@ -10,8 +10,8 @@ import pytest
 from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.overrides import COSINE, PLATEAU, SET, recipe_of, set_fields
-from train.config.recipe import Change, Cosine, Lrn, Plateau, Recipe, recipe_from_json
+from train.config.overrides import COSINE, PLATEAU, SET, apply_overrides, recipe_with_overrides
+from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange, recipe_from_json
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 
 
@@ -37,13 +37,17 @@ from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
         ("schedule.patience_epochs=3", "schedule", Plateau(0.1, 3, 3)),
         ("schedule=cosine", "schedule", COSINE),
         ("schedule=none", "schedule", ()),
-        ("schedule=steps", "schedule", (Change(30, lr=1e-3), Change(60, lr=1e-4))),
-        ("schedule=25,51,79", "schedule", (Change(25, lr=1e-3), Change(51, lr=1e-4), Change(79, lr=1e-5))),
-        ("schedule=25:5e-3, 51:1e-4", "schedule", (Change(25, lr=5e-3), Change(51, lr=1e-4))),
+        ("schedule=steps", "schedule", (ScheduleChange(30, lr=1e-3), ScheduleChange(60, lr=1e-4))),
+        (
+            "schedule=25,51,79",
+            "schedule",
+            (ScheduleChange(25, lr=1e-3), ScheduleChange(51, lr=1e-4), ScheduleChange(79, lr=1e-5)),
+        ),
+        ("schedule=25:5e-3, 51:1e-4", "schedule", (ScheduleChange(25, lr=5e-3), ScheduleChange(51, lr=1e-4))),
     ],
 )
 def test_a_value_is_read_by_its_fields_type(setting: str, field: str, value: object) -> None:
-    changed = set_fields(PAPER, [setting])
+    changed = apply_overrides(PAPER, [setting])
     assert getattr(changed, field) == value and type(getattr(changed, field)) is type(value)
     others = {f.name for f in fields(Recipe)} - {field, "name", "sources"}
     assert all(getattr(changed, other) == getattr(PAPER, other) for other in others)
@@ -56,21 +60,21 @@ def test_a_value_is_read_by_its_fields_type(setting: str, field: str, value: obj
 
 
 def test_a_part_keeps_the_source_of_the_rest() -> None:
-    source = set_fields(PAPER, ["augmentation.strength=0.05"]).sources["augmentation"]
+    source = apply_overrides(PAPER, ["augmentation.strength=0.05"]).sources["augmentation"]
     assert source == f"strength {SET}; else: {PAPER.sources['augmentation']}"
-    assert set_fields(PAPER, ["lr=0.02"]).sources["lr"] == SET
+    assert apply_overrides(PAPER, ["lr=0.02"]).sources["lr"] == SET
 
 
 def test_the_order_of_settings_and_how_a_number_is_written_change_nothing() -> None:
-    one = set_fields(PAPER, ["schedule=steps", "lr=2e-2", "init_std.conv3=0.03", "init_std=0.02"])
-    two = set_fields(PAPER, ["init_std=0.02", "lr=9", "init_std.conv3=0.03", "schedule=steps", "lr=0.02"])
+    one = apply_overrides(PAPER, ["schedule=steps", "lr=2e-2", "init_std.conv3=0.03", "init_std=0.02"])
+    two = apply_overrides(PAPER, ["init_std=0.02", "lr=9", "init_std.conv3=0.03", "schedule=steps", "lr=0.02"])
     assert one == two
     assert one.name == "paper, init_std=0.02, init_std.conv3=0.03, lr=0.02, schedule=steps"
-    assert one.schedule == (Change(30, lr=2e-3), Change(60, lr=2e-4)) and one.init_std["conv3"] == 0.03
+    assert one.schedule == (ScheduleChange(30, lr=2e-3), ScheduleChange(60, lr=2e-4)) and one.init_std["conv3"] == 0.03
 
 
 def test_what_a_recipe_has_already_leaves_it_as_it_is() -> None:
-    assert set_fields(PAPER, ["lr=0.010", "lrn.k=2", "within_map=none", "activation=relu"]) is PAPER
+    assert apply_overrides(PAPER, ["lr=0.010", "lrn.k=2", "within_map=none", "activation=relu"]) is PAPER
 
 
 @pytest.mark.parametrize(
@@ -108,21 +112,21 @@ def test_what_a_recipe_has_already_leaves_it_as_it_is() -> None:
 )
 def test_errors_name_field_value_and_what_is_expected(setting: str, message: str) -> None:
     with pytest.raises(UserError) as error:
-        set_fields(PAPER, [setting])
+        apply_overrides(PAPER, [setting])
     assert str(error.value).startswith("--set ") and message in str(error.value)
 
 
 def test_a_table_of_changes_has_no_parts() -> None:
     with pytest.raises(UserError, match="expected a value for it as a whole"):
-        set_fields(RELEASED, ["schedule.drops=2"])
+        apply_overrides(RELEASED, ["schedule.drops=2"])
 
 
 def test_the_run_s_epochs_are_the_recipe_s_where_rates_are_drawn_over_them() -> None:
-    assert recipe_of("paper", [], 5) is PAPER
-    assert recipe_of("paper", ["schedule=cosine"], 5).epochs == 5
-    steps = recipe_of("paper", ["schedule=steps"], 30)
-    assert steps.epochs == 30 and steps.schedule == (Change(10, lr=1e-3), Change(20, lr=1e-4))
-    assert recipe_of("paper", ["schedule=25,51"], 30).epochs == 90
+    assert recipe_with_overrides("paper", [], 5) is PAPER
+    assert recipe_with_overrides("paper", ["schedule=cosine"], 5).epochs == 5
+    steps = recipe_with_overrides("paper", ["schedule=steps"], 30)
+    assert steps.epochs == 30 and steps.schedule == (ScheduleChange(10, lr=1e-3), ScheduleChange(20, lr=1e-4))
+    assert recipe_with_overrides("paper", ["schedule=25,51"], 30).epochs == 90
 
 
 def test_every_recipe_survives_json() -> None:

@@ -13,7 +13,7 @@ from train.config.architecture import ALEXNET, CONVOLUTIONAL, HALF, JOINED, TORC
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.model.summary import summarise
+from train.model.summary import summarize
 
 WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
 SMALL = replace(ALEXNET, widths=WIDTHS)
@@ -81,7 +81,7 @@ NETWORKS = {
     "released": (ALEXNET, RELEASED),
     "short": (ALEXNET, SHORT),
     "no crossing": (ALEXNET, replace(SHORT, crossing=False)),
-    "tanh, no normalisation": (ALEXNET, replace(SHORT, activation="tanh", lrn=None)),
+    "tanh, no normalization": (ALEXNET, replace(SHORT, activation="tanh", lrn=None)),
     "sigmoid, pools of 2": (ALEXNET, replace(SHORT, activation="sigmoid", pool_px=2)),
     "joined": (JOINED, PAPER),
     "one column, released": (HALF, RELEASED),
@@ -97,7 +97,7 @@ def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture
     torch.manual_seed(0)
     columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), small(architecture)).double().eval()
     grouped = Grouped(7, small(architecture), recipe).double()
-    grouped.load_state_dict(columns.joined())
+    grouped.load_state_dict(columns.joined_tensors())
     images = torch.randn(2, 3, 224, 224, dtype=torch.float64) * 60
     upstream = torch.randn(2, 7, dtype=torch.float64)
 
@@ -106,14 +106,14 @@ def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture
     assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
     ours.backward(upstream)
     theirs.backward(upstream)
-    mine = columns.joined(lambda p: p.grad)
+    mine = columns.joined_tensors(lambda p: p.grad)
     for name, parameter in grouped.named_parameters():
         assert parameter.grad.abs().max() > 0, name
         assert torch.allclose(mine[name], parameter.grad, rtol=1e-8, atol=1e-12), name
 
 
 def test_parameters_and_shapes_are_the_papers() -> None:
-    rows = {row.layer: row for row in summarise(1000)}
+    rows = {row.layer: row for row in summarize(1000)}
     assert sum(row.parameters for row in rows.values()) == 60_965_224
     assert {name: row.output_per_column for name, row in rows.items()} == {
         "conv1": (48, 55, 55),
@@ -132,7 +132,7 @@ def test_parameters_and_shapes_are_the_papers() -> None:
 
 
 def test_joined_shapes_are_the_papers() -> None:
-    joined = AlexNet(1000, PAPER, ("meta", "meta")).by_joined_name()
+    joined = AlexNet(1000, PAPER, ("meta", "meta")).parameters_by_joined_name()
     assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined: (256, 48, 5, 5)
     assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
     assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2
@@ -150,16 +150,16 @@ def test_parameters_survive_joining_and_loading(probe: AlexNet) -> None:
     other = AlexNet(5, probe.recipe, ("cpu", "cpu"), SMALL)
     images = torch.randn(2, 3, 224, 224)
     assert not torch.equal(other(images), probe(images))
-    other.load_joined(probe.joined())
+    other.load_joined_tensors(probe.joined_tensors())
     assert torch.equal(other(images), probe(images))
 
 
 def test_parameters_that_do_not_fit_are_refused(probe: AlexNet) -> None:
-    joined = probe.joined()
+    joined = probe.joined_tensors()
     with pytest.raises(ValueError, match=r"fc8\.weight: shape"):
-        probe.load_joined({**joined, "fc8.weight": torch.zeros(6, 24)})
+        probe.load_joined_tensors({**joined, "fc8.weight": torch.zeros(6, 24)})
     with pytest.raises(ValueError, match="extra"):
-        probe.load_joined({**joined, "extra": torch.zeros(1)})
+        probe.load_joined_tensors({**joined, "extra": torch.zeros(1)})
 
 
 def test_columns_on_two_devices_cross_only_through_cross() -> None:

@@ -1,7 +1,7 @@
 """Statements of the paper and of its authors' code about network and training, each by a test that is named after it.
 
 What a module's own tests hold stays there: the update over a drop of the rate and the schedules in test_optim.py, the
-normalisation in test_lrn.py, columns against a grouped network in test_model.py.
+normalization in test_lrn.py, columns against a grouped network in test_model.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from train.config.architecture import ALEXNET, JOINED, LAYERS, ONE_GPU, Widths
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.model.summary import summarise
+from train.model.summary import summarize
 from train.trainer.optim import PaperSGD
 
 SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
@@ -32,7 +32,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
     96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. Of both, the sum is about the paper's
     650,000. Its 150,528 inputs are right.
     """
-    found = [row.neurons for row in summarise(1000)]
+    found = [row.neurons for row in summarize(1000)]
     assert found == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
     assert 253_440 == 96 * 55 * 48 and 150_528 == 224 * 224 * 3
     assert round(sum(found), -4) == 660_000 and round(sum(found) - 290_400 + 253_440, -4) == 620_000
@@ -40,7 +40,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 def test_60_million_parameters_layer_by_layer() -> None:
     """Kernels of section 3.5, counted by hand: maps × (side² × maps that one column sees + 1)."""
-    found = {row.layer: row.parameters for row in summarise(1000)}
+    found = {row.layer: row.parameters for row in summarize(1000)}
     assert found == {
         "conv1": 96 * (11 * 11 * 3 + 1),
         "conv2": 256 * (5 * 5 * 48 + 1),
@@ -56,7 +56,7 @@ def test_60_million_parameters_layer_by_layer() -> None:
 
 
 def test_section_3_2_half_as_many_kernels_on_one_gpu_and_about_as_many_parameters() -> None:
-    two, one = ({row.layer: row for row in summarise(1000, a)} for a in (ALEXNET, ONE_GPU))
+    two, one = ({row.layer: row for row in summarize(1000, a)} for a in (ALEXNET, ONE_GPU))
     assert [one[layer].neurons * 2 for layer in LAYERS[:4]] == [two[layer].neurons for layer in LAYERS[:4]]
     assert one["conv5"].neurons == two["conv5"].neurons
     total = [sum(row.parameters for row in rows.values()) for rows in (one, two)]
@@ -76,7 +76,7 @@ def test_224_px_give_55_positions_of_which_the_last_hang_over_by_3_zero_pixels()
 
 def test_section_3_4_pools_that_do_not_overlap_give_output_of_equivalent_dimensions() -> None:
     overlapping, apart = (
-        [row.output_per_column for row in summarise(1000, recipe=replace(PAPER, pool_px=px))] for px in (3, 2)
+        [row.output_per_column for row in summarize(1000, recipe=replace(PAPER, pool_px=px))] for px in (3, 2)
     )
     assert overlapping == apart
 
@@ -90,7 +90,7 @@ BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda r: r.name)
 @pytest.mark.parametrize("layer", BELOW)
 def test_figure_2_which_maps_reach_which_units(layer: str, recipe: Recipe, crossing: bool) -> None:
-    """By gradients, map for map and unit for unit, through normalisation and pooling.
+    """By gradients, map for map and unit for unit, through normalization and pooling.
 
     Every unit of a column's conv2, conv4 and conv5 is reached by each map of its own column below and by none of the
     other's; conv3, fc6 and fc7 by all, or where columns do not cross by their own; fc8 by all in either case.
@@ -163,7 +163,7 @@ def test_one_column_moves_nothing_but_the_image() -> None:
     assert moves.moved == []
 
 
-# ---- section 5: initialisation
+# ---- section 5: initialization
 
 STDS = {
     "paper": dict.fromkeys(LAYERS, 0.01),
@@ -174,10 +174,10 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_initialisation_of_each_layer(recipe: Recipe) -> None:
+def test_initialization_of_each_layer(recipe: Recipe) -> None:
     """Mean, standard deviation and biases; that of He et al. is sqrt(2 / fan in), of fc8 0.01."""
     torch.manual_seed(3)
-    joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined()
+    joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:
         weight = joined[f"{layer}.weight"]
         he = 0.01 if layer == "fc8" else (2 / weight[0].numel()) ** 0.5
@@ -227,29 +227,29 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
     recipe = replace(SHORT, dropout=1 - keep, dropout_scales_training=scaled)
     model = AlexNet(5, recipe, ("cpu", "cpu"), SMALL).double()
     groups = []
-    for name, parameters in model.by_joined_name().items():
+    for name, parameters in model.parameters_by_joined_name().items():
         by = keep if scaled and name in ("fc7.weight", "fc8.weight") else 1.0
         with torch.no_grad():
             for parameter in parameters:
                 parameter.mul_(by)
         groups.append({"params": parameters, "weight_decay": 0.05 / by**2, "by": by})
-    optimiser, logits = PaperSGD(groups, 0.9), []
+    optimizer, logits = PaperSGD(groups, 0.9), []
     images, labels = 60 * torch.randn(6, 4, 3, 224, 224, dtype=torch.float64), torch.randint(5, (6, 4))
     for step in range(6):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = (0.02 if step < 3 else 0.002) * group["by"] ** 2
         torch.manual_seed(100 + step)
         logits.append(model(images[step]))
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         F.cross_entropy(logits[-1], labels[step]).backward()
-        optimiser.step()
+        optimizer.step()
     model.eval()
     logits.append(model(images[0]))
-    return model.joined(), logits
+    return model.joined_tensors(), logits
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.75])
-def test_the_two_forms_of_dropout_are_one_optimiser_for_init_times_keep_lr_times_keep2_decay_over_keep2(
+def test_the_two_forms_of_dropout_are_one_optimizer_for_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
     """Scaling in test (the paper) and in training (nn.Dropout), step for step, over a drop of the rate."""

@@ -132,11 +132,11 @@ def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.Monk
             parameters.append(torch.nn.Parameter(w))
             parameters[-1].grad = g
             before.append(parameters[-1]._version)
-        optimiser = PaperSGD([{"params": parameters, "lr": 0.1, "weight_decay": 0.2}], 0.9)
-        optimiser.step()
-        optimiser.step()
+        optimizer = PaperSGD([{"params": parameters, "lr": 0.1, "weight_decay": 0.2}], 0.9)
+        optimizer.step()
+        optimizer.step()
         assert all(p._version > old for p, old in zip(parameters, before, strict=True))
-        results.append([*parameters, *(optimiser.velocity(p) for p in parameters)])
+        results.append([*parameters, *(optimizer.velocity(p) for p in parameters)])
     for found, wanted in zip(*results, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
 

@@ -1,4 +1,4 @@
-"""Local response normalisation against the paper's formula in float64 NumPy, and against torch.nn.LocalResponseNorm."""
+"""Local response normalization against the paper's formula in float64 NumPy, and against torch.nn.LocalResponseNorm."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ class SaidToBeOnAGpu(Tensor):
 def test_triton_that_cannot_compile_is_done_without(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An image without a C compiler has Triton and cannot use it: training stopped at the first normalisation. It is
+    """An image without a C compiler has Triton and cannot use it: training stopped at the first normalization. It is
     tried once, here first by an evaluation.
     """
 

@@ -1,4 +1,4 @@
-"""Pooling with ReLU and normalisation against PyTorch's operators, one after the other."""
+"""Pooling with ReLU and normalization against PyTorch's operators, one after the other."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_equal_numbers_and_nan_as_torch_has_it(layout: torch.memory_format, way:
 
 
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled: the maps where they were normalised, and a byte for each pooled number."""
+    """Compiled: the maps where they were normalized, and a byte for each pooled number."""
     if kernels.kernel is None:
         pytest.skip("no C compiler was there at installation")
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()

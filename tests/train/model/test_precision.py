@@ -24,7 +24,7 @@ from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.precision import PRECISIONS, autocast, set_precision
 from train.trainer.loop import fit
-from train.trainer.optim import make_optimiser
+from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
 from train.trainer.step import TrainingStep
 
@@ -65,26 +65,26 @@ def test_logits_in_bfloat16_agree_with_float32_and_are_not_the_same(recipe: Reci
 
 def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_float32() -> None:
     model = small()
-    optimiser = make_optimiser(model, SHORT)
-    Schedule(SHORT).apply(optimiser, 0)
-    stepped = TrainingStep(model, optimiser, "bf16")(pictures(), torch.arange(6) % 5)
+    optimizer = make_optimizer(model, SHORT)
+    Schedule(SHORT).apply(optimizer, 0)
+    stepped = TrainingStep(model, optimizer, "bf16")(pictures(), torch.arange(6) % 5)
     assert stepped.loss.dtype == stepped.logits.dtype == torch.float32
     for parameter in model.parameters():
-        assert parameter.dtype == parameter.grad.dtype == optimiser.velocity(parameter).dtype == torch.float32
+        assert parameter.dtype == parameter.grad.dtype == optimizer.velocity(parameter).dtype == torch.float32
     assert torch.equal(stepped.logits, stepped.logits.bfloat16().float())  # fc8 gave bfloat16
 
 
 def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
     model = small()
     labels = torch.arange(6) % 5
-    stepped = TrainingStep(model, make_optimiser(model, SHORT), "bf16")(pictures(), labels)
+    stepped = TrainingStep(model, make_optimizer(model, SHORT), "bf16")(pictures(), labels)
     logits = stepped.logits.double().numpy()
     by_hand = np.log(np.exp(logits).sum(1)) - logits[np.arange(6), labels]
     assert float(stepped.loss) == pytest.approx(by_hand.mean(), rel=1e-6)
 
 
 @pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
-def test_normalisation_of_bfloat16_adds_up_in_float32(norm) -> None:
+def test_normalization_of_bfloat16_adds_up_in_float32(norm) -> None:
     """One rounding, of the result: sums of rounded squares would be wrong by several."""
     x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).bfloat16()
     wanted = norm(x.double(), 5, 1e-2, 0.75, 2.0)
@@ -94,7 +94,7 @@ def test_normalisation_of_bfloat16_adds_up_in_float32(norm) -> None:
 
 
 @pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
-def test_gradient_of_normalisation_of_bfloat16(norm) -> None:
+def test_gradient_of_normalization_of_bfloat16(norm) -> None:
     x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(3)).mul_(50).bfloat16().requires_grad_()
     upstream = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(4)).bfloat16()
     exact = x.detach().double().requires_grad_()
@@ -110,9 +110,9 @@ def test_a_small_network_learns_in_bfloat16() -> None:
     images, labels, lines = pictures(3), torch.arange(3), []
     for precision in ("fp32", "bf16"):
         model = small(replace(SHORT, dropout=0.0, lr=0.02))
-        optimiser = make_optimiser(model, model.recipe)
-        Schedule(model.recipe).apply(optimiser, 0)
-        step = TrainingStep(model, optimiser, precision)
+        optimizer = make_optimizer(model, model.recipe)
+        Schedule(model.recipe).apply(optimizer, 0)
+        step = TrainingStep(model, optimizer, precision)
         lines.append([float(step(images, labels).loss) for _ in range(6)])
         assert lines[-1][-1] < 0.75 * lines[-1][0], lines
     assert lines[1] == pytest.approx(lines[0], rel=0.02) and lines[1] != lines[0]

@@ -9,21 +9,21 @@ import pytest
 import torch
 
 from train.config.architecture import ALEXNET, Widths
-from train.config.recipe import Change, Cosine, Plateau, recipe_fields
+from train.config.recipe import Cosine, Plateau, ScheduleChange, recipe_fields
 from train.config.recipes import CAFFE, MODERN, PAPER, RECIPES, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.trainer.optim import PaperSGD, make_optimiser
+from train.trainer.optim import PaperSGD, make_optimizer
 from train.trainer.schedule import Schedule
 
 SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 
 
-def run(optimiser: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray) -> np.ndarray:
+def run(optimizer: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray) -> np.ndarray:
     for lr, grad in zip(rates, grads, strict=True):
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = lr
         w.grad = torch.tensor(grad)
-        optimiser.step()
+        optimizer.step()
     return w.detach().numpy()
 
 
@@ -55,18 +55,18 @@ def test_lists_of_one_device_are_updated_by_the_rule(
     layout = torch.channels_last if last else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
     ours = [torch.nn.Parameter(torch.tensor(w).contiguous(memory_format=torch.channels_last)) for w in start]
-    optimiser = PaperSGD([{"params": ours, "weight_decay": 0.05}], momentum)
+    optimizer = PaperSGD([{"params": ours, "weight_decay": 0.05}], momentum)
     expected, v = start.astype(np.float64), np.zeros(start.shape)
     for lr, seed in zip([0.1] * 3 + [0.01] * 3, range(6), strict=True):
         grad = np.random.default_rng(seed).normal(size=start.shape).astype(np.float32)
         v = momentum * v - 0.05 * lr * expected - lr * grad
         expected = expected + v
-        optimiser.param_groups[0]["lr"] = lr
+        optimizer.param_groups[0]["lr"] = lr
         for w, g in zip(ours, grad, strict=True):
             w.grad = torch.tensor(g).contiguous(memory_format=layout)
-        optimiser.step()
+        optimizer.step()
     assert np.allclose([w.detach().numpy() for w in ours], expected, rtol=1e-5, atol=1e-6)
-    assert np.allclose([optimiser.velocity(w).numpy() for w in ours], v, rtol=1e-5, atol=1e-6)
+    assert np.allclose([optimizer.velocity(w).numpy() for w in ours], v, rtol=1e-5, atol=1e-6)
 
 
 def test_torch_sgd_is_the_same_at_one_rate_and_differs_after_a_drop(grads: np.ndarray) -> None:
@@ -84,22 +84,22 @@ def test_torch_sgd_is_the_same_at_one_rate_and_differs_after_a_drop(grads: np.nd
 
 def test_rate_zero_freezes_weights_and_velocity(grads: np.ndarray) -> None:
     w = torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float64))
-    optimiser = PaperSGD([{"params": [w], "weight_decay": 0.0005}], 0.9)
-    run(optimiser, w, [0.01] * 3, grads[:3])
-    weights, velocity = w.detach().clone(), optimiser.velocity(w).clone()
-    run(optimiser, w, [0.0] * 4, grads[:4])
-    assert torch.equal(w, weights) and torch.equal(optimiser.velocity(w), velocity)
+    optimizer = PaperSGD([{"params": [w], "weight_decay": 0.0005}], 0.9)
+    run(optimizer, w, [0.01] * 3, grads[:3])
+    weights, velocity = w.detach().clone(), optimizer.velocity(w).clone()
+    run(optimizer, w, [0.0] * 4, grads[:4])
+    assert torch.equal(w, weights) and torch.equal(optimizer.velocity(w), velocity)
 
 
 def decays(recipe) -> dict[str, float]:
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
     by_parameter = {
         parameter: group["weight_decay"]
-        for group in make_optimiser(model, recipe).param_groups
+        for group in make_optimizer(model, recipe).param_groups
         for parameter in group["params"]
     }
     assert len(by_parameter) == len(list(model.parameters()))
-    return {name: by_parameter[parameters[0]] for name, parameters in model.by_joined_name().items()}
+    return {name: by_parameter[parameters[0]] for name, parameters in model.parameters_by_joined_name().items()}
 
 
 def test_the_paper_decays_everything_the_code_only_weights() -> None:
@@ -126,21 +126,21 @@ def test_the_paper_decays_everything_the_code_only_weights() -> None:
 )
 def test_released_schedule_is_the_table_of_net_145(epochs_done: int, lr: float, lr_conv1: float, colour: str) -> None:
     schedule = Schedule(RELEASED)
-    assert schedule.rates(epochs_done) == (lr, lr_conv1, 0.02)
+    assert schedule.learning_rates(epochs_done) == (lr, lr_conv1, 0.02)
     assert schedule.colour(epochs_done) == colour
 
 
 def test_a_frozen_conv1_gets_no_gradient_and_the_rest_does() -> None:
     torch.manual_seed(0)
-    recipe = replace(SHORT, schedule=(Change(1, lr_conv1=0.0),), dropout=0.0)
+    recipe = replace(SHORT, schedule=(ScheduleChange(1, lr_conv1=0.0),), dropout=0.0)
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
-    optimiser, schedule = make_optimiser(model, recipe), Schedule(recipe)
-    schedule.apply(optimiser, 1)
+    optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
+    schedule.apply(optimizer, 1)
     model(torch.randn(2, 3, 224, 224)).square().sum().backward()
     first = list(model.columns[0].conv1.parameters())  # the biases too, whose rate is their own
     assert all(p.grad is None for p in first) and model.columns[1].conv2.weight.grad is not None
     before = [p.detach().clone() for p in first]
-    optimiser.step()
+    optimizer.step()
     assert all(map(torch.equal, first, before))
 
 
@@ -149,7 +149,7 @@ def test_plateau_drops_three_times_and_then_ends() -> None:
     rates = []
     for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.71, 0.7, 0.7]:
         schedule.saw_validation(error)
-        rates.append(schedule.rates(0)[0])
+        rates.append(schedule.learning_rates(0)[0])
         if schedule.finished:
             break
     assert np.allclose(rates, [1e-2, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-5])
@@ -185,7 +185,7 @@ def test_the_papers_numbers() -> None:
 )
 def test_caffes_rate_by_its_iterations_and_biases_at_twice_it(batches: int, lr: float) -> None:
     epochs_done = batches * CAFFE.batch_size / 1_281_167
-    assert Schedule(CAFFE).rates(epochs_done) == pytest.approx((lr, lr, 2 * lr))
+    assert Schedule(CAFFE).learning_rates(epochs_done) == pytest.approx((lr, lr, 2 * lr))
     assert abs(450_000 * CAFFE.batch_size / 1_281_167 - CAFFE.epochs) < 0.1
 
 
@@ -202,10 +202,10 @@ def test_biases_follow_the_rate_where_the_recipe_says_so() -> None:
     """A multiple of lr over every drop (Caffe), and a constant through all of them (the released code)."""
     for recipe, wanted in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
         model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
-        optimiser, schedule = make_optimiser(model, recipe), Schedule(recipe)
+        optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
         for epochs_done in (0, 30, 60):
-            lr = schedule.apply(optimiser, epochs_done)
-            rates = {group["name"]: group["lr"] for group in optimiser.param_groups}
+            lr = schedule.apply(optimizer, epochs_done)
+            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             assert rates["weights"] == rates["conv1"] == lr
             assert rates["biases"] == rates["conv1 biases"] == pytest.approx(wanted(lr))
 
@@ -213,12 +213,12 @@ def test_biases_follow_the_rate_where_the_recipe_says_so() -> None:
 def test_cosine_with_warm_up_is_the_formula() -> None:
     recipe = replace(MODERN, lr=0.2, epochs=50, schedule=Cosine(warmup_epochs=5, start=0.1, end=0.01))
     schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
-    found = [schedule.rates(epoch)[0] for epoch in epochs]
+    found = [schedule.learning_rates(epoch)[0] for epoch in epochs]
     rise = 0.02 + (0.2 - 0.02) * epochs / 5
     fall = 0.002 + 0.5 * (0.2 - 0.002) * (1 + np.cos(np.pi * (epochs - 5) / 45))
     assert np.allclose(found, np.where(epochs < 5, rise, np.where(epochs < 50, fall, 0.002)), rtol=1e-12)
     assert max(found) == found[20] == 0.2
-    assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).rates(0)[0] == 0.2
+    assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).learning_rates(0)[0] == 0.2
     schedule.saw_validation(0.5)
     assert not schedule.finished and schedule == Schedule(recipe, best_error=schedule.best_error)
 
@@ -227,4 +227,4 @@ def test_every_recipe_has_a_rate_at_each_of_its_epochs() -> None:
     """None of them freezes the whole network, which a rate of 0 would."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
-        assert all(schedule.rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name
+        assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name
