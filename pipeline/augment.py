@@ -34,9 +34,9 @@ import numpy.typing as npt
 from pipeline.records import Record
 from pipeline.sampling import Draws
 from prep.console import UserError
-from prep.store.manifest import ColourStats, Store
+from prep.store.manifest import ColorStats, Store
 
-WINDOW_PX = 224
+CROP_PX = 224
 MEANS = ("channel", "image", "aligned", "none")
 COLOURS = ("stdev", "eigenvalue", "off")
 LAYOUTS = ("NCHW", "NHWC")
@@ -70,7 +70,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
         raise UserError(f"{name} {value!r}: expected one of {', '.join(allowed)}.")
 
 
-def noise_matrix(stats: ColourStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
+def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
     """float64 (3, 3) A with shift = A·z, z ~ N(0, I), in grey levels 0..255.
 
     Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues without naming the
@@ -109,15 +109,15 @@ class Augmenter:
     def __init__(self, store: Store, how: Augmentation) -> None:
         """Raises StoreError where the store's statistics are missing, UserError where its pictures are too small."""
         self.side_px = store.settings.side_px
-        if self.side_px < WINDOW_PX:
+        if self.side_px < CROP_PX:
             raise UserError(
-                f"{store.root} holds pictures of {self.side_px} px, the window is {WINDOW_PX} px. "
+                f"{store.root} holds pictures of {self.side_px} px, the window is {CROP_PX} px. "
                 "Build it with --side 256."
             )
         self.how = how
         self.is_raw = store.settings.format == "ppm"
-        self.room_px = self.side_px - WINDOW_PX  # the largest offset of a window
-        stats = store.colour()
+        self.room_px = self.side_px - CROP_PX  # the largest offset of a window
+        stats = store.color_stats()
         self.mean_rgb = np.array(stats.mean_rgb if how.mean == "channel" else (0, 0, 0))
         self.noise = noise_matrix(stats, how.colour, how.strength)
         self.mean_image = store.mean_image() if how.mean in ("image", "aligned") else None

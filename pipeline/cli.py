@@ -7,12 +7,23 @@ from pathlib import Path
 
 import click
 
-from prep.console import CONTEXT, Group, UserError, answer, json_option, progress, say, store_option, usable_cores
+from prep.console import (
+    CONTEXT_SETTINGS,
+    Group,
+    UserError,
+    json_option,
+    print_json,
+    progress,
+    say,
+    store_option,
+    usable_cores,
+)
 from prep.store.manifest import SPLITS, Store
+from prep.version import version_option
 
 
-@click.group(cls=Group, context_settings=CONTEXT)
-@click.version_option(package_name="alexnet")
+@click.group(cls=Group, context_settings=CONTEXT_SETTINGS)
+@version_option
 def main() -> None:
     """The stream from a store to a training loop: random windows, flips, colour noise, with NVIDIA DALI.
 
@@ -41,9 +52,9 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     opened = Store.open(store)
     if not out.parent.is_dir():
         raise UserError(f"{out}: there is no folder {out.parent}. Make it first, or name another.")
-    from pipeline.diagnostics.preview import draw_preview
+    from pipeline.diagnostics.preview import save_preview
 
-    draw_preview(opened, out, rows, seed)
+    save_preview(opened, out, rows, seed)
     say(f"Drawn: {out}")
 
 
@@ -87,7 +98,7 @@ def inspect(
         "batch_bytes": 4 * 3 * 224 * 224 * batch,
     }
     if as_json:
-        answer(told)
+        print_json(told)
     else:
         many = "" if world_size == 1 else f" × {world_size}"
         click.echo(f"{split}: {records:,} records of {len(opened.classes):,} classes")
@@ -124,7 +135,7 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     with progress("measuring", ROUNDS, "rounds") as report:
         result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, report)
     if as_json:
-        answer(result_json(result))
+        print_json(result_json(result))
         return
     click.echo(f"{result.format} records, batch {result.batch}, {result.device}, {result.threads} threads")
     for name, rate in result.stages.items():

@@ -27,17 +27,17 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 import torch
 
-from pipeline.augment import LAYOUTS, SQUARE, WINDOW_PX, Augmentation, Augmenter, check_choice
+from pipeline.augment import CROP_PX, LAYOUTS, SQUARE, Augmentation, Augmenter, check_choice
 from pipeline.engines.dali_engine import Form
 from pipeline.engines.engine import engine_for
 from pipeline.placement import Placement
 from pipeline.prefetch import Fed, Feed, Job
 from pipeline.records import Records
-from pipeline.sampling import draw, epoch_order
+from pipeline.sampling import draw, epoch_permutation
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
-GRAPH_VERSION = 3  # of what pipeline.sampling and pipeline.augment serve: a state of another cannot be continued
+STREAM_VERSION = 3  # of what pipeline.sampling and pipeline.augment serve: a state of another cannot be continued
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -51,12 +51,12 @@ class Batch(NamedTuple):
     labels: torch.Tensor  # int64 (N,), 0..classes − 1
 
 
-class Waits(NamedTuple):
+class WaitTimes(NamedTuple):
     """Who waited for whom."""
 
     batches: int
-    waited_s: float  # the consumer, for batches: of it training is input-bound
-    held_s: float  # the loader, for its consumer: from handing a batch over to being asked for the next
+    consumer_wait_s: float  # the consumer, for batches: of it training is input-bound
+    loader_wait_s: float  # the loader, for its consumer: from handing a batch over to being asked for the next
 
 
 class _Loader:
@@ -80,10 +80,10 @@ class _Loader:
         if not 0 <= shard < world_size:
             raise UserError(f"shard {shard} of {world_size}: expected 0 to {world_size - 1}.")
         self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
-        self.how, self.layout, self.dtype = how, layout, dtype
+        self.augmentation, self.layout, self.dtype = how, layout, dtype
         self.shard, self.world_size, self.threads = shard, world_size, threads
         self.records = store.split(split).records
-        self._waits = Waits(0, 0.0, 0.0)
+        self._waits = WaitTimes(0, 0.0, 0.0)
         self._handed_over_at: float | None = None
         self._records = Records(store, split)
         check_choice("dtype", dtype, tuple(_DTYPES))
@@ -96,12 +96,12 @@ class _Loader:
         """The names of the classes; a label is an index into them."""
         return self.store.classes
 
-    def waits(self) -> Waits:
+    def wait_times(self) -> WaitTimes:
         """Who waited for whom since this was asked last."""
         now, waits = time.perf_counter(), self._waits
         held_s = 0.0 if self._handed_over_at is None else now - self._handed_over_at
-        self._waits, self._handed_over_at = Waits(0, 0.0, 0.0), now
-        return waits._replace(held_s=waits.held_s + held_s)
+        self._waits, self._handed_over_at = WaitTimes(0, 0.0, 0.0), now
+        return waits._replace(loader_wait_s=waits.loader_wait_s + held_s)
 
     def close(self) -> None:
         """End the threads, give back memory and files. Batches that were handed out stay valid."""
@@ -113,7 +113,7 @@ class _Loader:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _open(self, views: int, divisor: float, window_px: int = WINDOW_PX) -> None:
+    def _open(self, views: int, divisor: float, window_px: int = CROP_PX) -> None:
         """Begin to serve so many windows of each record."""
         form = Form(views, self.layout, divisor, _DTYPES[self.dtype], window_px)
         engine = engine_for(self._augmenter, self.placement, form, self.threads)
@@ -131,7 +131,9 @@ class _Loader:
         batch = None if served is None else Batch(served.images, self.placement.tensor(served.fed.labels))
         now = self._handed_over_at = time.perf_counter()
         before = self._waits
-        self._waits = Waits(before.batches + (batch is not None), before.waited_s + now - asked, before.held_s + held_s)
+        self._waits = WaitTimes(
+            before.batches + (batch is not None), before.consumer_wait_s + now - asked, before.loader_wait_s + held_s
+        )
         return batch
 
 
@@ -156,7 +158,7 @@ class TrainLoader(_Loader):
         self.epoch, self.step = 0, 0  # where the stream stands: the next batch to be served
         self._order = (-1, np.empty(0, np.int64))  # of an epoch, the one last asked for
         self._continues = False
-        self._open(1, self.how.divisor)
+        self._open(1, self.augmentation.divisor)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -217,13 +219,13 @@ class TrainLoader(_Loader):
 
     def _identity(self) -> dict[str, Any]:
         return {
-            "graph_version": GRAPH_VERSION,
+            "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
             "split": self.split,
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "seed": self.seed,
-            "augmentation": asdict(self.how),
+            "augmentation": asdict(self.augmentation),
             "layout": self.layout,
             "dtype": self.dtype,
         }
@@ -242,9 +244,9 @@ class TrainLoader(_Loader):
         mine = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         known, order = self._order
         if known != epoch:
-            order = epoch_order(self.records, self.seed, epoch)
+            order = epoch_permutation(self.records, self.seed, epoch)
             self._order = epoch, order
-        draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.how.shared_by)
+        draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.augmentation.shared_by)
         numbers = order[step * images : (step + 1) * images][mine]
         return self._feed.look_up(numbers, lambda records: self._augmenter.random(records, draws.part(mine)))
 

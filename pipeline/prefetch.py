@@ -166,7 +166,7 @@ class Feed:
         for number in (int(number) for fed in self._in_graph for number in fed.numbers):
             damage = self._records.damaged(number)
             if damage:
-                return StoreError(f"{self._records.name(number)}: {damage}. {self._records.advice}")
+                return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
         return StoreError(f"{store.root}, split {split}: DALI stopped ({cause}). {self._records.advice}")
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, check, locate, read_fields
-from prep.store.lmdb_shard import Reader
+from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, parse_fields, verify_checksum
+from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import Store, StoreError
 
 
@@ -33,7 +33,7 @@ class Records:
         self.store, self.split = store, split
         self._shards = store.split(split).shards
         self._ends = list(accumulate(shard.records for shard in self._shards))
-        self._readers: dict[int, Reader] = {}
+        self._readers: dict[int, ShardReader] = {}
         self._raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Records:
         """Record `number`, 0..len − 1, in the store's order; raises StoreError naming it where it is damaged."""
         value = self._value(number)
         try:
-            start, end, height, width, label = locate(value)
+            start, end, height, width, label = locate_image(value)
             if not 0 <= label < len(self.store.classes):
                 raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
             if self._raw:
@@ -53,11 +53,11 @@ class Records:
             if min(height, width) != self._side_px:
                 raise DatumError(f"{width}×{height} px, the shorter side of this store's pictures is {self._side_px}")
         except DatumError as error:
-            raise StoreError(f"{self.name(number)}: {error}. {self.advice}") from None
+            raise StoreError(f"{self.location(number)}: {error}. {self.advice}") from None
         picture = np.frombuffer(value, np.uint8, end - start, start)
         return Record(picture.reshape(height, width, 3) if self._raw else picture, height, width, label)
 
-    def name(self, number: int) -> str:
+    def location(self, number: int) -> str:
         """Where record `number` lies and where it came from: shard, key and source path."""
         shard, _ = self._place(number)
         source = self.source(number)
@@ -73,7 +73,7 @@ class Records:
         """The path of the photograph that record `number` was made of, in its source; empty where it is not told."""
         value = bytes(self._value(number))
         with suppress(DatumError):
-            source = read_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
+            source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
             if isinstance(source, bytes):
                 return source.decode("utf-8", "backslashreplace")
         return ""
@@ -83,7 +83,7 @@ class Records:
         another size. Empty where nothing is wrong with it.
         """
         try:
-            check(bytes(self._value(number)))
+            verify_checksum(bytes(self._value(number)))
             picture, height, width, _ = self[number]
             if not self._raw:
                 size = simplejpeg.decode_jpeg(picture.tobytes(), "RGB", strict=True).shape[:2]
@@ -109,10 +109,10 @@ class Records:
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 
-    def _reader(self, shard: int) -> Reader:
+    def _reader(self, shard: int) -> ShardReader:
         if shard not in self._readers:
             told = self._shards[shard]
-            self._readers[shard] = Reader(self.store.root / told.path, told.records, self.advice)
+            self._readers[shard] = ShardReader(self.store.root / told.path, told.records, self.advice)
         return self._readers[shard]
 
     @property

@@ -31,8 +31,8 @@ class Draws(NamedTuple):
         return Draws(self.offset[images], self.flip[images], self.normal[images])
 
 
-def epoch_order(records: int, seed: int, epoch: int) -> Integers:
-    """int64 (records,): a permutation, in which neighbours of the store come in blocks and blocks are mixed.
+def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
+    """int64 (records,): a permutation, in which neighbors of the store come in blocks and blocks are mixed.
 
     Blocks of BLOCK records are put in random order, then records within each WINDOW of that. The store's own order is
     a random permutation (alexprep build-lmdb), so that classes are as mixed as if records were drawn one by one, while

@@ -14,10 +14,10 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.augment import WINDOW_PX, still_windows
+from pipeline.augment import CROP_PX, still_windows
 from pipeline.records import Records
 from prep.console import UserError
-from prep.images.codec import MAX_FILE_BYTES, BadPicture, check_rescaled_size, encode, read_picture
+from prep.images.codec import MAX_FILE_BYTES, BadImage, check_rescaled_size, decode_image, encode_image
 from prep.images.rescale import rescale
 from prep.store.manifest import Settings, Store, StoreError
 
@@ -39,15 +39,15 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise UserError(f"{path}: larger than {MAX_FILE_BYTES:,} bytes. Name a photograph.")
-        picture = read_picture(path.read_bytes())
+        picture = decode_image(path.read_bytes())
         check_rescaled_size(picture.pixels, settings.side_px, settings.keep_aspect)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}. Name a photograph.") from None
-    except BadPicture as error:
+    except BadImage as error:
         raise UserError(f"{path}: {error}. Name a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file.") from None
     pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
     if settings.format == "jpeg":
-        pixels = decode(encode(pixels, "jpeg", settings.quality))
+        pixels = decode(encode_image(pixels, "jpeg", settings.quality))
     return Photograph(square_of(pixels, settings.side_px), picture.orientation)
 
 
@@ -64,7 +64,7 @@ def square_of(pixels: Pixels, side_px: int) -> Pixels:
 
 
 @dataclass(frozen=True)
-class Eye:
+class EvalTransform:
     """How a network is shown still pictures: the settings of its training store, and the mean to subtract."""
 
     settings: Settings
@@ -72,9 +72,9 @@ class Eye:
     mean_rgb: tuple[float, ...]  # (3,), grey levels; of the mean "channel"
     mean_image: npt.NDArray[np.float32] | None = None  # (side_px, side_px, 3); of the means "image" and "aligned"
 
-    def windows(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
+    def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
         """float32 (views, 3, 224, 224): the centre window, or the ten views in the order of pipeline.augment."""
-        offsets, flips = still_windows(views, len(square) - WINDOW_PX)
+        offsets, flips = still_windows(views, len(square) - CROP_PX)
         places = zip(offsets.tolist(), flips.tolist(), strict=True)
         return np.stack([self._window(square, y, x, flip) for (y, x), flip in places])
 
@@ -87,7 +87,7 @@ class Eye:
         if self.mean == "channel":
             window = window - np.array(self.mean_rgb, np.float32)
         elif self.mean == "image":
-            middle = (len(square) - WINDOW_PX) // 2
+            middle = (len(square) - CROP_PX) // 2
             window = window - _part(self._mean_image, middle, middle)
         return np.ascontiguousarray(window.transpose(2, 0, 1))
 
@@ -98,10 +98,10 @@ class Eye:
 
 
 def _part(square: npt.NDArray[Any], y: int, x: int) -> npt.NDArray[Any]:
-    return square[y : y + WINDOW_PX, x : x + WINDOW_PX]
+    return square[y : y + CROP_PX, x : x + CROP_PX]
 
 
-class Pictures:
+class StoredImages:
     """The records of a split by number, as pixels."""
 
     def __init__(self, store: Store, split: str) -> None:
@@ -118,7 +118,7 @@ class Pictures:
             try:
                 picture = decode(picture.tobytes())
             except ValueError as error:
-                where = self.records.name(number)
+                where = self.records.location(number)
                 raise StoreError(f"{where}: cannot be decoded: {error}. {self.records.advice}") from None
         return square_of(picture, self._side_px).copy()
 

@@ -56,8 +56,8 @@ from prep.inputs.sources import read_source
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Store
-from prep.workers import Workers
-from tools.peers.stream_turn import BATCH, WINDOW_PX, images_per_s, look_at, random_window
+from prep.workers import WorkerPool
+from tools.peers.stream_turn import BATCH, CROP_PX, images_per_s, look_at, random_window
 from tools.side_by_side import (
     INTERPRETER,
     Benchmark,
@@ -91,7 +91,7 @@ class LmdbPictures(Dataset[tuple[Tensor, int]]):
 
     def __init__(self, store: Store, decode: Decoder) -> None:
         self.keys = [(path, key) for path in store.shard_paths("train") for key, _ in lmdb_shard.read(Path(path))]
-        self.mean = np.array(store.colour().mean_rgb, np.float32)
+        self.mean = np.array(store.color_stats().mean_rgb, np.float32)
         self.decode = decode
         self.shards: dict[str, Any] = {}
 
@@ -128,11 +128,11 @@ def dali_batches(store: Store, threads: int) -> Iterator[Any]:
         images = fn.decoders.image(records, device="cpu", output_type=types.RGB)
         images = fn.crop_mirror_normalize(
             images,
-            crop=(WINDOW_PX, WINDOW_PX),
+            crop=(CROP_PX, CROP_PX),
             crop_pos_x=fn.random.uniform(range=(0.0, 1.0)),
             crop_pos_y=fn.random.uniform(range=(0.0, 1.0)),
             mirror=fn.random.coin_flip(),
-            mean=list(store.colour().mean_rgb),
+            mean=list(store.color_stats().mean_rgb),
             dtype=types.FLOAT,
             output_layout="CHW",
         )
@@ -168,7 +168,7 @@ def write_files(store: Store, folder: Path, count: int | None) -> Path:
 def build(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
     """A store of the folders of classes in `folder`."""
     source = read_source(folder, "train", None, None, ())
-    with Workers(threads) as workers:
+    with WorkerPool(threads) as workers:
         return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))
 
 
@@ -205,7 +205,7 @@ class Field:
             return
         if not raw and self.all_files is None:
             self.all_files = write_files(self.jpeg, self.work / "all", None)
-        mean = ",".join(str(level) for level in self.jpeg.colour().mean_rgb)
+        mean = ",".join(str(level) for level in self.jpeg.color_stats().mean_rgb)
         out = self.work / f"peer-{len(self.racing)}"
         command = [str(python.absolute()), "-m", f"tools.peers.{module}"]
         command += [str(self.first_files if raw else self.all_files), str(out), str(self.threads), mean, *more]

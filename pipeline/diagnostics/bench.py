@@ -17,7 +17,7 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipeline.augment import WINDOW_PX, Augmentation, Augmenter, Cuts
+from pipeline.augment import CROP_PX, Augmentation, Augmenter, Cuts
 from pipeline.engines.dali_engine import Form, decoded, encoded
 from pipeline.engines.engine import Engine, engine_for
 from pipeline.loader import TrainLoader
@@ -147,7 +147,7 @@ class _Decoding:
         self._placement = placement
 
     def nodes(self) -> Any:
-        return decoded(self._placement, WINDOW_PX)
+        return decoded(self._placement, CROP_PX)
 
     def inputs(self, records: Sequence[Record], cuts: Cuts) -> dict[str, Any]:
         return encoded(records, cuts.origin + cuts.offset[:, 0])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from pipeline.augment import WINDOW_PX, Augmentation, Augmenter
+from pipeline.augment import CROP_PX, Augmentation, Augmenter
 from pipeline.engines.dali_engine import Form
 from pipeline.engines.engine import engine_for
 from pipeline.placement import Placement
@@ -26,7 +26,7 @@ LOUD = 10.0  # the last column's colour noise, as a multiple
 _GAP, _HEAD = 6, 34
 
 
-def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
+def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
     """Draw `rows` photographs: as stored, eight random augmentations, and the eighth with colour noise ten times
     larger.
 
@@ -35,14 +35,14 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     rows = min(rows, store.split(split).records)
     pictures = _pictures(store, rows, seed, split)
     titles = ["as stored", *(f"{k + 1}" for k in range(AUGMENTED)), f"{AUGMENTED}, {LOUD:.0f}x noise"]
-    cell = WINDOW_PX + _GAP
+    cell = CROP_PX + _GAP
     sheet = Image.new("RGB", (len(titles) * cell + _GAP, _HEAD + rows * cell), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
     for column, (title, images) in enumerate(zip(titles, pictures, strict=True)):
-        pen.text((_GAP + column * cell + WINDOW_PX // 2, _HEAD // 2), title, fill="black", font=font, anchor="mm")
+        pen.text((_GAP + column * cell + CROP_PX // 2, _HEAD // 2), title, fill="black", font=font, anchor="mm")
         for row, image in enumerate(images):
-            if image.shape[0] != WINDOW_PX:
-                picture = Image.fromarray(image).resize((WINDOW_PX, WINDOW_PX), Image.Resampling.LANCZOS)
+            if image.shape[0] != CROP_PX:
+                picture = Image.fromarray(image).resize((CROP_PX, CROP_PX), Image.Resampling.LANCZOS)
             else:
                 picture = Image.fromarray(image)
             sheet.paste(picture, (_GAP + column * cell, _HEAD + row * cell))
@@ -52,7 +52,7 @@ def draw_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
         raise UserError(f"{out}: {error}. Name a file such as preview.png in a folder that exists.") from None
 
 
-def draw_pictures(pictures: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> None:
+def save_image_grid(pictures: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> None:
     """Draw pictures uint8 (N, height, width, 3) side by side, 16 in a row, at half their size.
 
     Raises OSError where the file cannot be written.

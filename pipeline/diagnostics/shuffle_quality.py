@@ -10,7 +10,7 @@ import numpy.typing as npt
 from scipy.special import gammaln
 
 from pipeline.records import Records
-from pipeline.sampling import epoch_order
+from pipeline.sampling import epoch_permutation
 from prep.console import Progress
 from prep.store.manifest import Store
 
@@ -44,7 +44,7 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
 def mixing(store: Store, split: str, batch: int, seed: int, epoch: int, most_batches: int, report: Progress) -> Mixing:
     """Look at up to `most_batches` batches, spread over the epoch; raises StoreError for a damaged store."""
     told = store.split(split)
-    order = epoch_order(told.records, seed, epoch)
+    order = epoch_permutation(told.records, seed, epoch)
     steps = told.records // batch
     chosen = np.unique(np.linspace(0, steps - 1, min(steps, most_batches)).astype(np.int64))
     found = []

@@ -18,7 +18,7 @@ import torch
 
 from pipeline.augment import Augmenter, Cuts
 from pipeline.engines.dali_engine import Form, decoded, encoded
-from pipeline.engines.kernels import WINDOW, Kernel
+from pipeline.engines.kernels import WINDOW, NativeKernels
 from pipeline.placement import Placement
 from pipeline.records import Record
 
@@ -29,7 +29,7 @@ _ALIGNED_BYTES = 64
 class Cutter:
     """Windows by the kernel, on `threads` threads: what has to be decoded for them, and the images made of it."""
 
-    def __init__(self, augmenter: Augmenter, kernel: Kernel, form: Form, threads: int) -> None:
+    def __init__(self, augmenter: Augmenter, kernel: NativeKernels, form: Form, threads: int) -> None:
         self._kernel, self._threads = kernel, threads
         self._views, self._layout, self._dtype, self._scale = form.views, form.layout, form.dtype, 1 / form.divisor
         self._side_px, self._is_raw = augmenter.side_px, augmenter.is_raw
@@ -115,7 +115,7 @@ class _Memory:
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """Uninitialised float32, contiguous. A tensor made of it keeps it, and its memory with it."""
+        """Uninitialized float32, contiguous. A tensor made of it keeps it, and its memory with it."""
         numbers = int(np.prod(shape))
         spare = _ALIGNED_BYTES // 4
         block = self._free.pop() if self._free else None

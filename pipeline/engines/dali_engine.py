@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import WINDOW_PX, Augmenter, Cuts, still_windows
+from pipeline.augment import CROP_PX, Augmenter, Cuts, still_windows
 from pipeline.placement import Placement, dali
 from pipeline.records import Record
 
@@ -28,7 +28,7 @@ class Form(NamedTuple):
     layout: str = "NCHW"  # one of LAYOUTS
     divisor: float = 1.0
     dtype: torch.dtype = torch.float32
-    window_px: int = WINDOW_PX  # its side; the square's, where one view is the whole of it
+    window_px: int = CROP_PX  # its side; the square's, where one view is the whole of it
 
 
 def decoded(placement: Placement, size_px: int) -> Node:
@@ -123,7 +123,7 @@ class Graph:
             where = {"crop_pos_y": source("y", types.FLOAT, 0), "crop_pos_x": source("x", types.FLOAT, 0)}
             where["crop"] = (self._window_px, self._window_px)
         flip = source("flip", types.INT32, 0)
-        image = self._normalised(picture, flip, source("mean", types.FLOAT, 1), **where)
+        image = self._normalized(picture, flip, source("mean", types.FLOAT, 1), **where)
         if self._augmenter.how.mean == "aligned":
             assert self._augmenter.mean_image is not None
             places = [source(name, types.FLOAT, 0) for name in ("mean_y", "mean_x")]
@@ -150,16 +150,16 @@ class Graph:
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
             where = {"crop_pos_y": y / max(room, 1), "crop_pos_x": x / max(room, 1)}
             mean = self._augmenter.mean_rgb.tolist()
-            image = self._normalised(square, flip, mean, crop=(WINDOW_PX, WINDOW_PX), **where)
+            image = self._normalized(square, flip, mean, crop=(CROP_PX, CROP_PX), **where)
             if self._augmenter.how.mean == "aligned":
                 assert self._augmenter.mean_image is not None
-                under = self._augmenter.mean_image[y : y + WINDOW_PX, x : x + WINDOW_PX]
+                under = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX]
                 views.append(image - self._constant(under[:, ::-1] if flip else under))
             else:
                 views.append(self._minus_centre(image))
         return self._fn.stack(*views)
 
-    def _normalised(self, picture: Node, flip: Node, mean: Any, **where: Any) -> Node:
+    def _normalized(self, picture: Node, flip: Node, mean: Any, **where: Any) -> Node:
         return self._fn.crop_mirror_normalize(
             picture,
             mirror=flip,

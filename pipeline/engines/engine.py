@@ -33,6 +33,6 @@ class Engine(Protocol):
 
 def engine_for(augmenter: Augmenter, placement: Placement, form: Form, threads: int) -> Engine:
     """The engine for images of `form` on `placement`."""
-    if placement.device_id is None and kernels.kernel is not None:
-        return Cutter(augmenter, kernels.kernel, form, threads)
+    if placement.device_id is None and kernels.native is not None:
+        return Cutter(augmenter, kernels.native, form, threads)
     return Graph(augmenter, placement, form)

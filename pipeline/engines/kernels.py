@@ -1,4 +1,4 @@
-"""Windows cut out of pictures in C (kernels.c); `kernel` is None where it could not be compiled (prep/compiled.py).
+"""Windows cut out of pictures in C (kernels.c); `native` is None where it could not be compiled (prep/compiled.py).
 
 The CPU's streams are then finished by DALI's crop_mirror_normalize, which takes two to three times as long.
 """
@@ -20,7 +20,7 @@ WINDOW = np.dtype(  # kernels.c's struct window
 )
 
 
-class Kernel:
+class NativeKernels:
     """The library's functions. Raises AttributeError where it lacks one."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -47,7 +47,7 @@ class Kernel:
         self._cut[layout](windows.ctypes.data, len(windows), side, mean_side, scale, out.ctypes.data)
 
 
-def is_right(kernel: Kernel) -> bool:
+def is_correct(kernel: NativeKernels) -> bool:
     """Whether it computes what it should for a few small windows."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 256, (47, 53, 3), dtype=np.uint8)
@@ -69,4 +69,4 @@ def is_right(kernel: Kernel) -> bool:
     return True
 
 
-kernel = compiled.load(compiled.library_path(SOURCE), Kernel, is_right)
+native = compiled.load(compiled.library_path(SOURCE), NativeKernels, is_correct)

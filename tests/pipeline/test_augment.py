@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.augment import Augmentation, noise_matrix
 from pipeline.engines import kernels
 from pipeline.loader import eval_loader, train_loader
-from pipeline.sampling import draw, epoch_order
+from pipeline.sampling import draw, epoch_permutation
 from prep.console import UserError
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
@@ -44,8 +44,8 @@ TOLERANCE = 1e-3  # grey levels
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both engines: the graph is what a GPU runs, and a CPU where no compiler was there."""
     if request.param == "graph":
-        monkeypatch.setattr(kernels, "kernel", None)
-    elif kernels.kernel is None:
+        monkeypatch.setattr(kernels, "native", None)
+    elif kernels.native is None:
         pytest.skip("no C compiler was there at installation")
     return request.param
 
@@ -88,13 +88,13 @@ def formula(
     elif mean == "aligned":
         subtracted = mean_image(store.root)[window][mirror]
     else:
-        subtracted = np.array(store.colour().mean_rgb if mean == "channel" else [0.0, 0.0, 0.0])
+        subtracted = np.array(store.color_stats().mean_rgb if mean == "channel" else [0.0, 0.0, 0.0])
     return ((square[window][mirror] + shift - subtracted) / divisor).transpose(2, 0, 1)
 
 
 def formula_shift(store: Store, how: Augmentation, z: np.ndarray) -> np.ndarray:
     """P·diag(σ)·z from the covariance of the pixels alone: its eigenvalues are variances on 0..255."""
-    stats = store.colour()
+    stats = store.color_stats()
     vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
     if how.colour == "off":
         return np.zeros(3)
@@ -109,7 +109,7 @@ def expected(
     """(label, image) of the training stream from its beginning."""
     squares, room = stored_squares(store, "train"), store.settings.side_px - 224
     for epoch in range(epochs):
-        order = epoch_order(len(squares), seed, epoch)
+        order = epoch_permutation(len(squares), seed, epoch)
         for step in range(len(squares) // batch_size):
             draws = draw(seed, epoch, step, batch_size, room, how.shared_by)
             for k, number in enumerate(order[step * batch_size : (step + 1) * batch_size]):
@@ -220,7 +220,7 @@ def test_views_of_evaluation_equal_the_formula(stores: dict[str, Path], kind: st
 def test_squares_are_whole_minus_the_whole_mean(stores: dict[str, Path], kind: str, mean: str, layout: str) -> None:
     """All 256 × 256 × 3 of the central square; a mean image is all of itself, a mean of channels one number each."""
     store, how = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0)
-    rgb = {"channel": store.colour("train").mean_rgb, "none": (0, 0, 0)}
+    rgb = {"channel": store.color_stats("train").mean_rgb, "none": (0, 0, 0)}
     subtracted = np.array(rgb[mean]) if mean in rgb else mean_image(store.root)
     loader = eval_loader(store.root, 5, views="square", augmentation=how, layout=layout)
     squares = stored_squares(store, "val")
@@ -236,9 +236,9 @@ def test_means_of_evaluation_are_the_training_splits(stores: dict[str, Path]) ->
         eval_loader(stores["jpeg"], 8, augmentation=Augmentation("none")) as raw,
     ):
         difference = next(iter(raw)).images - next(iter(plain)).images
-    mean = Store.open(stores["jpeg"]).colour("train").mean_rgb
+    mean = Store.open(stores["jpeg"]).color_stats("train").mean_rgb
     assert np.allclose(difference.mean((0, 2, 3)).numpy(), mean, atol=1e-3)
-    assert not np.allclose(mean, Store.open(stores["jpeg"]).colour("val").mean_rgb, atol=1e-3)
+    assert not np.allclose(mean, Store.open(stores["jpeg"]).color_stats("val").mean_rgb, atol=1e-3)
 
 
 @pytest.mark.parametrize("mean", ["image", "aligned"])
@@ -304,12 +304,12 @@ def test_two_readings_of_the_noise_formula(stores: dict[str, Path]) -> None:
     store = Store.open(stores["jpeg"])
     z = np.array([0.7, -1.3, 0.4])
     for colour, strength in itertools.product(("stdev", "eigenvalue", "off"), (0.1, 0.7)):
-        found = noise_matrix(store.colour(), colour, strength) @ z
+        found = noise_matrix(store.color_stats(), colour, strength) @ z
         assert np.allclose(found, formula_shift(store, Augmentation(colour=colour, strength=strength), z), rtol=1e-5)
 
 
 def test_colour_offsets_have_the_covariance_of_the_pixels(stores: dict[str, Path]) -> None:
-    stats = Store.open(stores["ppm"]).colour()
+    stats = Store.open(stores["ppm"]).color_stats()
     wanted = 0.1**2 * np.array(stats.covariance)  # P diag(0.1² λ) Pᵀ
     shifts = draw(11, 0, 0, 8000, 32).normal @ noise_matrix(stats, "stdev", 0.1).T
     spread = np.sqrt((np.outer(np.diag(wanted), np.diag(wanted)) + wanted**2) / len(shifts))

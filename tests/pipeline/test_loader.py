@@ -15,7 +15,7 @@ import torch
 from pipeline.augment import Augmentation
 from pipeline.loader import Batch, eval_loader, train_loader
 from pipeline.placement import Placement
-from pipeline.sampling import epoch_order
+from pipeline.sampling import epoch_permutation
 from prep.console import UserError
 from prep.store.manifest import StoreError
 from tests.conftest import RECORDS, VAL
@@ -81,7 +81,7 @@ def test_an_epoch_has_whole_batches_of_distinct_records_in_its_order(
         assert len(loader) == RECORDS // step and loader.left_out == RECORDS % step
         for epoch in range(2):
             assert loader.epoch == epoch
-            order = [stored[number] for number in epoch_order(RECORDS, 6, epoch)]
+            order = [stored[number] for number in epoch_permutation(RECORDS, 6, epoch)]
             ends = [step * (k + 1) for k in range(RECORDS // step)]
             assert labels_of(loader) == [order[end - batch_size : end] for end in ends]
 
@@ -153,11 +153,11 @@ def test_the_time_goes_to_waiting_or_holding(
         monkeypatch.setattr(loader._feed, "next", slowly)
         for _ in itertools.islice((batch for _ in itertools.count() for batch in loader), 20):
             clock[0] += 5
-        assert loader.waits() == (20, 60, 100)
-        assert loader.waits() == (0, 0, 0)
+        assert loader.wait_times() == (20, 60, 100)
+        assert loader.wait_times() == (0, 0, 0)
         clock[0] += 7
         take(loader, 2)
-        assert loader.waits() == (2, 6, 7)
+        assert loader.wait_times() == (2, 6, 7)
 
 
 def test_a_slow_consumer_holds_the_loader(numbered: Path) -> None:
@@ -166,16 +166,16 @@ def test_a_slow_consumer_holds_the_loader(numbered: Path) -> None:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):
             time.sleep(0.1)
-        waits = loader.waits()
-        assert waits.batches == 5 and waits.waited_s > 0 and waits.held_s >= 0.5
-        assert waits.waited_s + waits.held_s <= time.perf_counter() - began
+        waits = loader.wait_times()
+        assert waits.batches == 5 and waits.consumer_wait_s > 0 and waits.loader_wait_s >= 0.5
+        assert waits.consumer_wait_s + waits.loader_wait_s <= time.perf_counter() - began
 
 
 def test_an_evaluation_counts_its_batches(numbered: Path) -> None:
     with eval_loader(numbered, 10) as loader:
         list(loader)
         list(loader)
-        assert loader.waits().batches == 6
+        assert loader.wait_times().batches == 6
 
 
 # ---- refusals

@@ -14,7 +14,7 @@ import lmdb
 import pytest
 
 from pipeline.loader import Batch, EvalLoader, TrainLoader, eval_loader, train_loader
-from pipeline.sampling import epoch_order
+from pipeline.sampling import epoch_permutation
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Store, StoreError
@@ -81,7 +81,7 @@ def test_a_damaged_record_stops_an_evaluation_and_is_named(broken: Path, damage:
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_stops_training_and_is_named(broken: Path, damage: str) -> None:
-    place = int(epoch_order(RECORDS, 0, 0)[17])
+    place = int(epoch_permutation(RECORDS, 0, 0)[17])
     key, _ = change(broken, "train", place, DAMAGE[damage])
     with train_loader(broken, 4) as loader:
         said, _ = stopped_with(loader)
@@ -101,7 +101,7 @@ def test_a_damaged_record_stops_training_and_is_named(broken: Path, damage: str)
     ],
 )
 def test_a_stream_that_a_damaged_record_stopped_does_not_go_on_without_it(broken: Path, damage: str, kind: str) -> None:
-    place = int(epoch_order(RECORDS, 0, 0)[17])
+    place = int(epoch_permutation(RECORDS, 0, 0)[17])
     change(broken, kind, 17 if kind == "val" else place, DAMAGE[damage])
     with train_loader(broken, 4) if kind == "train" else eval_loader(broken, 4) as loader:
         for _ in range(3):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from pipeline.augment import Augmentation
-from pipeline.loader import GRAPH_VERSION, Batch, train_loader
+from pipeline.loader import STREAM_VERSION, Batch, train_loader
 from prep.console import UserError
 from tests.helpers.streaming import joined, same, take
 
@@ -111,7 +111,7 @@ def test_a_place_that_is_not_there_is_refused(numbered: Path, epoch: int, step: 
 
 
 IDENTITY = {
-    "graph_version": GRAPH_VERSION + 1,
+    "graph_version": STREAM_VERSION + 1,
     "store_fingerprint": "0" * 64,
     "split": "val",
     "seed": 3,

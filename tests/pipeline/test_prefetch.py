@@ -47,7 +47,7 @@ class Wired:
 @pytest.fixture(params=["kernel", "graph"])
 def wired(stores: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wired]:
     if request.param == "graph":
-        monkeypatch.setattr(kernels, "kernel", None)
+        monkeypatch.setattr(kernels, "native", None)
     one = Wired(stores["ppm"])
     yield one
     one.feed.close()

@@ -1,7 +1,7 @@
 """Order and draws: permutations, how well they mix, chance against its distributions, and the bits that are promised.
 
 NumPy's generators are pinned by digest: a NumPy that draws otherwise is another stream, which needs another
-GRAPH_VERSION.
+STREAM_VERSION.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.sampling import BLOCK, WINDOW, draw, epoch_order
+from pipeline.sampling import BLOCK, WINDOW, draw, epoch_permutation
 
 SIZES = [1, 2, 63, 64, 65, 1000, 16_384, 20_000]
 ROOM = 32
@@ -25,21 +25,21 @@ def digest(*arrays: np.ndarray) -> str:
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize(("seed", "epoch"), [(0, 0), (7, 3), (2**64 - 1, 10**9)])
 def test_every_record_has_one_place_in_an_epoch(size: int, seed: int, epoch: int) -> None:
-    order = epoch_order(size, seed, epoch)
+    order = epoch_permutation(size, seed, epoch)
     assert order.dtype == np.int64
     assert sorted(order.tolist()) == list(range(size))
 
 
 def test_an_empty_split_has_an_empty_order() -> None:
-    assert len(epoch_order(0, 0, 0)) == 0
+    assert len(epoch_permutation(0, 0, 0)) == 0
 
 
 @pytest.mark.parametrize("size", [64, 1000, 20_000])
 def test_orders_differ_between_epochs_and_seeds_and_are_the_same_for_the_same(size: int) -> None:
     places = [(0, 0), (0, 1), (1, 0), (1, 1), (2**32, 0), (0, 2**32), (2**63, 0)]
-    orders = [epoch_order(size, *place) for place in places]
+    orders = [epoch_permutation(size, *place) for place in places]
     for place, order in zip(places, orders, strict=True):
-        assert np.array_equal(order, epoch_order(size, *place))
+        assert np.array_equal(order, epoch_permutation(size, *place))
     for one, other in itertools.combinations(orders, 2):
         assert np.mean(one == other) < 0.1
 
@@ -48,15 +48,15 @@ def test_orders_differ_between_epochs_and_seeds_and_are_the_same_for_the_same(si
 def test_batches_of_a_store_in_random_order_have_as_many_classes_as_by_a_perfect_shuffle(size: int) -> None:
     labels = np.random.default_rng(1).permutation(np.arange(size) % 200)
     ideal = _distinct(labels[np.random.default_rng(2).permutation(size)])
-    assert _distinct(labels[epoch_order(size, 0, 0)]) == pytest.approx(ideal, rel=0.01)
+    assert _distinct(labels[epoch_permutation(size, 0, 0)]) == pytest.approx(ideal, rel=0.01)
 
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
-def test_neighbours_of_the_store_are_apart_in_an_epoch(size: int) -> None:
+def test_neighbors_of_the_store_are_apart_in_an_epoch(size: int) -> None:
     """A batch draws on as many blocks as if each of its records had been drawn from a whole window."""
     blocks = WINDOW // BLOCK
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
-    mixed = epoch_order(size, 0, 0) // BLOCK
+    mixed = epoch_permutation(size, 0, 0) // BLOCK
     assert _distinct(mixed[: size // WINDOW * WINDOW]) == pytest.approx(ideal, rel=0.03)
 
 
@@ -67,7 +67,7 @@ def _distinct(labels: np.ndarray, batch: int = 128) -> float:
 
 @pytest.mark.parametrize("size", [20_000, 100_000])
 def test_a_window_reads_few_blocks_and_these_whole(size: int) -> None:
-    order = epoch_order(size, 3, 1)
+    order = epoch_permutation(size, 3, 1)
     seen: list[set[int]] = []
     for first in range(0, size, WINDOW):
         blocks, counts = np.unique(order[first : first + WINDOW] // BLOCK, return_counts=True)
@@ -83,7 +83,7 @@ def test_a_window_reads_few_blocks_and_these_whole(size: int) -> None:
 @pytest.mark.parametrize("record", [0, 63, 64, 129])
 def test_a_record_is_equally_likely_everywhere(record: int) -> None:
     """130 records: two whole blocks and one of two records."""
-    places = [int(np.flatnonzero(epoch_order(130, 0, epoch) == record)[0]) for epoch in range(2600)]
+    places = [int(np.flatnonzero(epoch_permutation(130, 0, epoch) == record)[0]) for epoch in range(2600)]
     counts = np.bincount(np.array(places) // 10, minlength=13)
     assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile at 12 degrees of freedom
 
@@ -153,7 +153,7 @@ def test_no_two_places_share_a_generator() -> None:
 
 
 @pytest.mark.parametrize(("images", "shared_by"), [(16, 4), (10, 4), (128, 32), (3, 32)])
-def test_window_and_flip_are_shared_by_neighbours_but_noise_is_not(images: int, shared_by: int) -> None:
+def test_window_and_flip_are_shared_by_neighbors_but_noise_is_not(images: int, shared_by: int) -> None:
     drawn = [draw(0, 0, step, images, ROOM, shared_by) for step in range(40)]
     for one in drawn:
         assert [len(part) for part in one] == [images] * 3
@@ -178,7 +178,7 @@ def test_without_room_there_is_one_window() -> None:
 
 def test_the_bits_are_those_of_the_first_release() -> None:
     """Where these fail, NumPy's generators or their use here have changed: states of before cannot be continued."""
-    order, last = epoch_order(20_000, 0, 0), epoch_order(1000, 2**64 - 1, 90)
+    order, last = epoch_permutation(20_000, 0, 0), epoch_permutation(1000, 2**64 - 1, 90)
     assert digest(order) == "7a8c2849a3ed1c2a69aaf4ee5c5d5b5cff87e4e978effc2e6b241f5242fd3916"
     assert digest(last) == "fd88b008bc89ad71d1bedf409b959bf0f6a88f847367c93d41557eb54f811820"
     offset, flip, normal = draw(0, 0, 0, 128, ROOM)

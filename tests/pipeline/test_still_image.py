@@ -11,13 +11,13 @@ from PIL import Image
 
 from pipeline.augment import MEANS, Augmentation
 from pipeline.loader import eval_loader
-from pipeline.still_image import Eye, Pictures, read_photograph
+from pipeline.still_image import EvalTransform, StoredImages, read_photograph
 from prep.console import UserError
 from prep.store.manifest import Settings, Store
 
 
-def eye(store: Store, mean: str) -> Eye:
-    return Eye(store.settings, mean, store.colour().mean_rgb, store.mean_image())
+def eye(store: Store, mean: str) -> EvalTransform:
+    return EvalTransform(store.settings, mean, store.color_stats().mean_rgb, store.mean_image())
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm-whole"])
@@ -25,7 +25,7 @@ def test_a_photograph_becomes_the_record_that_was_made_of_it(
     stores: dict[str, Path], photo_folder: Path, kind: str
 ) -> None:
     store = Store.open(stores[kind])
-    with Pictures(store, "val") as pictures:
+    with StoredImages(store, "val") as pictures:
         assert len(pictures) == 12
         for number in range(12):  # one of them grey, one CMYK, one PNG
             source = pictures.records.source(number)
@@ -33,7 +33,7 @@ def test_a_photograph_becomes_the_record_that_was_made_of_it(
             square, orientation = read_photograph(path, store.settings)
             assert square.shape == (256, 256, 3) and orientation == 1
             assert np.array_equal(square, pictures[number])
-            assert pictures.records.key(number) == f"{number:08d}" and source in pictures.records.name(number)
+            assert pictures.records.key(number) == f"{number:08d}" and source in pictures.records.location(number)
 
 
 @pytest.mark.parametrize("views", [1, 10])
@@ -42,11 +42,11 @@ def test_windows_are_those_of_the_stream(stores: dict[str, Path], views: int) ->
         store = Store.open(stores["ppm-whole"])
         how = Augmentation(mean=mean)
         loader = eval_loader(store.root, 12, views=views, augmentation=how, threads=1)
-        with loader, Pictures(store, "val") as pictures:
+        with loader, StoredImages(store, "val") as pictures:
             (batch,) = loader
             assert [pictures.label(k) for k in range(12)] == batch.labels.tolist()
             for number in (0, 7, 11):
-                windows = torch.from_numpy(eye(store, mean).windows(pictures[number], views))
+                windows = torch.from_numpy(eye(store, mean).crops(pictures[number], views))
                 assert windows.dtype == torch.float32 and windows.is_contiguous()
                 assert torch.equal(windows, batch.images[number].reshape(windows.shape)), mean
 

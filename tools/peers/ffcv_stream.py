@@ -40,7 +40,7 @@ from ffcv.transforms import (  # type: ignore[import-not-found]
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.peers.stream_turn import BATCH, WINDOW_PX, Mean, Records, arguments, take_turns
+from tools.peers.stream_turn import BATCH, CROP_PX, Mean, Records, arguments, take_turns
 
 _EPOCH_IMAGES = 1_281_167
 
@@ -87,7 +87,7 @@ def side_px(records: Records) -> int:
 
 def batches(beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool) -> Iterator[Any]:
     """Epoch after epoch."""
-    share, side = (WINDOW_PX / side_px(records)) ** 2, (WINDOW_PX, WINDOW_PX)
+    share, side = (CROP_PX / side_px(records)) ** 2, (CROP_PX, CROP_PX)
     image = [
         RandomResizedCropRGBImageDecoder(side, scale=(share, share), ratio=(1.0, 1.0)),
         RandomHorizontalFlip(),

@@ -27,7 +27,7 @@ from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found]
 
 from tools.peers.stream_turn import (
     BATCH,
-    WINDOW_PX,
+    CROP_PX,
     Mean,
     Records,
     arguments,
@@ -47,7 +47,7 @@ def window_by_ffmpeg(path: str) -> Any:
     codec = packets.codec
     top, left = random_offset(codec.height, codec.width)
     mirror = "hflip," if random.random() < 0.5 else ""
-    how = f"crop={WINDOW_PX}:{WINDOW_PX}:{left}:{top},{mirror}format=pix_fmts=rgb24"
+    how = f"crop={CROP_PX}:{CROP_PX}:{left}:{top},{mirror}format=pix_fmts=rgb24"
     return spdl.io.decode_packets(packets, filter_desc=how)
 
 
@@ -66,7 +66,7 @@ def by_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
 
 def batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
     """Without end."""
-    memory = [np.zeros((BATCH, 3, WINDOW_PX, WINDOW_PX), np.float32) for _ in range(threads + _BETWEEN + _AHEAD)]
+    memory = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _BETWEEN + _AHEAD)]
     free = cycle(memory)
 
     def batch(some: Records) -> tuple[Any, list[int]]:

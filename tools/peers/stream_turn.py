@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-BATCH, WINDOW_PX = 128, 224
+BATCH, CROP_PX = 128, 224
 
 Records = Sequence[tuple[str, int]]  # path of a JPEG file, label
 Mean = npt.NDArray[np.float32]  # grey levels (3,)
@@ -40,13 +40,13 @@ def shuffled(records: Records) -> Iterator[tuple[str, int]]:
 
 def random_offset(height_px: int, width_px: int) -> tuple[int, int]:
     """Top and left of a random window."""
-    return random.randint(0, height_px - WINDOW_PX), random.randint(0, width_px - WINDOW_PX)
+    return random.randint(0, height_px - CROP_PX), random.randint(0, width_px - CROP_PX)
 
 
 def random_window(pixels: npt.NDArray[np.uint8], mean: Mean, out: Any = None) -> npt.NDArray[np.float32]:
     """A random window of uint8 (H, W, 3), mirrored or not, minus the mean: float32 (3, 224, 224)."""
     top, left = random_offset(*pixels.shape[:2])
-    window = pixels[top : top + WINDOW_PX, left : left + WINDOW_PX]
+    window = pixels[top : top + CROP_PX, left : left + CROP_PX]
     if random.random() < 0.5:
         window = window[:, ::-1]
     planes = np.ascontiguousarray(window.transpose(2, 0, 1))
@@ -58,7 +58,7 @@ def look_at(batches: Iterator[Any]) -> None:
     """Take two batches; raises ValueError where they are not what everyone is to make."""
     first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # their memory may be used again
     for images in (first, second):
-        if images.shape != (BATCH, 3, WINDOW_PX, WINDOW_PX) or images.dtype != np.float32:
+        if images.shape != (BATCH, 3, CROP_PX, CROP_PX) or images.dtype != np.float32:
             raise ValueError(f"a batch of {images.dtype} {images.shape}")
         least, most = float(images.min()), float(images.max())
         if not (-512 < least < -64 and 64 < most < 512):  # grey levels minus the mean, perhaps with colour noise

@@ -15,7 +15,7 @@ from train.evaluation.evaluate import wrong
 from train.model.alexnet import AlexNet
 
 
-class Interval:
+class IntervalMetrics:
     """Sums since the last line, on the device: reading them is the only time the loop waits for it."""
 
     def __init__(self, loader: TrainLoader, model: AlexNet) -> None:
@@ -24,7 +24,7 @@ class Interval:
 
     def _begin(self) -> None:
         self.started = time.perf_counter()
-        self.loader.waits()
+        self.loader.wait_times()
         self.steps = self.images = 0
         self.loss: Tensor | float = 0.0
         self.misses: Tensor | int = 0
@@ -35,17 +35,17 @@ class Interval:
         self.loss, self.misses = self.loss + loss, self.misses + wrong(logits, labels)
 
     def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """Means over the interval, memory, and `norms` (guards.norms_of) by layer; begins the next."""
+        """Means over the interval, memory, and `norms` (guards.parameter_norms) by layer; begins the next."""
         loss = float(self.loss) / self.steps
         misses = torch.as_tensor(self.misses).tolist()
-        seconds, waits = time.perf_counter() - self.started, self.loader.waits()
+        seconds, waits = time.perf_counter() - self.started, self.loader.wait_times()
         read = {
             "loss": loss,
             "top1_error": misses[0] / self.images,
             "top5_error": misses[1] / self.images,
             "images_per_s": self.images / seconds,
-            "waiting_share": waits.waited_s / seconds,
-            "stream_waiting_share": waits.held_s / seconds,
+            "waiting_share": waits.consumer_wait_s / seconds,
+            "stream_waiting_share": waits.loader_wait_s / seconds,
             **layer_norms(norms),
             **peak_memory(self.model.devices),
         }
@@ -54,7 +54,7 @@ class Interval:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Of guards.norms_of the weights, by layer: `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
+    """Of guards.parameter_norms the weights, by layer: `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
     Biases are left out, which recipes begin at 0 or 1; so is the gradient of a layer that is frozen.
     """

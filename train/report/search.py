@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.still_image import Pictures
+from pipeline.still_image import StoredImages
 from train.evaluation.neighbors import LAYER, index_of, nearest
 from train.evaluation.predict import prepared, said_of
 from train.report.gallery import Trained
@@ -25,7 +25,7 @@ def search(trained: Trained, images: Sequence[Path], count: int, most: int) -> l
     units = [said_of(trained.model, trained.eye, square, 1, trained.precision, LAYER)[1] for square in squares]
     index = index_of(trained.run_dir, trained.model, trained.state, store, most, trained.precision)
     found = []
-    with Pictures(store, "train") as training:
+    with StoredImages(store, "train") as training:
         for path, square, near in zip(images, squares, nearest(index, np.stack(units), count), strict=True):
             row = Row(square, path.name, None, [(training[n.number], n.label, n.distance) for n in near])
             told = [

@@ -21,18 +21,18 @@ from train.config.identity import check_identity, identity
 from train.config.run_config import RunConfig, check_parts, length
 from train.evaluation.evaluate import EvalResult, batch_of, evaluate
 from train.model.alexnet import AlexNet
-from train.monitor.console_view import Lines, Plan
-from train.monitor.metrics_log import Log
-from train.monitor.view import view_for
+from train.monitor.console_view import ConsoleView, RunLength
+from train.monitor.metrics_log import MetricsLog
+from train.monitor.view import choose_view
 from train.runs import checkpoint
 from train.runs.run import claim, describe, what_it_trains
-from train.trainer.optim import PaperSGD, make_optimiser
+from train.trainer.optim import PaperSGD, make_optimizer
 from train.trainer.schedule import Schedule
 from train.trainer.step import TrainingStep
-from train.trainer.watchdog import Watch, out_of_memory
+from train.trainer.watchdog import Watchdog, out_of_memory
 
 
-def fit(config: RunConfig, view: Lines | None = None) -> Path:
+def fit(config: RunConfig, view: ConsoleView | None = None) -> Path:
     """Train, or go on training; returns the run folder. `view`: what a person sees; by default what fits the terminal.
 
     Raises UserError as the loaders do, for a run folder of another run, a batch that its parts do not divide and a
@@ -42,19 +42,19 @@ def fit(config: RunConfig, view: Lines | None = None) -> Path:
     check_parts(config)
     claim(config.run_dir)
     with hold_lock(config.run_dir, "training"), out_of_memory(config), ExitStack() as streams:
-        _fit(config, streams, view or view_for())
+        _fit(config, streams, view or choose_view())
     return config.run_dir
 
 
-def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
-    # ---- store, model, optimiser
+def _fit(config: RunConfig, streams: ExitStack, view: ConsoleView) -> None:
+    # ---- store, model, optimizer
     store = Store.open(config.store)
     if config.devices[0] == "cpu":
         keep_freed_memory()
     _seed(config, 0)
     model = AlexNet(len(store.classes), config.recipe, config.devices, config.model)
-    optimiser, schedule = make_optimiser(model, config.recipe), Schedule(config.recipe)
-    train_on = TrainingStep(model, optimiser, config.precision, config.accumulate)
+    optimizer, schedule = make_optimizer(model, config.recipe), Schedule(config.recipe)
+    train_on = TrainingStep(model, optimizer, config.precision, config.accumulate)
     steps_per_epoch, last_step = length(config, store)
 
     # ---- resume. What holds, in this order: 1. the newest checkpoint of the run folder that can be read, if it is of
@@ -62,9 +62,9 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
     step, validation_due = 0, False
     state = checkpoint.load_latest(config.run_dir)
     if state is not None:
-        check_identity(state, identity(config, store), config.run_dir)
+        check_identity(state, identity_of(config, store), config.run_dir)
         step, validation_due = state["step"], state["validation_due"]
-        _restore(state, config, model, optimiser, schedule)
+        _restore(state, config, model, optimizer, schedule)
         checkpoint.drop_after(config.run_dir, step)
         view.note(f"{config.run_dir}: goes on after step {step:,}.")
     keeper = checkpoint.Keeper(config.run_dir, config.keep, state)
@@ -75,12 +75,12 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
     validation = _validation(config, store)
     if validation is not None:
         streams.enter_context(validation)
-    plan = Plan(steps_per_epoch, last_step, config.batch_size)
-    log = streams.enter_context(Log(config.run_dir, plan, step, validation_due, view))
-    watch = Watch(config, store, model, view.warn)
+    plan = RunLength(steps_per_epoch, last_step, config.batch_size)
+    log = streams.enter_context(MetricsLog(config.run_dir, plan, step, validation_due, view))
+    watch = Watchdog(config, store, model, view.warn)
 
     def save(last: bool) -> None:
-        state = state_of(config, store, step, model, optimiser, schedule, loader, validation_due)
+        state = state_of(config, store, step, model, optimizer, schedule, loader, validation_due)
         keeper.save(step, state, last, log.sync)
 
     # ---- epochs. A checkpoint comes before its validation, which may take long: a stop loses nothing then.
@@ -101,7 +101,7 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
 
             interval = log.interval(loader, model)
             for images, labels in loader:
-                lr = schedule.apply(optimiser, step / steps_per_epoch)
+                lr = schedule.apply(optimizer, step / steps_per_epoch)
                 stepped = train_on(images, labels)
                 step += 1
                 interval.add(*stepped)
@@ -109,14 +109,14 @@ def _fit(config: RunConfig, streams: ExitStack, view: Lines) -> None:
                 epoch_ends = step % steps_per_epoch == 0
                 pause = bool(stop.asked) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
-                    norms = watch.judge(step, loader.how)
+                    norms = watch.check(step, loader.augmentation)
                     epoch = step / steps_per_epoch
                     log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(norms), "lr": lr})
                 if pause:
                     break
 
             validation_due = epoch_ends and validation is not None
-            if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.how.colour:
+            if epoch_ends and schedule.color_stats(step // steps_per_epoch) != loader.augmentation.colour:
                 loader.close()
                 loader = streams.enter_context(stream_at(config, schedule, step // steps_per_epoch))
             save(last=bool(stop.asked) or (step == last_step and not validation_due))
@@ -135,7 +135,7 @@ def _seed(config: RunConfig, step: int) -> None:
 def stream_at(config: RunConfig, schedule: Schedule, epochs_done: int) -> TrainLoader:
     """The training stream of an epoch: where the schedule changes the colour noise, another stream begins."""
     how = config.recipe.augmentation
-    colour = schedule.colour(epochs_done)
+    colour = schedule.color_stats(epochs_done)
     if colour != how.colour:
         how = replace(how, colour=colour, divisor=1.0 if colour == "off" else how.divisor)
     loader = train_loader(
@@ -155,7 +155,7 @@ def _validation(config: RunConfig, store: Store) -> EvalLoader | None:
     )
 
 
-def _validate(model: AlexNet, loader: EvalLoader, precision: str, view: Lines) -> EvalResult:
+def _validate(model: AlexNet, loader: EvalLoader, precision: str, view: ConsoleView) -> EvalResult:
     with view.progress("validation", loader.records, "images") as report:
         return evaluate(model, loader, report, precision)
 
@@ -165,20 +165,20 @@ def state_of(
     store: Store,
     step: int,
     model: AlexNet,
-    optimiser: PaperSGD,
+    optimizer: PaperSGD,
     schedule: Schedule,
     loader: TrainLoader,
     validation_due: bool,
 ) -> dict[str, Any]:
     """Everything that decides what comes next; `_restore` takes the same names."""
     return {
-        "identity": identity(config, store),
+        "identity": identity_of(config, store),
         **what_it_trains(config, store),
         "step": step,
         "steps_per_epoch": len(loader),
         "validation_due": validation_due,
-        "parameters": model.joined(),
-        "velocity": model.joined(optimiser.velocity),
+        "parameters": model.joined_tensors(),
+        "velocity": model.joined_tensors(optimizer.velocity),
         "schedule": schedule.state_dict(),
         "devices": list(config.devices),
         "random": torch.get_rng_state(),
@@ -187,10 +187,10 @@ def state_of(
     }
 
 
-def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimiser: PaperSGD, schedule: Schedule) -> None:
+def _restore(state: dict[str, Any], config: RunConfig, model: AlexNet, optimizer: PaperSGD, schedule: Schedule) -> None:
     """Put a checkpoint's state back; on other devices the random generators begin anew. The stream is its loader's."""
-    model.load_joined(state["parameters"])
-    model.load_joined(state["velocity"], optimiser.velocity)
+    model.load_joined_tensors(state["parameters"])
+    model.load_joined_tensors(state["velocity"], optimizer.velocity)
     schedule.load_state_dict(state["schedule"])
     if state["devices"] != list(config.devices):
         _seed(config, state["step"])

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from pipeline.augment import Augmentation
-from pipeline.diagnostics.preview import draw_pictures
+from pipeline.diagnostics.preview import save_image_grid
 from pipeline.loader import train_loader
 from pipeline.records import Records
-from pipeline.sampling import epoch_order
+from pipeline.sampling import epoch_permutation
 from prep.console import UserError, say
 from prep.files import write_atomic
 from prep.store.manifest import Store
@@ -44,7 +44,7 @@ class Diverged(UserError):
     """The loss, a gradient or a parameter is no longer a number."""
 
 
-class Watch:
+class Watchdog:
     """Sees every step of a run, and judges them at each line of the log."""
 
     def __init__(self, config: RunConfig, store: Store, model: AlexNet, warn: Callable[[str], None] = say) -> None:
@@ -62,7 +62,7 @@ class Watch:
         self._images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """A step, as train.trainer.step.Stepped."""
+        """A step, as train.trainer.step.StepResult."""
         least, largest = labels.aminmax()
         if self._labels is not None:
             least, largest = torch.minimum(least, self._labels[0]), torch.maximum(largest, self._labels[1])
@@ -70,14 +70,14 @@ class Watch:
         self._images += len(labels)
         self._losses.append(loss)
 
-    def judge(self, step: int, how: Augmentation) -> dict[str, dict[str, float]]:
-        """Judge the steps up to `step` that were not yet; `how` the stream served them. Returns norms_of the model.
+    def check(self, step: int, how: Augmentation) -> dict[str, dict[str, float]]:
+        """Judge the steps up to `step` that were not yet; `how` the stream served them. Returns parameter_norms the model.
 
         Raises Diverged, once the batch is written aside, for a loss, or a norm of a gradient or of a parameter, that
         is not finite.
         """
         losses: list[float] = torch.stack(self._losses).tolist()
-        norms = norms_of(self.model)
+        norms = parameter_norms(self.model)
         words = {"parameter": "", "gradient": "the gradient of "}
         bad = [
             f"{words[kind]}{name} has norm {norm}"
@@ -133,7 +133,7 @@ class Watch:
         folder = self.config.run_dir / f"offending-step-{at}"
         kept = checkpoint.checkpoints(self.config.run_dir)
         try:
-            set_aside(folder, self.config, self.store, (at - 1) // self.steps_per_epoch, at, how, found)
+            write_offending_batch(folder, self.config, self.store, (at - 1) // self.steps_per_epoch, at, how, found)
             aside = f"Its batch is in {folder}."
         except (OSError, UserError) as error:
             aside = f"Its batch could not be written aside ({error})."
@@ -145,12 +145,12 @@ class Watch:
         )
 
 
-def norms_of(model: AlexNet) -> dict[str, dict[str, float]]:
+def parameter_norms(model: AlexNet) -> dict[str, dict[str, float]]:
     """The Euclidean norms of each joined parameter and of its gradient, where it has one; waits for the devices."""
     squares: dict[tuple[str, str], float] = {}
     for device in dict.fromkeys(model.devices):
         names, tensors = [], []
-        for name, parameters in model.by_joined_name().items():
+        for name, parameters in model.parameters_by_joined_name().items():
             for p in parameters:
                 parts = {"parameter": p.detach(), "gradient": p.grad} if p.device == device else {}
                 names += [(name, kind) for kind, tensor in parts.items() if tensor is not None]
@@ -170,7 +170,7 @@ def _norm(tensor: Tensor) -> Tensor:
     return norm
 
 
-def set_aside(
+def write_offending_batch(
     folder: Path, config: RunConfig, store: Store, epoch: int, step: int, how: Augmentation, found: dict[str, Any]
 ) -> None:
     """Write what the network saw in step `step`, counted from 1, into `folder`: batch.json and pictures.png.
@@ -186,7 +186,7 @@ def set_aside(
         place = step - 1 - epoch * len(loader)
         loader.seek(epoch, place)
         images, labels = next(iter(loader))
-        numbers = epoch_order(loader.records, config.seed, epoch)[place * size : (place + 1) * size].tolist()
+        numbers = epoch_permutation(loader.records, config.seed, epoch)[place * size : (place + 1) * size].tolist()
     pixels = images.float().cpu().numpy()
     finite = np.isfinite(pixels)
     records = Records(store, "train")
@@ -205,17 +205,17 @@ def set_aside(
                 "number": number,
                 "label": label,
                 "class": store.classes[label],
-                "record": records.name(number),
+                "record": records.location(number),
                 "no_numbers": int(missing),
             }
             for number, label, missing in zip(numbers, labels.tolist(), (~finite).sum((1, 2, 3)), strict=True)
         ],
     }
     records.close()
-    mean = 0.0 if how.mean == "none" else np.array(store.colour().mean_rgb)[:, None, None]
+    mean = 0.0 if how.mean == "none" else np.array(store.color_stats().mean_rgb)[:, None, None]
     shown = np.nan_to_num(pixels * how.divisor + mean, nan=255.0, posinf=255.0, neginf=255.0)
     folder.mkdir(exist_ok=True)
-    draw_pictures(np.rint(shown.clip(0, 255)).astype(np.uint8).transpose(0, 2, 3, 1), folder / "pictures.png")
+    save_image_grid(np.rint(shown.clip(0, 255)).astype(np.uint8).transpose(0, 2, 3, 1), folder / "pictures.png")
     write_atomic(folder / "batch.json", json.dumps(about, indent=1).encode())
 
 

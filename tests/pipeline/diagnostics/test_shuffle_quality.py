@@ -63,7 +63,7 @@ def test_classes_in_a_row_are_told(many_classes: Path, monkeypatch: pytest.Monke
     by_class = np.argsort(
         [record.label for record in map(mixing_module.Records(store, "train").__getitem__, range(320))]
     )
-    monkeypatch.setattr(mixing_module, "epoch_order", lambda *_: by_class)
+    monkeypatch.setattr(mixing_module, "epoch_permutation", lambda *_: by_class)
     found = mixing(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
     assert found.distinct_classes == 4
     assert found.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))

@@ -20,7 +20,7 @@ from prep import compiled
 from tests.prep.images.test_kernels import needs_compiler
 from tools.compile_native import compile_native
 
-needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 
 
 @needs_compiler
@@ -45,7 +45,7 @@ def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, righ
     source = tmp_path / "kernels.c"
     source.write_text(text.replace(right, wrong))
     library = compile_native(source)
-    assert library and compiled.load(library, kernels.Kernel, kernels.is_right) is None
+    assert library and compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
 
 
 @needs_compiler
@@ -63,8 +63,8 @@ def test_every_compiler_gives_the_same_bits(
     monkeypatch.setenv("CC", f"cc {flags}")
     library = compile_native(tmp_path / "kernels.c")
     assert library
-    monkeypatch.setattr(kernels, "kernel", compiled.load(library, kernels.Kernel, kernels.is_right))
-    assert kernels.kernel
+    monkeypatch.setattr(kernels, "native", compiled.load(library, kernels.NativeKernels, kernels.is_correct))
+    assert kernels.native
     assert all(torch.equal(batch(layout), wanted) for layout, wanted in zip(("NCHW", "NHWC"), expected, strict=True))
 
 

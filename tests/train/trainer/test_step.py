@@ -16,11 +16,11 @@ from train.config.architecture import ALEXNET
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.monitor.interval_metrics import Interval
-from train.trainer.optim import make_optimiser
+from train.monitor.interval_metrics import IntervalMetrics
+from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
 from train.trainer.step import TrainingStep
-from train.trainer.watchdog import Watch
+from train.trainer.watchdog import Watchdog
 
 READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim"}
 
@@ -40,9 +40,9 @@ class NoWaiting(TorchDispatchMode):
 def made(recipe: Recipe, device: str = "cpu", **how: Any) -> tuple[AlexNet, TrainingStep]:
     torch.manual_seed(0)
     model = AlexNet(5, recipe, (device, device), SMALL if device == "cpu" else ALEXNET)
-    optimiser = make_optimiser(model, recipe)
-    Schedule(recipe).apply(optimiser, 0)
-    return model, TrainingStep(model, optimiser, **how)
+    optimizer = make_optimizer(model, recipe)
+    Schedule(recipe).apply(optimizer, 0)
+    return model, TrainingStep(model, optimizer, **how)
 
 
 def batch(n: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +79,7 @@ def test_what_is_returned_holds_no_graph() -> None:
 def test_gradients_do_not_pile_up() -> None:
     model, step = made(SHORT)
     images, labels = batch()
-    for group in step.optimiser.param_groups:
+    for group in step.optimizer.param_groups:
         group["lr"] = 0.0
     step(images, labels)
     once = [p.grad.clone() for p in model.parameters()]
@@ -139,7 +139,7 @@ def test_a_batch_in_parts_holds_the_activations_of_one_part() -> None:
 def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) -> None:
     """Tensors on the device `meta` have shapes and no values: reading one raises. The whole network, batch of 128."""
     model, step = made(recipe, "meta")
-    interval, watch = Interval(SimpleNamespace(waits=lambda: None), model), Watch.__new__(Watch)
+    interval, watch = IntervalMetrics(SimpleNamespace(wait_times=lambda: None), model), Watchdog.__new__(Watchdog)
     watch._begin()
     images = torch.empty(128, 3, 224, 224, device="meta")
     labels = torch.empty(128, dtype=torch.int64, device="meta")
@@ -156,7 +156,7 @@ def test_no_value_is_read_by_the_step_or_the_sums_of_the_loop(recipe: Recipe) ->
 def test_no_operation_of_the_step_waits(precision: str) -> None:
     model, step = made(PAPER, precision=precision)
     images, labels = batch()
-    interval, watch = Interval(SimpleNamespace(waits=lambda: None), model), Watch.__new__(Watch)
+    interval, watch = IntervalMetrics(SimpleNamespace(wait_times=lambda: None), model), Watchdog.__new__(Watchdog)
     watch._begin()
     with NoWaiting():
         for _ in range(2):
