@@ -19,16 +19,19 @@ ALLOWED = {
     "prep": ("prep",),
     # prep.images.codec and rescale: a photograph outside of a store is prepared by what prepares those inside.
     "pipeline": (
-        *("pipeline", "prep.console", "prep.files", "prep.compiled"),
+        *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
         *("prep.store", "prep.images.codec", "prep.images.rescale"),
     ),
-    "train": ("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.store.manifest"),
+    "train": (
+        *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
+        "prep.store.manifest",
+    ),
 }
 
 # The rooms of each package from the lowest to the highest: a room imports itself and what stands before it.
 ROOMS = {
     "prep": (
-        *("prep.compiled", "prep.console", "prep.files", "prep.workers"),
+        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.workers"),
         *("prep.store", "prep.images", "prep.inputs", "prep.build", "prep.check", "prep.cli", "prep.__main__"),
     ),
     "pipeline": (

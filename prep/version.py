@@ -1,0 +1,55 @@
+"""Version of this software: that of the installed package, or of the checkout when the package is not installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+DISTRIBUTION = "alexnet"
+UNKNOWN = "unknown"
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+@cache
+def package_version() -> str:
+    """The version, such as `0.1.0`.
+
+    Read from the metadata that pip wrote, else from pyproject.toml beside the packages (a checkout that is only on
+    PYTHONPATH), else `unknown` (the packages were copied without it).
+    """
+    from importlib.metadata import PackageNotFoundError, version  # 20 ms that --help need not wait for
+
+    try:
+        return version(DISTRIBUTION)
+    except PackageNotFoundError:
+        return checkout_version(Path(__file__).parents[1])
+
+
+def checkout_version(root: Path) -> str:
+    """The version in `root`/pyproject.toml, or `unknown` if that file is missing or belongs to another project."""
+    import tomllib
+
+    try:
+        project = tomllib.loads((root / "pyproject.toml").read_text("utf-8"))["project"]
+        return str(project["version"]) if project["name"] == DISTRIBUTION else UNKNOWN
+    except (OSError, ValueError, KeyError):
+        return UNKNOWN
+
+
+def version_option(command: Command) -> Command:
+    """The option --version of a command group. click's own reads the metadata of an installed package only."""
+
+    def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            click.echo(f"{ctx.find_root().info_name}, version {package_version()}")
+            ctx.exit()
+
+    option = click.option(
+        "--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version and exit."
+    )
+    return option(command)
