@@ -85,7 +85,7 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
     return noise
 
 
-class Cuts(NamedTuple):
+class Crops(NamedTuple):
     """Where the windows of N records lie, V to each, and what is added to their pixels."""
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins
@@ -94,9 +94,9 @@ class Cuts(NamedTuple):
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise minus the mean of the channels, where that is the mean
 
 
-def still_windows(views: int | str, room_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
     """Offsets (V, 2) and flips (V,) of the centre window (1), of the ten views (10), or of the square (SQUARE)."""
-    middle, far = 0 if views == SQUARE else room_px // 2, room_px
+    middle, far = 0 if views == SQUARE else max_offset_px // 2, max_offset_px
     if views != 10:
         return np.full((1, 2), middle, np.int32), np.zeros(1, np.int32)
     five = np.array([(0, 0), (0, far), (middle, middle), (far, 0), (far, far)], np.int32)
@@ -106,7 +106,7 @@ def still_windows(views: int | str, room_px: int) -> tuple[npt.NDArray[np.int32]
 class Augmenter:
     """The numbers of the formula for one store."""
 
-    def __init__(self, store: Store, how: Augmentation) -> None:
+    def __init__(self, store: Store, augmentation: Augmentation) -> None:
         """Raises StoreError where the store's statistics are missing, UserError where its pictures are too small."""
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
@@ -114,24 +114,24 @@ class Augmenter:
                 f"{store.root} holds pictures of {self.side_px} px, the window is {CROP_PX} px. "
                 "Build it with --side 256."
             )
-        self.how = how
+        self.augmentation = augmentation
         self.is_raw = store.settings.format == "ppm"
-        self.room_px = self.side_px - CROP_PX  # the largest offset of a window
+        self.max_offset_px = self.side_px - CROP_PX  # the largest offset of a window
         stats = store.color_stats()
-        self.mean_rgb = np.array(stats.mean_rgb if how.mean == "channel" else (0, 0, 0))
-        self.noise = noise_matrix(stats, how.colour, how.strength)
-        self.mean_image = store.mean_image() if how.mean in ("image", "aligned") else None
+        self.mean_rgb = np.array(stats.mean_rgb if augmentation.mean == "channel" else (0, 0, 0))
+        self.noise = noise_matrix(stats, augmentation.colour, augmentation.strength)
+        self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 
-    def random(self, records: Sequence[Record], draws: Draws) -> Cuts:
+    def random_crops(self, records: Sequence[Record], draws: Draws) -> Crops:
         """One random window of each record."""
         shift = draws.normal @ self.noise.T - self.mean_rgb
-        return Cuts(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
+        return Crops(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
 
-    def still(self, records: Sequence[Record], views: int | str) -> Cuts:
+    def eval_crops(self, records: Sequence[Record], views: int | str) -> Crops:
         """The centre window of each record, its ten views, or its square."""
-        offset, flip = still_windows(views, self.room_px)
+        offset, flip = eval_offsets(views, self.max_offset_px)
         many = len(records)
-        return Cuts(
+        return Crops(
             self._origin(records),
             np.broadcast_to(offset, (many, *offset.shape)),
             np.broadcast_to(flip, (many, *flip.shape)),

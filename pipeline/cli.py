@@ -77,8 +77,8 @@ def inspect(
       alexstream inspect --store store --batch 128
     """
     opened = Store.open(store)
-    from pipeline.diagnostics.shuffle_quality import LEAST_SHARE, mixing
-    from pipeline.sampling import BLOCK, WINDOW
+    from pipeline.diagnostics.shuffle_quality import LEAST_SHARE, measure_shuffle_quality
+    from pipeline.sampling import BLOCK_RECORDS, WINDOW_RECORDS
 
     records, step = opened.split(split).records, batch * world_size
     if records < step:
@@ -86,15 +86,15 @@ def inspect(
             f"{store} has {records:,} records in {split}, a step takes {step:,}. Ask for a smaller --batch."
         )
     with progress("looking", min(batches, records // step), "batches") as report:
-        found = mixing(opened, split, step, seed, epoch, batches, report)
+        found = measure_shuffle_quality(opened, split, step, seed, epoch, batches, report)
     told = {
         "split": split,
         "records": records,
         "steps": records // step,
         "left_out": records % step,
         **asdict(found),
-        "block_records": BLOCK,
-        "window_records": WINDOW,
+        "block_records": BLOCK_RECORDS,
+        "window_records": WINDOW_RECORDS,
         "batch_bytes": 4 * 3 * 224 * 224 * batch,
     }
     if as_json:
@@ -103,7 +103,7 @@ def inspect(
         many = "" if world_size == 1 else f" × {world_size}"
         click.echo(f"{split}: {records:,} records of {len(opened.classes):,} classes")
         click.echo(f"an epoch: {records // step:,} batches of {batch}{many}, {records % step:,} records left out")
-        click.echo(f"order: blocks of {BLOCK} records, mixed within {WINDOW:,}")
+        click.echo(f"order: blocks of {BLOCK_RECORDS} records, mixed within {WINDOW_RECORDS:,}")
         click.echo(
             f"distinct classes in a batch: {found.distinct_classes:.1f}, {found.share_of_ideal:.3f} of a perfect "
             f"shuffle's {found.ideal_distinct_classes:.1f}, over {found.batches:,} batches of epoch {epoch}"

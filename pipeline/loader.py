@@ -28,12 +28,12 @@ import numpy as np
 import torch
 
 from pipeline.augment import CROP_PX, LAYOUTS, SQUARE, Augmentation, Augmenter, check_choice
-from pipeline.engines.dali_engine import Form
-from pipeline.engines.engine import engine_for
+from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
-from pipeline.prefetch import Fed, Feed, Job
+from pipeline.prefetch import BatchInput, Job, Prefetcher
 from pipeline.records import Records
-from pipeline.sampling import draw, epoch_permutation
+from pipeline.sampling import draw_params, epoch_permutation
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
@@ -89,7 +89,7 @@ class _Loader:
         check_choice("dtype", dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
         self._augmenter = Augmenter(store, how)
-        self._feed: Feed  # which `_open` makes, last
+        self._prefetcher: Prefetcher  # which `_open` makes, last
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -105,7 +105,7 @@ class _Loader:
 
     def close(self) -> None:
         """End the threads, give back memory and files. Batches that were handed out stay valid."""
-        self._feed.close()
+        self._prefetcher.close()
 
     def __enter__(self) -> Self:
         return self
@@ -115,20 +115,24 @@ class _Loader:
 
     def _open(self, views: int, divisor: float, window_px: int = CROP_PX) -> None:
         """Begin to serve so many windows of each record."""
-        form = Form(views, self.layout, divisor, _DTYPES[self.dtype], window_px)
-        engine = engine_for(self._augmenter, self.placement, form, self.threads)
-        self._feed = Feed(engine, self.placement, self._records, self.batch_size, self.threads)
+        form = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], window_px)
+        engine = choose_engine(self._augmenter, self.placement, form, self.threads)
+        self._prefetcher = Prefetcher(engine, self.placement, self._records, self.batch_size, self.threads)
 
     def _start(self, jobs: Iterator[Job]) -> None:
-        self._feed.begin(jobs)
+        self._prefetcher.start(jobs)
         self._handed_over_at = None
 
     def _next(self) -> Batch | None:
         """The next batch; None after the last. Raises StoreError for a record that is damaged."""
         asked = time.perf_counter()
         held_s = 0.0 if self._handed_over_at is None else asked - self._handed_over_at
-        served = self._feed.next()
-        batch = None if served is None else Batch(served.images, self.placement.tensor(served.fed.labels))
+        served = self._prefetcher.next()
+        batch = (
+            None
+            if served is None
+            else Batch(served.images, self.placement.tensor_from_numpy(served.batch_input.labels))
+        )
         now = self._handed_over_at = time.perf_counter()
         before = self._waits
         self._waits = WaitTimes(
@@ -239,16 +243,18 @@ class TrainLoader(_Loader):
     def _after(self, epoch: int, step: int) -> tuple[int, int]:
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
-    def _look_up(self, epoch: int, step: int) -> Fed:
+    def _look_up(self, epoch: int, step: int) -> BatchInput:
         images = self.batch_size * self.world_size
         mine = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         known, order = self._order
         if known != epoch:
             order = epoch_permutation(self.records, self.seed, epoch)
             self._order = epoch, order
-        draws = draw(self.seed, epoch, step, images, self._augmenter.room_px, self.augmentation.shared_by)
+        draws = draw_params(self.seed, epoch, step, images, self._augmenter.max_offset_px, self.augmentation.shared_by)
         numbers = order[step * images : (step + 1) * images][mine]
-        return self._feed.look_up(numbers, lambda records: self._augmenter.random(records, draws.part(mine)))
+        return self._prefetcher.read_batch(
+            numbers, lambda records: self._augmenter.random_crops(records, draws.select(mine))
+        )
 
 
 class EvalLoader(_Loader):
@@ -280,9 +286,9 @@ class EvalLoader(_Loader):
         while (batch := self._next()) is not None:
             yield batch
 
-    def _look_up(self, index: int) -> Fed:
+    def _look_up(self, index: int) -> BatchInput:
         numbers = self._numbers[index * self.batch_size : (index + 1) * self.batch_size]
-        return self._feed.look_up(numbers, lambda records: self._augmenter.still(records, self.views))
+        return self._prefetcher.read_batch(numbers, lambda records: self._augmenter.eval_crops(records, self.views))
 
 
 def train_loader(
@@ -320,7 +326,7 @@ def train_loader(
         Store.open(store),
         split,
         batch_size,
-        Placement.of(device),
+        Placement.parse(device),
         seed,
         how=augmentation or Augmentation(),
         layout=layout,
@@ -358,7 +364,7 @@ def eval_loader(
         Store.open(store),
         split,
         batch_size,
-        Placement.of(device),
+        Placement.parse(device),
         views,
         how=augmentation or Augmentation(),
         layout=layout,

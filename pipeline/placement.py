@@ -22,7 +22,7 @@ class Placement:
     device_id: int | None
 
     @staticmethod
-    def of(device: str) -> Placement:
+    def parse(device: str) -> Placement:
         """`cpu`, `cuda` or `cuda:N`; raises UserError for other words and for a GPU that is not there."""
         if device == "cpu":
             return Placement(None)
@@ -37,7 +37,7 @@ class Placement:
         return Placement(wanted)
 
     @property
-    def decoder(self) -> str:
+    def decoder_device(self) -> str:
         """DALI's device word for a decoder: its input is always on the CPU."""
         return "cpu" if self.device_id is None else "mixed"
 
@@ -61,14 +61,14 @@ class Placement:
                 outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
         return outputs
 
-    def as_torch(self, output: Any) -> Any:
+    def tensor_from_dali(self, output: Any) -> Any:
         """One of `outputs` as a torch tensor on the same memory."""
         from torch.utils.dlpack import from_dlpack
 
         with self._current():
             return from_dlpack(output.as_tensor())
 
-    def tensor(self, array: Any) -> Any:
+    def tensor_from_numpy(self, array: Any) -> Any:
         """A NumPy array as a torch tensor where the batches lie."""
         import torch
 
@@ -88,7 +88,7 @@ class Placement:
 
         return torch.cuda.device(self.device_id)
 
-    def place(self, node: Any) -> Any:
+    def to_device(self, node: Any) -> Any:
         """A DALI node of the reader, moved to where the operators are."""
         return node if self.device_id is None else node.gpu()
 

@@ -18,58 +18,58 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.augment import Cuts
+from pipeline.augment import Crops
 from pipeline.engines.engine import Engine
 from pipeline.placement import Placement, dali
 from pipeline.records import Record, Records
 from prep.store.manifest import StoreError
 
-LOOKED_UP = 4  # batches whose pages are being read while others are decoded
-IN_GRAPH = 2  # batches that DALI has at once: one being made, one made
-FINISHED = 2  # batches finished before they are asked for, where a thread does it
+READ_AHEAD = 4  # batches whose pages are being read while others are decoded
+DALI_AHEAD = 2  # batches that DALI has at once: one being made, one made
+FINISHED_AHEAD = 2  # batches finished before they are asked for, where a thread does it
 _READERS = 2  # threads that look up: they wait for the disk
 
 
-class Fed(NamedTuple):
+class BatchInput(NamedTuple):
     """One batch as it goes in."""
 
     numbers: npt.NDArray[np.int64]  # (N,): the records' numbers in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
     records: Sequence[Record]  # held for as long as their pictures are looked at
-    cuts: Cuts
+    crops: Crops
 
 
-class Served(NamedTuple):
+class BatchOutput(NamedTuple):
     """One batch as it comes out."""
 
     images: torch.Tensor
-    fed: Fed
+    batch_input: BatchInput
 
 
-Job = Callable[[], Fed]
+Job = Callable[[], BatchInput]
 
 
-class Feed:
+class Prefetcher:
     """Takes jobs in order, and gives their images in the same order."""
 
     def __init__(self, engine: Engine, placement: Placement, records: Records, batch_size: int, threads: int) -> None:
         self._engine, self._placement, self._records = engine, placement, records
-        self._pipe = _built(engine.nodes, batch_size, placement, threads)
+        self._pipe = _built(engine.define_graph, batch_size, placement, threads)
         self._readers = ThreadPoolExecutor(_READERS, "alexstream")
         self._finisher = ThreadPoolExecutor(1, "alexstream") if placement.device_id is None else None
         self._jobs: Iterator[Job] = iter(())
-        self._looked_up: deque[Future[tuple[Fed, dict[str, Any]]]] = deque()
-        self._in_graph: deque[Fed] = deque()
-        self._finished: deque[Future[Served | None]] = deque()
+        self._looked_up: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
+        self._in_graph: deque[BatchInput] = deque()
+        self._finished: deque[Future[BatchOutput | None]] = deque()
         self._failed: StoreError | None = None  # for good: DALI does not go on, and no batch may be passed over
         self._closed = False
 
-    def look_up(self, numbers: npt.NDArray[np.int64], cuts: Callable[[Sequence[Record]], Cuts]) -> Fed:
-        """Records by number; `cuts(records)` says what is made of them. Raises StoreError as Records."""
+    def read_batch(self, numbers: npt.NDArray[np.int64], crops: Callable[[Sequence[Record]], Crops]) -> BatchInput:
+        """Records by number; `crops(records)` says what is made of them. Raises StoreError as Records."""
         records = [self._records[number] for number in numbers.tolist()]
-        return Fed(numbers, np.array([record.label for record in records], np.int64), records, cuts(records))
+        return BatchInput(numbers, np.array([record.label for record in records], np.int64), records, crops(records))
 
-    def begin(self, jobs: Iterator[Job]) -> None:
+    def start(self, jobs: Iterator[Job]) -> None:
         """Go on with other jobs; what is left of those before is dropped."""
         for future in self._finished:
             future.cancel()
@@ -81,7 +81,7 @@ class Feed:
                 self._take()
         self._jobs = jobs
 
-    def next(self) -> Served | None:
+    def next(self) -> BatchOutput | None:
         """The images of the next job, and what they were made of; None after the last job.
 
         Raises StoreError naming shard, key and source of a record that is damaged, from then on always; ValueError when
@@ -91,7 +91,7 @@ class Feed:
             raise ValueError("the loader is closed")
         if self._finisher is None:
             return self._advance()
-        while len(self._finished) < FINISHED:
+        while len(self._finished) < FINISHED_AHEAD:
             self._finished.append(self._finisher.submit(self._advance))
         wait((self._finished[0],))  # an interrupt here loses nothing
         return self._finished.popleft().result()
@@ -112,20 +112,20 @@ class Feed:
         self._engine.close()
         self._records.close()
 
-    def _advance(self) -> Served | None:
+    def _advance(self) -> BatchOutput | None:
         if self._failed is None:
             self._fill()
         if self._in_graph and self._failed is None:
             outputs, fed = self._take()
-            return Served(self._engine.images(outputs, fed.records, fed.cuts), fed)
+            return BatchOutput(self._engine.finish(outputs, fed.records, fed.crops), fed)
         if self._failed is not None:
             raise self._failed
         return None
 
     def _fill(self) -> None:
-        """Keep IN_GRAPH batches in the graph, and LOOKED_UP before it, while there are jobs."""
-        while len(self._in_graph) < IN_GRAPH:
-            for job in islice(self._jobs, LOOKED_UP - len(self._looked_up)):
+        """Keep DALI_AHEAD batches in the graph, and READ_AHEAD before it, while there are jobs."""
+        while len(self._in_graph) < DALI_AHEAD:
+            for job in islice(self._jobs, READ_AHEAD - len(self._looked_up)):
                 self._looked_up.append(self._readers.submit(self._prepared, job))
             if not self._looked_up:
                 return
@@ -142,11 +142,11 @@ class Feed:
                 self._placement.schedule(self._pipe)
             self._in_graph.append(fed)
 
-    def _prepared(self, job: Job) -> tuple[Fed, dict[str, Any]]:
+    def _prepared(self, job: Job) -> tuple[BatchInput, dict[str, Any]]:
         fed = job()
-        return fed, self._engine.inputs(fed.records, fed.cuts)
+        return fed, self._engine.graph_inputs(fed.records, fed.crops)
 
-    def _take(self) -> tuple[tuple[Any, ...], Fed]:
+    def _take(self) -> tuple[tuple[Any, ...], BatchInput]:
         outputs: tuple[Any, ...] = ()
         try:
             if self._pipe is not None:
@@ -164,7 +164,7 @@ class Feed:
         cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
         store, split = self._records.store, self._records.split
         for number in (int(number) for fed in self._in_graph for number in fed.numbers):
-            damage = self._records.damaged(number)
+            damage = self._records.find_damage(number)
             if damage:
                 return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
         return StoreError(f"{store.root}, split {split}: DALI stopped ({cause}). {self._records.advice}")
@@ -177,7 +177,7 @@ def _built(nodes: Callable[[], Any], batch_size: int, placement: Placement, thre
         num_threads=threads,
         device_id=placement.device_id,
         exec_dynamic=True,  # gives every batch memory of its own
-        prefetch_queue_depth=1,  # a Feed schedules ahead
+        prefetch_queue_depth=1,  # a Prefetcher schedules ahead
     )
     with pipe:
         outputs = nodes()

@@ -19,7 +19,7 @@ from prep.store.manifest import Store, StoreError
 class Record(NamedTuple):
     """One record, until its Records are closed."""
 
-    picture: npt.NDArray[np.uint8]  # a JPEG file's bytes, (n,); of a PPM the pixels, (height, width, 3)
+    payload: npt.NDArray[np.uint8]  # a JPEG file's bytes, (n,); of a PPM the pixels, (height, width, 3)
     height: int
     width: int
     label: int
@@ -59,14 +59,14 @@ class Records:
 
     def location(self, number: int) -> str:
         """Where record `number` lies and where it came from: shard, key and source path."""
-        shard, _ = self._place(number)
+        shard, _ = self._locate(number)
         source = self.source(number)
         made_of = f", made of {source}" if source else ""
         return f"{self.store.root / self._shards[shard].path}, key {self.key(number)}{made_of}"
 
     def key(self, number: int) -> str:
         """The key of record `number`: 8 digits, its own in the whole split."""
-        shard, place = self._place(number)
+        shard, place = self._locate(number)
         return self._reader(shard).key(place).decode()
 
     def source(self, number: int) -> str:
@@ -78,7 +78,7 @@ class Records:
                 return source.decode("utf-8", "backslashreplace")
         return ""
 
-    def damaged(self, number: int) -> str:
+    def find_damage(self, number: int) -> str:
         """Why record `number` cannot be what was written: checksum, fields, or a JPEG that cannot be decoded or has
         another size. Empty where nothing is wrong with it.
         """
@@ -102,10 +102,10 @@ class Records:
         self._readers.clear()
 
     def _value(self, number: int) -> memoryview:
-        shard, place = self._place(number)
+        shard, place = self._locate(number)
         return self._reader(shard)[place]
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def _locate(self, number: int) -> tuple[int, int]:
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 

@@ -12,8 +12,10 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK = 64  # records in a row that stay together on their way to a window: 2 MB of JPEG to read at a time
-WINDOW = 16_384  # records that are mixed with one another: half a gigabyte of JPEG, which the page cache should hold
+BLOCK_RECORDS = 64  # records in a row that stay together on their way to a window: 2 MB of JPEG to read at a time
+WINDOW_RECORDS = (
+    16_384  # records that are mixed with one another: half a gigabyte of JPEG, which the page cache should hold
+)
 _ORDER, _DRAWS = 0, 1  # what a random generator is for
 
 Integers = npt.NDArray[np.int64]
@@ -26,7 +28,7 @@ class Draws(NamedTuple):
     flip: npt.NDArray[np.int32]  # (N,): 0 or 1
     normal: npt.NDArray[np.float64]  # (N, 3): z of the colour noise, for the three principal components
 
-    def part(self, images: slice) -> Draws:
+    def select(self, images: slice) -> Draws:
         """Those of some of the images."""
         return Draws(self.offset[images], self.flip[images], self.normal[images])
 
@@ -34,28 +36,28 @@ class Draws(NamedTuple):
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
     """int64 (records,): a permutation, in which neighbors of the store come in blocks and blocks are mixed.
 
-    Blocks of BLOCK records are put in random order, then records within each WINDOW of that. The store's own order is
+    Blocks of BLOCK_RECORDS records are put in random order, then records within each WINDOW_RECORDS of that. The store's own order is
     a random permutation (alexprep build-lmdb), so that classes are as mixed as if records were drawn one by one, while
     a disk reads megabytes in a row.
     """
     rng = _generator(_ORDER, seed, epoch)
-    starts = rng.permutation(np.arange(0, records, BLOCK))
-    order = (starts[:, None] + np.arange(BLOCK)).ravel()
+    starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
+    order = (starts[:, None] + np.arange(BLOCK_RECORDS)).ravel()
     order = order[order < records]
-    for first in range(0, records, WINDOW):
-        rng.shuffle(order[first : first + WINDOW])
+    for first in range(0, records, WINDOW_RECORDS):
+        rng.shuffle(order[first : first + WINDOW_RECORDS])
     return order
 
 
-def draw(seed: int, epoch: int, step: int, images: int, room_px: int, shared_by: int = 1) -> Draws:
+def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
     """The draws for all `images` of a step, those of every rank.
 
-    Windows are uniform over 0..room_px in each direction, flips have probability one half; both are one for each
+    Windows are uniform over 0..max_offset_px in each direction, flips have probability one half; both are one for each
     `shared_by` images in a row, as the authors' code has it for 32 (convdata_jpeg.py, crop_chunk).
     """
     rng = _generator(_DRAWS, seed, epoch, step)
     leaders = -(-images // shared_by)
-    offset = rng.integers(0, room_px, (leaders, 2), np.int32, endpoint=True)
+    offset = rng.integers(0, max_offset_px, (leaders, 2), np.int32, endpoint=True)
     flip = rng.integers(0, 1, leaders, np.int32, endpoint=True)
     normal = rng.standard_normal((images, 3))
     whose = np.arange(images) // shared_by

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.augment import CROP_PX, still_windows
+from pipeline.augment import CROP_PX, eval_offsets
 from pipeline.records import Records
 from prep.console import UserError
 from prep.images.codec import MAX_FILE_BYTES, BadImage, check_rescaled_size, decode_image, encode_image
@@ -74,7 +74,7 @@ class EvalTransform:
 
     def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
         """float32 (views, 3, 224, 224): the centre window, or the ten views in the order of pipeline.augment."""
-        offsets, flips = still_windows(views, len(square) - CROP_PX)
+        offsets, flips = eval_offsets(views, len(square) - CROP_PX)
         places = zip(offsets.tolist(), flips.tolist(), strict=True)
         return np.stack([self._window(square, y, x, flip) for (y, x), flip in places])
 
@@ -113,7 +113,7 @@ class StoredImages:
 
     def __getitem__(self, number: int) -> Pixels:
         """The central square of a record, uint8 (side_px, side_px, 3); raises StoreError where it is damaged."""
-        picture = self.records[number].picture
+        picture = self.records[number].payload
         if picture.ndim == 1:
             try:
                 picture = decode(picture.tobytes())

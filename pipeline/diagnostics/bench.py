@@ -17,14 +17,14 @@ import numpy as np
 import simplejpeg
 import torch
 
-from pipeline.augment import CROP_PX, Augmentation, Augmenter, Cuts
-from pipeline.engines.dali_engine import Form, decoded, encoded
-from pipeline.engines.engine import Engine, engine_for
+from pipeline.augment import CROP_PX, Augmentation, Augmenter, Crops
+from pipeline.engines.dali_engine import OutputFormat, decode_crop, decode_inputs
+from pipeline.engines.engine import Engine, choose_engine
 from pipeline.loader import TrainLoader
 from pipeline.placement import Placement
-from pipeline.prefetch import Fed, Feed
+from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Record, Records
-from pipeline.sampling import draw
+from pipeline.sampling import draw_params
 from prep.console import Progress
 from prep.store.manifest import Store
 
@@ -57,7 +57,7 @@ def bench_stream(
 
     Raises what TrainLoader raises.
     """
-    placement = Placement.of(device)
+    placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     with ExitStack() as held:
         more: dict[str, Any] = {"layout": "NCHW", "dtype": "float32", "shard": 0, "world_size": 1}
@@ -74,15 +74,15 @@ def bench_stream(
 
         contestants: dict[str, Callable[[], int]] = {"read": _reading(records, batch)}
         augmenter = Augmenter(store, Augmentation())
-        whole = engine_for(augmenter, placement, Form(), threads)
+        whole = choose_engine(augmenter, placement, OutputFormat(), threads)
         engines: dict[str, Engine] = (
             {"augment": whole} if augmenter.is_raw else {"decode": _Decoding(placement), "augment": whole}
         )
         for name, engine in engines.items():
-            feed = Feed(engine, placement, Records(store, split), batch, threads)
-            held.enter_context(closing(feed))
-            feed.begin(_jobs(feed, augmenter, len(records), batch))
-            contestants[name] = partial(_take, feed)
+            prefetcher = Prefetcher(engine, placement, Records(store, split), batch, threads)
+            held.enter_context(closing(prefetcher))
+            prefetcher.start(_jobs(prefetcher, augmenter, len(records), batch))
+            contestants[name] = partial(_take, prefetcher)
         contestants["hand over"] = stream
         pool = held.enter_context(ThreadPoolExecutor(threads))
         contestants["bound"] = _bound(records, store.settings.format, pool, threads)
@@ -146,39 +146,41 @@ class _Decoding:
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
 
-    def nodes(self) -> Any:
-        return decoded(self._placement, CROP_PX)
+    def define_graph(self) -> Any:
+        return decode_crop(self._placement, CROP_PX)
 
-    def inputs(self, records: Sequence[Record], cuts: Cuts) -> dict[str, Any]:
-        return encoded(records, cuts.origin + cuts.offset[:, 0])
+    def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
+        return decode_inputs(records, crops.origin + crops.offset[:, 0])
 
-    def images(self, outputs: tuple[Any, ...], records: Sequence[Record], cuts: Cuts) -> torch.Tensor:
+    def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         return torch.empty(0)
 
     def close(self) -> None:
         pass
 
 
-def _jobs(feed: Feed, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], Fed]]:
+def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
     """Endless batches in the store's order."""
-    draws = draw(0, 0, 0, batch, augmenter.room_px)
+    draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
 
-    def look_up(first: int) -> Fed:
-        return feed.look_up(np.arange(first, first + batch), lambda found: augmenter.random(found, draws))
+    def look_up(first: int) -> BatchInput:
+        return prefetcher.read_batch(
+            np.arange(first, first + batch), lambda found: augmenter.random_crops(found, draws)
+        )
 
     return (partial(look_up, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 
 
-def _take(feed: Feed) -> int:
-    served = feed.next()
+def _take(prefetcher: Prefetcher) -> int:
+    served = prefetcher.next()
     assert served is not None
-    return len(served.fed.labels)
+    return len(served.batch_input.labels)
 
 
 def _bound(records: Records, format: str, pool: ThreadPoolExecutor, threads: int) -> Callable[[], int]:
     """What records cost at the least, on all threads: a decode (JPEG) or a copy of their bytes (PPM)."""
     work: Callable[[Any], object] = simplejpeg.decode_jpeg if format == "jpeg" else np.copy  # both let go of the lock
-    held = [records[number].picture for number in range(min(len(records), _HELD_RECORDS))]
+    held = [records[number].payload for number in range(min(len(records), _HELD_RECORDS))]
     contents = [picture.tobytes() if format == "jpeg" else picture for picture in held]
 
     def all_of(share: list[Any]) -> int:

@@ -11,12 +11,12 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import CROP_PX, Augmentation, Augmenter
-from pipeline.engines.dali_engine import Form
-from pipeline.engines.engine import engine_for
+from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
-from pipeline.prefetch import Fed, Feed
+from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Record, Records
-from pipeline.sampling import draw
+from pipeline.sampling import draw_params
 from prep.console import UserError
 from prep.store.manifest import Store
 
@@ -69,28 +69,28 @@ def save_image_grid(pictures: np.ndarray[Any, np.dtype[np.uint8]], out: Path) ->
 
 def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
     """One list for each column: uint8 (H, W, 3) for each row."""
-    placement = Placement.of("cpu")
+    placement = Placement.parse("cpu")
     augmenter = Augmenter(store, Augmentation(mean="none"))
-    engine = engine_for(augmenter, placement, Form(layout="NHWC"), threads=1)
-    feed = Feed(engine, placement, Records(store, split), rows, threads=1)
+    engine = choose_engine(augmenter, placement, OutputFormat(layout="NHWC"), threads=1)
+    prefetcher = Prefetcher(engine, placement, Records(store, split), rows, threads=1)
 
-    def job(column: int) -> Fed:
-        draws = draw(seed, 0, min(column, AUGMENTED - 1), rows, augmenter.room_px)
+    def job(column: int) -> BatchInput:
+        draws = draw_params(seed, 0, min(column, AUGMENTED - 1), rows, augmenter.max_offset_px)
         if column == AUGMENTED:
             draws = draws._replace(normal=draws.normal * LOUD)
-        return feed.look_up(np.arange(rows), lambda records: augmenter.random(records, draws))
+        return prefetcher.read_batch(np.arange(rows), lambda records: augmenter.random_crops(records, draws))
 
     columns = [[_stored(record, store.settings.side_px) for record in job(0).records]]
-    feed.begin(partial(job, column) for column in range(AUGMENTED + 1))
-    while (served := feed.next()) is not None:
+    prefetcher.start(partial(job, column) for column in range(AUGMENTED + 1))
+    while (served := prefetcher.next()) is not None:
         columns.append(list(np.clip(np.rint(served.images.numpy()), 0, 255).astype(np.uint8)))
-    feed.close()
+    prefetcher.close()
     return columns
 
 
 def _stored(record: Record, side_px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """The central square of a record, as it is stored."""
-    picture = record.picture
+    picture = record.payload
     if picture.ndim == 1:
         picture = np.asarray(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"))
     y, x = ((length - side_px) // 2 for length in picture.shape[:2])

@@ -18,7 +18,7 @@ LEAST_SHARE = 0.95  # of the ideal: below it, a network sees too little of the d
 
 
 @dataclass(frozen=True)
-class Mixing:
+class ShuffleQuality:
     """Batches of one epoch, looked at."""
 
     batches: int
@@ -41,7 +41,9 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     return float(len(counts) - np.exp(log_missing).sum())
 
 
-def mixing(store: Store, split: str, batch: int, seed: int, epoch: int, most_batches: int, report: Progress) -> Mixing:
+def measure_shuffle_quality(
+    store: Store, split: str, batch: int, seed: int, epoch: int, most_batches: int, report: Progress
+) -> ShuffleQuality:
     """Look at up to `most_batches` batches, spread over the epoch; raises StoreError for a damaged store."""
     told = store.split(split)
     order = epoch_permutation(told.records, seed, epoch)
@@ -54,4 +56,4 @@ def mixing(store: Store, split: str, batch: int, seed: int, epoch: int, most_bat
             found.append(len({records[number].label for number in numbers}))
             report.advance()
     ideal = ideal_distinct(np.array(told.label_counts), batch)
-    return Mixing(len(found), float(np.mean(found)), ideal, float(np.mean(found)) / ideal)
+    return ShuffleQuality(len(found), float(np.mean(found)), ideal, float(np.mean(found)) / ideal)

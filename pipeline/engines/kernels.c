@@ -10,12 +10,12 @@
 #define INLINE static inline __attribute__((always_inline))
 
 typedef struct {
-    const uint8_t *pixels; /* the window's upper left, RGB */
+    const uint8_t *pixels; /* the crop's upper left, RGB */
     int64_t stride;        /* bytes from one row to the next */
     const float *mean;     /* to be subtracted, its upper left; in the layout of the output, or null */
     float shift[3];        /* to be added to R, G, B */
     int32_t flip;
-} window;
+} crop;
 
 /* Row of RGB `pixels` to three rows of bytes, one after the other. */
 INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restrict rows) {
@@ -24,14 +24,14 @@ INLINE void split(const uint8_t *restrict pixels, int64_t side, uint8_t *restric
 }
 
 /* No product is added to: every compiler gives the same bits. */
-INLINE float finished(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
+INLINE float augment(uint8_t pixel, float shift, float mean, float scale) { return (pixel + shift - mean) * scale; }
 
-/* `count` windows of side * side pixels to `out` (count, 3, side, side); of the mean, rows are mean_side and channels
+/* `count` crops of side * side pixels to `out` (count, 3, side, side); of the mean, rows are mean_side and channels
  * mean_side * mean_side numbers apart. */
-EACH_CPU void cut_planes(const window *windows, int64_t count, int64_t side, int64_t mean_side, float scale,
+EACH_CPU void crop_nchw(const crop *crops, int64_t count, int64_t side, int64_t mean_side, float scale,
                          float *restrict out) {
     uint8_t rows[3 * side];
-    for (const window *w = windows; w < windows + count; w++, out += 3 * side * side)
+    for (const crop *w = crops; w < crops + count; w++, out += 3 * side * side)
         for (int64_t i = 0; i < side; i++) {
             split(w->pixels + i * w->stride, side, rows);
             for (int64_t c = 0; c < 3; c++) {
@@ -40,26 +40,26 @@ EACH_CPU void cut_planes(const window *windows, int64_t count, int64_t side, int
                 float *restrict line = out + (c * side + i) * side;
                 if (w->mean && w->flip)
                     for (int64_t j = 0; j < side; j++)
-                        line[j] = finished(row[side - 1 - j], shift, mean[j], scale);
+                        line[j] = augment(row[side - 1 - j], shift, mean[j], scale);
                 else if (w->mean)
                     for (int64_t j = 0; j < side; j++)
-                        line[j] = finished(row[j], shift, mean[j], scale);
+                        line[j] = augment(row[j], shift, mean[j], scale);
                 else if (w->flip)
                     for (int64_t j = 0; j < side; j++)
-                        line[j] = finished(row[side - 1 - j], shift, 0, scale);
+                        line[j] = augment(row[side - 1 - j], shift, 0, scale);
                 else
                     for (int64_t j = 0; j < side; j++)
-                        line[j] = finished(row[j], shift, 0, scale);
+                        line[j] = augment(row[j], shift, 0, scale);
             }
         }
 }
 
 /* The same to `out` (count, side, side, 3); rows of the mean are 3 * mean_side numbers apart. */
-EACH_CPU void cut_pixels(const window *windows, int64_t count, int64_t side, int64_t mean_side, float scale,
+EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t mean_side, float scale,
                          float *restrict out) {
     uint8_t rows[3 * side], mirrored[3 * side];
     float shifts[3 * side];
-    for (const window *w = windows; w < windows + count; w++) {
+    for (const crop *w = crops; w < crops + count; w++) {
         for (int64_t j = 0; j < 3 * side; j++)
             shifts[j] = w->shift[j % 3];
         for (int64_t i = 0; i < side; i++, out += 3 * side) {
@@ -74,10 +74,10 @@ EACH_CPU void cut_pixels(const window *windows, int64_t count, int64_t side, int
             }
             if (w->mean)
                 for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = finished(row[j], shifts[j], mean[j], scale);
+                    out[j] = augment(row[j], shifts[j], mean[j], scale);
             else
                 for (int64_t j = 0; j < 3 * side; j++)
-                    out[j] = finished(row[j], shifts[j], 0, scale);
+                    out[j] = augment(row[j], shifts[j], 0, scale);
         }
     }
 }

@@ -21,7 +21,7 @@ from PIL import Image
 from pipeline.augment import Augmentation, noise_matrix
 from pipeline.engines import kernels
 from pipeline.loader import eval_loader, train_loader
-from pipeline.sampling import draw, epoch_permutation
+from pipeline.sampling import draw_params, epoch_permutation
 from prep.console import UserError
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
@@ -111,7 +111,7 @@ def expected(
     for epoch in range(epochs):
         order = epoch_permutation(len(squares), seed, epoch)
         for step in range(len(squares) // batch_size):
-            draws = draw(seed, epoch, step, batch_size, room, how.shared_by)
+            draws = draw_params(seed, epoch, step, batch_size, room, how.shared_by)
             for k, number in enumerate(order[step * batch_size : (step + 1) * batch_size]):
                 label, square = squares[number]
                 shift = formula_shift(store, how, draws.normal[k])
@@ -150,7 +150,7 @@ def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, h
 def test_every_window_is_where_it_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
     """Each of the 33 offsets in each direction: positions that DALI is given as shares come back as whole pixels."""
     store, how = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
-    draws = [draw(1, epoch, 0, 30, 32).offset for epoch in range(6)]
+    draws = [draw_params(1, epoch, 0, 30, 32).offset for epoch in range(6)]
     assert all(set(column) == set(range(33)) for column in np.concatenate(draws).T.tolist())
     found = served(train_loader(store.root, 30, seed=1, augmentation=how), 6)
     for (_, image), (_, wanted) in zip(found, expected(store, how, 1, 30, 6), strict=True):
@@ -311,7 +311,7 @@ def test_two_readings_of_the_noise_formula(stores: dict[str, Path]) -> None:
 def test_colour_offsets_have_the_covariance_of_the_pixels(stores: dict[str, Path]) -> None:
     stats = Store.open(stores["ppm"]).color_stats()
     wanted = 0.1**2 * np.array(stats.covariance)  # P diag(0.1² λ) Pᵀ
-    shifts = draw(11, 0, 0, 8000, 32).normal @ noise_matrix(stats, "stdev", 0.1).T
+    shifts = draw_params(11, 0, 0, 8000, 32).normal @ noise_matrix(stats, "stdev", 0.1).T
     spread = np.sqrt((np.outer(np.diag(wanted), np.diag(wanted)) + wanted**2) / len(shifts))
     assert (np.abs(np.cov(shifts.T) - wanted) < 4 * spread).all()
     assert (np.abs(shifts.mean(0)) < 4 * np.sqrt(np.diag(wanted) / len(shifts))).all()

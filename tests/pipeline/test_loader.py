@@ -146,11 +146,11 @@ def test_the_time_goes_to_waiting_or_holding(
     """Each batch takes 3 s to come, and its consumer 5 s."""
     with train_loader(numbered, 6) as loader:
 
-        def slowly(serve: Callable[[], object] = loader._feed.next) -> object:
+        def slowly(serve: Callable[[], object] = loader._prefetcher.next) -> object:
             clock[0] += 3
             return serve()
 
-        monkeypatch.setattr(loader._feed, "next", slowly)
+        monkeypatch.setattr(loader._prefetcher, "next", slowly)
         for _ in itertools.islice((batch for _ in itertools.count() for batch in loader), 20):
             clock[0] += 5
         assert loader.wait_times() == (20, 60, 100)
@@ -204,7 +204,7 @@ def test_a_seed_out_of_range_is_refused(numbered: Path, seed: int) -> None:
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", ""])
 def test_a_device_that_is_not_there_is_refused(device: str) -> None:
     with pytest.raises(UserError, match="device"):
-        Placement.of(device)
+        Placement.parse(device)
 
 
 def test_views_are_one_or_ten(numbered: Path) -> None:

@@ -45,6 +45,6 @@ def test_a_batch_is_handed_over_while_its_gpu_is_the_current_one(monkeypatch: py
     monkeypatch.setattr("torch.Tensor.to", lambda labels, *where, **how: labels)
     placement = Placement(1)
     (output,) = placement.outputs(SimpleNamespace(outputs=outputs))
-    assert placement.as_torch(output).tolist() == [1, 1, 1]
-    assert placement.tensor(np.arange(2)).tolist() == [0, 1]
+    assert placement.tensor_from_dali(output).tolist() == [1, 1, 1]
+    assert placement.tensor_from_numpy(np.arange(2)).tolist() == [0, 1]
     assert seen == {"outputs": 1, "as_tensor": 1, "pin_memory": 1} and current == [0]

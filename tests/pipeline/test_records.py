@@ -58,7 +58,7 @@ def compare(store: Store, split: str) -> None:
         else:
             assert picture.tobytes() == datum.data
         assert not picture.flags.writeable and not picture.flags.owndata
-        assert records.damaged(number) == ""
+        assert records.find_damage(number) == ""
     del picture
     records.close()
 
@@ -119,7 +119,7 @@ def test_threads_may_be_the_first_to_open_a_shard_together(stores: dict[str, Pat
     with ThreadPoolExecutor(4) as threads:
         for _ in range(15):
             records = Records(store, "train")
-            found = list(threads.map(lambda number: records[number // 4].picture.tobytes(), range(120)))  # noqa: B023
+            found = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
             assert found == [data for data in wanted for _ in range(4)]
             records.close()
     lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()  # nobody holds it any more
@@ -127,9 +127,9 @@ def test_threads_may_be_the_first_to_open_a_shard_together(stores: dict[str, Pat
 
 def test_closed_records_are_opened_again_when_asked_for(stores: dict[str, Path]) -> None:
     records = Records(Store.open(stores["jpeg"]), "train")
-    first = records[3].picture.tobytes()
+    first = records[3].payload.tobytes()
     records.close()
-    assert records[3].picture.tobytes() == first
+    assert records[3].payload.tobytes() == first
     records.close()
 
 
@@ -177,10 +177,10 @@ def test_a_damaged_record_is_refused_with_its_name(stores: dict[str, Path], tmp_
     where = f"{path}, key {key.decode()}"
     assert str(refused.value).startswith(where)
     assert str(refused.value).endswith(f"alexprep verify --store {root}")
-    assert records.location(7).startswith(where) and records.damaged(7)
+    assert records.location(7).startswith(where) and records.find_damage(7)
     if damage not in ("empty", "first half"):
         assert f"made of {datum.source.decode()}" in records.location(7)
-    assert all(records.damaged(number) == "" for number in range(12) if number != 7)
+    assert all(records.find_damage(number) == "" for number in range(12) if number != 7)
     records.close()
 
 
@@ -193,6 +193,6 @@ def test_a_record_whose_checksum_does_not_agree_is_damaged(stores: dict[str, Pat
         value[-20] ^= 1
         txn.put(key, bytes(value))
     records = Records(store, "val")
-    assert "checksum" in records.damaged(2) and records.damaged(1) == ""
+    assert "checksum" in records.find_damage(2) and records.find_damage(1) == ""
     records[2]
     records.close()

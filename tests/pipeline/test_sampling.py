@@ -12,7 +12,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.sampling import BLOCK, WINDOW, draw, epoch_permutation
+from pipeline.sampling import BLOCK_RECORDS, WINDOW_RECORDS, draw_params, epoch_permutation
 
 SIZES = [1, 2, 63, 64, 65, 1000, 16_384, 20_000]
 ROOM = 32
@@ -54,10 +54,10 @@ def test_batches_of_a_store_in_random_order_have_as_many_classes_as_by_a_perfect
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighbors_of_the_store_are_apart_in_an_epoch(size: int) -> None:
     """A batch draws on as many blocks as if each of its records had been drawn from a whole window."""
-    blocks = WINDOW // BLOCK
+    blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
-    mixed = epoch_permutation(size, 0, 0) // BLOCK
-    assert _distinct(mixed[: size // WINDOW * WINDOW]) == pytest.approx(ideal, rel=0.03)
+    mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
+    assert _distinct(mixed[: size // WINDOW_RECORDS * WINDOW_RECORDS]) == pytest.approx(ideal, rel=0.03)
 
 
 def _distinct(labels: np.ndarray, batch: int = 128) -> float:
@@ -69,15 +69,17 @@ def _distinct(labels: np.ndarray, batch: int = 128) -> float:
 def test_a_window_reads_few_blocks_and_these_whole(size: int) -> None:
     order = epoch_permutation(size, 3, 1)
     seen: list[set[int]] = []
-    for first in range(0, size, WINDOW):
-        blocks, counts = np.unique(order[first : first + WINDOW] // BLOCK, return_counts=True)
-        assert len(blocks) <= WINDOW // BLOCK + 2  # one in part at each end, and the store's last, which is short
-        last = (size - 1) // BLOCK
-        assert sum(count < BLOCK for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
+    for first in range(0, size, WINDOW_RECORDS):
+        blocks, counts = np.unique(order[first : first + WINDOW_RECORDS] // BLOCK_RECORDS, return_counts=True)
+        assert (
+            len(blocks) <= WINDOW_RECORDS // BLOCK_RECORDS + 2
+        )  # one in part at each end, and the store's last, which is short
+        last = (size - 1) // BLOCK_RECORDS
+        assert sum(count < BLOCK_RECORDS for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
         seen.append(set(blocks.tolist()))
-    assert sum(map(len, seen)) <= -(-size // BLOCK) + len(seen)
+    assert sum(map(len, seen)) <= -(-size // BLOCK_RECORDS) + len(seen)
     ends = [max(window) - min(window) for window in seen]
-    assert min(ends) > 0.9 * size / BLOCK  # the blocks of a window come from all over the store
+    assert min(ends) > 0.9 * size / BLOCK_RECORDS  # the blocks of a window come from all over the store
 
 
 @pytest.mark.parametrize("record", [0, 63, 64, 129])
@@ -91,7 +93,7 @@ def test_a_record_is_equally_likely_everywhere(record: int) -> None:
 @pytest.fixture(scope="module")
 def many() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What 400 steps of 128 images draw: offsets (400, 128, 2), flips (400, 128), normals (400, 128, 3)."""
-    drawn = [draw(5, step // 100, step % 100, 128, ROOM) for step in range(400)]
+    drawn = [draw_params(5, step // 100, step % 100, 128, ROOM) for step in range(400)]
     offsets, flips, normals = (np.stack(parts) for parts in zip(*drawn, strict=True))
     return offsets, flips, normals
 
@@ -141,7 +143,9 @@ def test_images_steps_and_kinds_of_draws_are_independent(many: tuple[np.ndarray,
 
 @pytest.mark.parametrize(("seed", "epoch", "step"), [(1, 0, 0), (0, 1, 0), (0, 0, 1), (2**32, 0, 0), (0, 2**32, 0)])
 def test_draws_differ_with_seed_epoch_and_step_and_are_the_same_for_the_same(seed: int, epoch: int, step: int) -> None:
-    zero, one, again = (draw(*place, 64, ROOM) for place in ((0, 0, 0), (seed, epoch, step), (seed, epoch, step)))
+    zero, one, again = (
+        draw_params(*place, 64, ROOM) for place in ((0, 0, 0), (seed, epoch, step), (seed, epoch, step))
+    )
     for a, b, c in zip(zero, one, again, strict=True):
         assert not np.array_equal(a, b) and np.array_equal(b, c)
 
@@ -149,12 +153,12 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_the_same_for_the_same(see
 def test_no_two_places_share_a_generator() -> None:
     """Small numbers in each of the three, which a sum or a product of them would confuse."""
     places = itertools.product(range(4), repeat=3)
-    assert len({draw(*place, 4, ROOM).normal.tobytes() for place in places}) == 64
+    assert len({draw_params(*place, 4, ROOM).normal.tobytes() for place in places}) == 64
 
 
 @pytest.mark.parametrize(("images", "shared_by"), [(16, 4), (10, 4), (128, 32), (3, 32)])
 def test_window_and_flip_are_shared_by_neighbors_but_noise_is_not(images: int, shared_by: int) -> None:
-    drawn = [draw(0, 0, step, images, ROOM, shared_by) for step in range(40)]
+    drawn = [draw_params(0, 0, step, images, ROOM, shared_by) for step in range(40)]
     for one in drawn:
         assert [len(part) for part in one] == [images] * 3
         for first in range(0, images, shared_by):
@@ -167,13 +171,13 @@ def test_window_and_flip_are_shared_by_neighbors_but_noise_is_not(images: int, s
 
 
 def test_a_part_of_the_draws_is_those_of_its_images() -> None:
-    whole = draw(0, 0, 0, 12, ROOM)
-    for mine, all_of_them in zip(whole.part(slice(4, 8)), whole, strict=True):
+    whole = draw_params(0, 0, 0, 12, ROOM)
+    for mine, all_of_them in zip(whole.select(slice(4, 8)), whole, strict=True):
         assert np.array_equal(mine, all_of_them[4:8])
 
 
 def test_without_room_there_is_one_window() -> None:
-    assert not draw(0, 0, 0, 50, 0).offset.any()
+    assert not draw_params(0, 0, 0, 50, 0).offset.any()
 
 
 def test_the_bits_are_those_of_the_first_release() -> None:
@@ -181,8 +185,8 @@ def test_the_bits_are_those_of_the_first_release() -> None:
     order, last = epoch_permutation(20_000, 0, 0), epoch_permutation(1000, 2**64 - 1, 90)
     assert digest(order) == "7a8c2849a3ed1c2a69aaf4ee5c5d5b5cff87e4e978effc2e6b241f5242fd3916"
     assert digest(last) == "fd88b008bc89ad71d1bedf409b959bf0f6a88f847367c93d41557eb54f811820"
-    offset, flip, normal = draw(0, 0, 0, 128, ROOM)
+    offset, flip, normal = draw_params(0, 0, 0, 128, ROOM)
     assert digest(offset, flip) == "b4f0d3274e496e5a49b2e9f860ad72b6b85fa184a1604f09efbab360b08eecde"
     assert digest(normal.astype(np.float32)) == "11e5cd77fca54ee423b10ccb5d34855c792c41bb4d7d449bcfbaffb3709b2e48"
-    offset, flip, _ = draw(2**64 - 1, 90, 10_000, 128, ROOM, 32)
+    offset, flip, _ = draw_params(2**64 - 1, 90, 10_000, 128, ROOM, 32)
     assert digest(offset, flip) == "5ceede14341467428cd545833774b664f94aa73c5db402070781b7c2dc23e613"

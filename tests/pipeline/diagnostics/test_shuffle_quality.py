@@ -12,8 +12,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from pipeline.cli import main
-from pipeline.diagnostics import shuffle_quality as mixing_module
-from pipeline.diagnostics.shuffle_quality import ideal_distinct, mixing
+from pipeline.diagnostics import shuffle_quality
+from pipeline.diagnostics.shuffle_quality import ideal_distinct, measure_shuffle_quality
 from prep.console import Progress
 from prep.store.manifest import Store
 
@@ -61,10 +61,10 @@ def test_classes_in_a_row_are_told(many_classes: Path, monkeypatch: pytest.Monke
     """As a stream would serve a store whose records lie class by class."""
     store = Store.open(many_classes)
     by_class = np.argsort(
-        [record.label for record in map(mixing_module.Records(store, "train").__getitem__, range(320))]
+        [record.label for record in map(shuffle_quality.Records(store, "train").__getitem__, range(320))]
     )
-    monkeypatch.setattr(mixing_module, "epoch_permutation", lambda *_: by_class)
-    found = mixing(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
+    monkeypatch.setattr(shuffle_quality, "epoch_permutation", lambda *_: by_class)
+    found = measure_shuffle_quality(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
     assert found.distinct_classes == 4
     assert found.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))
     assert "classes, below 0.95" in inspect(many_classes, "--batch", "32")[1]

@@ -31,12 +31,12 @@ needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler 
         ("(pixel + shift - mean) * scale", "(pixel + shift - mean)"),
         ("(pixel + shift - mean) * scale", "(pixel + shift * scale - mean * scale)"),
         ("(c * mean_side + i) * mean_side", "(c * side + i) * mean_side"),
-        ("finished(row[side - 1 - j], shift, mean[j], scale)", "finished(row[j], shift, mean[j], scale)"),
-        ("finished(row[side - 1 - j], shift, 0, scale)", "finished(row[side - j], shift, 0, scale)"),
+        ("augment(row[side - 1 - j], shift, mean[j], scale)", "augment(row[j], shift, mean[j], scale)"),
+        ("augment(row[side - 1 - j], shift, 0, scale)", "augment(row[side - j], shift, 0, scale)"),
         ("w->shift[j % 3]", "w->shift[0]"),
         ("3 * i * mean_side", "3 * i * side"),
         ("rows[c * side + side - 1 - j]", "rows[c * side + j]"),
-        ("finished(row[j], shifts[j], 0, scale)", "finished(row[j], 0, 0, scale)"),
+        ("augment(row[j], shifts[j], 0, scale)", "augment(row[j], 0, 0, scale)"),
     ],
 )
 def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
@@ -73,7 +73,7 @@ def test_nothing_beyond_window_mean_or_output_is_touched() -> None:
     """Each is the last thing in its memory, and the first, fenced by pages that kill who touches them."""
     program = """
 import ctypes, itertools, mmap, os, numpy as np
-from pipeline.engines.kernels import WINDOW, kernel
+from pipeline.engines.kernels import CROP_DTYPE, native as kernel
 libc = ctypes.CDLL(None, use_errno=True)
 page = mmap.PAGESIZE
 def fenced(shape, dtype, last):
@@ -91,13 +91,13 @@ for side, last, layout, flip in itertools.product((1, 2, 31, 32, 33, 224), (0, 1
     picture, mean = fenced((side, side, 3), np.uint8, last), fenced((3, side, side), np.float32, last)
     out = fenced((1, 3, side, side) if layout == "NCHW" else (1, side, side, 3), np.float32, last)
     picture[:] = 7
-    window = np.zeros(1, WINDOW)
+    window = np.zeros(1, CROP_DTYPE)
     window["pixels"], window["mean"], window["stride"], window["flip"] = (
         picture.ctypes.data, mean.ctypes.data, 3 * side, flip)
-    kernel.cut(window, layout, side, 0.5, out)
+    kernel.crop(window, layout, side, 0.5, out)
     assert (out == 3.5).all()
     window["mean"], out[:] = 0, 0
-    kernel.cut(window, layout, side, 0.5, out)
+    kernel.crop(window, layout, side, 0.5, out)
     assert (out == 3.5).all()
     kept += picture, mean, out
 os._exit(0)
