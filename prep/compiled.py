@@ -22,10 +22,10 @@ def library_path(source: Path) -> Path:
     return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
-def load(path: Path, kernel: Callable[[ctypes.CDLL], Kernel], is_right: Callable[[Kernel], bool]) -> Kernel | None:
+def load(path: Path, kernel: Callable[[ctypes.CDLL], Kernel], is_correct: Callable[[Kernel], bool]) -> Kernel | None:
     """`kernel(library)` of the library at `path`, whose calls let other threads run; None where it is not to be used.
 
-    That is where it is not there, lacks a function (AttributeError), or computes something else than `is_right` wants.
+    That is where it is not there, lacks a function (AttributeError), or computes something else than `is_correct` wants.
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None
@@ -33,4 +33,4 @@ def load(path: Path, kernel: Callable[[ctypes.CDLL], Kernel], is_right: Callable
         made = kernel(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
         return None
-    return made if is_right(made) else None
+    return made if is_correct(made) else None

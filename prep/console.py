@@ -22,7 +22,7 @@ from typing import IO, Any, NoReturn
 
 import click
 
-CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 # Options that commands share.
 store_option = click.option(
@@ -83,12 +83,12 @@ class _Shown(click.ClickException):
 class Group(click.Group):
     """A command group that turns a user's mistake into one line, and Ctrl-C into exit code 130 (SIGTERM: 143).
 
-    `goes_on` names the commands that keep what they have done when interrupted; the others begin again.
+    `resumable` names the commands that keep what they have done when interrupted; the others begin again.
     """
 
-    def __init__(self, *args: Any, goes_on: tuple[str, ...] = (), **kwargs: Any) -> None:
+    def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.goes_on = goes_on
+        self.resumable = resumable
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; raises click.ClickException for UserError, exits 130 or 143 when interrupted."""
@@ -102,7 +102,7 @@ class Group(click.Group):
         except OSError as error:  # of a path that a command was given, most likely
             raise _Shown(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
-            then = "goes on from here" if ctx.invoked_subcommand in self.goes_on else "begins again"
+            then = "goes on from here" if ctx.invoked_subcommand in self.resumable else "begins again"
             say(f"Interrupted. The same command {then}.")
             ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
 
@@ -118,7 +118,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def answer(data: dict[str, Any]) -> None:
+def print_json(data: dict[str, Any]) -> None:
     """One JSON object on one line of standard output, for programs."""
     click.echo(json.dumps(data))
 
@@ -128,7 +128,7 @@ def count_noun(n: int, noun: str, plural: str = "") -> str:
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
-def quoted(path: Path) -> str:
+def shell_quoted(path: Path) -> str:
     """A path as an argument in a command that is to be copied into a shell: `'my run'`."""
     return quote(str(path))
 

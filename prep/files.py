@@ -42,8 +42,8 @@ _LOCK_TRIES, _LOCK_TRY_S = 5, 0.02
 
 
 @contextmanager
-def hold_lock(folder: Path, doing: str) -> Iterator[None]:
-    """Be the only one of `doing` in a folder; raises UserError where another is. Ends with the process."""
+def hold_lock(folder: Path, activity: str) -> Iterator[None]:
+    """Be the only one of `activity` in a folder; raises UserError where another is. Ends with the process."""
     with open(folder / ".lock", "a") as handle:
         for left in reversed(range(_LOCK_TRIES)):
             try:
@@ -52,7 +52,7 @@ def hold_lock(folder: Path, doing: str) -> Iterator[None]:
             except BlockingIOError:  # perhaps by lock_is_held, for a moment
                 if not left:
                     raise UserError(
-                        f"{folder}: another {doing} is at work in this folder. Wait for it, or name another."
+                        f"{folder}: another {activity} is at work in this folder. Wait for it, or name another."
                     ) from None
                 time.sleep(_LOCK_TRY_S)
         yield

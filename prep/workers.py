@@ -30,7 +30,7 @@ R = TypeVar("R")
 
 _KEEP_BYTES = 256_000_000  # of freed memory a worker holds on to: the arrays of a photograph, not of a giant
 _POLL_S = 0.2
-BEFORE = -1  # `at` of a worker that has not begun its task
+NOT_STARTED = -1  # `at` of a worker that has not begun its task
 
 
 class Counts(NamedTuple):
@@ -41,7 +41,7 @@ class Counts(NamedTuple):
     bytes: int
 
 
-class Tally:
+class TaskProgress:
     """A worker's numbers, written by it and read by the parent at any time: where it is, and its Counts."""
 
     SIZE = 4
@@ -61,7 +61,7 @@ class Tally:
         self._numbers[self._first + 3] += size
 
     @property
-    def at(self) -> int:
+    def index(self) -> int:
         """What `begin` was last told."""
         return self._numbers[self._first]
 
@@ -72,13 +72,13 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Died:
+class WorkerDied:
     """A worker's process ended in the middle of a task."""
 
-    at: int  # the index it had begun, as its Tally says; BEFORE where it had not begun
+    index: int  # the index it had begun, as its TaskProgress says; NOT_STARTED where it had not begun
     exit_code: int  # negative: of the signal
 
-    def how(self) -> str:
+    def describe(self) -> str:
         """`was killed (SIGKILL)`, `ended with code 1`."""
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
@@ -93,12 +93,12 @@ class Runner(Protocol):
     jobs: int
 
     def map(
-        self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
-    ) -> Generator[tuple[T, R | Died], None, None]:
+        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+    ) -> Generator[tuple[T, R | WorkerDied], None, None]:
         """Each task with its result, as they are ready. The first exception of `work` is raised here."""
 
 
-class Workers:
+class WorkerPool:
     """A runner of `jobs` processes, started as they are needed, ended by `with`.
 
     With `preload`, the name of a module, all are started by `with`, and import it at once: libraries are loaded while
@@ -109,12 +109,12 @@ class Workers:
         self.jobs = jobs
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
-        self._numbers = self._context.RawArray("q", Tally.SIZE * jobs)
+        self._numbers = self._context.RawArray("q", TaskProgress.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
 
     def map(
-        self, work: Callable[[T, Tally], R], tasks: Iterable[T], watch: Callable[[Counts], None]
-    ) -> Generator[tuple[T, R | Died], None, None]:
+        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+    ) -> Generator[tuple[T, R | WorkerDied], None, None]:
         """As Runner.map; `work` must be a function of a module. Takes from `tasks` only what is about to be done."""
         busy = dict[int, T]()
         try:
@@ -123,8 +123,12 @@ class Workers:
             self._end(busy)  # where nobody takes the results, no worker goes on, nor answers for a later task
 
     def _map(
-        self, work: Callable[[T, Tally], R], waiting: Iterator[T], watch: Callable[[Counts], None], busy: dict[int, T]
-    ) -> Iterator[tuple[T, R | Died]]:
+        self,
+        work: Callable[[T, TaskProgress], R],
+        waiting: Iterator[T],
+        watch: Callable[[Counts], None],
+        busy: dict[int, T],
+    ) -> Iterator[tuple[T, R | WorkerDied]]:
         before = self._counts()
         idle, more = list(range(self.jobs)), True
         while busy or more:
@@ -144,7 +148,7 @@ class Workers:
         watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
 
     def _send(self, slot: int, message: Any) -> None:
-        Tally(self._numbers, Tally.SIZE * slot).begin(BEFORE)
+        TaskProgress(self._numbers, TaskProgress.SIZE * slot).begin(NOT_STARTED)
         try:
             self._connection(slot).send(message)
         except ConnectionError:  # the worker died while it had nothing to do
@@ -155,7 +159,7 @@ class Workers:
                 raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
 
     def _counts(self) -> Counts:
-        each = [Tally(self._numbers, Tally.SIZE * slot).counts for slot in range(self.jobs)]
+        each = [TaskProgress(self._numbers, TaskProgress.SIZE * slot).counts for slot in range(self.jobs)]
         return Counts(*(sum(numbers) for numbers in zip(*each, strict=True)))
 
     def _result(self, slot: int) -> Any:
@@ -166,7 +170,7 @@ class Workers:
             process.join()
             connection.close()
             del self._workers[slot]
-            return Died(Tally(self._numbers, Tally.SIZE * slot).at, process.exitcode or 0)
+            return WorkerDied(TaskProgress(self._numbers, TaskProgress.SIZE * slot).index, process.exitcode or 0)
         if error is not None:
             raise error
         return value
@@ -183,7 +187,7 @@ class Workers:
             self._workers[slot] = process, ours
         return self._workers[slot][1]
 
-    def __enter__(self) -> Workers:
+    def __enter__(self) -> WorkerPool:
         for slot in range(self.jobs if self._preload else 0):
             self._connection(slot)
         return self
@@ -205,7 +209,7 @@ def _serve(connection: Connection, numbers: MutableSequence[int], slot: int, pre
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
-    tally = Tally(numbers, Tally.SIZE * slot)
+    tally = TaskProgress(numbers, TaskProgress.SIZE * slot)
     if preload:
         importlib.import_module(preload)
     with suppress(EOFError):

@@ -44,7 +44,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, answer, count_noun, say
+from prep.console import UserError, count_noun, print_json, say
 from tools.side_by_side import (
     INTERPRETER,
     Benchmark,
@@ -208,7 +208,7 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
 
     def one(path: Path) -> bytes:
         content = timed("read", path.read_bytes)
-        pixels = timed("decode", lambda: codec.read_picture(content).pixels)
+        pixels = timed("decode", lambda: codec.decode_image(content).pixels)
         square = timed("rescale", lambda: rescale.rescale(pixels, SIDE_PX, False, FILTER))
         timed("moments", lambda: moments(square))
         file = timed("encode", lambda: codec.encode(square, "jpeg", QUALITY))
@@ -224,7 +224,7 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
             taken.clear()
             square_sum[:] = 0
             records = [one(path) for path in paths]
-            keyed = [(lmdb_shard.key_of(index), record) for index, record in enumerate(records)]
+            keyed = [(lmdb_shard.record_key(index), record) for index, record in enumerate(records)]
             timed("Datum and LMDB", partial(lmdb_shard.write, out / str(number), iter(keyed)))
             for step, seconds in taken.items():
                 found.setdefault(step, []).append(1000 * seconds / len(paths))
@@ -237,7 +237,7 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
     say(f"{count_noun(len(paths), 'picture')}, one core, {count_noun(rounds, 'round')}")
     steps, alone = ms_by_step(paths, work / "steps", rounds)
     if as_json:
-        answer({"pictures": len(paths), "rounds": rounds, "ours_ms_by_step": steps, "libjpeg_turbo_ms": alone})
+        print_json({"pictures": len(paths), "rounds": rounds, "ours_ms_by_step": steps, "libjpeg_turbo_ms": alone})
         return
     click.echo(f"{'one picture on one core':<28} {'ms':>6}")
     for step, ms in {**steps, "together": sum(steps.values()), **alone}.items():
@@ -259,7 +259,9 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
     help="How many everyone works through: the photographs again and again, or some of them. Have each contestant "
     "work for ten seconds or more, so that starting is a small share.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone.")
+@click.option(
+    "--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone."
+)
 @click.option("--ffcv-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has FFCV; else left out.")
 @click.option(
     "--vips-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."

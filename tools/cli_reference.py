@@ -12,7 +12,7 @@ import click
 import pipeline.cli
 import prep.cli
 import train.cli
-from prep.console import CONTEXT
+from prep.console import CONTEXT_SETTINGS
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
 GROUPS: dict[str, click.Group] = {
@@ -20,7 +20,7 @@ GROUPS: dict[str, click.Group] = {
     "alexstream": pipeline.cli.main,
     "alextrain": train.cli.main,
 }
-WIDTH = 84  # characters: a code block of the site at desktop width
+WIDTH = 80  # characters: a code block of the site at desktop width
 
 INTRODUCTION = """\
 # Commands
@@ -54,7 +54,7 @@ def page() -> str:
 
 
 def _block(command: click.Command, name: str) -> str:
-    context = click.Context(command, info_name=name, terminal_width=WIDTH, **CONTEXT)
+    context = click.Context(command, info_name=name, terminal_width=WIDTH, **CONTEXT_SETTINGS)
     return f"```text\n$ {name} --help\n{command.get_help(context)}\n```\n"
 
 

@@ -33,7 +33,7 @@ from typing import Any
 
 import click
 
-from prep.console import CONTEXT, UserError, answer, duration_text, say
+from prep.console import CONTEXT_SETTINGS, UserError, duration_text, print_json, say
 from tools.photo_digits import make
 
 ROOT = Path(__file__).parent.parent
@@ -53,10 +53,10 @@ class Run:
 
 
 RUNS = (
-    Run("short", "--recipe short --batch 16 --steps 20", evaluate="--views 1"),
+    Run("short", "--recipe short --batch 8 --steps 20", evaluate="--views 1"),
     Run("released", "--recipe released --batch 32 --steps 3"),
-    Run("half, modern", "--model half --recipe modern --batch 32 --accumulate 2 --steps 4", evaluate="--views square"),
-    Run("short without C kernels", "--recipe short --batch 16 --steps 3", kernels=False),
+    Run("half, modern", "--model half --recipe modern --batch 32 --accumulate 2 --steps 4", evaluate="--views dense"),
+    Run("short without C kernels", "--recipe short --batch 8 --steps 3", kernels=False),
 )
 
 
@@ -226,7 +226,7 @@ def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
     return "\n".join(lines)
 
 
-@click.command(context_settings=CONTEXT)
+@click.command(context_settings=CONTEXT_SETTINGS)
 @click.argument("revision", default=BASE)
 @click.option(
     "--tree",
@@ -243,7 +243,7 @@ def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
 @click.option(
     "--batches",
     type=click.IntRange(1),
-    default=8,
+    default=4,
     show_default=True,
     metavar="N",
     help="Batches to hash of each stream.",
@@ -266,7 +266,7 @@ def main(revision: str, tree: Path, photographs: int | None, batches: int, as_js
         raise click.ClickException(str(error)) from None
     same = all(row["same"] for row in rows)
     if as_json:
-        answer({"revision": revision, "same": same, "results": rows})
+        print_json({"revision": revision, "same": same, "results": rows})
     else:
         click.echo(table(rows, revision))
         different = sum(not row["same"] for row in rows)

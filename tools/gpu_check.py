@@ -46,7 +46,7 @@ from typing import Any
 import click
 import torch
 
-from prep.console import UserError, answer, say, store_option
+from prep.console import UserError, print_json, say, store_option
 from prep.files import write_atomic
 from prep.store.manifest import Store
 from tools.gpu.checks import Check, all_checks
@@ -127,7 +127,7 @@ def main(
     report["failed"] = failed
     keep()
     if as_json:
-        answer(json.loads(json.dumps(report, default=asdict)))
+        print_json(json.loads(json.dumps(report, default=asdict)))
     else:
         show_report(report)
     if failed:

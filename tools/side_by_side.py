@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-from prep.console import CONTEXT, UserError, answer, say
+from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parent.parent
@@ -37,7 +37,7 @@ class Benchmark(click.Command):
     """A command that turns a user's mistake into one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"context_settings": CONTEXT, **kwargs})
+        super().__init__(*args, **{"context_settings": CONTEXT_SETTINGS, **kwargs})
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; raises click.ClickException for UserError."""
@@ -192,7 +192,7 @@ def ratio_lines(rows: Sequence[Row]) -> str:
 def show(rows: Sequence[Row], as_json: bool, more: dict[str, Any], note: str = "") -> None:
     """The table, then `note`; or one JSON object: `more`, and a list of rows under "contestants"."""
     if as_json:
-        answer({**more, "contestants": [asdict(row) for row in rows]})
+        print_json({**more, "contestants": [asdict(row) for row in rows]})
         return
     click.echo(table(rows))
     if note:

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.build.shard_task import ShardResult, ShardTask
-from prep.images.codec import MAX_FILE_BYTES, BadPicture, may_be_picture
+from prep.images.codec import MAX_FILE_BYTES, BadImage, has_image_signature
 from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import Place
-from prep.workers import Died, Runner, Tally
+from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # LMDB gives every record of a photograph whole pages
 _LOOK_S_EACH = 0.1e-3  # of the look, a few hundredths of what building one picture takes
@@ -57,26 +57,26 @@ def _plainly_bad(place: Place, item: Input) -> str:
         return f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}"
     try:
         head = place.head(item, 8)
-    except BadPicture as why:
+    except BadImage as why:
         return str(why)
-    return "" if may_be_picture(head) else "not a picture in a format that is known"
+    return "" if has_image_signature(head) else "not a picture in a format that is known"
 
 
 def estimate(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> Estimate | None:
     """What `inputs` like those of `tasks` will take; they are built in memory. None where none of them is a picture."""
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, Died):  # the build will meet the same file and name it
+        if not isinstance(result, WorkerDied):  # the build will meet the same file and name it
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
     if not count:
         return None
     return Estimate(size * inputs // count, seconds / count * inputs / runner.jobs, count)
 
 
-def _measure(task: ShardTask, tally: Tally) -> tuple[int, int, float]:
+def _measure(task: ShardTask, tally: TaskProgress) -> tuple[int, int, float]:
     """Pictures, bytes in pages of LMDB, and seconds of a few inputs."""
     warm = replace(task, inputs=task.inputs[:1])
-    list(ShardResult(warm, Tally()).records())  # loading the libraries is not part of the time
+    list(ShardResult(warm, TaskProgress()).records())  # loading the libraries is not part of the time
     began = time.monotonic()
     sizes = [len(value) for _, value in ShardResult(task, tally).records()]
     return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - began

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import answer, bytes_text, count_noun, duration_text, one_line
-from prep.store.input_log import read_fates
-from prep.store.manifest import ColourStats, Store
+from prep.console import bytes_text, count_noun, duration_text, one_line, print_json
+from prep.store.input_log import read_outcomes
+from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
     from prep.build.split import Forecast
@@ -20,7 +20,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
     if as_json:
-        answer(
+        print_json(
             {
                 "split": name,
                 "records": split.records,
@@ -43,7 +43,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(f"  converted: {converted}")
     if skipped:
         click.echo(f"  left out: {count_noun(skipped, 'input')}; {fates} says which and why. The first:")
-        for fate in islice((fate for fate in read_fates(fates) if fate["fate"] == "bad"), 3):
+        for fate in islice((fate for fate in read_outcomes(fates) if fate["fate"] == "bad"), 3):
             click.echo(one_line(f"    {fate['source']}: {fate['why']}"))
     if done:
         click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} pictures/s")
@@ -55,7 +55,7 @@ def report_forecast(told: Forecast, name: str, as_json: bool) -> None:
     """What a build would do."""
     guess = told.estimate
     if as_json:
-        answer(
+        print_json(
             {
                 "split": name,
                 "inputs": told.inputs,
@@ -90,7 +90,7 @@ def report_forecast(told: Forecast, name: str, as_json: bool) -> None:
     )
 
 
-def print_stats(stats: ColourStats) -> None:
+def print_stats(stats: ColorStats) -> None:
     """Mean, covariance and components, each with its unit."""
 
     def row(values: Any, width: int = 10, digits: int = 4) -> str:

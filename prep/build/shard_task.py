@@ -19,7 +19,7 @@ import lmdb
 
 from prep.console import DiskFull, UserError, disk_error
 from prep.files import save_array, sync_folder, write_atomic
-from prep.images.codec import MAX_FILE_BYTES, BadPicture, Picture, check_rescaled_size, encode, read_picture
+from prep.images.codec import MAX_FILE_BYTES, BadImage, DecodedImage, check_rescaled_size, decode_image, encode_image
 from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
 from prep.inputs.labels import shown
@@ -28,7 +28,7 @@ from prep.inputs.reader import Place
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
-from prep.workers import Tally
+from prep.workers import TaskProgress
 
 _NO_ROOM = ("Input/output error", "No space left", "quota", "File too large")  # the first: a page fitted in part
 
@@ -58,7 +58,7 @@ def record_path(folder: Path, number: int) -> Path:
     return folder / ".build" / f"{number:05d}.json"
 
 
-def build_shard(task: ShardTask, tally: Tally) -> None:
+def build_shard(task: ShardTask, tally: TaskProgress) -> None:
     """Build and record one shard, counting each input.
 
     Raises UserError for a bad picture (unless the task skips them) and DiskFull for a full disk.
@@ -94,7 +94,7 @@ def build_shard(task: ShardTask, tally: Tally) -> None:
 class ShardResult:
     """Reads, rescales and encodes one shard's inputs in order, and adds up what is known while pixels are in hand."""
 
-    def __init__(self, task: ShardTask, tally: Tally) -> None:
+    def __init__(self, task: ShardTask, tally: TaskProgress) -> None:
         self.task, self.tally = task, tally
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
@@ -107,15 +107,15 @@ class ShardResult:
             value = self._record(item)
             self.tally.count(len(value or b""), bad=value is None)
             if value is not None:
-                yield lmdb_shard.key_of(self.task.first_index + number), value
+                yield lmdb_shard.record_key(self.task.first_index + number), value
 
     def _record(self, item: Input) -> bytes | None:
         settings = self.task.settings
         try:
             if shown(item.path) in self.task.deadly:
-                raise BadPicture("killed the process that read it, twice")
+                raise BadImage("killed the process that read it, twice")
             picture = read_input(self.task, item)
-        except BadPicture as why:
+        except BadImage as why:
             if not self.task.skip_bad:
                 raise UserError(
                     f"{shown(item.path)}: {why}. Mend it, or pass --on-bad skip to leave it out; "
@@ -128,9 +128,11 @@ class ShardResult:
         self.sums.add(pixels)
         self.labels[item.label] += 1
         self._note(item, picture)
-        return Datum(height, width, encode(pixels, settings.format, settings.quality), item.label, item.path).encode()
+        return Datum(
+            height, width, encode_image(pixels, settings.format, settings.quality), item.label, item.path
+        ).encode()
 
-    def _note(self, item: Input, picture: Picture) -> None:
+    def _note(self, item: Input, picture: DecodedImage) -> None:
         if picture.converted or picture.orientation != 1:
             fate: dict[str, Any] = {"source": shown(item.path), "fate": "kept"}
             if picture.converted:
@@ -149,11 +151,11 @@ class ShardResult:
         }
 
 
-def read_input(task: ShardTask, item: Input) -> Picture:
-    """Read and decode one input; raises BadPicture with the reason."""
+def read_input(task: ShardTask, item: Input) -> DecodedImage:
+    """Read and decode one input; raises BadImage with the reason."""
     if item.size > MAX_FILE_BYTES:
-        raise BadPicture(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
+        raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
     content = task.place.read(item)
-    picture = read_picture(content) if isinstance(content, bytes) else Picture(content, (), 1)
+    picture = decode_image(content) if isinstance(content, bytes) else DecodedImage(content, (), 1)
     check_rescaled_size(picture.pixels, task.settings.side_px, task.settings.keep_aspect)
     return picture

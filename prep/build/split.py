@@ -8,7 +8,7 @@ fingerprint. While it is unfinished its state is in
     store/train/.build/00000.json .npy   one finished shard, see prep.build.shard_task
 
 The order of the records is fixed here: by a keyed hash of their paths, so it depends on nothing but names and seed,
-and a stream that reads blocks of neighbours (pipeline.sampling) meets the classes well mixed.
+and a stream that reads blocks of neighbors (pipeline.sampling) meets the classes well mixed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from prep.build.preflight import Estimate, estimate, free_bytes, look
 from prep.build.shard_task import ShardTask, build_shard, record_path
 from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, disk_error, say
 from prep.files import hold_lock, save_array, write_atomic
-from prep.images.color_stats import Moments, colour_stats
+from prep.images.color_stats import Moments, compute_color_stats
 from prep.inputs.labels import shown
 from prep.inputs.reader import Source
-from prep.store.input_log import write_fates
-from prep.store.manifest import FILES, SPLITS, Settings, Shard, Split, Store, StoreError, split_fingerprint
-from prep.workers import BEFORE, Counts, Died, Runner
+from prep.store.input_log import write_outcomes
+from prep.store.manifest import SPLIT_FILES, SPLITS, Settings, Shard, Split, Store, StoreError, split_fingerprint
+from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
 _TEMPORARY = re.compile(
     r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json|\d{5}\.(json|npy)"
@@ -269,13 +269,13 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
 
     with closing(runner.map(build_shard, _tasks(plan, todo), watch)) as results:  # none works on without the lock
         for task, result in results:
-            if isinstance(result, Died) and result.at == BEFORE:
-                raise UserError(f"A worker process {result.how()} before it began. Give the same command again.")
-            if isinstance(result, Died):
-                name = shown(task.inputs[result.at].path)
+            if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
+                raise UserError(f"A worker process {result.describe()} before it began. Give the same command again.")
+            if isinstance(result, WorkerDied):
+                name = shown(task.inputs[result.index].path)
                 plan.note_death(name)
                 raise UserError(
-                    f"{name}: a worker process {result.how()} at this file. If memory ran "
+                    f"{name}: a worker process {result.describe()} at this file. If memory ran "
                     "out, give the same command again with fewer --jobs: the shards that are finished are kept. "
                     "With --on-bad skip a file at which workers died twice is left out."
                 )
@@ -311,7 +311,7 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
         first = next(_fates(plan))
         raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {first['why']}).")
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
-    account = write_fates(folder / "inputs.jsonl", _fates(plan))
+    account = write_outcomes(folder / "inputs.jsonl", _fates(plan))
     split = Split(
         records=records,
         bytes=sum(s.bytes for s in shards),
@@ -325,7 +325,7 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
             "inputs": inputs,
             "kept": records,
             **account,
-            "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in FILES},
+            "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
         },
     )
     write_colour(folder, split)
@@ -350,7 +350,7 @@ def _too_many(bad: int, most: int) -> str:
 
 def write_colour(folder: Path, split: Split) -> None:
     """Write colour.json, which the stream reads, from the split's exact moments."""
-    stats = colour_stats(split.records, Moments.from_json(split.moments))
+    stats = compute_color_stats(split.records, Moments.from_json(split.moments))
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())
 
 

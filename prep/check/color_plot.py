@@ -21,10 +21,10 @@ from PIL import Image
 
 from prep.console import UserError, count_noun
 from prep.files import write_atomic
-from prep.images.codec import BadPicture, read_picture
+from prep.images.codec import BadImage, decode_image
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
-from prep.store.manifest import ColourStats, Store, StoreError
+from prep.store.manifest import ColorStats, Store, StoreError
 
 RECORDS, PIXELS = 48, 4800  # read and drawn, at the most
 ALPHA = 0.1  # standard deviation of α (section 4.1)
@@ -47,7 +47,7 @@ _STYLE: dict[Any, Any] = {
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
-def plot_colour(store: Store, split: str, stats: ColourStats, out: Path) -> None:
+def plot_colour(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     """Draw `stats` and a sample of the split that they are of to a .png or .svg file: the same bytes each time.
 
     Reads at most RECORDS records. Raises UserError where matplotlib is missing, the extension is unknown or the file
@@ -72,7 +72,7 @@ def plot_colour(store: Store, split: str, stats: ColourStats, out: Path) -> None
         raise UserError(f"--plot {out}: {error.strerror}. Name a file in a folder that you may write to.") from None
 
 
-def take_sample(store: Store, split: str, stats: ColourStats, seed: int = 0) -> tuple[Pixels, Pixels]:
+def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
     """Pixels, uint8 (N, 3) with N ≤ PIXELS, as many from each of at most RECORDS records; and a photograph (S, S, 3).
 
     The photograph is the central square of the record that is most like the split at half its contrast: there slight
@@ -105,13 +105,13 @@ def _pictures(store: Store, split: str) -> Iterator[Pixels]:
             raise StoreError(f"{path}: {len(records)} records, expected {entry.records}. Build the store again.")
         for key, value in records:
             try:
-                yield read_picture(Datum.decode(value).data).pixels
-            except (DatumError, BadPicture) as error:
+                yield decode_image(Datum.decode(value).data).pixels
+            except (DatumError, BadImage) as error:
                 key_text = key.decode(errors="replace")
                 raise StoreError(f"{path}, key {key_text}: {error}. Build the store again.") from None
 
 
-def _divergence(pixels: Pixels, stats: ColourStats) -> float:
+def _divergence(pixels: Pixels, stats: ColorStats) -> float:
     """Kullback–Leibler divergence (doubled, plus a constant) of the pixels, taken for normal, from the split at half
     its contrast. One grey level squared on each diagonal keeps it finite for grey pictures.
     """
@@ -128,7 +128,7 @@ def _photograph(picture: Pixels) -> Pixels:
     return np.asarray(square.reduce(max(1, side // PHOTOGRAPH_PX)))
 
 
-def moved(colours: npt.ArrayLike, stats: ColourStats, component: int, stdevs: npt.ArrayLike) -> npt.NDArray[np.float64]:
+def moved(colours: npt.ArrayLike, stats: ColorStats, component: int, stdevs: npt.ArrayLike) -> npt.NDArray[np.float64]:
     """RGB colours (..., 3) moved by so many standard deviations along component 0, 1 or 2: grey levels, not clipped.
 
     `stdevs` is a number, or (n, 1) to give (n, 3).
@@ -137,7 +137,7 @@ def moved(colours: npt.ArrayLike, stats: ColourStats, component: int, stdevs: np
     return np.asarray(colours) + np.asarray(stdevs) * sigma
 
 
-def draw(figure: Any, split: str, stats: ColourStats, pixels: Pixels, photograph: Pixels) -> None:
+def draw(figure: Any, split: str, stats: ColorStats, pixels: Pixels, photograph: Pixels) -> None:
     """Draw all four panels into an empty matplotlib Figure of 14 × 7 inches."""
     figure.suptitle(
         f"The colours of {count_noun(stats.records, 'photograph')} ({split})", x=0.004, ha="left", fontsize=14
@@ -151,7 +151,7 @@ def draw(figure: Any, split: str, stats: ColourStats, pixels: Pixels, photograph
     _draw_mean(mean, stats)
 
 
-def _draw_cloud(panel: Any, stats: ColourStats, pixels: Pixels) -> None:
+def _draw_cloud(panel: Any, stats: ColorStats, pixels: Pixels) -> None:
     from matplotlib.patheffects import withStroke
 
     _entitle(panel, f"{len(pixels):,} pixels; axes to ±{REACH} standard deviations")
@@ -170,7 +170,7 @@ def _draw_cloud(panel: Any, stats: ColourStats, pixels: Pixels) -> None:
     axes.set_box_aspect(None, zoom=0.98)
 
 
-def _draw_spectrum(panel: Any, stats: ColourStats) -> None:
+def _draw_spectrum(panel: Any, stats: ColorStats) -> None:
     _entitle(panel, "Standard deviation σ, grey levels, and share of the variance")
     axes, places, total = panel.subplots(), np.arange(3), sum(stats.eigenvalues) or 1.0
     axes.bar(places, stats.stdevs, width=0.4, color="0.75")
@@ -184,7 +184,7 @@ def _draw_spectrum(panel: Any, stats: ColourStats) -> None:
     panel.legend(frameon=False, loc="outside lower left")
 
 
-def _draw_photographs(panel: Any, stats: ColourStats, photograph: Pixels) -> None:
+def _draw_photographs(panel: Any, stats: ColorStats, photograph: Pixels) -> None:
     limit = f"α ~ N(0, {ALPHA}), so ±{3 * ALPHA:.1f} is three standard deviations of α"
     _entitle(panel, f"The colour noise: a photograph moved by α·σ; {limit}")
     gap = -(-len(photograph) // 32)
@@ -197,7 +197,7 @@ def _draw_photographs(panel: Any, stats: ColourStats, photograph: Pixels) -> Non
     axes.spines[:].set_visible(False)
 
 
-def _draw_mean(panel: Any, stats: ColourStats) -> None:
+def _draw_mean(panel: Any, stats: ColorStats) -> None:
     _entitle(panel, "The mean colour moved by whole standard deviations σ")
     axes, steps = panel.subplots(), np.linspace(-3, 3, 241)[:, None]
     strips = np.stack([_bytes(moved(stats.mean_rgb, stats, component, steps)) for component in range(3)])

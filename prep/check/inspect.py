@@ -16,7 +16,7 @@ from prep.inputs.labels import shown
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import Split, Store, StoreError
-from prep.workers import Died, Runner, Tally
+from prep.workers import Runner, TaskProgress, WorkerDied
 
 _ENDINGS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
 _LONGEST_NAME = 255
@@ -58,18 +58,18 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     Raises StoreError where no shard has it, or the record is damaged.
     """
     if not (key.isascii() and key.isdigit()):
-        raise StoreError(f"--key {key!r}: expected a number, as {shown(lmdb_shard.key_of(17))} or 17.")
+        raise StoreError(f"--key {key!r}: expected a number, as {shown(lmdb_shard.record_key(17))} or 17.")
     wanted = key.zfill(8).encode()
     tasks = [(path, wanted) for path in store.shard_paths(split)]
     for (path, _), found in runner.map(_get, tasks, lambda counts: None):
-        if isinstance(found, Died):
-            raise StoreError(f"{path}: the process that read it {found.how()}. Look closer with: alexprep verify")
+        if isinstance(found, WorkerDied):
+            raise StoreError(f"{path}: the process that read it {found.describe()}. Look closer with: alexprep verify")
         if found is not None:
             return path, found
     raise StoreError(f"{store.root} has no key {shown(wanted)} in {split} ({store.split(split).records:,} records).")
 
 
-def _get(task: tuple[str, bytes], tally: Tally) -> Datum | None:
+def _get(task: tuple[str, bytes], tally: TaskProgress) -> Datum | None:
     path, key = task
     try:
         with lmdb.open(path, readonly=True, lock=False) as env, env.begin() as txn:
@@ -96,11 +96,13 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, report: Pr
     tasks = [_Export(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     watch = lambda counts: report.update(counts.done, size=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, watch):
-        if isinstance(result, Died):
-            raise StoreError(f"{task.path}: the process that read it {result.how()}. Look closer with: alexprep verify")
+        if isinstance(result, WorkerDied):
+            raise StoreError(
+                f"{task.path}: the process that read it {result.describe()}. Look closer with: alexprep verify"
+            )
 
 
-def _export_shard(task: _Export, tally: Tally) -> None:
+def _export_shard(task: _Export, tally: TaskProgress) -> None:
     for key, value in lmdb_shard.read(Path(task.path)):
         try:
             datum = Datum.decode(value)

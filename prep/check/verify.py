@@ -16,15 +16,15 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import Progress, UserError
-from prep.images.codec import BadPicture, ppm_header, read_picture
-from prep.images.color_stats import Moments, PixelSums, colour_stats
+from prep.images.codec import BadImage, decode_image, ppm_header
+from prep.images.color_stats import Moments, PixelSums, compute_color_stats
 from prep.inputs.labels import shown
 from prep.store import lmdb_shard
-from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, read_fields
-from prep.store.input_log import account_of, read_fates
+from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, parse_fields
+from prep.store.input_log import read_outcomes, summarize_outcomes
 from prep.store.manifest import (
-    FILES,
-    ColourStats,
+    SPLIT_FILES,
+    ColorStats,
     Settings,
     Shard,
     Split,
@@ -33,7 +33,7 @@ from prep.store.manifest import (
     digest_json,
     split_fingerprint,
 )
-from prep.workers import Died, Runner, Tally
+from prep.workers import Runner, TaskProgress, WorkerDied
 
 # The moments of a jpeg store are of the pixels before compression. Whether they are the build's own, the manifest's
 # checksum says exactly; how far those of the stored pictures may be off is bounded by what 4:2:0 does to lines of two
@@ -92,8 +92,10 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
     done, bad = report.done, report.bad  # of the splits before
     watch = lambda counts: report.update(done + counts.done, bad + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, watch):
-        if isinstance(result, Died):
-            what = f"the process that read it {result.how()} at record {result.at}: the file is torn or cut short"
+        if isinstance(result, WorkerDied):
+            what = (
+                f"the process that read it {result.describe()} at record {result.index}: the file is torn or cut short"
+            )
             faults.append(Fault(task.shard.path, "", "", what))
         else:
             if result.square_sum is not None:
@@ -110,7 +112,7 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
     return sorted(faults, key=lambda fault: (fault.where, fault.key))
 
 
-def check_shard(task: _Check, tally: Tally) -> _Seen:
+def check_shard(task: _Check, tally: TaskProgress) -> _Seen:
     """Everything that can be wrong in one shard. Its digest is only compared where no record is at fault."""
     seen, told, digest, size, last = _Seen(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
@@ -132,7 +134,7 @@ def check_shard(task: _Check, tally: Tally) -> _Seen:
                 seen.labels[label] += 1
                 if pixels is not None:
                     sums.add(pixels)
-            except (DatumError, BadPicture) as error:
+            except (DatumError, BadImage) as error:
                 seen.faults.append(Fault(told.path, shown(key), _source(value), str(error)))
             tally.count(len(value), bad=len(seen.faults) > before)
     except StoreError as error:
@@ -152,7 +154,7 @@ def check_shard(task: _Check, tally: Tally) -> _Seen:
 
 
 def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """A record's label and pixels; raises DatumError or BadPicture where it is not what the settings promise."""
+    """A record's label and pixels; raises DatumError or BadImage where it is not what the settings promise."""
     datum = Datum.decode(value)
     side, shape = task.settings.side_px, (datum.height, datum.width)
     if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
@@ -167,7 +169,7 @@ def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None
             raise DatumError("not a PPM whose header fills one row")
         pixels = np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
         return datum.label, pixels
-    picture = read_picture(datum.data)
+    picture = decode_image(datum.data)
     if picture.pixels.shape[:2] != shape or picture.converted:
         raise DatumError(f"decodes to {picture.pixels.shape}, {picture.converted}; expected an RGB JPEG of {shape}")
     return datum.label, picture.pixels
@@ -176,7 +178,7 @@ def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None
 def _source(value: bytes) -> str:
     """The source path of a record that may be damaged; empty where it cannot be read."""
     try:
-        source = read_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
+        source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
     except DatumError:
         return ""
     return shown(source) if isinstance(source, bytes) else ""
@@ -210,7 +212,9 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
             yield Fault(f"{name}/{folder.name}", "", "", "a shard that the manifest does not name")
     yield from _check_files(store, name)
     try:
-        if not _same_colour(store.colour(name), colour_stats(split.records, Moments.from_json(split.moments))):
+        if not _same_colour(
+            store.color_stats(name), compute_color_stats(split.records, Moments.from_json(split.moments))
+        ):
             yield Fault(
                 f"{name}/colour.json", "", "", "not what the manifest's moments give: alexprep pca-stats mends it"
             )
@@ -218,7 +222,7 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
         yield Fault(f"{name}/colour.json", "", "", str(error))
 
 
-def _same_colour(told: ColourStats, now: ColourStats) -> bool:
+def _same_colour(told: ColorStats, now: ColorStats) -> bool:
     """The same sums; of the eigenvectors the last digits are each machine's own."""
     exact = ("records", "pixels", "mean_rgb", "covariance", "pixel_scale")
     close = ("eigenvalues", "stdevs", "eigenvectors")
@@ -229,7 +233,7 @@ def _same_colour(told: ColourStats, now: ColourStats) -> bool:
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
     """The files beside the shards, by their digests, and the account of the inputs by its lines."""
     account = store.split(name).account
-    for file in FILES:
+    for file in SPLIT_FILES:
         where = f"{name}/{file}"
         try:
             content = (store.root / where).read_bytes()
@@ -240,7 +244,7 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
         if digest != told:
             yield Fault(where, "", "", f"digest {digest}, the manifest says {told}")
         elif file == "inputs.jsonl":
-            for what, found in account_of(read_fates(store.root / where)).items():
+            for what, found in summarize_outcomes(read_outcomes(store.root / where)).items():
                 if found != account.get(what):
                     yield Fault(where, "", "", f"{what} {found}, the manifest says {account.get(what)}")
 
@@ -286,7 +290,7 @@ def _check_pixels(
         yield Fault(f"{name}/mean_image.npy", "", "", "not the mean of the stored pictures")
     if exact or store.settings.quality < _LEAST_QUALITY:
         return
-    now, then = colour_stats(split.records, moments), colour_stats(split.records, said)
+    now, then = compute_color_stats(split.records, moments), compute_color_stats(split.records, said)
     off = float(np.abs(np.subtract(now.mean_rgb, then.mean_rgb)).max())
     if off > MEAN_BOUND:
         yield Fault(

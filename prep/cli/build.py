@@ -65,9 +65,9 @@ def build_lmdb(
       alexprep build-lmdb /data/ilsvrc --store store --dry-run
       alexprep build-lmdb /data/val --split val --labels /data/ILSVRC2012_validation_ground_truth.txt
     """
-    from prep.workers import Workers
+    from prep.workers import WorkerPool
 
-    with Workers(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
+    with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
         from prep.build.split import forecast
         from prep.inputs.sources import find_splits, read_source
 
@@ -139,10 +139,10 @@ def import_caffe(
       alexprep import-caffe ilsvrc12_val_lmdb --store store --split val
     """
     from prep.inputs.caffe import read_datums
-    from prep.workers import Workers
+    from prep.workers import WorkerPool
 
     settings, policy = _settings_and_policy(options)
-    with Workers(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
+    with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
         with progress(f"{split}: listing", 0, "records") as report:
             found = read_datums(lmdbs, split, classes, _known(store), workers, report)
         _build(found, store, settings, workers, policy, as_json)

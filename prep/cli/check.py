@@ -13,13 +13,13 @@ from prep.build.report import print_stats
 from prep.cli.options import jobs_option, split_option
 from prep.console import (
     UserError,
-    answer,
     bytes_text,
     count_noun,
     disk_error,
     duration_text,
     json_option,
     one_line,
+    print_json,
     progress,
     say,
     store_option,
@@ -49,18 +49,18 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
       alexprep verify --store store --quick --json | jq .faults
     """
     from prep.check.verify import verify_split
-    from prep.workers import Workers
+    from prep.workers import WorkerPool
 
     opened = Store.open(store)
     names = [split] if split else list(opened.splits)
     records = sum(opened.split(name).records for name in names)
     faults, started = [], time.monotonic()
-    with Workers(jobs or usable_cores()) as workers, progress("verifying", records, "records") as report:
+    with WorkerPool(jobs or usable_cores()) as workers, progress("verifying", records, "records") as report:
         for name in names:
             faults += verify_split(opened, name, workers, report, decode=not quick)
     seconds = time.monotonic() - started
     if as_json:
-        answer(
+        print_json(
             {
                 "ok": not faults,
                 "splits": names,
@@ -106,7 +106,7 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
     from prep.check.inspect import describe, summary_lines
 
     if as_json:
-        answer(describe(opened))
+        print_json(describe(opened))
         return
     for line in summary_lines(opened):
         click.echo(line)
@@ -115,9 +115,9 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
 def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_json: bool) -> None:
     from prep.check.inspect import find_record
     from prep.files import write_atomic
-    from prep.workers import Workers
+    from prep.workers import WorkerPool
 
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         shard, datum = find_record(store, split, key, workers)
     if out is not None:
         try:
@@ -136,7 +136,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
         "out": out and str(out),
     }
     if as_json:
-        answer(facts)
+        print_json(facts)
         return
     for name, value in facts.items():
         if value is not None:
@@ -159,15 +159,15 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
       alexprep export-files pictures --store store --split val
     """
     from prep.check.inspect import export_split
-    from prep.workers import Workers
+    from prep.workers import WorkerPool
 
     opened = Store.open(store)
     records, started = opened.split(split).records, time.monotonic()
-    with Workers(jobs or usable_cores()) as workers, progress(f"{split}: writing", records, "files") as report:
+    with WorkerPool(jobs or usable_cores()) as workers, progress(f"{split}: writing", records, "files") as report:
         export_split(opened, split, out, workers, report)
     seconds = time.monotonic() - started
     if as_json:
-        answer({"split": split, "files": records, "bytes": report.size, "seconds": round(seconds, 3)})
+        print_json({"split": split, "files": records, "bytes": report.size, "seconds": round(seconds, 3)})
         return
     click.echo(f"{out}: {count_noun(records, 'file')}, {bytes_text(report.size)}, {duration_text(seconds)}")
 
@@ -196,8 +196,8 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
       alexprep pca-stats --store store --plot colours.png
     """
     from prep.build.split import write_colour
-    from prep.images.color_stats import moments_of_records
-    from prep.workers import Workers
+    from prep.images.color_stats import recompute_color_stats
+    from prep.workers import WorkerPool
 
     opened = Store.open(store)
     if not recompute:
@@ -205,12 +205,12 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
             write_colour(store / split, opened.split(split))
         except OSError as error:
             say(f"{store / split / 'colour.json'} stays as it is: {error.strerror}.")
-    stats = opened.colour(split)
+    stats = opened.color_stats(split)
     difference = None
     if recompute:
-        workers = Workers(jobs or usable_cores())
+        workers = WorkerPool(jobs or usable_cores())
         with workers, progress(f"{split}: decoding", stats.records, "records") as report:
-            again = moments_of_records(opened, split, workers, report)
+            again = recompute_color_stats(opened, split, workers, report)
         difference = max(abs(a - b) for a, b in zip(stats.stdevs, again.stdevs, strict=True))
         stats = again
     if plot is not None:
@@ -219,7 +219,7 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
         plot_colour(opened, split, stats, plot)
         say(f"Drawn: {plot}")
     if as_json:
-        answer(asdict(stats))
+        print_json(asdict(stats))
         return
     print_stats(stats)
     if difference is not None:

@@ -6,11 +6,12 @@ import click
 
 from prep.cli.build import build_lmdb, import_caffe
 from prep.cli.check import export_files, inspect, pca_stats, verify
-from prep.console import CONTEXT, Group
+from prep.console import CONTEXT_SETTINGS, Group
+from prep.version import version_option
 
 
-@click.group(cls=Group, context_settings=CONTEXT, goes_on=("build-lmdb", "import-caffe", "export-files"))
-@click.version_option(package_name="alexnet")
+@click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files"))
+@version_option
 def main() -> None:
     """Photographs into a store that a stream can read: rescaled, checksummed, in a seeded order.
 

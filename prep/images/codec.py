@@ -45,12 +45,12 @@ _SAME = "jpeg"  # what a record of ILSVRC usually is; any other container is acc
 _MODES = {"L": "grey", "LA": "grey", "1": "grey", "CMYK": "cmyk", "P": "palette", "PA": "palette", "RGBA": "alpha"}
 
 
-class BadPicture(ValueError):
+class BadImage(ValueError):
     """A file that is no usable picture; the message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
-class Picture:
+class DecodedImage:
     """RGB pixels and what it took to get them."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
@@ -60,24 +60,24 @@ class Picture:
     orientation: int  # EXIF orientation, 1 where there is none: said, not applied
 
 
-def read_picture(content: bytes) -> Picture:
-    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB; raises BadPicture with the reason.
+def decode_image(content: bytes) -> DecodedImage:
+    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB; raises BadImage with the reason.
 
     Of an animation or a file of several pictures the first. Bounded by MAX_PIXELS in memory and, by the number of
     scans of a progressive JPEG, in time.
     """
     if not content:
-        raise BadPicture("empty file")
+        raise BadImage("empty file")
     picture = _read_jpeg(content) if content.startswith(_HEADS[0]) else None
     return picture or _with_pillow(content, lambda image: _decode(image, content))
 
 
-def may_be_picture(head: bytes) -> bool:
-    """Whether a file that begins with `head`, 4 bytes at the least, can be of a format that read_picture knows."""
+def has_image_signature(head: bytes) -> bool:
+    """Whether a file that begins with `head`, 4 bytes at the least, can be of a format that decode_image knows."""
     return head.startswith(_HEADS)
 
 
-def _read_jpeg(content: bytes) -> Picture | None:
+def _read_jpeg(content: bytes) -> DecodedImage | None:
     """An RGB or YCbCr JPEG that libjpeg-turbo reads without a warning; None for any other."""
     has_exif = _has_exif(content)
     try:
@@ -87,15 +87,15 @@ def _read_jpeg(content: bytes) -> Picture | None:
         if colours not in ("YCbCr", "RGB"):
             return None
         pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False)
-    except BadPicture:
+    except BadImage:
         raise
     except ValueError:
         return None
     orientation = 1
     if has_exif:
-        with suppress(BadPicture):  # a broken EXIF block says nothing about the picture
+        with suppress(BadImage):  # a broken EXIF block says nothing about the picture
             orientation = _with_pillow(content, _orientation)
-    return Picture(pixels, (), orientation)
+    return DecodedImage(pixels, (), orientation)
 
 
 def _has_exif(content: bytes) -> bool:
@@ -111,7 +111,7 @@ def _has_exif(content: bytes) -> bool:
         at += 2 + max(int.from_bytes(content[at + 2 : at + 4]), 2)
         if at + 4 > len(content):
             return False
-    raise BadPicture(f"more than {_MAX_SEGMENTS:,} segments before the picture")
+    raise BadImage(f"more than {_MAX_SEGMENTS:,} segments before the picture")
 
 
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
@@ -120,17 +120,17 @@ def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
         try:
             with Image.open(io.BytesIO(content), formats=_READ) as image:
                 return use(image)
-        except BadPicture:
+        except BadImage:
             raise
         except UnidentifiedImageError:
-            raise BadPicture("not a picture in a format that is known") from None
+            raise BadImage("not a picture in a format that is known") from None
         except Image.DecompressionBombError:
-            raise BadPicture(f"more than {MAX_PIXELS:,} pixels") from None
+            raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
         except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
-            raise BadPicture(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
+            raise BadImage(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
 
 
-def _decode(image: Image.Image, content: bytes) -> Picture:
+def _decode(image: Image.Image, content: bytes) -> DecodedImage:
     width, height = image.size
     _check_size(width, height)
     if image.format in ("JPEG", "MPO"):  # libjpeg takes more kinds than simplejpeg has a name for
@@ -155,20 +155,20 @@ def _decode(image: Image.Image, content: bytes) -> Picture:
     elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_MODES):
         pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     else:
-        raise BadPicture(f"pixel type {mode}, expected 8 or 16 bits a channel")
-    return Picture(pixels, tuple(converted), orientation)
+        raise BadImage(f"pixel type {mode}, expected 8 or 16 bits a channel")
+    return DecodedImage(pixels, tuple(converted), orientation)
 
 
 def _check_size(width: int, height: int) -> None:
     if width * height > MAX_PIXELS:
-        raise BadPicture(f"{width}×{height}: more than {MAX_PIXELS:,} pixels")
+        raise BadImage(f"{width}×{height}: more than {MAX_PIXELS:,} pixels")
 
 
 def _check_scans(width: int, height: int, content: bytes) -> None:
     if width * height * len(content) > 16 * _MAX_SCANNED:  # a scan has a header of ten bytes and more
         scans = content.count(b"\xff\xda")
         if width * height * scans > _MAX_SCANNED:
-            raise BadPicture(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
+            raise BadImage(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
 
 
 def _orientation(image: Image.Image) -> int:
@@ -182,14 +182,14 @@ def _orientation(image: Image.Image) -> int:
 
 
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
-    """Raise BadPicture where the whole rescaled picture, which `keep_aspect` keeps, would be beyond reason."""
+    """Raise BadImage where the whole rescaled picture, which `keep_aspect` keeps, would be beyond reason."""
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
     if keep_aspect and (new_width * new_height > MAX_PIXELS or max(new_width, new_height) > 65_000):
-        raise BadPicture(f"{width}×{height} would become {new_width}×{new_height}")
+        raise BadImage(f"{width}×{height} would become {new_width}×{new_height}")
 
 
-def encode(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
+def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
     """uint8 (H, W, 3) to a baseline 4:2:0 JPEG of `quality`, or to a PPM whose header fills exactly one row."""
     if format == "ppm":
         return ppm_header(*pixels.shape[:2]) + pixels.tobytes()

@@ -16,11 +16,11 @@ import numpy.typing as npt
 
 from prep.console import Progress
 from prep.images import kernels
-from prep.images.codec import BadPicture, read_picture
+from prep.images.codec import BadImage, decode_image
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
-from prep.store.manifest import ColourStats, Store, StoreError
-from prep.workers import Died, Runner, Tally
+from prep.store.manifest import ColorStats, Store, StoreError
+from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
 _EXACT_LINES = 256  # 256 · 255² < 2^24, the mantissa of float32
@@ -79,9 +79,9 @@ class PixelSums:
         side = self.side_px
         top, left = (height - side) // 2, (width - side) // 2
         square = picture[top : top + side, left : left + side]
-        if kernels.kernel:
-            kernels.kernel.add_moments(picture, self._sums)
-            kernels.kernel.add_square(square, self._square)
+        if kernels.native:
+            kernels.native.add_moments(picture, self._sums)
+            kernels.native.add_square(square, self._square)
         else:
             _add_moments(picture, self._sums)
             self._square += square
@@ -124,7 +124,7 @@ def _add_moments(picture: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) ->
     sums += (*total, rr, rg, rb, gg, gb, bb)
 
 
-def colour_stats(records: int, moments: Moments) -> ColourStats:
+def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     """Mean, covariance (divisor pixels − 1, as numpy.cov's) and principal components of RGB, on the scale 0..255.
 
     Eigenvalues descend. Of the two signs of each eigenvector the one with a positive red component is given (where red
@@ -145,7 +145,7 @@ def colour_stats(records: int, moments: Moments) -> ColourStats:
     values, vectors = np.maximum(values[::-1], 0.0), vectors[:, ::-1].copy()
     for column in vectors.T:
         column *= np.sign(column[np.flatnonzero(np.abs(column) > 1e-12)[0]])
-    return ColourStats(
+    return ColorStats(
         records=records,
         pixels=n,
         mean_rgb=tuple(total / n for total in moments.total),
@@ -157,7 +157,7 @@ def colour_stats(records: int, moments: Moments) -> ColourStats:
     )
 
 
-def moments_of_records(store: Store, split: str, runner: Runner, report: Progress) -> ColourStats:
+def recompute_color_stats(store: Store, split: str, runner: Runner, report: Progress) -> ColorStats:
     """Statistics of the stored pictures themselves, decoded again by all workers.
 
     For ppm the same to the bit as the build's; for jpeg the pixels after compression, so the last digits differ.
@@ -166,18 +166,18 @@ def moments_of_records(store: Store, split: str, runner: Runner, report: Progres
     moments, records = Moments(), 0
     paths = store.shard_paths(split)
     for path, result in runner.map(_shard_moments, paths, lambda counts: report.update(counts.done)):
-        if isinstance(result, Died):
-            raise StoreError(f"{path}: the process that read it {result.how()}. Look closer with: alexprep verify")
+        if isinstance(result, WorkerDied):
+            raise StoreError(f"{path}: the process that read it {result.describe()}. Look closer with: alexprep verify")
         moments, records = moments + result[0], records + result[1]
-    return colour_stats(records, moments)
+    return compute_color_stats(records, moments)
 
 
-def _shard_moments(path: str, tally: Tally) -> tuple[Moments, int]:
+def _shard_moments(path: str, tally: TaskProgress) -> tuple[Moments, int]:
     moments, records = Moments(), 0
     for key, value in lmdb_shard.read(Path(path)):
         try:
-            moments += Moments.of(read_picture(Datum.decode(value).data).pixels)
-        except (DatumError, BadPicture) as error:
+            moments += Moments.of(decode_image(Datum.decode(value).data).pixels)
+        except (DatumError, BadImage) as error:
             raise StoreError(
                 f"{path}, key {key.decode(errors='replace')}: {error}. Look closer with: alexprep verify"
             ) from None

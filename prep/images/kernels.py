@@ -1,4 +1,4 @@
-"""The inner loops of a build in C (kernels.c); `kernel` is None where they could not be compiled (compiled.py).
+"""The inner loops of a build in C (kernels.c); `native` is None where they could not be compiled (compiled.py).
 
 rescale.py and colour.py do the same in NumPy, with the same bits.
 """
@@ -41,7 +41,7 @@ class Pass(ctypes.Structure):
         super().__init__(*weights.shape, self.lows.ctypes.data, self.weights.ctypes.data)
 
 
-class Kernel:
+class NativeKernels:
     """The library's functions. Raises AttributeError where it lacks one."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -82,7 +82,7 @@ class Kernel:
         self._lines(square.ctypes.data, square.strides[0], side, 3 * side, sums.ctypes.data)
 
 
-def is_right(kernel: Kernel) -> bool:
+def is_correct(kernel: NativeKernels) -> bool:
     """Whether it computes what it should on a small picture, with one to five rows and three or four columns to each
     output, in both kinds of numbers.
     """
@@ -117,4 +117,4 @@ def is_right(kernel: Kernel) -> bool:
     return right and np.array_equal(square, pixels[5:18, 11:24].astype(np.uint16) + 7)
 
 
-kernel = compiled.load(compiled.library_path(SOURCE), Kernel, is_right)
+native = compiled.load(compiled.library_path(SOURCE), NativeKernels, is_correct)

@@ -56,8 +56,8 @@ def rescale(
         return np.ascontiguousarray(pixels[rows[0] : rows[1], columns[0] : columns[1]])
     name = "bicubic" if filter == "area" and min(width, height) < side_px else filter
     down, across = _Lines(height, new_height, *rows, name, 1), _Lines(width, new_width, *columns, name, 3)
-    if kernels.kernel:
-        return kernels.kernel.rescale(pixels, _remembered(_native_pass, down), _remembered(_native_pass, across))
+    if kernels.native:
+        return kernels.native.rescale(pixels, _remembered(_native_pass, down), _remembered(_native_pass, across))
     return _two_passes(pixels, _remembered(_pass, down), _remembered(_pass, across), _ARITHMETIC[name])
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from prep.console import Progress, UserError, count_noun, progress
-from prep.images.codec import MAX_FILE_BYTES, BadPicture
+from prep.images.codec import MAX_FILE_BYTES, BadImage
 from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import Found, say_empty
@@ -34,15 +34,15 @@ class Archive:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """A member's bytes; raises BadPicture where they cannot be read."""
+        """A member's bytes; raises BadImage where they cannot be read."""
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
-        """A member's first bytes; raises BadPicture where they cannot be read."""
+        """A member's first bytes; raises BadImage where they cannot be read."""
         try:
             content = os.pread(_handle(str(self.root)), min(size, item.size), item.at)
         except OSError as error:
-            raise BadPicture(f"cannot be read: {error.strerror or error}") from None
+            raise BadImage(f"cannot be read: {error.strerror or error}") from None
         if len(content) < min(size, item.size):
             raise UserError(f"{self.root} has become shorter while it was read. Get it again.")
         return content

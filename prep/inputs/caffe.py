@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import Progress, UserError, count_noun
-from prep.images.codec import MAX_PIXELS, BadPicture
+from prep.images.codec import MAX_PIXELS, BadImage
 from prep.inputs.labels import numbered_classes, shown
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import Content, Source
 from prep.store import lmdb_shard
-from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, read_fields
-from prep.workers import Counts, Died, Runner, Tally
+from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
+from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
 _NUMBERED = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: the line's number, then its path
 
@@ -41,7 +41,7 @@ class CaffeDatums:
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """A record's file, or its pixels as uint8 (H, W, 3); raises BadPicture where it holds neither."""
+        """A record's file, or its pixels as uint8 (H, W, 3); raises BadImage where it holds neither."""
         with _environment(str(self.folders[item.at])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
@@ -60,14 +60,14 @@ def _environment(path: str) -> lmdb.Environment:
 
 def _content(value: bytes) -> Content:
     try:
-        fields = read_fields(value, len(value))
+        fields = parse_fields(value, len(value))
     except DatumError as error:
-        raise BadPicture(f"no Datum: {error}") from None
+        raise BadImage(f"no Datum: {error}") from None
     data = fields.get(DATA, b"")
     if not isinstance(data, bytes):
-        raise BadPicture("no Datum: its data is a number")
+        raise BadImage("no Datum: its data is a number")
     if not data:
-        raise BadPicture("a Datum without 8-bit data")
+        raise BadImage("a Datum without 8-bit data")
     if fields.get(ENCODED):
         return data
     return _pixels(data, [fields.get(field) for field in (CHANNELS, HEIGHT, WIDTH)])
@@ -77,7 +77,7 @@ def _pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.
     """Bare C,H,W bytes, blue first, as RGB; one channel is grey."""
     channels, height, width = (n if isinstance(n, int) else 0 for n in shape)
     if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS or channels * height * width != len(data):
-        raise BadPicture(f"{len(data):,} bytes for {channels} channels of {height}×{width} px")
+        raise BadImage(f"{len(data):,} bytes for {channels} channels of {height}×{width} px")
     planes = np.frombuffer(data, np.uint8).reshape(channels, height, width)
     return np.ascontiguousarray(np.broadcast_to(planes[::-1], (3, height, width)).transpose(1, 2, 0))
 
@@ -98,8 +98,10 @@ def read_datums(
     for index, folder in enumerate(folders):
         watch = partial(_advance, report, report.done)
         for _, result in runner.map(_list, [str(folder)], watch):
-            if isinstance(result, Died):
-                raise UserError(f"{folder}: the process that read it {result.how()}: the LMDB is damaged or cut short.")
+            if isinstance(result, WorkerDied):
+                raise UserError(
+                    f"{folder}: the process that read it {result.describe()}: the LMDB is damaged or cut short."
+                )
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
                 if label is None:
@@ -144,12 +146,12 @@ def _classes(
     return numbered_classes(most, str(folder))
 
 
-def _list(folder: str, tally: Tally) -> tuple[list[bytes], list[int | None], list[int]]:
+def _list(folder: str, tally: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
     """Keys, labels and sizes of one LMDB's records; a label is None where the record is no Datum or has none."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Is it one of Caffe's, and whole?"):
         try:
-            label = read_fields(value, len(value)).get(LABEL)
+            label = parse_fields(value, len(value)).get(LABEL)
         except DatumError:
             label = None
         keys.append(key)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prep.console import UserError, count_noun, progress
-from prep.images.codec import MAX_FILE_BYTES, BadPicture
+from prep.images.codec import MAX_FILE_BYTES, BadImage
 from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import Found, say_empty
@@ -27,11 +27,11 @@ class Folder:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """A file's bytes; raises BadPicture where it cannot be read, UserError where it is not the one listed."""
+        """A file's bytes; raises BadImage where it cannot be read, UserError where it is not the one listed."""
         return self._bytes(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
-        """A file's first bytes; raises BadPicture where it cannot be read."""
+        """A file's first bytes; raises BadImage where it cannot be read."""
         return self._bytes(item, size, check=False)
 
     def _bytes(self, item: Input, size: int, check: bool) -> bytes:
@@ -47,10 +47,10 @@ class Folder:
                         "Give the same command again once nothing writes to the source."
                     )
                 if not stat.S_ISREG(found.st_mode):
-                    raise BadPicture(f"a {_kind(found.st_mode)}, not a file")
+                    raise BadImage(f"a {_kind(found.st_mode)}, not a file")
                 return file.read(min(size, found.st_size)) if size else b""
         except OSError as error:
-            raise BadPicture(f"cannot be read: {error.strerror or error}") from None
+            raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
 def list_folder(root: Path, split: str, follow_links: bool) -> Found:

@@ -24,10 +24,10 @@ class Place(Protocol):
         """Where the inputs are, for messages."""
 
     def read(self, item: Input) -> Content:
-        """What one input holds. Raises BadPicture where it cannot be read, UserError where it has changed."""
+        """What one input holds. Raises BadImage where it cannot be read, UserError where it has changed."""
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of one input, or fewer; raises BadPicture where it cannot be read."""
+        """The first `size` bytes of one input, or fewer; raises BadImage where it cannot be read."""
 
 
 @dataclass(frozen=True)

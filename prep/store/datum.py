@@ -64,8 +64,8 @@ class Datum:
     @staticmethod
     def decode(value: bytes) -> Datum:
         """Check the checksum, then read the fields; raises DatumError."""
-        check(value)
-        found = read_fields(value, len(value) - CRC32_BYTES)
+        verify_checksum(value)
+        found = parse_fields(value, len(value) - CRC32_BYTES)
         numbers = [found.get(field) for field in (HEIGHT, WIDTH, LABEL, CHANNELS)]
         data, source = found.get(DATA), found.get(SOURCE, b"")
         if not isinstance(data, bytes) or not isinstance(source, bytes) or found.get(ENCODED) != 1:
@@ -76,7 +76,7 @@ class Datum:
         return Datum(height, width, data, label, source, channels)
 
 
-class Span(NamedTuple):
+class ImageSpan(NamedTuple):
     """Where a record's picture lies in its bytes, and what is said of it."""
 
     start: int
@@ -86,14 +86,14 @@ class Span(NamedTuple):
     label: int
 
 
-def locate(value: memoryview) -> Span:
+def locate_image(value: memoryview) -> ImageSpan:
     """Find the picture in a record of ours without copying it or checking its sum; raises DatumError."""
     found = _HEAD.match(value)
     if found:
         height, width, size = (_number_of(digits) for digits in found.groups())
         label = _LABEL.match(value, min(found.end() + size, len(value)))
         if label:
-            return Span(found.end(), found.end() + size, height, width, _number_of(label[1]))
+            return ImageSpan(found.end(), found.end() + size, height, width, _number_of(label[1]))
     raise DatumError("not a record of ours: no height, width, picture and label at its beginning")
 
 
@@ -104,7 +104,7 @@ def _number_of(varint: bytes) -> int:
     return number
 
 
-def check(value: bytes) -> None:
+def verify_checksum(value: bytes) -> None:
     """Raise DatumError unless the record ends in the checksum of what precedes it."""
     if len(value) < 6 or value[-6:-4] != _CRC_TAG:
         raise DatumError("no checksum at the end of the record")
@@ -113,7 +113,7 @@ def check(value: bytes) -> None:
         raise DatumError(f"checksum {is_now:08x}, the record says {said:08x}: bytes have changed since it was written")
 
 
-def read_fields(value: bytes, end: int) -> dict[int, int | bytes]:
+def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
     """The known fields of the message in `value[:end]`: varints as numbers, strings as bytes, the last of each number.
 
     Raises DatumError for bytes that are no message. Fixed-width fields are passed over.

@@ -13,7 +13,7 @@ from prep.files import atomic_file
 _NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
 
 
-def account_of(fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_outcomes(fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Counts of what was converted, turned by EXIF, and left out; of many reasons the commonest by name."""
     converted: Counter[str] = Counter()
     turned: Counter[str] = Counter()
@@ -30,10 +30,10 @@ def account_of(fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return {"converted": dict(converted), "exif_orientation": dict(turned), "bad": named}
 
 
-def write_fates(path: Path, fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def write_outcomes(path: Path, fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """Write one line for each fate, the file whole or not at all; returns their account."""
     with atomic_file(path) as file:
-        return account_of(_written(fates, file))
+        return summarize_outcomes(_written(fates, file))
 
 
 def _written(fates: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterator[Mapping[str, Any]]:
@@ -42,7 +42,7 @@ def _written(fates: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterator[Map
         yield fate
 
 
-def read_fates(path: Path) -> Iterator[dict[str, Any]]:
+def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
     """The lines of an inputs.jsonl; a name may hold U+2028, so they end at \\n alone. Raises OSError and ValueError."""
     with open(path, encoding="utf-8", newline="\n") as lines:
         for line in lines:

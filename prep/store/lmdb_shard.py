@@ -23,7 +23,7 @@ _COMMIT_BYTES = 64_000_000
 _FIRST_MAP_BYTES = 64 << 20
 
 
-def key_of(index: int) -> bytes:
+def record_key(index: int) -> bytes:
     """The key of record `index` of a split."""
     return b"%08d" % index
 
@@ -81,7 +81,7 @@ def read(folder: Path, mend: str = "Build the store again.") -> Iterator[tuple[b
             raise StoreError(f"{folder}: {more}{min(count, said):,} records, its header says {said:,}. {mend}")
 
 
-class Reader:
+class ShardReader:
     """The records of one shard by their place, 0..records − 1: views of the mapped file, nothing copied.
 
     Raises StoreError where the LMDB is damaged, or has not the `records` that it should.
@@ -102,13 +102,15 @@ class Reader:
                 last = bytes(cursor.key()) if cursor.last() else b""
                 self._first = int(first) if first.isdigit() else 0
                 self._keys: list[bytes] | None = None
-                if last != key_of(self._first + records - 1):  # inputs were left out: their keys are not given again
+                if last != record_key(
+                    self._first + records - 1
+                ):  # inputs were left out: their keys are not given again
                     cursor.first()
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
     def key(self, place: int) -> bytes:
         """The key of the record at `place`."""
-        return key_of(self._first + place) if self._keys is None else self._keys[place]
+        return record_key(self._first + place) if self._keys is None else self._keys[place]
 
     def __getitem__(self, place: int) -> memoryview:
         """The record's bytes, valid until `close`. Its pages are touched while other threads run."""

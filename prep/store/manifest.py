@@ -24,13 +24,13 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, quoted
+from prep.console import UserError, shell_quoted
 from prep.files import write_atomic
 
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
-FILES = ("mean_image.npy", "inputs.jsonl")  # of a split; their digests are in its account
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # of a split; their digests are in its account
 FORMATS = ("jpeg", "ppm")  # of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")
 
@@ -80,7 +80,7 @@ class Split:
 
 
 @dataclass(frozen=True)
-class ColourStats:
+class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
     The square roots of `eigenvalues` are standard deviations in grey levels, the quantity that Krizhevsky's code
@@ -143,7 +143,7 @@ class Store:
         path = root / "manifest.json"
         if not root.exists():
             raise StoreError(
-                f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {quoted(root)}"
+                f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
             )
         try:
             data = json.loads(path.read_bytes())
@@ -179,7 +179,7 @@ class Store:
         """The split `name`; raises StoreError where the store has none of that name."""
         if name not in self.splits:
             has = ", ".join(self.splits) or "none"
-            build = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {quoted(self.root)}"
+            build = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {shell_quoted(self.root)}"
             mend = build if name in SPLITS else "Name another --split."
             raise StoreError(f"{self.root} has no split {name} (it has: {has}). {mend}")
         return self.splits[name]
@@ -198,7 +198,7 @@ class Store:
             paths.append(str(file.parent))
         return paths
 
-    def colour(self, split: str = "train") -> ColourStats:
+    def color_stats(self, split: str = "train") -> ColorStats:
         """Mean and colour PCA of a split; raises StoreError where colour.json is missing or damaged."""
         self.split(split)
         path = self.root / split / "colour.json"
@@ -207,7 +207,7 @@ class Store:
         except (OSError, ValueError) as error:
             hint = f"Write it with: alexprep pca-stats --store {self.root} --split {split}"
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
-        return _build(ColourStats, data, str(path))
+        return _build(ColorStats, data, str(path))
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
         """float32 (side_px, side_px, 3), 0..255: the mean over the split of every pixel of the central square."""

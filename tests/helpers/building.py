@@ -23,7 +23,7 @@ from prep.build.split import Policy, build_split
 from prep.console import Progress
 from prep.inputs.sources import read_source
 from prep.store.manifest import Settings, Store
-from prep.workers import Runner, Tally
+from prep.workers import Runner, TaskProgress
 
 Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 
@@ -43,7 +43,7 @@ class Here:
     jobs = 1
 
     def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
-        tally = Tally()
+        tally = TaskProgress()
         with threadpool_limits(1, "blas"):
             for task in tasks:
                 result = work(task, tally)

@@ -121,7 +121,11 @@ def is_torn(store: Path) -> bool:
         opened = Store.open(store)
         if opened.splits:
             count = sum(1 for path in opened.shard_paths("train") for _ in read(Path(path)))
-            return count != opened.split("train").records or not opened.mean_image().size or not opened.colour().pixels
+            return (
+                count != opened.split("train").records
+                or not opened.mean_image().size
+                or not opened.color_stats().pixels
+            )
         return True
     except StoreError:
         return (store / "manifest.json").exists()

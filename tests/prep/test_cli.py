@@ -155,7 +155,7 @@ def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: py
     raised.append(KeyboardInterrupt())
     result = alexprep("export-files", tmp_path / "out", "--store", tmp_path)
     assert (result.exit_code, result.stderr) == (130, "Interrupted. The same command goes on from here.\n")
-    assert set(main.goes_on) < set(main.commands)
+    assert set(main.resumable) < set(main.commands)
     assert alexprep("inspect", "--nothing").exit_code == 2
     for code in ("0:", "1:", "2:", "3:", "130, 143:"):
         assert code in alexprep("--help").stdout

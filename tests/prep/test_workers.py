@@ -18,23 +18,23 @@ from typing import Any
 import pytest
 
 from prep.console import DiskFull, UserError
-from prep.workers import Counts, Died, Tally, Workers
+from prep.workers import Counts, TaskProgress, WorkerDied, WorkerPool
 from tests.helpers.building import DEADLINE_S, is_alive
 
 
-def square(task: int, tally: Tally) -> tuple[int, int]:
+def square(task: int, tally: TaskProgress) -> tuple[int, int]:
     """Of the task, and who did it."""
     tally.begin(task)
     tally.count(10 * task, bad=task % 2 == 1)
     return task**2, os.getpid()
 
 
-def slow_square(task: float, tally: Tally) -> tuple[float, int]:
+def slow_square(task: float, tally: TaskProgress) -> tuple[float, int]:
     time.sleep(task)
     return task**2, os.getpid()
 
 
-def wait_for(task: Path | None, tally: Tally) -> None:
+def wait_for(task: Path | None, tally: TaskProgress) -> None:
     """Until there is such a file, where one is named."""
     deadline = time.monotonic() + 60
     while task is not None and not task.exists():
@@ -42,23 +42,23 @@ def wait_for(task: Path | None, tally: Tally) -> None:
         time.sleep(0.01)
 
 
-def five_steps(task: int, tally: Tally) -> None:
+def five_steps(task: int, tally: TaskProgress) -> None:
     for number in range(5):
         tally.begin(number)
         tally.count(100, bad=number == 4)
         time.sleep(0.15)
 
 
-def fail(task: Any, tally: Tally) -> None:
+def fail(task: Any, tally: TaskProgress) -> None:
     if isinstance(task, Exception):
         raise task
 
 
-def look_about(task: str, tally: Tally) -> tuple[str | None, bool]:
+def look_about(task: str, tally: TaskProgress) -> tuple[str | None, bool]:
     return os.environ.get(task), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def die(task: tuple[int, int, int], tally: Tally) -> int:
+def die(task: tuple[int, int, int], tally: TaskProgress) -> int:
     """Of `length` steps the process does not survive number `at`; -1: it survives all."""
     at, how, length = task
     for number in range(length):
@@ -69,7 +69,7 @@ def die(task: tuple[int, int, int], tally: Tally) -> int:
     return length
 
 
-def die_at_once(task: int, tally: Tally) -> int:
+def die_at_once(task: int, tally: TaskProgress) -> int:
     if task:
         os.kill(os.getpid(), signal.SIGKILL)
     tally.begin(7)
@@ -94,7 +94,7 @@ def wait_for_end(pids: set[int]) -> None:
 
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_each_task_comes_back_with_its_result(jobs: int) -> None:
-    with Workers(jobs) as workers:
+    with WorkerPool(jobs) as workers:
         found = list(workers.map(square, iter(range(20)), ignore))
         again = list(workers.map(square, range(20, 25), ignore))
         assert list(workers.map(square, [], ignore)) == []
@@ -109,7 +109,7 @@ def test_each_task_comes_back_with_its_result(jobs: int) -> None:
 def test_results_come_as_they_are_ready(tmp_path: Path) -> None:
     """The first task does not end before the results of all others have come."""
     came: list[Path | None] = []
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         for task, _ in workers.map(wait_for, [tmp_path / "file", None, None, None, None], ignore):
             came.append(task)
             if len(came) == 4:
@@ -118,7 +118,7 @@ def test_results_come_as_they_are_ready(tmp_path: Path) -> None:
 
 
 def test_no_more_processes_than_tasks() -> None:
-    with Workers(50) as workers:
+    with WorkerPool(50) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.1], ignore)}
         assert len(pids) == 1
         assert len(workers._workers) == 1
@@ -135,7 +135,7 @@ def test_tasks_are_taken_as_they_are_needed() -> None:
             most = max(most, taken - given)
             yield number
 
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         for _ in workers.map(square, tasks(), ignore):
             given += 1
             assert taken <= given + 2
@@ -147,7 +147,7 @@ def test_exception_of_the_tasks_comes_through() -> None:
         yield 1
         raise KeyError("none")
 
-    with Workers(1) as workers, pytest.raises(KeyError, match="none"):
+    with WorkerPool(1) as workers, pytest.raises(KeyError, match="none"):
         list(workers.map(square, tasks(), ignore))
 
 
@@ -155,7 +155,7 @@ def test_exception_of_the_tasks_comes_through() -> None:
 def test_exception_of_the_work_comes_through(error: Exception) -> None:
     """What the user can mend as it is; a fault of ours with its place."""
     expected = type(error) if isinstance(error, UserError) else RuntimeError
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         with pytest.raises(expected, match=str(error)) as told:
             list(workers.map(fail, [0, error, 0], ignore))
         assert type(told.value) is expected
@@ -168,31 +168,31 @@ def test_exception_of_the_work_comes_through(error: Exception) -> None:
 
 def test_worker_that_is_killed_is_told_and_the_others_go_on() -> None:
     tasks = [(-1, 0, 4), (3, signal.SIGKILL, 9), (-1, 0, 5), (0, 0, 2), (1, signal.SIGSEGV, 6), (-1, 0, 6)]
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         found = list(workers.map(die, tasks, ignore))
     assert sorted(task for task, _ in found) == sorted(tasks)
     told = dict(found)
     assert {task: result for task, result in told.items() if task[0] < 0} == {t: t[2] for t in tasks if t[0] < 0}
-    died = {task: result for task, result in told.items() if isinstance(result, Died)}
-    assert {task: result.at for task, result in died.items()} == {t: t[0] for t in tasks if t[0] >= 0}
-    assert [died[tasks[k]].how() for k in (1, 3, 4)] == [
+    died = {task: result for task, result in told.items() if isinstance(result, WorkerDied)}
+    assert {task: result.index for task, result in died.items()} == {t: t[0] for t in tasks if t[0] >= 0}
+    assert [died[tasks[k]].describe() for k in (1, 3, 4)] == [
         "was killed (SIGKILL)",
         "ended with code 3",
         "was killed (SIGSEGV)",
     ]
-    assert Died(0, -63).how() == "was killed (signal 63)"
+    assert WorkerDied(0, -63).describe() == "was killed (signal 63)"
 
 
 def test_place_of_death_is_of_this_task() -> None:
     """Not of the one before, which may have been longer."""
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
-    assert second == Died(0, -signal.SIGKILL)
+    assert second == WorkerDied(0, -signal.SIGKILL)
 
 
 def test_worker_that_is_killed_between_tasks_is_replaced() -> None:
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.2, 0.2], ignore)}
         assert len(pids) == 2
         for pid in pids:
@@ -200,7 +200,7 @@ def test_worker_that_is_killed_between_tasks_is_replaced() -> None:
         for process, _ in workers._workers.values():
             process.join(DEADLINE_S)
         results = [result for _, result in workers.map(slow_square, [0.1, 0.1, 0.1], ignore)]
-    assert not any(isinstance(result, Died) for result in results), results
+    assert not any(isinstance(result, WorkerDied) for result in results), results
     assert not {result[1] for result in results} & pids
 
 
@@ -211,7 +211,7 @@ def test_map_that_is_left_leaves_nothing_to_the_next(how: str) -> None:
     def refuse(counts: Counts) -> None:
         raise UserError("enough")
 
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         if how == "closed":
             with closing(workers.map(slow_square, [0.01, 0.7, 0.6, 0.5], ignore)) as results:
                 next(iter(results))
@@ -228,7 +228,7 @@ def test_map_that_is_left_leaves_nothing_to_the_next(how: str) -> None:
 def test_watch_sees_every_step_of_all_workers() -> None:
     """While a task is under way, and exactly at the end; a second map begins at nothing."""
     seen: list[Counts] = []
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         for _ in range(2):
             seen.clear()
             list(workers.map(five_steps, [0, 1, 2], seen.append))
@@ -242,7 +242,7 @@ def test_exception_of_watch_ends_the_map() -> None:
     def refuse(counts: Counts) -> None:
         raise UserError("enough")
 
-    with Workers(1) as workers, pytest.raises(UserError, match="enough"):
+    with WorkerPool(1) as workers, pytest.raises(UserError, match="enough"):
         list(workers.map(five_steps, range(100), refuse))
 
 
@@ -252,7 +252,7 @@ def test_workers_have_one_blas_thread_and_leave_ctrl_c_to_the_parent(monkeypatch
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     before, mask = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, [])
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         assert [result for _, result in workers.map(look_about, names, ignore)] == [("1", True)] * 3
     assert dict(os.environ) == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
@@ -261,8 +261,8 @@ def test_workers_have_one_blas_thread_and_leave_ctrl_c_to_the_parent(monkeypatch
 FIRST = """
 import signal
 from tests.prep import test_workers
-from prep.workers import Workers
-with Workers(2) as workers:
+from prep.workers import WorkerPool
+with WorkerPool(2) as workers:
     print([result for _, result in workers.map(test_workers.look_about, ["OMP_NUM_THREADS"] * 2, test_workers.ignore)])
 print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
@@ -277,7 +277,7 @@ def test_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
 
 def test_leaving_ends_workers_in_the_middle_of_a_task() -> None:
     began = time.monotonic()
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.1, 0.1], ignore)}
         with pytest.raises(UserError):
             for _ in workers.map(slow_square, [0.01, 30.0], ignore):
@@ -289,8 +289,8 @@ def test_leaving_ends_workers_in_the_middle_of_a_task() -> None:
 ORPHANS = """
 import sys
 from tests.prep import test_workers
-from prep.workers import Workers
-with Workers(2) as workers:
+from prep.workers import WorkerPool
+with WorkerPool(2) as workers:
     for _, result in workers.map(test_workers.slow_square, [0.1, 0.1], test_workers.ignore):
         print(result[1], flush=True)
     busy = sys.argv[1] == "busy"
@@ -325,33 +325,37 @@ def test_workers_end_when_their_parent_is_killed(what: str) -> None:
 
 
 def test_tally_without_a_worker() -> None:
-    tally = Tally()
+    tally = TaskProgress()
     tally.begin(4)
     tally.count(10)
     tally.count(5, bad=True)
-    assert tally.at == 4
+    assert tally.index == 4
     assert tally.counts == Counts(done=2, bad=1, bytes=15)
 
 
 def test_tallies_share_an_array() -> None:
-    numbers = [0] * (3 * Tally.SIZE)
+    numbers = [0] * (3 * TaskProgress.SIZE)
     for slot in range(3):
-        tally = Tally(numbers, slot * Tally.SIZE)
+        tally = TaskProgress(numbers, slot * TaskProgress.SIZE)
         tally.begin(slot)
         tally.count(slot, bad=slot == 2)
-    assert [Tally(numbers, slot * Tally.SIZE).at for slot in range(3)] == [0, 1, 2]
-    assert [Tally(numbers, slot * Tally.SIZE).counts for slot in range(3)] == [(1, 0, 0), (1, 0, 1), (1, 1, 2)]
+    assert [TaskProgress(numbers, slot * TaskProgress.SIZE).index for slot in range(3)] == [0, 1, 2]
+    assert [TaskProgress(numbers, slot * TaskProgress.SIZE).counts for slot in range(3)] == [
+        (1, 0, 0),
+        (1, 0, 1),
+        (1, 1, 2),
+    ]
 
 
-def loaded(name: str, tally: Tally) -> bool:
+def loaded(name: str, tally: TaskProgress) -> bool:
     return name in sys.modules
 
 
 def test_workers_with_a_module_load_it_before_there_is_work() -> None:
-    with Workers(2, preload="wave") as workers:
+    with WorkerPool(2, preload="wave") as workers:
         pids = {process.pid for process, _ in workers._workers.values()}
         assert len(pids) == 2
         assert [result for _, result in workers.map(loaded, ["wave", "wave"], ignore)] == [True, True]
         assert {process.pid for process, _ in workers._workers.values()} == pids
-    with Workers(1) as workers:
+    with WorkerPool(1) as workers:
         assert [result for _, result in workers.map(loaded, ["wave"], ignore)] == [False]

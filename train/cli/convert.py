@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from prep.console import print_json, bytes_text, json_option, shell_quoted, say, store_option
+from prep.console import bytes_text, json_option, print_json, say, shell_quoted, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
     EXPORTS,

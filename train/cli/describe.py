@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from prep.console import UserError, print_json, json_option
+from prep.console import UserError, json_option, print_json
 from train.cli.options import (
     RECIPE_NAMES,
     model_option,

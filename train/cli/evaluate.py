@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import print_json, count_noun, json_option, say, store_option
+from prep.console import count_noun, json_option, print_json, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option, views_option
 
@@ -103,9 +103,9 @@ def _evaluated(
     devices = parse_devices(gpus)
     set_precision(precision, devices)  # refuses early
     run_dir, checkpoint = run_and_checkpoint(path, checkpoint)
-    model, state, classes = load_trained(run_dir, devices, checkpoint)
-    check_classes(run_dir, classes, store)
-    if "train" not in store.splits or state["identity"]["store_fingerprint"] != store.split("train").fingerprint:
+    model, state = load_trained(run_dir, devices, checkpoint)
+    check_classes(run_dir, state.classes, store)
+    if "train" not in store.splits or state.identity["store_fingerprint"] != store.split("train").fingerprint:
         say(
             f"{store.root} is not the store that {run_dir} was trained on: its mean is subtracted, not the training "
             "store's."

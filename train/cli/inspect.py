@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError, print_json, count_noun, json_option, one_line, say, store_option
+from prep.console import UserError, count_noun, json_option, one_line, print_json, say, store_option
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option
 from train.config.architecture import LAYERS
@@ -87,7 +87,7 @@ def figures(
         drawn.append(path.name)
     _say_left_out(trained, split)
     if as_json:
-        print_json({"out": str(folder), "files": drawn, "step": trained.state["step"]})
+        print_json({"out": str(folder), "files": drawn, "step": trained.state.step})
     else:
         say(f"Drawn into {folder}: {', '.join(drawn)}")
 
@@ -140,7 +140,7 @@ def report(
     size = write_report(trained, path, split, seed, most)
     _say_left_out(trained, split)
     if as_json:
-        print_json({"out": str(path), "bytes": size, "step": trained.state["step"]})
+        print_json({"out": str(path), "bytes": size, "step": trained.state.step})
     else:
         say(f"Written: {path}, {size / 1e6:.1f} MB")
 
@@ -187,7 +187,7 @@ def predict(
         both = zip([trained.classes[label] for label in said.labels], said.probabilities, strict=True)
         if as_json:
             guesses = [{"class": name, "probability": p} for name, p in both]
-            print_json({"image": str(path), "views": int(views), "step": trained.state["step"], "guesses": guesses})
+            print_json({"image": str(path), "views": int(views), "step": trained.state.step, "guesses": guesses})
         else:
             click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in both)))
 
@@ -282,7 +282,7 @@ def search(
     say(f"Drawn: {sheet}")
     for path, (_, near) in zip(images, found, strict=True):
         if as_json:
-            print_json({"image": str(path), "step": trained.state["step"], "nearest": near})
+            print_json({"image": str(path), "step": trained.state.step, "nearest": near})
         else:
             told = ", ".join(f"{one['class']} {one['source'] or one['key']} ({one['distance']:.3g})" for one in near)
             click.echo(one_line(f"{path}: {told}"))

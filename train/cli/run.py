@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, print_json, count_noun, json_option, shell_quoted, say, store_option
+from prep.console import UserError, count_noun, json_option, print_json, say, shell_quoted, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
     accumulate_option,
@@ -27,6 +26,9 @@ from train.cli.options import (
 )
 from train.config.ablations import ABLATIONS
 from train.config.architecture import ARCHITECTURES
+
+if TYPE_CHECKING:
+    from train.runs.run import Run
 
 
 @click.command()
@@ -98,8 +100,9 @@ def run(
     from train.config.devices import parse_devices
     from train.config.overrides import recipe_with_overrides
     from train.config.recipe import insensitive_at_init
-    from train.config.run_config import RunConfig, check_parts
+    from train.config.run_config import RunConfig
     from train.model.precision import set_precision
+    from train.runs.run import Run
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
@@ -120,42 +123,42 @@ def run(
         checkpoint_every=checkpoint_every,
         keep=keep,
     )
-    check_parts(config)  # refuses early
+    training = Run.open(config, opened)
     if insensitive_at_init(chosen):
         say(
             f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
             "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
         )
-    into = replace(config, run_dir=fork) if fork else config
-    for line in _plan_lines(into, opened):
+    for line in _plan_lines(training, fork or run_dir):
         if not quiet or dry_run:
             say(line)
     if dry_run:
         from train.trainer.fork import preview_fork
 
-        say(preview_fork(config, fork))
+        say(preview_fork(training, fork))
     else:
         from train.monitor.view import choose_view
-        from train.trainer.fork import fork as begin_with
+        from train.trainer.fork import fork as begin_fork
         from train.trainer.loop import fit
 
         if fork:
-            begin_with(config, fork)
-        fit(into, choose_view(quiet))
-        say(f"{into.run_dir}: trained. Next: alextrain evaluate {shell_quoted(into.run_dir)} --store {shell_quoted(store)}")
+            training = begin_fork(training, fork)
+        fit(training, choose_view(quiet))
+        say(
+            f"{training.run_dir}: trained. Next: alextrain evaluate {shell_quoted(training.run_dir)} --store {shell_quoted(store)}"
+        )
     if as_json:
-        print_json(_run_answer(into, dry_run))
+        print_json(_run_answer(training, fork or run_dir, dry_run))
 
 
-def _plan_lines(config: Any, store: Store) -> list[str]:
+def _plan_lines(training: Run, run_dir: Path) -> list[str]:
     from train.config.devices import describe_devices
-    from train.config.run_config import length
     from train.model.summary import summarize
 
+    config, store = training.config, training.store
     records, classes = store.split("train").records, len(store.classes)
-    per_epoch, steps = length(config, store)
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
-    if not per_epoch:
+    if not training.steps_per_epoch:
         raise UserError(
             f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
             f"Pass --batch {records} or less."
@@ -165,17 +168,18 @@ def _plan_lines(config: Any, store: Store) -> list[str]:
         f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
         f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}, {config.precision}; "
-        f"{records:,} records, {count_noun(per_epoch, 'step')} an epoch, {count_noun(steps, 'step')} in all, "
-        f"into {config.run_dir}",
+        f"{records:,} records, {count_noun(training.steps_per_epoch, 'step')} an epoch, "
+        f"{count_noun(training.last_step, 'step')} in all, into {run_dir}",
     ]
 
 
-def _run_answer(config: Any, dry_run: bool) -> dict[str, Any]:
+def _run_answer(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
     from train.runs.run_dir import last_of, read_lines
 
-    lines = [] if dry_run else read_lines(config.run_dir)
+    config = training.config
+    lines = [] if dry_run else read_lines(run_dir)
     return {
-        "run_dir": str(config.run_dir),
+        "run_dir": str(run_dir),
         "model": config.model.name,
         "recipe": config.recipe.name,
         "batch_size": config.batch_size,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from prep.console import print_json, json_option, one_line, say
+from prep.console import json_option, one_line, print_json, say
 
 
 @click.command()

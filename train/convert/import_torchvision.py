@@ -16,13 +16,13 @@ from prep.files import hold_lock
 from prep.store.manifest import Store
 from train.config.recipe import Recipe
 from train.config.run_config import RunConfig
-from train.convert.torchvision_weights import TORCHVISIONS, Normalisation, check_fits, to_ours
+from train.convert.torchvision_weights import TORCHVISIONS, Normalization, check_fits, to_ours
 from train.model.alexnet import AlexNet
 from train.runs import checkpoint
-from train.runs.run import claim, describe
-from train.trainer.loop import state_of
-from train.trainer.optim import make_optimiser
+from train.runs.run import Run, make_run_dir, write_description
+from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
+from train.trainer.state import capture_state
 
 
 def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> AlexNet:
@@ -36,43 +36,45 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     What is exact in it says train.convert.torchvision_weights. Raises UserError for a file that is no such state_dict or has
     other classes, for a recipe or network that does not fit, and where a run is in the folder already.
     """
-    store, recipe = Store.open(config.store), config.recipe
+    run = Run.open(config)
+    store, recipe = run.store, config.recipe
     check_fits(config.model, recipe)
     state, texts = _read(file)
     torch.manual_seed(config.seed)
     network = AlexNet(len(store.classes), recipe, ("cpu", "cpu"), config.model)
     try:
-        parameters = to_ours(state, recipe, _normalisation(texts), _mean_rgb(store, recipe))
+        parameters = to_ours(state, recipe, _normalization(texts), _mean_rgb(store, recipe))
         if new_fc8:
-            parameters |= {name: tensor for name, tensor in network.joined().items() if name.startswith("fc8.")}
+            parameters |= {name: tensor for name, tensor in network.joined_tensors().items() if name.startswith("fc8.")}
         else:
             _check_classes(file, parameters, texts, store)
-        network.load_joined(parameters)
+        network.load_joined_tensors(parameters)
     except (KeyError, ValueError, TypeError) as error:
         if isinstance(error, UserError):
             raise
         raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}).") from None
-    begin(config, store, network)
+    begin(run, network)
     return network
 
 
-def begin(config: RunConfig, store: Store, network: AlexNet) -> None:
+def begin(run: Run, network: AlexNet) -> None:
     """Make the run folder with a checkpoint of `network` at step 0, from which `fit` goes on.
 
     Raises UserError where the folder has a run, or something else.
     """
-    claim(config.run_dir)
-    with hold_lock(config.run_dir, "training"):
-        if checkpoint.checkpoints(config.run_dir):
-            raise UserError(f"{config.run_dir}: there is a run in it already. Name another --run-dir.")
+    make_run_dir(run.run_dir)
+    config = run.config
+    with hold_lock(run.run_dir, "training"):
+        if checkpoint.checkpoint_paths(run.run_dir):
+            raise UserError(f"{run.run_dir}: there is a run in it already. Name another --run-dir.")
         with train_loader(
             config.store, config.batch_size, "cpu", config.seed, augmentation=config.recipe.augmentation, threads=1
         ) as loader:
-            optimiser = make_optimiser(network, config.recipe)
+            optimizer = make_optimizer(network, config.recipe)
             torch.manual_seed(config.seed)
-            state = state_of(config, store, 0, network, optimiser, Schedule(config.recipe), loader, False)
-        describe(config, store)
-        checkpoint.Keeper(config.run_dir, config.keep, None).save(0, state, last=True, before=lambda: None)
+            state = capture_state(run, 0, network, optimizer, Schedule(config.recipe), loader, validation_due=False)
+        write_description(run)
+        checkpoint.CheckpointKeeper(run.run_dir, config.keep, None).save(state, is_last=True)
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -89,13 +91,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     return state, texts if "preprocessing" in texts else {}
 
 
-def _normalisation(texts: Mapping[str, Any]) -> Normalisation:
+def _normalization(texts: Mapping[str, Any]) -> Normalization:
     if not texts:
         return TORCHVISIONS
     told = json.loads(texts["preprocessing"])["normalise"]
     if not told["exact"]:
         say("Its network was trained with a mean image; the mean of that is taken in its place.")
-    return Normalisation(tuple(told["mean"]), tuple(told["std"]))
+    return Normalization(tuple(told["mean"]), tuple(told["std"]))
 
 
 def _mean_rgb(store: Store, recipe: Recipe) -> tuple[float, ...]:
@@ -105,7 +107,7 @@ def _mean_rgb(store: Store, recipe: Recipe) -> tuple[float, ...]:
             f"recipe {recipe.name} subtracts a mean image, which conv1's biases cannot make up for. Pass --recipe "
             "modern, or --set augmentation.mean=channel."
         )
-    return tuple(store.colour().mean_rgb) if how == "channel" else (0.0, 0.0, 0.0)
+    return tuple(store.color_stats().mean_rgb) if how == "channel" else (0.0, 0.0, 0.0)
 
 
 def _check_classes(file: Path, parameters: Mapping[str, Tensor], texts: Mapping[str, Any], store: Store) -> None:

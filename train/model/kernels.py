@@ -161,10 +161,12 @@ def is_correct(kernel: NativeKernels) -> bool:
     """Whether it computes what it should on small maps: windows cut at both ends, whole vectors of maps and rests, ReLU
     before the normalization and after the pooling; and on the update of as many parameters.
     """
-    return _is_right_for(kernel, 44, 5, (6, 7), True, False) and _is_right_for(kernel, 9, 7, (5, 8), False, True)
+    return _is_correct_for(kernel, 44, 5, (6, 7), True, False) and _is_correct_for(kernel, 9, 7, (5, 8), False, True)
 
 
-def _is_right_for(kernel: NativeKernels, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool) -> bool:
+def _is_correct_for(
+    kernel: NativeKernels, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool
+) -> bool:
     draw, alpha, k = torch.Generator().manual_seed(0), 0.3, 2.0
     x, grad = (torch.randn(2, *area, maps, generator=draw).sub(0.7).permute(0, 3, 1, 2) for _ in range(2))
     how, shape = Norm(maps, size, alpha, k, relu), Pool(*area, True, relu_after)

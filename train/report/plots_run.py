@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prep.store.manifest import ColourStats
+from prep.store.manifest import ColorStats
 from train.report.style import BLUE, GREY, ORANGE, show, stretched, tiled
 
 _ACROSS = 16  # kernels in a row
@@ -70,7 +70,7 @@ def kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) -> None
 COLOUR_SIZE = (8.0, 2.6)
 
 
-def colour_axes(figure: Any, stats: ColourStats) -> None:
+def colour_axes(figure: Any, stats: ColorStats) -> None:
     """The principal components of the training pixels (section 4.1): how far each goes, and the mean moved along it."""
     strips, spectrum = figure.subplots(1, 2, width_ratios=(5.5, 2.5))
     steps = np.linspace(_STEPS[0], _STEPS[-1], 241)[:, None]

@@ -1,11 +1,12 @@
-"""Checkpoints: one file, whole or not there, held to a digest, loaded without executing anything.
+"""Checkpoints: one file each, written whole or not at all, verified by a digest, loaded without executing code.
 
-`checkpoint-00001500.pt` in the run folder is the state after step 1,500: parameters and velocity in the joined shapes,
-schedule, stream, random generators, network, recipe, classes, the identity of the run and the version of the code.
-Written to a temporary name, synced, renamed. It is the zip archive that torch.save writes; the archive's comment (the
-end of APPNOTE 4.3.16) is the SHA-256 of every byte before it, so that one altered bit is found before anything is read.
+`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. `write`
+is the only function that writes one and `read` the only one that reads one.
 
-The newest of them are kept, and as `best.pt` the one with the lowest validation error: a second name of the same file.
+The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive's comment (the
+end of APPNOTE 4.3.16) is the SHA-256 of every byte before it, so that one altered bit is found before anything is
+loaded. A run keeps its newest checkpoints, and as `best.pt`, a second name of the same file, the one with the lowest
+validation error.
 """
 
 from __future__ import annotations
@@ -13,53 +14,90 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from io import BufferedRandom
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, BinaryIO
 
 import torch
+from torch import Tensor
 
-from prep.console import DiskFull, UserError, disk_error, quoted, say
+from prep.console import DiskFull, UserError, disk_error, say, shell_quoted
 from prep.files import atomic_file, sync_folder
 
-FORMAT = 2
-KEPT = 2
+FORMAT = 2  # of the file: raised when the fields of Checkpoint change their meaning
 BEST = "best.pt"
-FULL_DISKS = 3  # checkpoints in a row that a full disk may prevent: then the run ends
+MAX_DISK_FULL = 3  # checkpoints in a row that may fail because the disk is full; then the run ends
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
 _END_BYTES = 22  # of the record that ends a zip archive without a comment; its last two are the comment's length
 
 
-class Unreadable(UserError):
-    """A checkpoint that is torn, altered, or none."""
+class UnreadableCheckpoint(UserError):
+    """A file that is torn, altered, or not a checkpoint."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The state of a run after `step`: all that decides what comes next, and all that is needed to use the network.
+
+    The fields are the keys of the file, beside "format". Tensors are on the CPU.
+    """
+
+    identity: Mapping[str, Any]  # of the run (train/config/identity.py)
+    model: Mapping[str, Any]  # the Architecture, as JSON
+    recipe: Mapping[str, Any]  # the Recipe with its sources, as JSON
+    classes: Sequence[str]  # names; a label is an index into them
+    environment: Mapping[str, str]  # versions of the software that wrote it
+
+    step: int  # steps made
+    steps_per_epoch: int
+    validation_due: bool  # the epoch has ended and its validation has not been made
+    parameters: Mapping[str, Tensor]  # by joined name, in the shapes of the network without columns
+    velocity: Mapping[str, Tensor]  # the same for the optimizer's velocity
+    schedule: Mapping[str, Any]  # Schedule.state_dict
+    devices: Sequence[str]  # that the random generators belong to; empty: generators begin anew
+    random: Tensor  # state of torch's generator on the CPU
+    random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
+    stream: Mapping[str, Any]  # TrainLoader.state_dict
+
+    best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the lowest validation error so far
+    ancestry: Sequence[Mapping[str, Any]] = ()  # checkpoints that a forked run began with, the oldest first
+    digest: str = ""  # SHA-256 (hex) that the file was verified by; empty before it is written; not in the file
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """The checkpoint of a step."""
+    """The path of the checkpoint of a step."""
     return run_dir / f"checkpoint-{step:08d}.pt"
 
 
-def save(run_dir: Path, step: int, state: Mapping[str, Any]) -> Path:
-    """Write `state` (tensors, numbers, strings, and containers of these) as the checkpoint of `step`.
+def checkpoint_paths(run_dir: Path) -> list[Path]:
+    """The checkpoints in a run folder, oldest first; best.pt and files of other names are left out."""
+    return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
-    Raises DiskFull where there is no room, UserError for another error of the disk: the checkpoints before are whole.
+
+def write(run_dir: Path, state: Checkpoint) -> Path:
+    """Write the checkpoint of `state.step` into a run folder; returns its path.
+
+    Raises DiskFull if there is no room, UserError for another error of the disk. Earlier checkpoints stay whole.
     """
-    path = path_of(run_dir, step)
+    path = path_of(run_dir, state.step)
+    content = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "digest"}
+    content |= {"classes": list(state.classes), "devices": list(state.devices), "ancestry": list(state.ancestry)}
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with open(temporary, "w+b") as file:
-            torch.save({"format": FORMAT, **state}, file)
-            _sign(file)
+            torch.save({"format": FORMAT, **content}, file)
+            _append_digest(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         sync_folder(run_dir)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch has an error of its own for it
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps an OSError in its own
         if not isinstance(cause, OSError):
             raise
         raise disk_error(
@@ -72,51 +110,95 @@ def save(run_dir: Path, step: int, state: Mapping[str, Any]) -> Path:
     return path
 
 
-class Keeper:
-    """The checkpoints of a run under way, and what each takes over from the one before it."""
+def read(path: Path) -> Checkpoint:
+    """Read the file that `write` wrote, its tensors on the CPU.
 
-    def __init__(self, run_dir: Path, keep: int, state: Mapping[str, Any] | None) -> None:
-        """`state`: the checkpoint that the run goes on from. Removes and mends what a kill has left half done."""
+    Raises UnreadableCheckpoint for a file that is not, to the bit, what was written; UserError for another format, a
+    missing field, or a file that may not be read. What torch raises when an intact file cannot be loaded, for example
+    when memory runs out, passes through.
+    """
+    intact = False
+    try:
+        with open(path, "rb") as file:  # opened once: a running training may replace the file under this name
+            stated, actual = _digests(file)
+            intact = stated == actual
+            if intact or not stated:  # format 1 had no digest: it is loaded to name its format
+                file.seek(0)
+                content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+                if content.get("format") != FORMAT:
+                    raise UserError(
+                        f"{path}: checkpoint format {content.get('format')}, this program reads {FORMAT}. Read it with "
+                        "the alexnet release that wrote it."
+                    )
+                if intact:
+                    return _checkpoint(path, content, actual)
+    except UserError:
+        raise
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
+    except Exception as error:  # a torn file makes torch raise many types, some with advice that does not apply
+        if intact and not isinstance(error, UnpicklingError):
+            raise
+    raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
+
+
+def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:
+    names = {field.name for field in fields(Checkpoint)} - {"digest"}
+    missing = sorted(names - set(content))
+    if missing:
+        raise UserError(f"{path}: the checkpoint has no {', '.join(missing)}. Read it with the release that wrote it.")
+    return Checkpoint(**{name: content[name] for name in names}, digest=digest)
+
+
+class CheckpointKeeper:
+    """Writes the checkpoints of a run in progress, keeps the newest and the best, and removes the others."""
+
+    def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
+        """Remove temporary files that a kill has left, and repair best.pt.
+
+        keep     checkpoints to keep, beside the best
+        resumed  the checkpoint that the run continues from, None for a new run
+        """
         self.run_dir, self.keep = run_dir, keep
-        self.best: dict[str, Any] | None = None if state is None else state["best"]  # step, top1_error in 0..1
-        self.ancestry: list[dict[str, Any]] = [] if state is None else state["ancestry"]
+        self.best: Mapping[str, Any] | None = None if resumed is None else resumed.best
+        self.ancestry: Sequence[Mapping[str, Any]] = () if resumed is None else resumed.ancestry
         self._failures = 0
         for leftover in run_dir.glob(".*.tmp"):
             leftover.unlink()
-        if state is not None:
-            self._tidy(state["step"])
+        if resumed is not None:
+            self._tidy(resumed.step)
 
-    def save(self, step: int, state: Mapping[str, Any], last: bool, before: Callable[[], None]) -> None:
-        """Write a checkpoint, once `before` has written what it relies on, and remove those that are too many.
+    def save(self, state: Checkpoint, is_last: bool, before: Callable[[], None] = lambda: None) -> None:
+        """Write a checkpoint, after `before` has written what it relies on, and remove those that are too many.
 
-        A full disk is borne: the checkpoints before stay. Raises DiskFull when it is so for the third time in a row, or
-        where the `last` one is at stake; UserError as `save`.
+        Best step and ancestry are filled in. A full disk is tolerated: the checkpoints before stay. Raises DiskFull at
+        the third failure in a row, or when `is_last` and nothing would be kept of the last steps; UserError as `write`.
         """
         try:
             before()
-            save(self.run_dir, step, {**state, "best": self.best, "ancestry": self.ancestry})
+            write(self.run_dir, replace(state, best=self.best, ancestry=self.ancestry))
         except DiskFull as error:
             self._failures += 1
-            if last or self._failures == FULL_DISKS:
+            if is_last or self._failures == MAX_DISK_FULL:
                 raise
-            say(f"Warning: {error} Training goes on; failure {self._failures} of {FULL_DISKS} before it stops.")
+            say(f"Warning: {error} Training goes on; failure {self._failures} of {MAX_DISK_FULL} before it stops.")
             return
         self._failures = 0
-        self._tidy(step)
+        self._tidy(state.step)
 
-    def validated(self, step: int, top1_error: float) -> None:
-        """The checkpoint of `step` has this error: the lowest is kept."""
+    def record_validation(self, step: int, top1_error: float) -> None:
+        """Keep the checkpoint of `step` as best.pt if its top-1 error (0..1) is the lowest so far."""
         path = path_of(self.run_dir, step)
         if path.exists() and (self.best is None or top1_error < self.best["top1_error"]):
             self.best = {"step": step, "top1_error": top1_error}
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """Have best.pt name the newest checkpoint where that is the best, and remove those that are too many."""
+        """Make best.pt name the newest checkpoint if that is the best, and remove checkpoints that are too many."""
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
-        for old in checkpoints(self.run_dir)[: -self.keep]:
+        for old in checkpoint_paths(self.run_dir)[: -self.keep]:
             old.unlink()
 
     def _keep_as_best(self, path: Path) -> None:
@@ -127,64 +209,63 @@ class Keeper:
                 os.link(path, temporary)
                 os.replace(temporary, best)
                 sync_folder(self.run_dir)
-            except OSError:  # a file system without links
+            except OSError:  # a file system without hard links
                 with open(path, "rb") as source, atomic_file(best) as file:
                     shutil.copyfileobj(source, file)
         except OSError as error:
-            say(f"Warning: {best}: cannot be written ({error.strerror or error}); it is an earlier one, or not there.")
+            say(
+                f"Warning: {best}: cannot be written ({error.strerror or error}). It stays an earlier one, or is missing."
+            )
         finally:
-            temporary.unlink(missing_ok=True)  # renaming a file to its own other name does nothing
+            temporary.unlink(missing_ok=True)  # renaming a file to a hard link of itself does nothing
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove checkpoints of later steps: a run that goes on from `step` found that they cannot be read."""
-    for path in checkpoints(run_dir):
+    """Remove the checkpoints of later steps: a run that resumes from `step` has found that they cannot be read."""
+    for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The checkpoints of a run, oldest first, without the second name of the best, and others' files."""
-    return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
+def load_latest(run_dir: Path) -> Checkpoint | None:
+    """The newest checkpoint of a run that can be read; None if the run folder has no checkpoint.
 
-
-def load_latest(run_dir: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, on the CPU; None where the run has none.
-
-    One that cannot be read is named and passed over. Raises UserError where none of several can be read, or the newest
-    is of another format, of another step than its name says, or another user's.
+    A file that cannot be read is named on standard error and skipped. Raises UserError if there are files and none can
+    be read, or if the newest is of another format, of another step than its name says, or not readable by this user.
     """
-    found = checkpoints(run_dir)
-    for path in reversed(found):
+    paths = checkpoint_paths(run_dir)
+    for path in reversed(paths):
         try:
             state = read(path)
-        except Unreadable as error:
-            if path not in checkpoints(run_dir):  # a run at work has newer ones by now
+        except UnreadableCheckpoint as error:
+            if path not in checkpoint_paths(run_dir):  # a running training has replaced it by a newer one
                 return load_latest(run_dir)
-            say(str(error) if path == found[0] else f"{error} The one before it is used.")
+            say(str(error) if path == paths[0] else f"{error} The one before it is used.")
             continue
-        named = path_of(run_dir, state["step"])
-        if path != named:
-            raise UserError(f"{path}: is of step {state['step']:,}. Name it {named.name}, or move it away.")
+        expected = path_of(run_dir, state.step)
+        if path != expected:
+            raise UserError(f"{path}: is of step {state.step:,}. Name it {expected.name}, or move it away.")
         return state
-    if found:
-        raise UserError(f"{run_dir}: none of its {len(found)} checkpoints can be read. Start a new --run-dir.")
+    if paths:
+        raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read. Start a new --run-dir.")
     return None
 
 
-def load(run_dir: Path, which: str = "last") -> dict[str, Any]:
-    """The checkpoint `which` of a run: last, best, or the path of a file, as it is or inside the run folder.
+def load(run_dir: Path, which: str = "last") -> Checkpoint:
+    """The checkpoint `which` of a run: "last", "best", or the path of a file, relative to here or to the run folder.
 
-    Raises UserError where there is none, or it cannot be read.
+    Raises UserError if it does not exist or cannot be read.
     """
     if which == "last":
         state = load_latest(run_dir)
         if state is None:
-            raise UserError(f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {quoted(run_dir)}")
+            raise UserError(
+                f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {shell_quoted(run_dir)}"
+            )
         return state
     path = run_dir / BEST if which == "best" else Path(which)
     if which == "best" and not path.exists():
-        raise UserError(f"{path}: not there, for no checkpoint of the run has been validated. Ask for last.")
+        raise UserError(f"{path}: does not exist: no checkpoint of the run has been validated. Ask for last.")
     if not path.is_file() and (run_dir / path).is_file():
         path = run_dir / path
     if not path.is_file():
@@ -192,39 +273,8 @@ def load(run_dir: Path, which: str = "last") -> dict[str, Any]:
     return read(path)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU, and under `digest` the SHA-256 that it was held to.
-
-    Raises Unreadable for a file that is not, to the bit, what was written; UserError for one of another format, or that
-    may not be read; what torch raises where a whole file cannot be held, as for want of memory.
-    """
-    whole = False
-    try:
-        with open(path, "rb") as file:  # once: a run at work may put another under this name
-            told, digest = _digests(file)
-            whole = told == digest
-            if whole or not told:  # format 1 had no digest
-                file.seek(0)
-                state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-                if state.get("format") != FORMAT:
-                    raise UserError(
-                        f"{path}: checkpoint format {state.get('format')}, this program reads {FORMAT}. Read it with "
-                        "the alexnet release that wrote it."
-                    )
-                if whole:
-                    return {**state, "digest": digest}
-    except UserError:
-        raise
-    except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
-    except Exception as error:  # a torn file makes torch raise many kinds, some with advice that is not ours
-        if whole and not isinstance(error, UnpicklingError):
-            raise
-    raise Unreadable(f"{path}: torn, altered or not a checkpoint.")
-
-
-def _sign(file: BufferedRandom) -> None:
-    """Give a zip archive the comment that `read` holds it to."""
+def _append_digest(file: BufferedRandom) -> None:
+    """Append the archive comment that `read` verifies: the SHA-256 of every byte before it."""
     file.seek(-_END_BYTES, os.SEEK_END)
     end = file.read()
     assert end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
@@ -237,15 +287,15 @@ def _sign(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """(the digest that a file says, empty where it says none; the digest of what is before it), in hex."""
+    """(digest that the file states, empty if it states none; digest of the bytes before it), in hex."""
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
     while left > 0:
-        part = file.read(min(left, 1 << 20))
-        if not part:
+        block = file.read(min(left, 1 << 20))
+        if not block:
             break
-        digest.update(part)
-        left -= len(part)
+        digest.update(block)
+        left -= len(block)
     comment = file.read(_COMMENT_BYTES)
-    told = comment[len(_MARK) :].decode("ascii", "replace") if comment.startswith(_MARK) else ""
-    return told, digest.hexdigest()
+    stated = comment[len(_MARK) :].decode("ascii", "replace") if comment.startswith(_MARK) else ""
+    return stated, digest.hexdigest()

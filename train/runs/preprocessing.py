@@ -7,18 +7,19 @@ subtracts a mean image.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.still_image import Eye
+from pipeline.still_image import EvalTransform
 from prep.console import UserError, say
 from prep.files import write_atomic
-from prep.store.manifest import ColourStats, Settings, Store, StoreError
+from prep.store.manifest import ColorStats, Settings, Store, StoreError
 from train.config.recipe import Recipe
+from train.runs.checkpoint import Checkpoint
 from train.runs.run_dir import read_description
 
 MEAN_IMAGE = "mean_image.npy"
@@ -35,11 +36,11 @@ def store_facts(store: Store) -> dict[str, Any]:
             name: {"records": split.records, "bytes": split.bytes, "label_counts": list(split.label_counts)}
             for name, split in store.splits.items()
         },
-        "colour": asdict(store.colour()),
+        "colour": asdict(store.color_stats()),
     }
 
 
-def keep_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
+def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the training split's mean image into the run folder where the recipe subtracts it.
 
     One that is there may be another store's: of a run that ended before its first checkpoint, which binds nobody.
@@ -52,16 +53,16 @@ def keep_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
         write_atomic(path, content.getvalue())
 
 
-def kept_colour(told: Mapping[str, Any]) -> ColourStats:
+def saved_color_stats(told: Mapping[str, Any]) -> ColorStats:
     """The colour statistics of the training store, from a run.json."""
-    return ColourStats(**told["store"]["colour"])
+    return ColorStats(**told["store"]["colour"])
 
 
-def eye_of(run_dir: Path, recipe: Recipe) -> Eye:
+def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
     """How this run's network was shown pictures; raises UserError where the run folder does not tell."""
     mean, told = recipe.augmentation.mean, read_description(run_dir)
     image = _kept_image(run_dir) if mean in _WITH_IMAGE else None
-    return Eye(Settings(**told["store"]["settings"]), mean, kept_colour(told).mean_rgb, image)
+    return EvalTransform(Settings(**told["store"]["settings"]), mean, saved_color_stats(told).mean_rgb, image)
 
 
 def _kept_image(run_dir: Path) -> Any:
@@ -71,13 +72,13 @@ def _kept_image(run_dir: Path) -> Any:
         raise UserError(f"{run_dir / MEAN_IMAGE}: cannot be read ({error}), and the recipe subtracts it.") from None
 
 
-def store_of(run_dir: Path, state: Mapping[str, Any], classes: list[str], store: Path | None) -> Store | None:
+def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
     """The store to look at: the one that is named, else the one that the run was trained on where it still is.
 
     Raises StoreError where the one that is named is none, UserError where its classes are others than the run's. Says
     so where it is another store than the training store.
     """
-    fingerprint = state["identity"]["store_fingerprint"]
+    fingerprint = state.identity["store_fingerprint"]
     if store is None:
         try:
             found = Store.open(read_description(run_dir)["settings"]["store"])
@@ -85,15 +86,15 @@ def store_of(run_dir: Path, state: Mapping[str, Any], classes: list[str], store:
         except StoreError:
             return None
     named = Store.open(store)
-    check_classes(run_dir, classes, named)
+    check_classes(run_dir, state.classes, named)
     if "train" not in named.splits or named.split("train").fingerprint != fingerprint:
         say(f"{store} is not the store that {run_dir} was trained on.")
     return named
 
 
-def check_classes(run_dir: Path, classes: list[str], store: Store) -> None:
+def check_classes(run_dir: Path, classes: Sequence[str], store: Store) -> None:
     """Raise UserError where a store has other classes than the run was trained for."""
-    if classes != list(store.classes):
+    if list(classes) != list(store.classes):
         raise UserError(
             f"{run_dir} knows {len(classes):,} classes ({classes[0]} …), {store.root} has {len(store.classes):,} "
             f"({store.classes[0]} …), not the same. Point --store at the one it was trained on."

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prep.console import UserError, quoted
+from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
@@ -29,7 +29,7 @@ RATE_OVER = 20  # lines from which the rate is taken that tells how long the res
 def read_description(run_dir: Path) -> dict[str, Any]:
     """run.json of a run; raises UserError where there is none, or one that is not of this version."""
     if not run_dir.is_dir():
-        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {quoted(run_dir)}")
+        raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
     try:
         found = json.loads(path.read_bytes())

@@ -25,10 +25,10 @@ from pipeline.records import Records
 from pipeline.sampling import epoch_permutation
 from prep.console import UserError, say
 from prep.files import write_atomic
-from prep.store.manifest import Store
-from train.config.run_config import RunConfig, length
+from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
 from train.runs import checkpoint
+from train.runs.run import Run
 
 STUCK_STEPS = 5000  # with a loss of ln(classes): the paper's network on ImageNet may need half as many to leave it
 STUCK_LEAST = 100  # in a run of fewer than 10,000 steps half of them, but no fewer than these
@@ -47,11 +47,10 @@ class Diverged(UserError):
 class Watchdog:
     """Sees every step of a run, and judges them at each line of the log."""
 
-    def __init__(self, config: RunConfig, store: Store, model: AlexNet, warn: Callable[[str], None] = say) -> None:
+    def __init__(self, run: Run, model: AlexNet, warn: Callable[[str], None] = say) -> None:
         """`warn` is what says a warning."""
-        self.config, self.store, self.model, self._tell = config, store, model, warn
-        self.steps_per_epoch, last_step = length(config, store)
-        self.stuck_steps = max(STUCK_LEAST, min(STUCK_STEPS, last_step // 2))
+        self.run, self.model, self._tell = run, model, warn
+        self.stuck_steps = max(STUCK_LEAST, min(STUCK_STEPS, run.last_step // 2))
         self._near_since: int | None = None  # the step since when every line has said ln(classes)
         self._said: set[str] = set()
         self._begin()
@@ -96,7 +95,7 @@ class Watchdog:
         return norms
 
     def _warn(self, step: int, losses: Sequence[float]) -> None:
-        mean, classes = sum(losses) / len(losses), self.store.classes
+        mean, classes = sum(losses) / len(losses), self.run.store.classes
         guess = math.log(len(classes))
         first = step - len(losses)
         if abs(mean - guess) > STUCK_SHARE * guess:
@@ -130,10 +129,10 @@ class Watchdog:
                 self._tell(f"Warning: step {step:,}: {text}")
 
     def _stop(self, at: int, what: str, found: dict[str, Any], how: Augmentation) -> None:
-        folder = self.config.run_dir / f"offending-step-{at}"
-        kept = checkpoint.checkpoints(self.config.run_dir)
+        folder = self.run.run_dir / f"offending-step-{at}"
+        kept = checkpoint.checkpoint_paths(self.run.run_dir)
         try:
-            write_offending_batch(folder, self.config, self.store, (at - 1) // self.steps_per_epoch, at, how, found)
+            write_offending_batch(folder, self.run, (at - 1) // self.run.steps_per_epoch, at, how, found)
             aside = f"Its batch is in {folder}."
         except (OSError, UserError) as error:
             aside = f"Its batch could not be written aside ({error})."
@@ -171,7 +170,7 @@ def _norm(tensor: Tensor) -> Tensor:
 
 
 def write_offending_batch(
-    folder: Path, config: RunConfig, store: Store, epoch: int, step: int, how: Augmentation, found: dict[str, Any]
+    folder: Path, run: Run, epoch: int, step: int, how: Augmentation, found: dict[str, Any]
 ) -> None:
     """Write what the network saw in step `step`, counted from 1, into `folder`: batch.json and pictures.png.
 
@@ -179,7 +178,7 @@ def write_offending_batch(
     shard, key, source and label, the range of the pixels, and what was `found`. The pictures have the mean colour
     added, and are white where a pixel is no number. Raises OSError, and UserError as train_loader.
     """
-    size = config.batch_size
+    config, store, size = run.config, run.store, run.config.batch_size
     with train_loader(
         config.store, size, config.devices[0], config.seed, augmentation=how, threads=config.threads
     ) as loader:
@@ -237,7 +236,7 @@ def _memory_advice(config: RunConfig, what: str) -> str:
     ways = [f"--accumulate {more} (the same batch in {more} parts)"] * (more is not None)
     ways += [f"--batch {batch // 2}"] * (batch > 1)
     words = " or ".join(ways) or "a smaller --model"
-    if checkpoint.checkpoints(config.run_dir):
+    if checkpoint.checkpoint_paths(config.run_dir):
         words += ", with --fork NEW_DIR to go on from the newest checkpoint"
     now = f"--batch {batch}" + (f" --accumulate {parts}" if parts > 1 else "")
     return f"{now}: out of memory on {' and '.join(dict.fromkeys(config.devices))} ({what}). Give {words}."

@@ -20,11 +20,11 @@ import pytest
 from prep.build.shard_task import ShardTask, build_shard
 from prep.build.split import build_split
 from prep.console import Progress, UserError
-from prep.images.codec import read_picture
+from prep.images.codec import decode_image
 from prep.inputs.folder import Folder
 from prep.inputs.sources import read_source
 from prep.store.manifest import Store
-from prep.workers import Tally, Workers
+from prep.workers import TaskProgress, WorkerPool
 from tests.helpers.building import PPM, SKIP, STRICT, Command, build, group, make_pictures, stepped
 
 Start = Callable[..., Command]
@@ -276,7 +276,7 @@ def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_
     source = read_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
     for _ in range(2):
-        with Workers(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
+        with WorkerPool(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
             build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
     assert build(slow, tmp_path / "store").splits == slow_store.splits
 
@@ -286,9 +286,9 @@ def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path
     source = read_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):
-        with Workers(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
+        with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
             build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         store = build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
     split = store.split("train")
     assert (split.records, split.account["bad"]) == (319, {"killed the process that read it, twice": 1})
@@ -298,7 +298,7 @@ def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -
     """The lock is given back with the workers at rest, even where a caller keeps them for later."""
     source = read_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
-    with Workers(2) as workers:
+    with WorkerPool(2) as workers:
         with pytest.raises(UserError) as told:
             build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
         before = tree(tmp_path / "store")
@@ -313,9 +313,9 @@ def test_shard_that_is_under_way_twice_is_whole(slow: Path, tmp_path: Path) -> N
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))
     task = ShardTask(0, 0, inputs, source.place, "train", tmp_path, PPM, False)
-    build_shard(task, Tally())
+    build_shard(task, TaskProgress())
     first = (tmp_path / ".build" / "00000.json").read_bytes()
-    build_shard(task, Tally())
+    build_shard(task, TaskProgress())
     assert (tmp_path / ".build" / "00000.json").read_bytes() == first
     assert sorted(path.name for path in tmp_path.iterdir()) == [".build", "00000"]
-    assert read_picture((slow / os.fsdecode(inputs[0].path)).read_bytes()).pixels.ndim == 3
+    assert decode_image((slow / os.fsdecode(inputs[0].path)).read_bytes()).pixels.ndim == 3

@@ -26,7 +26,7 @@ from prep.cli import main
 from prep.console import Progress, UserError
 from prep.store import lmdb_shard
 from prep.store.manifest import Settings, Store, StoreError
-from prep.workers import Workers
+from prep.workers import WorkerPool
 from tests.helpers.building import (
     PPM,
     Never,
@@ -173,7 +173,7 @@ def test_order_of_the_others_stays_when_one_is_taken_out(
     assert sources_of(records_of(tmp_path / "store", "train")) == order[:17] + order[18:]
 
 
-# Workers
+# WorkerPool
 
 
 def test_any_number_of_jobs_gives_the_same_records(
@@ -184,7 +184,7 @@ def test_any_number_of_jobs_gives_the_same_records(
     for jobs in (1, 2, 3):
         path = tmp_path / str(jobs)
         report = Progress(200, "pictures")
-        with Workers(jobs) as workers:
+        with WorkerPool(jobs) as workers:
             built = build(small, path, runner=workers, report=report)
         assert built.fingerprint == whole.fingerprint
         assert built.splits == whole.splits

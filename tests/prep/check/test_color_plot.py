@@ -23,35 +23,35 @@ from PIL import Image
 from pipeline.augment import noise_matrix
 from prep.check.color_plot import draw, plot_colour, take_sample
 from prep.console import UserError
-from prep.images.codec import encode
-from prep.images.color_stats import Moments, colour_stats
+from prep.images.codec import encode_image
+from prep.images.color_stats import Moments, compute_color_stats
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
-from prep.store.manifest import ColourStats, Settings, Shard, Split, Store, StoreError
+from prep.store.manifest import ColorStats, Settings, Shard, Split, Store, StoreError
 
 Pictures = list[npt.NDArray[np.uint8]]
 ALPHAS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 
 
 @pytest.fixture
-def make_store(tmp_path: Path) -> Callable[..., tuple[Store, ColourStats]]:
+def make_store(tmp_path: Path) -> Callable[..., tuple[Store, ColorStats]]:
     """make_store(shards) gives a ppm store whose train split has those lists of uint8 (H, W, 3) pictures."""
 
-    def make(shards: Sequence[Pictures]) -> tuple[Store, ColourStats]:
+    def make(shards: Sequence[Pictures]) -> tuple[Store, ColorStats]:
         entries, index, moments = [], 0, Moments()
         for number, pictures in enumerate(shards):
             records = []
             for picture in pictures:
                 height, width = picture.shape[:2]
-                datum = Datum(height, width, encode(picture, "ppm", 90), 0, b"a")
-                records.append((lmdb_shard.key_of(index), datum.encode()))
+                datum = Datum(height, width, encode_image(picture, "ppm", 90), 0, b"a")
+                records.append((lmdb_shard.record_key(index), datum.encode()))
                 moments, index = moments + Moments.of(picture), index + 1
             name = f"train/{number:05d}"
             entries.append(Shard(name, *lmdb_shard.write(tmp_path / "made" / name, records)))
         settings = Settings(64, True, "ppm", 90, "area", 0)
         split = Split(index, 0, moments.pixels, "", (index,), tuple(entries), moments.to_json(), {})
         store = Store(tmp_path / "made", settings, {}, ("a",), {"train": split})
-        return store, colour_stats(index, moments)
+        return store, compute_color_stats(index, moments)
 
     return make
 
@@ -72,13 +72,13 @@ def blank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def natural() -> ColourStats:
+def natural() -> ColorStats:
     """ILSVRC's statistics as fb.resnet.torch has them, on 0..255."""
     vectors = np.linalg.qr([[0.5675, 0.7192, 0.4009], [0.5808, -0.0045, -0.8140], [0.5836, -0.6948, 0.4203]])[0]
     vectors *= np.sign(vectors[0])
     stdevs = 255 * np.sqrt([0.2175, 0.0188, 0.0045])
     covariance = (vectors * stdevs**2) @ vectors.T
-    return ColourStats(
+    return ColorStats(
         records=3,
         pixels=3000,
         mean_rgb=(123.7, 116.3, 103.5),
@@ -121,7 +121,7 @@ def test_pixels_and_photograph_are_the_stores(
 ) -> None:
     """160 pixels of each of the 30 pictures, and one central square of them."""
     store = Store.open(stores[kind])
-    pixels, photograph = take_sample(store, "train", store.colour())
+    pixels, photograph = take_sample(store, "train", store.color_stats())
     pictures = decoded(records_of(stores[kind], "train"))
     assert pixels.dtype == np.uint8
     assert len(pictures) == 30
@@ -162,7 +162,7 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
     assert np.abs(photograph - blocks).max() <= 0.5
 
 
-def test_the_photograph_is_typical_but_calm(make_store: Callable[..., Any], natural: ColourStats) -> None:
+def test_the_photograph_is_typical_but_calm(make_store: Callable[..., Any], natural: ColorStats) -> None:
     """Of pictures drawn with a share of the split's spread, that with half; not a grey or a tinted one."""
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
@@ -227,12 +227,12 @@ def test_a_shard_without_records_is_passed_over(make_store: Callable[..., Any]) 
 
 def test_the_seed_decides_the_sample(store: Path) -> None:
     opened = Store.open(store)
-    first, again, other = (take_sample(opened, "train", opened.colour(), seed)[0] for seed in (0, 0, 1))
+    first, again, other = (take_sample(opened, "train", opened.color_stats(), seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: Any, natural: ColourStats) -> None:
+def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: Any, natural: ColorStats) -> None:
     from mpl_toolkits.mplot3d.proj3d import proj_transform
 
     pixels = unique_pixels(20, 30).reshape(-1, 3)
@@ -254,7 +254,7 @@ def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: An
 
 
 def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
-    stats = Store.open(store).colour()
+    stats = Store.open(store).color_stats()
     draw(figure, "train", stats, noise(1).reshape(-1, 3), noise(1))
     spectrum = panels(figure)[1]
     np.testing.assert_allclose([bar.get_height() for bar in spectrum.patches], np.sqrt(stats.eigenvalues))
@@ -265,7 +265,7 @@ def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
     np.testing.assert_allclose([line[:, 1] for line in lines], [[118.9] * 2, [35.0] * 2, [17.1] * 2], atol=0.05)
 
 
-def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: ColourStats) -> None:
+def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
     """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ added to every pixel, one α at a time; the stream's matrix gives the same."""
     photograph = noise(2, 64, 64)
     draw(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
@@ -291,7 +291,7 @@ def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: Colou
     ]
 
 
-def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural: ColourStats) -> None:
+def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural: ColorStats) -> None:
     draw(figure, "train", natural, noise(1).reshape(-1, 3), noise(1))
     axes = panels(figure)[3]
     strips = np.asarray(axes.images[0].get_array())
@@ -308,7 +308,7 @@ def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural:
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
 def test_every_kind_of_store_gets_a_picture(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
     store = Store.open(stores[kind])
-    plot_colour(store, "val", store.colour("val"), tmp_path / "a.PNG")
+    plot_colour(store, "val", store.color_stats("val"), tmp_path / "a.PNG")
     with Image.open(tmp_path / "a.PNG") as image:
         assert (image.format, image.size) == ("PNG", (2100, 1050))
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
@@ -333,9 +333,9 @@ def test_a_split_of_one_small_record_is_drawn(what: str, make_store: Callable[..
 def test_same_bytes_each_time(name: str, store: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     opened, out = Store.open(store), tmp_path / name
-    plot_colour(opened, "train", opened.colour(), out)
+    plot_colour(opened, "train", opened.color_stats(), out)
     first = out.read_bytes()
-    plot_colour(opened, "train", opened.colour(), out)
+    plot_colour(opened, "train", opened.color_stats(), out)
     assert out.read_bytes() == first
     if name == "a.svg":
         assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
@@ -346,7 +346,7 @@ def test_drawing_leaves_matplotlibs_settings_alone(store: Path, tmp_path: Path) 
     opened = Store.open(store)
     with matplotlib.rc_context({"font.size": 7, "svg.hashsalt": "mine"}):
         before = dict(matplotlib.rcParams)
-        plot_colour(opened, "train", opened.colour(), tmp_path / "a.png")
+        plot_colour(opened, "train", opened.color_stats(), tmp_path / "a.png")
         assert dict(matplotlib.rcParams) == before
 
 
@@ -356,7 +356,7 @@ def test_an_unknown_extension_says_which_are_known(
 ) -> None:
     opened, counts = Store.open(store), watch_reads(monkeypatch)
     with pytest.raises(UserError) as error:
-        plot_colour(opened, "train", opened.colour(), tmp_path / name)
+        plot_colour(opened, "train", opened.color_stats(), tmp_path / name)
     for word in ("--plot", str(tmp_path / name), ".png or .svg"):
         assert word in str(error.value)
     assert not counts
@@ -367,7 +367,7 @@ def test_without_matplotlib(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     opened = Store.open(store)
     with pytest.raises(UserError, match=r"pip install 'alexnet\[figures\]'"):
-        plot_colour(opened, "train", opened.colour(), tmp_path / "a.png")
+        plot_colour(opened, "train", opened.color_stats(), tmp_path / "a.png")
 
 
 @pytest.mark.usefixtures("blank")
@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
         (tmp_path / "folder.png", "Is a directory"),
     ):
         with pytest.raises(UserError) as error:
-            plot_colour(opened, "train", opened.colour(), out)
+            plot_colour(opened, "train", opened.color_stats(), out)
         assert f"--plot {out}: {why}. Name a file" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        plot_colour(opened, "train", opened.colour(), out)
+        plot_colour(opened, "train", opened.color_stats(), out)
     assert out.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 

@@ -29,7 +29,7 @@ from prep.cli import main
 from prep.console import DiskFull, UserError, bytes_text
 from prep.store.datum import Datum
 from prep.store.manifest import Store
-from prep.workers import Tally
+from prep.workers import TaskProgress
 from tests.conftest import CLASSES, Build
 
 RecordsOf = Callable[[Path, str], list[tuple[bytes, Any]]]
@@ -410,6 +410,6 @@ def test_a_full_disk_has_its_own_exit_code(
     opened = Store.open(store)
     task = inspect._Export(str(store / "val" / "00000"), tmp_path / "out", opened.classes, "jpeg")
     with pytest.raises(UserError, match=os.strerror(number)) as caught:
-        inspect._export_shard(task, Tally())
+        inspect._export_shard(task, TaskProgress())
     assert caught.type is kind
     assert files_in(tmp_path / "out") == {}

@@ -30,11 +30,11 @@ from PIL import Image
 from prep.check.verify import Fault, verify_split
 from prep.cli import main
 from prep.console import Progress
-from prep.images.color_stats import Moments, colour_stats
+from prep.images.color_stats import Moments, compute_color_stats
 from prep.inputs.listing import Listing
 from prep.store.datum import Datum
 from prep.store.manifest import Store, StoreError, digest_json, split_fingerprint
-from prep.workers import Workers
+from prep.workers import WorkerPool
 from tests.conftest import Build
 
 CLASSES = ("n0", "n1", "n2")
@@ -77,16 +77,16 @@ def copy(make: Make, tmp_path: Path) -> Make:
 
 
 @pytest.fixture(scope="module")
-def workers() -> Iterator[Workers]:
-    with Workers(2) as running:
+def workers() -> Iterator[WorkerPool]:
+    with WorkerPool(2) as running:
         yield running
 
 
-def faults_of(store: Path, workers: Workers, split: str = "train", decode: bool = True) -> list[Fault]:
+def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bool = True) -> list[Fault]:
     return verify_split(Store.open(store), split, workers, Progress(1, "records"), decode)
 
 
-def the_fault(store: Path, workers: Workers, *parts: str) -> Fault:
+def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
     """The only one, which says all `parts`."""
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
@@ -151,7 +151,7 @@ def test_one_split_quickly_in_json(stores: dict[str, Path]) -> None:
     assert answer == {"ok": True, "splits": ["val"], "records": 12, "faults": []}
 
 
-def test_progress_counts_on_over_the_splits(stores: dict[str, Path], workers: Workers) -> None:
+def test_progress_counts_on_over_the_splits(stores: dict[str, Path], workers: WorkerPool) -> None:
     """The command shows both splits as one piece of work: 30 of 42, then 42 of 42, never back."""
     counts: list[int] = []
 
@@ -169,7 +169,7 @@ def test_progress_counts_on_over_the_splits(stores: dict[str, Path], workers: Wo
 
 @pytest.mark.parametrize("quality", [50, 100])
 def test_a_sound_jpeg_store_of_a_single_photograph_passes(
-    quality: int, photo_folder: Path, tmp_path: Path, build: Build, workers: Workers
+    quality: int, photo_folder: Path, tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
     """What JPEG loses of one picture is not averaged away, as it is over many."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
@@ -178,7 +178,7 @@ def test_a_sound_jpeg_store_of_a_single_photograph_passes(
     assert faults_of(store, workers) == []
 
 
-def test_a_sound_jpeg_store_of_hard_pictures_passes(tmp_path: Path, build: Build, workers: Workers) -> None:
+def test_a_sound_jpeg_store_of_hard_pictures_passes(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
     """Flat colour, noise, and lines whose colours 4:2:0 mixes: 57 grey levels off in the mean, 135 in each pixel."""
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255
@@ -193,7 +193,7 @@ def test_a_sound_jpeg_store_of_hard_pictures_passes(tmp_path: Path, build: Build
         assert faults_of(store, workers) == [], name
 
 
-def test_odd_names_of_sources_are_no_fault(tmp_path: Path, build: Build, workers: Workers) -> None:
+def test_odd_names_of_sources_are_no_fault(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
     """inputs.jsonl holds them as they are: U+2028 and U+0085 end a line for str.splitlines, not for JSON."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     for name in ("a\u2028b.png", "c\u0085d.png", "e\u001cf.png", 'g"h\\.png', "é.png"):
@@ -202,7 +202,7 @@ def test_odd_names_of_sources_are_no_fault(tmp_path: Path, build: Build, workers
     assert faults_of(store, workers) == []
 
 
-def test_a_shard_all_of_whose_inputs_were_bad_is_no_fault(tmp_path: Path, build: Build, workers: Workers) -> None:
+def test_a_shard_all_of_whose_inputs_were_bad_is_no_fault(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
     """It has no records, so the manifest does not name it."""
     listing = Listing()
     for number in range(128):
@@ -221,7 +221,7 @@ def test_a_shard_all_of_whose_inputs_were_bad_is_no_fault(tmp_path: Path, build:
 
 
 @pytest.mark.parametrize("format", ["ppm", "jpeg"])
-def test_a_flipped_bit_in_each_of_a_thousand_records(format: str, copy: Make, workers: Workers) -> None:
+def test_a_flipped_bit_in_each_of_a_thousand_records(format: str, copy: Make, workers: WorkerPool) -> None:
     """A thousand faults: each with shard and key, and with the source unless the bit was in what says it."""
     store = copy(1000, format)
     rng = np.random.default_rng(7)
@@ -291,7 +291,7 @@ RESEALED: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
 
 
 @pytest.mark.parametrize("format", RESEALED)
-def test_what_a_right_checksum_hides_is_found(format: str, copy: Make, workers: Workers) -> None:
+def test_what_a_right_checksum_hides_is_found(format: str, copy: Make, workers: WorkerPool) -> None:
     """Each in a record of its own; the others are not named, and the digest is not held against such a shard."""
     store = copy(150, format)
     folder = store / "train" / "00001"
@@ -342,7 +342,7 @@ def rename_key(records: Records) -> None:
 )
 @pytest.mark.parametrize("decode", [True, False])
 def test_sound_records_that_are_not_the_ones_built(
-    how: Callable[[Records], object], what: str, decode: bool, copy: Make, workers: Workers
+    how: Callable[[Records], object], what: str, decode: bool, copy: Make, workers: WorkerPool
 ) -> None:
     """Only the shard's sums can tell."""
     store = copy(150)
@@ -355,7 +355,7 @@ def test_sound_records_that_are_not_the_ones_built(
 
 
 @pytest.mark.parametrize("key", [b"0000000x", b"000000001", b"x", b"\xff" * 8, b"-0000001"])
-def test_keys_that_are_none(key: bytes, copy: Make, workers: Workers) -> None:
+def test_keys_that_are_none(key: bytes, copy: Make, workers: WorkerPool) -> None:
     store = copy(64)
     folder = store / "train" / "00000"
     records = records_of(folder)
@@ -369,14 +369,14 @@ def test_keys_that_are_none(key: bytes, copy: Make, workers: Workers) -> None:
 # The LMDB
 
 
-def diagnosed(store: Path, workers: Workers) -> list[Fault]:
+def diagnosed(store: Path, workers: WorkerPool) -> list[Fault]:
     """Faults that name the one shard, as a store damaged in its pages must have."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults
 
 
-def test_a_file_cut_short_anywhere(copy: Make, workers: Workers) -> None:
+def test_a_file_cut_short_anywhere(copy: Make, workers: WorkerPool) -> None:
     store = copy(64)
     file = store / "train" / "00000" / "data.mdb"
     whole = file.read_bytes()
@@ -390,7 +390,7 @@ def test_a_file_cut_short_anywhere(copy: Make, workers: Workers) -> None:
 
 
 @pytest.mark.parametrize("content", ["zeros", "random", "of another page"])
-def test_a_page_overwritten(content: str, copy: Make, workers: Workers) -> None:
+def test_a_page_overwritten(content: str, copy: Make, workers: WorkerPool) -> None:
     """Each page that records lie on, one at a time; the last of the two header pages is the one in use."""
     store = copy(64)
     file = store / "train" / "00000" / "data.mdb"
@@ -433,7 +433,7 @@ def newest_header(content: bytes) -> int:
     ],
     ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
 )
-def test_a_header_damaged(offset: int, content: bytes, copy: Make, workers: Workers) -> None:
+def test_a_header_damaged(offset: int, content: bytes, copy: Make, workers: WorkerPool) -> None:
     store = copy(64)
     file = store / "train" / "00000" / "data.mdb"
     put(file, newest_header(file.read_bytes()) + offset, content)
@@ -448,7 +448,7 @@ def make_deadly(store: Path) -> None:
     put(file, node, (200_000_000).to_bytes(4, "little"))
 
 
-def test_what_kills_a_worker_is_a_fault_and_the_others_are_still_looked_at(copy: Make, workers: Workers) -> None:
+def test_what_kills_a_worker_is_a_fault_and_the_others_are_still_looked_at(copy: Make, workers: WorkerPool) -> None:
     store = copy(150)
     make_deadly(store)
     folder = store / "train" / "00002"
@@ -487,7 +487,7 @@ def test_the_command_survives_and_names_each_fault_on_a_line(copy: Make) -> None
     assert [fault["where"] for fault in answer["faults"]] == [f"train/{number:05d}" for number in range(4)]
 
 
-def test_shards_that_are_missing_or_too_many(copy: Make, workers: Workers) -> None:
+def test_shards_that_are_missing_or_too_many(copy: Make, workers: WorkerPool) -> None:
     store = copy(150)
     shutil.copytree(store / "train" / "00001", store / "train" / "00003")
     assert the_fault(store, workers, "does not name").where == "train/00003"
@@ -539,7 +539,7 @@ MANIFEST: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_manifest_that_says_something_else(name: str, copy: Make, workers: Workers) -> None:
+def test_manifest_that_says_something_else(name: str, copy: Make, workers: WorkerPool) -> None:
     store = copy(150)
     how, what = MANIFEST[name]
     change(store, how)
@@ -550,7 +550,7 @@ def test_manifest_that_says_something_else(name: str, copy: Make, workers: Worke
             assert found[1] != found[2]  # the two values differ
 
 
-def test_shards_exchanged_with_a_right_fingerprint(copy: Make, workers: Workers) -> None:
+def test_shards_exchanged_with_a_right_fingerprint(copy: Make, workers: WorkerPool) -> None:
     """The keys tell: those of a split ascend over its shards."""
     store = copy(150)
     opened = Store.open(store)
@@ -562,7 +562,7 @@ def test_shards_exchanged_with_a_right_fingerprint(copy: Make, workers: Workers)
 
 
 @pytest.mark.parametrize("name", ["settings", "shards", "records", "label_counts", "moments", "account", "classes"])
-def test_manifest_of_other_types_gets_one_line(name: str, copy: Make, workers: Workers) -> None:
+def test_manifest_of_other_types_gets_one_line(name: str, copy: Make, workers: WorkerPool) -> None:
     """Whatever stands there: a fault or StoreError that names the file, and no other error."""
     store = copy(64)
     for value in (None, "x", -1, [[1]], {"a": {}}):
@@ -577,11 +577,11 @@ def test_manifest_of_other_types_gets_one_line(name: str, copy: Make, workers: W
 def set_moments(store: Path, moments: Moments) -> None:
     """As if the build had written them: colour.json fits."""
     change(store, lambda data: train(data).update(moments=moments.to_json(), pixels=moments.pixels))
-    stats = colour_stats(Store.open(store).split("train").records, moments)
+    stats = compute_color_stats(Store.open(store).split("train").records, moments)
     (store / "train" / "colour.json").write_text(json.dumps(stats.__dict__))
 
 
-def test_moments_to_the_bit(copy: Make, workers: Workers) -> None:
+def test_moments_to_the_bit(copy: Make, workers: WorkerPool) -> None:
     """One more or less in any of the 13 sums of a ppm store."""
     store = copy(64)
     true = Moments.from_json(Store.open(store).split("train").moments)
@@ -609,7 +609,7 @@ def shifted(true: Moments, levels: int) -> Moments:
     return Moments(n, tuple(s + n * levels for s in t), outer)
 
 
-def test_moments_beyond_what_jpeg_explains(copy: Make, workers: Workers) -> None:
+def test_moments_beyond_what_jpeg_explains(copy: Make, workers: WorkerPool) -> None:
     """Of a jpeg store: far from its pictures' in the mean, in the spread alone, and in the mean image alone."""
     store = copy(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
@@ -629,7 +629,7 @@ def test_moments_beyond_what_jpeg_explains(copy: Make, workers: Workers) -> None
     assert {fault.where for fault in faults_of(store, workers)} == {"train/mean_image.npy"}
 
 
-def test_colour_file(copy: Make, workers: Workers) -> None:
+def test_colour_file(copy: Make, workers: WorkerPool) -> None:
     store = copy(64)
     path = store / "train" / "colour.json"
     whole = json.loads(path.read_bytes())
@@ -646,7 +646,7 @@ def test_colour_file(copy: Make, workers: Workers) -> None:
     assert faults_of(store, workers) == []
 
 
-def test_mean_image_to_the_bit(copy: Make, workers: Workers) -> None:
+def test_mean_image_to_the_bit(copy: Make, workers: WorkerPool) -> None:
     store = copy(64)
     path = store / "train" / "mean_image.npy"
     whole = np.load(path)
@@ -663,7 +663,7 @@ def test_mean_image_to_the_bit(copy: Make, workers: Workers) -> None:
     assert faults_of(store, workers) == []
 
 
-def test_account_of_the_inputs(make: Make, tmp_path: Path, build: Build, workers: Workers) -> None:
+def test_account_of_the_inputs(make: Make, tmp_path: Path, build: Build, workers: WorkerPool) -> None:
     """Lines left out, added, changed: against the counts of the manifest."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     Image.new("RGB", (40, 32), (9, 99, 199)).save(tmp_path / "photos" / "n0" / "a.png")

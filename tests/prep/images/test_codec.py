@@ -1,6 +1,6 @@
 """prep.images.codec against Pillow on files made here, and against the JPEG and PPM formats read byte by byte.
 
-Every file is made in memory from seeded pixels. What must be refused is refused with BadPicture and a reason.
+Every file is made in memory from seeded pixels. What must be refused is refused with BadImage and a reason.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import simplejpeg
 from PIL import Image
 
 from prep.images.codec import (
-    BadPicture,
+    BadImage,
     _read_jpeg,
     check_rescaled_size,
-    encode,
-    may_be_picture,
+    decode_image,
+    encode_image,
+    has_image_signature,
     ppm_header,
-    read_picture,
 )
 
 Pixels = npt.NDArray[np.uint8]
@@ -63,7 +63,7 @@ PHOTO = smooth(60, 83)
 @pytest.mark.parametrize("options", [{"quality": 95}, {"progressive": True}, {"subsampling": "4:4:4"}])
 def test_rgb_jpeg(options: dict[str, Any]) -> None:
     content = file_of(PHOTO, "JPEG", **options)
-    picture = read_picture(content)
+    picture = decode_image(content)
     assert picture.pixels.dtype == np.uint8
     assert np.array_equal(picture.pixels, np.asarray(pillow(content)))
     assert picture.converted == ()
@@ -83,7 +83,7 @@ def odd_jpegs() -> dict[str, bytes]:
             found[f"{sampling} {height}x{width}"] = bytes(simplejpeg.encode_jpeg(noise, 90, "RGB", sampling))
     for quality in (1, 30, 100):
         found[f"quality {quality}"] = file_of(PHOTO, "JPEG", quality=quality)
-    found["optimised"] = file_of(PHOTO, "JPEG", optimize=True)
+    found["optimized"] = file_of(PHOTO, "JPEG", optimize=True)
     found["restart markers"] = file_of(PHOTO, "JPEG", restart_marker_blocks=3)
     found["restart markers, progressive"] = file_of(PHOTO, "JPEG", restart_marker_rows=1, progressive=True)
     found["not transformed"] = file_of(PHOTO, "JPEG", keep_rgb=True)
@@ -101,7 +101,7 @@ def test_fast_path_gives_pillows_pixels(name: str) -> None:
     """And it is the fast path that gives them, not Pillow."""
     content = ODD_JPEGS[name]
     expected = np.asarray(pillow(content))
-    picture = read_picture(content)
+    picture = decode_image(content)
     assert picture.pixels.dtype == np.uint8
     assert np.array_equal(picture.pixels, expected)
     assert (picture.converted, picture.orientation) == ((), 1)
@@ -133,11 +133,11 @@ def test_what_the_fast_path_leaves_to_pillow() -> None:
         try:
             expected = np.asarray(pillow(content).convert("RGB"))
         except Exception:
-            with pytest.raises(BadPicture):
-                read_picture(content)
+            with pytest.raises(BadImage):
+                decode_image(content)
         else:
             kept += 1
-            assert np.array_equal(read_picture(content).pixels, expected), name
+            assert np.array_equal(decode_image(content).pixels, expected), name
     assert kept >= 5
 
 
@@ -153,13 +153,13 @@ def test_bent_jpegs_are_judged_as_pillow_judges_them() -> None:
         try:
             expected = np.asarray(pillow(bytes(bent)).convert("RGB"))
         except Exception:
-            with pytest.raises(BadPicture):
-                read_picture(bytes(bent))
+            with pytest.raises(BadImage):
+                decode_image(bytes(bent))
             outcomes.add("refused")
         else:
             try:
-                got = read_picture(bytes(bent))
-            except BadPicture as why:
+                got = decode_image(bytes(bent))
+            except BadImage as why:
                 assert "more than" in str(why)  # a size that only a bomb has
                 continue
             assert np.array_equal(got.pixels, expected)
@@ -169,18 +169,18 @@ def test_bent_jpegs_are_judged_as_pillow_judges_them() -> None:
 
 def test_names_and_first_bytes_of_every_format_may_be_a_picture() -> None:
     for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM"):
-        assert may_be_picture(file_of(PHOTO, format)[:8])
-    assert may_be_picture(file_of(PHOTO.convert("1"), "PPM")[:8])
+        assert has_image_signature(file_of(PHOTO, format)[:8])
+    assert has_image_signature(file_of(PHOTO.convert("1"), "PPM")[:8])
     for head in (b"", b"\0" * 8, b"%!PS-Ado", b"<html><b", b"\x7fELF\2\1\1", b"\xff\xd8"):
-        assert not may_be_picture(head)
+        assert not has_image_signature(head)
 
 
 def test_formats_that_are_not_read_are_not_even_tried() -> None:
     """Pillow would start Ghostscript for PostScript, and knows dozens of formats that no photograph has."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     for content in (script, file_of(PHOTO, "ICO"), file_of(PHOTO, "TGA"), file_of(PHOTO, "JPEG2000"), b"%PDF-1.4\n"):
-        with pytest.raises(BadPicture, match="not a picture in a format that is known"):
-            read_picture(content)
+        with pytest.raises(BadImage, match="not a picture in a format that is known"):
+            decode_image(content)
 
 
 @pytest.mark.parametrize(
@@ -189,14 +189,14 @@ def test_formats_that_are_not_read_are_not_even_tried() -> None:
 )
 def test_lossless_containers_give_the_pixels_and_are_accounted(format: str, said: str) -> None:
     options = {"lossless": True} if format == "WEBP" else {}
-    picture = read_picture(file_of(PHOTO, format, **options))
+    picture = decode_image(file_of(PHOTO, format, **options))
     assert np.array_equal(picture.pixels, np.asarray(PHOTO))
     assert picture.converted == (said,)
 
 
 def test_grey_jpeg_is_three_equal_channels() -> None:
     content = file_of(PHOTO.convert("L"), "JPEG")
-    picture = read_picture(content)
+    picture = decode_image(content)
     assert np.array_equal(picture.pixels, np.stack([np.asarray(pillow(content))] * 3, axis=2))
     assert picture.converted == ("grey",)
 
@@ -206,7 +206,7 @@ def test_cmyk_jpeg_is_the_product_of_ink_and_black() -> None:
     ink = np.asarray(pillow(content)).astype(np.float64)
     assert ink.shape[2] == 4
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
-    picture = read_picture(content)
+    picture = decode_image(content)
     assert np.abs(picture.pixels - expected).max() <= 1
     assert np.abs(picture.pixels - np.asarray(PHOTO).astype(float)).mean() < 4  # not the negative, as Adobe stores it
     assert picture.converted == ("cmyk",)
@@ -217,7 +217,7 @@ def test_palette() -> None:
     table = np.array(indexed.getpalette(), np.uint8).reshape(-1, 3)
     expected = table[np.asarray(indexed)]
     for format in ("PNG", "GIF"):
-        picture = read_picture(file_of(indexed, format))
+        picture = decode_image(file_of(indexed, format))
         assert np.array_equal(picture.pixels, expected)
         assert picture.converted == (format.lower(), "palette")
 
@@ -225,21 +225,21 @@ def test_palette() -> None:
 def test_alpha_is_dropped_not_blended() -> None:
     rgb = np.asarray(PHOTO)
     alpha = np.random.default_rng(1).integers(0, 256, rgb.shape[:2], dtype=np.uint8)
-    picture = read_picture(file_of(Image.fromarray(np.dstack([rgb, alpha])), "PNG"))
+    picture = decode_image(file_of(Image.fromarray(np.dstack([rgb, alpha])), "PNG"))
     assert np.array_equal(picture.pixels, rgb)
     assert picture.converted == ("png", "alpha")
 
 
 def test_sixteen_bit_grey_is_its_high_byte() -> None:
     deep = np.random.default_rng(2).integers(0, 65536, (20, 30), dtype=np.uint16)
-    picture = read_picture(file_of(Image.fromarray(deep), "PNG"))
+    picture = decode_image(file_of(Image.fromarray(deep), "PNG"))
     assert np.array_equal(picture.pixels, np.stack([(deep // 256).astype(np.uint8)] * 3, axis=2))
     assert picture.converted == ("png", "16-bit", "grey")
 
 
 def test_black_and_white() -> None:
     bits = np.random.default_rng(3).random((20, 30)) < 0.5
-    picture = read_picture(file_of(Image.fromarray(bits), "PNG"))
+    picture = decode_image(file_of(Image.fromarray(bits), "PNG"))
     assert np.array_equal(picture.pixels, np.stack([bits * np.uint8(255)] * 3, axis=2))
     assert picture.converted == ("png", "grey")
 
@@ -249,19 +249,19 @@ def test_exif_orientation_is_said_not_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     for options in ({}, {"progressive": True}, {"comment": b"x" * 2000}, {"icc_profile": b"y" * 70_000}):
-        assert read_picture(file_of(PHOTO, "JPEG", exif=exif, **options)).orientation == orientation
-    assert read_picture(file_of(PHOTO.convert("L"), "JPEG", exif=exif)).orientation == orientation
-    picture = read_picture(file_of(PHOTO, "JPEG", exif=exif))
+        assert decode_image(file_of(PHOTO, "JPEG", exif=exif, **options)).orientation == orientation
+    assert decode_image(file_of(PHOTO.convert("L"), "JPEG", exif=exif)).orientation == orientation
+    picture = decode_image(file_of(PHOTO, "JPEG", exif=exif))
     assert picture.orientation == orientation
     assert picture.converted == ()
-    assert np.array_equal(picture.pixels, read_picture(file_of(PHOTO, "JPEG")).pixels)
+    assert np.array_equal(picture.pixels, decode_image(file_of(PHOTO, "JPEG")).pixels)
 
 
 @pytest.mark.parametrize(
     "block", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + bytes(40), b"Exif\0\0MM"]
 )
 def test_broken_exif_is_no_reason_to_refuse(block: bytes) -> None:
-    picture = read_picture(file_of(PHOTO, "JPEG", exif=block))
+    picture = decode_image(file_of(PHOTO, "JPEG", exif=block))
     assert picture.orientation == 1
     assert np.array_equal(picture.pixels, np.asarray(pillow(file_of(PHOTO, "JPEG"))))
 
@@ -274,8 +274,8 @@ def test_broken_exif_is_no_reason_to_refuse(block: bytes) -> None:
 def test_truncated_files_are_refused(format: str, options: dict[str, Any], share: float) -> None:
     noise = np.random.default_rng(4).integers(0, 256, (60, 80, 3), dtype=np.uint8)
     content = file_of(Image.fromarray(noise), format, **options)
-    with pytest.raises(BadPicture) as caught:
-        read_picture(content[: int(len(content) * share)])
+    with pytest.raises(BadImage) as caught:
+        decode_image(content[: int(len(content) * share)])
     assert str(caught.value)
 
 
@@ -293,8 +293,8 @@ def test_truncated_files_are_refused(format: str, options: dict[str, Any], share
     ],
 )
 def test_what_is_no_picture_is_refused(content: bytes, reason: str) -> None:
-    with pytest.raises(BadPicture, match=reason) as caught:
-        read_picture(content)
+    with pytest.raises(BadImage, match=reason) as caught:
+        decode_image(content)
     assert str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -305,8 +305,8 @@ def test_random_bytes_are_refused() -> None:
     starts = [file_of(PHOTO, format)[:30] for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
     for start in [b"", *starts]:
         for _ in range(40):
-            with pytest.raises(BadPicture):
-                read_picture(start + rng.bytes(int(rng.integers(1, 400))))
+            with pytest.raises(BadImage):
+                decode_image(start + rng.bytes(int(rng.integers(1, 400))))
 
 
 def test_damaged_files_give_a_picture_or_bad_picture() -> None:
@@ -318,8 +318,8 @@ def test_damaged_files_give_a_picture_or_bad_picture() -> None:
             for at in rng.integers(0, min(len(content), 700), 3):
                 damaged[at] = rng.integers(0, 256)
             try:
-                pixels = read_picture(bytes(damaged)).pixels
-            except BadPicture as error:
+                pixels = decode_image(bytes(damaged)).pixels
+            except BadImage as error:
                 assert str(error)
             else:
                 assert pixels.dtype == np.uint8
@@ -332,14 +332,14 @@ def test_a_bomb_is_refused_by_its_size(size: tuple[int, int]) -> None:
     """A BMP header that promises more than 100 million pixels, and nothing after it."""
     content = bytearray(file_of(Image.new("L", (1, 1)), "BMP"))
     content[18:26] = size[0].to_bytes(4, "little") + size[1].to_bytes(4, "little")
-    with pytest.raises(BadPicture, match="more than 100,000,000 pixels"):
-        read_picture(bytes(content))
+    with pytest.raises(BadImage, match="more than 100,000,000 pixels"):
+        decode_image(bytes(content))
 
 
 def test_pixel_type_beyond_16_bits_is_refused() -> None:
     floats = Image.fromarray(np.random.default_rng(8).random((5, 5)).astype(np.float32))
-    with pytest.raises(BadPicture, match="pixel type F"):
-        read_picture(file_of(floats, "TIFF"))
+    with pytest.raises(BadImage, match="pixel type F"):
+        decode_image(file_of(floats, "TIFF"))
 
 
 def test_ppm_header_fills_one_row_and_pillow_opens_it() -> None:
@@ -349,7 +349,7 @@ def test_ppm_header_fills_one_row_and_pillow_opens_it() -> None:
         pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
         header = ppm_header(height, width)
         assert len(header) == 3 * width
-        content = encode(pixels, "ppm", 90)
+        content = encode_image(pixels, "ppm", 90)
         assert content == header + pixels.tobytes()
         image = pillow(content)
         assert image.format == "PPM"
@@ -370,7 +370,7 @@ def test_ppm_header_of_the_largest_heights() -> None:
 def test_jpeg_payload_is_baseline_420_without_exif(quality: int, first: int) -> None:
     """`first` is the DC step of luminance: 16 in the standard's table, scaled by IJG's rule for the quality."""
     pixels = np.asarray(smooth(60, 84))
-    found = segments(encode(pixels, "jpeg", quality))
+    found = segments(encode_image(pixels, "jpeg", quality))
     markers = [marker for marker, _ in found]
     assert 0xE1 not in markers  # APP1: EXIF
     frames = [(marker, content) for marker, content in found if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8)]
@@ -388,23 +388,23 @@ def test_jpeg_payload_drops_what_the_source_carried() -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     source = file_of(PHOTO, "JPEG", exif=exif, comment=b"hello", icc_profile=b"no profile")
-    payload = encode(read_picture(source).pixels, "jpeg", 90)
+    payload = encode_image(decode_image(source).pixels, "jpeg", 90)
     assert [marker for marker, _ in segments(payload) if 0xE1 <= marker <= 0xEF or marker == 0xFE] == []
 
 
 def test_jpeg_payload_decodes_to_nearly_the_same_pixels() -> None:
     pixels = np.asarray(smooth(64, 96))
-    decoded = np.asarray(pillow(encode(pixels, "jpeg", 95))).astype(float)
+    decoded = np.asarray(pillow(encode_image(pixels, "jpeg", 95))).astype(float)
     assert decoded.shape == pixels.shape
     assert np.abs(decoded - pixels).mean() < 2
 
 
 def test_whole_picture_that_would_become_huge_is_refused() -> None:
     ribbon = np.zeros((1, 5000, 3), np.uint8)
-    with pytest.raises(BadPicture, match="5000×1 would become 1280000×256"):
+    with pytest.raises(BadImage, match="5000×1 would become 1280000×256"):
         check_rescaled_size(ribbon, 256, True)
     check_rescaled_size(ribbon, 256, False)  # only the square of it is ever made
     check_rescaled_size(np.zeros((300, 400, 3), np.uint8), 256, True)
     check_rescaled_size(np.zeros((10, 50, 3), np.uint8), 4096, True)  # 84 million pixels
-    with pytest.raises(BadPicture, match="would become 32768×4096"):
+    with pytest.raises(BadImage, match="would become 32768×4096"):
         check_rescaled_size(np.zeros((10, 80, 3), np.uint8), 4096, True)  # 134 million

@@ -20,12 +20,12 @@ from prep import workers
 from prep.build.split import build_split
 from prep.cli import main
 from prep.console import Progress
-from prep.images.color_stats import Moments, colour_stats, moments_of_records
+from prep.images.color_stats import Moments, compute_color_stats, recompute_color_stats
 from prep.inputs.sources import read_source
 from prep.store.datum import Datum
 from prep.store.lmdb_shard import write
 from prep.store.manifest import Settings, Store, StoreError
-from prep.workers import Counts, Died, Workers
+from prep.workers import Counts, WorkerDied, WorkerPool
 from tests.helpers.building import Here
 
 
@@ -52,7 +52,7 @@ PICTURES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
 
 def test_covariance_is_numpys() -> None:
     pixels = all_pixels(PICTURES)
-    stats = colour_stats(len(PICTURES), moments_of(PICTURES))
+    stats = compute_color_stats(len(PICTURES), moments_of(PICTURES))
     assert (stats.records, stats.pixels, stats.pixel_scale) == (len(PICTURES), len(pixels), 255)
     np.testing.assert_allclose(stats.mean_rgb, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(stats.covariance, np.cov(pixels, rowvar=False), rtol=1e-9)
@@ -61,7 +61,7 @@ def test_covariance_is_numpys() -> None:
 
 def test_components_are_scikit_learns() -> None:
     pca = PCA(n_components=3, svd_solver="full").fit(all_pixels(PICTURES))
-    stats = colour_stats(len(PICTURES), moments_of(PICTURES))
+    stats = compute_color_stats(len(PICTURES), moments_of(PICTURES))
     np.testing.assert_allclose(stats.eigenvalues, pca.explained_variance_, rtol=1e-9)
     np.testing.assert_allclose(np.square(stats.stdevs), pca.explained_variance_, rtol=1e-9)
     for component, expected in zip(np.array(stats.eigenvectors).T, pca.components_, strict=True):
@@ -100,7 +100,7 @@ def test_nearly_constant_colour_of_a_huge_set() -> None:
     high, low = (255, 254, 200), (254, 253, 199)
     total = tuple((n - k) * h + k * low_one for h, low_one in zip(high, low, strict=True))
     outer = tuple(tuple((n - k) * high[i] * high[j] + k * low[i] * low[j] for j in range(3)) for i in range(3))
-    stats = colour_stats(1, Moments(n, total, outer))
+    stats = compute_color_stats(1, Moments(n, total, outer))
     exact = float(Fraction(k * (n - k), n * (n - 1)))
     assert 0.99e-13 < exact < 1.01e-13
     np.testing.assert_allclose(stats.covariance, np.full((3, 3), exact), rtol=1e-15)
@@ -121,7 +121,7 @@ def test_moments_beyond_53_bits_add_up() -> None:
 def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
     rng = np.random.default_rng(seed)
     pixels = rng.integers(0, 256, (30, 40, 3)) @ rng.dirichlet((1, 1, 1), 3).T
-    stats = colour_stats(1, Moments.of(pixels.astype(np.uint8)))
+    stats = compute_color_stats(1, Moments.of(pixels.astype(np.uint8)))
     assert list(stats.eigenvalues) == sorted(stats.eigenvalues, reverse=True)
     assert list(stats.stdevs) == sorted(stats.stdevs, reverse=True)
     vectors = np.array(stats.eigenvectors)
@@ -139,19 +139,19 @@ def test_sign_where_red_is_zero() -> None:
         pixels[channel, :50, channel] = amplitude
     moments = Moments.of(pixels)
     diagonal = tuple(tuple(moments.outer[i][j] if i == j else 0 for j in range(3)) for i in range(3))
-    stats = colour_stats(1, Moments(moments.pixels, (0, 0, 0), diagonal))
+    stats = compute_color_stats(1, Moments(moments.pixels, (0, 0, 0), diagonal))
     np.testing.assert_array_equal(stats.eigenvectors, [[0, 0, 1], [0, 1, 0], [1, 0, 0]])
 
 
 def test_one_colour_has_no_spread() -> None:
-    stats = colour_stats(1, Moments.of(np.full((9, 9, 3), (7, 8, 9), np.uint8)))
+    stats = compute_color_stats(1, Moments.of(np.full((9, 9, 3), (7, 8, 9), np.uint8)))
     assert stats.mean_rgb == (7, 8, 9)
     assert stats.eigenvalues == stats.stdevs == (0, 0, 0)
 
 
 def test_one_pixel_has_no_covariance() -> None:
     with pytest.raises(StoreError, match="two pixels"):
-        colour_stats(1, Moments.of(np.zeros((1, 1, 3), np.uint8)))
+        compute_color_stats(1, Moments.of(np.zeros((1, 1, 3), np.uint8)))
 
 
 def build(photo_folder: Path, store: Path, format: str) -> Store:
@@ -209,8 +209,8 @@ def test_jpeg_store_recomputed_is_near_the_build(
 def test_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_path: Path) -> None:
     store = build(photo_folder, tmp_path / "store", "ppm")
     moments = Moments.from_json(store.split("train").moments)
-    expected = colour_stats(30, moments)
-    assert store.colour("train") == expected
+    expected = compute_color_stats(30, moments)
+    assert store.color_stats("train") == expected
     assert json.loads((tmp_path / "store" / "train" / "colour.json").read_bytes()) == json.loads(
         json.dumps(asdict(expected))
     )
@@ -227,19 +227,19 @@ def test_damaged_record_is_named(photo_folder: Path, tmp_path: Path) -> None:
         folder.rmdir()
         write(folder, [(b"00000005", value)])
         with pytest.raises(StoreError, match="00000, key 00000005: "):
-            moments_of_records(store, "train", Here(), Progress(30, "records"))
+            recompute_color_stats(store, "train", Here(), Progress(30, "records"))
 
 
 def test_recompute_runs_on_all_workers(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As many processes as --jobs, or as there are cores; each shard is a task."""
     asked: list[int] = []
 
-    class Recorded(Workers):
+    class Recorded(WorkerPool):
         def __init__(self, jobs: int) -> None:
             asked.append(jobs)
             super().__init__(jobs)
 
-    monkeypatch.setattr(workers, "Workers", Recorded)
+    monkeypatch.setattr(workers, "WorkerPool", Recorded)
     monkeypatch.setattr("prep.cli.check.usable_cores", lambda: 5)
     words = ["pca-stats", "--store", str(stores["ppm"]), "--recompute"]
     assert CliRunner().invoke(main, words).exit_code == 0
@@ -266,14 +266,14 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
                 yield task, result
 
     report = Progress(130, "records")
-    assert moments_of_records(store, "train", Recorded(), report) == store.colour("train")
+    assert recompute_color_stats(store, "train", Recorded(), report) == store.color_stats("train")
     assert seen == store.shard_paths("train") and len(seen) == 3
     assert report.done == 130
 
     class Dying(Here):
         def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
             for task in tasks:
-                yield task, Died(4, -7)
+                yield task, WorkerDied(4, -7)
 
     with pytest.raises(StoreError, match=r"00000: the process that read it was killed \(SIGBUS\).*alexprep verify"):
-        moments_of_records(store, "train", Dying(), report)
+        recompute_color_stats(store, "train", Dying(), report)

@@ -23,11 +23,11 @@ from prep.store.manifest import FILTERS, Settings
 from tests.helpers.building import Here
 from tools.compile_native import compile_native
 
-needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 
 
-def load(path: Path) -> kernels.Kernel | None:
-    return compiled.load(path, kernels.Kernel, kernels.is_right)
+def load(path: Path) -> kernels.NativeKernels | None:
+    return compiled.load(path, kernels.NativeKernels, kernels.is_correct)
 
 
 Pixels = npt.NDArray[np.uint8]
@@ -42,7 +42,7 @@ def noise(height: int, width: int) -> Pixels:
 
 def by_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str = "area") -> Pixels:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "kernel", None)
+        patch.setattr(kernels, "native", None)
         return rescale(pixels, side, keep_aspect, filter)
 
 
@@ -89,7 +89,7 @@ def fenced(array):
     held = np.frombuffer(area, array.dtype, array.size, at).reshape(array.shape)
     held[:] = array
     return held
-assert kernels.kernel
+assert kernels.native
 kept = []
 rng = np.random.default_rng(0)
 sizes = (41, 50, 32), (20, 33, 32), (32, 33, 32), (100, 32, 32), (64, 64, 32), (33, 90, 7), (375, 500, 256)
@@ -99,9 +99,9 @@ for height, width, side in sizes:
     for keep_aspect in (False, True):
         assert np.array_equal(rescale(kept[-1], side, keep_aspect), rescale(pixels, side, keep_aspect))
     sums, square = fenced(np.zeros(9, np.int64)), fenced(np.zeros((side, side, 3), np.uint16))
-    kernels.kernel.add_moments(kept[-1], sums)
+    kernels.native.add_moments(kept[-1], sums)
     part = rescale(pixels, side)
-    kernels.kernel.add_square(fenced(part), square)
+    kernels.native.add_square(fenced(part), square)
     assert sums[0] == pixels[..., 0].sum(dtype=int) and square.sum() == part.sum(dtype=int)
     kept += sums, square
 import os
@@ -119,7 +119,7 @@ def test_same_sums_as_numpy(size: tuple[int, int], monkeypatch: pytest.MonkeyPat
     pictures = [noise(*size), np.full((*size, 3), 255, np.uint8), noise(*size)[:, ::-1]]
     for picture in pictures:
         found.add(picture)
-    monkeypatch.setattr(kernels, "kernel", None)
+    monkeypatch.setattr(kernels, "native", None)
     for picture in pictures:
         expected.add(picture)
     assert found.moments == expected.moments
@@ -141,7 +141,7 @@ def test_a_store_is_the_same_without_it(
             Progress(len(source.inputs), "pictures"),
         )
         built.append((store.split("train").fingerprint, store.split("train").moments, store.mean_image().tolist()))
-        monkeypatch.setattr(kernels, "kernel", None)
+        monkeypatch.setattr(kernels, "native", None)
     assert built[0] == built[1]
 
 
@@ -218,8 +218,8 @@ def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     for number, flags in enumerate(("", "-UCLONES -O0", "-UCLONES -O1 -ffp-contract=off", "-UCLONES -march=native")):
         library = compiled_with(flags, kernels.SOURCE.read_text(), tmp_path / str(number))
         assert library
-        monkeypatch.setattr(kernels, "kernel", load(library))
-        assert kernels.kernel
+        monkeypatch.setattr(kernels, "native", load(library))
+        assert kernels.native
         for picture, wanted in zip(pictures, expected, strict=True):
             assert np.array_equal(rescale(picture), wanted), flags
 

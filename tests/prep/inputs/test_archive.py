@@ -20,7 +20,7 @@ from scipy.io import savemat
 
 from prep.cli import main
 from prep.console import UserError
-from prep.images.codec import BadPicture
+from prep.images.codec import BadImage
 from prep.inputs.archive import Archive, list_archive
 from prep.inputs.reader import Found
 from prep.store.manifest import Store
@@ -479,5 +479,5 @@ def test_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
 def test_archive_that_has_gone(tmp_path: Path) -> None:
     found = listed(tar_of(THREE), tmp_path / "x.tar")
     (tmp_path / "x.tar").rename(tmp_path / "y.tar")
-    with pytest.raises((UserError, BadPicture), match="No such file"):
+    with pytest.raises((UserError, BadImage), match="No such file"):
         Archive(tmp_path / "x.tar").read(found.listing[0])

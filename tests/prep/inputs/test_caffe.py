@@ -23,7 +23,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prep.cli import main
-from prep.images.codec import read_picture
+from prep.images.codec import decode_image
 from prep.images.rescale import rescale
 from prep.store.manifest import Store
 from tests.helpers.building import Here
@@ -42,7 +42,7 @@ def processes() -> None:
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker takes half a second to start: most tests do without."""
     if "processes" not in request.fixturenames:
-        monkeypatch.setattr("prep.workers.Workers", lambda jobs, preload="": nullcontext(Here()))
+        monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(Here()))
 
 
 def import_caffe(store: Path, *words: object) -> Result:
@@ -162,7 +162,7 @@ def test_encoded_pictures(datum: Callable[..., bytes], records_of: Records, tmp_
     found = by_source(records_of(tmp_path / "store", "train"))
     for label, (key, content) in enumerate(files.items()):
         assert found[key].label == label
-        expected = rescale(read_picture(content).pixels, SIDE, False, "area")
+        expected = rescale(decode_image(content).pixels, SIDE, False, "area")
         assert np.array_equal(decoded(found[key]), expected)
     assert Store.open(tmp_path / "store").split("train").account["converted"] == {"png": 1}
 

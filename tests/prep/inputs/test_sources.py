@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
-from prep.images.codec import BadPicture
+from prep.images.codec import BadImage
 from prep.inputs.folder import Folder
 from prep.inputs.listing import Input
 from prep.inputs.reader import Source
@@ -325,7 +325,7 @@ def test_a_file_that_has_gone_is_bad(tmp_path: Path) -> None:
     place, item = listed(tmp_path / "t")
     (tmp_path / "t" / "n1" / "a.JPEG").unlink()
     for reading in (place.read, lambda it: place.head(it, 4)):
-        with pytest.raises(BadPicture, match="cannot be read: No such file"):
+        with pytest.raises(BadImage, match="cannot be read: No such file"):
             reading(item)
 
 
@@ -336,13 +336,13 @@ def test_what_took_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
     for make, kind in ((os.mkfifo, "FIFO"), (os.mkdir, "folder")):
         path.unlink()
         make(path)
-        with pytest.raises((UserError, BadPicture), match=r"was changed|Is a directory"):
+        with pytest.raises((UserError, BadImage), match=r"was changed|Is a directory"):
             place.read(item)
-        with pytest.raises(BadPicture, match=f"a {kind}, not a file|Is a directory"):
+        with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             place.head(item, 4)
         status = path.stat()
         same = replace(item, size=status.st_size, stamp_ns=status.st_mtime_ns)  # as a file system without times has it
-        with pytest.raises(BadPicture, match=f"a {kind}, not a file|Is a directory"):
+        with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             place.read(same)
         if kind == "FIFO":
             continue

@@ -1,7 +1,7 @@
 """prep.store.datum against protobuf's own library and DALI's Caffe reader; the checksum against zlib and against damage.
 
 protobuf knows Caffe's message from the descriptor that conftest.py builds. Damage is every single-bit flip, every
-truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them. What `locate`
+truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them. What `locate_image`
 finds is held against Datum.decode and against the Datum that was encoded.
 """
 
@@ -26,9 +26,9 @@ from prep.store.datum import (
     WIDTH,
     Datum,
     DatumError,
-    check,
-    locate,
-    read_fields,
+    locate_image,
+    parse_fields,
+    verify_checksum,
 )
 
 SMALL = Datum(height=3, width=5, data=b"\xff\xd8 a file \x00\xff\xd9", label=7, source=b"n1/a b.JPEG")
@@ -77,7 +77,7 @@ def test_plain_caffe_datum_sees_ours_as_unknown_fields(caffe_datum: Callable[[],
 @pytest.mark.parametrize("datum", EXAMPLES)
 def test_we_read_what_we_write(datum: Datum) -> None:
     value = datum.encode()
-    check(value)
+    verify_checksum(value)
     assert Datum.decode(value) == datum
 
 
@@ -116,19 +116,19 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
 def test_fields_are_read_from_any_message(caffe_datum: Callable[[], Any]) -> None:
     """Ours or Caffe's: by number, the last of each; floats are passed over; nothing is read beyond the end."""
     value = SMALL.encode()
-    fields = read_fields(value, len(value) - CRC32_BYTES)
+    fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
     message = caffe_datum()
     message.label, message.data = -1, b"bgr"
     message.float_data.extend([1.5, -2.0])
     body = message.SerializeToString()
-    assert read_fields(body, len(body)) == {LABEL: 2**64 - 1, DATA: b"bgr"}
-    assert read_fields(body + b"\x28\x05", len(body) + 2)[LABEL] == 5
-    assert read_fields(body + b"\x28\x05", len(body)) == read_fields(body, len(body))
-    assert read_fields(b"", 0) == {}
+    assert parse_fields(body, len(body)) == {LABEL: 2**64 - 1, DATA: b"bgr"}
+    assert parse_fields(body + b"\x28\x05", len(body) + 2)[LABEL] == 5
+    assert parse_fields(body + b"\x28\x05", len(body)) == parse_fields(body, len(body))
+    assert parse_fields(b"", 0) == {}
     for kind in (3, 4, 6, 7):
         with pytest.raises(DatumError, match=f"wire type {kind}"):
-            read_fields(bytes([8 | kind]), 1)
+            parse_fields(bytes([8 | kind]), 1)
 
 
 def test_every_flipped_bit_is_caught() -> None:
@@ -137,7 +137,7 @@ def test_every_flipped_bit_is_caught() -> None:
         damaged = bytearray(value)
         damaged[bit // 8] ^= 1 << bit % 8
         with pytest.raises(DatumError):
-            check(bytes(damaged))
+            verify_checksum(bytes(damaged))
         with pytest.raises(DatumError):
             Datum.decode(bytes(damaged))
 
@@ -165,7 +165,7 @@ def test_checksum_error_gives_both_values() -> None:
     value = SMALL.encode()
     damaged = value[:10] + bytes([value[10] ^ 0x40]) + value[11:]
     with pytest.raises(DatumError) as caught:
-        check(damaged)
+        verify_checksum(damaged)
     assert f"{zlib.crc32(value[:-6]):08x}" in str(caught.value)
     assert f"{zlib.crc32(damaged[:-6]):08x}" in str(caught.value)
 
@@ -208,7 +208,7 @@ def test_the_picture_is_located_where_decode_finds_it() -> None:
     lengths = set()
     for datum in [*EXAMPLES[:4], *(a_datum(rng) for _ in range(600)), Datum(2**31 - 1, 1, b"x" * 2**21, 0, b"s")]:
         value = datum.encode()
-        start, end, height, width, label = locate(memoryview(value))
+        start, end, height, width, label = locate_image(memoryview(value))
         assert Datum.decode(value) == Datum(height, width, value[start:end], label, datum.source) == datum
         lengths |= {-(-max(number.bit_length(), 1) // 7) for number in (height, width, label)}
     assert lengths == {1, 2, 3, 4, 5}
@@ -220,7 +220,7 @@ def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any])
         message.channels, message.height, message.width = 3, datum.height, datum.width
         message.data, message.label, message.encoded, message.source = datum.data, datum.label, True, datum.source
         value = message.SerializeToString()
-        start, end, *numbers = locate(memoryview(value))
+        start, end, *numbers = locate_image(memoryview(value))
         assert value[start:end] == datum.data and numbers == [datum.height, datum.width, datum.label]
 
 
@@ -228,14 +228,14 @@ def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any])
 def test_a_record_that_was_cut_is_located_or_refused(datum: Datum) -> None:
     """What follows the label is not looked at; before its end nothing is located."""
     value = datum.encode()
-    whole = locate(memoryview(value))
+    whole = locate_image(memoryview(value))
     label_ends = whole.end + 1 + -(-max(datum.label.bit_length(), 1) // 7)
     for length in range(len(value)) if len(value) < 1000 else [*range(40), *range(label_ends - 40, len(value))]:
         if length >= label_ends:
-            assert locate(memoryview(value)[:length]) == whole
+            assert locate_image(memoryview(value)[:length]) == whole
         else:
             with pytest.raises(DatumError):
-                locate(memoryview(value)[:length])
+                locate_image(memoryview(value)[:length])
 
 
 @pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label"])
@@ -244,12 +244,12 @@ def test_a_record_without_a_field_is_not_located(lacking: str, caffe_datum: Call
     message.ParseFromString(SMALL.encode())
     message.ClearField(lacking)
     with pytest.raises(DatumError):
-        locate(memoryview(message.SerializeToString()))
+        locate_image(memoryview(message.SerializeToString()))
 
 
 def test_only_pictures_of_three_channels_are_located() -> None:
     with pytest.raises(DatumError):
-        locate(memoryview(EXAMPLES[4].encode()))
+        locate_image(memoryview(EXAMPLES[4].encode()))
 
 
 def test_whatever_is_located_lies_within_the_record() -> None:
@@ -265,7 +265,7 @@ def test_whatever_is_located_lies_within_the_record() -> None:
     located = 0
     for value in attempts:
         try:
-            start, end, *numbers = locate(memoryview(value))
+            start, end, *numbers = locate_image(memoryview(value))
         except DatumError:
             continue
         located += 1
@@ -285,7 +285,7 @@ def test_whatever_is_located_lies_within_the_record() -> None:
 )
 def test_a_picture_that_says_it_is_endless_is_refused(size: bytes) -> None:
     with pytest.raises(DatumError):
-        locate(memoryview(b"\x08\x03\x10\x05\x18\x05\x22" + size + b"\x28\x01" * 20))
+        locate_image(memoryview(b"\x08\x03\x10\x05\x18\x05\x22" + size + b"\x28\x01" * 20))
 
 
 def test_dali_reads_the_records_as_they_are(store: Path, records_of: Callable[[Path, str], Any]) -> None:

@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 import pytest
 
-from prep.store.lmdb_shard import Reader, key_of, read, write
+from prep.store.lmdb_shard import ShardReader, read, record_key, write
 from prep.store.manifest import StoreError
 
 
@@ -36,7 +36,7 @@ def by_lmdb(folder: Path) -> list[tuple[bytes, bytes]]:
 
 def test_keys_sort_as_numbers() -> None:
     numbers = [0, 1, 9, 10, 99, 100, 4095, 4096, 1_281_166, 99_999_999]
-    keys = [key_of(number) for number in numbers]
+    keys = [record_key(number) for number in numbers]
     assert keys == sorted(keys)
     assert all(len(key) == 8 for key in keys)
     assert [int(key) for key in keys] == numbers
@@ -95,7 +95,7 @@ def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
         return (filler[number:] * (sizes[number] // len(filler) + 2))[: sizes[number]]
 
     def records() -> Iterator[tuple[bytes, bytes]]:
-        return ((key_of(number), value(number)) for number in range(len(sizes)))
+        return ((record_key(number), value(number)) for number in range(len(sizes)))
 
     folder = tmp_path / "s"
     try:
@@ -152,7 +152,7 @@ def said_of_a_cut_file(folder: Path, size: int, program: str) -> str:
     """The last line that a process of its own says: reading a map past its file's end is SIGBUS."""
     os.truncate(folder / "data.mdb", size)
     program = (
-        "import sys, pathlib; from prep.store.lmdb_shard import Reader, read\nfolder = pathlib.Path(sys.argv[1])\n"
+        "import sys, pathlib; from prep.store.lmdb_shard import ShardReader, read\nfolder = pathlib.Path(sys.argv[1])\n"
         + program
     )
     ended = subprocess.run([sys.executable, "-c", program, str(folder)], capture_output=True, text=True, timeout=60)
@@ -171,7 +171,7 @@ def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
 
 
 def with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
-    return [(key_of(number), value) for number, (_, value) in zip(numbers, some_records(len(numbers)), strict=True)]
+    return [(record_key(number), value) for number, (_, value) in zip(numbers, some_records(len(numbers)), strict=True)]
 
 
 def open_handles(folder: Path) -> int:
@@ -203,7 +203,7 @@ def open_handles(folder: Path) -> int:
 def test_a_reader_finds_by_place_what_was_written_in_that_place(tmp_path: Path, numbers: list[int]) -> None:
     records = with_keys(numbers)
     write(tmp_path / "s", records)
-    reader = Reader(tmp_path / "s", len(numbers))
+    reader = ShardReader(tmp_path / "s", len(numbers))
     backwards = [(reader.key(place), bytes(reader[place])) for place in reversed(range(len(numbers)))]
     assert backwards[::-1] == records == list(read(tmp_path / "s"))
     reader.close()
@@ -212,7 +212,7 @@ def test_a_reader_finds_by_place_what_was_written_in_that_place(tmp_path: Path, 
 
 def test_a_reader_copies_nothing(tmp_path: Path) -> None:
     write(tmp_path / "s", some_records(30))
-    reader = Reader(tmp_path / "s", 30)
+    reader = ShardReader(tmp_path / "s", 30)
     assert all(isinstance(reader[place], memoryview) and reader[place].readonly for place in range(30))
     addresses = [np.frombuffer(reader[7], np.uint8).ctypes.data for _ in range(2)]
     assert addresses[0] == addresses[1]
@@ -223,7 +223,7 @@ def test_a_reader_copies_nothing(tmp_path: Path) -> None:
 def test_a_reader_refuses_another_number_of_records(tmp_path: Path, promised: int) -> None:
     write(tmp_path / "s", some_records(30))
     with pytest.raises(StoreError, match=f"30 records, the manifest says {promised}. mend it") as refused:
-        Reader(tmp_path / "s", promised, "mend it")
+        ShardReader(tmp_path / "s", promised, "mend it")
     assert refused.value and open_handles(tmp_path / "s") == 0  # though the error is kept
 
 
@@ -232,7 +232,7 @@ def test_a_key_that_is_missing_between_others_is_named(tmp_path: Path) -> None:
     with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
         for key in (b"00000000", b"000000005", b"00000002"):
             txn.put(key, key)
-    reader = Reader(tmp_path / "s", 3, "mend it")
+    reader = ShardReader(tmp_path / "s", 3, "mend it")
     assert bytes(reader[2]) == b"00000002"
     with pytest.raises(StoreError, match=r"00000001\. mend it"):
         reader[1]
@@ -244,7 +244,7 @@ def test_readers_of_one_shard_share_it_until_the_last_is_closed(tmp_path: Path) 
     records = some_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
-    first, second, third = (Reader(tmp_path / name, 40) for name in ("s", "link", "s"))
+    first, second, third = (ShardReader(tmp_path / name, 40) for name in ("s", "link", "s"))
     assert open_handles(tmp_path / "s") == 1
     passing = read(tmp_path / "link")
     assert next(passing) == records[0]
@@ -255,7 +255,7 @@ def test_readers_of_one_shard_share_it_until_the_last_is_closed(tmp_path: Path) 
     second.close()
     assert list(passing) == records[1:]
     assert open_handles(tmp_path / "s") == 0
-    again = Reader(tmp_path / "s", 40)
+    again = ShardReader(tmp_path / "s", 40)
     assert bytes(again[39]) == records[39][1]
     again.close()
 
@@ -263,7 +263,7 @@ def test_readers_of_one_shard_share_it_until_the_last_is_closed(tmp_path: Path) 
 def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
     records = some_records(200)
     write(tmp_path / "s", records)
-    reader = Reader(tmp_path / "s", 200)
+    reader = ShardReader(tmp_path / "s", 200)
 
     def some(seed: int) -> bool:
         places = np.random.default_rng(seed).integers(0, 200, 2000).tolist()
@@ -278,7 +278,7 @@ def test_a_shard_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
     for seed in range(3):
         records = some_records(20, seed)
         write(tmp_path / "s", records)
-        reader = Reader(tmp_path / "s", 20)
+        reader = ShardReader(tmp_path / "s", 20)
         assert [bytes(reader[place]) for place in range(20)] == [value for _, value in records]
         reader.close()
         shutil.rmtree(tmp_path / "s")
@@ -286,7 +286,7 @@ def test_a_shard_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
 
 def test_a_reader_names_what_is_no_lmdb(no_lmdb: Path) -> None:
     with pytest.raises(StoreError, match=str(no_lmdb)):
-        Reader(no_lmdb, 3)
+        ShardReader(no_lmdb, 3)
     assert open_handles(no_lmdb) == 0
 
 
@@ -299,7 +299,7 @@ def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
     for page in range(2, len(content) // 4096):
         (folder / "data.mdb").write_bytes(content[: page * 4096] + b"\xff" * 4096 + content[(page + 1) * 4096 :])
         try:
-            reader = Reader(folder, 60)
+            reader = ShardReader(folder, 60)
             for place in range(60):
                 len(reader[place])
             reader.close()
@@ -315,6 +315,6 @@ def test_a_reader_refuses_a_file_that_was_cut(tmp_path: Path, cut: int) -> None:
     folder = tmp_path / "s"
     write(folder, some_records(100))
     size = (folder / "data.mdb").stat().st_size - cut
-    program = "reader = Reader(folder, 100)\nprint(sum(bytes(reader[k])[-1] for k in range(100) if reader[k]))"
+    program = "reader = ShardReader(folder, 100)\nprint(sum(bytes(reader[k])[-1] for k in range(100) if reader[k]))"
     said = said_of_a_cut_file(folder, size, program)
     assert said.startswith(f"prep.store.manifest.StoreError: {folder}")

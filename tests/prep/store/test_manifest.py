@@ -21,7 +21,7 @@ import pytest
 
 from prep import files
 from prep.files import write_atomic
-from prep.store.manifest import ColourStats, Settings, Shard, Split, Store, StoreError
+from prep.store.manifest import ColorStats, Settings, Shard, Split, Store, StoreError
 
 Change = Callable[[dict[str, Any]], None]
 
@@ -160,7 +160,7 @@ def test_missing_shard_is_named(copied: Path) -> None:
 def test_missing_split_is_named(copied: Path) -> None:
     change(copied, lambda data: data["splits"].pop("val"))
     opened = Store.open(copied)
-    for ask in (opened.split, opened.shard_paths, opened.colour):
+    for ask in (opened.split, opened.shard_paths, opened.color_stats):
         with pytest.raises(StoreError, match=r"no split val \(it has: train\)"):
             ask("val")
     change(copied, lambda data: data.update(splits={}))
@@ -172,19 +172,19 @@ def test_colour_file(copied: Path) -> None:
     opened = Store.open(copied)
     path = copied / "train" / "colour.json"
     whole = json.loads(path.read_bytes())
-    stats = opened.colour("train")
+    stats = opened.color_stats("train")
     assert json.loads(json.dumps(asdict(stats))) == whole
-    for field in fields(ColourStats):
+    for field in fields(ColorStats):
         path.write_text(json.dumps({name: value for name, value in whole.items() if name != field.name}))
         with pytest.raises(StoreError, match=f"colour.json.*{field.name}"):
-            opened.colour("train")
+            opened.color_stats("train")
     for text in ("", "{", "[]"):
         path.write_text(text)
         with pytest.raises(StoreError, match=r"colour\.json"):
-            opened.colour("train")
+            opened.color_stats("train")
     path.unlink()
     with pytest.raises(StoreError, match=f"alexprep pca-stats --store {copied} --split train"):
-        opened.colour("train")
+        opened.color_stats("train")
 
 
 def npy(array: np.ndarray[Any, Any]) -> bytes:

@@ -49,7 +49,8 @@ from train.convert.import_torchvision import begin, import_torchvision
 from train.convert.torchvision_weights import TORCHVISIONS, to_ours
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained
-from train.runs.preprocessing import eye_of
+from train.runs.preprocessing import load_eval_transform
+from train.runs.run import Run
 
 WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
 TINY = {a.name: replace(a, widths=WIDTHS) for a in (ALEXNET, JOINED, TORCHVISION)}
@@ -75,7 +76,7 @@ def made(store: Path, tmp_path: Path) -> Made:
         network = AlexNet(3, recipe, ("cpu", "cpu"), architecture)
         with torch.no_grad():
             network.fc8.weight.mul_(20)
-        begin(config, Store.open(store), network)
+        begin(Run.open(config), network)
         return config.run_dir, network.eval()
 
     return make
@@ -132,7 +133,7 @@ def test_safetensors_load_into_a_network_made_of_their_own_metadata(
         ("cpu", "cpu"),
         architecture_from_json(texts["architecture"]),
     ).eval()
-    again.load_joined(tensors)
+    again.load_joined_tensors(tensors)
     images = images_of(store, "image")
     with torch.no_grad():
         assert torch.equal(again(images), network(images))
@@ -144,7 +145,7 @@ def test_safetensors_load_into_a_network_made_of_their_own_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     made: Made, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two columns with normalisation before ReLU and within maps; one column as the paper; none of it."""
+    """Two columns with normalization before ReLU and within maps; one column as the paper; none of it."""
     run_dir, network = made(TINY[name], recipe)
     out = tmp_path / "net.onnx"
     said: list[logging.LogRecord] = []
@@ -170,7 +171,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 def test_constants_make_of_pixels_what_the_stream_serves(made: Made, store: Path, recipe: Recipe) -> None:
     """Read as JSON, by NumPy alone."""
     run_dir, _ = made(TINY["joined"], recipe)
-    eye = eye_of(run_dir, recipe)
+    eye = load_eval_transform(run_dir, recipe)
     told = json.loads(json.dumps(vars(preprocessing_of(eye, recipe.input_divisor))))
     pixels = images_of(store, "none").numpy()
     assert pixels.min() >= 0 and told["shorter_side_px"] == 256 and told["input_divisor"] == recipe.input_divisor
@@ -283,7 +284,7 @@ def test_imported_parameters_are_the_same_function_where_the_means_agree(
 ) -> None:
     pixels, mean = images_of(store, "none"), 255 * np.array([0.485, 0.456, 0.406])
     ours = AlexNet(3, recipe, ("cpu", "cpu"), TINY["torchvision"]).eval()
-    ours.load_joined(to_ours(theirs.state_dict(), recipe, TORCHVISIONS, mean))
+    ours.load_joined_tensors(to_ours(theirs.state_dict(), recipe, TORCHVISIONS, mean))
     with torch.no_grad():
         found = ours(pixels - torch.tensor(mean, dtype=torch.float32)[:, None, None])
         assert close(found, published_forward(theirs, normal(pixels)), 1e-5)
@@ -294,14 +295,14 @@ def test_an_imported_run_differs_at_the_border_alone_and_is_evaluated(
 ) -> None:
     """conv1 of 12 pictures: equal in 53 × 53 of 55 × 55 positions. The border sees the store's mean as padding."""
     command("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
-    network, state, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
-    assert state["step"] == 0 and network.recipe == MODERN
+    network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
+    assert state.step == 0 and network.recipe == MODERN
     conv1, pixels = network.columns[0].conv1, images_of(store, "none")
     with torch.no_grad():
         wanted = theirs.features[0](normal(pixels))
         found = conv1(F.pad(images_of(store, "channel") / 64, (2, 2, 2, 2)))
         assert torch.allclose(found[:, :, 1:-1, 1:-1], wanted[:, :, 1:-1, 1:-1], atol=2e-5)
-        mean = torch.tensor(Store.open(store).colour().mean_rgb, dtype=torch.float32)[:, None, None]
+        mean = torch.tensor(Store.open(store).color_stats().mean_rgb, dtype=torch.float32)[:, None, None]
         filled = F.pad(pixels - mean, (2, 2, 2, 2)) + mean
         assert torch.allclose(found, F.conv2d(normal(filled), *theirs.features[0].parameters(), stride=4), atol=2e-5)
         assert (found - wanted).abs().max() > 0.01  # this store's mean is far from ImageNet's
@@ -314,7 +315,7 @@ def test_an_imported_run_is_trained_further(weights: Path, store: Path, tmp_path
     words = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     words += ["--set", "label_smoothing=0.1"]
     command("import", weights, *words, "--set", "lr=0.001")
-    network, _, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
+    network, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
     going_on = [*words, "--set", "lr=0.001", "--model", "torchvision", "--recipe", "modern"]
     told = command("run", *going_on, "--gpus", "cpu", "--steps", 1, "--log-every", 1)
     from pipeline.loader import train_loader
@@ -332,8 +333,8 @@ def test_an_export_of_ours_comes_back_as_it_was(made: Made, store: Path, tmp_pat
     out = tmp_path / "net.pth"
     command("export", run_dir, "--to", "torchvision", "--out", out)
     config = RunConfig(store, network.recipe, 8, model=TINY["torchvision"], run_dir=tmp_path / "again")
-    again = import_torchvision(out, config).joined()
-    for name, tensor in network.joined().items():
+    again = import_torchvision(out, config).joined_tensors()
+    for name, tensor in network.joined_tensors().items():
         assert torch.allclose(again[name], tensor, rtol=1e-5, atol=1e-6), name
     state = torch.load(out, weights_only=True)
     state._metadata[""]["classes"] = json.dumps(["a", "b", "c"])
@@ -348,7 +349,7 @@ def test_other_classes_have_a_new_last_layer(store: Path, tmp_path: Path) -> Non
     words = ["import", tmp_path / "seven.pth", "--store", store, "--run-dir", tmp_path / "run", "--batch", 8]
     assert "has 7 classes" in refused(*words)
     command(*words, "--new-fc8")
-    network, _, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
+    network, _ = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert network.fc8.weight.shape == (3, 24)
     assert torch.equal(network.columns[0].fc7.weight, theirs.classifier[4].weight)
 

@@ -20,14 +20,14 @@ from train.model.lrn import local_response_norm
 from train.model.pooling import max_pool
 from train.trainer.optim import PaperSGD
 
-needs_kernel = pytest.mark.skipif(kernels.kernel is None, reason="no C compiler was there at installation")
+needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 PLAINEST = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time
 
 
-def load(path: Path) -> kernels.Kernel | None:
-    return compiled.load(path, kernels.Kernel, kernels.is_right)
+def load(path: Path) -> kernels.NativeKernels | None:
+    return compiled.load(path, kernels.NativeKernels, kernels.is_correct)
 
 
 def everything() -> list[Tensor]:
@@ -101,12 +101,12 @@ for at_end in (True, False):
     shapes = (2, 44, 9, 8), (1, 9, 31, 20), (3, 1, 3, 3), (1, 128, 5, 5), (2, 3, 4, 4)
     for shape, size in zip(shapes, (5, 7, 5, 5, 1)):
         how, x = kernels.Norm(shape[1], size, 0.1, 2.0, True), filled(shape)
-        kernels.kernel.norm(x, how)
-        kernels.kernel.norm_backward(x, filled(shape), how)
+        kernels.native.norm(x, how)
+        kernels.native.norm_backward(x, filled(shape), how)
         for normalise in (True, False):
             pool = kernels.Pool(*shape[2:], normalise, True)
-            out, taps = kernels.kernel.pool(x, pool, how)
-            kernels.kernel.pool_backward(x if normalise else None, filled(out.shape), taps, pool, how)
+            out, taps = kernels.native.pool(x, pool, how)
+            kernels.native.pool_backward(x if normalise else None, filled(out.shape), taps, pool, how)
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -118,8 +118,8 @@ os._exit(0)
 def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights of a convolution with maps last, of a layer longer than a block, biases; other layouts."""
     results = []
-    for kernel in (kernels.kernel, None):
-        monkeypatch.setattr(kernels, "kernel", kernel)
+    for kernel in (kernels.native, None):
+        monkeypatch.setattr(kernels, "native", kernel)
         draw = torch.Generator().manual_seed(0)
         parameters, before = [], []
         for shape in ((6, 5, 3, 3), (300, 701), (17,), (3, 0)):
@@ -149,7 +149,7 @@ def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.M
 
 def test_close_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
     found = everything()
-    monkeypatch.setattr(kernels, "kernel", None)
+    monkeypatch.setattr(kernels, "native", None)
     for ours, plain in zip(found, everything(), strict=True):
         assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-4)
 
@@ -189,7 +189,7 @@ def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     source.write_bytes(kernels.SOURCE.read_bytes())
     library = compile_native(source)
     assert library
-    monkeypatch.setattr(kernels, "kernel", load(library))
-    assert kernels.kernel
+    monkeypatch.setattr(kernels, "native", load(library))
+    assert kernels.native
     for found, wanted in zip(everything(), expected, strict=True):
         assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)

@@ -53,8 +53,8 @@ def maps_of(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
 @pytest.fixture(params=["compiled", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "plain":
-        monkeypatch.setattr(kernels, "kernel", None)
-    elif kernels.kernel is None:
+        monkeypatch.setattr(kernels, "native", None)
+    elif kernels.native is None:
         pytest.skip("no C compiler was there at installation")
     return str(request.param)
 
@@ -204,11 +204,11 @@ def test_what_does_not_fit_is_refused() -> None:
 def test_which_way_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 on a CPU with the paper's exponent is compiled, and nothing else."""
     x = maps_of(4)
-    assert lrn.fits_kernel(x, 0.75) == (kernels.kernel is not None)
+    assert lrn.fits_kernel(x, 0.75) == (kernels.native is not None)
     for other in (x.double(), x.half(), x.to("meta"), x[:0]):
         assert not lrn.fits_kernel(other, 0.75)
     assert not lrn.fits_kernel(x, 0.5)
-    monkeypatch.setattr(kernels, "kernel", None)
+    monkeypatch.setattr(kernels, "native", None)
     assert not lrn.fits_kernel(x, 0.75)
 
 
@@ -287,7 +287,7 @@ def test_triton_that_cannot_compile_is_done_without(
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
 
     tried: list[Tensor] = []
-    monkeypatch.setattr(kernels, "kernel", None)
+    monkeypatch.setattr(kernels, "native", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     monkeypatch.setitem(sys.modules, "train.model.lrn_triton", SimpleNamespace(local_response_norm=kernel))
     monkeypatch.setattr("train.model.lrn_triton", sys.modules["train.model.lrn_triton"], raising=False)

@@ -28,8 +28,8 @@ def one_after_the_other(x: Tensor, norm: Lrn | None, relu_before: bool, relu_aft
 @pytest.fixture(params=["compiled", "plain"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "plain":
-        monkeypatch.setattr(kernels, "kernel", None)
-    elif kernels.kernel is None:
+        monkeypatch.setattr(kernels, "native", None)
+    elif kernels.native is None:
         pytest.skip("no C compiler was there at installation")
 
 
@@ -64,7 +64,7 @@ def test_equal_numbers_and_nan_as_torch_has_it(layout: torch.memory_format, way:
 
 def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled: the maps where they were normalized, and a byte for each pooled number."""
-    if kernels.kernel is None:
+    if kernels.native is None:
         pytest.skip("no C compiler was there at installation")
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
     for norm, wanted in ((PAPER.lrn, {x.numel() * 4, 2 * 8 * 4 * 4}), (None, {2 * 8 * 4 * 4})):

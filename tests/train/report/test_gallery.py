@@ -73,7 +73,7 @@ def test_kernels_of_column_0_lie_above_those_of_column_1() -> None:
 
 
 def test_colour_axes_move_the_mean_by_whole_standard_deviations(store: Path) -> None:
-    stats = Store.open(store).colour()
+    stats = Store.open(store).color_stats()
     figure = Figure()
     colour_axes(figure, stats)
     strips, spectrum = figure.axes
@@ -125,7 +125,7 @@ def test_many_classes_are_one_curve_and_the_worst_by_name_and_no_errors_are_draw
     assert rendered(lambda f: confusion_matrix(f, none, "abc"), (3, 3)).startswith(b"\x89PNG")
 
 
-def test_the_right_guess_has_another_colour_and_so_have_neighbours_of_the_class() -> None:
+def test_the_right_guess_has_another_colour_and_so_have_neighbors_of_the_class() -> None:
     square = np.zeros((8, 8, 3), np.uint8)
     figure = Figure()
     guesses(figure, [Guess(square, 2, Prediction([0, 2, 1], [0.6, 0.3, 0.1]))], "xyz")

@@ -51,7 +51,7 @@ def test_lists_of_one_device_are_updated_by_the_rule(
     momentum: float, last: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without native.c, as on a GPU: two parameters by one call, or one operator after the other."""
-    monkeypatch.setattr("train.model.kernels.kernel", None)
+    monkeypatch.setattr("train.model.kernels.native", None)
     layout = torch.channels_last if last else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
     ours = [torch.nn.Parameter(torch.tensor(w).contiguous(memory_format=torch.channels_last)) for w in start]
