@@ -20,6 +20,7 @@ from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
+from prep.version import package_version
 
 SHARD_RECORDS = 4096  # at the most: about 100 MB of JPEG, ten seconds of one core
 _LEAST_RECORDS, _WANTED_SHARDS = 64, 32  # a small split is cut finer, so that all cores have work
@@ -194,7 +195,7 @@ def same_settings(asked: Settings, found: Mapping[str, Any], store: Path) -> Non
 def tool_versions() -> dict[str, str]:
     """Versions of what shapes the bytes of a record."""
     return {
-        "alexnet": version("alexnet"),
+        "alexnet": package_version(),
         "pillow": version("pillow"),
         "pillow_libjpeg_turbo": str(features.version_feature("libjpeg_turbo") or "none"),
         "simplejpeg": version("simplejpeg"),

@@ -1,0 +1,104 @@
+"""Members of a tar archive, read in place: in bounded memory, and with every kind of damage reported.
+
+Python's tarfile parses the headers. Three of its habits are dealt with here, by its public interface alone:
+
+-   It reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims. It
+    reads from a file object that it is given, so that object, `BoundedFile`, refuses to read more than MAX_HEADER_BYTES.
+-   It remembers every member, a gigabyte for ImageNet. Python 3.13 has `stream=True`, which turns that off; before
+    3.13 its list of members is emptied after each.
+-   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a whole archive
+    ends in zero bytes.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from prep.console import Progress, UserError
+from prep.inputs.names import name_text
+
+MAX_HEADER_BYTES = 1 << 20
+_MAX_PADDING_BYTES = 16 << 20  # tapes have the longest records; more zeros are a download that stopped on the way
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
+
+# What makes tarfile forget the members that it has returned.
+_FORGETFUL: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
+
+
+class BoundedFile(io.BufferedReader):
+    """A file that is read at most MAX_HEADER_BYTES at a time."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(io.FileIO(path))
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """The next `size` bytes, or fewer at the end; raises tarfile.ReadError for a size that no header has."""
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return super().read(size)
+
+
+def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report: Progress) -> Iterator[tarfile.TarInfo]:
+    """The members of the archive in bytes `start` to `end` of `file`, in its order; names by `surrogateescape`.
+
+    `offset_data` of a member counts from the beginning of the file. The file may be moved between two members, as for
+    an archive inside this one. `report` is set to the byte that has been reached. Raises UserError naming `path` for an
+    archive that is compressed, damaged or cut short.
+    """
+    damaged = f"{path}: no tar archive, or a damaged one, at byte"
+    file.seek(start)
+    if file.read(6).startswith(_COMPRESSED):
+        raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")
+    file.seek(start)
+    try:
+        tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_FORGETFUL)
+        while (member := tar.next()) is not None:
+            if not _FORGETFUL:
+                tar.members = []  # type: ignore[attr-defined]  # documented only by what it holds
+            if member.size < 0:
+                raise tarfile.ReadError(f"{_text(member)} has a size below zero")
+            member_end = member.offset_data + (member.size if member.isreg() else 0)
+            if member_end > end:
+                raise UserError(
+                    f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Get it again."
+                )
+            report.update(min(member.offset_data, report.total))
+            yield member
+        zeros = _count_zeros(file, tar.offset, end)
+    except UserError:
+        raise
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{damaged} {file.tell():,} ({error}). Get it again.") from None
+    if tar.offset + zeros < end and zeros <= _MAX_PADDING_BYTES:
+        raise UserError(f"{damaged} {tar.offset + zeros:,}. Get it again.")
+    if not tarfile.BLOCKSIZE <= zeros <= _MAX_PADDING_BYTES:
+        raise UserError(
+            f"{path} is cut short: at byte {tar.offset:,} it has {zeros:,} zero bytes where a tar ends in "
+            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,}. Get it again."
+        )
+
+
+def name_bytes(member: tarfile.TarInfo) -> bytes:
+    """A member's name as it is in the archive."""
+    return member.name.encode("utf-8", "surrogateescape")
+
+
+def _text(member: tarfile.TarInfo) -> str:
+    return name_text(name_bytes(member))
+
+
+def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
+    """Zero bytes from `position` on, counted to a little above _MAX_PADDING_BYTES."""
+    file.seek(position)
+    count = 0
+    while position + count < end and count <= _MAX_PADDING_BYTES:
+        block = file.read(min(MAX_HEADER_BYTES, end - position - count))
+        count += len(block) - len(block.lstrip(b"\0"))
+        if not block or block.strip(b"\0"):
+            break
+    return count

@@ -1,0 +1,91 @@
+"""Tar archives for tests: written by tarfile, or header by header where no library would write them."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable, Sequence
+from typing import Any
+
+BLOCK = 512
+Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
+
+A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
+THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
+MEMBER_BYTES = 3 * BLOCK  # in the archive, of a member of 700 bytes
+
+
+def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
+    """A tar of (name, content) or (name, content, fields of the header)."""
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
+        for name, content, *fields in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            for field, value in fields[0].items() if fields else ():
+                setattr(info, field, value)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
+    """A header block whose size field holds any 12 bytes."""
+    block = bytearray(BLOCK)
+    for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
+        block[at : at + len(field)] = field
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def overwritten(content: bytes, at: int, new: bytes) -> bytes:
+    return content[:at] + new + content[at + len(new) :]
+
+
+def with_second_member(content: bytes, block: bytes) -> bytes:
+    return content[:MEMBER_BYTES] + block + content[MEMBER_BYTES:]
+
+
+def negative_size(size: int) -> bytes:
+    """A negative size in base 256, as GNU tar writes large ones."""
+    return b"\xff" + (256**11 + size).to_bytes(11, "big")
+
+
+def pax_with_size(size: str) -> bytes:
+    first: Member = ("n1/a.JPEG", A, {"pax_headers": {"size": size}})
+    return tar_of([first, *THREE[1:]], tarfile.PAX_FORMAT)
+
+
+# Ways to damage an archive of THREE, and a part of the error that each must give.
+DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
+    "cut in a header": (lambda tar: tar[: MEMBER_BYTES + 200], "byte"),
+    "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "cut short"),
+    "cut in the data": (lambda tar: tar[: MEMBER_BYTES + BLOCK + 300], "cut short"),
+    "cut in the padding": (lambda tar: tar[: 2 * MEMBER_BYTES - 100], "byte"),
+    "cut between members": (lambda tar: tar[: 2 * MEMBER_BYTES], "cut short"),
+    "cut after the last member": (lambda tar: tar[: 3 * MEMBER_BYTES], "cut short"),
+    "one bit of a header": (lambda tar: overwritten(tar, MEMBER_BYTES + 10, b"\x07"), "damaged"),
+    "a checksum": (lambda tar: overwritten(tar, MEMBER_BYTES + 148, b"777777"), "damaged"),
+    "a header of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(BLOCK)), "damaged"),
+    "two blocks of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(2 * BLOCK)), "damaged"),
+    "a member of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(MEMBER_BYTES)), "damaged"),
+    "a header of noise": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(range(256)) * 2), "damaged"),
+    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "cut short"),  # preallocated download
+    "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
+    "text behind": (lambda tar: tar + b"the end", "damaged"),
+    "size beyond the end": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"77777777777\0")), "cut short"),
+    "size of 2^88": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"\x80" + b"\x7f" * 11)), "cut short"),
+    "size below zero": (lambda tar: with_second_member(tar, header(b"n1/x", negative_size(-BLOCK))), "damaged"),
+    "size far below zero": (
+        lambda tar: with_second_member(tar, header(b"n1/x", negative_size(-MEMBER_BYTES - BLOCK))),
+        "damaged",
+    ),
+    "size that is not a number": (lambda tar: with_second_member(tar, header(b"n1/x", b"hello world\0")), "damaged"),
+    "a name's size below zero": (
+        lambda tar: with_second_member(tar, header(b"L", negative_size(-BLOCK), b"L")),
+        "damaged",
+    ),
+    "a name's size beyond the end": (lambda tar: with_second_member(tar, header(b"L", b"77777777777\0", b"L")), "."),
+    "pax size below zero": (lambda tar: pax_with_size("-1024"), "."),
+    "pax size of 20 digits": (lambda tar: pax_with_size("9" * 20), "cut short"),
+    "pax size of words": (lambda tar: pax_with_size("many"), "damaged"),
+}
