@@ -22,6 +22,7 @@ from PIL import Image
 from prep.console import UserError, count_noun
 from prep.files import write_atomic
 from prep.images.codec import BadImage, decode_image
+from prep.images.rescale import central_square
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
@@ -121,10 +122,8 @@ def _divergence(pixels: Pixels, stats: ColorStats) -> float:
 
 
 def _photograph(picture: Pixels) -> Pixels:
-    height, width = picture.shape[:2]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    square = Image.fromarray(picture[top : top + side, left : left + side])
+    side = min(picture.shape[:2])
+    square = Image.fromarray(central_square(picture, side))
     return np.asarray(square.reduce(max(1, side // PHOTOGRAPH_PX)))
 
 

@@ -196,6 +196,15 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
     return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGB", "420", fastdct=False))
 
 
+def decode_stored_jpeg(jpeg: bytes) -> npt.NDArray[np.uint8]:
+    """The JPEG of a record to uint8 (H, W, 3) RGB, the pixels that the stream decodes.
+
+    Raises ValueError if it cannot be decoded, or if libjpeg-turbo has a warning about it.
+    """
+    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False, strict=True)
+    return pixels
+
+
 def ppm_header(height: int, width: int) -> bytes:
     """A P6 header of 3·width bytes: a comment pads it to one row of pixels.
 

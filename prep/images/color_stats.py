@@ -17,6 +17,7 @@ import numpy.typing as npt
 from prep.console import Progress
 from prep.images import kernels
 from prep.images.codec import BadImage, decode_image
+from prep.images.rescale import central_square
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
@@ -76,9 +77,7 @@ class PixelSums:
     def add(self, picture: npt.NDArray[np.uint8]) -> None:
         """One uint8 (H, W, 3) picture of at most 2^37 pixels; where there are squares, no side below `side_px`."""
         height, width = picture.shape[:2]
-        side = self.side_px
-        top, left = (height - side) // 2, (width - side) // 2
-        square = picture[top : top + side, left : left + side]
+        square = central_square(picture, self.side_px)
         if kernels.native:
             kernels.native.add_moments(picture, self._sums)
             kernels.native.add_square(square, self._square)
