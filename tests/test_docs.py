@@ -1,4 +1,4 @@
-"""README and the commands say the same."""
+"""README and documentation say what the commands and the code say; their links resolve and their Python runs."""
 
 from __future__ import annotations
 
@@ -6,51 +6,138 @@ import re
 from pathlib import Path
 from typing import Any
 
+import griffe
+import pytest
 import torch
 
-import pipeline.cli
-import prep.cli
-import train.cli
-from tools import draw_alexnet
-from tools.readme_help import README, with_help
+from tests.helpers.project import ROOT
+from tools import check_site, cli_reference, docs_extension, draw_alexnet, recipe_reference
 
-ROOT = README.parent
+README = ROOT / "README.md"
+PAGES = sorted((ROOT / "docs").rglob("*.md"))
 
 
-def test_help_block_of_the_readme_is_the_help() -> None:
-    text = README.read_text()
-    assert text == with_help(text), "python -m tools.readme_help brings it up to date"
+def test_readme_has_at_most_130_lines() -> None:
+    assert len(README.read_text("utf-8").splitlines()) <= 130
 
 
 def test_readme_lists_every_command_and_no_other() -> None:
-    groups = {"alexprep": prep.cli.main, "alexstream": pipeline.cli.main, "alextrain": train.cli.main}
     table = {tuple(match.split()[:2]) for match in re.findall(r"^\| `(alex\w+ [\w-]+)", README.read_text(), re.M)}
-    assert table == {(group, name) for group, main in groups.items() for name in main.commands}
+    assert table == {(name, command) for name, group in cli_reference.GROUPS.items() for command in group.commands}
 
 
-def test_links_of_the_readme_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
-    assert links and all((ROOT / link).exists() for link in links)
+def test_readme_has_only_speeds_that_the_measurements_have() -> None:
+    section = re.search(r"## Speed\n(.*?)\n## ", README.read_text("utf-8"), re.S)
+    measured = (ROOT / "docs" / "measurements.md").read_text("utf-8")
+    assert section
+    figures = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", section[1]))
+    rounded = {"1.7", "3.2"}  # GB; measured in MB
+    assert [figure for figure in figures if figure not in rounded and figure not in measured] == []
 
 
-def test_the_picture_of_the_network_is_that_of_the_network() -> None:
-    drawn = (ROOT / "docs" / "alexnet.svg").read_text()
-    assert drawn == draw_alexnet.picture(), "python -m tools.draw_alexnet docs/alexnet.svg brings it up to date"
+def test_commands_page_is_the_help_of_the_commands() -> None:
+    assert cli_reference.PAGE.read_text("utf-8") == cli_reference.page(), "run: python -m tools.cli_reference"
 
 
-def test_python_of_the_readme_runs(store: Path) -> None:
-    """It trains: an epoch of three steps moves every parameter, and the next goes on."""
-    (code,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.S)
-    torch.manual_seed(0)
-    names: dict[str, Any] = {"__name__": "readme"}
-    exec(compile(code.replace('"store"', repr(str(store))).replace("128", "10", 1), "README.md", "exec"), names)
+def test_recipes_page_has_the_numbers_of_the_code() -> None:
+    assert recipe_reference.PAGE.read_text("utf-8") == recipe_reference.page(), "run: python -m tools.recipe_reference"
+
+
+def test_picture_of_the_network_is_drawn_from_the_network() -> None:
+    drawn = (ROOT / "docs" / "alexnet.svg").read_text("utf-8")
+    assert drawn == draw_alexnet.picture(), "run: python -m tools.draw_alexnet docs/alexnet.svg"
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_resolve_to_files_and_headings(page: Path) -> None:
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
+    for address in re.findall(r"\]\(([^)\s]+)\)", text):
+        name, _, anchor = address.partition("#")
+        target = (page.parent / name) if name else page
+        assert target.is_file(), address
+        if anchor and target.parent.name != "api":  # those anchors are made of docstrings: `make docs` checks them
+            assert anchor in _anchors(target), address
+
+
+def _anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
+
+
+def test_python_of_the_readme_trains(store: Path) -> None:
+    names = _executed(README, store, 10)
     assert names["images"].shape == (10, 3, 224, 224)
     assert names["loss"].isfinite() and names["state"]["epoch"] == 1
-    assert all(parameter.grad.abs().sum() > 0 for parameter in names["head"][2].parameters())
+    assert all(parameter.grad.abs().sum() > 0 for parameter in names["net"][-1].parameters())
+
+
+def test_python_of_the_guide_to_the_stream_runs(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = _executed(ROOT / "docs" / "own-model.md", store, 10)
+    assert re.search(r"epoch 2: top-1 error [\d.]+%", capsys.readouterr().out)
+    assert names["images"].shape == (10, 3, 224, 224)
+
+
+def _executed(page: Path, store: Path, batch: int) -> dict[str, Any]:
+    """The names that the Python blocks of a page leave, run in turn on `store` with a small batch."""
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": page.stem}
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)
+    assert blocks
+    for block in blocks:
+        small = re.sub(r"batch_size=\d+", f"batch_size={batch}", block).replace('"store"', repr(str(store)))
+        exec(compile(small, page.name, "exec"), names)
+    return names
+
+
+def test_site_check_finds_what_a_browser_would_load_from_a_network(tmp_path: Path) -> None:
+    (tmp_path / "style.css").write_text("a { background: url(https://a.example/x.png) } b { background: url(x.png) }")
+    (tmp_path / "page.html").write_text(
+        '<link rel="canonical" href="https://b.example/"><link rel="stylesheet" href="//c.example/f.css">'
+        '<a href="https://d.example/">a link is not loaded</a><img src="picture.png">'
+        '<script src="https://e.example/s.js"></script><style>@import "https://f.example/g.css";</style>'
+    )
+    found = {address for _, address in check_site.remote_resources(tmp_path)}
+    assert found == {f"https://{path}" for path in ("a.example/x.png", "e.example/s.js", "f.example/g.css")} | {
+        "//c.example/f.css"
+    }
+
+
+def test_docstring_lists_in_two_columns_become_tables() -> None:
+    text = docs_extension.with_tables(
+        "Reads.\n\nstore         a folder,\n              or a|b\nbatch, steps  numbers\n\nEnd."
+    )
+    assert text.split("\n") == [
+        "Reads.",
+        "",
+        "",
+        "| name | meaning |",
+        "| --- | --- |",
+        r"| `store` | a folder, or a\|b |",
+        "| `batch, steps` | numbers |",
+        "",
+        "",
+        "End.",
+    ]
+
+
+def test_comments_document_the_fields_of_classes() -> None:
+    extensions = griffe.load_extensions(docs_extension.ReadableDocstrings)
+    with griffe.temporary_visited_module(
+        'class C:\n    a: int = 1  # of the first\n    # of the\n    # second\n    b: str = "#"\n    c: int = 2\n',
+        extensions=extensions,
+    ) as module:
+        documented = {name: module[f"C.{name}"].docstring for name in "abc"}
+    assert {name: text and text.value for name, text in documented.items()} == {
+        "a": "of the first",
+        "b": "of the second",
+        "c": None,
+    }
 
 
 def test_no_path_of_one_machine_is_in_the_project() -> None:
     pattern = re.compile(r"/(?:root|tmp|home)/\w")
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*.py"), ROOT / "Makefile"]:
-        if ".venv" not in path.parts and path.parent.name != "demo":
-            assert not pattern.search(path.read_text()), path
+    sources = [
+        path for folder in ("prep", "pipeline", "train", "tools", "tests") for path in (ROOT / folder).rglob("*.py")
+    ]
+    for path in [*ROOT.glob("*.md"), *PAGES, *sources, ROOT / "Makefile"]:
+        assert not pattern.search(path.read_text("utf-8")), path

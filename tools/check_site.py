@@ -67,6 +67,8 @@ def main(site: Path) -> None:
     if remote:
         raise click.ClickException(f"{site}: {len(remote)} remote resources. Put them into docs/assets.")
     pages = len(list(site.rglob("*.html")))
+    if not pages:
+        raise click.ClickException(f"{site}: no page. Build the site first: make docs")
     click.echo(f"{site}: {pages} pages, nothing loaded from a network. Open {site / 'index.html'}")
 
 

@@ -48,7 +48,7 @@ def with_tables(text: str) -> str:
             rows[-1][1] += f" {more['text']}"
         else:
             if rows:
-                lines += ["", "| name | |", "| --- | --- |", *(_row(*row) for row in rows), ""]
+                lines += ["", "| name | meaning |", "| --- | --- |", *(_row(*row) for row in rows), ""]
                 rows = []
             lines.append(line)
     return "\n".join(lines).strip()

@@ -63,16 +63,15 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """A table for each heading, a row for each field."""
-    lines = []
+    """A row for each field, with its source; the headings of `alextrain recipe` are rows of their own."""
+    lines = [_row("number", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:
-            lines += ["", f"### {HEADINGS[field]} {{ #{recipe.name}-{field} }}", ""]
-            lines += [_row("number", "value", "source"), _row("---", "---", "---")]
+            lines.append(_row(f"**{HEADINGS[field]}**", "", ""))
         cells = _cells(rows)
         names = "<br>".join(f"`{name}`" for name in cells)
         lines.append(_row(names, "<br>".join(cells.values()), _escaped(recipe.sources[field])))
-    return "\n".join(lines).strip() + "\n"
+    return "\n".join(lines) + "\n"
 
 
 def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
