@@ -12,12 +12,13 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
-import simplejpeg
 
 from pipeline.augment import CROP_PX, eval_offsets
 from pipeline.records import Records
 from prep.console import UserError
+from prep.images.central_square import central_square
 from prep.images.codec import MAX_FILE_BYTES, BadImage, check_rescaled_size, decode_image, encode_image
+from prep.images.jpeg import decode_jpeg
 from prep.images.rescale import rescale
 from prep.store.manifest import Settings, Store, StoreError
 
@@ -47,20 +48,8 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
         raise UserError(f"{path}: {error}. Name a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file.") from None
     pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
     if settings.format == "jpeg":
-        pixels = decode(encode_image(pixels, "jpeg", settings.quality))
-    return Photograph(square_of(pixels, settings.side_px), picture.orientation)
-
-
-def decode(jpeg: bytes) -> Pixels:
-    """A record's JPEG to pixels, as the stream decodes it; raises ValueError where it cannot be decoded."""
-    pixels: Pixels = simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False)
-    return pixels
-
-
-def square_of(pixels: Pixels, side_px: int) -> Pixels:
-    """The central square of a stored picture."""
-    top, left = ((length - side_px) // 2 for length in pixels.shape[:2])
-    return pixels[top : top + side_px, left : left + side_px]
+        pixels = decode_jpeg(encode_image(pixels, "jpeg", settings.quality))
+    return Photograph(central_square(pixels, settings.side_px), picture.orientation)
 
 
 @dataclass(frozen=True)
@@ -116,11 +105,11 @@ class StoredImages:
         picture = self.records[number].payload
         if picture.ndim == 1:
             try:
-                picture = decode(picture.tobytes())
+                picture = decode_jpeg(picture.tobytes())
             except ValueError as error:
                 where = self.records.location(number)
                 raise StoreError(f"{where}: cannot be decoded: {error}. {self.records.advice}") from None
-        return square_of(picture, self._side_px).copy()
+        return central_square(picture, self._side_px).copy()
 
     def label(self, number: int) -> int:
         """The class of a record."""

@@ -20,7 +20,7 @@ ALLOWED = {
     # prep.images.codec and rescale: a photograph outside of a store is prepared by what prepares those inside.
     "pipeline": (
         *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
-        *("prep.store", "prep.images.codec", "prep.images.rescale"),
+        *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
     ),
     "train": (
         *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),

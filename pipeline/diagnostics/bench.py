@@ -26,6 +26,7 @@ from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Record, Records
 from pipeline.sampling import draw_params
 from prep.console import Progress
+from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
 ROUNDS = 5  # all in turn, so that a machine whose speed drifts drifts for all
@@ -179,7 +180,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 def _bound(records: Records, format: str, pool: ThreadPoolExecutor, threads: int) -> Callable[[], int]:
     """What records cost at the least, on all threads: a decode (JPEG) or a copy of their bytes (PPM)."""
-    work: Callable[[Any], object] = simplejpeg.decode_jpeg if format == "jpeg" else np.copy  # both let go of the lock
+    work: Callable[[Any], object] = decode_jpeg if format == "jpeg" else np.copy  # both let go of the lock
     held = [records[number].payload for number in range(min(len(records), _HELD_RECORDS))]
     contents = [picture.tobytes() if format == "jpeg" else picture for picture in held]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Record, Records
 from pipeline.sampling import draw_params
 from prep.console import UserError
+from prep.images.central_square import central_square
+from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
 AUGMENTED = 8
@@ -92,6 +93,5 @@ def _stored(record: Record, side_px: int) -> np.ndarray[Any, np.dtype[np.uint8]]
     """The central square of a record, as it is stored."""
     picture = record.payload
     if picture.ndim == 1:
-        picture = np.asarray(Image.open(io.BytesIO(picture.tobytes())).convert("RGB"))
-    y, x = ((length - side_px) // 2 for length in picture.shape[:2])
-    return picture[y : y + side_px, x : x + side_px].copy()
+        picture = decode_jpeg(picture.tobytes())
+    return central_square(picture, side_px).copy()

@@ -21,8 +21,8 @@ from PIL import Image
 
 from prep.console import UserError, count_noun
 from prep.files import write_atomic
+from prep.images.central_square import central_square
 from prep.images.codec import BadImage, decode_image
-from prep.images.rescale import central_square
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError

@@ -20,6 +20,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from prep.images.jpeg import decode_jpeg, encode_jpeg
 from prep.images.rescale import rescaled_size
 
 MAX_PIXELS = 100_000_000  # of a source, and of what it is rescaled to: beyond it a file is a bomb, not a photograph
@@ -86,7 +87,7 @@ def _read_jpeg(content: bytes) -> DecodedImage | None:
         _check_scans(width, height, content)
         if colours not in ("YCbCr", "RGB"):
             return None
-        pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False)
+        pixels = decode_jpeg(content)
     except BadImage:
         raise
     except ValueError:
@@ -193,16 +194,7 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
     """uint8 (H, W, 3) to a baseline 4:2:0 JPEG of `quality`, or to a PPM whose header fills exactly one row."""
     if format == "ppm":
         return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
-    return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGB", "420", fastdct=False))
-
-
-def decode_stored_jpeg(jpeg: bytes) -> npt.NDArray[np.uint8]:
-    """The JPEG of a record to uint8 (H, W, 3) RGB, the pixels that the stream decodes.
-
-    Raises ValueError if it cannot be decoded, or if libjpeg-turbo has a warning about it.
-    """
-    pixels: npt.NDArray[np.uint8] = simplejpeg.decode_jpeg(jpeg, "RGB", fastdct=False, fastupsample=False, strict=True)
-    return pixels
+    return encode_jpeg(pixels, quality)
 
 
 def ppm_header(height: int, width: int) -> bytes:

@@ -16,8 +16,8 @@ import numpy.typing as npt
 
 from prep.console import Progress
 from prep.images import kernels
+from prep.images.central_square import central_square
 from prep.images.codec import BadImage, decode_image
-from prep.images.rescale import central_square
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError

@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.images import kernels
+from prep.images.central_square import central_offset
 from prep.store.manifest import FILTERS
 
 Floats = npt.NDArray[np.float64]
@@ -33,17 +34,6 @@ def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
     """(width, height) in px once the shorter side is `side_px`; the longer is rounded to the nearest, halves up."""
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
-
-
-def square_origin(height: int, width: int, side_px: int) -> tuple[int, int]:
-    """(row, column) in px at which the central square of `side_px` begins; an odd margin is smaller above and left."""
-    return (height - side_px) // 2, (width - side_px) // 2
-
-
-def central_square(pixels: npt.NDArray[np.uint8], side_px: int) -> npt.NDArray[np.uint8]:
-    """The central square of (H, W, 3) as a view, (side_px, side_px, 3); no side may be below `side_px`."""
-    top, left = square_origin(*pixels.shape[:2], side_px)
-    return pixels[top : top + side_px, left : left + side_px]
 
 
 def rescale(
@@ -61,7 +51,7 @@ def rescale(
     new_width, new_height = rescaled_size(width, height, side_px)
     rows, columns = (0, new_height), (0, new_width)
     if not keep_aspect:
-        top, left = square_origin(new_height, new_width, side_px)
+        top, left = central_offset(new_height, side_px), central_offset(new_width, side_px)
         rows, columns = (top, top + side_px), (left, left + side_px)
     if (new_width, new_height) == (width, height):
         return np.ascontiguousarray(pixels[rows[0] : rows[1], columns[0] : columns[1]])

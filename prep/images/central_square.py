@@ -1,0 +1,27 @@
+"""Position of the central square in an image: the crop that the paper (section 2) makes after rescaling.
+
+The offset is rounded down, so of an odd margin the top and left sides get the smaller half. Builds, statistics, streams
+and single images all take the square from here.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+Length = TypeVar("Length", int, npt.NDArray[np.int32])
+Number = TypeVar("Number", bound=np.generic)
+
+
+def central_offset(length: Length, side_px: int) -> Length:
+    """First row (or column) of a central square of `side_px` in an image of `length` rows (or columns), in px."""
+    return (length - side_px) // 2
+
+
+def central_square(pixels: npt.NDArray[Number], side_px: int) -> npt.NDArray[Number]:
+    """View (side_px, side_px, ...) of the central square of `pixels` (H, W, ...); neither side may be shorter."""
+    height, width = pixels.shape[:2]
+    top, left = central_offset(height, side_px), central_offset(width, side_px)
+    return pixels[top : top + side_px, left : left + side_px]

@@ -1,0 +1,27 @@
+"""JPEG decoding and encoding with libjpeg-turbo (simplejpeg): the only place where the options of both are chosen.
+
+Decoding is exact, as in Pillow and in DALI on a CPU: the slow integer DCT and smooth ("fancy") upsampling of the
+colour channels.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
+
+
+def decode_jpeg(content: bytes) -> Pixels:
+    """RGB pixels, uint8 (H, W, 3), of a JPEG; other threads run meanwhile.
+
+    Raises ValueError for anything that libjpeg cannot decode or warns of. EXIF orientation is not applied.
+    """
+    pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False, strict=True)
+    return pixels
+
+
+def encode_jpeg(pixels: Pixels, quality: int) -> bytes:
+    """Baseline 4:2:0 JPEG of RGB uint8 (H, W, 3); `quality` is libjpeg's, 1 to 100."""
+    return bytes(simplejpeg.encode_jpeg(pixels, quality, "RGB", "420", fastdct=False))
