@@ -122,7 +122,7 @@ class Augmenter:
         self.augmentation = augmentation
         self.is_raw = store.settings.format == "ppm"
         self.max_offset_px = self.side_px - CROP_PX  # the largest offset of a crop in the square
-        stats = store.colour()
+        stats = store.color_stats()
         self.mean_rgb = np.array(stats.mean_rgb if augmentation.mean == "channel" else (0, 0, 0))
         self.noise = noise_matrix(stats, augmentation.colour, augmentation.strength)
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None

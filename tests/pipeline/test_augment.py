@@ -345,5 +345,5 @@ def test_a_layout_or_dtype_that_does_not_exist_is_refused(stores: dict[str, Path
 
 def test_pictures_smaller_than_the_window_are_refused(photo_folder: Path, build: Build) -> None:
     small = build(photo_folder, "--side", "200", "--split", "train")
-    with pytest.raises(UserError, match="200 px, the window is 224 px"):
+    with pytest.raises(UserError, match="200 px, a crop is 224 px"):
         train_loader(small, 4)

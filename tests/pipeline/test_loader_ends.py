@@ -76,7 +76,7 @@ def test_a_damaged_record_stops_an_evaluation_and_is_named(broken: Path, damage:
     assert served <= place
     assert f"{broken}/val/00000, key {key}" in said and f"alexprep verify --store {broken}" in said
     assert "\n" not in said and "Critical error" not in said
-    assert damage == "cut off" or f"made of {source}:" in said
+    assert damage == "cut off" or f"source {source}:" in said
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -138,7 +138,7 @@ def test_what_cannot_be_decoded_though_its_checksum_is_right_stops_the_stream(br
     change(broken, "val", 3, lambda value: replace(Datum.decode(value), data=bytes(3000)).encode())
     with eval_loader(broken, 4) as loader:
         said, _ = stopped_with(loader)
-    assert f"{broken}/val/00000, key 00000003, made of " in said and "cannot be decoded" in said
+    assert f"{broken}/val/00000, key 00000003, source " in said and "cannot be decoded" in said
     assert f"alexprep verify --store {broken}" in said
     assert "\n" not in said and "Critical error" not in said
 
@@ -152,7 +152,7 @@ def test_pixels_that_are_fewer_than_they_should_be_are_named(
     key, source = change(store, "val", 4, lambda v: replace(Datum.decode(v), data=Datum.decode(v).data[:-3]).encode())
     with eval_loader(store, 2) as loader, pytest.raises(StoreError) as stopped:
         list(loader)
-    assert f"key {key}, made of {source}:" in str(stopped.value) and "bytes of pixels" in str(stopped.value)
+    assert f"key {key}, source {source}:" in str(stopped.value) and "bytes of pixels" in str(stopped.value)
 
 
 def test_a_shard_that_was_cut_off_is_named_without_a_crash(broken: Path) -> None:

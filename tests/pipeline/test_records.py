@@ -76,7 +76,7 @@ def test_records_are_numbered_through_all_shards(stores: dict[str, Path], tmp_pa
     wanted = stored(store, "train")
     records = Records(store, "train")
     for number, (path, key, datum) in enumerate(wanted):
-        assert records.location(number) == f"{path}, key {key.decode()}, made of {datum.source.decode()}"
+        assert records.location(number) == f"{path}, key {key.decode()}, source {datum.source.decode()}"
     records.close()
 
 
@@ -179,7 +179,7 @@ def test_a_damaged_record_is_refused_with_its_name(stores: dict[str, Path], tmp_
     assert str(refused.value).endswith(f"alexprep verify --store {root}")
     assert records.location(7).startswith(where) and records.find_damage(7)
     if damage not in ("empty", "first half"):
-        assert f"made of {datum.source.decode()}" in records.location(7)
+        assert f"source {datum.source.decode()}" in records.location(7)
     assert all(records.find_damage(number) == "" for number in range(12) if number != 7)
     records.close()
 
