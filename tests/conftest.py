@@ -134,11 +134,12 @@ def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train.config.architecture import ALEXNET, Widths
     from train.config.recipes import SHORT
     from train.config.run_config import RunConfig
+    from train.runs.run import Run
     from train.trainer.loop import fit
 
     small = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
     run_dir = tmp_path_factory.mktemp("small") / "run"
-    return fit(RunConfig(store, SHORT, 10, model=small, run_dir=run_dir, epochs=2, log_every=1, threads=1))
+    return fit(Run.open(RunConfig(store, SHORT, 10, model=small, run_dir=run_dir, epochs=2, log_every=1, threads=1)))
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ import prep.cli
 import train.cli
 from pipeline.diagnostics.preview import AUGMENTED
 from train.config.recipes import RECIPES
+from train.runs.run import Run
 
 GROUPS = {"alexprep": prep.cli.main, "alexstream": pipeline.cli.main, "alextrain": train.cli.main}
 COMMANDS = [(group, name) for group, main in GROUPS.items() for name in main.commands]
@@ -127,7 +128,7 @@ MISTAKES = [
     (["alextrain", "evaluate", "a.npz", "b.npz", "--weights", "1"], "--weights 1: expected 2 numbers"),
     (["alextrain", "summary", "--gpus", "0,1,2"], "AlexNet has two columns"),
     (["alextrain", "recipe", "--set", "lr=fast"], "--set lr=fast: expected a number"),
-    (["alextrain", "run", "--store", "STORE", "--set", "lrr=1"], "there is no lrr. Near: lr"),
+    (["alextrain", "run", "--store", "STORE", "--set", "lrr=1"], "there is no lrr. Did you mean lr"),
     (["alextrain", "run", "--store", "STORE", "--model", "half", "--gpus", "0,1"], "this network has one column"),
 ]
 
@@ -295,7 +296,7 @@ def test_evaluation_on_a_store_of_other_classes_is_refused(store: Path, photo_fo
     from train.trainer.loop import fit
 
     small = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 4, 4))
-    run_dir = fit(RunConfig(store, SHORT, 8, model=small, run_dir=tmp_path / "run", steps=1))
+    run_dir = fit(Run.open(RunConfig(store, SHORT, 8, model=small, run_dir=tmp_path / "run", steps=1)))
     shutil.copytree(photo_folder / "train", tmp_path / "other")
     (tmp_path / "other" / "n00000011").rename(tmp_path / "other" / "n00000044")
     other = str(tmp_path / "store")

@@ -52,7 +52,7 @@ from pipeline.augment import Augmentation
 from pipeline.loader import train_loader
 from prep.build.split import build_split
 from prep.console import Progress, UserError, say
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Store
@@ -167,7 +167,7 @@ def write_files(store: Store, folder: Path, count: int | None) -> Path:
 
 def build(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
     """A store of the folders of classes in `folder`."""
-    source = read_source(folder, "train", None, None, ())
+    source = list_source(folder, "train", None, None, ())
     with WorkerPool(threads) as workers:
         return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))
 

@@ -27,6 +27,7 @@ import pipeline.placement
 import train.trainer.loop
 from tests.train.trainer.test_loop import config
 from train.runs import checkpoint
+from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.step import TrainingStep
 
@@ -80,11 +81,11 @@ def attempt(store: Path, run_dir: Path, how: str, chance: random.Random, number:
     child = os.fork()
     if child == 0:
         if number is not None and how == "at":
-            kept = checkpoint.checkpoints(run_dir)
+            kept = checkpoint.checkpoint_paths(run_dir)
             armed_at, left, steps = number, doings, int(kept[-1].stem[-8:]) if kept else 0
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         signal.alarm(120)  # no orphan, should it hang
-        fit(config(store, run_dir))
+        fit(Run.open(config(store, run_dir)))
         os._exit(0)
     os.close(says)
     if number is not None and how == "when":
@@ -104,7 +105,7 @@ def main(store: Path, run_dir: Path, seed: int, how: str) -> None:
     started = time.monotonic()
     assert attempt(store, run_dir.with_name("whole"), how, chance, None, 0) == ""
     run_s = time.monotonic() - started
-    assert int(checkpoint.checkpoints(run_dir.with_name("whole"))[-1].stem[-8:]) == STEPS
+    assert int(checkpoint.checkpoint_paths(run_dir.with_name("whole"))[-1].stem[-8:]) == STEPS
     ends = [attempt(store, run_dir, how, chance, number, run_s if number else run_s / 4) for number in range(KILLS)]
     assert attempt(store, run_dir, how, chance, None, 0) == ""
     died = Counter(filter(None, ends))
@@ -115,7 +116,7 @@ def main(store: Path, run_dir: Path, seed: int, how: str) -> None:
 
 if __name__ == "__main__":
     pipeline.placement.dali()
-    os.fsync, checkpoint._sign = told("fsync", os.fsync), told("sign", checkpoint._sign)
+    os.fsync, checkpoint._append_digest = told("fsync", os.fsync), told("sign", checkpoint._append_digest)
     train.trainer.loop.TrainingStep.__call__ = stepped
     sys.addaudithook(watch)
     main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4])

@@ -1,1 +1,1 @@
-"""The settings of a run: architectures, recipes, overrides, devices, and the identity of a run."""
+"""Settings of a run: architectures, recipes and overrides, devices, and the identity of a run. Imports no torch."""

@@ -1,4 +1,4 @@
-"""The ablations of the paper: which part is taken away, how, and what that cost its authors. Light: no torch."""
+"""The paper's ablations: each network with one part removed, and the rise of the error that its authors reported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Ablation:
 
     name: str
     source: str
-    settings: tuple[str, ...] = ()  # as `--set` takes them
-    model: str = "alexnet"  # of ARCHITECTURES
-    rise_top1: float | None = None  # of the authors' error without the part, percentage points
+    settings: tuple[str, ...] = ()  # overrides, as `--set` takes them
+    model: str = "alexnet"  # a key of ARCHITECTURES
+    rise_top1: float | None = None  # reported rise of the top-1 error without the part, percentage points
     rise_top5: float | None = None
 
 

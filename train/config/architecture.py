@@ -1,7 +1,7 @@
-"""The family of networks: what each has in common with AlexNet of 2012, and where it differs.
+"""Network architectures: columns, layer widths, padding and dropout of each network that `--model` offers.
 
-An architecture is what parameters a network has and how they are joined; what may vary without another network (rates,
-noise, activation, normalization) is a recipe's. Light to import: no torch.
+An architecture decides which parameters a network has and how its layers are connected. What can change while the
+parameters keep their shapes (learning rates, colour noise, activation, normalization) belongs to a recipe.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = 2  # of the paper's network, and the most there may be
+COLUMNS = 2  # in the paper's network; the maximum
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Maps or units of each layer, all columns together: the paper's, unless given."""
+    """Maps or units of each layer, summed over the columns. The defaults are the paper's."""
 
     conv1: int = 96
     conv2: int = 256
@@ -29,32 +29,35 @@ class Widths:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network of the family."""
+    """One network. The defaults are the paper's."""
 
     name: str
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    conv1_padding: int | None = None  # zero px on every side; None: at the lower right, what the last window lacks
-    normalised: bool = True  # False: no normalization, whatever a recipe says
-    dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs are dropped
-    convolutional: bool = False  # True: fc6 to fc8 slide over maps, and a larger picture gives a map of predictions
+    conv1_padding: int | None = (
+        None  # zero px on every side; None: as many at right and bottom as the last window needs
+    )
+    normalised: bool = True  # False: no normalization, whatever the recipe
+    dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers with dropout on their inputs
+    convolutional: bool = False  # True: fc6 to fc8 slide over maps; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
-        """Raise ValueError for columns that cannot share the layers."""
+        """Raise ValueError unless every layer can be divided evenly among the columns."""
         if self.columns not in (1, COLUMNS):
             raise ValueError(f"{self.columns} columns: expected 1 or {COLUMNS}")
-        odd = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
-        if odd:
+        odd_widths = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
+        if odd_widths:
             raise ValueError(
-                f"{', '.join(odd)}: every layer is shared by {self.columns} columns, expected even numbers"
+                f"{', '.join(odd_widths)}: {self.columns} columns share every layer, expected even numbers"
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
-        """Zero px before and after a side of the picture.
+        """Zero padding of conv1, in px, before and after a side of the image.
 
-        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55) and its kernels
-        read zeros beyond the edge: three rows and columns at the lower right of 224 px, which is the mean colour.
+        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55), and its
+        kernels read zeros beyond the edge: three rows and three columns at the bottom and right of 224 px. Zero is the
+        mean colour.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -66,12 +69,12 @@ ALEXNET = Architecture(
 )
 JOINED = Architecture(
     "joined",
-    "ours: the paper's widths without columns, so that each sees all maps; 62,378,344 parameters for 1000 classes",
+    "ours: the paper's widths in one column, so that every layer sees all maps; 62,378,344 parameters for 1000 classes",
     columns=1,
 )
 HALF = Architecture(
     "half",
-    "ours: one of the two columns alone, a third of the work; 16,630,440 parameters for 1000 classes",
+    "ours: one of the two columns alone, a third of the multiply-adds; 16,630,440 parameters for 1000 classes",
     columns=1,
     widths=Widths(48, 128, 192, 192, 128, 2048, 2048),
 )
@@ -94,14 +97,14 @@ TORCHVISION = Architecture(
 )
 CONVOLUTIONAL = Architecture(
     "convolutional",
-    "alexnet with fc6 as 6×6 and fc7, fc8 as 1×1 convolutions, the same numbers (Sermanet et al. 2014, arXiv "
-    "1312.6229, section 3.5); either's checkpoint loads into the other",
+    "alexnet with fc6 as a 6×6 and fc7, fc8 as 1×1 convolutions, the same parameters (Sermanet et al. 2014, arXiv "
+    "1312.6229, section 3.5); a checkpoint of either loads into the other",
     convolutional=True,
 )
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# Where torchvision's state_dict has a layer's parameters. Its pixels are (RGB / 255 − mean) / std of its own.
+# Names in torchvision's state_dict, and ours. Its network expects (RGB / 255 − mean) / std, with its own mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",
@@ -116,10 +119,10 @@ TORCHVISION_LAYERS = {
 
 def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
     """The inverse of dataclasses.asdict and json.dumps; raises TypeError, KeyError or ValueError for anything else."""
-    parts = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
-    return Architecture(**{**data, **parts})
+    converted = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
+    return Architecture(**{**data, **converted})
 
 
 def architecture_numbers(architecture: Architecture) -> dict[str, Any]:
-    """What decides the network: everything but the source."""
+    """All fields that decide the network: every one but `source`."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

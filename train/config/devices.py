@@ -1,23 +1,28 @@
-"""Which devices the two columns are on: the words of `--gpus`."""
+"""Devices of the two columns: what `--gpus` means. Imports torch only when it counts GPUs."""
 
 from __future__ import annotations
-
-import torch
 
 from prep import console
 from prep.console import UserError
 
-Devices = tuple[str, str]
+Devices = tuple[str, str]  # of column 0 and column 1; equal for one device
 
 
 def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
-    """`0,1`: column 0 and column 1; `0`: both on one GPU; `cpu`; None: what the machine has and the columns need.
+    """Devices for a value of `--gpus`, for a network of `columns` columns.
 
-    Raises UserError for other words, for a GPU that is not there, and for two devices where there is one column.
+    `0,1`  column 0 on GPU 0, column 1 on GPU 1
+    `0`    both columns on GPU 0
+    `cpu`  both columns on the CPU
+    None   0,1 if the machine has two GPUs and the network two columns; 0 if it has a GPU; cpu otherwise
+
+    Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs for one column.
     """
-    there = torch.cuda.device_count()
+    import torch
+
+    count = torch.cuda.device_count()
     if gpus is None:
-        gpus = "0,1" if there >= columns == 2 else "0" if there else "cpu"
+        gpus = "0,1" if count >= columns == 2 else "0" if count else "cpu"
     if gpus == "cpu":
         return "cpu", "cpu"
     numbers = gpus.split(",")
@@ -27,17 +32,17 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
         raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
     if len(numbers) > columns:
         raise UserError(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
-    missing = [number for number in numbers if int(number) >= there]
+    missing = [number.strip() for number in numbers if int(number) >= count]
     if missing:
         raise UserError(
-            f"--gpus {gpus}: there is no GPU {missing[0].strip()}, this machine shows {there}. "
-            + ("Name one that is there, or cpu." if there else "Pass --gpus cpu.")
+            f"--gpus {gpus}: there is no GPU {missing[0]}, this machine has {count}. "
+            + (f"Name a number below {count}, or cpu." if count else "Pass --gpus cpu.")
         )
     return f"cuda:{int(numbers[0])}", f"cuda:{int(numbers[-1])}"
 
 
 def describe_devices(devices: Devices, columns: int = 2) -> str:
-    """`one column on cpu`, `both columns on cpu`, `column 0 on cuda:0, column 1 on cuda:1`."""
+    """`one column on cpu`, `both columns on cpu`, or `column 0 on cuda:0, column 1 on cuda:1`."""
     if columns == 1:
         return f"one column on {devices[0]}"
     if devices[0] == devices[1]:
@@ -46,5 +51,5 @@ def describe_devices(devices: Devices, columns: int = 2) -> str:
 
 
 def keep_freed_memory() -> None:
-    """Have the C library keep up to 2 GiB of freed tensors for the next, for training on a CPU."""
+    """Let the C library keep up to 2 GiB of freed memory for reuse, which makes training on a CPU faster."""
     console.keep_freed_memory(2**31 - 1, map_large_blocks=False)

@@ -1,4 +1,8 @@
-"""What makes a run the same run: the numbers that decide its result, and where two runs' differ."""
+"""Identity of a run: the numbers that decide its result, and the comparison of two identities.
+
+A checkpoint is continued only by a run of the same identity. `alextrain run` refuses anything else and names the first
+number that differs.
+"""
 
 from __future__ import annotations
 
@@ -6,32 +10,33 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from prep.console import UserError
 from prep.store.manifest import Store
-from train.config.architecture import numbers_of
+from train.config.architecture import architecture_numbers
 from train.config.recipe import Recipe
-
-if TYPE_CHECKING:
-    from train.config.run_config import RunConfig
+from train.config.run_config import RunConfig
 
 
 class Difference(NamedTuple):
-    """One number in which two runs differ, by its name: `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`."""
+    """One number in which two identities differ. The field names are keys of run.json's "ancestry"."""
 
-    name: str
-    there: Any
-    here: Any
+    name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
+    there: Any  # its value in the other run
+    here: Any  # its value in this run
 
 
-def identity(config: RunConfig, store: Store) -> dict[str, Any]:
-    """What must agree for a checkpoint to be continued, as JSON has it; of recipe and model the numbers count."""
+def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
+    """The identity of a run, as JSON has it.
+
+    The names of recipe and architecture are for messages: their numbers are what is compared.
+    """
     return {
         "store_fingerprint": store.split("train").fingerprint,
         "classes": len(store.classes),
         "model": config.model.name,
-        "model_numbers": plain({k: v for k, v in numbers_of(config.model).items() if k != "name"}),
+        "model_numbers": as_json({k: v for k, v in architecture_numbers(config.model).items() if k != "name"}),
         "recipe": config.recipe.name,
         "recipe_numbers": recipe_numbers(config.recipe),
         "batch_size": config.batch_size,
@@ -42,51 +47,57 @@ def identity(config: RunConfig, store: Store) -> dict[str, Any]:
 
 
 def recipe_numbers(recipe: Recipe) -> dict[str, Any]:
-    """What a recipe decides: name and sources left out."""
-    numbers: dict[str, Any] = plain({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
+    """The fields of a recipe without its name and its sources, as JSON has them."""
+    numbers: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     return numbers
 
 
-def plain(data: Any) -> Any:
-    """Data as they come back from JSON: lists for tuples, plain dicts."""
+def as_json(data: Any) -> Any:
+    """`data` after a round trip through JSON: tuples become lists, mappings become dicts."""
     return json.loads(json.dumps(data))
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[Difference]:
-    """Where two identities differ, in their order; names of recipe and model aside, which decide nothing."""
-    found = []
-    for name, mine in here.items():
-        if f"{name}_numbers" not in here:
-            found += list(_leaves(name.removesuffix("_numbers"), there.get(name), mine))
-    return found
+def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
+    """The numbers in which two identities differ, in the order of `ours`; names of recipe and model are ignored."""
+    differing = []
+    for name, value in ours.items():
+        if f"{name}_numbers" not in ours:
+            differing += list(_differing_leaves(name.removesuffix("_numbers"), theirs.get(name), value))
+    return differing
 
 
-def check_identity(state: Mapping[str, Any], mine: Mapping[str, Any], run_dir: Path) -> None:
-    """Raise UserError naming the first thing in which a checkpoint's run differs from this one, with both values."""
-    there = state["identity"]
-    found = differences(there, mine)
-    if not found:
+def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: Path) -> None:
+    """Raise UserError if the identity of a checkpoint in `run_dir` differs from that of this run.
+
+    The message names the first number that differs, with both values.
+    """
+    differing = differences(theirs, ours)
+    if not differing:
         return
-    what, _, number = found[0].name.partition(".")
-    values = f"{_shown(found[0].there)}, here {_shown(found[0].here)}"
-    names = "" if there.get(what) == mine[what] else f" ({there.get(what)}, here {mine[what]})"
-    said = f"{what}{names}: {number} is {values}" if number else f"{what.replace('_', ' ')} ({values})"
+    first = differing[0]
+    part, _, number = first.name.partition(".")
+    values = f"{_shortened(first.there)}, here {_shortened(first.here)}"
+    if number:
+        names = "" if theirs.get(part) == ours[part] else f" ({theirs.get(part)}, here {ours[part]})"
+        what = f"{part}{names}: {number} is {values}"
+    else:
+        what = f"{part.replace('_', ' ')} ({values})"
     raise UserError(
-        f"{run_dir} was trained with another {said}. Give the settings it began with, start a new --run-dir, or begin "
+        f"{run_dir} was trained with another {what}. Give the settings it began with, start a new --run-dir, or begin "
         "a new run from its newest checkpoint with --fork NEW_DIR."
     )
 
 
-def _leaves(name: str, there: Any, here: Any) -> Iterator[Difference]:
-    if isinstance(there, dict) and isinstance(here, dict):
-        for key in {**here, **there}:
-            yield from _leaves(f"{name}.{key}", there.get(key), here.get(key))
-    elif isinstance(there, list) and isinstance(here, list) and len(there) == len(here):
-        for place, pair in enumerate(zip(there, here, strict=True)):
-            yield from _leaves(f"{name}.{place}", *pair)
-    elif there != here:
-        yield Difference(name, there, here)
+def _differing_leaves(name: str, theirs: Any, ours: Any) -> Iterator[Difference]:
+    if isinstance(theirs, dict) and isinstance(ours, dict):
+        for key in {**ours, **theirs}:
+            yield from _differing_leaves(f"{name}.{key}", theirs.get(key), ours.get(key))
+    elif isinstance(theirs, list) and isinstance(ours, list) and len(theirs) == len(ours):
+        for index, pair in enumerate(zip(theirs, ours, strict=True)):
+            yield from _differing_leaves(f"{name}.{index}", *pair)
+    elif theirs != ours:
+        yield Difference(name, theirs, ours)
 
 
-def _shown(value: Any) -> str:
+def _shortened(value: Any) -> str:
     return str(value)[:60]

@@ -1,15 +1,16 @@
-"""`--set FIELD=VALUE`: a recipe with some of its numbers changed, which says so.
+"""Recipe overrides, `--set FIELD=VALUE`: a recipe with some fields changed, and its name and sources changed with them.
 
-Fields are named as `alextrain recipe` prints them, a part of one behind a dot. Words by type:
+Fields are named as `alextrain recipe` prints them; a dot leads to a part of a field. Values by type of the field:
 
     a number, true or false, a word   lr=0.02   crossing=false   activation=tanh   lr_bias=none
-    lrn, within_map, augmentation     lrn=none, lrn=5,1e-4,0.75,2 in the order of the fields, lrn.alpha=1e-4
-    init_std, init_bias               a number for all layers, none for no biases, init_std.conv3=0.01 for one
-    schedule                          plateau, cosine, steps (a tenth after each third of the epochs), none (one rate),
-                                      25,51,79 (a tenth after each), 25:1e-3,51:1e-4 (these rates), schedule.drops=2
+    lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 in the order of the fields; lrn.alpha=1e-4
+    init_std, init_bias               a number for all layers; none for no biases; init_std.conv3=0.01 for one layer
+    schedule                          plateau; cosine; steps (a tenth after each third of the epochs);
+                                      none (a constant learning rate); 25,51,79 (a tenth after each of these epochs);
+                                      25:1e-3,51:1e-4 (these learning rates); schedule.drops=2
 
-Each is applied once, in alphabetical order, the later of two for the same field: what a recipe becomes, and its name,
-do not depend on the order in which they are given.
+Overrides are applied in alphabetical order of their fields. If a field is given twice, the last one counts. So the
+order in which they are given changes neither the recipe nor its name.
 """
 
 from __future__ import annotations
@@ -27,106 +28,113 @@ from train.config.architecture import LAYERS
 from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, ScheduleSpec, recipe_fields
 from train.config.recipes import recipe_named
 
-SET = "set on the command line"
-PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)
-COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)
+OVERRIDE_SOURCE = "set on the command line"
+PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # of schedule=plateau
+COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # of schedule=cosine
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
-class _Unfit(Exception):
-    """A value that its field cannot have; the text is what is expected."""
+class _InvalidValue(Exception):
+    """A value that the field cannot have; the text is what is expected."""
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
-    """The recipe `name` with `settings`; raises UserError as apply_overrides and recipe_named.
+    """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs`.
 
-    A run of `epochs` changes a recipe only where its rates are drawn over all of them: a cosine, or `schedule=steps`.
+    epochs  None: the recipe's. It changes the recipe only if its schedule depends on the number of epochs: a cosine,
+            or `schedule=steps`
+
+    Raises UserError as apply_overrides and recipe_named.
     """
     recipe = apply_overrides(recipe_named(name), settings)
-    drawn = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
-    return apply_overrides(recipe_named(name), [*settings, f"epochs={epochs}"]) if epochs and drawn else recipe
-
-
-def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with each FIELD=VALUE of `settings`, named and sourced accordingly.
-
-    Raises UserError naming field, value and what is expected.
-    """
-    wanted = {}
-    for text in settings:
-        path, equals, value = (part.strip() for part in text.partition("="))
-        if not equals:
-            raise UserError(f"--set {text}: expected FIELD=VALUE, as in lr=0.02.")
-        wanted[path] = value
-    for path, value in sorted(wanted.items()):
-        recipe = _set(recipe, path, value)
+    spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
+    if epochs and spans_all_epochs:
+        return apply_overrides(recipe_named(name), [*settings, f"epochs={epochs}"])
     return recipe
 
 
-def _set(recipe: Recipe, path: str, value: str) -> Recipe:
+def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
+    """The recipe with each FIELD=VALUE of `settings` applied; its name and sources say what was changed.
+
+    Raises UserError with the field, the value and what is expected.
+    """
+    values = {}
+    for setting in settings:
+        path, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise UserError(f"--set {setting}: expected FIELD=VALUE, as in lr=0.02.")
+        values[path] = value
+    for path, value in sorted(values.items()):
+        recipe = _apply(recipe, path, value)
+    return recipe
+
+
+def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
     field, *parts = path.split(".")
-    said = f"--set {path}={value}"
-    _check_name(said, field, recipe_fields())
+    option = f"--set {path}={value}"
+    _check_name(option, field, recipe_fields())
     before = getattr(recipe, field)
     try:
-        whole = field == "schedule" and not parts
-        hint = get_type_hints(Recipe)[field]
-        after: Any = _plan(value, recipe) if whole else _changed(said, before, hint, parts, value)
+        if field == "schedule" and not parts:
+            after: Any = _parse_schedule(value, recipe)
+        else:
+            after = _replace_part(option, before, get_type_hints(Recipe)[field], parts, value)
         if after == before:
             return recipe
-        source = f"{'.'.join(parts)} {SET}; else: {recipe.sources[field]}" if parts else SET
-        named = f"{recipe.name}, {path}={_text(after, value) if not parts else value}"
-        return replace(recipe, **{field: after}, name=named, sources={**recipe.sources, field: source})
-    except _Unfit as error:
-        raise UserError(f"{said}: expected {error}.") from None
+        source = OVERRIDE_SOURCE
+        if parts:
+            source = f"{'.'.join(parts)} {OVERRIDE_SOURCE}; else: {recipe.sources[field]}"
+        name = f"{recipe.name}, {path}={value if parts else _canonical_text(after, value)}"
+        return replace(recipe, **{field: after}, name=name, sources={**recipe.sources, field: source})
+    except _InvalidValue as error:
+        raise UserError(f"{option}: expected {error}.") from None
     except UserError as error:
-        raise error if str(error).startswith("--set") else UserError(f"{said}: {error}") from None
+        raise error if str(error).startswith("--set") else UserError(f"{option}: {error}") from None
 
 
-def _changed(said: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
-    """`before`, or the part of it that `parts` lead to, replaced by `value` as its type reads it."""
+def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
+    """`before` with the part that `parts` lead to (itself, if there are none) replaced by the parsed `value`."""
     if not parts:
-        return _parsed(hint, value)
+        return _parse(hint, value)
     part, *deeper = parts
     if is_dataclass(before) and not isinstance(before, type):
-        _check_name(said, part, [field.name for field in fields(before)])
-        hints = get_type_hints(type(before))
-        return replace(before, **{part: _changed(said, getattr(before, part), hints[part], deeper, value)})
+        _check_name(option, part, [field.name for field in fields(before)])
+        part_hint = get_type_hints(type(before))[part]
+        return replace(before, **{part: _replace_part(option, getattr(before, part), part_hint, deeper, value)})
     if isinstance(before, Mapping) and not deeper:
-        _check_name(said, part, LAYERS)
-        return {**before, part: _parsed(float, value)}
-    raise _Unfit(f"a value for it as a whole, for it is {_text(before, 'a table')} and has no part {part}")
+        _check_name(option, part, LAYERS)
+        return {**before, part: _parse(float, value)}
+    present = _canonical_text(before, "a list of changes" if isinstance(before, tuple) else "a table by layer")
+    raise UserError(f"{option}: the present value, {present}, has no part {part}. Set the field as a whole.")
 
 
-def _check_name(said: str, name: str, names: Sequence[str]) -> None:
-    if name not in names:
-        near = get_close_matches(name, names, 3, 0.5)
-        raise UserError(f"{said}: there is no {name}. " + (f"Near: {', '.join(near)}." if near else _one_of(names)))
+def _check_name(option: str, name: str, names: Sequence[str]) -> None:
+    if name in names:
+        return
+    similar = get_close_matches(name, names, 3, 0.5)
+    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Expected one of {', '.join(names)}."
+    raise UserError(f"{option}: there is no {name}. {hint}")
 
 
-def _one_of(names: Sequence[str]) -> str:
-    return f"Expected one of {', '.join(names)}."
-
-
-def _parsed(hint: Any, text: str) -> Any:
-    """`text` as the type `hint` reads it; raises _Unfit."""
+def _parse(hint: Any, text: str) -> Any:
+    """`text` as a value of the type `hint`; raises _InvalidValue."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if NoneType in get_args(hint):
         if text == "none":
             return None
         try:
-            return _parsed(kinds[0], text)
-        except _Unfit as error:
-            raise _Unfit(f"{error}, or none") from None
+            return _parse(kinds[0], text)
+        except _InvalidValue as error:
+            raise _InvalidValue(f"{error}, or none") from None
     if is_dataclass(hint):
         names, hints = [field.name for field in fields(hint)], get_type_hints(hint)
-        words = text.split(",")
-        if len(words) != len(names):
-            raise _Unfit(f"{','.join(names).upper()}")
+        values = text.split(",")
+        if len(values) != len(names):
+            raise _InvalidValue(f"{','.join(names).upper()}")
         kind: Any = hint
-        return kind(*(_parsed(hints[name], word.strip()) for name, word in zip(names, words, strict=True)))
+        return kind(*(_parse(hints[name], value.strip()) for name, value in zip(names, values, strict=True)))
     if get_origin(hint) is Mapping:
-        return {} if text == "none" else dict.fromkeys(LAYERS, _parsed(float, text))
+        return {} if text == "none" else dict.fromkeys(LAYERS, _parse(float, text))
     if hint is bool and text in ("true", "false"):
         return text == "true"
     if hint is str:
@@ -136,38 +144,42 @@ def _parsed(hint: Any, text: str) -> Any:
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise _Unfit(_EXPECTED[hint])
+        raise _InvalidValue(_EXPECTED[hint])
     return number
 
 
-def _plan(text: str, recipe: Recipe) -> ScheduleSpec:
-    """A schedule by its words; `steps` goes by the recipe's rate and epochs, so that these are to be set before."""
+def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
+    """The schedule that `text` names.
+
+    `steps` and epochs without a learning rate depend on the recipe's `epochs` and `lr`, which therefore are set before.
+    """
     if text == "none":
         return ()
     if text == "plateau":
         return PLATEAU
     if text == "cosine":
         return COSINE
-    words = text.split(",")
+    entries = text.split(",")
     if text == "steps":
-        words = [f"{recipe.epochs * third / 3:g}" for third in (1, 2)]
+        entries = [f"{recipe.epochs * third / 3:g}" for third in (1, 2)]
     changes = []
-    for drop, word in enumerate(words, 1):
-        after, _, lr = word.partition(":")
+    for drop, entry in enumerate(entries, 1):
+        epochs_text, _, lr_text = entry.partition(":")
         try:
-            epochs, rate = float(after), float(f"{recipe.lr / 10**drop:.6g}") if not lr else float(lr)
+            epochs = float(epochs_text)
+            lr = float(lr_text) if lr_text else float(f"{recipe.lr / 10**drop:.6g}")
         except ValueError:
-            raise _Unfit("plateau, cosine, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4") from None
-        if not (0 <= epochs < math.inf and 0 < rate < math.inf):
-            raise _Unfit("epochs of at least 0, and rates of more than 0")
-        changes.append(ScheduleChange(epochs, rate))
+            raise _InvalidValue("plateau, cosine, steps, none, or epochs as in 25,51,79 or 25:1e-3,51:1e-4") from None
+        if not (0 <= epochs < math.inf and 0 < lr < math.inf):
+            raise _InvalidValue("epochs of at least 0, and learning rates of more than 0")
+        changes.append(ScheduleChange(epochs, lr))
     if any(later.after_epochs <= change.after_epochs for change, later in pairwise(changes)):
-        raise _Unfit("epochs that rise")
+        raise _InvalidValue("epochs in rising order")
     return tuple(changes)
 
 
-def _text(value: Any, given: str) -> str:
-    """A value as it is written: one way for each, and `given` for what has parts."""
+def _canonical_text(value: Any, given: str) -> str:
+    """One text for each value, however it was written: 0.02 for 2e-2. `given` for a value that has parts."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, int | float) else value if isinstance(value, str) else given

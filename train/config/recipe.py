@@ -1,4 +1,4 @@
-"""What a recipe is: every number of a training, with its source beside it. The numbers are in train/config/recipes.py."""
+"""Recipe: every hyperparameter of a training, each with its source. The recipes themselves: train/config/recipes.py."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from typing import Any
 from pipeline.augment import Augmentation, check_choice
 from prep.console import UserError
 from train.config.architecture import LAYERS
-
-INITS = ("normal", "he")
-ACTIVATIONS = ("relu", "tanh", "sigmoid")
-POOLS_PX = (2, 3)
+from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 
 
 @dataclass(frozen=True)
 class Lrn:
-    """Normalization across maps, alpha multiplying the plain sum of squares (train/model/lrn.py)."""
+    """Local response normalization: a · (k + alpha · Σ a²)^−beta over `size` neighbors (train/model/lrn.py)."""
 
-    size: int
-    alpha: float
+    size: int  # odd; maps for `lrn`, side in px for `within_map`
+    alpha: float  # of the plain sum, as in the paper; torch.nn.LocalResponseNorm divides its own by `size`
     beta: float
     k: float
 
     def __post_init__(self) -> None:
-        """Raise UserError for a window without a middle."""
+        """Raise UserError for an even size, which has no middle, and for k of 0 or less."""
         if self.size < 1 or self.size % 2 == 0 or self.k <= 0:
-            raise UserError(f"size {self.size}, k {self.k}: expected an odd number of maps, and more than 0.")
+            raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and k of more than 0.")
 
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """From `after_epochs` epochs on: what is not None takes the place of what was."""
+    """A change after `after_epochs` epochs. A field that is None changes nothing."""
 
-    after_epochs: float  # a change of the colour noise waits for the epoch to end
-    lr: float | None = None  # of all weights, conv1's too unless it was given its own
-    lr_conv1: float | None = None  # of conv1's weights alone; 0 freezes the layer
-    colour: str | None = None
+    after_epochs: float  # the colour noise changes at the end of an epoch only
+    lr: float | None = None  # of all weights; of conv1's too, unless an earlier change set lr_conv1
+    lr_conv1: float | None = None  # of conv1's weights; 0 freezes conv1, biases included
+    colour: str | None = None  # the augmentation's colour noise
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """Divide the rate when the validation error stops improving, so many times, then end at the next plateau."""
+    """Multiply the learning rate by `factor` when the validation error stops improving, `drops` times.
+
+    The training ends at the plateau after the last drop.
+    """
 
     factor: float
-    patience_epochs: int
+    patience_epochs: int  # epochs without a lower error that make a plateau
     drops: int
 
     def __post_init__(self) -> None:
-        """Raise UserError for a plan that never moves."""
+        """Raise UserError for a number out of range."""
         if not 0 < self.factor < 1 or self.patience_epochs < 1 or self.drops < 0:
             raise UserError(
                 f"factor {self.factor}, patience_epochs {self.patience_epochs}, drops {self.drops}: expected between 0 "
@@ -59,9 +59,10 @@ class Plateau:
 
 @dataclass(frozen=True)
 class Cosine:
-    """Rise in a straight line from `start` · lr over `warmup_epochs`, then fall along half a cosine to `end` · lr.
+    """Linear warm-up from `start` · lr over `warmup_epochs`, then half a cosine down to `end` · lr at the last epoch.
 
-    The fall ends with the recipe's `epochs`. Shares are above 0, for a rate of 0 would freeze the network.
+    The last epoch is the recipe's `epochs`. `start` and `end` are above 0: a learning rate of 0 would freeze the
+    network.
     """
 
     warmup_epochs: float
@@ -69,7 +70,7 @@ class Cosine:
     end: float
 
     def __post_init__(self) -> None:
-        """Raise UserError for shares out of range."""
+        """Raise UserError for a number out of range."""
         if self.warmup_epochs < 0 or not 0 < self.start <= 1 or not 0 < self.end <= 1:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs}, start {self.start}, end {self.end}: expected at least 0, and "
@@ -77,37 +78,37 @@ class Cosine:
             )
 
 
-ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine
+ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # what train.trainer.schedule.Schedule follows
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on, beside its network, store, seed and length. `sources` has a line for every other field."""
+    """What decides a run, beside its network, store, seed and length. `sources` has a text for each field."""
 
     name: str
 
     batch_size: int
     epochs: int
-    input_divisor: float  # of the mean-subtracted image
+    input_divisor: float  # divides the mean-subtracted image
     augmentation: Augmentation
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # after layers 1 and 2
-    norm_before_relu: bool  # layer 1: conv, norm, pool, ReLU in place of conv, ReLU, norm, pool
+    norm_before_relu: bool  # layer 1 is conv, norm, pool, ReLU (True) or conv, ReLU, norm, pool (False)
     within_map: Lrn | None  # after layer 2's normalization
-    pool_px: int  # side of a pooling window, at a stride of 2: 3 overlaps, 2 does not
-    crossing: bool  # False: conv3, fc6 and fc7 see their own column alone; fc8 sees both all the same
-    dropout: float  # of fc6 and fc7: chance to be set to zero
+    pool_px: int  # side of a pooling window; the stride is 2: windows of 3 overlap, of 2 do not
+    crossing: bool  # False: conv3, fc6 and fc7 see their own column only; fc8 always sees both
+    dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
     dropout_scales_training: bool  # True: survivors / (1 − p) in training; False: all × (1 − p) in test
 
-    init: str  # "normal": std below; "he": std = sqrt(2 / fan_in)
+    init: str  # "normal": init_std below; "he": std = sqrt(2 / fan_in)
     init_std: Mapping[str, float]  # of "normal", by layer
-    init_bias: Mapping[str, float]  # by layer; 0 in layers that are not named
+    init_bias: Mapping[str, float]  # by layer; 0 in a layer that is missing here
 
-    label_smoothing: float  # share of the target that goes to all classes alike
+    label_smoothing: float  # share of the target that is spread over all classes
     lr: float
-    lr_bias: float | None  # None: a multiple of lr; a number: the biases' own, constant
-    lr_bias_factor: float  # of lr, where lr_bias is None
+    lr_bias: float | None  # constant learning rate of the biases; None: lr_bias_factor · lr
+    lr_bias_factor: float  # used only if lr_bias is None
     momentum: float
     weight_decay: float
     decay_biases: bool
@@ -116,7 +117,7 @@ class Recipe:
     sources: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number that no training can have."""
+        """Raise UserError for a number out of range."""
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("init", self.init, INITS)
         ranges: dict[str, tuple[bool, str]] = {
@@ -140,16 +141,16 @@ class Recipe:
 
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     """The inverse of dataclasses.asdict and json.dumps; raises TypeError, KeyError or ValueError for anything else."""
-    parts = {
+    converted = {
         "augmentation": Augmentation(**data["augmentation"]),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
         "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),
-        "schedule": _plan_from_json(data["schedule"]),
+        "schedule": _schedule_from_json(data["schedule"]),
     }
-    return Recipe(**{**data, **parts})
+    return Recipe(**{**data, **converted})
 
 
-def _plan_from_json(data: Any) -> ScheduleSpec:
+def _schedule_from_json(data: Any) -> ScheduleSpec:
     if not isinstance(data, dict):
         return tuple(ScheduleChange(**change) for change in data)
     kind = Cosine if "warmup_epochs" in data else Plateau
@@ -157,13 +158,15 @@ def _plan_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """The names of what a recipe decides, in order."""
+    """Names of the fields that decide a run, in order: all but `name` and `sources`."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """Whether its logits hardly depend on the picture at first, as those of the paper's own initialization: weights of
-    0.01 and biases of 1 in the middle layers (docs/measurements.md has what follows of it).
+    """True if the logits of the new network hardly depend on the image, so that it begins to learn late.
+
+    The paper's own initialization has this effect: standard deviation 0.01 and biases of 1 in conv3 to conv5
+    (measured: docs/measurements.md).
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)

@@ -1,4 +1,4 @@
-"""A recipe as a table that one can read beside the paper: number, value, source."""
+"""Text table of a recipe, for `alextrain recipe` and the documentation: name, value and source of every field."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from typing import Any
 
 from train.config.recipe import Recipe, ScheduleChange, recipe_fields
 
-HEADINGS = {  # above the field
-    "batch_size": "What the network is shown",
-    "activation": "What it computes",
-    "init": "Where it begins",
-    "label_smoothing": "How it learns",
+HEADINGS = {  # printed above the field
+    "batch_size": "Data",
+    "activation": "Network",
+    "init": "Initialization",
+    "label_smoothing": "Optimization",
 }
-_WIDTH = 120
+_WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table, its columns aligned; names are those that `--set` takes."""
-    parts = recipe_rows(recipe)
-    name_width, value_width = (max(len(row[k]) for rows in parts.values() for row in rows) for k in (0, 1))
+    """The table as lines of at most 120 characters, columns aligned; the names are those that `--set` takes."""
+    rows_by_field = recipe_rows(recipe)
+    all_rows = [row for rows in rows_by_field.values() for row in rows]
+    name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))
     source_width = _WIDTH - name_width - value_width - 6
     lines = [f"recipe {recipe.name}"]
-    for field, rows in parts.items():
+    for field, rows in rows_by_field.items():
         if field in HEADINGS:
             lines += ["", HEADINGS[field]]
         for row, source in zip_longest(rows, wrap(recipe.sources[field], source_width, break_on_hyphens=False)):
@@ -35,30 +36,30 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
-    """Of each field its rows of (name, value): a name is empty where the row goes on."""
-    return {field: _rows(field, getattr(recipe, field)) for field in recipe_fields()}
+    """The rows (name, value) of each field, by field. A row whose name is empty continues the one above it."""
+    return {field: _field_rows(field, getattr(recipe, field)) for field in recipe_fields()}
 
 
-def _rows(field: str, value: Any) -> list[tuple[str, str]]:
-    """(name, value) of a field, a row for each of its parts."""
+def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
+    """(name, value) rows of one field: one for each part of a dataclass, wrapped text for a table or a schedule."""
     if is_dataclass(value) and not isinstance(value, type):
-        return [(f"{field}.{part.name}", _text(getattr(value, part.name))) for part in fields(value)]
+        return [(f"{field}.{part.name}", _value_text(getattr(value, part.name))) for part in fields(value)]
     if isinstance(value, Mapping):
         layers = {number: [name for name in value if value[name] == number] for number in value.values()}
         lines = [line for number in layers for line in wrap(f"{number:g} in {', '.join(layers[number])}", 30)] or ["0"]
     elif isinstance(value, tuple):
-        lines = [f"after {change.after_epochs:g}: {_change_text(change)}" for change in value] or ["none: one rate"]
+        lines = [f"after {change.after_epochs:g}: {_change_text(change)}" for change in value] or ["none: constant lr"]
     else:
-        lines = [_text(value)]
+        lines = [_value_text(value)]
     return [(field if k == 0 else "", line) for k, line in enumerate(lines)]
 
 
 def _change_text(change: ScheduleChange) -> str:
-    parts = [f"{name} {_text(value)}" for name, value in vars(change).items() if name != "after_epochs"]
+    parts = [f"{name} {_value_text(value)}" for name, value in vars(change).items() if name != "after_epochs"]
     return ", ".join(part for part in parts if not part.endswith(" none"))
 
 
-def _text(value: Any) -> str:
+def _value_text(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,6 +1,6 @@
 """A trained network as one file for other programs, with all that its input depends on.
 
-    safetensors   parameters in the joined shapes under our names, as AlexNet.load_joined takes them
+    safetensors   parameters in the joined shapes under our names, as AlexNet.load_joined_tensors takes them
     torchvision   a state_dict that torchvision.models.alexnet(num_classes=…).load_state_dict takes
     onnx          the graph in test: `images` (N, 3, 224, 224), grey levels minus the mean, to `logits` (N, classes)
 
@@ -33,14 +33,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.augment import WINDOW_PX
-from pipeline.still_image import Eye
+from pipeline.augment import CROP_PX
+from pipeline.still_image import EvalTransform
 from prep.console import UserError, disk_error
 from prep.files import atomic_file
 from train.convert.torchvision_weights import TORCHVISIONS, check_fits, to_torchvision
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained, run_and_checkpoint
-from train.runs.preprocessing import eye_of
+from train.runs.preprocessing import load_eval_transform
 
 FORMATS = ("safetensors", "torchvision", "onnx")
 _NEEDED = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx", "onnxscript")}
@@ -59,11 +59,11 @@ class Preprocessing:
     mean_rgb: tuple[float, ...]
     mean_image: Mapping[str, Any] | None  # shape (side, side, 3), dtype, base64
     input_divisor: float  # of what is left; the network of onnx does it itself, torchvision's has it in its weights
-    window_px: int = WINDOW_PX
+    window_px: int = CROP_PX
     normalise: Mapping[str, Any] | None = None  # torchvision's: mean and std of Normalize, and whether that is exact
 
 
-def preprocessing_of(eye: Eye, input_divisor: float) -> Preprocessing:
+def preprocessing_of(eye: EvalTransform, input_divisor: float) -> Preprocessing:
     """What is subtracted of the pictures that a network was shown, and what they are divided by."""
     mean_rgb, image, whole = tuple(eye.mean_rgb if eye.mean == "channel" else (0.0, 0.0, 0.0)), None, eye.mean_image
     if whole is not None:
@@ -89,8 +89,8 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[
     if missing:
         raise UserError(f"--to {to} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
     run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
-    network, state, classes = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
-    preprocessing = preprocessing_of(eye_of(run_dir, network.recipe), network.recipe.input_divisor)
+    network, state = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
+    preprocessing = preprocessing_of(load_eval_transform(run_dir, network.recipe), network.recipe.input_divisor)
     if to == "torchvision":
         check_fits(network.architecture, network.recipe)
         mean = [level / 255 for level in preprocessing.mean_rgb]
@@ -99,7 +99,7 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[
     told = {
         "architecture": asdict(network.architecture),
         "recipe": asdict(network.recipe),
-        "classes": classes,
+        "classes": state.classes,
         "preprocessing": asdict(preprocessing),
     }
     written = _WRITERS[to](network.eval(), {name: json.dumps(part) for name, part in told.items()})
@@ -109,19 +109,21 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[
     except OSError as error:
         raise disk_error(error, f"{out}: cannot be written ({error.strerror or error}). Name another --out.") from error
     shown = {key: value for key, value in asdict(preprocessing).items() if key != "mean_image"}
-    return {"out": str(out), "to": to, "step": state["step"], "bytes": out.stat().st_size, "preprocessing": shown}
+    return {"out": str(out), "to": to, "step": state.step, "bytes": out.stat().st_size, "preprocessing": shown}
 
 
 def _safetensors(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
     from safetensors.torch import save
 
-    tensors = {name: tensor.contiguous() for name, tensor in network.joined().items()}
+    tensors = {name: tensor.contiguous() for name, tensor in network.joined_tensors().items()}
     return lambda file: file.write(save(tensors, texts))
 
 
 def _torchvision(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
     state: OrderedDict[str, Tensor] = OrderedDict(
-        to_torchvision(network.joined(), network.recipe, TORCHVISIONS.std)  # theirs, so that weights keep their size
+        to_torchvision(
+            network.joined_tensors(), network.recipe, TORCHVISIONS.std
+        )  # theirs, so that weights keep their size
     )
     state._metadata = OrderedDict({"": {"version": 1, **texts}})  # type: ignore[attr-defined]
     content = io.BytesIO()  # for torch.save has an error of its own where a disk is full
@@ -133,7 +135,7 @@ def _onnx(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
     with torch.no_grad(), _quiet():
         program = torch.onnx.export(
             network,
-            (torch.zeros(2, 3, WINDOW_PX, WINDOW_PX),),
+            (torch.zeros(2, 3, CROP_PX, CROP_PX),),
             input_names=["images"],
             output_names=["logits"],
             dynamic_shapes={"images": {0: torch.export.Dim("N")}},

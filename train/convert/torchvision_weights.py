@@ -32,7 +32,7 @@ from train.config.recipe import Recipe
 from train.model.alexnet import from_torchvision
 
 
-class Normalisation(NamedTuple):
+class Normalization(NamedTuple):
     """The arguments of torchvision.transforms.Normalize: of RGB in 0..1."""
 
     mean: tuple[float, ...]
@@ -40,14 +40,14 @@ class Normalisation(NamedTuple):
 
 
 # Of all its weights trained on ImageNet: torchvision.transforms._presets.ImageClassification.
-TORCHVISIONS = Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+TORCHVISIONS = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def check_fits(architecture: Architecture, recipe: Recipe) -> None:
     """Raise UserError, with the reason, for a network that torchvision's definition cannot compute."""
     if architecture.name != TORCHVISION.name:
         raise UserError(
-            f"a network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalisation. "
+            f"a network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
             "Only --model torchvision has its layout; safetensors and onnx take every network."
         )
     if recipe.activation != "relu" or recipe.pool_px != 3:
@@ -70,17 +70,17 @@ def to_torchvision(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequen
 
 
 def to_ours(
-    state: Mapping[str, Tensor], recipe: Recipe, normalisation: Normalisation, mean_rgb: Sequence[float]
+    state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The inverse: torchvision's state_dict, trained with `normalisation`, as joined parameters for grey levels minus
-    `mean_rgb`. Raises KeyError or ValueError for what is not of that network; load_joined looks at the rest.
+    """The inverse: torchvision's state_dict, trained with `normalization`, as joined parameters for grey levels minus
+    `mean_rgb`. Raises KeyError or ValueError for what is not of that network; load_joined_tensors looks at the rest.
     """
     found = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = found["conv1.weight"]
     if weight.dim() != 4 or weight.shape[1] != 3:
         raise ValueError(f"conv1.weight: shape {tuple(weight.shape)}, expected (64, 3, 11, 11)")
-    levels = 255 * _colours(normalisation.std)
-    away = (_colours(mean_rgb) - 255 * _colours(normalisation.mean)) / levels
+    levels = 255 * _colours(normalization.std)
+    away = (_colours(mean_rgb) - 255 * _colours(normalization.mean)) / levels
     found["conv1.bias"] = found["conv1.bias"] + (weight * away).sum((1, 2, 3))
     found["conv1.weight"] = weight * (recipe.input_divisor / levels)
     for layer in TORCHVISION.dropout_before:

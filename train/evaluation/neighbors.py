@@ -7,9 +7,8 @@ keys and labels. An index of another checkpoint, store, size or precision is bui
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from prep.files import atomic_file
 from prep.store.manifest import Store
 from train.evaluation.features import split_activations
 from train.model.alexnet import AlexNet
+from train.runs.checkpoint import Checkpoint
 
 MOST = 50_000  # training pictures in an index: 0.8 GB of 4096 units; all of a smaller store
 LAYER = "fc7"
@@ -33,7 +33,7 @@ class Index(NamedTuple):
     keys: npt.NDArray[np.bytes_]  # (N,), of 8 digits
 
 
-class Neighbour(NamedTuple):
+class Neighbor(NamedTuple):
     """One training picture that is near."""
 
     number: int  # of the record
@@ -45,15 +45,15 @@ class Neighbour(NamedTuple):
 def index_of(
     run_dir: Path,
     model: AlexNet,
-    state: Mapping[str, Any],
+    state: Checkpoint,
     store: Store,
     most: int = MOST,
     precision: str = "fp32",
 ) -> Index:
     """The index of a run's checkpoint, read where it is there, else built and stored; raises as the loaders."""
-    path = run_dir / f"index-{LAYER}-{state['step']:08d}.npz"
+    path = run_dir / f"index-{LAYER}-{state.step:08d}.npz"
     records = min(most, store.split("train").records)
-    about = f"{state['digest']} {store.split('train').fingerprint} {records} {precision}"
+    about = f"{state.digest} {store.split('train').fingerprint} {records} {precision}"
     index = _read(path, about)
     if index is None:
         features, filled = np.empty((records, 0), np.float32), 0
@@ -86,7 +86,7 @@ def _read(path: Path, about: str) -> Index | None:
         return None  # missing, or torn: it is built anew
 
 
-def nearest(index: Index, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbour]]:
+def nearest(index: Index, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
     """For each query (Q, units) the `count` nearest pictures by Euclidean distance, the nearest first (section 6.1)."""
     from sklearn.neighbors import NearestNeighbors
 
@@ -95,7 +95,7 @@ def nearest(index: Index, queries: npt.NDArray[np.float32], count: int = 6) -> l
     distances, places = search.kneighbors(queries)
     return [
         [
-            Neighbour(int(place), index.keys[place].decode(), int(index.labels[place]), float(distance))
+            Neighbor(int(place), index.keys[place].decode(), int(index.labels[place]), float(distance))
             for place, distance in zip(places[query], distances[query], strict=True)
         ]
         for query in range(len(queries))

@@ -26,7 +26,8 @@ from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, batch_of, evaluate
 from train.model.alexnet import AlexNet
 from train.model.precision import set_precision
-from train.runs.append_log import Appended
+from train.runs.append_log import AppendLog
+from train.runs.checkpoint import Checkpoint
 
 DENSE = "dense"  # in place of a number of views: every window of the whole square
 _EVALUATIONS = "evaluations.jsonl"
@@ -34,7 +35,7 @@ _ARRAYS = ("probabilities", "labels", "keys", "about")
 
 
 @dataclass(frozen=True)
-class Scores:
+class Predictions:
     """What one network says of every image of a split."""
 
     probabilities: npt.NDArray[np.float32]  # (N, classes)
@@ -61,14 +62,14 @@ def check_out(out: Path) -> None:
         raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another.")
 
 
-def load_scores(path: Path) -> Scores:
+def load_predictions(path: Path) -> Predictions:
     """A saved file; raises UserError where it is missing, damaged or another."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
             if set(held.files) != set(_ARRAYS):
                 raise UserError(f"{path} holds {', '.join(held.files)}; expected {', '.join(_ARRAYS)}.")
             about = json.loads(str(held["about"]))
-            scores = Scores(held["probabilities"], held["labels"], held["keys"], about)
+            scores = Predictions(held["probabilities"], held["labels"], held["keys"], about)
     except UserError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -81,13 +82,13 @@ def load_scores(path: Path) -> Scores:
 
 def score(
     model: AlexNet,
-    state: Mapping[str, Any],
+    state: Checkpoint,
     store: Store,
     split: str,
     views: int | str,
     precision: str = "fp32",
     run: str = "",
-) -> tuple[EvalResult, Scores]:
+) -> tuple[EvalResult, Predictions]:
     """Error rates and probabilities of a network over a split; raises as train.evaluation.evaluate.evaluate and the loaders."""
     device = str(model.devices[0])
     set_precision(precision, model.devices)
@@ -106,8 +107,8 @@ def score(
     held = Records(store, split)
     about = {
         "run": run,
-        "step": state["step"],
-        "checkpoint": state["digest"],
+        "step": state.step,
+        "checkpoint": state.digest,
         "split": split,
         "split_fingerprint": store.split(split).fingerprint,
         "views": views,
@@ -117,10 +118,10 @@ def score(
     labels = np.array([held[number].label for number in range(records)], np.int64)
     keys = np.array([held.key(number) for number in range(records)], "S8")
     held.close()
-    return result, Scores(probabilities, labels, keys, about)
+    return result, Predictions(probabilities, labels, keys, about)
 
 
-def check_same(names: Sequence[str], members: Sequence[Scores]) -> None:
+def check_same(names: Sequence[str], members: Sequence[Predictions]) -> None:
     """Raise UserError where the images of two members are not the same ones in the same order."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
@@ -154,16 +155,16 @@ def views_text(views: int | str | None) -> str:
     return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
 
 
-def note_result(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
+def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
     """Add a line to the run's evaluations.jsonl, which the report tells of; raises UserError where it cannot be."""
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS
-    error = Appended(path).add(f"{json.dumps(line | vars(result))}\n".encode())
+    error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
     if error is not None:
         raise disk_error(error, f"{path}: cannot be written ({error.strerror}).")
 
 
-def noted_results(run_dir: Path) -> list[dict[str, Any]]:
+def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     """The lines of evaluations.jsonl, the last of each step, split, views and precision."""
     path = run_dir / _EVALUATIONS
     if not path.exists():

@@ -1,46 +1,47 @@
-/* The elementwise half of a training step on a CPU: ReLU, normalization across maps and max-pooling in one pass over
- * memory, and the update of the parameters. Called by kernels.py; lrn.py, pool.py and optim.py hold the same as PyTorch
- * operators. Maps lie channels last: (images, rows, columns, maps) without gaps. */
+/* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
+ * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and trainer/optim.py have the
+ * same in PyTorch operators. Feature maps lie channels last, (images, rows, columns, maps), without gaps. A "position"
+ * is one row and column of one image: `maps` consecutive numbers. */
 
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifdef CLONES /* each function twice, the better one for this CPU chosen when the library is loaded */
+#ifdef CLONES /* compile each function twice; the loader picks the faster one that this CPU can run */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* b = a (k + alpha * sum of a² over `reach` maps on either side)^-3/4, with beta always 3/4. */
+/* b = a (k + alpha * sum of a² over `reach` maps on either side)^-3/4, always with beta = 3/4. */
 typedef struct {
     int64_t maps, reach; /* reach < maps */
-    int64_t relu;        /* a is max(x, 0), else x */
+    int64_t relu;        /* nonzero: a = max(x, 0); zero: a = x */
     float alpha, k;
-} norm;
+} norm_params;
 
-/* Max-pooling, 3 by 3 with stride 2, of b, or of x itself. */
+/* Max-pooling, 3 by 3 with stride 2, of b if `normalize`, else of x. */
 typedef struct {
-    int64_t rows, columns; /* of x, 3 at the least */
-    int64_t normalise, relu_after;
-} pool;
+    int64_t rows, columns; /* of x, at least 3 */
+    int64_t normalize, relu_after;
+} pool_params;
 
 #define POOLED(n) (((n) - 3) / 2 + 1)
-#define NOTHING 9 /* in place of the tap, 0 to 8, that a gradient goes to: ReLU lets none through */
+#define NO_GRADIENT 9 /* in place of an argmax, 0 to 8: ReLU lets no gradient through */
 
-INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays */
+INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays NaN */
 
-/* Numbers of `count` positions with `reach` zeros before, between and after them: a sum over neighboring maps needs no
- * question where the ends are. */
-#define PADDED(count, how) ((how).reach + (count) * ((how).maps + (how).reach))
+/* Numbers that `count` positions take with `reach` zeros before, between and after them. With the zeros, a sum over
+ * neighboring maps needs no test for the first and last maps. */
+#define PADDED(count, norm) ((norm).reach + (count) * ((norm).maps + (norm).reach))
 
-INLINE void pad(int64_t count, norm how, float *padded) {
-    memset(padded, 0, PADDED(count, how) * sizeof *padded);
+INLINE void clear_padded(int64_t count, norm_params norm, float *padded) {
+    memset(padded, 0, PADDED(count, norm) * sizeof *padded);
 }
 
-INLINE float window(const float *padded, int64_t reach) {
-    if (reach == 2) /* the paper's five maps: vectors want it without a loop */
+INLINE float window_sum(const float *padded, int64_t reach) {
+    if (reach == 2) /* the paper's five maps: without a loop the compiler vectorizes it */
         return padded[0] + padded[1] + padded[2] + padded[3] + padded[4];
     float sum = padded[0];
     for (int64_t t = 1; t <= 2 * reach; t++)
@@ -48,197 +49,207 @@ INLINE float window(const float *padded, int64_t reach) {
     return sum;
 }
 
-INLINE void put_squares(const float *restrict x, int64_t count, norm how, int64_t reach, float *restrict squares) {
-    for (int64_t p = 0; p < count; p++, x += how.maps) {
-        float *restrict to = squares + reach + p * (how.maps + reach);
-        for (int64_t i = 0; i < how.maps; i++) {
-            const float a = how.relu ? positive(x[i]) : x[i];
+INLINE void write_squares(const float *restrict x, int64_t count, norm_params norm, int64_t reach,
+                          float *restrict squares) {
+    for (int64_t p = 0; p < count; p++, x += norm.maps) {
+        float *restrict to = squares + reach + p * (norm.maps + reach);
+        for (int64_t i = 0; i < norm.maps; i++) {
+            const float a = norm.relu ? positive(x[i]) : x[i];
             to[i] = a * a;
         }
     }
 }
 
-INLINE void normalize_by(const float *restrict x, int64_t count, norm how, int64_t reach, float *restrict squares,
-                         float *restrict out) {
-    put_squares(x, count, how, reach, squares);
-    for (int64_t p = 0; p < count; p++, x += how.maps, out += how.maps) {
-        const float *restrict from = squares + p * (how.maps + reach);
-        for (int64_t i = 0; i < how.maps; i++) {
-            const float root = 1 / sqrtf(how.k + how.alpha * window(from + i, reach));
-            out[i] = (how.relu ? positive(x[i]) : x[i]) * (root * sqrtf(root));
+INLINE void normalize_with_reach(const float *restrict x, int64_t count, norm_params norm, int64_t reach,
+                                 float *restrict squares, float *restrict out) {
+    write_squares(x, count, norm, reach, squares);
+    for (int64_t p = 0; p < count; p++, x += norm.maps, out += norm.maps) {
+        const float *restrict from = squares + p * (norm.maps + reach);
+        for (int64_t i = 0; i < norm.maps; i++) {
+            const float root = 1 / sqrtf(norm.k + norm.alpha * window_sum(from + i, reach));
+            out[i] = (norm.relu ? positive(x[i]) : x[i]) * (root * sqrtf(root));
         }
     }
 }
 
-/* Forward, for `count` positions; `squares` is padded. */
-INLINE void normalise(const float *x, int64_t count, norm how, float *squares, float *out) {
-    if (how.reach == 2) /* the paper's five maps, without a loop */
-        normalize_by(x, count, how, 2, squares, out);
+/* Forward, for `count` positions. `squares` has the layout of PADDED(count), its padding zero. */
+INLINE void normalize(const float *x, int64_t count, norm_params norm, float *squares, float *out) {
+    if (norm.reach == 2) /* a constant, so that window_sum has no loop */
+        normalize_with_reach(x, count, norm, 2, squares, out);
     else
-        normalize_by(x, count, how, how.reach, squares, out);
+        normalize_with_reach(x, count, norm, norm.reach, squares, out);
 }
 
-/* dL/dx_i = g_i s_i^-3/4 - 2 alpha 3/4 a_i sum over the window of g_j a_j s_j^-7/4, and nothing where ReLU cut. */
-INLINE void normalize_back_by(const float *restrict x, const float *restrict grad, int64_t count, norm how,
-                              int64_t reach, float *restrict squares, float *restrict terms, float *restrict out) {
-    put_squares(x, count, how, reach, squares);
+/* dL/dx_i = g_i s_i^-3/4 - 2 alpha 3/4 a_i sum over the window of g_j a_j s_j^-7/4, and 0 where ReLU gave 0. */
+INLINE void normalize_backward_with_reach(const float *restrict x, const float *restrict grad, int64_t count,
+                                          norm_params norm, int64_t reach, float *restrict squares,
+                                          float *restrict terms, float *restrict out) {
+    write_squares(x, count, norm, reach, squares);
     for (int64_t p = 0; p < count; p++) {
-        const float *restrict from = squares + p * (how.maps + reach);
-        const float *restrict a = x + p * how.maps, *restrict g = grad + p * how.maps;
-        float *restrict to = terms + reach + p * (how.maps + reach), *restrict direct = out + p * how.maps;
-        for (int64_t i = 0; i < how.maps; i++) {
-            const float root = 1 / sqrtf(how.k + how.alpha * window(from + i, reach));
+        const float *restrict from = squares + p * (norm.maps + reach);
+        const float *restrict a = x + p * norm.maps, *restrict g = grad + p * norm.maps;
+        float *restrict to = terms + reach + p * (norm.maps + reach), *restrict direct = out + p * norm.maps;
+        for (int64_t i = 0; i < norm.maps; i++) {
+            const float root = 1 / sqrtf(norm.k + norm.alpha * window_sum(from + i, reach));
             direct[i] = g[i] * (root * sqrtf(root));
-            to[i] = direct[i] * (how.relu ? positive(a[i]) : a[i]) * (root * root);
+            to[i] = direct[i] * (norm.relu ? positive(a[i]) : a[i]) * (root * root);
         }
     }
-    const float factor = 1.5f * how.alpha;
-    for (int64_t p = 0; p < count; p++, x += how.maps, out += how.maps) {
-        const float *restrict from = terms + p * (how.maps + reach);
-        for (int64_t i = 0; i < how.maps; i++) {
-            const float found = out[i] - factor * x[i] * window(from + i, reach);
-            out[i] = how.relu && x[i] <= 0 ? 0 : found;
+    const float factor = 1.5f * norm.alpha;
+    for (int64_t p = 0; p < count; p++, x += norm.maps, out += norm.maps) {
+        const float *restrict from = terms + p * (norm.maps + reach);
+        for (int64_t i = 0; i < norm.maps; i++) {
+            const float gradient = out[i] - factor * x[i] * window_sum(from + i, reach);
+            out[i] = norm.relu && x[i] <= 0 ? 0 : gradient;
         }
     }
 }
 
-/* Backward, for `count` positions; `squares` and `terms` are padded. */
-INLINE void normalize_back(const float *x, const float *grad, int64_t count, norm how, float *squares, float *terms,
-                           float *out) {
-    if (how.reach == 2)
-        normalize_back_by(x, grad, count, how, 2, squares, terms, out);
+/* Backward, for `count` positions. `squares` and `terms` have the layout of PADDED(count), their padding zero. */
+INLINE void normalize_backward(const float *x, const float *grad, int64_t count, norm_params norm, float *squares,
+                               float *terms, float *out) {
+    if (norm.reach == 2)
+        normalize_backward_with_reach(x, grad, count, norm, 2, squares, terms, out);
     else
-        normalize_back_by(x, grad, count, how, how.reach, squares, terms, out);
+        normalize_backward_with_reach(x, grad, count, norm, norm.reach, squares, terms, out);
 }
 
-/* `positions` of x to out, some at a time. `scratch` is for PADDED(some) numbers. */
-EACH_CPU void norm_forward(const float *x, int64_t positions, int64_t some, norm how, float *out, float *scratch) {
-    pad(some, how, scratch);
-    for (int64_t p = 0; p < positions; p += some)
-        normalise(x + p * how.maps, positions - p < some ? positions - p : some, how, scratch, out + p * how.maps);
-}
-
-/* The gradient of x, given b's. `scratch` is for 2 * PADDED(some) numbers. */
-EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions, int64_t some, norm how, float *out,
-                            float *scratch) {
-    float *terms = scratch + PADDED(some, how);
-    pad(some, how, scratch), pad(some, how, terms);
-    for (int64_t p = 0; p < positions; p += some) {
-        const int64_t at = p * how.maps, count = positions - p < some ? positions - p : some;
-        normalize_back(x + at, grad + at, count, how, scratch, terms, out + at);
+/* Normalize `positions` of x into out, `block` positions at a time. `scratch` holds PADDED(block) numbers. */
+EACH_CPU void norm_forward(const float *x, int64_t positions, int64_t block, norm_params norm, float *out,
+                           float *scratch) {
+    clear_padded(block, norm, scratch);
+    for (int64_t p = 0; p < positions; p += block) {
+        const int64_t at = p * norm.maps, count = positions - p < block ? positions - p : block;
+        normalize(x + at, count, norm, scratch, out + at);
     }
 }
 
-/* One row of windows over three lines of `maps` numbers a position: the greatest, and which of the nine. As PyTorch
- * has it, the first of equals, and NaN is greater than all. */
-INLINE void pool_line(const float *const lines[3], int64_t windows, int64_t maps, int64_t relu, float *restrict out,
-                      uint8_t *restrict taps) {
-    for (int64_t q = 0; q < windows; q++, out += maps, taps += maps) {
-        const float *restrict a = lines[0] + 2 * q * maps, *restrict b = lines[1] + 2 * q * maps;
-        const float *restrict c = lines[2] + 2 * q * maps;
+/* The gradient of x, given that of norm_forward's output. `scratch` holds 2 * PADDED(block) numbers. */
+EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions, int64_t block, norm_params norm,
+                            float *out, float *scratch) {
+    float *terms = scratch + PADDED(block, norm);
+    clear_padded(block, norm, scratch), clear_padded(block, norm, terms);
+    for (int64_t p = 0; p < positions; p += block) {
+        const int64_t at = p * norm.maps, count = positions - p < block ? positions - p : block;
+        normalize_backward(x + at, grad + at, count, norm, scratch, terms, out + at);
+    }
+}
+
+/* Pool three rows of x to one row of `windows`: the maximum of each 3 by 3 window, and its index 0 to 8 in the window.
+ * As in PyTorch, the first of equal numbers counts, and NaN is greater than any number. */
+INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, int64_t relu, float *restrict out,
+                     uint8_t *restrict argmax) {
+    for (int64_t q = 0; q < windows; q++, out += maps, argmax += maps) {
+        const float *restrict a = rows[0] + 2 * q * maps, *restrict b = rows[1] + 2 * q * maps;
+        const float *restrict c = rows[2] + 2 * q * maps;
         for (int64_t i = 0; i < maps; i++) {
             const float values[9] = {a[i], a[maps + i], a[2 * maps + i], b[i],           b[maps + i],
                                      b[2 * maps + i], c[i], c[maps + i], c[2 * maps + i]};
-            float most = values[0];
-            int32_t tap = 0;
+            float maximum = values[0];
+            int32_t index = 0;
             for (int32_t t = 1; t < 9; t++) {
-                const int take = (values[t] > most) | (values[t] != values[t]);
-                most = take ? values[t] : most, tap = take ? t : tap;
+                const int take = (values[t] > maximum) | (values[t] != values[t]);
+                maximum = take ? values[t] : maximum, index = take ? t : index;
             }
-            taps[i] = (uint8_t)(relu && most <= 0 ? NOTHING : tap);
-            out[i] = relu ? positive(most) : most;
+            argmax[i] = (uint8_t)(relu && maximum <= 0 ? NO_GRADIENT : index);
+            out[i] = relu ? positive(maximum) : maximum;
         }
     }
 }
 
-/* Where a gradient may come from: windows of one row, and which tap of theirs the line is, left to right + 0, 1, 2. */
+/* One row of windows that covers a given row of x. */
 typedef struct {
-    const float *grad;
-    const uint8_t *taps;
-    int32_t first; /* NOBODY where there is no such row */
-} sender;
+    const float *grad; /* of the pooled row */
+    const uint8_t *argmax;
+    int32_t first_index; /* index in the window of the left position of that row of x: 0, 3 or 6; or NO_WINDOWS */
+} window_row;
 
-#define NOBODY 10 /* no tap is this or more */
+#define NO_WINDOWS 10 /* an index that argmax never has, with 1 or 2 added, too */
 
-INLINE float sent(const float *grad, const uint8_t *taps, int64_t at, int32_t tap) {
-    const float all = grad[at];
-    return taps[at] == tap ? all : 0;
+INLINE float gradient_if(const float *grad, const uint8_t *argmax, int64_t at, int32_t index) {
+    const float gradient = grad[at];
+    return argmax[at] == index ? gradient : 0;
 }
 
-/* The gradient of one line of the pool's input from the one or two rows of windows over it. */
-INLINE void pool_line_from(sender a, sender b, int64_t both, int64_t columns, int64_t maps, float *restrict out) {
+/* The gradient of one row of x, from the one row of windows `a` that covers it, or from two, `a` and `b`, if `both`. */
+INLINE void unpool_row_from(window_row a, window_row b, int64_t both, int64_t columns, int64_t maps,
+                            float *restrict out) {
     const int64_t windows = POOLED(columns);
-    for (int64_t q = 0; q <= windows; q++) { /* columns 2q, the left of window q and the right of q - 1, and 2q + 1 */
-        const int64_t here = (q < windows ? q : q - 1) * maps, before = (q > 0 ? q - 1 : q) * maps;
-        const int32_t left = q < windows ? 0 : NOBODY, right = q > 0 ? 2 : NOBODY, middle = left + 1;
+    /* Column 2q is the left of window q and the right of window q - 1; column 2q + 1 is the middle of window q. */
+    for (int64_t q = 0; q <= windows; q++) {
+        const int64_t this = (q < windows ? q : q - 1) * maps, last = (q > 0 ? q - 1 : q) * maps;
+        const int32_t left = q < windows ? 0 : NO_WINDOWS, right = q > 0 ? 2 : NO_WINDOWS, middle = left + 1;
         float *restrict even = out + 2 * q * maps, *restrict odd = even + maps;
         for (int64_t i = 0; i < maps; i++) {
-            even[i] = sent(a.grad, a.taps, here + i, a.first + left) + sent(a.grad, a.taps, before + i, a.first + right) +
-                      (both ? sent(b.grad, b.taps, here + i, b.first + left) +
-                                  sent(b.grad, b.taps, before + i, b.first + right)
+            even[i] = gradient_if(a.grad, a.argmax, this + i, a.first_index + left) +
+                      gradient_if(a.grad, a.argmax, last + i, a.first_index + right) +
+                      (both ? gradient_if(b.grad, b.argmax, this + i, b.first_index + left) +
+                                  gradient_if(b.grad, b.argmax, last + i, b.first_index + right)
                             : 0);
         }
         if (2 * q + 1 < columns)
             for (int64_t i = 0; i < maps; i++)
-                odd[i] = sent(a.grad, a.taps, here + i, a.first + middle) +
-                         (both ? sent(b.grad, b.taps, here + i, b.first + middle) : 0);
+                odd[i] = gradient_if(a.grad, a.argmax, this + i, a.first_index + middle) +
+                         (both ? gradient_if(b.grad, b.argmax, this + i, b.first_index + middle) : 0);
     }
 }
 
-INLINE void pool_line_back(const float *grad, const uint8_t *taps, int64_t row, int64_t rows, int64_t columns,
-                           int64_t maps, float *restrict out) {
-    const int64_t p = row / 2, line = POOLED(columns) * maps, last = POOLED(rows) - 1, at = (p < last ? p : last) * line;
-    const sender a = {grad + at, taps + at, p <= last ? row % 2 * 3 : NOBODY};
+/* The gradient of row `row` of x. Row 2p is the top of windows p and the bottom of windows p - 1. */
+INLINE void unpool_row(const float *grad, const uint8_t *argmax, int64_t row, int64_t rows, int64_t columns,
+                       int64_t maps, float *restrict out) {
+    const int64_t p = row / 2, length = POOLED(columns) * maps, last = POOLED(rows) - 1;
+    const int64_t at = (p < last ? p : last) * length;
+    const window_row a = {grad + at, argmax + at, p <= last ? row % 2 * 3 : NO_WINDOWS};
     if (row % 2 == 0 && p > 0) {
-        const int64_t above = (p - 1) * line;
-        const sender b = {grad + above, taps + above, 6};
-        pool_line_from(a, b, 1, columns, maps, out);
+        const int64_t above = (p - 1) * length;
+        const window_row b = {grad + above, argmax + above, 6};
+        unpool_row_from(a, b, 1, columns, maps, out);
     } else
-        pool_line_from(a, a, 0, columns, maps, out);
+        unpool_row_from(a, a, 0, columns, maps, out);
 }
 
-/* ReLU, normalization and pooling of `images`. `scratch` is for 3 lines of columns * maps and PADDED(columns). */
-EACH_CPU void pool_forward(const float *x, int64_t images, pool shape, norm how, float *out, uint8_t *taps,
-                           float *scratch) {
-    const int64_t line = shape.columns * how.maps;
-    const int64_t windows = POOLED(shape.columns), pooled_line = windows * how.maps;
-    float *squares = scratch + 3 * line;
-    pad(shape.columns, how, squares);
-    for (int64_t image = 0; image < images; image++, x += shape.rows * line) {
-        int64_t ready = 0; /* lines of this image that are normalized */
-        for (int64_t p = 0; p < POOLED(shape.rows); p++, out += pooled_line, taps += pooled_line) {
-            const float *lines[3];
-            for (; shape.normalise && ready < 2 * p + 3; ready++)
-                normalise(x + ready * line, shape.columns, how, squares, scratch + ready % 3 * line);
+/* ReLU, normalization and pooling of `images`. `scratch` holds 3 rows of columns * maps, and PADDED(columns). */
+EACH_CPU void pool_forward(const float *x, int64_t images, pool_params pool, norm_params norm, float *out,
+                           uint8_t *argmax, float *scratch) {
+    const int64_t length = pool.columns * norm.maps; /* of a row of x */
+    const int64_t windows = POOLED(pool.columns), pooled_length = windows * norm.maps;
+    float *squares = scratch + 3 * length;
+    clear_padded(pool.columns, norm, squares);
+    for (int64_t image = 0; image < images; image++, x += pool.rows * length) {
+        int64_t ready = 0; /* rows of this image that are normalized */
+        for (int64_t p = 0; p < POOLED(pool.rows); p++, out += pooled_length, argmax += pooled_length) {
+            const float *rows[3];
+            for (; pool.normalize && ready < 2 * p + 3; ready++)
+                normalize(x + ready * length, pool.columns, norm, squares, scratch + ready % 3 * length);
             for (int64_t row = 2 * p; row < 2 * p + 3; row++)
-                lines[row - 2 * p] = shape.normalise ? scratch + row % 3 * line : x + row * line;
-            pool_line(lines, windows, how.maps, shape.relu_after, out, taps);
+                rows[row - 2 * p] = pool.normalize ? scratch + row % 3 * length : x + row * length;
+            pool_row(rows, windows, norm.maps, pool.relu_after, out, argmax);
         }
     }
 }
 
-/* The gradient of x, given the pooled maps'. `scratch` is for a line of columns * maps and 2 * PADDED(columns). */
-EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *taps, int64_t images, pool shape,
-                            norm how, float *out, float *scratch) {
-    const int64_t line = shape.columns * how.maps;
-    const int64_t pooled = POOLED(shape.rows) * POOLED(shape.columns) * how.maps;
-    float *squares = scratch + line, *terms = squares + PADDED(shape.columns, how);
-    pad(shape.columns, how, squares), pad(shape.columns, how, terms);
-    for (int64_t image = 0; image < images; image++, grad += pooled, taps += pooled)
-        for (int64_t row = 0; row < shape.rows; row++, x += line, out += line) {
-            float *into = shape.normalise ? scratch : out;
-            pool_line_back(grad, taps, row, shape.rows, shape.columns, how.maps, into);
-            if (shape.normalise)
-                normalize_back(x, into, shape.columns, how, squares, terms, out);
+/* The gradient of x, given that of the pooled maps. `scratch` holds a row of columns * maps, and 2 * PADDED(columns). */
+EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *argmax, int64_t images, pool_params pool,
+                            norm_params norm, float *out, float *scratch) {
+    const int64_t length = pool.columns * norm.maps;
+    const int64_t pooled = POOLED(pool.rows) * POOLED(pool.columns) * norm.maps;
+    float *squares = scratch + length, *terms = squares + PADDED(pool.columns, norm);
+    clear_padded(pool.columns, norm, squares), clear_padded(pool.columns, norm, terms);
+    for (int64_t image = 0; image < images; image++, grad += pooled, argmax += pooled)
+        for (int64_t row = 0; row < pool.rows; row++, x += length, out += length) {
+            float *unpooled = pool.normalize ? scratch : out;
+            unpool_row(grad, argmax, row, pool.rows, pool.columns, norm.maps, unpooled);
+            if (pool.normalize)
+                normalize_backward(x, unpooled, pool.columns, norm, squares, terms, out);
         }
 }
 
-/* v <- momentum v - rate decay w - rate g, then w <- w + v, for `count` numbers. */
+/* v <- momentum v - lr decay w - lr g, then w <- w + v, for `count` numbers. */
 EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict g, int64_t count, float momentum,
-                     float rate, float decay) {
-    const float pull = rate * decay;
+                     float lr, float decay) {
+    const float pull = lr * decay;
     for (int64_t i = 0; i < count; i++) {
-        v[i] = momentum * v[i] - pull * w[i] - rate * g[i];
+        v[i] = momentum * v[i] - pull * w[i] - lr * g[i];
         w[i] += v[i];
     }
 }

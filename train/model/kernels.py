@@ -1,8 +1,9 @@
-"""The elementwise half of a training step on a CPU, in C (kernels.c); `native` is None where it could not be compiled.
+"""C kernels of a training step on a CPU (kernels.c): ReLU, normalization and pooling in one pass, parameter update.
 
-lrn.py, pool.py and optim.py say the same with PyTorch's operators, and go by it for tensors that are not float32 on a
-CPU. The work is shared by as many threads as PyTorch has, image by image or position by position, so the bits do not
-depend on their number.
+`native` holds them, or None if they could not be compiled or are switched off (prep/compiled.py). lrn.py, pooling.py
+and trainer/optim.py have the same in PyTorch operators, which they use without `native`, on a GPU, and for other types
+than float32. The work is divided among as many threads as PyTorch has, by images or by positions, so that the bits of
+the result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from torch import Tensor
 from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_AT_ONCE = 4096  # numbers, which a first-level cache holds with what is made of them
-_BLOCK = 1 << 16  # numbers of an update that are worth a thread
+_NORM_BLOCK = 4096  # numbers normalized at a time: they and their squares fit into a first-level cache
+_UPDATE_BLOCK = 1 << 16  # numbers of an update, the smallest share of a thread
 
 
-class Norm(ctypes.Structure):
-    """b = a · (k + α Σ a²)^−¾ over `reach` maps on either side; a is ReLU's output if `relu`, else the input."""
+class NormParams(ctypes.Structure):
+    """b = a · (k + α Σ a²)^−¾ over `reach` maps on either side; a is max(x, 0) if `relu`, else x."""
 
     _fields_ = (
         ("maps", ctypes.c_int64),
@@ -37,68 +38,74 @@ class Norm(ctypes.Structure):
         super().__init__(maps, min(size // 2, maps - 1), relu, alpha, k)
 
     def padded(self, positions: int) -> int:
-        """Numbers of `positions` positions with zeros before, between and after them."""
+        """Numbers that `positions` positions take with zeros before, between and after them."""
         return int(self.reach + positions * (self.maps + self.reach))
 
 
-class Pool(ctypes.Structure):
-    """Max-pooling, 3 × 3 with stride 2, of (rows, columns) maps that are normalized first, or not."""
+class PoolParams(ctypes.Structure):
+    """3 × 3 max-pooling with stride 2 of (rows, columns) maps, which are normalized first if `normalize`."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
-        ("normalise", ctypes.c_int64),
+        ("normalize", ctypes.c_int64),
         ("relu_after", ctypes.c_int64),
     )
 
 
 class NativeKernels:
-    """The library's functions, on float32 tensors (N, C, H, W) with channels last. Raises AttributeError where it
-    lacks one.
+    """The functions of the compiled library, for float32 tensors (N, C, H, W) with channels last.
+
+    Raises AttributeError if the library lacks one of them.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
-        self._forward, self._backward = library.norm_forward, library.norm_backward
-        self._pool, self._unpool = library.pool_forward, library.pool_backward
-        self._forward.argtypes = [pointer, number, number, Norm, pointer, pointer]
-        self._backward.argtypes = [pointer, pointer, number, number, Norm, pointer, pointer]
-        self._pool.argtypes = [pointer, number, Pool, Norm, pointer, pointer, pointer]
-        self._unpool.argtypes = [pointer, pointer, pointer, number, Pool, Norm, pointer, pointer]
+        self._norm_forward, self._norm_backward = library.norm_forward, library.norm_backward
+        self._pool_forward, self._pool_backward = library.pool_forward, library.pool_backward
+        self._norm_forward.argtypes = [pointer, number, number, NormParams, pointer, pointer]
+        self._norm_backward.argtypes = [pointer, pointer, number, number, NormParams, pointer, pointer]
+        self._pool_forward.argtypes = [pointer, number, PoolParams, NormParams, pointer, pointer, pointer]
+        self._pool_backward.argtypes = [pointer, pointer, pointer, number, PoolParams, NormParams, pointer, pointer]
         self._update = library.update
         self._update.argtypes = [pointer, pointer, pointer, number, *[ctypes.c_float] * 3]
-        for function in (self._forward, self._backward, self._pool, self._unpool, self._update):
+        functions = (self._norm_forward, self._norm_backward, self._pool_forward, self._pool_backward, self._update)
+        for function in functions:
             function.restype = None
 
-    def norm(self, x: Tensor, how: Norm) -> Tensor:
-        """Normalize."""
+    def norm(self, x: Tensor, norm: NormParams) -> Tensor:
+        """Local response normalization of x."""
         out = torch.empty_like(x)
 
-        def part(first: int, end: int) -> None:
-            some = max(1, _AT_ONCE // how.maps)
-            scratch = torch.empty(how.padded(some))
-            self._forward(_at(x, first), end - first, some, how, _at(out, first), scratch.data_ptr())
+        def work(first: int, end: int) -> None:
+            block = max(1, _NORM_BLOCK // norm.maps)
+            scratch = torch.empty(norm.padded(block))
+            self._norm_forward(_address(x, first), end - first, block, norm, _address(out, first), scratch.data_ptr())
 
-        share(x.numel() // how.maps, part)
+        run_in_threads(x.numel() // norm.maps, work)
         return out
 
-    def norm_backward(self, x: Tensor, grad: Tensor, how: Norm) -> Tensor:
-        """The gradient of norm's x, given its output's."""
+    def norm_backward(self, x: Tensor, grad: Tensor, norm: NormParams) -> Tensor:
+        """The gradient of x, given `grad`, the gradient of norm(x)."""
         out = torch.empty_like(x)
 
-        def part(first: int, end: int) -> None:
-            some = max(1, _AT_ONCE // how.maps)
-            scratch = torch.empty(2 * how.padded(some))
-            self._backward(_at(x, first), _at(grad, first), end - first, some, how, _at(out, first), scratch.data_ptr())
+        def work(first: int, end: int) -> None:
+            block = max(1, _NORM_BLOCK // norm.maps)
+            scratch = torch.empty(2 * norm.padded(block))
+            inputs = _address(x, first), _address(grad, first)
+            self._norm_backward(*inputs, end - first, block, norm, _address(out, first), scratch.data_ptr())
 
-        share(x.numel() // how.maps, part)
+        run_in_threads(x.numel() // norm.maps, work)
         return out
 
-    def pool(self, x: Tensor, shape: Pool, how: Norm) -> tuple[Tensor, Tensor]:
-        """Normalize, pool and cut: pooled maps, and for each number which of the nine it was (uint8), or 9 where
-        ReLU lets no gradient through."""
+    def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
+        """Normalization, pooling and ReLU of x, as `pool` and `norm` say.
+
+        Returns the pooled maps and, of the same shape in uint8, the index 0 to 8 of each maximum in its window; 9 if
+        ReLU lets no gradient through.
+        """
         images, maps, rows, columns = x.shape
-        out, taps = (
+        out, argmax = (
             torch.empty(
                 (images, maps, (rows - 3) // 2 + 1, (columns - 3) // 2 + 1),
                 dtype=dtype,
@@ -107,101 +114,109 @@ class NativeKernels:
             for dtype in (torch.float32, torch.uint8)
         )
 
-        def part(first: int, end: int) -> None:
-            scratch = torch.empty(3 * columns * maps + how.padded(columns))
-            pointers = out[first].data_ptr(), taps[first].data_ptr(), scratch.data_ptr()
-            self._pool(x[first].data_ptr(), end - first, shape, how, *pointers)
+        def work(first: int, end: int) -> None:
+            scratch = torch.empty(3 * columns * maps + norm.padded(columns))
+            outputs = out[first].data_ptr(), argmax[first].data_ptr()
+            self._pool_forward(x[first].data_ptr(), end - first, pool, norm, *outputs, scratch.data_ptr())
 
-        share(images, part)
-        return out, taps
+        run_in_threads(images, work)
+        return out, argmax
 
-    def pool_backward(self, x: Tensor | None, grad: Tensor, taps: Tensor, shape: Pool, how: Norm) -> Tensor:
-        """The gradient of pool's x, given the pooled maps' and pool's taps. x is wanted where it was normalized."""
-        images, columns = len(grad), int(shape.columns)
-        whole = images, int(how.maps), int(shape.rows), columns
-        out = torch.empty(whole, memory_format=torch.channels_last)
+    def pool_backward(
+        self, x: Tensor | None, grad: Tensor, argmax: Tensor, pool: PoolParams, norm: NormParams
+    ) -> Tensor:
+        """The gradient of x, given `grad`, the gradient of the pooled maps, and the indices of `pool`.
 
-        def part(first: int, end: int) -> None:
-            scratch = torch.empty(columns * how.maps + 2 * how.padded(columns))
-            given = (out if x is None else x)[first].data_ptr(), grad[first].data_ptr(), taps[first].data_ptr()
-            self._unpool(*given, end - first, shape, how, out[first].data_ptr(), scratch.data_ptr())
+        x  needed only if it was normalized
+        """
+        images, columns = len(grad), int(pool.columns)
+        shape = images, int(norm.maps), int(pool.rows), columns
+        out = torch.empty(shape, memory_format=torch.channels_last)
 
-        share(images, part)
+        def work(first: int, end: int) -> None:
+            scratch = torch.empty(columns * norm.maps + 2 * norm.padded(columns))
+            inputs = (out if x is None else x)[first].data_ptr(), grad[first].data_ptr(), argmax[first].data_ptr()
+            self._pool_backward(*inputs, end - first, pool, norm, out[first].data_ptr(), scratch.data_ptr())
+
+        run_in_threads(images, work)
         return out
 
-    def update(self, w: Tensor, v: Tensor, g: Tensor, momentum: float, rate: float, decay: float) -> None:
-        """v ← momentum · v − rate · decay · w − rate · g, then w ← w + v, for float32 tensors of one dense layout."""
+    def update(self, w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:
+        """v ← momentum · v − lr · decay · w − lr · g, then w ← w + v, for float32 tensors of one dense layout."""
 
-        def part(first: int, end: int) -> None:
-            pointers = (tensor.data_ptr() + 4 * _BLOCK * first for tensor in (w, v, g))
-            self._update(*pointers, min(_BLOCK * end, w.numel()) - _BLOCK * first, momentum, rate, decay)
+        def work(first: int, end: int) -> None:
+            pointers = (tensor.data_ptr() + 4 * _UPDATE_BLOCK * first for tensor in (w, v, g))
+            count = min(_UPDATE_BLOCK * end, w.numel()) - _UPDATE_BLOCK * first
+            self._update(*pointers, count, momentum, lr, decay)
 
-        share(-(-w.numel() // _BLOCK), part)
+        run_in_threads(-(-w.numel() // _UPDATE_BLOCK), work)
         torch.autograd.graph.increment_version((w, v))
 
 
-def share(items: int, part: Callable[[int, int], None]) -> None:
-    """Call part(first, end) for all of `items`, in torch's number of threads, of which the caller's is one."""
+def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
+    """Call work(first, end) for ranges that make up `items`, in as many threads as torch has, the caller's included."""
     threads = min(torch.get_num_threads(), items)
     bounds = [items * t // threads for t in range(threads + 1)]
-    others = [Thread(target=part, args=bounds[t : t + 2]) for t in range(1, threads)]
+    others = [Thread(target=work, args=bounds[t : t + 2]) for t in range(1, threads)]
     for thread in others:
         thread.start()
-    part(0, bounds[1])
+    work(0, bounds[1])
     for thread in others:
         thread.join()
 
 
-def _at(x: Tensor, position: int) -> int:
-    """The address of a position's first number: channels are last in memory."""
+def _address(x: Tensor, position: int) -> int:
+    """The address of the first number of a position; channels are last in memory."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 
-def is_correct(kernel: NativeKernels) -> bool:
-    """Whether it computes what it should on small maps: windows cut at both ends, whole vectors of maps and rests, ReLU
-    before the normalization and after the pooling; and on the update of as many parameters.
+def is_correct(kernels: NativeKernels) -> bool:
+    """True if the kernels agree with PyTorch in float64 on small maps and on an update of as many parameters.
+
+    The maps have windows cut off at both ends, numbers of maps that are no multiple of a vector, and ReLU before the
+    normalization or after the pooling.
     """
-    return _is_correct_for(kernel, 44, 5, (6, 7), True, False) and _is_correct_for(kernel, 9, 7, (5, 8), False, True)
+    return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 
 
 def _is_correct_for(
-    kernel: NativeKernels, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool
+    kernels: NativeKernels, maps: int, size: int, area: tuple[int, int], relu: bool, relu_after: bool
 ) -> bool:
-    draw, alpha, k = torch.Generator().manual_seed(0), 0.3, 2.0
-    x, grad = (torch.randn(2, *area, maps, generator=draw).sub(0.7).permute(0, 3, 1, 2) for _ in range(2))
-    how, shape = Norm(maps, size, alpha, k, relu), Pool(*area, True, relu_after)
+    generator, alpha, k = torch.Generator().manual_seed(0), 0.3, 2.0
+    x, grad = (torch.randn(2, *area, maps, generator=generator).sub(0.7).permute(0, 3, 1, 2) for _ in range(2))
+    norm, pool = NormParams(maps, size, alpha, k, relu), PoolParams(*area, True, relu_after)
     band = (torch.arange(maps)[:, None] - torch.arange(maps)).abs() <= size // 2
 
-    def window(x: Tensor) -> Tensor:
+    def window_sum(x: Tensor) -> Tensor:
         return torch.einsum("ij,njhw->nihw", band.double(), x)
 
     a = (x.relu() if relu else x).double()
-    s = k + alpha * window(a * a)
+    s = k + alpha * window_sum(a * a)
     b = a * s**-0.75
 
-    def back(grad: Tensor) -> Tensor:
-        found = grad * s**-0.75 - 1.5 * alpha * a * window(grad * a * s**-1.75)
-        return found.masked_fill(x <= 0, 0) if relu else found
+    def norm_backward(grad: Tensor) -> Tensor:
+        gradient = grad * s**-0.75 - 1.5 * alpha * a * window_sum(grad * a * s**-1.75)
+        return gradient.masked_fill(x <= 0, 0) if relu else gradient
 
-    most, tap = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # of (2, maps, rows, columns, 9)
-    rows, columns = most.shape[2:]
-    sent = grad[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
-    at = (2 * torch.arange(rows)[:, None] + tap // 3) * area[1] + 2 * torch.arange(columns) + tap % 3
-    cut = (most <= 0) & relu_after
+    maxima, index = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # of (2, maps, rows, columns, 9)
+    rows, columns = maxima.shape[2:]
+    pooled_grad = grad[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
+    at = (2 * torch.arange(rows)[:, None] + index // 3) * area[1] + 2 * torch.arange(columns) + index % 3
+    cut = (maxima <= 0) & relu_after
     unpooled = torch.zeros(2, maps, area[0] * area[1], dtype=torch.float64)
-    unpooled.scatter_add_(2, at.flatten(2), sent.double().masked_fill(cut, 0).flatten(2))
-    pooled, taps = kernel.pool(x, shape, how)
+    unpooled.scatter_add_(2, at.flatten(2), pooled_grad.double().masked_fill(cut, 0).flatten(2))
+    pooled, argmax = kernels.pool(x, pool, norm)
     pairs = [
-        (kernel.norm(x, how), b),
-        (kernel.norm_backward(x, grad, how), back(grad.double())),
-        (pooled, most.masked_fill(cut, 0)),
-        (kernel.pool_backward(x, sent, taps, shape, how), back(unpooled.view(2, maps, *area))),
+        (kernels.norm(x, norm), b),
+        (kernels.norm_backward(x, grad, norm), norm_backward(grad.double())),
+        (pooled, maxima.masked_fill(cut, 0)),
+        (kernels.pool_backward(x, pooled_grad, argmax, pool, norm), norm_backward(unpooled.view(2, maps, *area))),
     ]
     v, w = grad + 1, x + 1
     next_v = 0.9 * v.double() - 0.1 * (0.2 * w.double() + x)
     pairs += [(v, next_v), (w, w + next_v)]
-    kernel.update(w, v, x, 0.9, 0.1, 0.2)
-    return all(torch.allclose(found.double(), wanted, 1e-5, 1e-6) for found, wanted in pairs)
+    kernels.update(w, v, x, 0.9, 0.1, 0.2)
+    return all(torch.allclose(actual.double(), expected, 1e-5, 1e-6) for actual, expected in pairs)
 
 
 native = compiled.load(compiled.library_path(SOURCE), NativeKernels, is_correct)

@@ -43,7 +43,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     if torch.compiler.is_compiling():
         result = _traced(_activations(x, relu), (size, 1, 1), alpha, beta, k).to(x.dtype)
     elif fits_kernel(x, beta):
-        result = _Compiled.apply(channels_last(x), kernels.Norm(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        result = _Compiled.apply(channels_last(x), kernels.NormParams(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
     elif x.is_cuda and x.dtype != torch.float64 and x.numel() and triton_fault(x.device) is None:
         from train.model import lrn_triton
 
@@ -101,7 +101,7 @@ def triton_fault(device: torch.device) -> str | None:
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, how: kernels.Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, how: kernels.NormParams) -> Tensor:
         assert kernels.native
         ctx.save_for_backward(x)
         ctx.how, ctx.kernel = how, kernels.native

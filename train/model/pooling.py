@@ -35,19 +35,19 @@ def max_pool(
             x = F.relu(x)
         pooled = F.max_pool2d(x, size_px, 2)
         return F.relu(pooled) if relu_after else pooled
-    how = kernels.Norm(x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before)
+    how = kernels.NormParams(x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before)
     # Without a normalization between, ReLU before pooling and after it are the same, and after it is less work.
-    shape = kernels.Pool(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
+    shape = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
     result: Tensor = _Pooled.apply(channels_last(x), shape, how)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
 class _Pooled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: kernels.Pool, how: kernels.Norm) -> Tensor:
+    def forward(ctx: Any, x: Tensor, shape: kernels.PoolParams, how: kernels.NormParams) -> Tensor:
         assert kernels.native
         pooled, taps = kernels.native.pool(x, shape, how)
-        ctx.save_for_backward(x if shape.normalise else None, taps)
+        ctx.save_for_backward(x if shape.normalize else None, taps)
         ctx.made_by = kernels.native, shape, how
         return pooled
 

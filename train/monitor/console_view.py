@@ -11,7 +11,7 @@ from prep.console import Progress, progress, say
 Line = Mapping[str, Any]  # of metrics.jsonl
 
 
-class Plan(NamedTuple):
+class RunLength(NamedTuple):
     """How long a run is to be."""
 
     steps_per_epoch: int
@@ -19,7 +19,7 @@ class Plan(NamedTuple):
     batch_size: int
 
 
-class Lines:
+class ConsoleView:
     """A line for each interval and each validation, on standard error."""
 
     def note(self, text: str) -> None:
@@ -30,7 +30,7 @@ class Lines:
         """Say what needs someone."""
         say(text)
 
-    def begin(self, plan: Plan, lines: Sequence[Line], step: int) -> None:
+    def begin(self, plan: RunLength, lines: Sequence[Line], step: int) -> None:
         """The run goes on from `step`; `lines` are those of its account so far."""
 
     def follow(self, steps: Callable[[], int]) -> None:
@@ -59,7 +59,7 @@ class Lines:
         """The run has ended, well or not."""
 
 
-class Quiet(Lines):
+class QuietView(ConsoleView):
     """Nothing but warnings: errors and the last line are said elsewhere."""
 
     def note(self, text: str) -> None:

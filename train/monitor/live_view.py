@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prep.console import Progress, bytes_text, duration_text
-from train.monitor.console_view import Line, Lines, Plan, validation_text
+from train.monitor.console_view import ConsoleView, Line, RunLength, validation_text
 from train.runs.run_dir import RATE_OVER, seconds_left
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -37,14 +37,14 @@ def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
     return "".join(_BLOCKS[round((mean - low) / span * (len(_BLOCKS) - 1))] for mean in means)
 
 
-class Live(Lines):
+class LiveView(ConsoleView):
     """The view that moves."""
 
     def __init__(self, console: Console | None = None) -> None:
         """`console`: where it is drawn; standard error unless given."""
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_PER_S, transient=True)
-        self._plan = Plan(1, 1, 1)
+        self._plan = RunLength(1, 1, 1)
         self._step = 0  # of the last line
         self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
         self._curves = dict.fromkeys(self._values, "")
@@ -54,8 +54,8 @@ class Live(Lines):
         self._steps_since: Callable[[], int] = int
         self._report: tuple[str, Progress] | None = None
 
-    def begin(self, plan: Plan, lines: Sequence[Line], step: int) -> None:
-        """As in Lines."""
+    def begin(self, plan: RunLength, lines: Sequence[Line], step: int) -> None:
+        """As in ConsoleView."""
         self._plan, self._step = plan, step
         for line in lines:
             self._count(line)
@@ -64,24 +64,24 @@ class Live(Lines):
         self._console.show_cursor(True)  # or kill -9 would leave a terminal without one
 
     def follow(self, steps: Callable[[], int]) -> None:
-        """As in Lines."""
+        """As in ConsoleView."""
         self._steps_since = steps
 
     def train(self, line: Line) -> None:
-        """As in Lines."""
+        """As in ConsoleView."""
         self._count(line)
         self._draw_curves()
         self._step = line["step"]
 
     def validation(self, line: Line) -> None:
-        """As in Lines."""
+        """As in ConsoleView."""
         self._count(line)
         with suppress(OSError):  # the terminal was closed
             self._console.print(validation_text(line), highlight=False)
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """As in Lines."""
+        """As in ConsoleView."""
         self._report = label, Progress(total, unit)
         try:
             yield self._report[1]
@@ -89,7 +89,7 @@ class Live(Lines):
             self._report = None
 
     def end(self) -> None:
-        """As in Lines."""
+        """As in ConsoleView."""
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

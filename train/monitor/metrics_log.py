@@ -21,17 +21,17 @@ from prep.console import Terminated, UserError, disk_error
 from prep.files import write_atomic
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
-from train.monitor.console_view import Lines, Plan
-from train.monitor.interval_metrics import Interval
+from train.monitor.console_view import ConsoleView, RunLength
+from train.monitor.interval_metrics import IntervalMetrics
 from train.monitor.tensorboard import EventFile, NoTensorBoard
-from train.runs.append_log import Appended
+from train.runs.append_log import AppendLog
 from train.runs.run_dir import EVENTS, METRICS, STATUS, parsed, read_texts
 
 
-class Log:
+class MetricsLog:
     """The account of one run; a context, whose end says how the run ended."""
 
-    def __init__(self, run_dir: Path, plan: Plan, step: int, validation_due: bool, view: Lines) -> None:
+    def __init__(self, run_dir: Path, plan: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
         """Take back what is later than `step`, and its validation if that is due, then tell from there on.
 
         Raises as `sync`.
@@ -44,13 +44,13 @@ class Log:
         try:
             if self.path.exists():
                 write_atomic(self.path, b"".join(text + b"\n" for text, _ in kept))
-            self._file, self._events = Appended(self.path), self._event_file(lines, step)
+            self._file, self._events = AppendLog(self.path), self._event_file(lines, step)
             self._say_status("training")
         except OSError as error:
             raise _not_written(run_dir, error) from None
         view.begin(plan, lines, step)
 
-    def __enter__(self) -> Log:
+    def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(
@@ -67,14 +67,14 @@ class Log:
             else:
                 self._say_status("failed", str(error) or type(error).__name__)
 
-    def interval(self, loader: TrainLoader, model: AlexNet) -> Interval:
+    def interval(self, loader: TrainLoader, model: AlexNet) -> IntervalMetrics:
         """The sums towards the next line."""
-        interval = Interval(loader, model)
+        interval = IntervalMetrics(loader, model)
         self.view.follow(lambda: interval.steps)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:
-        """Tell of an interval: epoch, step, lr, and what Interval.read gives."""
+        """Tell of an interval: epoch, step, lr, and what IntervalMetrics.read gives."""
         self._write(line)
         self.view.train(line)
 

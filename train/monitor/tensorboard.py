@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError
-from train.runs.append_log import Appended
+from train.runs.append_log import AppendLog
 from train.runs.run_dir import scalars
 
 
@@ -41,7 +41,7 @@ class EventFile:
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         folder.mkdir(exist_ok=True)
         path, is_first = _next_path(folder)
-        self._file, now = Appended(path), time.time()
+        self._file, now = AppendLog(path), time.time()
         events = [Event(wall_time=now, file_version="brain.Event:2")]
         if not is_first:
             events.append(Event(wall_time=now, step=step, session_log=SessionLog(status=SessionLog.START)))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
-from train.monitor.console_view import Lines, Quiet
+from train.monitor.console_view import ConsoleView, QuietView
 
 
-def view_for(quiet: bool = False) -> Lines:
+def choose_view(quiet: bool = False) -> ConsoleView:
     """The view that standard error can show: one that moves on a terminal, lines elsewhere, or a quiet one."""
     if quiet:
-        return Quiet()
+        return QuietView()
     if not sys.stderr.isatty():
-        return Lines()
-    from train.monitor.live_view import Live
+        return ConsoleView()
+    from train.monitor.live_view import LiveView
 
-    return Live()
+    return LiveView()

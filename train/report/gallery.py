@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,15 +12,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from pipeline.still_image import Eye, Pictures
+from pipeline.still_image import EvalTransform, StoredImages
 from prep.console import UserError
 from prep.store.manifest import Store
-from train.config.devices import devices_of
+from train.config.devices import parse_devices
 from train.evaluation.features import tapped
 from train.evaluation.neighbors import LAYER, MOST, index_of, nearest
 from train.evaluation.predict import best, said_of
-from train.evaluation.predictions import Scores, load_scores, note_result, score
+from train.evaluation.predictions import Predictions, load_predictions, record_evaluation, score
 from train.model.alexnet import AlexNet
+from train.model.modes import evaluation_mode
 from train.report.plots_classes import CONFUSION_SIZE, ERRORS_SIZE, class_errors, confusion_matrix, confusion_of
 from train.report.plots_images import (
     MAPS_SIZE,
@@ -34,11 +35,12 @@ from train.report.plots_images import (
 )
 from train.report.plots_run import COLOUR_SIZE, CURVE_SIZE, colour_axes, kernels, kernels_size, learning_curve
 from train.report.style import Draw
+from train.runs.checkpoint import Checkpoint
 from train.runs.loading import load_trained, run_and_checkpoint
-from train.runs.preprocessing import eye_of, kept_colour, store_of
+from train.runs.preprocessing import find_store, load_eval_transform, saved_color_stats
 from train.runs.run_dir import read_description, read_lines
 
-GUESSES, QUERIES, NEIGHBOURS = 8, 5, 6  # as in the paper's figure 4
+GUESSES, QUERIES, NEIGHBORS = 8, 5, 6  # as in the paper's figure 4
 _MAPPED = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 
@@ -58,17 +60,21 @@ class Trained:
 
     run_dir: Path
     model: AlexNet
-    state: Mapping[str, Any]
-    classes: list[str]
+    state: Checkpoint
     store: Store | None
     precision: str = "fp32"
 
     @staticmethod
     def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str = "last") -> Trained:
-        """Raises UserError as load_trained, store_of and devices_of."""
+        """Raises UserError as load_trained, find_store and parse_devices."""
         run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
-        model, state, classes = load_trained(run_dir, devices_of(gpus), checkpoint)
-        return Trained(run_dir, model, state, classes, store_of(run_dir, state, classes, store), precision)
+        model, state = load_trained(run_dir, parse_devices(gpus), checkpoint)
+        return Trained(run_dir, model, state, find_store(run_dir, state, store), precision)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; a label is an index into them."""
+        return self.state.classes
 
     @cached_property
     def told(self) -> dict[str, Any]:
@@ -76,9 +82,9 @@ class Trained:
         return read_description(self.run_dir)
 
     @cached_property
-    def eye(self) -> Eye:
+    def eye(self) -> EvalTransform:
         """How this network is shown pictures."""
-        return eye_of(self.run_dir, self.model.recipe)
+        return load_eval_transform(self.run_dir, self.model.recipe)
 
     def looked_at(self, split: str) -> Store:
         """The store; raises UserError where there is none, or it lacks the split."""
@@ -87,23 +93,23 @@ class Trained:
         self.store.split(split)
         return self.store
 
-    def scores(self, split: str) -> Scores:
+    def scores(self, split: str) -> Predictions:
         """Probabilities of a split by the centre view: read where the run folder has them, else made and kept."""
         store = self.looked_at(split)
-        path = self.run_dir / f"scores-{split}-{self.state['step']:08d}.npz"
+        path = self.run_dir / f"scores-{split}-{self.state.step:08d}.npz"
         asked = {
-            "checkpoint": self.state["digest"],
+            "checkpoint": self.state.digest,
             "split_fingerprint": store.split(split).fingerprint,
             "precision": self.precision,
         }
         try:
-            kept = load_scores(path)
+            kept = load_predictions(path)
             if all(kept.about.get(name) == value for name, value in asked.items()):
                 return kept
         except UserError:
             pass  # missing, or torn: they are made anew
         result, scores = score(self.model, self.state, store, split, 1, self.precision, str(self.run_dir))
-        note_result(self.run_dir, scores.about, result)
+        record_evaluation(self.run_dir, scores.about, result)
         for old in self.run_dir.glob(f"scores-{split}-*.npz"):
             old.unlink()
         scores.save(path)
@@ -132,7 +138,7 @@ def _of_the_run(trained: Trained) -> Iterator[Plate]:
             CURVE_SIZE,
             lambda figure: learning_curve(figure, lines),
         )
-    parameters, columns = trained.state["parameters"], trained.model.architecture.columns
+    parameters, columns = trained.state.parameters, trained.model.architecture.columns
     yield Plate(
         "kernels",
         "First kernels",
@@ -141,7 +147,7 @@ def _of_the_run(trained: Trained) -> Iterator[Plate]:
         kernels_size(parameters, columns),
         lambda figure: kernels(figure, parameters, columns),
     )
-    colour = kept_colour(trained.told)
+    colour = saved_color_stats(trained.told)
     yield Plate(
         "colour-axes",
         "Colour axes of the store",
@@ -154,7 +160,7 @@ def _of_the_run(trained: Trained) -> Iterator[Plate]:
 def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Iterator[Plate]:
     store, model, eye, names = trained.looked_at(split), trained.model, trained.eye, trained.classes
     with ExitStack() as held:
-        shown = held.enter_context(Pictures(store, split))
+        shown = held.enter_context(StoredImages(store, split))
         numbers = np.random.default_rng(seed).permutation(len(shown))[: GUESSES + QUERIES].tolist()
         made = []
         for number in numbers[:GUESSES]:
@@ -170,20 +176,20 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
         )
         if "train" in store.splits:
             queries = numbers[-QUERIES:]  # others than the guesses, where there are enough
-            training = held.enter_context(Pictures(store, "train"))
+            training = held.enter_context(StoredImages(store, "train"))
             index = index_of(trained.run_dir, model, trained.state, store, most, trained.precision)
             units = [said_of(model, eye, shown[k], 1, trained.precision, LAYER)[1] for k in queries]
             rows = []
-            for number, near in zip(queries, nearest(index, np.stack(units), NEIGHBOURS), strict=True):
+            for number, near in zip(queries, nearest(index, np.stack(units), NEIGHBORS), strict=True):
                 found = [(training[n.number], n.label, n.distance) for n in near]
                 rows.append(Row(shown[number], names[shown.label(number)], shown.label(number), found))
             yield Plate(
                 "nearest",
                 "Nearest training pictures",
-                f"Pictures of {split} at the left; beside each the {len(rows[0].neighbours)} of {len(index.labels):,} "
+                f"Pictures of {split} at the left; beside each the {len(rows[0].neighbors)} of {len(index.labels):,} "
                 f"training pictures whose {LAYER} ({index.features.shape[1]:,} units, centre view) is nearest, with "
                 "class and distance; those of its class in orange. The paper's figure 4, right.",
-                rows_size(len(rows), len(rows[0].neighbours)),
+                rows_size(len(rows), len(rows[0].neighbors)),
                 lambda figure: nearest_rows(figure, rows, names),
             )
         square = shown[numbers[0]]
@@ -200,9 +206,8 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
 
 def _maps(trained: Trained, square: Any) -> dict[str, list[Any]]:
     """(maps, rows, columns) of each layer and column, for the centre view."""
-    model = trained.model.eval()
-    with torch.no_grad(), tapped(model, _MAPPED) as found:
-        model(torch.from_numpy(trained.eye.windows(square)))
+    with evaluation_mode(trained.model), tapped(trained.model, _MAPPED) as found:
+        trained.model(torch.from_numpy(trained.eye.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in found.items()}
 
 

@@ -14,8 +14,8 @@ from prep.console import bytes_text, count_noun, say
 from train.config.recipe_table import HEADINGS, recipe_rows
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.neighbors import MOST
-from train.evaluation.predictions import noted_results, views_text
-from train.model.summary import summarise
+from train.evaluation.predictions import read_evaluations, views_text
+from train.model.summary import summarize
 from train.report.gallery import Plate, Trained, plates
 from train.report.style import rendered, save
 from train.runs.run_dir import read_lines
@@ -78,7 +78,7 @@ def write_report(trained: Trained, out: Path, split: str = "val", seed: int = 0,
 def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "val") -> str:
     """The page as HTML, of the pictures given."""
     name = trained.run_dir.resolve().name
-    about = trained.state["identity"]
+    about = trained.state.identity
     sections = [
         ("results", "Results", _results(trained, split)),
         *((plate.name, plate.title, _figure(plate, content)) for plate, content in shown),
@@ -92,7 +92,7 @@ def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "v
     body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{text}</section>\n' for key, title, text in sections)
     head = (
         f"{escape(about['model'])}, recipe {escape(about['recipe'])}, batch {about['batch_size']}, "
-        f"seed {about['seed']}, {escape(about['precision'])}; after step {trained.state['step']:,}"
+        f"seed {about['seed']}, {escape(about['precision'])}; after step {trained.state.step:,}"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -115,8 +115,8 @@ def _figure(plate: Plate, content: bytes) -> str:
 def _results(trained: Trained, split: str) -> str:
     """The errors in large, and a table of all evaluations that were made of this run."""
     facts, rows = [], []
-    lines = noted_results(trained.run_dir)
-    of_now = [line for line in lines if line["step"] == trained.state["step"] and line["split"] == split]
+    lines = read_evaluations(trained.run_dir)
+    of_now = [line for line in lines if line["step"] == trained.state.step and line["split"] == split]
     for line in of_now:
         result, views = _result(line), views_text(line["views"])
         for word, misses, interval in zip(("Top-1", "Top-5"), result.misses, result.intervals, strict=True):
@@ -128,7 +128,7 @@ def _results(trained: Trained, split: str) -> str:
                 )
             )
     validations = [line for line in read_lines(trained.run_dir) if line["kind"] == "val"]
-    last = next((line for line in reversed(validations) if line["step"] == trained.state["step"]), None)
+    last = next((line for line in reversed(validations) if line["step"] == trained.state.step), None)
     if not of_now and last is not None:
         facts.append(
             ("Top-1 error, centre view", f"{last['top1_error']:.2%}", f"validation after epoch {last['epoch']}")
@@ -177,7 +177,7 @@ def _throughput(lines: Sequence[dict[str, Any]]) -> str:
 
 def _network(trained: Trained) -> str:
     model = trained.model
-    layers = summarise(len(trained.classes), model.architecture, model.recipe)
+    layers = summarize(len(trained.classes), model.architecture, model.recipe)
     rows = [
         [
             layer.layer,

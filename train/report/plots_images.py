@@ -34,7 +34,7 @@ class Row(NamedTuple):
     square: Pixels
     title: str
     label: int | None  # None where it is not known
-    neighbours: Sequence[tuple[Pixels, int, float]]  # picture, label, distance
+    neighbors: Sequence[tuple[Pixels, int, float]]  # picture, label, distance
 
 
 def guesses_size(count: int) -> tuple[float, float]:
@@ -59,9 +59,9 @@ def guesses(figure: Any, shown: Sequence[Guess], names: Sequence[str]) -> None:
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
 
 
-def rows_size(rows: int, neighbours: int) -> tuple[float, float]:
+def rows_size(rows: int, neighbors: int) -> tuple[float, float]:
     """Inches, of so many rows."""
-    side = 8.0 / (neighbours + 1.15)
+    side = 8.0 / (neighbors + 1.15)
     return 8.0, rows * (side + 0.24)
 
 
@@ -70,7 +70,7 @@ def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None
 
     Those of its class have their names in another colour.
     """
-    count = max(len(row.neighbours) for row in rows)
+    count = max(len(row.neighbors) for row in rows)
     grid = figure.subplots(len(rows), count + 2, squeeze=False, width_ratios=[1, 0.15, *[1] * count])
     for axes in grid.flat:
         axes.axis("off")
@@ -78,7 +78,7 @@ def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None
         title = one_line(row.title)
         show(cells[0], row.square, title if len(title) <= _TITLE else "…" + title[1 - _TITLE :])
         cells[0].title.set_fontsize(6.5)
-        for axes, (square, label, distance) in zip(cells[2:], row.neighbours, strict=False):
+        for axes, (square, label, distance) in zip(cells[2:], row.neighbors, strict=False):
             name = f"{shortened(names[label], _NEAR)}  {distance:.3g}"
             show(axes, square, name, ORANGE if label == row.label else "0.4")
             axes.title.set_fontsize(6.5)

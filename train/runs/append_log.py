@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 
-class Appended:
+class AppendLog:
     """Each piece is with the system when `add` returns, so that kill -9 loses none; or it waits in memory."""
 
     def __init__(self, path: Path) -> None:

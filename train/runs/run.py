@@ -1,12 +1,15 @@
-"""What one run is."""
+"""A run, opened once: its configuration and its store, and what follows from the two.
+
+`Run.open` is the one place where a store is opened for training, and where the identity and the length of a run are
+computed. The functions below it make the run folder and write its run.json.
+"""
 
 from __future__ import annotations
 
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from importlib.metadata import version
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,59 +18,99 @@ import torch
 from prep.console import UserError, disk_error
 from prep.files import write_atomic
 from prep.store.manifest import Store
-from train.config.identity import identity, plain
-from train.config.run_config import RunConfig, length
-from train.runs.preprocessing import keep_mean_image, store_facts
+from prep.version import package_version
+from train.config.identity import as_json, identity_of
+from train.config.run_config import RunConfig, check_parts
+from train.runs.preprocessing import save_mean_image, store_facts
+from train.runs.run_dir import DESCRIPTION
 
 
-def claim(run_dir: Path) -> None:
-    """Make the run folder; raises UserError where it cannot be made or belongs to something else."""
+@dataclass(frozen=True)
+class Run:
+    """A configuration and the store that it names. Make one with `Run.open`."""
+
+    config: RunConfig
+    store: Store
+    identity: Mapping[str, Any]  # what a checkpoint must agree with to be continued (train/config/identity.py)
+    steps_per_epoch: int  # whole batches; 0 if the training split has fewer records than a batch
+    last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
+
+    @staticmethod
+    def open(config: RunConfig, store: Store | None = None) -> Run:
+        """Open `config.store`, unless it is given as `store`.
+
+        Raises UserError for a batch that --accumulate does not divide, StoreError for a store that is missing, damaged
+        or without the split train.
+        """
+        check_parts(config)
+        store = Store.open(config.store) if store is None else store
+        steps_per_epoch = store.split("train").records // config.batch_size
+        last_step = config.epochs * steps_per_epoch
+        if config.steps is not None:
+            last_step = min(last_step, config.steps)
+        return Run(config, store, identity_of(config, store), steps_per_epoch, last_step)
+
+    @property
+    def run_dir(self) -> Path:
+        """The run folder."""
+        return self.config.run_dir
+
+    def training_facts(self) -> dict[str, Any]:
+        """Architecture, recipe with its sources, classes and software versions, as JSON has them.
+
+        A checkpoint and run.json hold these, so that either can be used without the other and without this program's
+        present recipes.
+        """
+        facts: dict[str, Any] = as_json(
+            {
+                "model": asdict(self.config.model),
+                "recipe": asdict(self.config.recipe),
+                "classes": list(self.store.classes),
+                "environment": {
+                    "alexnet": package_version(),
+                    "torch": torch.__version__,
+                    "python": platform.python_version(),
+                    "machine": platform.machine(),
+                },
+            }
+        )
+        return facts
+
+
+def make_run_dir(run_dir: Path) -> None:
+    """Make the run folder, or accept one that holds a run.
+
+    Raises UserError if the folder cannot be made, or holds something else than a run.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        names = [p.name for p in run_dir.iterdir() if p.name != ".lock"]
-        others = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]
+        names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
-    if others and "run.json" not in others:
-        raise UserError(f"{run_dir}: a folder that holds something else than a run. Name another --run-dir.")
+    names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]  # left by a kill
+    if names and DESCRIPTION not in names:
+        raise UserError(f"{run_dir}: the folder holds something else than a run. Name another --run-dir.")
 
 
-def describe(config: RunConfig, store: Store, ancestry: Sequence[Mapping[str, Any]] = ()) -> None:
-    """Write run.json, what the run is, for people; `ancestry`: the checkpoints that it came from, see train.trainer.fork.
+def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> None:
+    """Write run.json, and mean_image.npy if the recipe subtracts a mean image.
 
-    Raises UserError for an error of the disk, DiskFull where it is full.
+    ancestry  the checkpoints that a forked run began with, the oldest first (train/trainer/fork.py)
+
+    Raises UserError if a file cannot be written, DiskFull if there is no room.
     """
-    settings = {k: v for k, v in asdict(config).items() if k not in ("recipe", "model")}
-    steps_per_epoch, steps = length(config, store)
-    about = {
-        "identity": identity(config, store),
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
-        **what_it_trains(config, store),
-        "store": store_facts(store),
-        "length": {"steps_per_epoch": steps_per_epoch, "steps": steps},
+    settings = {name: value for name, value in asdict(run.config).items() if name not in ("recipe", "model")}
+    description = {
+        "identity": run.identity,
+        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        **run.training_facts(),
+        "store": store_facts(run.store),
+        "length": {"steps_per_epoch": run.steps_per_epoch, "steps": run.last_step},
         "ancestry": list(ancestry),
     }
-    path = config.run_dir / "run.json"
+    path = run.run_dir / DESCRIPTION
     try:
-        write_atomic(path, json.dumps(about, indent=1).encode())
-        keep_mean_image(config.run_dir, store, config.recipe)
+        write_atomic(path, json.dumps(description, indent=1).encode())
+        save_mean_image(run.run_dir, run.store, run.config.recipe)
     except OSError as error:
         raise disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.") from None
-
-
-def what_it_trains(config: RunConfig, store: Store) -> dict[str, Any]:
-    """Network, recipe with its sources, classes and versions: what a checkpoint needs to be used alone."""
-    about: dict[str, Any] = plain(
-        {
-            "model": asdict(config.model),
-            "recipe": asdict(config.recipe),
-            "classes": list(store.classes),
-            "environment": {
-                "alexnet": version("alexnet"),
-                "torch": torch.__version__,
-                "python": platform.python_version(),
-                "machine": platform.machine(),
-            },
-        }
-    )
-    return about

@@ -13,26 +13,25 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from pipeline.loader import eval_loader
 from prep.console import UserError, progress, say
 from prep.files import write_atomic
-from prep.store.manifest import Store
 from train.config.ablations import ABLATIONS, BASELINE, Ablation
 from train.config.architecture import ARCHITECTURES, Architecture
-from train.config.devices import devices_of
-from train.config.identity import check_identity, identity
-from train.config.overrides import recipe_of, set_fields
-from train.config.run_config import RunConfig, length
-from train.evaluation.evaluate import batch_of, evaluate
+from train.config.devices import parse_devices
+from train.config.identity import check_identity
+from train.config.overrides import apply_overrides, recipe_with_overrides
+from train.config.run_config import RunConfig
+from train.evaluation.evaluate import evaluate
 from train.runs.loading import load_trained
-from train.trainer.loop import fit
+from train.runs.run import Run
+from train.trainer.loop import fit, validation_stream
 from train.trainer.watchdog import Diverged
 
 RESULT = "ablation.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class AblationRun:
     """One training to be made: an ablation and a seed."""
 
     ablation: Ablation
@@ -63,17 +62,17 @@ def plan_runs(
     steps: int | None = None,
     gpus: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
-) -> list[Run]:
+) -> list[AblationRun]:
     """The trainings to be made, ablation after ablation, those that change nothing of the recipe left out.
 
-    Raises UserError as recipe_of and devices_of.
+    Raises UserError as recipe_with_overrides and parse_devices.
     """
-    base = recipe_of(recipe, settings, epochs)
+    base = recipe_with_overrides(recipe, settings, epochs)
     runs = []
     for ablation in ABLATIONS:
         if only and ablation is not BASELINE and ablation.name not in only:
             continue
-        changed, model = set_fields(base, ablation.settings), networks[ablation.model]
+        changed, model = apply_overrides(base, ablation.settings), networks[ablation.model]
         if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
             say(f"{ablation.name}: left out, for recipe {base.name} is without it.")
             continue
@@ -85,21 +84,21 @@ def plan_runs(
                 seed=number,
                 model=model,
                 run_dir=out / f"{ablation.name}-seed{number}",
-                devices=devices_of(gpus.split(",")[0] if gpus and model.columns == 1 else gpus, model.columns),
+                devices=parse_devices(gpus.split(",")[0] if gpus and model.columns == 1 else gpus, model.columns),
                 epochs=epochs or base.epochs,
                 steps=steps,
             )
-            runs.append(Run(ablation, config))
+            runs.append(AblationRun(ablation, config))
     return runs
 
 
-def ablate(runs: Sequence[Run]) -> list[Outcome]:
+def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
     """Train and measure what is not yet; returns an outcome for each ablation.
 
     Raises UserError as train.trainer.loop.fit does, where the store has no split val, and where a folder in which a run is
     to be holds another.
     """
-    errors = [_errors(run) for run in runs]
+    errors = [_errors(run.config) for run in runs]
     outcomes = []
     for ablation in dict.fromkeys(run.ablation for run in runs):
         mine = [place for place, run in enumerate(runs) if run.ablation == ablation]
@@ -108,41 +107,40 @@ def ablate(runs: Sequence[Run]) -> list[Outcome]:
     return outcomes
 
 
-def known_errors(config: RunConfig, store: Store) -> tuple[float | None, float | None] | None:
+def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     """(top-1, top-5) of a run that was finished and measured before, None where there is something left to do.
 
     Raises UserError where the folder is another run's.
     """
     try:
-        result = json.loads((config.run_dir / RESULT).read_bytes())
+        result = json.loads((run.run_dir / RESULT).read_bytes())
     except (OSError, ValueError):
         return None
-    check_identity(result, identity(config, store), config.run_dir)
-    if result["steps"] != length(config, store)[1]:
+    check_identity(result["identity"], run.identity, run.run_dir)
+    if result["steps"] != run.last_step:
         return None
     return result["top1_error"], result["top5_error"]
 
 
-def _errors(run: Run) -> tuple[float | None, float | None]:
-    config = run.config
-    store = Store.open(config.store)
-    if "val" not in store.splits:
+def _errors(config: RunConfig) -> tuple[float | None, float | None]:
+    run = Run.open(config)
+    if "val" not in run.store.splits:
         raise UserError(f"{config.store} has no split val, on which ablations are compared. Build it with --split val.")
-    known = known_errors(config, store)
+    known = known_errors(run)
     if known is not None:
         say(f"{config.run_dir}: trained and measured before.")
         return known
     say(f"{config.run_dir}: {config.model.name}, recipe {config.recipe.name}")
     errors: tuple[float | None, float | None]
     try:
-        fit(config)
-        errors = _measured(config, store)
+        fit(run)
+        errors = _measured(run)
     except Diverged as error:
         say(f"{config.run_dir}: {error}")
         errors = None, None
     result = {
-        "identity": identity(config, store),
-        "steps": length(config, store)[1],
+        "identity": run.identity,
+        "steps": run.last_step,
         "top1_error": errors[0],
         "top5_error": errors[1],
     }
@@ -150,12 +148,10 @@ def _errors(run: Run) -> tuple[float | None, float | None]:
     return errors
 
 
-def _measured(config: RunConfig, store: Store) -> tuple[float, float]:
-    model, _, _ = load_trained(config.run_dir, config.devices)
-    batch = batch_of(store.split("val").records, 1, config.devices[0])
-    loader = eval_loader(
-        config.store, batch, config.devices[0], augmentation=config.recipe.augmentation, threads=config.threads
-    )
+def _measured(run: Run) -> tuple[float, float]:
+    model, _ = load_trained(run.run_dir, run.config.devices)
+    loader = validation_stream(run)
+    assert loader is not None  # _errors has looked for the split
     with loader, progress("validation", loader.records, "images") as report:
         result = evaluate(model, loader, report)
     return result.top1_error, result.top5_error

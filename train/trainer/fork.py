@@ -1,144 +1,149 @@
-"""A new run from another's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
+"""A new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
-What may change is all that leaves the shapes of the parameters as they are. Parameters and velocity are taken over.
-The step is that of the same place in the data: as many epochs, and as large a share of the next one, which another
-batch size counts in other steps. The schedule goes on where it was if it is the same, and begins anew otherwise; so do
-the random generators with the seed. The fork's first checkpoint is written at once, and from then on it is a run as
-any other, which keeps the checkpoints that it came from as `ancestry`.
+Every setting may change that leaves the shapes of the parameters as they are. The fork takes over parameters and
+velocity. It begins at the same place in the data: as many epochs, and the same share of the next one, which is another
+number of steps for another batch size. An unchanged schedule continues; a changed one begins anew, and a changed seed
+seeds the random generators anew. The fork's first checkpoint is written at once. From then on the fork is a run like
+any other; its run.json and checkpoints name the checkpoints that it began with, as "ancestry".
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from prep.console import UserError, count_noun, say
 from prep.files import hold_lock
-from prep.store.manifest import Store
-from train.config.identity import check_identity, differences, identity
-from train.config.run_config import RunConfig, check_parts, length
+from train.config.identity import check_identity, differences
 from train.model.alexnet import AlexNet
 from train.runs import checkpoint
-from train.runs.run import claim, describe, what_it_trains
-from train.trainer.loop import stream_at
+from train.runs.checkpoint import Checkpoint
+from train.runs.run import Run, make_run_dir, write_description
+from train.trainer.loop import training_stream
 from train.trainer.schedule import Schedule
 
 
-def fork(config: RunConfig, new_dir: Path) -> RunConfig:
-    """The configuration of the run `new_dir`, which begins with the newest checkpoint of config.run_dir.
+def fork(run: Run, new_dir: Path) -> Run:
+    """The run in `new_dir`, which begins with the newest checkpoint of `run`'s folder and has `run`'s settings.
 
-    Does nothing else where the fork has begun. Raises UserError for a run without a checkpoint, for parameters of other
-    shapes, and for a folder that is another's.
+    Writes nothing if the fork exists already. Raises UserError if there is no checkpoint to begin with, if parameters
+    would change their shapes, and if the folder holds something else.
     """
-    forked = _forked(config, new_dir)
-    claim(new_dir)
+    forked = _moved_to(run, new_dir)
+    make_run_dir(new_dir)
     with hold_lock(new_dir, "training"):
-        _begin(forked, config.run_dir)
+        _begin(forked, run.run_dir)
     return forked
 
 
-def foretell(config: RunConfig, new_dir: Path | None) -> str:
-    """What a run, with --fork where `new_dir` is given, would begin with, for --dry-run; writes nothing.
+def preview_fork(run: Run, new_dir: Path | None) -> str:
+    """What `alextrain run --dry-run` says: where the run, or its fork into `new_dir`, would begin. Writes nothing.
 
-    Raises UserError where the run would for what is in the folders.
+    Raises UserError if the run would be refused for what its folders hold.
     """
-    store, planned = Store.open(config.store), _forked(config, new_dir) if new_dir else config
-    begun = None
+    planned = _moved_to(run, new_dir) if new_dir else run
+    resumed = None
     if planned.run_dir.exists():
-        claim(planned.run_dir)
-        begun = checkpoint.load_latest(planned.run_dir)
-    if begun is not None:
+        make_run_dir(planned.run_dir)
+        resumed = checkpoint.load_latest(planned.run_dir)
+    if resumed is not None:
         if new_dir:
-            _check_origin(begun, new_dir, config.run_dir)
-        check_identity(begun, identity(planned, store), planned.run_dir)
-        return f"{planned.run_dir}: would go on after step {begun['step']:,}."
+            _check_origin(resumed, new_dir, run.run_dir)
+        check_identity(resumed.identity, planned.identity, planned.run_dir)
+        return f"{planned.run_dir}: would go on after step {resumed.step:,}."
     if new_dir:
-        state = _load_origin(planned, store, config.run_dir)
-        return f"{new_dir}: would begin with {config.run_dir} after step {state['step']:,}."
+        origin = _load_origin(planned, run.run_dir)
+        return f"{new_dir}: would begin with {run.run_dir} after step {origin.step:,}."
     return f"{planned.run_dir}: would begin at step 0."
 
 
-def _forked(config: RunConfig, new_dir: Path) -> RunConfig:
-    check_parts(config)
-    if config.run_dir.resolve() == new_dir.resolve():
+def _moved_to(run: Run, new_dir: Path) -> Run:
+    """The same run in another folder."""
+    if run.run_dir.resolve() == new_dir.resolve():
         raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
-    return replace(config, run_dir=new_dir)
+    return replace(run, config=replace(run.config, run_dir=new_dir))
 
 
-def _check_origin(begun: Mapping[str, Any], new_dir: Path, origin: Path) -> None:
-    came = begun["ancestry"][-1]["path"] if begun["ancestry"] else None
-    if came != str(origin.resolve()) and (came is None or Path(came).exists()):
-        raise UserError(f"--fork {new_dir}: a run that began with {came or 'nothing'}, not with {origin}.")
+def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
+    """Raise UserError if the run in `new_dir` began with something else than `origin`."""
+    parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
+    if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
+        raise UserError(f"--fork {new_dir}: holds a run that began with {parent or 'nothing'}, not with {origin}.")
 
 
-def _load_origin(config: RunConfig, store: Store, origin: Path) -> dict[str, Any]:
+def _load_origin(run: Run, origin: Path) -> Checkpoint:
     if not origin.is_dir():
         raise UserError(f"--run-dir {origin}: no such run to fork.")
     state = checkpoint.load(origin)
-    _check_shapes(config, store, state)
+    _check_shapes(run, state)
     return state
 
 
-def _begin(config: RunConfig, origin: Path) -> None:
-    begun = checkpoint.load_latest(config.run_dir)
-    if begun is not None:
-        _check_origin(begun, config.run_dir, origin)
+def _begin(run: Run, origin: Path) -> None:
+    """Write the first checkpoint of a fork, unless it has one."""
+    existing = checkpoint.load_latest(run.run_dir)
+    if existing is not None:
+        _check_origin(existing, run.run_dir, origin)
         return
-    store = Store.open(config.store)
-    state = _load_origin(config, store, origin)
-    mine = identity(config, store)
-    changed = differences(state["identity"], mine)
+    parent = _load_origin(run, origin)
+    changed = differences(parent.identity, run.identity)
     names = {difference.name for difference in changed}
-    step, epoch, place = _step(config, store, state)
-    schedule = Schedule(config.recipe)
-    if any(name.startswith("recipe.schedule") for name in names):
-        state["schedule"] = schedule.state_dict()
-    schedule.load_state_dict(state["schedule"])
-    with stream_at(config, schedule, epoch) as loader:
-        loader.seek(epoch, place)
+    position = _position(run, parent)
+    schedule = Schedule(run.config.recipe)
+    if not any(name.startswith("recipe.schedule") for name in names):
+        schedule.load_state_dict(parent.schedule)
+    with training_stream(run, schedule, position.epoch) as loader:
+        loader.seek(position.epoch, position.step_of_epoch)
         stream = loader.state_dict()
-    ancestor = {
+    ancestor: dict[str, Any] = {
         "path": str(origin.resolve()),
-        "step": state["step"],
-        "checkpoint_digest": state["digest"],
+        "step": parent.step,
+        "checkpoint_digest": parent.digest,
         "differences": [difference._asdict() for difference in changed],
     }
-    ancestry = [*state["ancestry"], ancestor]
-    state |= {
-        "identity": mine,
-        **what_it_trains(config, store),
-        "step": step,
-        "steps_per_epoch": length(config, store)[0],
-        "stream": stream,
-        "devices": [] if "seed" in names else state["devices"],  # generators of other devices begin anew
-        "best": None,
-        "ancestry": ancestry,
-    }
-    del state["digest"]
-    describe(config, store, ancestry)
-    checkpoint.save(config.run_dir, step, state)
+    ancestry = [*parent.ancestry, ancestor]
+    first = replace(
+        parent,
+        identity=run.identity,
+        **run.training_facts(),
+        step=position.step,
+        steps_per_epoch=run.steps_per_epoch,
+        stream=stream,
+        schedule=schedule.state_dict(),
+        devices=[] if "seed" in names else parent.devices,  # no devices: the generators are seeded anew
+        best=None,
+        ancestry=ancestry,
+    )
+    write_description(run, ancestry)
+    checkpoint.write(run.run_dir, first)
     say(
-        f"{config.run_dir}: begins with {origin} after step {ancestor['step']:,}, as step {step:,}; "
+        f"{run.run_dir}: begins with {origin} after step {parent.step:,}, as step {position.step:,}; "
         f"{count_noun(len(changed), 'difference')}{': ' if names else ''}{', '.join(sorted(names))}"
     )
 
 
-def _step(config: RunConfig, store: Store, state: dict[str, Any]) -> tuple[int, int, int]:
-    """(step, epoch, step of the epoch) of this run at which as much of the data is done as in the checkpoint."""
-    theirs, mine = state["steps_per_epoch"], length(config, store)[0]
-    epoch, place = divmod(state["step"], theirs)
-    return epoch * mine + place * mine // theirs, epoch, place * mine // theirs
+class _Position(NamedTuple):
+    step: int
+    epoch: int
+    step_of_epoch: int
 
 
-def _check_shapes(config: RunConfig, store: Store, state: dict[str, Any]) -> None:
-    network = AlexNet(len(store.classes), config.recipe, ("meta", "meta"), config.model)
+def _position(run: Run, parent: Checkpoint) -> _Position:
+    """Where the fork has seen as much of the data as its parent: whole epochs, and a share of the next one."""
+    epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
+    step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
+    return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)
+
+
+def _check_shapes(run: Run, state: Checkpoint) -> None:
+    config = run.config
+    network = AlexNet(len(run.store.classes), config.recipe, ("meta", "meta"), config.model)
     shapes = {
         name: (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
-        for name, parameters in network.by_joined_name().items()
+        for name, parameters in network.parameters_by_joined_name().items()
     }
-    for name, tensor in state["parameters"].items():
+    for name, tensor in state.parameters.items():
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"--fork {config.run_dir}: {name} has shape {tuple(tensor.shape)} in the checkpoint, {shapes[name]} in "

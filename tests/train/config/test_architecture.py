@@ -1,4 +1,4 @@
-"""The family: parameters counted by hand, torchvision's published definition, networks that slide over pictures."""
+"""Architectures: parameter counts, torchvision's published definition, dense evaluation, padding of conv1."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
         ("convolutional", 60_965_224),
     ],
 )
-def test_parameters_of_each_architecture(name: str, parameters: int) -> None:
+def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -> None:
     architecture = ARCHITECTURES[name]
     assert sum(row.parameters for row in summarize(1000, architecture)) == parameters
     assert name in ("alexnet", "convolutional") or f"{parameters:,}" in architecture.source
 
 
-def test_halves_of_the_kernels() -> None:
-    """Section 3.2's footnote: of the net on one GPU, conv5 and the fully-connected layers were not halved."""
+def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
+    """Footnote of section 3.2: the network on one GPU keeps conv5 and the fully-connected layers at full width."""
     whole, half, one = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
     assert {half[name] / whole[name] for name in whole} == {0.5}
     ratio = {name: one[name] / whole[name] for name in whole}
@@ -53,13 +53,13 @@ def test_halves_of_the_kernels() -> None:
     assert HALF.columns == ONE_GPU.columns == 1
 
 
-def test_an_architecture_survives_json() -> None:
+def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
     for architecture in ARCHITECTURES.values():
         assert architecture_from_json(json.loads(json.dumps(asdict(architecture)))) == architecture
 
 
 def published(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
-    """torchvision/models/alexnet.py, __init__; with other widths, the same with those."""
+    """AlexNet.__init__ of torchvision/models/alexnet.py, with widths as parameters."""
     net = nn.Module()
     net.features = nn.Sequential(
         nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),
@@ -90,12 +90,12 @@ def published(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
 
 
 def published_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """torchvision/models/alexnet.py, forward."""
+    """AlexNet.forward of torchvision/models/alexnet.py."""
     return net.classifier(net.avgpool(net.features(x)).flatten(1))
 
 
-def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> None:
-    """The same draws of dropout: the same seed, the same layers, the same scaling."""
+def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
+    """With the same seed, dropout draws the same masks for the same layers, and scales alike."""
     torch.manual_seed(0)
     theirs = published()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -113,7 +113,7 @@ def test_torchvisions_parameters_load_and_give_its_outputs_in_training_too() -> 
 
 
 @pytest.fixture
-def twins() -> tuple[AlexNet, AlexNet]:
+def alexnet_and_convolutional() -> tuple[AlexNet, AlexNet]:
     """alexnet and convolutional with the same small parameters, float64."""
     torch.manual_seed(2)
     recipe = replace(SHORT, dropout=0.5)
@@ -124,9 +124,11 @@ def twins() -> tuple[AlexNet, AlexNet]:
     return plain, sliding
 
 
-def test_the_convolutional_network_is_alexnet_with_the_same_numbers(twins: tuple[AlexNet, AlexNet]) -> None:
-    """Outputs and gradients, dropout included; and a checkpoint of either loads into the other."""
-    plain, sliding = twins
+def test_the_convolutional_network_computes_what_alexnet_computes(
+    alexnet_and_convolutional: tuple[AlexNet, AlexNet],
+) -> None:
+    """Outputs and gradients, with dropout; parameters of either load into the other."""
+    plain, sliding = alexnet_and_convolutional
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
     for net in (plain, sliding):
@@ -135,13 +137,13 @@ def test_the_convolutional_network_is_alexnet_with_the_same_numbers(twins: tuple
         outputs[-1].square().sum().backward()
     assert outputs[0].shape == outputs[1].shape == (3, 5)
     assert torch.allclose(*outputs, rtol=1e-10)
-    mine, yours = (net.joined_tensors(lambda p: p.grad) for net in twins)
-    assert all(torch.allclose(mine[name], yours[name], rtol=1e-8, atol=1e-12) for name in mine)
+    grads, other_grads = (net.joined_tensors(lambda p: p.grad) for net in alexnet_and_convolutional)
+    assert all(torch.allclose(grads[name], other_grads[name], rtol=1e-8, atol=1e-12) for name in grads)
     plain.load_joined_tensors(sliding.joined_tensors())
 
 
-def slid(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
-    """A dense evaluation by convolutions and unfolded windows, on the joined parameters."""
+def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
+    """Dense evaluation by convolutions up to pool5, then window by window, with the joined parameters."""
     w, r = net.joined_tensors(), net.recipe
     x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)
 
@@ -165,13 +167,13 @@ def slid(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("height", "width", "map_shape"), [(224, 224, (1, 1)), (256, 256, (2, 2)), (256, 320, (2, 4))])
-def test_dense_evaluation_is_a_window_each_32_px(
-    twins: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
+def test_dense_evaluation_gives_logits_every_32_px(
+    alexnet_and_convolutional: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
 ) -> None:
     images = torch.randn(2, 3, height, width, dtype=torch.float64) * 60
-    plain, sliding = (net.eval() for net in twins)
+    plain, sliding = (net.eval() for net in alexnet_and_convolutional)
     with torch.no_grad():
-        found, wanted = plain.dense(images), slid(plain, images, 3)
+        found, wanted = plain.dense(images), dense_reference(plain, images, 3)
         assert found.shape == (2, 5, *map_shape)
         assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
         alone = found.flatten(1) if map_shape == (1, 1) else found
@@ -180,21 +182,23 @@ def test_dense_evaluation_is_a_window_each_32_px(
             assert torch.allclose(plain(images), alone, rtol=1e-10)
 
 
-def test_dense_evaluation_refuses_less_than_a_window(twins: tuple[AlexNet, AlexNet]) -> None:
+def test_dense_evaluation_refuses_images_smaller_than_a_crop(
+    alexnet_and_convolutional: tuple[AlexNet, AlexNet],
+) -> None:
     with pytest.raises(ValueError, match="224, 223"):
-        twins[0].dense(torch.zeros(1, 3, 224, 223, dtype=torch.float64))
+        alexnet_and_convolutional[0].dense(torch.zeros(1, 3, 224, 223, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
-        twins[0](torch.zeros(1, 3, 256, 256, dtype=torch.float64))
+        alexnet_and_convolutional[0](torch.zeros(1, 3, 256, 256, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("side_px", range(224, 260))
-def test_conv1_covers_the_picture_with_as_many_windows_as_rounding_up_gives(side_px: int) -> None:
+def test_padding_gives_conv1_the_number_of_positions_rounded_up(side_px: int) -> None:
     before, after = ALEXNET.padding_px(side_px)
     assert before == 0 and (side_px + after - 11) % 4 == 0 and after < 4
     assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004, 1 + ceil((side - 11) / 4)
 
 
-def test_a_single_column_needs_no_crossing_and_no_second_device() -> None:
+def test_a_network_of_one_column_has_one_device_and_crosses_nothing() -> None:
     net = AlexNet(5, PAPER, ("meta", "meta"), replace(HALF, widths=WIDTHS))
     (half,) = net.cross([torch.ones(2, 3)])
     assert half.shape == (2, 3) and len(net.devices) == len(net.columns) == 1
@@ -202,7 +206,7 @@ def test_a_single_column_needs_no_crossing_and_no_second_device() -> None:
         AlexNet(5, PAPER, ("meta",) * 3, HALF)
 
 
-def test_columns_there_cannot_be_are_refused() -> None:
+def test_numbers_of_columns_and_widths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="3 columns"):
         replace(ALEXNET, columns=3)
     with pytest.raises(ValueError, match="conv4 = 15"):

@@ -1,4 +1,4 @@
-"""`--set`: values by the field's type, names and sources that tell of it, errors that name what is expected."""
+"""Recipe overrides (`--set`): parsing by the field's type, the changed name and sources, error messages."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from pipeline.augment import Augmentation
 from prep.console import UserError
 from train.config.architecture import LAYERS
-from train.config.overrides import COSINE, PLATEAU, SET, apply_overrides, recipe_with_overrides
+from train.config.overrides import COSINE, OVERRIDE_SOURCE, PLATEAU, apply_overrides, recipe_with_overrides
 from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange, recipe_from_json
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 
@@ -46,12 +46,12 @@ from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
         ("schedule=25:5e-3, 51:1e-4", "schedule", (ScheduleChange(25, lr=5e-3), ScheduleChange(51, lr=1e-4))),
     ],
 )
-def test_a_value_is_read_by_its_fields_type(setting: str, field: str, value: object) -> None:
+def test_a_value_is_parsed_by_the_type_of_its_field(setting: str, field: str, value: object) -> None:
     changed = apply_overrides(PAPER, [setting])
     assert getattr(changed, field) == value and type(getattr(changed, field)) is type(value)
     others = {f.name for f in fields(Recipe)} - {field, "name", "sources"}
     assert all(getattr(changed, other) == getattr(PAPER, other) for other in others)
-    assert SET in changed.sources[field]
+    assert OVERRIDE_SOURCE in changed.sources[field]
     assert {k: v for k, v in changed.sources.items() if k != field} == {
         k: v for k, v in PAPER.sources.items() if k != field
     }
@@ -59,13 +59,13 @@ def test_a_value_is_read_by_its_fields_type(setting: str, field: str, value: obj
     assert recipe_from_json(json.loads(json.dumps(asdict(changed)))) == changed
 
 
-def test_a_part_keeps_the_source_of_the_rest() -> None:
+def test_overriding_a_part_keeps_the_source_of_the_other_parts() -> None:
     source = apply_overrides(PAPER, ["augmentation.strength=0.05"]).sources["augmentation"]
-    assert source == f"strength {SET}; else: {PAPER.sources['augmentation']}"
-    assert apply_overrides(PAPER, ["lr=0.02"]).sources["lr"] == SET
+    assert source == f"strength {OVERRIDE_SOURCE}; else: {PAPER.sources['augmentation']}"
+    assert apply_overrides(PAPER, ["lr=0.02"]).sources["lr"] == OVERRIDE_SOURCE
 
 
-def test_the_order_of_settings_and_how_a_number_is_written_change_nothing() -> None:
+def test_neither_the_order_of_overrides_nor_the_notation_of_a_number_matters() -> None:
     one = apply_overrides(PAPER, ["schedule=steps", "lr=2e-2", "init_std.conv3=0.03", "init_std=0.02"])
     two = apply_overrides(PAPER, ["init_std=0.02", "lr=9", "init_std.conv3=0.03", "schedule=steps", "lr=0.02"])
     assert one == two
@@ -73,7 +73,7 @@ def test_the_order_of_settings_and_how_a_number_is_written_change_nothing() -> N
     assert one.schedule == (ScheduleChange(30, lr=2e-3), ScheduleChange(60, lr=2e-4)) and one.init_std["conv3"] == 0.03
 
 
-def test_what_a_recipe_has_already_leaves_it_as_it_is() -> None:
+def test_an_override_with_the_present_value_returns_the_same_recipe() -> None:
     assert apply_overrides(PAPER, ["lr=0.010", "lrn.k=2", "within_map=none", "activation=relu"]) is PAPER
 
 
@@ -89,39 +89,39 @@ def test_what_a_recipe_has_already_leaves_it_as_it_is() -> None:
         ("activation=rely", "--set activation=rely: activation 'rely': expected one of relu, tanh, sigmoid"),
         ("pool_px=4", "--set pool_px=4: pool_px 4: expected 2 or 3"),
         ("dropout=1", "dropout 1.0: expected at least 0, less than 1"),
-        ("lr_bais=1", "--set lr_bais=1: there is no lr_bais. Near: lr_bias"),
+        ("lr_bais=1", "--set lr_bais=1: there is no lr_bais. Did you mean lr_bias"),
         ("name=mine", "there is no name"),
         ("zzz=1", "Expected one of batch_size, epochs"),
-        ("augmentation.strenght=1", "there is no strenght. Near: strength"),
+        ("augmentation.strenght=1", "there is no strenght. Did you mean strength"),
         ("augmentation.colour=red", "expected one of stdev, eigenvalue, off"),
-        ("init_std.conv9=1", "there is no conv9. Near: conv"),
+        ("init_std.conv9=1", "there is no conv9. Did you mean conv"),
         ("init_std.conv3=", "--set init_std.conv3=: expected a number"),
         ("lrn=5", "--set lrn=5: expected SIZE,ALPHA,BETA,K, or none"),
-        ("lrn.size=4", "expected an odd number"),
-        ("within_map.alpha=1", "--set within_map.alpha=1: expected a value for it as a whole, for it is none"),
+        ("lrn.size=4", "expected an odd size"),
+        ("within_map.alpha=1", "--set within_map.alpha=1: the present value, none, has no part alpha"),
         ("lr.x=1", "has no part x"),
         ("lr_bias=some", "--set lr_bias=some: expected a number, or none"),
         ("schedule=soon", "--set schedule=soon: expected plateau, cosine, steps, none, or epochs as in 25,51,79"),
-        ("schedule=51,25", "expected epochs that rise"),
-        ("schedule=nan", "expected epochs of at least 0, and rates of more than 0"),
-        ("schedule=25:-1e-3", "rates of more than 0"),
-        ("schedule=25:inf", "rates of more than 0"),
+        ("schedule=51,25", "expected epochs in rising order"),
+        ("schedule=nan", "expected epochs of at least 0, and learning rates of more than 0"),
+        ("schedule=25:-1e-3", "learning rates of more than 0"),
+        ("schedule=25:inf", "learning rates of more than 0"),
         ("schedule.drops=-1", "drops -1"),
         ("schedule.end=0.1", "there is no end"),
     ],
 )
-def test_errors_name_field_value_and_what_is_expected(setting: str, message: str) -> None:
+def test_errors_name_the_field_the_value_and_what_is_expected(setting: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         apply_overrides(PAPER, [setting])
     assert str(error.value).startswith("--set ") and message in str(error.value)
 
 
-def test_a_table_of_changes_has_no_parts() -> None:
-    with pytest.raises(UserError, match="expected a value for it as a whole"):
+def test_a_part_of_a_list_of_schedule_changes_cannot_be_set() -> None:
+    with pytest.raises(UserError, match="a list of changes, has no part drops. Set the field as a whole"):
         apply_overrides(RELEASED, ["schedule.drops=2"])
 
 
-def test_the_run_s_epochs_are_the_recipe_s_where_rates_are_drawn_over_them() -> None:
+def test_the_epochs_of_a_run_change_only_a_schedule_that_spans_them() -> None:
     assert recipe_with_overrides("paper", [], 5) is PAPER
     assert recipe_with_overrides("paper", ["schedule=cosine"], 5).epochs == 5
     steps = recipe_with_overrides("paper", ["schedule=steps"], 30)
@@ -129,12 +129,12 @@ def test_the_run_s_epochs_are_the_recipe_s_where_rates_are_drawn_over_them() -> 
     assert recipe_with_overrides("paper", ["schedule=25,51"], 30).epochs == 90
 
 
-def test_every_recipe_survives_json() -> None:
+def test_every_recipe_is_the_same_after_a_round_trip_through_json() -> None:
     for recipe in RECIPES.values():
         assert recipe_from_json(json.loads(json.dumps(asdict(recipe)))) == recipe
 
 
-def test_numbers_that_no_training_can_have_are_refused() -> None:
+def test_a_recipe_refuses_numbers_out_of_range() -> None:
     with pytest.raises(UserError, match="init_std"):
         replace(SHORT, init_std={"conv1": 0.1})
     with pytest.raises(UserError, match="init_bias"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from train.evaluation.features import activations
 from train.evaluation.neighbors import Index, index_of, nearest
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained
+from train.runs.run import Run
 
 CPU = ("cpu", "cpu")
 
@@ -40,7 +42,7 @@ def answers(*words: object) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def model(small_run: Path) -> AlexNet:
-    return load_trained(small_run, CPU)[0].eval()
+    return load_trained(small_run, CPU).network.eval()
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +54,7 @@ def images(store: Path) -> torch.Tensor:
 def test_activations_are_those_of_the_joined_network(model: AlexNet, images: torch.Tensor) -> None:
     """conv1 and the full layers by the joined parameters, of one network without columns."""
     found = activations(model, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
-    p = model.joined()
+    p = model.joined_tensors()
     with torch.no_grad():
         padded = F.pad(images / model.recipe.input_divisor, (0, 3, 0, 3))
         conv1 = F.conv2d(padded, p["conv1.weight"], p["conv1.bias"], stride=4).relu()
@@ -101,7 +103,7 @@ def test_the_nearest_are_those_with_the_least_distance() -> None:
 def test_the_index_is_built_once_for_a_checkpoint_a_store_and_a_size(
     trained_run: Path, store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, state, _ = load_trained(trained_run, CPU)
+    model, state = load_trained(trained_run, CPU)
     opened = Store.open(store)
     index = index_of(trained_run, model, state, opened)
     assert index.features.shape == (30, 16) and len(set(index.keys.tolist())) == 30
@@ -118,11 +120,11 @@ def test_the_index_is_built_once_for_a_checkpoint_a_store_and_a_size(
     assert all(np.array_equal(a, b) for a, b in zip(again, some, strict=True))
     index_path = trained_run / "index-fc7-00000099.npz"
     with pytest.raises(TypeError):  # another step: to be built
-        index_of(trained_run, model, {**state, "step": 99}, opened, most=7)
+        index_of(trained_run, model, replace(state, step=99), opened, most=7)
     assert not index_path.exists()
     for changed, precision in (({"digest": "another run's"}, "fp32"), ({}, "bf16")):
         with pytest.raises(TypeError):
-            index_of(trained_run, model, {**state, **changed}, opened, most=7, precision=precision)
+            index_of(trained_run, model, replace(state, **changed), opened, most=7, precision=precision)
 
 
 @pytest.mark.parametrize("views", [1, 10])
@@ -130,11 +132,11 @@ def test_predictions_are_those_of_the_evaluation(
     small_run: Path, trained_run: Path, store: Path, photo_folder: Path, tmp_path: Path, views: int
 ) -> None:
     """The photographs that the records of val were made of, without the store, give what evaluating val gives."""
-    from train.evaluation.predictions import load_scores
+    from train.evaluation.predictions import load_predictions
 
     out = tmp_path / "val.npz"
     assert alextrain("evaluate", trained_run, "--store", store, "--views", views, "--out", out)[0] == 0
-    saved = load_scores(out)
+    saved = load_predictions(out)
     from pipeline.records import Records
 
     records = Records(Store.open(store), "val")
@@ -181,20 +183,20 @@ def test_a_mean_image_is_kept_with_the_run(store: Path, tmp_path: Path, photo_fo
     from train.config.architecture import ALEXNET, Widths
     from train.config.recipes import SHORT
     from train.config.run_config import RunConfig
-    from train.runs.preprocessing import eye_of
+    from train.runs.preprocessing import load_eval_transform
     from train.trainer.loop import fit
 
     recipe = replace(SHORT, augmentation=Augmentation(mean="image"))
     small = replace(ALEXNET, widths=Widths(2, 2, 2, 2, 2, 2, 2))
     moved = tmp_path / "store"
     shutil.copytree(store, moved)
-    run_dir = fit(RunConfig(moved, recipe, 8, model=small, run_dir=tmp_path / "run", steps=1, threads=1))
+    run_dir = fit(Run.open(RunConfig(moved, recipe, 8, model=small, run_dir=tmp_path / "run", steps=1, threads=1)))
     shutil.rmtree(moved)
-    assert np.array_equal(eye_of(run_dir, recipe).mean_image, Store.open(store).mean_image())
+    assert np.array_equal(load_eval_transform(run_dir, recipe).mean_image, Store.open(store).mean_image())
     assert answers("predict", run_dir, next((photo_folder / "val").glob("*.JPEG")))
     (run_dir / "mean_image.npy").unlink()
     with pytest.raises(UserError, match=r"mean_image\.npy"):
-        eye_of(run_dir, recipe)
+        load_eval_transform(run_dir, recipe)
 
 
 def test_search_finds_the_photograph_itself_among_the_training_pictures(

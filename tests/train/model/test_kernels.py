@@ -1,4 +1,4 @@
-"""The compiled half of a training step: memory, threads, and libraries that compute something else."""
+"""C kernels of a training step: threads, memory bounds, agreement with PyTorch, refusal of wrong libraries."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from train.model.lrn import local_response_norm
 from train.model.pooling import max_pool
 from train.trainer.optim import PaperSGD
 
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
+needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
-PLAINEST = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time of the real flags
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
     return compiled.load(path, kernels.NativeKernels, kernels.is_correct)
 
 
-def everything() -> list[Tensor]:
-    """Outputs and gradients of all functions, on maps that leave rests of vectors and of blocks."""
-    found = []
+def outputs_and_gradients() -> list[Tensor]:
+    """Of all kernels, on maps whose numbers are no multiples of a vector or of a block."""
+    results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
         for output in (
@@ -40,17 +40,17 @@ def everything() -> list[Tensor]:
             max_pool(x, PAPER.lrn, relu_before=True),
             max_pool(x, relu_after=True),
         ):
-            found += [output.detach(), *torch.autograd.grad(output.square().sum(), x)]
-    return found
+            results += [output.detach(), *torch.autograd.grad(output.square().sum(), x)]
+    return results
 
 
 @needs_kernel
-def test_same_bits_for_every_number_of_threads() -> None:
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 7, 64):
             torch.set_num_threads(threads)
-            results.append(everything())
+            results.append(outputs_and_gradients())
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -58,16 +58,16 @@ def test_same_bits_for_every_number_of_threads() -> None:
 
 
 @pytest.mark.parametrize(("items", "threads"), [(1, 4), (4, 4), (10, 3), (7, 1)])
-def test_work_is_shared_whole(items: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     done: list[int] = []
-    kernels.share(items, lambda first, end: done.extend(range(first, end)))
+    kernels.run_in_threads(items, lambda first, end: done.extend(range(first, end)))
     assert sorted(done) == list(range(items))
 
 
 @needs_kernel
-def test_nothing_beyond_the_tensors_is_read_or_written() -> None:
-    """Each tensor ends at a page that kills who touches it; then each begins behind one."""
+def test_kernels_read_and_write_only_inside_their_tensors() -> None:
+    """Each tensor ends at a protected page, then begins after one: an access outside kills the process."""
     program = """
 import ctypes, mmap, os
 import torch
@@ -94,19 +94,18 @@ def fenced(*size, dtype=torch.float32, memory_format=None):
     n, c, h, w = size
     return flat.view(n, h, w, c).permute(0, 3, 1, 2)
 def filled(shape):
-    made = fenced(shape, memory_format=1)
-    return made.copy_(torch.randn(shape))
+    return fenced(shape, memory_format=1).copy_(torch.randn(shape))
 torch.empty, torch.empty_like = fenced, lambda x: fenced(x.shape, memory_format=1)
 for at_end in (True, False):
     shapes = (2, 44, 9, 8), (1, 9, 31, 20), (3, 1, 3, 3), (1, 128, 5, 5), (2, 3, 4, 4)
     for shape, size in zip(shapes, (5, 7, 5, 5, 1)):
-        how, x = kernels.Norm(shape[1], size, 0.1, 2.0, True), filled(shape)
-        kernels.native.norm(x, how)
-        kernels.native.norm_backward(x, filled(shape), how)
-        for normalise in (True, False):
-            pool = kernels.Pool(*shape[2:], normalise, True)
-            out, taps = kernels.native.pool(x, pool, how)
-            kernels.native.pool_backward(x if normalise else None, filled(out.shape), taps, pool, how)
+        norm, x = kernels.NormParams(shape[1], size, 0.1, 2.0, True), filled(shape)
+        kernels.native.norm(x, norm)
+        kernels.native.norm_backward(x, filled(shape), norm)
+        for normalize in (True, False):
+            pool = kernels.PoolParams(*shape[2:], normalize, True)
+            out, argmax = kernels.native.pool(x, pool, norm)
+            kernels.native.pool_backward(x if normalize else None, filled(out.shape), argmax, pool, norm)
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -115,15 +114,15 @@ os._exit(0)
 
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
-def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of a convolution with maps last, of a layer longer than a block, biases; other layouts."""
+def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A convolution with channels last, a layer of more than one block, biases, and an empty tensor; three layouts."""
     results = []
-    for kernel in (kernels.native, None):
-        monkeypatch.setattr(kernels, "native", kernel)
-        draw = torch.Generator().manual_seed(0)
+    for native in (kernels.native, None):
+        monkeypatch.setattr(kernels, "native", native)
+        generator = torch.Generator().manual_seed(0)
         parameters, before = [], []
         for shape in ((6, 5, 3, 3), (300, 701), (17,), (3, 0)):
-            w, g = torch.randn(shape, generator=draw), torch.randn(shape, generator=draw)
+            w, g = torch.randn(shape, generator=generator), torch.randn(shape, generator=generator)
             if layouts == "strided":
                 w, g = (t.repeat_interleave(2, 0)[::2] for t in (w, g))
             elif len(shape) == 4:
@@ -137,21 +136,21 @@ def test_an_update_is_the_same_without_it(layouts: str, monkeypatch: pytest.Monk
         optimizer.step()
         assert all(p._version > old for p, old in zip(parameters, before, strict=True))
         results.append([*parameters, *(optimizer.velocity(p) for p in parameters)])
-    for found, wanted in zip(*results, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-6, atol=1e-6)
+    for actual, expected in zip(*results, strict=True):
+        assert torch.allclose(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_not_loaded_if_switched_off_or_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert load(tmp_path / "absent.so") is None
     monkeypatch.setenv("ALEXNET_NATIVE", "0")
     assert load(compiled.library_path(kernels.SOURCE)) is None
 
 
-def test_close_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = everything()
+def test_kernels_agree_with_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    results = outputs_and_gradients()
     monkeypatch.setattr(kernels, "native", None)
-    for ours, plain in zip(found, everything(), strict=True):
-        assert torch.allclose(ours, plain, rtol=1e-5, atol=1e-4)
+    for result, expected in zip(results, outputs_and_gradients(), strict=True):
+        assert torch.allclose(result, expected, rtol=1e-5, atol=1e-4)
 
 
 @needs_compiler
@@ -161,18 +160,18 @@ def test_close_to_the_plain_form(monkeypatch: pytest.MonkeyPatch) -> None:
         ("padded[3] + padded[4]", "padded[3] + padded[3]"),
         ("t <= 2 * reach", "t < 2 * reach"),
         ("factor = 1.5f", "factor = 1.0f"),
-        ("how.relu && x[i] <= 0 ? 0 : found", "found"),
-        ("relu && most <= 0 ? NOTHING : tap", "tap"),
-        ("a.first + right)", "a.first + left)"),
-        ("b = {grad + above, taps + above, 6}", "b = {grad + above, taps + above, 3}"),
+        ("norm.relu && x[i] <= 0 ? 0 : gradient", "gradient"),
+        ("relu && maximum <= 0 ? NO_GRADIENT : index", "index"),
+        ("a.first_index + right)", "a.first_index + left)"),
+        ("b = {grad + above, argmax + above, 6}", "b = {grad + above, argmax + above, 3}"),
         ("- pull * w[i]", "- decay * w[i]"),
         ("void norm_backward", "void norm_back"),
     ],
 )
-def test_a_library_that_computes_something_else_is_not_used(
+def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
-    monkeypatch.setattr(compiling, "FLAGS", PLAINEST)
+    monkeypatch.setattr(compiling, "FLAGS", FAST_TO_COMPILE)
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
     source = tmp_path / "kernels.c"
@@ -182,14 +181,14 @@ def test_a_library_that_computes_something_else_is_not_used(
 
 
 @needs_compiler
-def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without vectors and fused multiply-adds: to the last few bits, and some larger where they cancel."""
-    monkeypatch.setattr(compiling, "FLAGS", [*PLAINEST, "-ffp-contract=off"])
-    expected, source = everything(), tmp_path / "kernels.c"
+def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the last few bits; by more where numbers cancel."""
+    monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
+    expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())
     library = compile_native(source)
     assert library
     monkeypatch.setattr(kernels, "native", load(library))
     assert kernels.native
-    for found, wanted in zip(everything(), expected, strict=True):
-        assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-4)
+    for result, other in zip(outputs_and_gradients(), expected, strict=True):
+        assert torch.allclose(result, other, rtol=1e-5, atol=1e-4)

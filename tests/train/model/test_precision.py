@@ -23,6 +23,7 @@ from train.evaluation.evaluate import evaluate
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.precision import PRECISIONS, autocast, set_precision
+from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
@@ -119,16 +120,16 @@ def test_a_small_network_learns_in_bfloat16() -> None:
 
 
 def test_a_run_writes_down_its_precision(stores: dict[str, Path], tmp_path: Path) -> None:
-    run_dir = fit(config(stores["jpeg"], tmp_path / "run", steps=1, batch_size=2, precision="bf16"))
+    run_dir = fit(Run.open(config(stores["jpeg"], tmp_path / "run", steps=1, batch_size=2, precision="bf16")))
     about = json.loads((run_dir / "run.json").read_text())
     assert about["settings"]["precision"] == about["identity"]["precision"] == "bf16"
 
 
 def test_a_run_is_not_continued_in_another_precision(stores: dict[str, Path], tmp_path: Path) -> None:
     plan = config(stores["jpeg"], tmp_path / "run", steps=1)
-    fit(plan)
+    fit(Run.open(plan))
     with pytest.raises(UserError, match=r"another precision \(fp32, here bf16\)"):
-        fit(replace(plan, precision="bf16", steps=2))
+        fit(Run.open(replace(plan, precision="bf16", steps=2)))
 
 
 def test_evaluation_in_bfloat16_is_near_float32(stores: dict[str, Path]) -> None:

@@ -1,6 +1,6 @@
 """What a run tells: norms against NumPy on its checkpoints, TensorBoard's files read back by TensorBoard, the views.
 
-One small run is trained, its standard error a terminal; the rest gives a Log lines of its own.
+One small run is trained, its standard error a terminal; the rest gives a MetricsLog lines of its own.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ from train.config.architecture import ALEXNET, ARCHITECTURES, LAYERS
 from train.config.recipes import SHORT
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
-from train.monitor.console_view import Lines, Plan, Quiet
+from train.monitor.console_view import ConsoleView, QuietView, RunLength
 from train.monitor.interval_metrics import layer_norms, peak_memory
-from train.monitor.live_view import Live, sparkline
-from train.monitor.metrics_log import Log
-from train.monitor.view import view_for
+from train.monitor.live_view import LiveView, sparkline
+from train.monitor.metrics_log import MetricsLog
+from train.monitor.view import choose_view
 from train.runs import checkpoint
+from train.runs.run import Run
 from train.runs.run_dir import read_lines, scalars, seconds_left
 from train.trainer.loop import fit
-from train.trainer.watchdog import norms_of
+from train.trainer.watchdog import parameter_norms
 
 STATUS = "from train.cli import main; main()"
-PLAN = Plan(steps_per_epoch=10, steps=100, batch_size=8)
+PLAN = RunLength(steps_per_epoch=10, steps=100, batch_size=8)
 
 
 class Told(NamedTuple):
@@ -59,9 +60,9 @@ class Told(NamedTuple):
 def told(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     run_dir = tmp_path_factory.mktemp("told") / "run"
     said: list[str] = []
-    log_line = Log.train
+    log_line = MetricsLog.train
 
-    def ask_after_five(self: Log, line: dict) -> None:
+    def ask_after_five(self: MetricsLog, line: dict) -> None:
         log_line(self, line)
         if line["step"] == 5:
             words = [sys.executable, "-c", STATUS, "status", str(run_dir), "--json"]
@@ -80,18 +81,18 @@ def told(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     with pytest.MonkeyPatch.context() as patch, os.fdopen(child, "w") as terminal:
-        patch.setattr(Log, "train", ask_after_five)
+        patch.setattr(MetricsLog, "train", ask_after_five)
         patch.setattr(sys, "stderr", terminal)
         patch.setenv("TERM", "xterm")
         patch.setenv("COLUMNS", "110")
-        fit(config(store, run_dir))
+        fit(Run.open(config(store, run_dir)))
     watcher.join()
     os.close(parent)
     return Told(run_dir, b"".join(shown).decode(), json.loads(said[0]))
 
 
 def line(step: int, **numbers: object) -> dict:
-    """A line as the loop gives it to a Log."""
+    """A line as the loop gives it to a MetricsLog."""
     read = {"loss": 3.0 / step, "top1_error": 0.5, "top5_error": 0.25, "images_per_s": 16.0, "waiting_share": 0.1}
     norms = {"gradient_norm": {"conv1": 0.5 * step}, "weight_norm": {"conv1": 2.0}}
     more = {"stream_waiting_share": 0.2, **norms, "memory_mb": 1234.5, "lr": 0.01}
@@ -112,7 +113,7 @@ def wanted(run_dir: Path) -> list[tuple[str, int, float]]:
 
 def test_norms_of_weights_are_those_of_the_checkpoint(told: Told) -> None:
     lines = {told["step"]: told for told in read_lines(told.run_dir) if told["kind"] == "train"}
-    for path in checkpoint.checkpoints(told.run_dir):
+    for path in checkpoint.checkpoint_paths(told.run_dir):
         state = torch.load(path, weights_only=True)
         for layer in LAYERS:
             weights = state["parameters"][f"{layer}.weight"].double().numpy()
@@ -121,7 +122,7 @@ def test_norms_of_weights_are_those_of_the_checkpoint(told: Told) -> None:
 
 def test_norms_of_gradients_are_what_moved_the_weights(told: Told) -> None:
     """v' = momentum · v − decay · lr · w − lr · g between the checkpoints of steps 8 and 9, solved for g in float64."""
-    before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoints(told.run_dir))
+    before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoint_paths(told.run_dir))
     last = [told for told in read_lines(told.run_dir) if told["kind"] == "train"][-1]
     assert (before["step"], after["step"], last["step"]) == (8, 9, 9)
     for layer in LAYERS:
@@ -137,7 +138,7 @@ def test_a_frozen_layer_has_no_gradient() -> None:
     model = AlexNet(3, SHORT, ("cpu", "cpu"), SMALL)
     for column in model.columns:
         column.conv2.weight.grad = torch.ones_like(column.conv2.weight)
-    norms = layer_norms(norms_of(model))
+    norms = layer_norms(parameter_norms(model))
     assert norms["gradient_norm"] == {"conv2": pytest.approx((2 * model.columns[0].conv2.weight.numel()) ** 0.5)}
     assert set(norms["weight_norm"]) == set(LAYERS)
 
@@ -146,7 +147,7 @@ def test_norms_of_large_layers_are_right() -> None:
     model = AlexNet(3, SHORT, ("cpu", "cpu"), replace(SMALL, widths=replace(SMALL.widths, conv5=256, fc6=1024)))
     with torch.no_grad():
         exact = sum(float((column.fc6.weight.fill_(0.3).double() ** 2).sum()) for column in model.columns) ** 0.5
-    assert layer_norms(norms_of(model))["weight_norm"]["fc6"] == pytest.approx(exact, rel=3e-5)
+    assert layer_norms(parameter_norms(model))["weight_norm"]["fc6"] == pytest.approx(exact, rel=3e-5)
 
 
 def test_memory_is_what_the_process_had_at_most(told: Told) -> None:
@@ -173,7 +174,7 @@ def test_a_run_that_goes_on_has_no_point_and_no_line_twice(tmp_path: Path) -> No
     """Killed after lines that no checkpoint has, then before a validation; the first line is older than the events."""
     result = EvalResult(0.5, 0.25, 2.0, 12)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**line(1), "unix_time_s": 5.0}) + "\n")
-    first = Log(tmp_path, PLAN, 1, False, Quiet())
+    first = MetricsLog(tmp_path, PLAN, 1, False, QuietView())
     for step in (2, 3, 4):
         first.train(line(step))
     first.validation(1, 4, result)
@@ -181,7 +182,7 @@ def test_a_run_that_goes_on_has_no_point_and_no_line_twice(tmp_path: Path) -> No
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "train", "step": 6, "lo')
     for validation_due in (False, True):
-        with Log(tmp_path, PLAN, 4, validation_due, Quiet()) as log:
+        with MetricsLog(tmp_path, PLAN, 4, validation_due, QuietView()) as log:
             if validation_due:
                 log.validation(1, 4, result)
             log.train(line(5, loss=7.0))
@@ -200,7 +201,7 @@ def test_without_tensorboard_a_run_goes_on_and_says_how_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto.event_pb2", None)
-    with Log(tmp_path, PLAN, 0, False, Lines()) as log:
+    with MetricsLog(tmp_path, PLAN, 0, False, ConsoleView()) as log:
         log.train(line(1))
     said = capsys.readouterr().err.splitlines()
     assert "pip install 'alexnet[tensorboard]'" in said[0] and said[1].startswith("epoch   0.10") and len(said) == 2
@@ -209,7 +210,7 @@ def test_without_tensorboard_a_run_goes_on_and_says_how_to_install_it(
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """No file may grow by more than 100 bytes: a line is cut, taken back, and written with a later one."""
-    with Log(tmp_path, PLAN, 0, False, Quiet()) as log:
+    with MetricsLog(tmp_path, PLAN, 0, False, QuietView()) as log:
         log.train(line(1))
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         size = (tmp_path / "metrics.jsonl").stat().st_size
@@ -238,7 +239,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Captur
 )
 def test_a_log_says_how_its_run_ended(tmp_path: Path, error: BaseException | None, state: str, said: str) -> None:
     try:
-        with Log(tmp_path, PLAN, 0, False, Quiet()) as log:
+        with MetricsLog(tmp_path, PLAN, 0, False, QuietView()) as log:
             assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "training"
             log.train(line(7))
             if error:
@@ -256,7 +257,7 @@ def test_a_disk_that_is_full_at_the_beginning_is_said_and_costs_no_line(tmp_path
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
     try:
         with pytest.raises(DiskFull, match=r"cannot be written \(File too large\)\. Make room"):
-            Log(tmp_path, PLAN, 2, False, Quiet())
+            MetricsLog(tmp_path, PLAN, 2, False, QuietView())
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
@@ -267,19 +268,19 @@ def test_a_terminal_that_was_closed_ends_no_run(tmp_path: Path) -> None:
         def write(self, text: str) -> int:
             raise OSError(errno.EIO, "Input/output error")
 
-    live = Live(Console(file=Closed()))
+    live = LiveView(Console(file=Closed()))
     live.begin = live.end = lambda *of: live._console.print("…")  # type: ignore[method-assign]
     with pytest.raises(OSError, match="Input"):
         live.end()
     result = EvalResult(0.5, 0.25, 2.0, 12)
     live.begin = lambda *of: None  # type: ignore[method-assign]
-    with Log(tmp_path, PLAN, 0, False, live) as log:
+    with MetricsLog(tmp_path, PLAN, 0, False, live) as log:
         log.validation(1, 10, result)
     assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "finished"
 
 
 def test_a_validation_that_ends_while_it_is_drawn_breaks_no_picture() -> None:
-    class Ends(Live):
+    class Ends(LiveView):
         looks = 0
 
         @property
@@ -314,7 +315,7 @@ def test_another_process_is_told_where_the_run_stands(told: Told) -> None:
 
 def test_the_live_view_has_curves_rates_and_the_time_left() -> None:
     console = Console(force_terminal=True, record=True, width=100, file=io.StringIO())
-    live = Live(console)
+    live = LiveView(console)
     live.begin(PLAN, [line(step) for step in range(1, 9)], 8)
     live.follow(lambda: 2)
     live.train(line(10, loss=0.25, gpu_memory_mb=[2500.0, 700.0]))
@@ -361,6 +362,6 @@ def test_quiet_leaves_the_last_line_and_the_answer(
 
 
 def test_the_view_fits_where_it_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert type(view_for()) is Lines and type(view_for(quiet=True)) is Quiet
+    assert type(choose_view()) is ConsoleView and type(choose_view(quiet=True)) is QuietView
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    assert type(view_for()) is Live and type(view_for(quiet=True)) is Quiet
+    assert type(choose_view()) is LiveView and type(choose_view(quiet=True)) is QuietView

@@ -17,7 +17,7 @@ import train.cli
 from prep.console import UserError
 from tests.train.runs.test_status import validation
 from train.config.architecture import ALEXNET, HALF, Architecture
-from train.config.overrides import set_fields
+from train.config.overrides import apply_overrides
 from train.config.recipe import Recipe
 from train.config.recipes import CAFFE, SHORT
 from train.report import compare
@@ -60,7 +60,7 @@ def made(
 
 
 def test_only_what_differs_is_listed(tmp_path: Path) -> None:
-    faster = set_fields(SHORT, ["lr=0.05", "augmentation.colour=off"])
+    faster = apply_overrides(SHORT, ["lr=0.05", "augmentation.colour=off"])
     runs = read_runs([made(tmp_path / "a"), made(tmp_path / "b", faster, seed=1, store="elsewhere")])
     assert differences(runs) == {
         "settings.seed": [0, 1],

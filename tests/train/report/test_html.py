@@ -22,7 +22,7 @@ pytest.importorskip("matplotlib")
 
 from train.cli import main
 from train.evaluation.evaluate import EvalResult
-from train.evaluation.predictions import note_result
+from train.evaluation.predictions import record_evaluation
 from train.report.gallery import Trained, plates
 from train.report.html import page
 
@@ -109,7 +109,7 @@ def test_an_imported_network_has_a_page_too(trained_run: Path) -> None:
     (trained_run / "metrics.jsonl").unlink()
     trained = Trained.open(trained_run, None, "cpu", "fp32")
     for views in (10, "dense"):
-        note_result(
+        record_evaluation(
             trained_run,
             {
                 "step": trained.state["step"],

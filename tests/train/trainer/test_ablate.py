@@ -16,8 +16,8 @@ from prep.console import UserError
 from train.config.ablations import ABLATIONS, BASELINE
 from train.config.architecture import ALEXNET, ARCHITECTURES, ONE_GPU, Widths
 from train.config.recipes import PAPER, RELEASED
-from train.config.run_config import RunConfig
-from train.trainer.ablate import Outcome, Run, ablate, outcome_rows, plan_runs, table_lines
+from train.runs.run import Run
+from train.trainer.ablate import AblationRun, Outcome, ablate, outcome_rows, plan_runs, table_lines
 
 SMALL = {
     "alexnet": replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)),
@@ -25,7 +25,7 @@ SMALL = {
 }
 
 
-def small_runs(store: Path, out: Path, **options) -> list[Run]:
+def small_runs(store: Path, out: Path, **options) -> list[AblationRun]:
     """Three steps of 8 pictures each."""
     options = {"recipe": "short", "batch": 8, "steps": 3, "gpus": "cpu", "networks": SMALL, **options}
     return plan_runs(store, out, **options)
@@ -83,12 +83,12 @@ def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_aga
     trained: list[str] = []
     fit = train.trainer.ablate.fit
 
-    def stopped_at_half(config: RunConfig) -> Path:
-        trained.append(config.run_dir.name)
-        if config.model.name == "one-gpu" and len(trained) == 3:
-            fit(replace(config, steps=1))
+    def stopped_at_half(run: Run) -> Path:
+        trained.append(run.run_dir.name)
+        if run.config.model.name == "one-gpu" and len(trained) == 3:
+            fit(Run.open(replace(run.config, steps=1)))
             raise KeyboardInterrupt
-        return fit(config)
+        return fit(run)
 
     monkeypatch.setattr(train.trainer.ablate, "fit", stopped_at_half)
     runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])

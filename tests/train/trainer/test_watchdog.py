@@ -16,12 +16,12 @@ from PIL import Image
 import train.trainer.watchdog
 from pipeline.loader import TrainLoader, train_loader
 from prep.console import UserError
-from prep.store.manifest import Store
 from tests.train.trainer.test_loop import SMALL, config
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
 from train.runs import checkpoint
+from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.optim import make_optimizer
 from train.trainer.step import StepResult, TrainingStep
@@ -48,7 +48,7 @@ def test_a_poisoned_picture_is_found_kept_aside_and_costs_no_checkpoint(
     every = 1 if log_every == 1 else 4
     plan = config(numbered, tmp_path / "run", log_every=log_every, checkpoint_every=every, epochs=5)
     with pytest.raises(Diverged) as stop:
-        fit(plan)
+        fit(Run.open(plan))
     at = 2
     assert f"step {at}: the loss is nan" in str(stop.value)
     about = json.loads((tmp_path / "run" / f"offending-step-{at}" / "batch.json").read_text())
@@ -64,8 +64,8 @@ def test_a_poisoned_picture_is_found_kept_aside_and_costs_no_checkpoint(
     white = [(sheet[:, 112 * k : 112 * (k + 1)] == 255).all() for k in range(8)]
     assert white == [k == place for k in range(8)]
     state = checkpoint.load_latest(tmp_path / "run")
-    assert state is None or state["step"] < at
-    assert state is None or all(torch.isfinite(t).all() for t in state["parameters"].values())
+    assert state is None or state.step < at
+    assert state is None or all(torch.isfinite(t).all() for t in state.parameters.values())
 
 
 def test_norms_are_those_of_numpy() -> None:
@@ -94,7 +94,7 @@ def test_a_parameter_or_gradient_that_is_no_number_stops_though_the_loss_is_one(
     with torch.no_grad():
         (broken if part == "parameter" else broken.grad)[0, 0, 0, 0] = math.inf
     (tmp_path / "run").mkdir()
-    watch = Watchdog(config(numbered, tmp_path / "run"), Store.open(numbered), model)
+    watch = Watchdog(Run.open(config(numbered, tmp_path / "run")), model)
     watch.add(*stepped(1.0))
     whose = "the gradient of " if part == "gradient" else ""
     with pytest.raises(Diverged, match=rf"step 4: {whose}conv3\.weight has norm inf: .*offending-step-4"):
@@ -109,7 +109,7 @@ def stepped(loss: float, labels: range | list[int] = range(8)) -> StepResult:
 def watch(numbered: Path, tmp_path: Path) -> Watchdog:
     """Of a run of 400 steps on 37 classes: 200 of them at ln 37 are stuck."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL)
-    return Watchdog(RunConfig(numbered, SHORT, 8, epochs=100, run_dir=tmp_path), Store.open(numbered), model)
+    return Watchdog(Run.open(RunConfig(numbered, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
 
 def judged(watch: Watchdog, losses: list[float], first: int = 0) -> None:
@@ -136,7 +136,9 @@ def test_a_loss_that_left_its_guess_is_not_stuck(watch: Watchdog, capsys: pytest
     assert "Warning" not in capsys.readouterr().err
 
 
-def test_a_loss_of_zero_and_labels_of_one_class_are_said_once(watch: Watchdog, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_loss_of_zero_and_labels_of_one_class_are_said_once(
+    watch: Watchdog, capsys: pytest.CaptureFixture[str]
+) -> None:
     judged(watch, [0.0] * 3)
     said = capsys.readouterr().err
     assert said.count("Warning") == 1 and "step 10: the loss is 0. Usually: a store with one class" in said
@@ -185,7 +187,7 @@ def test_a_lack_of_memory_is_said_with_what_fits(
     """The CPU's by its allocator itself."""
     monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", lambda *of: run_out())
     with pytest.raises(UserError) as told:
-        fit(config(stores["ppm"], tmp_path / "run", accumulate=parts))
+        fit(Run.open(config(stores["ppm"], tmp_path / "run", accumulate=parts)))
     said = str(told.value)
     assert "out of memory on cpu (" in said and named in said and "--batch 4" in said and "\n" not in said
     assert "--fork" not in said
@@ -199,7 +201,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
     monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", fail)
     with pytest.raises(RuntimeError, match="mat1"):
-        fit(config(stores["ppm"], tmp_path / "run"))
+        fit(Run.open(config(stores["ppm"], tmp_path / "run")))
 
 
 def test_a_batch_that_cannot_be_written_aside_hides_nothing(
@@ -211,4 +213,4 @@ def test_a_batch_that_cannot_be_written_aside_hides_nothing(
     monkeypatch.setattr(train.trainer.watchdog, "save_image_grid", full)
     recipe = replace(SHORT, schedule=(), lr=1e12)
     with pytest.raises(Diverged, match=r"training has diverged.*could not be written aside \(.*No space"):
-        fit(config(numbered, tmp_path / "run", recipe=recipe))
+        fit(Run.open(config(numbered, tmp_path / "run", recipe=recipe)))

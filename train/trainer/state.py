@@ -1,0 +1,73 @@
+"""The state of a training: captured into a checkpoint, and restored from one.
+
+Parameters and velocity are in the joined shapes, so a checkpoint continues on any placement of the columns. The stream
+is restored by its loader.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.loader import TrainLoader
+from train.config.run_config import RunConfig
+from train.model.alexnet import AlexNet
+from train.runs.checkpoint import Checkpoint
+from train.runs.run import Run
+from train.trainer.optim import PaperSGD
+from train.trainer.schedule import Schedule
+
+
+def capture_state(
+    run: Run,
+    step: int,
+    network: AlexNet,
+    optimizer: PaperSGD,
+    schedule: Schedule,
+    loader: TrainLoader,
+    validation_due: bool,
+) -> Checkpoint:
+    """The checkpoint of a training after `step`; best step and ancestry are filled in by CheckpointKeeper.
+
+    validation_due  the epoch has ended and its validation has not been made
+    """
+    return Checkpoint(
+        identity=run.identity,
+        **run.training_facts(),
+        step=step,
+        steps_per_epoch=len(loader),
+        validation_due=validation_due,
+        parameters=network.joined_tensors(),
+        velocity=network.joined_tensors(optimizer.velocity),
+        schedule=schedule.state_dict(),
+        devices=list(run.config.devices),
+        random=torch.get_rng_state(),
+        random_cuda=[torch.cuda.get_rng_state(device) for device in network.devices if device.type == "cuda"],
+        stream=loader.state_dict(),
+    )
+
+
+def restore_state(
+    state: Checkpoint, config: RunConfig, network: AlexNet, optimizer: PaperSGD, schedule: Schedule
+) -> None:
+    """Load a checkpoint into network, optimizer, schedule and random generators.
+
+    On other devices than the checkpoint's the generators are seeded anew, by seed and step.
+    """
+    network.load_joined_tensors(state.parameters)
+    network.load_joined_tensors(state.velocity, optimizer.velocity)
+    schedule.load_state_dict(state.schedule)
+    if list(state.devices) != list(config.devices):
+        seed_generators(config, state.step)
+        return
+    torch.set_rng_state(state.random)
+    gpus = [device for device in network.devices if device.type == "cuda"]
+    for device, generator in zip(gpus, state.random_cuda, strict=True):
+        torch.cuda.set_rng_state(generator, device)
+
+
+def seed_generators(config: RunConfig, step: int) -> None:
+    """Seed every random generator; that of column 1's GPU differently, or both columns would drop the same units."""
+    torch.manual_seed(config.seed + step)
+    if config.devices[0] != config.devices[1]:
+        with torch.cuda.device(config.devices[1]):
+            torch.cuda.manual_seed(config.seed + step + (1 << 32))
