@@ -113,7 +113,7 @@ def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evalu
 
 
 @pytest.fixture
-def alexnet_and_convolutional() -> tuple[AlexNet, AlexNet]:
+def network_pair() -> tuple[AlexNet, AlexNet]:
     """alexnet and convolutional with the same small parameters, float64."""
     torch.manual_seed(2)
     recipe = replace(SHORT, dropout=0.5)
@@ -125,10 +125,10 @@ def alexnet_and_convolutional() -> tuple[AlexNet, AlexNet]:
 
 
 def test_the_convolutional_network_computes_what_alexnet_computes(
-    alexnet_and_convolutional: tuple[AlexNet, AlexNet],
+    network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
     """Outputs and gradients, with dropout; parameters of either load into the other."""
-    plain, sliding = alexnet_and_convolutional
+    plain, sliding = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
     for net in (plain, sliding):
@@ -137,7 +137,7 @@ def test_the_convolutional_network_computes_what_alexnet_computes(
         outputs[-1].square().sum().backward()
     assert outputs[0].shape == outputs[1].shape == (3, 5)
     assert torch.allclose(*outputs, rtol=1e-10)
-    grads, other_grads = (net.joined_tensors(lambda p: p.grad) for net in alexnet_and_convolutional)
+    grads, other_grads = (net.joined_tensors(lambda p: p.grad) for net in network_pair)
     assert all(torch.allclose(grads[name], other_grads[name], rtol=1e-8, atol=1e-12) for name in grads)
     plain.load_joined_tensors(sliding.joined_tensors())
 
@@ -168,10 +168,10 @@ def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.
 
 @pytest.mark.parametrize(("height", "width", "map_shape"), [(224, 224, (1, 1)), (256, 256, (2, 2)), (256, 320, (2, 4))])
 def test_dense_evaluation_gives_logits_every_32_px(
-    alexnet_and_convolutional: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
+    network_pair: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
 ) -> None:
     images = torch.randn(2, 3, height, width, dtype=torch.float64) * 60
-    plain, sliding = (net.eval() for net in alexnet_and_convolutional)
+    plain, sliding = (net.eval() for net in network_pair)
     with torch.no_grad():
         found, wanted = plain.dense(images), dense_reference(plain, images, 3)
         assert found.shape == (2, 5, *map_shape)
@@ -183,12 +183,12 @@ def test_dense_evaluation_gives_logits_every_32_px(
 
 
 def test_dense_evaluation_refuses_images_smaller_than_a_crop(
-    alexnet_and_convolutional: tuple[AlexNet, AlexNet],
+    network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
     with pytest.raises(ValueError, match="224, 223"):
-        alexnet_and_convolutional[0].dense(torch.zeros(1, 3, 224, 223, dtype=torch.float64))
+        network_pair[0].dense(torch.zeros(1, 3, 224, 223, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
-        alexnet_and_convolutional[0](torch.zeros(1, 3, 256, 256, dtype=torch.float64))
+        network_pair[0](torch.zeros(1, 3, 256, 256, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("side_px", range(224, 260))
