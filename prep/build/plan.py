@@ -16,8 +16,8 @@ from PIL import features
 from prep.build.shard_task import ShardTask, record_path
 from prep.console import UserError
 from prep.files import write_atomic
-from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
+from prep.inputs.names import name_text
 from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
@@ -32,7 +32,7 @@ class Plan:
     def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
         self.work = folder / ".build"
-        self.order = source.inputs.order(settings.seed)
+        self.order = source.inputs.permutation(settings.seed)
         n = len(self.order)
         length = min(SHARD_RECORDS, max(_LEAST_RECORDS, -(-n // _WANTED_SHARDS)))
         self.shards = -(-n // length)
@@ -48,7 +48,7 @@ class Plan:
         source = self.source
         deadly = frozenset(path for path, times in self.deaths().items() if self.skip_bad and times > 1)
         return ShardTask(
-            number, start, inputs, source.place, source.split, self.folder, self.settings, self.skip_bad, deadly
+            number, start, inputs, source.reader, source.split, self.folder, self.settings, self.skip_bad, deadly
         )
 
     def deaths(self) -> dict[str, int]:
@@ -150,25 +150,25 @@ def changed_inputs(plan: Plan, store: Path) -> dict[bytes, tuple[Input, Input]]:
         )
     if now.same_as(then):
         return {}
-    odd = then.first_other_path(now, plan.settings.seed)
+    odd = then.first_path_difference(now, plan.settings.seed)
     if odd is not None:
         raise UserError(
-            f"{store} holds an unfinished build of other inputs: {shown(odd[0])} {odd[1]} "
+            f"{store} holds an unfinished build of other inputs: {name_text(odd[0])} {odd[1]} "
             f"({len(then):,} inputs then, {len(now):,} now). {way_out}"
         )
     if edges != plan.edges:
         raise UserError(f"{store} holds an unfinished build of other shards. {way_out}")
-    changed = then.differing(now, plan.settings.seed)
+    changed = then.changed_inputs(now, plan.settings.seed)
     for number in range(plan.shards):
         record = plan.record(number)
         if record is None:
             continue
         bad = {fate["source"] for fate in bad_of(record["fates"])}
         for item in plan.task(number).inputs:
-            if item.path in changed and (shown(item.path) not in bad or item.label != changed[item.path][0].label):
+            if item.path in changed and (name_text(item.path) not in bad or item.label != changed[item.path][0].label):
                 before, after = changed[item.path]
                 raise UserError(
-                    f"{store} holds an unfinished build in which {shown(item.path)} was another: "
+                    f"{store} holds an unfinished build in which {name_text(item.path)} was another: "
                     f"{_difference(before, after)}. {way_out}"
                 )
     return changed
@@ -178,7 +178,7 @@ def _difference(before: Input, after: Input) -> str:
     for name, then, now in (("label", before.label, after.label), ("bytes", before.size, after.size)):
         if then != now:
             return f"{name} {then:,}, now {now:,}"
-    return f"modified at {before.stamp_ns / 1e9:.3f}, now {after.stamp_ns / 1e9:.3f} (seconds since 1970)"
+    return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
 
 
 def same_settings(asked: Settings, found: Mapping[str, Any], store: Path) -> None:

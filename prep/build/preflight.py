@@ -11,9 +11,9 @@ from pathlib import Path
 
 from prep.build.shard_task import ShardResult, ShardTask
 from prep.images.codec import MAX_FILE_BYTES, BadImage, has_image_signature
-from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
-from prep.inputs.reader import Place
+from prep.inputs.names import name_text
+from prep.inputs.reader import InputReader
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # LMDB gives every record of a photograph whole pages
@@ -31,7 +31,7 @@ class Estimate:
     sampled: int  # pictures
 
 
-def look(place: Place, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
+def look(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
     """(name, why) of the inputs whose size or first bytes show that they are no pictures.
 
     Nothing is decoded, and it ends after a few hundredths of the time that the build will take: on a slow source it
@@ -43,20 +43,20 @@ def look(place: Place, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
         if time.monotonic() > deadline:
             return []
         chunk = [inputs[index] for index in range(first, min(first + _CHUNK, len(inputs)))]
-        return [(shown(item.path), why) for item in chunk if (why := _plainly_bad(place, item))]
+        return [(name_text(item.path), why) for item in chunk if (why := _plainly_bad(reader, item))]
 
     with ThreadPoolExecutor(8) as pool:
         return [bad for found in pool.map(some, range(0, len(inputs), _CHUNK)) for bad in found]
 
 
-def _plainly_bad(place: Place, item: Input) -> str:
+def _plainly_bad(reader: InputReader, item: Input) -> str:
     """Why an input cannot be a picture; empty where it can."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
         return f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}"
     try:
-        head = place.head(item, 8)
+        head = reader.head(item, 8)
     except BadImage as why:
         return str(why)
     return "" if has_image_signature(head) else "not a picture in a format that is known"

@@ -22,9 +22,9 @@ from prep.files import save_array, sync_folder, write_atomic
 from prep.images.codec import MAX_FILE_BYTES, BadImage, DecodedImage, check_rescaled_size, decode_image, encode_image
 from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
-from prep.inputs.labels import shown
 from prep.inputs.listing import Input
-from prep.inputs.reader import Place
+from prep.inputs.names import name_text
+from prep.inputs.reader import InputReader
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
@@ -40,7 +40,7 @@ class ShardTask:
     number: int
     first_index: int  # of its first record in the split: keys go on from there
     inputs: tuple[Input, ...]
-    place: Place
+    reader: InputReader
     split: str
     folder: Path  # of the split, in the store
     settings: Settings
@@ -112,16 +112,16 @@ class ShardResult:
     def _record(self, item: Input) -> bytes | None:
         settings = self.task.settings
         try:
-            if shown(item.path) in self.task.deadly:
+            if name_text(item.path) in self.task.deadly:
                 raise BadImage("killed the process that read it, twice")
             picture = read_input(self.task, item)
         except BadImage as why:
             if not self.task.skip_bad:
                 raise UserError(
-                    f"{shown(item.path)}: {why}. Mend it, or pass --on-bad skip to leave it out; "
+                    f"{name_text(item.path)}: {why}. Mend it, or pass --on-bad skip to leave it out; "
                     "the shards that are finished are kept."
                 ) from None
-            self.fates.append({"source": shown(item.path), "fate": "bad", "why": str(why)})
+            self.fates.append({"source": name_text(item.path), "fate": "bad", "why": str(why)})
             return None
         pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
         height, width = pixels.shape[:2]
@@ -134,7 +134,7 @@ class ShardResult:
 
     def _note(self, item: Input, picture: DecodedImage) -> None:
         if picture.converted or picture.orientation != 1:
-            fate: dict[str, Any] = {"source": shown(item.path), "fate": "kept"}
+            fate: dict[str, Any] = {"source": name_text(item.path), "fate": "kept"}
             if picture.converted:
                 fate |= {"fate": "converted", "how": list(picture.converted)}
             if picture.orientation != 1:
@@ -155,7 +155,7 @@ def read_input(task: ShardTask, item: Input) -> DecodedImage:
     """Read and decode one input; raises BadImage with the reason."""
     if item.size > MAX_FILE_BYTES:
         raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
-    content = task.place.read(item)
+    content = task.reader.read(item)
     picture = decode_image(content) if isinstance(content, bytes) else DecodedImage(content, (), 1)
     check_rescaled_size(picture.pixels, task.settings.side_px, task.settings.keep_aspect)
     return picture

@@ -33,7 +33,7 @@ from prep.build.shard_task import ShardTask, build_shard, record_path
 from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, disk_error, say
 from prep.files import hold_lock, save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
-from prep.inputs.labels import shown
+from prep.inputs.names import name_text
 from prep.inputs.reader import Source
 from prep.store.input_log import write_outcomes
 from prep.store.manifest import SPLIT_FILES, SPLITS, Settings, Shard, Split, Store, StoreError, split_fingerprint
@@ -131,7 +131,7 @@ def forecast(source: Source, store: Path, settings: Settings, runner: Runner, po
             changed = changed_inputs(plan, store)
             todo = [number for number in todo if not plan.is_done(number) or touches(plan, number, changed)]
     left = plan.inputs_of(todo)
-    bad = () if whole else (*source.refused, *look(source.place, source.inputs, runner.jobs))
+    bad = () if whole else (*source.refused, *look(source.reader, source.inputs, runner.jobs))
     guess = estimate(plan.sample(todo), left, runner) if left else None
     return Forecast(
         len(source.inputs) + len(source.refused),
@@ -167,11 +167,11 @@ def _existing(store: Path, plan: Plan) -> Store | None:
 
 def _refuse_inside(source: Source, store: Path) -> None:
     """A store among its own photographs would write to the source, and be listed as a class the next time."""
-    root, place = source.place.root.resolve(), store.resolve()
+    root, place = source.reader.root.resolve(), store.resolve()
     inside = place.is_relative_to(root) or root == place / source.split if root.is_dir() else place == root.parent
     if inside:
         raise UserError(
-            f"--store {store}: that is the place of the source, {source.place.root}. Choose a folder outside of it."
+            f"--store {store}: that is the place of the source, {source.reader.root}. Choose a folder outside of it."
         )
 
 
@@ -210,7 +210,7 @@ def _refuse_bad(plan: Plan, policy: Policy, jobs: int, todo: Sequence[int]) -> N
     """Before the long part: raise UserError for what a look at names and first bytes finds to be no picture."""
     bad = list(plan.source.refused)
     if not policy.skip_bad and todo:
-        bad += look(plan.source.place, plan.source.inputs, jobs)
+        bad += look(plan.source.reader, plan.source.inputs, jobs)
     if not bad or (policy.skip_bad and (policy.max_bad is None or len(bad) <= policy.max_bad)):
         return
     lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]
@@ -261,7 +261,7 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
 
     def watch(counts: Counts) -> None:
         bad = refused + bad_before + counts.bad
-        report.update(before + counts.done, bad=bad, size=counts.bytes)
+        report.update(before + counts.done, bad=bad, size_bytes=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
                 f"{_too_many(bad, policy.max_bad)} Mend them, or allow more: the shards that are finished are kept."
@@ -272,7 +272,7 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
                 raise UserError(f"A worker process {result.describe()} before it began. Give the same command again.")
             if isinstance(result, WorkerDied):
-                name = shown(task.inputs[result.index].path)
+                name = name_text(task.inputs[result.index].path)
                 plan.note_death(name)
                 raise UserError(
                     f"{name}: a worker process {result.describe()} at this file. If memory ran "
@@ -309,7 +309,7 @@ def _put_together(plan: Plan, store: Path, existing: Store | None, policy: Polic
     inputs, records = len(source.inputs) + len(source.refused), sum(s.records for s in shards)
     if not records:
         first = next(_fates(plan))
-        raise UserError(f"{source.place.root}: not one of {inputs:,} inputs is a picture (first: {first['why']}).")
+        raise UserError(f"{source.reader.root}: not one of {inputs:,} inputs is a picture (first: {first['why']}).")
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     account = write_outcomes(folder / "inputs.jsonl", _fates(plan))
     split = Split(

@@ -12,7 +12,7 @@ from typing import Any
 import lmdb
 
 from prep.console import Progress, UserError, bytes_text, count_noun, disk_error
-from prep.inputs.labels import shown
+from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import Split, Store, StoreError
@@ -58,7 +58,7 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     Raises StoreError where no shard has it, or the record is damaged.
     """
     if not (key.isascii() and key.isdigit()):
-        raise StoreError(f"--key {key!r}: expected a number, as {shown(lmdb_shard.record_key(17))} or 17.")
+        raise StoreError(f"--key {key!r}: expected a number, as {name_text(lmdb_shard.record_key(17))} or 17.")
     wanted = key.zfill(8).encode()
     tasks = [(path, wanted) for path in store.shard_paths(split)]
     for (path, _), found in runner.map(_get, tasks, lambda counts: None):
@@ -66,7 +66,9 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
             raise StoreError(f"{path}: the process that read it {found.describe()}. Look closer with: alexprep verify")
         if found is not None:
             return path, found
-    raise StoreError(f"{store.root} has no key {shown(wanted)} in {split} ({store.split(split).records:,} records).")
+    raise StoreError(
+        f"{store.root} has no key {name_text(wanted)} in {split} ({store.split(split).records:,} records)."
+    )
 
 
 def _get(task: tuple[str, bytes], tally: TaskProgress) -> Datum | None:
@@ -76,7 +78,7 @@ def _get(task: tuple[str, bytes], tally: TaskProgress) -> Datum | None:
             value = txn.get(key)
         return None if value is None else Datum.decode(value)
     except (lmdb.Error, DatumError) as error:
-        raise StoreError(f"{path}, key {shown(key)}: {error}. Look closer with: alexprep verify") from None
+        raise StoreError(f"{path}, key {name_text(key)}: {error}. Look closer with: alexprep verify") from None
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, report: Pr
     UserError where a file of that name has other bytes, and where a record is damaged.
     """
     tasks = [_Export(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
-    watch = lambda counts: report.update(counts.done, size=counts.bytes)  # noqa: E731
+    watch = lambda counts: report.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, watch):
         if isinstance(result, WorkerDied):
             raise StoreError(
@@ -107,7 +109,7 @@ def _export_shard(task: _Export, tally: TaskProgress) -> None:
         try:
             datum = Datum.decode(value)
         except DatumError as error:
-            raise StoreError(f"{task.path}, key {shown(key)}: {error}. Look closer with: alexprep verify") from None
+            raise StoreError(f"{task.path}, key {name_text(key)}: {error}. Look closer with: alexprep verify") from None
         name = task.classes[datum.label] if datum.label < len(task.classes) else ""
         folder = task.out / (name if _is_name(os.fsencode(name)) else f"class_{datum.label:04d}")
         try:
@@ -139,7 +141,7 @@ def _write(path: bytes, content: bytes) -> None:
         with open(path, "rb") as file:
             same = file.read() == content
         if not same:
-            raise UserError(f"{shown(path)} is there and holds something else. Name an empty folder.")
+            raise UserError(f"{name_text(path)} is there and holds something else. Name an empty folder.")
         return
     except FileNotFoundError:
         pass

@@ -18,7 +18,7 @@ import numpy.typing as npt
 from prep.console import Progress, UserError
 from prep.images.codec import BadImage, decode_image, ppm_header
 from prep.images.color_stats import Moments, PixelSums, compute_color_stats
-from prep.inputs.labels import shown
+from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, parse_fields
 from prep.store.input_log import read_outcomes, summarize_outcomes
@@ -135,7 +135,7 @@ def check_shard(task: _Check, tally: TaskProgress) -> _Seen:
                 if pixels is not None:
                     sums.add(pixels)
             except (DatumError, BadImage) as error:
-                seen.faults.append(Fault(told.path, shown(key), _source(value), str(error)))
+                seen.faults.append(Fault(told.path, name_text(key), _source(value), str(error)))
             tally.count(len(value), bad=len(seen.faults) > before)
     except StoreError as error:
         seen.faults.append(Fault(told.path, "", "", str(error)))
@@ -181,7 +181,7 @@ def _source(value: bytes) -> str:
         source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
     except DatumError:
         return ""
-    return shown(source) if isinstance(source, bytes) else ""
+    return name_text(source) if isinstance(source, bytes) else ""
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:

@@ -69,11 +69,11 @@ def build_lmdb(
 
     with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
         from prep.build.split import forecast
-        from prep.inputs.sources import find_splits, read_source
+        from prep.inputs.sources import find_splits, list_source
 
         settings, policy = _settings_and_policy(options)
         for name, path in find_splits(source, split).items():
-            found = read_source(path, name, labels, label_order, _known(store), follow_links)
+            found = list_source(path, name, labels, label_order, _known(store), follow_links)
             if dry_run:
                 report_forecast(forecast(found, store, settings, workers, policy), name, as_json)
             else:
@@ -138,11 +138,11 @@ def import_caffe(
       alexprep import-caffe ilsvrc12_train_lmdb --store store --classes synset_words.txt
       alexprep import-caffe ilsvrc12_val_lmdb --store store --split val
     """
-    from prep.inputs.caffe import read_datums
+    from prep.inputs.caffe import list_caffe_lmdbs
     from prep.workers import WorkerPool
 
     settings, policy = _settings_and_policy(options)
     with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
         with progress(f"{split}: listing", 0, "records") as report:
-            found = read_datums(lmdbs, split, classes, _known(store), workers, report)
+            found = list_caffe_lmdbs(lmdbs, split, classes, _known(store), workers, report)
         _build(found, store, settings, workers, policy, as_json)

@@ -167,9 +167,9 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
         export_split(opened, split, out, workers, report)
     seconds = time.monotonic() - started
     if as_json:
-        print_json({"split": split, "files": records, "bytes": report.size, "seconds": round(seconds, 3)})
+        print_json({"split": split, "files": records, "bytes": report.size_bytes, "seconds": round(seconds, 3)})
         return
-    click.echo(f"{out}: {count_noun(records, 'file')}, {bytes_text(report.size)}, {duration_text(seconds)}")
+    click.echo(f"{out}: {count_noun(records, 'file')}, {bytes_text(report.size_bytes)}, {duration_text(seconds)}")
 
 
 @click.command("pca-stats")

@@ -1,1 +1,1 @@
-"""Where photographs come from: folders, tar archives, Caffe LMDBs, and label files."""
+"""Input formats: class folders, flat folders with label files, tar archives, and LMDBs of Caffe."""

@@ -1,8 +1,8 @@
-"""Photographs inside LMDBs that Caffe's convert_imageset wrote: Datums with an encoded picture, or bare pixels.
+"""Images in LMDBs that Caffe's convert_imageset wrote: Datums with an encoded image, or with bare pixels.
 
 Bare pixels are C,H,W in the order blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum); here they become
-H,W,RGB. A record goes through the same steps as a file: rescaled where its shorter side is not the store's, encoded,
-checksummed. Its key is kept as its source path. These files are another program's: they are read by worker processes.
+H,W,RGB. A record goes through the same steps as a file: rescaled if its shorter side is not the store's, encoded,
+checksummed. Its key becomes its source path. Worker processes read these files, since a damaged one can crash LMDB.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ import numpy.typing as npt
 
 from prep.console import Progress, UserError, count_noun
 from prep.images.codec import MAX_PIXELS, BadImage
-from prep.inputs.labels import numbered_classes, shown
+from prep.inputs.labels import numbered_classes
 from prep.inputs.listing import Input, Listing
+from prep.inputs.names import name_text
 from prep.inputs.reader import Content, Source
 from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
-_NUMBERED = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: the line's number, then its path
+_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: the line's number, then its path
 
 
 @dataclass(frozen=True)
-class CaffeDatums:
-    """Inputs that are records of LMDBs; `at` of an input says which."""
+class CaffeReader:
+    """Reads inputs that are records of LMDBs; `location` of an input is the index of its LMDB."""
 
     folders: tuple[Path, ...]
 
     @property
     def root(self) -> Path:
-        """The first, for messages."""
+        """The first LMDB, for messages."""
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """A record's file, or its pixels as uint8 (H, W, 3); raises BadImage where it holds neither."""
-        with _environment(str(self.folders[item.at])).begin() as txn:
+        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if it holds neither."""
+        with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
-            raise UserError(f"{self.folders[item.at]}: key {shown(item.path)} has gone while it was read.")
-        return _content(value)
+            raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} has gone while it was read.")
+        return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """Enough to pass for a picture: records are judged when they are decoded, in a worker."""
+        """A JPEG's first bytes, whatever the record holds: records are checked in a worker, when they are decoded."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -58,7 +59,7 @@ def _environment(path: str) -> lmdb.Environment:
     return lmdb.open(path, readonly=True, lock=False, subdir=True)
 
 
-def _content(value: bytes) -> Content:
+def _decode_datum(value: bytes) -> Content:
     try:
         fields = parse_fields(value, len(value))
     except DatumError as error:
@@ -70,11 +71,11 @@ def _content(value: bytes) -> Content:
         raise BadImage("a Datum without 8-bit data")
     if fields.get(ENCODED):
         return data
-    return _pixels(data, [fields.get(field) for field in (CHANNELS, HEIGHT, WIDTH)])
+    return _bare_pixels(data, [fields.get(field) for field in (CHANNELS, HEIGHT, WIDTH)])
 
 
-def _pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.uint8]:
-    """Bare C,H,W bytes, blue first, as RGB; one channel is grey."""
+def _bare_pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.uint8]:
+    """C,H,W bytes in the order blue, green, red as uint8 (H, W, RGB); a single channel is gray."""
     channels, height, width = (n if isinstance(n, int) else 0 for n in shape)
     if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS or channels * height * width != len(data):
         raise BadImage(f"{len(data):,} bytes for {channels} channels of {height}×{width} px")
@@ -82,22 +83,28 @@ def _pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.
     return np.ascontiguousarray(np.broadcast_to(planes[::-1], (3, height, width)).transpose(1, 2, 0))
 
 
-def read_datums(
-    folders: Sequence[Path], split: str, names: Path | None, known: Sequence[str], runner: Runner, report: Progress
+def list_caffe_lmdbs(
+    folders: Sequence[Path],
+    split: str,
+    class_names: Path | None,
+    store_classes: Sequence[str],
+    runner: Runner,
+    report: Progress,
 ) -> Source:
-    """List the records of Caffe's LMDBs, in the order given, as one split.
+    """List the records of Caffe's LMDBs, in the given order, as one split.
 
-    Labels stay what they are. Classes are named by the lines of `names` (synset_words.txt: the first word counts),
-    else as the store has them, else by the folders in the keys where each label has one of its own, else by number.
-    Raises UserError for a folder that is no LMDB or holds no Datums, and for labels that the names do not cover.
+    Labels stay what they are. The names of the classes are, in this order of preference: the first words of the lines
+    of the file `class_names` (synset_words.txt), the classes of the store, the folders in the keys (if each label has
+    a folder of its own), the numbers. Raises UserError for a folder that is not an LMDB or holds no Datum with a label,
+    and for labels beyond the named classes.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    folder_of: dict[int, set[bytes]] = {}
+    key_folders: dict[int, set[bytes]] = {}  # by label; b"" for a key without a folder
     for index, folder in enumerate(folders):
         watch = partial(_advance, report, report.done)
-        for _, result in runner.map(_list, [str(folder)], watch):
+        for _, result in runner.map(_list_lmdb, [str(folder)], watch):
             if isinstance(result, WorkerDied):
                 raise UserError(
                     f"{folder}: the process that read it {result.describe()}: the LMDB is damaged or cut short."
@@ -105,49 +112,50 @@ def read_datums(
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
                 if label is None:
-                    refused.append((shown(key), "no Datum, or one without a label"))
+                    refused.append((name_text(key), "no Datum, or one without a label"))
                     continue
                 listing.add(key, label, size, 0, index)
-                numbered = _NUMBERED.fullmatch(key)
+                numbered = _NUMBERED_KEY.fullmatch(key)
                 parts = (numbered[1] if numbered else key).split(b"/")
-                folder_of.setdefault(label, set()).add(parts[-2] if len(parts) > 1 else b"")
+                key_folders.setdefault(label, set()).add(parts[-2] if len(parts) > 1 else b"")
     if not len(listing):
         raise UserError(f"{folders[0]}: {count_noun(len(refused), 'record')}, and not one is a Datum with a label.")
-    classes = _classes(folders[0], names, known, folder_of)
-    return Source(CaffeDatums(tuple(folders)), split, classes, listing, tuple(refused))
+    classes = _class_names(folders[0], class_names, store_classes, key_folders)
+    return Source(CaffeReader(tuple(folders)), split, classes, listing, tuple(refused))
 
 
 def _advance(report: Progress, before: int, counts: Counts) -> None:
     report.update(before + counts.done)
 
 
-def _classes(
-    folder: Path, names: Path | None, known: Sequence[str], folder_of: dict[int, set[bytes]]
+def _class_names(
+    folder: Path, file: Path | None, store_classes: Sequence[str], key_folders: dict[int, set[bytes]]
 ) -> tuple[str, ...]:
-    most = max(folder_of) + 1
-    if names is not None:
+    count = max(key_folders) + 1
+    names = store_classes
+    if file is not None:
         try:
-            lines = [line for line in names.read_text(errors="surrogateescape").splitlines() if line.strip()]
+            lines = [line for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
         except OSError as error:
-            raise UserError(f"--classes {names}: {error.strerror or error}.") from None
-        known = [line.split()[0] for line in lines]
-        if len(set(known)) != len(known):
-            raise UserError(f"--classes {names}: a name occurs twice. One class a line, in the order of the labels.")
-    if known:
-        if most > len(known):
+            raise UserError(f"--classes {file}: {error.strerror or error}.") from None
+        names = [line.split()[0] for line in lines]
+        if len(set(names)) != len(names):
+            raise UserError(f"--classes {file}: a name occurs twice. One class a line, in the order of the labels.")
+    if names:
+        if count > len(names):
             raise UserError(
-                f"{folder}: label {most - 1}, but {names or 'the store'} has {len(known)} classes, "
-                f"0 to {len(known) - 1}."
+                f"{folder}: label {count - 1}, but {file or 'the store'} has {len(names)} classes, "
+                f"0 to {len(names) - 1}."
             )
-        return tuple(known)
-    owners = [next(iter(found)) if len(found) == 1 else b"" for found in folder_of.values()]
-    if len(folder_of) == most and all(owners) and len(set(owners)) == most:
-        return tuple(shown(next(iter(folder_of[label]))) for label in range(most))
-    return numbered_classes(most, str(folder))
+        return tuple(names)
+    owners = [next(iter(found)) if len(found) == 1 else b"" for found in key_folders.values()]
+    if len(key_folders) == count and all(owners) and len(set(owners)) == count:
+        return tuple(name_text(next(iter(key_folders[label]))) for label in range(count))
+    return numbered_classes(count, str(folder))
 
 
-def _list(folder: str, tally: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of one LMDB's records; a label is None where the record is no Datum or has none."""
+def _list_lmdb(folder: str, tally: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
+    """Keys, labels and sizes of the records of one LMDB; the label of a record without one, or no Datum, is None."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Is it one of Caffe's, and whole?"):
         try:

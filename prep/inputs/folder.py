@@ -1,4 +1,4 @@
-"""Photographs in folders: one folder for each class, or one flat folder."""
+"""Images in folders: one folder for each class, or one flat folder."""
 
 from __future__ import annotations
 
@@ -10,108 +10,111 @@ from pathlib import Path
 
 from prep.console import UserError, count_noun, progress
 from prep.images.codec import MAX_FILE_BYTES, BadImage
-from prep.inputs.labels import shown
 from prep.inputs.listing import Input, Listing
-from prep.inputs.reader import Found, say_empty
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-_AT_ONCE = 32  # class folders: enough to hide a slow file system's answers, few enough to hold
-
-
+_FOLDERS_AT_ONCE = 32  # class folders: enough to hide the latency of a slow file system, few enough to hold in memory
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
 @dataclass(frozen=True)
-class Folder:
-    """Inputs that are files below `root`."""
+class FolderReader:
+    """Reads inputs that are files below `root`."""
 
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """A file's bytes; raises BadImage where it cannot be read, UserError where it is not the one listed."""
-        return self._bytes(item, MAX_FILE_BYTES + 1, check=True)
+        """The bytes of a file. Raises BadImage if it cannot be read, UserError if its size or time changed."""
+        return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
-        """A file's first bytes; raises BadImage where it cannot be read."""
-        return self._bytes(item, size, check=False)
+        """The first bytes of a file. Raises BadImage if it cannot be read."""
+        return self._read(item, size, check=False)
 
-    def _bytes(self, item: Input, size: int, check: bool) -> bytes:
-        try:  # a FIFO that took the file's place would otherwise be waited for without end
+    def _read(self, item: Input, size: int, check: bool) -> bytes:
+        try:  # O_NONBLOCK: a FIFO that has replaced the file would block the open for ever
             handle = os.open(os.path.join(os.fsencode(self.root), item.path), os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
-                found = os.fstat(handle)
-                if check and (found.st_size, found.st_mtime_ns) != (item.size, item.stamp_ns):
+                status = os.fstat(handle)
+                if check and (status.st_size, status.st_mtime_ns) != (item.size, item.mtime_ns):
                     raise UserError(
-                        f"{shown(item.path)} was changed after it was listed: {item.size:,} bytes then, "
-                        f"{found.st_size:,} now, modified at {item.stamp_ns / 1e9:.3f} then, "
-                        f"{found.st_mtime_ns / 1e9:.3f} now (seconds since 1970). "
-                        "Give the same command again once nothing writes to the source."
+                        f"{name_text(item.path)} was changed after it was listed: {item.size:,} bytes then, "
+                        f"{status.st_size:,} now, modified at {item.mtime_ns / 1e9:.3f} then, "
+                        f"{status.st_mtime_ns / 1e9:.3f} now (seconds since 1970). "
+                        "Give the same command again once no program writes to the source."
                     )
-                if not stat.S_ISREG(found.st_mode):
-                    raise BadImage(f"a {_kind(found.st_mode)}, not a file")
-                return file.read(min(size, found.st_size)) if size else b""
+                if not stat.S_ISREG(status.st_mode):
+                    raise BadImage(f"a {_kind(status.st_mode)}, not a file")
+                return file.read(min(size, status.st_size)) if size else b""
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
-def list_folder(root: Path, split: str, follow_links: bool) -> Found:
+def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
+    """List the files of class folders, or of a flat folder, sorted by name (by bytes). No file is opened.
+
+    Symbolic links that lead out of `root` are refused unless `follow_links`. Names that begin with a dot are ignored.
+    Raises UserError for a folder that is empty, or holds folders and files side by side.
+    """
     base = os.fsencode(root.resolve()) + b"/"
-    entries = _entries(os.fsencode(root), base, follow_links)
+    entries = _list_entries(os.fsencode(root), base, follow_links)
     folders = [entry.name for entry in entries if stat.S_ISDIR(entry.mode)]
     files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
-    refused = [(shown(entry.name), entry.why) for entry in entries if entry.mode == 0]
+    refused = [(name_text(entry.name), entry.reason) for entry in entries if entry.mode == 0]
     if folders and files:
         raise UserError(
             f"{root}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side "
-            f"(first file: {shown(files[0].name)}). Expected class folders alone, or photographs alone with --labels."
+            f"(first file: {name_text(files[0].name)}). Expected class folders alone, or images alone with --labels."
         )
     listing = Listing()
     if files:
         for entry in files:
-            listing.add(entry.name, 0, entry.size, entry.stamp_ns)
-        return Found(listing, (), True, tuple(refused))
+            listing.add(entry.name, 0, entry.size, entry.mtime_ns)
+        return FoundInputs(listing, (), True, tuple(refused))
     if not folders:
-        raise UserError(f"{root}: the folder is empty. Expected a folder for each class, or photographs and --labels.")
-    classes = tuple(shown(name) for name in folders)
-    empty = []
+        raise UserError(f"{root}: the folder is empty. Expected a folder for each class, or images and --labels.")
+    classes = tuple(name_text(name) for name in folders)
+    empty_classes = []
     paths = [os.path.join(os.fsencode(root), name) for name in folders]
     with progress(f"{split}: listing", len(folders), "folders") as report, ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(folders), _AT_ONCE):
-            chunk = paths[first : first + _AT_ONCE]
-            listed = pool.map(_entries, chunk, [base] * len(chunk), [follow_links] * len(chunk))
+        for first in range(0, len(folders), _FOLDERS_AT_ONCE):
+            chunk = paths[first : first + _FOLDERS_AT_ONCE]
+            listed = pool.map(_list_entries, chunk, [base] * len(chunk), [follow_links] * len(chunk))
             for label, entries in enumerate(listed, first):
-                before = len(listing)
+                count_before = len(listing)
                 for entry in entries:
                     name = folders[label] + b"/" + entry.name
                     if stat.S_ISREG(entry.mode):
-                        listing.add(name, label, entry.size, entry.stamp_ns)
+                        listing.add(name, label, entry.size, entry.mtime_ns)
                     else:
-                        refused.append((shown(name), entry.why or f"a {_kind(entry.mode)}, not a file"))
-                if len(listing) == before:
-                    empty.append(classes[label])
+                        refused.append((name_text(name), entry.reason or f"a {_kind(entry.mode)}, not a file"))
+                if len(listing) == count_before:
+                    empty_classes.append(classes[label])
                 report.advance()
     if not len(listing):
         raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} and not one file in them.")
-    say_empty(root, empty)
-    return Found(listing, classes, False, tuple(refused))
+    warn_of_empty_classes(root, empty_classes)
+    return FoundInputs(listing, classes, False, tuple(refused))
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     name: bytes
-    mode: int  # its kind as in st_mode; 0: not to be taken
+    mode: int  # file type as in st_mode; 0 for an entry that is refused
     size: int = 0
-    stamp_ns: int = 0
-    why: str = ""
+    mtime_ns: int = 0
+    reason: str = ""  # why it is refused
 
 
-def _entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
-    """What a folder holds, sorted by name; links are resolved, and refused where they lead out of `base`."""
+def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
+    """Entries of a folder, sorted by name. Links are resolved, and refused if they lead out of `base`."""
     found = []
     try:
-        scanned = os.scandir(folder)
+        scan = os.scandir(folder)
     except OSError as error:
-        raise UserError(f"{shown(folder)}: {error.strerror or error}.") from None
-    with scanned as entries:
+        raise UserError(f"{name_text(folder)}: {error.strerror or error}.") from None
+    with scan as entries:
         for entry in entries:
             if entry.name.startswith(b"."):
                 continue
@@ -119,18 +122,19 @@ def _entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
                 if entry.is_symlink() and not follow_links:
                     target = os.path.realpath(entry.path, strict=True)
                     if not target.startswith(base):
-                        why = f"a symbolic link out of the source, to {shown(target)}; --follow-links takes it"
-                        found.append(_Entry(entry.name, 0, why=why))
+                        reason = f"a symbolic link out of the source, to {name_text(target)}; --follow-links takes it"
+                        found.append(_Entry(entry.name, 0, reason=reason))
                         continue
                 status = entry.stat()
             except OSError as error:
-                found.append(_Entry(entry.name, 0, why=f"cannot be looked at: {error.strerror or error}"))
+                reason = f"cannot be looked at: {error.strerror or error}"
+                found.append(_Entry(entry.name, 0, reason=reason))
                 continue
             mode = stat.S_IFMT(status.st_mode)
             if mode in (stat.S_IFREG, stat.S_IFDIR):
                 found.append(_Entry(entry.name, mode, status.st_size, status.st_mtime_ns))
             else:
-                found.append(_Entry(entry.name, 0, why=f"a {_kind(mode)}, not a file"))
+                found.append(_Entry(entry.name, 0, reason=f"a {_kind(mode)}, not a file"))
     return sorted(found, key=lambda entry: entry.name)
 
 

@@ -1,7 +1,7 @@
-"""Labels of a flat set of photographs, from a text file of one of two kinds.
+"""Labels of images without class folders, read from a text file of one of two formats.
 
-`name label` a line, where the label is the name of a class or its number 0..K−1 (Caffe's val.txt); or one number 1..K
-a line for each photograph in the order of their names (ILSVRC's ground truth).
+Either `name label` on each line, where the label is the name of a class or its number 0..K−1 (Caffe's val.txt); or one
+number 1..K on each line, for the images in the order of their names (ILSVRC's ground truth).
 """
 
 from __future__ import annotations
@@ -13,157 +13,169 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prep.console import UserError, say
+from prep.inputs.names import name_text
 
-LABEL_ORDERS = ("sorted", "devkit")
-MAX_CLASSES = 1_000_000  # every class gets a name and a count: a greater number is a mistake
+LABEL_ORDERS = ("sorted", "devkit")  # what number k of a ground truth means; see _read_ground_truth
+MAX_CLASSES = 1_000_000  # each class gets a name and a count in memory: a larger label is taken for a mistake
 
 
 def read_labels(
-    labels: Path | None, names: Sequence[bytes], root: Path, order: str | None, known: Sequence[str]
+    file: Path | None, names: Sequence[bytes], root: Path, label_order: str | None, store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """The label 0..K−1 of each of `names`, and the classes.
+    """({name: label 0..K−1} of all `names`, the K classes).
 
-    `labels` is looked for beside `root` where it is None; `known` are the classes that the store already has, empty
-    where it has none. Raises UserError for labels that are missing, do not fit the names, or are not `known`.
+    Without `file`, the one label file near `root` is used. `store_classes` are the classes of the store, empty if it
+    has none yet. Raises UserError for labels that are missing, do not fit the names or are not classes of the store.
     """
-    if labels is None:
-        labels = _beside(root)
+    if file is None:
+        file = _find_label_file(root)
     try:
-        lines = [line for line in labels.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
+        lines = [line for line in file.read_text("utf-8-sig", "surrogateescape").splitlines() if line.strip()]
     except OSError as error:
-        raise UserError(f"--labels {labels}: {error.strerror or error}.") from None
+        raise UserError(f"--labels {file}: {error.strerror or error}.") from None
     if not lines:
-        raise UserError(f"--labels {labels}: the file is empty.")
+        raise UserError(f"--labels {file}: the file is empty.")
     if len(lines[0].split()) == 1:
-        return _ground_truth(labels, lines, names, root, order, known)
-    return _name_label(labels, lines, names, root, known)
+        return _read_ground_truth(file, lines, names, root, label_order, store_classes)
+    return _read_name_label_pairs(file, lines, names, store_classes)
 
 
-def _ground_truth(
-    path: Path, lines: Sequence[str], files: Sequence[bytes], root: Path, order: str | None, known: Sequence[str]
+def _read_ground_truth(
+    file: Path,
+    lines: Sequence[str],
+    names: Sequence[bytes],
+    root: Path,
+    label_order: str | None,
+    store_classes: Sequence[str],
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """One number 1..K a line. Which class is number k is what people get wrong: the devkit has an order of its own.
+    """One number 1..K on each line. Which class number k means is easily mistaken: the devkit has its own order.
 
-    `order` says it: "sorted", the k-th name in sorted order; "devkit", as meta.mat beside the file says. By default
-    devkit where meta.mat lies beside the file, as in ILSVRC2012_devkit_t12/data, else sorted.
+    `label_order` decides: "sorted" is the k-th name in sorted order, "devkit" what meta.mat beside the file says. The
+    default is devkit if meta.mat is beside the file, as in ILSVRC2012_devkit_t12/data, else sorted.
     """
-    if len(lines) != len(files):
-        raise UserError(f"--labels {path}: {len(lines):,} lines for {len(files):,} photographs in {root}. One a line.")
-    meta = path.with_name("meta.mat")
-    if order is None:
-        order = "devkit" if meta.is_file() else "sorted"
-    numbers = [_whole(line, path, at, 1) for at, line in enumerate(lines, 1)]
-    if order == "devkit":
-        synset = _devkit(meta)
-        classes = tuple(known) or tuple(sorted(synset[k] for k in synset if k <= max(numbers)))
-        place = {name: label for label, name in enumerate(classes)}
-        missing = sorted({synset.get(k, f"number {k}") for k in numbers} - set(classes))
+    if len(lines) != len(names):
+        raise UserError(f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. One a line.")
+    meta = file.with_name("meta.mat")
+    if label_order is None:
+        label_order = "devkit" if meta.is_file() else "sorted"
+    numbers = [_positive_number(line, file, line_number) for line_number, line in enumerate(lines, 1)]
+    if label_order == "devkit":
+        synsets = _devkit_synsets(meta)
+        classes = tuple(store_classes) or tuple(sorted(synsets[k] for k in synsets if k <= max(numbers)))
+        label_of = {name: label for label, name in enumerate(classes)}
+        missing = sorted({synsets.get(k, f"number {k}") for k in numbers} - set(classes))
         if missing:
-            raise UserError(f"--labels {path}: {missing[0]} is not among the store's {len(classes)} classes.")
-        found = [place[synset[k]] for k in numbers]
-        say(f"{root}: label numbers are the devkit's ({meta.name} beside {path.name}).")
+            raise UserError(f"--labels {file}: {missing[0]} is not among the store's {len(classes)} classes.")
+        labels = [label_of[synsets[k]] for k in numbers]
+        say(f"{root}: label numbers are the devkit's ({meta.name} beside {file.name}).")
     else:
-        classes = tuple(known) or numbered_classes(max(numbers), f"--labels {path}")
+        classes = tuple(store_classes) or numbered_classes(max(numbers), f"--labels {file}")
         if max(numbers) > len(classes):
-            raise UserError(f"--labels {path}: number {max(numbers)}, but the store has {len(classes)} classes.")
-        found = [k - 1 for k in numbers]
+            raise UserError(f"--labels {file}: number {max(numbers)}, but the store has {len(classes)} classes.")
+        labels = [k - 1 for k in numbers]
         say(
             f"{root}: label number k is read as the k-th class in sorted order (--label-order devkit for ILSVRC's own)."
         )
-    return dict(zip(files, found, strict=True)), classes
+    return dict(zip(names, labels, strict=True)), classes
 
 
-def _devkit(path: Path) -> dict[int, str]:
-    """ILSVRC2012_ID -> synset, from the devkit's meta.mat."""
+def _devkit_synsets(file: Path) -> dict[int, str]:
+    """{ILSVRC2012_ID: synset} from the devkit's meta.mat."""
     from scipy.io import loadmat
 
     try:
-        synsets = loadmat(str(path), squeeze_me=True)["synsets"]
+        synsets = loadmat(str(file), squeeze_me=True)["synsets"]
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     except FileNotFoundError:
         raise UserError(
-            f"--label-order devkit: {path} is missing. Put the devkit's meta.mat beside the labels."
+            f"--label-order devkit: {file} is missing. Put the devkit's meta.mat beside the labels."
         ) from None
     except Exception as error:  # loadmat raises many kinds for a broken file
-        raise UserError(f"{path}: not the devkit's meta.mat ({error}).") from None
+        raise UserError(f"{file}: not the devkit's meta.mat ({error}).") from None
 
 
-def _name_label(
-    path: Path, lines: Sequence[str], files: Sequence[bytes], root: Path, known: Sequence[str]
+def _read_name_label_pairs(
+    file: Path, lines: Sequence[str], names: Sequence[bytes], store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    pairs: dict[bytes, str] = {}
-    for at, line in enumerate(lines, 1):
+    """`name label` on each line. Only the last part of a name counts; names that are not asked for are ignored.
+
+    A label is the name of a class of the store, if all labels are; else a number, if all are; else a new class name.
+    """
+    label_text: dict[bytes, str] = {}
+    for line_number, line in enumerate(lines, 1):
         parts = line.rsplit(None, 1)
         if len(parts) != 2:
-            raise UserError(f"--labels {path}, line {at}: {line!r}, expected `name label`.")
+            raise UserError(f"--labels {file}, line {line_number}: {line!r}, expected `name label`.")
         name = os.path.basename(os.fsencode(parts[0].strip()))
-        if pairs.setdefault(name, parts[1]) != parts[1]:
-            raise UserError(f"--labels {path}, line {at}: {shown(name)} has two labels, {pairs[name]} and {parts[1]}.")
-    lacking = [name for name in files if name not in pairs]
-    if lacking:
-        raise UserError(
-            f"--labels {path}: no label for {len(lacking):,} of {len(files):,} photographs "
-            f"(first: {shown(lacking[0])})."
-        )
-    place = {name: label for label, name in enumerate(known)}
-    if all(label in place for label in pairs.values()):
-        return {name: place[pairs[name]] for name in files}, tuple(known)
-    below = next((label for label in pairs.values() if re.fullmatch(r"-\d+", label)), None)
-    if below is not None:
-        raise UserError(f"--labels {path}: label {below}, expected the name of a class or a number from 0.")
-    if any(not label.isdecimal() for label in pairs.values()):
-        if known:
-            odd = next(label for label in pairs.values() if label not in place)
+        if label_text.setdefault(name, parts[1]) != parts[1]:
             raise UserError(
-                f"--labels {path}: {odd} is not among the store's {len(known)} classes (first: {known[0]})."
+                f"--labels {file}, line {line_number}: {name_text(name)} has two labels, {label_text[name]} and "
+                f"{parts[1]}."
             )
-        classes = tuple(sorted(set(pairs.values())))
-        place = {name: label for label, name in enumerate(classes)}
-        return {name: place[pairs[name]] for name in files}, classes
-    numbers = {name: _number(pairs[name]) for name in files}
-    classes = tuple(known) or numbered_classes(max(numbers.values()) + 1, f"--labels {path}")
+    unlabelled = [name for name in names if name not in label_text]
+    if unlabelled:
+        raise UserError(
+            f"--labels {file}: no label for {len(unlabelled):,} of {len(names):,} images "
+            f"(first: {name_text(unlabelled[0])})."
+        )
+    label_of = {name: label for label, name in enumerate(store_classes)}
+    if all(text in label_of for text in label_text.values()):
+        return {name: label_of[label_text[name]] for name in names}, tuple(store_classes)
+    negative = next((text for text in label_text.values() if re.fullmatch(r"-\d+", text)), None)
+    if negative is not None:
+        raise UserError(f"--labels {file}: label {negative}, expected the name of a class or a number from 0.")
+    if any(not text.isdecimal() for text in label_text.values()):
+        if store_classes:
+            unknown = next(text for text in label_text.values() if text not in label_of)
+            raise UserError(
+                f"--labels {file}: {unknown} is not among the store's {len(store_classes)} classes "
+                f"(first: {store_classes[0]})."
+            )
+        classes = tuple(sorted(set(label_text.values())))
+        label_of = {name: label for label, name in enumerate(classes)}
+        return {name: label_of[label_text[name]] for name in names}, classes
+    numbers = {name: _parse_decimal(label_text[name]) for name in names}
+    classes = tuple(store_classes) or numbered_classes(max(numbers.values()) + 1, f"--labels {file}")
     if max(numbers.values()) >= len(classes):
         raise UserError(
-            f"--labels {path}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
+            f"--labels {file}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
             f"{len(classes) - 1}."
         )
     return numbers, classes
 
 
-def _beside(root: Path) -> Path:
-    """The one label file near a flat folder; raises UserError where there is none or more than one."""
-    place = root.resolve()
-    folders = (place.parent, place.parent / "ILSVRC2012_devkit_t12" / "data")
-    near = sorted(
+def _find_label_file(root: Path) -> Path:
+    """The one label file near a flat folder or archive; raises UserError if there is none, or more than one.
+
+    Beside `root`, or in a devkit beside it: `*ground_truth*.txt`, or `root`'s own name with .txt.
+    """
+    resolved = root.resolve()
+    folders = (resolved.parent, resolved.parent / "ILSVRC2012_devkit_t12" / "data")
+    candidates = sorted(
         {path for folder in folders for path in folder.glob("*ground_truth*.txt")}
-        | set(place.parent.glob(f"{glob.escape(place.stem)}.txt"))
+        | set(resolved.parent.glob(f"{glob.escape(resolved.stem)}.txt"))
     )
-    if len(near) != 1:
-        found = f"{len(near)} files beside it look like labels" if near else "no label file lies beside it"
-        raise UserError(f"{root}: photographs without class folders, and {found}. Name one with --labels FILE.")
-    say(f"{root}: labels from {near[0]}.")
-    return near[0]
+    if len(candidates) != 1:
+        found = f"{len(candidates)} files beside it look like labels" if candidates else "no label file is beside it"
+        raise UserError(f"{root}: images without class folders, and {found}. Name one with --labels FILE.")
+    say(f"{root}: labels from {candidates[0]}.")
+    return candidates[0]
 
 
-def _whole(text: str, path: Path, line: int, least: int) -> int:
+def _positive_number(text: str, file: Path, line_number: int) -> int:
     text = text.strip()
-    if not text.isdecimal() or _number(text) < least:
-        raise UserError(f"--labels {path}, line {line}: {text[:40]!r}, expected a whole number from {least}.")
-    return _number(text)
+    if not text.isdecimal() or _parse_decimal(text) < 1:
+        raise UserError(f"--labels {file}, line {line_number}: {text[:40]!r}, expected a whole number from 1.")
+    return _parse_decimal(text)
 
 
-def _number(text: str) -> int:
-    """Decimal digits as a number; int() refuses very many of them, and beyond MAX_CLASSES it matters not by how far."""
+def _parse_decimal(text: str) -> int:
+    """Decimal digits as a number. int() refuses thousands of digits; any number above MAX_CLASSES will do for them."""
     return int(text) if len(text) < 19 else 10**18
 
 
-def numbered_classes(count: int, place: str) -> tuple[str, ...]:
-    """Classes called 0, 1, 2…; raises UserError where there would be more than MAX_CLASSES."""
+def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
+    """Classes named 0, 1, 2…; raises UserError, naming the `origin` of the labels, for more than MAX_CLASSES."""
     if count > MAX_CLASSES:
-        raise UserError(f"{place}: a label of {count - 1:,}; more than {MAX_CLASSES:,} classes are a mistake.")
+        raise UserError(f"{origin}: a label of {count - 1:,}; more than {MAX_CLASSES:,} classes are a mistake.")
     return tuple(str(k) for k in range(count))
-
-
-def shown(name: bytes) -> str:
-    """A name that can be printed and stored as UTF-8 whatever its bytes are."""
-    return name.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""The inputs of a split as columns, so that a million of them are some dozens of megabytes, and their order."""
+"""List of the inputs of a split, in columns (a million inputs take some dozens of megabytes), and the record order."""
 
 from __future__ import annotations
 
@@ -17,63 +17,65 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-ALONE = -1  # `at` of an input that is a file of its own
+OWN_FILE = -1  # `location` of an input that is a file of its own
 
-_COLUMNS = ("label", "size", "stamp_ns", "at")
+# Fields of Input beside its path, and the names of their columns in a saved listing.
+_COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One picture to take in."""
+    """One image to be stored."""
 
-    path: bytes  # below the split's folder, or as in the archive: class/name or name
+    path: bytes  # below the split's folder or in the archive: `class/name`, or `name` without class folders
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
-    stamp_ns: int = 0  # when the file, or the archive it is in, was last modified
-    at: int = ALONE  # where in an archive it begins, or which LMDB it is in
+    mtime_ns: int = 0  # when the file, or the archive that holds it, was last modified
+    location: int = OWN_FILE  # byte at which its content begins in an archive, or the index of its LMDB
 
 
 class Listing:
-    """Inputs, in the order in which they were added."""
+    """Inputs in the order in which they were added."""
 
     def __init__(self) -> None:
         self._paths = bytearray()
         self._ends = array("q")
         self._columns = {name: array("q") for name in _COLUMNS}
 
-    def add(self, path: bytes, label: int, size: int = 0, stamp_ns: int = 0, at: int = ALONE) -> None:
-        """One input more."""
+    def add(self, path: bytes, label: int, size: int = 0, mtime_ns: int = 0, location: int = OWN_FILE) -> None:
+        """Append one input; the arguments are the fields of Input."""
         self._paths += path
         self._ends.append(len(self._paths))
-        for name, value in zip(_COLUMNS, (label, size, stamp_ns, at), strict=True):
+        for name, value in zip(_COLUMNS, (label, size, mtime_ns, location), strict=True):
             self._columns[name].append(value)
 
     def __len__(self) -> int:
         return len(self._ends)
 
     def __getitem__(self, index: int) -> Input:
-        return Input(self.path(index), *(self._columns[name][index] for name in _COLUMNS))
+        return Input(self.path(index), *(column[index] for column in self._columns.values()))
 
     def __iter__(self) -> Iterator[Input]:
         return (self[index] for index in range(len(self)))
 
     def path(self, index: int) -> bytes:
-        """The path of one input."""
+        """The path of input `index`; raises IndexError for a negative index too."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """SHA-256 over what the records depend on beside the contents: paths, labels, and the sizes of the files."""
-        whole = hashlib.sha256(self._paths)
+        """SHA-256 (hex) of the paths, labels and sizes: what the records depend on beside the contents of the files."""
+        digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
-            whole.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
-        return whole.hexdigest()
+            digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
+        return digest.hexdigest()
 
-    def order(self, seed: int) -> npt.NDArray[np.int64]:
-        """The seeded permutation: by BLAKE2b (8 bytes, keyed by the seed) of the path, ties by the path itself.
+    def permutation(self, seed: int) -> npt.NDArray[np.int64]:
+        """The order of the records: indices sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of the path.
 
-        It depends on nothing but paths and seed: not on the order of the listing, nor on any generator's version.
+        Equal hashes are sorted by path. So the order depends on paths and seed alone, neither on the order of the
+        listing nor on the version of a random generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -82,53 +84,54 @@ class Listing:
             hashes.append(int.from_bytes(digest, "big"))
         values = np.frombuffer(hashes, np.uint64) if hashes else np.empty(0, np.uint64)
         order = np.argsort(values, kind="stable")
-        same = np.flatnonzero(values[order[1:]] == values[order[:-1]])
-        if len(same):
-            return np.array(sorted(order.tolist(), key=lambda i: (hashes[i], self.path(i), self._columns["at"][i])))
+        if np.any(values[order[1:]] == values[order[:-1]]):
+            locations = self._columns["location"]
+            return np.array(sorted(order.tolist(), key=lambda i: (hashes[i], self.path(i), locations[i])))
         return order
 
     def save(self, path: Path) -> None:
-        """Write all columns to a .npz file, whole or not at all."""
+        """Write all columns to a .npz file, atomically."""
+        columns = {_COLUMNS[name]: column for name, column in self._arrays().items()}
         with atomic_file(path) as file:
-            np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **self._arrays())
+            np.savez(file, paths=np.frombuffer(self._paths, np.uint8), ends=self._ends, **columns)
 
     @staticmethod
     def load(path: Path) -> Listing:
-        """The inverse of `save`; raises OSError or ValueError where the file is not one."""
+        """Read a file that `save` wrote; raises OSError or ValueError for any other."""
         listing = Listing()
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
                 listing._paths = bytearray(saved["paths"].tobytes())
                 listing._ends = array("q", saved["ends"].tobytes())
-                listing._columns = {name: array("q", saved[name].tobytes()) for name in _COLUMNS}
+                listing._columns = {name: array("q", saved[key].tobytes()) for name, key in _COLUMNS.items()}
         except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise ValueError(f"{path}: {error}") from None
         return listing
 
     def same_as(self, other: Listing) -> bool:
-        """Whether all columns agree."""
+        """Whether all columns agree, in the same order."""
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
-    def first_other_path(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
-        """A path that only one of two listings has, with "has gone" or "is new"; None where both have the same."""
-        here, there = self.order(seed).tolist(), later.order(seed).tolist()
-        for then, now in zip_longest(here, there):
-            if then is None:
-                return later.path(now), "is new"
-            path = self.path(then)
-            if now is None or path != later.path(now):
-                gone = all(path != later.path(index) for index in there)
-                return (path, "has gone") if gone else (later.path(now), "is new")
+    def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
+        """(path, "has gone") or (path, "is new") for the first record that one listing lacks; None for equal paths."""
+        before, after = self.permutation(seed).tolist(), later.permutation(seed).tolist()
+        for old, new in zip_longest(before, after):
+            if old is None:
+                return later.path(new), "is new"
+            path = self.path(old)
+            if new is None or path != later.path(new):
+                gone = all(path != later.path(index) for index in after)
+                return (path, "has gone") if gone else (later.path(new), "is new")
         return None
 
-    def differing(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """The inputs, then and now, in which two listings of the same paths differ."""
-        here, there = self.order(seed), later.order(seed)
-        differ = np.zeros(len(here), bool)
-        for then, now in zip(self._arrays().values(), later._arrays().values(), strict=True):
-            differ |= then[here] != now[there]
-        pairs = zip(here[differ].tolist(), there[differ].tolist(), strict=True)
-        return {self.path(then): (self[then], later[now]) for then, now in pairs}
+    def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
+        """{path: (before, after)} of the inputs in which two listings of the same paths differ."""
+        before, after = self.permutation(seed), later.permutation(seed)
+        differ = np.zeros(len(before), bool)
+        for old, new in zip(self._arrays().values(), later._arrays().values(), strict=True):
+            differ |= old[before] != new[after]
+        pairs = zip(before[differ].tolist(), after[differ].tolist(), strict=True)
+        return {self.path(old): (self[old], later[new]) for old, new in pairs}
 
     def _arrays(self) -> dict[str, Any]:
         return {name: np.frombuffer(column, np.int64) for name, column in self._columns.items()}

@@ -1,4 +1,7 @@
-"""What every kind of input gives: a listing of pictures, and a reader of them."""
+"""What an input format provides: the list of its images with their labels, and a reader of their contents.
+
+A format is a module with a function that lists its images, and a class that is an InputReader.
+"""
 
 from __future__ import annotations
 
@@ -13,45 +16,45 @@ import numpy.typing as npt
 from prep.console import count_noun, say
 from prep.inputs.listing import Input, Listing
 
-Content = bytes | npt.NDArray[np.uint8]  # a file's bytes, or RGB pixels where a record holds bare ones
+Content = bytes | npt.NDArray[np.uint8]  # an encoded file, or RGB pixels (H, W, 3) where a record holds bare pixels
 
 
-class Place(Protocol):
-    """Reads inputs; small enough to send to a worker or another machine."""
+class InputReader(Protocol):
+    """Reads inputs by their entry in the listing. It is pickled for worker processes, so it holds paths, not files."""
 
     @property
     def root(self) -> Path:
-        """Where the inputs are, for messages."""
+        """The folder or file that holds the inputs, for messages."""
 
     def read(self, item: Input) -> Content:
-        """What one input holds. Raises BadImage where it cannot be read, UserError where it has changed."""
+        """The content of one input. Raises BadImage if it cannot be read, UserError if it changed since the listing."""
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of one input, or fewer; raises BadImage where it cannot be read."""
+        """The first `size` bytes of one input, or fewer if it is shorter. Raises BadImage if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All inputs of one split, in the order of class and name, and the entries that are none."""
+    """All inputs of one split, sorted by class and name, and the entries that are not inputs."""
 
-    place: Place
+    reader: InputReader
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # (name, why)
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason)
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a folder or an archive holds: photographs with the labels of their class folders, or flat ones."""
+class FoundInputs:
+    """Images found in a folder or an archive, with the labels of their class folders unless they are flat."""
 
     listing: Listing
     classes: tuple[str, ...]
-    flat: bool
-    refused: tuple[tuple[str, str], ...]
+    is_flat: bool  # no class folders: all labels are 0 and `classes` is empty
+    refused: tuple[tuple[str, str], ...]  # (name, reason)
 
 
-def say_empty(root: Path, empty: Sequence[str]) -> None:
-    """Tell of classes that have no photograph."""
-    if empty:
-        say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph (first: {empty[0]}).")
+def warn_of_empty_classes(root: Path, names: Sequence[str]) -> None:
+    """Warn about class folders without an image; the classes keep their labels."""
+    if names:
+        say(f"{root}: {count_noun(len(names), 'class', 'classes')} without an image (first: {names[0]}).")

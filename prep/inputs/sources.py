@@ -1,7 +1,7 @@
-"""Where photographs come from: folders of classes, a flat folder with labels, or archives of either.
+"""Finds the splits of a SOURCE and lists their images: folders or tar archives, with class folders or label files.
 
-Listing opens nothing but label files and archives. A name that begins with a dot is no input; any other entry ends in
-the listing, or in `refused` with the reason: nothing is passed over without a word.
+Only label files and archives are opened. A name that begins with a dot is ignored. Every other entry is in the listing,
+or in `refused` with the reason.
 """
 
 from __future__ import annotations
@@ -10,92 +10,92 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prep.console import UserError, count_noun, say
-from prep.inputs.archive import Archive, list_archive
-from prep.inputs.folder import Folder, list_folder
+from prep.inputs.archive import TarReader, list_archive
+from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
-from prep.inputs.reader import Place, Source
+from prep.inputs.reader import InputReader, Source
 from prep.store.manifest import SPLITS
 
 
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
-    """What to build each split of: SOURCE/train and SOURCE/val, or their archives, where SOURCE has them, else SOURCE.
+    """{split: folder or archive to build it from}.
 
-    Raises UserError for a SOURCE that is missing, neither a folder nor an archive, or lacks the split that was named.
+    These are SOURCE/train and SOURCE/val, or their archives, if SOURCE has one of them; else SOURCE itself. Raises
+    UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks the split that was asked for.
     """
     if source.is_file():
-        guess = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
-        return {split or guess: source}
+        named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
+        return {split or named: source}
     if not source.is_dir():
         raise UserError(f"{source}: {'not a folder or an archive' if source.exists() else 'no such folder'}.")
-    inside = {}
+    found = {}
     for name in SPLITS:
         archives = (source / f"ILSVRC2012_img_{name}.tar", source / f"{name}.tar")
-        found = [path for path in (source / name, *archives) if path.is_dir() or (path in archives and path.is_file())]
-        if found:
-            inside[name] = found[0]
+        paths = [path for path in (source / name, *archives) if path.is_dir() or (path in archives and path.is_file())]
+        if paths:
+            found[name] = paths[0]
     if split is None:
-        _tell_beside(source, inside)
-        return inside or {SPLITS[0]: source}
-    if not inside:
+        _report_ignored_folders(source, found)
+        return found or {SPLITS[0]: source}
+    if not found:
         return {split: source}
-    if split not in inside:
-        raise UserError(f"--split {split}: {source} has {' and '.join(inside)} but no {split}.")
-    return {split: inside[split]}
+    if split not in found:
+        raise UserError(f"--split {split}: {source} has {' and '.join(found)} but no {split}.")
+    return {split: found[split]}
 
 
-def _tell_beside(source: Path, inside: dict[str, Path]) -> None:
-    """Say what is left aside where one folder looks like a split: it may be a class of that name."""
-    if inside and len(inside) < len(SPLITS):
+def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
+    """If only one split was found there, name the folders beside it: `train` may be the name of a class."""
+    if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:
-            found = " and ".join(path.name for path in inside.values())
+            taken = " and ".join(path.name for path in found.values())
             say(
-                f"{source}: taking {found}; {count_noun(len(others), 'folder')} beside it not (first: {others[0]}). "
+                f"{source}: taking {taken}; {count_noun(len(others), 'folder')} beside it not (first: {others[0]}). "
                 "Are they classes? Then build from a folder of another layout."
             )
 
 
-def read_source(
+def list_source(
     path: Path,
     split: str,
     labels: Path | None,
     label_order: str | None,
-    known: Sequence[str],
+    store_classes: Sequence[str],
     follow_links: bool = False,
 ) -> Source:
-    """List one split, from a folder or a tar archive.
+    """List one split from a folder or a tar archive.
 
-    Class folders give classes and labels by their sorted names. Flat photographs need `labels`, see prep.inputs.labels;
-    `known` are the classes that the store already has, empty where it has none. Symbolic links that lead out of the
-    folder are refused unless `follow_links`. Raises UserError for a source that holds neither, labels that do not fit,
-    and classes other than `known`.
+    Class folders give classes and labels by their sorted names. Flat images need `labels`; see prep.inputs.labels, also
+    for `label_order`. `store_classes` are the classes of the store, empty if it has none yet. Symbolic links that lead
+    out of the folder are refused unless `follow_links`. Raises UserError for a source without images, labels that do
+    not fit, and classes other than the store's.
     """
     if path.is_file():
-        place: Place = Archive(path)
+        reader: InputReader = TarReader(path)
         found = list_archive(path, flat=labels is not None)
     else:
-        place = Folder(path)
+        reader = FolderReader(path)
         found = list_folder(path, split, follow_links)
-    if found.flat:
-        named, classes = read_labels(
-            labels, [found.listing.path(i) for i in range(len(found.listing))], path, label_order, known
-        )
+    if found.is_flat:
+        names = [found.listing.path(i) for i in range(len(found.listing))]
+        label_of, classes = read_labels(labels, names, path, label_order, store_classes)
         inputs = Listing()
         for item in found.listing:
-            inputs.add(item.path, named[item.path], item.size, item.stamp_ns, item.at)
-        return Source(place, split, classes, inputs, found.refused)
+            inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
+        return Source(reader, split, classes, inputs, found.refused)
     if labels is not None:
         say(f"{path}: class folders give the labels of {split}; --labels is not needed there.")
-    _same_classes(found.classes, known, path)
-    return Source(place, split, found.classes, found.listing, found.refused)
+    _check_same_classes(found.classes, store_classes, path)
+    return Source(reader, split, found.classes, found.listing, found.refused)
 
 
-def _same_classes(found: Sequence[str], known: Sequence[str], root: Path) -> None:
-    if known and tuple(found) != tuple(known):
-        odd = sorted(set(found) ^ set(known))
+def _check_same_classes(classes: Sequence[str], store_classes: Sequence[str], root: Path) -> None:
+    if store_classes and tuple(classes) != tuple(store_classes):
+        differing = sorted(set(classes) ^ set(store_classes))
         raise UserError(
-            f"{root}: {len(found)} classes, the store has {len(known)}"
-            + (f" (first that only one of them has: {odd[0]})" if odd else "")
+            f"{root}: {len(classes)} classes, the store has {len(store_classes)}"
+            + (f" (first that only one of them has: {differing[0]})" if differing else "")
             + ". Splits of one store share their classes."
         )

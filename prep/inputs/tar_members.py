@@ -3,7 +3,7 @@
 Python's tarfile parses the headers. Three of its habits are dealt with here, by its public interface alone:
 
 -   It reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims. It
-    reads from a file object that it is given, so that object, `BoundedFile`, refuses to read more than MAX_HEADER_BYTES.
+    reads from a file object that it is given: `BoundedFile` refuses to read more than MAX_HEADER_BYTES at once.
 -   It remembers every member, a gigabyte for ImageNet. Python 3.13 has `stream=True`, which turns that off; before
     3.13 its list of members is emptied after each.
 -   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a whole archive

@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from prep.build.shard_task import build_shard
 from prep.build.split import Policy, build_split
 from prep.console import Progress
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store.manifest import Settings, Store
 from prep.workers import Runner, TaskProgress
 
@@ -84,7 +84,7 @@ def build(
     report: Progress | None = None,
 ) -> Store:
     known = Store.open(store).classes if (store / "manifest.json").exists() else ()
-    source = read_source(folder, split, None, None, known)
+    source = list_source(folder, split, None, None, known)
     report = report or Progress(len(source.inputs), "pictures")
     return build_split(source, store, settings, runner or Here(), report, policy)
 

@@ -20,8 +20,8 @@ from prep.build.split import Policy, build_split
 from prep.cli import main
 from prep.console import Progress, UserError
 from prep.images.codec import MAX_FILE_BYTES
-from prep.inputs.folder import Folder
-from prep.inputs.sources import read_source
+from prep.inputs.folder import FolderReader
+from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import (
     PPM,
@@ -76,9 +76,9 @@ def test_look_names_what_is_plainly_bad(with_bad: Path) -> None:
     with open(with_bad / "n1" / "huge.JPEG", "wb") as file:
         file.write(b"\xff\xd8\xff")
         file.truncate(MAX_FILE_BYTES + 1)
-    source = read_source(with_bad, "train", None, None, ())
+    source = list_source(with_bad, "train", None, None, ())
     (with_bad / "n1" / "gone.JPEG").unlink()
-    found = dict(look(Folder(with_bad), source.inputs, 1))
+    found = dict(look(FolderReader(with_bad), source.inputs, 1))
     assert found == {
         "n1/bad_empty.JPEG": "empty file",
         "n1/bad_text.JPEG": "not a picture in a format that is known",
@@ -93,9 +93,9 @@ def test_look_takes_every_format_that_can_be_decoded(tmp_path: Path) -> None:
     picture = Image.fromarray(np.full((40, 40, 3), 7, np.uint8))
     for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
         picture.save(tmp_path / "n1" / format, format)
-    source = read_source(tmp_path, "train", None, None, ())
+    source = list_source(tmp_path, "train", None, None, ())
     assert len(source.inputs) == 7
-    assert look(Folder(tmp_path), source.inputs, 1) == []
+    assert look(FolderReader(tmp_path), source.inputs, 1) == []
 
 
 def test_bad_inputs_are_all_named_before_any_work(with_bad: Path, tmp_path: Path) -> None:
@@ -302,11 +302,11 @@ def test_file_that_vanished_is_a_bad_one(photos: Path, tmp_path: Path) -> None:
             (photos / gone).unlink(missing_ok=True)
             return super().map(work, tasks, watch)
 
-    source = read_source(photos, "train", None, None, ())
+    source = list_source(photos, "train", None, None, ())
     for policy in (Policy(), SKIP):
         (photos / gone).touch()
         shutil.copy2(photos / files_of(photos)[4], photos / gone)
-        source = read_source(photos, "train", None, None, ())
+        source = list_source(photos, "train", None, None, ())
         store, report = tmp_path / str(policy.skip_bad), Progress(200, "pictures")
         if policy.skip_bad:
             account = build_split(source, store, PPM, AfterRemoval(), report, policy).split("train").account

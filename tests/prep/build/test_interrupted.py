@@ -21,8 +21,8 @@ from prep.build.shard_task import ShardTask, build_shard
 from prep.build.split import build_split
 from prep.console import Progress, UserError
 from prep.images.codec import decode_image
-from prep.inputs.folder import Folder
-from prep.inputs.sources import read_source
+from prep.inputs.folder import FolderReader
+from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from prep.workers import TaskProgress, WorkerPool
 from tests.helpers.building import PPM, SKIP, STRICT, Command, build, group, make_pictures, stepped
@@ -192,7 +192,7 @@ def test_interrupted_by_a_signal(
     returned, stdout, stderr = command.end()
     assert returned == code, stderr
     assert stdout == ""
-    assert stderr.strip().splitlines()[-1] == "Interrupted. The same command goes on from here."
+    assert stderr.strip().splitlines()[-1] == "Interrupted. Run the same command again to continue from here."
     assert "Traceback" not in stderr
     assert not (store / "manifest.json").exists()
     report = Progress(320, "pictures")
@@ -209,7 +209,7 @@ def test_ctrl_c_while_the_workers_start(start: Start, tmp_path: Path) -> None:
         time.sleep(delay_s)
         os.killpg(command.process.pid, signal.SIGINT)
         said.append(command.end())
-    assert said == [(130, "", "Interrupted. The same command goes on from here.\n")] * len(said)
+    assert said == [(130, "", "Interrupted. Run the same command again to continue from here.\n")] * len(said)
 
 
 def test_signal_does_not_wait_for_shards_under_way(start: Start, tmp_path: Path) -> None:
@@ -262,7 +262,7 @@ def test_killed_worker_is_said_in_one_line(start: Start, slow: Path, slow_store:
     assert build(slow, store).splits == slow_store.splits
 
 
-class DeadlyFolder(Folder):
+class DeadlyFolder(FolderReader):
     """Whoever reads its picture number 100 is killed; the others take a while."""
 
     def read(self, item: Any) -> bytes:
@@ -273,7 +273,7 @@ class DeadlyFolder(Folder):
 
 
 def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    source = read_source(slow, "train", None, None, ())
+    source = list_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
     for _ in range(2):
         with WorkerPool(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
@@ -283,7 +283,7 @@ def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_
 
 def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path) -> None:
     """Where bad ones are left out; else it is tried again, for want of memory is not a file's fault."""
-    source = read_source(slow, "train", None, None, ())
+    source = list_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):
         with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
@@ -296,7 +296,7 @@ def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path
 
 def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -> None:
     """The lock is given back with the workers at rest, even where a caller keeps them for later."""
-    source = read_source(slow, "train", None, None, ())
+    source = list_source(slow, "train", None, None, ())
     deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
     with WorkerPool(2) as workers:
         with pytest.raises(UserError) as told:
@@ -309,10 +309,10 @@ def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -
 
 def test_shard_that_is_under_way_twice_is_whole(slow: Path, tmp_path: Path) -> None:
     """As after a kill whose workers take a moment to notice: both write the same, under names of their own."""
-    source = read_source(slow, "train", None, None, ())
+    source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))
-    task = ShardTask(0, 0, inputs, source.place, "train", tmp_path, PPM, False)
+    task = ShardTask(0, 0, inputs, source.reader, "train", tmp_path, PPM, False)
     build_shard(task, TaskProgress())
     first = (tmp_path / ".build" / "00000.json").read_bytes()
     build_shard(task, TaskProgress())

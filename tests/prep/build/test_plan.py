@@ -18,10 +18,10 @@ import pytest
 from prep.build.plan import SHARD_RECORDS, Plan
 from prep.build.split import Policy, build_split, forecast
 from prep.console import Progress, UserError
-from prep.inputs.folder import Folder
+from prep.inputs.folder import FolderReader
 from prep.inputs.listing import Listing
 from prep.inputs.reader import Source
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import (
     PPM,
@@ -44,7 +44,7 @@ def plan_of(count: int) -> Plan:
     listing = Listing()
     for number in range(count):
         listing.add(b"n1/%d.JPEG" % number, 0, number)
-    return Plan(Source(Folder(Path("/data")), "train", ("n1",), listing), Path("/store/train"), PPM, False)
+    return Plan(Source(FolderReader(Path("/data")), "train", ("n1",), listing), Path("/store/train"), PPM, False)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 129, 200, 2048, 2049, 5000, 131_073])
@@ -140,7 +140,7 @@ def test_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Path,
     with pytest.raises(UserError, match=f"{used[17]} was another: bytes {length:,}, now {length + 7:,}"):
         build(photos, store)
     with pytest.raises(UserError, match=f"{used[17]} was another"):
-        forecast(read_source(photos, "train", None, None, ()), store, PPM, Stop())
+        forecast(list_source(photos, "train", None, None, ()), store, PPM, Stop())
     assert stamps(store) == before
     path.write_bytes(path.read_bytes()[:-7])
     os.utime(path, ns=(0, then))
@@ -222,7 +222,7 @@ def test_other_label_is_refused(pictures: Path, tmp_path: Path) -> None:
         names = sorted(path.name for path in flat.iterdir())
         lines = [f"{name} {(k + shift.get(name, 0)) % 3}\n" for k, name in enumerate(names)]
         labels.write_text("".join(lines))
-        return read_source(flat, "train", labels, None, ())
+        return list_source(flat, "train", labels, None, ())
 
     source = with_labels({})
     store = tmp_path / "store"
@@ -237,13 +237,13 @@ def test_other_label_is_refused(pictures: Path, tmp_path: Path) -> None:
 
 def test_listing_in_another_order_goes_on(photos: Path, store: Path) -> None:
     """As another source may list the same inputs; the fingerprint is the same, too."""
-    source = read_source(photos, "train", None, None, ())
+    source = list_source(photos, "train", None, None, ())
     turned = Listing()
     for index in reversed(range(200)):
         item = source.inputs[index]
-        turned.add(item.path, item.label, item.size, item.stamp_ns, item.at)
+        turned.add(item.path, item.label, item.size, item.mtime_ns, item.location)
     report = Progress(200, "pictures")
-    other = Source(source.place, "train", source.classes, turned)
+    other = Source(source.reader, "train", source.classes, turned)
     built = build_split(other, store, PPM, Stop(9), report)
     assert report.skipped == 50
     assert built.fingerprint == build(photos, store.parent / "fresh").fingerprint
@@ -260,7 +260,7 @@ def test_mended_input_has_its_shard_built_again(photos: Path, tmp_path: Path, us
             build(photos, store, policy=SKIP, runner=Stop(2))
         stamp = (store / "train" / "00001" / "data.mdb").stat().st_mtime_ns
         (photos / used[3]).write_bytes(content)
-        told = forecast(read_source(photos, "train", None, None, ()), store, PPM, Stop(), policy)
+        told = forecast(list_source(photos, "train", None, None, ()), store, PPM, Stop(), policy)
         report = Progress(200, "pictures")
         built = build(photos, store, policy=policy, report=report)
         assert told.done == report.skipped == 50
@@ -273,7 +273,7 @@ def test_mended_input_has_its_shard_built_again(photos: Path, tmp_path: Path, us
 def test_file_changed_after_it_was_listed_is_named(photos: Path, tmp_path: Path, used: list[str]) -> None:
     for change in (other_content, other_time):
         store = tmp_path / change.__name__
-        source = read_source(photos, "train", None, None, ())
+        source = list_source(photos, "train", None, None, ())
         then = source.inputs[files_of(photos).index(used[5])]
         change(photos / used[5])
         with pytest.raises(UserError, match=rf"{used[5]} was changed after it was listed: {then.size:,} bytes") as told:

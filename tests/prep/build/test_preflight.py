@@ -14,7 +14,7 @@ from prep.build.preflight import free_bytes
 from prep.build.split import Forecast, Policy, forecast
 from prep.cli import main
 from prep.console import DiskFull, UserError
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store.manifest import Settings
 from prep.workers import Runner
 from tests.helpers.building import PPM, SKIP, STRICT, Here, Never, Stop, Stopped, build, everything, make_pictures
@@ -31,7 +31,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told(
     photos: Path, store: Path, settings: Settings = PPM, policy: Policy = STRICT, runner: Runner | None = None
 ) -> Forecast:
-    return forecast(read_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
+    return forecast(list_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
 
 
 def dry_run(photos: Path, store: Path, *words: str) -> Result:

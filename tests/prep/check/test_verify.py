@@ -208,7 +208,7 @@ def test_a_shard_all_of_whose_inputs_were_bad_is_no_fault(tmp_path: Path, build:
     for number in range(128):
         listing.add(f"n0/{number}.ppm".encode(), 0)
     (tmp_path / "photos" / "n0").mkdir(parents=True)
-    for place, index in enumerate(listing.order(0).tolist()):
+    for place, index in enumerate(listing.permutation(0).tolist()):
         content = b"P6 32 32 255\n" + bytes([place]) * 3072 if place < 64 else b"no picture"
         (tmp_path / "photos" / "n0" / f"{index}.ppm").write_bytes(content)
     store = build(tmp_path / "photos", "--side", "32", "--format", "ppm", "--on-bad", "skip")

@@ -21,7 +21,7 @@ from prep.build.split import build_split
 from prep.cli import main
 from prep.console import Progress
 from prep.images.color_stats import Moments, compute_color_stats, recompute_color_stats
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store.datum import Datum
 from prep.store.lmdb_shard import write
 from prep.store.manifest import Settings, Store, StoreError
@@ -155,7 +155,7 @@ def test_one_pixel_has_no_covariance() -> None:
 
 
 def build(photo_folder: Path, store: Path, format: str) -> Store:
-    source = read_source(photo_folder / "train", "train", None, None, ())
+    source = list_source(photo_folder / "train", "train", None, None, ())
     settings = Settings(64, True, format, 60, "area", 3)
     return build_split(source, store, settings, Here(), Progress(len(source.inputs), "pictures"))
 
@@ -254,7 +254,7 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
     for number in range(130):
         head = b"P6 32 32 255\n"
         (tmp_path / "photos" / "n1" / f"{number}.ppm").write_bytes(head + rng.bytes(3072))
-    source = read_source(tmp_path / "photos", "train", None, None, ())
+    source = list_source(tmp_path / "photos", "train", None, None, ())
     settings = Settings(32, False, "ppm", 90, "area", 0)
     store = build_split(source, tmp_path / "store", settings, Here(), Progress(130, "pictures"))
     seen: list[str] = []

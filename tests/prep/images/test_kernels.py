@@ -18,7 +18,7 @@ from prep.console import Progress
 from prep.images import kernels
 from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 from prep.store.manifest import FILTERS, Settings
 from tests.helpers.building import Here
 from tools.compile_native import compile_native
@@ -132,7 +132,7 @@ def test_a_store_is_the_same_without_it(
 ) -> None:
     built = []
     for name in ("with", "without"):
-        source = read_source(photo_folder / "train", "train", None, None, ())
+        source = list_source(photo_folder / "train", "train", None, None, ())
         store = build_split(
             source,
             tmp_path / name,

@@ -21,8 +21,8 @@ from scipy.io import savemat
 from prep.cli import main
 from prep.console import UserError
 from prep.images.codec import BadImage
-from prep.inputs.archive import Archive, list_archive
-from prep.inputs.reader import Found
+from prep.inputs.archive import TarReader, list_archive
+from prep.inputs.reader import FoundInputs
 from prep.store.manifest import Store
 
 pytestmark = pytest.mark.usefixtures("bell")
@@ -174,10 +174,10 @@ def test_every_make_of_archive_lists_as_the_folder_does(make: str, photo_folder:
     found = list_archive(tmp_path / "x.tar", False)
     files = sorted((path.parent.name, path.name, path) for path in (photo_folder / "train").glob("*/*"))
     assert found.classes == tuple(sorted({folder for folder, _, _ in files}))
-    assert (found.flat, found.refused) == (False, ())
+    assert (found.is_flat, found.refused) == (False, ())
     assert [item.path.decode() for item in found.listing] == [f"{folder}/{name}" for folder, name, _ in files]
     assert [found.classes[item.label] for item in found.listing] == [folder for folder, _, _ in files]
-    place = Archive(tmp_path / "x.tar")
+    place = TarReader(tmp_path / "x.tar")
     for item, (_, _, path) in zip(found.listing, files, strict=True):
         content = path.read_bytes()
         assert item.size == len(content)
@@ -214,7 +214,7 @@ def test_long_and_odd_names(format: int, tmp_path: Path) -> None:
     expected = {name.encode("utf-8", "surrogateescape"): name.encode("utf-8", "replace") for name in names}
     assert [item.path for item in found.listing] == sorted(expected)
     for item in found.listing:
-        assert Archive(tmp_path / "x.tar").read(item) == expected[item.path]
+        assert TarReader(tmp_path / "x.tar").read(item) == expected[item.path]
 
 
 A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
@@ -222,12 +222,12 @@ THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
 EACH = 3 * BLOCK  # of the archive, for a member of 700 bytes
 
 
-def listed(content: bytes, path: Path) -> Found:
+def listed(content: bytes, path: Path) -> FoundInputs:
     path.write_bytes(content)
     return list_archive(path, False)
 
 
-def names_of(found: Found) -> list[str]:
+def names_of(found: FoundInputs) -> list[str]:
     return [item.path.decode("utf-8", "backslashreplace") for item in found.listing]
 
 
@@ -274,7 +274,7 @@ def test_of_two_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = listed(tar_of(members), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
-    assert Archive(tmp_path / "x.tar").read(found.listing[0]) == b"newest"
+    assert TarReader(tmp_path / "x.tar").read(found.listing[0]) == b"newest"
     why = "another member of the same name follows in the archive"
     assert found.refused == (("n1/a.JPEG", why), ("n1/a.JPEG", why))
 
@@ -283,7 +283,7 @@ def test_inner_tars_of_one_name_are_one_class(tmp_path: Path) -> None:
     inner = [tar_of([("a.JPEG", A), ("b.JPEG", B)]), tar_of([("b.JPEG", C), ("c.JPEG", C)])]
     found = listed(tar_of([("n1.tar", inner[0]), ("n1.tar", inner[1])]), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n1/c.JPEG"]
-    assert Archive(tmp_path / "x.tar").read(found.listing[1]) == C
+    assert TarReader(tmp_path / "x.tar").read(found.listing[1]) == C
     assert [name for name, _ in found.refused] == ["n1/b.JPEG"]
 
 
@@ -306,7 +306,7 @@ def test_class_folders_of_two_places_are_not_mixed(tmp_path: Path) -> None:
 
 
 def test_photographs_beside_folders(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 folders and photographs side by side \(first: README\)"):
+    with pytest.raises(UserError, match=r"2 folders and images side by side \(first: README\)"):
         listed(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
 
 
@@ -412,9 +412,9 @@ def test_a_bent_byte_never_loses_a_photograph(tmp_path: Path) -> None:
 
 NO_TAR: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "no tar archive"),
-    "empty tar": (tar_of([]), "not one photograph"),
-    "folders alone": (tar_of([("n1", b"", {"type": tarfile.DIRTYPE})]), "not one photograph"),
-    "links alone": (tar_of([("n1/x", b"", {"type": tarfile.SYMTYPE, "linkname": "y"})]), "not one photograph"),
+    "empty tar": (tar_of([]), "no image in it"),
+    "folders alone": (tar_of([("n1", b"", {"type": tarfile.DIRTYPE})]), "no image in it"),
+    "links alone": (tar_of([("n1/x", b"", {"type": tarfile.SYMTYPE, "linkname": "y"})]), "no image in it"),
     "text": (b"hello, world\n", "no tar archive"),
     "long text": (b"hello, world\n" * 999, "no tar archive"),
     "gzip": (b"\x1f\x8b\x08" + bytes(900), "compressed"),
@@ -468,7 +468,7 @@ def test_refused_members_are_accounted_by_the_command(photo_folder: Path, tmp_pa
 
 def test_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
     found = listed(tar_of(THREE), tmp_path / "x.tar")
-    place = Archive(tmp_path / "x.tar")
+    place = TarReader(tmp_path / "x.tar")
     assert place.read(found.listing[2]) == C
     os.truncate(tmp_path / "x.tar", 2 * EACH + BLOCK + 100)
     assert place.read(found.listing[1]) == B
@@ -480,4 +480,4 @@ def test_archive_that_has_gone(tmp_path: Path) -> None:
     found = listed(tar_of(THREE), tmp_path / "x.tar")
     (tmp_path / "x.tar").rename(tmp_path / "y.tar")
     with pytest.raises((UserError, BadImage), match="No such file"):
-        Archive(tmp_path / "x.tar").read(found.listing[0])
+        TarReader(tmp_path / "x.tar").read(found.listing[0])

@@ -16,7 +16,7 @@ from scipy.io import savemat
 from prep.console import UserError
 from prep.inputs.labels import read_labels
 from prep.inputs.reader import Source
-from prep.inputs.sources import read_source
+from prep.inputs.sources import list_source
 
 NAMES = ["b.JPEG", "a.JPEG", "c.JPEG", "B.JPEG"]
 IN_ORDER = [b"B.JPEG", b"a.JPEG", b"b.JPEG", b"c.JPEG"]  # by bytes
@@ -33,7 +33,7 @@ def touch(folder: Path, *names: str) -> Path:
 def read(
     folder: Path, labels: Path | None = None, order: str | None = None, known: tuple[str, ...] = (), split: str = "val"
 ) -> Source:
-    return read_source(folder, split, labels, order, known)
+    return list_source(folder, split, labels, order, known)
 
 
 def label_file(tmp_path: Path, text: str, name: str = "labels.txt") -> Path:
@@ -139,8 +139,8 @@ def test_names_with_spaces(tmp_path: Path) -> None:
         ("a.JPEG 0\nb.JPEG\nc.JPEG 0\nB.JPEG 1\n", (), ["line 2", "b.JPEG"]),
         ("a.JPEG 0\nb.JPEG 3\nc.JPEG 0\nB.JPEG 1\n", ("x", "y"), ["label 3", "2 classes"]),
         ("a.JPEG x\nb.JPEG z\nc.JPEG x\nB.JPEG y\n", ("x", "y"), ["z", "2 classes"]),
-        ("1\n2\n1\n", (), ["3 lines", "4 photographs"]),
-        ("1\n2\n1\n1\n1\n", (), ["5 lines", "4 photographs"]),
+        ("1\n2\n1\n", (), ["3 lines", "4 images"]),
+        ("1\n2\n1\n1\n1\n", (), ["5 lines", "4 images"]),
         ("1\n2\n0\n1\n", (), ["line 3", "'0'", "from 1"]),
         ("1\n2\n-1\n1\n", (), ["line 3", "'-1'"]),
         ("1\n2\n1 2\n1\n", (), ["line 3", "'1 2'"]),

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from prep.inputs.listing import ALONE, Input, Listing
+from prep.inputs.listing import OWN_FILE, Input, Listing
 
 ODD = [
     Input(b"n1/a.JPEG", 0, 12, 34),
     Input(b"", 7),
     Input(b"n1/\xff\xfe \n.JPEG", 1, 2**40, 2**62, 5),
-    Input("n2/é.JPEG".encode(), 999, 0, -5, ALONE),
+    Input("n2/é.JPEG".encode(), 999, 0, -5, OWN_FILE),
     Input(b"x" * 5000, 2, 1, 1, 2**50),
 ]
 
@@ -28,12 +28,12 @@ ODD = [
 def listing_of(inputs: list[Input]) -> Listing:
     listing = Listing()
     for item in inputs:
-        listing.add(item.path, item.label, item.size, item.stamp_ns, item.at)
+        listing.add(item.path, item.label, item.size, item.mtime_ns, item.location)
     return listing
 
 
 def ordered(listing: Listing, seed: int) -> list[bytes]:
-    return [listing.path(index) for index in listing.order(seed).tolist()]
+    return [listing.path(index) for index in listing.permutation(seed).tolist()]
 
 
 def test_gives_back_what_was_added() -> None:
@@ -150,9 +150,9 @@ def test_order_of_equal_hashes_is_by_path(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_order_of_none_and_one() -> None:
-    assert listing_of([]).order(0).tolist() == []
-    assert listing_of(ODD[:1]).order(0).tolist() == [0]
-    assert np.issubdtype(listing_of([]).order(0).dtype, np.integer)
+    assert listing_of([]).permutation(0).tolist() == []
+    assert listing_of(ODD[:1]).permutation(0).tolist() == [0]
+    assert np.issubdtype(listing_of([]).permutation(0).dtype, np.integer)
 
 
 MEMORY = """
@@ -161,7 +161,7 @@ from pathlib import Path
 from prep.inputs.listing import Listing
 from prep.store.manifest import Settings
 from prep.build.plan import Plan
-from prep.inputs.sources import Folder, Source
+from prep.inputs.sources import FolderReader, Source
 
 def peak_mb():
     status = Path("/proc/self/status").read_text()  # ru_maxrss of a child begins with its parent's
@@ -175,7 +175,7 @@ for number in range(count):
     listing.add(b"%b/%b_%d.JPEG" % (wnid, wnid, number * 37 % 99991), label, 110_000 + number, 1_340_000_000 * 10**9)
 classes = tuple(f"n{k:08d}" for k in range(1000))
 settings = Settings(256, False, "jpeg", 90, "area", 0)
-plan = Plan(Source(Folder(Path("/data")), "train", classes, listing), Path("/store/train"), settings, False)
+plan = Plan(Source(FolderReader(Path("/data")), "train", classes, listing), Path("/store/train"), settings, False)
 seen = 0
 for task in map(plan.task, range(plan.shards)):
     seen += len(task.inputs)

@@ -16,10 +16,10 @@ import pytest
 
 from prep.console import UserError
 from prep.images.codec import BadImage
-from prep.inputs.folder import Folder
+from prep.inputs.folder import FolderReader
 from prep.inputs.listing import Input
 from prep.inputs.reader import Source
-from prep.inputs.sources import find_splits, read_source
+from prep.inputs.sources import find_splits, list_source
 
 
 def touch(folder: Path, *names: str) -> Path:
@@ -31,7 +31,7 @@ def touch(folder: Path, *names: str) -> Path:
 
 
 def read(folder: Path, known: tuple[str, ...] = (), split: str = "train", follow_links: bool = False) -> Source:
-    return read_source(folder, split, None, None, known, follow_links)
+    return list_source(folder, split, None, None, known, follow_links)
 
 
 def pairs(source: Source) -> list[tuple[bytes, int]]:
@@ -50,7 +50,7 @@ def test_class_folders_are_sorted_by_bytes(tmp_path: Path) -> None:
         (b"n2/a.JPEG", 3),
         (b"n2/b.JPEG", 3),
     ]
-    assert (source.split, source.place.root) == ("train", root)
+    assert (source.split, source.reader.root) == ("train", root)
 
 
 def test_a_folder_name_that_begins_another_keeps_its_label(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_links_inside_the_root_are_taken_and_others_refused(tmp_path: Path) -> N
     assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of them
     assert refused["n1/itself"] == "a folder, not a file"
     item = next(item for item in source.inputs if item.path == b"n2/in.JPEG")
-    assert source.place.read(item) == b"content of a"
+    assert source.reader.read(item) == b"content of a"
 
 
 def test_links_out_of_the_root_are_taken_where_they_are_asked_for(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_links_out_of_the_root_are_taken_where_they_are_asked_for(tmp_path: Path
         "n3/above",
     }
     item = next(item for item in source.inputs if item.path == b"n1/out.JPEG")
-    assert source.place.read(item) == b"content of x"
+    assert source.reader.read(item) == b"content of x"
 
 
 def test_a_link_to_a_folder_whose_name_the_roots_begins_leads_out(tmp_path: Path) -> None:
@@ -267,7 +267,7 @@ def test_odd_names(tmp_path: Path) -> None:
     assert pairs(source) == [(b"a class/" + name, 0) for name in sorted(names)]
     assert [name for name, _ in source.refused] == ["a class/fifo\n\\xff"]
     for item in source.inputs:
-        assert source.place.read(item) == b"content of " + item.path.removeprefix(b"a class/")
+        assert source.reader.read(item) == b"content of " + item.path.removeprefix(b"a class/")
 
 
 def test_names_that_differ_in_case_are_two(tmp_path: Path) -> None:
@@ -291,18 +291,18 @@ def test_a_class_folder_that_cannot_be_read_is_one_line(tmp_path: Path, monkeypa
         read(root)
 
 
-def listed(root: Path) -> tuple[Folder, Input]:
+def listed(root: Path) -> tuple[FolderReader, Input]:
     (root / "n1").mkdir(parents=True)
     (root / "n1" / "a.JPEG").write_bytes(b"content of a")
     source = read(root)
-    assert isinstance(source.place, Folder)
-    return source.place, source.inputs[0]
+    assert isinstance(source.reader, FolderReader)
+    return source.reader, source.inputs[0]
 
 
 def test_a_file_is_read_as_it_was_listed(tmp_path: Path) -> None:
     place, item = listed(tmp_path / "t")
     status = (tmp_path / "t" / "n1" / "a.JPEG").stat()
-    assert (item.size, item.stamp_ns) == (12, status.st_mtime_ns)
+    assert (item.size, item.mtime_ns) == (12, status.st_mtime_ns)
     assert place.read(item) == b"content of a"
     assert [place.head(item, size) for size in (0, 4, 100)] == [b"", b"cont", b"content of a"]
 
@@ -314,10 +314,10 @@ def test_a_file_that_changed_after_it_was_listed_is_said(tmp_path: Path) -> None
     with pytest.raises(UserError, match=r"n1/a\.JPEG was changed after it was listed: 12 bytes then, 29 now"):
         place.read(item)
     path.write_bytes(b"content of b")
-    os.utime(path, ns=(0, item.stamp_ns + 1))
+    os.utime(path, ns=(0, item.mtime_ns + 1))
     with pytest.raises(UserError, match="was changed"):
         place.read(item)
-    os.utime(path, ns=(0, item.stamp_ns))
+    os.utime(path, ns=(0, item.mtime_ns))
     assert place.read(item) == b"content of b"  # as far as can be known it is the one that was listed
 
 
@@ -341,7 +341,7 @@ def test_what_took_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             place.head(item, 4)
         status = path.stat()
-        same = replace(item, size=status.st_size, stamp_ns=status.st_mtime_ns)  # as a file system without times has it
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as a file system without times has it
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             place.read(same)
         if kind == "FIFO":
@@ -353,7 +353,7 @@ def test_what_took_a_files_place_is_not_waited_for(tmp_path: Path) -> None:
 def test_labels_are_not_needed_for_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
     (tmp_path / "labels.txt").write_text("a.JPEG 7\n")
-    source = read_source(root, "train", tmp_path / "labels.txt", None, ())
+    source = list_source(root, "train", tmp_path / "labels.txt", None, ())
     assert pairs(source) == [(b"n1/a.JPEG", 0), (b"n2/a.JPEG", 1)]
     assert "--labels is not needed" in capsys.readouterr().err
 
