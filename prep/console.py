@@ -1,7 +1,7 @@
-"""How a command speaks: errors in one line, progress with rate and ETA, `--json` for programs.
+"""Command-line input and output: one-line errors, exit codes, interrupts, progress with rate and ETA, `--json`.
 
-All three commands share this; it knows nothing of pictures. Results go to standard output, everything said on the
-way to standard error, so `command --json | jq` always works.
+Shared by alexprep, alexstream and alextrain. Results go to standard output, and messages, warnings and progress to
+standard error, so `command --json | jq` always works.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import click
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-# Options that commands share.
+# Options of several commands.
 store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -34,29 +34,29 @@ store_option = click.option(
     show_envvar=True,
     help="Folder of the store.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="One JSON object a line on standard output.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON: one object a line.")
 
 
 class UserError(ValueError):
-    """Something the user can mend: what is wrong, with both values, then what to do. Printed as one line."""
+    """An error that the user can correct, printed as one line: what is wrong, with both values, then what to do."""
 
     exit_code = 1
 
 
 class DiskFull(UserError):
-    """There is no room for what is to be written."""
+    """No space is left for a file: the disk, a quota or the largest file size is exhausted."""
 
     exit_code = 3
 
 
 def disk_error(error: OSError, text: str) -> UserError:
-    """What to raise for an error of the disk: DiskFull where a disk, a quota or a file has no room left."""
+    """The exception to raise for an OSError of a write: DiskFull if no space is left, else UserError."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DiskFull(text) if full else UserError(text)
 
 
 class Terminated(BaseException):
-    """SIGTERM, or another signal that ends a process, raised so that clean-up runs as it does for Ctrl-C."""
+    """SIGTERM or another terminating signal, raised as an exception so that clean-up runs as it does for Ctrl-C."""
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
         super().__init__()
@@ -67,23 +67,23 @@ def _on_sigterm(signum: int, frame: FrameType | None) -> NoReturn:
     raise Terminated
 
 
-class _Shown(click.ClickException):
-    """One line on standard error, and an exit code."""
+class _CommandFailed(click.ClickException):
+    """Makes click print one line to standard error and exit with `exit_code`."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(one_line(message))
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print it; where that cannot be, as on a full disk, the exit code still tells."""
+        """Print the line. If standard error cannot be written to (a full disk), only the exit code tells."""
         with suppress(OSError):
             super().show(file)
 
 
 class Group(click.Group):
-    """A command group that turns a user's mistake into one line, and Ctrl-C into exit code 130 (SIGTERM: 143).
+    """A command group that prints a UserError as one line and exits with 130 on Ctrl-C, 143 on SIGTERM.
 
-    `resumable` names the commands that keep what they have done when interrupted; the others begin again.
+    `resumable` names the commands that continue from finished work when they are run again; the others start over.
     """
 
     def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -91,60 +91,60 @@ class Group(click.Group):
         self.resumable = resumable
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; raises click.ClickException for UserError, exits 130 or 143 when interrupted."""
+        """Run the command. Raises click.ClickException on UserError, OSError; exits with 130 or 143 if interrupted."""
         signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return super().invoke(ctx)
         except UserError as error:
-            raise _Shown(str(error), error.exit_code) from error
+            raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
-            raise  # click knows what to do
-        except OSError as error:  # of a path that a command was given, most likely
-            raise _Shown(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
+            raise  # click handles it
+        except OSError as error:  # most likely of a path that the user gave
+            raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
-            then = "goes on from here" if ctx.invoked_subcommand in self.resumable else "begins again"
-            say(f"Interrupted. The same command {then}.")
+            effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
+            say(f"Interrupted. Run the same command again to {effect}.")
             ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
 
 
 def say(text: str) -> None:
-    """One line to a person, on standard error; where that is closed, or full, the work goes on unheard."""
+    """Print one line to standard error for a person. A failure to print (closed pipe, full disk) is ignored."""
     with suppress(OSError):
         click.echo(one_line(text), err=True)
 
 
 def one_line(text: str) -> str:
-    """With control characters written out: a file's name may hold a line's end, or what steers a terminal."""
+    """`text` with control characters escaped: file names may hold newlines and terminal escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_json(data: dict[str, Any]) -> None:
-    """One JSON object on one line of standard output, for programs."""
+    """Print one JSON object on one line of standard output."""
     click.echo(json.dumps(data))
 
 
 def count_noun(n: int, noun: str, plural: str = "") -> str:
-    """`1 picture`, `1,797 pictures`."""
+    """A count with its noun: `1 image`, `1,797 images`."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def shell_quoted(path: Path) -> str:
-    """A path as an argument in a command that is to be copied into a shell: `'my run'`."""
+    """A path quoted for a shell command that the user copies: `'my run'`."""
     return quote(str(path))
 
 
 def duration_text(seconds: float) -> str:
-    """`48 s`, `3 min 20 s`, `1 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    """A duration for people: `48 s`, `3 min 20 s`, `1 h 05 min`."""
+    rounded_s = round(seconds)
+    if rounded_s < 60:
+        return f"{rounded_s} s"
+    if rounded_s < 3600:
+        return f"{rounded_s // 60} min {rounded_s % 60:02d} s"
+    return f"{rounded_s // 3600} h {rounded_s % 3600 // 60:02d} min"
 
 
 def bytes_text(n: float) -> str:
-    """`812 B`, `27.4 KB`, `31.2 GB`, in powers of 1000."""
+    """A number of bytes for people, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(n) < (999.5 if unit == "B" else 999.95):
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
@@ -153,18 +153,18 @@ def bytes_text(n: float) -> str:
 
 
 def usable_cores() -> int:
-    """Cores this process may run on, which a container or taskset can make fewer than the machine has."""
+    """Number of CPU cores that this process may use; a container or taskset can allow fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
-def keep_freed_memory(most_bytes: int, map_large_blocks: bool) -> None:
-    """Have the C library keep up to `most_bytes` of freed memory for the next arrays.
+def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
+    """Make glibc's malloc keep up to `max_bytes` of freed memory for the next arrays.
 
-    glibc otherwise gives every large block back to the kernel and pays for fresh, zeroed pages each time: measured,
-    half of rescaling a photograph and a quarter of AlexNet's step. With `map_large_blocks` those over 32 MiB still go
-    back at once. Does nothing where the C library is another.
+    By default glibc returns every large block to the kernel and pays for fresh, zeroed pages at the next allocation.
+    That measured as half of the time to rescale a photograph and a quarter of AlexNet's training step. With
+    `map_large_blocks`, blocks over 32 MiB are still returned at once. Does nothing if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -173,31 +173,32 @@ def keep_freed_memory(most_bytes: int, map_large_blocks: bool) -> None:
     if map_large_blocks:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     else:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block has a mapping of its own
-    mallopt(-1, most_bytes)  # M_TRIM_THRESHOLD: what is kept at the heap's top
+        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
+    mallopt(-1, max_bytes)  # M_TRIM_THRESHOLD: bytes kept free at the top of the heap
 
 
 class Progress:
-    """Counts work towards a total. `advance(n)`, or `update(done)` where the count is kept elsewhere."""
+    """Count of finished work, with rate and ETA. Call `advance(n)`, or `update(done)` to set a count kept elsewhere."""
 
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit, self.started = total, unit, time.monotonic()
-        self.done = 0  # of `total`
-        self.skipped = 0  # of `done`, by an earlier run: they tell nothing of the rate
-        self.bad = self.size = 0
+        self.done = 0  # units finished, of `total`
+        self.skipped = 0  # part of `done` that an earlier run finished: left out of the rate
+        self.bad = 0  # bad inputs or records that this run met
+        self.size_bytes = 0  # bytes that this run wrote
 
     def skip(self, n: int) -> None:
-        """`n` units were done before this run."""
+        """Count `n` units that were finished before this run."""
         self.skipped += n
         self.update(self.done + n)
 
     def advance(self, n: int = 1) -> None:
-        """`n` more units are done."""
+        """Count `n` more finished units."""
         self.update(self.done + n)
 
-    def update(self, done: int, bad: int = 0, size: int = 0) -> None:
-        """`done` units are done in all; this run met `bad` bad ones and made `size` bytes."""
-        self.done, self.bad, self.size = done, bad, size
+    def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
+        """Set the totals: `done` units, skipped ones included, and this run's bad ones and bytes written."""
+        self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
         """Units per second since the start of this run."""
@@ -208,44 +209,44 @@ class Progress:
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
 
-class _Lines(Progress):
-    """A JSON object a line, one every `every_s` seconds, for logs and programs. Shorter work prints nothing."""
+class _JsonProgress(Progress):
+    """Progress as one JSON object a line, at most one every `every_s` seconds. Shorter work prints nothing."""
 
     def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
         super().__init__(total, unit)
-        self.label, self.every_s, self.last = label, every_s, time.monotonic()
+        self.label, self.every_s, self.last_printed = label, every_s, time.monotonic()
 
-    def update(self, done: int, bad: int = 0, size: int = 0) -> None:
-        super().update(done, bad, size)
+    def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
+        super().update(done, bad, size_bytes)
         now = time.monotonic()
-        if now - self.last >= self.every_s and done:
-            self.last = now
+        if now - self.last_printed >= self.every_s and done:
+            self.last_printed = now
             line: dict[str, Any] = {"progress": self.label, "done": done, "total": self.total, "unit": self.unit}
             eta_s = round(self.eta_s()) if done > self.skipped else None
             line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": eta_s}
-            if size or bad:
-                line |= {"bad": bad, "bytes": size}
+            if size_bytes or bad:
+                line |= {"bad": bad, "bytes": size_bytes}
             say(json.dumps(line, ensure_ascii=False))
 
 
-class _Bar(Progress):
-    """A rich progress bar for a terminal."""
+class _ProgressBar(Progress):
+    """Progress as a rich bar on a terminal."""
 
     def __init__(self, label: str, total: int, unit: str, bar: Any) -> None:
         super().__init__(total, unit)
         self.bar, self.task = bar, bar.add_task(label, total=total, rate="", note="")
 
-    def update(self, done: int, bad: int = 0, size: int = 0) -> None:
-        super().update(done, bad, size)
-        note = ", ".join([bytes_text(size)] * bool(size) + [f"{bad:,} bad"] * bool(bad))
+    def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
+        super().update(done, bad, size_bytes)
+        note = ", ".join([bytes_text(size_bytes)] * bool(size_bytes) + [f"{bad:,} bad"] * bool(bad))
         self.bar.update(self.task, completed=done, rate=f"{self.rate():,.0f} {self.unit}/s", note=note)
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """A bar on a terminal, lines of JSON elsewhere; both with rate and time left, both on standard error."""
+    """Show progress with rate and time left on standard error: a bar on a terminal, else lines of JSON."""
     if not sys.stderr.isatty():
-        yield _Lines(label, total, unit)
+        yield _JsonProgress(label, total, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -260,4 +261,4 @@ def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
         TextColumn("{task.fields[note]}"),
     )
     with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _Bar(label, total, unit, bar)
+        yield _ProgressBar(label, total, unit, bar)

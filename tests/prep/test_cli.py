@@ -146,15 +146,15 @@ def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: py
         (UserError("mend it"), 1, "Error: mend it\n"),
         (StoreError("build it"), 1, "Error: build it\n"),
         (DiskFull("no room"), 3, "Error: no room\n"),
-        (KeyboardInterrupt(), 130, "Interrupted. The same command begins again.\n"),
-        (Terminated(), 143, "Interrupted. The same command begins again.\n"),
+        (KeyboardInterrupt(), 130, "Interrupted. Run the same command again to start over.\n"),
+        (Terminated(), 143, "Interrupted. Run the same command again to start over.\n"),
     ):
         raised.append(error)
         result = alexprep("inspect", "--store", tmp_path)
         assert (result.exit_code, result.stdout, result.stderr) == (code, "", said)
     raised.append(KeyboardInterrupt())
     result = alexprep("export-files", tmp_path / "out", "--store", tmp_path)
-    assert (result.exit_code, result.stderr) == (130, "Interrupted. The same command goes on from here.\n")
+    assert (result.exit_code, result.stderr) == (130, "Interrupted. Run the same command again to continue from here.\n")
     assert set(main.resumable) < set(main.commands)
     assert alexprep("inspect", "--nothing").exit_code == 2
     for code in ("0:", "1:", "2:", "3:", "130, 143:"):
@@ -306,9 +306,9 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
 def test_a_progress_keeps_what_it_was_told() -> None:
     report = Progress(10, "pictures")
     report.update(4, 1, 99)
-    assert (report.done, report.bad, report.size) == (4, 1, 99)
+    assert (report.done, report.bad, report.size_bytes) == (4, 1, 99)
     report.update(5, 2, 100)
-    assert (report.done, report.bad, report.size, report.skipped) == (5, 2, 100, 0)
+    assert (report.done, report.bad, report.size_bytes, report.skipped) == (5, 2, 100, 0)
     report.skip(3)
     assert (report.done, report.skipped) == (8, 3)
 
