@@ -1,8 +1,11 @@
-"""Inner loops in C: a room's native.c, compiled at installation (tools/compile_native.py) where a compiler was there.
+"""Loading of compiled C kernels: each room's kernels.c, built at installation by tools/compile_native.py.
 
-Nothing depends on them but speed: each room does the same without. A library's name holds a digest of its source, so
-that one left from another version is never loaded, and what a compiler made of the source is tried on small numbers
-before it is believed. ALEXNET_NATIVE=0 in the environment switches them all off.
+The kernels are optional. Without them NumPy, PyTorch or DALI computes the same, more slowly. They are not used
+
+- if no C compiler was available at installation,
+- if kernels.c has changed since: a library's name holds a digest of its source,
+- if a self-test on small arrays gives a wrong result, as after a faulty compilation,
+- if the environment has ALEXNET_NATIVE=0.
 """
 
 from __future__ import annotations
@@ -14,23 +17,24 @@ from hashlib import sha256
 from pathlib import Path
 from typing import TypeVar
 
-Kernel = TypeVar("Kernel")
+Kernels = TypeVar("Kernels")
 
 
 def library_path(source: Path) -> Path:
-    """Where the library compiled from the present text of `source` lies, or would."""
+    """Path of the library compiled from the present text of `source`; the file need not exist."""
     return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
-def load(path: Path, kernel: Callable[[ctypes.CDLL], Kernel], is_correct: Callable[[Kernel], bool]) -> Kernel | None:
-    """`kernel(library)` of the library at `path`, whose calls let other threads run; None where it is not to be used.
+def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callable[[Kernels], bool]) -> Kernels | None:
+    """Load the library at `path` and return `wrap(library)`, or None if it cannot be used.
 
-    That is where it is not there, lacks a function (AttributeError), or computes something else than `is_correct` wants.
+    It cannot be used if the file is missing, if a function is missing (`wrap` raises AttributeError), if `is_correct`,
+    the self-test, returns False, or with ALEXNET_NATIVE=0. Calls into the library release the GIL.
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None
     try:
-        made = kernel(ctypes.CDLL(str(path)))
+        kernels = wrap(ctypes.CDLL(str(path)))
     except (OSError, AttributeError):
         return None
-    return made if is_correct(made) else None
+    return kernels if is_correct(kernels) else None

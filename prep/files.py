@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and folders that one process works in at a time."""
+"""Atomic file writes and folder locks: a file is complete or absent, and one process works in a folder at a time."""
 
 from __future__ import annotations
 
@@ -18,14 +18,17 @@ from prep.console import UserError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
+    """Write a file atomically: at every moment `path` is its old content, its new content, or absent."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write to that is there whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+    """Open a file for writing that appears under its name only once it is complete.
+
+    It is written under a temporary name, synced and renamed; then its folder is synced.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -38,30 +41,33 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-_LOCK_TRIES, _LOCK_TRY_S = 5, 0.02
+_LOCK_TRIES, _LOCK_RETRY_S = 5, 0.02
 
 
 @contextmanager
 def hold_lock(folder: Path, activity: str) -> Iterator[None]:
-    """Be the only one of `activity` in a folder; raises UserError where another is. Ends with the process."""
+    """Hold the folder's lock; raises UserError, naming `activity`, if another process holds it.
+
+    The kernel releases the lock when the process ends, however it ends.
+    """
     with open(folder / ".lock", "a") as handle:
-        for left in reversed(range(_LOCK_TRIES)):
+        for tries_left in reversed(range(_LOCK_TRIES)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # perhaps by lock_is_held, for a moment
-                if not left:
+            except BlockingIOError:  # a lock_is_held() elsewhere takes the lock for a moment
+                if not tries_left:
                     raise UserError(
-                        f"{folder}: another {activity} is at work in this folder. Wait for it, or name another."
+                        f"{folder}: another {activity} is at work in this folder. Wait for it, or name another folder."
                     ) from None
-                time.sleep(_LOCK_TRY_S)
+                time.sleep(_LOCK_RETRY_S)
         yield
 
 
 def lock_is_held(folder: Path) -> bool:
-    """Whether someone holds hold_lock in a folder: asked by sharing the lock for a moment, which writes nothing.
+    """Whether a process holds the folder's lock. Tests it by sharing the lock for a moment, which writes nothing.
 
-    Raises OSError where the lock cannot be looked at.
+    Raises OSError if the lock file cannot be opened.
     """
     try:
         with open(folder / ".lock") as handle:
@@ -74,7 +80,7 @@ def lock_is_held(folder: Path) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a rename inside `path` survive a power cut."""
+    """Sync a folder, so that a rename inside it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -83,7 +89,7 @@ def sync_folder(path: Path) -> None:
 
 
 def save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write a .npy file whole or not at all."""
+    """Write a .npy file atomically."""
     content = io.BytesIO()
     np.save(content, array)
     write_atomic(path, content.getvalue())
