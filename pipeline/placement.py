@@ -1,7 +1,7 @@
-"""CPU or GPU: the only file that knows the difference.
+"""CPU or GPU: the device of the stream. No other file depends on which of the two it is.
 
-Every graph is written once. A Placement says which device an operator has, how encoded pictures are decoded, and
-on which of torch's streams a finished batch is handed over.
+Each DALI graph is written once. A Placement says on which device an operator runs, how JPEG files are decoded, and on
+which CUDA stream a finished batch is handed to torch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from prep.console import UserError
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a graph runs. `device_id` is None on the CPU, which needs no driver."""
+    """The device on which the stream decodes and augments. `device_id` is None on the CPU, which needs no driver."""
 
     device_id: int | None
 
     @staticmethod
     def parse(device: str) -> Placement:
-        """`cpu`, `cuda` or `cuda:N`; raises UserError for other words and for a GPU that is not there."""
+        """`cpu`, `cuda` or `cuda:N`; raises UserError for any other string, and for a GPU that this machine lacks."""
         if device == "cpu":
             return Placement(None)
         match = re.fullmatch(r"cuda(?::(\d+))?", device)
@@ -31,56 +31,63 @@ class Placement:
             raise UserError(f"device {device!r}: expected cpu or cuda:N.")
         import torch
 
-        wanted, there = int(match[1] or 0), torch.cuda.device_count()
-        if wanted >= there:
-            raise UserError(f"device {device}: this machine shows {there} GPUs. Name cpu, or a GPU that is there.")
-        return Placement(wanted)
+        index, count = int(match[1] or 0), torch.cuda.device_count()
+        if index >= count:
+            raise UserError(
+                f"device {device}: torch finds {count} GPUs on this machine. Name cpu, or one of the GPUs found."
+            )
+        return Placement(index)
 
     @property
     def decoder_device(self) -> str:
-        """DALI's device word for a decoder: its input is always on the CPU."""
+        """DALI's name of the device of an image decoder, whose input is always on the CPU."""
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
-        """An array as a DALI node that already lies where the operators are."""
+        """An array as a DALI constant on the operators' device."""
         return types.Constant(values, device="cpu" if self.device_id is None else "gpu", layout=layout)
 
-    def schedule(self, pipe: Any) -> None:
-        """Have a pipeline work on what it was fed with."""
-        pipe.schedule_run()
+    def to_device(self, node: Any) -> Any:
+        """A DALI node on the CPU, moved to the operators' device."""
+        return node if self.device_id is None else node.gpu()
 
     def outputs(self, pipe: Any) -> tuple[Any, ...]:
-        """A pipeline's next outputs; on a GPU bound to torch's present stream, so that neither side waits for the host
-        and DALI does not reuse their memory before torch has done with it."""
+        """The next outputs of a DALI pipeline.
+
+        On a GPU they are bound to torch's current stream: neither side waits for the host, and DALI does not reuse
+        their memory before torch has finished with it.
+        """
         if self.device_id is None:
             outputs: tuple[Any, ...] = pipe.outputs()
         else:
             import torch
 
-            with self._current():
+            with self._current_device():
                 outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
         return outputs
 
     def tensor_from_dali(self, output: Any) -> Any:
-        """One of `outputs` as a torch tensor on the same memory."""
+        """One of `outputs` as a torch tensor that shares its memory."""
         from torch.utils.dlpack import from_dlpack
 
-        with self._current():
+        with self._current_device():
             return from_dlpack(output.as_tensor())
 
     def tensor_from_numpy(self, array: Any) -> Any:
-        """A NumPy array as a torch tensor where the batches lie."""
+        """A NumPy array as a torch tensor on the device of the batches."""
         import torch
 
         host = torch.from_numpy(array)
         if self.device_id is None:
             return host
-        with self._current():  # or pinning would take memory of GPU 0
+        with self._current_device():  # or pinning would take memory of GPU 0
             return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)  # unpinned, the host would wait
 
-    def _current(self) -> AbstractContextManager[object]:
-        """Inside, the GPU is CUDA's current one. Torch's default stream is the number 0, which DALI takes for that of
-        the current GPU: were it another, DALI would wait for, and free memory by, the wrong stream.
+    def _current_device(self) -> AbstractContextManager[object]:
+        """Make this GPU CUDA's current one within a `with` block.
+
+        The handle of torch's default stream is 0, which DALI takes for the default stream of the current GPU. If
+        another GPU were current, DALI would synchronize with the wrong stream and release memory by it.
         """
         if self.device_id is None:
             return nullcontext()
@@ -88,13 +95,9 @@ class Placement:
 
         return torch.cuda.device(self.device_id)
 
-    def to_device(self, node: Any) -> Any:
-        """A DALI node of the reader, moved to where the operators are."""
-        return node if self.device_id is None else node.gpu()
-
 
 def dali() -> ModuleType:
-    """The module nvidia.dali; raises UserError that says how to install it where it is missing."""
+    """The module nvidia.dali; raises UserError with the command that installs it if it is missing."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
@@ -104,8 +107,8 @@ def dali() -> ModuleType:
         if not (error.name or "").startswith("nvidia"):
             raise
         raise UserError(
-            "NVIDIA DALI is not installed. Install it with: pip install 'alexnet[cuda13]' (or 'alexnet[cuda12]'; it "
-            "runs on the CPU too). The package called plain nvidia-dali is a placeholder that fails."
+            "NVIDIA DALI is not installed. Install it with: pip install 'alexnet[cuda13]' (or 'alexnet[cuda12]'; both "
+            "run on the CPU too). The package named just nvidia-dali is a placeholder whose installation fails."
         ) from None
     module: ModuleType = nvidia.dali
     return module
