@@ -279,7 +279,7 @@ def test_on_other_devices_the_generators_begin_anew(whole_run: Path, stores: dic
             replace(state, devices=devices), plan, model, make_optimizer(model, plan.recipe), Schedule(plan.recipe)
         )
         assert torch.equal(torch.get_rng_state(), state.random) == (seed is None)
-        assert seed is None or torch.initialseed_generators() == seed
+        assert seed is None or torch.initial_seed() == seed
 
 
 def test_a_run_is_as_long_as_the_shorter_of_epochs_and_steps(stores: dict[str, Path], tmp_path: Path) -> None:
