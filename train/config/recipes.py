@@ -1,12 +1,12 @@
-"""The recipes: their numbers, and where each is from.
+"""Recipes that `--recipe` offers: the value and the source of every hyperparameter.
 
 paper     the text of 2012, to the letter
-released  the code and parameter files that made the paper's table: net #145 of AlexNet-Source-Code
-          (layers/layers-145.cfg and layers/layer-params-145.cfg, here L145 and P145). Where paper and code part, the
-          source says so.
+released  the code and parameter files behind the paper's results: net #145 of AlexNet-Source-Code
+          (layers/layers-145.cfg and layers/layer-params-145.cfg, below L145 and P145). Where the paper differs, the
+          source says how.
 caffe     models/bvlc_alexnet of BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
-modern    the same network, trained as one would train it today
-short     for minutes on a CPU, and small batches
+modern    the same network with present-day initialization and schedule
+short     for a few minutes on a CPU, with small batches
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from prep.console import UserError
 from train.config.architecture import LAYERS
 from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange
 
-_HIDDEN = ("conv2", "conv4", "conv5", "fc6", "fc7")  # whose biases do not start at 0
+_BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do not start at 0
 
 
 def _recipe(name: str, **numbers: tuple[Any, str]) -> Recipe:
+    """A recipe from (value, source) for each field."""
     return Recipe(
         name=name,
         sources={field: source for field, (_, source) in numbers.items()},
@@ -31,7 +32,7 @@ def _recipe(name: str, **numbers: tuple[Any, str]) -> Recipe:
 
 
 def _variant(base: Recipe, name: str, **numbers: tuple[Any, str]) -> Recipe:
-    """`base` with some numbers of its own, each with its source."""
+    """`base` with (value, source) of some fields replaced."""
     sources = {field: source for field, (_, source) in numbers.items()}
     values = {field: value for field, (value, _) in numbers.items()}
     return replace(base, name=name, sources={**base.sources, **sources}, **values)
@@ -41,12 +42,12 @@ PAPER = _recipe(
     "paper",
     batch_size=(128, "section 5"),
     epochs=(90, "section 5: 'roughly 90 cycles'"),
-    input_divisor=(1.0, "section 2: raw RGB values, nothing but the mean subtracted"),
+    input_divisor=(1.0, "section 2: raw RGB values, only the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="eigenvalue", strength=0.1),
-        "section 2: mean activity of each pixel, of the centre window as in the authors' code; section 4.1: random "
-        "window and flip for each image; eigenvalues times N(0, 0.1), read on pixels in [0, 1], for on 0..255 they "
-        "would shift by over a thousand grey levels",
+        "section 2: mean activity of each pixel, of the centre crop as in the authors' code; section 4.1: random "
+        "crop and flip for each image; eigenvalues times N(0, 0.1), taken for pixels in [0, 1], as on 0..255 the "
+        "shift would exceed a thousand grey levels",
     ),
     activation=("relu", "section 3.1"),
     lrn=(Lrn(5, 1e-4, 0.75, 2.0), "section 3.3: k = 2, n = 5, α = 1e-4, β = 0.75"),
@@ -59,7 +60,7 @@ PAPER = _recipe(
     init=("normal", "section 5: zero-mean Gaussian"),
     init_std=(dict.fromkeys(LAYERS, 0.01), "section 5: 'each layer'"),
     init_bias=(
-        dict.fromkeys(_HIDDEN, 1.0),
+        dict.fromkeys(_BIASED, 1.0),
         "section 5: second, fourth and fifth convolutional and the fully-connected hidden layers",
     ),
     label_smoothing=(0.0, "section 3.5: the multinomial logistic regression objective"),
@@ -68,10 +69,10 @@ PAPER = _recipe(
     lr_bias_factor=(1.0, "section 5: the same"),
     momentum=(0.9, "section 5"),
     weight_decay=(0.0005, "section 5"),
-    decay_biases=(True, "section 5 makes no exception of them"),
+    decay_biases=(True, "section 5 makes no exception for them"),
     schedule=(
         Plateau(factor=0.1, patience_epochs=5, drops=3),
-        "section 5: divided by 10 when the validation error stopped improving, three times; the patience is ours",
+        "section 5: divided by 10 when the validation error stopped improving, three times; ours: the patience",
     ),
 )
 
@@ -80,18 +81,21 @@ RELEASED = _variant(
     "released",
     batch_size=(128, "convnet.py:177"),
     epochs=(91, "P145:169-182: stopped at epoch 91"),
-    input_divisor=(1.0, "convdata_jpeg.py: nothing but the mean subtracted"),
+    input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32),
-        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one window for "
-        "32 images :77",
+        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one crop for 32 "
+        "images :77",
     ),
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 2.0),
-        "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times this",
+        "P145:137-155, scale divided by size in layer.py:1183; the paper's α is 5 times as large",
     ),
-    norm_before_relu=(True, "L145:35-63: rnorm1 on conv1's linear outputs, ReLU after pool1; the paper has ReLU first"),
+    norm_before_relu=(
+        True,
+        "L145:35-63: rnorm1 on conv1's linear outputs, ReLU after pool1; the paper has ReLU first",
+    ),
     within_map=(Lrn(5, 1e-3 / 25, 0.75, 1.0), "L145:107-117, P145:157-163: cnorm2; not in the paper"),
     pool_px=(3, "L145:47-63, 119-133, 220-236"),
     crossing=(True, "L145:135-161 (conv3), 238-254 (fc6), 266-282 (fc7), 294-299 (fc8)"),
@@ -100,16 +104,16 @@ RELEASED = _variant(
     init=("normal", "layer.py:807"),
     init_std=(
         {**dict.fromkeys(LAYERS, 0.01), "conv3": 0.03, "conv4": 0.03, "conv5": 0.03},
-        "L145: initW; the paper has 0.01 everywhere",
+        "L145: initW; the paper has 0.01 in every layer",
     ),
-    init_bias=(dict.fromkeys(_HIDDEN, 1.0), "L145: initB"),
+    init_bias=(dict.fromkeys(_BIASED, 1.0), "L145: initB"),
     label_smoothing=(0.0, "L145:294-299: softmax and logistic regression"),
     lr=(0.01, "P145:169"),
-    lr_bias=(0.02, "P145: epsB, constant; the paper has one rate, net #145 of 2010 had 0.002"),
-    lr_bias_factor=(1.0, "not used where lr_bias is a number"),
+    lr_bias=(0.02, "P145: epsB, constant; the paper has one learning rate, net #145 of 2010 had 0.002"),
+    lr_bias_factor=(1.0, "not used, as lr_bias is a number"),
     momentum=(0.9, "P145"),
     weight_decay=(0.0005, "P145: wc of all weights"),
-    decay_biases=(False, "layer.cu:565; the paper makes no exception of them"),
+    decay_biases=(False, "layer.cu:565; the paper makes no exception for them"),
     schedule=(
         (
             ScheduleChange(25, lr=1e-3),
@@ -127,32 +131,32 @@ CAFFE = _variant(
     "caffe",
     batch_size=(256, "train_val.prototxt"),
     epochs=(90, "solver.prototxt: 450,000 batches of 256 are 89.9 epochs"),
-    input_divisor=(1.0, "train_val.prototxt: nothing but the mean subtracted"),
+    input_divisor=(1.0, "train_val.prototxt: only the mean subtracted"),
     augmentation=(
         Augmentation(mean="aligned", colour="off", strength=0.0),
-        "data_transformer.cpp:113: the part of the mean image that lies under the window; random window and flip, no "
-        "colour noise. Caffe's windows are of 227 px, to the same 55 × 55 positions",
+        "data_transformer.cpp:113: the part of the mean image under the crop; random crop and flip, no colour noise. "
+        "Caffe's crops are of 227 px, which gives conv1 the same 55 × 55 positions",
     ),
     activation=("relu", "train_val.prototxt"),
     lrn=(
         Lrn(5, 1e-4 / 5, 0.75, 1.0),
-        "train_val.prototxt, alpha divided by size in lrn_layer.cpp:120, k = 1 in caffe.proto:888. Caffe's runs over "
-        "all 96 and 256 maps, ours within a column",
+        "train_val.prototxt, alpha divided by size in lrn_layer.cpp:120, k = 1 in caffe.proto:888. Caffe normalizes "
+        "across all 96 and 256 maps, ours within a column",
     ),
     norm_before_relu=(False, "train_val.prototxt: relu1, norm1, pool1"),
     within_map=(None, "not in train_val.prototxt"),
     pool_px=(3, "train_val.prototxt: kernel 3, stride 2"),
-    crossing=(True, "train_val.prototxt: group 2 in conv2, conv4 and conv5, none elsewhere"),
+    crossing=(True, "train_val.prototxt: group 2 in conv2, conv4 and conv5 only"),
     dropout=(0.5, "train_val.prototxt: drop6, drop7"),
     dropout_scales_training=(True, "dropout_layer.cpp"),
     init=("normal", "train_val.prototxt: gaussian"),
     init_std=(
         {**dict.fromkeys(LAYERS, 0.01), "fc6": 0.005, "fc7": 0.005},
-        "train_val.prototxt; the paper has 0.01 everywhere",
+        "train_val.prototxt; the paper has 0.01 in every layer",
     ),
     init_bias=(
-        dict.fromkeys(_HIDDEN, 0.1),
-        "train_val.prototxt; readme.md:14: with the paper's 1 the loss stayed where it was",
+        dict.fromkeys(_BIASED, 0.1),
+        "train_val.prototxt; readme.md:14: with the paper's 1 the loss did not fall",
     ),
     label_smoothing=(0.0, "train_val.prototxt: softmax loss"),
     lr=(0.01, "solver.prototxt"),
@@ -170,59 +174,59 @@ CAFFE = _variant(
 MODERN = _variant(
     PAPER,
     "modern",
-    batch_size=(512, "ours: what one GPU of today takes with ease"),
+    batch_size=(512, "ours: fits into the memory of any present GPU"),
     epochs=(90, "ours: the paper's"),
-    input_divisor=(64.0, "ours: pixels of about unit variance, as initialization 'he' expects"),
+    input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as the released code's, without its /1.1",
     ),
-    dropout_scales_training=(True, "ours: nothing is left to do in test"),
-    init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the size of the signal from layer to layer"),
-    init_std=(PAPER.init_std, "not used by 'he'"),
+    dropout_scales_training=(True, "ours: no scaling in evaluation"),
+    init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10: keeps the variance of the activations from layer to layer"),
+    init_std=(PAPER.init_std, "not used by initialization 'he'"),
     init_bias=({}, "He et al. 2015: none"),
     label_smoothing=(
         0.0,
-        "ours: the 0.1 of Szegedy et al. 2016 (arXiv 1512.00567), section 7, slowed down what we measured "
+        "ours: the 0.1 of Szegedy et al. 2016 (arXiv 1512.00567), section 7, slowed learning in our measurements "
         "(docs/measurements.md)",
     ),
     lr=(
         0.04,
-        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: in proportion to the batch; the paper's 0.01 at 128, which "
-        "the authors' code kept to at 256 (layer-params-170-256-double.cfg)",
+        "Goyal et al. 2017 (arXiv 1706.02677), section 2.1: proportional to the batch size, from the paper's 0.01 at "
+        "128; the authors' code did so at 256, with 0.02 (layer-params-170-256-double.cfg)",
     ),
     decay_biases=(False, "ours, as the released code"),
     schedule=(
         Cosine(warmup_epochs=5, start=0.1, end=0.001),
         "Goyal et al. 2017, section 2.2: warm-up over 5 epochs; Loshchilov and Hutter 2017 (arXiv 1608.03983), eq. 5: "
-        "half a cosine; the shares of lr at both ends are ours",
+        "half a cosine; ours: the shares of lr at both ends",
     ),
 )
 
 SHORT = _variant(
     PAPER,
     "short",
-    batch_size=(16, "ours: many small steps learn more in minutes than few large ones (docs/measurements.md)"),
-    epochs=(3, "ours: what four minutes of two cores allow on 1,500 pictures"),
-    input_divisor=(64.0, "ours: pixels of about unit variance, as initialization 'he' expects"),
+    batch_size=(16, "ours: in minutes, many small steps learn more than few large ones (docs/measurements.md)"),
+    epochs=(3, "ours: about four minutes on two cores for 1,500 images"),
+    input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(
         Augmentation(mean="channel", colour="stdev", strength=0.1),
         "ours: a mean for each channel; noise as the released code's, without its /1.1",
     ),
     init=("he", "He et al. 2015 (arXiv 1502.01852), eq. 10"),
-    init_std=(PAPER.init_std, "not used by 'he'"),
+    init_std=(PAPER.init_std, "not used by initialization 'he'"),
     init_bias=({}, "He et al. 2015: none"),
     dropout=(0.0, "ours: none. Section 4.2: it 'roughly doubles the number of iterations required to converge'"),
-    lr=(0.004, "ours: the paper's 0.01 at batches of 128, scaled down for small ones (docs/measurements.md)"),
+    lr=(0.004, "ours: the paper's 0.01 at batches of 128, reduced for small batches (docs/measurements.md)"),
     decay_biases=(False, "ours, as the released code"),
-    schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop for the last third"),
+    schedule=((ScheduleChange(2, lr=0.001),), "ours: one drop, for the last third of the epochs"),
 )
 
 RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SHORT)}
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe `name`; raises UserError for a name that is none."""
+    """The recipe `name`; raises UserError for a name that no recipe has."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: expected one of {', '.join(RECIPES)}.")
     return RECIPES[name]
