@@ -18,7 +18,7 @@ from rich.text import Text
 
 from prep.console import Progress, bytes_text, duration_text
 from train.monitor.console_view import ConsoleView, Line, RunLength, validation_text
-from train.runs.run_dir import RATE_OVER, seconds_left
+from train.runs.run_dir import RATE_LINES, seconds_left
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE = 32  # values in a small curve
@@ -122,7 +122,7 @@ class LiveView(ConsoleView):
     def _count(self, line: Line) -> None:
         """Take what is drawn from a line: drawing itself is to cost little, however long the run."""
         if line["kind"] == "train":
-            self._last = [*self._last, line][-RATE_OVER:]
+            self._last = [*self._last, line][-RATE_LINES:]
             for key, values in self._values.items():
                 values.append(line[key])
         else:

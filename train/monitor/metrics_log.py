@@ -25,7 +25,7 @@ from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.interval_metrics import IntervalMetrics
 from train.monitor.tensorboard import EventFile, NoTensorBoard
 from train.runs.append_log import AppendLog
-from train.runs.run_dir import EVENTS, METRICS, STATUS, parsed, read_texts
+from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lines
 
 
 class MetricsLog:
@@ -38,7 +38,7 @@ class MetricsLog:
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
         last = step, "train" if validation_due else "val"  # a step's validation comes after its line of training
-        found = [(text, line) for text in read_texts(run_dir) if (line := parsed(text)) is not None]
+        found = [(text, line) for text in read_raw_lines(run_dir) if (line := parse_line(text)) is not None]
         kept = [(text, line) for text, line in found if (line["step"], line["kind"]) <= last]
         lines = [line for _, line in kept]
         try:

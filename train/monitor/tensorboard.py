@@ -18,7 +18,7 @@ from typing import Any
 
 from prep.console import UserError
 from train.runs.append_log import AppendLog
-from train.runs.run_dir import scalars
+from train.runs.run_dir import tensorboard_scalars
 
 
 class NoTensorBoard(UserError):
@@ -52,7 +52,7 @@ class EventFile:
         self._write([self._event_of(line)])
 
     def _event_of(self, line: Mapping[str, Any]) -> Any:
-        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars(line).items()]
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in tensorboard_scalars(line).items()]
         written = line.get("unix_time_s", time.time())  # lines of version 0.1.0 have no time
         return self._event(step=line["step"], wall_time=written, summary=self._summary(value=values))
 

@@ -1,10 +1,10 @@
 """Checkpoints: one file each, written whole or not at all, verified by a digest, loaded without executing code.
 
-`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. `write`
-is the only function that writes one and `read` the only one that reads one.
+`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. Only
+`write` writes one and only `read` reads one.
 
-The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive's comment (the
-end of APPNOTE 4.3.16) is the SHA-256 of every byte before it, so that one altered bit is found before anything is
+The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive's comment
+(the end of APPNOTE 4.3.16) is the SHA-256 of every byte before it, so that one altered bit is found before anything is
 loaded. A run keeps its newest checkpoints, and as `best.pt`, a second name of the same file, the one with the lowest
 validation error.
 """

@@ -22,7 +22,7 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """(run folder, checkpoint name) for RUN_DIR and --checkpoint; RUN_DIR may be a checkpoint file in its run folder."""
+    """(run folder, checkpoint) for RUN_DIR and --checkpoint; RUN_DIR may be a checkpoint file in its run folder."""
     return (path.parent, str(path)) if path.is_file() else (path, which)
 
 

@@ -1,7 +1,7 @@
-"""What a run keeps of its training store, so that photographs can be shown to its network where the store is not.
+"""Preprocessing metadata saved in the run folder, so that inference does not need the training store.
 
-run.json has under "store" settings, sizes and colour statistics; `mean_image.npy` beside it is written where the recipe
-subtracts a mean image.
+run.json holds the store's settings, sizes and colour statistics under "store". `mean_image.npy` beside it is written if
+the recipe subtracts a mean image.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.still_image import EvalTransform
 from prep.console import UserError, say
@@ -23,11 +24,11 @@ from train.runs.checkpoint import Checkpoint
 from train.runs.run_dir import read_description
 
 MEAN_IMAGE = "mean_image.npy"
-_WITH_IMAGE = ("image", "aligned")  # readings of the mean that need one
+_NEED_MEAN_IMAGE = ("image", "aligned")  # values of Augmentation.mean
 
 
 def store_facts(store: Store) -> dict[str, Any]:
-    """What run.json says of a store. Raises StoreError where its colour statistics are missing."""
+    """The "store" part of run.json. Raises StoreError if the colour statistics are missing."""
     return {
         "fingerprint": store.fingerprint,
         "settings": asdict(store.settings),
@@ -41,11 +42,11 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
-    """Write the training split's mean image into the run folder where the recipe subtracts it.
+    """Write mean_image.npy of the training split into the run folder, if the recipe subtracts a mean image.
 
-    One that is there may be another store's: of a run that ended before its first checkpoint, which binds nobody.
+    An existing file is replaced if it differs: a run that ended before its first checkpoint may have had another store.
     """
-    if recipe.augmentation.mean not in _WITH_IMAGE:
+    if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
     content, path = io.BytesIO(), run_dir / MEAN_IMAGE
     np.save(content, store.mean_image())
@@ -53,49 +54,57 @@ def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
         write_atomic(path, content.getvalue())
 
 
-def saved_color_stats(told: Mapping[str, Any]) -> ColorStats:
-    """The colour statistics of the training store, from a run.json."""
-    return ColorStats(**told["store"]["colour"])
+def saved_color_stats(description: Mapping[str, Any]) -> ColorStats:
+    """The colour statistics of the training store, from the content of run.json."""
+    return ColorStats(**description["store"]["colour"])
 
 
 def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
-    """How this run's network was shown pictures; raises UserError where the run folder does not tell."""
-    mean, told = recipe.augmentation.mean, read_description(run_dir)
-    image = _kept_image(run_dir) if mean in _WITH_IMAGE else None
-    return EvalTransform(Settings(**told["store"]["settings"]), mean, saved_color_stats(told).mean_rgb, image)
+    """The preprocessing with which a run's network takes still images.
+
+    Raises UserError if run.json or a mean image that the recipe needs cannot be read.
+    """
+    mean, description = recipe.augmentation.mean, read_description(run_dir)
+    mean_image = _load_mean_image(run_dir) if mean in _NEED_MEAN_IMAGE else None
+    settings = Settings(**description["store"]["settings"])
+    return EvalTransform(settings, mean, saved_color_stats(description).mean_rgb, mean_image)
 
 
-def _kept_image(run_dir: Path) -> Any:
+def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
+    path = run_dir / MEAN_IMAGE
     try:
-        return np.load(run_dir / MEAN_IMAGE, allow_pickle=False)
+        mean_image: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{run_dir / MEAN_IMAGE}: cannot be read ({error}), and the recipe subtracts it.") from None
+        raise UserError(f"{path}: cannot be read ({error}), and the recipe subtracts it.") from None
+    return mean_image
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store to look at: the one that is named, else the one that the run was trained on where it still is.
+    """The store whose pictures are shown to a run's network.
 
-    Raises StoreError where the one that is named is none, UserError where its classes are others than the run's. Says
-    so where it is another store than the training store.
+    store  a folder; None: the training store, if it is still where run.json says and unchanged, else no store
+
+    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store, UserError if its
+    classes are not the run's.
     """
     fingerprint = state.identity["store_fingerprint"]
     if store is None:
         try:
-            found = Store.open(read_description(run_dir)["settings"]["store"])
-            return found if found.split("train").fingerprint == fingerprint else None
+            training_store = Store.open(read_description(run_dir)["settings"]["store"])
+            return training_store if training_store.split("train").fingerprint == fingerprint else None
         except StoreError:
             return None
-    named = Store.open(store)
-    check_classes(run_dir, state.classes, named)
-    if "train" not in named.splits or named.split("train").fingerprint != fingerprint:
+    opened = Store.open(store)
+    check_classes(run_dir, state.classes, opened)
+    if "train" not in opened.splits or opened.split("train").fingerprint != fingerprint:
         say(f"{store} is not the store that {run_dir} was trained on.")
-    return named
+    return opened
 
 
 def check_classes(run_dir: Path, classes: Sequence[str], store: Store) -> None:
-    """Raise UserError where a store has other classes than the run was trained for."""
+    """Raise UserError if the classes of a store are not those that a run was trained for."""
     if list(classes) != list(store.classes):
         raise UserError(
-            f"{run_dir} knows {len(classes):,} classes ({classes[0]} …), {store.root} has {len(store.classes):,} "
-            f"({store.classes[0]} …), not the same. Point --store at the one it was trained on."
+            f"{run_dir} was trained for {len(classes):,} classes ({classes[0]} …), {store.root} has "
+            f"{len(store.classes):,} ({store.classes[0]} …), not the same. Point --store at the one it was trained on."
         )

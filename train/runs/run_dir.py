@@ -1,11 +1,16 @@
-"""What is read of a run's folder, also while another process writes in it. Light to import: no torch.
+"""The files of a run folder, and how to read its metrics, also while another process trains in it.
 
 run/
-  run.json                  what the run is: settings, recipe, model, length, environment (train/runs/loading.py)
+  run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)
   metrics.jsonl             a line for each interval of training and for each validation (train/monitor/metrics_log.py)
-  status.json               whether it trains, or how it ended (train/monitor/metrics_log.py)
+  status.json               whether the run trains, or how it ended (train/monitor/metrics_log.py)
   checkpoint-00001500.pt    the state after step 1,500 (train/runs/checkpoint.py)
-  tensorboard/              the lines of metrics.jsonl as TensorBoard's event files (train/monitor/tensorboard.py)
+  best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
+  mean_image.npy            the mean image, if the recipe subtracts one (train/runs/preprocessing.py)
+  evaluations.jsonl         one line for each `alextrain evaluate` (train/evaluation/predictions.py)
+  tensorboard/              the numbers of metrics.jsonl as TensorBoard's event files (train/monitor/tensorboard.py)
+
+This module imports no torch, so that `alextrain status` answers at once.
 """
 
 from __future__ import annotations
@@ -20,35 +25,46 @@ from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# What of a line depends on the clock or the machine: all else is the same to the bit in a run that was interrupted.
-CLOCKED = ("images_per_s", "waiting_share", "stream_waiting_share", "memory_mb", "gpu_memory_mb", "unix_time_s")
+# Keys of a line that depend on the clock or the machine. All others are the same, to the bit, in a run that was
+# interrupted and continued.
+CLOCK_DEPENDENT = (
+    "images_per_s",
+    "waiting_share",
+    "stream_waiting_share",
+    "memory_mb",
+    "gpu_memory_mb",
+    "unix_time_s",
+)
 
-RATE_OVER = 20  # lines from which the rate is taken that tells how long the rest will last
+RATE_LINES = 20  # newest training lines whose mean rate predicts the time left
+
+_CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
-    """run.json of a run; raises UserError where there is none, or one that is not of this version."""
+    """The content of run.json. Raises UserError if it is missing, cannot be read, or lacks a part."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
     try:
-        found = json.loads(path.read_bytes())
+        description = json.loads(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name the --run-dir of one.") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). The same alextrain run again writes it anew.") from None
     parts = ("identity", "settings", "model", "recipe", "length", "store")
-    missing = [part for part in parts if not isinstance(found, dict) or not isinstance(found.get(part), dict)]
+    is_object = isinstance(description, dict)
+    missing = [part for part in parts if not is_object or not isinstance(description.get(part), dict)]
     if missing:
         raise UserError(
             f"{path}: has no {', '.join(missing)}, which this version reads. The same alextrain run again writes it "
             "anew."
         )
-    return dict(found)
+    return dict(description)
 
 
-def parsed(text: bytes) -> dict[str, Any] | None:
-    """A line of metrics.jsonl; None for one that was cut short, or is none."""
+def parse_line(text: bytes) -> dict[str, Any] | None:
+    """The object on a line of metrics.jsonl; None for a line that was cut short or is damaged."""
     try:
         line = json.loads(text)
         return dict(line) if isinstance(line["step"], int) and line["kind"] in ("train", "val") else None
@@ -56,8 +72,8 @@ def parsed(text: bytes) -> dict[str, Any] | None:
         return None
 
 
-def read_texts(run_dir: Path) -> list[bytes]:
-    """The lines of a run's metrics.jsonl as they are there, whole or not; raises UserError where it cannot be read."""
+def read_raw_lines(run_dir: Path) -> list[bytes]:
+    """The lines of metrics.jsonl, damaged ones included; empty if there is no file. Raises UserError if unreadable."""
     try:
         return (run_dir / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
@@ -66,52 +82,51 @@ def read_texts(run_dir: Path) -> list[bytes]:
         raise UserError(f"{run_dir / METRICS}: cannot be read ({error}).") from None
 
 
-def read_lines(run_dir: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl in their order: none before the first interval has ended."""
-    return [line for line in map(parsed, read_texts(run_dir)) if line is not None]
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The intact lines of metrics.jsonl in order; empty before the first interval has ended."""
+    return [line for line in map(parse_line, read_raw_lines(run_dir)) if line is not None]
 
 
-def last_of(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    """The newest line of a kind, `train` or `val`."""
+def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
+    """The newest line of a kind, "train" or "val"; None if there is none."""
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """How long the steps after `step` will take at the rate of the last intervals, validations not counted.
+    """Seconds that the steps after `step` up to `steps` will take, validations not counted.
 
-    None before the first interval has ended.
+    The rate is the mean over the last RATE_LINES training lines. None before the first interval has ended.
     """
-    rates = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_OVER:]
-    if not rates:
+    images_per_s = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_LINES:]
+    if not images_per_s:
         return None
-    seconds_per_image: float = sum(1 / rate for rate in rates) / len(rates)
+    seconds_per_image: float = sum(1 / rate for rate in images_per_s) / len(images_per_s)
     return max(0, steps - step) * batch_size * seconds_per_image
 
 
-def scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line by TensorBoard's tags: `train/loss`, `val/top1_error`, `gradient_norm/conv1`."""
-    found = {}
-    for name, value in line.items():
-        if name in ("kind", "epoch", "step", "unix_time_s"):
+def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a line by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
+
+    A null, which metrics.jsonl holds for a number that is not finite, is left out.
+    """
+    scalars = {}
+    for key, value in line.items():
+        if key in ("kind", "epoch", "step", "unix_time_s"):
             continue
-        parts: Iterable[tuple[Any, Any]] = [(name, value)]
-        group = line["kind"]
+        group: str = line["kind"]
+        items: Iterable[tuple[Any, Any]] = [(key, value)]
         if isinstance(value, dict | list):
-            group, parts = name, value.items() if isinstance(value, dict) else enumerate(value)
-        numbers = {part: n for part, n in parts if isinstance(n, int | float)}  # not the null of what is not finite
-        found.update({f"{group}/{part}": float(n) for part, n in numbers.items()})
-    return found
+            group, items = key, value.items() if isinstance(value, dict) else enumerate(value)
+        scalars.update({f"{group}/{name}": float(n) for name, n in items if isinstance(n, int | float)})
+    return scalars
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, time of writing in seconds since 1970) of the newest checkpoint, whether it can be read or not."""
-    found = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
-    for step, path in sorted(found, reverse=True):
+    """(step, time of writing in seconds since 1970) of the newest checkpoint file, intact or not; None without one."""
+    by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
+    for step, path in sorted(by_step, reverse=True):
         try:
             return step, path.stat().st_mtime
-        except FileNotFoundError:  # the run has replaced it meanwhile
+        except FileNotFoundError:  # a running training has just removed it
             continue
     return None
-
-
-_CHECKPOINT = r"checkpoint-(\d+)\.pt"

@@ -51,7 +51,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
         if new_dir:
             _check_origin(resumed, new_dir, run.run_dir)
         check_identity(resumed.identity, planned.identity, planned.run_dir)
-        return f"{planned.run_dir}: would go on after step {resumed.step:,}."
+        return f"{planned.run_dir}: would resume after step {resumed.step:,}."
     if new_dir:
         origin = _load_origin(planned, run.run_dir)
         return f"{new_dir}: would begin with {run.run_dir} after step {origin.step:,}."

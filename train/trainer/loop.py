@@ -60,7 +60,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
         step, validation_due = resumed.step, resumed.validation_due
         restore_state(resumed, config, network, optimizer, schedule)
         checkpoint.drop_after(run.run_dir, step)
-        view.note(f"{run.run_dir}: goes on after step {step:,}.")
+        view.note(f"{run.run_dir}: resumes after step {step:,}.")
     keeper = checkpoint.CheckpointKeeper(run.run_dir, config.keep, resumed)
     write_description(run, keeper.ancestry)
     loader = streams.enter_context(training_stream(run, schedule, step // max(steps_per_epoch, 1)))
@@ -84,7 +84,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
             if validation_due and validation is not None:
                 with stop.raised_at_once():
                     result = _validate(network, validation, config.precision, view)
-                schedule.saw_validation(result.top1_error)
+                schedule.record_validation(result.top1_error)
                 log.validation(step // steps_per_epoch, step, result)
                 keeper.record_validation(step, result.top1_error)
                 validation_due = False

@@ -65,7 +65,7 @@ class Schedule:
                 parameter.requires_grad_(group["lr"] != 0)
         return lr
 
-    def saw_validation(self, error: float) -> None:
+    def record_validation(self, error: float) -> None:
         """Count an epoch's validation error towards a plateau; `finished` says that the last rate has reached one."""
         spec = self.recipe.schedule
         if not isinstance(spec, Plateau):

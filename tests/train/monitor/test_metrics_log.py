@@ -40,7 +40,7 @@ from train.monitor.metrics_log import MetricsLog
 from train.monitor.view import choose_view
 from train.runs import checkpoint
 from train.runs.run import Run
-from train.runs.run_dir import read_lines, scalars, seconds_left
+from train.runs.run_dir import read_metrics, tensorboard_scalars, seconds_left
 from train.trainer.loop import fit
 from train.trainer.watchdog import parameter_norms
 
@@ -107,12 +107,12 @@ def points(run_dir: Path) -> list[tuple[str, int, float]]:
 
 def wanted(run_dir: Path) -> list[tuple[str, int, float]]:
     """The same from metrics.jsonl, in float32 as event files have it."""
-    lines = read_lines(run_dir)
-    return [(tag, told["step"], float(np.float32(n))) for told in lines for tag, n in scalars(told).items()]
+    lines = read_metrics(run_dir)
+    return [(tag, told["step"], float(np.float32(n))) for told in lines for tag, n in tensorboard_scalars(told).items()]
 
 
 def test_norms_of_weights_are_those_of_the_checkpoint(told: Told) -> None:
-    lines = {told["step"]: told for told in read_lines(told.run_dir) if told["kind"] == "train"}
+    lines = {told["step"]: told for told in read_metrics(told.run_dir) if told["kind"] == "train"}
     for path in checkpoint.checkpoint_paths(told.run_dir):
         state = torch.load(path, weights_only=True)
         for layer in LAYERS:
@@ -123,7 +123,7 @@ def test_norms_of_weights_are_those_of_the_checkpoint(told: Told) -> None:
 def test_norms_of_gradients_are_what_moved_the_weights(told: Told) -> None:
     """v' = momentum · v − decay · lr · w − lr · g between the checkpoints of steps 8 and 9, solved for g in float64."""
     before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoint_paths(told.run_dir))
-    last = [told for told in read_lines(told.run_dir) if told["kind"] == "train"][-1]
+    last = [told for told in read_metrics(told.run_dir) if told["kind"] == "train"][-1]
     assert (before["step"], after["step"], last["step"]) == (8, 9, 9)
     for layer in LAYERS:
         v, w, moved = (
@@ -151,7 +151,7 @@ def test_norms_of_large_layers_are_right() -> None:
 
 
 def test_memory_is_what_the_process_had_at_most(told: Told) -> None:
-    used = [told["memory_mb"] for told in read_lines(told.run_dir) if told["kind"] == "train"]
+    used = [told["memory_mb"] for told in read_metrics(told.run_dir) if told["kind"] == "train"]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1.024e-3
     assert 50 < used[0] <= 1.02 * used[-1] <= 1.05 * most  # the kernel counts by and by
 
@@ -186,8 +186,8 @@ def test_a_run_that_goes_on_has_no_point_and_no_line_twice(tmp_path: Path) -> No
             if validation_due:
                 log.validation(1, 4, result)
             log.train(line(5, loss=7.0))
-        assert [told["kind"] for told in read_lines(tmp_path)] == ["train"] * 4 + ["val", "train"]
-    assert [(told["kind"], told["step"]) for told in read_lines(tmp_path)] == [
+        assert [told["kind"] for told in read_metrics(tmp_path)] == ["train"] * 4 + ["val", "train"]
+    assert [(told["kind"], told["step"]) for told in read_metrics(tmp_path)] == [
         *[("train", step) for step in (1, 2, 3, 4)],
         ("val", 4),
         ("train", 5),
@@ -205,7 +205,7 @@ def test_without_tensorboard_a_run_goes_on_and_says_how_to_install_it(
         log.train(line(1))
     said = capsys.readouterr().err.splitlines()
     assert "pip install 'alexnet[tensorboard]'" in said[0] and said[1].startswith("epoch   0.10") and len(said) == 2
-    assert not (tmp_path / "tensorboard").exists() and len(read_lines(tmp_path)) == 1
+    assert not (tmp_path / "tensorboard").exists() and len(read_metrics(tmp_path)) == 1
 
 
 def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -224,7 +224,7 @@ def test_lines_wait_while_the_disk_is_full(tmp_path: Path, capsys: pytest.Captur
         assert len(said) == 1 and "make room" in said[0]
         assert (tmp_path / "metrics.jsonl").stat().st_size == size
         log.train(line(4))
-    assert [told["step"] for told in read_lines(tmp_path)] == [1, 2, 3, 4]
+    assert [told["step"] for told in read_metrics(tmp_path)] == [1, 2, 3, 4]
     assert sorted(points(tmp_path)) == sorted(wanted(tmp_path))
 
 

@@ -16,7 +16,7 @@ from click.testing import CliRunner
 import train.cli
 from prep.files import hold_lock, lock_is_held
 from tests.train.monitor.test_metrics_log import line
-from train.runs.run_dir import read_lines
+from train.runs.run_dir import read_metrics
 from train.runs.status import status_lines, status_of
 
 RUN = {
@@ -61,8 +61,8 @@ def test_a_dead_run(run_dir: Path) -> None:
     assert status["checkpoint"]["step"] == 30 and 90 <= status["checkpoint"]["seconds_since"] < 150
     assert status["seconds_since"] == pytest.approx(time.time() - 1e9, abs=60)
     text = "\n".join(status_lines(status))
-    assert "run: dead" in text and "step 34 of 100, epoch 3.40 of 10; 33 s left to train" in text
-    assert "checkpoint of step 30, 1 min 3" in text and "The same alextrain run goes on after step 30." in text
+    assert "run: crashed" in text and "step 34 of 100, epoch 3.40 of 10; 33 s left to train" in text
+    assert "checkpoint of step 30, 1 min 3" in text and "The same alextrain run resumes after step 30." in text
     assert "best top-1 50.0% at epoch 2" in text and "process" not in text
 
 
@@ -100,7 +100,7 @@ def test_a_run_that_an_import_or_a_fork_began(run_dir: Path) -> None:
     assert (status["state"], status["alive"], status["finished"], status["said"]) == ("new", False, False, "")
     lines = status_lines(status)
     assert lines[0].endswith("run: not trained in this folder yet")
-    assert lines[-1] == "The same alextrain run goes on after step 30."
+    assert lines[-1] == "The same alextrain run resumes after step 30."
 
 
 def test_a_run_that_was_killed_before_its_first_line(run_dir: Path) -> None:
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_before_its_first_line(run_dir: Path) -> None:
     status = status_of(run_dir)
     assert (status["state"], status["step"], status["train"], status["checkpoint"]) == ("dead", 0, None, None)
     assert status["seconds_left"] is None and status["seconds_since"] is None
-    assert status_lines(status)[-2:] == ["no checkpoint yet", "The same alextrain run begins it anew."]
+    assert status_lines(status)[-2:] == ["no checkpoint yet", "The same alextrain run starts it again from step 0."]
 
 
 def test_the_command_needs_no_torch_and_ends_well_for_a_dead_run(run_dir: Path) -> None:
@@ -170,4 +170,4 @@ def test_who_looks_at_a_lock_keeps_no_one_from_taking_it(tmp_path: Path, monkeyp
 
 def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
-    assert read_lines(tmp_path) == [{"kind": "train", "step": 1}]
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]

@@ -131,7 +131,7 @@ def test_an_altered_newest_checkpoint_is_named_and_the_one_before_used(
     newest.write_bytes(altered)
     fit(Run.open(config(stores["jpeg"], run_dir)))
     said = capsys.readouterr().err
-    assert f"{newest}: torn, altered" in said and "goes on after step 8" in said
+    assert f"{newest}: torn, altered" in said and "resumes after step 8" in said
     same_result(run_dir, whole_run)
 
 
@@ -503,7 +503,7 @@ def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
     monkeypatch.undo()
     monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL)
     ended = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "8", "--accumulate", "2", "--dry-run"])
-    assert ended.exit_code == 0 and "run: would go on after step 2." in ended.stderr
+    assert ended.exit_code == 0 and "run: would resume after step 2." in ended.stderr
     refused = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "4", "--dry-run"])
     assert refused.exit_code == 1 and "another batch size (8, here 4)" in refused.stderr
     fork_words = ["--batch", "8", "--fork", str(tmp_path / "fork"), "--epochs", "1"]

@@ -33,7 +33,7 @@ from train.runs import checkpoint
 from train.runs.loading import load_trained
 from train.runs.preprocessing import save_mean_image
 from train.runs.run import Run
-from train.runs.run_dir import CLOCKED
+from train.runs.run_dir import CLOCK_DEPENDENT
 from train.trainer.loop import fit
 from train.trainer.optim import make_optimizer
 from train.trainer.schedule import Schedule
@@ -63,7 +63,7 @@ def config(store: Path, run_dir: Path, **changes) -> RunConfig:
 def metrics(run_dir: Path) -> list[dict]:
     """The lines without what depends on the clock."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCKED} for line in lines]
+    return [{k: v for k, v in line.items() if k not in CLOCK_DEPENDENT} for line in lines]
 
 
 @pytest.fixture(scope="module")

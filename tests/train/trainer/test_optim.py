@@ -148,7 +148,7 @@ def test_plateau_drops_three_times_and_then_ends() -> None:
     schedule = Schedule(replace(PAPER, schedule=Plateau(0.1, patience_epochs=2, drops=3)))
     rates = []
     for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.71, 0.7, 0.7]:
-        schedule.saw_validation(error)
+        schedule.record_validation(error)
         rates.append(schedule.learning_rates(0)[0])
         if schedule.finished:
             break
@@ -219,7 +219,7 @@ def test_cosine_with_warm_up_is_the_formula() -> None:
     assert np.allclose(found, np.where(epochs < 5, rise, np.where(epochs < 50, fall, 0.002)), rtol=1e-12)
     assert max(found) == found[20] == 0.2
     assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).learning_rates(0)[0] == 0.2
-    schedule.saw_validation(0.5)
+    schedule.record_validation(0.5)
     assert not schedule.finished and schedule == Schedule(recipe, best_error=schedule.best_error)
 
 
