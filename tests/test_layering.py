@@ -143,6 +143,15 @@ def test_only_placement_knows_devices() -> None:
     assert holders == ["placement.py"]
 
 
+def test_the_settings_of_a_run_load_no_torch() -> None:
+    """train.config holds the choices that --help shows, and so every module of it must be light."""
+    modules = [module_of(path) for path in files("train") if is_in(module_of(path), "train.config")]
+    script = f"import sys, importlib\n[importlib.import_module(name) for name in {modules}]\n"
+    script += "sys.exit('torch' in sys.modules)\n"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert len(modules) > 5 and done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("package", ["prep", "pipeline", "train"])
 def test_help_loads_neither_torch_nor_dali(package: str) -> None:
     script = (

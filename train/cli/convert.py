@@ -10,8 +10,6 @@ import click
 from prep.console import bytes_text, json_option, print_json, say, shell_quoted, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
-    EXPORTS,
-    RECIPE_NAMES,
     batch_option,
     checkpoint_option,
     epochs_option,
@@ -20,11 +18,13 @@ from train.cli.options import (
     seed_option,
 )
 from train.config.architecture import ARCHITECTURES
+from train.config.choices import EXPORT_FORMATS
+from train.config.recipes import RECIPES
 
 
 @click.command()
 @click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(EXPORTS), required=True, help="Which kind of file.")
+@click.option("--to", type=click.Choice(EXPORT_FORMATS), required=True, help="Which kind of file.")
 @click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file; replaced whole.")
 @checkpoint_option
 @json_option
@@ -59,7 +59,7 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str, as_json: bool) ->
 @click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
 @click.option(
     "--recipe",
-    type=click.Choice(RECIPE_NAMES),
+    type=click.Choice(list(RECIPES)),
     default="modern",
     show_default=True,
     help="Of a training that goes on from here; it may not subtract a mean image.",

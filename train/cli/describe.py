@@ -6,11 +6,11 @@ import click
 
 from prep.console import UserError, json_option, print_json
 from train.cli.options import (
-    RECIPE_NAMES,
     model_option,
     recipe_settings,
 )
 from train.config.architecture import ARCHITECTURES
+from train.config.recipes import RECIPES
 
 
 @click.command()
@@ -46,7 +46,7 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("name", type=click.Choice(RECIPE_NAMES), default="paper")
+@click.argument("name", type=click.Choice(list(RECIPES)), default="paper")
 @recipe_settings
 @json_option
 def recipe(name: str, settings: list[str], as_json: bool) -> None:

@@ -12,6 +12,7 @@ from prep.console import UserError, count_noun, json_option, one_line, print_jso
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option
 from train.config.architecture import LAYERS
+from train.config.choices import FIGURE_FORMATS, INDEX_RECORDS, PREDICT_VIEWS
 
 SHEET_ROWS = 100  # photographs on a sheet: of more, matplotlib cannot draw it
 
@@ -29,7 +30,7 @@ index_option = click.option(
     "--index",
     "most",
     type=click.IntRange(1),
-    default=50_000,
+    default=INDEX_RECORDS,
     show_default=True,
     metavar="N",
     help="Training pictures to search at the most.",
@@ -50,7 +51,7 @@ def _looks(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @_looks
 @click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where they go.  [default: RUN_DIR]")
-@click.option("--format", type=click.Choice(["png", "svg"]), default="png", show_default=True, help="Of each file.")
+@click.option("--format", type=click.Choice(FIGURE_FORMATS), default="png", show_default=True, help="Of each file.")
 @json_option
 def figures(
     run_dir: Path,
@@ -150,7 +151,7 @@ def report(
 @images_argument
 @click.option(
     "--views",
-    type=click.Choice(["1", "10"]),
+    type=click.Choice(PREDICT_VIEWS),
     default="10",
     show_default=True,
     help="The centre, or ten views; the softmax is averaged.",

@@ -1,7 +1,4 @@
-"""Options that commands of `alextrain` share. Light: a --help imports no torch, so choices are written out here.
-
-tests/test_commands.py holds them to train.config.recipes, train.config.recipe and train.model.precision.
-"""
+"""Options that commands of `alextrain` share. Choices come from train/config, which imports no torch."""
 
 from __future__ import annotations
 
@@ -13,13 +10,8 @@ from typing import Any
 import click
 
 from train.config.architecture import ARCHITECTURES
-
-RECIPE_NAMES = ("paper", "released", "caffe", "modern", "short")
-ACTIVATIONS = ("relu", "tanh", "sigmoid")
-VIEWS = ("1", "10", "dense")
-PRECISIONS = ("fp32", "tf32", "bf16")
-SCHEDULES = ("plateau", "steps", "cosine")
-EXPORTS = ("safetensors", "torchvision", "onnx")
+from train.config.choices import ACTIVATIONS, CHECKPOINTS_KEPT, EVAL_VIEWS, POOLS_PX, PRECISIONS, SCHEDULES
+from train.config.recipes import RECIPES
 
 Command = Callable[..., Any]
 
@@ -37,7 +29,7 @@ model_option = click.option(
 )
 recipe_option = click.option(
     "--recipe",
-    type=click.Choice(RECIPE_NAMES),
+    type=click.Choice(list(RECIPES)),
     default="released",
     show_default=True,
     help="Every number of the training; see `alextrain recipe`.",
@@ -77,7 +69,7 @@ accumulate_option = click.option(
 keep_option = click.option(
     "--keep",
     type=click.IntRange(1),
-    default=2,
+    default=CHECKPOINTS_KEPT,
     show_default=True,
     metavar="K",
     help="Newest checkpoints to keep, beside the one with the lowest validation error.",
@@ -97,7 +89,7 @@ checkpoint_option = click.option(
 )
 views_option = click.option(
     "--views",
-    type=click.Choice(VIEWS),
+    type=click.Choice(EVAL_VIEWS),
     default="10",
     show_default=True,
     help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
@@ -113,7 +105,7 @@ set_option = click.option(
 _SETTINGS = (
     set_option,
     click.option("--activation", type=click.Choice(ACTIVATIONS), help="Short for --set activation=…"),
-    click.option("--pool", type=click.Choice(["2", "3"]), help="Short for --set pool_px=…: 2 does not overlap."),
+    click.option("--pool", type=click.Choice([str(px) for px in POOLS_PX]), help="Short for --set pool_px=…"),
     click.option("--schedule", type=click.Choice(SCHEDULES), help="Short for --set schedule=…"),
     click.option("--no-lrn", is_flag=True, help="Short for --set lrn=none --set within_map=none."),
     click.option("--no-dropout", is_flag=True, help="Short for --set dropout=0."),

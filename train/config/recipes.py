@@ -84,8 +84,8 @@ RELEASED = _variant(
     input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
         Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32),
-        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one crop for 32 "
-        "images :77",
+        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one crop for "
+        "32 images :77",
     ),
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(

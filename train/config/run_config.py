@@ -7,10 +7,9 @@ from pathlib import Path
 
 from prep.console import UserError
 from train.config.architecture import ALEXNET, Architecture
+from train.config.choices import CHECKPOINTS_KEPT
 from train.config.devices import Devices
 from train.config.recipe import Recipe
-
-KEPT = 2  # checkpoints that a run keeps, beside the best
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class RunConfig:
     batch_size: int  # images of a step
     seed: int = 0
     model: Architecture = ALEXNET
-    precision: str = "fp32"  # one of train.model.precision.PRECISIONS
+    precision: str = "fp32"  # one of PRECISIONS: train/model/precision.py
     accumulate: int = 1  # equal parts in which a batch is computed, one after the other
 
     run_dir: Path = Path("run")
@@ -31,7 +30,7 @@ class RunConfig:
     steps: int | None = None  # end after this many steps in all, if that comes before the last epoch ends
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch ends with one, too
-    keep: int = KEPT  # checkpoints to keep, beside the best
+    keep: int = CHECKPOINTS_KEPT  # checkpoints to keep, beside the best
     threads: int | None = None  # of the stream on the CPU; None: all cores that the process may use
 
 

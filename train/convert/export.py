@@ -42,7 +42,6 @@ from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained, run_and_checkpoint
 from train.runs.preprocessing import load_eval_transform
 
-FORMATS = ("safetensors", "torchvision", "onnx")
 _NEEDED = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx", "onnxscript")}
 
 
@@ -80,7 +79,7 @@ def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[
     """Write a checkpoint of a run as `out`, whole or not at all; returns what is to be said of it.
 
     run_dir, checkpoint  as train.runs.loading.run_and_checkpoint takes them
-    to                   one of FORMATS
+    to                   one of EXPORT_FORMATS (train/config/choices.py)
 
     Raises UserError where there is no run, a package is missing, the network does not fit the format, or `out` cannot
     be written.

@@ -23,7 +23,7 @@ from prep.files import atomic_file, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
 from train.evaluation.evaluate import batch_of
-from train.model.alexnet import ACTIVATIONS, AlexNet
+from train.model.alexnet import ACTIVATION_FUNCTIONS, AlexNet
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
@@ -38,7 +38,7 @@ def tapped(model: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Ten
     if unknown:
         raise UserError(f"--layer {unknown[0]}: expected one of {', '.join(LAYERS)}.")
     found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    activation = ACTIVATIONS[model.recipe.activation]
+    activation = ACTIVATION_FUNCTIONS[model.recipe.activation]
 
     def keep(layer: str, place: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:

@@ -17,11 +17,11 @@ from pipeline.records import Records
 from prep.console import disk_error
 from prep.files import atomic_file
 from prep.store.manifest import Store
+from train.config.choices import INDEX_RECORDS
 from train.evaluation.features import split_activations
 from train.model.alexnet import AlexNet
 from train.runs.checkpoint import Checkpoint
 
-MOST = 50_000  # training pictures in an index: 0.8 GB of 4096 units; all of a smaller store
 LAYER = "fc7"
 
 
@@ -47,7 +47,7 @@ def index_of(
     model: AlexNet,
     state: Checkpoint,
     store: Store,
-    most: int = MOST,
+    most: int = INDEX_RECORDS,
     precision: str = "fp32",
 ) -> Index:
     """The index of a run's checkpoint, read where it is there, else built and stored; raises as the loaders."""

@@ -35,7 +35,7 @@ from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
 POOLED_PX = 6  # side of pool5's maps for a window
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
@@ -245,7 +245,7 @@ class AlexNet(nn.Module):
 
     def _activation(self, x: Tensor) -> Tensor:
         """In place: no layer keeps its output."""
-        return ACTIVATIONS[self.recipe.activation](x)
+        return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False

@@ -18,8 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from prep.console import UserError
-
-PRECISIONS = ("fp32", "tf32", "bf16")
+from train.config.choices import PRECISIONS
 
 
 def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None:

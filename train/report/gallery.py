@@ -15,9 +15,10 @@ import torch
 from pipeline.still_image import EvalTransform, StoredImages
 from prep.console import UserError
 from prep.store.manifest import Store
+from train.config.choices import INDEX_RECORDS
 from train.config.devices import parse_devices
 from train.evaluation.features import tapped
-from train.evaluation.neighbors import LAYER, MOST, index_of, nearest
+from train.evaluation.neighbors import LAYER, index_of, nearest
 from train.evaluation.predict import best, said_of
 from train.evaluation.predictions import Predictions, load_predictions, record_evaluation, score
 from train.model.alexnet import AlexNet
@@ -38,7 +39,7 @@ from train.report.style import Draw
 from train.runs.checkpoint import Checkpoint
 from train.runs.loading import load_trained, run_and_checkpoint
 from train.runs.preprocessing import find_store, load_eval_transform, saved_color_stats
-from train.runs.run_dir import read_description, read_lines
+from train.runs.run_dir import read_description, read_metrics
 
 GUESSES, QUERIES, NEIGHBORS = 8, 5, 6  # as in the paper's figure 4
 _MAPPED = ("conv1", "conv2", "conv3", "conv4", "conv5")
@@ -116,7 +117,7 @@ class Trained:
         return scores
 
 
-def plates(trained: Trained, split: str = "val", seed: int = 0, most: int = MOST) -> Iterator[Plate]:
+def plates(trained: Trained, split: str = "val", seed: int = 0, most: int = INDEX_RECORDS) -> Iterator[Plate]:
     """The pictures of a run. Those that look at photographs are left out where there is no store with `split`.
 
     `seed` chooses which photographs are shown, `most` bounds the index (train.evaluation.neighbors). Raises UserError as what they
@@ -129,7 +130,7 @@ def plates(trained: Trained, split: str = "val", seed: int = 0, most: int = MOST
 
 
 def _of_the_run(trained: Trained) -> Iterator[Plate]:
-    lines = read_lines(trained.run_dir)
+    lines = read_metrics(trained.run_dir)
     if lines:  # an imported network has none
         yield Plate(
             "learning-curve",

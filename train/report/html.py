@@ -11,14 +11,14 @@ from statistics import median
 from typing import Any
 
 from prep.console import bytes_text, count_noun, say
+from train.config.choices import INDEX_RECORDS
 from train.config.recipe_table import HEADINGS, recipe_rows
 from train.evaluation.evaluate import EvalResult
-from train.evaluation.neighbors import MOST
 from train.evaluation.predictions import read_evaluations, views_text
 from train.model.summary import summarize
 from train.report.gallery import Plate, Trained, plates
 from train.report.style import rendered, save
-from train.runs.run_dir import read_lines
+from train.runs.run_dir import read_metrics
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f21; --quiet: #61676d; --line: #dcdfe2; --page: #fdfdfc; --link: #2f5f94; }
@@ -64,7 +64,7 @@ code { font: .9em ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; 
 """
 
 
-def write_report(trained: Trained, out: Path, split: str = "val", seed: int = 0, most: int = MOST) -> int:
+def write_report(trained: Trained, out: Path, split: str = "val", seed: int = 0, most: int = INDEX_RECORDS) -> int:
     """Write the page; returns its bytes. Raises UserError as train.report.gallery.plates, and where it cannot be written."""
     shown = []
     for plate in plates(trained, split, seed, most):
@@ -82,7 +82,7 @@ def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "v
     sections = [
         ("results", "Results", _results(trained, split)),
         *((plate.name, plate.title, _figure(plate, content)) for plate, content in shown),
-        ("throughput", "Throughput", _throughput(read_lines(trained.run_dir))),
+        ("throughput", "Throughput", _throughput(read_metrics(trained.run_dir))),
         ("network", "Network", _network(trained)),
         ("recipe", "Recipe, with its sources", _recipe(trained)),
         ("store", "Training store", _store(trained)),
@@ -127,7 +127,7 @@ def _results(trained: Trained, split: str) -> str:
                     f"{misses:,} of {result.images:,}; 95 %: {interval[0]:.2%} to {interval[1]:.2%}",
                 )
             )
-    validations = [line for line in read_lines(trained.run_dir) if line["kind"] == "val"]
+    validations = [line for line in read_metrics(trained.run_dir) if line["kind"] == "val"]
     last = next((line for line in reversed(validations) if line["step"] == trained.state.step), None)
     if not of_now and last is not None:
         facts.append(

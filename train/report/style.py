@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from prep.console import UserError, disk_error, one_line
 from prep.files import write_atomic
+from train.config.choices import FIGURE_FORMATS
 
-FORMATS = ("png", "svg")
 BLUE, ORANGE, GREY, INK = "#3b6ea5", "#d1662f", "0.72", "0.15"  # the second: what is right, or what is meant
 
 _STYLE: dict[Any, Any] = {
@@ -63,8 +63,8 @@ def save(content: bytes, out: Path) -> None:
 def format_of(out: Path) -> str:
     """The format that a file's name asks for; raises UserError for others."""
     format = out.suffix.lower().removeprefix(".")
-    if format not in FORMATS:
-        raise UserError(f"{out}: a picture is .{' or .'.join(FORMATS)}. Name it {out.with_suffix('.png').name}.")
+    if format not in FIGURE_FORMATS:
+        raise UserError(f"{out}: a picture is .{' or .'.join(FIGURE_FORMATS)}. Name it {out.with_suffix('.png').name}.")
     return format
 
 

@@ -30,7 +30,6 @@ from prep.console import DiskFull, UserError
 from prep.store.manifest import Store
 from tests.train.config.test_architecture import published, published_forward
 from train import cli
-from train.cli import options
 from train.config.architecture import (
     ALEXNET,
     ARCHITECTURES,
@@ -40,6 +39,7 @@ from train.config.architecture import (
     Widths,
     architecture_from_json,
 )
+from train.config.choices import EXPORT_FORMATS
 from train.config.recipe import Recipe, recipe_from_json
 from train.config.recipes import CAFFE, MODERN, PAPER, RELEASED
 from train.config.run_config import RunConfig
@@ -252,8 +252,8 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     )
 
 
-def test_formats_written_out_for_a_light_help_are_the_real_ones() -> None:
-    assert options.EXPORTS == export.FORMATS
+def test_every_export_format_has_a_writer() -> None:
+    assert tuple(export._WRITERS) == EXPORT_FORMATS
 
 
 # ---- import
