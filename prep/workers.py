@@ -1,8 +1,9 @@
-"""Who does the work: processes on this machine, and what they tell while they work.
+"""Process pool on this machine, with progress counters and crash detection.
 
-Every worker is a fresh interpreter (an LMDB must not cross a fork) with one BLAS thread. Workers leave Ctrl-C to the
-parent, and end by themselves when the parent is gone, even when it was killed. A worker that dies is told from one
-that fails: its last step is known, and the others go on.
+Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
+Ctrl-C, which the parent handles, and exit when the parent is gone, even if it was killed. An exception in a task is
+raised in the parent. A crash of a worker becomes a result, WorkerDied, which names the input that it was working on;
+the other workers continue.
 """
 
 from __future__ import annotations
@@ -28,21 +29,24 @@ from prep.console import UserError, keep_freed_memory
 T = TypeVar("T")
 R = TypeVar("R")
 
-_KEEP_BYTES = 256_000_000  # of freed memory a worker holds on to: the arrays of a photograph, not of a giant
+_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps: enough for a photograph's arrays, not for a huge image's
 _POLL_S = 0.2
-NOT_STARTED = -1  # `at` of a worker that has not begun its task
+NOT_STARTED = -1  # `index` of a worker that has not begun its task
 
 
 class Counts(NamedTuple):
-    """What all workers have done so far."""
+    """Progress of all workers together."""
 
-    done: int  # inputs or records
-    bad: int
-    bytes: int
+    done: int  # inputs or records finished, bad ones included
+    bad: int  # bad inputs or records
+    bytes: int  # bytes written or read
 
 
 class TaskProgress:
-    """A worker's numbers, written by it and read by the parent at any time: where it is, and its Counts."""
+    """A worker's current input and its Counts, in memory that the worker writes and the parent reads at any time.
+
+    `numbers` is the array of all workers; this one's SIZE numbers begin at `first`. By default a list of its own.
+    """
 
     SIZE = 4
 
@@ -51,35 +55,35 @@ class TaskProgress:
         self._first = first
 
     def begin(self, index: int) -> None:
-        """Input `index` of the task is next: what the parent names if the worker dies."""
+        """Record that input `index` of the task is next; the parent names it if the worker dies."""
         self._numbers[self._first] = index
 
-    def count(self, size: int = 0, bad: bool = False) -> None:
-        """One input more is done, and gave `size` bytes."""
+    def count(self, size_bytes: int = 0, bad: bool = False) -> None:
+        """Count one more finished input, of which `size_bytes` were written or read."""
         self._numbers[self._first + 1] += 1
         self._numbers[self._first + 2] += bad
-        self._numbers[self._first + 3] += size
+        self._numbers[self._first + 3] += size_bytes
 
     @property
     def index(self) -> int:
-        """What `begin` was last told."""
+        """Index of the input that was begun last."""
         return self._numbers[self._first]
 
     @property
     def counts(self) -> Counts:
-        """Since the worker began."""
+        """Counts since the worker started."""
         return Counts(*self._numbers[self._first + 1 : self._first + self.SIZE])
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """A worker's process ended in the middle of a task."""
+    """The result of a task whose worker process ended in the middle of it."""
 
-    index: int  # the index it had begun, as its TaskProgress says; NOT_STARTED where it had not begun
-    exit_code: int  # negative: of the signal
+    index: int  # index of the input it had begun (TaskProgress.index), or NOT_STARTED
+    exit_code: int  # negative: minus the number of the signal that killed it
 
     def describe(self) -> str:
-        """`was killed (SIGKILL)`, `ended with code 1`."""
+        """How it ended, as a predicate: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
         with suppress(ValueError):
@@ -88,21 +92,25 @@ class WorkerDied:
 
 
 class Runner(Protocol):
-    """Anything that can do independent tasks: the processes below, or a cluster."""
+    """Anything that can run independent tasks: WorkerPool, or a cluster."""
 
     jobs: int
 
     def map(
-        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
-        """Each task with its result, as they are ready. The first exception of `work` is raised here."""
+        """Run `work` on every task; yields (task, result) pairs as they finish, not in order.
+
+        `on_progress` is called with the counts of this call, several times a second and at the end. The first exception
+        of `work` is raised here: a UserError as it is, any other as a RuntimeError with the worker's traceback.
+        """
 
 
 class WorkerPool:
-    """A runner of `jobs` processes, started as they are needed, ended by `with`.
+    """A Runner of `jobs` local processes. They start when needed and end with the `with` block.
 
-    With `preload`, the name of a module, all are started by `with`, and import it at once: libraries are loaded while
-    the parent still lists its inputs.
+    If `preload` names a module, all processes start at once and import it, so that libraries load while the parent
+    still lists its inputs.
     """
 
     def __init__(self, jobs: int, preload: str = "") -> None:
@@ -113,46 +121,50 @@ class WorkerPool:
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
 
     def map(
-        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], watch: Callable[[Counts], None]
+        self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
-        """As Runner.map; `work` must be a function of a module. Takes from `tasks` only what is about to be done."""
+        """See Runner.map. `work` must be a module-level function. Takes a task from `tasks` only when a worker is free.
+
+        Workers that are still busy when the generator is closed, or raises, are killed: none may send its result to a
+        later call.
+        """
         busy = dict[int, T]()
         try:
-            yield from self._map(work, iter(tasks), watch, busy)
+            yield from self._map(work, iter(tasks), on_progress, busy)
         finally:
-            self._end(busy)  # where nobody takes the results, no worker goes on, nor answers for a later task
+            self._stop(busy)
 
     def _map(
         self,
         work: Callable[[T, TaskProgress], R],
-        waiting: Iterator[T],
-        watch: Callable[[Counts], None],
-        busy: dict[int, T],
+        tasks: Iterator[T],
+        on_progress: Callable[[Counts], None],
+        busy: dict[int, T],  # running tasks by slot; the caller stops their workers
     ) -> Iterator[tuple[T, R | WorkerDied]]:
-        before = self._counts()
-        idle, more = list(range(self.jobs)), True
-        while busy or more:
-            fresh = dict(zip(idle, waiting, strict=False)) if more else {}
-            more = more and len(fresh) == len(idle)
-            idle = [slot for slot in idle if slot not in fresh]
-            busy |= fresh
-            for slot in fresh:
-                self._connection(slot)  # all start before the first is waited for
-            for slot, task in fresh.items():
+        counts_before = self._counts()
+        idle_slots, tasks_left = list(range(self.jobs)), True
+        while busy or tasks_left:
+            new = dict(zip(idle_slots, tasks, strict=False)) if tasks_left else {}
+            tasks_left = tasks_left and len(new) == len(idle_slots)
+            idle_slots = [slot for slot in idle_slots if slot not in new]
+            busy |= new
+            for slot in new:
+                self._connection(slot)  # start all processes before waiting for the first
+            for slot, task in new.items():
                 self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
-            watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
+            on_progress(self._counts_since(counts_before))
             for slot in [slot for slot in busy if self._workers[slot][1] in ready]:
-                idle.append(slot)
+                idle_slots.append(slot)
                 yield busy.pop(slot), self._result(slot)
-        watch(Counts(*(now - then for now, then in zip(self._counts(), before, strict=True))))
+        on_progress(self._counts_since(counts_before))
 
     def _send(self, slot: int, message: Any) -> None:
         TaskProgress(self._numbers, TaskProgress.SIZE * slot).begin(NOT_STARTED)
         try:
             self._connection(slot).send(message)
-        except ConnectionError:  # the worker died while it had nothing to do
-            self._end([slot])
+        except ConnectionError:  # the worker died while it was idle: start another
+            self._stop([slot])
             try:
                 self._connection(slot).send(message)
             except ConnectionError:
@@ -161,6 +173,9 @@ class WorkerPool:
     def _counts(self) -> Counts:
         each = [TaskProgress(self._numbers, TaskProgress.SIZE * slot).counts for slot in range(self.jobs)]
         return Counts(*(sum(numbers) for numbers in zip(*each, strict=True)))
+
+    def _counts_since(self, before: Counts) -> Counts:
+        return Counts(*(now - then for now, then in zip(self._counts(), before, strict=True)))
 
     def _result(self, slot: int) -> Any:
         process, connection = self._workers[slot]
@@ -177,14 +192,14 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            multiprocessing.resource_tracker.ensure_running()  # starting it later would let SIGINT through again
-            ours, theirs = self._context.Pipe()
-            told = theirs, self._numbers, slot, self._preload
-            process = self._context.Process(target=_serve, args=told, daemon=True)
-            with _one_blas_thread(), _ctrl_c_held_back():
+            multiprocessing.resource_tracker.ensure_running()  # process.start() would start it, and unblock SIGINT
+            parent_end, worker_end = self._context.Pipe()
+            args = worker_end, self._numbers, slot, self._preload
+            process = self._context.Process(target=_serve, args=args, daemon=True)
+            with _one_blas_thread(), _ctrl_c_blocked():
                 process.start()
-            theirs.close()
-            self._workers[slot] = process, ours
+            worker_end.close()
+            self._workers[slot] = process, parent_end
         return self._workers[slot][1]
 
     def __enter__(self) -> WorkerPool:
@@ -193,40 +208,40 @@ class WorkerPool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._end(list(self._workers))
+        self._stop(list(self._workers))
 
-    def _end(self, slots: Iterable[int]) -> None:
-        ended = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
-        for process, _ in ended:
-            process.kill()  # idle, or in a task whose result nobody will take; also where it was stopped
-        for process, connection in ended:
+    def _stop(self, slots: Iterable[int]) -> None:
+        stopped = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
+        for process, _ in stopped:
+            process.kill()  # it is idle, or its result is not wanted; unlike SIGTERM this also ends a suspended process
+        for process, connection in stopped:
             process.join()
             connection.close()
 
 
 def _serve(connection: Connection, numbers: MutableSequence[int], slot: int, preload: str) -> None:
-    """A worker's life: tasks in, results out, until the parent closes the connection."""
+    """Main function of a worker: receive tasks and send results until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
-    tally = TaskProgress(numbers, TaskProgress.SIZE * slot)
+    task_progress = TaskProgress(numbers, TaskProgress.SIZE * slot)
     if preload:
         importlib.import_module(preload)
     with suppress(EOFError):
         while True:
             work, task = connection.recv()
-            tally.begin(0)
-            answer: tuple[Any, BaseException | None]
+            task_progress.begin(0)
+            outcome: tuple[Any, BaseException | None]  # (result, error)
             try:
-                answer = work(task, tally), None
+                outcome = work(task, task_progress), None
             except UserError as error:
-                answer = None, error
-            except Exception:  # a fault of ours: its place would be lost on the way
-                answer = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
-            connection.send(answer)
+                outcome = None, error
+            except Exception:  # a bug: pickling the exception would lose its traceback
+                outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
+            connection.send(outcome)
 
 
-def _end_with_parent() -> None:
+def _exit_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
@@ -234,8 +249,8 @@ def _end_with_parent() -> None:
 
 
 @contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Block SIGINT: processes started inside never see it, and here it comes through at the end."""
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Block SIGINT. Processes started inside inherit the mask and never see it; this process gets it afterwards."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -245,7 +260,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Processes started inside have one BLAS thread each: the libraries read their environment when they are loaded."""
+    """Give processes started inside one BLAS thread each: BLAS libraries read the environment when they are loaded."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

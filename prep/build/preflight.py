@@ -73,12 +73,12 @@ def estimate(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> Estimat
     return Estimate(size * inputs // count, seconds / count * inputs / runner.jobs, count)
 
 
-def _measure(task: ShardTask, tally: TaskProgress) -> tuple[int, int, float]:
+def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
     """Pictures, bytes in pages of LMDB, and seconds of a few inputs."""
     warm = replace(task, inputs=task.inputs[:1])
     list(ShardResult(warm, TaskProgress()).records())  # loading the libraries is not part of the time
     began = time.monotonic()
-    sizes = [len(value) for _, value in ShardResult(task, tally).records()]
+    sizes = [len(value) for _, value in ShardResult(task, task_progress).records()]
     return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - began
 
 

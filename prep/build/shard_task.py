@@ -58,7 +58,7 @@ def record_path(folder: Path, number: int) -> Path:
     return folder / ".build" / f"{number:05d}.json"
 
 
-def build_shard(task: ShardTask, tally: TaskProgress) -> None:
+def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     """Build and record one shard, counting each input.
 
     Raises UserError for a bad picture (unless the task skips them) and DiskFull for a full disk.
@@ -67,7 +67,7 @@ def build_shard(task: ShardTask, tally: TaskProgress) -> None:
     final = task.folder / f"{task.number:05d}"
     record = record_path(task.folder, task.number)
     shutil.rmtree(temporary, ignore_errors=True)
-    result = ShardResult(task, tally)
+    result = ShardResult(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, result.records())
         shutil.rmtree(final, ignore_errors=True)  # renamed by a build that was killed before it could record
@@ -94,8 +94,8 @@ def build_shard(task: ShardTask, tally: TaskProgress) -> None:
 class ShardResult:
     """Reads, rescales and encodes one shard's inputs in order, and adds up what is known while pixels are in hand."""
 
-    def __init__(self, task: ShardTask, tally: TaskProgress) -> None:
-        self.task, self.tally = task, tally
+    def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
+        self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
         self.fates: list[dict[str, Any]] = []
@@ -103,9 +103,9 @@ class ShardResult:
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """Each (key, value); keys of inputs that are left out are not given again."""
         for number, item in enumerate(self.task.inputs):
-            self.tally.begin(number)
+            self.task_progress.begin(number)
             value = self._record(item)
-            self.tally.count(len(value or b""), bad=value is None)
+            self.task_progress.count(len(value or b""), bad=value is None)
             if value is not None:
                 yield lmdb_shard.record_key(self.task.first_index + number), value
 

@@ -259,7 +259,7 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
     before = report.done
     refused = len(plan.source.refused)
 
-    def watch(counts: Counts) -> None:
+    def on_progress(counts: Counts) -> None:
         bad = refused + bad_before + counts.bad
         report.update(before + counts.done, bad=bad, size_bytes=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
@@ -267,7 +267,7 @@ def _run(plan: Plan, todo: Sequence[int], runner: Runner, report: Progress, poli
                 f"{_too_many(bad, policy.max_bad)} Mend them, or allow more: the shards that are finished are kept."
             )
 
-    with closing(runner.map(build_shard, _tasks(plan, todo), watch)) as results:  # none works on without the lock
+    with closing(runner.map(build_shard, _tasks(plan, todo), on_progress)) as results:  # none works on without the lock
         for task, result in results:
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
                 raise UserError(f"A worker process {result.describe()} before it began. Give the same command again.")

@@ -71,7 +71,7 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     )
 
 
-def _get(task: tuple[str, bytes], tally: TaskProgress) -> Datum | None:
+def _get(task: tuple[str, bytes], task_progress: TaskProgress) -> Datum | None:
     path, key = task
     try:
         with lmdb.open(path, readonly=True, lock=False) as env, env.begin() as txn:
@@ -96,15 +96,15 @@ def export_split(store: Store, split: str, out: Path, runner: Runner, report: Pr
     UserError where a file of that name has other bytes, and where a record is damaged.
     """
     tasks = [_Export(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
-    watch = lambda counts: report.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
-    for task, result in runner.map(_export_shard, tasks, watch):
+    on_progress = lambda counts: report.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
+    for task, result in runner.map(_export_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             raise StoreError(
                 f"{task.path}: the process that read it {result.describe()}. Look closer with: alexprep verify"
             )
 
 
-def _export_shard(task: _Export, tally: TaskProgress) -> None:
+def _export_shard(task: _Export, task_progress: TaskProgress) -> None:
     for key, value in lmdb_shard.read(Path(task.path)):
         try:
             datum = Datum.decode(value)
@@ -118,7 +118,7 @@ def _export_shard(task: _Export, tally: TaskProgress) -> None:
         except OSError as error:
             text = f"{folder}: {error.strerror or error}. Give the same command again to go on."
             raise disk_error(error, text) from None
-        tally.count(len(datum.data))
+        task_progress.count(len(datum.data))
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:

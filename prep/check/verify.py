@@ -90,8 +90,8 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
     squares = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
     done, bad = report.done, report.bad  # of the splits before
-    watch = lambda counts: report.update(done + counts.done, bad + counts.bad)  # noqa: E731
-    for task, result in runner.map(check_shard, tasks, watch):
+    on_progress = lambda counts: report.update(done + counts.done, bad + counts.bad)  # noqa: E731
+    for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             what = (
                 f"the process that read it {result.describe()} at record {result.index}: the file is torn or cut short"
@@ -112,13 +112,13 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
     return sorted(faults, key=lambda fault: (fault.where, fault.key))
 
 
-def check_shard(task: _Check, tally: TaskProgress) -> _Seen:
+def check_shard(task: _Check, task_progress: TaskProgress) -> _Seen:
     """Everything that can be wrong in one shard. Its digest is only compared where no record is at fault."""
     seen, told, digest, size, last = _Seen(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
         for key, value in lmdb_shard.read(task.root / told.path):
-            tally.begin(seen.records)
+            task_progress.begin(seen.records)
             seen.records += 1
             digest.update(key + len(value).to_bytes(8, "little"))
             digest.update(value)
@@ -136,7 +136,7 @@ def check_shard(task: _Check, tally: TaskProgress) -> _Seen:
                     sums.add(pixels)
             except (DatumError, BadImage) as error:
                 seen.faults.append(Fault(told.path, name_text(key), _source(value), str(error)))
-            tally.count(len(value), bad=len(seen.faults) > before)
+            task_progress.count(len(value), bad=len(seen.faults) > before)
     except StoreError as error:
         seen.faults.append(Fault(told.path, "", "", str(error)))
     if not seen.faults:

@@ -103,8 +103,8 @@ def list_caffe_lmdbs(
     listing, refused = Listing(), []
     key_folders: dict[int, set[bytes]] = {}  # by label; b"" for a key without a folder
     for index, folder in enumerate(folders):
-        watch = partial(_advance, report, report.done)
-        for _, result in runner.map(_list_lmdb, [str(folder)], watch):
+        on_progress = partial(_advance, report, report.done)
+        for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
             if isinstance(result, WorkerDied):
                 raise UserError(
                     f"{folder}: the process that read it {result.describe()}: the LMDB is damaged or cut short."
@@ -154,7 +154,7 @@ def _class_names(
     return numbered_classes(count, str(folder))
 
 
-def _list_lmdb(folder: str, tally: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
+def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
     """Keys, labels and sizes of the records of one LMDB; the label of a record without one, or no Datum, is None."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Is it one of Caffe's, and whole?"):
@@ -165,5 +165,5 @@ def _list_lmdb(folder: str, tally: TaskProgress) -> tuple[list[bytes], list[int 
         keys.append(key)
         labels.append(label if isinstance(label, int) and label < 2**31 else None)
         sizes.append(len(value))
-        tally.count()
+        task_progress.count()
     return keys, labels, sizes

@@ -42,12 +42,12 @@ class Here:
 
     jobs = 1
 
-    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
-        tally = TaskProgress()
+    def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
+        task_progress = TaskProgress()
         with threadpool_limits(1, "blas"):
             for task in tasks:
-                result = work(task, tally)
-                watch(tally.counts)
+                result = work(task, task_progress)
+                on_progress(task_progress.counts)
                 yield task, result
 
 
@@ -57,8 +57,8 @@ class Stop(Here):
     def __init__(self, after: int = 1) -> None:
         self.after = after
 
-    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
-        for done, pair in enumerate(super().map(work, tasks, watch), 1):
+    def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
+        for done, pair in enumerate(super().map(work, tasks, on_progress), 1):
             yield pair
             if work is build_shard and done == self.after:
                 raise Stopped
@@ -67,7 +67,7 @@ class Stop(Here):
 class Never(Here):
     """Fails a test that builds a shard."""
 
-    def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
+    def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
             raise AssertionError(f"there is nothing to run: {task}")
         yield from ()

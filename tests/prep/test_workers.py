@@ -1,6 +1,6 @@
-"""prep.workers: tasks in other processes, how they end, and what is told of one that was killed.
+"""prep.workers: tasks in worker processes, progress counts, and how errors, kills and the parent's end are handled.
 
-The functions that workers run are those at the top of this file: a worker imports it.
+Workers import this module and run the functions at its top.
 """
 
 from __future__ import annotations
@@ -22,57 +22,57 @@ from prep.workers import Counts, TaskProgress, WorkerDied, WorkerPool
 from tests.helpers.building import DEADLINE_S, is_alive
 
 
-def square(task: int, tally: TaskProgress) -> tuple[int, int]:
-    """Of the task, and who did it."""
-    tally.begin(task)
-    tally.count(10 * task, bad=task % 2 == 1)
+def square(task: int, task_progress: TaskProgress) -> tuple[int, int]:
+    """The task squared, and the process id of the worker."""
+    task_progress.begin(task)
+    task_progress.count(10 * task, bad=task % 2 == 1)
     return task**2, os.getpid()
 
 
-def slow_square(task: float, tally: TaskProgress) -> tuple[float, int]:
+def slow_square(task: float, task_progress: TaskProgress) -> tuple[float, int]:
     time.sleep(task)
     return task**2, os.getpid()
 
 
-def wait_for(task: Path | None, tally: TaskProgress) -> None:
-    """Until there is such a file, where one is named."""
+def wait_for(task: Path | None, task_progress: TaskProgress) -> None:
+    """Wait until the file `task` exists; return at once for None."""
     deadline = time.monotonic() + 60
     while task is not None and not task.exists():
         assert time.monotonic() < deadline, f"no {task}"
         time.sleep(0.01)
 
 
-def five_steps(task: int, tally: TaskProgress) -> None:
+def five_steps(task: int, task_progress: TaskProgress) -> None:
     for number in range(5):
-        tally.begin(number)
-        tally.count(100, bad=number == 4)
+        task_progress.begin(number)
+        task_progress.count(100, bad=number == 4)
         time.sleep(0.15)
 
 
-def fail(task: Any, tally: TaskProgress) -> None:
+def fail(task: Any, task_progress: TaskProgress) -> None:
     if isinstance(task, Exception):
         raise task
 
 
-def look_about(task: str, tally: TaskProgress) -> tuple[str | None, bool]:
+def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str | None, bool]:
     return os.environ.get(task), signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
-def die(task: tuple[int, int, int], tally: TaskProgress) -> int:
-    """Of `length` steps the process does not survive number `at`; -1: it survives all."""
-    at, how, length = task
+def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
+    """Take `length` steps and end the process at step `fatal_step` (-1: never), by a signal or, for 0, exit code 3."""
+    fatal_step, signum, length = task
     for number in range(length):
-        tally.begin(number)
-        tally.count(1)
-        if number == at:
-            os.kill(os.getpid(), how) if how else os._exit(3)
+        task_progress.begin(number)
+        task_progress.count(1)
+        if number == fatal_step:
+            os.kill(os.getpid(), signum) if signum else os._exit(3)
     return length
 
 
-def die_at_once(task: int, tally: TaskProgress) -> int:
+def die_at_once(task: int, task_progress: TaskProgress) -> int:
     if task:
         os.kill(os.getpid(), signal.SIGKILL)
-    tally.begin(7)
+    task_progress.begin(7)
     return os.getpid()
 
 
@@ -81,7 +81,7 @@ def ignore(counts: Counts) -> None:
 
 
 def with_this_file() -> dict[str, str]:
-    """The environment of a process that can import it."""
+    """The environment of a process that can import this module."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
@@ -95,10 +95,10 @@ def wait_for_end(pids: set[int]) -> None:
 @pytest.mark.parametrize("jobs", [1, 2, 3])
 def test_each_task_comes_back_with_its_result(jobs: int) -> None:
     with WorkerPool(jobs) as workers:
-        found = list(workers.map(square, iter(range(20)), ignore))
-        again = list(workers.map(square, range(20, 25), ignore))
+        first = list(workers.map(square, iter(range(20)), ignore))
+        second = list(workers.map(square, range(20, 25), ignore))
         assert list(workers.map(square, [], ignore)) == []
-    results = [*found, *again]
+    results = [*first, *second]
     assert sorted((task, result[0]) for task, result in results) == [(k, k * k) for k in range(25)]
     pids = {result[1] for _, result in results}
     assert os.getpid() not in pids
@@ -106,43 +106,43 @@ def test_each_task_comes_back_with_its_result(jobs: int) -> None:
     wait_for_end(pids)
 
 
-def test_results_come_as_they_are_ready(tmp_path: Path) -> None:
-    """The first task does not end before the results of all others have come."""
-    came: list[Path | None] = []
+def test_results_are_yielded_as_they_finish(tmp_path: Path) -> None:
+    """The first task ends only after the results of all others have been yielded."""
+    finished: list[Path | None] = []
     with WorkerPool(2) as workers:
         for task, _ in workers.map(wait_for, [tmp_path / "file", None, None, None, None], ignore):
-            came.append(task)
-            if len(came) == 4:
+            finished.append(task)
+            if len(finished) == 4:
                 (tmp_path / "file").touch()
-    assert came == [None, None, None, None, tmp_path / "file"]
+    assert finished == [None, None, None, None, tmp_path / "file"]
 
 
-def test_no_more_processes_than_tasks() -> None:
+def test_no_more_processes_start_than_there_are_tasks() -> None:
     with WorkerPool(50) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.1], ignore)}
         assert len(pids) == 1
         assert len(workers._workers) == 1
 
 
-def test_tasks_are_taken_as_they_are_needed() -> None:
-    """Never more under way than there are jobs: a task holds its shard's inputs."""
-    taken, given, most = 0, 0, 0
+def test_a_task_is_taken_only_when_a_worker_is_free() -> None:
+    """At most `jobs` tasks exist at a time, since each holds the inputs of its shard."""
+    taken, finished, max_running = 0, 0, 0
 
     def tasks() -> Iterator[int]:
-        nonlocal taken, most
+        nonlocal taken, max_running
         for number in range(12):
             taken += 1
-            most = max(most, taken - given)
+            max_running = max(max_running, taken - finished)
             yield number
 
     with WorkerPool(2) as workers:
         for _ in workers.map(square, tasks(), ignore):
-            given += 1
-            assert taken <= given + 2
-    assert (taken, given, most) == (12, 12, 2)
+            finished += 1
+            assert taken <= finished + 2
+    assert (taken, finished, max_running) == (12, 12, 2)
 
 
-def test_exception_of_the_tasks_comes_through() -> None:
+def test_an_exception_of_the_task_iterator_is_raised() -> None:
     def tasks() -> Iterator[int]:
         yield 1
         raise KeyError("none")
@@ -151,29 +151,29 @@ def test_exception_of_the_tasks_comes_through() -> None:
         list(workers.map(square, tasks(), ignore))
 
 
-@pytest.mark.parametrize("error", [UserError("mend it"), DiskFull("no room"), ZeroDivisionError("of ours")])
-def test_exception_of_the_work_comes_through(error: Exception) -> None:
-    """What the user can mend as it is; a fault of ours with its place."""
+@pytest.mark.parametrize("error", [UserError("user error"), DiskFull("no space"), ZeroDivisionError("a bug")])
+def test_an_exception_in_a_worker_is_raised_in_the_parent(error: Exception) -> None:
+    """A UserError as it is; any other as a RuntimeError with the worker's traceback."""
     expected = type(error) if isinstance(error, UserError) else RuntimeError
     with WorkerPool(2) as workers:
-        with pytest.raises(expected, match=str(error)) as told:
+        with pytest.raises(expected, match=str(error)) as raised:
             list(workers.map(fail, [0, error, 0], ignore))
-        assert type(told.value) is expected
+        assert type(raised.value) is expected
         if isinstance(error, UserError):
-            assert told.value.args == error.args
-            assert getattr(told.value, "exit_code", None) == error.exit_code
+            assert raised.value.args == error.args
+            assert getattr(raised.value, "exit_code", None) == error.exit_code
         else:
-            assert "test_workers.py" in str(told.value) and "in fail" in str(told.value)
+            assert "test_workers.py" in str(raised.value) and "in fail" in str(raised.value)
 
 
-def test_worker_that_is_killed_is_told_and_the_others_go_on() -> None:
+def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
     tasks = [(-1, 0, 4), (3, signal.SIGKILL, 9), (-1, 0, 5), (0, 0, 2), (1, signal.SIGSEGV, 6), (-1, 0, 6)]
     with WorkerPool(2) as workers:
-        found = list(workers.map(die, tasks, ignore))
-    assert sorted(task for task, _ in found) == sorted(tasks)
-    told = dict(found)
-    assert {task: result for task, result in told.items() if task[0] < 0} == {t: t[2] for t in tasks if t[0] < 0}
-    died = {task: result for task, result in told.items() if isinstance(result, WorkerDied)}
+        pairs = list(workers.map(die, tasks, ignore))
+    assert sorted(task for task, _ in pairs) == sorted(tasks)
+    results = dict(pairs)
+    assert {task: result for task, result in results.items() if task[0] < 0} == {t: t[2] for t in tasks if t[0] < 0}
+    died = {task: result for task, result in results.items() if isinstance(result, WorkerDied)}
     assert {task: result.index for task, result in died.items()} == {t: t[0] for t in tasks if t[0] >= 0}
     assert [died[tasks[k]].describe() for k in (1, 3, 4)] == [
         "was killed (SIGKILL)",
@@ -183,15 +183,15 @@ def test_worker_that_is_killed_is_told_and_the_others_go_on() -> None:
     assert WorkerDied(0, -63).describe() == "was killed (signal 63)"
 
 
-def test_place_of_death_is_of_this_task() -> None:
-    """Not of the one before, which may have been longer."""
+def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
+    """Not to the task before, which got as far as input 7."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
     assert second == WorkerDied(0, -signal.SIGKILL)
 
 
-def test_worker_that_is_killed_between_tasks_is_replaced() -> None:
+def test_a_worker_killed_between_tasks_is_replaced() -> None:
     with WorkerPool(2) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.2, 0.2], ignore)}
         assert len(pids) == 2
@@ -204,9 +204,9 @@ def test_worker_that_is_killed_between_tasks_is_replaced() -> None:
     assert not {result[1] for result in results} & pids
 
 
-@pytest.mark.parametrize("how", ["closed", "watch raises", "work raises"])
-def test_map_that_is_left_leaves_nothing_to_the_next(how: str) -> None:
-    """Nobody takes what a worker was doing then: it must not go on, nor answer in the place of another task."""
+@pytest.mark.parametrize("how", ["closed", "on_progress raises", "work raises"])
+def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
+    """Workers that are busy when a map is abandoned are stopped: their results must not be taken for later ones."""
 
     def refuse(counts: Counts) -> None:
         raise UserError("enough")
@@ -215,18 +215,18 @@ def test_map_that_is_left_leaves_nothing_to_the_next(how: str) -> None:
         if how == "closed":
             with closing(workers.map(slow_square, [0.01, 0.7, 0.6, 0.5], ignore)) as results:
                 next(iter(results))
-        elif how == "watch raises":
+        elif how == "on_progress raises":
             with pytest.raises(UserError, match="enough"):
                 list(workers.map(slow_square, [0.6, 0.7], refuse))
         else:
             with pytest.raises(RuntimeError, match="TypeError"):
-                list(workers.map(slow_square, ["no number", 0.7], ignore))  # type: ignore[list-item]
-        found = list(workers.map(square, range(6), ignore))
-    assert sorted((task, result[0]) for task, result in found) == [(k, k * k) for k in range(6)]
+                list(workers.map(slow_square, ["not a number", 0.7], ignore))  # type: ignore[list-item]
+        results_after = list(workers.map(square, range(6), ignore))
+    assert sorted((task, result[0]) for task, result in results_after) == [(k, k * k) for k in range(6)]
 
 
-def test_watch_sees_every_step_of_all_workers() -> None:
-    """While a task is under way, and exactly at the end; a second map begins at nothing."""
+def test_on_progress_gets_the_counts_of_all_workers() -> None:
+    """Several times during a task, and the exact totals at the end; a second map starts from zero."""
     seen: list[Counts] = []
     with WorkerPool(2) as workers:
         for _ in range(2):
@@ -238,7 +238,7 @@ def test_watch_sees_every_step_of_all_workers() -> None:
             assert seen[0].done <= 4
 
 
-def test_exception_of_watch_ends_the_map() -> None:
+def test_an_exception_of_on_progress_ends_the_map() -> None:
     def refuse(counts: Counts) -> None:
         raise UserError("enough")
 
@@ -247,35 +247,35 @@ def test_exception_of_watch_ends_the_map() -> None:
 
 
 def test_workers_have_one_blas_thread_and_leave_ctrl_c_to_the_parent(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The environment and the signal mask of the parent stay as they were."""
+    """The environment and the signal mask of the parent do not change."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     before, mask = dict(os.environ), signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with WorkerPool(1) as workers:
-        assert [result for _, result in workers.map(look_about, names, ignore)] == [("1", True)] * 3
+        assert [result for _, result in workers.map(env_and_sigint_blocked, names, ignore)] == [("1", True)] * 3
     assert dict(os.environ) == before
     assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
 
 
-FIRST = """
+FIRST_WORKERS = """
 import signal
 from tests.prep import test_workers
 from prep.workers import WorkerPool
 with WorkerPool(2) as workers:
-    print([result for _, result in workers.map(test_workers.look_about, ["OMP_NUM_THREADS"] * 2, test_workers.ignore)])
+    print([result for _, result in workers.map(test_workers.env_and_sigint_blocked, ["OMP_NUM_THREADS"] * 2, test_workers.ignore)])
 print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 
 
-def test_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
-    """multiprocessing starts its resource tracker with the first one, and lets SIGINT through after that."""
-    ended = subprocess.run([sys.executable, "-c", FIRST], env=with_this_file(), capture_output=True, text=True)
+def test_the_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
+    """multiprocessing starts its resource tracker with the first worker, and unblocks SIGINT afterwards."""
+    ended = subprocess.run([sys.executable, "-c", FIRST_WORKERS], env=with_this_file(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["[('1', True), ('1', True)]", "set()"]
 
 
-def test_leaving_ends_workers_in_the_middle_of_a_task() -> None:
+def test_leaving_the_with_block_kills_busy_workers() -> None:
     began = time.monotonic()
     with WorkerPool(2) as workers:
         pids = {result[1] for _, result in workers.map(slow_square, [0.1, 0.1], ignore)}
@@ -301,10 +301,10 @@ with WorkerPool(2) as workers:
 """
 
 
-@pytest.mark.parametrize("what", ["busy", "idle"])
-def test_workers_end_when_their_parent_is_killed(what: str) -> None:
+@pytest.mark.parametrize("state", ["busy", "idle"])
+def test_workers_end_when_their_parent_is_killed(state: str) -> None:
     with subprocess.Popen(
-        [sys.executable, "-c", ORPHANS, what],
+        [sys.executable, "-c", ORPHANS, state],
         env=with_this_file(),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -312,7 +312,7 @@ def test_workers_end_when_their_parent_is_killed(what: str) -> None:
     ) as parent:
         assert parent.stdout is not None
         pids = {int(parent.stdout.readline()) for _ in range(2)}
-        if what == "idle":
+        if state == "idle":
             assert parent.stdout.readline() == "idle\n"
         else:
             time.sleep(0.2)
@@ -324,21 +324,21 @@ def test_workers_end_when_their_parent_is_killed(what: str) -> None:
         assert time.monotonic() - began < 10
 
 
-def test_tally_without_a_worker() -> None:
-    tally = TaskProgress()
-    tally.begin(4)
-    tally.count(10)
-    tally.count(5, bad=True)
-    assert tally.index == 4
-    assert tally.counts == Counts(done=2, bad=1, bytes=15)
+def test_task_progress_counts_without_a_worker() -> None:
+    task_progress = TaskProgress()
+    task_progress.begin(4)
+    task_progress.count(10)
+    task_progress.count(5, bad=True)
+    assert task_progress.index == 4
+    assert task_progress.counts == Counts(done=2, bad=1, bytes=15)
 
 
-def test_tallies_share_an_array() -> None:
+def test_several_task_progresses_share_an_array() -> None:
     numbers = [0] * (3 * TaskProgress.SIZE)
     for slot in range(3):
-        tally = TaskProgress(numbers, slot * TaskProgress.SIZE)
-        tally.begin(slot)
-        tally.count(slot, bad=slot == 2)
+        task_progress = TaskProgress(numbers, slot * TaskProgress.SIZE)
+        task_progress.begin(slot)
+        task_progress.count(slot, bad=slot == 2)
     assert [TaskProgress(numbers, slot * TaskProgress.SIZE).index for slot in range(3)] == [0, 1, 2]
     assert [TaskProgress(numbers, slot * TaskProgress.SIZE).counts for slot in range(3)] == [
         (1, 0, 0),
@@ -347,15 +347,15 @@ def test_tallies_share_an_array() -> None:
     ]
 
 
-def loaded(name: str, tally: TaskProgress) -> bool:
+def is_loaded(name: str, task_progress: TaskProgress) -> bool:
     return name in sys.modules
 
 
-def test_workers_with_a_module_load_it_before_there_is_work() -> None:
+def test_preload_imports_a_module_before_the_first_task() -> None:
     with WorkerPool(2, preload="wave") as workers:
         pids = {process.pid for process, _ in workers._workers.values()}
         assert len(pids) == 2
-        assert [result for _, result in workers.map(loaded, ["wave", "wave"], ignore)] == [True, True]
+        assert [result for _, result in workers.map(is_loaded, ["wave", "wave"], ignore)] == [True, True]
         assert {process.pid for process, _ in workers._workers.values()} == pids
     with WorkerPool(1) as workers:
-        assert [result for _, result in workers.map(loaded, ["wave"], ignore)] == [False]
+        assert [result for _, result in workers.map(is_loaded, ["wave"], ignore)] == [False]
