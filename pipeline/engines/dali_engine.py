@@ -1,8 +1,8 @@
-"""The formula of augment.py as a DALI graph: on a GPU, and on a CPU where pipeline.engines.kernels could not be compiled.
+"""Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel could not be compiled.
 
-The graph is without chance or memory: draws enter it as numbers. After the decoder one operator does it all:
-crop_mirror_normalize takes a mean for each sample, so the noise rides along as `mean − shift` and costs nothing. A mean
-image costs one more pass.
+The graph has no randomness and no state: random numbers enter it as inputs. After the decoder one operator does
+everything: crop_mirror_normalize takes a mean for each sample, so the colour noise is part of it (`mean − shift`) and
+costs nothing. A mean image costs one more pass.
 """
 
 from __future__ import annotations
@@ -18,173 +18,171 @@ from pipeline.augment import CROP_PX, Augmenter, Crops, eval_offsets
 from pipeline.placement import Placement, dali
 from pipeline.records import Record
 
-Node = Any  # nvidia.dali.DataNode: DALI ships no types
+Node = Any  # nvidia.dali.pipeline.DataNode
 
 
 class OutputFormat(NamedTuple):
-    """What images are asked for."""
+    """Shape and type of the images that an engine returns."""
 
-    views: int = 1  # of each record: 1 or 10
-    layout: str = "NCHW"  # one of LAYOUTS
-    divisor: float = 1.0
+    views: int = 1  # crops of each record: 1 or 10
+    layout: str = "NCHW"  # one of pipeline.augment.LAYOUTS
+    divisor: float = 1.0  # divides the finished image
     dtype: torch.dtype = torch.float32
-    crop_px: int = CROP_PX  # its side; the square's, where one view is the whole of it
+    crop_px: int = CROP_PX  # side of a crop; side of the whole central square if that is the one view
 
 
 def decode_crop(placement: Placement, size_px: int) -> Node:
-    """uint8 HWC of encoded pictures: the square of `size_px` that begins at `start`. BatchInput with `encoded`'s numbers."""
+    """uint8 HWC of JPEG files: the square of `size_px` that begins at `start`. Its inputs come from decode_inputs."""
     fn, types = dali().fn, dali().types
-    return fn.decoders.image_slice(  # which stops below the square
-        source("picture", types.UINT8, 1),
+    return fn.decoders.image_slice(  # does not decode the rows below the square
+        external_source("jpeg", types.UINT8, 1),
         device=placement.decoder_device,
-        start=source("start", types.INT32, 1),
+        start=external_source("start", types.INT32, 1),
         shape=[size_px] * 2,
         axes=[0, 1],
         output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # a GPU's chroma as libjpeg-turbo's
+        jpeg_fancy_upsampling=True,  # on a GPU: chroma is upsampled as in libjpeg-turbo
         adjust_orientation=False,
     )
 
 
 def decode_inputs(records: Sequence[Record], start: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """What `decoded` is fed with; int32 (N, 2) says where each square begins."""
-    return {"picture": tensors(records), "start": start}
+    """The inputs of decode_crop: the records' JPEG files, and row and column at which each square begins, (N, 2)."""
+    return {"jpeg": payload_tensors(records), "start": start}
 
 
-def tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
-    """Pictures as DALI takes them fastest; they are not copied."""
+def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
+    """The records' payloads as DALI tensors on the CPU, without copies; DALI's fastest kind of input."""
     return [dali().tensors.TensorCPU(record.payload, layout) for record in records]
 
 
-def source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """A node that is fed from outside."""
+def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
+    """An input of the graph, fed by name for each batch."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
 class DaliEngine:
-    """Windows by DALI: `nodes`, what they are fed with, and what becomes of their output."""
+    """The formula of pipeline.augment in DALI: its graph, the graph's inputs, and its outputs as tensors."""
 
-    def __init__(self, augmenter: Augmenter, placement: Placement, form: OutputFormat) -> None:
-        self._augmenter, self._placement, self._views = augmenter, placement, form.views
-        self._layout, self._divisor, self._dtype = form.layout[1:], form.divisor, form.dtype
-        self._crop_px, self._max_offset_px = form.crop_px, augmenter.side_px - form.crop_px
+    def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat) -> None:
+        self._augmenter, self._placement, self._views = augmenter, placement, output.views
+        self._layout, self._divisor, self._dtype = output.layout[1:], output.divisor, output.dtype
+        self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
         self._fn, self._types = dali().fn, dali().types
 
     def define_graph(self) -> Node:
-        """Images as the formula says: one or ten of each picture."""
-        return self._window() if self._views == 1 else self._ten_views()
+        """One image or ten views of each record."""
+        return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """What the nodes are fed with, by name: one for each picture."""
+        """Values for the graph's external sources, by name; one for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
-                return {"picture": tensors(self._squares(records, start), "HWC")}
+                return {"pixels": payload_tensors(self._squares(records, start), "HWC")}
             sizes = np.array([record.payload.shape[:2] for record in records], np.int32)
-            y, x = _shares(start, sizes - self._crop_px)
-            fed = {"picture": tensors(records, "HWC"), "y": y, "x": x}
+            y, x = _relative(start, sizes - self._crop_px)
+            inputs = {"pixels": payload_tensors(records, "HWC"), "y": y, "x": x}
         else:
-            fed = decode_inputs(records, start)
+            inputs = decode_inputs(records, start)
         if self._views == 1:
-            fed |= {"flip": np.ascontiguousarray(crops.flip[:, 0]), "mean": np.ascontiguousarray(-crops.shift)}
+            inputs |= {"flip": np.ascontiguousarray(crops.flip[:, 0]), "mean": np.ascontiguousarray(-crops.shift)}
             if self._augmenter.augmentation.mean == "aligned":
                 offset = crops.offset[:, 0]
-                fed["mean_y"], fed["mean_x"] = _shares(offset, np.full_like(offset, self._max_offset_px))
-        return fed
+                inputs["mean_y"], inputs["mean_x"] = _relative(offset, np.full_like(offset, self._max_offset_px))
+        return inputs
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """DALI's output as a tensor: a view of memory that is its own for as long as a tensor of it lives.
+        """DALI's output as a tensor that shares its memory, which DALI does not reuse while a tensor refers to it.
 
-        torch halves: DALI has no bfloat16, and on a CPU takes four times as long for float16 as for float32.
+        Half precision is torch's conversion: DALI has no bfloat16, and on a CPU its float16 takes four times as long as
+        its float32.
         """
         images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
         return images.to(self._dtype)
 
     def close(self) -> None:
-        """Nothing is held but nodes."""
+        """Does nothing: the engine holds neither threads nor memory of its own."""
 
     def _squares(self, records: Sequence[Record], start: npt.NDArray[np.int32]) -> list[Record]:
+        """Raw records, cut to their central squares."""
         side = self._augmenter.side_px
         squares = []
         for record, (y, x) in zip(records, start.tolist(), strict=True):
             squares.append(record._replace(payload=np.ascontiguousarray(record.payload[y : y + side, x : x + side])))
         return squares
 
-    def _pictures(self, size_px: int) -> Node:
-        """uint8 HWC: of a JPEG the square of `size_px` that is asked for, of a PPM all that is fed."""
+    def _image(self, size_px: int) -> Node:
+        """uint8 HWC: of a JPEG record the square of `size_px` at `start`, of a raw record all that is fed."""
         if self._augmenter.is_raw:
-            return self._placement.to_device(source("picture", self._types.UINT8, 3, "HWC"))
+            return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
         return decode_crop(self._placement, size_px)
 
-    def _window(self) -> Node:
-        fn, types = self._fn, self._types
-        picture, where = self._pictures(self._crop_px), {}
+    def _single_crop(self) -> Node:
+        types = self._types
+        flip, mean = external_source("flip", types.INT32, 0), external_source("mean", types.FLOAT, 1)
         if self._augmenter.is_raw:
-            where = {"crop_pos_y": source("y", types.FLOAT, 0), "crop_pos_x": source("x", types.FLOAT, 0)}
-            where["crop"] = (self._crop_px, self._crop_px)
-        flip = source("flip", types.INT32, 0)
-        image = self._normalized(picture, flip, source("mean", types.FLOAT, 1), **where)
+            position = external_source("y", types.FLOAT, 0), external_source("x", types.FLOAT, 0)
+            image = self._normalize(self._image(self._crop_px), flip, mean, position)
+        else:
+            image = self._normalize(self._image(self._crop_px), flip, mean)
         if self._augmenter.augmentation.mean == "aligned":
             assert self._augmenter.mean_image is not None
-            places = [source(name, types.FLOAT, 0) for name in ("mean_y", "mean_x")]
-            whole = self._placement.constant(types, self._augmenter.mean_image.astype(np.float32), "HWC")
-            under = fn.crop_mirror_normalize(
-                whole,
-                crop=(self._crop_px, self._crop_px),
-                crop_pos_y=places[0],
-                crop_pos_x=places[1],
-                mirror=flip,
-                mean=[0.0] * 3,
-                std=[self._divisor] * 3,
-                dtype=types.FLOAT,
-                output_layout=self._layout,
-            )
-            return image - under
-        return self._minus_centre(image)
+            position = external_source("mean_y", types.FLOAT, 0), external_source("mean_x", types.FLOAT, 0)
+            mean_image = self._placement.constant(types, self._augmenter.mean_image.astype(np.float32), "HWC")
+            return image - self._normalize(mean_image, flip, [0.0] * 3, position)
+        return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """(10, …) for each picture, out of its square; the windows are the same for all."""
-        square, views = self._pictures(self._augmenter.side_px), []
-        room = self._max_offset_px
-        offsets, flips = eval_offsets(self._views, room)
+        """(10, …) for each record, out of its square; the positions are the same for all records."""
+        square, views = self._image(self._augmenter.side_px), []
+        offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
-            where = {"crop_pos_y": y / max(room, 1), "crop_pos_x": x / max(room, 1)}
-            mean = self._augmenter.mean_rgb.tolist()
-            image = self._normalized(square, flip, mean, crop=(CROP_PX, CROP_PX), **where)
+            position = y / max(self._max_offset_px, 1), x / max(self._max_offset_px, 1)
+            image = self._normalize(square, flip, self._augmenter.mean_rgb.tolist(), position)
             if self._augmenter.augmentation.mean == "aligned":
                 assert self._augmenter.mean_image is not None
-                under = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX]
-                views.append(image - self._constant(under[:, ::-1] if flip else under))
+                mean = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX]
+                views.append(image - self._constant(mean[:, ::-1] if flip else mean))
             else:
-                views.append(self._minus_centre(image))
+                views.append(self._subtract_centre(image))
         return self._fn.stack(*views)
 
-    def _normalized(self, picture: Node, flip: Node, mean: Any, **where: Any) -> Node:
+    def _normalize(self, image: Node, flip: Any, mean: Any, position: tuple[Any, Any] | None = None) -> Node:
+        """(image − mean) / divisor of the crop at `position` (y, x in 0..1; None: of all of the image), mirrored."""
+        crop = {}
+        if position is not None:
+            crop = {"crop": [self._crop_px] * 2, "crop_pos_y": position[0], "crop_pos_x": position[1]}
         return self._fn.crop_mirror_normalize(
-            picture,
+            image,
             mirror=flip,
             mean=mean,
             std=[self._divisor] * 3,
             dtype=self._types.FLOAT,
             output_layout=self._layout,
-            **where,
+            **crop,
         )
 
-    def _minus_centre(self, image: Node) -> Node:
+    def _subtract_centre(self, image: Node) -> Node:
+        """`image` minus the centre crop of the mean image, if that is the mean; else as it is."""
         if self._augmenter.augmentation.mean != "image":
             return image
         assert self._augmenter.mean_image is not None
-        under = slice(self._max_offset_px // 2, self._max_offset_px // 2 + self._crop_px)
-        return image - self._constant(self._augmenter.mean_image[under, under] / self._divisor)
+        centre = slice(self._max_offset_px // 2, self._max_offset_px // 2 + self._crop_px)
+        return image - self._constant(self._augmenter.mean_image[centre, centre] / self._divisor)
 
     def _constant(self, hwc: npt.NDArray[Any]) -> Node:
+        """A float32 (H, W, C) array in the layout of the output, as a DALI constant."""
         values = hwc.transpose(2, 0, 1) if self._layout == "CHW" else hwc
         return self._placement.constant(self._types, np.ascontiguousarray(values, np.float32))
 
 
-def _shares(
-    offset: npt.NDArray[np.int32], room: npt.NDArray[np.int32]
+def _relative(
+    offset_px: npt.NDArray[np.int32], max_offset_px: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(y, x) as crop_pos wants them, shares of the room: DALI multiplies and rounds, so the px come back exactly."""
-    shares = (offset / np.maximum(room, 1)).astype(np.float32)
-    return np.ascontiguousarray(shares[:, 0]), np.ascontiguousarray(shares[:, 1])
+    """(y, x) of offsets (N, 2) as crop_pos_y and crop_pos_x expect them, 0..1 of the largest offset.
+
+    DALI multiplies them by the largest offset and rounds, which gives exactly the same px.
+    """
+    relative = (offset_px / np.maximum(max_offset_px, 1)).astype(np.float32)
+    return np.ascontiguousarray(relative[:, 0]), np.ascontiguousarray(relative[:, 1])

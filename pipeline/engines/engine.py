@@ -1,4 +1,7 @@
-"""What makes images of records: our kernel on a CPU where it could be compiled, else a DALI graph."""
+"""Interface of the engines, which turn records into augmented images, and the choice between the two.
+
+CpuEngine crops with a compiled kernel; DaliEngine does everything in a DALI graph.
+"""
 
 from __future__ import annotations
 
@@ -16,23 +19,23 @@ from pipeline.records import Record
 
 
 class Engine(Protocol):
-    """What a Prefetcher needs of it."""
+    """What pipeline.prefetch requires of an engine."""
 
     def define_graph(self) -> Any:
-        """The DALI nodes that it needs, for `Pipeline.set_outputs`; None where it needs no DALI."""
+        """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """What the nodes are fed with, by name: one for each picture."""
+        """Values for the graph's external sources, by name; one for each record."""
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """The images of a batch, of what the nodes gave for it."""
+        """The images of a batch, made of the graph's outputs for it."""
 
     def close(self) -> None:
-        """Give back threads and memory."""
+        """Release threads and memory."""
 
 
-def choose_engine(augmenter: Augmenter, placement: Placement, form: OutputFormat, threads: int) -> Engine:
-    """The engine for images of `form` on `placement`."""
+def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
+    """A CpuEngine on a CPU where the kernel could be compiled, else a DaliEngine."""
     if placement.device_id is None and kernels.native is not None:
-        return CpuEngine(augmenter, kernels.native, form, threads)
-    return DaliEngine(augmenter, placement, form)
+        return CpuEngine(augmenter, kernels.native, output, threads)
+    return DaliEngine(augmenter, placement, output)

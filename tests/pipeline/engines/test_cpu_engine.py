@@ -14,7 +14,7 @@ import torch
 
 from pipeline.augment import Augmentation
 from pipeline.engines import kernels
-from pipeline.engines.cpu_engine import _Memory
+from pipeline.engines.cpu_engine import _BlockPool
 from pipeline.loader import eval_loader, train_loader
 from prep import compiled
 from tests.prep.images.test_kernels import needs_compiler
@@ -33,7 +33,7 @@ needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler 
         ("(c * mean_side + i) * mean_side", "(c * side + i) * mean_side"),
         ("augment(row[side - 1 - j], shift, mean[j], scale)", "augment(row[j], shift, mean[j], scale)"),
         ("augment(row[side - 1 - j], shift, 0, scale)", "augment(row[side - j], shift, 0, scale)"),
-        ("w->shift[j % 3]", "w->shift[0]"),
+        ("cur->shift[j % 3]", "cur->shift[0]"),
         ("3 * i * mean_side", "3 * i * side"),
         ("rows[c * side + side - 1 - j]", "rows[c * side + j]"),
         ("augment(row[j], shifts[j], 0, scale)", "augment(row[j], 0, 0, scale)"),
@@ -133,7 +133,7 @@ def test_batches_that_are_kept_have_memory_of_their_own(stores: dict[str, Path])
 
 
 def test_memory_comes_back_and_is_given_back() -> None:
-    memory = _Memory()
+    memory = _BlockPool()
     array = memory.array((4, 5))
     assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
     address, tensor = array.ctypes.data, torch.from_numpy(array)
@@ -155,6 +155,6 @@ def test_memory_comes_back_and_is_given_back() -> None:
 
 
 def test_another_shape_takes_other_memory() -> None:
-    memory = _Memory()
+    memory = _BlockPool()
     memory.array((9, 9))
     assert memory.array((2, 3)).size == 6 and memory.array((90, 90)).size == 8100
