@@ -23,7 +23,7 @@ ALLOWED = {
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
     ),
     "train": (
-        *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
+        *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.plot_style", "prep.version"),
         "prep.store.manifest",
     ),
 }
@@ -31,7 +31,7 @@ ALLOWED = {
 # The rooms of each package from the lowest to the highest: a room imports itself and what stands before it.
 ROOMS = {
     "prep": (
-        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.workers"),
+        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
         *("prep.store", "prep.images", "prep.inputs", "prep.build", "prep.check", "prep.cli", "prep.__main__"),
     ),
     "pipeline": (

@@ -8,7 +8,6 @@ which is little to see along the second component and less along the third. Henc
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -23,6 +22,7 @@ from prep.console import UserError, count_noun
 from prep.files import write_atomic
 from prep.images.central_square import central_square
 from prep.images.codec import BadImage, decode_image
+from prep.plot_style import figure_format, render_figure
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
@@ -32,18 +32,7 @@ ALPHA = 0.1  # standard deviation of α (section 4.1)
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations of α
 REACH = 2  # of the axes through the cloud: standard deviations of the pixels
 PHOTOGRAPH_PX = 256  # twice as large and more is reduced
-KNOWN = ("png", "svg")
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels; eigenvalues of fb.resnet.torch
-
-_STYLE: dict[Any, Any] = {
-    "font.size": 10.5,
-    "text.color": "0.15",
-    "axes.labelcolor": "0.15",
-    "xtick.color": "0.15",
-    "ytick.color": "0.15",
-    "axes.edgecolor": "0.55",
-    "svg.hashsalt": "alexnet",  # else the names inside an SVG are random
-}
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
@@ -54,21 +43,12 @@ def plot_colour(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     Reads at most RECORDS records. Raises UserError where matplotlib is missing, the extension is unknown or the file
     cannot be written (what was there before stays), and StoreError naming shard and key of a record that is damaged.
     """
-    format = out.suffix.lower().removeprefix(".")
-    if format not in KNOWN:
-        names = " or ".join(out.with_suffix(f".{known}").name for known in KNOWN)
-        raise UserError(f"--plot {out}: a picture is .{' or .'.join(KNOWN)}. Name it {names}.")
+    format = figure_format(out, "--plot")
+    content = render_figure(
+        lambda figure: draw(figure, split, stats, *take_sample(store, split, stats)), (14, 7), format, font_size_pt=10.5
+    )
     try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError:
-        raise UserError("--plot needs matplotlib. Install it with: pip install 'alexnet[figures]'") from None
-    with rc_context(_STYLE):
-        figure, buffer = Figure(figsize=(14, 7), layout="constrained"), io.BytesIO()
-        draw(figure, split, stats, *take_sample(store, split, stats))
-        figure.savefig(buffer, format=format, dpi=150, metadata={"Date": None} if format == "svg" else None)
-    try:
-        write_atomic(out, buffer.getvalue())
+        write_atomic(out, content)
     except OSError as error:
         raise UserError(f"--plot {out}: {error.strerror}. Name a file in a folder that you may write to.") from None
 

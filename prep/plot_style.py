@@ -1,0 +1,65 @@
+"""matplotlib style and rendering of figures, shared by alexprep and alextrain: PNG or SVG, the same bytes each time.
+
+matplotlib is optional (the extra `figures`) and is imported by `render_figure` only.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from prep.console import UserError
+
+FORMATS = ("png", "svg")
+TEXT_GRAY = "0.15"  # of text and ticks; matplotlib's grays go from 0, black, to 1, white
+
+_PNG_DPI = 150
+_STYLE: dict[Any, Any] = {
+    "text.color": TEXT_GRAY,
+    "axes.labelcolor": TEXT_GRAY,
+    "axes.edgecolor": "0.55",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": TEXT_GRAY,
+    "ytick.color": TEXT_GRAY,
+    "legend.frameon": False,
+    "figure.constrained_layout.use": True,
+    "svg.hashsalt": "alexnet",  # otherwise the ids inside an SVG are random
+    "text.parse_math": False,  # the name of a class or a photograph may contain two $
+}
+
+DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure
+
+
+def render_figure(
+    draw: DrawFunction, size_inches: tuple[float, float], format: str = "png", font_size_pt: float = 9.5
+) -> bytes:
+    """The content of an image file (150 dpi if PNG) with what `draw` draws into a Figure of `size_inches`.
+
+    `format` is one of FORMATS. The file has no date, and matplotlib's own settings are not changed. Raises UserError if
+    matplotlib is not installed.
+    """
+    try:
+        from matplotlib import rc_context
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError:
+        raise UserError("Figures need matplotlib. Install it with: pip install 'alexnet[figures]'") from None
+    sizes = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
+    with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
+        figure, buffer = Figure(figsize=size_inches), io.BytesIO()
+        draw(figure)
+        figure.savefig(buffer, format=format, dpi=_PNG_DPI, metadata={"Date": None} if format == "svg" else None)
+    return buffer.getvalue()
+
+
+def figure_format(path: Path, option: str) -> str:
+    """The format that the extension of `path` names. Raises UserError, which begins with `option`, for another one."""
+    format = path.suffix.lower().removeprefix(".")
+    if format not in FORMATS:
+        names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)
+        raise UserError(f"{option} {path}: a figure is .{' or .'.join(FORMATS)}. Name it {names}.")
+    return format
