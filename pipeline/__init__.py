@@ -1,1 +1,54 @@
-"""A store into a stream of augmented, mean-subtracted batches, with NVIDIA DALI, on GPU or CPU."""
+"""The stream: augmented, mean-subtracted batches of a store, with NVIDIA DALI, on a GPU or a CPU.
+
+    from pipeline import train_loader, eval_loader
+
+The names below load torch and DALI, so they are imported when they are first used: `alexstream --help` stays fast.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.augment import Augmentation
+    from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+    from pipeline.loader_base import Batch, WaitTimes
+    from prep.console import UserError
+    from prep.store.manifest import StoreError
+
+__all__ = [
+    "Augmentation",
+    "Batch",
+    "EvalLoader",
+    "StoreError",
+    "TrainLoader",
+    "UserError",
+    "WaitTimes",
+    "eval_loader",
+    "train_loader",
+]
+
+_MODULES = {
+    "Augmentation": "pipeline.augment",
+    "Batch": "pipeline.loader_base",
+    "EvalLoader": "pipeline.loader",
+    "StoreError": "prep.store.manifest",
+    "TrainLoader": "pipeline.loader",
+    "UserError": "prep.console",
+    "WaitTimes": "pipeline.loader_base",
+    "eval_loader": "pipeline.loader",
+    "train_loader": "pipeline.loader",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562)."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -36,7 +36,14 @@ ROOMS = {
     ),
     "pipeline": (
         *("pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.augment", "pipeline.still_image"),
-        *("pipeline.engines", "pipeline.prefetch", "pipeline.loader", "pipeline.diagnostics", "pipeline.cli"),
+        *(
+            "pipeline.engines",
+            "pipeline.prefetch",
+            "pipeline.loader_base",
+            "pipeline.loader",
+            "pipeline.diagnostics",
+            "pipeline.cli",
+        ),
         *("pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (

@@ -61,8 +61,7 @@ def bench_stream(
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     with ExitStack() as held:
-        more: dict[str, Any] = {"layout": "NCHW", "dtype": "float32", "shard": 0, "world_size": 1}
-        loader = TrainLoader(store, split, batch, placement, 0, how=Augmentation(), threads=threads, **more)
+        loader = TrainLoader(store, split, batch, placement, 0, augmentation=Augmentation(), threads=threads)
         held.enter_context(loader)
         records = held.enter_context(closing(Records(store, split)))
         batches = (batch for _ in itertools.count() for batch in loader)

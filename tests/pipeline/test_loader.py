@@ -136,7 +136,7 @@ def test_a_world_serves_what_one_loader_of_its_size_would(
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The loaders' clock, in seconds: it stands still until a test moves it."""
     now = [1000.0]
-    monkeypatch.setattr("pipeline.loader.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr("pipeline.loader_base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 

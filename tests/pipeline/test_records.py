@@ -153,9 +153,9 @@ def longer(value: bytes) -> bytes:
 DAMAGE: dict[str, tuple[str, Change, str]] = {
     "label too large": ("jpeg", datum_with(label=3), "label 3, the store has 3 classes"),
     "endless label": ("jpeg", datum_with(label=2**40), "label 1099511627776, the store has 3 classes"),
-    "empty": ("jpeg", lambda value: b"", "not a record of ours"),
-    "first half": ("jpeg", lambda value: value[: len(value) // 2], "not a record of ours"),
-    "another message": ("jpeg", lambda value: b"\x08\x01" + value, "not a record of ours"),
+    "empty": ("jpeg", lambda value: b"", "not a record of this format"),
+    "first half": ("jpeg", lambda value: value[: len(value) // 2], "not a record of this format"),
+    "another message": ("jpeg", lambda value: b"\x08\x01" + value, "not a record of this format"),
     "pixels too few": ("ppm", datum_with(data=bytes(100)), "bytes of pixels"),
     "pixels too many": ("ppm", longer, r"bytes of pixels, expected 256×256×3"),
     "another height": ("ppm", datum_with(height=255), r"bytes of pixels, expected 256×255×3"),

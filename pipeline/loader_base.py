@@ -1,0 +1,121 @@
+"""What the training and the evaluation loader share: Batch, WaitTimes, argument checks, prefetching, closing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import NamedTuple, Self
+
+import torch
+
+from pipeline.augment import CROP_PX, LAYOUTS, Augmentation, Augmenter, check_choice
+from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.engine import choose_engine
+from pipeline.placement import Placement
+from pipeline.prefetch import Job, Prefetcher
+from pipeline.records import Records
+from prep.console import UserError
+from prep.store.manifest import Store
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Batch(NamedTuple):
+    """Images and labels of one batch, on the loader's device."""
+
+    images: torch.Tensor
+    """RGB in grey levels minus the mean, (N, 3, 224, 224); (N, 10, 3, 224, 224) for ten views, (N, 3, side, side) for
+    squares; channels last with layout "NHWC"."""
+    labels: torch.Tensor
+    """int64 (N,), indices into the loader's `classes`."""
+
+
+class WaitTimes(NamedTuple):
+    """How long a loader and its consumer waited for each other."""
+
+    batches: int  # batches served in this time
+    consumer_wait_s: float  # the consumer waited for batches: in this share of the time training is input-bound
+    loader_wait_s: float  # the loader waited for its consumer: from serving a batch to the request for the next
+
+
+class Loader:
+    """Base of TrainLoader and EvalLoader. Close it, or use it in a `with` statement, to release threads and files."""
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        placement: Placement,
+        *,
+        augmentation: Augmentation,
+        layout: str,
+        dtype: str,
+        threads: int,
+        shard: int,
+        world_size: int,
+    ) -> None:
+        """Check the arguments and open the split; a subclass then calls `_open`. Raises UserError and StoreError."""
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size}: expected at least 1.")
+        if not 0 <= shard < world_size:
+            raise UserError(f"shard {shard} of {world_size}: expected 0 to {world_size - 1}.")
+        self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
+        self.augmentation, self.layout, self.dtype = augmentation, layout, dtype
+        self.shard, self.world_size, self.threads = shard, world_size, threads
+        self.records = store.split(split).records
+        self._waits = WaitTimes(0, 0.0, 0.0)
+        self._served_at: float | None = None  # when the last batch was handed to the consumer
+        self._records = Records(store, split)
+        check_choice("dtype", dtype, tuple(_DTYPES))
+        check_choice("layout", layout, LAYOUTS)
+        self._augmenter = Augmenter(store, augmentation)
+        self._prefetcher: Prefetcher  # made by `_open`
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; a label is an index into them."""
+        return self.store.classes
+
+    def wait_times(self) -> WaitTimes:
+        """Batches served, and the waiting times of both sides, since the last call."""
+        now, waits = time.perf_counter(), self._waits
+        since_served_s = 0.0 if self._served_at is None else now - self._served_at
+        self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
+        return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
+
+    def close(self) -> None:
+        """End the threads, release memory and unmap the files. Batches already served stay valid."""
+        self._prefetcher.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _open(self, views: int, divisor: float, crop_px: int = CROP_PX) -> None:
+        """Make the engine and the prefetcher, for `views` crops of `crop_px` of each record."""
+        output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px)
+        engine = choose_engine(self._augmenter, self.placement, output, self.threads)
+        self._prefetcher = Prefetcher(engine, self.placement, self._records, self.batch_size, self.threads)
+
+    def _start(self, jobs: Iterator[Job]) -> None:
+        """Serve the batches of `jobs` from now on."""
+        self._prefetcher.start(jobs)
+        self._served_at = None
+
+    def _next(self) -> Batch | None:
+        """The next batch; None after the last. Raises StoreError for a damaged record."""
+        requested = time.perf_counter()
+        since_served_s = 0.0 if self._served_at is None else requested - self._served_at
+        output = self._prefetcher.next()
+        batch = None
+        if output is not None:
+            batch = Batch(output.images, self.placement.tensor_from_numpy(output.batch_input.labels))
+        now = self._served_at = time.perf_counter()
+        batches, consumer_wait_s, loader_wait_s = self._waits
+        self._waits = WaitTimes(
+            batches + (batch is not None), consumer_wait_s + now - requested, loader_wait_s + since_served_s
+        )
+        return batch

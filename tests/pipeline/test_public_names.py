@@ -1,0 +1,35 @@
+"""`from pipeline import …`: every public name is there, is the same object as in its module, and is loaded lazily."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+
+import pipeline
+
+
+@pytest.mark.parametrize("name", pipeline.__all__)
+def test_a_public_name_is_the_object_of_its_module(name: str) -> None:
+    value = getattr(pipeline, name)
+    assert value is getattr(importlib.import_module(pipeline._MODULES[name]), name)
+    assert value.__doc__ and name in dir(pipeline)
+
+
+def test_the_list_of_public_names_and_of_their_modules_are_the_same() -> None:
+    assert pipeline.__all__ == list(pipeline._MODULES)
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'pipeline' has no attribute 'trainloader'"):
+        _ = pipeline.trainloader
+    with pytest.raises(ImportError):
+        from pipeline import trainloader  # noqa: F401
+
+
+def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
+    script = "import sys, pipeline\nprint({'torch', 'nvidia', 'numpy'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
