@@ -166,20 +166,20 @@ def recompute_color_stats(store: Store, split: str, runner: Runner, report: Prog
     paths = store.shard_paths(split)
     for path, result in runner.map(_shard_moments, paths, lambda counts: report.update(counts.done)):
         if isinstance(result, WorkerDied):
-            raise StoreError(f"{path}: the process that read it {result.describe()}. Look closer with: alexprep verify")
+            raise StoreError(f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify")
         moments, records = moments + result[0], records + result[1]
     return compute_color_stats(records, moments)
 
 
-def _shard_moments(path: str, tally: TaskProgress) -> tuple[Moments, int]:
+def _shard_moments(path: str, task_progress: TaskProgress) -> tuple[Moments, int]:
     moments, records = Moments(), 0
     for key, value in lmdb_shard.read(Path(path)):
         try:
             moments += Moments.of(decode_image(Datum.decode(value).data).pixels)
         except (DatumError, BadImage) as error:
             raise StoreError(
-                f"{path}, key {key.decode(errors='replace')}: {error}. Look closer with: alexprep verify"
+                f"{path}, key {key.decode(errors='replace')}: {error}. Check the store with: alexprep verify"
             ) from None
         records += 1
-        tally.count()
+        task_progress.count()
     return moments, records

@@ -1,1 +1,1 @@
-"""What a store is on disk: manifest, LMDB shards of Caffe Datums, and the log of inputs."""
+"""The format of a store on disk: manifest, records in LMDB shards, and the log of inputs; no image processing here."""

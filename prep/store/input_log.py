@@ -1,4 +1,8 @@
-"""Where the inputs went: counted for the manifest, told one by one in inputs.jsonl. Nothing here holds them all."""
+"""Outcome of every input: totals for the manifest, and one JSON line for each in inputs.jsonl.
+
+An outcome is a mapping with the keys "source" and "fate" ("kept", "converted" or "bad"), and where they apply "how",
+"exif_orientation" and "why". Outcomes are streamed: they are never all in memory.
+"""
 
 from __future__ import annotations
 
@@ -10,40 +14,46 @@ from typing import Any, BinaryIO
 
 from prep.files import atomic_file
 
-_NAMED_REASONS = 20  # a manifest does not grow with the number of bad files
+_MAX_REASONS = 20  # keeps the manifest small, however many different reasons there are
 
 
-def summarize_outcomes(fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of what was converted, turned by EXIF, and left out; of many reasons the commonest by name."""
+def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Counts of conversions, EXIF orientations and reasons of bad inputs: the part of Split.account made from outcomes.
+
+    The _MAX_REASONS most frequent reasons are counted by name, the rest together as "other reasons".
+    """
     converted: Counter[str] = Counter()
-    turned: Counter[str] = Counter()
+    orientations: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for fate in fates:
-        converted.update(fate.get("how", ()))
-        if "exif_orientation" in fate:
-            turned[str(fate["exif_orientation"])] += 1
-        if fate["fate"] == "bad":
-            reasons[str(fate["why"])] += 1
-    named = dict(reasons.most_common(_NAMED_REASONS))
-    if len(named) < len(reasons):
-        named["other reasons"] = reasons.total() - sum(named.values())
-    return {"converted": dict(converted), "exif_orientation": dict(turned), "bad": named}
+    for outcome in outcomes:
+        converted.update(outcome.get("how", ()))
+        if "exif_orientation" in outcome:
+            orientations[str(outcome["exif_orientation"])] += 1
+        if outcome["fate"] == "bad":
+            reasons[str(outcome["why"])] += 1
+    bad = dict(reasons.most_common(_MAX_REASONS))
+    if len(bad) < len(reasons):
+        bad["other reasons"] = reasons.total() - sum(bad.values())
+    return {"converted": dict(converted), "exif_orientation": dict(orientations), "bad": bad}
 
 
-def write_outcomes(path: Path, fates: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write one line for each fate, the file whole or not at all; returns their account."""
+def write_outcomes(path: Path, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Write inputs.jsonl atomically, one line for each outcome; returns their summary."""
     with atomic_file(path) as file:
-        return summarize_outcomes(_written(fates, file))
+        return summarize_outcomes(_write_each(outcomes, file))
 
 
-def _written(fates: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterator[Mapping[str, Any]]:
-    for fate in fates:
-        file.write(json.dumps(fate, ensure_ascii=False).encode() + b"\n")
-        yield fate
+def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterator[Mapping[str, Any]]:
+    for outcome in outcomes:
+        file.write(json.dumps(outcome, ensure_ascii=False).encode() + b"\n")
+        yield outcome
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of an inputs.jsonl; a name may hold U+2028, so they end at \\n alone. Raises OSError and ValueError."""
+    """Yield the lines of an inputs.jsonl. Raises OSError and ValueError.
+
+    Only \\n ends a line: a file name may hold U+2028, which str.splitlines would take for a line end.
+    """
     with open(path, encoding="utf-8", newline="\n") as lines:
         for line in lines:
             yield json.loads(line)

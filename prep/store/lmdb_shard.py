@@ -1,8 +1,8 @@
-"""One LMDB folder of records: written once in key order, read often.
+"""One shard of a split, an LMDB folder: written once in key order, then read sequentially or by index.
 
-Keys are 8 decimal digits, so that the B-tree's byte order is the number's. The main database holds Datums and nothing
-else, for DALI takes every key for a record. The digest is SHA-256 over each record's key, its length (8 bytes,
-little-endian) and its value, in order.
+Keys are 8 decimal digits, so that the B-tree's byte order is numeric order. The main database holds nothing but
+Datums, because DALI takes every key for a record. A shard's digest is SHA-256 over the key, the length (8 bytes,
+little-endian) and the value of each record in order.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ _FIRST_MAP_BYTES = 64 << 20
 
 
 def record_key(index: int) -> bytes:
-    """The key of record `index` of a split."""
+    """The key of record `index` of a split: b"00000017"."""
     return b"%08d" % index
 
 
 def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, int, str]:
-    """Write (key, value) pairs, in ascending order of keys, to a new LMDB; returns records, bytes of values, digest.
+    """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
-    Synced when it returns. The map grows by doubling as needed: no size to choose, and no file larger than its
-    contents. Raises lmdb.Error or OSError where the disk is full.
+    Returns (number of records, bytes of all values, digest). The file is synced on return. The memory map doubles as
+    needed, so there is no size to choose, and the file is no larger than its contents. Raises lmdb.Error or OSError if
+    the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)
@@ -56,7 +57,7 @@ def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, in
 
 
 def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
-    """One transaction; a map that is too small kills it, so it is given again to one twice as large."""
+    """Write `records` in one transaction; if the map is too small for it, double the map and try again."""
     while True:
         try:
             with env.begin(write=True) as txn:
@@ -67,62 +68,62 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
             env.set_mapsize(env.info()["map_size"] * 2)
 
 
-def read(folder: Path, mend: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
-    """Every (key, value) in order; raises StoreError where the LMDB is damaged."""
-    with _opened(folder, mend) as env, env.begin(buffers=False) as txn:
-        count, said = 0, txn.stat()["entries"]  # which DALI takes for the number of records
+def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
+    """Yield every (key, value) in order. Raises StoreError, ending in `advice`, if the LMDB is damaged."""
+    with _opened(folder, advice) as env, env.begin(buffers=False) as txn:
+        count, expected = 0, txn.stat()["entries"]  # DALI relies on this number
         for item in txn.cursor():
             count += 1
-            if count > said:
-                break  # pages that lead to themselves never end
+            if count > expected:
+                break  # damaged pages can form a cycle, which never ends
             yield item
-        if count != said:
-            more = "more than " if count > said else ""
-            raise StoreError(f"{folder}: {more}{min(count, said):,} records, its header says {said:,}. {mend}")
+        if count != expected:
+            more = "more than " if count > expected else ""
+            raise StoreError(
+                f"{folder}: {more}{min(count, expected):,} records, its header says {expected:,}. {advice}"
+            )
 
 
 class ShardReader:
-    """The records of one shard by their place, 0..records − 1: views of the mapped file, nothing copied.
+    """Random access to the records of one shard by index, 0..records − 1, as views of the mapped file without a copy.
 
-    Raises StoreError where the LMDB is damaged, or has not the `records` that it should.
+    Raises StoreError, ending in `advice`, if the LMDB is damaged or does not hold `records` records.
     """
 
-    def __init__(self, folder: Path, records: int, mend: str = "Look closer with: alexprep verify") -> None:
-        self.folder, self._mend = folder, mend
-        self._held = ExitStack()
-        with _as_store_error(folder, mend):
-            env = self._held.enter_context(_opened(folder, mend))
-            self._txn = self._held.enter_context(env.begin(buffers=True))
-            found = self._txn.stat()["entries"]
-            if found != records:
+    def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
+        self.folder, self._advice = folder, advice
+        self._resources = ExitStack()
+        with _lmdb_errors_as_store_errors(folder, advice):
+            env = self._resources.enter_context(_opened(folder, advice))
+            self._txn = self._resources.enter_context(env.begin(buffers=True))
+            entries = self._txn.stat()["entries"]
+            if entries != records:
                 self.close()
-                raise StoreError(f"{folder}: {found:,} records, the manifest says {records:,}. {mend}")
+                raise StoreError(f"{folder}: {entries:,} records, the manifest says {records:,}. {advice}")
             with self._txn.cursor() as cursor:
                 first = bytes(cursor.key()) if cursor.first() else b""
                 last = bytes(cursor.key()) if cursor.last() else b""
                 self._first = int(first) if first.isdigit() else 0
                 self._keys: list[bytes] | None = None
-                if last != record_key(
-                    self._first + records - 1
-                ):  # inputs were left out: their keys are not given again
+                if last != record_key(self._first + records - 1):  # gaps: keys of inputs left out are unused
                     cursor.first()
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
-    def key(self, place: int) -> bytes:
-        """The key of the record at `place`."""
-        return record_key(self._first + place) if self._keys is None else self._keys[place]
+    def key(self, index: int) -> bytes:
+        """The key of the record at `index`."""
+        return record_key(self._first + index) if self._keys is None else self._keys[index]
 
-    def __getitem__(self, place: int) -> memoryview:
-        """The record's bytes, valid until `close`. Its pages are touched while other threads run."""
-        with _as_store_error(self.folder, self._mend):
-            value: memoryview | None = self._txn.get(self.key(place))
+    def __getitem__(self, index: int) -> memoryview:
+        """The record's bytes, valid until `close`. py-lmdb reads its pages from the disk without the GIL."""
+        with _lmdb_errors_as_store_errors(self.folder, self._advice):
+            value: memoryview | None = self._txn.get(self.key(index))
         if value is None:
-            raise StoreError(f"{self.folder}: there is no key {self.key(place).decode()}. {self._mend}")
+            raise StoreError(f"{self.folder}: there is no key {self.key(index).decode()}. {self._advice}")
         return value
 
     def close(self) -> None:
-        """Unmap the file: views that are still held must not be used again."""
-        self._held.close()
+        """Unmap the file. Views of it must not be used any more."""
+        self._resources.close()
 
 
 _lock = threading.Lock()
@@ -130,24 +131,24 @@ _environments: dict[str, tuple[lmdb.Environment, int]] = {}  # by real path, wit
 
 
 @contextmanager
-def _opened(folder: Path, mend: str) -> Iterator[lmdb.Environment]:
-    """The LMDB at `folder`, opened once in a process however many use it (LMDB's own rule).
+def _opened(folder: Path, advice: str) -> Iterator[lmdb.Environment]:
+    """The LMDB at `folder`, shared by all its users in this process: LMDB forbids opening a file twice in a process.
 
-    LMDB maps its file and trusts it: reading past the end of one that was cut short kills the process. So its length is
-    held against the number of pages that its header promises, before any is touched.
+    LMDB maps its file without checking it, and reading past the end of a truncated file kills the process (SIGBUS). So
+    the file's size is compared with the page count in its header before any page is read.
     """
-    with _as_store_error(folder, mend):
+    with _lmdb_errors_as_store_errors(folder, advice):
         path = os.path.realpath(folder)
         with _lock:
             if path not in _environments:
                 env = lmdb.open(path, readonly=True, lock=False, subdir=True, max_spare_txns=0)
-                promised, found = (
-                    (env.info()["last_pgno"] + 1) * env.stat()["psize"],
-                    os.stat(f"{path}/data.mdb").st_size,
-                )
-                if found < promised:
+                expected_bytes = (env.info()["last_pgno"] + 1) * env.stat()["psize"]
+                file_bytes = os.stat(f"{path}/data.mdb").st_size
+                if file_bytes < expected_bytes:
                     env.close()
-                    raise StoreError(f"{folder}: data.mdb has {found:,} bytes, expected {promised:,}. {mend}")
+                    raise StoreError(
+                        f"{folder}: data.mdb has {file_bytes:,} bytes, expected {expected_bytes:,}. {advice}"
+                    )
                 _environments[path] = env, 0
             env, users = _environments[path]
             _environments[path] = env, users + 1
@@ -163,8 +164,8 @@ def _opened(folder: Path, mend: str) -> Iterator[lmdb.Environment]:
 
 
 @contextmanager
-def _as_store_error(folder: Path, mend: str) -> Iterator[None]:
+def _lmdb_errors_as_store_errors(folder: Path, advice: str) -> Iterator[None]:
     try:
         yield
     except lmdb.Error as error:
-        raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {mend}") from None
+        raise StoreError(f"{folder}: {str(error).removeprefix(f'{folder}: ')}. {advice}") from None

@@ -1,4 +1,4 @@
-"""What a store is on disk: the one format module that its writer and all its readers import.
+"""Store format: the manifest, its schema version, and the files of a store; imported by its writer and all its readers.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
@@ -8,8 +8,8 @@
       train/inputs.jsonl          a line for each input that was converted, rotated by EXIF, or left out
       val/…
 
-manifest.json is replaced by rename after a split is whole, so what it names exists. Nothing that it names is ever
-changed in place. A reader checks the schema number and refuses another with both numbers.
+manifest.json is replaced by rename after a split is complete, so every file that it names exists. Files that it names
+are never changed in place. A reader refuses any other schema number, in a message with both numbers.
 """
 
 from __future__ import annotations
@@ -30,27 +30,27 @@ from prep.files import write_atomic
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # of a split; their digests are in its account
-FORMATS = ("jpeg", "ppm")  # of a record
-FILTERS = ("area", "bilinear", "bicubic", "lanczos")
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
+FORMATS = ("jpeg", "ppm")  # formats of a record
+FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 
 T = TypeVar("T")
 
 
 class StoreError(UserError):
-    """A store that is missing, unfinished, damaged, or of another version."""
+    """The store is missing, unfinished, damaged, or of another version."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the bytes of a store depend on, beside its inputs. Two splits of one store share them."""
+    """Options that determine the bytes of the records, together with the inputs. All splits of a store share them."""
 
-    side_px: int  # the shorter side after rescaling
-    keep_aspect: bool  # False: the central square only (the paper, section 2)
-    format: str  # "jpeg" or "ppm"
-    quality: int  # JPEG quality, 1..100; of no meaning for ppm
-    filter: str  # "area", "bilinear", "bicubic" or "lanczos"
-    seed: int  # of the order of the records
+    side_px: int  # length of the shorter side after rescaling
+    keep_aspect: bool  # False: only the central square is stored (the paper, section 2); True: the whole image
+    format: str  # format of the records, "jpeg" or "ppm"
+    quality: int  # JPEG quality, 1..100; unused for ppm
+    filter: str  # rescaling filter: "area", "bilinear", "bicubic" or "lanczos"
+    seed: int  # seed of the record order
 
 
 @dataclass(frozen=True)
@@ -58,25 +58,25 @@ class Shard:
     """One LMDB folder of a split."""
 
     path: str  # relative to the store, with forward slashes
-    records: int
-    bytes: int  # of the Datums, not of the file
-    digest: str  # SHA-256 over every key and value in order; see prep.store.lmdb_shard
+    records: int  # number of records
+    bytes: int  # size of all Datums, without LMDB's own pages
+    digest: str  # SHA-256 over all keys and values in order; see prep.store.lmdb_shard
 
 
 @dataclass(frozen=True)
 class Split:
-    """One split, whole. `moments` holds exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)."""
+    """One complete split."""
 
-    records: int
-    bytes: int
-    pixels: int
-    fingerprint: str
-    label_counts: tuple[int, ...]
+    records: int  # number of records
+    bytes: int  # size of all Datums
+    pixels: int  # number of pixels of all records
+    fingerprint: str  # see split_fingerprint
+    label_counts: tuple[int, ...]  # number of records of each class
     shards: tuple[Shard, ...]
-    moments: Mapping[str, Any]
-    account: Mapping[
-        str, Any
-    ]  # inputs, kept, converted {how: n}, exif_orientation {value: n}, bad {why: n}, files {name: SHA-256}
+    moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
+    # Inputs: {"inputs": n, "kept": n, "converted": {from: n}, "exif_orientation": {value: n}, "bad": {reason: n},
+    # "files": {name: SHA-256}}
+    account: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class ColorStats:
     constants.
     """
 
-    records: int
-    pixels: int
+    records: int  # number of records
+    pixels: int  # number of pixels
     mean_rgb: tuple[float, ...]  # (3,)
     covariance: tuple[tuple[float, ...], ...]  # (3, 3), grey levels squared
     eigenvalues: tuple[float, ...]  # (3,), descending
@@ -98,22 +98,22 @@ class ColorStats:
     pixel_scale: int  # always 255
 
 
-def _build(cls: type[T], data: Any, where: str) -> T:
-    """A dataclass from a JSON object that must have exactly its fields."""
+def _from_json(cls: type[T], data: Any, where: str) -> T:
+    """Make a dataclass from a JSON object; raises StoreError unless it has exactly its fields, of the right types."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
     if not isinstance(data, dict) or sorted(data) != sorted(names):
-        found = sorted(data) if isinstance(data, dict) else type(data).__name__
-        raise StoreError(f"{where} holds {found}, expected {sorted(names)}. The store is damaged: build it again.")
+        content = sorted(data) if isinstance(data, dict) else type(data).__name__
+        raise StoreError(f"{where} holds {content}, expected {sorted(names)}. The store is damaged: build it again.")
     for field in fields(cls):  # type: ignore[arg-type]
-        if type(data[field.name]) not in _TYPES[str(field.type).partition("[")[0]]:
+        if type(data[field.name]) not in _JSON_TYPES[str(field.type).partition("[")[0]]:
             raise StoreError(
                 f"{where}: {field.name} is {data[field.name]!r}, expected {field.type}. "
                 "The store is damaged: build it again."
             )
-    return cls(**{name: _frozen(data[name]) for name in names})
+    return cls(**{name: _as_tuple(data[name]) for name in names})
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
+_JSON_TYPES: dict[str, tuple[type, ...]] = {  # types that a field's annotation allows
     "int": (int,),
     "str": (str,),
     "bool": (bool,),
@@ -122,23 +122,23 @@ _TYPES: dict[str, tuple[type, ...]] = {
 }
 
 
-def _frozen(value: Any) -> Any:
-    return tuple(_frozen(v) for v in value) if isinstance(value, list) else value
+def _as_tuple(value: Any) -> Any:
+    return tuple(_as_tuple(v) for v in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
 class Store:
-    """A store on disk, open for reading. Make one with `Store.open`."""
+    """A store on disk, open for reading. `Store.open` returns one."""
 
     root: Path
     settings: Settings
-    tools: Mapping[str, str]  # name -> version, of what shaped the bytes
-    classes: tuple[str, ...]
-    splits: Mapping[str, Split]
+    tools: Mapping[str, str]  # versions of the libraries that determine the bytes, by name
+    classes: tuple[str, ...]  # names of the classes; a label is an index into them
+    splits: Mapping[str, Split]  # by name
 
     @staticmethod
     def open(root: str | Path) -> Store:
-        """Read `root`/manifest.json; raises StoreError where there is no whole store of this schema."""
+        """Read `root`/manifest.json. Raises StoreError unless it is a complete store of this schema version."""
         root = Path(root)
         path = root / "manifest.json"
         if not root.exists():
@@ -149,7 +149,7 @@ class Store:
             data = json.loads(path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             unfinished = root.is_dir() and any((root / s).is_dir() for s in SPLITS)
-            hint = "a build was not finished: give the same alexprep build-lmdb again" if unfinished else "not a store"
+            hint = "a build was not finished: run the same alexprep build-lmdb again" if unfinished else "not a store"
             raise StoreError(f"{root}: no manifest.json in it ({hint}).") from None
         except (OSError, ValueError) as error:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
@@ -164,28 +164,28 @@ class Store:
             splits = {}
             for name, raw in data["splits"].items():
                 where = f"{path}: split {name}"
-                shards = tuple(_build(Shard, s, f"{where}: shard") for s in raw["shards"])
-                splits[name] = _build(Split, {**raw, "shards": shards}, where)
-            settings = _build(Settings, data["settings"], f"{path}: settings")
+                shards = tuple(_from_json(Shard, s, f"{where}: shard") for s in raw["shards"])
+                splits[name] = _from_json(Split, {**raw, "shards": shards}, where)
+            settings = _from_json(Settings, data["settings"], f"{path}: settings")
             return Store(root, settings, dict(data["tools"]), tuple(data["classes"]), splits)
         except StoreError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise StoreError(
-                f"{path}: {error!r} where a field should be. The store is damaged: build it again."
+                f"{path}: a field is missing or wrong ({error!r}). The store is damaged: build it again."
             ) from None
 
     def split(self, name: str) -> Split:
-        """The split `name`; raises StoreError where the store has none of that name."""
+        """The split `name`. Raises StoreError if the store has no such split."""
         if name not in self.splits:
             has = ", ".join(self.splits) or "none"
-            build = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {shell_quoted(self.root)}"
-            mend = build if name in SPLITS else "Name another --split."
-            raise StoreError(f"{self.root} has no split {name} (it has: {has}). {mend}")
+            command = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {shell_quoted(self.root)}"
+            advice = command if name in SPLITS else "Name another --split."
+            raise StoreError(f"{self.root} has no split {name} (it has: {has}). {advice}")
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:
-        """The LMDB folders of a split in order; raises StoreError where one is missing or cut short."""
+        """Paths of the LMDB folders of a split, in order. Raises StoreError if one is missing or truncated."""
         paths = []
         for shard in self.split(split).shards:
             file = self.root / shard.path / "data.mdb"
@@ -193,13 +193,13 @@ class Store:
                 raise StoreError(f"{file} is missing from the store. Build the store again.")
             if file.stat().st_size < shard.bytes:  # reading past its end would kill the process
                 raise StoreError(
-                    f"{file} has {file.stat().st_size:,} bytes, its records {shard.bytes:,}. Build it again."
+                    f"{file} has {file.stat().st_size:,} bytes, its records {shard.bytes:,}. Build the store again."
                 )
             paths.append(str(file.parent))
         return paths
 
     def color_stats(self, split: str = "train") -> ColorStats:
-        """Mean and colour PCA of a split; raises StoreError where colour.json is missing or damaged."""
+        """Mean and colour PCA of a split. Raises StoreError if colour.json is missing or damaged."""
         self.split(split)
         path = self.root / split / "colour.json"
         try:
@@ -207,27 +207,31 @@ class Store:
         except (OSError, ValueError) as error:
             hint = f"Write it with: alexprep pca-stats --store {self.root} --split {split}"
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
-        return _build(ColorStats, data, str(path))
+        return _from_json(ColorStats, data, str(path))
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
-        """float32 (side_px, side_px, 3), 0..255: the mean over the split of every pixel of the central square."""
-        side = self.settings.side_px
+        """Mean over the split of every pixel of the central square: float32 (side_px, side_px, 3), 0..255.
+
+        Raises StoreError if mean_image.npy is missing or damaged.
+        """
+        side_px = self.settings.side_px
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except Exception as error:  # a damaged header raises what reading it as Python leads to
+        except Exception as error:  # NumPy parses the header as Python: damage can raise anything
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
-        if mean.shape != (side, side, 3) or mean.dtype != np.float32:
-            raise StoreError(f"{path}: {mean.dtype} {mean.shape}, expected float32 {(side, side, 3)}. Build it again.")
+        if mean.shape != (side_px, side_px, 3) or mean.dtype != np.float32:
+            expected = f"float32 {(side_px, side_px, 3)}"
+            raise StoreError(f"{path}: {mean.dtype} {mean.shape}, expected {expected}. Build the store again.")
         return mean
 
     @property
     def fingerprint(self) -> str:
-        """Digest over the contents and order of all records and the names of the classes (SHA-256, hex)."""
+        """SHA-256 (hex) over the contents and order of all records and the names of the classes."""
         return digest_json({name: split.fingerprint for name, split in self.splits.items()})
 
     def save(self) -> None:
-        """Replace manifest.json by rename: readers see the old store or the new one, never half of one."""
+        """Replace manifest.json atomically: readers see the old store or the new one."""
         data = {
             "kind": KIND,
             "schema": SCHEMA,
@@ -242,7 +246,7 @@ class Store:
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Digest of one split: the names of the classes, then each shard's digest in order."""
+    """Digest of one split, over the names of the classes and the digests of its shards in order."""
     return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
 
 

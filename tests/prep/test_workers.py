@@ -263,7 +263,8 @@ import signal
 from tests.prep import test_workers
 from prep.workers import WorkerPool
 with WorkerPool(2) as workers:
-    print([result for _, result in workers.map(test_workers.env_and_sigint_blocked, ["OMP_NUM_THREADS"] * 2, test_workers.ignore)])
+    seen = workers.map(test_workers.env_and_sigint_blocked, ["OMP_NUM_THREADS"] * 2, test_workers.ignore)
+    print([result for _, result in seen])
 print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 """
 

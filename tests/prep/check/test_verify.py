@@ -91,7 +91,7 @@ def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:
-        assert part in faults[0].line()
+        assert part in faults[0].text()
     return faults[0]
 
 
@@ -139,7 +139,7 @@ def changed(value: bytes, **parts: Any) -> bytes:
 def test_a_sound_store_passes(kind: str, stores: dict[str, Path]) -> None:
     result = alexprep("verify", "--store", stores[kind], "--jobs", "2")
     assert result.exit_code == 0, result.output
-    assert f"{stores[kind]}: 42 records of train and val as the manifest says" in result.stdout
+    assert f"{stores[kind]}: 42 records of train and val agree with the manifest" in result.stdout
     assert result.stdout.count("\n") == 1 and "Error" not in result.stderr
 
 
@@ -246,7 +246,7 @@ def test_a_flipped_bit_in_each_of_a_thousand_records(format: str, copy: Make, wo
             source, inside = flipped[fault.where, fault.key]
             assert "checksum" in fault.what
             assert fault.source == source or not inside
-            assert all(part in fault.line() for part in (fault.where, fault.key, fault.source))
+            assert all(part in fault.text() for part in (fault.where, fault.key, fault.source))
 
 
 def grey_jpeg(value: bytes) -> bytes:
@@ -273,7 +273,7 @@ RESEALED: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
         (lambda v: changed(v, width=31), "31×32 px"),
         (lambda v: changed(v, height=64, width=64), "64×64 px"),
         (lambda v: changed(v, label=3), "label 3, the store has 3 classes"),
-        (lambda v: sealed(b""), "no encoded picture"),
+        (lambda v: sealed(b""), "no encoded image"),
         (lambda v: sealed(v[:-17]), "ends at byte"),
         (lambda v: v[:-6], "no checksum"),
         (lambda v: b"", "no checksum"),
@@ -544,7 +544,7 @@ def test_manifest_that_says_something_else(name: str, copy: Make, workers: Worke
     how, what = MANIFEST[name]
     change(store, how)
     faults = faults_of(store, workers)
-    assert any(what in fault.line() for fault in faults), faults
+    assert any(what in fault.text() for fault in faults), faults
     for fault in faults:
         if found := re.search(r"(\S+) pixels, it says (\S+)", fault.what):
             assert found[1] != found[2]  # the two values differ
@@ -568,7 +568,7 @@ def test_manifest_of_other_types_gets_one_line(name: str, copy: Make, workers: W
     for value in (None, "x", -1, [[1]], {"a": {}}):
         change(store, lambda data, value=value: (data if name in data else train(data)).__setitem__(name, value))
         try:
-            said = [fault.line() for fault in faults_of(store, workers)]
+            said = [fault.text() for fault in faults_of(store, workers)]
         except StoreError as error:
             said = [str(error)]
         assert any("manifest" in line or "colour.json" in line for line in said), said
@@ -636,7 +636,7 @@ def test_colour_file(copy: Make, workers: WorkerPool) -> None:
     for name, value in whole.items():
         other = value + 1 if isinstance(value, int) else np.multiply(value, 1.00001).tolist()
         path.write_text(json.dumps({**whole, name: other}))
-        assert the_fault(store, workers, "pca-stats mends it").where == "train/colour.json"
+        assert the_fault(store, workers, "pca-stats writes it again").where == "train/colour.json"
     for content in (b"", b"{}", b"[]", b"\xff"):
         path.write_bytes(content)
         assert the_fault(store, workers).where == "train/colour.json"

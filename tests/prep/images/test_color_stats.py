@@ -260,8 +260,10 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
     seen: list[str] = []
 
     class Recorded(Here):
-        def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
-            for task, result in super().map(work, tasks, watch):
+        def map(
+            self, work: Any, tasks: Iterable[Any], on_progress: Callable[[Counts], None]
+        ) -> Iterator[tuple[Any, Any]]:
+            for task, result in super().map(work, tasks, on_progress):
                 seen.append(task)
                 yield task, result
 
@@ -271,7 +273,9 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
     assert report.done == 130
 
     class Dying(Here):
-        def map(self, work: Any, tasks: Iterable[Any], watch: Callable[[Counts], None]) -> Iterator[tuple[Any, Any]]:
+        def map(
+            self, work: Any, tasks: Iterable[Any], on_progress: Callable[[Counts], None]
+        ) -> Iterator[tuple[Any, Any]]:
             for task in tasks:
                 yield task, WorkerDied(4, -7)
 

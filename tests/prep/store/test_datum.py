@@ -1,8 +1,8 @@
-"""prep.store.datum against protobuf's own library and DALI's Caffe reader; the checksum against zlib and against damage.
+"""prep.store.datum: records against the protobuf library and DALI's Caffe reader, checksums against zlib and damage.
 
-protobuf knows Caffe's message from the descriptor that conftest.py builds. Damage is every single-bit flip, every
-truncation and seeded random bytes: whatever they are, DatumError and nothing else may come of them. What `locate_image`
-finds is held against Datum.decode and against the Datum that was encoded.
+protobuf reads Caffe's message by the descriptor that conftest.py builds. Damage is every single-bit flip, every
+truncation, and seeded random bytes: each must raise DatumError and no other exception. `locate_image` is compared with
+Datum.decode and with the Datum that was encoded.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ EXAMPLES = [
 
 
 def sealed(body: bytes) -> bytes:
-    """The bytes with a right checksum after them, as field 1002 of wire type fixed32."""
+    """`body` with its correct checksum appended, as field 1002 of wire type fixed32."""
     return body + bytes([0xD5, 0x3E]) + zlib.crc32(body).to_bytes(4, "little")
 
 
 @pytest.mark.parametrize("datum", EXAMPLES)
-def test_protobuf_reads_what_we_write(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
+def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
     value = datum.encode()
     message = caffe_datum()
     assert message.ParseFromString(value) == len(value)
@@ -63,8 +63,8 @@ def test_protobuf_reads_what_we_write(datum: Datum, caffe_datum: Callable[[], An
     assert value[-4:] == zlib.crc32(value[:-6]).to_bytes(4, "little")
 
 
-def test_plain_caffe_datum_sees_ours_as_unknown_fields(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 stand last: without them protobuf writes the first part of our record, to the byte."""
+def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
+    """Fields 1001 and 1002 come last: without them protobuf writes the first bytes of the record."""
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("source")
@@ -75,31 +75,31 @@ def test_plain_caffe_datum_sees_ours_as_unknown_fields(caffe_datum: Callable[[],
 
 
 @pytest.mark.parametrize("datum", EXAMPLES)
-def test_we_read_what_we_write(datum: Datum) -> None:
+def test_an_encoded_record_decodes_to_itself(datum: Datum) -> None:
     value = datum.encode()
     verify_checksum(value)
     assert Datum.decode(value) == datum
 
 
 @pytest.mark.parametrize("datum", EXAMPLES)
-def test_we_read_what_protobuf_writes(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
+def test_a_record_written_by_protobuf_is_decoded(datum: Datum, caffe_datum: Callable[[], Any]) -> None:
     message = caffe_datum()
     message.channels, message.height, message.width = datum.channels, datum.height, datum.width
     message.data, message.label, message.encoded, message.source = datum.data, datum.label, True, datum.source
-    message.float_data.extend([1.5, -2.0])  # a field that ours never has is passed over
+    message.float_data.extend([1.5, -2.0])  # an unused field, which is skipped
     body = message.SerializeToString()
     assert Datum.decode(sealed(body)) == datum
     with pytest.raises(DatumError, match="no checksum"):
         Datum.decode(body)
 
 
-@pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label", "encoded"])
-def test_record_without_a_field_is_refused(lacking: str, caffe_datum: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("missing", ["channels", "height", "width", "data", "label", "encoded"])
+def test_a_record_without_a_required_field_is_refused(missing: str, caffe_datum: Callable[[], Any]) -> None:
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("crc32")
     assert Datum.decode(sealed(message.SerializeToString())) == SMALL
-    message.ClearField(lacking)
+    message.ClearField(missing)
     with pytest.raises(DatumError):
         Datum.decode(sealed(message.SerializeToString()))
 
@@ -113,8 +113,8 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
         Datum.decode(sealed(message.SerializeToString()))
 
 
-def test_fields_are_read_from_any_message(caffe_datum: Callable[[], Any]) -> None:
-    """Ours or Caffe's: by number, the last of each; floats are passed over; nothing is read beyond the end."""
+def test_fields_are_parsed_from_any_message(caffe_datum: Callable[[], Any]) -> None:
+    """From a record or a Caffe Datum: by number, the last of a repeated field, without floats, not beyond `end`."""
     value = SMALL.encode()
     fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
@@ -131,7 +131,7 @@ def test_fields_are_read_from_any_message(caffe_datum: Callable[[], Any]) -> Non
             parse_fields(bytes([8 | kind]), 1)
 
 
-def test_every_flipped_bit_is_caught() -> None:
+def test_every_flipped_bit_is_detected() -> None:
     value = SMALL.encode()
     for bit in range(8 * len(value)):
         damaged = bytearray(value)
@@ -149,8 +149,8 @@ def test_every_truncation_is_refused() -> None:
             Datum.decode(value[:length])
 
 
-def test_every_truncation_with_a_right_checksum_is_refused() -> None:
-    """Only where the last field, the source, is gone altogether is what remains a whole Datum."""
+def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
+    """Except one: without the whole last field, the source, the rest is a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -161,7 +161,7 @@ def test_every_truncation_with_a_right_checksum_is_refused() -> None:
                 Datum.decode(sealed(body[:length]))
 
 
-def test_checksum_error_gives_both_values() -> None:
+def test_a_checksum_error_gives_both_values() -> None:
     value = SMALL.encode()
     damaged = value[:10] + bytes([value[10] ^ 0x40]) + value[11:]
     with pytest.raises(DatumError) as caught:
@@ -170,8 +170,8 @@ def test_checksum_error_gives_both_values() -> None:
     assert f"{zlib.crc32(damaged[:-6]):08x}" in str(caught.value)
 
 
-def test_random_bytes_give_datum_error_alone() -> None:
-    """Random bytes as they are, and with a right checksum, which lets them through to the parser."""
+def test_random_bytes_raise_only_datum_error() -> None:
+    """Random bytes as they are, and with a correct checksum, so that they reach the parser."""
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -180,15 +180,15 @@ def test_random_bytes_give_datum_error_alone() -> None:
                 Datum.decode(attempt)
 
 
-def test_random_changes_give_datum_error_or_a_datum() -> None:
-    """A good record with bytes changed, then sealed again: another Datum or DatumError, no other error."""
+def test_randomly_changed_records_decode_or_raise_datum_error() -> None:
+    """A good record with changed bytes and a correct checksum gives a Datum or a DatumError, no other exception."""
     rng = np.random.default_rng(7)
     body = SMALL.encode()[:-6]
     refused = 0
     for _ in range(3000):
         damaged = bytearray(body)
-        for at in rng.integers(0, len(body), int(rng.integers(1, 5))):
-            damaged[at] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(body), int(rng.integers(1, 5))):
+            damaged[offset] = rng.integers(0, 256)
         try:
             assert isinstance(Datum.decode(sealed(bytes(damaged))), Datum)
         except DatumError:
@@ -196,17 +196,17 @@ def test_random_changes_give_datum_error_or_a_datum() -> None:
     assert 300 < refused < 3000
 
 
-def a_datum(rng: np.random.Generator) -> Datum:
-    """Numbers of 1 to 31 bits, so varints of 1 to 5 bytes; pictures of 0 bytes to some hundred kilobytes."""
+def random_datum(rng: np.random.Generator) -> Datum:
+    """A Datum with numbers of 1 to 31 bits, so varints of 1 to 5 bytes, and with 0 bytes to 130 kB of data."""
     height, width, label = (int(rng.integers(0, 2 ** int(rng.integers(1, 32)))) for _ in range(3))
     data = rng.bytes(int(rng.integers(0, 2 ** int(rng.integers(1, 18)))))
     return Datum(height, width, data, label, rng.bytes(int(rng.integers(0, 200))))
 
 
-def test_the_picture_is_located_where_decode_finds_it() -> None:
+def test_the_image_is_located_where_decode_finds_it() -> None:
     rng = np.random.default_rng(40)
     lengths = set()
-    for datum in [*EXAMPLES[:4], *(a_datum(rng) for _ in range(600)), Datum(2**31 - 1, 1, b"x" * 2**21, 0, b"s")]:
+    for datum in [*EXAMPLES[:4], *(random_datum(rng) for _ in range(600)), Datum(2**31 - 1, 1, b"x" * 2**21, 0, b"s")]:
         value = datum.encode()
         start, end, height, width, label = locate_image(memoryview(value))
         assert Datum.decode(value) == Datum(height, width, value[start:end], label, datum.source) == datum
@@ -214,7 +214,7 @@ def test_the_picture_is_located_where_decode_finds_it() -> None:
     assert lengths == {1, 2, 3, 4, 5}
 
 
-def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any]) -> None:
+def test_the_image_of_a_record_written_by_protobuf_is_located(caffe_datum: Callable[[], Any]) -> None:
     for datum in EXAMPLES[:4]:
         message = caffe_datum()
         message.channels, message.height, message.width = 3, datum.height, datum.width
@@ -225,8 +225,8 @@ def test_a_record_that_protobuf_wrote_is_located(caffe_datum: Callable[[], Any])
 
 
 @pytest.mark.parametrize("datum", EXAMPLES[:4])
-def test_a_record_that_was_cut_is_located_or_refused(datum: Datum) -> None:
-    """What follows the label is not looked at; before its end nothing is located."""
+def test_the_image_of_a_truncated_record_is_located_if_its_label_is_complete(datum: Datum) -> None:
+    """Bytes after the label are not read."""
     value = datum.encode()
     whole = locate_image(memoryview(value))
     label_ends = whole.end + 1 + -(-max(datum.label.bit_length(), 1) // 7)
@@ -238,28 +238,28 @@ def test_a_record_that_was_cut_is_located_or_refused(datum: Datum) -> None:
                 locate_image(memoryview(value)[:length])
 
 
-@pytest.mark.parametrize("lacking", ["channels", "height", "width", "data", "label"])
-def test_a_record_without_a_field_is_not_located(lacking: str, caffe_datum: Callable[[], Any]) -> None:
+@pytest.mark.parametrize("missing", ["channels", "height", "width", "data", "label"])
+def test_the_image_of_a_record_without_a_field_is_not_located(missing: str, caffe_datum: Callable[[], Any]) -> None:
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
-    message.ClearField(lacking)
+    message.ClearField(missing)
     with pytest.raises(DatumError):
         locate_image(memoryview(message.SerializeToString()))
 
 
-def test_only_pictures_of_three_channels_are_located() -> None:
+def test_only_images_of_three_channels_are_located() -> None:
     with pytest.raises(DatumError):
         locate_image(memoryview(EXAMPLES[4].encode()))
 
 
-def test_whatever_is_located_lies_within_the_record() -> None:
-    """Random bytes, good records with bytes changed, and pictures that say they are longer: no other error."""
+def test_a_located_image_lies_within_the_record() -> None:
+    """Of random bytes, changed records, and records with a wrong size of data; else DatumError is raised."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):
         damaged = bytearray(EXAMPLES[int(rng.integers(0, 2))].encode())
-        for at in rng.integers(0, len(damaged), int(rng.integers(1, 4))):
-            damaged[at] = rng.integers(0, 256)
+        for offset in rng.integers(0, len(damaged), int(rng.integers(1, 4))):
+            damaged[offset] = rng.integers(0, 256)
         attempts.append(bytes(damaged))
     attempts += [b"\x08\x03\x10" + rng.bytes(2) + b"\x18\x01\x22" + rng.bytes(8) + b"\x28\x01" for _ in range(500)]
     located = 0
@@ -283,13 +283,15 @@ def test_whatever_is_located_lies_within_the_record() -> None:
         b"\x80" * 12,
     ],
 )
-def test_a_picture_that_says_it_is_endless_is_refused(size: bytes) -> None:
+def test_an_image_with_an_enormous_size_is_refused(size: bytes) -> None:
     with pytest.raises(DatumError):
         locate_image(memoryview(b"\x08\x03\x10\x05\x18\x05\x22" + size + b"\x28\x01" * 20))
 
 
-def test_dali_reads_the_records_as_they_are(store: Path, records_of: Callable[[Path, str], Any]) -> None:
-    """On the CPU, without a device: labels and payloads equal to what protobuf finds in the LMDB."""
+def test_dali_reads_the_same_labels_and_payloads_as_protobuf(
+    store: Path, records_of: Callable[[Path, str], Any]
+) -> None:
+    """DALI's Caffe reader on a CPU, over the LMDB of a store."""
     pytest.importorskip("nvidia.dali")
     from nvidia.dali import Pipeline, fn
 
@@ -301,5 +303,7 @@ def test_dali_reads_the_records_as_they_are(store: Path, records_of: Callable[[P
         pipe.set_outputs(*fn.readers.caffe(path=shards, random_shuffle=False))
     pipe.build()
     payloads, labels = pipe.run()
-    found = [(int(np.array(labels.at(i)).item()), np.array(payloads.at(i)).tobytes()) for i in range(len(expected))]
-    assert found == expected
+    read_by_dali = [
+        (int(np.array(labels.at(i)).item()), np.array(payloads.at(i)).tobytes()) for i in range(len(expected))
+    ]
+    assert read_by_dali == expected

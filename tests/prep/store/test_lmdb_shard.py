@@ -1,6 +1,6 @@
-"""prep.store.lmdb_shard against the lmdb library used directly, and hashlib over the bytes that the docstring names.
+"""prep.store.lmdb_shard against the lmdb library used directly, and its digest against hashlib.
 
-Readers are held against what was written, by place, with keys that have gaps where inputs were left out.
+ShardReader is tested by index, with keys that have gaps where inputs were left out.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from prep.store.lmdb_shard import ShardReader, read, record_key, write
 from prep.store.manifest import StoreError
 
 
-def some_records(count: int, seed: int = 0) -> list[tuple[bytes, bytes]]:
+def random_records(count: int, seed: int = 0) -> list[tuple[bytes, bytes]]:
     rng = np.random.default_rng(seed)
     return [(f"{i:08d}".encode(), rng.bytes(int(rng.integers(0, 9000)))) for i in range(count)]
 
 
-def by_lmdb(folder: Path) -> list[tuple[bytes, bytes]]:
+def read_with_lmdb(folder: Path) -> list[tuple[bytes, bytes]]:
     with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
         assert txn.stat()["entries"] == env.stat()["entries"]
         return [(bytes(key), bytes(value)) for key, value in txn.cursor()]
@@ -42,38 +42,38 @@ def test_keys_sort_as_numbers() -> None:
     assert [int(key) for key in keys] == numbers
 
 
-def test_what_is_written_is_in_the_lmdb(tmp_path: Path) -> None:
-    records = some_records(150)
+def test_written_records_are_in_the_lmdb(tmp_path: Path) -> None:
+    records = random_records(150)
     folder = tmp_path / "train" / "00000"
     count, size, _ = write(folder, iter(records))
-    assert by_lmdb(folder) == records
+    assert read_with_lmdb(folder) == records
     assert count == 150
     assert size == sum(len(value) for _, value in records)
     assert [path.name for path in folder.iterdir()] == ["data.mdb"]  # no lock file
 
 
-def test_what_is_written_is_read(tmp_path: Path) -> None:
-    records = some_records(40)
+def test_written_records_are_read_back(tmp_path: Path) -> None:
+    records = random_records(40)
     write(tmp_path / "s", records)
     assert list(read(tmp_path / "s")) == records
-    assert list(read(tmp_path / "s")) == records  # and once more
+    assert list(read(tmp_path / "s")) == records  # a second time
 
 
-def test_lmdb_written_by_another_is_read(tmp_path: Path) -> None:
-    records = some_records(20)
+def test_an_lmdb_written_in_another_way_is_read_in_key_order(tmp_path: Path) -> None:
+    records = random_records(20)
     with lmdb.open(str(tmp_path / "s"), map_size=1 << 24) as env, env.begin(write=True) as txn:
         for key, value in reversed(records):
             txn.put(key, value)
     assert list(read(tmp_path / "s")) == records
 
 
-def test_digest_is_sha256_of_keys_lengths_and_values(tmp_path: Path) -> None:
-    records = some_records(50)
+def test_the_digest_is_sha256_of_keys_lengths_and_values(tmp_path: Path) -> None:
+    records = random_records(50)
     expected = hashlib.sha256(b"".join(k + len(v).to_bytes(8, "little") + v for k, v in records)).hexdigest()
     assert write(tmp_path / "a", records)[2] == expected
 
 
-def test_digest_knows_order_keys_and_borders(tmp_path: Path) -> None:
+def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) -> None:
     variants = [
         [(b"00000000", b"ab"), (b"00000001", b"cd")],
         [(b"00000000", b"cd"), (b"00000001", b"ab")],
@@ -87,7 +87,7 @@ def test_digest_knows_order_keys_and_borders(tmp_path: Path) -> None:
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB, more than twice the first map, with one record of 80 MB: all there, in a file that is no larger."""
+    """150 MB, more than twice the first map, with one record of 80 MB, are written to a file that is no larger."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 
@@ -103,15 +103,15 @@ def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
         assert (count, size) == (len(sizes), sum(sizes))
         assert (folder / "data.mdb").stat().st_size < 1.01 * size + 200_000
         with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
-            for number, (key, found) in enumerate(txn.cursor()):
+            for number, (key, stored) in enumerate(txn.cursor()):
                 assert int(key) == number
-                assert found == value(number)
+                assert stored == value(number)
             assert number == len(sizes) - 1
     finally:
         shutil.rmtree(folder)
 
 
-def test_an_error_of_the_source_comes_through(tmp_path: Path) -> None:
+def test_an_exception_of_the_iterator_of_records_is_raised(tmp_path: Path) -> None:
     def broken() -> Iterator[tuple[bytes, bytes]]:
         yield b"00000000", b"x"
         raise RuntimeError("the source failed")
@@ -121,8 +121,8 @@ def test_an_error_of_the_source_comes_through(tmp_path: Path) -> None:
 
 
 @pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
-def no_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that is not there, or whose data.mdb is something else."""
+def not_an_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A folder that does not exist, or whose data.mdb is another kind of file."""
     folder = tmp_path / "s"
     if request.param is not None:
         folder.mkdir()
@@ -130,17 +130,17 @@ def no_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_no_lmdb_is_named(no_lmdb: Path) -> None:
-    was_there = no_lmdb.exists()
-    with pytest.raises(StoreError, match=str(no_lmdb)):
-        list(read(no_lmdb))
-    assert no_lmdb.exists() == was_there
+def test_a_folder_that_is_not_an_lmdb_is_named(not_an_lmdb: Path) -> None:
+    existed = not_an_lmdb.exists()
+    with pytest.raises(StoreError, match=str(not_an_lmdb)):
+        list(read(not_an_lmdb))
+    assert not_an_lmdb.exists() == existed
 
 
-def test_damaged_page_is_a_store_error(tmp_path: Path) -> None:
-    """All pages but the two of the header are overwritten."""
+def test_reading_damaged_pages_raises_store_error(tmp_path: Path) -> None:
+    """All pages except the two header pages are overwritten."""
     folder = tmp_path / "s"
-    write(folder, some_records(50))
+    write(folder, random_records(50))
     file = folder / "data.mdb"
     content = file.read_bytes()
     file.write_bytes(content[:8192] + b"\xff" * (len(content) - 8192))
@@ -148,8 +148,11 @@ def test_damaged_page_is_a_store_error(tmp_path: Path) -> None:
         list(read(folder))
 
 
-def said_of_a_cut_file(folder: Path, size: int, program: str) -> str:
-    """The last line that a process of its own says: reading a map past its file's end is SIGBUS."""
+def error_of_truncated_file(folder: Path, size: int, program: str) -> str:
+    """Truncate data.mdb, run `program` and return the last line of its errors.
+
+    In a process of its own: reading a map past the end of its file would kill it with SIGBUS.
+    """
     os.truncate(folder / "data.mdb", size)
     program = (
         "import sys, pathlib; from prep.store.lmdb_shard import ShardReader, read\nfolder = pathlib.Path(sys.argv[1])\n"
@@ -161,29 +164,31 @@ def said_of_a_cut_file(folder: Path, size: int, program: str) -> str:
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_truncated_file_is_a_store_error(tmp_path: Path, share: float) -> None:
-    """As a copy that broke off leaves it."""
+def test_reading_a_truncated_file_raises_store_error(tmp_path: Path, share: float) -> None:
+    """As an interrupted copy leaves it."""
     folder = tmp_path / "s"
-    write(folder, some_records(100))
+    write(folder, random_records(100))
     size = int((folder / "data.mdb").stat().st_size * share)
-    said = said_of_a_cut_file(folder, size, "list(read(folder))")
-    assert said.startswith(f"prep.store.manifest.StoreError: {folder}")
+    error = error_of_truncated_file(folder, size, "list(read(folder))")
+    assert error.startswith(f"prep.store.manifest.StoreError: {folder}")
 
 
-def with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
-    return [(record_key(number), value) for number, (_, value) in zip(numbers, some_records(len(numbers)), strict=True)]
+def records_with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
+    return [
+        (record_key(number), value) for number, (_, value) in zip(numbers, random_records(len(numbers)), strict=True)
+    ]
 
 
 def open_handles(folder: Path) -> int:
-    """How often the LMDB at `folder` is open in this process."""
+    """Number of open file handles of the LMDB at `folder` in this process."""
     gc.collect()
-    found = 0
+    count = 0
     for handle in os.listdir("/proc/self/fd"):
         try:
-            found += os.readlink(f"/proc/self/fd/{handle}") == os.path.realpath(folder / "data.mdb")
+            count += os.readlink(f"/proc/self/fd/{handle}") == os.path.realpath(folder / "data.mdb")
         except OSError:
             continue
-    return found
+    return count
 
 
 @pytest.mark.parametrize(
@@ -200,108 +205,108 @@ def open_handles(folder: Path) -> int:
     ],
     ids=lambda numbers: f"{len(numbers)}-from-{min(numbers, default=0)}",
 )
-def test_a_reader_finds_by_place_what_was_written_in_that_place(tmp_path: Path, numbers: list[int]) -> None:
-    records = with_keys(numbers)
+def test_a_reader_returns_the_record_written_at_each_index(tmp_path: Path, numbers: list[int]) -> None:
+    records = records_with_keys(numbers)
     write(tmp_path / "s", records)
     reader = ShardReader(tmp_path / "s", len(numbers))
-    backwards = [(reader.key(place), bytes(reader[place])) for place in reversed(range(len(numbers)))]
+    backwards = [(reader.key(index), bytes(reader[index])) for index in reversed(range(len(numbers)))]
     assert backwards[::-1] == records == list(read(tmp_path / "s"))
     reader.close()
     assert open_handles(tmp_path / "s") == 0
 
 
-def test_a_reader_copies_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "s", some_records(30))
+def test_a_reader_returns_views_without_a_copy(tmp_path: Path) -> None:
+    write(tmp_path / "s", random_records(30))
     reader = ShardReader(tmp_path / "s", 30)
-    assert all(isinstance(reader[place], memoryview) and reader[place].readonly for place in range(30))
+    assert all(isinstance(reader[index], memoryview) and reader[index].readonly for index in range(30))
     addresses = [np.frombuffer(reader[7], np.uint8).ctypes.data for _ in range(2)]
     assert addresses[0] == addresses[1]
     reader.close()
 
 
-@pytest.mark.parametrize("promised", [0, 29, 31])
-def test_a_reader_refuses_another_number_of_records(tmp_path: Path, promised: int) -> None:
-    write(tmp_path / "s", some_records(30))
-    with pytest.raises(StoreError, match=f"30 records, the manifest says {promised}. mend it") as refused:
-        ShardReader(tmp_path / "s", promised, "mend it")
-    assert refused.value and open_handles(tmp_path / "s") == 0  # though the error is kept
+@pytest.mark.parametrize("expected", [0, 29, 31])
+def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: int) -> None:
+    write(tmp_path / "s", random_records(30))
+    with pytest.raises(StoreError, match=f"30 records, the manifest says {expected}. ADVICE") as refused:
+        ShardReader(tmp_path / "s", expected, "ADVICE")
+    assert refused.value and open_handles(tmp_path / "s") == 0  # also while the exception, with its frames, is alive
 
 
-def test_a_key_that_is_missing_between_others_is_named(tmp_path: Path) -> None:
-    """As many keys as there should be, the first and the last right."""
+def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
+    """The number of keys, the first key and the last are as expected."""
     with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
         for key in (b"00000000", b"000000005", b"00000002"):
             txn.put(key, key)
-    reader = ShardReader(tmp_path / "s", 3, "mend it")
+    reader = ShardReader(tmp_path / "s", 3, "ADVICE")
     assert bytes(reader[2]) == b"00000002"
-    with pytest.raises(StoreError, match=r"00000001\. mend it"):
+    with pytest.raises(StoreError, match=r"00000001\. ADVICE"):
         reader[1]
     reader.close()
 
 
-def test_readers_of_one_shard_share_it_until_the_last_is_closed(tmp_path: Path) -> None:
-    """Also by another path, and beside `read`: LMDB allows a file to be opened once in a process."""
-    records = some_records(40)
+def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
+    """Also by another path, and with `read`: LMDB allows a file to be opened only once in a process."""
+    records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
     first, second, third = (ShardReader(tmp_path / name, 40) for name in ("s", "link", "s"))
     assert open_handles(tmp_path / "s") == 1
-    passing = read(tmp_path / "link")
-    assert next(passing) == records[0]
-    for gone in (first, third):
-        gone.close()
-        assert [bytes(second[place]) for place in range(40)] == [value for _, value in records]
+    iterator = read(tmp_path / "link")
+    assert next(iterator) == records[0]
+    for reader in (first, third):
+        reader.close()
+        assert [bytes(second[index]) for index in range(40)] == [value for _, value in records]
     second.close()
     second.close()
-    assert list(passing) == records[1:]
+    assert list(iterator) == records[1:]
     assert open_handles(tmp_path / "s") == 0
-    again = ShardReader(tmp_path / "s", 40)
-    assert bytes(again[39]) == records[39][1]
-    again.close()
+    reopened = ShardReader(tmp_path / "s", 40)
+    assert bytes(reopened[39]) == records[39][1]
+    reopened.close()
 
 
-def test_threads_read_one_shard_at_once(tmp_path: Path) -> None:
-    records = some_records(200)
+def test_threads_read_one_shard_concurrently(tmp_path: Path) -> None:
+    records = random_records(200)
     write(tmp_path / "s", records)
     reader = ShardReader(tmp_path / "s", 200)
 
-    def some(seed: int) -> bool:
-        places = np.random.default_rng(seed).integers(0, 200, 2000).tolist()
-        return all(reader[place] == records[place][1] for place in places)
+    def reads_are_right(seed: int) -> bool:
+        indices = np.random.default_rng(seed).integers(0, 200, 2000).tolist()
+        return all(reader[index] == records[index][1] for index in indices)
 
     with ThreadPoolExecutor(4) as threads:
-        assert all(threads.map(some, range(8)))
+        assert all(threads.map(reads_are_right, range(8)))
     reader.close()
 
 
-def test_a_shard_that_was_replaced_is_read_anew(tmp_path: Path) -> None:
+def test_a_replaced_shard_is_opened_again(tmp_path: Path) -> None:
     for seed in range(3):
-        records = some_records(20, seed)
+        records = random_records(20, seed)
         write(tmp_path / "s", records)
         reader = ShardReader(tmp_path / "s", 20)
-        assert [bytes(reader[place]) for place in range(20)] == [value for _, value in records]
+        assert [bytes(reader[index]) for index in range(20)] == [value for _, value in records]
         reader.close()
         shutil.rmtree(tmp_path / "s")
 
 
-def test_a_reader_names_what_is_no_lmdb(no_lmdb: Path) -> None:
-    with pytest.raises(StoreError, match=str(no_lmdb)):
-        ShardReader(no_lmdb, 3)
-    assert open_handles(no_lmdb) == 0
+def test_a_reader_names_a_folder_that_is_not_an_lmdb(not_an_lmdb: Path) -> None:
+    with pytest.raises(StoreError, match=str(not_an_lmdb)):
+        ShardReader(not_an_lmdb, 3)
+    assert open_handles(not_an_lmdb) == 0
 
 
-def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
-    """Each page but the two of the header is overwritten in its turn; a record that is found may be damaged."""
+def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path) -> None:
+    """Every page except the two header pages is overwritten, one at a time; a record that is returned may be damaged."""
     folder = tmp_path / "s"
-    write(folder, some_records(60))
+    write(folder, random_records(60))
     content = (folder / "data.mdb").read_bytes()
     refused = 0
     for page in range(2, len(content) // 4096):
         (folder / "data.mdb").write_bytes(content[: page * 4096] + b"\xff" * 4096 + content[(page + 1) * 4096 :])
         try:
             reader = ShardReader(folder, 60)
-            for place in range(60):
-                len(reader[place])
+            for index in range(60):
+                len(reader[index])
             reader.close()
         except StoreError as error:
             assert str(error).startswith(str(folder))
@@ -310,11 +315,11 @@ def test_damaged_pages_are_a_store_error_to_a_reader(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 4096, 100_000])
-def test_a_reader_refuses_a_file_that_was_cut(tmp_path: Path, cut: int) -> None:
-    """Be it by one byte."""
+def test_a_reader_refuses_a_truncated_file(tmp_path: Path, cut: int) -> None:
+    """Even if only one byte is missing."""
     folder = tmp_path / "s"
-    write(folder, some_records(100))
+    write(folder, random_records(100))
     size = (folder / "data.mdb").stat().st_size - cut
     program = "reader = ShardReader(folder, 100)\nprint(sum(bytes(reader[k])[-1] for k in range(100) if reader[k]))"
-    said = said_of_a_cut_file(folder, size, program)
-    assert said.startswith(f"prep.store.manifest.StoreError: {folder}")
+    error = error_of_truncated_file(folder, size, program)
+    assert error.startswith(f"prep.store.manifest.StoreError: {folder}")

@@ -1,6 +1,6 @@
-"""prep.store.manifest: what is refused, by stores that are damaged here on purpose, and what a fingerprint covers.
+"""prep.store.manifest: damaged stores are refused, with the found and the expected value; what a fingerprint covers.
 
-Each error must name what was found and what was expected. Fingerprints are computed again with hashlib and json alone.
+Fingerprints are computed independently, with hashlib and json.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def copied(store: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(store, tmp_path / "store"))
 
 
-def change(store: Path, how: Change) -> None:
+def change_manifest(store: Path, change: Change) -> None:
     data = json.loads((store / "manifest.json").read_bytes())
-    how(data)
+    change(data)
     (store / "manifest.json").write_text(json.dumps(data))
 
 
-def refused(store: Path, *parts: str) -> None:
-    """Store.open raises StoreError in one line that has all `parts`."""
+def assert_refused(store: Path, *parts: str) -> None:
+    """Store.open raises StoreError with a one-line message that contains all `parts`."""
     with pytest.raises(StoreError) as caught:
         Store.open(store)
     for part in parts:
@@ -46,7 +46,7 @@ def refused(store: Path, *parts: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_saved_is_opened(copied: Path) -> None:
+def test_a_saved_store_opens_unchanged(copied: Path) -> None:
     before = (copied / "manifest.json").read_bytes()
     opened = Store.open(copied)
     assert Store.open(str(copied)) == opened
@@ -59,77 +59,79 @@ def test_what_is_saved_is_opened(copied: Path) -> None:
 
 
 def test_another_schema_version_is_refused_with_both_numbers(copied: Path) -> None:
-    change(copied, lambda data: data.update(schema=2))
-    refused(copied, "version 2", "version 1")
-    change(copied, lambda data: data.pop("schema"))
-    refused(copied, "version None", "version 1")
+    change_manifest(copied, lambda data: data.update(schema=2))
+    assert_refused(copied, "version 2", "version 1")
+    change_manifest(copied, lambda data: data.pop("schema"))
+    assert_refused(copied, "version None", "version 1")
 
 
 def test_another_schema_is_refused_before_its_fields_are_read(copied: Path) -> None:
     (copied / "manifest.json").write_text(json.dumps({"kind": "alexnet-store", "schema": 7}))
-    refused(copied, "version 7", "version 1")
+    assert_refused(copied, "version 7", "version 1")
 
 
-def test_manifest_of_something_else(copied: Path) -> None:
-    change(copied, lambda data: data.update(kind="other"))
-    refused(copied, "manifest.json", "not the manifest of an alexnet store")
+def test_the_manifest_of_another_program_is_refused(copied: Path) -> None:
+    change_manifest(copied, lambda data: data.update(kind="other"))
+    assert_refused(copied, "manifest.json", "not the manifest of an alexnet store")
     for text in ("[1, 2]", "3", '"text"', "null"):
         (copied / "manifest.json").write_text(text)
-        refused(copied, "not the manifest of an alexnet store")
+        assert_refused(copied, "not the manifest of an alexnet store")
 
 
-def test_no_store(tmp_path: Path) -> None:
-    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such store", "alexprep build-lmdb")
-    refused(tmp_path, "no manifest.json", "not a store")
+def test_a_folder_without_a_manifest_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such store", "alexprep build-lmdb")
+    assert_refused(tmp_path, "no manifest.json", "not a store")
     (tmp_path / "train").mkdir()
-    refused(tmp_path, "no manifest.json", "a build was not finished")
+    assert_refused(tmp_path, "no manifest.json", "a build was not finished")
     (tmp_path / "file").write_text("x")
-    refused(tmp_path / "file", "no manifest.json")
+    assert_refused(tmp_path / "file", "no manifest.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b'{"kind": "alexnet-store", "sche', b"\xff\xfe\x00", b"not json"])
-def test_manifest_that_is_no_json(copied: Path, content: bytes) -> None:
+def test_a_manifest_that_is_not_json_is_refused(copied: Path, content: bytes) -> None:
     (copied / "manifest.json").write_bytes(content)
-    refused(copied, "manifest.json", "cannot be read", "Build the store again")
+    assert_refused(copied, "manifest.json", "cannot be read", "Build the store again")
 
 
-def test_manifest_cut_off_anywhere(copied: Path) -> None:
+def test_a_truncated_manifest_is_refused(copied: Path) -> None:
     whole = (copied / "manifest.json").read_bytes()
     for length in range(0, len(whole), 97):
         (copied / "manifest.json").write_bytes(whole[:length])
-        refused(copied, "cannot be read")
+        assert_refused(copied, "cannot be read")
 
 
 @pytest.mark.parametrize("name", ["settings", "tools", "classes", "splits"])
-def test_missing_part(copied: Path, name: str) -> None:
-    change(copied, lambda data: data.pop(name))
-    refused(copied, "manifest.json", name, "damaged")
+def test_a_manifest_without_one_of_its_parts_is_refused(copied: Path, name: str) -> None:
+    change_manifest(copied, lambda data: data.pop(name))
+    assert_refused(copied, "manifest.json", name, "damaged")
 
 
 @pytest.mark.parametrize(
-    ("kind", "place"),
+    ("cls", "find"),
     [
         (Settings, lambda data: data["settings"]),
         (Split, lambda data: data["splits"]["val"]),
         (Shard, lambda data: data["splits"]["train"]["shards"][0]),
     ],
 )
-def test_missing_or_strange_field(copied: Path, kind: type, place: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+def test_a_missing_or_unknown_field_is_refused(
+    copied: Path, cls: type, find: Callable[[dict[str, Any]], dict[str, Any]]
+) -> None:
     whole = (copied / "manifest.json").read_bytes()
-    for field in fields(kind):
+    for field in fields(cls):
         (copied / "manifest.json").write_bytes(whole)
-        change(copied, lambda data, name=field.name: place(data).pop(name))
-        refused(copied, "manifest.json", field.name, "damaged")
+        change_manifest(copied, lambda data, name=field.name: find(data).pop(name))
+        assert_refused(copied, "manifest.json", field.name, "damaged")
     (copied / "manifest.json").write_bytes(whole)
-    change(copied, lambda data: place(data).update(colour_space="sRGB"))
-    refused(copied, "colour_space", "expected", "damaged")
+    change_manifest(copied, lambda data: find(data).update(colour_space="sRGB"))
+    assert_refused(copied, "colour_space", "expected", "damaged")
 
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}, {"a": {}}, [["a"]]])
-def test_part_of_another_type_is_refused_or_read(copied: Path, value: object) -> None:
-    """Whatever stands where a part should be, StoreError is the only error."""
+def test_a_part_of_another_type_raises_only_store_error(copied: Path, value: object) -> None:
+    """Or it is accepted, as an empty list of classes is."""
     whole = (copied / "manifest.json").read_bytes()
-    places: list[Change] = [
+    changes: list[Change] = [
         lambda data: data.update(settings=value),
         lambda data: data.update(tools=value),
         lambda data: data.update(classes=value),
@@ -137,16 +139,16 @@ def test_part_of_another_type_is_refused_or_read(copied: Path, value: object) ->
         lambda data: data["splits"].update(train=value),
         lambda data: data["splits"]["train"].update(shards=value),
     ]
-    for place in places:
+    for change in changes:
         (copied / "manifest.json").write_bytes(whole)
-        change(copied, place)
+        change_manifest(copied, change)
         try:
             Store.open(copied)
         except StoreError as error:
             assert "manifest.json" in str(error)
 
 
-def test_missing_shard_is_named(copied: Path) -> None:
+def test_a_missing_shard_is_named(copied: Path) -> None:
     opened = Store.open(copied)
     assert opened.shard_paths("train") == [str(copied / "train" / "00000")]
     (copied / "train" / "00000" / "data.mdb").unlink()
@@ -157,18 +159,18 @@ def test_missing_shard_is_named(copied: Path) -> None:
         opened.shard_paths("train")
 
 
-def test_missing_split_is_named(copied: Path) -> None:
-    change(copied, lambda data: data["splits"].pop("val"))
+def test_a_missing_split_is_named(copied: Path) -> None:
+    change_manifest(copied, lambda data: data["splits"].pop("val"))
     opened = Store.open(copied)
-    for ask in (opened.split, opened.shard_paths, opened.color_stats):
+    for method in (opened.split, opened.shard_paths, opened.color_stats):
         with pytest.raises(StoreError, match=r"no split val \(it has: train\)"):
-            ask("val")
-    change(copied, lambda data: data.update(splits={}))
+            method("val")
+    change_manifest(copied, lambda data: data.update(splits={}))
     with pytest.raises(StoreError, match="it has: none"):
         Store.open(copied).split("train")
 
 
-def test_colour_file(copied: Path) -> None:
+def test_a_missing_or_damaged_colour_file_is_refused(copied: Path) -> None:
     opened = Store.open(copied)
     path = copied / "train" / "colour.json"
     whole = json.loads(path.read_bytes())
@@ -187,7 +189,7 @@ def test_colour_file(copied: Path) -> None:
         opened.color_stats("train")
 
 
-def npy(array: np.ndarray[Any, Any]) -> bytes:
+def npy_bytes(array: np.ndarray[Any, Any]) -> bytes:
     out = io.BytesIO()
     np.save(out, array)
     return out.getvalue()
@@ -196,17 +198,17 @@ def npy(array: np.ndarray[Any, Any]) -> bytes:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        (npy(np.zeros((64, 64, 3), np.float32)), ["(64, 64, 3)", "(256, 256, 3)"]),
-        (npy(np.zeros((256, 256, 3), np.float64)), ["float64", "float32"]),
-        (npy(np.zeros((256, 256), np.float32)), ["(256, 256)", "(256, 256, 3)"]),
-        (npy(np.zeros((256, 256, 3), np.float32))[:5000], ["cannot be read"]),
-        (npy(np.zeros((256, 256, 3), np.float32))[:50], ["cannot be read"]),
+        (npy_bytes(np.zeros((64, 64, 3), np.float32)), ["(64, 64, 3)", "(256, 256, 3)"]),
+        (npy_bytes(np.zeros((256, 256, 3), np.float64)), ["float64", "float32"]),
+        (npy_bytes(np.zeros((256, 256), np.float32)), ["(256, 256)", "(256, 256, 3)"]),
+        (npy_bytes(np.zeros((256, 256, 3), np.float32))[:5000], ["cannot be read"]),
+        (npy_bytes(np.zeros((256, 256, 3), np.float32))[:50], ["cannot be read"]),
         (b"", ["cannot be read"]),
         (b"no array", ["cannot be read"]),
-        (npy(np.array({"a": 1}, dtype=object)), ["cannot be read"]),
+        (npy_bytes(np.array({"a": 1}, dtype=object)), ["cannot be read"]),
     ],
 )
-def test_mean_image_that_is_none(copied: Path, content: bytes, parts: list[str]) -> None:
+def test_a_damaged_mean_image_is_refused(copied: Path, content: bytes, parts: list[str]) -> None:
     opened = Store.open(copied)
     assert opened.mean_image("train").shape == (256, 256, 3)
     path = copied / "train" / "mean_image.npy"
@@ -225,8 +227,8 @@ def canonical_digest(data: object) -> str:
     return hashlib.sha256(text.encode("ascii")).hexdigest()
 
 
-def test_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
-    """From the LMDB files themselves: SHA-256 of key, length and value of each record, then of the digests."""
+def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
+    """Computed from the LMDB files: SHA-256 of key, length and value of each record, then of the digests."""
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}
     for name in ("train", "val"):
@@ -243,7 +245,7 @@ def test_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> 
     assert written["fingerprint"] == Store.open(store).fingerprint == canonical_digest(splits)
 
 
-def test_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file.json"
     write_atomic(path, b"old")
     assert path.read_bytes() == b"old"
