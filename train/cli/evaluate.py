@@ -54,28 +54,34 @@ def evaluate(
     opened = None if all(saved) else Store.open(store)
     if opened is not None:
         opened.split(split)
-    from train.evaluation.evaluate import average, rates
-    from train.evaluation.predictions import Predictions, check_out, check_same, load_predictions, weights_of
+    from train.evaluation.evaluate import average_probabilities, error_rates
+    from train.evaluation.predictions import (
+        Predictions,
+        check_output_path,
+        check_same_images,
+        load_predictions,
+        parse_weights,
+    )
 
     if out is not None:
-        check_out(out)  # before the work
-    shares, names = weights_of(weights, len(runs)), [str(path) for path in runs]
+        check_output_path(out)  # before the work
+    shares, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, saved, strict=True):
         if is_saved or opened is None:
             member = load_predictions(path)
-            result = rates(average([member.probabilities]), member.labels)
+            result = error_rates(average_probabilities([member.probabilities]), member.labels)
         else:
             result, member = _evaluated(path, opened, views, checkpoint, split, gpus, precision)
         members.append(member)
         results.append(result)
         if not as_json:
             _say_result(path.name if len(runs) > 1 else "", member.about, result)
-        check_same(names[: len(members)], members)
+        check_same_images(names[: len(members)], members)
     whole, last = results[0], members[0]
     if len(members) > 1:
-        mean = average([member.probabilities for member in members], shares)
-        whole = rates(mean, last.labels)
+        mean = average_probabilities([member.probabilities for member in members], shares)
+        whole = error_rates(mean, last.labels)
         about = {**last.about, "run": names, "step": [member.about["step"] for member in members]}
         about |= {name: _shared(members, name) for name in ("views", "precision")}
         last = Predictions(mean.astype("float32"), last.labels, last.keys, about)
@@ -94,7 +100,7 @@ def _evaluated(
     path: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
 ) -> tuple[EvalResult, Predictions]:
     from train.config.devices import parse_devices
-    from train.evaluation.predictions import DENSE, record_evaluation, score
+    from train.evaluation.predictions import DENSE, predict_split, record_evaluation
     from train.model.precision import set_precision
     from train.runs.loading import load_trained, run_and_checkpoint
     from train.runs.preprocessing import check_classes
@@ -110,7 +116,9 @@ def _evaluated(
             f"{store.root} is not the store that {run_dir} was trained on: its mean is subtracted, not the training "
             "store's."
         )
-    result, scores = score(model, state, store, split, views if views == DENSE else int(views), precision, str(path))
+    result, scores = predict_split(
+        model, state, store, split, views if views == DENSE else int(views), precision, str(path)
+    )
     if (run_dir / DESCRIPTION).exists():  # else it is a checkpoint that lies elsewhere
         record_evaluation(run_dir, scores.about, result)
     return result, scores

@@ -178,13 +178,13 @@ def predict(
       alextrain predict run cat.jpg
       alextrain predict run/best.pt *.jpg --views 1 --json
     """
-    from train.evaluation.predict import best, prepared, said_of
+    from train.evaluation.predict import load_photograph, top_predictions
     from train.report.gallery import Trained
 
     trained = Trained.open(run_dir, None, gpus, precision, checkpoint)
     for path in images:
-        p, _ = said_of(trained.model, trained.eye, prepared(path, trained.eye), int(views), precision)
-        said = best(p, top)
+        square = load_photograph(path, trained.eye)
+        said = top_predictions(trained.model, trained.eye, square, int(views), top, precision)
         both = zip([trained.classes[label] for label in said.labels], said.probabilities, strict=True)
         if as_json:
             guesses = [{"class": name, "probability": p} for name, p in both]

@@ -1,4 +1,7 @@
-"""Error rates over a whole split, every image once: by one view, ten or all of a square; of several networks, too."""
+"""Top-1 and top-5 error rates, and loss, of a network over a whole split; of several networks averaged, too.
+
+A view is a crop of 224 px: the centre, ten of section 4.1, or every window of the central square (AlexNet.dense).
+"""
 
 from __future__ import annotations
 
@@ -18,19 +21,21 @@ from train.model.alexnet import AlexNet
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
-Z_95 = 1.959963984540054  # the normal distribution's quantile of 0.975
+Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
-def batch_of(records: int, views: int, device: str) -> int:
-    """Images to take at a time: 32 views keep a CPU's caches warm (measured: 1.3 times 160), 256 a GPU busy."""
+def eval_batch_size(records: int, views: int, device: str) -> int:
+    """Images in an evaluation batch, at most `records`: 32 views on a CPU, 256 on a GPU.
+
+    32 views stay in a CPU's caches (measured: 1.3 times the speed of 160); a GPU needs more to be busy.
+    """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 
 
-def wilson(misses: int, images: int) -> tuple[float, float]:
-    """The 95 % interval of an error rate, shares in 0..1, of so many misses (Wilson 1927; the score interval).
+def wilson_interval(misses: int, images: int) -> tuple[float, float]:
+    """The 95 % score interval (low, high), in 0..1, of an error rate of `misses` in `images` (Wilson 1927).
 
-    The images are taken for a sample of those that could have been asked. Unlike p ± 1.96·√(p(1 − p)/n) it also holds
-    near 0.
+    It regards the images as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n) it also holds near 0.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -40,7 +45,7 @@ def wilson(misses: int, images: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Errors are shares in 0..1; the loss is −log of the (averaged) probability of the right class, in nats."""
+    """Error rates, in 0..1, and the mean of −log of the (averaged) probability of the correct class, in nats."""
 
     top1_error: float
     top5_error: float
@@ -49,77 +54,78 @@ class EvalResult:
 
     @property
     def misses(self) -> tuple[int, int]:
-        """Images whose label is not the best guess, and not among the five best."""
+        """Numbers of images whose label is not the most probable class, and not among the five most probable."""
         return round(self.top1_error * self.images), round(self.top5_error * self.images)
 
     @property
     def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The 95 % intervals of both errors."""
+        """The 95 % intervals of the top-1 and the top-5 error."""
         top1, top5 = self.misses
-        return wilson(top1, self.images), wilson(top5, self.images)
+        return wilson_interval(top1, self.images), wilson_interval(top5, self.images)
 
 
-def wrong(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: how many of N rows of scores (N, classes) miss the label with their best, and their five best.
+def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
+    """(2,) int64: how many of N rows of scores (N, classes) do not have their label at the top, and in the top five.
 
-    Of equal scores the class with the lower number is the better, as for argmax; topk would leave it to chance. A score
-    that is no number is worse than none, so that its label is missed.
+    Of equal scores the class of the lower index ranks higher, as in argmax; in topk the order of equals is undefined. A
+    label whose score is NaN is a miss.
     """
-    own, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
-    worse = (scores < own) | ((scores == own) & (classes >= labels[:, None]))  # (N, classes), the label's own too
-    better = (~worse).sum(dim=1)  # classes that are named before the label
-    return torch.stack([(better >= 1).sum(), (better >= min(5, len(classes))).sum()])
+    of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
+    not_above = (scores < of_label) | ((scores == of_label) & (classes >= labels[:, None]))  # (N, classes)
+    rank = (~not_above).sum(dim=1)  # number of classes that rank above the label
+    return torch.stack([(rank >= 1).sum(), (rank >= min(5, len(classes))).sum()])
 
 
 def evaluate(
-    model: AlexNet,
+    network: AlexNet,
     loader: EvalLoader,
-    report: Progress,
+    progress: Progress,
     precision: str = "fp32",
     probabilities: npt.NDArray[np.float32] | None = None,
 ) -> EvalResult:
-    """Evaluate `model` on all images of `loader`; ten views average the softmax (layer.cu:1809, section 4.1), and so do
-    the windows of a square, which are those of AlexNet.dense.
+    """Evaluate `network` on all images of `loader`.
 
-    `probabilities`, float32 (records, classes), is filled where it is given. Leaves the model in the mode it was in.
-    Raises UserError for a precision that its devices do not have; RuntimeError where the loader served another number
-    of images than the split has, which would make the rates wrong.
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). `probabilities`, float32
+    (records, classes), is filled if given. The network keeps its mode.
+
+    Raises UserError for a precision that its devices do not support; RuntimeError if the loader serves another number
+    of images than the split has, which would make the error rates wrong.
     """
-    set_precision(precision, model.devices)
+    set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
-    with evaluation_mode(model):
+    with evaluation_mode(network):
         for batch in loader:
-            labels = batch.labels.to(model.devices[0])
-            with autocast(precision, model.devices[0]):
+            labels = batch.labels.to(network.devices[0])
+            with autocast(precision, network.devices[0]):
                 if loader.views == SQUARE:
-                    logits = model.dense(batch.images).flatten(2).mT  # (N, windows, classes)
+                    logits = network.dense(batch.images).flatten(2).mT  # (N, windows, classes)
                 else:
-                    logits = model(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))
+                    logits = network(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))  # (N, views, classes)
             log_p = log_mean_softmax(logits)
-            misses += wrong(log_p, labels).cpu()
+            misses += top_k_misses(log_p, labels).cpu()
             loss -= float(log_p.gather(1, labels[:, None]).sum())
             if probabilities is not None:
-                room = probabilities[images : images + len(labels)]
-                room[:] = log_p.exp().cpu().numpy()[: len(room)]
+                rows = probabilities[images : images + len(labels)]
+                rows[:] = log_p.exp().cpu().numpy()[: len(rows)]
             images += len(labels)
-            report.advance(len(labels))
+            progress.advance(len(labels))
     if images != loader.records:
         raise RuntimeError(f"{images} images were served, the split has {loader.records}")
     return EvalResult(int(misses[0]) / images, int(misses[1]) / images, loss / images, images)
 
 
 def log_mean_softmax(logits: Tensor) -> Tensor:
-    """Logits (N, views, classes) to the logarithm of the mean over views of the softmax, float32 (N, classes)."""
+    """float32 (N, classes): the logarithm of the mean over views of the softmax of logits (N, views, classes)."""
     log_p = torch.log_softmax(logits.float(), dim=2)
     return log_p.logsumexp(dim=1) - math.log(log_p.shape[1])
 
 
-def average(
+def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of several networks' probabilities, as the paper's five and seven (section 6).
+    """The weighted mean (N, classes) of the probabilities of several networks, as of the paper's five and seven.
 
-    Weights are divided by their sum.
+    Weights (default: equal) are divided by their sum.
     """
     shares = np.ones(len(probabilities)) if weights is None else np.asarray(weights, np.float64)
     mean = np.zeros(probabilities[0].shape)
@@ -128,9 +134,12 @@ def average(
     return mean
 
 
-def rates(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> EvalResult:
-    """Errors and loss of probabilities (N, classes); one that float32 could not hold counts as its smallest number."""
-    misses = wrong(torch.from_numpy(probabilities), torch.from_numpy(labels)).tolist()
-    right = probabilities[np.arange(len(labels)), labels]
-    loss = -float(np.log(np.maximum(right, np.finfo(np.float32).smallest_subnormal)).mean())
+def error_rates(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> EvalResult:
+    """Error rates and loss of probabilities (N, classes).
+
+    For the loss, a probability below float32's smallest positive number counts as that number.
+    """
+    misses = top_k_misses(torch.from_numpy(probabilities), torch.from_numpy(labels)).tolist()
+    of_label = probabilities[np.arange(len(labels)), labels]
+    loss = -float(np.log(np.maximum(of_label, np.finfo(np.float32).smallest_subnormal)).mean())
     return EvalResult(misses[0] / len(labels), misses[1] / len(labels), loss, len(labels))

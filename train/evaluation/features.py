@@ -1,7 +1,7 @@
-"""What the layers say of pictures: the activations of any layer, of single pictures or of a whole split.
+"""Activations of any layer: captured in a forward pass, computed for a whole split, or written to a .npy file.
 
 The activations of conv1 to fc7 are those after the nonlinearity, before normalization, pooling and dropout's scaling;
-those of fc8 are the logits. Both columns' are joined, column 0's first, as in the joined parameters.
+those of fc8 are the logits. Both columns are joined, column 0 first, as in the joined parameters.
 """
 
 from __future__ import annotations
@@ -22,113 +22,120 @@ from prep.console import UserError, disk_error, one_line, progress
 from prep.files import atomic_file, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
-from train.evaluation.evaluate import batch_of
+from train.evaluation.evaluate import eval_batch_size
 from train.model.alexnet import ACTIVATION_FUNCTIONS, AlexNet
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
 
 @contextmanager
-def tapped(model: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, each forward pass leaves the activations of `layers` here: one tensor for each column.
+def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
+    """Inside, each forward pass puts the activations of `layers` into the dict: for each layer a tensor a column.
 
-    conv layers (N, maps, rows, columns), full ones (N, units). Raises UserError for a layer that is not one of LAYERS.
+    conv layers: (N, maps, rows, columns); fully connected ones: (N, units). Raises UserError for a layer that is not
+    one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
         raise UserError(f"--layer {unknown[0]}: expected one of {', '.join(LAYERS)}.")
-    found: dict[str, list[Tensor]] = {layer: [] for layer in layers}
-    activation = ACTIVATION_FUNCTIONS[model.recipe.activation]
+    captured: dict[str, list[Tensor]] = {layer: [] for layer in layers}
+    nonlinearity = ACTIVATION_FUNCTIONS[network.recipe.activation]
 
-    def keep(layer: str, place: int) -> Callable[[Any, Any, Tensor], None]:
+    def make_hook(layer: str, column: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            said = output.detach().clone()  # the model goes on in place
-            said = said if layer == "fc8" else activation(said)
-            if place == 0:
-                found[layer].clear()
-            found[layer].append(said.flatten(1) if layer.startswith("fc") else said)
+            value = output.detach().clone()  # the network computes its nonlinearity in place
+            value = value if layer == "fc8" else nonlinearity(value)
+            if column == 0:
+                captured[layer].clear()
+            captured[layer].append(value.flatten(1) if layer.startswith("fc") else value)
 
         return hook
 
-    hooks = []
+    handles = []
     for layer in layers:
-        modules = [model.fc8] if layer == "fc8" else [column.get_submodule(layer) for column in model.columns]
-        hooks += [module.register_forward_hook(keep(layer, place)) for place, module in enumerate(modules)]
+        modules = [network.fc8] if layer == "fc8" else [column.get_submodule(layer) for column in network.columns]
+        handles += [module.register_forward_hook(make_hook(layer, column)) for column, module in enumerate(modules)]
     try:
-        yield found
+        yield captured
     finally:
-        for hook in hooks:
-            hook.remove()
+        for handle in handles:
+            handle.remove()
 
 
-def activations(model: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32") -> dict[str, Tensor]:
-    """float32 (N, …) of each layer, on the CPU, both columns joined; the model is in its evaluation mode for it."""
-    with evaluation_mode(model), tapped(model, layers) as found, autocast(precision, model.devices[0]):
-        model(images)
-    return {layer: torch.cat([part.float().cpu() for part in parts], dim=1) for layer, parts in found.items()}
+def compute_activations(
+    network: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32"
+) -> dict[str, Tensor]:
+    """float32 (N, …) on the CPU for each layer: the activations of `images` in evaluation mode, both columns joined."""
+    with (
+        evaluation_mode(network),
+        capture_activations(network, layers) as captured,
+        autocast(precision, network.devices[0]),
+    ):
+        network(images)
+    return {layer: torch.cat([part.float().cpu() for part in parts], dim=1) for layer, parts in captured.items()}
 
 
-def split_activations(
-    model: AlexNet,
+def iter_split_activations(
+    network: AlexNet,
     store: Store,
     split: str,
     layer: str,
-    most: int | None = None,
+    max_records: int | None = None,
     precision: str = "fp32",
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """The activations of a layer for a split's records in the store's order, by their centre view, batch by batch.
+    """The activations of a layer for the centre crops of a split's records, in the store's order, a batch at a time.
 
-    Ends after the first `most`: a random sample, for the order of a store is that of a hash. Shows progress. Raises as
-    the loaders, and UserError as `tapped`.
+    The first `max_records` (default: all) are a random sample, because a store's order is that of a hash. Shows
+    progress. Raises what eval_loader raises, and UserError as `capture_activations`.
     """
-    device = str(model.devices[0])
-    set_precision(precision, model.devices)
+    device = str(network.devices[0])
+    set_precision(precision, network.devices)
     records = store.split(split).records
-    left = wanted = min(records, most or records)
-    batch = batch_of(records, 1, device)
-    loader = eval_loader(store.root, batch, device, split=split, augmentation=model.recipe.augmentation)
-    with loader, progress(f"{layer} of {split}", wanted, "images") as report:
+    left = wanted = min(records, max_records or records)
+    batch_size = eval_batch_size(records, 1, device)
+    loader = eval_loader(store.root, batch_size, device, split=split, augmentation=network.recipe.augmentation)
+    with loader, progress(f"{layer} of {split}", wanted, "images") as counter:
         for images, _ in loader:
-            found = activations(model, images[:left], [layer], precision)[layer].numpy()
-            left -= len(found)
-            report.advance(len(found))
-            yield found
+            batch = compute_activations(network, images[:left], [layer], precision)[layer].numpy()
+            left -= len(batch)
+            counter.advance(len(batch))
+            yield batch
             if not left:
                 return
 
 
 def write_features(
-    model: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
+    network: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
 ) -> tuple[int, ...]:
-    """Write a layer's activations as .npy, float32 (N, …), and keys beside it (keys_path); returns the shape.
+    """Write a layer's activations of a split as .npy, float32 (N, …), and `keys_path(out)`; returns the shape.
 
-    A line of keys for each row: key, class, source path, with tabs between. Raises UserError where they cannot be
-    written.
+    The second file has a line for each row: key, class and source path, separated by tabs. Raises UserError if a file
+    cannot be written.
     """
     if out.suffix != ".npy":
         raise UserError(f"--out {out}: features are written as .npy. Name it {out.with_suffix('.npy')}.")
-    records, keys = store.split(split).records, Records(store, split)
+    records, stored = store.split(split).records, Records(store, split)
     shape: tuple[int, ...] = ()
     try:
         with atomic_file(out) as file:
-            for found in split_activations(model, store, split, layer, None, precision):
+            for batch in iter_split_activations(network, store, split, layer, None, precision):
                 if not shape:
-                    shape = (records, *found.shape[1:])
+                    shape = (records, *batch.shape[1:])
                     header = {"descr": "<f4", "fortran_order": False, "shape": shape}
                     np.lib.format.write_array_header_1_0(file, header)
-                file.write(np.ascontiguousarray(found, "<f4").tobytes())
+                file.write(np.ascontiguousarray(batch, "<f4").tobytes())
         lines = [
-            "\t".join((keys.key(k), one_line(store.classes[keys[k].label]), one_line(keys.source(k))))
+            "\t".join((stored.key(k), one_line(store.classes[stored[k].label]), one_line(stored.source(k))))
             for k in range(records)
         ]
         write_atomic(keys_path(out), "".join(line + "\n" for line in lines).encode())
     except OSError as error:
         raise disk_error(error, f"--out {out}: {error.strerror or error}.") from None
     finally:
-        keys.close()
+        stored.close()
     return shape
 
 
 def keys_path(out: Path) -> Path:
-    """F.npy's keys are in F.keys.txt."""
+    """F.keys.txt for F.npy."""
     return out.with_name(out.stem + ".keys.txt")

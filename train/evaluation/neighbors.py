@@ -1,7 +1,8 @@
-"""The nearest training pictures in the space of fc7 (the paper's figure 4, right), over an index that is built once.
+"""Nearest neighbors: the training images whose fc7 activations are nearest to an image's (the paper's figure 4, right).
 
-`index-fc7-00000232.npz` in the run folder: fc7 of the training split's centre views by the checkpoint of step 232, with
-keys and labels. An index of another checkpoint, store, size or precision is built anew, and the old one removed.
+The index, `index-fc7-00000232.npz` in the run folder, has fc7 of the centre crops of the training split by the
+checkpoint of step 232, with keys and labels. It is built once; an index of another checkpoint, store, size or precision
+is replaced.
 """
 
 from __future__ import annotations
@@ -18,15 +19,15 @@ from prep.console import disk_error
 from prep.files import atomic_file
 from prep.store.manifest import Store
 from train.config.choices import INDEX_RECORDS
-from train.evaluation.features import split_activations
+from train.evaluation.features import iter_split_activations
 from train.model.alexnet import AlexNet
 from train.runs.checkpoint import Checkpoint
 
 LAYER = "fc7"
 
 
-class Index(NamedTuple):
-    """Features of the first N records of a split."""
+class NeighborIndex(NamedTuple):
+    """Features of the first N records of the training split."""
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
@@ -34,38 +35,41 @@ class Index(NamedTuple):
 
 
 class Neighbor(NamedTuple):
-    """One training picture that is near."""
+    """A training record near to a query."""
 
-    number: int  # of the record
+    record: int  # its number
     key: str
     label: int
     distance: float  # Euclidean, in the units of fc7
 
 
-def index_of(
+def load_or_build_index(
     run_dir: Path,
-    model: AlexNet,
-    state: Checkpoint,
+    network: AlexNet,
+    checkpoint: Checkpoint,
     store: Store,
-    most: int = INDEX_RECORDS,
+    max_records: int = INDEX_RECORDS,
     precision: str = "fp32",
-) -> Index:
-    """The index of a run's checkpoint, read where it is there, else built and stored; raises as the loaders."""
-    path = run_dir / f"index-{LAYER}-{state.step:08d}.npz"
-    records = min(most, store.split("train").records)
-    about = f"{state.digest} {store.split('train').fingerprint} {records} {precision}"
-    index = _read(path, about)
+) -> NeighborIndex:
+    """The index of `max_records` training records by a run's checkpoint: read from the run folder, or built and saved.
+
+    Raises what eval_loader raises, and UserError if the file cannot be written.
+    """
+    path = run_dir / f"index-{LAYER}-{checkpoint.step:08d}.npz"
+    records = min(max_records, store.split("train").records)
+    about = f"{checkpoint.digest} {store.split('train').fingerprint} {records} {precision}"
+    index = _read_index(path, about)
     if index is None:
         features, filled = np.empty((records, 0), np.float32), 0
-        for part in split_activations(model, store, "train", LAYER, records, precision):
+        for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
             if not filled:
-                features = np.empty((records, part.shape[1]), np.float32)  # once: there may be many gigabytes
-            features[filled : filled + len(part)] = part
-            filled += len(part)
-        held = Records(store, "train")
-        labels = np.array([held[k].label for k in range(records)], np.int64)
-        index = Index(features, labels, np.array([held.key(k) for k in range(records)], "S8"))
-        held.close()
+                features = np.empty((records, batch.shape[1]), np.float32)  # allocated once: it may take gigabytes
+            features[filled : filled + len(batch)] = batch
+            filled += len(batch)
+        stored = Records(store, "train")
+        labels = np.array([stored[k].label for k in range(records)], np.int64)
+        index = NeighborIndex(features, labels, np.array([stored.key(k) for k in range(records)], "S8"))
+        stored.close()
         try:
             for old in run_dir.glob(f"index-{LAYER}-*.npz"):
                 old.unlink()
@@ -76,27 +80,28 @@ def index_of(
     return index
 
 
-def _read(path: Path, about: str) -> Index | None:
+def _read_index(path: Path, about: str) -> NeighborIndex | None:
+    """The saved index if it is of `about`; None if it is missing, damaged or of something else."""
     try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as held:
-            if str(held["about"]) != about:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            if str(arrays["about"]) != about:
                 return None
-            return Index(held["features"], held["labels"], held["keys"])
+            return NeighborIndex(arrays["features"], arrays["labels"], arrays["keys"])
     except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # missing, or torn: it is built anew
+        return None
 
 
-def nearest(index: Index, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
-    """For each query (Q, units) the `count` nearest pictures by Euclidean distance, the nearest first (section 6.1)."""
+def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
+    """For each query (Q, units) the `count` records at the least Euclidean distance, nearest first (section 6.1)."""
     from sklearn.neighbors import NearestNeighbors
 
     count = min(count, len(index.labels))
     search = NearestNeighbors(n_neighbors=count, algorithm="brute").fit(index.features)
-    distances, places = search.kneighbors(queries)
+    distances, records = search.kneighbors(queries)  # (Q, count) each
     return [
         [
-            Neighbor(int(place), index.keys[place].decode(), int(index.labels[place]), float(distance))
-            for place, distance in zip(places[query], distances[query], strict=True)
+            Neighbor(int(record), index.keys[record].decode(), int(index.labels[record]), float(distance))
+            for record, distance in zip(records[query], distances[query], strict=True)
         ]
         for query in range(len(queries))
     ]

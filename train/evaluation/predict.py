@@ -1,4 +1,4 @@
-"""What a network says of single photographs."""
+"""Predictions for single images: the most probable classes of a photograph, and its features."""
 
 from __future__ import annotations
 
@@ -11,49 +11,57 @@ import torch
 
 from pipeline.still_image import EvalTransform, Pixels, read_photograph
 from prep.console import say
-from train.config.architecture import LAYERS
 from train.evaluation.evaluate import log_mean_softmax
-from train.evaluation.features import tapped
+from train.evaluation.features import compute_activations
 from train.model.alexnet import AlexNet
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """Classes in falling order of probability."""
+class TopPredictions:
+    """Class indices and their probabilities, the most probable class first."""
 
     labels: list[int]
     probabilities: list[float]
 
 
-def said_of(
-    model: AlexNet,
-    eye: EvalTransform,
+def top_predictions(
+    network: AlexNet,
+    transform: EvalTransform,
     square: Pixels,
     views: int = 10,
+    count: int = 5,
     precision: str = "fp32",
-    layer: str = LAYERS[-1],
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float32]]:
-    """Probabilities (classes,), and the activations (units,) of a full layer for the first view."""
-    set_precision(precision, model.devices)
-    images = torch.from_numpy(eye.crops(square, views))
-    with evaluation_mode(model), tapped(model, [layer]) as found, autocast(precision, model.devices[0]):
-        logits = model(images)
-    log_p = log_mean_softmax(logits[None])[0].double().cpu().numpy()
-    units = torch.cat([part[0].float().cpu() for part in found[layer]]).numpy()
-    return np.exp(log_p), units
+) -> TopPredictions:
+    """The `count` most probable classes of an image; the softmax is averaged over 1 or 10 views.
 
-
-def best(probabilities: npt.NDArray[np.float64], count: int = 5) -> Prediction:
-    """The `count` most probable classes."""
+    `square` is uint8 (side_px, side_px, 3), the central square of the image.
+    """
+    set_precision(precision, network.devices)
+    images = torch.from_numpy(transform.crops(square, views))
+    with evaluation_mode(network), autocast(precision, network.devices[0]):
+        logits = network(images)
+    probabilities = np.exp(log_mean_softmax(logits[None])[0].double().cpu().numpy())
     order = np.argsort(-probabilities, kind="stable")[:count]
-    return Prediction(order.tolist(), probabilities[order].tolist())
+    return TopPredictions(order.tolist(), probabilities[order].tolist())
 
 
-def prepared(path: Path, eye: EvalTransform) -> Pixels:
-    """A photograph as the training store would hold it; says where it has an EXIF orientation, which is not applied."""
-    photograph = read_photograph(path, eye.settings)
+def image_features(
+    network: AlexNet, transform: EvalTransform, square: Pixels, layer: str, precision: str = "fp32"
+) -> npt.NDArray[np.float32]:
+    """The activations (units,) of a fully connected layer for the centre crop of an image's central square."""
+    set_precision(precision, network.devices)
+    images = torch.from_numpy(transform.crops(square))
+    return compute_activations(network, images, [layer], precision)[layer][0].numpy()
+
+
+def load_photograph(path: Path, transform: EvalTransform) -> Pixels:
+    """The central square of a photograph, as a record of the training store would have it.
+
+    Prints a message if the file has an EXIF orientation, which is not applied, as in the store.
+    """
+    photograph = read_photograph(path, transform.settings)
     if photograph.orientation != 1:
         say(f"{path}: EXIF orientation {photograph.orientation} is not applied, as in the store.")
     return photograph.square

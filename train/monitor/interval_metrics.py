@@ -1,4 +1,4 @@
-"""What the loop measures between two lines of metrics.jsonl, without waiting for a device before the line is due."""
+"""Metrics of an interval: means between two lines of metrics.jsonl. No device is waited for before the line is due."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pipeline.loader import TrainLoader
-from train.evaluation.evaluate import wrong
+from train.evaluation.evaluate import top_k_misses
 from train.model.alexnet import AlexNet
 
 
 class IntervalMetrics:
-    """Sums since the last line, on the device: reading them is the only time the loop waits for it."""
+    """Sums of loss and errors since the last line, kept on the device. Only `read` waits for the device."""
 
     def __init__(self, loader: TrainLoader, model: AlexNet) -> None:
         self.loader, self.model = loader, model
@@ -32,14 +32,17 @@ class IntervalMetrics:
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Count a step: loss (), logits (N, classes), labels (N,), on any device."""
         self.steps, self.images = self.steps + 1, self.images + len(labels)
-        self.loss, self.misses = self.loss + loss, self.misses + wrong(logits, labels)
+        self.loss, self.misses = self.loss + loss, self.misses + top_k_misses(logits, labels)
 
     def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """Means over the interval, memory, and `norms` (guards.parameter_norms) by layer; begins the next."""
+        """The metrics of the interval, as metrics.jsonl has them; begins the next interval.
+
+        norms  the result of train.trainer.watchdog.parameter_norms
+        """
         loss = float(self.loss) / self.steps
         misses = torch.as_tensor(self.misses).tolist()
         seconds, waits = time.perf_counter() - self.started, self.loader.wait_times()
-        read = {
+        metrics = {
             "loss": loss,
             "top1_error": misses[0] / self.images,
             "top5_error": misses[1] / self.images,
@@ -50,23 +53,25 @@ class IntervalMetrics:
             **peak_memory(self.model.devices),
         }
         self._begin()
-        return read
+        return metrics
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Of guards.parameter_norms the weights, by layer: `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
+    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}` from parameter_norms, for the weights alone.
 
-    Biases are left out, which recipes begin at 0 or 1; so is the gradient of a layer that is frozen.
+    Biases are left out: recipes begin them at 0 or 1. A frozen layer has no gradient norm.
     """
-    weights = {name.removesuffix(".weight"): of for name, of in norms.items() if name.endswith(".weight")}
+    weights = {name.removesuffix(".weight"): kinds for name, kinds in norms.items() if name.endswith(".weight")}
     return {
-        "gradient_norm": {layer: of["gradient"] for layer, of in weights.items() if "gradient" in of},
-        "weight_norm": {layer: of["parameter"] for layer, of in weights.items()},
+        "gradient_norm": {layer: kinds["gradient"] for layer, kinds in weights.items() if "gradient" in kinds},
+        "weight_norm": {layer: kinds["parameter"] for layer, kinds in weights.items()},
     }
 
 
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """The most memory since the process began, in 10⁶ bytes: resident, and what tensors had on each GPU."""
+    """Peak memory since the process began, in units of 10⁶ bytes: `memory_mb` resident on the host, and on a machine
+    with GPUs `gpu_memory_mb`, a list of the memory that tensors had on each.
+    """
     status = Path("/proc/self/status").read_text()
     kibibytes = int(status.partition("VmHWM:")[2].split()[0])
     peak: dict[str, Any] = {"memory_mb": round(kibibytes * 1024 / 1e6, 1)}

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError
-from train.runs.run_dir import last_of, read_description, read_lines
+from train.runs.run_dir import last_line, read_description, read_metrics
 
 # What differs in every two runs, or follows from what is listed anyway.
 _LEFT_OUT = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
@@ -42,7 +42,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Compared]:
         fields = _flat("", {part: value for part, value in about.items() if part != "identity"})
         fields = {name: value for name, value in fields.items() if not _among(name, _LEFT_OUT)}
         store = {"store fingerprint": about["identity"].get("store_fingerprint"), "classes": len(about["classes"])}
-        runs.append(Compared(run_dir, {**store, **fields}, read_lines(run_dir)))
+        runs.append(Compared(run_dir, {**store, **fields}, read_metrics(run_dir)))
     return runs
 
 
@@ -76,8 +76,8 @@ def results_of(run: Compared) -> dict[str, Any]:
     """The last lines of training and validation and the validation with the least top-1 error; None where none is."""
     validations = [line for line in run.lines if line["kind"] == "val"]
     return {
-        "train": last_of(run.lines, "train"),
-        "val": last_of(run.lines, "val"),
+        "train": last_line(run.lines, "train"),
+        "val": last_line(run.lines, "val"),
         "best": min(validations, key=lambda line: float(line["top1_error"]), default=None),
     }
 

@@ -17,10 +17,10 @@ from prep.console import UserError
 from prep.store.manifest import Store
 from train.config.choices import INDEX_RECORDS
 from train.config.devices import parse_devices
-from train.evaluation.features import tapped
-from train.evaluation.neighbors import LAYER, index_of, nearest
-from train.evaluation.predict import best, said_of
-from train.evaluation.predictions import Predictions, load_predictions, record_evaluation, score
+from train.evaluation.features import capture_activations
+from train.evaluation.neighbors import LAYER, load_or_build_index, nearest_neighbors
+from train.evaluation.predict import image_features, top_predictions
+from train.evaluation.predictions import Predictions, load_predictions, predict_split, record_evaluation
 from train.model.alexnet import AlexNet
 from train.model.modes import evaluation_mode
 from train.report.plots_classes import CONFUSION_SIZE, ERRORS_SIZE, class_errors, confusion_matrix, confusion_of
@@ -109,7 +109,7 @@ class Trained:
                 return kept
         except UserError:
             pass  # missing, or torn: they are made anew
-        result, scores = score(self.model, self.state, store, split, 1, self.precision, str(self.run_dir))
+        result, scores = predict_split(self.model, self.state, store, split, 1, self.precision, str(self.run_dir))
         record_evaluation(self.run_dir, scores.about, result)
         for old in self.run_dir.glob(f"scores-{split}-*.npz"):
             old.unlink()
@@ -165,8 +165,8 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
         numbers = np.random.default_rng(seed).permutation(len(shown))[: GUESSES + QUERIES].tolist()
         made = []
         for number in numbers[:GUESSES]:
-            p, _ = said_of(model, eye, shown[number], 10, trained.precision)
-            made.append(Guess(shown[number], shown.label(number), best(p)))
+            p = top_predictions(model, eye, shown[number], 10, precision=trained.precision)
+            made.append(Guess(shown[number], shown.label(number), p))
         yield Plate(
             "guesses",
             "Test pictures and their five best labels",
@@ -178,11 +178,11 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
         if "train" in store.splits:
             queries = numbers[-QUERIES:]  # others than the guesses, where there are enough
             training = held.enter_context(StoredImages(store, "train"))
-            index = index_of(trained.run_dir, model, trained.state, store, most, trained.precision)
-            units = [said_of(model, eye, shown[k], 1, trained.precision, LAYER)[1] for k in queries]
+            index = load_or_build_index(trained.run_dir, model, trained.state, store, most, trained.precision)
+            units = [image_features(model, eye, shown[k], LAYER, trained.precision) for k in queries]
             rows = []
-            for number, near in zip(queries, nearest(index, np.stack(units), NEIGHBORS), strict=True):
-                found = [(training[n.number], n.label, n.distance) for n in near]
+            for number, near in zip(queries, nearest_neighbors(index, np.stack(units), NEIGHBORS), strict=True):
+                found = [(training[n.record], n.label, n.distance) for n in near]
                 rows.append(Row(shown[number], names[shown.label(number)], shown.label(number), found))
             yield Plate(
                 "nearest",
@@ -207,7 +207,7 @@ def _of_photographs(trained: Trained, split: str, seed: int, most: int) -> Itera
 
 def _maps(trained: Trained, square: Any) -> dict[str, list[Any]]:
     """(maps, rows, columns) of each layer and column, for the centre view."""
-    with evaluation_mode(trained.model), tapped(trained.model, _MAPPED) as found:
+    with evaluation_mode(trained.model), capture_activations(trained.model, _MAPPED) as found:
         trained.model(torch.from_numpy(trained.eye.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in found.items()}
 

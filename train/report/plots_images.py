@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.still_image import Pixels
 from prep.console import one_line
-from train.evaluation.predict import Prediction
+from train.evaluation.predict import TopPredictions
 from train.report.style import BLUE, ORANGE, shortened, show, stretched, tiled
 
 ACROSS = 4  # pictures in a row of the left half
@@ -25,7 +25,7 @@ class Guess(NamedTuple):
 
     square: Pixels
     label: int
-    prediction: Prediction
+    prediction: TopPredictions
 
 
 class Row(NamedTuple):

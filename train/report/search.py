@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.still_image import StoredImages
-from train.evaluation.neighbors import LAYER, index_of, nearest
-from train.evaluation.predict import prepared, said_of
+from train.evaluation.neighbors import LAYER, load_or_build_index, nearest_neighbors
+from train.evaluation.predict import image_features, load_photograph
 from train.report.gallery import Trained
 from train.report.plots_images import Row
 
@@ -21,18 +21,18 @@ def search(trained: Trained, images: Sequence[Path], count: int, most: int) -> l
     Raises UserError where there is no store, or a file is no picture; StoreError for a damaged record.
     """
     store = trained.looked_at("train")
-    squares = [prepared(path, trained.eye) for path in images]
-    units = [said_of(trained.model, trained.eye, square, 1, trained.precision, LAYER)[1] for square in squares]
-    index = index_of(trained.run_dir, trained.model, trained.state, store, most, trained.precision)
+    squares = [load_photograph(path, trained.eye) for path in images]
+    units = [image_features(trained.model, trained.eye, square, LAYER, trained.precision) for square in squares]
+    index = load_or_build_index(trained.run_dir, trained.model, trained.state, store, most, trained.precision)
     found = []
     with StoredImages(store, "train") as training:
-        for path, square, near in zip(images, squares, nearest(index, np.stack(units), count), strict=True):
-            row = Row(square, path.name, None, [(training[n.number], n.label, n.distance) for n in near])
+        for path, square, near in zip(images, squares, nearest_neighbors(index, np.stack(units), count), strict=True):
+            row = Row(square, path.name, None, [(training[n.record], n.label, n.distance) for n in near])
             told = [
                 {
                     "key": n.key,
                     "class": trained.classes[n.label],
-                    "source": training.records.source(n.number),
+                    "source": training.records.source(n.record),
                     "distance": n.distance,
                 }
                 for n in near

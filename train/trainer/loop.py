@@ -11,7 +11,7 @@ from prep.console import say
 from prep.files import hold_lock
 from train.config.devices import keep_freed_memory
 from train.config.identity import check_identity
-from train.evaluation.evaluate import EvalResult, batch_of, evaluate
+from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
 from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.metrics_log import MetricsLog
@@ -19,11 +19,12 @@ from train.monitor.view import choose_view
 from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
 from train.trainer.optim import make_optimizer
+from train.trainer.out_of_memory import out_of_memory
 from train.trainer.schedule import Schedule
 from train.trainer.state import capture_state, restore_state, seed_generators
 from train.trainer.step import TrainingStep
 from train.trainer.stop_requests import stop_requests
-from train.trainer.watchdog import Watchdog, out_of_memory
+from train.trainer.watchdog import Watchdog
 
 
 def fit(run: Run, view: ConsoleView | None = None) -> Path:
@@ -143,7 +144,7 @@ def validation_stream(run: Run) -> EvalLoader | None:
     if "val" not in run.store.splits:
         say(f"{config.store} has no split val: no validation errors, and a schedule that waits for them never moves.")
         return None
-    batch = batch_of(run.store.split("val").records, 1, config.devices[0])
+    batch = eval_batch_size(run.store.split("val").records, 1, config.devices[0])
     return eval_loader(
         config.store, batch, config.devices[0], augmentation=config.recipe.augmentation, threads=config.threads
     )

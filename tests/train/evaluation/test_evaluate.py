@@ -17,7 +17,14 @@ from pipeline.loader import EvalLoader, eval_loader
 from prep.console import Progress
 from train.config.architecture import ALEXNET, Widths
 from train.config.recipes import SHORT
-from train.evaluation.evaluate import EvalResult, average, evaluate, rates, wilson, wrong
+from train.evaluation.evaluate import (
+    EvalResult,
+    average_probabilities,
+    error_rates,
+    evaluate,
+    top_k_misses,
+    wilson_interval,
+)
 from train.model.alexnet import AlexNet
 
 SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
@@ -25,20 +32,20 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 
 def test_wrong_counts_misses_of_the_best_and_the_five_best() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
-    assert wrong(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
-    assert wrong(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer classes than five
+    assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
+    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer classes than five
 
 
 def test_equal_scores_count_by_the_number_of_the_class_and_what_is_no_number_is_missed() -> None:
     """topk names equal scores in any order: a network that says the same of all classes had other errors each time."""
     labels = torch.tensor([0, 1, 4, 5, 9])
-    assert wrong(torch.zeros(5, 10), labels).tolist() == [4, 2]
-    assert wrong(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
+    assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
+    assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
     rng = np.random.default_rng(0)
     scores, labels = rng.integers(0, 4, (300, 9)), rng.integers(0, 9, 300)
     order = np.argsort(-scores, axis=1, kind="stable")
     expected = [(order[:, :k] != labels[:, None]).all(1).sum() for k in (1, 5)]
-    assert wrong(torch.from_numpy(scores).float(), torch.from_numpy(labels)).tolist() == expected
+    assert top_k_misses(torch.from_numpy(scores).float(), torch.from_numpy(labels)).tolist() == expected
 
 
 @pytest.fixture(scope="module")
@@ -105,20 +112,20 @@ def test_a_loader_that_serves_too_few_images_is_caught(
 @pytest.mark.parametrize(("misses", "images"), [(0, 12), (1, 12), (34, 297), (21_345, 50_000), (7, 7)])
 def test_intervals_are_scipys(misses: int, images: int) -> None:
     expected = binomtest(misses, images).proportion_ci(0.95, method="wilson")
-    assert wilson(misses, images) == pytest.approx(tuple(expected), abs=1e-12)
+    assert wilson_interval(misses, images) == pytest.approx(tuple(expected), abs=1e-12)
     result = EvalResult(misses / images, 0.0, 0.0, images)
-    assert result.misses == (misses, 0) and result.intervals[0] == wilson(misses, images)
+    assert result.misses == (misses, 0) and result.intervals[0] == wilson_interval(misses, images)
 
 
 def test_an_average_weighs_probabilities_and_its_rates_are_counted() -> None:
     one = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], np.float32)
     two = np.array([[0.2, 0.8], [0.1, 0.9], [0.3, 0.7]], np.float32)
     labels = np.array([0, 0, 1])
-    np.testing.assert_allclose(average([one, two]), (one.astype(float) + two) / 2)
-    weighted = average([one, two], [6.0, 2.0])
+    np.testing.assert_allclose(average_probabilities([one, two]), (one.astype(float) + two) / 2)
+    weighted = average_probabilities([one, two], [6.0, 2.0])
     np.testing.assert_allclose(weighted, 0.75 * one.astype(float) + 0.25 * two)
-    assert rates(average([one, two]), labels).misses == (1, 0)
-    found = rates(weighted, labels)
+    assert error_rates(average_probabilities([one, two]), labels).misses == (1, 0)
+    found = error_rates(weighted, labels)
     assert found.misses == (1, 0) and found.images == 3  # 0.475 of the second
     assert found.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
-    assert np.isfinite(rates(np.array([[0.0, 1.0]]), np.array([0])).loss)
+    assert np.isfinite(error_rates(np.array([[0.0, 1.0]]), np.array([0])).loss)

@@ -19,8 +19,8 @@ from pipeline.loader import eval_loader
 from prep.console import UserError
 from prep.store.manifest import Store
 from train.cli import main
-from train.evaluation.features import activations
-from train.evaluation.neighbors import Index, index_of, nearest
+from train.evaluation.features import compute_activations
+from train.evaluation.neighbors import NeighborIndex, load_or_build_index, nearest_neighbors
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained
 from train.runs.run import Run
@@ -53,7 +53,7 @@ def images(store: Path) -> torch.Tensor:
 
 def test_activations_are_those_of_the_joined_network(model: AlexNet, images: torch.Tensor) -> None:
     """conv1 and the full layers by the joined parameters, of one network without columns."""
-    found = activations(model, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
+    found = compute_activations(model, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
     p = model.joined_tensors()
     with torch.no_grad():
         padded = F.pad(images / model.recipe.input_divisor, (0, 3, 0, 3))
@@ -68,7 +68,7 @@ def test_activations_are_those_of_the_joined_network(model: AlexNet, images: tor
     assert found["conv5"].shape == (12, 8, 13, 13) and not model.training
     assert not any(module._forward_hooks for module in model.modules())
     with pytest.raises(UserError, match="--layer fc9: expected one of conv1"):
-        activations(model, images, ["fc9"])
+        compute_activations(model, images, ["fc9"])
 
 
 def test_features_are_written_with_their_keys(
@@ -78,7 +78,7 @@ def test_features_are_written_with_their_keys(
     (said,) = answers("features", small_run, "--layer", "fc7", "--store", store, "--split", "val", "--out", out)
     written = np.load(out)
     assert said["shape"] == [12, 16] and written.dtype == np.float32
-    np.testing.assert_allclose(written, activations(model, images, ["fc7"])["fc7"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(written, compute_activations(model, images, ["fc7"])["fc7"], rtol=1e-5, atol=1e-5)
     lines = [line.split("\t") for line in (tmp_path / "fc7.keys.txt").read_text().splitlines()]
     assert [key for key, *_ in lines] == [f"{k:08d}" for k in range(12)]
     assert {name for _, name, _ in lines} <= set(Store.open(store).classes)
@@ -90,12 +90,12 @@ def test_features_are_written_with_their_keys(
 def test_the_nearest_are_those_with_the_least_distance() -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, 9)).astype(np.float32)
-    index = Index(features, np.arange(50) % 7, np.array([b"%08d" % k for k in range(50)]))
+    index = NeighborIndex(features, np.arange(50) % 7, np.array([b"%08d" % k for k in range(50)]))
     queries = rng.normal(size=(3, 9)).astype(np.float32)
-    for query, near in zip(queries, nearest(index, queries, 6), strict=True):
+    for query, near in zip(queries, nearest_neighbors(index, queries, 6), strict=True):
         distances = np.sqrt(((features.astype(float) - query) ** 2).sum(1))
         order = distances.argsort()[:6]
-        assert [n.number for n in near] == order.tolist()
+        assert [n.record for n in near] == order.tolist()
         assert [(n.key, n.label) for n in near] == [(f"{k:08d}", k % 7) for k in order]
         np.testing.assert_allclose([n.distance for n in near], distances[order], rtol=1e-5)
 
@@ -105,26 +105,28 @@ def test_the_index_is_built_once_for_a_checkpoint_a_store_and_a_size(
 ) -> None:
     model, state = load_trained(trained_run, CPU)
     opened = Store.open(store)
-    index = index_of(trained_run, model, state, opened)
+    index = load_or_build_index(trained_run, model, state, opened)
     assert index.features.shape == (30, 16) and len(set(index.keys.tolist())) == 30
     (path,) = trained_run.glob("index-*.npz")
-    monkeypatch.setattr("train.evaluation.features.batch_of", lambda *_: 4)  # the second batch is cut short
-    some = index_of(trained_run, model, state, opened, most=7)
+    monkeypatch.setattr("train.evaluation.features.eval_batch_size", lambda *_: 4)  # the second batch is cut short
+    some = load_or_build_index(trained_run, model, state, opened, max_records=7)
     assert some.features.shape == (7, 16)
     np.testing.assert_allclose(some.features, index.features[:7], rtol=1e-4, atol=1e-5)
     whole = path.read_bytes()
     path.write_bytes(whole[:500])
-    assert len(index_of(trained_run, model, state, opened, most=7).features) == 7  # torn: built anew
-    monkeypatch.setattr("train.evaluation.neighbors.split_activations", None)
-    again = index_of(trained_run, model, state, opened, most=7)
+    assert len(load_or_build_index(trained_run, model, state, opened, max_records=7).features) == 7  # torn: built anew
+    monkeypatch.setattr("train.evaluation.neighbors.iter_split_activations", None)
+    again = load_or_build_index(trained_run, model, state, opened, max_records=7)
     assert all(np.array_equal(a, b) for a, b in zip(again, some, strict=True))
     index_path = trained_run / "index-fc7-00000099.npz"
     with pytest.raises(TypeError):  # another step: to be built
-        index_of(trained_run, model, replace(state, step=99), opened, most=7)
+        load_or_build_index(trained_run, model, replace(state, step=99), opened, max_records=7)
     assert not index_path.exists()
     for changed, precision in (({"digest": "another run's"}, "fp32"), ({}, "bf16")):
         with pytest.raises(TypeError):
-            index_of(trained_run, model, replace(state, **changed), opened, most=7, precision=precision)
+            load_or_build_index(
+                trained_run, model, replace(state, **changed), opened, max_records=7, precision=precision
+            )
 
 
 @pytest.mark.parametrize("views", [1, 10])

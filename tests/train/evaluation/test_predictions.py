@@ -17,11 +17,11 @@ from train.cli import main
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import (
     Predictions,
-    check_same,
+    check_same_images,
     load_predictions,
+    parse_weights,
     read_evaluations,
     record_evaluation,
-    weights_of,
 )
 
 
@@ -68,16 +68,16 @@ def test_what_is_saved_is_loaded_and_nothing_else(tmp_path: Path) -> None:
     ],
 )
 def test_only_what_is_said_of_the_same_images_is_averaged(change: dict, message: str) -> None:
-    check_same(["a", "b"], [MADE, MADE])
+    check_same_images(["a", "b"], [MADE, MADE])
     with pytest.raises(UserError, match=message):
-        check_same(["a", "b"], [MADE, replace(MADE, **change)])
+        check_same_images(["a", "b"], [MADE, replace(MADE, **change)])
 
 
 def test_weights() -> None:
-    assert weights_of(None, 2) is None and weights_of("2,1.5", 2) == [2.0, 1.5]
+    assert parse_weights(None, 2) is None and parse_weights("2,1.5", 2) == [2.0, 1.5]
     for text in ("1", "1,2,3", "1,-1", "3,-1", "0,0", "a,b", "nan,1", "inf,1"):
         with pytest.raises(UserError, match=text):
-            weights_of(text, 2)
+            parse_weights(text, 2)
 
 
 def test_results_are_noted_of_any_views_whatever_a_full_disk_refused(

@@ -19,13 +19,13 @@ from matplotlib.figure import Figure
 
 from prep.store.manifest import Store
 from train.cli import main
-from train.evaluation.predict import Prediction
+from train.evaluation.predict import TopPredictions
 from train.report.gallery import Trained
 from train.report.plots_classes import class_errors, confusion_matrix, confusion_of
 from train.report.plots_images import Guess, Row, feature_maps, guesses, nearest_rows
 from train.report.plots_run import CURVE_SIZE, colour_axes, kernels, learning_curve, rate_drops
 from train.report.style import ORANGE, rendered, stretched, tiled
-from train.runs.run_dir import read_lines
+from train.runs.run_dir import read_metrics
 
 WITHOUT_STORE = ["colour-axes", "kernels", "learning-curve"]
 WITH_STORE = sorted([*WITHOUT_STORE, "guesses", "nearest", "feature-maps", "class-errors", "confusion"])
@@ -128,7 +128,7 @@ def test_many_classes_are_one_curve_and_the_worst_by_name_and_no_errors_are_draw
 def test_the_right_guess_has_another_colour_and_so_have_neighbors_of_the_class() -> None:
     square = np.zeros((8, 8, 3), np.uint8)
     figure = Figure()
-    guesses(figure, [Guess(square, 2, Prediction([0, 2, 1], [0.6, 0.3, 0.1]))], "xyz")
+    guesses(figure, [Guess(square, 2, TopPredictions([0, 2, 1], [0.6, 0.3, 0.1]))], "xyz")
     picture, bars = (axes for axes in figure.axes if axes.images or axes.patches)
     assert picture.get_title() == "z" and [bar.get_width() for bar in bars.patches] == [0.6, 0.3, 0.1]
     assert [to_hex(bar.get_facecolor()) == ORANGE for bar in bars.patches] == [False, True, False]
@@ -160,7 +160,7 @@ def test_names_are_drawn_as_they_are_written() -> None:
     names = ["$a_{b$", "猫\n", "x" * 200]
     square = np.zeros((8, 8, 3), np.uint8)
     rows = [Row(square, "$p_{1$.jpg\n", 0, [(square, k, float(k)) for k in range(3)])]
-    made = [Guess(square, 2, Prediction([0, 2, 1], [0.6, 0.3, 0.1]))]
+    made = [Guess(square, 2, TopPredictions([0, 2, 1], [0.6, 0.3, 0.1]))]
     found = confusion_of(np.eye(3)[[1, 2, 0]], np.array([0, 1, 2]))
     for draw in (
         lambda figure: nearest_rows(figure, rows, names),
@@ -181,10 +181,13 @@ def test_probabilities_that_were_kept_are_those_of_the_checkpoint_and_the_precis
 ) -> None:
     trained = Trained.open(trained_run, None, "cpu", "fp32")
     kept = trained.scores("val")
-    monkeypatch.setattr("train.report.gallery.score", None)
+    monkeypatch.setattr("train.report.gallery.predict_split", None)
     assert np.array_equal(trained.scores("val").probabilities, kept.probabilities)
-    state = dict(trained.state)
-    for changed in (replace(trained, precision="bf16"), replace(trained, state={**state, "digest": "another run's"})):
+
+    for changed in (
+        replace(trained, precision="bf16"),
+        replace(trained, state=replace(trained.state, digest="another run's")),
+    ):
         with pytest.raises(TypeError):  # to be made anew
             changed.scores("val")
     (path,) = trained_run.glob("scores-val-*.npz")
@@ -214,7 +217,7 @@ def test_the_command_draws_all_with_a_store_and_says_what_it_leaves_out(
     assert {f"{name}.svg" for name in WITHOUT_STORE} == set(json.loads(answered)["files"])
     assert sorted(path.stem for path in (tmp_path / "svg").glob("*.svg")) == WITHOUT_STORE
     assert "No store to look at" in said[-1] and "--store" in said[-1]
-    lines = read_lines(trained_run)
+    lines = read_metrics(trained_run)
     with open(trained_run / "metrics.jsonl", "a") as file:
         file.write('{"kind": "val", "st')  # by a run that trains meanwhile
     again = rendered(lambda figure: learning_curve(figure, lines), CURVE_SIZE, "svg")
