@@ -1,4 +1,7 @@
-"""What a person sees of a training: plain lines, nothing, or on a terminal a picture that moves (train/monitor/live_view.py)."""
+"""Console output of a run: plain lines, or quiet. train/monitor/live_view.py is the live display of a terminal.
+
+Everything goes to standard error.
+"""
 
 from __future__ import annotations
 
@@ -8,36 +11,36 @@ from typing import Any, NamedTuple
 
 from prep.console import Progress, progress, say
 
-Line = Mapping[str, Any]  # of metrics.jsonl
+Line = Mapping[str, Any]  # an object of metrics.jsonl
 
 
 class RunLength(NamedTuple):
-    """How long a run is to be."""
+    """Numbers from which a view computes epochs and the time left."""
 
     steps_per_epoch: int
-    steps: int  # in all
-    batch_size: int
+    steps: int  # of the whole run
+    batch_size: int  # images of a step
 
 
 class ConsoleView:
-    """A line for each interval and each validation, on standard error."""
+    """Prints a line for each interval and each validation. The base of the other views."""
 
     def note(self, text: str) -> None:
-        """Say what is good to know."""
+        """Print information, which `QuietView` omits."""
         say(text)
 
     def warn(self, text: str) -> None:
-        """Say what needs someone."""
+        """Print a warning, which every view shows."""
         say(text)
 
-    def begin(self, plan: RunLength, lines: Sequence[Line], step: int) -> None:
-        """The run goes on from `step`; `lines` are those of its account so far."""
+    def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
+        """Begin the output of a run that starts or resumes after `step`; `lines` are those of metrics.jsonl so far."""
 
-    def follow(self, steps: Callable[[], int]) -> None:
-        """`steps()` tells at any time how many steps were made since the last line."""
+    def follow(self, steps_since_line: Callable[[], int]) -> None:
+        """Take a function that returns, at any time, the number of steps since the last line."""
 
     def train(self, line: Line) -> None:
-        """An interval has ended."""
+        """Show the line of an interval that has ended."""
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
             f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
@@ -46,35 +49,39 @@ class ConsoleView:
         )
 
     def validation(self, line: Line) -> None:
-        """A validation has ended."""
+        """Show the line of a validation that has ended."""
         say(validation_text(line))
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """As prep.console.progress."""
+        """Show the progress of a validation, as prep.console.progress does."""
         with progress(label, total, unit) as report:
             yield report
 
     def end(self) -> None:
-        """The run has ended, well or not."""
+        """End the output: the run has finished, stopped or failed."""
 
 
 class QuietView(ConsoleView):
-    """Nothing but warnings: errors and the last line are said elsewhere."""
+    """Prints warnings only. The command prints errors and its last line itself."""
 
     def note(self, text: str) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
-    train = validation = lambda self, line: None
+    def train(self, line: Line) -> None:
+        """Print nothing."""
+
+    def validation(self, line: Line) -> None:
+        """Print nothing."""
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """Count, and say nothing."""
+        """Count, and print nothing."""
         yield Progress(total, unit)
 
 
 def validation_text(line: Line) -> str:
-    """A validation on one line."""
+    """The text of a validation's line."""
     return (
         f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  top-1 {line['top1_error']:6.1%}  "
         f"top-5 {line['top5_error']:6.1%}  of {line['images']:,} images, centre view"

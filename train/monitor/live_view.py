@@ -1,7 +1,7 @@
-"""A training on a terminal: where it stands, its curves in small, how long it will last; with rich.
+"""Live display of a run on a terminal: progress, sparklines of loss and errors, and the time left. Drawn with rich.
 
-It is drawn again twice a second by a thread of its own from numbers that the loop has read anyway. What others say
-meanwhile scrolls by above it, as does a line for each validation; at its end it disappears.
+A thread draws it twice a second from numbers that the training loop has read anyway. Other output, and a line for each
+validation, scrolls above it. It disappears when the run ends.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from train.monitor.console_view import ConsoleView, Line, RunLength, validation_
 from train.runs.run_dir import RATE_LINES, seconds_left
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_CURVE = 32  # values in a small curve
-_PER_S = 2  # drawings
+_CURVE_WIDTH = 32  # characters of a sparkline
+_DRAWINGS_PER_S = 2
 _CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "top5_error", ".1%"))
 
 
-def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
-    """A curve of `width` characters or less: means of equal parts of `values`, from their least to their greatest."""
+def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
+    """At most `width` block characters: means of equal parts of `values`, scaled from lowest to highest mean."""
     if not values:
         return ""
     width = min(width, len(values))
@@ -38,50 +38,50 @@ def sparkline(values: Sequence[float], width: int = _CURVE) -> str:
 
 
 class LiveView(ConsoleView):
-    """The view that moves."""
+    """The live display."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """`console`: where it is drawn; standard error unless given."""
+        """Draw on `console`; by default on standard error."""
         self._console = console or Console(stderr=True)
-        self._live = RichLive(self, console=self._console, refresh_per_second=_PER_S, transient=True)
-        self._plan = RunLength(1, 1, 1)
-        self._step = 0  # of the last line
+        self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
+        self._length = RunLength(1, 1, 1)
+        self._step = 0  # of the newest line
         self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
         self._curves = dict.fromkeys(self._values, "")
-        self._last: list[Line] = []  # of training
+        self._recent: list[Line] = []  # training lines, at most RATE_LINES
         self._val: Line | None = None
         self._best: Line | None = None
         self._steps_since: Callable[[], int] = int
         self._report: tuple[str, Progress] | None = None
 
-    def begin(self, plan: RunLength, lines: Sequence[Line], step: int) -> None:
-        """As in ConsoleView."""
-        self._plan, self._step = plan, step
+    def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
+        """Start the display."""
+        self._length, self._step = length, step
         for line in lines:
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # or kill -9 would leave a terminal without one
+        self._console.show_cursor(True)  # after kill -9 the terminal would otherwise have no cursor
 
-    def follow(self, steps: Callable[[], int]) -> None:
-        """As in ConsoleView."""
-        self._steps_since = steps
+    def follow(self, steps_since_line: Callable[[], int]) -> None:
+        """Take the function that counts steps since the last line."""
+        self._steps_since = steps_since_line
 
     def train(self, line: Line) -> None:
-        """As in ConsoleView."""
+        """Take the line of an interval."""
         self._count(line)
         self._draw_curves()
         self._step = line["step"]
 
     def validation(self, line: Line) -> None:
-        """As in ConsoleView."""
+        """Print the line of a validation above the display."""
         self._count(line)
         with suppress(OSError):  # the terminal was closed
             self._console.print(validation_text(line), highlight=False)
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """As in ConsoleView."""
+        """Show the progress of a validation inside the display."""
         self._report = label, Progress(total, unit)
         try:
             yield self._report[1]
@@ -89,29 +89,29 @@ class LiveView(ConsoleView):
             self._report = None
 
     def end(self) -> None:
-        """As in ConsoleView."""
+        """Remove the display."""
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """The picture: where it stands, what it learns, how fast, what the last validation said."""
+        """Progress, sparklines, speed and memory, and the last validation."""
         step = self._step + self._steps_since()
         table = Table.grid(padding=(0, 2))
-        table.add_row("step", f"{step:,} of {self._plan.steps:,}", self._bar(step, self._plan.steps))
-        table.add_row("epoch", f"{step / self._plan.steps_per_epoch:.2f}", self._left(step))
+        table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
+        table.add_row("epoch", f"{step / self._length.steps_per_epoch:.2f}", self._left(step))
         for name, key, form in _CURVES:
             values, curve = self._values[key], "" if options.ascii_only else self._curves[key]
             table.add_row(name, format(values[-1], form) if values else "", Text(curve, "cyan"))
         yield table
-        if self._last:
-            line = self._last[-1]
+        if self._recent:
+            line = self._recent[-1]
             memory = [_memory(line["memory_mb"]), *(f"GPU {_memory(n)}" for n in line.get("gpu_memory_mb", ()))]
             yield Text(
                 f"lr {line['lr']:g}   {line['images_per_s']:,.1f} images/s   waits for stream "
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if (under_way := self._report) is not None:  # looked at once: the loop may end it meanwhile
-            label, report = under_way
+        if (validation := self._report) is not None:  # read once: the loop may set it to None meanwhile
+            label, report = validation
             yield Text(f"{label}: {report.done:,} of {report.total:,} {report.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
             yield Text(
@@ -120,9 +120,9 @@ class LiveView(ConsoleView):
             )
 
     def _count(self, line: Line) -> None:
-        """Take what is drawn from a line: drawing itself is to cost little, however long the run."""
+        """Take from a line what is drawn, so that the cost of drawing does not grow with the run."""
         if line["kind"] == "train":
-            self._last = [*self._last, line][-RATE_LINES:]
+            self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():
                 values.append(line[key])
         else:
@@ -134,10 +134,10 @@ class LiveView(ConsoleView):
         self._curves = {key: sparkline(values) for key, values in self._values.items()}
 
     def _bar(self, done: int, total: int) -> Any:
-        return ProgressBar(total=total, completed=done, width=_CURVE)
+        return ProgressBar(total=total, completed=done, width=_CURVE_WIDTH)
 
     def _left(self, step: int) -> str:
-        seconds = seconds_left(self._last, step, self._plan.steps, self._plan.batch_size)
+        seconds = seconds_left(self._recent, step, self._length.steps, self._length.batch_size)
         return "" if seconds is None else f"{duration_text(seconds)} left"
 
 

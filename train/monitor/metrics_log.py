@@ -1,7 +1,8 @@
-"""What a run tells of itself: metrics.jsonl, status.json, TensorBoard's event files, and a view on the terminal.
+"""The record of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
-metrics.jsonl is the account, the others follow it. A run that goes on takes back the lines that came after its
-checkpoint and writes them again, so that each is there once. While the disk is full, lines wait in memory.
+metrics.jsonl is complete; the event files and the view repeat its numbers. A resumed run removes the lines that came
+after its checkpoint and writes them again, so each line is there once. While the disk is full, lines are held in
+memory.
 """
 
 from __future__ import annotations
@@ -29,26 +30,28 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The account of one run; a context, whose end says how the run ended."""
+    """The record of one run. A context manager: leaving it writes to status.json how the run ended."""
 
-    def __init__(self, run_dir: Path, plan: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
-        """Take back what is later than `step`, and its validation if that is due, then tell from there on.
+    def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
+        """Begin the record of a run that starts or resumes after `step`; later lines are removed.
 
-        Raises as `sync`.
+        validation_due  whether the validation after `step` is still to be made: then its line is removed, too
+
+        Raises as `sync` does.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        last = step, "train" if validation_due else "val"  # a step's validation comes after its line of training
-        found = [(text, line) for text in read_raw_lines(run_dir) if (line := parse_line(text)) is not None]
-        kept = [(text, line) for text, line in found if (line["step"], line["kind"]) <= last]
+        newest = step, "train" if validation_due else "val"  # the line of a validation follows the training line
+        raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
+        kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
         lines = [line for _, line in kept]
         try:
             if self.path.exists():
-                write_atomic(self.path, b"".join(text + b"\n" for text, _ in kept))
+                write_atomic(self.path, b"".join(raw + b"\n" for raw, _ in kept))
             self._file, self._events = AppendLog(self.path), self._event_file(lines, step)
-            self._say_status("training")
+            self._write_status("training")
         except OSError as error:
-            raise _not_written(run_dir, error) from None
-        view.begin(plan, lines, step)
+            raise _write_error(run_dir, error) from None
+        view.begin(length, lines, step)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -58,41 +61,41 @@ class MetricsLog:
     ) -> None:
         with suppress(OSError):  # the terminal was closed
             self.view.end()
-        with suppress(OSError):  # what ended the run is to be said, not that a full disk holds no more of it
+        with suppress(OSError):  # the error that ended the run is reported, not that a full disk cannot hold its status
             if error is None:
-                self._say_status("finished")
+                self._write_status("finished")
             elif isinstance(error, KeyboardInterrupt | Terminated):
-                by = signal.Signals(error.signum).name if isinstance(error, Terminated) else "Ctrl-C"
-                self._say_status("stopped", f"by {by}")
+                cause = signal.Signals(error.signum).name if isinstance(error, Terminated) else "Ctrl-C"
+                self._write_status("stopped", f"by {cause}")
             else:
-                self._say_status("failed", str(error) or type(error).__name__)
+                self._write_status("failed", str(error) or type(error).__name__)
 
     def interval(self, loader: TrainLoader, model: AlexNet) -> IntervalMetrics:
-        """The sums towards the next line."""
+        """Begin an interval: the sums from which its line is computed."""
         interval = IntervalMetrics(loader, model)
         self.view.follow(lambda: interval.steps)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:
-        """Tell of an interval: epoch, step, lr, and what IntervalMetrics.read gives."""
+        """Record the line of an interval: kind, epoch, step, lr, and what IntervalMetrics.read returns."""
         self._write(line)
         self.view.train(line)
 
     def validation(self, epoch: int, step: int, result: EvalResult) -> None:
-        """Tell of a validation after `step`."""
+        """Record the validation after `step`."""
         line = {"kind": "val", "epoch": epoch, "step": step, **vars(result)}
         self._write(line)
         self.view.validation(line)
 
     def sync(self) -> None:
-        """Have every line on the disk, before a checkpoint takes them for written.
+        """Write every line to the disk and fsync, before a checkpoint relies on them.
 
-        Raises DiskFull where there is no room, UserError for another error of the disk.
+        Raises DiskFull if there is no room, UserError for another error of the disk.
         """
         try:
             self._file.sync()
         except OSError as error:
-            raise _not_written(self.path, error) from None
+            raise _write_error(self.path, error) from None
 
     def _event_file(self, lines: list[dict[str, Any]], step: int) -> EventFile | None:
         try:
@@ -106,16 +109,18 @@ class MetricsLog:
         self.step = line["step"]
         error = self._file.add(f"{json.dumps(line)}\n".encode())
         if error is not None:
-            self.view.warn(f"{self.path}: cannot be written ({error.strerror}). Its lines wait in memory; make room.")
+            self.view.warn(
+                f"{self.path}: cannot be written ({error.strerror}). Its lines are held in memory; make room."
+            )
         if self._events is not None:
             self._events.add(line)
 
-    def _say_status(self, state: str, said: str = "") -> None:
-        """Replace status.json; `state` is training, finished, stopped or failed, `said` why."""
-        about = {"process": os.getpid(), "host": platform.node(), "unix_time_s": round(time.time(), 3)}
-        status = {"state": state, "said": said, "step": self.step, **about}
+    def _write_status(self, state: str, reason: str = "") -> None:
+        """Replace status.json. `state` is "training", "finished", "stopped" or "failed"."""
+        process = {"process": os.getpid(), "host": platform.node(), "unix_time_s": round(time.time(), 3)}
+        status = {"state": state, "said": reason, "step": self.step, **process}
         write_atomic(self.path.with_name(STATUS), json.dumps(status).encode())
 
 
-def _not_written(path: Path, error: OSError) -> UserError:
+def _write_error(path: Path, error: OSError) -> UserError:
     return disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.")

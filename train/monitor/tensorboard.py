@@ -1,9 +1,11 @@
-"""The lines of metrics.jsonl as TensorBoard's event files, by tensorboard's own messages and writer of records.
+"""TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's own messages and record writer.
 
-A run that goes on writes another file, which begins by telling TensorBoard to forget what came after the checkpoint
-(SessionLog.START, as TensorFlow does after a restart) and has what metrics.jsonl keeps of that step: no point is there
-twice. Where there are no event files yet, all lines so far come first. Tensorboard's EventFileWriter is not used: its
-thread would keep lines for two minutes, and end in a traceback on a full disk.
+A resumed run writes another file. It begins with SessionLog.START, as TensorFlow writes after a restart, which makes
+TensorBoard discard the points after that step; then come the lines that metrics.jsonl keeps of that step. So no point
+is shown twice. The first file of a folder begins with all lines so far.
+
+TensorBoard's EventFileWriter is not used: its thread holds lines back for two minutes and ends in a traceback on a full
+disk.
 """
 
 from __future__ import annotations
@@ -22,21 +24,27 @@ from train.runs.run_dir import tensorboard_scalars
 
 
 class NoTensorBoard(UserError):
-    """The package is not there."""
+    """The package tensorboard is not installed."""
 
 
 class EventFile:
-    """One more event file in `folder`."""
+    """A new event file in a folder."""
 
     def __init__(self, folder: Path, lines: Iterable[Mapping[str, Any]], step: int) -> None:
-        """`lines` are those of metrics.jsonl up to `step`, from which the run goes on. Raises NoTensorBoard."""
+        """Create the file of a run that starts or resumes after `step`.
+
+        lines  of metrics.jsonl up to `step`
+
+        Raises NoTensorBoard if the package is not installed, OSError if the folder cannot be made.
+        """
         try:
             from tensorboard.compat.proto.event_pb2 import Event, SessionLog
             from tensorboard.compat.proto.summary_pb2 import Summary
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             raise NoTensorBoard(
-                "No event files for TensorBoard, which is not installed: pip install 'alexnet[tensorboard]'"
+                "TensorBoard event files are not written: tensorboard is not installed. Install it with: "
+                "pip install 'alexnet[tensorboard]'"
             ) from None
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         folder.mkdir(exist_ok=True)
@@ -48,13 +56,14 @@ class EventFile:
         self._write(events + [self._event_of(line) for line in lines if is_first or line["step"] >= step])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write a line of metrics.jsonl; while the disk is full it waits."""
+        """Write the numbers of a line of metrics.jsonl; while the disk is full they are held in memory."""
         self._write([self._event_of(line)])
 
     def _event_of(self, line: Mapping[str, Any]) -> Any:
-        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in tensorboard_scalars(line).items()]
-        written = line.get("unix_time_s", time.time())  # lines of version 0.1.0 have no time
-        return self._event(step=line["step"], wall_time=written, summary=self._summary(value=values))
+        scalars = tensorboard_scalars(line)
+        values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        wall_time = line.get("unix_time_s", time.time())  # lines of version 0.1.0 have no time
+        return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))
 
     def _write(self, events: Iterable[Any]) -> None:
         records = BytesIO()
@@ -65,7 +74,7 @@ class EventFile:
 
 
 def _next_path(folder: Path) -> tuple[Path, bool]:
-    """A name that TensorBoard, which goes by names, reads after those there; and whether there are none."""
+    """(path of the next event file, whether it is the first). TensorBoard reads files in the order of their names."""
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
-    second = max([int(time.time()), *(there + 1 for there in seconds)])
+    second = max([int(time.time()), *(earlier + 1 for earlier in seconds)])
     return folder / f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}", not seconds

@@ -1,4 +1,4 @@
-"""Which view of a run standard error can show."""
+"""Choice of the console view: live display, plain lines, or quiet."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from train.monitor.console_view import ConsoleView, QuietView
 
 
 def choose_view(quiet: bool = False) -> ConsoleView:
-    """The view that standard error can show: one that moves on a terminal, lines elsewhere, or a quiet one."""
+    """A live display if standard error is a terminal, plain lines if not; a quiet view if `quiet`."""
     if quiet:
         return QuietView()
     if not sys.stderr.isatty():

@@ -213,9 +213,7 @@ class CheckpointKeeper:
                 with open(path, "rb") as source, atomic_file(best) as file:
                     shutil.copyfileobj(source, file)
         except OSError as error:
-            say(
-                f"Warning: {best}: cannot be written ({error.strerror or error}). It stays an earlier one, or is missing."
-            )
+            say(f"Warning: {best}: cannot be written ({error.strerror or error}). It is an earlier one, or missing.")
         finally:
             temporary.unlink(missing_ok=True)  # renaming a file to a hard link of itself does nothing
 

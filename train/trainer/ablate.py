@@ -1,7 +1,8 @@
-"""Run the paper's ablations on one store: the same seed, budget and recipe, one part away at a time.
+"""The paper's ablations on one store: the network trained without one part at a time, with the same seed and budget.
 
-Each run is a run folder of its own, `NAME-seedN`, trained as `alextrain run` does. Its errors over the split val, by
-the centre view, are kept in it as ablation.json: what has them is not trained again, what was killed goes on.
+Each training is a run folder of its own, `NAME-seedN`, trained as `alextrain run` trains it. ablation.json in it holds
+its errors over the split val by the centre view. A run that has them is not trained again; one that was stopped or
+killed resumes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ RESULT = "ablation.json"
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One training to be made: an ablation and a seed."""
+    """One training: an ablation, and the configuration with one seed."""
 
     ablation: Ablation
     config: RunConfig
@@ -40,7 +41,7 @@ class AblationRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Errors of one ablation, a number for each seed, shares in 0..1; None of a training that diverged."""
+    """Errors of one ablation, one for each seed, 0..1; None for a training that diverged."""
 
     ablation: Ablation
     runs: tuple[RunConfig, ...]
@@ -54,7 +55,7 @@ def plan_runs(
     recipe: str,
     settings: Sequence[str] = (),
     *,
-    only: Sequence[str] = (),  # names of ABLATIONS; none: all of them. The baseline always runs
+    only: Sequence[str] = (),  # names of ABLATIONS; empty: all of them. The baseline is always trained
     seed: int = 0,
     seeds: int = 1,
     batch: int | None = None,
@@ -63,7 +64,7 @@ def plan_runs(
     gpus: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
-    """The trainings to be made, ablation after ablation, those that change nothing of the recipe left out.
+    """The trainings, ablation after ablation. An ablation that does not change the recipe is left out.
 
     Raises UserError as recipe_with_overrides and parse_devices.
     """
@@ -74,7 +75,7 @@ def plan_runs(
             continue
         changed, model = apply_overrides(base, ablation.settings), networks[ablation.model]
         if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
-            say(f"{ablation.name}: left out, for recipe {base.name} is without it.")
+            say(f"{ablation.name}: left out: recipe {base.name} does not have it.")
             continue
         for number in range(seed, seed + seeds):
             config = RunConfig(
@@ -93,24 +94,23 @@ def plan_runs(
 
 
 def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
-    """Train and measure what is not yet; returns an outcome for each ablation.
+    """Train and measure the runs that have no errors yet; returns an outcome for each ablation.
 
-    Raises UserError as train.trainer.loop.fit does, where the store has no split val, and where a folder in which a run is
-    to be holds another.
+    Raises UserError as train.trainer.loop.fit does, if the store has no split val, and if a folder holds another run.
     """
     errors = [_errors(run.config) for run in runs]
     outcomes = []
     for ablation in dict.fromkeys(run.ablation for run in runs):
-        mine = [place for place, run in enumerate(runs) if run.ablation == ablation]
-        top1, top5 = (tuple(errors[place][k] for place in mine) for k in (0, 1))
-        outcomes.append(Outcome(ablation, tuple(runs[place].config for place in mine), top1, top5))
+        indices = [index for index, run in enumerate(runs) if run.ablation == ablation]
+        top1, top5 = (tuple(errors[index][k] for index in indices) for k in (0, 1))
+        outcomes.append(Outcome(ablation, tuple(runs[index].config for index in indices), top1, top5))
     return outcomes
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """(top-1, top-5) of a run that was finished and measured before, None where there is something left to do.
+    """(top-1, top-5) of a run that was trained and measured before, 0..1; None if something is left to do.
 
-    Raises UserError where the folder is another run's.
+    Raises UserError if the folder holds another run.
     """
     try:
         result = json.loads((run.run_dir / RESULT).read_bytes())
@@ -158,9 +158,10 @@ def _measured(run: Run) -> tuple[float, float]:
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """For each outcome the paper's differences and ours, in percentage points, above 0 where the error is higher.
+    """For each outcome the paper's differences and the measured ones, in percentage points; above 0: a higher error.
 
-    `spread` is the standard deviation over seeds, None of one seed; ours are differences of runs with the same seed.
+    A measured difference is between runs of the same seed. "spread" is the standard deviation over seeds, None for one
+    seed.
     """
     base = outcomes[0]
     return [
@@ -179,20 +180,20 @@ def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def _differences(mine: Sequence[float | None], base: Sequence[float | None]) -> list[float | None]:
-    return [None if a is None or b is None else a - b for a, b in zip(mine, base, strict=True)]
+def _differences(errors: Sequence[float | None], base: Sequence[float | None]) -> list[float | None]:
+    return [None if a is None or b is None else a - b for a, b in zip(errors, base, strict=True)]
 
 
 def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and spread in percent; None where a run diverged."""
-    found = [100 * share for share in shares if share is not None]
-    if len(found) < len(shares):
+    """Mean and spread in percent; None if a run diverged."""
+    percents = [100 * share for share in shares if share is not None]
+    if len(percents) < len(shares):
         return {"mean": None, "spread": None}
-    return {"mean": mean(found), "spread": stdev(found) if len(found) > 1 else None}
+    return {"mean": mean(percents), "spread": stdev(percents) if len(percents) > 1 else None}
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows as text, and where the paper's numbers are from."""
+    """The rows of `outcome_rows` as a text table, with the sources of the paper's numbers below."""
     lines = [
         f"{'':12}{'paper, points':>14}  {'measured error, %':>26}  {'difference, points':>26}",
         f"{'':12}{'top-1':>7}{'top-5':>7}" + 2 * f"  {'top-1':>13}{'top-5':>13}",
@@ -201,14 +202,14 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         paper = "".join(f"{'' if row[k] is None else format(row[k], '+.1f'):>7}" for k in ("paper_top1", "paper_top5"))
         errors = "".join(f"{_text(row[k], ''):>13}" for k in ("top1_error", "top5_error"))
         differences = "".join(f"{_text(row[k], '+'):>13}" for k in ("top1_difference", "top5_difference"))
-        first = row["ablation"] == BASELINE.name
-        lines.append(f"{row['ablation']:12}{paper}  {errors}  {'' if first else differences}".rstrip())
-    lines.append("Errors by the centre view; the paper's differences are from:")
+        is_baseline = row["ablation"] == BASELINE.name
+        lines.append(f"{row['ablation']:12}{paper}  {errors}  {'' if is_baseline else differences}".rstrip())
+    lines.append("Errors by the centre view. Sources of the paper's differences:")
     return lines + [f"  {row['ablation']}: {row['source']}" for row in rows if row["ablation"] != BASELINE.name]
 
 
 def _text(statistics: Mapping[str, float | None], sign: str) -> str:
-    middle, spread = statistics["mean"], statistics["spread"]
-    if middle is None:
+    average, spread = statistics["mean"], statistics["spread"]
+    if average is None:
         return "diverged"
-    return f"{middle:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")
+    return f"{average:{sign}.1f}" + ("" if spread is None else f" ± {spread:.1f}")

@@ -1,4 +1,4 @@
-"""The learning-rate schedules."""
+"""Learning-rate schedules: steps, plateau and cosine, and the colour noise that changes with them."""
 
 from __future__ import annotations
 
@@ -11,84 +11,86 @@ from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange
 from train.trainer.optim import PaperSGD
 
 
-def cosine_share(spec: Cosine, epochs_done: float, epochs: int) -> float:
-    """The share of lr after `epochs_done` of `epochs`; `spec.end` from there on."""
-    if epochs_done < spec.warmup_epochs:
-        return spec.start + (1 - spec.start) * epochs_done / spec.warmup_epochs
+def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
+    """The share of the recipe's lr after `epochs_done` of `epochs`: linear warm-up, then half a cosine.
+
+    It is `cosine.end` from the last epoch on.
+    """
+    if epochs_done < cosine.warmup_epochs:
+        return cosine.start + (1 - cosine.start) * epochs_done / cosine.warmup_epochs
     if epochs_done >= epochs:
-        return spec.end
-    way = (epochs_done - spec.warmup_epochs) / (epochs - spec.warmup_epochs)
-    return spec.end + (1 - spec.end) * (1 + math.cos(math.pi * way)) / 2
+        return cosine.end
+    progress = (epochs_done - cosine.warmup_epochs) / (epochs - cosine.warmup_epochs)
+    return cosine.end + (1 - cosine.end) * (1 + math.cos(math.pi * progress)) / 2
 
 
 @dataclass
 class Schedule:
-    """What the rates and the colour noise are now. Plateau state is in the three numbers, which a checkpoint keeps."""
+    """Learning rates and colour noise of a recipe, at any epoch.
+
+    Steps and cosine depend on the epoch alone. A plateau schedule also has the state below, which checkpoints hold.
+    """
 
     recipe: Recipe
-    best_error: float = float("inf")
+    best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
-    drops: int = 0
-    finished: bool = field(default=False, init=False)
+    drops: int = 0  # how often the rate was reduced
+    finished: bool = field(default=False, init=False)  # the run ends: the error stopped improving at the last rate
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
-        """(lr of weights, of conv1's weights, of biases) after `epochs_done` epochs."""
+        """(lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
         recipe = self.recipe
-        lr, lr_conv1 = recipe.lr, None  # a rate that conv1 is given of its own it keeps
+        lr, lr_conv1 = recipe.lr, None  # conv1 follows lr until a change gives it a rate of its own
         if isinstance(recipe.schedule, Plateau):
             lr *= recipe.schedule.factor**self.drops
         if isinstance(recipe.schedule, Cosine):
             lr *= cosine_share(recipe.schedule, epochs_done, recipe.epochs)
-        for change in self._changes(epochs_done):
+        for change in self._changes_until(epochs_done):
             lr = lr if change.lr is None else change.lr
             lr_conv1 = lr_conv1 if change.lr_conv1 is None else change.lr_conv1
         lr_bias = lr * recipe.lr_bias_factor if recipe.lr_bias is None else recipe.lr_bias
         return lr, lr if lr_conv1 is None else lr_conv1, lr_bias
 
     def colour(self, epochs_done: int) -> str:
-        """The colour noise after `epochs_done` whole epochs, in Augmentation's words."""
+        """The colour noise after `epochs_done` whole epochs: a value of Augmentation.colour."""
         colour = self.recipe.augmentation.colour
-        for change in self._changes(epochs_done):
+        for change in self._changes_until(epochs_done):
             colour = change.colour or colour
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
         """Set the rates of an optimizer that make_optimizer made; returns the rate of the weights.
 
-        A rate of 0 for conv1 freezes the layer whole: no gradient is computed for it.
+        A rate of 0 for conv1 freezes the layer: its weights and biases get no gradient.
         """
         lr, lr_conv1, lr_bias = self.learning_rates(epochs_done)
-        rates = {"weights": lr, "biases": lr_bias, "conv1": lr_conv1, "conv1 biases": lr_bias if lr_conv1 else 0.0}
+        lr_conv1_bias = lr_bias if lr_conv1 else 0.0
+        lr_by_group = {"weights": lr, "biases": lr_bias, "conv1": lr_conv1, "conv1 biases": lr_conv1_bias}
         for group in optimizer.param_groups:
-            group["lr"] = rates[group["name"]]
+            group["lr"] = lr_by_group[group["name"]]
             for parameter in group["params"]:
                 parameter.requires_grad_(group["lr"] != 0)
         return lr
 
     def record_validation(self, error: float) -> None:
-        """Count an epoch's validation error towards a plateau; `finished` says that the last rate has reached one."""
-        spec = self.recipe.schedule
-        if not isinstance(spec, Plateau):
+        """Count an epoch's top-1 error (0..1): reduce the rate, or finish, when it has stopped improving."""
+        plateau = self.recipe.schedule
+        if not isinstance(plateau, Plateau):
             return
         if error < self.best_error:
             self.best_error, self.epochs_since_best = error, 0
             return
         self.epochs_since_best += 1
-        if self.epochs_since_best < spec.patience_epochs:
+        if self.epochs_since_best < plateau.patience_epochs:
             return
         self.epochs_since_best = 0
-        if self.drops == spec.drops:
+        if self.drops == plateau.drops:
             self.finished = True
         else:
             self.drops += 1
 
-    def _changes(self, epochs_done: float) -> list[ScheduleChange]:
-        if not isinstance(self.recipe.schedule, tuple):
-            return []
-        return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]
-
     def state_dict(self) -> dict[str, float | int | bool]:
-        """What rates depend on beside the epoch."""
+        """All that the rates depend on beside recipe and epoch; a checkpoint's "schedule"."""
         return {
             "best_error": self.best_error,
             "epochs_since_best": self.epochs_since_best,
@@ -97,6 +99,11 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of state_dict."""
+        """Restore what `state_dict` returned."""
         for name in self.state_dict():
             setattr(self, name, state[name])
+
+    def _changes_until(self, epochs_done: float) -> list[ScheduleChange]:
+        if not isinstance(self.recipe.schedule, tuple):
+            return []
+        return [change for change in self.recipe.schedule if epochs_done >= change.after_epochs]

@@ -1,21 +1,21 @@
 """One training step: forward, cross-entropy, backward, update.
 
-A batch too large for the memory is computed in equal parts, one after the other, whose gradients are averaged: the
-same update up to rounding, while the activations of one part are held. Each part has dropout draws of its own, as the
-images of a batch have.
+With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged:
+the same update up to rounding, while only one part's activations are in memory. Each part draws its own dropout, as
+each image of a batch does.
 
-Nothing in it waits for a device, and so the two columns run at the same time on their two GPUs although one thread
-launches both, column 0's layers first:
+The host never waits for a device during a step. So the two columns run at the same time on their two GPUs, although
+one thread launches both, column 0's layers first:
 
--   A launch only queues work on the current stream of its device and returns. No value is read on the way (no item(),
-    no cpu(), no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that have no values.
--   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream, and
-    events make it wait for the receiver's stream and the receiver's stream for it. The host goes on.
--   Backward, autograd has a thread for each GPU, which launches that GPU's part; the copies turn round.
--   The update queues additions on each parameter's device. Rates are numbers of the host.
+-   A launch queues work on the current stream of its device and returns. No value is read back (no item(), no cpu(),
+    no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.
+-   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream. CUDA
+    events make the copy wait for the receiver's stream, and the receiver's stream for the copy.
+-   In the backward pass autograd has a thread for each GPU, which launches that GPU's part; copies go the other way.
+-   The update queues additions on each parameter's device. Learning rates are numbers of the host.
 
-So GPU 1 has its first layers queued some hundred microseconds after GPU 0, and from then on each waits for the other
-only at the crossings, as in the paper. What the caller reads of the result is the only thing that waits.
+GPU 1 has its first layers queued some hundred microseconds after GPU 0. From then on the GPUs wait for each other only
+at the crossings, as in the paper (section 3.2). The first wait is the caller's, when it reads a value of the result.
 """
 
 from __future__ import annotations
@@ -32,28 +32,34 @@ from train.trainer.optim import PaperSGD
 
 
 class StepResult(NamedTuple):
-    """What a step gives, on column 0's device, without a graph behind it."""
+    """The result of a step, on column 0's device, detached from the autograd graph."""
 
-    loss: Tensor  # (), float32, nats: the mean over the batch, before the update
+    loss: Tensor  # (), float32, nats: the mean over the batch before the update
     logits: Tensor  # (N, classes), float32
     labels: Tensor  # (N,), int64
 
 
 class TrainingStep:
-    """step(images, labels) trains `model` on one batch."""
+    """A callable that trains `model` on one batch."""
 
     def __init__(self, model: AlexNet, optimizer: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
-        """Raises UserError for a precision that the model's devices do not have."""
+        """Raises UserError for a precision that the model's devices do not support.
+
+        parts  equal parts in which a batch is computed
+        """
         set_precision(precision, model.devices)
         self.model, self.optimizer, self.precision, self.parts = model, optimizer, precision, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Images float32 (N, 3, 224, 224), grey levels minus the mean; labels int64 (N,); on any device.
+        """Update the parameters once. The tensors may be on any device.
 
-        Raises ValueError for a batch that cannot be divided into `parts`.
+        images  float32 (N, 3, 224, 224), grey levels minus the mean
+        labels  int64 (N,)
+
+        Raises ValueError if `parts` does not divide N.
         """
         if len(labels) % self.parts:
-            raise ValueError(f"a batch of {len(labels)} in {self.parts} parts")
+            raise ValueError(f"a batch of {len(labels)} cannot be divided into {self.parts} equal parts")
         device = self.model.devices[0]
         labels = labels.to(device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)

@@ -462,7 +462,7 @@ def test_a_fork_changes_settings_goes_on_and_tells_where_it_came_from(stores: di
     with pytest.raises(UserError, match=rf"a run that began with {origin}, not with {tmp_path / 'second'}"):
         fork(Run.open(replace(changed, run_dir=tmp_path / "second")), first.run_dir)
     with pytest.raises(UserError, match="another batch size"):
-        fit(Run.open(replace(first, batch_size=8)))
+        fit(Run.open(replace(first.config, batch_size=8)))
     wider = replace(SMALL, widths=replace(SMALL.widths, fc7=18))
     with pytest.raises(UserError, match=r"fc7\.weight has shape \(16, 16\) in the checkpoint, \(18, 16\)"):
         fork(Run.open(replace(changed, model=wider)), tmp_path / "third")
@@ -498,7 +498,7 @@ def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
         signal.signal(signal.SIGTERM, before)
         signal.signal(signal.SIGHUP, hung_up)
     assert ended.exit_code == code, ended.output
-    assert "batch 8 in 2 parts" in ended.stderr and "same command goes on" in ended.stderr
+    assert "batch 8 in 2 parts" in ended.stderr and "to continue from here" in ended.stderr
     assert checkpoint.load(tmp_path / "run").step == 2  # the step that was under way
     monkeypatch.undo()
     monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL)

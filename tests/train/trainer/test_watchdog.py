@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import train.trainer.watchdog
+import train.trainer.offending_batch
 from pipeline.loader import TrainLoader, train_loader
 from prep.console import UserError
 from tests.train.trainer.test_loop import SMALL, config
@@ -127,7 +127,7 @@ def test_a_loss_that_stays_a_guess_is_said_once(watch: Watchdog, capsys: pytest.
     judged(watch, [guess] * 30, 190)
     said = capsys.readouterr().err
     assert said.count("Warning") == 1 and "step 200: the loss has been within 1% of ln 37 = 3.611" in said
-    assert "for 200 steps. Usually: a rate" in said
+    assert "for 200 steps. Usually: a learning rate" in said
 
 
 def test_a_loss_that_left_its_guess_is_not_stuck(watch: Watchdog, capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,7 +210,7 @@ def test_a_batch_that_cannot_be_written_aside_hides_nothing(
     def full(*of: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train.trainer.watchdog, "save_image_grid", full)
+    monkeypatch.setattr(train.trainer.offending_batch, "save_image_grid", full)
     recipe = replace(SHORT, schedule=(), lr=1e12)
-    with pytest.raises(Diverged, match=r"training has diverged.*could not be written aside \(.*No space"):
+    with pytest.raises(Diverged, match=r"training has diverged.*could not be written \(.*No space"):
         fit(Run.open(config(numbered, tmp_path / "run", recipe=recipe)))

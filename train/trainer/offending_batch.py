@@ -1,0 +1,72 @@
+"""The batch at which a training diverged, written into the run folder for inspection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.augment import Augmentation
+from pipeline.diagnostics.preview import save_image_grid
+from pipeline.loader import train_loader
+from pipeline.records import Records
+from pipeline.sampling import epoch_permutation
+from prep.files import write_atomic
+from train.runs.run import Run
+
+
+def write_offending_batch(
+    folder: Path, run: Run, step: int, augmentation: Augmentation, diagnosis: Mapping[str, Any]
+) -> None:
+    """Write the batch of `step`, counted from 1, into `folder`: batch.json and pictures.png.
+
+    augmentation  with which the stream served it
+    diagnosis     keys to add to batch.json: what was not finite
+
+    The batch is asked of a new stream: it is a function of seed, epoch and step. batch.json has each record's shard,
+    key, source and label, and the range of the pixels. The pictures have the mean colour added back; NaN and infinite
+    pixels are white. Raises OSError, and UserError as train_loader does.
+    """
+    config, store, size = run.config, run.store, run.config.batch_size
+    epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)
+    with train_loader(
+        config.store, size, config.devices[0], config.seed, augmentation=augmentation, threads=config.threads
+    ) as loader:
+        loader.seek(epoch, step_of_epoch)
+        images, labels = next(iter(loader))
+        permutation = epoch_permutation(loader.records, config.seed, epoch)
+    numbers = permutation[step_of_epoch * size : (step_of_epoch + 1) * size].tolist()
+    pixels = images.float().cpu().numpy()
+    finite = np.isfinite(pixels)
+    records = Records(store, "train")
+    content = {
+        "step": step,
+        "epoch": epoch,
+        **diagnosis,
+        "pixels": {
+            "smallest": float(pixels[finite].min(initial=np.inf)),
+            "largest": float(pixels[finite].max(initial=-np.inf)),
+            "no_numbers": int((~finite).sum()),
+        },
+        "augmentation": asdict(augmentation),
+        "records": [
+            {
+                "number": number,
+                "label": label,
+                "class": store.classes[label],
+                "record": records.location(number),
+                "no_numbers": int(not_finite),
+            }
+            for number, label, not_finite in zip(numbers, labels.tolist(), (~finite).sum((1, 2, 3)), strict=True)
+        ],
+    }
+    records.close()
+    mean = 0.0 if augmentation.mean == "none" else np.array(store.color_stats().mean_rgb)[:, None, None]
+    visible = np.nan_to_num(pixels * augmentation.divisor + mean, nan=255.0, posinf=255.0, neginf=255.0)
+    folder.mkdir(exist_ok=True)
+    save_image_grid(np.rint(visible.clip(0, 255)).astype(np.uint8).transpose(0, 2, 3, 1), folder / "pictures.png")
+    write_atomic(folder / "batch.json", json.dumps(content, indent=1).encode())

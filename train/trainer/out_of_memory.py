@@ -1,0 +1,41 @@
+"""Out-of-memory errors of a device or the host, turned into advice on what to pass instead."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from prep.console import UserError
+from train.config.run_config import RunConfig
+from train.runs import checkpoint
+
+# In the messages of out-of-memory errors that have no type of their own: torch's CPU allocator; the CUDA driver and
+# DALI; cuBLAS.
+_MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+@contextmanager
+def out_of_memory(config: RunConfig) -> Iterator[None]:
+    """Raise UserError with options that need less memory if the body runs out of it; other errors pass through."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        has_type = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not has_type and not any(message in str(error) for message in _MESSAGES):
+            raise
+        raise UserError(_advice(config, str(error).strip().split("\n")[0][:200])) from None
+
+
+def _advice(config: RunConfig, message: str) -> str:
+    batch, parts = config.batch_size, config.accumulate
+    more_parts = next((n for n in range(2 * parts, batch + 1) if batch % n == 0), None)
+    options = [f"--accumulate {more_parts} (the same batch in {more_parts} parts)"] * (more_parts is not None)
+    options += [f"--batch {batch // 2}"] * (batch > 1)
+    advice = " or ".join(options) or "a smaller --model"
+    if checkpoint.checkpoint_paths(config.run_dir):
+        advice += ", with --fork NEW_DIR to continue from the newest checkpoint"
+    given = f"--batch {batch}" + (f" --accumulate {parts}" if parts > 1 else "")
+    devices = " and ".join(dict.fromkeys(config.devices))
+    return f"{given}: out of memory on {devices} ({message}). Give {advice}."
