@@ -296,7 +296,7 @@ def test_hours_and_shares_of_the_peak(monkeypatch: pytest.MonkeyPatch, plan: Pla
         (["sm90_xmma_fprop_implicit_gemm", "aten::cudnn_convolution", "aten::conv2d"], "convolution"),
         (["void elementwise_kernel<direct_copy>", "aten::copy_", "aten::_to_copy", "aten::conv2d"], "copies"),
         (["nvjet_tst_128x256", "aten::addmm", "aten::linear"], "matrix product"),
-        (["elementwise_kernel", "aten::mul", "_AcrossMapsBackward"], "normalisation"),
+        (["elementwise_kernel", "aten::mul", "_LrnTritonBackward"], "normalisation"),
         (["multi_tensor_apply", "aten::_foreach_add_", "Optimizer.step#PaperSGD.step"], "update"),
         (["max_pool_backward_nhwc", "aten::max_pool2d_with_indices_backward"], "pooling"),
         (["Memcpy PtoP (Device -> Device)", "aten::to"], "copies"),

@@ -27,7 +27,7 @@ PROFILED_STEPS = 3
 # its kernels alone (a type's conversion inside a convolution is a copy).
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
-    ("normalisation", True, r"_Compiled|_Plain|_WithinMap|_AcrossMaps|lrn"),
+    ("normalisation", True, r"_Lrn|lrn"),
     ("copies", False, r"(?i)memcpy|memset|aten::copy_|direct_copy"),
     ("convolution", True, r"(?i)conv|cudnn"),
     ("matrix product", True, r"(?i)addmm|aten::mm|matmul|linear|gemm"),

@@ -1,10 +1,10 @@
-"""AlexNet in its two columns (the paper, sections 3.2 and 3.5, figure 2), and its relatives of train.config.architecture.
+"""The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
-Each column has half of every layer's maps or units and lives on a device of its own; they may be one device. The column
-sees only its own maps, except where figure 2 has crossing arrows: before conv3, fc6, fc7 and fc8, and there `cross`
-is called. Normalization never crosses. Maps lie in memory with their channels last, which makes a step on a CPU a third
-shorter: convolution, pooling and the normalization over channels all like it. A network of one column is the same
-without anything to cross.
+Paper: sections 3.2 and 3.5, figure 2. A column has half of the maps or units of every layer, and a device; both columns
+may be on the same one. A column sees its own maps only, except where figure 2 has crossing arrows: before conv3, fc6,
+fc7 and fc8 `cross` gives it both columns' activations. Normalization never crosses. A network of one column crosses
+nothing. Feature maps are in channels-last layout, which makes a step on a CPU a third shorter: convolution, pooling and
+normalization across maps are all faster in it.
 
 Shapes, per column, for N images:
 
@@ -15,8 +15,8 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-How 224 px give 55 positions of conv1: Architecture.padding_px. Pooling rounds down, so that windows of 2 px give maps
-of the same size, as section 3.4 compares them.
+Architecture.padding_px explains how 224 px give conv1 55 positions. Pooling rounds down, so that windows of 2 px give
+maps of the same size, which the comparison of section 3.4 needs.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from train.config.recipe import Lrn, Recipe
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
-POOLED_PX = 6  # side of pool5's maps for a window
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+POOLED_PX = 6  # side of pool5's maps for an image of 224 px
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
@@ -43,10 +43,10 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class FullyConnected(nn.Linear):
-    """A fully-connected layer that also slides over maps, `side` × `side` at a time, with the same numbers.
+    """A fully-connected layer that can also slide over feature maps, as a `side` × `side` convolution.
 
-    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); (N, maps, rows, columns) gives (N, units,
-    rows − side + 1, columns − side + 1).
+    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); input (N, maps, rows, columns) gives
+    (N, units, rows − side + 1, columns − side + 1).
     """
 
     def __init__(self, maps: int, units: int, side: int = 1) -> None:
@@ -54,34 +54,35 @@ class FullyConnected(nn.Linear):
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the class says."""
+        """Shapes: see the class."""
         if x.dim() == 2:
             return super().forward(x)
         return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
 
 
 class Column(nn.Module):
-    """One column: its share of every layer but the last. `sees` is how many columns a crossing shows it."""
+    """One column: its share `w` of every layer but fc8. After a crossing it sees `visible` columns."""
 
-    def __init__(self, w: Widths, sees: int) -> None:
+    def __init__(self, w: Widths, visible: int) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
         self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2)
-        self.conv3 = nn.Conv2d(sees * w.conv2, w.conv3, 3, padding=1)
+        self.conv3 = nn.Conv2d(visible * w.conv2, w.conv3, 3, padding=1)
         self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1)
         self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1)
-        self.fc6 = FullyConnected(sees * w.conv5, w.fc6, POOLED_PX)
-        self.fc7 = FullyConnected(sees * w.fc6, w.fc7)
+        self.fc6 = FullyConnected(visible * w.conv5, w.fc6, POOLED_PX)
+        self.fc7 = FullyConnected(visible * w.fc6, w.fc7)
 
 
 class AlexNet(nn.Module):
-    """A network of the family. Outputs logits (N, classes) on column 0's device.
+    """A network that gives logits (N, classes) on column 0's device.
 
     classes       number of classes
-    recipe        what of the network a recipe decides: initialization, activation, normalization, pooling, dropout,
-                  whether columns cross, division of the input
-    devices       of column 0 and column 1; equal ones put both columns on one device, one column is on the first
-    architecture  which network
+    recipe        its activation, normalization, pooling, crossing, dropout, initialization and input_divisor apply
+    devices       of column 0 and column 1; the same twice for one device; a network of one column uses the first
+    architecture  columns and layer widths
+
+    Raises ValueError for a number of devices that fits neither the columns nor two.
     """
 
     def __init__(
@@ -92,14 +93,14 @@ class AlexNet(nn.Module):
         architecture: Architecture = ALEXNET,
     ) -> None:
         super().__init__()
-        count = architecture.columns
-        if len(devices) not in (count, 2):
-            raise ValueError(f"{len(devices)} devices for {count} columns")
+        columns = architecture.columns
+        if len(devices) not in (columns, 2):
+            raise ValueError(f"{len(devices)} devices for {columns} columns")
         self.recipe, self.architecture = recipe, architecture
-        self.devices = tuple(torch.device(device) for device in devices[:count])
-        share = Widths(**{name: n // count for name, n in vars(architecture.widths).items()})
+        self.devices = tuple(torch.device(device) for device in devices[:columns])
+        share = Widths(**{name: n // columns for name, n in vars(architecture.widths).items()})
         with torch.device("meta"):
-            self.columns = nn.ModuleList(Column(share, count if recipe.crossing else 1) for _ in range(count))
+            self.columns = nn.ModuleList(Column(share, columns if recipe.crossing else 1) for _ in range(columns))
             self.fc8 = FullyConnected(architecture.widths.fc7, classes)
         for column, device in zip(self.columns, self.devices, strict=True):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
@@ -108,32 +109,35 @@ class AlexNet(nn.Module):
             initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) of images float32 (N, 3, 224, 224), grey levels minus the mean, on any device.
+        """Logits (N, classes) for images float32 (N, 3, 224, 224), pixels 0..255 minus the mean, on any device.
 
-        A convolutional network takes larger ones, too, and gives those a map of logits, as `dense` does.
+        A convolutional network also takes larger images, and gives the map of logits that `dense` gives. Raises
+        ValueError for another shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
             return logits.flatten(1) if logits.shape[2:] == (1, 1) else logits
         if images.shape[1:] != (3, CROP_PX, CROP_PX):
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX}, {CROP_PX})")
-        return self._classified([maps.flatten(1) for maps in self._pooled(images)])  # column 0's maps come first
+        return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) of images (N, 3, height, width) of at least 224 px: a window each 32 px.
+        """Logits (N, classes, rows, columns) for images (N, 3, height, width) of at least 224 px: a crop every 32 px.
 
-        256 px give 2 × 2. A window sees its neighborhood where alone it would see zero padding, so that its logits are
-        near those of the same window alone, not equal.
+        256 px give 2 × 2. The layers see pixels beyond a crop's edge where for the crop alone they would see zero
+        padding, so its logits are near those of the crop alone, not equal. Raises ValueError for smaller images.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX} or more, the same)")
-        return self._classified(self._pooled(images))
+        return self._fully_connected(self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
-        """Give each receiving device (by default each column's) both columns' activations, column 0's first.
+        """Both columns' activations, joined along dim 1 with column 0 first, on each receiving device.
 
-        The only place where activations change device. Columns that share a device share the joined tensor; a single
-        column's is passed on.
+        receivers  None: the device of each column
+
+        Only here do activations move between devices. Columns on the same device share the joined tensor. Of a network
+        with one column the activations are returned as they are.
         """
         if len(halves) == 1:
             return list(halves)
@@ -144,24 +148,24 @@ class AlexNet(nn.Module):
         return [joined[device] for device in receivers or self.devices]
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """`part` of every parameter, in the shapes of the network without columns, on the CPU.
+        """The parameters of both columns joined, on the CPU, by name; independent of the devices of the columns.
 
-        `conv2.weight` is (256, 48, 5, 5), as a convolution with two groups has it; `fc6.weight` is (4096, 9216). A file
-        with these loads for any placement of the columns.
+        `conv2.weight` is (256, 48, 5, 5), as of a convolution with two groups; `fc6.weight` is (4096, 9216).
+
+        part  which tensor of a parameter, of its shape: itself, its gradient, its velocity
         """
-        found = {}
-        for name, parameters in self.parameters_by_joined_name().items():
-            found[name] = torch.cat([part(p).cpu() for p in parameters])
-        return found
+        by_name = self.parameters_by_joined_name()
+        return {name: torch.cat([part(p).cpu() for p in parameters]) for name, parameters in by_name.items()}
 
     def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
-        """The inverse of joined; raises ValueError for names or shapes that do not fit."""
-        mine = self.parameters_by_joined_name()
-        if set(mine) != set(tensors):
-            raise ValueError(f"parameters {sorted(set(mine) ^ set(tensors))} are on one side only")
-        for name, parameters in mine.items():
+        """The inverse of joined_tensors; raises ValueError for names or shapes that do not fit."""
+        by_name = self.parameters_by_joined_name()
+        if set(by_name) != set(tensors):
+            differing = sorted(set(by_name) ^ set(tensors))
+            raise ValueError(f"parameters {differing}: in the tensors or in the network, but not in both")
+        for name, parameters in by_name.items():
             rows = sum(p.shape[0] for p in parameters)
             if tensors[name].shape != (rows, *parameters[0].shape[1:]):
                 raise ValueError(
@@ -172,51 +176,52 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """Joined name (`conv1.weight` …) to the columns' parameters that make it up, in order; fc8 has one."""
+        """The parameters that make up each joined tensor (`conv1.weight` …): of each column, in order; one of fc8."""
         names = [name for name, _ in self._columns[0].named_parameters()]
-        found = {name: [column.get_parameter(name) for column in self._columns] for name in names}
-        return {**found, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
+        by_name = {name: [column.get_parameter(name) for column in self._columns] for name in names}
+        return {**by_name, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
 
     def to(self, *args: object, **kwargs: object) -> AlexNet:
-        """Refused: the network is placed when it is made, and moving it as one piece would undo that."""
+        """Raise TypeError: one device for the whole network would undo the placement of its columns."""
         raise TypeError(
-            "an AlexNet owns its placement: make it anew with other devices, and load_joined_tensors the parameters"
+            "an AlexNet owns the placement of its columns. To move it, make another with other devices, and give its "
+            "joined_tensors() to load_joined_tensors."
         )
 
     @property
     def _columns(self) -> list[Column]:
         return [column for column in self.columns if isinstance(column, Column)]
 
-    def _pooled(self, images: Tensor) -> list[Tensor]:
-        """pool5 of each column: (N, 128, 6, 6) of images of 224 px."""
+    def _convolutional(self, images: Tensor) -> list[Tensor]:
+        """pool5 of each column: (N, 128, 6, 6) for images of 224 px."""
         maps = [self._layers_1_and_2(column, x) for column, x in zip(self._columns, self._inputs(images), strict=True)]
-        return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._seen(maps), strict=True)]
+        return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._visible(maps), strict=True)]
 
-    def _classified(self, units: list[Tensor]) -> Tensor:
-        """fc6 to fc8, of vectors or of maps."""
+    def _fully_connected(self, units: list[Tensor]) -> Tensor:
+        """fc6 to fc8, for vectors or for maps."""
         for name in ("fc6", "fc7"):
             layers: list[nn.Module] = [column.get_submodule(name) for column in self._columns]
-            inputs = self._seen(self._dropped(name, units))
+            inputs = self._visible(self._with_dropout(name, units))
             units = [self._activation(layer(x)) for layer, x in zip(layers, inputs, strict=True)]
-        (joined,) = self.cross(self._dropped("fc8", units), self.devices[:1])
+        (joined,) = self.cross(self._with_dropout("fc8", units), self.devices[:1])
         logits: Tensor = self.fc8(joined)
         return logits
 
-    def _seen(self, halves: list[Tensor]) -> list[Tensor]:
-        """What conv3, fc6 and fc7 of each column are given: both halves, or its own where a recipe forbids crossing."""
+    def _visible(self, halves: list[Tensor]) -> list[Tensor]:
+        """Input of conv3, fc6 or fc7 of each column: both halves, or its own half if the recipe has no crossing."""
         return self.cross(halves) if self.recipe.crossing else halves
 
     def _inputs(self, images: Tensor) -> list[Tensor]:
-        """The padded image for each column."""
+        """The divided, padded images for each column, on its device."""
         padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
-        ready: dict[torch.device, Tensor] = {}
+        by_device: dict[torch.device, Tensor] = {}
         for device in self.devices:
-            if device not in ready:
-                placed = images.to(device, non_blocking=True)
+            if device not in by_device:
+                x = images.to(device, non_blocking=True)
                 if self.recipe.input_divisor != 1.0:
-                    placed = placed / self.recipe.input_divisor
-                ready[device] = F.pad(placed, padding).contiguous(memory_format=torch.channels_last)
-        return [ready[device] for device in self.devices]
+                    x = x / self.recipe.input_divisor
+                by_device[device] = F.pad(x, padding).contiguous(memory_format=torch.channels_last)
+        return [by_device[device] for device in self.devices]
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
         """(N, 3, 227, 227) to (N, 128, 13, 13)."""
@@ -234,7 +239,7 @@ class AlexNet(nn.Module):
         return self._pool(within_map_norm(x, **vars(self.recipe.within_map)))
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
-        """(N, 256, 13, 13), of both columns, to (N, 128, 6, 6)."""
+        """(N, 256, 13, 13) of both columns to (N, 128, 6, 6)."""
         x = self._activation(column.conv3(x))
         x = self._activation(column.conv4(x))
         return self._pool(column.conv5(x), active_after=True)
@@ -244,25 +249,29 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """In place: no layer keeps its output."""
+        """In place: no layer needs its own output in the backward pass."""
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Activation, normalization, pooling, activation: what is asked for. ReLU is done along with the rest."""
+        """Activation if `active_before`, normalization if `norm`, pooling, activation if `active_after`.
+
+        max_pool computes a ReLU together with the rest.
+        """
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
             x = self._activation(x)
         x = max_pool(x, norm, relu and active_before, relu and active_after, self.recipe.pool_px)
         return self._activation(x) if active_after and not relu else x
 
-    def _dropped(self, layer: str, units: list[Tensor]) -> list[Tensor]:
+    def _with_dropout(self, layer: str, units: list[Tensor]) -> list[Tensor]:
         return [self._drop(x) for x in units] if layer in self.architecture.dropout_before else units
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout: zero with probability p in training, all times 1 − p in test (section 4.2), or the scaling
-        swapped.
+        """Dropout: zero with probability p in training, times 1 − p in evaluation (section 4.2).
+
+        With recipe.dropout_scales_training the survivors are divided by 1 − p in training instead.
         """
         p = self.recipe.dropout
         if p == 0:
@@ -273,37 +282,38 @@ class AlexNet(nn.Module):
 
 
 def initialize(model: AlexNet) -> None:
-    """Fill all parameters from torch's generator of the CPU: the same numbers wherever the columns are.
+    """Draw all parameters from torch's CPU generator, so that they do not depend on the devices.
 
-    init     weights                             biases
-    normal   N(0, init_std[layer]²)              init_bias[layer], 0 where it names none
-    he       N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same
+    recipe.init  weights                             biases
+    normal       N(0, init_std[layer]²)              init_bias[layer]; 0 for a layer that it does not name
+    he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same
 
-    paper: std 0.01 everywhere, biases 1 in conv2, conv4, conv5, fc6, fc7. released: std 0.03 in conv3, conv4, conv5.
-    Each layer is drawn whole and then shared out, so the joined parameters do not depend on the columns.
+    Recipe `paper`: std 0.01 in every layer, biases 1 in conv2, conv4, conv5, fc6, fc7. `released`: std 0.03 in conv3,
+    conv4, conv5. A layer is drawn as a whole and then divided, so that its joined parameters do not depend on the
+    number of columns.
     """
     recipe = model.recipe
     for name, parameters in model.parameters_by_joined_name().items():
         layer, kind = name.split(".")
         shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
         if kind == "bias":
-            whole = torch.full(shape, recipe.init_bias.get(layer, 0.0))
+            joined = torch.full(shape, recipe.init_bias.get(layer, 0.0))
         else:
-            he = math.sqrt(2 / math.prod(shape[1:])) if layer != "fc8" else 0.01
-            whole = torch.randn(shape) * (he if recipe.init == "he" else recipe.init_std[layer])
+            he_std = math.sqrt(2 / math.prod(shape[1:])) if layer != "fc8" else 0.01
+            joined = torch.randn(shape) * (he_std if recipe.init == "he" else recipe.init_std[layer])
         with torch.no_grad():
-            for parameter, piece in zip(parameters, torch.split(whole, [p.shape[0] for p in parameters]), strict=True):
+            for parameter, piece in zip(parameters, torch.split(joined, [p.shape[0] for p in parameters]), strict=True):
                 parameter.copy_(piece)
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's state_dict of AlexNet under our names, for load_joined_tensors of the architecture `torchvision`.
+    """torchvision's state_dict of AlexNet with our names, for load_joined_tensors of the architecture `torchvision`.
 
-    Its weights expect (RGB / 255 − mean) / std with torchvision's mean and std for each channel, which our stream does
-    not serve. Raises KeyError for a name that is not of that network.
+    The weights expect input (RGB / 255 − mean) / std with torchvision's mean and std of each channel; the stream gives
+    RGB − mean. Raises KeyError for a name that is not in torchvision's AlexNet.
     """
-    found = {}
+    tensors = {}
     for name, tensor in state.items():
         layer, kind = name.rsplit(".", 1)
-        found[f"{TORCHVISION_LAYERS[layer]}.{kind}"] = tensor
-    return found
+        tensors[f"{TORCHVISION_LAYERS[layer]}.{kind}"] = tensor
+    return tensors

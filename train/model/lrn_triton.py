@@ -1,14 +1,15 @@
-"""Local response normalization on a GPU, in Triton: one kernel forward, one backward, each a pass over memory.
+"""Triton kernels of local response normalization on a GPU: one forward, one backward, each one pass over memory.
 
-lrn.py imports it for a tensor on a GPU where Triton is installed; PyTorch's wheels for CUDA bring it along. Maps lie
-channels last or first, without gaps (others are copied). float16, bfloat16 and float32 are computed in float32.
+lrn.py imports this module only if Triton is installed, which PyTorch's CUDA wheels depend on. Tensors are contiguous,
+channels first or channels last; others are copied. float16, bfloat16 and float32 are computed in float32.
 
-A program has some positions of an image and up to 128 maps. Neighboring maps are read again from the first-level
-cache, and the backward pass computes the sums anew from x, which costs less than keeping them would.
+A program instance works on some positions (a row and a column) of one image and on up to 128 maps. It reads neighboring
+maps again from the first-level cache. The backward pass computes the sums s again from x, which is faster than storing
+them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton compiles its functions with their annotations, and knows none but its own.
+# Triton compiles the annotations along with the functions, and accepts only its own.
 
 from __future__ import annotations
 
@@ -19,25 +20,25 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-_NUMBERS = 1024  # of a program
+_BLOCK_NUMBERS = 1024  # numbers of a program instance
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _activation(pointer, offset, maps, j, stride, there, RELU: tl.constexpr):
-    """Map j of each position, 0 where there is none."""
-    a = tl.load(pointer + offset + j * stride, mask=there & (j >= 0) & (j < maps), other=0.0).to(tl.float32)
+def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
+    """a of map j at each position; 0 outside of the maps or of the image."""
+    a = tl.load(pointer + offset + j * stride, mask=inside & (j >= 0) & (j < maps), other=0.0).to(tl.float32)
     if RELU:
         a = tl.where(a < 0, 0.0, a)  # NaN stays
     return a
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _sum(pointer, offset, maps, i, stride, there, alpha, k, REACH: tl.constexpr, RELU: tl.constexpr):
-    """s of map i."""
-    a = _activation(pointer, offset, maps, i - REACH, stride, there, RELU)
+def _sum(pointer, offset, maps, i, stride, inside, alpha, k, REACH: tl.constexpr, RELU: tl.constexpr):
+    """s of map i at each position."""
+    a = _activation(pointer, offset, maps, i - REACH, stride, inside, RELU)
     total = a * a
     for t in tl.static_range(1, 2 * REACH + 1):
-        a = _activation(pointer, offset, maps, i - REACH + t, stride, there, RELU)
+        a = _activation(pointer, offset, maps, i - REACH + t, stride, inside, RELU)
         total += a * a
     return k + alpha * total
 
@@ -53,8 +54,8 @@ def _negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _places(maps, area, image_stride, position_stride, POSITIONS: tl.constexpr, MAPS: tl.constexpr):
-    """Offsets of this program's positions (POSITIONS, 1), which of them are there, and its maps (1, MAPS)."""
+def _block(maps, area, image_stride, position_stride, POSITIONS: tl.constexpr, MAPS: tl.constexpr):
+    """Offsets (POSITIONS, 1) of this instance's positions, a mask of those inside the image, and its maps (1, MAPS)."""
     blocks = tl.cdiv(area, POSITIONS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
@@ -80,10 +81,10 @@ def _forward(
     POSITIONS: tl.constexpr,
     MAPS: tl.constexpr,
 ):
-    offset, there, i = _places(maps, area, image_stride, position_stride, POSITIONS, MAPS)
-    s = _sum(x, offset, maps, i, stride, there, alpha, k, REACH, RELU)
-    b = _activation(x, offset, maps, i, stride, there, RELU) * _negative_power(s, beta, THREE_QUARTERS)
-    tl.store(out + offset + i * stride, b.to(out.dtype.element_ty), mask=there & (i < maps))
+    offset, inside, i = _block(maps, area, image_stride, position_stride, POSITIONS, MAPS)
+    s = _sum(x, offset, maps, i, stride, inside, alpha, k, REACH, RELU)
+    b = _activation(x, offset, maps, i, stride, inside, RELU) * _negative_power(s, beta, THREE_QUARTERS)
+    tl.store(out + offset + i * stride, b.to(out.dtype.element_ty), mask=inside & (i < maps))
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -105,32 +106,32 @@ def _backward(
     POSITIONS: tl.constexpr,
     MAPS: tl.constexpr,
 ):
-    offset, there, i = _places(maps, area, image_stride, position_stride, POSITIONS, MAPS)
+    offset, inside, i = _block(maps, area, image_stride, position_stride, POSITIONS, MAPS)
     spread = tl.zeros([POSITIONS, MAPS], dtype=tl.float32)
     for t in tl.static_range(2 * REACH + 1):
         j = i + (t - REACH)
-        s = _sum(x, offset, maps, j, stride, there, alpha, k, REACH, RELU)
-        g = _activation(grad, offset, maps, j, stride, there, False)
-        a = _activation(x, offset, maps, j, stride, there, RELU)
-        inside = (j >= 0) & (j < maps)  # elsewhere s may be infinite and 0 / s no number, where k is 0
-        spread += tl.where(inside, g * _negative_power(s, beta, THREE_QUARTERS) * a / s, 0.0)
-    s = _sum(x, offset, maps, i, stride, there, alpha, k, REACH, RELU)
-    g = _activation(grad, offset, maps, i, stride, there, False)
-    a = _activation(x, offset, maps, i, stride, there, RELU)
-    found = g * _negative_power(s, beta, THREE_QUARTERS) - 2 * alpha * beta * a * spread
+        s = _sum(x, offset, maps, j, stride, inside, alpha, k, REACH, RELU)
+        g = _activation(grad, offset, maps, j, stride, inside, False)
+        a = _activation(x, offset, maps, j, stride, inside, RELU)
+        in_maps = (j >= 0) & (j < maps)  # outside, with k = 0, s may be 0, and 0 / s is NaN
+        spread += tl.where(in_maps, g * _negative_power(s, beta, THREE_QUARTERS) * a / s, 0.0)
+    s = _sum(x, offset, maps, i, stride, inside, alpha, k, REACH, RELU)
+    g = _activation(grad, offset, maps, i, stride, inside, False)
+    a = _activation(x, offset, maps, i, stride, inside, RELU)
+    x_grad = g * _negative_power(s, beta, THREE_QUARTERS) - 2 * alpha * beta * a * spread
     if RELU:
-        raw = _activation(x, offset, maps, i, stride, there, False)
-        found = tl.where(raw <= 0, 0.0, found)
-    tl.store(out + offset + i * stride, found.to(out.dtype.element_ty), mask=there & (i < maps))
+        raw = _activation(x, offset, maps, i, stride, inside, False)
+        x_grad = tl.where(raw <= 0, 0.0, x_grad)
+    tl.store(out + offset + i * stride, x_grad.to(out.dtype.element_ty), mask=inside & (i < maps))
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """lrn.local_response_norm for float16, bfloat16 and float32 (N, C, H, W), not empty, `size` odd."""
-    result: Tensor = _AcrossMaps.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """lrn.local_response_norm for x (N, C, H, W) in float16, bfloat16 or float32, not empty, with an odd `size`."""
+    result: Tensor = _LrnTriton.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
-class _AcrossMaps(torch.autograd.Function):
+class _LrnTriton(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
         dense = x if x.is_contiguous() else x.contiguous(memory_format=torch.channels_last)
@@ -143,23 +144,29 @@ class _AcrossMaps(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (x,) = ctx.saved_tensors
         layout = torch.contiguous_format if x.is_contiguous() else torch.channels_last
-        given = grad.contiguous(memory_format=layout)
-        return _launch(_backward, [x, given], *ctx.constants), None, None, None, None, None
+        return (
+            _launch(_backward, [x, grad.contiguous(memory_format=layout)], *ctx.constants),
+            None,
+            None,
+            None,
+            None,
+            None,
+        )
 
 
-def _launch(kernel: Any, given: list[Tensor], size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """`kernel` over all of x, the first of `given`, which have one layout."""
-    x = given[0]
+def _launch(kernel: Any, inputs: list[Tensor], size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
+    """Run `kernel` on `inputs`, of which x is the first; all have one layout. Returns a tensor like x."""
+    x = inputs[0]
     images, maps, rows, columns = x.shape
     area = rows * columns
     image_stride = maps * area
     position_stride, stride = (1, area) if x.is_contiguous() else (maps, 1)
-    block = min(128, triton.next_power_of_2(maps))
-    positions = _NUMBERS // block
+    block_maps = min(128, triton.next_power_of_2(maps))
+    positions = _BLOCK_NUMBERS // block_maps
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device; column 1 may be on another
-        kernel[images * triton.cdiv(area, positions), triton.cdiv(maps, block)](
-            *given,
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device, and column 1 may be on another one
+        kernel[images * triton.cdiv(area, positions), triton.cdiv(maps, block_maps)](
+            *inputs,
             out,
             maps,
             area,
@@ -173,6 +180,6 @@ def _launch(kernel: Any, given: list[Tensor], size: int, alpha: float, beta: flo
             RELU=relu,
             THREE_QUARTERS=beta == 0.75,
             POSITIONS=positions,
-            MAPS=block,
+            MAPS=block_maps,
         )
     return out

@@ -1,8 +1,8 @@
-"""Max-pooling with stride 2, overlapping where windows are 3 px (section 3.4), with what surrounds it in the network.
+"""Max-pooling with stride 2 (section 3.4), fused on a CPU with the ReLU and the normalization around it.
 
-On a CPU the maps before it are large and what is done to each number is little: ReLU, normalization and pooling go
-over memory once together (kernels.c), keep a byte for each pooled number, with a normalization the maps before it too,
-and nothing between. Elsewhere it is PyTorch's operators, one after the other.
+Windows of 3 px overlap. On a CPU the time goes into memory, not arithmetic: kernels.c does ReLU, normalization and
+pooling in one pass. It saves a byte for each pooled number, and, if there is a normalization, the maps before it.
+Elsewhere they are PyTorch operators, one after the other.
 """
 
 from __future__ import annotations
@@ -15,45 +15,48 @@ from torch import Tensor
 
 from train.config.recipe import Lrn
 from train.model import kernels
-from train.model.lrn import channels_last, check_size, fits_kernel, local_response_norm
+from train.model.lrn import can_use_kernels, channels_last, check_window_size, local_response_norm
 
 
 def max_pool(
     x: Tensor, norm: Lrn | None = None, relu_before: bool = False, relu_after: bool = False, size_px: int = 3
 ) -> Tensor:
-    """Pool (N, C, H, W), `size_px` or more rows and columns, to (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1).
+    """ReLU if `relu_before`, normalization if `norm`, max-pooling, ReLU if `relu_after`, in this order.
 
-    In this order: ReLU if `relu_before`, normalization by `norm`, pooling, ReLU if `relu_after`. Differentiable once
-    where it is compiled. Equal numbers: the first has the gradient, as in torch.
+    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). Of equal numbers in
+    a window the first gets the gradient, as in PyTorch. Differentiable once, if kernels.c computes it.
     """
     if norm is not None:
-        check_size(norm.size)
-    if size_px != 3 or min(x.shape[2:]) < 3 or not fits_kernel(x, 0.75 if norm is None else norm.beta):
+        check_window_size(norm.size)
+    if size_px != 3 or min(x.shape[2:]) < 3 or not can_use_kernels(x, 0.75 if norm is None else norm.beta):
         if norm is not None:
             x = local_response_norm(x, **vars(norm), relu=relu_before)
         elif relu_before:
             x = F.relu(x)
         pooled = F.max_pool2d(x, size_px, 2)
         return F.relu(pooled) if relu_after else pooled
-    how = kernels.NormParams(x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before)
-    # Without a normalization between, ReLU before pooling and after it are the same, and after it is less work.
-    shape = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
-    result: Tensor = _Pooled.apply(channels_last(x), shape, how)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    norm_params = kernels.NormParams(
+        x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before
+    )
+    # Without a normalization, ReLU before pooling equals ReLU after it, which has fewer numbers to work on.
+    pool_params = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
+    result: Tensor = _Pool.apply(channels_last(x), pool_params, norm_params)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
-class _Pooled(torch.autograd.Function):
+class _Pool(torch.autograd.Function):
+    """By kernels.c."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shape: kernels.PoolParams, how: kernels.NormParams) -> Tensor:
+    def forward(ctx: Any, x: Tensor, pool: kernels.PoolParams, norm: kernels.NormParams) -> Tensor:
         assert kernels.native
-        pooled, taps = kernels.native.pool(x, shape, how)
-        ctx.save_for_backward(x if shape.normalize else None, taps)
-        ctx.made_by = kernels.native, shape, how
+        pooled, argmax = kernels.native.pool(x, pool, norm)
+        ctx.save_for_backward(x if pool.normalize else None, argmax)
+        ctx.kernels, ctx.params = kernels.native, (pool, norm)
         return pooled
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        x, taps = ctx.saved_tensors
-        kernel, shape, how = ctx.made_by
-        return kernel.pool_backward(x, channels_last(grad), taps, shape, how), None, None
+        x, argmax = ctx.saved_tensors
+        return ctx.kernels.pool_backward(x, channels_last(grad), argmax, *ctx.params), None, None

@@ -1,13 +1,13 @@
-"""The arithmetic of a training or an evaluation: the words of `--precision`.
+"""Floating-point precision of training and evaluation: what `--precision` means.
 
-    fp32    float32 throughout.
-    tf32    float32, but a GPU's convolutions and matrix products round their factors to 10 bits after the point (TF32)
-            and add up in float32.
-    bf16    convolutions and matrix products take and give bfloat16 (torch.autocast); parameters, gradients of
-            parameters, velocities, sums of the local response normalization, softmax and loss are float32.
+    fp32    float32 throughout
+    tf32    float32, but convolutions and matrix products on a GPU round their factors to 10 bits of mantissa (TF32) and
+            accumulate in float32
+    bf16    inputs and outputs of convolutions and matrix products are bfloat16 (torch.autocast); parameters, their
+            gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
-Left alone, PyTorch rounds on a GPU in convolutions and not in matrix products, which is neither of the first two: for a
-GPU the switches are always set. They are global to the process.
+By default PyTorch uses TF32 on a GPU for convolutions but not for matrix products, which is neither fp32 nor tf32. So
+set_precision always sets both switches if a GPU is used. They are global to the process.
 """
 
 from __future__ import annotations
@@ -22,23 +22,28 @@ from train.config.choices import PRECISIONS
 
 
 def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None:
-    """Set what is global of a precision. Raises UserError for one that the devices do not have."""
+    """Set torch's global switches for a precision. Raises UserError if it is unknown or a device lacks it."""
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     for device in map(torch.device, devices):
         if precision == "tf32" and device.type == "cpu":
-            raise UserError("--precision tf32: cpu has no TF32, which is a GPU's. Pass --precision fp32 or bf16.")
+            raise UserError(
+                "--precision tf32: the device is cpu, and only GPUs have TF32. Pass --precision fp32 or bf16."
+            )
         if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             raise UserError(
-                f"--precision bf16: {torch.cuda.get_device_name(device)} computes no bfloat16, which began with "
-                "compute capability 8.0. Pass --precision fp32."
+                f"--precision bf16: {torch.cuda.get_device_name(device)} has compute capability "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0. "
+                "Pass --precision fp32."
             )
-    if any(torch.device(device).type == "cuda" for device in devices):  # torch.export cannot bear the newer switches
+    if any(
+        torch.device(device).type == "cuda" for device in devices
+    ):  # not for a CPU: torch.export fails if the newer switches were touched
         _set_tf32(precision == "tf32")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """What forward and loss run in; backward outside of it takes each operation's own type."""
+    """The context for forward pass and loss. The backward pass belongs outside: each operation has its own dtype."""
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
@@ -46,8 +51,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 def _set_tf32(on: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # since torch 2.9, where the older switches warn
-        matmul.fp32_precision = word = "tf32" if on else "ieee"
-        cudnn.conv.fp32_precision = word  # type: ignore[attr-defined]  # torch's stubs lack it
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later, which warns about the older switches
+        matmul.fp32_precision = mode = "tf32" if on else "ieee"
+        cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]  # torch's stubs lack it
     else:
         matmul.allow_tf32 = cudnn.allow_tf32 = on

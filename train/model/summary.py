@@ -1,4 +1,4 @@
-"""The table of layers, measured on the network itself without memory for its parameters (torch's meta device)."""
+"""Table of layers for `alextrain summary`: shapes, parameters and multiply-adds, measured on torch's meta device."""
 
 from __future__ import annotations
 
@@ -18,49 +18,49 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer, all columns together unless the name says otherwise."""
+    """One layer. Numbers are summed over the columns, except output_per_column."""
 
     layer: str
-    columns: int  # fc8 has one: it is computed on column 0's device alone
-    output_per_column: tuple[int, ...]  # without the batch
-    sees: str  # "image", "own column", "both columns", or "all" of a network of one column
+    columns: int  # 1 for fc8, which is computed on column 0's device
+    output_per_column: tuple[int, ...]  # without the batch dimension
+    sees: str  # "image", "own column" or "both columns"; "all" in a network of one column
     neurons: int
     parameters: int
     multiply_adds: int  # for one image
 
 
 def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
-    """One row for each layer with parameters, of an architecture for `classes` classes, for a window of 224 px."""
+    """A row for each layer with parameters, for images of 224 px."""
     model = AlexNet(classes, recipe, ("meta", "meta"), architecture)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
-    def remember(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+    def record_shape(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         shapes[module] = tuple(output.shape[1:])
 
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
-            module.register_forward_hook(remember)
+            module.register_forward_hook(record_shape)
     model.eval()(torch.zeros(1, 3, CROP_PX, CROP_PX, device="meta"))
 
-    joined = model.parameters_by_joined_name()
+    parameters = model.parameters_by_joined_name()
     rows = []
-    before = 3
+    own_maps = 3  # of the layer before, in one column
     for name in LAYERS:
         first = model.fc8 if name == "fc8" else model.columns[0].get_submodule(name)
         assert isinstance(first, nn.Conv2d | nn.Linear)
-        weights = joined[f"{name}.weight"]
+        weights = parameters[f"{name}.weight"]
         inputs, outputs = first.weight.shape[1], shapes[first]
-        others = "all" if architecture.columns == 1 else "both columns" if inputs > before else "own column"
+        sees = "all" if architecture.columns == 1 else "both columns" if inputs > own_maps else "own column"
         positions = math.prod(outputs[1:])
-        before = outputs[0] * (36 if name == "conv5" else 1)  # conv5 goes into fc6 as 6×6 maps
+        own_maps = outputs[0] * (36 if name == "conv5" else 1)  # fc6 takes the 6×6 maps of pool5
         rows.append(
             LayerRow(
                 layer=name,
                 columns=len(weights),
                 output_per_column=outputs,
-                sees="image" if name == "conv1" else others,
+                sees="image" if name == "conv1" else sees,
                 neurons=len(weights) * math.prod(outputs),
-                parameters=sum(p.numel() for kind in ("weight", "bias") for p in joined[f"{name}.{kind}"]),
+                parameters=sum(p.numel() for kind in ("weight", "bias") for p in parameters[f"{name}.{kind}"]),
                 multiply_adds=sum(w.numel() for w in weights) * positions,
             )
         )
@@ -68,7 +68,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
 
 def summary_json(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> dict[str, Any]:
-    """The table and its totals, for --json."""
+    """The table and its totals, for `alextrain summary --json`."""
     rows = summarize(classes, architecture)
     return {
         "model": architecture.name,
@@ -80,7 +80,7 @@ def summary_json(classes: int, devices: tuple[str, str], architecture: Architect
 
 
 def summary_lines(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> list[str]:
-    """The table as text."""
+    """The table as text lines, with the device of each column."""
     rows = summarize(classes, architecture)
     lines = [
         f"{architecture.name}: {architecture.source}",
@@ -97,5 +97,7 @@ def summary_lines(classes: int, devices: tuple[str, str], architecture: Architec
     neurons, parameters = sum(row.neurons for row in rows), sum(row.parameters for row in rows)
     total = sum(row.multiply_adds for row in rows)
     lines.append(f"{'total':6} {'':19}  {'':12} {neurons:9,} {parameters:12,} {total:14,}")
-    lines.append("For one image, forward; a training step costs about three times the multiply-adds.")
+    lines.append(
+        "Multiply-adds are of the forward pass for one image; a training step takes about three times as many."
+    )
     return lines

@@ -1,4 +1,4 @@
-"""Pooling with ReLU and normalization against PyTorch's operators, one after the other."""
+"""Max-pooling fused with ReLU and normalization, against PyTorch operators one after the other."""
 
 from __future__ import annotations
 
@@ -17,70 +17,71 @@ MODES = [(None, False, False), (None, True, False), (None, False, True), (PAPER.
 MODES += [(Lrn(3, 1e-2, 0.75, 1.0), False, True), (PAPER.lrn, False, False), (Lrn(5, 1e-3, 0.6, 2.0), True, False)]
 
 
-def one_after_the_other(x: Tensor, norm: Lrn | None, relu_before: bool, relu_after: bool) -> Tensor:
+def unfused(x: Tensor, norm: Lrn | None, relu_before: bool, relu_after: bool) -> Tensor:
     x = F.relu(x) if relu_before else x
-    if norm is not None:  # torch's alpha is divided by the size
+    if norm is not None:  # torch divides its alpha by the size
         x = F.local_response_norm(x, norm.size, norm.alpha * norm.size, norm.beta, norm.k)
     x = F.max_pool2d(x, 3, 2)
     return F.relu(x) if relu_after else x
 
 
-@pytest.fixture(params=["compiled", "plain"])
-def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "plain":
+@pytest.fixture(params=["kernels", "operators"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "operators":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:
-        pytest.skip("no C compiler was there at installation")
+        pytest.skip("the kernels were not compiled")
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_equals_one_after_the_other(shape: tuple[int, ...], mode: tuple[Lrn | None, bool, bool], way: None) -> None:
-    draw = torch.Generator().manual_seed(0)
-    x = (torch.randn(shape, generator=draw) * 20).requires_grad_()
+def test_fused_pooling_equals_the_operators_one_after_the_other(
+    shape: tuple[int, ...], mode: tuple[Lrn | None, bool, bool], implementation: None
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn(shape, generator=generator) * 20).requires_grad_()
     exact = x.detach().double().requires_grad_()
-    found, wanted = max_pool(x, *mode), one_after_the_other(exact, *mode)
-    assert found.shape == wanted.shape and torch.allclose(found.double(), wanted, rtol=1e-6)
-    grad = torch.randn(found.shape, generator=draw)
-    (ours,) = torch.autograd.grad(found, x, grad)
-    (theirs,) = torch.autograd.grad(wanted, exact, grad.double())
-    assert torch.allclose(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    actual, expected = max_pool(x, *mode), unfused(exact, *mode)
+    assert actual.shape == expected.shape and torch.allclose(actual.double(), expected, rtol=1e-6)
+    grad = torch.randn(actual.shape, generator=generator)
+    (ours,) = torch.autograd.grad(actual, x, grad)
+    (torchs,) = torch.autograd.grad(expected, exact, grad.double())
+    assert torch.allclose(ours.double(), torchs, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equal_numbers_and_nan_as_torch_has_it(layout: torch.memory_format, way: None) -> None:
-    """Of equal numbers the first has the gradient; a NaN is the greatest, and of two the last."""
+def test_equal_numbers_and_nan_are_treated_as_by_torch(layout: torch.memory_format, implementation: None) -> None:
+    """Of equal numbers the first gets the gradient; a NaN is the maximum, and of two NaN the last."""
     x = torch.randint(-2, 3, (4, 10, 9, 9), generator=torch.Generator().manual_seed(1)).float()
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.05] = float("nan")
     x[0, 0] = -float("inf")
     x = x.contiguous(memory_format=layout).requires_grad_()
     for relu in (False, True):
-        found, wanted = max_pool(x, relu_after=relu), one_after_the_other(x, None, False, relu)
-        assert torch.equal(found.nan_to_num(77), wanted.nan_to_num(77))
-        grad = torch.randn(found.shape, generator=torch.Generator().manual_seed(3))
-        ours, theirs = (torch.autograd.grad(output, x, grad)[0] for output in (found, wanted))
-        assert torch.allclose(ours, theirs, atol=1e-6)
+        actual, expected = max_pool(x, relu_after=relu), unfused(x, None, False, relu)
+        assert torch.equal(actual.nan_to_num(77), expected.nan_to_num(77))
+        grad = torch.randn(actual.shape, generator=torch.Generator().manual_seed(3))
+        ours, torchs = (torch.autograd.grad(output, x, grad)[0] for output in (actual, expected))
+        assert torch.allclose(ours, torchs, atol=1e-6)
 
 
-def test_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled: the maps where they were normalized, and a byte for each pooled number."""
+def test_the_kernels_save_the_normalized_maps_and_a_byte_for_each_pooled_number() -> None:
     if kernels.native is None:
-        pytest.skip("no C compiler was there at installation")
+        pytest.skip("the kernels were not compiled")
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()
-    for norm, wanted in ((PAPER.lrn, {x.numel() * 4, 2 * 8 * 4 * 4}), (None, {2 * 8 * 4 * 4})):
-        kept: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.nbytes) or t, lambda t: t):  # noqa: B023
+    for norm, expected in ((PAPER.lrn, {x.numel() * 4, 2 * 8 * 4 * 4}), (None, {2 * 8 * 4 * 4})):
+        saved: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):  # noqa: B023
             max_pool(x, norm, relu_after=True)
-        assert set(kept) == wanted
+        assert set(saved) == expected
 
 
-def test_an_empty_batch_and_other_numbers(way: None) -> None:
+def test_empty_batches_and_float64_use_operators(implementation: None) -> None:
     assert max_pool(torch.zeros(0, 4, 9, 9), PAPER.lrn, relu_before=True).shape == (0, 4, 4, 4)
     x = torch.randn(1, 4, 5, 5, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: max_pool(x, Lrn(3, 0.1, 0.75, 2.0), relu_after=True), x)
 
 
-def test_what_does_not_fit_is_refused(way: None) -> None:
+def test_even_windows_and_maps_smaller_than_a_window_are_refused(implementation: None) -> None:
     with pytest.raises(ValueError, match="odd"):
         max_pool(torch.zeros(1, 4, 5, 5), Lrn(4, 0.1, 0.75, 2.0))
     with pytest.raises(RuntimeError):
