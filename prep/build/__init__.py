@@ -1,1 +1,1 @@
-"""Building one split of a store: estimate, plan, build the shards, put them together."""
+"""Building one split of a store: estimate, plan, build the shards, resume after an interruption, assemble."""

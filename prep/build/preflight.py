@@ -1,7 +1,8 @@
-"""What can be known before a long build: files that are no pictures, the room and the time that it will take."""
+"""Checks before a long build: inputs that are not images, disk space, and the time it will take."""
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
 from collections.abc import Sequence
@@ -9,81 +10,143 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prep.build.shard_task import ShardResult, ShardTask
-from prep.images.codec import MAX_FILE_BYTES, BadImage, has_image_signature
+from prep.build.plan import BuildPlan, BuildPolicy
+from prep.build.shard_task import ShardBuilder, ShardTask
+from prep.console import DiskFull, UserError, bytes_text, count_noun, say
+from prep.files import write_atomic
+from prep.images.codec import MAX_FILE_BYTES, UNKNOWN_FORMAT, BadImage, has_image_signature
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader
+from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-_PAGE_BYTES = 4096  # LMDB gives every record of a photograph whole pages
-_LOOK_S_EACH = 0.1e-3  # of the look, a few hundredths of what building one picture takes
-_LEAST_LOOK_S = 2.0
-_CHUNK = 256
+_PAGE_BYTES = 4096  # LMDB stores a record of this size in whole pages
+_PROBE_S_PER_INPUT = 0.1e-3  # a few hundredths of the time that building one record takes
+_MIN_PROBE_S = 2.0
+_PROBE_CHUNK = 256
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Room and time that some inputs will take, judged by a sample of them."""
+class ResourceEstimate:
+    """Disk space and time that some inputs will take, extrapolated from a sample of them."""
 
     bytes: int  # on the disk
-    seconds: float  # with all jobs, reading aside where the source is slow only now and then
-    sampled: int  # pictures
+    seconds: float  # with all jobs; a source that is slow only now and then may take longer
+    sampled: int  # inputs that were built to measure
 
 
-def look(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
-    """(name, why) of the inputs whose size or first bytes show that they are no pictures.
+def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
+    """(name, reason) of the inputs whose size or first bytes show that they are not images.
 
-    Nothing is decoded, and it ends after a few hundredths of the time that the build will take: on a slow source it
-    sees only some of the inputs. The build itself judges every one.
+    Nothing is decoded. It takes a few hundredths of the time of the build and then stops, so on a slow source it covers
+    some of the inputs only. The build itself checks every input.
     """
-    deadline = time.monotonic() + max(_LEAST_LOOK_S, len(inputs) * _LOOK_S_EACH / jobs)
+    deadline = time.monotonic() + max(_MIN_PROBE_S, len(inputs) * _PROBE_S_PER_INPUT / jobs)
 
-    def some(first: int) -> list[tuple[str, str]]:
+    def probe_chunk(first: int) -> list[tuple[str, str]]:
         if time.monotonic() > deadline:
             return []
-        chunk = [inputs[index] for index in range(first, min(first + _CHUNK, len(inputs)))]
-        return [(name_text(item.path), why) for item in chunk if (why := _plainly_bad(reader, item))]
+        chunk = [inputs[index] for index in range(first, min(first + _PROBE_CHUNK, len(inputs)))]
+        return [(name_text(item.path), reason) for item in chunk if (reason := _obvious_fault(reader, item))]
 
     with ThreadPoolExecutor(8) as pool:
-        return [bad for found in pool.map(some, range(0, len(inputs), _CHUNK)) for bad in found]
+        return [bad for found in pool.map(probe_chunk, range(0, len(inputs), _PROBE_CHUNK)) for bad in found]
 
 
-def _plainly_bad(reader: InputReader, item: Input) -> str:
-    """Why an input cannot be a picture; empty where it can."""
+def _obvious_fault(reader: InputReader, item: Input) -> str:
+    """Why an input cannot be an image, as far as size and first bytes show; empty if it can be one."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
         return f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}"
     try:
         head = reader.head(item, 8)
-    except BadImage as why:
-        return str(why)
-    return "" if has_image_signature(head) else "not a picture in a format that is known"
+    except BadImage as reason:
+        return str(reason)
+    return "" if has_image_signature(head) else UNKNOWN_FORMAT
 
 
-def estimate(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> Estimate | None:
-    """What `inputs` like those of `tasks` will take; they are built in memory. None where none of them is a picture."""
+def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
+    """Raise UserError if the listing refused inputs or `probe` finds bad ones, more than `policy` allows.
+
+    All of them are written to bad.jsonl in the plan's work folder.
+    """
+    bad = list(plan.source.refused)
+    if not policy.skip_bad and unfinished:
+        bad += probe(plan.source.reader, plan.source.inputs, jobs)
+    if not bad or (policy.skip_bad and (policy.max_bad is None or len(bad) <= policy.max_bad)):
+        return
+    lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]
+    write_atomic(plan.work_dir / "bad.jsonl", "".join(lines).encode())
+    allowed = f" (--max-bad {policy.max_bad} allowed)" if policy.skip_bad else ""
+    raise UserError(
+        f"{count_noun(len(bad), 'input')} of {len(plan.source.inputs) + len(plan.source.refused):,} "
+        f"{'is not an image' if len(bad) == 1 else 'are not images'}{allowed}, found before building "
+        f"(first: {bad[0][0]}: {bad[0][1]}). "
+        f"{plan.work_dir / 'bad.jsonl'} lists all. Correct them, or leave them out with --on-bad skip."
+    )
+
+
+def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner) -> None:
+    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk; warn if they may not."""
+    free = free_bytes(plan.folder)
+    count = plan.count_inputs(unfinished)
+    if count * _max_record_bytes(plan.settings) < free:
+        return  # fits in any case: no need to measure
+    estimate = estimate_resources(plan.sample(unfinished), count, runner)
+    if estimate is None or estimate.bytes <= free:
+        return
+    text = (
+        f"{bytes_text(estimate.bytes)} needed for {count:,} images (measured on {estimate.sampled}), "
+        f"{bytes_text(free)} free"
+    )
+    if 0.8 * estimate.bytes > free:
+        raise DiskFull(f"{plan.folder}: {text}. Make room, or choose another --store; nothing was built.")
+    say(f"{plan.folder}: {text}. The build starts all the same, since the estimate may be too high.")
+
+
+def _max_record_bytes(settings: Settings) -> int:
+    """An upper bound of the bytes of a record, for images up to 4:1."""
+    return 3 * settings.side_px**2 * (4 if settings.keep_aspect else 1) + 8192
+
+
+def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
+    """How much space the `unfinished` shards need, from the bytes of the finished ones; empty without any of them."""
+    shards = [record["shard"] for number in range(plan.shard_count) if (record := plan.shard_record(number))]
+    records = sum(shard["records"] for shard in shards)
+    if not records or not unfinished:
+        return ""
+    record_bytes = sum(shard["bytes"] for shard in shards) / records + 4096
+    count = plan.count_inputs(unfinished)
+    return f"About {bytes_text(record_bytes * count)} are needed for {count:,} images, "
+
+
+def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> ResourceEstimate | None:
+    """Extrapolate from `tasks`, whose records are built in memory, to `inputs` inputs like theirs.
+
+    None if not one of theirs is an image.
+    """
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, WorkerDied):  # the build will meet the same file and name it
+        if not isinstance(result, WorkerDied):  # the build will reach the same file and name it
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
     if not count:
         return None
-    return Estimate(size * inputs // count, seconds / count * inputs / runner.jobs, count)
+    return ResourceEstimate(size * inputs // count, seconds / count * inputs / runner.jobs, count)
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
-    """Pictures, bytes in pages of LMDB, and seconds of a few inputs."""
-    warm = replace(task, inputs=task.inputs[:1])
-    list(ShardResult(warm, TaskProgress()).records())  # loading the libraries is not part of the time
-    began = time.monotonic()
-    sizes = [len(value) for _, value in ShardResult(task, task_progress).records()]
-    return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - began
+    """(records, bytes of their LMDB pages, seconds) of the inputs of a task."""
+    warm_up = replace(task, inputs=task.inputs[:1])
+    list(ShardBuilder(warm_up, TaskProgress()).records())  # loading the libraries is not part of the time
+    started = time.monotonic()
+    sizes = [len(value) for _, value in ShardBuilder(task, task_progress).records()]
+    return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - started
 
 
 def free_bytes(path: Path) -> int:
-    """Free on the disk that `path` is, or would be, on."""
+    """Free bytes on the disk of `path`, which need not exist."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

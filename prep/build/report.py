@@ -1,9 +1,10 @@
-"""What the commands of `alexprep` answer: a few lines for a person, or one JSON object for a program."""
+"""Output of `alexprep` commands: lines for a person, or one JSON object for a program."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,11 +13,13 @@ from prep.store.input_log import read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
-    from prep.build.split import Forecast
+    from prep.build.split import BuildEstimate  # loads LMDB and Pillow, which --help does without
+
+_ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 
 
 def report_build(store: Store, name: str, done: int, seconds: float, as_json: bool) -> None:
-    """A split that was just built, `done` inputs of it in this run."""
+    """Report the split `name` that was just built; `done` of its inputs were processed by this run."""
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
     if as_json:
@@ -37,64 +40,65 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         f"{name}: {count_noun(split.records, 'record')} of {count_noun(len(store.classes), 'class', 'classes')}, "
         f"{bytes_text(split.bytes)} in {count_noun(len(split.shards), 'shard')}, fingerprint {split.fingerprint[:16]}"
     )
-    fates = store.root / name / "inputs.jsonl"
-    converted = ", ".join(f"{n:,} {how}" for how, n in sorted(split.account["converted"].items()))
+    log = store.root / name / "inputs.jsonl"
+    converted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split.account["converted"].items()))
     if converted:
         click.echo(f"  converted: {converted}")
     if skipped:
-        click.echo(f"  left out: {count_noun(skipped, 'input')}; {fates} says which and why. The first:")
-        for fate in islice((fate for fate in read_outcomes(fates) if fate["fate"] == "bad"), 3):
-            click.echo(one_line(f"    {fate['source']}: {fate['why']}"))
+        click.echo(f"  left out: {count_noun(skipped, 'input')}, listed with reasons in {log}. The first:")
+        for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == "bad"), 3):
+            click.echo(one_line(f"    {outcome['source']}: {outcome['why']}"))
     if done:
-        click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} pictures/s")
+        click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s")
     else:
-        click.echo("  built before with the same inputs and settings; nothing to do")
+        click.echo(_ALREADY_BUILT)
 
 
-def report_forecast(told: Forecast, name: str, as_json: bool) -> None:
-    """What a build would do."""
-    guess = told.estimate
+def report_estimate(estimate: BuildEstimate, name: str, as_json: bool) -> None:
+    """Report what a build of the split `name` would do."""
+    resources = estimate.resources
     if as_json:
         print_json(
             {
                 "split": name,
-                "inputs": told.inputs,
-                "classes": told.classes,
-                "bad": [{"source": source, "why": why} for source, why in told.bad],
-                "done": told.done,
-                "bytes": guess and guess.bytes,
-                "seconds": guess and round(guess.seconds, 1),
-                "free_bytes": told.free_bytes,
+                "inputs": estimate.inputs,
+                "classes": estimate.classes,
+                "bad": [{"source": source, "why": reason} for source, reason in estimate.bad],
+                "done": estimate.done,
+                "bytes": resources and resources.bytes,
+                "seconds": resources and round(resources.seconds, 1),
+                "free_bytes": estimate.free_bytes,
             }
         )
         return
-    click.echo(f"{name}: {count_noun(told.inputs, 'input')} of {count_noun(told.classes, 'class', 'classes')}")
-    if told.bad:
-        click.echo(
-            f"  {count_noun(len(told.bad), 'input')} seen that {'is' if len(told.bad) == 1 else 'are'} no picture:"
-        )
-        for source, why in told.bad[:10]:
-            click.echo(one_line(f"    {source}: {why}"))
-    if told.whole:
-        click.echo("  built before with the same inputs and settings; nothing to do")
+    click.echo(f"{name}: {count_noun(estimate.inputs, 'input')} of {count_noun(estimate.classes, 'class', 'classes')}")
+    if estimate.bad:
+        what = "is not an image" if len(estimate.bad) == 1 else "are not images"
+        click.echo(f"  {count_noun(len(estimate.bad), 'input')} {what}. The first:")
+        for source, reason in estimate.bad[:10]:
+            click.echo(one_line(f"    {source}: {reason}"))
+    if estimate.is_built:
+        click.echo(_ALREADY_BUILT)
         return
-    if told.done:
-        click.echo(f"  {count_noun(told.done, 'input')} in finished shards; {told.inputs - told.done:,} to do")
-    if guess is None:
-        click.echo(f"  no estimate: none of the pictures tried can be decoded; {bytes_text(told.free_bytes)} free")
+    if estimate.done:
+        remaining = estimate.inputs - estimate.done
+        click.echo(f"  {count_noun(estimate.done, 'input')} in finished shards, {remaining:,} to do")
+    free = f"{bytes_text(estimate.free_bytes)} free"
+    if resources is None:
+        click.echo(f"  no estimate: none of the sampled inputs can be decoded; {free}")
         return
-    room = "fits" if guess.bytes <= told.free_bytes else "does NOT fit"
+    verdict = "fits" if resources.bytes <= estimate.free_bytes else "does NOT fit"
     click.echo(
-        f"  about {bytes_text(guess.bytes)} and {duration_text(guess.seconds)} (from {guess.sampled} of them; a slow "
-        f"source takes longer); {bytes_text(told.free_bytes)} free: {room}"
+        f"  about {bytes_text(resources.bytes)} and {duration_text(resources.seconds)} (measured on "
+        f"{resources.sampled} inputs; a slow source takes longer); {free}: {verdict}"
     )
 
 
 def print_stats(stats: ColorStats) -> None:
-    """Mean, covariance and components, each with its unit."""
+    """Print mean, covariance and principal components of RGB, each with its unit."""
 
-    def row(values: Any, width: int = 10, digits: int = 4) -> str:
-        return "".join(f"{v:{width}.{digits}f}" for v in values)
+    def row(values: Iterable[float], width: int = 10, digits: int = 4) -> str:
+        return "".join(f"{value:{width}.{digits}f}" for value in values)
 
     click.echo(
         f"{stats.records:,} records, {stats.pixels:,} pixels, RGB on the scale 0..{stats.pixel_scale} (grey levels)"
@@ -105,9 +109,10 @@ def print_stats(stats: ColorStats) -> None:
     click.echo(f"                        {'PC 1':>10}{'PC 2':>10}{'PC 3':>10}")
     click.echo(f"standard deviation      {row(stats.stdevs, digits=2)}   grey levels (color_pca of the authors' code)")
     click.echo(f"eigenvalue              {row(stats.eigenvalues, digits=1)}   variance, grey levels squared")
-    unit = [value / stats.pixel_scale**2 for value in stats.eigenvalues]
+    unit_scale = [value / stats.pixel_scale**2 for value in stats.eigenvalues]
     click.echo(
-        f"eigenvalue, [0, 1]      {row(unit)}   variance of pixels in [0, 1] (fb.resnet.torch: 0.2175 0.0188 0.0045)"
+        f"eigenvalue, [0, 1]      {row(unit_scale)}   variance of pixels in [0, 1] "
+        "(fb.resnet.torch: 0.2175 0.0188 0.0045)"
     )
     for name, values in zip("RGB", stats.eigenvectors, strict=True):
         click.echo(f"eigenvectors {name}          {row(values)}")

@@ -1,7 +1,8 @@
-"""One shard's work: a pure function of its inputs and the settings, to a temporary folder, synced, renamed, recorded.
+"""Builds one shard: read, rescale, encode and store its inputs. Run by a worker process.
 
-The record of a finished shard is store/SPLIT/.build/NNNNN.json (counts, digest, moments, fates) with NNNNN.npy (the
-sum of its central squares). It is written last, by rename: a shard without one is built again.
+A shard is a pure function of its inputs and the settings. It is written to a temporary folder, synced and renamed.
+Then its record is written, also by rename: store/SPLIT/.build/NNNNN.json (counts, digest, colour moments, outcomes of
+inputs) with NNNNN.npy (the sum of its central squares). A shard without a record is built again.
 """
 
 from __future__ import annotations
@@ -30,22 +31,23 @@ from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
-_NO_ROOM = ("Input/output error", "No space left", "quota", "File too large")  # the first: a page fitted in part
+# What LMDB's errors say if no space is left; "Input/output error" if a part of a page could be written.
+_NO_SPACE = ("Input/output error", "No space left", "quota", "File too large")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """All that building one shard takes; small enough to send to a worker or another machine."""
+    """Everything that is needed to build one shard; it is pickled for a worker process."""
 
     number: int
-    first_index: int  # of its first record in the split: keys go on from there
+    first_index: int  # of its first input in the split: keys count inputs
     inputs: tuple[Input, ...]
     reader: InputReader
     split: str
     folder: Path  # of the split, in the store
     settings: Settings
     skip_bad: bool
-    deadly: frozenset[str] = frozenset()  # inputs that killed their workers twice: left out unread
+    crashing: frozenset[str] = frozenset()  # inputs at which worker processes died twice: left out unread
 
     @property
     def path(self) -> str:
@@ -54,100 +56,99 @@ class ShardTask:
 
 
 def record_path(folder: Path, number: int) -> Path:
-    """Where a finished shard of the split in `folder` is recorded."""
+    """The record file of finished shard `number` of the split in `folder`."""
     return folder / ".build" / f"{number:05d}.json"
 
 
 def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     """Build and record one shard, counting each input.
 
-    Raises UserError for a bad picture (unless the task skips them) and DiskFull for a full disk.
+    Raises UserError for a bad input (unless the task skips them) or a failing disk, DiskFull for a full one.
     """
     temporary = task.folder / ".build" / f"{task.number:05d}.{os.getpid()}.tmp"
     final = task.folder / f"{task.number:05d}"
     record = record_path(task.folder, task.number)
     shutil.rmtree(temporary, ignore_errors=True)
-    result = ShardResult(task, task_progress)
+    builder = ShardBuilder(task, task_progress)
     try:
-        records, size, digest = lmdb_shard.write(temporary, result.records())
-        shutil.rmtree(final, ignore_errors=True)  # renamed by a build that was killed before it could record
+        records, size, digest = lmdb_shard.write(temporary, builder.records())
+        shutil.rmtree(final, ignore_errors=True)  # left by a build that was killed between rename and record
         os.rename(temporary, final)
         sync_folder(task.folder)
-        save_array(record.with_suffix(".npy"), result.sums.square_sum())
-        summary = result.summary(Shard(task.path, records, size, digest))
+        save_array(record.with_suffix(".npy"), builder.sums.square_sum())
+        summary = builder.summary(Shard(task.path, records, size, digest))
         write_atomic(record, json.dumps(summary).encode())
     except lmdb.Error as error:
-        if any(text in str(error) for text in _NO_ROOM):
+        if any(text in str(error) for text in _NO_SPACE):
             raise DiskFull(f"{task.folder}: {error}") from error
-        raise UserError(f"{task.folder}: {error}. Give the same command again once that is mended.") from error
+        raise UserError(f"{task.folder}: {error}. Correct that, then give the same command again.") from error
     except OSError as error:
-        told = disk_error(error, f"{task.folder}: {error.strerror or error}")
-        if isinstance(told, DiskFull):  # the parent knows how much is needed
-            raise told from error
+        reported = disk_error(error, f"{task.folder}: {error.strerror or error}")
+        if isinstance(reported, DiskFull):  # the parent process adds how much space is needed
+            raise reported from error
         raise UserError(
-            f"{told}. Give the same command again once that is mended: the shards that are finished are kept."
+            f"{reported}. Correct that, then give the same command again: finished shards are kept."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-class ShardResult:
-    """Reads, rescales and encodes one shard's inputs in order, and adds up what is known while pixels are in hand."""
+class ShardBuilder:
+    """Makes the records of one shard, in order, and sums up their pixels, labels and outcomes on the way."""
 
     def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
         self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
-        self.fates: list[dict[str, Any]] = []
+        self.outcomes: list[dict[str, Any]] = []  # of inputs that were converted, turned or left out
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """Each (key, value); keys of inputs that are left out are not given again."""
-        for number, item in enumerate(self.task.inputs):
-            self.task_progress.begin(number)
+        """Each (key, value). An input that is left out keeps its key, which no other record gets."""
+        for index, item in enumerate(self.task.inputs):
+            self.task_progress.begin(index)
             value = self._record(item)
             self.task_progress.count(len(value or b""), bad=value is None)
             if value is not None:
-                yield lmdb_shard.record_key(self.task.first_index + number), value
+                yield lmdb_shard.record_key(self.task.first_index + index), value
 
     def _record(self, item: Input) -> bytes | None:
         settings = self.task.settings
         try:
-            if name_text(item.path) in self.task.deadly:
+            if name_text(item.path) in self.task.crashing:
                 raise BadImage("killed the process that read it, twice")
-            picture = read_input(self.task, item)
-        except BadImage as why:
+            image = read_input(self.task, item)
+        except BadImage as reason:
             if not self.task.skip_bad:
                 raise UserError(
-                    f"{name_text(item.path)}: {why}. Mend it, or pass --on-bad skip to leave it out; "
-                    "the shards that are finished are kept."
+                    f"{name_text(item.path)}: {reason}. Correct it, or pass --on-bad skip to leave it out; "
+                    "finished shards are kept."
                 ) from None
-            self.fates.append({"source": name_text(item.path), "fate": "bad", "why": str(why)})
+            self.outcomes.append({"source": name_text(item.path), "fate": "bad", "why": str(reason)})
             return None
-        pixels = rescale(picture.pixels, settings.side_px, settings.keep_aspect, settings.filter)
+        pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
         height, width = pixels.shape[:2]
         self.sums.add(pixels)
         self.labels[item.label] += 1
-        self._note(item, picture)
-        return Datum(
-            height, width, encode_image(pixels, settings.format, settings.quality), item.label, item.path
-        ).encode()
+        self._add_outcome(item, image)
+        data = encode_image(pixels, settings.format, settings.quality)
+        return Datum(height, width, data, item.label, item.path).encode()
 
-    def _note(self, item: Input, picture: DecodedImage) -> None:
-        if picture.converted or picture.orientation != 1:
-            fate: dict[str, Any] = {"source": name_text(item.path), "fate": "kept"}
-            if picture.converted:
-                fate |= {"fate": "converted", "how": list(picture.converted)}
-            if picture.orientation != 1:
-                fate["exif_orientation"] = picture.orientation
-            self.fates.append(fate)
+    def _add_outcome(self, item: Input, image: DecodedImage) -> None:
+        if image.converted or image.orientation != 1:
+            outcome: dict[str, Any] = {"source": name_text(item.path), "fate": "kept"}
+            if image.converted:
+                outcome |= {"fate": "converted", "how": list(image.converted)}
+            if image.orientation != 1:
+                outcome["exif_orientation"] = image.orientation
+            self.outcomes.append(outcome)
 
     def summary(self, built: Shard) -> dict[str, Any]:
-        """What the shard's record says, as JSON."""
+        """The shard's record, as JSON."""
         return {
             "shard": asdict(built),
             "moments": self.sums.moments.to_json(),
             "labels": sorted(self.labels.items()),
-            "fates": self.fates,
+            "fates": self.outcomes,
         }
 
 
@@ -156,6 +157,6 @@ def read_input(task: ShardTask, item: Input) -> DecodedImage:
     if item.size > MAX_FILE_BYTES:
         raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
     content = task.reader.read(item)
-    picture = decode_image(content) if isinstance(content, bytes) else DecodedImage(content, (), 1)
-    check_rescaled_size(picture.pixels, task.settings.side_px, task.settings.keep_aspect)
-    return picture
+    image = decode_image(content) if isinstance(content, bytes) else DecodedImage(content, (), 1)
+    check_rescaled_size(image.pixels, task.settings.side_px, task.settings.keep_aspect)
+    return image

@@ -1,9 +1,9 @@
-"""A picture of a split's colours: its pixels and their principal axes, the spectrum, and what the colour noise does.
+"""Plots the colours of a split: pixels and principal axes in RGB space, the spectrum, and the colour noise.
 
-The noise of the paper's section 4.1 adds α·σ·v to a whole training image, for each component's eigenvector v and
-standard deviation σ, with α ~ N(0, 0.1). "Three sigma" of it is therefore α = ±0.3: so far the photograph is moved,
-which is little to see along the second component and less along the third. Hence the mean colour beneath it, moved by
-±3 σ, ten times as far.
+The noise of the paper (section 4.1) adds α·σ·v to a whole training image, for each principal component with eigenvector
+v and standard deviation σ, with α ~ N(0, 0.1). Three standard deviations of α are ±0.3. They move an image so little
+along the second and third component that it is hard to see; so the mean colour is also shown moved by ±3 σ, ten times
+as far.
 """
 
 from __future__ import annotations
@@ -27,26 +27,28 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-RECORDS, PIXELS = 48, 4800  # read and drawn, at the most
-ALPHA = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations of α
-REACH = 2  # of the axes through the cloud: standard deviations of the pixels
-PHOTOGRAPH_PX = 256  # twice as large and more is reduced
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # records that are read; pixels that are drawn
+ALPHA_STDEV = 0.1  # of α (section 4.1)
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations of α, or of the pixels
+AXIS_STDEVS = 2  # half length of the principal axes, in standard deviations of the pixels
+PHOTOGRAPH_PX = 256  # a photograph of twice this side or more is reduced
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels; eigenvalues of fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
-def plot_colour(store: Store, split: str, stats: ColorStats, out: Path) -> None:
-    """Draw `stats` and a sample of the split that they are of to a .png or .svg file: the same bytes each time.
+def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
+    """Draw `stats` and a sample of their split to a .png or .svg file; equal inputs give equal bytes.
 
-    Reads at most RECORDS records. Raises UserError where matplotlib is missing, the extension is unknown or the file
-    cannot be written (what was there before stays), and StoreError naming shard and key of a record that is damaged.
+    Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
+    cannot be written (an existing file then stays), and StoreError naming shard and key of a damaged record.
     """
     format = figure_format(out, "--plot")
-    content = render_figure(
-        lambda figure: draw(figure, split, stats, *take_sample(store, split, stats)), (14, 7), format, font_size_pt=10.5
-    )
+
+    def draw(figure: Any) -> None:
+        draw_figure(figure, split, stats, *take_sample(store, split, stats))
+
+    content = render_figure(draw, (14, 7), format, font_size_pt=10.5)
     try:
         write_atomic(out, content)
     except OSError as error:
@@ -54,36 +56,39 @@ def plot_colour(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 
 
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
-    """Pixels, uint8 (N, 3) with N ≤ PIXELS, as many from each of at most RECORDS records; and a photograph (S, S, 3).
+    """(pixels, photograph) of a split.
 
-    The photograph is the central square of the record that is most like the split at half its contrast: there slight
-    shifts show and little is clipped. It is reduced by an integer where S would be 2·PHOTOGRAPH_PX or more. Raises
-    StoreError as plot_colour does.
+    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, as many from each of at most MAX_RECORDS records
+    photograph   uint8 (S, S, 3), the central square of the record whose colours are most like the split's at half its
+                 contrast: there small shifts show, and little is clipped. It is reduced by a whole factor if S would
+                 be 2·PHOTOGRAPH_PX or more.
+
+    Raises StoreError as plot_colors.
     """
-    rng, share = np.random.default_rng(seed), PIXELS // min(RECORDS, store.split(split).records)
-    pixels, best, least = [], np.empty(0, np.uint8), np.inf
-    for picture in _pictures(store, split):
-        flat = picture.reshape(-1, 3)
+    rng, share = np.random.default_rng(seed), MAX_PIXELS // min(MAX_RECORDS, store.split(split).records)
+    pixels, photograph, smallest = [], np.empty(0, np.uint8), np.inf
+    for image in _sample_images(store, split):
+        flat = image.reshape(-1, 3)
         pixels.append(flat[rng.choice(len(flat), min(share, len(flat)), replace=False)])
-        unlike = _divergence(pixels[-1], stats)
-        if unlike < least:
-            best, least = _photograph(picture), unlike
-    return np.concatenate(pixels), best
+        divergence = _divergence(pixels[-1], stats)
+        if divergence < smallest:
+            photograph, smallest = _reduced_square(image), divergence
+    return np.concatenate(pixels), photograph
 
 
-def _pictures(store: Store, split: str) -> Iterator[Pixels]:
-    """uint8 (H, W, 3): at most RECORDS pictures, spread evenly over the shards, from the beginning of each.
+def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
+    """uint8 (H, W, 3): at most MAX_RECORDS images, spread evenly over the shards, the first records of each.
 
-    The first records of a shard are as good a sample as any, for their order is that of a hash.
+    The record order is that of a hash, so the first records of a shard are a random sample.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
-    shards = [(path, entry) for path, entry in both if entry.records]
-    wanted = Counter(k * len(shards) // RECORDS for k in range(RECORDS))
-    for k, (path, entry) in enumerate(shards):
-        count = min(wanted[k], entry.records)
+    shards = [(path, shard) for path, shard in both if shard.records]
+    wanted = Counter(k * len(shards) // MAX_RECORDS for k in range(MAX_RECORDS))
+    for k, (path, shard) in enumerate(shards):
+        count = min(wanted[k], shard.records)
         records = list(islice(lmdb_shard.read(Path(path)), count))
         if len(records) < count:
-            raise StoreError(f"{path}: {len(records)} records, expected {entry.records}. Build the store again.")
+            raise StoreError(f"{path}: {len(records)} records, expected {shard.records}. Build the store again.")
         for key, value in records:
             try:
                 yield decode_image(Datum.decode(value).data).pixels
@@ -93,30 +98,33 @@ def _pictures(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Kullback–Leibler divergence (doubled, plus a constant) of the pixels, taken for normal, from the split at half
-    its contrast. One grey level squared on each diagonal keeps it finite for grey pictures.
+    """Twice the Kullback–Leibler divergence, plus a constant, of the pixels from the split at half its contrast.
+
+    Both are taken for normal distributions. One squared grey level on each diagonal keeps it finite for gray images.
     """
     inverse = np.linalg.inv(np.array(stats.covariance) / 4 + np.eye(3))
-    covariance, off = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
-    return float(np.trace(inverse @ covariance) + off @ inverse @ off - np.linalg.slogdet(covariance)[1])
+    covariance, offset = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
+    return float(np.trace(inverse @ covariance) + offset @ inverse @ offset - np.linalg.slogdet(covariance)[1])
 
 
-def _photograph(picture: Pixels) -> Pixels:
-    side = min(picture.shape[:2])
-    square = Image.fromarray(central_square(picture, side))
+def _reduced_square(image: Pixels) -> Pixels:
+    side = min(image.shape[:2])
+    square = Image.fromarray(central_square(image, side))
     return np.asarray(square.reduce(max(1, side // PHOTOGRAPH_PX)))
 
 
-def moved(colours: npt.ArrayLike, stats: ColorStats, component: int, stdevs: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """RGB colours (..., 3) moved by so many standard deviations along component 0, 1 or 2: grey levels, not clipped.
+def shift_colors(
+    colors: npt.ArrayLike, stats: ColorStats, component: int, stdevs: npt.ArrayLike
+) -> npt.NDArray[np.float64]:
+    """RGB colours (..., 3) shifted by `stdevs` standard deviations along component 0, 1 or 2: grey levels, unclipped.
 
     `stdevs` is a number, or (n, 1) to give (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
-    return np.asarray(colours) + np.asarray(stdevs) * sigma
+    return np.asarray(colors) + np.asarray(stdevs) * sigma
 
 
-def draw(figure: Any, split: str, stats: ColorStats, pixels: Pixels, photograph: Pixels) -> None:
+def draw_figure(figure: Any, split: str, stats: ColorStats, pixels: Pixels, photograph: Pixels) -> None:
     """Draw all four panels into an empty matplotlib Figure of 14 × 7 inches."""
     figure.suptitle(
         f"The colours of {count_noun(stats.records, 'photograph')} ({split})", x=0.004, ha="left", fontsize=14
@@ -133,53 +141,58 @@ def draw(figure: Any, split: str, stats: ColorStats, pixels: Pixels, photograph:
 def _draw_cloud(panel: Any, stats: ColorStats, pixels: Pixels) -> None:
     from matplotlib.patheffects import withStroke
 
-    _entitle(panel, f"{len(pixels):,} pixels; axes to ±{REACH} standard deviations")
+    _set_title(panel, f"{len(pixels):,} pixels; axes to ±{AXIS_STDEVS} standard deviations")
     axes = panel.add_subplot(projection="3d", computed_zorder=False, proj_type="ortho")
     axes.scatter(*pixels.T, c=pixels / 255, s=5, linewidths=0, depthshade=False, rasterized=True)
     for component in range(3):
-        ends = moved(stats.mean_rgb, stats, component, [[-REACH], [REACH]])
+        ends = shift_colors(stats.mean_rgb, stats, component, [[-AXIS_STDEVS], [AXIS_STDEVS]])
         axes.plot(*ends.T, color="black", lw=1.8, path_effects=[withStroke(linewidth=4, foreground="white")])
-        place = ends[1] + 10 * np.array(stats.eigenvectors)[:, component]
+        label_position = ends[1] + 10 * np.array(stats.eigenvectors)[:, component]
         halo = [withStroke(linewidth=3, foreground="white")]
-        axes.text(*place, f"PC {component + 1}", weight="bold", path_effects=halo)
+        axes.text(*label_position, f"PC {component + 1}", weight="bold", path_effects=halo)
     limits, ticks = (0, 255), (0, 100, 200)
     axes.set(xlim=limits, ylim=limits, zlim=limits, xticks=ticks, yticks=ticks, zticks=ticks)
     axes.set(xlabel="red", ylabel="green", zlabel="blue")
-    axes.view_init(20, 30, vertical_axis="y")  # from here no axis of natural pictures hides another
+    axes.view_init(20, 30, vertical_axis="y")  # from here no principal axis of photographs hides another
     axes.set_box_aspect(None, zoom=0.98)
 
 
 def _draw_spectrum(panel: Any, stats: ColorStats) -> None:
-    _entitle(panel, "Standard deviation σ, grey levels, and share of the variance")
-    axes, places, total = panel.subplots(), np.arange(3), sum(stats.eigenvalues) or 1.0
-    axes.bar(places, stats.stdevs, width=0.4, color="0.75")
-    for place, stdev, variance in zip(places, stats.stdevs, stats.eigenvalues, strict=True):
-        axes.text(place + 0.28, stdev, f"{stdev:.1f}\n{100 * variance / total:.1f} %", va="center")
-    known = ", ".join(f"{stdev:.1f}" for stdev in ILSVRC)
-    axes.hlines(ILSVRC, places - 0.24, places + 0.24, color="black", lw=1.2, label=f"ILSVRC: {known} (fb.resnet.torch)")
-    axes.set_xticks(places, [f"PC {k + 1}" for k in places])
+    _set_title(panel, "Standard deviation σ, grey levels, and share of the variance")
+    axes, positions, total = panel.subplots(), np.arange(3), sum(stats.eigenvalues) or 1.0
+    axes.bar(positions, stats.stdevs, width=0.4, color="0.75")
+    for position, stdev, variance in zip(positions, stats.stdevs, stats.eigenvalues, strict=True):
+        axes.text(position + 0.28, stdev, f"{stdev:.1f}\n{100 * variance / total:.1f} %", va="center")
+    values = ", ".join(f"{stdev:.1f}" for stdev in ILSVRC)
+    label = f"ILSVRC: {values} (fb.resnet.torch)"
+    axes.hlines(ILSVRC, positions - 0.24, positions + 0.24, color="black", lw=1.2, label=label)
+    axes.set_xticks(positions, [f"PC {k + 1}" for k in positions])
     axes.set_xlim(-0.45, 2.75)
     axes.spines[["top", "right"]].set_visible(False)
     panel.legend(frameon=False, loc="outside lower left")
 
 
 def _draw_photographs(panel: Any, stats: ColorStats, photograph: Pixels) -> None:
-    limit = f"α ~ N(0, {ALPHA}), so ±{3 * ALPHA:.1f} is three standard deviations of α"
-    _entitle(panel, f"The colour noise: a photograph moved by α·σ; {limit}")
+    limit = f"α ~ N(0, {ALPHA_STDEV}), so ±{3 * ALPHA_STDEV:.1f} is three standard deviations of α"
+    _set_title(panel, f"The colour noise: a photograph moved by α·σ; {limit}")
     gap = -(-len(photograph) // 32)
-    cells = [[_bytes(moved(photograph, stats, component, k * ALPHA), gap) for k in STEPS] for component in range(3)]
-    axes, places = panel.subplots(), np.arange(len(STEPS)) + 0.5
+    cells = [
+        [_displayed(shift_colors(photograph, stats, component, k * ALPHA_STDEV), gap) for k in STEPS]
+        for component in range(3)
+    ]
+    axes, positions = panel.subplots(), np.arange(len(STEPS)) + 0.5
     axes.imshow(np.concatenate([np.concatenate(row, axis=1) for row in cells]), extent=(0, len(STEPS), 3, 0))
-    axes.set_xticks(places, [_signed("α = {:+.1f}", k * ALPHA, "as stored") for k in STEPS])
-    axes.set_yticks(places[:3], [f"PC {k + 1}\n{ALPHA}·σ = {ALPHA * stats.stdevs[k]:.1f}" for k in range(3)])
+    axes.set_xticks(positions, [_signed("α = {:+.1f}", k * ALPHA_STDEV, "as stored") for k in STEPS])
+    sigmas = [f"{ALPHA_STDEV}·σ = {ALPHA_STDEV * stdev:.1f}" for stdev in stats.stdevs]
+    axes.set_yticks(positions[:3], [f"PC {k + 1}\n{sigma}" for k, sigma in enumerate(sigmas)])
     axes.tick_params(length=0, labeltop=True, labelbottom=False)
     axes.spines[:].set_visible(False)
 
 
 def _draw_mean(panel: Any, stats: ColorStats) -> None:
-    _entitle(panel, "The mean colour moved by whole standard deviations σ")
-    axes, steps = panel.subplots(), np.linspace(-3, 3, 241)[:, None]
-    strips = np.stack([_bytes(moved(stats.mean_rgb, stats, component, steps)) for component in range(3)])
+    _set_title(panel, "The mean colour moved by whole standard deviations σ")
+    axes, stdevs = panel.subplots(), np.linspace(-3, 3, 241)[:, None]
+    strips = np.stack([_displayed(shift_colors(stats.mean_rgb, stats, component, stdevs)) for component in range(3)])
     axes.imshow(strips, aspect="auto", extent=(-3, 3, 3, 0), interpolation="nearest")
     axes.hlines((1, 2), -3, 3, color="white", lw=6)
     axes.set_xticks(STEPS, [_signed("{:+d} σ", k, "mean") for k in STEPS])
@@ -188,15 +201,16 @@ def _draw_mean(panel: Any, stats: ColorStats) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _entitle(panel: Any, title: str) -> None:
+def _set_title(panel: Any, title: str) -> None:
     panel.suptitle(title, x=0.01, ha="left", fontsize=10.5)
 
 
-def _signed(form: str, value: float, zero: str) -> str:
-    return form.format(value).replace("-", "−") if value else zero
+def _signed(template: str, value: float, zero: str) -> str:
+    """A value with a typographic minus sign; `zero` for 0."""
+    return template.format(value).replace("-", "−") if value else zero
 
 
-def _bytes(colours: npt.NDArray[np.float64], margin: int = 0) -> Pixels:
-    """Colours as they are shown, with a white margin below and to the right."""
-    shown = np.clip(np.rint(colours), 0, 255).astype(np.uint8)
-    return np.pad(shown, ((0, margin), (0, margin), (0, 0)), constant_values=255) if margin else shown
+def _displayed(colors: npt.NDArray[np.float64], margin_px: int = 0) -> Pixels:
+    """Colours rounded and clipped to uint8, with a white margin below and to the right."""
+    pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)
+    return np.pad(pixels, ((0, margin_px), (0, margin_px), (0, 0)), constant_values=255) if margin_px else pixels

@@ -1,6 +1,7 @@
-"""Is a store what its manifest says? Every byte is looked at; every fault is named by shard, key and source.
+"""Verifies a store: every record against its checksum and settings, every shard and file against the manifest.
 
-Shards are read by worker processes: LMDB trusts its file, and one that was cut short or torn kills who touches it.
+Each fault is named by shard, key and source. Worker processes read the shards: LMDB trusts its file, and a file that
+was cut short or damaged can crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -35,33 +36,33 @@ from prep.store.manifest import (
 )
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-# The moments of a jpeg store are of the pixels before compression. Whether they are the build's own, the manifest's
-# checksum says exactly; how far those of the stored pictures may be off is bounded by what 4:2:0 does to lines of two
-# saturated colours. Hundreds of photographs stay within .1 grey level and 1 %, from quality 50 up.
-MEAN_BOUND = 64.0  # grey levels, of each channel's mean
-SPREAD_BOUND = 1.1  # of the largest entry of the covariance, for each entry
-_LEAST_QUALITY = 50  # below it only digests and pictures are compared
+# The moments of a jpeg store are of the pixels before compression. That they are the build's own is proved by the
+# manifest's checksum; the stored images can only be close to them. The bounds cover the worst that 4:2:0 does, to lines
+# of two saturated colours. Hundreds of photographs stay within 0.1 grey level and 1 %, from quality 50 up.
+MAX_MEAN_ERROR = 64.0  # grey levels, of each channel's mean
+MAX_COVARIANCE_ERROR = 1.1  # of each entry, relative to the largest entry of the covariance
+_MIN_QUALITY = 50  # below it these statistics are not compared
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it should be."""
+    """One difference between a store and its manifest, or one damaged record."""
 
-    where: str  # a shard, `train/00003`, or a file of the store
-    key: str  # of the record; empty where the fault is not one record's
-    source: str  # path of its photograph, where it can still be read
+    where: str  # a shard, such as `train/00003`, or a file of the store
+    key: str  # of the record; empty if the fault is not one record's
+    source: str  # path of the record's input, if it can still be read
     what: str
 
-    def line(self) -> str:
-        """For a person."""
+    def text(self) -> str:
+        """One line for a person."""
         key = f", key {self.key}" if self.key else ""
         source = f" ({self.source})" if self.source else ""
         return f"{self.where}{key}{source}: {self.what}"
 
 
 @dataclass(frozen=True)
-class _Check:
-    """One shard to look at; what a worker is sent."""
+class _ShardCheck:
+    """One shard to verify; it is pickled for a worker process."""
 
     root: Path
     shard: Shard
@@ -71,8 +72,8 @@ class _Check:
 
 
 @dataclass
-class _Seen:
-    """What a worker found in one shard."""
+class _ShardFindings:
+    """What a worker process found in one shard."""
 
     faults: list[Fault] = field(default_factory=list)
     keys: tuple[int, int] = (-1, -1)  # the first and the last
@@ -83,78 +84,80 @@ class _Seen:
 
 
 def verify_split(store: Store, split: str, runner: Runner, report: Progress, decode: bool = True) -> list[Fault]:
-    """Look at every record of a split and at what the manifest says of them; without `decode` pictures stay closed."""
-    whole = store.split(split)
-    tasks = [_Check(store.root, each, store.settings, len(store.classes), decode) for each in whole.shards]
-    seen: dict[str, _Seen] = {}
-    squares = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
+    """All faults of a split, sorted by place and key. Without `decode`, no image is decoded."""
+    shards = store.split(split).shards
+    tasks = [_ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
+    findings: dict[str, _ShardFindings] = {}
+    square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
-    done, bad = report.done, report.bad  # of the splits before
-    on_progress = lambda counts: report.update(done + counts.done, bad + counts.bad)  # noqa: E731
+    done_before, bad_before = report.done, report.bad  # of other splits
+    on_progress = lambda counts: report.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             what = (
-                f"the process that read it {result.describe()} at record {result.index}: the file is torn or cut short"
+                f"the process that read it {result.describe()} at record {result.index}: "
+                "the file is damaged or cut short"
             )
             faults.append(Fault(task.shard.path, "", "", what))
         else:
             if result.square_sum is not None:
-                squares += result.square_sum
+                square_sum += result.square_sum
                 result.square_sum = None  # megabytes for each shard
-            seen[task.shard.path] = result
+            findings[task.shard.path] = result
             faults += result.faults
     try:
         faults += _check_manifest(store, split)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         faults.append(Fault("manifest.json", "", "", f"split {split}: {error!r} where a field should be"))
     if not faults:
-        faults += _check_sums(store, split, [seen[each.path] for each in whole.shards], squares if decode else None)
+        in_order = [findings[shard.path] for shard in shards]
+        faults += _check_totals(store, split, in_order, square_sum if decode else None)
     return sorted(faults, key=lambda fault: (fault.where, fault.key))
 
 
-def check_shard(task: _Check, task_progress: TaskProgress) -> _Seen:
-    """Everything that can be wrong in one shard. Its digest is only compared where no record is at fault."""
-    seen, told, digest, size, last = _Seen(), task.shard, sha256(), 0, -1
+def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
+    """Check one shard: each record, then counts and digest, which are compared only if all records are sound."""
+    found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
-        for key, value in lmdb_shard.read(task.root / told.path):
-            task_progress.begin(seen.records)
-            seen.records += 1
+        for key, value in lmdb_shard.read(task.root / shard.path):
+            task_progress.begin(found.records)
+            found.records += 1
             digest.update(key + len(value).to_bytes(8, "little"))
             digest.update(value)
             size += len(value)
-            before = len(seen.faults)
+            fault_count = len(found.faults)
             number = int(key) if len(key) == 8 and key.isdigit() else -1
             try:
-                if number <= last:
+                if number <= last_key:
                     raise DatumError("its key is not a number of eight digits that is above the one before")
-                last = number
-                seen.keys = (number if seen.keys[0] < 0 else seen.keys[0], number)
-                label, pixels = _look(task, value)
-                seen.labels[label] += 1
+                last_key = number
+                found.keys = (number if found.keys[0] < 0 else found.keys[0], number)
+                label, pixels = _check_record(task, value)
+                found.labels[label] += 1
                 if pixels is not None:
                     sums.add(pixels)
             except (DatumError, BadImage) as error:
-                seen.faults.append(Fault(told.path, name_text(key), _source(value), str(error)))
-            task_progress.count(len(value), bad=len(seen.faults) > before)
+                found.faults.append(Fault(shard.path, name_text(key), _readable_source(value), str(error)))
+            task_progress.count(len(value), bad=len(found.faults) > fault_count)
     except StoreError as error:
-        seen.faults.append(Fault(told.path, "", "", str(error)))
-    if not seen.faults:
-        for name, is_now, said in (
-            ("records", seen.records, told.records),
-            ("bytes", size, told.bytes),
-            ("digest", digest.hexdigest(), told.digest),
+        found.faults.append(Fault(shard.path, "", "", str(error)))
+    if not found.faults:
+        for name, actual, expected in (
+            ("records", found.records, shard.records),
+            ("bytes", size, shard.bytes),
+            ("digest", digest.hexdigest(), shard.digest),
         ):
-            if is_now != said:
-                seen.faults.append(Fault(told.path, "", "", f"{name} {is_now}, the manifest says {said}"))
+            if actual != expected:
+                found.faults.append(Fault(shard.path, "", "", f"{name} {actual}, the manifest says {expected}"))
                 break
     if task.decode:
-        seen.moments, seen.square_sum = sums.moments, sums.square_sum()
-    return seen
+        found.moments, found.square_sum = sums.moments, sums.square_sum()
+    return found
 
 
-def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """A record's label and pixels; raises DatumError or BadImage where it is not what the settings promise."""
+def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
+    """(label, pixels) of a record; raises DatumError or BadImage if it is damaged or contradicts the settings."""
     datum = Datum.decode(value)
     side, shape = task.settings.side_px, (datum.height, datum.width)
     if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
@@ -169,14 +172,14 @@ def _look(task: _Check, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None
             raise DatumError("not a PPM whose header fills one row")
         pixels = np.frombuffer(datum.data, np.uint8).reshape(shape[0] + 1, shape[1], 3)[1:]
         return datum.label, pixels
-    picture = decode_image(datum.data)
-    if picture.pixels.shape[:2] != shape or picture.converted:
-        raise DatumError(f"decodes to {picture.pixels.shape}, {picture.converted}; expected an RGB JPEG of {shape}")
-    return datum.label, picture.pixels
+    image = decode_image(datum.data)
+    if image.pixels.shape[:2] != shape or image.converted:
+        raise DatumError(f"decodes to {image.pixels.shape}, {image.converted}; expected an RGB JPEG of {shape}")
+    return datum.label, image.pixels
 
 
-def _source(value: bytes) -> str:
-    """The source path of a record that may be damaged; empty where it cannot be read."""
+def _readable_source(value: bytes) -> str:
+    """The source path of a record that may be damaged; empty if it cannot be read."""
     try:
         source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
     except DatumError:
@@ -185,53 +188,58 @@ def _source(value: bytes) -> str:
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """What can be wrong without a look at any record."""
+    """Faults of the manifest and of the files beside the shards: all that shows without reading a record."""
     split = store.split(name)
     where = "manifest.json"
 
-    def differ(what: str, is_now: object, said: object) -> Iterator[Fault]:
-        if is_now != said:
-            yield Fault(where, "", "", f"split {name}: {what} {is_now}, it says {said}")
+    def compare(what: str, actual: object, stated: object) -> Iterator[Fault]:
+        if actual != stated:
+            yield Fault(where, "", "", f"split {name}: {what} {actual}, it says {stated}")
 
     written = json.loads((store.root / where).read_bytes())
     checksum = written.pop("checksum", None)
     if checksum != digest_json(written):
         yield Fault(where, "", "", f"checksum {digest_json(written)}, it says {checksum}: changed after it was written")
-    yield from differ("fingerprint of the store", store.fingerprint, written.get("fingerprint"))
-    yield from differ("fingerprint", split_fingerprint(store.classes, split.shards), split.fingerprint)
-    yield from differ("records of all shards", sum(each.records for each in split.shards), split.records)
-    yield from differ("bytes of all shards", sum(each.bytes for each in split.shards), split.bytes)
-    yield from differ("records of all classes", sum(split.label_counts), split.records)
-    yield from differ("classes with a count", len(split.label_counts), len(store.classes))
+    yield from compare("fingerprint of the store", store.fingerprint, written.get("fingerprint"))
+    yield from compare("fingerprint", split_fingerprint(store.classes, split.shards), split.fingerprint)
+    yield from compare("records of all shards", sum(shard.records for shard in split.shards), split.records)
+    yield from compare("bytes of all shards", sum(shard.bytes for shard in split.shards), split.bytes)
+    yield from compare("records of all classes", sum(split.label_counts), split.records)
+    yield from compare("classes with a count", len(split.label_counts), len(store.classes))
     account = split.account
-    yield from differ("inputs kept", account.get("kept"), split.records)
-    yield from differ("inputs kept or bad", split.records + sum(account.get("bad", {}).values()), account.get("inputs"))
-    named = {Path(each.path).name for each in split.shards}
+    yield from compare("inputs kept", account.get("kept"), split.records)
+    kept_or_bad = split.records + sum(account.get("bad", {}).values())
+    yield from compare("inputs kept or bad", kept_or_bad, account.get("inputs"))
+    named = {Path(shard.path).name for shard in split.shards}
     for folder in sorted((store.root / name).glob("[0-9]*")):
         if folder.name not in named:
             yield Fault(f"{name}/{folder.name}", "", "", "a shard that the manifest does not name")
     yield from _check_files(store, name)
     try:
-        if not _same_colour(
+        if not _same_color_stats(
             store.color_stats(name), compute_color_stats(split.records, Moments.from_json(split.moments))
         ):
             yield Fault(
-                f"{name}/colour.json", "", "", "not what the manifest's moments give: alexprep pca-stats mends it"
+                f"{name}/colour.json",
+                "",
+                "",
+                "differs from the statistics of the manifest's moments; alexprep pca-stats writes it again",
             )
     except (UserError, KeyError, TypeError, ValueError) as error:
         yield Fault(f"{name}/colour.json", "", "", str(error))
 
 
-def _same_colour(told: ColorStats, now: ColorStats) -> bool:
-    """The same sums; of the eigenvectors the last digits are each machine's own."""
+def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
+    """Whether two statistics agree: sums exactly, the eigensystem to 1e-9, since its last digits vary by machine."""
     exact = ("records", "pixels", "mean_rgb", "covariance", "pixel_scale")
     close = ("eigenvalues", "stdevs", "eigenvectors")
-    near = (np.allclose(getattr(told, name), getattr(now, name), rtol=1e-9, atol=1e-9) for name in close)
-    return all(getattr(told, name) == getattr(now, name) for name in exact) and all(near)
+    return all(getattr(written, name) == getattr(computed, name) for name in exact) and all(
+        np.allclose(getattr(written, name), getattr(computed, name), rtol=1e-9, atol=1e-9) for name in close
+    )
 
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
-    """The files beside the shards, by their digests, and the account of the inputs by its lines."""
+    """The files beside the shards against their digests, and the lines of inputs.jsonl against the totals."""
     account = store.split(name).account
     for file in SPLIT_FILES:
         where = f"{name}/{file}"
@@ -240,63 +248,66 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
         except OSError as error:
             yield Fault(where, "", "", f"cannot be read: {error.strerror or error}")
             continue
-        digest, told = sha256(content).hexdigest(), account.get("files", {}).get(file)
-        if digest != told:
-            yield Fault(where, "", "", f"digest {digest}, the manifest says {told}")
+        digest, expected = sha256(content).hexdigest(), account.get("files", {}).get(file)
+        if digest != expected:
+            yield Fault(where, "", "", f"digest {digest}, the manifest says {expected}")
         elif file == "inputs.jsonl":
-            for what, found in summarize_outcomes(read_outcomes(store.root / where)).items():
-                if found != account.get(what):
-                    yield Fault(where, "", "", f"{what} {found}, the manifest says {account.get(what)}")
+            for what, total in summarize_outcomes(read_outcomes(store.root / where)).items():
+                if total != account.get(what):
+                    yield Fault(where, "", "", f"{what} {total}, the manifest says {account.get(what)}")
 
 
-def _check_sums(
-    store: Store, name: str, shards: Sequence[_Seen], squares: npt.NDArray[np.int64] | None
+def _check_totals(
+    store: Store, name: str, findings: Sequence[_ShardFindings], square_sum: npt.NDArray[np.int64] | None
 ) -> Iterator[Fault]:
-    """The records, all sound, against the sums that the manifest has of them."""
+    """Keys, label counts and pixel statistics of records that are all sound, against the manifest."""
     split = store.split(name)
     where = "manifest.json"
     labels: Counter[int] = Counter()
-    last = -1
-    for told, seen in zip(split.shards, shards, strict=True):
-        labels += seen.labels
-        if seen.keys[0] <= last:
-            yield Fault(told.path, f"{seen.keys[0]:08d}", "", f"follows key {last:08d} of the shard before")
-        last = seen.keys[1]
-    counted = tuple(labels[label] for label in range(len(store.classes)))
-    if counted != split.label_counts:
-        label = next(k for k, (a, b) in enumerate(zip(counted, split.label_counts, strict=True)) if a != b)
-        what = f"{counted[label]} records of {store.classes[label]}, it says {split.label_counts[label]}"
+    last_key = -1
+    for shard, found in zip(split.shards, findings, strict=True):
+        labels += found.labels
+        if found.keys[0] <= last_key:
+            yield Fault(shard.path, f"{found.keys[0]:08d}", "", f"follows key {last_key:08d} of the shard before")
+        last_key = found.keys[1]
+    counts = tuple(labels[label] for label in range(len(store.classes)))
+    if counts != split.label_counts:
+        label = next(k for k, (a, b) in enumerate(zip(counts, split.label_counts, strict=True)) if a != b)
+        what = f"{counts[label]} records of {store.classes[label]}, it says {split.label_counts[label]}"
         yield Fault(where, "", "", f"split {name}: {what}")
-    if squares is not None:
-        yield from _check_pixels(store, split, name, sum((seen.moments for seen in shards), Moments()), squares)
+    if square_sum is not None:
+        moments = sum((found.moments for found in findings), Moments())
+        yield from _check_pixel_statistics(store, split, name, moments, square_sum)
 
 
-def _check_pixels(
-    store: Store, split: Split, name: str, moments: Moments, squares: npt.NDArray[np.int64]
+def _check_pixel_statistics(
+    store: Store, split: Split, name: str, moments: Moments, square_sum: npt.NDArray[np.int64]
 ) -> Iterator[Fault]:
+    """Moments and mean image of the stored images against the manifest's: exactly for ppm, within bounds for jpeg."""
     where, exact = "manifest.json", store.settings.format == "ppm"
-    said = Moments.from_json(split.moments)
-    for pixels in {said.pixels, split.pixels} - {moments.pixels}:
+    stated = Moments.from_json(split.moments)
+    for pixels in {stated.pixels, split.pixels} - {moments.pixels}:
         yield Fault(where, "", "", f"split {name}: {moments.pixels} pixels, it says {pixels}")
         return
-    if exact and moments != said:
-        yield Fault(where, "", "", f"split {name}: moments {moments.to_json()}, it says {said.to_json()}")
+    if exact and moments != stated:
+        yield Fault(where, "", "", f"split {name}: moments {moments.to_json()}, it says {stated.to_json()}")
     try:
         mean_image = store.mean_image(name)
     except StoreError as error:
         yield Fault(f"{name}/mean_image.npy", "", "", str(error))
         return
-    if exact and not np.array_equal((squares / split.records).astype(np.float32), mean_image):
-        yield Fault(f"{name}/mean_image.npy", "", "", "not the mean of the stored pictures")
-    if exact or store.settings.quality < _LEAST_QUALITY:
+    if exact and not np.array_equal((square_sum / split.records).astype(np.float32), mean_image):
+        yield Fault(f"{name}/mean_image.npy", "", "", "not the mean of the stored images")
+    if exact or store.settings.quality < _MIN_QUALITY:
         return
-    now, then = compute_color_stats(split.records, moments), compute_color_stats(split.records, said)
-    off = float(np.abs(np.subtract(now.mean_rgb, then.mean_rgb)).max())
-    if off > MEAN_BOUND:
-        yield Fault(
-            where, "", "", f"split {name}: mean RGB is off by {off:.2f} grey levels, JPEG explains {MEAN_BOUND}"
-        )
-    covariance = np.array(then.covariance)
-    off = float(np.abs(np.array(now.covariance) - covariance).max() / max(np.abs(covariance).max(), 1.0))
-    if off > SPREAD_BOUND:
-        yield Fault(where, "", "", f"split {name}: covariance is off by {off:.1%}, JPEG explains {SPREAD_BOUND:.0%}")
+    actual, expected = compute_color_stats(split.records, moments), compute_color_stats(split.records, stated)
+    mean_error = float(np.abs(np.subtract(actual.mean_rgb, expected.mean_rgb)).max())
+    if mean_error > MAX_MEAN_ERROR:
+        what = f"mean RGB is off by {mean_error:.2f} grey levels, JPEG explains up to {MAX_MEAN_ERROR}"
+        yield Fault(where, "", "", f"split {name}: {what}")
+    covariance = np.array(expected.covariance)
+    largest = max(np.abs(covariance).max(), 1.0)
+    covariance_error = float(np.abs(np.array(actual.covariance) - covariance).max() / largest)
+    if covariance_error > MAX_COVARIANCE_ERROR:
+        what = f"covariance is off by {covariance_error:.1%}, JPEG explains up to {MAX_COVARIANCE_ERROR:.0%}"
+        yield Fault(where, "", "", f"split {name}: {what}")

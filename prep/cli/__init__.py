@@ -1,4 +1,4 @@
-"""The command `alexprep`."""
+"""The command `alexprep` and its subcommands."""
 
 from prep.cli.group import main
 

@@ -1,4 +1,4 @@
-"""`alexprep build-lmdb` and `import-caffe`: write a store."""
+"""`alexprep build-lmdb` and `alexprep import-caffe`: commands that write a store."""
 
 from __future__ import annotations
 
@@ -8,17 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.build.report import report_build, report_forecast
+from prep.build.report import report_build, report_estimate
 from prep.cli.options import record_options, split_option
-from prep.console import (
-    progress,
-    store_option,
-    usable_cores,
-)
+from prep.console import progress, store_option, usable_cores
+from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
-if TYPE_CHECKING:
-    from prep.build.split import Policy
+if TYPE_CHECKING:  # these load LMDB and Pillow, which --help does without
+    from prep.build.plan import BuildPolicy
     from prep.inputs.reader import Source
     from prep.workers import Runner
 
@@ -26,20 +23,21 @@ if TYPE_CHECKING:
 @click.command("build-lmdb")
 @click.argument("source", type=click.Path(path_type=Path))
 @store_option
-@click.option("--split", type=click.Choice(SPLITS), help="Which split to build.  [default: each that SOURCE has]")
+@click.option("--split", type=click.Choice(SPLITS), help="Split to build.  [default: every split found in SOURCE]")
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Labels of a flat folder: `name label` a line, or ILSVRC's ground truth, one number a line.",
+    help="Label file of images without class folders: `name label` on each line, or one number on each line (ILSVRC's "
+    "ground truth).  [default: the label file beside SOURCE]",
 )
 @click.option(
     "--label-order",
-    type=click.Choice(["sorted", "devkit"]),
-    help="What number k of a ground truth means: k-th class name in sorted order, or as the devkit's meta.mat "
-    "beside it says.  [default: devkit where meta.mat is there]",
+    type=click.Choice(LABEL_ORDERS),
+    help="Meaning of number k in a ground truth: the k-th class in sorted order (sorted), or the class that meta.mat "
+    "beside it gives the ID k (devkit).  [default: devkit if meta.mat is there, else sorted]",
 )
-@click.option("--follow-links", is_flag=True, help="Take symbolic links that lead out of SOURCE.")
-@click.option("--dry-run", is_flag=True, help="Say what would be done, how long and how large; build nothing.")
+@click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
+@click.option("--dry-run", is_flag=True, help="Report bad inputs, disk space and time; build nothing.")
 @record_options
 def build_lmdb(
     source: Path,
@@ -53,11 +51,11 @@ def build_lmdb(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Rescale the photographs of SOURCE into a sharded LMDB store.
+    """Rescale the images of SOURCE and write them to a sharded LMDB store.
 
-    SOURCE is a folder with a folder for each class, or a flat folder of photographs with --labels, or a tar archive of
-    either (ILSVRC2012_img_train.tar as it is), or holds such as train and val. It is only read. A build that was
-    interrupted goes on when the same command is given again.
+    SOURCE is a folder with one folder for each class, a flat folder of images with --labels, a tar archive of either
+    (ILSVRC2012_img_train.tar as it is), or a folder that holds train and val as such folders or archives. It is only
+    read. After an interruption the same command resumes the build.
 
     \b
     Example:
@@ -68,44 +66,44 @@ def build_lmdb(
     from prep.workers import WorkerPool
 
     with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
-        from prep.build.split import forecast
+        from prep.build.split import estimate_build
         from prep.inputs.sources import find_splits, list_source
 
         settings, policy = _settings_and_policy(options)
         for name, path in find_splits(source, split).items():
-            found = list_source(path, name, labels, label_order, _known(store), follow_links)
+            inputs = list_source(path, name, labels, label_order, _store_classes(store), follow_links)
             if dry_run:
-                report_forecast(forecast(found, store, settings, workers, policy), name, as_json)
+                report_estimate(estimate_build(inputs, store, settings, workers, policy), name, as_json)
             else:
-                _build(found, store, settings, workers, policy, as_json)
+                _build(inputs, store, settings, workers, policy, as_json)
 
 
-def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, Policy]:
-    from prep.build.split import Policy
+def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy]:
+    from prep.build.plan import BuildPolicy
 
     settings = Settings(
-        options["side"],
-        options["keep_aspect"],
-        options["format"],
-        options["quality"],
-        options["filter"],
-        options["seed"],
+        side_px=options["side"],
+        keep_aspect=options["keep_aspect"],
+        format=options["format"],
+        quality=options["quality"],
+        filter=options["filter"],
+        seed=options["seed"],
     )
     skip_bad = options["on_bad"] == "skip" or options["max_bad"] is not None
-    return settings, Policy(skip_bad, options["max_bad"], options["restart"])
+    return settings, BuildPolicy(skip_bad, options["max_bad"], options["restart"])
 
 
-def _known(store: Path) -> tuple[str, ...]:
-    """The classes of a store, none where it is not there yet."""
+def _store_classes(store: Path) -> tuple[str, ...]:
+    """The classes of a store; none if it does not exist yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
 
 
-def _build(source: Source, store: Path, settings: Settings, workers: Runner, policy: Policy, as_json: bool) -> None:
+def _build(source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool) -> None:
     from prep.build.split import build_split
 
     started = time.monotonic()
     with progress(f"{source.split}: rescaling", len(source.inputs), "pictures") as report:
-        built = build_split(source, store, settings, workers, report, policy)
+        built = build_split(source, store, settings, runner, report, policy)
     report_build(built, source.split, report.done - report.skipped, time.monotonic() - started, as_json)
 
 
@@ -116,7 +114,8 @@ def _build(source: Source, store: Path, settings: Settings, workers: Runner, pol
 @click.option(
     "--classes",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Names of the classes, one a line in the order of the labels (synset_words.txt).",
+    help="File with the names of the classes, one on each line in the order of the labels (synset_words.txt).  "
+    "[default: the classes of the store, else the folders in the keys, else numbers]",
 )
 @record_options
 def import_caffe(
@@ -128,10 +127,10 @@ def import_caffe(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Make a split of the Datums in LMDBs that Caffe's convert_imageset wrote.
+    """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
-    Encoded pictures and bare pixels (C,H,W, blue first) are taken through the same steps as photographs; labels stay
-    what they are. What Caffe's tool has squashed or compressed stays so: from the photographs a better store is made.
+    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files; labels stay what they
+    are. What convert_imageset has resized or compressed stays so: the original images make a better store.
 
     \b
     Example:
@@ -144,5 +143,5 @@ def import_caffe(
     settings, policy = _settings_and_policy(options)
     with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
         with progress(f"{split}: listing", 0, "records") as report:
-            found = list_caffe_lmdbs(lmdbs, split, classes, _known(store), workers, report)
-        _build(found, store, settings, workers, policy, as_json)
+            inputs = list_caffe_lmdbs(lmdbs, split, classes, _store_classes(store), workers, report)
+        _build(inputs, store, settings, workers, policy, as_json)

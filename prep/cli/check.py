@@ -1,11 +1,10 @@
-"""`alexprep verify`, `inspect`, `export-files` and `pca-stats`: read a store."""
+"""`alexprep verify`, `inspect`, `export-files` and `pca-stats`: commands that read a store."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -27,21 +26,18 @@ from prep.console import (
 )
 from prep.store.manifest import SPLITS, Store
 
-if TYPE_CHECKING:
-    pass
-
 
 @click.command("verify")
 @store_option
-@click.option("--split", type=click.Choice(SPLITS), help="Which split.  [default: all]")
-@click.option("--quick", is_flag=True, help="Checksums, digests and counts only: open no picture.")
+@click.option("--split", type=click.Choice(SPLITS), help="Split to verify.  [default: all]")
+@click.option("--quick", is_flag=True, help="Compare checksums, digests and counts only; decode no image.")
 @jobs_option
 @json_option
 def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_json: bool) -> None:
-    """Check every record of a store against its checksum and the manifest, and name each fault.
+    """Verify every record of a store against its checksum and the manifest, and name each fault.
 
-    Pictures are decoded and their colour sums compared with the build's: to the bit for ppm, within what JPEG explains
-    for jpeg. Exit code 1 where there is a fault.
+    Images are decoded and their colour sums compared with the build's: exactly for ppm, within the loss of JPEG for
+    jpeg. The exit code is 1 if there is a fault.
 
     \b
     Example:
@@ -71,26 +67,31 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
         )
     else:
         for fault in faults:
-            click.echo(one_line(fault.line()))
+            click.echo(one_line(fault.text()))
     if faults:
         raise UserError(
-            f"{store}: {count_noun(len(faults), 'fault')}. Move the store away and give its alexprep build-lmdb again."
+            f"{store}: {count_noun(len(faults), 'fault')}. Move the store away and build it again with alexprep "
+            "build-lmdb."
         )
     if not as_json:
         click.echo(
-            f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} as the manifest says, "
+            f"{store}: {count_noun(records, 'record')} of {' and '.join(names)} agree with the manifest, "
             f"{duration_text(seconds)}, {records / max(seconds, 1e-9):,.0f} records/s"
         )
 
 
 @click.command("inspect")
 @store_option
-@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Where --key looks.")
-@click.option("--key", metavar="K", help="One record, by its key.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), help="Write the record's picture to a file.")
+@click.option(
+    "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Split of the record of --key."
+)
+@click.option("--key", metavar="K", help="Key of one record, to describe it instead of the store.")
+@click.option(
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write the image of the record of --key to."
+)
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
-    """Say what a store holds: splits, classes, settings, the fate of every input; or one record of it.
+    """Describe a store: splits, classes, settings and outcomes of its inputs; or, with --key, one of its records.
 
     \b
     Example:
@@ -102,11 +103,11 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
         _inspect_record(opened, split, key, out, as_json)
         return
     if out is not None:
-        raise UserError(f"--out {out}: of which record? Name it with --key.")
-    from prep.check.inspect import describe, summary_lines
+        raise UserError(f"--out {out} is for the image of one record. Name the record with --key.")
+    from prep.check.inspect import describe_store, summary_lines
 
     if as_json:
-        print_json(describe(opened))
+        print_json(describe_store(opened))
         return
     for line in summary_lines(opened):
         click.echo(line)
@@ -152,7 +153,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
 def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
     """Write every record of a split to OUT/CLASS/NAME: a folder of images again.
 
-    The files are the stored pictures to the byte, 256 px on the shorter side; the same command again goes on.
+    The files are the stored images, byte for byte. After an interruption the same command resumes the export.
 
     \b
     Example:
@@ -176,18 +177,21 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 @store_option
 @split_option
 @click.option(
-    "--recompute", is_flag=True, help="Decode the store's records again and compare, instead of reading sums."
+    "--recompute", is_flag=True, help="Decode the stored images and compare them with the statistics of the build."
 )
 @click.option(
-    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE.png|.svg", help="Draw the components."
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png|.svg",
+    help="File to draw the colours and their components to.",
 )
 @jobs_option
 @json_option
 def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs: int | None, as_json: bool) -> None:
-    """Mean, covariance and principal components of the RGB pixels of a split.
+    """Print mean, covariance and principal components of the RGB pixels of a split.
 
-    They come from exact sums that were gathered during the build, and are written to SPLIT/colour.json for the stream.
-    With --recompute the stored pictures are decoded instead and the difference is said; the file stays as it is.
+    They come from exact sums of the build, and are written to SPLIT/colour.json for the stream. With --recompute they
+    come from the stored images, the largest difference is reported, and colour.json stays as it is.
 
     \b
     Example:
@@ -195,14 +199,14 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
       alexprep pca-stats --store store --json | jq .stdevs
       alexprep pca-stats --store store --plot colours.png
     """
-    from prep.build.split import write_colour
+    from prep.build.assemble import write_color_stats
     from prep.images.color_stats import recompute_color_stats
     from prep.workers import WorkerPool
 
     opened = Store.open(store)
     if not recompute:
         try:
-            write_colour(store / split, opened.split(split))
+            write_color_stats(store / split, opened.split(split))
         except OSError as error:
             say(f"{store / split / 'colour.json'} stays as it is: {error.strerror}.")
     stats = opened.color_stats(split)
@@ -210,14 +214,14 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
     if recompute:
         workers = WorkerPool(jobs or usable_cores())
         with workers, progress(f"{split}: decoding", stats.records, "records") as report:
-            again = recompute_color_stats(opened, split, workers, report)
-        difference = max(abs(a - b) for a, b in zip(stats.stdevs, again.stdevs, strict=True))
-        stats = again
+            recomputed = recompute_color_stats(opened, split, workers, report)
+        difference = max(abs(a - b) for a, b in zip(stats.stdevs, recomputed.stdevs, strict=True))
+        stats = recomputed
     if plot is not None:
-        from prep.check.color_plot import plot_colour
+        from prep.check.color_plot import plot_colors
 
-        plot_colour(opened, split, stats, plot)
-        say(f"Drawn: {plot}")
+        plot_colors(opened, split, stats, plot)
+        say(f"Wrote {plot}.")
     if as_json:
         print_json(asdict(stats))
         return

@@ -1,4 +1,4 @@
-"""The command `alexprep`: its commands, each in a module of its subject."""
+"""The command group `alexprep`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prep.version import version_option
 @click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files"))
 @version_option
 def main() -> None:
-    """Photographs into a store that a stream can read: rescaled, checksummed, in a seeded order.
+    """Prepare images for training: a store of rescaled, checksummed records in a seeded order.
 
     \b
     Example:
@@ -21,7 +21,7 @@ def main() -> None:
       alexprep verify --store store
       alexprep pca-stats --store store
 
-    Exit code 0: done; 1: something to mend; 2: the command was wrong; 3: the disk is full; 130, 143: interrupted.
+    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 130, 143: interrupted.
     """
 
 

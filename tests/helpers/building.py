@@ -18,8 +18,9 @@ import numpy.typing as npt
 from PIL import Image
 from threadpoolctl import threadpool_limits
 
+from prep.build.plan import BuildPolicy
 from prep.build.shard_task import build_shard
-from prep.build.split import Policy, build_split
+from prep.build.split import build_split
 from prep.console import Progress
 from prep.inputs.sources import list_source
 from prep.store.manifest import Settings, Store
@@ -28,7 +29,7 @@ from prep.workers import Runner, TaskProgress
 Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 
 PPM = Settings(32, False, "ppm", 90, "area", 0)
-STRICT, SKIP = Policy(), Policy(skip_bad=True)
+STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
 DEADLINE_S = 240.0  # of what would otherwise never end; the longest takes 8 s alone, 40 s on a crowded machine
 
@@ -77,7 +78,7 @@ def build(
     folder: Path,
     store: Path,
     settings: Settings = PPM,
-    policy: Policy = STRICT,
+    policy: BuildPolicy = STRICT,
     *,
     split: str = "train",
     runner: Runner | None = None,

@@ -22,7 +22,7 @@ from typing import Any
 
 import lmdb
 
-from prep.build.split import Policy
+from prep.build.plan import BuildPolicy
 from prep.console import UserError
 from prep.store.lmdb_shard import read
 from prep.store.manifest import Store, StoreError
@@ -90,7 +90,7 @@ class Environment:
         self.real.close()
 
 
-def in_a_child(photos: Path, store: Path, steps: int | None, policy: Policy) -> tuple[int, str]:
+def in_a_child(photos: Path, store: Path, steps: int | None, policy: BuildPolicy) -> tuple[int, str]:
     """Exit code of a build, and what it said."""
     global left
     said, say = os.pipe()
@@ -132,7 +132,7 @@ def is_torn(store: Path) -> bool:
 
 
 def main(photos: Path, work: Path) -> None:
-    policy = Policy(restart=how.startswith("restart"))
+    policy = BuildPolicy(restart=how.startswith("restart"))
     at, code = 0, -1
     while code != 0 and (not how.startswith("restart") or at < RESTARTS):
         store = work / f"{at:03d}"

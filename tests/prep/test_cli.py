@@ -224,7 +224,7 @@ def test_plot_is_drawn_beside_the_answer(store: Path, tmp_path: Path) -> None:
     result = alexprep("pca-stats", "--store", store, "--plot", out, "--json")
     assert result.exit_code == 0, result.output
     assert list(json.loads(result.stdout)) == STATS_KEYS
-    assert result.stderr == f"Drawn: {out}\n"
+    assert result.stderr == f"Wrote {out}.\n"
     with Image.open(out) as image:
         assert image.format == "PNG" and image.width > 600
 

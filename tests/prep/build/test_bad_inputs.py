@@ -15,8 +15,9 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from prep.build.preflight import look
-from prep.build.split import Policy, build_split
+from prep.build.plan import BuildPolicy
+from prep.build.preflight import probe
+from prep.build.split import build_split
 from prep.cli import main
 from prep.console import Progress, UserError
 from prep.images.codec import MAX_FILE_BYTES
@@ -78,11 +79,11 @@ def test_look_names_what_is_plainly_bad(with_bad: Path) -> None:
         file.truncate(MAX_FILE_BYTES + 1)
     source = list_source(with_bad, "train", None, None, ())
     (with_bad / "n1" / "gone.JPEG").unlink()
-    found = dict(look(FolderReader(with_bad), source.inputs, 1))
+    found = dict(probe(FolderReader(with_bad), source.inputs, 1))
     assert found == {
         "n1/bad_empty.JPEG": "empty file",
-        "n1/bad_text.JPEG": "not a picture in a format that is known",
-        "n2/bad_too.JPEG": "not a picture in a format that is known",
+        "n1/bad_text.JPEG": "not an image in a known format",
+        "n2/bad_too.JPEG": "not an image in a known format",
         "n1/gone.JPEG": "cannot be read: No such file or directory",
         "n1/huge.JPEG": "256,000,001 bytes: more than 256,000,000",
     }
@@ -95,7 +96,7 @@ def test_look_takes_every_format_that_can_be_decoded(tmp_path: Path) -> None:
         picture.save(tmp_path / "n1" / format, format)
     source = list_source(tmp_path, "train", None, None, ())
     assert len(source.inputs) == 7
-    assert look(FolderReader(tmp_path), source.inputs, 1) == []
+    assert probe(FolderReader(tmp_path), source.inputs, 1) == []
 
 
 def test_bad_inputs_are_all_named_before_any_work(with_bad: Path, tmp_path: Path) -> None:
@@ -103,7 +104,7 @@ def test_bad_inputs_are_all_named_before_any_work(with_bad: Path, tmp_path: Path
     (with_bad / "n2" / "folder").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     store = tmp_path / "store"
-    with pytest.raises(UserError, match=r"5 inputs of 206 are no picture.*bad\.jsonl lists all.*--on-bad skip") as told:
+    with pytest.raises(UserError, match=r"5 inputs of 206 are not images.*bad\.jsonl lists all.*--on-bad skip") as told:
         build(with_bad, store, runner=Never())
     assert not list((store / "train").glob("0*"))
     lines = lines_of(store / "train" / ".build" / "bad.jsonl")
@@ -126,7 +127,7 @@ def test_bad_file_stops_the_command_which_names_it(with_bad: Path, tmp_path: Pat
 
 def test_cut_file_stops_the_build_and_is_named(photos: Path, tmp_path: Path) -> None:
     (photos / "n3" / "bad_cut.JPEG").write_bytes(CUT["n3/bad_cut.JPEG"])
-    with pytest.raises(UserError, match=r"n3/bad_cut\.JPEG: .*--on-bad skip.*shards that are finished are kept"):
+    with pytest.raises(UserError, match=r"n3/bad_cut\.JPEG: .*--on-bad skip.*finished shards are kept"):
         build(photos, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -141,7 +142,7 @@ def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, rec
     assert account["inputs"] == 204 == account["kept"] + sum(account["bad"].values())
     assert account["kept"] == built.split("train").records == 200
     assert account["bad"]["empty file"] == 1
-    assert account["bad"]["not a picture in a format that is known"] >= 2
+    assert account["bad"]["not an image in a known format"] >= 2
     assert (report.done, report.bad) == (204, 4)
     assert set(sources_of(records_of(tmp_path / "store", "train"))) == set(files_of(with_bad)) - set(BAD)
     lines = lines_of(tmp_path / "store" / "train" / "inputs.jsonl")
@@ -223,31 +224,31 @@ def test_one_more_than_max_bad_stops_the_command(words: list[str], with_bad: Pat
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
     """Runs that each build one shard: the bad ones of earlier runs count."""
     store, runs = tmp_path / "store", 0
-    with pytest.raises(UserError, match=rf"^[1-4] inputs? .* no pictures?, --max-bad {most} allowed"):
+    with pytest.raises(UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), --max-bad {most} allowed"):
         for _ in range(4):
             try:
-                build(with_bad, store, policy=Policy(True, most), runner=Stop())
+                build(with_bad, store, policy=BuildPolicy(True, most), runner=Stop())
             except Stopped:
                 runs += 1
     assert runs < 4
     assert not (store / "manifest.json").exists()
-    assert build(with_bad, store, policy=Policy(True, 4)).split("train").records == 200
+    assert build(with_bad, store, policy=BuildPolicy(True, 4)).split("train").records == 200
 
 
 def test_max_bad_holds_for_what_is_finished_already(with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         build(with_bad, tmp_path / "store", policy=SKIP, runner=Stop(4))
-    with pytest.raises(UserError, match="4 inputs are no picture, --max-bad 3 allowed"):
-        build(with_bad, tmp_path / "store", policy=Policy(True, 3))
-    assert build(with_bad, tmp_path / "store", policy=Policy(True, 4)).split("train").records == 200
+    with pytest.raises(UserError, match="4 inputs are not images, --max-bad 3 allowed"):
+        build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 3))
+    assert build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 4)).split("train").records == 200
 
 
 def test_entries_that_are_no_files_count_before_any_work(photos: Path, tmp_path: Path) -> None:
     for name in "abc":
         (photos / "n1" / name).mkdir()
     with pytest.raises(UserError, match="--max-bad 2 allowed"):
-        build(photos, tmp_path / "store", policy=Policy(True, 2), runner=Never())
-    assert build(photos, tmp_path / "store", policy=Policy(True, 3)).split("train").account["inputs"] == 203
+        build(photos, tmp_path / "store", policy=BuildPolicy(True, 2), runner=Never())
+    assert build(photos, tmp_path / "store", policy=BuildPolicy(True, 3)).split("train").account["inputs"] == 203
 
 
 # Mended, removed, empty
@@ -268,7 +269,7 @@ def test_bad_file_that_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) ->
         (with_bad / name).unlink()
     with pytest.raises(Stopped):
         build(with_bad, tmp_path / "store", policy=SKIP, runner=Stop(4))
-    with pytest.raises(UserError, match=r"bad_.*Mend it"):
+    with pytest.raises(UserError, match=r"bad_.*Correct it"):
         build(with_bad, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert build(with_bad, tmp_path / "store", policy=SKIP).split("train").records == 200
@@ -288,7 +289,7 @@ def test_not_one_picture(tmp_path: Path) -> None:
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     for number in range(3):
         (tmp_path / "photos" / "n1" / f"{number}.JPEG").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="not one of 3 inputs is a picture"):
+    with pytest.raises(UserError, match="not one of 3 inputs is an image"):
         build(tmp_path / "photos", tmp_path / "store", policy=SKIP)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
@@ -303,7 +304,7 @@ def test_file_that_vanished_is_a_bad_one(photos: Path, tmp_path: Path) -> None:
             return super().map(work, tasks, watch)
 
     source = list_source(photos, "train", None, None, ())
-    for policy in (Policy(), SKIP):
+    for policy in (BuildPolicy(), SKIP):
         (photos / gone).touch()
         shutil.copy2(photos / files_of(photos)[4], photos / gone)
         source = list_source(photos, "train", None, None, ())

@@ -44,9 +44,9 @@ def test_disk_at_every_step(how: str, code: int, photos: Path, whole: Store, tmp
         if end["code"] == 3:
             assert "same command again" in end["error"], end
             assert re.search(r"disk is full.* [\d.]+ [KMG]?B are free", end["error"]), end
-            assert " 0 pictures" not in end["error"], end
+            assert " 0 images" not in end["error"], end
     if how == "full":
-        needed = [end["error"] for end in ends if "needed for 33 pictures" in end["error"]]
+        needed = [end["error"] for end in ends if "needed for 33 images" in end["error"]]
         assert len(needed) >= 5
         assert all(re.search(r"About 2\d\d\.\d KB are needed", text) for text in needed)
 
@@ -92,7 +92,7 @@ def test_real_disk_of_twenty_sizes(
     small_disk: Path, photos: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each size somewhat larger than the last; the build goes on from what fitted until it is whole."""
-    monkeypatch.setattr("prep.build.split._refuse_full", lambda *of: None)
+    monkeypatch.setattr("prep.build.split.check_disk_space", lambda *of: None)
     store, full = small_disk / "store", 0
     for kilobytes in range(16, 600, 16):
         subprocess.run(["mount", "-o", f"remount,size={kilobytes}k", str(small_disk)], check=True)
@@ -114,7 +114,7 @@ def test_real_disk_of_twenty_sizes(
 
 def test_free_room_is_that_of_the_stores_disk(small_disk: Path, photos: Path) -> None:
     """Refused up front, by the figures of the disk that the store is on."""
-    with pytest.raises(DiskFull, match=r"270\.3 KB needed for 66 pictures.* [0-6]?\d\.\d KB free"):
+    with pytest.raises(DiskFull, match=r"270\.3 KB needed for 66 images.* [0-6]?\d\.\d KB free"):
         build(photos, small_disk / "store")
 
 

@@ -48,7 +48,7 @@ class Fate:
 
 
 KEPT = Fate()
-UNKNOWN = Fate(bad="^not a picture in a format that is known$")
+UNKNOWN = Fate(bad="^not an image in a known format$")
 BROKEN = Fate(bad="^cannot be decoded: .")
 BOMB = Fate(bad="more than 100,000,000 pixels")
 
@@ -155,8 +155,8 @@ def jpegs() -> Iterator[tuple[str, bytes, Fate]]:
         yield f"cut at {share}%", JPEG[: len(JPEG) * share // 100], BROKEN
     progressive = file_of(PHOTO, "JPEG", progressive=True)
     yield "cut progressive", progressive[: len(progressive) // 2], BROKEN
-    yield "head alone", JPEG[:4], Fate(bad="^(not a picture|cannot be decoded)")
-    yield "noise behind the head", JPEG[:20] + RNG.bytes(3000), Fate(bad="^(not a picture|cannot be decoded)")
+    yield "head alone", JPEG[:4], Fate(bad="^(not an image|cannot be decoded)")
+    yield "noise behind the head", JPEG[:20] + RNG.bytes(3000), Fate(bad="^(not an image|cannot be decoded)")
     yield "trailing garbage", JPEG + RNG.bytes(5000), KEPT
     yield "trailing zip", JPEG + b"PK\x03\x04" + bytes(500), KEPT
     yield "two in one", JPEG + JPEG, KEPT
@@ -271,7 +271,7 @@ def others() -> Iterator[tuple[str, bytes, Fate]]:
     yield "claims 60000x60000.bmp", bmp(60_000, 60_000), BOMB
     yield "claims 9000 rows upside down.bmp", bmp(9000, -9000), BROKEN
     yield "tiff", file_of(PHOTO, "TIFF"), Fate(converted=("tiff",))
-    yield "cut.tiff", file_of(PHOTO, "TIFF")[:900], Fate(bad="not a picture|cannot be decoded")
+    yield "cut.tiff", file_of(PHOTO, "TIFF")[:900], Fate(bad="not an image|cannot be decoded")
     pages = file_of(PHOTO, "TIFF", save_all=True, append_images=[noise(20, 20)])
     yield "two pages.tiff", pages, Fate(converted=("tiff",))
     deep = Image.fromarray(RNG.integers(0, 65536, (40, 50), dtype=np.uint16))
@@ -539,6 +539,6 @@ def test_what_only_decoding_shows_ends_a_strict_build_too(
         return
     assert ended.code == 1
     assert len(ended.stderr.splitlines()) == 1
-    why = re.fullmatch(r"Error: b/odd\.JPEG: (.+?)\. Mend it, or .*", ended.stderr.strip())
+    why = re.fullmatch(r"Error: b/odd\.JPEG: (.+?)\. Correct it, or .*", ended.stderr.strip())
     assert why is not None, ended.stderr
     assert re.search(fate.bad, why[1])

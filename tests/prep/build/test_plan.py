@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from prep.build.plan import SHARD_RECORDS, Plan
-from prep.build.split import Policy, build_split, forecast
+from prep.build.plan import MAX_SHARD_RECORDS, BuildPlan, BuildPolicy
+from prep.build.split import build_split, estimate_build
 from prep.console import Progress, UserError
 from prep.inputs.folder import FolderReader
 from prep.inputs.listing import Listing
@@ -40,38 +40,40 @@ from tests.helpers.building import (
 # Cutting
 
 
-def plan_of(count: int) -> Plan:
+def plan_of(count: int) -> BuildPlan:
     listing = Listing()
     for number in range(count):
         listing.add(b"n1/%d.JPEG" % number, 0, number)
-    return Plan(Source(FolderReader(Path("/data")), "train", ("n1",), listing), Path("/store/train"), PPM, False)
+    return BuildPlan(Source(FolderReader(Path("/data")), "train", ("n1",), listing), Path("/store/train"), PPM, False)
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 128, 129, 200, 2048, 2049, 5000, 131_073])
 def test_shards_are_cut_evenly(count: int) -> None:
     plan = plan_of(count)
-    tasks = [plan.task(number) for number in range(plan.shards)]
+    tasks = [plan.task(number) for number in range(plan.shard_count)]
     lengths = [len(task.inputs) for task in tasks]
     assert sum(lengths) == count
     assert max(lengths) - min(lengths) <= 1
-    assert max(lengths) <= SHARD_RECORDS == 4096
+    assert max(lengths) <= MAX_SHARD_RECORDS == 4096
     assert min(lengths) >= min(count, 32)
     if count > 32 * 64:
         assert len(tasks) >= 32
-    assert [task.number for task in tasks] == list(range(plan.shards))
-    assert [task.first_index for task in tasks] == [sum(lengths[:number]) for number in range(plan.shards)]
-    assert [item for task in tasks for item in task.inputs] == [plan.source.inputs[k] for k in plan.order.tolist()]
-    assert [plan.inputs_of([number]) for number in range(plan.shards)] == lengths
+    assert [task.number for task in tasks] == list(range(plan.shard_count))
+    assert [task.first_index for task in tasks] == [sum(lengths[:number]) for number in range(plan.shard_count)]
+    assert [item for task in tasks for item in task.inputs] == [
+        plan.source.inputs[k] for k in plan.permutation.tolist()
+    ]
+    assert [plan.count_inputs([number]) for number in range(plan.shard_count)] == lengths
 
 
 def test_no_inputs_no_shards() -> None:
-    assert plan_of(0).shards == 0
+    assert plan_of(0).shard_count == 0
 
 
 @pytest.mark.parametrize("count", [1, 63, 200, 5000])
 def test_sample_is_spread_over_what_is_left(count: int) -> None:
     plan = plan_of(count)
-    for todo in (range(plan.shards), range(plan.shards // 2, plan.shards), [plan.shards - 1]):
+    for todo in (range(plan.shard_count), range(plan.shard_count // 2, plan.shard_count), [plan.shard_count - 1]):
         theirs = {item for number in todo for item in plan.task(number).inputs}
         sample = [item for task in plan.sample(todo) for item in task.inputs]
         assert set(sample) <= theirs
@@ -133,14 +135,14 @@ def test_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Path,
     then, length = path.stat().st_mtime_ns, path.stat().st_size
     other_time(path)
     both = rf"modified at {then / 1e9:.3f}, now {then / 1e9 + 1:.3f}"
-    with pytest.raises(UserError, match=rf"unfinished build in which {used[17]} was another: {both}.*--restart"):
+    with pytest.raises(UserError, match=rf"unfinished build in which {used[17]} was different: {both}.*--restart"):
         build(photos, store)
     os.utime(path, ns=(0, then))
     other_content(path)
-    with pytest.raises(UserError, match=f"{used[17]} was another: bytes {length:,}, now {length + 7:,}"):
+    with pytest.raises(UserError, match=f"{used[17]} was different: bytes {length:,}, now {length + 7:,}"):
         build(photos, store)
-    with pytest.raises(UserError, match=f"{used[17]} was another"):
-        forecast(list_source(photos, "train", None, None, ()), store, PPM, Stop())
+    with pytest.raises(UserError, match=f"{used[17]} was different"):
+        estimate_build(list_source(photos, "train", None, None, ()), store, PPM, Stop())
     assert stamps(store) == before
     path.write_bytes(path.read_bytes()[:-7])
     os.utime(path, ns=(0, then))
@@ -157,7 +159,7 @@ def test_changed_input_that_is_not_in_use_is_read_as_it_is(
         change(photos / name)
     with pytest.raises(Stopped):
         build(photos, store, runner=Stop())
-    assert "3 inputs changed since this build began, none in use yet" in capsys.readouterr().err
+    assert "3 inputs changed since this build began; none is stored yet" in capsys.readouterr().err
     report = Progress(200, "pictures")
     built = build(photos, store, report=report)
     assert report.skipped == 100
@@ -172,7 +174,7 @@ def test_input_changed_after_its_shard_was_built_in_a_second_run(
         build(photos, store, runner=Stop())
     second = sources_of(records_of(store, "train"))[50:]
     other_content(photos / second[0])
-    with pytest.raises(UserError, match=f"{second[0]} was another"):
+    with pytest.raises(UserError, match=f"{second[0]} was different"):
         build(photos, store)
 
 
@@ -200,7 +202,7 @@ def test_input_that_has_gone_or_is_new_is_refused(photos: Path, store: Path, use
         build(photos, store)
     assert stamps(store) == before
     report = Progress(201, "pictures")
-    assert build(photos, store, policy=Policy(restart=True), report=report).split("train").records == 201
+    assert build(photos, store, policy=BuildPolicy(restart=True), report=report).split("train").records == 201
     assert report.skipped == 0
 
 
@@ -228,9 +230,9 @@ def test_other_label_is_refused(pictures: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(Stopped):
         build_split(source, store, PPM, Stop(), Progress(200, "pictures"))
-    first = Plan(source, store / "train", PPM, False).task(0).inputs[0]
+    first = BuildPlan(source, store / "train", PPM, False).task(0).inputs[0]
     name = first.path.decode()
-    with pytest.raises(UserError, match=f"{name} was another: label {first.label}, now {(first.label + 1) % 3}"):
+    with pytest.raises(UserError, match=f"{name} was different: label {first.label}, now {(first.label + 1) % 3}"):
         build_split(with_labels({name: 1}), store, PPM, Stop(), Progress(200, "pictures"))
     assert build_split(with_labels({}), store, PPM, Stop(9), Progress(200, "pictures")).split("train").records == 200
 
@@ -260,7 +262,7 @@ def test_mended_input_has_its_shard_built_again(photos: Path, tmp_path: Path, us
             build(photos, store, policy=SKIP, runner=Stop(2))
         stamp = (store / "train" / "00001" / "data.mdb").stat().st_mtime_ns
         (photos / used[3]).write_bytes(content)
-        told = forecast(list_source(photos, "train", None, None, ()), store, PPM, Stop(), policy)
+        told = estimate_build(list_source(photos, "train", None, None, ()), store, PPM, Stop(), policy)
         report = Progress(200, "pictures")
         built = build(photos, store, policy=policy, report=report)
         assert told.done == report.skipped == 50
@@ -288,7 +290,7 @@ def test_nothing_is_finished_so_anything_may_change(photos: Path, tmp_path: Path
     """A build that was refused or stopped before its first shard binds nobody to its settings and inputs."""
     store = tmp_path / "store"
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
-    with pytest.raises(UserError, match="no picture"):
+    with pytest.raises(UserError, match="not an image"):
         build(photos, store)
     (photos / "n1" / "bad.JPEG").unlink()
     assert build(photos, store).split("train").records == 200
@@ -317,7 +319,7 @@ def test_unfinished_build_that_cannot_be_read(photos: Path, store: Path, name: s
     path.unlink()
     if what != "nothing":
         path.write_bytes(content[: len(content) // 2] if what == "cut" else what.encode())
-    with pytest.raises(UserError, match=r"--restart to discard|no build of ours"):
+    with pytest.raises(UserError, match=r"--restart to discard|not begun by alexprep"):
         build(photos, store)
     if (store / "train" / ".build" / "plan.json").exists():
-        assert build(photos, store, policy=Policy(restart=True)).split("train").records == 200
+        assert build(photos, store, policy=BuildPolicy(restart=True)).split("train").records == 200

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
+from prep.build.plan import BuildPolicy
 from prep.build.preflight import free_bytes
-from prep.build.split import Forecast, Policy, forecast
+from prep.build.split import BuildEstimate, estimate_build
 from prep.cli import main
 from prep.console import DiskFull, UserError
 from prep.inputs.sources import list_source
@@ -29,9 +30,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def told(
-    photos: Path, store: Path, settings: Settings = PPM, policy: Policy = STRICT, runner: Runner | None = None
-) -> Forecast:
-    return forecast(list_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
+    photos: Path, store: Path, settings: Settings = PPM, policy: BuildPolicy = STRICT, runner: Runner | None = None
+) -> BuildEstimate:
+    return estimate_build(list_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
 
 
 def dry_run(photos: Path, store: Path, *words: str) -> Result:
@@ -54,7 +55,7 @@ def bytes_on_disk(store: Path) -> int:
 )
 def test_bytes_are_those_of_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
     """Within a quarter of what the LMDBs take on the disk; of seconds only that the machine is not wildly off."""
-    guess = told(photos, tmp_path / "store", settings).estimate
+    guess = told(photos, tmp_path / "store", settings).resources
     assert guess is not None
     build(photos, tmp_path / "store", settings)
     assert guess.bytes == pytest.approx(bytes_on_disk(tmp_path / "store"), rel=0.25)
@@ -66,7 +67,7 @@ def test_more_jobs_take_less_time(photos: Path, tmp_path: Path) -> None:
     class Many(Here):
         jobs = 100
 
-    one, many = told(photos, tmp_path).estimate, told(photos, tmp_path, runner=Many()).estimate
+    one, many = told(photos, tmp_path).resources, told(photos, tmp_path, runner=Many()).resources
     assert one is not None and many is not None
     assert one.seconds / many.seconds > 20
 
@@ -77,14 +78,14 @@ def test_nothing_is_written(photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "deep" / "store"
     before = everything(tmp_path)
     said = told(source, store)
-    assert (said.inputs, said.classes, said.done, said.whole) == (401, 3, 0, False)
-    assert said.bad == (("n1/bad.JPEG", "not a picture in a format that is known"),)
+    assert (said.inputs, said.classes, said.done, said.is_built) == (401, 3, 0, False)
+    assert said.bad == (("n1/bad.JPEG", "not an image in a known format"),)
     assert everything(tmp_path) == before
     with pytest.raises(Stopped):
         build(source, store, policy=SKIP, runner=Stop(2))
     (source / "n1" / "bad.JPEG").write_bytes(b"")
     before = everything(tmp_path)
-    for policy in (SKIP, Policy(restart=True)):
+    for policy in (SKIP, BuildPolicy(restart=True)):
         told(source, store, policy=policy)
     assert everything(tmp_path) == before
 
@@ -95,13 +96,13 @@ def test_what_is_done_already_is_said(photos: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         build(photos, store, runner=Stop(3))
     said = told(photos, store)
-    assert (said.inputs, said.done, said.whole) == (400, 171, False)
-    assert said.estimate is not None and fresh.estimate is not None
-    assert said.estimate.bytes == pytest.approx(fresh.estimate.bytes * 229 / 400, rel=0.05)
-    assert told(photos, store, policy=Policy(restart=True)).done == 0
+    assert (said.inputs, said.done, said.is_built) == (400, 171, False)
+    assert said.resources is not None and fresh.resources is not None
+    assert said.resources.bytes == pytest.approx(fresh.resources.bytes * 229 / 400, rel=0.05)
+    assert told(photos, store, policy=BuildPolicy(restart=True)).done == 0
     build(photos, store)
     said = told(photos, store, runner=Never())
-    assert (said.inputs, said.done, said.whole, said.estimate) == (400, 400, True, None)
+    assert (said.inputs, said.done, said.is_built, said.resources) == (400, 400, True, None)
 
 
 def test_what_the_build_would_refuse_is_refused(photos: Path, tmp_path: Path) -> None:
@@ -116,14 +117,14 @@ def test_what_the_build_would_refuse_is_refused(photos: Path, tmp_path: Path) ->
         told(photos, store, other)
     (tmp_path / "theirs" / "train").mkdir(parents=True)
     (tmp_path / "theirs" / "train" / "precious.txt").write_text("mine")
-    with pytest.raises(UserError, match="no build of ours began it"):
+    with pytest.raises(UserError, match="was not begun by alexprep"):
         told(photos, tmp_path / "theirs")
 
 
 def test_not_one_picture_gives_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     (tmp_path / "photos" / "n1" / "cut.JPEG").write_bytes(b"\xff\xd8\xff\xe0 cut off")
-    assert told(tmp_path / "photos", tmp_path / "store").estimate is None
+    assert told(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert result.exit_code == 0
     assert "no estimate" in result.stdout
@@ -168,7 +169,7 @@ def test_too_little_room_is_refused_before_anything_is_built(
     store = tmp_path / "store"
     with monkeypatch.context() as patch:
         free(patch, 500_000)
-        with pytest.raises(DiskFull, match=r"1\.6 MB needed for 400 pictures.*500\.0 KB free"):
+        with pytest.raises(DiskFull, match=r"1\.6 MB needed for 400 images.*500\.0 KB free"):
             build(photos, store, runner=Stop(0))
         assert not list((store / "train").glob("0*"))
         result = CliRunner().invoke(
@@ -187,7 +188,7 @@ def test_what_may_just_fit_is_begun(
     """An estimate is no reason to refuse what may fit."""
     free(monkeypatch, 1_500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400
-    assert "1.5 MB free; beginning all the same" in capsys.readouterr().err
+    assert "1.5 MB free. The build starts all the same" in capsys.readouterr().err
 
 
 def test_only_what_is_left_must_fit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

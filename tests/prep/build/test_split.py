@@ -21,7 +21,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
-from prep.build.split import Policy
+from prep.build.plan import BuildPolicy
 from prep.cli import main
 from prep.console import Progress, UserError
 from prep.store import lmdb_shard
@@ -191,7 +191,7 @@ def test_any_number_of_jobs_gives_the_same_records(
         assert [(key, datum.SerializeToString()) for key, datum in records_of(path, "train")] == expected
         mean = (small_store / "train" / "mean_image.npy").read_bytes()
         assert (path / "train" / "mean_image.npy").read_bytes() == mean
-        assert (report.done, report.bad, report.size) == (200, 0, whole.split("train").bytes)
+        assert (report.done, report.bad, report.size_bytes) == (200, 0, whole.split("train").bytes)
         assert not (path / "train" / ".build").exists()
 
 
@@ -248,10 +248,10 @@ def test_other_inputs_are_refused_by_a_whole_split(small: Path, copy_of_small: P
 def test_folder_of_someone_else_is_left_alone(small: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "train").mkdir(parents=True)
     (tmp_path / "store" / "train" / "precious.txt").write_text("mine")
-    with pytest.raises(StoreError, match="no build of ours began it"):
+    with pytest.raises(StoreError, match="was not begun by alexprep"):
         build(small, tmp_path / "store")
-    with pytest.raises(StoreError, match="no build of ours began it"):
-        build(small, tmp_path / "store", policy=Policy(restart=True))
+    with pytest.raises(StoreError, match="was not begun by alexprep"):
+        build(small, tmp_path / "store", policy=BuildPolicy(restart=True))
     assert (tmp_path / "store" / "train" / "precious.txt").read_text() == "mine"
 
 
@@ -284,7 +284,7 @@ def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> No
     with pytest.raises(Stopped):
         build(small, store, replace(PPM, side_px=40), runner=Stop(2))
     report = Progress(200, "pictures")
-    built = build(small, store, policy=Policy(restart=True), report=report)
+    built = build(small, store, policy=BuildPolicy(restart=True), report=report)
     assert report.skipped == 0
     assert built.settings == PPM
     fresh = build(small, tmp_path / "fresh")
@@ -297,7 +297,7 @@ def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> No
 def test_restart_leaves_a_whole_split_as_it_is(small: Path, tmp_path: Path) -> None:
     build(small, tmp_path / "store")
     before = stamps(tmp_path / "store")
-    build(small, tmp_path / "store", policy=Policy(restart=True), runner=Never())
+    build(small, tmp_path / "store", policy=BuildPolicy(restart=True), runner=Never())
     assert stamps(tmp_path / "store") == before
 
 
@@ -307,7 +307,7 @@ def test_restart_of_one_split_leaves_the_other(small: Path, tmp_path: Path) -> N
     before = stamps(store / "train")
     with pytest.raises(Stopped):
         build(small, store, split="val", runner=Stop())
-    assert list(build(small, store, split="val", policy=Policy(restart=True)).splits) == ["train", "val"]
+    assert list(build(small, store, split="val", policy=BuildPolicy(restart=True)).splits) == ["train", "val"]
     assert stamps(store / "train") == before
 
 
@@ -321,7 +321,7 @@ def test_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, restart
     store = {"same": "data", "split": "data/train", "inside": "data/train/n1/store", "link": "link"}[where]
     before = everything(tmp_path / "data")
     with pytest.raises(UserError, match=str(tmp_path / "data" / "train")):
-        build(tmp_path / "data" / "train", tmp_path / store, policy=Policy(restart=restart))
+        build(tmp_path / "data" / "train", tmp_path / store, policy=BuildPolicy(restart=restart))
     assert everything(tmp_path / "data") == before
 
 
@@ -336,8 +336,8 @@ def test_source_is_only_read(small: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError):
             build(photos, tmp_path / "store")
         with pytest.raises(Stopped):
-            build(photos, tmp_path / "store", policy=Policy(skip_bad=True), runner=Stop())
-        build(photos, tmp_path / "store", policy=Policy(skip_bad=True, restart=True))
+            build(photos, tmp_path / "store", policy=BuildPolicy(skip_bad=True), runner=Stop())
+        build(photos, tmp_path / "store", policy=BuildPolicy(skip_bad=True, restart=True))
         words = ["build-lmdb", str(photos), "--store", str(tmp_path / "store"), "--dry-run"]
         CliRunner().invoke(main, [*words, "--side", "32", "--format", "ppm", "--jobs", "1"])
         assert everything(photos) == before

@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from pipeline.augment import noise_matrix
-from prep.check.color_plot import draw, plot_colour, take_sample
+from prep.check.color_plot import draw_figure, plot_colors, take_sample
 from prep.console import UserError
 from prep.images.codec import encode_image
 from prep.images.color_stats import Moments, compute_color_stats
@@ -68,7 +68,7 @@ def figure() -> Any:
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
     """For what is not about the drawing, which takes a second: the figure that is written has nothing in it."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("prep.check.color_plot.draw", lambda *of: None)
+    monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 
 
 @pytest.fixture
@@ -236,7 +236,7 @@ def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: An
     from mpl_toolkits.mplot3d.proj3d import proj_transform
 
     pixels = unique_pixels(20, 30).reshape(-1, 3)
-    draw(figure, "train", natural, pixels, noise(1))
+    draw_figure(figure, "train", natural, pixels, noise(1))
     cloud = panels(figure)[0]
     (points,) = cloud.collections
     figure.draw_without_rendering()  # projects the points, and sorts them by depth
@@ -255,7 +255,7 @@ def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: An
 
 def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
     stats = Store.open(store).color_stats()
-    draw(figure, "train", stats, noise(1).reshape(-1, 3), noise(1))
+    draw_figure(figure, "train", stats, noise(1).reshape(-1, 3), noise(1))
     spectrum = panels(figure)[1]
     np.testing.assert_allclose([bar.get_height() for bar in spectrum.patches], np.sqrt(stats.eigenvalues))
     shares = 100 * np.array(stats.eigenvalues) / np.trace(stats.covariance)
@@ -268,7 +268,7 @@ def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
 def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
     """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ added to every pixel, one α at a time; the stream's matrix gives the same."""
     photograph = noise(2, 64, 64)
-    draw(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
+    draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]
     sheet = np.asarray(axes.images[0].get_array())
     vectors, stdevs = np.array(natural.eigenvectors), natural.stdevs
@@ -292,7 +292,7 @@ def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: Color
 
 
 def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural: ColorStats) -> None:
-    draw(figure, "train", natural, noise(1).reshape(-1, 3), noise(1))
+    draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), noise(1))
     axes = panels(figure)[3]
     strips = np.asarray(axes.images[0].get_array())
     left, right, _, _ = axes.images[0].get_extent()
@@ -308,7 +308,7 @@ def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural:
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
 def test_every_kind_of_store_gets_a_picture(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
     store = Store.open(stores[kind])
-    plot_colour(store, "val", store.color_stats("val"), tmp_path / "a.PNG")
+    plot_colors(store, "val", store.color_stats("val"), tmp_path / "a.PNG")
     with Image.open(tmp_path / "a.PNG") as image:
         assert (image.format, image.size) == ("PNG", (2100, 1050))
     assert [path.name for path in tmp_path.iterdir()] == ["a.PNG"]
@@ -324,7 +324,7 @@ def test_a_split_of_one_small_record_is_drawn(what: str, make_store: Callable[..
     elif what == "one colour":
         picture = np.full_like(picture, 77)
     store, stats = make_store([[picture]])
-    plot_colour(store, "train", stats, tmp_path / "a.png")
+    plot_colors(store, "train", stats, tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as image:
         image.load()
 
@@ -333,9 +333,9 @@ def test_a_split_of_one_small_record_is_drawn(what: str, make_store: Callable[..
 def test_same_bytes_each_time(name: str, store: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     opened, out = Store.open(store), tmp_path / name
-    plot_colour(opened, "train", opened.color_stats(), out)
+    plot_colors(opened, "train", opened.color_stats(), out)
     first = out.read_bytes()
-    plot_colour(opened, "train", opened.color_stats(), out)
+    plot_colors(opened, "train", opened.color_stats(), out)
     assert out.read_bytes() == first
     if name == "a.svg":
         assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
@@ -346,7 +346,7 @@ def test_drawing_leaves_matplotlibs_settings_alone(store: Path, tmp_path: Path) 
     opened = Store.open(store)
     with matplotlib.rc_context({"font.size": 7, "svg.hashsalt": "mine"}):
         before = dict(matplotlib.rcParams)
-        plot_colour(opened, "train", opened.color_stats(), tmp_path / "a.png")
+        plot_colors(opened, "train", opened.color_stats(), tmp_path / "a.png")
         assert dict(matplotlib.rcParams) == before
 
 
@@ -356,7 +356,7 @@ def test_an_unknown_extension_says_which_are_known(
 ) -> None:
     opened, counts = Store.open(store), watch_reads(monkeypatch)
     with pytest.raises(UserError) as error:
-        plot_colour(opened, "train", opened.color_stats(), tmp_path / name)
+        plot_colors(opened, "train", opened.color_stats(), tmp_path / name)
     for word in ("--plot", str(tmp_path / name), ".png or .svg"):
         assert word in str(error.value)
     assert not counts
@@ -367,7 +367,7 @@ def test_without_matplotlib(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     opened = Store.open(store)
     with pytest.raises(UserError, match=r"pip install 'alexnet\[figures\]'"):
-        plot_colour(opened, "train", opened.color_stats(), tmp_path / "a.png")
+        plot_colors(opened, "train", opened.color_stats(), tmp_path / "a.png")
 
 
 @pytest.mark.usefixtures("blank")
@@ -381,7 +381,7 @@ def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
         (tmp_path / "folder.png", "Is a directory"),
     ):
         with pytest.raises(UserError) as error:
-            plot_colour(opened, "train", opened.color_stats(), out)
+            plot_colors(opened, "train", opened.color_stats(), out)
         assert f"--plot {out}: {why}. Name a file" in str(error.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
 
@@ -398,7 +398,7 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="No space left on device"):
-        plot_colour(opened, "train", opened.color_stats(), out)
+        plot_colors(opened, "train", opened.color_stats(), out)
     assert out.read_bytes() == b"old"
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
@@ -422,7 +422,7 @@ def test_a_damaged_record_names_shard_and_key(what: str, make_store: Callable[..
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()
     damaged(store, 1, lambda value: no_picture if what == "picture" else value[:99] + b"?" + value[100:])
     with pytest.raises(StoreError) as error:
-        plot_colour(store, "train", stats, tmp_path / "a.png")
+        plot_colors(store, "train", stats, tmp_path / "a.png")
     for word in (str(store.root / "train/00001"), "key 00000003", "Build the store again"):
         assert word in str(error.value)
     assert not (tmp_path / "a.png").exists()

@@ -24,7 +24,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from prep.check import inspect
-from prep.check.inspect import describe, file_name
+from prep.check.inspect import describe_store, file_name
 from prep.cli import main
 from prep.console import DiskFull, UserError, bytes_text
 from prep.store.datum import Datum
@@ -111,7 +111,7 @@ def test_a_store_described_in_json(stores: dict[str, Path], records_of: RecordsO
             assert split["converted"] == {"grey": 1, "cmyk": 1, "png": 1}, kind
             assert split["exif_orientation"] == ({"6": 1} if name == "train" else {})
             assert split["bad"] == {}
-        assert answer == json.loads(json.dumps(describe(Store.open(store))))
+        assert answer == json.loads(json.dumps(describe_store(Store.open(store))))
 
 
 def test_a_store_described_for_a_person(stores: dict[str, Path]) -> None:
@@ -130,7 +130,7 @@ def test_a_store_described_for_a_person(stores: dict[str, Path]) -> None:
         "val: 12 records",
     ):
         assert part in said, said
-    assert "ppm, whole pictures" in alexprep("inspect", "--store", stores["ppm-whole"]).stdout
+    assert "ppm, whole images" in alexprep("inspect", "--store", stores["ppm-whole"]).stdout
 
 
 def test_inputs_left_out_are_described(photo_folder: Path, tmp_path: Path, build: Build) -> None:
@@ -306,7 +306,7 @@ def test_two_records_of_one_name_are_told(stores: dict[str, Path], tmp_path: Pat
     ]
     store = crafted(stores["jpeg"], tmp_path / "store", twins)
     result = alexprep("export-files", tmp_path / "out", "--store", store, "--jobs", "1")
-    fails(result, str(tmp_path / "out" / CLASSES[1] / "same.jpg"), "something else")
+    fails(result, str(tmp_path / "out" / CLASSES[1] / "same.jpg"), "other content")
     assert list(files_in(tmp_path / "out").values()) == [Datum.decode(twins[0][1]).data]
 
 
@@ -319,10 +319,10 @@ def test_a_file_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatc
         return 1
 
     monkeypatch.setattr(inspect, "os", Other(getpid=meanwhile))
-    with pytest.raises(UserError, match="something else"):
-        inspect._write(os.fsencode(path), b"mine")
+    with pytest.raises(UserError, match="other content"):
+        inspect._write_new_file(os.fsencode(path), b"mine")
     assert files_in(tmp_path) == {"a.jpg": b"another's"}
-    inspect._write(os.fsencode(path), b"another's")
+    inspect._write_new_file(os.fsencode(path), b"another's")
 
 
 def test_files_of_other_content_are_not_overwritten(store: Path, tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ def test_files_of_other_content_are_not_overwritten(store: Path, tmp_path: Path)
     assert alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1").exit_code == 0
     path = sorted(out.rglob("*.JPEG"))[5]
     path.write_bytes(b"mine")
-    fails(alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1"), str(path), "something else")
+    fails(alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1"), str(path), "other content")
     assert path.read_bytes() == b"mine"
     path.unlink()
     path.mkdir()
@@ -408,7 +408,7 @@ def test_a_full_disk_has_its_own_exit_code(
 
     monkeypatch.setattr(inspect, "os", Other(replace=full, link=full))
     opened = Store.open(store)
-    task = inspect._Export(str(store / "val" / "00000"), tmp_path / "out", opened.classes, "jpeg")
+    task = inspect._ExportTask(str(store / "val" / "00000"), tmp_path / "out", opened.classes, "jpeg")
     with pytest.raises(UserError, match=os.strerror(number)) as caught:
         inspect._export_shard(task, TaskProgress())
     assert caught.type is kind

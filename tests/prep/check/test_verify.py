@@ -264,7 +264,7 @@ def broken_scan(value: bytes) -> bytes:
 
 RESEALED: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
     "jpeg": (
-        (lambda v: changed(v, data=b"no picture"), "not a picture"),
+        (lambda v: changed(v, data=b"no picture"), "not an image"),
         (lambda v: changed(v, data=b""), "empty file"),
         (broken_scan, "cannot be decoded"),
         (grey_jpeg, "RGB JPEG"),

@@ -455,7 +455,7 @@ def test_refused_members_are_accounted_by_the_command(photo_folder: Path, tmp_pa
     (tmp_path / "x.tar").write_bytes(tar_of([double, *odd, *members]))
     result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store")
     assert result.exit_code == 1
-    assert f"{len(odd) + 1} inputs of {30 + len(odd) + 1} are no picture" in result.stderr
+    assert f"{len(odd) + 1} inputs of {30 + len(odd) + 1} are not images" in result.stderr
     result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store", "--on-bad", "skip")
     assert result.exit_code == 0, result.output
     account = Store.open(tmp_path / "store").split("train").account

@@ -206,7 +206,7 @@ def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
         b"15_text": (b"hello, this is no Datum", label),
         b"16_cut": (datum(**good, label=0)[:300], label),
         b"17_cut_picture": (datum(data=jpeg()[:400], encoded=True, label=0), "cannot be decoded"),
-        b"18_text_as_picture": (datum(data=b"hello", encoded=True, label=0), "not a picture"),
+        b"18_text_as_picture": (datum(data=b"hello", encoded=True, label=0), "not an image"),
         b"19_no_data": (datum(data=b"", encoded=True, label=0), "without 8-bit data"),
         b"20_bare_too_short": (datum(**{**bare(noise(9, 9)), "height": 10, "label": 0}), "243 bytes for 3 channels"),
         b"21_two_channels": (datum(**bare(noise(9, 9)[:, :, :2]), label=0), "2 channels"),

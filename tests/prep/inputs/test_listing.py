@@ -160,7 +160,7 @@ import sys
 from pathlib import Path
 from prep.inputs.listing import Listing
 from prep.store.manifest import Settings
-from prep.build.plan import Plan
+from prep.build.plan import BuildPlan
 from prep.inputs.sources import FolderReader, Source
 
 def peak_mb():
@@ -175,9 +175,9 @@ for number in range(count):
     listing.add(b"%b/%b_%d.JPEG" % (wnid, wnid, number * 37 % 99991), label, 110_000 + number, 1_340_000_000 * 10**9)
 classes = tuple(f"n{k:08d}" for k in range(1000))
 settings = Settings(256, False, "jpeg", 90, "area", 0)
-plan = Plan(Source(FolderReader(Path("/data")), "train", classes, listing), Path("/store/train"), settings, False)
+plan = BuildPlan(Source(FolderReader(Path("/data")), "train", classes, listing), Path("/store/train"), settings, False)
 seen = 0
-for task in map(plan.task, range(plan.shards)):
+for task in map(plan.task, range(plan.shard_count)):
     seen += len(task.inputs)
 work = Path(sys.argv[2])
 listing.save(work / "inputs.npz")

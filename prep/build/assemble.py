@@ -1,0 +1,97 @@
+"""Assembles a split from its finished shards: totals, colour statistics, mean image, outcomes of inputs, manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, not_images, tool_versions
+from prep.build.shard_task import record_path
+from prep.console import UserError
+from prep.files import save_array, write_atomic
+from prep.images.color_stats import Moments, compute_color_stats
+from prep.store.input_log import write_outcomes
+from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerprint
+
+
+def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
+    """Write the files of a split whose shards are all finished, and last the manifest of the store in folder `root`.
+
+    The split is added to those of the `existing` store. Raises UserError if a shard's record is missing or belongs to
+    other inputs, if more inputs were left out than `policy` allows, and if not one input is an image.
+    """
+    source, settings, folder = plan.source, plan.settings, plan.folder
+    moments, shards, bad = Moments(), [], len(source.refused)
+    labels: Counter[int] = Counter()
+    square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
+    for number in range(plan.shard_count):
+        record = plan.shard_record(number)
+        path = record_path(folder, number)
+        if record is None:
+            raise UserError(f"{path} has gone. Give the same command again.")
+        square_sum += np.load(path.with_suffix(".npy"))
+        moments += Moments.from_json(record["moments"])
+        labels.update(dict(record["labels"]))
+        shard_bad = len(bad_outcomes(record["fates"]))
+        if record["shard"]["records"] + shard_bad != plan.count_inputs([number]):
+            raise UserError(f"{path} is of other inputs. Pass --restart to build from scratch.")
+        bad += shard_bad
+        if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty if all its inputs were bad
+            shards.append(Shard(**record["shard"]))
+    if policy.max_bad is not None and bad > policy.max_bad:
+        raise UserError(f"{too_many_bad(bad, policy.max_bad)} Allow more to finish.")
+    inputs, records = len(source.inputs) + len(source.refused), sum(shard.records for shard in shards)
+    if not records:
+        first = next(_outcomes(plan))
+        raise UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first['why']}).")
+    save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
+    account = write_outcomes(folder / "inputs.jsonl", _outcomes(plan))
+    split = Split(
+        records=records,
+        bytes=sum(shard.bytes for shard in shards),
+        pixels=moments.pixels,
+        fingerprint=split_fingerprint(source.classes, shards),
+        label_counts=tuple(labels[k] for k in range(len(source.classes))),
+        shards=tuple(shards),
+        moments=moments.to_json(),
+        account={
+            "plan": plan.digest,
+            "inputs": inputs,
+            "kept": records,
+            **account,
+            "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
+        },
+    )
+    write_color_stats(folder, split)
+    splits = {**(existing.splits if existing else {}), source.split: split}
+    store = Store(root, settings, tool_versions(), source.classes, splits)
+    for number in set(range(plan.shard_count)) - {int(Path(shard.path).name) for shard in shards}:
+        shutil.rmtree(folder / f"{number:05d}", ignore_errors=True)
+    store.save()
+    return store
+
+
+def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
+    """Outcomes of all inputs that were converted, turned or left out: the refused ones, then in record order."""
+    yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
+    for number in range(plan.shard_count):
+        yield from (plan.shard_record(number) or {"fates": ()})["fates"]
+
+
+def too_many_bad(bad: int, max_bad: int) -> str:
+    """The first sentence of an error."""
+    return f"{not_images(bad)}, --max-bad {max_bad} allowed."
+
+
+def write_color_stats(folder: Path, split: Split) -> None:
+    """Write colour.json of a split, which the stream reads, from the split's exact moments."""
+    stats = compute_color_stats(split.records, Moments.from_json(split.moments))
+    write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())

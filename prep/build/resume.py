@@ -1,0 +1,174 @@
+"""Starting, resuming and discarding a build: what may change between its runs, and what is refused.
+
+An unfinished build is resumed by the same settings, tool versions, classes, paths and labels. A file that changed is
+read as it is now if its shard is not finished yet. A change to an input of a finished shard is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from prep.build.plan import BuildPlan, bad_outcomes, tool_versions
+from prep.build.shard_task import record_path
+from prep.console import UserError, count_noun, say
+from prep.files import write_atomic
+from prep.inputs.listing import Input, Listing
+from prep.inputs.names import name_text
+from prep.store.manifest import SPLITS, Settings, StoreError
+
+_TEMPORARY = re.compile(
+    r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
+    rf"|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})\.\d+\.tmp|\d{{5}}\.\d+\.tmp"
+)
+
+
+def start_or_resume(plan: BuildPlan, store: Path) -> None:
+    """Write plan.json and inputs.npz of a new build, or check an unfinished one and bring its listing up to date.
+
+    Raises UserError as find_changed_inputs, StoreError as refuse_foreign_folder.
+    """
+    path = plan.work_dir / "plan.json"
+    if not path.exists():
+        refuse_foreign_folder(plan)
+        shutil.rmtree(plan.work_dir, ignore_errors=True)
+        plan.work_dir.mkdir(parents=True)
+        plan.source.inputs.save(plan.work_dir / "inputs.npz")
+        begun = {
+            "settings": asdict(plan.settings),
+            "tools": tool_versions(),
+            "classes": list(plan.source.classes),
+            "edges": plan.boundaries,
+        }
+        write_atomic(path, json.dumps(begun).encode())
+        return
+    changed = find_changed_inputs(plan, store)
+    if changed:
+        for number in range(plan.shard_count):
+            if has_changed_input(plan, number, changed):  # if it is finished, the input was bad and is corrected now
+                record_path(plan.folder, number).unlink(missing_ok=True)
+        say(
+            f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
+            "none is stored yet."
+        )
+        plan.source.inputs.save(plan.work_dir / "inputs.npz")
+
+
+def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
+    """{path: (before, after)} of the inputs that changed since an unfinished build began, if it can be resumed.
+
+    Raises UserError for other settings, tool versions, classes or paths, for an unfinished build that cannot be read,
+    and for a changed input of a finished shard, unless it was bad.
+    """
+    try:
+        begun = json.loads((plan.work_dir / "plan.json").read_bytes())
+        before = Listing.load(plan.work_dir / "inputs.npz")
+        classes, settings = begun["classes"], dict(begun["settings"])
+        if settings.keys() != asdict(plan.settings).keys():
+            raise ValueError("plan.json has other fields")
+        tools, boundaries = dict(begun["tools"]), list(begun["edges"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{plan.work_dir}: {error}. The unfinished build cannot be read: pass --restart to discard it."
+        ) from None
+    check_same_settings(plan.settings, settings, store)
+    for tool, present in tool_versions().items():
+        if tools.get(tool) != present:
+            raise UserError(
+                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, this is {present}. "
+                "Finish it with that version, or pass --restart to discard what was built."
+            )
+    after = plan.source.inputs
+    advice = "Put it back to resume the build, pass --restart to discard what was built, or choose another --store."
+    if classes != list(plan.source.classes):
+        raise UserError(
+            f"{store} holds an unfinished build of {len(classes)} classes, this command has "
+            f"{len(plan.source.classes)}. {advice}"
+        )
+    if after.same_as(before):
+        return {}
+    difference = before.first_path_difference(after, plan.settings.seed)
+    if difference is not None:
+        path, what = difference
+        raise UserError(
+            f"{store} holds an unfinished build of other inputs: {name_text(path)} {what} "
+            f"({len(before):,} inputs then, {len(after):,} now). {advice}"
+        )
+    if boundaries != plan.boundaries:
+        raise UserError(f"{store} holds an unfinished build of other shards. {advice}")
+    changed = before.changed_inputs(after, plan.settings.seed)
+    for number in range(plan.shard_count):
+        record = plan.shard_record(number)
+        if record is None:
+            continue
+        bad = {outcome["source"] for outcome in bad_outcomes(record["fates"])}
+        for item in plan.task(number).inputs:
+            if item.path not in changed:
+                continue
+            old, new = changed[item.path]
+            if name_text(item.path) not in bad or new.label != old.label:
+                raise UserError(
+                    f"{store} holds an unfinished build in which {name_text(item.path)} was different: "
+                    f"{_difference(old, new)}. {advice}"
+                )
+    return changed
+
+
+def has_changed_input(plan: BuildPlan, number: int, changed: Mapping[bytes, Any]) -> bool:
+    """Whether shard `number` has any of the inputs whose paths are in `changed`."""
+    return bool(changed) and any(plan.source.inputs.path(index) in changed for index in plan.input_indices(number))
+
+
+def _difference(before: Input, after: Input) -> str:
+    for name, old, new in (("label", before.label, after.label), ("bytes", before.size, after.size)):
+        if old != new:
+            return f"{name} {old:,}, now {new:,}"
+    return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
+
+
+def check_same_settings(asked: Settings, begun: Mapping[str, Any], store: Path) -> None:
+    """Raise UserError for the first of the `asked` settings that differs from those the store was begun with."""
+    for field in fields(Settings):
+        ask, has = getattr(asked, field.name), begun[field.name]
+        if ask != has:
+            option = "side" if field.name == "side_px" else field.name.replace("_", "-")
+            raise UserError(
+                f"{store} was begun with --{option} {has}, this command says {ask}. "
+                "Give the same settings, pass --restart to discard an unfinished build, or choose another --store."
+            )
+
+
+def refuse_foreign_folder(plan: BuildPlan) -> None:
+    """Raise StoreError if the folder of the split holds files although no build was begun in it."""
+    if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work_dir.name}:
+        raise StoreError(
+            f"{plan.folder} exists but was not begun by alexprep. Choose another --store, or remove the folder."
+        )
+
+
+def discard_build(plan: BuildPlan, store: Path) -> None:
+    """Remove an unfinished build.
+
+    It is renamed first: if this process is killed meanwhile, no record is left without its shard.
+    """
+    discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
+    os.rename(plan.folder, discarded)
+    shutil.rmtree(discarded)
+
+
+def remove_temporary_files(store: Path) -> None:
+    """Remove what killed builds left under temporary names. Only for the holder of the store's lock."""
+    for folder in (store, *(store / split for split in SPLITS), *(store / split / ".build" for split in SPLITS)):
+        for name in os.listdir(folder) if folder.is_dir() else ():
+            if _TEMPORARY.fullmatch(name):
+                path = folder / name
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
