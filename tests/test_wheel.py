@@ -1,4 +1,4 @@
-"""The wheel holds prep, pipeline, train and nothing else, and its scripts run where only the wheel is."""
+"""The wheel: it holds prep, pipeline and train and nothing else, its commands run, and users see its types."""
 
 from __future__ import annotations
 
@@ -13,15 +13,18 @@ from pathlib import Path
 import pytest
 
 from prep.compiled import library_path
+from tests.helpers import typed_program
+from tests.helpers.project import ROOT
 
-ROOT = Path(__file__).parent.parent
+PACKAGES = ("prep", "pipeline", "train")
+SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # all that a wheel is built from
 
 
-NEEDED = ("prep", "pipeline", "train", "tools", "pyproject.toml", "README.md", "LICENSE")  # to make a wheel
+def copy_sources(folder: Path, *names: str) -> Path:
+    """Copy files and folders of the checkout.
 
-
-def copied(folder: Path, *names: str) -> Path:
-    """Building compiles beside the source, where other tests may be loading what is there: so it is done in a copy."""
+    The build writes compiled libraries beside the sources. In the checkout other tests may be loading these.
+    """
     for name in names:
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
@@ -31,9 +34,9 @@ def copied(folder: Path, *names: str) -> Path:
 
 
 def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
-    words = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
     done = subprocess.run(
-        [*words, str(sources)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
+        [*command, str(sources)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
     assert done.returncode == 0, done.stderr
     (path,) = out.glob("*.whl")
@@ -42,36 +45,49 @@ def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from a copy of the checkout, with files beside the packages that it must not hold."""
     others = ("tests", "docs", "Makefile", "CHANGELOG.md", "constraints.txt", ".gitignore")
-    return build_wheel(copied(tmp_path_factory.mktemp("sources"), *NEEDED, *others), tmp_path_factory.mktemp("wheel"))
+    return build_wheel(
+        copy_sources(tmp_path_factory.mktemp("sources"), *SOURCES, *others), tmp_path_factory.mktemp("wheel")
+    )
 
 
-def test_contents(wheel: Path) -> None:
-    names = zipfile.ZipFile(wheel).namelist()
-    assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"prep", "pipeline", "train"}
-    ours = {f"{room}/{path.name}" for room in ("prep", "pipeline", "train") for path in (ROOT / room).glob("*.py")}
-    sources = list(ROOT.glob("*/*/kernels.c"))
-    libraries = [library_path(source) for source in sources] if shutil.which("cc") else []
-    native = {f"{path.parent.name}/{path.name}" for path in sources + libraries}
-    assert {name for name in names if ".dist-info" not in name} == ours | native
-    assert any(name.endswith("licenses/LICENSE") for name in names)
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A virtual environment with the wheel in its site-packages, and the dependencies of this interpreter."""
+    folder = tmp_path_factory.mktemp("installed") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True, capture_output=True)
+    site_packages = Path(sysconfig.get_path("purelib", "venv", {"base": str(folder)}))
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site_packages)]
+    subprocess.run([*command, str(wheel)], check=True, capture_output=True)
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return site_packages
+
+
+def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Path) -> None:
+    """Python files, py.typed, C sources, and the libraries that were compiled from them."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info" not in name}
+    files = [path for package in PACKAGES for path in (ROOT / package).rglob("*")]
+    expected = {path for path in files if path.suffix in (".py", ".c") or path.name == "py.typed"}
+    if shutil.which("cc"):
+        expected |= {library_path(path) for path in files if path.name == "kernels.c"}
+    assert names == {path.relative_to(ROOT).as_posix() for path in expected}
+    assert {f"{package}/py.typed" for package in PACKAGES} < names
+    assert any(name.endswith("licenses/LICENSE") for name in zipfile.ZipFile(wheel).namelist())
 
 
 def test_without_a_compiler_the_wheel_is_for_every_machine(tmp_path: Path) -> None:
-    """What is in the source distribution is enough to make it."""
-    wheel = build_wheel(copied(tmp_path, *NEEDED), tmp_path, CC="no-such-cc")
+    """It is built from what the source distribution holds."""
+    wheel = build_wheel(copy_sources(tmp_path, *SOURCES), tmp_path, CC="no-such-cc")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
-def test_scripts_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    words = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(target), str(wheel)]
-    subprocess.run(words, check=True, capture_output=True)
-    environment = {"PYTHONPATH": f"{target}:{sysconfig.get_path('purelib')}", "PATH": ""}
+def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
+    environment = {"PYTHONPATH": f"{installed}:{sysconfig.get_path('purelib')}", "PATH": ""}
     for script, heading in (("alexprep", "Photographs"), ("alexstream", "stream"), ("alextrain", "two-column")):
         done = subprocess.run(
-            [sys.executable, "-P", str(target / "bin" / script), "--help"],
+            [sys.executable, "-P", str(installed / "bin" / script), "--help"],
             capture_output=True,
             text=True,
             check=False,
@@ -79,3 +95,20 @@ def test_scripts_run_from_the_wheel_alone(wheel: Path, tmp_path: Path) -> None:
             env=environment,
         )
         assert done.returncode == 0 and heading in done.stdout, done.stderr
+
+
+def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: Path) -> None:
+    """mypy --strict finds the packages as installed ones: only those with py.typed have types then."""
+    program = Path(shutil.copy(typed_program.__file__, tmp_path / "program.py"))
+    interpreter = installed.parents[2] / "bin" / "python"
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")]
+    environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
+    done = subprocess.run(
+        [*command, "--python-executable", str(interpreter), str(program)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
