@@ -78,7 +78,7 @@ class Cosine:
             )
 
 
-ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # what train.trainer.schedule.Schedule follows
+ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # what train.optim.schedule.Schedule follows
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 /* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
- * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and trainer/optim.py have the
+ * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and train/optim have the
  * same in PyTorch operators. Feature maps lie channels last, (images, rows, columns, maps), without gaps. A "position"
  * is one row and column of one image: `maps` consecutive numbers. */
 

@@ -1,7 +1,7 @@
 """C kernels of a training step on a CPU (kernels.c): ReLU, normalization and pooling in one pass, parameter update.
 
 `native` holds them, or None if they could not be compiled or are switched off (prep/compiled.py). lrn.py, pooling.py
-and trainer/optim.py have the same in PyTorch operators, which they use without `native`, on a GPU, and for other types
+and train/optim have the same in PyTorch operators, which they use without `native`, on a GPU, and for other types
 than float32. The work is divided among as many threads as PyTorch has, by images or by positions, so that the bits of
 the result do not depend on the number of threads.
 """

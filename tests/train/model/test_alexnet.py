@@ -1,4 +1,4 @@
-"""The two-column network against the paper's table, and against a grouped network of torch's own modules."""
+"""The AlexNet module: equal to a network of grouped torch modules; shapes, joined parameters, crossing, dropout."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ SMALL = replace(ALEXNET, widths=WIDTHS)
 
 
 class Grouped(nn.Module):
-    """The network without columns: convolutions in groups where a column sees only itself, torch's LRN on each."""
+    """The network without columns: grouped layers where a column sees only itself, torch's LRN on each group."""
 
     def __init__(self, classes: int, architecture: Architecture, recipe: Recipe) -> None:
         super().__init__()
         self.recipe, self.architecture, w = recipe, architecture, architecture.widths
         self.groups = architecture.columns
-        self.apart = 1 if recipe.crossing else self.groups
+        self.uncrossed = 1 if recipe.crossing else self.groups
         self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
         self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2, groups=self.groups)
-        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1, groups=self.apart)
+        self.conv3 = nn.Conv2d(w.conv2, w.conv3, 3, padding=1, groups=self.uncrossed)
         self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1, groups=self.groups)
         self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1, groups=self.groups)
-        self.fc6 = nn.Linear(w.conv5 * 36 // self.apart, w.fc6)
-        self.fc7 = nn.Linear(w.fc6 // self.apart, w.fc7)
+        self.fc6 = nn.Linear(w.conv5 * 36 // self.uncrossed, w.fc6)
+        self.fc7 = nn.Linear(w.fc6 // self.uncrossed, w.fc7)
         self.fc8 = nn.Linear(w.fc7, classes)
 
     def norm(self, x):
@@ -44,9 +44,9 @@ class Grouped(nn.Module):
         return torch.cat([torchs(share) for share in x.chunk(self.groups, 1)], 1)
 
     def full(self, layer: nn.Linear, x):
-        """A grouped layer: each share of the units sees its own share of the inputs."""
+        """A grouped fully-connected layer: each share of the units sees its own share of the inputs."""
         pieces = zip(
-            *(t.chunk(self.apart, dim) for t, dim in ((x, 1), (layer.weight, 0), (layer.bias, 0))), strict=True
+            *(t.chunk(self.uncrossed, dim) for t, dim in ((x, 1), (layer.weight, 0), (layer.bias, 0))), strict=True
         )
         return torch.cat([x @ w.T + b for x, w, b in pieces], 1)
 
@@ -93,7 +93,9 @@ NETWORKS = {
 
 
 @pytest.mark.parametrize(("architecture", "recipe"), NETWORKS.values(), ids=NETWORKS)
-def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture: Architecture, recipe: Recipe) -> None:
+def test_columns_and_a_grouped_network_have_the_same_outputs_and_gradients(
+    architecture: Architecture, recipe: Recipe
+) -> None:
     torch.manual_seed(0)
     columns = AlexNet(7, replace(recipe, init="he"), ("cpu", "cpu"), small(architecture)).double().eval()
     grouped = Grouped(7, small(architecture), recipe).double()
@@ -101,18 +103,18 @@ def test_columns_equal_one_grouped_network_in_outputs_and_gradients(architecture
     images = torch.randn(2, 3, 224, 224, dtype=torch.float64) * 60
     upstream = torch.randn(2, 7, dtype=torch.float64)
 
-    ours, theirs = columns(images), grouped(images)
-    assert theirs.std() > 1e-3
-    assert torch.allclose(ours, theirs, rtol=1e-9, atol=1e-12)
-    ours.backward(upstream)
-    theirs.backward(upstream)
-    mine = columns.joined_tensors(lambda p: p.grad)
+    logits, expected = columns(images), grouped(images)
+    assert expected.std() > 1e-3
+    assert torch.allclose(logits, expected, rtol=1e-9, atol=1e-12)
+    logits.backward(upstream)
+    expected.backward(upstream)
+    gradients = columns.joined_tensors(lambda p: p.grad)
     for name, parameter in grouped.named_parameters():
         assert parameter.grad.abs().max() > 0, name
-        assert torch.allclose(mine[name], parameter.grad, rtol=1e-8, atol=1e-12), name
+        assert torch.allclose(gradients[name], parameter.grad, rtol=1e-8, atol=1e-12), name
 
 
-def test_parameters_and_shapes_are_the_papers() -> None:
+def test_the_table_of_layers_has_the_papers_shapes_and_parameters() -> None:
     rows = {row.layer: row for row in summarize(1000)}
     assert sum(row.parameters for row in rows.values()) == 60_965_224
     assert {name: row.output_per_column for name, row in rows.items()} == {
@@ -131,7 +133,7 @@ def test_parameters_and_shapes_are_the_papers() -> None:
     assert rows["conv3"].parameters == 384 * (9 * 256 + 1)
 
 
-def test_joined_shapes_are_the_papers() -> None:
+def test_each_column_has_its_half_of_the_papers_weights() -> None:
     joined = AlexNet(1000, PAPER, ("meta", "meta")).parameters_by_joined_name()
     assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined: (256, 48, 5, 5)
     assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
@@ -140,30 +142,30 @@ def test_joined_shapes_are_the_papers() -> None:
 
 
 @pytest.fixture
-def probe() -> AlexNet:
+def small_network() -> AlexNet:
     torch.manual_seed(1)
     return AlexNet(5, replace(SHORT, dropout=0.0), ("cpu", "cpu"), SMALL)
 
 
-def test_parameters_survive_joining_and_loading(probe: AlexNet) -> None:
+def test_loading_joined_tensors_gives_the_same_outputs(small_network: AlexNet) -> None:
     torch.manual_seed(2)
-    other = AlexNet(5, probe.recipe, ("cpu", "cpu"), SMALL)
+    other = AlexNet(5, small_network.recipe, ("cpu", "cpu"), SMALL)
     images = torch.randn(2, 3, 224, 224)
-    assert not torch.equal(other(images), probe(images))
-    other.load_joined_tensors(probe.joined_tensors())
-    assert torch.equal(other(images), probe(images))
+    assert not torch.equal(other(images), small_network(images))
+    other.load_joined_tensors(small_network.joined_tensors())
+    assert torch.equal(other(images), small_network(images))
 
 
-def test_parameters_that_do_not_fit_are_refused(probe: AlexNet) -> None:
-    joined = probe.joined_tensors()
+def test_joined_tensors_of_other_names_or_shapes_are_refused(small_network: AlexNet) -> None:
+    joined = small_network.joined_tensors()
     with pytest.raises(ValueError, match=r"fc8\.weight: shape"):
-        probe.load_joined_tensors({**joined, "fc8.weight": torch.zeros(6, 24)})
+        small_network.load_joined_tensors({**joined, "fc8.weight": torch.zeros(6, 24)})
     with pytest.raises(ValueError, match="extra"):
-        probe.load_joined_tensors({**joined, "extra": torch.zeros(1)})
+        small_network.load_joined_tensors({**joined, "extra": torch.zeros(1)})
 
 
-def test_columns_on_two_devices_cross_only_through_cross() -> None:
-    """`meta` stands in for a second device: only `cross` may bring the two together, and it moves each half."""
+def test_cross_joins_both_halves_on_each_receiving_device() -> None:
+    """`meta` stands in for a second device."""
     model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
     cpu, meta = torch.device("cpu"), torch.device("meta")
     halves = [torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")]
@@ -173,7 +175,7 @@ def test_columns_on_two_devices_cross_only_through_cross() -> None:
     assert same[0] is same[1]
 
 
-def test_dropout_zeroes_in_training_and_halves_in_test() -> None:
+def test_dropout_zeroes_in_training_and_scales_in_evaluation() -> None:
     torch.manual_seed(4)
     model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
     ones = torch.ones(200, 500)
@@ -188,12 +190,12 @@ def test_dropout_zeroes_in_training_and_halves_in_test() -> None:
     assert (model.eval()._drop(ones) == 1).all()
 
 
-def test_what_does_not_fit_is_refused(probe: AlexNet) -> None:
+def test_wrong_images_devices_widths_and_moves_are_refused(small_network: AlexNet) -> None:
     with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
-        probe(torch.zeros(1, 3, 227, 227))
+        small_network(torch.zeros(1, 3, 227, 227))
     with pytest.raises(ValueError, match="3 devices"):
         AlexNet(5, PAPER, ("cpu",) * 3, SMALL)
     with pytest.raises(ValueError, match="even"):
         replace(SMALL, widths=replace(SMALL.widths, conv4=15))
     with pytest.raises(TypeError, match="placement"):
-        probe.to("cpu")
+        small_network.to("cpu")

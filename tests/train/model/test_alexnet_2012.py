@@ -1,7 +1,7 @@
-"""Statements of the paper and of its authors' code about network and training, each by a test that is named after it.
+"""Statements of the paper and its authors' code about the network, one test for each, by section.
 
-What a module's own tests hold stays there: the update over a drop of the rate and the schedules in test_optim.py, the
-normalization in test_lrn.py, columns against a grouped network in test_model.py.
+Others are tested beside their modules: the update rule and the schedules in trainer/test_optim.py, normalization in
+test_lrn.py, columns against a grouped network in test_alexnet.py.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RECIPES, RELEASED, SHORT
 from train.model.alexnet import AlexNet
 from train.model.summary import summarize
-from train.trainer.optim import PaperSGD
+from train.optim.paper_sgd import PaperSGD
 
 SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 
 
 def test_section_3_5_neurons_of_each_layer() -> None:
-    """253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000, of which the first is a slip.
+    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The first number is a mistake.
 
-    96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. Of both, the sum is about the paper's
-    650,000. Its 150,528 inputs are right.
+    96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either, the sum is near the
+    paper's 650,000. Its 150,528 inputs are right.
     """
-    found = [row.neurons for row in summarize(1000)]
-    assert found == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
+    neurons = [row.neurons for row in summarize(1000)]
+    assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
     assert 253_440 == 96 * 55 * 48 and 150_528 == 224 * 224 * 3
-    assert round(sum(found), -4) == 660_000 and round(sum(found) - 290_400 + 253_440, -4) == 620_000
+    assert round(sum(neurons), -4) == 660_000 and round(sum(neurons) - 290_400 + 253_440, -4) == 620_000
 
 
-def test_60_million_parameters_layer_by_layer() -> None:
-    """Kernels of section 3.5, counted by hand: maps × (side² × maps that one column sees + 1)."""
-    found = {row.layer: row.parameters for row in summarize(1000)}
-    assert found == {
+def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
+    """Counted by hand: maps × (side² × maps that the column sees + 1)."""
+    parameters = {row.layer: row.parameters for row in summarize(1000)}
+    assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
         "conv2": 256 * (5 * 5 * 48 + 1),
         "conv3": 384 * (3 * 3 * 256 + 1),
@@ -51,11 +51,11 @@ def test_60_million_parameters_layer_by_layer() -> None:
         "fc7": 4096 * (4096 + 1),
         "fc8": 1000 * (4096 + 1),
     }
-    assert sum(found.values()) == 60_965_224
-    assert round(sum(found[layer] for layer in LAYERS[:5]) / 1e6, 2) == 2.33
+    assert sum(parameters.values()) == 60_965_224
+    assert round(sum(parameters[layer] for layer in LAYERS[:5]) / 1e6, 2) == 2.33
 
 
-def test_section_3_2_half_as_many_kernels_on_one_gpu_and_about_as_many_parameters() -> None:
+def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_many_parameters() -> None:
     two, one = ({row.layer: row for row in summarize(1000, a)} for a in (ALEXNET, ONE_GPU))
     assert [one[layer].neurons * 2 for layer in LAYERS[:4]] == [two[layer].neurons for layer in LAYERS[:4]]
     assert one["conv5"].neurons == two["conv5"].neurons
@@ -63,8 +63,8 @@ def test_section_3_2_half_as_many_kernels_on_one_gpu_and_about_as_many_parameter
     assert 0.97 < total[0] / total[1] < 1
 
 
-def test_224_px_give_55_positions_of_which_the_last_hang_over_by_3_zero_pixels() -> None:
-    """A kernel of ones on a picture of ones counts the pixels that a window covers: 11 rows, 8 in the last."""
+def test_224_px_give_conv1_55_positions_the_last_with_3_zero_pixels() -> None:
+    """A kernel of ones on an image of ones counts the pixels in each window: 11 rows, in the last window 8."""
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
         model.columns[0].conv1.weight.fill_(1.0), model.columns[0].conv1.bias.zero_()
@@ -74,14 +74,14 @@ def test_224_px_give_55_positions_of_which_the_last_hang_over_by_3_zero_pixels()
     assert np.array_equal(covered.numpy(), 3 * np.outer(rows, rows))
 
 
-def test_section_3_4_pools_that_do_not_overlap_give_output_of_equivalent_dimensions() -> None:
-    overlapping, apart = (
+def test_section_3_4_non_overlapping_pooling_gives_maps_of_the_same_size() -> None:
+    overlapping, non_overlapping = (
         [row.output_per_column for row in summarize(1000, recipe=replace(PAPER, pool_px=px))] for px in (3, 2)
     )
-    assert overlapping == apart
+    assert overlapping == non_overlapping
 
 
-# ---- figure 2: what sees what
+# ---- figure 2: connections
 
 BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 
@@ -89,11 +89,14 @@ BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 @pytest.mark.parametrize("crossing", [True, False])
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda r: r.name)
 @pytest.mark.parametrize("layer", BELOW)
-def test_figure_2_which_maps_reach_which_units(layer: str, recipe: Recipe, crossing: bool) -> None:
-    """By gradients, map for map and unit for unit, through normalization and pooling.
+def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
+    layer: str, recipe: Recipe, crossing: bool
+) -> None:
+    """Connections are found by gradients, unit by unit and map by map, through normalization and pooling.
 
-    Every unit of a column's conv2, conv4 and conv5 is reached by each map of its own column below and by none of the
-    other's; conv3, fc6 and fc7 by all, or where columns do not cross by their own; fc8 by all in either case.
+    Every unit of conv2, conv4 and conv5 depends on each map of its own column in the layer below, and on none of the
+    other's. Units of conv3, fc6 and fc7 depend on all maps, or without crossing on their own column's. Units of fc8
+    depend on all in either case.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)
@@ -108,22 +111,22 @@ def test_figure_2_which_maps_reach_which_units(layer: str, recipe: Recipe, cross
     above = [logits] if layer == "fc8" else [outputs[layer, column] for column in (0, 1)]
     below = [outputs[BELOW[layer], column] for column in (0, 1)]
 
-    reached = []  # for each unit of each column, the maps below that reach it
+    rows = []  # for each unit of each column, the maps below that it depends on
     for units in above:
         for unit in range(units.shape[1]):
-            found = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
-            shares = [torch.zeros_like(b) if g is None else g for b, g in zip(below, found, strict=True)]
-            reached.append(torch.cat([s.abs().transpose(0, 1).flatten(1).sum(1) > 0 for s in shares]))
-    mine, half = torch.stack(reached).numpy(), len(reached) // 2
-    share = mine.shape[1] // 2
-    wanted = np.ones_like(mine)
+            grads = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
+            shares = [torch.zeros_like(b) if g is None else g for b, g in zip(below, grads, strict=True)]
+            rows.append(torch.cat([s.abs().transpose(0, 1).flatten(1).sum(1) > 0 for s in shares]))
+    connected, half = torch.stack(rows).numpy(), len(rows) // 2
+    share = connected.shape[1] // 2
+    expected = np.ones_like(connected)
     if layer in ("conv2", "conv4", "conv5") or (layer != "fc8" and not crossing):
-        wanted[:half, share:] = wanted[half:, :share] = False
-    assert np.array_equal(mine, wanted)
+        expected[:half, share:] = expected[half:, :share] = False
+    assert np.array_equal(connected, expected)
 
 
-class Moves(TorchFunctionMode):
-    """Notes who moves a tensor from one device to another; `meta`, which has no numbers to give back, gives zeros."""
+class RecordedMoves(TorchFunctionMode):
+    """Records which function moves a tensor between devices. A move from `meta`, which has no numbers, gives zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -132,21 +135,21 @@ class Moves(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.Tensor.to and isinstance(args[1], torch.device) and args[0].device != args[1]:
             callers = {frame.name for frame in traceback.extract_stack()}
-            who = "cross" if "cross" in callers else "_inputs" if "_inputs" in callers else "elsewhere"
-            self.moved.append((who, args[0].device.type, args[1].type))
+            caller = "cross" if "cross" in callers else "_inputs" if "_inputs" in callers else "elsewhere"
+            self.moved.append((caller, args[0].device.type, args[1].type))
             return torch.zeros(args[0].shape, device=args[1])
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("crossing", "crossings"), [(True, 3), (False, 0)])
-def test_activations_change_device_in_cross_alone(crossing: bool, crossings: int) -> None:
-    """Column 1 on another device, `meta`: an operation that mixed the two would raise.
+def test_activations_move_between_devices_only_in_cross(crossing: bool, crossings: int) -> None:
+    """Column 1 is on another device, `meta`: an operation on tensors of both would raise.
 
-    Each of conv3, fc6 and fc7 moves a half either way, fc8 one half to column 0; the image goes to either once.
+    conv3, fc6 and fc7 each move one half in either direction, fc8 moves one half to column 0. The image is moved once.
     """
     recipe = replace(RELEASED, crossing=crossing)
     model = AlexNet(5, recipe, ("cpu", "meta"), SMALL)
-    with torch.no_grad(), Moves() as moves:
+    with torch.no_grad(), RecordedMoves() as moves:
         logits = model(torch.randn(2, 3, 224, 224))
     assert logits.shape == (2, 5) and logits.device.type == "cpu"
     assert sorted(moves.moved) == sorted(
@@ -156,9 +159,9 @@ def test_activations_change_device_in_cross_alone(crossing: bool, crossings: int
     )
 
 
-def test_one_column_moves_nothing_but_the_image() -> None:
+def test_a_network_of_one_column_moves_no_activations() -> None:
     model = AlexNet(5, PAPER, ("cpu", "cpu"), replace(JOINED, widths=SMALL.widths))
-    with torch.no_grad(), Moves() as moves:
+    with torch.no_grad(), RecordedMoves() as moves:
         model(torch.randn(1, 3, 224, 224))
     assert moves.moved == []
 
@@ -175,7 +178,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Mean, standard deviation and biases; that of He et al. is sqrt(2 / fan in), of fc8 0.01."""
+    """Mean, standard deviation and biases. He et al.: std sqrt(2 / fan in); 0.01 in fc8."""
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:
@@ -191,27 +194,27 @@ def test_initialization_of_each_layer(recipe: Recipe) -> None:
 # ---- section 4.2: dropout
 
 
-def test_section_4_2_dropout_is_in_the_first_two_fully_connected_layers() -> None:
-    """What of a layer's inputs is zero in training: half of fc7's and fc8's, none of fc6's."""
+def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None:
+    """In training, half of the inputs of fc7 and fc8 are zero, and none of fc6's."""
     torch.manual_seed(4)
     recipe = replace(PAPER, activation="sigmoid", init="he", input_divisor=64.0)
     model = AlexNet(5, recipe, ("cpu", "cpu"), replace(SMALL, widths=replace(SMALL.widths, fc6=400, fc7=400)))
     zeros: dict[str, float] = {}
 
-    def note(name: str):
+    def record(name: str):
         return lambda module, inputs: zeros.update({name: (inputs[0] == 0).double().mean().item()})
 
     for name in ("fc6", "fc7"):
-        model.columns[1].get_submodule(name).register_forward_pre_hook(note(name))
-    model.fc8.register_forward_pre_hook(note("fc8"))
+        model.columns[1].get_submodule(name).register_forward_pre_hook(record(name))
+    model.fc8.register_forward_pre_hook(record("fc8"))
     model(torch.randn(8, 3, 224, 224))
     assert zeros["fc6"] == 0
     for name in ("fc7", "fc8"):
         assert abs(zeros[name] - 0.5) < 5 * 0.5 / (8 * 400) ** 0.5
 
 
-def test_both_columns_see_the_same_units_dropped() -> None:
-    """The authors' code copies units after dropout (L145): one draw for each unit, not one for each reader."""
+def test_both_columns_see_the_same_dropout_mask() -> None:
+    """The authors' code copies units after dropout (L145): one draw for each unit, not one for each column."""
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
     seen = []
@@ -222,22 +225,25 @@ def test_both_columns_see_the_same_units_dropped() -> None:
 
 
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Parameters and logits of 6 steps. `scaled`: inverted dropout, fc7 and fc8 begun and trained as they must be."""
+    """Parameters and logits of 6 steps.
+
+    scaled  inverted dropout, with initialization, lr and weight decay of fc7 and fc8 adapted to it
+    """
     torch.manual_seed(6)
     recipe = replace(SHORT, dropout=1 - keep, dropout_scales_training=scaled)
     model = AlexNet(5, recipe, ("cpu", "cpu"), SMALL).double()
     groups = []
     for name, parameters in model.parameters_by_joined_name().items():
-        by = keep if scaled and name in ("fc7.weight", "fc8.weight") else 1.0
+        factor = keep if scaled and name in ("fc7.weight", "fc8.weight") else 1.0
         with torch.no_grad():
             for parameter in parameters:
-                parameter.mul_(by)
-        groups.append({"params": parameters, "weight_decay": 0.05 / by**2, "by": by})
+                parameter.mul_(factor)
+        groups.append({"params": parameters, "weight_decay": 0.05 / factor**2, "factor": factor})
     optimizer, logits = PaperSGD(groups, 0.9), []
     images, labels = 60 * torch.randn(6, 4, 3, 224, 224, dtype=torch.float64), torch.randint(5, (6, 4))
     for step in range(6):
         for group in optimizer.param_groups:
-            group["lr"] = (0.02 if step < 3 else 0.002) * group["by"] ** 2
+            group["lr"] = (0.02 if step < 3 else 0.002) * group["factor"] ** 2
         torch.manual_seed(100 + step)
         logits.append(model(images[step]))
         optimizer.zero_grad()
@@ -249,13 +255,13 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.75])
-def test_the_two_forms_of_dropout_are_one_optimizer_for_init_times_keep_lr_times_keep2_decay_over_keep2(
+def test_inverted_dropout_is_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
-    """Scaling in test (the paper) and in training (nn.Dropout), step for step, over a drop of the rate."""
-    (plain, wanted), (scaled, found) = trained_weights(False, keep), trained_weights(True, keep)
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert theirs.std() > 1e-3 and torch.allclose(ours, theirs, rtol=1e-8, atol=1e-11)
+    """Scaling in evaluation (the paper) and in training (nn.Dropout), step by step, over a drop of lr."""
+    (plain, plain_logits), (scaled, scaled_logits) = trained_weights(False, keep), trained_weights(True, keep)
+    for actual, expected in zip(scaled_logits, plain_logits, strict=True):
+        assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)
     for name in plain:
-        by = keep if name in ("fc7.weight", "fc8.weight") else 1.0
-        assert torch.allclose(scaled[name], by * plain[name], rtol=1e-8, atol=1e-11), name
+        factor = keep if name in ("fc7.weight", "fc8.weight") else 1.0
+        assert torch.allclose(scaled[name], factor * plain[name], rtol=1e-8, atol=1e-11), name

@@ -18,7 +18,7 @@ from train.config.recipes import PAPER
 from train.model import kernels
 from train.model.lrn import local_response_norm
 from train.model.pooling import max_pool
-from train.trainer.optim import PaperSGD
+from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")

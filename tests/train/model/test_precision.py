@@ -22,10 +22,10 @@ from train.evaluation.evaluate import evaluate
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.precision import autocast, set_precision
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 from train.runs.run import Run
 from train.trainer.loop import fit
-from train.trainer.optim import make_optimizer
-from train.trainer.schedule import Schedule
 from train.trainer.step import TrainingStep
 
 BF16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16
