@@ -47,7 +47,15 @@ ROOMS = {
         *("pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
-        *("train.config", "train.model", "train.runs", "train.evaluation", "train.monitor", "train.trainer"),
+        *(
+            "train.config",
+            "train.model",
+            "train.optim",
+            "train.runs",
+            "train.evaluation",
+            "train.monitor",
+            "train.trainer",
+        ),
         *("train.report", "train.convert", "train.cli", "train.__main__"),
     ),
 }

@@ -1,6 +1,6 @@
 """How fast one training step is, beside the same network written with PyTorch's own modules.
 
-ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, train.trainer.optim with that recipe's rates.
+ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, train.optim.paper_sgd with that recipe's rates.
 ours, without LRN
         the same but for its normalizations: what they cost us, as a share of the step.
 plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout,
@@ -36,8 +36,8 @@ from prep.console import say
 from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
 from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
-from train.trainer.optim import make_optimizer
-from train.trainer.schedule import Schedule
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 
 OURS, OURS_WITHOUT_LRN = "ours", "ours, without LRN"
 PLAIN, WITHOUT_LRN = "plain PyTorch", "plain PyTorch, without LRN"

@@ -19,7 +19,7 @@ from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm
 from train.model.precision import autocast, set_precision
-from train.trainer.optim import make_optimizer
+from train.optim.paper_sgd import make_optimizer
 from train.trainer.step import TrainingStep
 
 # Grey levels. nvJPEG and libjpeg-turbo may round the cosine transform apart by one or two, and enlarge chroma by other

@@ -18,10 +18,10 @@ from train.config.recipe import Recipe
 from train.config.run_config import RunConfig
 from train.convert.torchvision_weights import TORCHVISIONS, Normalization, check_fits, to_ours
 from train.model.alexnet import AlexNet
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
-from train.trainer.optim import make_optimizer
-from train.trainer.schedule import Schedule
 from train.trainer.state import capture_state
 
 

@@ -17,11 +17,11 @@ from prep.console import UserError, count_noun, say
 from prep.files import hold_lock
 from train.config.identity import check_identity, differences
 from train.model.alexnet import AlexNet
+from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.run import Run, make_run_dir, write_description
 from train.trainer.loop import training_stream
-from train.trainer.schedule import Schedule
 
 
 def fork(run: Run, new_dir: Path) -> Run:

@@ -16,11 +16,11 @@ from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.metrics_log import MetricsLog
 from train.monitor.view import choose_view
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
-from train.trainer.optim import make_optimizer
 from train.trainer.out_of_memory import out_of_memory
-from train.trainer.schedule import Schedule
 from train.trainer.state import capture_state, restore_state, seed_generators
 from train.trainer.step import TrainingStep
 from train.trainer.stop_requests import stop_requests

@@ -11,10 +11,10 @@ import torch
 from pipeline.loader import TrainLoader
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
+from train.optim.paper_sgd import PaperSGD
+from train.optim.schedule import Schedule
 from train.runs.checkpoint import Checkpoint
 from train.runs.run import Run
-from train.trainer.optim import PaperSGD
-from train.trainer.schedule import Schedule
 
 
 def capture_state(

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from train.model.alexnet import AlexNet
 from train.model.precision import autocast, set_precision
-from train.trainer.optim import PaperSGD
+from train.optim.paper_sgd import PaperSGD
 
 
 class StepResult(NamedTuple):

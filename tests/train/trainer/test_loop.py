@@ -29,14 +29,14 @@ from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.evaluation.evaluate import EvalResult
 from train.model.alexnet import AlexNet
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.loading import load_trained
 from train.runs.preprocessing import save_mean_image
 from train.runs.run import Run
 from train.runs.run_dir import CLOCK_DEPENDENT
 from train.trainer.loop import fit
-from train.trainer.optim import make_optimizer
-from train.trainer.schedule import Schedule
 from train.trainer.state import restore_state
 from train.trainer.stop_requests import stop_requests
 

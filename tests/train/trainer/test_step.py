@@ -17,8 +17,8 @@ from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
 from train.model.alexnet import AlexNet
 from train.monitor.interval_metrics import IntervalMetrics
-from train.trainer.optim import make_optimizer
-from train.trainer.schedule import Schedule
+from train.optim.paper_sgd import make_optimizer
+from train.optim.schedule import Schedule
 from train.trainer.step import TrainingStep
 from train.trainer.watchdog import Watchdog
 

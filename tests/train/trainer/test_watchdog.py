@@ -20,10 +20,10 @@ from tests.train.trainer.test_loop import SMALL, config
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
+from train.optim.paper_sgd import make_optimizer
 from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.loop import fit
-from train.trainer.optim import make_optimizer
 from train.trainer.step import StepResult, TrainingStep
 from train.trainer.watchdog import Diverged, Watchdog, parameter_norms
 

@@ -1,6 +1,6 @@
 """Update of many parameters in one pass over memory, by the fused kernel of torch.optim.SGD; else operator by operator.
 
-The rule (optim.py), with g = ∂L/∂w and lr inside the velocity:
+The rule (paper_sgd.py), with g = ∂L/∂w and lr inside the velocity:
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 

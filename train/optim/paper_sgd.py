@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from train.config.recipe import Recipe
 from train.model import kernels
 from train.model.alexnet import AlexNet
-from train.trainer import fused_sgd
+from train.optim import fused_sgd
 
 
 class PaperSGD(torch.optim.Optimizer):

@@ -12,8 +12,8 @@ from train.config.architecture import ALEXNET, Widths
 from train.config.recipe import Cosine, Plateau, ScheduleChange, recipe_fields
 from train.config.recipes import CAFFE, MODERN, PAPER, RECIPES, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.trainer.optim import PaperSGD, make_optimizer
-from train.trainer.schedule import Schedule
+from train.optim.paper_sgd import PaperSGD, make_optimizer
+from train.optim.schedule import Schedule
 
 SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 

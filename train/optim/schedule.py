@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange
-from train.trainer.optim import PaperSGD
+from train.optim.paper_sgd import PaperSGD
 
 
 def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from train.trainer import fused_sgd
+from train.optim import fused_sgd
 
 CPU = torch.device("cpu")
 MOMENTUM, LR, DECAY = 0.9, 0.01, 0.0005

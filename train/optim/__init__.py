@@ -1,0 +1,1 @@
+"""The update rule of the paper, and the learning-rate schedules."""
