@@ -59,6 +59,15 @@ def test_links_resolve_to_files_and_headings(page: Path) -> None:
             assert anchor in _anchors(target), address
 
 
+def test_files_of_the_project_that_are_named_exist() -> None:
+    named = {
+        (page.name, path)
+        for page in [README, *PAGES]
+        for path in re.findall(r"\b(?:prep|pipeline|train|tools|tests)/[\w/]+\.(?:py|c)\b", page.read_text("utf-8"))
+    }
+    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).is_file()] == []
+
+
 def _anchors(page: Path) -> set[str]:
     headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S), re.M)
     return {re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings}
