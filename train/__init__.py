@@ -1,1 +1,1 @@
-"""The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012) and its training, in PyTorch."""
+"""Training, evaluation and export of the two-column AlexNet (Krizhevsky, Sutskever and Hinton 2012), in PyTorch."""

@@ -10,7 +10,6 @@ INITS = ("normal", "he")  # the distributions: train/model/alexnet.py, initializ
 SCHEDULES = ("plateau", "steps", "cosine")  # the schedules: train/config/overrides.py
 PRECISIONS = ("fp32", "tf32", "bf16")  # what they mean: train/model/precision.py
 EXPORT_FORMATS = ("safetensors", "torchvision", "onnx")  # what is in them: train/convert/export.py
-FIGURE_FORMATS = ("png", "svg")
 
 PREDICT_VIEWS = ("1", "10")  # the centre crop; the ten crops of section 4.1
 EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop every 32 px of the whole square, in one pass

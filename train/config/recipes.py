@@ -174,7 +174,7 @@ CAFFE = _variant(
 MODERN = _variant(
     PAPER,
     "modern",
-    batch_size=(512, "ours: fits into the memory of any present GPU"),
+    batch_size=(512, "ours: fits easily into the memory of a present-day GPU"),
     epochs=(90, "ours: the paper's"),
     input_divisor=(64.0, "ours: pixels of about unit variance, which initialization 'he' assumes"),
     augmentation=(

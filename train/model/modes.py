@@ -1,4 +1,4 @@
-"""Evaluation mode for a while: a network computes without dropout inside, and is back in its former mode afterwards."""
+"""Context manager for evaluation mode: no dropout and no gradients inside, the former mode afterwards."""
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, `model.training` is False and no gradients are recorded; afterwards the mode is what it was.
-
-    The former mode also comes back after an exception. Only the model's own `training` flag is remembered: its modules
-    are all put into that mode.
+    """Inside, the model is in evaluation mode and no gradients are recorded; afterwards, also after an exception,
+    the model and all its modules are in the mode that the model was in.
     """
     was_training = model.training
     model.eval()

@@ -46,9 +46,9 @@ def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -
 
 def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
     """Footnote of section 3.2: the network on one GPU keeps conv5 and the fully-connected layers at full width."""
-    whole, half, one = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
-    assert {half[name] / whole[name] for name in whole} == {0.5}
-    ratio = {name: one[name] / whole[name] for name in whole}
+    full, half, one_gpu = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
+    assert {half[name] / full[name] for name in full} == {0.5}
+    ratio = {name: one_gpu[name] / full[name] for name in full}
     assert ratio == {"conv1": 0.5, "conv2": 0.5, "conv3": 0.5, "conv4": 0.5, "conv5": 1, "fc6": 1, "fc7": 1}
     assert HALF.columns == ONE_GPU.columns == 1
 
@@ -97,19 +97,19 @@ def published_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
     """With the same seed, dropout draws the same masks for the same layers, and scales alike."""
     torch.manual_seed(0)
-    theirs = published()
+    torchvision_net = published()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
     ours = AlexNet(1000, recipe, ("cpu", "cpu"), TORCHVISION)
-    ours.load_joined_tensors(from_torchvision(theirs.state_dict()))
+    ours.load_joined_tensors(from_torchvision(torchvision_net.state_dict()))
     images = torch.randn(2, 3, 224, 224)
     for training in (False, True):
-        ours.train(training), theirs.train(training)
+        ours.train(training), torchvision_net.train(training)
         with torch.no_grad():
             torch.manual_seed(1)
-            wanted = published_forward(theirs, images)
+            expected = published_forward(torchvision_net, images)
             torch.manual_seed(1)
-            found = ours(images)
-        assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-4, atol=1e-6)
+            actual = ours(images)
+        assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 @pytest.fixture
@@ -117,21 +117,21 @@ def network_pair() -> tuple[AlexNet, AlexNet]:
     """alexnet and convolutional with the same small parameters, float64."""
     torch.manual_seed(2)
     recipe = replace(SHORT, dropout=0.5)
-    plain, sliding = (
+    alexnet, convolutional = (
         AlexNet(5, recipe, ("cpu", "cpu"), replace(a, widths=WIDTHS)).double() for a in (ALEXNET, CONVOLUTIONAL)
     )
-    sliding.load_joined_tensors(plain.joined_tensors())
-    return plain, sliding
+    convolutional.load_joined_tensors(alexnet.joined_tensors())
+    return alexnet, convolutional
 
 
 def test_the_convolutional_network_computes_what_alexnet_computes(
     network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
     """Outputs and gradients, with dropout; parameters of either load into the other."""
-    plain, sliding = network_pair
+    alexnet, convolutional = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
-    for net in (plain, sliding):
+    for net in (alexnet, convolutional):
         torch.manual_seed(3)
         outputs.append(net(images))
         outputs[-1].square().sum().backward()
@@ -139,7 +139,7 @@ def test_the_convolutional_network_computes_what_alexnet_computes(
     assert torch.allclose(*outputs, rtol=1e-10)
     grads, other_grads = (net.joined_tensors(lambda p: p.grad) for net in network_pair)
     assert all(torch.allclose(grads[name], other_grads[name], rtol=1e-8, atol=1e-12) for name in grads)
-    plain.load_joined_tensors(sliding.joined_tensors())
+    alexnet.load_joined_tensors(convolutional.joined_tensors())
 
 
 def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
@@ -171,15 +171,15 @@ def test_dense_evaluation_gives_logits_every_32_px(
     network_pair: tuple[AlexNet, AlexNet], height: int, width: int, map_shape: tuple[int, int]
 ) -> None:
     images = torch.randn(2, 3, height, width, dtype=torch.float64) * 60
-    plain, sliding = (net.eval() for net in network_pair)
+    alexnet, convolutional = (net.eval() for net in network_pair)
     with torch.no_grad():
-        found, wanted = plain.dense(images), dense_reference(plain, images, 3)
-        assert found.shape == (2, 5, *map_shape)
-        assert wanted.std() > 1e-3 and torch.allclose(found, wanted, rtol=1e-9, atol=1e-12)
-        alone = found.flatten(1) if map_shape == (1, 1) else found
-        assert torch.allclose(sliding(images), alone, rtol=1e-12)
+        actual, expected = alexnet.dense(images), dense_reference(alexnet, images, 3)
+        assert actual.shape == (2, 5, *map_shape)
+        assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-9, atol=1e-12)
+        alone = actual.flatten(1) if map_shape == (1, 1) else actual
+        assert torch.allclose(convolutional(images), alone, rtol=1e-12)
         if map_shape == (1, 1):
-            assert torch.allclose(plain(images), alone, rtol=1e-10)
+            assert torch.allclose(alexnet(images), alone, rtol=1e-10)
 
 
 def test_dense_evaluation_refuses_images_smaller_than_a_crop(
