@@ -1,64 +1,73 @@
-"""`alextrain figures`, `report`, `predict`, `features`, `search`: what a run learnt."""
+"""`alextrain figures`, `report`, `predict`, `features`, `search`: what a run has learned."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from prep.console import UserError, count_noun, json_option, one_line, print_json, say, store_option
+from prep.plot_style import FORMATS
 from prep.store.manifest import Store
-from train.cli.options import checkpoint_option, gpus_option, precision_option
+from train.cli.options import checkpoint_option, gpus_option, precision_option, run_argument
 from train.config.architecture import LAYERS
-from train.config.choices import FIGURE_FORMATS, INDEX_RECORDS, PREDICT_VIEWS
+from train.config.choices import INDEX_RECORDS, PREDICT_VIEWS
 
-SHEET_ROWS = 100  # photographs on a sheet: of more, matplotlib cannot draw it
+if TYPE_CHECKING:
+    from train.evaluation.trained_run import TrainedRun
 
-run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
+MAX_SHEET_ROWS = 100  # photographs on the sheet of `search`; matplotlib fails at far more
+
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-seen_store_option = click.option(
+image_store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
     envvar="ALEXNET_STORE",
     show_envvar=True,
-    help="Folder of the store whose pictures are shown.  [default: the training store, where it still is]",
+    help="Folder of the store whose images are shown.  [default: the training store, if it is where it was]",
 )
-split_option = click.option("--split", default="val", show_default=True, help="Which split's pictures.")
+image_split_option = click.option(
+    "--split", default="val", show_default=True, help="Split whose images are shown and whose errors are counted."
+)
 index_option = click.option(
     "--index",
-    "most",
+    "index_records",
     type=click.IntRange(1),
     default=INDEX_RECORDS,
     show_default=True,
     metavar="N",
-    help="Training pictures to search at the most.",
+    help="Number of training images in which the nearest are searched, at most.",
 )
-shown_seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of which pictures are shown."
+image_seed_option = click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed that chooses the images that are shown."
 )
 
 
-def _looks(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of a command that looks at a run's pictures."""
-    options = (run_argument, seen_store_option, split_option, shown_seed_option, index_option)
+def _figure_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the argument and the options that `figures` and `report` share."""
+    options = (run_argument, image_store_option, image_split_option, image_seed_option, index_option)
     for option in reversed((*options, checkpoint_option, gpus_option, precision_option)):
         command = option(command)
     return command
 
 
 @click.command()
-@_looks
-@click.option("--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Where they go.  [default: RUN_DIR]")
-@click.option("--format", type=click.Choice(FIGURE_FORMATS), default="png", show_default=True, help="Of each file.")
+@_figure_options
+@click.option(
+    "--out", type=click.Path(path_type=Path), metavar="FOLDER", help="Folder for the figures.  [default: RUN_DIR]"
+)
+@click.option(
+    "--format", type=click.Choice(FORMATS), default="png", show_default=True, help="File format of the figures."
+)
 @json_option
 def figures(
     run_dir: Path,
     store: Path | None,
     split: str,
     seed: int,
-    most: int,
+    index_records: int,
     checkpoint: str,
     gpus: str | None,
     precision: str,
@@ -66,41 +75,44 @@ def figures(
     format: str,
     as_json: bool,
 ) -> None:
-    """Draw what a run learnt: curves, kernels, guesses, nearest pictures, feature maps, errors per class, colour axes.
+    """Draw a run: learning curves, kernels, predictions, nearest images, feature maps, errors per class, colour axes.
 
-    Without a store those that look at photographs are left out.
+    Without a store, the figures that need images are left out.
 
     \b
     Example:
       alextrain figures run
-      alextrain figures run --store store --format svg --out pictures
+      alextrain figures run --store store --format svg --out figures
     """
-    from train.report.gallery import Trained, plates
-    from train.report.style import rendered, save
+    from prep.plot_style import render_figure
+    from train.evaluation.trained_run import TrainedRun
+    from train.report.figures import run_figures
+    from train.report.style import save_figure
 
-    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     folder = out or trained.run_dir
-    _make(folder)
-    drawn = []
-    for plate in plates(trained, split, seed, most):
-        path = folder / f"{plate.name}.{format}"
-        save(rendered(plate.draw, plate.size, format), path)
-        drawn.append(path.name)
-    _say_left_out(trained, split)
+    _make_folder(folder)
+    names = []
+    for figure in run_figures(trained, split, seed, index_records):
+        path = folder / f"{figure.name}.{format}"
+        save_figure(render_figure(figure.draw, figure.size_inches, format), path)
+        names.append(path.name)
+    _say_what_is_left_out(trained, split)
     if as_json:
-        print_json({"out": str(folder), "files": drawn, "step": trained.state.step})
+        print_json({"out": str(folder), "files": names, "step": trained.checkpoint.step})
     else:
-        say(f"Drawn into {folder}: {', '.join(drawn)}")
+        say(f"Drawn into {folder}: {', '.join(names)}")
 
 
-def _say_left_out(trained: Any, split: str) -> None:
+def _say_what_is_left_out(trained: TrainedRun, split: str) -> None:
+    left_out = "so figures of images, feature maps and errors per class are left out"
     if trained.store is None:
-        say("No store to look at, so no photographs, errors per class and feature maps. Name one with --store.")
+        say(f"The training store is not where it was, {left_out}. Name a store with --store.")
     elif split not in trained.store.splits:
-        say(f"{trained.store.root} has no split {split}, so no photographs, errors per class and feature maps.")
+        say(f"{trained.store.root} has no split {split}, {left_out}.")
 
 
-def _make(folder: Path) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -108,9 +120,12 @@ def _make(folder: Path) -> None:
 
 
 @click.command()
-@_looks
+@_figure_options
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE.html", help="The page.  [default: RUN_DIR/report.html]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.html",
+    help="File for the report.  [default: RUN_DIR/report.html]",
 )
 @json_option
 def report(
@@ -118,32 +133,32 @@ def report(
     store: Path | None,
     split: str,
     seed: int,
-    most: int,
+    index_records: int,
     checkpoint: str,
     gpus: str | None,
     precision: str,
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """Write one page about a run: its errors, all its pictures, its recipe with sources, store, machine, throughput.
+    """Write a report of a run: errors, all figures, the recipe with its sources, store, software and throughput.
 
-    The page is one HTML file that needs no network and no other file.
+    It is one HTML file, which needs no network and no other file.
 
     \b
     Example:
       alextrain report run --store store
     """
-    from train.report.gallery import Trained
+    from train.evaluation.trained_run import TrainedRun
     from train.report.html import write_report
 
-    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     path = out or trained.run_dir / "report.html"
-    size = write_report(trained, path, split, seed, most)
-    _say_left_out(trained, split)
+    size_bytes = write_report(trained, path, split, seed, index_records)
+    _say_what_is_left_out(trained, split)
     if as_json:
-        print_json({"out": str(path), "bytes": size, "step": trained.state.step})
+        print_json({"out": str(path), "bytes": size_bytes, "step": trained.checkpoint.step})
     else:
-        say(f"Written: {path}, {size / 1e6:.1f} MB")
+        say(f"Written: {path}, {size_bytes / 1e6:.1f} MB")
 
 
 @click.command()
@@ -154,9 +169,11 @@ def report(
     type=click.Choice(PREDICT_VIEWS),
     default="10",
     show_default=True,
-    help="The centre, or ten views; the softmax is averaged.",
+    help="Crops over which the softmax is averaged: 1 (centre) or 10 (corners and centre, and their mirror images).",
 )
-@click.option("--top", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Classes to name.")
+@click.option(
+    "--top", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Number of classes to print."
+)
 @checkpoint_option
 @gpus_option
 @precision_option
@@ -171,7 +188,7 @@ def predict(
     precision: str,
     as_json: bool,
 ) -> None:
-    """The most probable classes of photographs, prepared as the records of the training store were.
+    """Print the most probable classes of photographs, prepared as the records of the training store were.
 
     \b
     Example:
@@ -179,26 +196,31 @@ def predict(
       alextrain predict run/best.pt *.jpg --views 1 --json
     """
     from train.evaluation.predict import load_photograph, top_predictions
-    from train.report.gallery import Trained
+    from train.evaluation.trained_run import TrainedRun
 
-    trained = Trained.open(run_dir, None, gpus, precision, checkpoint)
+    trained = TrainedRun.open(run_dir, None, gpus, precision, checkpoint)
     for path in images:
-        square = load_photograph(path, trained.eye)
-        said = top_predictions(trained.model, trained.eye, square, int(views), top, precision)
-        both = zip([trained.classes[label] for label in said.labels], said.probabilities, strict=True)
+        square = load_photograph(path, trained.transform)
+        predictions = top_predictions(trained.network, trained.transform, square, int(views), top, precision)
+        names = [trained.classes[label] for label in predictions.labels]
+        ranked = list(zip(names, predictions.probabilities, strict=True))
         if as_json:
-            guesses = [{"class": name, "probability": p} for name, p in both]
-            print_json({"image": str(path), "views": int(views), "step": trained.state.step, "guesses": guesses})
+            guesses = [{"class": name, "probability": p} for name, p in ranked]
+            print_json({"image": str(path), "views": int(views), "step": trained.checkpoint.step, "guesses": guesses})
         else:
-            click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in both)))
+            click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in ranked)))
 
 
 @click.command()
 @run_argument
-@click.option("--layer", type=click.Choice(LAYERS), default="fc7", show_default=True, help="Whose activations.")
+@click.option(
+    "--layer", type=click.Choice(LAYERS), default="fc7", show_default=True, help="Layer whose activations are written."
+)
 @store_option
-@click.option("--split", default="val", show_default=True, help="Which split.")
-@click.option("--out", type=click.Path(path_type=Path), required=True, metavar="FILE.npy", help="Where they go.")
+@click.option("--split", default="val", show_default=True, help="Split whose images are taken.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), required=True, metavar="FILE.npy", help="File for the activations."
+)
 @checkpoint_option
 @gpus_option
 @precision_option
@@ -214,9 +236,9 @@ def features(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Write a layer's activations for every image of a split: float32 .npy, and a .keys.txt with a line for each row.
+    """Write a layer's activations for every image of a split: float32 .npy, and .keys.txt with a line for each row.
 
-    They are of the centre view, after the nonlinearity (fc8: the logits), both columns' side by side.
+    They are of the centre crop, after the nonlinearity (fc8: the logits), column 0 before column 1.
 
     \b
     Example:
@@ -224,10 +246,10 @@ def features(
     """
     Store.open(store).split(split)
     from train.evaluation.features import keys_path, write_features
-    from train.report.gallery import Trained
+    from train.evaluation.trained_run import TrainedRun
 
-    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
-    shape = write_features(trained.model, trained.looked_at(split), split, layer, out, precision)
+    trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
+    shape = write_features(trained.network, trained.require_store(split), split, layer, out, precision)
     if as_json:
         print_json({"out": str(out), "keys": str(keys_path(out)), "layer": layer, "split": split, "shape": list(shape)})
     else:
@@ -237,11 +259,21 @@ def features(
 @click.command()
 @run_argument
 @images_argument
-@seen_store_option
-@click.option("--count", type=click.IntRange(1), default=6, show_default=True, metavar="N", help="Pictures to find.")
+@image_store_option
+@click.option(
+    "--count",
+    type=click.IntRange(1),
+    default=6,
+    show_default=True,
+    metavar="N",
+    help="Number of training images to find for each photograph.",
+)
 @index_option
 @click.option(
-    "--out", type=click.Path(path_type=Path), metavar="FILE.png|.svg", help="The sheet.  [default: RUN_DIR/search.png]"
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png|.svg",
+    help="File for the sheet of images.  [default: RUN_DIR/search.png]",
 )
 @checkpoint_option
 @gpus_option
@@ -252,38 +284,39 @@ def search(
     images: tuple[Path, ...],
     store: Path | None,
     count: int,
-    most: int,
+    index_records: int,
     out: Path | None,
     checkpoint: str,
     gpus: str | None,
     precision: str,
     as_json: bool,
 ) -> None:
-    """Find the training pictures nearest to photographs in the space of fc7, and draw them as a sheet.
+    """Find the training images nearest to photographs in the space of fc7, and draw them on a sheet.
 
     \b
     Example:
       alextrain search run cat.jpg --store store
       alextrain search run *.jpg --store store --json --out nearest.svg
     """
-    from train.report.gallery import Trained
-    from train.report.plots_images import nearest_rows, rows_size
-    from train.report.search import search as find
-    from train.report.style import format_of, rendered, save
+    from prep.plot_style import figure_format, render_figure
+    from train.evaluation.trained_run import TrainedRun
+    from train.report.plots_images import draw_neighbors, neighbors_inches
+    from train.report.search import search as find_nearest
+    from train.report.style import save_figure
 
-    format = "png" if out is None else format_of(out)
-    if len(images) > SHEET_ROWS:
-        raise UserError(f"{len(images)} photographs: a sheet holds {SHEET_ROWS}. Name fewer at a time.")
-    trained = Trained.open(run_dir, store, gpus, precision, checkpoint)
+    format = "png" if out is None else figure_format(out, "--out")
+    if len(images) > MAX_SHEET_ROWS:
+        raise UserError(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer at a time.")
+    trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     sheet = out or trained.run_dir / "search.png"
-    found = find(trained, images, count, most)
-    rows = [row for row, _ in found]
-    size = rows_size(len(rows), len(rows[0].neighbors))  # a small store may have fewer than were asked for
-    save(rendered(lambda figure: nearest_rows(figure, rows, trained.classes), size, format), sheet)
+    results = find_nearest(trained, images, count, index_records)
+    rows = [result.row for result in results]
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small store has fewer than `count`
+    save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
-    for path, (_, near) in zip(images, found, strict=True):
+    for path, result in zip(images, results, strict=True):
         if as_json:
-            print_json({"image": str(path), "step": trained.state.step, "nearest": near})
+            print_json({"image": str(path), "step": trained.checkpoint.step, "nearest": result.nearest})
         else:
-            told = ", ".join(f"{one['class']} {one['source'] or one['key']} ({one['distance']:.3g})" for one in near)
-            click.echo(one_line(f"{path}: {told}"))
+            texts = [f"{n['class']} {n['source'] or n['key']} ({n['distance']:.3g})" for n in result.nearest]
+            click.echo(one_line(f"{path}: {', '.join(texts)}"))

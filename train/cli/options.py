@@ -1,4 +1,7 @@
-"""Options that commands of `alextrain` share. Choices come from train/config, which imports no torch."""
+"""Options that several commands of `alextrain` share.
+
+Choices and defaults come from train/config, which does not import torch, so that --help stays fast.
+"""
 
 from __future__ import annotations
 
@@ -15,48 +18,59 @@ from train.config.recipes import RECIPES
 
 Command = Callable[..., Any]
 
+run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
+run_dir_option = click.option(
+    "--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run."
+)
 gpus_option = click.option(
     "--gpus",
     metavar="0,1|0|cpu",
-    help="0,1: a column on each GPU; 0: both on one; cpu.  [default: what the machine has]",
+    help="Devices: 0,1 (a column on each GPU), 0 (all on one GPU) or cpu.  [default: the machine's GPUs, else cpu]",
 )
 model_option = click.option(
     "--model",
     type=click.Choice(list(ARCHITECTURES)),
     default="alexnet",
     show_default=True,
-    help="Which network of the family; see `alextrain summary --model`.",
+    help="Network architecture; `alextrain summary --model` prints its layers.",
 )
 recipe_option = click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default="released",
     show_default=True,
-    help="Every number of the training; see `alextrain recipe`.",
+    help="Hyperparameters of the training; `alextrain recipe` prints them.",
 )
 
 batch_option = click.option(
-    "--batch", type=click.IntRange(1), metavar="N", help="Images in a batch.  [default: the recipe's]"
+    "--batch", type=click.IntRange(1), metavar="N", help="Number of images in a batch.  [default: the recipe's]"
 )
 epochs_option = click.option(
-    "--epochs", type=click.IntRange(1), metavar="N", help="Passes over the data, in all.  [default: the recipe's]"
+    "--epochs",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of passes over the training images, in all.  [default: the recipe's]",
 )
 steps_option = click.option(
-    "--steps", type=click.IntRange(1), metavar="N", help="End after so many batches in all, if that comes first."
+    "--steps",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of batches, in all, after which training ends even within an epoch.  [default: no limit]",
 )
 seed_option = click.option(
     "--seed",
     type=click.IntRange(0, 2**31 - 1),
     default=0,
     show_default=True,
-    help="Of parameters, order, windows, noise and dropout.",
+    help="Seed of the initial parameters, record order, crops, colour noise and dropout.",
 )
 precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and sums.",
+    help="Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 "
+    "parameters and sums.",
 )
 accumulate_option = click.option(
     "--accumulate",
@@ -64,7 +78,7 @@ accumulate_option = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="Compute a batch in N equal parts, one after the other: the same update, in less memory.",
+    help="Number of equal parts in which a batch is computed, one after the other: the same update in less memory.",
 )
 keep_option = click.option(
     "--keep",
@@ -72,57 +86,74 @@ keep_option = click.option(
     default=CHECKPOINTS_KEPT,
     show_default=True,
     metavar="K",
-    help="Newest checkpoints to keep, beside the one with the lowest validation error.",
+    help="Number of newest checkpoints to keep, besides the one with the lowest validation error.",
 )
 fork_option = click.option(
     "--fork",
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
-    help="Begin a new run there with the newest checkpoint of --run-dir and the settings given here.",
+    help="Folder of a new run to start from the newest checkpoint of --run-dir, with the settings given here.",
 )
 checkpoint_option = click.option(
     "--checkpoint",
     metavar="best|last|FILE",
     default="last",
     show_default=True,
-    help="The one with the lowest validation error, the newest, or a file.",
+    help="Checkpoint to load: best (lowest validation error), last (newest), or a file.",
 )
 views_option = click.option(
     "--views",
     type=click.Choice(EVAL_VIEWS),
     default="10",
     show_default=True,
-    help="The centre, or ten views, or a window each 32 px of the whole square at once; the softmax is averaged.",
+    help="Crops of an image over which the softmax is averaged: 1 (centre), 10 (corners and centre, and their mirror "
+    "images), or dense (every 32 px of the central square).",
 )
 set_option = click.option(
     "--set",
     "settings",
     metavar="FIELD=VALUE",
     multiple=True,
-    help="Another number than the recipe's, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints the names.",
+    help="Field of the recipe to override, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints all fields. May be "
+    "repeated.",
 )
 
-_SETTINGS = (
-    set_option,
-    click.option("--activation", type=click.Choice(ACTIVATIONS), help="Short for --set activation=…"),
-    click.option("--pool", type=click.Choice([str(px) for px in POOLS_PX]), help="Short for --set pool_px=…"),
-    click.option("--schedule", type=click.Choice(SCHEDULES), help="Short for --set schedule=…"),
-    click.option("--no-lrn", is_flag=True, help="Short for --set lrn=none --set within_map=none."),
-    click.option("--no-dropout", is_flag=True, help="Short for --set dropout=0."),
+_SHORTHANDS = (
+    click.option(
+        "--activation",
+        type=click.Choice(ACTIVATIONS),
+        help="Nonlinearity of the hidden layers; short for --set activation=…",
+    ),
+    click.option(
+        "--pool",
+        type=click.Choice([str(px) for px in POOLS_PX]),
+        help="Side of the pooling windows in px, at stride 2; short for --set pool_px=…",
+    ),
+    click.option("--schedule", type=click.Choice(SCHEDULES), help="Learning rate schedule; short for --set schedule=…"),
+    click.option(
+        "--no-lrn",
+        is_flag=True,
+        help="No local response normalization; short for --set lrn=none --set within_map=none.",
+    ),
+    click.option("--no-dropout", is_flag=True, help="No dropout; short for --set dropout=0."),
     click.option(
         "--no-colour",
         is_flag=True,
-        help="No colour noise: short for --set augmentation.colour=off --set augmentation.divisor=1.",
+        help="No colour noise; short for --set augmentation.colour=off --set augmentation.divisor=1.",
     ),
-    click.option("--no-crossing", is_flag=True, help="Columns meet in fc8 alone: short for --set crossing=false."),
+    click.option(
+        "--no-crossing",
+        is_flag=True,
+        help="No connections between the columns before fc8; short for --set crossing=false.",
+    ),
 )
 
 
 def recipe_settings(command: Command) -> Command:
-    """Add --set and its shorthands to a command, which gets them all as `settings`, a list of FIELD=VALUE."""
+    """Add --set and its shorthands to a command, which receives them together as `settings`, a list of FIELD=VALUE."""
 
     @wraps(command)
-    def collected(
+    def with_settings(
         *,
         settings: tuple[str, ...],
         activation: str | None,
@@ -134,7 +165,7 @@ def recipe_settings(command: Command) -> Command:
         no_crossing: bool,
         **others: Any,
     ) -> Any:
-        short = {
+        shorthands = {
             f"activation={activation}": activation,
             f"pool_px={pool}": pool,
             f"schedule={schedule}": schedule,
@@ -143,9 +174,9 @@ def recipe_settings(command: Command) -> Command:
             "augmentation.colour=off augmentation.divisor=1": no_colour,
             "crossing=false": no_crossing,
         }
-        chosen = [word for words, given in short.items() if given for word in words.split()]
-        return command(settings=[*settings, *chosen], **others)
+        expanded = [setting for text, is_given in shorthands.items() if is_given for setting in text.split()]
+        return command(settings=[*settings, *expanded], **others)
 
-    for option in reversed(_SETTINGS):
-        collected = option(collected)
-    return collected
+    for option in reversed((set_option, *_SHORTHANDS)):
+        with_settings = option(with_settings)
+    return with_settings

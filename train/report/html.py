@@ -1,4 +1,4 @@
-"""One page about a run: a single HTML file without scripts, with its pictures inside, that needs no network."""
+"""The HTML report of a run: one file without scripts, figures embedded, which needs no network and no other file."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from statistics import median
 from typing import Any
 
 from prep.console import bytes_text, count_noun, say
+from prep.plot_style import render_figure
 from train.config.choices import INDEX_RECORDS
 from train.config.recipe_table import HEADINGS, recipe_rows
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import read_evaluations, views_text
+from train.evaluation.trained_run import TrainedRun
 from train.model.summary import summarize
-from train.report.gallery import Plate, Trained, plates
-from train.report.style import rendered, save
+from train.report.figures import RunFigure, run_figures
+from train.report.style import save_figure
 from train.runs.run_dir import read_metrics
 
 _STYLE = """
@@ -64,24 +66,30 @@ code { font: .9em ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; 
 """
 
 
-def write_report(trained: Trained, out: Path, split: str = "val", seed: int = 0, most: int = INDEX_RECORDS) -> int:
-    """Write the page; returns its bytes. Raises UserError as train.report.gallery.plates, and where it cannot be written."""
-    shown = []
-    for plate in plates(trained, split, seed, most):
-        say(f"drawing {plate.name}")
-        shown.append((plate, rendered(plate.draw, plate.size)))
-    content = page(trained, shown, split).encode()
-    save(content, out)
+def write_report(
+    trained: TrainedRun, out: Path, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
+) -> int:
+    """Write the report to `out`; returns its size in bytes.
+
+    `split`, `seed` and `index_records` are those of train.report.figures.run_figures. Raises UserError as run_figures,
+    and if `out` cannot be written.
+    """
+    rendered = []
+    for figure in run_figures(trained, split, seed, index_records):
+        say(f"drawing {figure.name}")
+        rendered.append((figure, render_figure(figure.draw, figure.size_inches)))
+    content = report_page(trained, rendered, split).encode()
+    save_figure(content, out)
     return len(content)
 
 
-def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "val") -> str:
-    """The page as HTML, of the pictures given."""
+def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]], split: str = "val") -> str:
+    """The report as HTML, with the figures, PNG each, that are given."""
     name = trained.run_dir.resolve().name
-    about = trained.state.identity
+    identity = trained.checkpoint.identity
     sections = [
         ("results", "Results", _results(trained, split)),
-        *((plate.name, plate.title, _figure(plate, content)) for plate, content in shown),
+        *((figure.name, figure.title, _figure(figure, png)) for figure, png in figures),
         ("throughput", "Throughput", _throughput(read_metrics(trained.run_dir))),
         ("network", "Network", _network(trained)),
         ("recipe", "Recipe, with its sources", _recipe(trained)),
@@ -91,8 +99,8 @@ def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "v
     links = "".join(f'<li><a href="#{key}">{escape(title)}</a></li>' for key, title, _ in sections)
     body = "".join(f'<section id="{key}"><h2>{escape(title)}</h2>{text}</section>\n' for key, title, text in sections)
     head = (
-        f"{escape(about['model'])}, recipe {escape(about['recipe'])}, batch {about['batch_size']}, "
-        f"seed {about['seed']}, {escape(about['precision'])}; after step {trained.state.step:,}"
+        f"{escape(identity['model'])}, recipe {escape(identity['recipe'])}, batch {identity['batch_size']}, "
+        f"seed {identity['seed']}, {escape(identity['precision'])}; after step {trained.checkpoint.step:,}"
     )
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -104,44 +112,44 @@ def page(trained: Trained, shown: Sequence[tuple[Plate, bytes]], split: str = "v
     )
 
 
-def _figure(plate: Plate, content: bytes) -> str:
-    data = b64encode(content).decode()
+def _figure(figure: RunFigure, png: bytes) -> str:
+    data = b64encode(png).decode()
     return (
-        f'<figure><div class="wide"><img src="data:image/png;base64,{data}" alt="{escape(plate.title)}"></div>'
-        f"<figcaption>{escape(plate.caption)}</figcaption></figure>"
+        f'<figure><div class="wide"><img src="data:image/png;base64,{data}" alt="{escape(figure.title)}"></div>'
+        f"<figcaption>{escape(figure.caption)}</figcaption></figure>"
     )
 
 
-def _results(trained: Trained, split: str) -> str:
-    """The errors in large, and a table of all evaluations that were made of this run."""
+def _results(trained: TrainedRun, split: str) -> str:
+    """The error rates of the checkpoint in large type, and a table of all evaluations of the run."""
     facts, rows = [], []
     lines = read_evaluations(trained.run_dir)
-    of_now = [line for line in lines if line["step"] == trained.state.step and line["split"] == split]
-    for line in of_now:
-        result, views = _result(line), views_text(line["views"])
-        for word, misses, interval in zip(("Top-1", "Top-5"), result.misses, result.intervals, strict=True):
+    of_checkpoint = [line for line in lines if line["step"] == trained.checkpoint.step and line["split"] == split]
+    for line in of_checkpoint:
+        result, views = _eval_result(line), views_text(line["views"])
+        for metric, misses, interval in zip(("Top-1", "Top-5"), result.misses, result.intervals, strict=True):
             facts.append(
                 (
-                    f"{word} error, {views}",
+                    f"{metric} error, {views}",
                     f"{misses / result.images:.2%}",
                     f"{misses:,} of {result.images:,}; 95 %: {interval[0]:.2%} to {interval[1]:.2%}",
                 )
             )
     validations = [line for line in read_metrics(trained.run_dir) if line["kind"] == "val"]
-    last = next((line for line in reversed(validations) if line["step"] == trained.state.step), None)
-    if not of_now and last is not None:
+    last = next((line for line in reversed(validations) if line["step"] == trained.checkpoint.step), None)
+    if not of_checkpoint and last is not None:
         facts.append(
             ("Top-1 error, centre view", f"{last['top1_error']:.2%}", f"validation after epoch {last['epoch']}")
         )
     for line in lines:
-        result = _result(line)
+        result = _eval_result(line)
         rows.append(
             [
                 f"{line['step']:,}",
                 escape(line["split"]),
                 views_text(line["views"]),
                 line["precision"],
-                *(_rate(m, i, result.images) for m, i in zip(result.misses, result.intervals, strict=True)),
+                *(_error_text(m, i, result.images) for m, i in zip(result.misses, result.intervals, strict=True)),
                 f"{result.loss:.4f}",
             ]
         )
@@ -150,11 +158,11 @@ def _results(trained: Trained, split: str) -> str:
     return _facts(facts) + "<h3>Evaluations</h3>" + table + '<p class="quiet">Intervals: 95 %, Wilson.</p>'
 
 
-def _result(line: dict[str, Any]) -> EvalResult:
+def _eval_result(line: dict[str, Any]) -> EvalResult:
     return EvalResult(line["top1_error"], line["top5_error"], line["loss"], line["images"])
 
 
-def _rate(misses: int, interval: tuple[float, float], images: int) -> str:
+def _error_text(misses: int, interval: tuple[float, float], images: int) -> str:
     return f"{misses / images:.2%} ({misses:,}; {interval[0]:.2%} to {interval[1]:.2%})"
 
 
@@ -175,9 +183,9 @@ def _throughput(lines: Sequence[dict[str, Any]]) -> str:
     return _facts(facts)
 
 
-def _network(trained: Trained) -> str:
-    model = trained.model
-    layers = summarize(len(trained.classes), model.architecture, model.recipe)
+def _network(trained: TrainedRun) -> str:
+    network = trained.network
+    layers = summarize(len(trained.classes), network.architecture, network.recipe)
     rows = [
         [
             layer.layer,
@@ -191,46 +199,46 @@ def _network(trained: Trained) -> str:
     total = [sum(layer.parameters for layer in layers), sum(layer.multiply_adds for layer in layers)]
     rows.append(["total", "", "", *(f"{n:,}" for n in total)])
     heads = ("Layer", "Output", "Sees", "Parameters", "Multiply-adds an image")
-    return f'<p class="quiet">{escape(model.architecture.source)}</p>' + _table(heads, rows, {3, 4})
+    return f'<p class="quiet">{escape(network.architecture.source)}</p>' + _table(heads, rows, {3, 4})
 
 
-def _recipe(trained: Trained) -> str:
-    recipe, rows, given = trained.model.recipe, [], trained.told.get("settings", {})
+def _recipe(trained: TrainedRun) -> str:
+    recipe, rows, settings = trained.network.recipe, [], trained.description.get("settings", {})
     for field, parts in recipe_rows(recipe).items():
         if field in HEADINGS:
             rows.append(f'<tr><th class="part" colspan="3">{escape(HEADINGS[field])}</th></tr>')
         for k, (name, value) in enumerate(parts):
-            if name in given and str(given[name]) != value:  # --epochs, --batch
-                value = f"{value}, here {given[name]}"
+            if name in settings and str(settings[name]) != value:  # --epochs, --batch
+                value = f"{value}, here {settings[name]}"
             source = f'<td class="source" rowspan="{len(parts)}">{escape(recipe.sources[field])}</td>' if not k else ""
             rows.append(f'<tr><th>{escape(name)}</th><td class="value">{escape(value)}</td>{source}</tr>')
     head = "<thead><tr><th>Field</th><th>Value</th><th>Source</th></tr></thead>"
     return f'<div class="wide"><table>{head}<tbody>{"".join(rows)}</tbody></table></div>'
 
 
-def _store(trained: Trained) -> str:
-    told = trained.told["store"]
-    counts = {name: split["records"] for name, split in told["splits"].items()}
-    facts = [(f"Records, {name}", f"{n:,}", bytes_text(told["splits"][name]["bytes"])) for name, n in counts.items()]
+def _store(trained: TrainedRun) -> str:
+    store = trained.description["store"]
+    counts = {name: split["records"] for name, split in store["splits"].items()}
+    facts = [(f"Records, {name}", f"{n:,}", bytes_text(store["splits"][name]["bytes"])) for name, n in counts.items()]
     facts.append(("Classes", f"{len(trained.classes):,}", f"{trained.classes[0]} to {trained.classes[-1]}"))
-    colour = told["colour"]
+    color_stats = store["colour"]
     pairs = {
-        "fingerprint": told["fingerprint"],
-        **told["settings"],
-        "mean RGB": ", ".join(f"{x:.2f}" for x in colour["mean_rgb"]) + " grey levels",
-        "σ of the components": ", ".join(f"{x:.2f}" for x in colour["stdevs"]) + " grey levels",
-        **{f"built by {name}": number for name, number in told["tools"].items()},
+        "fingerprint": store["fingerprint"],
+        **store["settings"],
+        "mean RGB": ", ".join(f"{x:.2f}" for x in color_stats["mean_rgb"]) + " grey levels",
+        "σ of the components": ", ".join(f"{x:.2f}" for x in color_stats["stdevs"]) + " grey levels",
+        **{f"built by {name}": number for name, number in store["tools"].items()},
     }
     return _facts(facts) + _pairs(pairs)
 
 
-def _environment(trained: Trained) -> str:
-    told = trained.told
-    return _pairs({**told.get("environment", {}), **told.get("settings", {})})
+def _environment(trained: TrainedRun) -> str:
+    description = trained.description
+    return _pairs({**description.get("environment", {}), **description.get("settings", {})})
 
 
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
-    """Figures in large: name, number, note."""
+    """Numbers in large type: (name, number, note) each."""
     cells = (
         f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
     )
@@ -247,11 +255,11 @@ def _pairs(pairs: dict[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """`numbers` are the columns that are set flush right. Cells are HTML."""
+    """A table of cells that are HTML; the columns in `numbers`, counted from 0, are aligned right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
-        kinds = (' class="number"' if place in numbers else "" for place in range(len(texts)))
-        return "".join(f"<{tag}{kind}>{text}</{tag}>" for kind, text in zip(kinds, texts, strict=True))
+        classes = (' class="number"' if column in numbers else "" for column in range(len(texts)))
+        return "".join(f"<{tag}{class_}>{text}</{tag}>" for class_, text in zip(classes, texts, strict=True))
 
     lines = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
     return f'<div class="wide"><table><thead><tr>{cells("th", heads)}</tr></thead><tbody>{lines}</tbody></table></div>'

@@ -1,4 +1,4 @@
-"""Pictures with photographs in them: both halves of the paper's figure 4, a search's sheet, and feature maps."""
+"""Figures with images: top-5 predictions and nearest neighbors (the paper's figure 4), and feature maps."""
 
 from __future__ import annotations
 
@@ -11,64 +11,67 @@ import numpy.typing as npt
 from pipeline.still_image import Pixels
 from prep.console import one_line
 from train.evaluation.predict import TopPredictions
-from train.report.style import BLUE, ORANGE, shortened, show, stretched, tiled
+from train.report.style import BLUE, ORANGE, scale_to_unit_range, shorten, show_image, tile_images
 
-ACROSS = 4  # pictures in a row of the left half
-# Characters that fit
-_GUESS = 26  # above a picture of the left half, and on a bar
-_TITLE = 22  # above a picture of the right half
-_NEAR = 12  # there, with the distance
+IMAGES_PER_ROW = 4  # of draw_predictions
+FEATURE_MAPS_INCHES = (8.0, 5.0)
+FEATURE_MAPS = 8  # of each column and layer
+
+# Characters of a text that fit
+_CLASS_CHARS = 26  # above an image of draw_predictions, and on a bar
+_QUERY_CHARS = 22  # above the left image of draw_neighbors
+_NEIGHBOR_CHARS = 12  # above the others, before the distance
 
 
-class Guess(NamedTuple):
-    """A test picture and what the network says of it."""
+class ImageAndPredictions(NamedTuple):
+    """A test image and its most probable classes."""
 
     square: Pixels
     label: int
-    prediction: TopPredictions
+    predictions: TopPredictions
 
 
-class Row(NamedTuple):
-    """A picture, and those that are nearest to it."""
+class ImageAndNeighbors(NamedTuple):
+    """An image and the training images nearest to it: a row of draw_neighbors."""
 
     square: Pixels
     title: str
-    label: int | None  # None where it is not known
-    neighbors: Sequence[tuple[Pixels, int, float]]  # picture, label, distance
+    label: int | None  # None if it is unknown
+    neighbors: Sequence[tuple[Pixels, int, float]]  # image, label, distance
 
 
-def guesses_size(count: int) -> tuple[float, float]:
-    """Inches, of so many pictures."""
-    return 8.0, 3.3 * -(-count // ACROSS)
+def predictions_inches(images: int) -> tuple[float, float]:
+    """Width and height of the figure that `draw_predictions` draws of so many images."""
+    return 8.0, 3.3 * -(-images // IMAGES_PER_ROW)
 
 
-def guesses(figure: Any, shown: Sequence[Guess], names: Sequence[str]) -> None:
-    """Pictures with their five best labels as bars, the right one in another colour (figure 4, left)."""
-    rows = -(-len(shown) // ACROSS)
-    grid = figure.subplots(2 * rows, ACROSS, squeeze=False, height_ratios=[3, 1.7] * rows)
+def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
+    """Images with their five most probable classes as bars, the correct one in orange (figure 4, left)."""
+    rows = -(-len(images) // IMAGES_PER_ROW)
+    grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)
     for axes in grid.flat:
         axes.axis("off")
-    for k, (square, label, prediction) in enumerate(shown):
-        row, column = divmod(k, ACROSS)
+    for k, (square, label, predictions) in enumerate(images):
+        row, column = divmod(k, IMAGES_PER_ROW)
         picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
         picture.axis("on")
-        show(picture, square, shortened(names[label], _GUESS))
-        for place, (guess, p) in enumerate(zip(prediction.labels, prediction.probabilities, strict=True)):
-            bars.barh(place, p, color=ORANGE if guess == label else BLUE, height=0.78, alpha=0.55)
-            bars.text(0.02, place, shortened(names[guess], _GUESS), va="center", fontsize=8, clip_on=True)
+        show_image(picture, square, shorten(names[label], _CLASS_CHARS))
+        for rank, (predicted, p) in enumerate(zip(predictions.labels, predictions.probabilities, strict=True)):
+            bars.barh(rank, p, color=ORANGE if predicted == label else BLUE, height=0.78, alpha=0.55)
+            bars.text(0.02, rank, shorten(names[predicted], _CLASS_CHARS), va="center", fontsize=8, clip_on=True)
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
 
 
-def rows_size(rows: int, neighbors: int) -> tuple[float, float]:
-    """Inches, of so many rows."""
+def neighbors_inches(rows: int, neighbors: int) -> tuple[float, float]:
+    """Width and height of the figure that `draw_neighbors` draws of so many rows, each with so many neighbors."""
     side = 8.0 / (neighbors + 1.15)
     return 8.0, rows * (side + 0.24)
 
 
-def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None:
-    """A picture at the left, and the training pictures that are nearest to it (figure 4, right).
+def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequence[str]) -> None:
+    """Images at the left, each with the training images nearest to it (figure 4, right).
 
-    Those of its class have their names in another colour.
+    The names of neighbors of the same class are in orange.
     """
     count = max(len(row.neighbors) for row in rows)
     grid = figure.subplots(len(rows), count + 2, squeeze=False, width_ratios=[1, 0.15, *[1] * count])
@@ -76,33 +79,30 @@ def nearest_rows(figure: Any, rows: Sequence[Row], names: Sequence[str]) -> None
         axes.axis("off")
     for row, cells in zip(rows, grid, strict=True):
         title = one_line(row.title)
-        show(cells[0], row.square, title if len(title) <= _TITLE else "…" + title[1 - _TITLE :])
+        show_image(cells[0], row.square, title if len(title) <= _QUERY_CHARS else "…" + title[1 - _QUERY_CHARS :])
         cells[0].title.set_fontsize(6.5)
         for axes, (square, label, distance) in zip(cells[2:], row.neighbors, strict=False):
-            name = f"{shortened(names[label], _NEAR)}  {distance:.3g}"
-            show(axes, square, name, ORANGE if label == row.label else "0.4")
+            name = f"{shorten(names[label], _NEIGHBOR_CHARS)}  {distance:.3g}"
+            show_image(axes, square, name, ORANGE if label == row.label else "0.4")
             axes.title.set_fontsize(6.5)
 
 
-MAPS_SIZE = (8.0, 5.0)
-MAPS = 8  # of each column and layer
+def draw_feature_maps(figure: Any, square: Pixels, maps: dict[str, list[npt.NDArray[np.float32]]]) -> None:
+    """The feature maps of one image that have the highest activations, for each convolutional layer and column.
 
-
-def feature_maps(figure: Any, square: Pixels, columns: dict[str, list[npt.NDArray[np.float32]]]) -> None:
-    """The strongest maps of each convolutional layer for one picture: `columns` has one (maps, rows, columns) each.
-
-    A map is stretched to its own range; the strongest come first.
+    `maps` has for each layer one array (maps, rows, columns) per column of the network. A map is scaled to its own
+    range; the one with the highest activation comes first.
     """
-    many = max(len(parts) for parts in columns.values())
-    picture, maps = figure.subfigures(2, 1, height_ratios=(1.4, 3.6))
-    show(picture.subplots(), square)
-    grid = maps.subplots(len(columns), many, squeeze=False)
-    for cells, (layer, parts) in zip(grid, columns.items(), strict=True):
-        for place, (axes, part) in enumerate(zip(cells, parts, strict=True)):
-            strongest = np.argsort(-part.max((1, 2)), kind="stable")[:MAPS]
+    network_columns = max(len(parts) for parts in maps.values())
+    top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 3.6))
+    show_image(top.subplots(), square)
+    grid = bottom.subplots(len(maps), network_columns, squeeze=False)
+    for cells, (layer, parts) in zip(grid, maps.items(), strict=True):
+        for column, (axes, part) in enumerate(zip(cells, parts, strict=True)):
+            strongest = np.argsort(-part.max((1, 2)), kind="stable")[:FEATURE_MAPS]
             scale = -(-110 // part.shape[1])
-            show(axes, tiled(stretched(part[strongest]), MAPS, scale, gap=6))
-            if place == 0:
+            show_image(axes, tile_images(scale_to_unit_range(part[strongest]), FEATURE_MAPS, scale, gap_px=6))
+            if column == 0:
                 axes.set_ylabel(f"{layer}\n{part.shape[1]}×{part.shape[2]}", fontsize=8.5)
-            if layer == next(iter(columns)) and many > 1:
-                axes.set_title(f"column {place}")
+            if layer == next(iter(maps)) and network_columns > 1:
+                axes.set_title(f"column {column}")

@@ -1,4 +1,4 @@
-"""Pictures of a run that need no photographs: its learning curve, its first kernels, the colours of its store."""
+"""Figures of a run that need no images: learning curve, kernels of conv1, principal color axes of the store."""
 
 from __future__ import annotations
 
@@ -10,68 +10,70 @@ import numpy as np
 from torch import Tensor
 
 from prep.store.manifest import ColorStats
-from train.report.style import BLUE, GREY, ORANGE, show, stretched, tiled
+from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
 
-_ACROSS = 16  # kernels in a row
-_FELL = 0.6  # of the rate before: less than this is a drop, more is a schedule that falls all the time
+_KERNELS_PER_ROW = 16
+_DROP_FACTOR = 0.6  # a rate below this times the one before is a drop; above it, a schedule that decays continuously
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations
 
+LEARNING_CURVE_INCHES = (8.0, 3.4)
+COLOR_AXES_INCHES = (8.0, 2.6)
 
-CURVE_SIZE = (8.0, 3.4)
 
+def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+    """Loss, top-1 and top-5 errors over epochs, of training batches and of validation; drops of the rate are marked.
 
-def learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Loss, and top-1 and top-5 errors, of training batches and of validation over epochs; drops of the rate marked."""
+    `lines` are those of metrics.jsonl.
+    """
     loss, error = figure.subplots(1, 2)
-    of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val")}
-    styles: dict[str, dict[str, Any]] = {"train": {"color": GREY}, "val": {"color": BLUE, "marker": "o", "ms": 3.5}}
+    lines_of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val")}
+    styles: dict[str, dict[str, Any]] = {"train": {"color": GRAY}, "val": {"color": BLUE, "marker": "o", "ms": 3.5}}
     labels = {"train": "training batches", "val": "validation, centre view"}
     for kind, style in styles.items():
-        epochs = [line["epoch"] for line in of[kind]]
-        loss.plot(epochs, [line["loss"] for line in of[kind]], **style)
-        error.plot(epochs, [100 * line["top1_error"] for line in of[kind]], label=labels[kind], **style)
-        error.plot(epochs, [100 * line["top5_error"] for line in of[kind]], ls=":", **style)
-    drops = rate_drops(of["train"])
+        epochs = [line["epoch"] for line in lines_of[kind]]
+        loss.plot(epochs, [line["loss"] for line in lines_of[kind]], **style)
+        error.plot(epochs, [100 * line["top1_error"] for line in lines_of[kind]], label=labels[kind], **style)
+        error.plot(epochs, [100 * line["top5_error"] for line in lines_of[kind]], ls=":", **style)
+    drops = learning_rate_drops(lines_of["train"])
     for axes, name in ((loss, "loss, nats"), (error, "error, %: top-1, and top-5 dotted")):
         for epoch, lr in drops:
             axes.axvline(epoch, color="0.85", lw=1, zorder=0)
             if axes is loss:
-                place = axes.get_xaxis_transform()
-                axes.text(epoch, 0.99, f" lr {lr:g}", transform=place, fontsize=8, color="0.45", va="top")
+                transform = axes.get_xaxis_transform()
+                axes.text(epoch, 0.99, f" lr {lr:g}", transform=transform, fontsize=8, color="0.45", va="top")
         axes.set(xlabel="epochs", ylabel=name)
         axes.set_ylim(bottom=0)
     error.legend()
 
 
-def rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(epoch, new rate) of each place where the learning rate fell at once."""
+def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(epoch, new rate) of each sudden drop of the learning rate in the training lines of metrics.jsonl."""
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
-    return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _FELL * before]
+    return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
 
 
-def kernels_size(parameters: Mapping[str, Tensor], columns: int) -> tuple[float, float]:
-    """Inches."""
-    rows = -(-len(parameters["conv1.weight"]) // columns // _ACROSS)
+def kernels_inches(parameters: Mapping[str, Tensor], columns: int) -> tuple[float, float]:
+    """Width and height of the figure that `draw_kernels` draws."""
+    rows = -(-len(parameters["conv1.weight"]) // columns // _KERNELS_PER_ROW)
     return 8.0, columns * (0.5 * rows + 0.25)
 
 
-def kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) -> None:
-    """The 11×11×3 kernels of conv1, column 0's above column 1's where there are two; each stretched to its own range,
-    as figure 3 of the paper.
+def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) -> None:
+    """The 11×11×3 kernels of conv1, each scaled to its own range (figure 3); column 0 above column 1 if there are two.
+
+    `parameters` are joined parameters by name.
     """
-    images = stretched(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # (96, 11, 11, 3)
-    share = len(images) // columns
+    images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # (96, 11, 11, 3)
+    kernels = len(images) // columns  # of a column
     for column, axes in enumerate(figure.subplots(columns, 1, squeeze=False).flat):
-        show(axes, tiled(images[column * share :][:share], min(_ACROSS, share), scale=6, gap=6))
+        shown = images[column * kernels :][:kernels]
+        show_image(axes, tile_images(shown, min(_KERNELS_PER_ROW, kernels), scale=6, gap_px=6))
         if columns > 1:
             axes.set_title(f"column {column}", loc="left")
 
 
-COLOUR_SIZE = (8.0, 2.6)
-
-
-def colour_axes(figure: Any, stats: ColorStats) -> None:
-    """The principal components of the training pixels (section 4.1): how far each goes, and the mean moved along it."""
+def draw_color_axes(figure: Any, stats: ColorStats) -> None:
+    """The principal components of the training pixels (section 4.1): the mean color moved along each, and their σ."""
     strips, spectrum = figure.subplots(1, 2, width_ratios=(5.5, 2.5))
     steps = np.linspace(_STEPS[0], _STEPS[-1], 241)[:, None]
     sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j: σ·v of component j
@@ -85,7 +87,7 @@ def colour_axes(figure: Any, stats: ColorStats) -> None:
     strips.spines[:].set_visible(False)
     strips.set_title("the mean colour, moved along each component", loc="left")
     total = sum(stats.eigenvalues) or 1.0
-    spectrum.bar(range(3), stats.stdevs, width=0.55, color=[BLUE, GREY, ORANGE])
+    spectrum.bar(range(3), stats.stdevs, width=0.55, color=[BLUE, GRAY, ORANGE])
     for k, (stdev, variance) in enumerate(zip(stats.stdevs, stats.eigenvalues, strict=True)):
         spectrum.text(k, stdev, f"{stdev:.1f}\n{variance / total:.1%}", ha="center", va="bottom", fontsize=8.5)
     spectrum.set_xticks(range(3), [f"PC {k + 1}" for k in range(3)])

@@ -1,41 +1,52 @@
-"""The training pictures nearest to photographs."""
+"""Image search: the training images nearest to given photographs, in the space of fc7."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.still_image import StoredImages
 from train.evaluation.neighbors import LAYER, load_or_build_index, nearest_neighbors
 from train.evaluation.predict import image_features, load_photograph
-from train.report.gallery import Trained
-from train.report.plots_images import Row
+from train.evaluation.trained_run import TrainedRun
+from train.report.plots_images import ImageAndNeighbors
 
 
-def search(trained: Trained, images: Sequence[Path], count: int, most: int) -> list[tuple[Row, list[dict[str, Any]]]]:
-    """Of each photograph the `count` nearest of at most `most` training pictures: to be drawn, and for programs.
+class SearchResult(NamedTuple):
+    """The neighbors of a photograph."""
 
-    Raises UserError where there is no store, or a file is no picture; StoreError for a damaged record.
+    row: ImageAndNeighbors  # to be drawn
+    nearest: list[dict[str, Any]]  # key, class, source and distance of each: what `alextrain search --json` prints
+
+
+def search(trained: TrainedRun, images: Sequence[Path], count: int, index_records: int) -> list[SearchResult]:
+    """For each photograph the `count` nearest of at most `index_records` training images.
+
+    Raises UserError if there is no store or a file is not an image, StoreError if a record is damaged.
     """
-    store = trained.looked_at("train")
-    squares = [load_photograph(path, trained.eye) for path in images]
-    units = [image_features(trained.model, trained.eye, square, LAYER, trained.precision) for square in squares]
-    index = load_or_build_index(trained.run_dir, trained.model, trained.state, store, most, trained.precision)
-    found = []
-    with StoredImages(store, "train") as training:
-        for path, square, near in zip(images, squares, nearest_neighbors(index, np.stack(units), count), strict=True):
-            row = Row(square, path.name, None, [(training[n.record], n.label, n.distance) for n in near])
-            told = [
+    store = trained.require_store("train")
+    squares = [load_photograph(path, trained.transform) for path in images]
+    features = np.stack(
+        [image_features(trained.network, trained.transform, square, LAYER, trained.precision) for square in squares]
+    )
+    index = load_or_build_index(
+        trained.run_dir, trained.network, trained.checkpoint, store, index_records, trained.precision
+    )
+    results = []
+    with StoredImages(store, "train") as training_images:
+        for path, square, neighbors in zip(images, squares, nearest_neighbors(index, features, count), strict=True):
+            shown = [(training_images[n.record], n.label, n.distance) for n in neighbors]
+            nearest = [
                 {
                     "key": n.key,
                     "class": trained.classes[n.label],
-                    "source": training.records.source(n.record),
+                    "source": training_images.records.source(n.record),
                     "distance": n.distance,
                 }
-                for n in near
+                for n in neighbors
             ]
-            found.append((row, told))
-    return found
+            results.append(SearchResult(ImageAndNeighbors(square, path.name, None, shown), nearest))
+    return results

@@ -171,7 +171,7 @@ def test_predict_knows_the_mean_without_the_store(trained_run: Path, photo_folde
     (trained_run / "run.json").write_text(json.dumps(told))
     assert answers("predict", trained_run, image) == at_the_store
     code, _, err = alextrain("predict", trained_run, trained_run / "run.json")
-    assert code == 1 and "run.json: not a picture" in err
+    assert code == 1 and "run.json: not an image" in err
     del told["store"]
     (trained_run / "run.json").write_text(json.dumps(told))
     code, _, err = alextrain("predict", trained_run, image)

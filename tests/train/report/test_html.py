@@ -1,4 +1,4 @@
-"""The report as a browser sees it: parsed, its pictures decoded, nothing from outside; and in headless Chromium."""
+"""The HTML report: parsed, its figures decoded, nothing loaded from outside; and drawn by headless Chromium."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ pytest.importorskip("matplotlib")
 from train.cli import main
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import record_evaluation
-from train.report.gallery import Trained, plates
-from train.report.html import page
+from train.evaluation.trained_run import TrainedRun
+from train.report.figures import run_figures
+from train.report.html import report_page
 
 _VOID = {"meta", "link", "img", "br"}
 _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-headless-shell")
@@ -63,13 +64,13 @@ def report(small_run: Path, store: Path, tmp_path_factory: pytest.TempPathFactor
     return run_dir / "report.html"
 
 
-def test_the_page_is_whole_and_needs_nothing_from_outside(report: Path) -> None:
+def test_the_report_is_valid_and_loads_nothing_from_outside(report: Path) -> None:
     source = report.read_text()
     page = Page(source)
-    pictures = [attrs for tag, attrs in page.elements if tag == "img"]
-    assert len(pictures) == 8 and all(picture["alt"] for picture in pictures)
-    for picture in pictures:
-        kind, data = str(picture["src"]).split(",")
+    images = [attrs for tag, attrs in page.elements if tag == "img"]
+    assert len(images) == 8 and all(image["alt"] for image in images)
+    for image in images:
+        kind, data = str(image["src"]).split(",")
         assert kind == "data:image/png;base64"
         assert np.asarray(Image.open(io.BytesIO(b64decode(data, validate=True))).convert("L")).std() > 5
     for _, attrs in page.elements:
@@ -82,7 +83,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(report: Path) -> None:
     assert {f"#{name}" for name in ids} == {attrs["href"] for tag, attrs in page.elements if tag == "a"}
 
 
-def test_the_page_tells_errors_recipe_store_environment_and_throughput(report: Path, store: Path) -> None:
+def test_the_report_shows_errors_recipe_store_environment_and_throughput(report: Path, store: Path) -> None:
     from train.config.recipes import SHORT
 
     text = " ".join(Page(report.read_text()).text.split())
@@ -92,27 +93,26 @@ def test_the_page_tells_errors_recipe_store_environment_and_throughput(report: P
     assert f"{misses / 12:.2%} {misses} of 12; 95 %:" in text
     for source in SHORT.sources.values():
         assert " ".join(source.split()) in text
-    told = json.loads((report.parent / "run.json").read_text())
+    description = json.loads((report.parent / "run.json").read_text())
     for fact in (
-        told["store"]["fingerprint"],
-        told["environment"]["torch"],
+        description["store"]["fingerprint"],
+        description["environment"]["torch"],
         "Images per second",
         "3, here 2",
         "16, here 10",
     ):
         assert fact in text
-    assert json.loads((store / "manifest.json").read_text())["fingerprint"] == told["store"]["fingerprint"]
+    assert json.loads((store / "manifest.json").read_text())["fingerprint"] == description["store"]["fingerprint"]
 
 
-def test_an_imported_network_has_a_page_too(trained_run: Path) -> None:
-    """It has no metrics.jsonl; its evaluations are of every kind, and of these the page tells."""
+def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(trained_run: Path) -> None:
     (trained_run / "metrics.jsonl").unlink()
-    trained = Trained.open(trained_run, None, "cpu", "fp32")
+    trained = TrainedRun.open(trained_run, None, "cpu", "fp32")
     for views in (10, "dense"):
         record_evaluation(
             trained_run,
             {
-                "step": trained.state["step"],
+                "step": trained.checkpoint.step,
                 "split": "val",
                 "split_fingerprint": "f",
                 "views": views,
@@ -120,31 +120,31 @@ def test_an_imported_network_has_a_page_too(trained_run: Path) -> None:
             },
             EvalResult(0.5, 0.25, 1.0, 12),
         )
-    names = [plate.name for plate in plates(trained)]
+    names = [figure.name for figure in run_figures(trained)]
     assert names[0] == "kernels" and len(names) == 7
-    text = Page(page(trained, [])).text
-    for words in ("No training step was logged", "Top-1 error, ten views", "Top-5 error, dense windows"):
-        assert words in text
+    page_text = Page(report_page(trained, [])).text
+    for text in ("No training step was logged", "Top-1 error, ten views", "Top-5 error, dense windows"):
+        assert text in page_text
 
 
 def browser() -> str | None:
-    """Where a Chromium is: CHROMIUM in the environment, on the path, or as Playwright installed it."""
+    """The path of a Chromium: CHROMIUM in the environment, on PATH, or installed by Playwright; or None."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
     return next((path for path in named if path), None)
 
 
-# The page in frames of a desktop's and a phone's width, in light and dark; a frame of the same origin can be asked.
+# The report in frames of the width of a desktop and of a phone; scripts can measure a frame of the same origin.
 _WATCH = """<!DOCTYPE html><body><script>
-const found = [];
+const frames = [];
 for (const width of [1280, 390]) {
   const frame = document.createElement("iframe");
   frame.style.cssText = `width: ${width}px; height: 800px; border: 0`;
   frame.srcdoc = PAGE;
   frame.onload = () => {
     const page = frame.contentDocument;
-    found.push({
+    frames.push({
       width, room: page.documentElement.clientWidth, content: page.documentElement.scrollWidth,
       pictures: [...page.images].map(i => i.complete && i.naturalWidth > 0 && i.getBoundingClientRect().width > 300),
       boxes: [...page.querySelectorAll("figure, table, h1, h2, p, dl")].filter(
@@ -152,14 +152,14 @@ for (const width of [1280, 390]) {
       requests: frame.contentWindow.performance.getEntriesByType("resource").map(e => e.name).filter(
         name => !name.startsWith("data:")),
     });
-    document.title = JSON.stringify(found);
+    document.title = JSON.stringify(frames);
   };
   document.body.append(frame);
 }
 </script></body>"""
 
 
-def test_chromium_draws_every_picture_at_desktop_and_phone_width(report: Path, tmp_path: Path) -> None:
+def test_chromium_draws_every_figure_at_desktop_and_phone_width(report: Path, tmp_path: Path) -> None:
     chromium = browser()
     if chromium is None:
         pytest.skip(
@@ -168,15 +168,15 @@ def test_chromium_draws_every_picture_at_desktop_and_phone_width(report: Path, t
         )
     watch = tmp_path / "watch.html"
     watch.write_text(_WATCH.replace("PAGE", json.dumps(report.read_text()).replace("</", "<\\/")))
-    words = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    words += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom"]
-    done = subprocess.run([*words, watch.as_uri()], capture_output=True, text=True, timeout=120, check=True)
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,1000", "--dump-dom"]
+    done = subprocess.run([*command, watch.as_uri()], capture_output=True, text=True, timeout=120, check=True)
     assert ":CONSOLE" not in done.stderr
     title = re.search(r"<title>(.*?)</title>", done.stdout, re.S)
     assert title is not None, done.stderr[-2000:]
-    found = json.loads(html.unescape(title[1]))
-    assert sorted(frame["width"] for frame in found) == [390, 1280]
-    for frame in found:
+    frames = json.loads(html.unescape(title[1]))
+    assert sorted(frame["width"] for frame in frames) == [390, 1280]
+    for frame in frames:
         assert frame["content"] <= frame["room"], "wider than the screen"
         assert frame["pictures"] == [True] * 8
         assert frame["boxes"] == 0 and frame["requests"] == []

@@ -1,0 +1,96 @@
+"""A trained run, opened to look at what it learned: network, checkpoint, store, preprocessing, cached predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from pipeline.still_image import EvalTransform
+from prep.console import UserError
+from prep.store.manifest import Store
+from train.config.devices import parse_devices
+from train.evaluation.predictions import Predictions, load_predictions, predict_split, record_evaluation
+from train.model.alexnet import AlexNet
+from train.runs.checkpoint import Checkpoint
+from train.runs.loading import load_trained, run_and_checkpoint
+from train.runs.preprocessing import find_store, load_eval_transform
+from train.runs.run_dir import read_description
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A network from a checkpoint of a run, and the store whose images it is shown. Make one with `TrainedRun.open`."""
+
+    run_dir: Path
+    network: AlexNet
+    checkpoint: Checkpoint
+    store: Store | None  # None: no store was named, and the training store is not where it was
+    precision: str = "fp32"
+
+    @staticmethod
+    def open(run_dir: Path, store: Path | None, gpus: str | None, precision: str, which: str = "last") -> TrainedRun:
+        """Load a run's checkpoint and find its store.
+
+        run_dir    a run folder, or a checkpoint file
+        store      a folder; None: the training store, if it is still where it was
+        gpus       the value of --gpus
+        precision  one of train.config.choices.PRECISIONS
+        which      the checkpoint: "last", "best" or a file
+
+        Raises UserError as load_trained, find_store and parse_devices.
+        """
+        run_dir, which = run_and_checkpoint(run_dir, which)
+        network, checkpoint = load_trained(run_dir, parse_devices(gpus), which)
+        return TrainedRun(run_dir, network, checkpoint, find_store(run_dir, checkpoint, store), precision)
+
+    @property
+    def classes(self) -> Sequence[str]:
+        """Names of the classes; a label is an index into them."""
+        return self.checkpoint.classes
+
+    @cached_property
+    def description(self) -> dict[str, Any]:
+        """The content of run.json."""
+        return read_description(self.run_dir)
+
+    @cached_property
+    def transform(self) -> EvalTransform:
+        """The evaluation preprocessing of this network for single images."""
+        return load_eval_transform(self.run_dir, self.network.recipe)
+
+    def require_store(self, split: str) -> Store:
+        """The store. Raises UserError if there is none, or it does not have the split."""
+        if self.store is None:
+            raise UserError(f"{self.run_dir}: its training store is not where it was. Name it with --store.")
+        self.store.split(split)
+        return self.store
+
+    def predictions(self, split: str) -> Predictions:
+        """Probabilities of a split by the centre crop: read from the run folder, or computed and saved there.
+
+        The file `scores-val-00000232.npz` is of step 232; one of another checkpoint, split or precision is replaced.
+        """
+        store = self.require_store(split)
+        path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"
+        expected = {
+            "checkpoint": self.checkpoint.digest,
+            "split_fingerprint": store.split(split).fingerprint,
+            "precision": self.precision,
+        }
+        try:
+            saved = load_predictions(path)
+            if all(saved.about.get(key) == value for key, value in expected.items()):
+                return saved
+        except UserError:
+            pass  # missing or damaged: computed again
+        result, predictions = predict_split(
+            self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
+        )
+        record_evaluation(self.run_dir, predictions.about, result)
+        for old in self.run_dir.glob(f"scores-{split}-*.npz"):
+            old.unlink()
+        predictions.save(path)
+        return predictions
