@@ -1,3 +1,1 @@
-"""Photographs into a store: rescale, pack into sharded LMDB, measure the colours exactly. Imports neither torch nor
-DALI.
-"""
+"""alexprep: builds LMDB stores of rescaled photographs with exact colour statistics. Imports neither torch nor DALI."""

@@ -1,7 +1,7 @@
-"""What pip runs when it installs the package: compiles the native.c of each room if a C compiler is there.
+"""Build hook of pip: compiles each room's kernels.c at installation, if a C compiler is available.
 
-The compiler is $CC or cc. Where it can make a function for each kind of CPU it does, so that what was built on one
-machine runs on any of its architecture, as fast as that allows.
+The compiler is $CC or cc. Where the compiler supports it, each function is compiled for two kinds of CPU, so that a
+library built on one machine runs on any of its architecture, and on x86 uses AVX2 if the CPU has it.
 """
 
 from __future__ import annotations
@@ -17,41 +17,45 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# Results are as without: only errno and floating-point traps, which nobody reads, would keep vectors out of loops.
+# Neither -fno option changes results. Without them errno and floating-point traps, which are not used here, would keep
+# the compiler from vectorizing loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
 def compile_native(source: Path) -> Path | None:
-    """Compile `source` to the library beside it that prep/compiled.py will look for; None where that cannot be done.
+    """Compile `source` to the library beside it that prep/compiled.py looks for. Returns its path, or None on failure.
 
-    The name is that of compiled.library_path, which cannot be imported: pip builds where the package is not.
+    The name is the one of compiled.library_path, which cannot be imported: pip builds before the package is installed.
+    Libraries of earlier versions of `source` are removed.
     """
     library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
     try:
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
-            made = Path(folder, library.name)
-            for clones in (["-DCLONES"], []):
-                words = [*compiler, *FLAGS, *clones, str(source), "-o", str(made)]
-                if subprocess.run(words, capture_output=True, check=False).returncode == 0:
+            output = Path(folder, library.name)
+            for clones in (["-DCLONES"], []):  # target_clones is missing in some compilers
+                command = [*compiler, *FLAGS, *clones, str(source), "-o", str(output)]
+                if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                     for old in source.parent.glob(f"{source.stem}-*.so"):
                         old.unlink()
-                    made.replace(library)
+                    output.replace(library)
                     return library
-    except OSError:  # no such compiler, or a folder that cannot be written to
+    except OSError:  # the compiler does not exist, or the folder is read-only
         pass
     return None
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
-    """Adds the libraries to the wheel, which is then one for this platform; any Python 3 can load them."""
+    """Adds the libraries to the wheel, which is then tagged for this platform; any Python 3 can load them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Called by hatchling before it gathers files."""
+        """Compile the kernels; hatchling calls this before it collects the files of the wheel."""
         for source in sorted(Path(self.root).glob("*/*/kernels.c")):
             library = compile_native(source)
             if library is None:
-                self.app.display_warning(f"{source.relative_to(self.root)} was not compiled: what it does takes longer")
+                self.app.display_warning(
+                    f"{source.relative_to(self.root)} was not compiled: slower code is used instead"
+                )
                 continue
             platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data.update(pure_python=False, tag=f"py3-none-{platform}")

@@ -1,1 +1,1 @@
-"""Operations on one picture: decode, rescale, encode, and colour statistics."""
+"""Operations on one image: decode, rescale, crop to the central square, encode, and sum its colours."""

@@ -1,9 +1,9 @@
-"""One picture: a file's bytes to RGB pixels, and pixels to the bytes that a record carries.
+"""Image decoding (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM to RGB) with limits for hostile files; JPEG and PPM encoding.
 
-The format is sniffed from the content, never taken from the name: ILSVRC holds a PNG and 22 CMYK JPEGs under .JPEG.
-EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. Plain colour JPEGs, nearly all there are, go
-through libjpeg-turbo alone (simplejpeg), a quarter faster than through Pillow and the same pixels; what it refuses or
-warns of, and every other format, is for Pillow to judge.
+The format is detected from the content, never from the file name: ILSVRC holds a PNG and 22 CMYK JPEGs named .JPEG.
+EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. libjpeg-turbo (prep.images.jpeg) decodes colour
+JPEGs, which nearly all files are: a quarter faster than Pillow, to the same pixels. Pillow decodes the other formats,
+and the JPEGs that libjpeg-turbo refuses or warns about.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from PIL import Image, UnidentifiedImageError
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 from prep.images.rescale import rescaled_size
 
-MAX_PIXELS = 100_000_000  # of a source, and of what it is rescaled to: beyond it a file is a bomb, not a photograph
+MAX_PIXELS = 100_000_000  # of an input, and of the rescaled image; a larger one is taken for a decompression bomb
 MAX_FILE_BYTES = 256_000_000
+UNKNOWN_FORMAT = "not an image in a known format"
 
 T = TypeVar("T")
 
-_ORIENTATION = 0x0112
-_READ = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names: never EPS, which starts a program
-_HEADS = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-_MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of ten scans may have twice MAX_PIXELS
-_MAX_SEGMENTS = 10_000  # of a JPEG before its picture: Pillow takes a microsecond and more for each
-_UNDO = {
+_EXIF_ORIENTATION = 0x0112
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; not EPS, which starts Ghostscript
+_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
+_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of ten scans may have twice MAX_PIXELS
+_MAX_SEGMENTS = 10_000  # of a JPEG before its first scan; Pillow takes at least a microsecond for each
+_UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,50 +43,56 @@ _UNDO = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_SAME = "jpeg"  # what a record of ILSVRC usually is; any other container is accounted as a conversion
-_MODES = {"L": "grey", "LA": "grey", "1": "grey", "CMYK": "cmyk", "P": "palette", "PA": "palette", "RGBA": "alpha"}
+_USUAL_CONTAINER = "jpeg"  # the container of ILSVRC's files; any other counts as a conversion
+_CONVERTED_MODES = {  # Pillow's modes, by the names in DecodedImage.converted
+    "L": "grey",
+    "LA": "grey",
+    "1": "grey",
+    "CMYK": "cmyk",
+    "P": "palette",
+    "PA": "palette",
+    "RGBA": "alpha",
+}
 
 
 class BadImage(ValueError):
-    """A file that is no usable picture; the message is the reason, without the file's name."""
+    """A file that cannot be used as an image. The message is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """RGB pixels and what it took to get them."""
+    """RGB pixels, and how they were obtained."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    converted: tuple[
-        str, ...
-    ]  # what it was, where not an RGB JPEG: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
-    orientation: int  # EXIF orientation, 1 where there is none: said, not applied
+    converted: tuple[str, ...]  # what was converted, of "grey", "cmyk", "palette", "alpha", "16-bit", "png"…; else ()
+    orientation: int  # EXIF orientation, 1 if there is none; not applied
 
 
 def decode_image(content: bytes) -> DecodedImage:
-    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB; raises BadImage with the reason.
+    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB. Raises BadImage with the reason.
 
-    Of an animation or a file of several pictures the first. Bounded by MAX_PIXELS in memory and, by the number of
-    scans of a progressive JPEG, in time.
+    Of an animation or a file with several images, the first. Memory is bounded by MAX_PIXELS; time is bounded, too,
+    through the number of scans of a progressive JPEG.
     """
     if not content:
         raise BadImage("empty file")
-    picture = _read_jpeg(content) if content.startswith(_HEADS[0]) else None
-    return picture or _with_pillow(content, lambda image: _decode(image, content))
+    image = _decode_color_jpeg(content) if content.startswith(_SIGNATURES[0]) else None
+    return image or _with_pillow(content, lambda opened: _decode_with_pillow(opened, content))
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file that begins with `head`, 4 bytes at the least, can be of a format that decode_image knows."""
-    return head.startswith(_HEADS)
+    """Whether a file that begins with `head`, at least 4 bytes, may be in a format that decode_image reads."""
+    return head.startswith(_SIGNATURES)
 
 
-def _read_jpeg(content: bytes) -> DecodedImage | None:
-    """An RGB or YCbCr JPEG that libjpeg-turbo reads without a warning; None for any other."""
+def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other and if libjpeg-turbo warns."""
     has_exif = _has_exif(content)
     try:
-        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+        height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
         _check_size(width, height)
         _check_scans(width, height, content)
-        if colours not in ("YCbCr", "RGB"):
+        if color_space not in ("YCbCr", "RGB"):
             return None
         pixels = decode_jpeg(content)
     except BadImage:
@@ -94,69 +101,73 @@ def _read_jpeg(content: bytes) -> DecodedImage | None:
         return None
     orientation = 1
     if has_exif:
-        with suppress(BadImage):  # a broken EXIF block says nothing about the picture
-            orientation = _with_pillow(content, _orientation)
+        with suppress(BadImage):  # a broken EXIF block is ignored: the pixels are good
+            orientation = _with_pillow(content, _exif_orientation)
     return DecodedImage(pixels, (), orientation)
 
 
 def _has_exif(content: bytes) -> bool:
-    """Walks the segments before the first scan: FF, more of them as filling, a marker, a length."""
-    at = 2
+    """Whether a JPEG has an EXIF segment before its first scan. Raises BadImage for too many segments.
+
+    A segment is FF, any number of FF as padding, a marker, and the segment's length.
+    """
+    offset = 2
     for _ in range(_MAX_SEGMENTS):
-        while content[at : at + 2] == b"\xff\xff":
-            at += 1
-        if content[at : at + 1] != b"\xff" or content[at + 1 : at + 2] == b"\xda":
+        while content[offset : offset + 2] == b"\xff\xff":
+            offset += 1
+        if content[offset : offset + 1] != b"\xff" or content[offset + 1 : offset + 2] == b"\xda":
             return False
-        if content[at + 1 : at + 2] == b"\xe1" and content.startswith(b"Exif\0\0", at + 4):
+        if content[offset + 1 : offset + 2] == b"\xe1" and content.startswith(b"Exif\0\0", offset + 4):
             return True
-        at += 2 + max(int.from_bytes(content[at + 2 : at + 4]), 2)
-        if at + 4 > len(content):
+        offset += 2 + max(int.from_bytes(content[offset + 2 : offset + 4]), 2)
+        if offset + 4 > len(content):
             return False
-    raise BadImage(f"more than {_MAX_SEGMENTS:,} segments before the picture")
+    raise BadImage(f"more than {_MAX_SEGMENTS:,} segments before the first scan")
 
 
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
+    """Open `content` with Pillow and return `use(image)`. Raises BadImage for whatever Pillow raises."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Pillow warns of is either harmless (odd EXIF) or judged here (size)
+        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data, which is harmless, and of sizes checked here
         try:
-            with Image.open(io.BytesIO(content), formats=_READ) as image:
+            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 return use(image)
         except BadImage:
             raise
         except UnidentifiedImageError:
-            raise BadImage("not a picture in a format that is known") from None
+            raise BadImage(UNKNOWN_FORMAT) from None
         except Image.DecompressionBombError:
             raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # Pillow's decoders raise whatever the broken bytes lead them to
+        except Exception as error:  # broken bytes can make Pillow's decoders raise anything
             raise BadImage(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
 
 
-def _decode(image: Image.Image, content: bytes) -> DecodedImage:
+def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
     width, height = image.size
     _check_size(width, height)
-    if image.format in ("JPEG", "MPO"):  # libjpeg takes more kinds than simplejpeg has a name for
+    if image.format in ("JPEG", "MPO"):  # also JPEGs of colour spaces that _decode_color_jpeg leaves to Pillow
         _check_scans(width, height, content)
     converted = []
     container = (image.format or "unknown").lower()
-    if container not in (_SAME, "mpo"):  # an MPO is a JPEG that is followed by others
+    if container not in (_USUAL_CONTAINER, "mpo"):  # an MPO is a JPEG followed by more JPEGs
         converted.append(container)
-    orientation = _orientation(image)
-    if container == "tiff" and orientation in _UNDO:  # of this format alone Pillow applies it
+    orientation = _exif_orientation(image)
+    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # Pillow applies it, in this format only
         image.load()
-        image = image.transpose(_UNDO[orientation])
+        image = image.transpose(_UNDO_ORIENTATION[orientation])
     mode = image.mode
-    if mode in _MODES:
-        converted.append(_MODES[mode])
-    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # the latter a PGM
+    if mode in _CONVERTED_MODES:
+        converted.append(_CONVERTED_MODES[mode])
+    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # the latter is a 16-bit PGM
         converted += ["16-bit", "grey"]
-        numbers = np.asarray(image)
-        pixels = np.empty((*numbers.shape, 3), np.uint8)
-        for top in range(0, len(numbers), 256):
-            pixels[top : top + 256] = (numbers[top : top + 256] >> 8)[..., None]
-    elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_MODES):
+        levels = np.asarray(image)
+        pixels = np.empty((*levels.shape, 3), np.uint8)
+        for top in range(0, len(levels), 256):  # in blocks, to save memory
+            pixels[top : top + 256] = (levels[top : top + 256] >> 8)[..., None]
+    elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_CONVERTED_MODES):
         pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
     else:
-        raise BadImage(f"pixel type {mode}, expected 8 or 16 bits a channel")
+        raise BadImage(f"pixel type {mode}, expected 8 or 16 bits per channel")
     return DecodedImage(pixels, tuple(converted), orientation)
 
 
@@ -166,24 +177,27 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_scans(width: int, height: int, content: bytes) -> None:
-    if width * height * len(content) > 16 * _MAX_SCANNED:  # a scan has a header of ten bytes and more
+    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # a scan takes ten bytes or more: small files pass
         scans = content.count(b"\xff\xda")
-        if width * height * scans > _MAX_SCANNED:
+        if width * height * scans > _MAX_SCANNED_PIXELS:
             raise BadImage(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
 
 
-def _orientation(image: Image.Image) -> int:
+def _exif_orientation(image: Image.Image) -> int:
     if "exif" not in image.info and image.format != "TIFF":
         return 1
     try:
-        value = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block says nothing about the picture
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    except Exception:  # a broken EXIF block is ignored: the pixels may be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
-    """Raise BadImage where the whole rescaled picture, which `keep_aspect` keeps, would be beyond reason."""
+    """Raise BadImage if the whole rescaled image, which is stored with `keep_aspect`, would be too large.
+
+    The limits are MAX_PIXELS, and 65,000 px for a side (libjpeg's limit is 65,500).
+    """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
     if keep_aspect and (new_width * new_height > MAX_PIXELS or max(new_width, new_height) > 65_000):
@@ -191,17 +205,21 @@ def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect
 
 
 def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
-    """uint8 (H, W, 3) to a baseline 4:2:0 JPEG of `quality`, or to a PPM whose header fills exactly one row."""
+    """Encode uint8 (H, W, 3) for a record: a baseline 4:2:0 JPEG of `quality`, or with `format` "ppm" a PPM.
+
+    The PPM's header fills exactly one row of pixels (see ppm_header); `quality` is then unused.
+    """
     if format == "ppm":
         return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
     return encode_jpeg(pixels, quality)
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """A P6 header of 3·width bytes: a comment pads it to one row of pixels.
+    """A P6 header of 3·width bytes: a comment pads it to the size of one row of pixels.
 
-    Any image library opens the file, and one that knows may take its bytes as uint8 (height + 1, width, 3) whose first
-    row is not picture: no decoder, no copy. Raises ValueError where `width` is too small for a header (under 11 px).
+    Any image library opens such a file. A reader that knows of the padding can take its bytes as uint8
+    (height + 1, width, 3) and skip the first row: no decoder, no copy. Raises ValueError if `width` is too small for a
+    header (under 11 px).
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)

@@ -1,7 +1,7 @@
-"""Exact colour moments, and the principal components of RGB that come from them.
+"""Colour statistics: exact sums over pixels, and from them the mean and the principal components of RGB.
 
-Sums of 8-bit pixels and of their products are integers, so they are gathered as integers: the answer is the same bits
-for any number of workers, any order and any machine, and the moments of two sets of pictures simply add up.
+Sums of 8-bit pixels and of their products are integers and are kept as integers. So the result is the same, bit for
+bit, for any number of workers, any order and any machine, and the moments of two sets of images can be added.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_LINES = 256  # 256 · 255² < 2^24, the mantissa of float32
-_MOST_PENDING = 257  # pictures whose 8-bit numbers add up to less than 2^16
+_EXACT_ROWS = 256  # rows whose products float32 sums exactly: 256 · 255² < 2^24, its mantissa
+_MAX_PENDING = 257  # images whose 8-bit values uint16 sums without overflow: 257 · 255 < 2^16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Pixel count, sum of RGB, sum of RGB·RGBᵀ: Python integers, which do not overflow."""
+    """Pixel count and sums over pixels, as Python integers, which do not overflow. Two of them can be added."""
 
     pixels: int = 0
-    total: tuple[int, ...] = (0, 0, 0)
-    outer: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0), (0, 0, 0))
+    total: tuple[int, ...] = (0, 0, 0)  # sum of RGB
+    outer: tuple[tuple[int, ...], ...] = ((0, 0, 0), (0, 0, 0), (0, 0, 0))  # sum of RGB·RGBᵀ
 
     @staticmethod
-    def of(picture: npt.NDArray[np.uint8]) -> Moments:
-        """Moments of one uint8 (H, W, 3) picture of at most 2^37 pixels."""
+    def of(image: npt.NDArray[np.uint8]) -> Moments:
+        """Moments of one image, uint8 (H, W, 3), of at most 2^37 pixels."""
         sums = PixelSums(0)
-        sums.add(picture)
+        sums.add(image)
         return sums.moments
 
     def __add__(self, other: Moments) -> Moments:
@@ -54,7 +54,7 @@ class Moments:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As plain integers."""
+        """As a JSON object of integers."""
         return {"pixels": self.pixels, "total": list(self.total), "outer": [list(row) for row in self.outer]}
 
     @staticmethod
@@ -64,76 +64,76 @@ class Moments:
 
 
 class PixelSums:
-    """Adds up pictures: the moments of all their pixels, and the sum of their central squares of `side_px`."""
+    """Sums over images: the moments of all their pixels, and the sum of their central squares of `side_px`."""
 
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px
         self._pixels = 0
         self._sums = np.zeros(9, np.int64)  # R, G, B, RR, RG, RB, GG, GB, BB
-        self._square = np.zeros((side_px, side_px, 3), np.uint16)  # of at most _MOST_PENDING pictures
+        self._pending_squares = np.zeros((side_px, side_px, 3), np.uint16)  # sum of at most _MAX_PENDING squares
         self._squares = np.zeros((side_px, side_px, 3), np.int64)
         self._pending = 0
 
-    def add(self, picture: npt.NDArray[np.uint8]) -> None:
-        """One uint8 (H, W, 3) picture of at most 2^37 pixels; where there are squares, no side below `side_px`."""
-        height, width = picture.shape[:2]
-        square = central_square(picture, self.side_px)
+    def add(self, image: npt.NDArray[np.uint8]) -> None:
+        """Add one image, uint8 (H, W, 3), of at most 2^37 pixels and with no side shorter than `side_px`."""
+        height, width = image.shape[:2]
+        square = central_square(image, self.side_px)
         if kernels.native:
-            kernels.native.add_moments(picture, self._sums)
-            kernels.native.add_square(square, self._square)
+            kernels.native.add_moments(image, self._sums)
+            kernels.native.add_square(square, self._pending_squares)
         else:
-            _add_moments(picture, self._sums)
-            self._square += square
+            _add_moments(image, self._sums)
+            self._pending_squares += square
         self._pixels += height * width
         self._pending += 1
-        if self._pending == _MOST_PENDING:
+        if self._pending == _MAX_PENDING:
             self.square_sum()
 
     @property
     def moments(self) -> Moments:
-        """Of all pixels so far: fewer than 2^47 of them."""
+        """Moments of all pixels added so far, which must be fewer than 2^47."""
         r, g, b, rr, rg, rb, gg, gb, bb = self._sums.tolist()
         return Moments(self._pixels, (r, g, b), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
     def square_sum(self) -> npt.NDArray[np.int64]:
-        """int64 (side_px, side_px, 3): the sum of all central squares so far."""
-        self._squares += self._square
-        self._square[:] = 0
+        """Sum of all central squares added so far, int64 (side_px, side_px, 3)."""
+        self._squares += self._pending_squares
+        self._pending_squares[:] = 0
         self._pending = 0
         return self._squares
 
 
-def _add_moments(picture: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
-    """What kernels.c's add_moments does.
+def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
+    """The same as add_moments in kernels.c, with NumPy.
 
-    Columns of 256 products of 8-bit numbers add up to less than 2^24, so float32, the fastest, is exact; what they
-    give is added in float64, exact up to 2^53. RGB stays interleaved: a line times itself shifted by one number holds
-    R·G and G·B, shifted by two R·B.
+    A column of 256 products of 8-bit numbers sums to less than 2^24, so float32, the fastest type, is exact. These sums
+    are added in float64, which is exact up to 2^53. RGB stays interleaved: a row times itself shifted by one number
+    contains R·G and G·B, shifted by two R·B.
     """
-    height, width = picture.shape[:2]
-    lines = picture.reshape(height, 3 * width)
-    found = np.zeros((4, 3 * width))  # of x, x², x·next, x·next but one
-    for start in range(0, height, _EXACT_LINES):
-        block = lines[start : start + _EXACT_LINES].astype(np.float32)
-        found[0] += np.ones(len(block), np.float32) @ block
+    height, width = image.shape[:2]
+    rows = image.reshape(height, 3 * width)
+    column_sums = np.zeros((4, 3 * width))  # of x, x², x times the next number, x times the next but one
+    for start in range(0, height, _EXACT_ROWS):
+        block = rows[start : start + _EXACT_ROWS].astype(np.float32)
+        column_sums[0] += np.ones(len(block), np.float32) @ block
         for shift in range(3):
             end = 3 * width - shift
-            found[1 + shift, :end] += np.einsum("ij,ij->j", block[:, :end], block[:, shift:])
-    total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = found.reshape(4, width, 3).sum(axis=1).astype(np.int64)
+            column_sums[1 + shift, :end] += np.einsum("ij,ij->j", block[:, :end], block[:, shift:])
+    total, (rr, gg, bb), (rg, gb, _), (rb, _, _) = column_sums.reshape(4, width, 3).sum(axis=1).astype(np.int64)
     sums += (*total, rr, rg, rb, gg, gb, bb)
 
 
 def compute_color_stats(records: int, moments: Moments) -> ColorStats:
-    """Mean, covariance (divisor pixels − 1, as numpy.cov's) and principal components of RGB, on the scale 0..255.
+    """Mean, covariance (divisor pixels − 1, as in numpy.cov) and principal components of RGB, on the scale 0..255.
 
-    Eigenvalues descend. Of the two signs of each eigenvector the one with a positive red component is given (where red
-    is zero, the first component that is not): natural pictures have a red component well away from zero in all three,
-    so the sign does not flip from one data set to the next. The covariance is formed in integers, then divided once.
-    Raises StoreError for fewer than two pixels.
+    Eigenvalues descend. Each eigenvector has a positive red component (if red is zero, its first nonzero component is
+    positive). In natural images the red component of all three is well away from zero, so the sign does not flip from
+    one data set to the next. The covariance is formed in integers, then divided once. Raises StoreError for fewer than
+    two pixels.
     """
     n = moments.pixels
     if n < 2:
-        raise StoreError(f"colour statistics need two pixels at the least, the store has {n}")
+        raise StoreError(f"colour statistics need at least two pixels, the store has {n}")
     covariance = np.array(
         [
             [(n * moments.outer[i][j] - moments.total[i] * moments.total[j]) / (n * (n - 1)) for j in range(3)]
@@ -157,16 +157,18 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
 
 
 def recompute_color_stats(store: Store, split: str, runner: Runner, report: Progress) -> ColorStats:
-    """Statistics of the stored pictures themselves, decoded again by all workers.
+    """Compute the statistics of a split again from its records, which `runner` decodes, one task for each shard.
 
-    For ppm the same to the bit as the build's; for jpeg the pixels after compression, so the last digits differ.
-    Raises StoreError naming shard, key and source of a record that is damaged.
+    For ppm they equal the build's, bit for bit. For jpeg they are those of the pixels after compression, so the last
+    digits differ. Raises StoreError with shard and key of a damaged record.
     """
     moments, records = Moments(), 0
     paths = store.shard_paths(split)
     for path, result in runner.map(_shard_moments, paths, lambda counts: report.update(counts.done)):
         if isinstance(result, WorkerDied):
-            raise StoreError(f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify")
+            raise StoreError(
+                f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify"
+            )
         moments, records = moments + result[0], records + result[1]
     return compute_color_stats(records, moments)
 

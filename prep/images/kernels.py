@@ -1,6 +1,6 @@
-"""The inner loops of a build in C (kernels.c); `native` is None where they could not be compiled (compiled.py).
+"""Compiled loops for rescaling and colour sums (kernels.c). `native` is None if they are not available.
 
-rescale.py and colour.py do the same in NumPy, with the same bits.
+See prep.compiled for the reasons. rescale.py and color_stats.py then compute the same bits with NumPy.
 """
 
 from __future__ import annotations
@@ -21,28 +21,29 @@ Floats = npt.NDArray[np.float64]
 SOURCE = Path(__file__).with_name("kernels.c")
 
 
-class Pass(ctypes.Structure):
-    """One pass of a separable filter: output k is the sum over t of weights[k, t] · input[lows[k] + t].
+class FilterPass(ctypes.Structure):
+    """One pass of a separable filter: output k is the sum over t of weights[k, t] · input[first_inputs[k] + t].
 
-    lows: int64 (outputs,). weights: float32 or float64 (outputs, taps), two taps at the least; zero where there is no
-    such input.
+    first_inputs: int64 (outputs,). weights: float32 or float64 (outputs, taps), at least two taps; zero for inputs
+    beyond the image.
     """
 
     _fields_ = (
         ("outputs", ctypes.c_int64),
         ("taps", ctypes.c_int64),
-        ("_lows", ctypes.c_void_p),
+        ("_first_inputs", ctypes.c_void_p),
         ("_weights", ctypes.c_void_p),
     )
 
-    def __init__(self, lows: npt.NDArray[np.int64], weights: npt.NDArray[Any]) -> None:
-        self.lows, self.weights = np.ascontiguousarray(lows), np.ascontiguousarray(weights)  # kept while C points there
-        self.size = self.lows.nbytes + self.weights.nbytes
-        super().__init__(*weights.shape, self.lows.ctypes.data, self.weights.ctypes.data)
+    def __init__(self, first_inputs: npt.NDArray[np.int64], weights: npt.NDArray[Any]) -> None:
+        self.first_inputs = np.ascontiguousarray(first_inputs)  # both arrays stay alive while C points to them
+        self.weights = np.ascontiguousarray(weights)
+        self.size = self.first_inputs.nbytes + self.weights.nbytes  # bytes
+        super().__init__(*weights.shape, self.first_inputs.ctypes.data, self.weights.ctypes.data)
 
 
 class NativeKernels:
-    """The library's functions. Raises AttributeError where it lacks one."""
+    """The functions of the library. Raises AttributeError if one is missing."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -52,15 +53,16 @@ class NativeKernels:
         self._lines = library.add_lines
         self._lines.argtypes = [pointer, number, number, number, pointer]
         for function in self._rescale.values():
-            function.argtypes = [pointer, number, Pass, Pass, pointer, pointer]
+            function.argtypes = [pointer, number, FilterPass, FilterPass, pointer, pointer]
         for function in (*self._rescale.values(), self._moments, self._lines):
             function.restype = None
 
-    def rescale(self, pixels: npt.NDArray[np.uint8], down: Pass, across: Pass) -> npt.NDArray[np.uint8]:
-        """uint8 (H, W, 3) to uint8 (down.outputs, across.outputs, 3): rows first, rounded, then columns, rounded.
+    def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
+        """Filter uint8 (H, W, 3) down the columns, then across the rows: uint8 (down.outputs, across.outputs, 3).
 
-        Results are clipped to 0..255; halves go to the even number. Both passes' weights are of one type; exact where
-        all sums fit its mantissa, and the numbers between the passes have two bits less.
+        Each pass rounds to the nearest integer, halves to even; results are clipped to 0..255. The weights of both
+        passes have the same type. The result is exact if all sums fit that type's mantissa, and the values between the
+        passes have two bits less.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -75,46 +77,51 @@ class NativeKernels:
         self._moments(pixels.ctypes.data, pixels.size // 3, sums.ctypes.data)
 
     def add_square(self, square: npt.NDArray[np.uint8], sums: npt.NDArray[np.uint16]) -> None:
-        """Add uint8 (side, side, 3), whose rows may lie apart, to `sums`, uint16 (side, side, 3)."""
+        """Add uint8 (side, side, 3), which may be a view of a larger image, to `sums`, uint16 (side, side, 3)."""
         if square.strides[1:] != (3, 1):
             square = np.ascontiguousarray(square)
         side = len(sums)
         self._lines(square.ctypes.data, square.strides[0], side, 3 * side, sums.ctypes.data)
 
 
-def is_correct(kernel: NativeKernels) -> bool:
-    """Whether it computes what it should on a small picture, with one to five rows and three or four columns to each
-    output, in both kinds of numbers.
+def is_correct(kernels: NativeKernels) -> bool:
+    """Self-test: compare with NumPy on a small image.
+
+    Both floating-point types are tested, with one to five rows and three or four columns for each output.
     """
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
-    def draw(n_in: int, n_out: int, taps: int, whole: int) -> tuple[Integers, Floats, Floats]:
-        lows, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
-        weights = (4 * rng.multinomial(whole, np.ones(taps) / taps, n_out) - 3 * whole // taps) / whole  # of both signs
+    def random_pass(n_in: int, n_out: int, taps: int, denominator: int) -> tuple[Integers, Floats, Floats]:
+        """First inputs, weights of both signs in units of 1/denominator, and the same as a dense matrix."""
+        first_inputs, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
+        weights = (
+            4 * rng.multinomial(denominator, np.ones(taps) / taps, n_out) - 3 * denominator // taps
+        ) / denominator
         weights[columns >= rng.integers(1, taps + 1, n_out)[:, None]] = 0
-        weights[lows[:, None] + columns >= n_in] = 0
+        weights[first_inputs[:, None] + columns >= n_in] = 0
         dense = np.zeros((n_out, n_in + taps))
-        dense[np.arange(n_out)[:, None], lows[:, None] + columns] = weights
-        return lows, weights, dense[:, :n_in]
+        dense[np.arange(n_out)[:, None], first_inputs[:, None] + columns] = weights
+        return first_inputs, weights, dense[:, :n_in]
 
-    for dtype, columns in itertools.product((np.float32, np.float64), (3, 4)):
-        (low_rows, row_weights, down), (low_columns, weights, across) = (
-            draw(61, 27, 5, 2**11),
-            draw(83, 35, columns, 2**7),
-        )
+    for dtype, taps_across in itertools.product((np.float32, np.float64), (3, 4)):
+        first_rows, row_weights, down = random_pass(61, 27, 5, 2**11)
+        first_columns, column_weights, across = random_pass(83, 35, taps_across, 2**7)
         between = np.rint(np.einsum("oi,ijc->ojc", down, pixels))
         expected = np.clip(np.rint(np.einsum("pj,ojc->opc", across, between)), 0, 255)
-        passes = Pass(low_rows, row_weights.astype(dtype)), Pass(low_columns, weights.astype(dtype))
-        if not np.array_equal(kernel.rescale(pixels, *passes), expected):
+        passes = (
+            FilterPass(first_rows, row_weights.astype(dtype)),
+            FilterPass(first_columns, column_weights.astype(dtype)),
+        )
+        if not np.array_equal(kernels.rescale(pixels, *passes), expected):
             return False
     moments, square = np.zeros(9, np.int64), np.full((13, 13, 3), 7, np.uint16)
-    kernel.add_moments(pixels, moments)
-    kernel.add_square(pixels[5:18, 11:24], square)
+    kernels.add_moments(pixels, moments)
+    kernels.add_square(pixels[5:18, 11:24], square)
     flat = pixels.reshape(-1, 3).astype(np.int64)
     outer = (flat.T @ flat)[np.triu_indices(3)]
-    right = np.array_equal(moments, [*flat.sum(axis=0), *outer])
-    return right and np.array_equal(square, pixels[5:18, 11:24].astype(np.uint16) + 7)
+    moments_are_right = np.array_equal(moments, [*flat.sum(axis=0), *outer])
+    return moments_are_right and np.array_equal(square, pixels[5:18, 11:24].astype(np.uint16) + 7)
 
 
 native = compiled.load(compiled.library_path(SOURCE), NativeKernels, is_correct)

@@ -1,15 +1,15 @@
 """Rescaling: the shorter side to a given length, then the central square (the paper, section 2).
 
-Weights are integers that sum to a power of two and every partial sum fits the float's mantissa, so floating point is
-exact here: the same pixels come out whatever order, vector width or fused multiply-add is used. That is done by a
-compiled kernel (kernels.c), and where it could not be compiled by products with banded matrices, block by block in BLAS.
-Only the rows and columns that the square needs are computed.
+The result is the same, bit for bit, on every machine. Filter weights are integers that sum to a power of two, and every
+partial sum fits the float's mantissa. So floating point is exact, whatever the order of additions, the vector width or
+the use of fused multiply-add. A compiled kernel (kernels.c) computes the sums; without it, BLAS multiplies with banded
+matrices, block by block. Only the rows and columns that the square needs are computed.
 
-`area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as
+`area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as in
 OpenCV's INTER_AREA, which made the authors' 2014 data set (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX
-is not this: it takes or leaves whole pixels, and on ILSVRC's sizes differs by 4 grey levels on average and by over
-100 at edges. The other kernels are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each
-widened by the scale when shrinking) without its 8-bit rounding between the passes.
+differs: it takes or leaves whole pixels. On ILSVRC's sizes it is off by 4 grey levels on average and by over 100 at
+edges. The other filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by
+the scale when shrinking) without its 8-bit rounding between the passes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """(width, height) in px once the shorter side is `side_px`; the longer is rounded to the nearest, halves up."""
+    """(width, height) in px after rescaling the shorter side to `side_px`; the longer one is rounded, halves up."""
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
 
@@ -39,11 +39,11 @@ def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
 def rescale(
     pixels: npt.NDArray[np.uint8], side_px: int = 256, keep_aspect: bool = False, filter: str = "area"
 ) -> npt.NDArray[np.uint8]:
-    """Rescale uint8 (H, W, 3) to `side_px` on the shorter side; the central square of it unless `keep_aspect`.
+    """Rescale uint8 (H, W, 3) to `side_px` on the shorter side; return its central square, or all with `keep_aspect`.
 
-    Returns uint8 (side_px, side_px, 3), or with `keep_aspect` (H', W', 3) as rescaled_size says. The square begins at
-    (longer − side_px) // 2. `filter` is one of FILTERS; `area` enlarges by `bicubic`, there being no area to average.
-    Raises ValueError for another name.
+    Returns uint8 (side_px, side_px, 3), or with `keep_aspect` (H', W', 3), see rescaled_size. The square begins at
+    (longer side − side_px) // 2. `filter` is one of FILTERS, else ValueError is raised. To enlarge, `area` uses
+    `bicubic`, since there is no area to average.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -56,25 +56,27 @@ def rescale(
     if (new_width, new_height) == (width, height):
         return np.ascontiguousarray(pixels[rows[0] : rows[1], columns[0] : columns[1]])
     name = "bicubic" if filter == "area" and min(width, height) < side_px else filter
-    down, across = _Lines(height, new_height, *rows, name, 1), _Lines(width, new_width, *columns, name, 3)
+    down = _PassSpec(height, new_height, *rows, name, 1)
+    across = _PassSpec(width, new_width, *columns, name, 3)
     if kernels.native:
-        return kernels.native.rescale(pixels, _remembered(_native_pass, down), _remembered(_native_pass, across))
-    return _two_passes(pixels, _remembered(_pass, down), _remembered(_pass, across), _ARITHMETIC[name])
+        return kernels.native.rescale(pixels, _cached(_native_pass, down), _cached(_native_pass, across))
+    return _matmul_passes(pixels, _cached(_banded_matrix, down), _cached(_banded_matrix, across), _ARITHMETIC[name])
 
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """How many bits the weights of each pass and the numbers between the passes have, so that sums stay exact.
+    """Number of bits of the weights of each pass and of the values between the passes: few enough for exact sums.
 
-    For area, whose weights are not negative: 8 + 16 bits, then (8 + 4) + 12: both 24, the mantissa of float32. Kernels
-    with negative lobes get float64 and more bits than anyone will see. A weight is a whole number of 2^-bits; those of
-    the first pass are given times 2^between_bits, so that rounding its sums to whole numbers is all that is left.
+    `area`, whose weights are not negative, needs 8 + 16 bits, then (8 + 4) + 12: both 24, the mantissa of float32.
+    Filters with negative lobes use float64, with more bits than can show in 8-bit pixels. A weight is a multiple of
+    2^-bits. The weights of the first pass are stored times 2^between_bits, so that its sums only need to be rounded to
+    integers.
     """
 
     dtype: type[np.float32] | type[np.float64]
-    first_bits: int
-    between_bits: int
-    second_bits: int
+    first_bits: int  # fractional bits of the first pass's weights
+    between_bits: int  # fractional bits of the values between the passes
+    second_bits: int  # fractional bits of the second pass's weights
 
 
 _EXACT32 = _Arithmetic(np.float32, 16, 4, 12)
@@ -82,158 +84,164 @@ _EXACT64 = _Arithmetic(np.float64, 22, 12, 22)
 _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lanczos": _EXACT64}
 
 
-class _Lines(NamedTuple):
-    """What a pass does: lines of `n_in` pixels to `n_out`, of which outputs `first` to `last` are wanted.
+class _PassSpec(NamedTuple):
+    """One pass of a separable filter: lines of `n_in` pixels to `n_out`, of which outputs first..last − 1 are wanted.
 
-    The first pass, down, has `channels` = 1, for a column is one number wide; the second, across, has 3.
+    The first pass, down, has `channels` = 1, since a column is one number wide; the second, across, has 3.
     """
 
     n_in: int
     n_out: int
     first: int
     last: int
-    name: str
+    filter: str
     channels: int
 
 
-class _Pass(NamedTuple):
-    """One pass of a filter: the inputs that it needs, how many numbers it gives, and its matrix cut into bands.
+class _BandedMatrix(NamedTuple):
+    """The matrix of one pass for BLAS, cut into bands along its diagonal.
 
-    A band is (inputs, outputs, weights): slices of the numbers of one line, the inputs counted from `taken.start`.
+    A band is (inputs, outputs, weights): two slices of the numbers of a line, and a matrix. Its inputs are counted from
+    `source.start`.
     """
 
-    taken: slice  # of pixels
-    length: int  # of a line of outputs, in numbers
+    source: slice  # pixels of the line that the pass reads
+    length: int  # numbers in a line of outputs
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
     size: int  # bytes of all weights
 
 
-Made = TypeVar("Made", _Pass, kernels.Pass)
+Pass = TypeVar("Pass", _BandedMatrix, kernels.FilterPass)
 
 
-def _two_passes(pixels: npt.NDArray[np.uint8], down: _Pass, across: _Pass, how: _Arithmetic) -> npt.NDArray[np.uint8]:
-    strip = np.ascontiguousarray(pixels[down.taken, across.taken])
+def _matmul_passes(
+    pixels: npt.NDArray[np.uint8], down: _BandedMatrix, across: _BandedMatrix, arithmetic: _Arithmetic
+) -> npt.NDArray[np.uint8]:
+    strip = np.ascontiguousarray(pixels[down.source, across.source])
     strip = strip.reshape(len(strip), -1)  # (rows, 3 columns): RGB interleaved
-    between = np.empty((down.length, strip.shape[1]), how.dtype)
-    for taken, out, weights in down.bands:
-        np.matmul(weights, strip[taken].astype(how.dtype), out=between[out])
+    between = np.empty((down.length, strip.shape[1]), arithmetic.dtype)
+    for inputs, outputs, weights in down.bands:
+        np.matmul(weights, strip[inputs].astype(arithmetic.dtype), out=between[outputs])
     np.rint(between, out=between)
-    result = np.empty((down.length, across.length), how.dtype)
-    for taken, out, weights in across.bands:
-        np.matmul(between[:, taken], weights, out=result[:, out])
+    result = np.empty((down.length, across.length), arithmetic.dtype)
+    for inputs, outputs, weights in across.bands:
+        np.matmul(between[:, inputs], weights, out=result[:, outputs])
     np.rint(result, out=result)
-    if how is not _EXACT32:
+    if arithmetic is not _EXACT32:
         np.clip(result, 0, 255, out=result)
     return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_BLOCK = {1: 16, 3: 4}  # outputs to a band, by channels: small wastes little on zeros, large keeps BLAS busy
-
-
-_CACHE_BYTES = 64_000_000  # of weights: 40 KB down and 0.1 MB across for ILSVRC's sizes, hundreds of them
-_cache: OrderedDict[tuple[Callable[[_Lines], Any], _Lines], Any] = OrderedDict()
+_CACHE_BYTES = 64_000_000  # of weights; a pair of passes takes 40 KB and 0.1 MB for ILSVRC's sizes: room for hundreds
+_cache: OrderedDict[tuple[Callable[[_PassSpec], Any], _PassSpec], Any] = OrderedDict()
 _cached_bytes = 0
 
 
-def _remembered(make: Callable[[_Lines], Made], lines: _Lines) -> Made:
-    """make(lines), kept for the sizes that were used last."""
+def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
+    """make(spec), from a cache of the most recently used ones."""
     global _cached_bytes
-    key = make, lines
+    key = make, spec
     if key in _cache:
         _cache.move_to_end(key)
     else:
-        _cache[key] = make(lines)
+        _cache[key] = make(spec)
         _cached_bytes += _cache[key].size
-        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # two are in use
+        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # the last two are in use
             _cached_bytes -= _cache.popitem(last=False)[1].size
-    made: Made = _cache[key]
-    return made
+    result: Pass = _cache[key]
+    return result
 
 
-def _taps(lines: _Lines) -> tuple[Integers, npt.NDArray[Any]]:
-    """Each output's first input, (outputs,), and its weights, (outputs, taps): see _Arithmetic."""
-    n_in, n_out, first, last, name, channels = lines
-    how = _ARITHMETIC[name]
-    bits = how.first_bits if channels == 1 else how.second_bits
+def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
+    """Each output's first input, (outputs,), and its weights, (outputs, taps), scaled as _Arithmetic says."""
+    n_in, n_out, first, last, name, channels = spec
+    arithmetic = _ARITHMETIC[name]
+    bits = arithmetic.first_bits if channels == 1 else arithmetic.second_bits
     outputs = np.arange(first, last)
-    lows, weights = _area(n_in, n_out, outputs) if name == "area" else _kernel(n_in, n_out, outputs, name)
-    # The running sum is rounded, not each weight: they sum to 2^bits, a flat picture stays flat, none turns negative.
+    if name == "area":
+        first_inputs, weights = _area_weights(n_in, n_out, outputs)
+    else:
+        first_inputs, weights = _kernel_weights(n_in, n_out, outputs, name)
+    # The running sum is rounded, not each weight. So the weights sum to exactly 2^bits, which keeps a flat image flat,
+    # and none becomes negative.
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
-    whole = sums * 2.0 ** ((how.between_bits if channels == 1 else -how.between_bits) - bits)
-    return lows, whole.astype(how.dtype)
+    scaled = sums * 2.0 ** ((arithmetic.between_bits if channels == 1 else -arithmetic.between_bits) - bits)
+    return first_inputs, scaled.astype(arithmetic.dtype)
 
 
-def _native_pass(lines: _Lines) -> kernels.Pass:
-    return kernels.Pass(*_taps(lines))
+def _native_pass(spec: _PassSpec) -> kernels.FilterPass:
+    return kernels.FilterPass(*_filter_taps(spec))
 
 
-def _pass(lines: _Lines) -> _Pass:
-    """The matrix of one pass, cut into bands of _BLOCK outputs.
+_BAND_OUTPUTS = {1: 16, 3: 4}  # outputs of a band, by channels: few waste little on zeros, many keep BLAS busy
 
-    For channels = 1 a band's weights are (outputs, inputs), to multiply from the left; for 3 they are the transpose
-    with every weight spread over RGB, (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
+
+def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
+    """The matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
+
+    For channels = 1 the weights of a band are (outputs, inputs), to multiply from the left. For 3 they are transposed,
+    and every weight is repeated for R, G and B: (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
     """
-    n_in, channels, block = lines.n_in, lines.channels, _BLOCK[lines.channels]
-    lows, whole = _taps(lines)
-    outputs, taps = whole.shape
-    starts = lows[::block]  # one for each band
-    ends = lows[np.minimum(np.arange(len(starts)) * block + block, len(lows)) - 1]
+    n_in, channels, block = spec.n_in, spec.channels, _BAND_OUTPUTS[spec.channels]
+    first_inputs, tap_weights = _filter_taps(spec)
+    outputs, taps = tap_weights.shape
+    starts = first_inputs[::block]  # first input of each band
+    ends = first_inputs[np.minimum(np.arange(len(starts)) * block + block, len(first_inputs)) - 1]
     length = min(n_in, int((ends - starts).max()) + taps)
     starts = np.minimum(starts, n_in - length)
 
     band, row = np.divmod(np.arange(outputs), block)
-    column = (lows - starts[band])[:, None] + np.arange(taps)  # beyond `length` only for taps of weight zero
+    column = (first_inputs - starts[band])[:, None] + np.arange(taps)  # beyond `length` only for taps of weight zero
     if channels == 1:
-        dense = np.zeros((len(starts), block, length + taps), whole.dtype)
-        dense[band[:, None], row[:, None], column] = whole
+        dense = np.zeros((len(starts), block, length + taps), tap_weights.dtype)
+        dense[band[:, None], row[:, None], column] = tap_weights
         dense = dense[:, :, :length]
     else:
-        dense = np.zeros((len(starts), length + taps, channels, block, channels), whole.dtype)
+        dense = np.zeros((len(starts), length + taps, channels, block, channels), tap_weights.dtype)
         for channel in range(channels):
-            dense[band[:, None], column, channel, row[:, None], channel] = whole
+            dense[band[:, None], column, channel, row[:, None], channel] = tap_weights
         dense = dense[:, :length].reshape(len(starts), length * channels, block * channels)
-    first_in = int(starts[0])
+    source_start = int(starts[0])
     bands = [
         (slice(start, start + length * channels), slice(index * block * channels, (index + 1) * block * channels), band)
-        for index, (start, band) in enumerate(zip(((starts - first_in) * channels).tolist(), dense, strict=True))
+        for index, (start, band) in enumerate(zip(((starts - source_start) * channels).tolist(), dense, strict=True))
     ]
-    partial = outputs % block
+    partial = outputs % block  # outputs of the last band, if it is not full
     if partial:
-        taken, out, weights = bands[-1]
+        inputs, out, weights = bands[-1]
         end = partial * channels
-        bands[-1] = (taken, slice(out.start, out.start + end), weights[:end] if channels == 1 else weights[:, :end])
-    return _Pass(slice(first_in, int(starts[-1]) + length), outputs * channels, tuple(bands), dense.nbytes)
+        bands[-1] = (inputs, slice(out.start, out.start + end), weights[:end] if channels == 1 else weights[:, :end])
+    source = slice(source_start, int(starts[-1]) + length)
+    return _BandedMatrix(source, outputs * channels, tuple(bands), dense.nbytes)
 
 
-def _area(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
+def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
     """Each output's first input, and weights (outputs, taps): the overlap of [i, i+1)·n_in/n_out with [j, j+1)."""
-    low = outputs * n_in // n_out
-    taken = low[:, None] + np.arange(-(-n_in // n_out) + 1)
+    first_inputs = outputs * n_in // n_out
+    inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)
     out = outputs[:, None]
-    overlap = np.minimum((out + 1) * n_in, (taken + 1) * n_out) - np.maximum(out * n_in, taken * n_out)
-    return low, np.maximum(overlap, 0) / n_in
+    overlap = np.minimum((out + 1) * n_in, (inputs + 1) * n_out) - np.maximum(out * n_in, inputs * n_out)
+    return first_inputs, np.maximum(overlap, 0) / n_in
 
 
-def _kernel(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """Each output's first input, and weights (outputs, taps), of a kernel that is widened by the scale when
-    shrinking.
-    """
-    reach, kernel = _KERNELS[name]
+def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
+    """Each output's first input, and weights (outputs, taps), of a kernel that is widened by the scale to shrink."""
+    radius, kernel = _KERNELS[name]
     scale = n_in / n_out
     width = max(scale, 1.0)
     centre = (outputs + 0.5) * scale
-    low = np.maximum(0, (centre - reach * width).astype(np.int64))
-    taken = low[:, None] + np.arange(int(2 * reach * width) + 2)
-    weights = np.where(taken < n_in, kernel(np.abs(taken + 0.5 - centre[:, None]) / width), 0.0)
-    return low, weights / weights.sum(axis=1, keepdims=True)
+    first_inputs = np.maximum(0, (centre - radius * width).astype(np.int64))
+    inputs = first_inputs[:, None] + np.arange(int(2 * radius * width) + 2)
+    weights = np.where(inputs < n_in, kernel(np.abs(inputs + 0.5 - centre[:, None]) / width), 0.0)
+    return first_inputs, weights / weights.sum(axis=1, keepdims=True)
 
 
 def _triangle(x: Floats) -> Floats:
     return np.maximum(1.0 - x, 0.0)
 
 
-def _keys(x: Floats) -> Floats:
+def _keys_cubic(x: Floats) -> Floats:
     near, far = (1.5 * x - 2.5) * x * x + 1.0, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
     return np.where(x < 1.0, near, np.where(x < 2.0, far, 0.0))
 
@@ -242,8 +250,8 @@ def _lanczos3(x: Floats) -> Floats:
     return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
 
 
-_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {
+_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # (radius in px when enlarging, function)
     "bilinear": (1.0, _triangle),
-    "bicubic": (2.0, _keys),
+    "bicubic": (2.0, _keys_cubic),
     "lanczos": (3.0, _lanczos3),
 }

@@ -65,7 +65,7 @@ def test_orientation_is_told_and_not_applied(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "message"), [("none.jpg", "No such file"), ("text.jpg", "not a picture"), ("long.png", "would become")]
+    ("name", "message"), [("none.jpg", "No such file"), ("text.jpg", "not an image"), ("long.png", "would become")]
 )
 def test_what_is_no_photograph_is_named(tmp_path: Path, name: str, message: str) -> None:
     (tmp_path / "text.jpg").write_text("not a picture at all")

@@ -1,4 +1,4 @@
-"""prep.images.color_stats against numpy.cov in float64, scikit-learn's PCA, and exact fractions where float64 would cancel."""
+"""prep.images.color_stats against numpy.cov, scikit-learn's PCA, and exact fractions where float64 would cancel."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from prep.store.datum import Datum
 from prep.store.lmdb_shard import write
 from prep.store.manifest import Settings, Store, StoreError
 from prep.workers import Counts, WorkerDied, WorkerPool
-from tests.helpers.building import Here
+from tests.helpers.building import InlineRunner
 
 
 def coloured_noise(seed: int, sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.uint8]]:
-    """Pictures whose channels are correlated, as those of natural ones are."""
+    """Images whose channels are correlated, as in natural images."""
     rng = np.random.default_rng(seed)
     mixing = np.array([[50.0, 20.0, 5.0], [48.0, -2.0, -9.0], [45.0, -24.0, 6.0]])
     return [
@@ -39,29 +39,29 @@ def coloured_noise(seed: int, sizes: Sequence[tuple[int, int]]) -> list[npt.NDAr
     ]
 
 
-def moments_of(pictures: Sequence[npt.NDArray[np.uint8]]) -> Moments:
-    return sum((Moments.of(picture) for picture in pictures), Moments())
+def moments_of(images: Sequence[npt.NDArray[np.uint8]]) -> Moments:
+    return sum((Moments.of(image) for image in images), Moments())
 
 
-def all_pixels(pictures: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float64]:
-    return np.concatenate([picture.reshape(-1, 3) for picture in pictures]).astype(np.float64)
+def all_pixels(images: Sequence[npt.NDArray[np.uint8]]) -> npt.NDArray[np.float64]:
+    return np.concatenate([image.reshape(-1, 3) for image in images]).astype(np.float64)
 
 
-PICTURES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
+IMAGES = coloured_noise(0, [(40, 31), (1, 7), (64, 64), (100, 33)])
 
 
-def test_covariance_is_numpys() -> None:
-    pixels = all_pixels(PICTURES)
-    stats = compute_color_stats(len(PICTURES), moments_of(PICTURES))
-    assert (stats.records, stats.pixels, stats.pixel_scale) == (len(PICTURES), len(pixels), 255)
+def test_the_covariance_equals_numpy_cov() -> None:
+    pixels = all_pixels(IMAGES)
+    stats = compute_color_stats(len(IMAGES), moments_of(IMAGES))
+    assert (stats.records, stats.pixels, stats.pixel_scale) == (len(IMAGES), len(pixels), 255)
     np.testing.assert_allclose(stats.mean_rgb, pixels.mean(axis=0), rtol=1e-12)
     np.testing.assert_allclose(stats.covariance, np.cov(pixels, rowvar=False), rtol=1e-9)
     np.testing.assert_allclose(stats.stdevs, np.sqrt(np.linalg.svd(np.cov(pixels.T))[1]), rtol=1e-9)
 
 
-def test_components_are_scikit_learns() -> None:
-    pca = PCA(n_components=3, svd_solver="full").fit(all_pixels(PICTURES))
-    stats = compute_color_stats(len(PICTURES), moments_of(PICTURES))
+def test_the_components_equal_scikit_learns_pca() -> None:
+    pca = PCA(n_components=3, svd_solver="full").fit(all_pixels(IMAGES))
+    stats = compute_color_stats(len(IMAGES), moments_of(IMAGES))
     np.testing.assert_allclose(stats.eigenvalues, pca.explained_variance_, rtol=1e-9)
     np.testing.assert_allclose(np.square(stats.stdevs), pca.explained_variance_, rtol=1e-9)
     for component, expected in zip(np.array(stats.eigenvectors).T, pca.components_, strict=True):
@@ -69,8 +69,8 @@ def test_components_are_scikit_learns() -> None:
 
 
 def test_moments_are_exact_sums() -> None:
-    pixels = np.concatenate([picture.reshape(-1, 3) for picture in PICTURES]).astype(np.int64)
-    moments = moments_of(PICTURES)
+    pixels = np.concatenate([image.reshape(-1, 3) for image in IMAGES]).astype(np.int64)
+    moments = moments_of(IMAGES)
     assert moments.pixels == len(pixels)
     assert moments.total == tuple(pixels.sum(axis=0).tolist())
     assert moments.outer == tuple(tuple(row) for row in (pixels.T @ pixels).tolist())
@@ -78,23 +78,23 @@ def test_moments_are_exact_sums() -> None:
 
 
 def test_moments_add_up_in_any_order() -> None:
-    one = Moments.of(np.concatenate([picture.reshape(1, -1, 3) for picture in PICTURES], axis=1))
-    assert moments_of(PICTURES) == moments_of(PICTURES[::-1]) == one
-    assert moments_of(PICTURES[:2]) + moments_of(PICTURES[2:]) == one
+    one = Moments.of(np.concatenate([image.reshape(1, -1, 3) for image in IMAGES], axis=1))
+    assert moments_of(IMAGES) == moments_of(IMAGES[::-1]) == one
+    assert moments_of(IMAGES[:2]) + moments_of(IMAGES[2:]) == one
     assert Moments() + one == one
     assert Moments.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
-def test_moments_do_not_mind_strides() -> None:
-    picture = PICTURES[0]
-    turned = np.ascontiguousarray(picture.transpose(1, 0, 2)).transpose(1, 0, 2)
-    assert Moments.of(turned) == Moments.of(picture[::-1, ::-1]) == Moments.of(picture)
+def test_moments_do_not_depend_on_strides() -> None:
+    image = IMAGES[0]
+    turned = np.ascontiguousarray(image.transpose(1, 0, 2)).transpose(1, 0, 2)
+    assert Moments.of(turned) == Moments.of(image[::-1, ::-1]) == Moments.of(image)
 
 
-def test_nearly_constant_colour_of_a_huge_set() -> None:
-    """10^13 pixels of (255, 254, 200), one of them a level lower: sums of squares are beyond 2^53.
+def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
+    """10^13 pixels of (255, 254, 200), one of them a level lower, have sums of squares beyond 2^53.
 
-    The variance is 10^-13, which float64 sums lose altogether.
+    Their variance is 10^-13, which float64 sums would lose.
     """
     n, k = 10**13, 1
     high, low = (255, 254, 200), (254, 253, 199)
@@ -107,7 +107,7 @@ def test_nearly_constant_colour_of_a_huge_set() -> None:
     assert stats.mean_rgb == tuple(float(Fraction(t, n)) for t in total)
 
     in_floats = float(outer[0][0]) / n - (float(total[0]) / n) ** 2
-    assert abs(in_floats - exact) > 0.9 * exact  # so the test is one that rounding would fail
+    assert abs(in_floats - exact) > 0.9 * exact  # so rounding would fail this test
 
 
 def test_moments_beyond_53_bits_add_up() -> None:
@@ -132,8 +132,8 @@ def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
     )
 
 
-def test_sign_where_red_is_zero() -> None:
-    """Channels that vary one at a time: the components are the axes, each with its one number positive."""
+def test_an_eigenvector_without_red_has_its_first_component_positive() -> None:
+    """Channels that vary one at a time have the axes as components, each in the positive direction."""
     pixels = np.zeros((3, 100, 3), np.uint8)
     for channel, amplitude in enumerate((10, 40, 90)):
         pixels[channel, :50, channel] = amplitude
@@ -143,13 +143,13 @@ def test_sign_where_red_is_zero() -> None:
     np.testing.assert_array_equal(stats.eigenvectors, [[0, 0, 1], [0, 1, 0], [1, 0, 0]])
 
 
-def test_one_colour_has_no_spread() -> None:
+def test_an_image_of_one_colour_has_eigenvalues_of_zero() -> None:
     stats = compute_color_stats(1, Moments.of(np.full((9, 9, 3), (7, 8, 9), np.uint8)))
     assert stats.mean_rgb == (7, 8, 9)
     assert stats.eigenvalues == stats.stdevs == (0, 0, 0)
 
 
-def test_one_pixel_has_no_covariance() -> None:
+def test_one_pixel_is_refused() -> None:
     with pytest.raises(StoreError, match="two pixels"):
         compute_color_stats(1, Moments.of(np.zeros((1, 1, 3), np.uint8)))
 
@@ -157,29 +157,29 @@ def test_one_pixel_has_no_covariance() -> None:
 def build(photo_folder: Path, store: Path, format: str) -> Store:
     source = list_source(photo_folder / "train", "train", None, None, ())
     settings = Settings(64, True, format, 60, "area", 3)
-    return build_split(source, store, settings, Here(), Progress(len(source.inputs), "pictures"))
+    return build_split(source, store, settings, InlineRunner(), Progress(len(source.inputs), "pictures"))
 
 
 def recomputed(store: Path) -> dict[str, Any]:
     result = CliRunner().invoke(main, ["pca-stats", "--store", str(store), "--recompute", "--json"])
     assert result.exit_code == 0, result.output
-    answer = json.loads(result.stdout)
-    assert isinstance(answer, dict)
-    return answer
+    stats = json.loads(result.stdout)
+    assert isinstance(stats, dict)
+    return stats
 
 
 def stored_pixels(records: Sequence[tuple[bytes, Any]], tmp_path: Path) -> npt.NDArray[np.float64]:
-    """Every pixel of every payload, decoded by Pillow."""
-    pictures = []
+    """The pixels of all payloads, decoded by Pillow."""
+    images = []
     for key, datum in records:
         path = tmp_path / key.decode()
         path.write_bytes(datum.data)
         with Image.open(path) as image:
-            pictures.append(np.asarray(image.convert("RGB")))
-    return all_pixels(pictures)
+            images.append(np.asarray(image.convert("RGB")))
+    return all_pixels(images)
 
 
-def test_ppm_store_recomputed_is_the_build_to_the_bit(
+def test_recomputing_a_ppm_store_gives_the_same_bits_as_the_build(
     photo_folder: Path, records_of: Callable[[Path, str], Any], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -191,7 +191,7 @@ def test_ppm_store_recomputed_is_the_build_to_the_bit(
     np.testing.assert_allclose(at_build["covariance"], np.cov(pixels, rowvar=False), rtol=1e-9)
 
 
-def test_jpeg_store_recomputed_is_near_the_build(
+def test_recomputing_a_jpeg_store_gives_nearly_the_values_of_the_build(
     photo_folder: Path, records_of: Callable[[Path, str], Any], tmp_path: Path
 ) -> None:
     store = tmp_path / "store"
@@ -203,10 +203,10 @@ def test_jpeg_store_recomputed_is_near_the_build(
     assert again["stdevs"] != at_build["stdevs"]
     pixels = stored_pixels(records_of(store, "train"), tmp_path)
     np.testing.assert_allclose(again["covariance"], np.cov(pixels, rowvar=False), rtol=1e-9)
-    assert json.loads((store / "train" / "colour.json").read_bytes()) == at_build  # the file stays as it is
+    assert json.loads((store / "train" / "colour.json").read_bytes()) == at_build  # the file is unchanged
 
 
-def test_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_path: Path) -> None:
+def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_path: Path) -> None:
     store = build(photo_folder, tmp_path / "store", "ppm")
     moments = Moments.from_json(store.split("train").moments)
     expected = compute_color_stats(30, moments)
@@ -216,10 +216,10 @@ def test_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_path
     )
 
 
-def test_damaged_record_is_named(photo_folder: Path, tmp_path: Path) -> None:
-    """A record that was changed after the build: the error names the shard and the key."""
+def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
+    """By shard and key; one record is no image, the other has a wrong checksum."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    good = Datum(1, 1, b"not a picture" * 100_000, 0, b"x").encode()  # as long as the shard that it stands for
+    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # not shorter than the shard in the manifest
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"
         for file in folder.iterdir():
@@ -227,16 +227,17 @@ def test_damaged_record_is_named(photo_folder: Path, tmp_path: Path) -> None:
         folder.rmdir()
         write(folder, [(b"00000005", value)])
         with pytest.raises(StoreError, match="00000, key 00000005: "):
-            recompute_color_stats(store, "train", Here(), Progress(30, "records"))
+            recompute_color_stats(store, "train", InlineRunner(), Progress(30, "records"))
 
 
-def test_recompute_runs_on_all_workers(stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many processes as --jobs, or as there are cores; each shard is a task."""
-    asked: list[int] = []
+def test_recompute_uses_as_many_workers_as_jobs_or_cores(
+    stores: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool_sizes: list[int] = []
 
     class Recorded(WorkerPool):
         def __init__(self, jobs: int) -> None:
-            asked.append(jobs)
+            pool_sizes.append(jobs)
             super().__init__(jobs)
 
     monkeypatch.setattr(workers, "WorkerPool", Recorded)
@@ -244,11 +245,11 @@ def test_recompute_runs_on_all_workers(stores: dict[str, Path], monkeypatch: pyt
     words = ["pca-stats", "--store", str(stores["ppm"]), "--recompute"]
     assert CliRunner().invoke(main, words).exit_code == 0
     assert CliRunner().invoke(main, [*words, "--jobs", "2"]).exit_code == 0
-    assert asked == [5, 2]
+    assert pool_sizes == [5, 2]
 
 
 def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
-    """130 pictures are three shards: three tasks, 130 records told, the build's sums to the bit."""
+    """130 images make three shards: three tasks, 130 records counted, and the build's sums, bit for bit."""
     rng = np.random.default_rng(6)
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     for number in range(130):
@@ -256,10 +257,10 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
         (tmp_path / "photos" / "n1" / f"{number}.ppm").write_bytes(head + rng.bytes(3072))
     source = list_source(tmp_path / "photos", "train", None, None, ())
     settings = Settings(32, False, "ppm", 90, "area", 0)
-    store = build_split(source, tmp_path / "store", settings, Here(), Progress(130, "pictures"))
+    store = build_split(source, tmp_path / "store", settings, InlineRunner(), Progress(130, "pictures"))
     seen: list[str] = []
 
-    class Recorded(Here):
+    class Recorded(InlineRunner):
         def map(
             self, work: Any, tasks: Iterable[Any], on_progress: Callable[[Counts], None]
         ) -> Iterator[tuple[Any, Any]]:
@@ -272,7 +273,7 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
     assert seen == store.shard_paths("train") and len(seen) == 3
     assert report.done == 130
 
-    class Dying(Here):
+    class Dying(InlineRunner):
         def map(
             self, work: Any, tasks: Iterable[Any], on_progress: Callable[[Counts], None]
         ) -> Iterator[tuple[Any, Any]]:

@@ -1,4 +1,4 @@
-"""The compiled kernel against the NumPy that stands beside it, and what happens where it is not there, old or wrong."""
+"""Compiled kernels of prep.images against their NumPy equivalents; missing, old and wrong libraries are not used."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
 from prep.inputs.sources import list_source
 from prep.store.manifest import FILTERS, Settings
-from tests.helpers.building import Here
+from tests.helpers.building import InlineRunner
 from tools.compile_native import compile_native
 
-needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
+needs_kernels = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
@@ -34,23 +34,23 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def noise(height: int, width: int) -> Pixels:
-    """Uniform noise, a third of it black or white only."""
+    """Uniform noise, a third of it only black and white."""
     pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[: height // 3] = np.where(pixels[: height // 3] < 128, 0, 255)
     return pixels
 
 
-def by_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str = "area") -> Pixels:
+def rescale_with_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str = "area") -> Pixels:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "native", None)
         return rescale(pixels, side, keep_aspect, filter)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("keep_aspect", [False, True])
-def test_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
-    """ILSVRC's usual sizes, many rows and columns to an output, strips, enlargement, and sizes drawn at random."""
+def test_kernels_rescale_to_the_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
+    """For ILSVRC's usual sizes, many inputs to an output, narrow strips, enlargement, and random sizes."""
     sizes = [(375, 500, 256), (500, 375, 256), (333, 500, 256), (257, 256, 256), (1200, 1600, 256), (300, 4000, 256)]
     sizes += [(4000, 300, 256), (64, 65, 64), (32, 1, 1), (1, 1, 1), (97, 33, 32), (2000, 1999, 33), (150, 140, 256)]
     rng = np.random.default_rng(0)
@@ -58,20 +58,20 @@ def test_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
         sizes.append(tuple(int(number) for number in rng.integers((1, 1, 1), (200, 200, 100))))
     for height, width, side in sizes:
         pixels = noise(height, width)
-        expected = by_numpy(pixels, side, keep_aspect, filter)
+        expected = rescale_with_numpy(pixels, side, keep_aspect, filter)
         assert np.array_equal(rescale(pixels, side, keep_aspect, filter), expected), (height, width, side)
 
 
-@needs_kernel
-def test_pixels_that_are_not_contiguous() -> None:
+@needs_kernels
+def test_views_that_are_not_contiguous_are_rescaled() -> None:
     pixels = noise(400, 900)
     for view in (pixels[::2, 5:605], pixels[:, ::-1], pixels.transpose(1, 0, 2), pixels[:, :, ::-1]):
-        assert np.array_equal(rescale(view, 100), by_numpy(view.copy(), 100, False))
+        assert np.array_equal(rescale(view, 100), rescale_with_numpy(view.copy(), 100, False))
 
 
-@needs_kernel
-def test_nothing_beyond_the_picture_is_read_or_written() -> None:
-    """The picture is the last thing in its memory, fenced by pages that kill who touches them."""
+@needs_kernels
+def test_kernels_access_no_memory_outside_of_their_arrays() -> None:
+    """Each array ends at the end of its memory pages, between pages whose access would kill the process."""
     program = """
 import ctypes, mmap, numpy as np
 from prep import compiled
@@ -85,10 +85,10 @@ def fenced(array):
     start = ctypes.addressof(ctypes.c_char.from_buffer(area))
     for fence in (start, start + (pages + 1) * page):
         assert libc.mprotect(ctypes.c_void_p(fence), page, 0) == 0
-    at = (pages + 1) * page - array.nbytes
-    held = np.frombuffer(area, array.dtype, array.size, at).reshape(array.shape)
-    held[:] = array
-    return held
+    offset = (pages + 1) * page - array.nbytes
+    copy = np.frombuffer(area, array.dtype, array.size, offset).reshape(array.shape)
+    copy[:] = array
+    return copy
 assert kernels.native
 kept = []
 rng = np.random.default_rng(0)
@@ -111,23 +111,23 @@ os._exit(0)
     assert done.returncode == 0, (done.returncode, done.stderr)
 
 
-@needs_kernel
+@needs_kernels
 @pytest.mark.parametrize("size", [(1, 1), (64, 64), (70, 64), (129, 127), (300, 200), (130, 5000)])
-def test_same_sums_as_numpy(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_give_the_same_sums_as_numpy(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     side = min(64, *size)
-    found, expected = PixelSums(side), PixelSums(side)
-    pictures = [noise(*size), np.full((*size, 3), 255, np.uint8), noise(*size)[:, ::-1]]
-    for picture in pictures:
-        found.add(picture)
+    computed, expected = PixelSums(side), PixelSums(side)
+    images = [noise(*size), np.full((*size, 3), 255, np.uint8), noise(*size)[:, ::-1]]
+    for image in images:
+        computed.add(image)
     monkeypatch.setattr(kernels, "native", None)
-    for picture in pictures:
-        expected.add(picture)
-    assert found.moments == expected.moments
-    assert np.array_equal(found.square_sum(), expected.square_sum())
+    for image in images:
+        expected.add(image)
+    assert computed.moments == expected.moments
+    assert np.array_equal(computed.square_sum(), expected.square_sum())
 
 
 @pytest.mark.parametrize("filter", ["area", "lanczos"])
-def test_a_store_is_the_same_without_it(
+def test_a_store_built_without_kernels_is_the_same(
     filter: str, photo_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     built = []
@@ -137,7 +137,7 @@ def test_a_store_is_the_same_without_it(
             source,
             tmp_path / name,
             Settings(64, False, "jpeg", 90, filter, 0),
-            Here(),
+            InlineRunner(),
             Progress(len(source.inputs), "pictures"),
         )
         built.append((store.split("train").fingerprint, store.split("train").moments, store.mean_image().tolist()))
@@ -145,7 +145,9 @@ def test_a_store_is_the_same_without_it(
     assert built[0] == built[1]
 
 
-def test_switched_off_absent_or_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_are_not_loaded_if_missing_broken_or_switched_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert load(tmp_path / "absent.so") is None
     (tmp_path / "torn.so").write_bytes(b"\x7fELF and no more")
     assert load(tmp_path / "torn.so") is None
@@ -157,7 +159,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C com
 
 
 def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
-    """The library that a compiler makes of `text` which has the last word on its flags: the build's own come first."""
+    """Compile `text` with `flags` after the flags of the build, so that they override them; returns the library."""
     folder.mkdir(exist_ok=True)
     compiler, source = folder / "compiler", folder / "kernels.c"
     compiler.write_text(f'#!/bin/sh\nexec cc "$@" {flags}\n')
@@ -175,13 +177,13 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
         (
             "rows[j] + weights[1] * second[j];",
             "rows[j] + weights[1] * rows[j];",
-        ),  # two rows to an output: not in 29 to 9
+        ),  # two rows for an output
         ("weights[2] * third[j]", "weights[2] * second[j]"),
         ("+= weights[t] * rows[t * stride + j]", "+= weights[t] * rows[t * stride + j + 1]"),
         ("12582912.0f", "12582913.0f"),
         ("out[j] + ROUNDING - ROUNDING", "out[j]"),
         ("sum += weights[t] *", "sum += weights[0] *"),
-        ("whole < 0 ? 0 :", ""),
+        ("level < 0 ? 0 :", ""),
         ("6755399441055744.0", "6755399441055745.0"),
         ("taps--;", "taps = 1;"),
         ("rr += red * red", "rr += red * green"),
@@ -189,8 +191,8 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
         ("void add_lines", "void add_columns"),
     ],
 )
-def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """Compiled without the pains that a library for use deserves: in a ninth of the time."""
+def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
+    """The self-test finds each of these errors. Compiled without optimization, in a ninth of the time."""
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
     library = compiled_with("-UCLONES -O1", text.replace(right, wrong), tmp_path)
@@ -198,7 +200,7 @@ def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, righ
 
 
 @needs_compiler
-def test_compiling_replaces_what_was_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())
     (tmp_path / "kernels-0123456789abcdef.so").write_bytes(b"old")
@@ -207,24 +209,24 @@ def test_compiling_replaces_what_was_left(tmp_path: Path, monkeypatch: pytest.Mo
     assert load(library)
     assert compiled.library_path(source) == library
     source.write_text(source.read_text() + "\n")
-    assert not compiled.library_path(source).exists()  # made of another source: never loaded
+    assert not compiled.library_path(source).exists()  # a library of another source is never loaded
 
 
 @needs_compiler
-def test_every_kind_of_cpu_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiled for the plainest CPU of this architecture, as for the best, and for none in particular."""
-    pictures = [noise(375, 500), noise(257, 300), noise(900, 700)]
-    expected = [by_numpy(picture, 256, False) for picture in pictures]
+def test_every_kind_of_cpu_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled as usual, without optimization, without fused multiply-add, and for this machine's CPU."""
+    images = [noise(375, 500), noise(257, 300), noise(900, 700)]
+    expected = [rescale_with_numpy(image, 256, False) for image in images]
     for number, flags in enumerate(("", "-UCLONES -O0", "-UCLONES -O1 -ffp-contract=off", "-UCLONES -march=native")):
         library = compiled_with(flags, kernels.SOURCE.read_text(), tmp_path / str(number))
         assert library
         monkeypatch.setattr(kernels, "native", load(library))
         assert kernels.native
-        for picture, wanted in zip(pictures, expected, strict=True):
-            assert np.array_equal(rescale(picture), wanted), flags
+        for image, wanted in zip(images, expected, strict=True):
+            assert np.array_equal(rescale(image), wanted), flags
 
 
-def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiling_without_a_working_compiler_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())
     for compiler in ("no-such-compiler", "false"):
@@ -233,12 +235,12 @@ def test_no_compiler_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert list(tmp_path.iterdir()) == [source]
 
 
-def test_pictures_that_c_would_misread_do_not_reach_it() -> None:
-    """Grey pictures made RGB by broadcasting have strides of zero."""
+def test_images_with_strides_of_zero_are_read_correctly() -> None:
+    """As grey images have that were broadcast to RGB."""
     grey = noise(90, 70)[:, :, :1]
-    spread = np.broadcast_to(grey, (90, 70, 3))
-    assert np.array_equal(rescale(spread, 50), rescale(np.repeat(grey, 3, axis=2), 50))
+    broadcast = np.broadcast_to(grey, (90, 70, 3))
+    assert np.array_equal(rescale(broadcast, 50), rescale(np.repeat(grey, 3, axis=2), 50))
     sums = PixelSums(50)
-    sums.add(spread)
+    sums.add(broadcast)
     expected = np.asarray(Image.fromarray(grey[:, :, 0])).astype(np.int64)
     assert sums.moments.total == (expected.sum(),) * 3

@@ -1,7 +1,7 @@
-"""prep.images.rescale against float64 overlap matrices written here, block means, and Pillow's resize in floating point.
+"""prep.images.rescale against float64 overlap matrices, block means, and Pillow's resize in floating point.
 
-The reference of `area` is dense: entry (i, j) is the share of output pixel i that source pixel j covers. The reference
-of the other filters is Pillow on each channel in mode "F", which has no 8-bit rounding or clipping between the passes.
+The reference of `area` is a dense matrix: entry (i, j) is the share of output pixel i that source pixel j covers. The
+reference of the other filters is Pillow on each channel in mode "F", which neither rounds nor clips between the passes.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ PILLOW = {
 
 @pytest.fixture(autouse=True)
 def one_blas_thread() -> Iterator[None]:
-    """As a worker has: on a busy machine threads wait for one another longer than such small products take."""
+    """One BLAS thread, as in a worker: on a busy machine, threads wait longer than such small products take."""
     with threadpool_limits(1, "blas"):
         yield
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Uniform noise, the upper half of it black or white only: the hardest picture for a filter."""
+    """Uniform noise, the upper half only black and white: the hardest image for a filter."""
     pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     upper = pixels[: height // 2]
     upper[:] = np.where(upper < 128, 0, 255)
@@ -51,13 +51,13 @@ def new_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
-    """The central `side`×`side` part, the odd pixel of margin below and to the right."""
+    """The central `side`×`side` part; an odd pixel of margin is below and to the right."""
     top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
     return whole[top : top + side, left : left + side]
 
 
 def overlap_matrix(n_in: int, n_out: int) -> Floats:
-    """(n_out, n_in): the part of output pixel i, as long as n_in / n_out source pixels, that source pixel j covers."""
+    """(n_out, n_in): the part of output pixel i, which spans n_in / n_out source pixels, that source pixel j covers."""
     scale = n_in / n_out
     i, j = np.arange(n_out)[:, None], np.arange(n_in)[None, :]
     covered = np.minimum((i + 1) * scale, j + 1) - np.maximum(i * scale, j)
@@ -118,13 +118,13 @@ def test_area_is_the_block_mean_for_integer_factors(factor: int) -> None:
     assert np.abs(rescale(pixels, 33, True) - means).max() <= 0.6
 
 
-def test_area_of_noise_shrunk_very_much() -> None:
+def test_area_is_exact_for_noise_shrunk_by_62() -> None:
     expected, got = expected_and_got(noise(2000, 2000), 32, False, "area")
     assert np.abs(got - expected).max() <= 0.6
 
 
-def test_area_of_white_with_dark_lines_shrunk_very_much() -> None:
-    """A picture of 4160 px, as cameras make, to 32 px: every block of 130×130 has one black column, the mean is 253."""
+def test_area_counts_one_dark_column_in_130() -> None:
+    """From 4160 px, a camera's size, to 32 px: every block of 130×130 has one black column, so its mean is 253."""
     pixels = np.full((4160, 4160, 3), 255, np.uint8)
     pixels[:, ::130] = 0
     got = rescale(pixels, 32).astype(np.float64)
@@ -137,7 +137,7 @@ def test_area_of_white_with_dark_lines_shrunk_very_much() -> None:
     ("height", "width", "side"),
     [(375, 500, 256), (333, 500, 64), (640, 97, 96), (31, 47, 64), (61, 40, 101), (1, 3, 32), (700, 997, 50)],
 )
-def test_kernels_are_pillows_in_floating_point(
+def test_other_filters_match_pillow_in_floating_point(
     height: int, width: int, side: int, name: str, keep_aspect: bool
 ) -> None:
     expected, got = expected_and_got(noise(height, width), side, keep_aspect, name)
@@ -150,12 +150,12 @@ def test_kernels_are_pillows_in_floating_point(
 def test_area_enlarges_by_bicubic(height: int, width: int, side: int) -> None:
     pixels = noise(height, width)
     for keep_aspect in (False, True):
-        by_area = rescale(pixels, side, keep_aspect, "area")
-        assert np.array_equal(by_area, rescale(pixels, side, keep_aspect, "bicubic"))
+        result = rescale(pixels, side, keep_aspect, "area")
+        assert np.array_equal(result, rescale(pixels, side, keep_aspect, "bicubic"))
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_flat_picture_stays_flat(name: str) -> None:
+def test_a_flat_image_stays_flat(name: str) -> None:
     rng = np.random.default_rng(5)
     colours = [(0, 1, 255), (254, 127, 128), *rng.integers(0, 256, (28, 3)).tolist()]
     for colour in colours:
@@ -169,7 +169,7 @@ def test_flat_picture_stays_flat(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("height", "width"), [(1, 5000), (5000, 1), (1, 1), (3, 257)])
-def test_extreme_shapes_are_cheap(height: int, width: int, name: str) -> None:
+def test_extreme_shapes_take_little_memory(height: int, width: int, name: str) -> None:
     pixels = noise(height, width)
     tracemalloc.start()
     try:
@@ -182,7 +182,7 @@ def test_extreme_shapes_are_cheap(height: int, width: int, name: str) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 300), (300, 1), (1, 1), (3, 257)])
-def test_extreme_shapes_whole(height: int, width: int) -> None:
+def test_extreme_shapes_are_rescaled_whole(height: int, width: int) -> None:
     for name in FILTERS:
         assert rescale(noise(height, width), 32, True, name).shape == (*new_size(height, width, 32), 3)
 
@@ -197,8 +197,8 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_square_is_the_middle_of_the_whole_picture(name: str) -> None:
-    """Exact arithmetic: which rows and columns are computed together changes no pixel."""
+def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
+    """The arithmetic is exact, so which rows and columns are computed together changes no pixel."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)
@@ -207,7 +207,7 @@ def test_square_is_the_middle_of_the_whole_picture(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_strides_do_not_matter(name: str) -> None:
-    for height, width in ((211, 307), (40, 60), (64, 80)):  # shrunk, enlarged, of that size already
+    for height, width in ((211, 307), (40, 60), (64, 80)):  # shrunk, enlarged, unchanged
         pixels = noise(height, width)
         turned = np.ascontiguousarray(pixels.transpose(1, 0, 2)).transpose(1, 0, 2)
         mirrored = np.ascontiguousarray(pixels[::-1, ::-1, ::-1])[::-1, ::-1, ::-1]
@@ -221,12 +221,12 @@ def test_strides_do_not_matter(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_picture_of_the_right_size_is_left_alone(name: str) -> None:
+def test_an_image_of_the_right_size_is_unchanged(name: str) -> None:
     pixels = noise(64, 91)
     assert np.array_equal(rescale(pixels, 64, True, name), pixels)
     assert np.array_equal(rescale(pixels, 64, False, name), pixels[:, 13:77])
 
 
-def test_unknown_filter_is_named() -> None:
+def test_an_unknown_filter_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'box'.*area, bilinear, bicubic, lanczos"):
         rescale(noise(10, 10), 32, False, "box")

@@ -26,7 +26,7 @@ from prep.cli import main
 from prep.images.codec import decode_image
 from prep.images.rescale import rescale
 from prep.store.manifest import Store
-from tests.helpers.building import Here
+from tests.helpers.building import InlineRunner
 
 Pixels = npt.NDArray[np.uint8]
 Records = Callable[[Path, str], list[tuple[bytes, Any]]]
@@ -42,7 +42,7 @@ def processes() -> None:
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A worker takes half a second to start: most tests do without."""
     if "processes" not in request.fixturenames:
-        monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(Here()))
+        monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(InlineRunner()))
 
 
 def import_caffe(store: Path, *words: object) -> Result:

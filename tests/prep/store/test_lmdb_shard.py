@@ -296,7 +296,7 @@ def test_a_reader_names_a_folder_that_is_not_an_lmdb(not_an_lmdb: Path) -> None:
 
 
 def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path) -> None:
-    """Every page except the two header pages is overwritten, one at a time; a record that is returned may be damaged."""
+    """Every page but the two header pages is overwritten, one at a time; a record that is returned may be damaged."""
     folder = tmp_path / "s"
     write(folder, random_records(60))
     content = (folder / "data.mdb").read_bytes()
