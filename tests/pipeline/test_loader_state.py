@@ -106,7 +106,7 @@ def test_a_stream_may_be_put_anywhere(numbered: Path, epoch: int, step: int) -> 
 
 @pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, 6), (0, -1)])
 def test_a_place_that_is_not_there_is_refused(numbered: Path, epoch: int, step: int) -> None:
-    with train_loader(numbered, 6) as loader, pytest.raises(UserError, match="steps 0 to 5"):
+    with train_loader(numbered, 6) as loader, pytest.raises(UserError, match="a step of 0 to 5"):
         loader.seek(epoch, step)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 import pipeline
+from tests.helpers import typed_program
 
 
 @pytest.mark.parametrize("name", pipeline.__all__)
@@ -33,3 +35,9 @@ def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
     script = "import sys, pipeline\nprint({'torch', 'nvidia', 'numpy'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def test_a_users_program_trains_on_the_stream(numbered: Path, tmp_path: Path) -> None:
+    """The program that tests/test_wheel.py type-checks."""
+    assert typed_program.main(numbered, tmp_path / "state.json").endswith("%")
+    assert typed_program.main(tmp_path, tmp_path / "state.json").startswith("store: ")
