@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -19,8 +18,6 @@ import lmdb
 import numpy as np
 import pytest
 
-from prep import files
-from prep.files import write_atomic
 from prep.store.manifest import ColorStats, Settings, Shard, Split, Store, StoreError
 
 Change = Callable[[dict[str, Any]], None]
@@ -243,22 +240,3 @@ def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path)
         splits[name] = canonical_digest({"classes": written["classes"], "shards": digests})
         assert written["splits"][name]["fingerprint"] == splits[name]
     assert written["fingerprint"] == Store.open(store).fingerprint == canonical_digest(splits)
-
-
-def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file.json"
-    write_atomic(path, b"old")
-    assert path.read_bytes() == b"old"
-
-    def full(handle: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.os, "fsync", full)
-        with pytest.raises(OSError, match="No space left"):
-            write_atomic(path, b"new")
-    assert os.listdir(tmp_path) == ["file.json"]
-    assert path.read_bytes() == b"old"
-    write_atomic(path, b"new")
-    assert os.listdir(tmp_path) == ["file.json"]
-    assert path.read_bytes() == b"new"

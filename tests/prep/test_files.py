@@ -1,0 +1,50 @@
+"""prep.files: atomic writes and folder locks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prep import files
+from prep.console import UserError
+from prep.files import hold_lock, lock_is_held, save_array, write_atomic
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.json"
+    write_atomic(path, b"old")
+    assert path.read_bytes() == b"old"
+
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            write_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["file.json"]
+    assert path.read_bytes() == b"old"
+    write_atomic(path, b"new")
+    assert os.listdir(tmp_path) == ["file.json"]
+    assert path.read_bytes() == b"new"
+
+
+def test_a_saved_array_is_loaded_again(tmp_path: Path) -> None:
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    save_array(tmp_path / "a.npy", array)
+    assert np.array_equal(np.load(tmp_path / "a.npy"), array)
+    assert os.listdir(tmp_path) == ["a.npy"]
+
+
+def test_a_held_lock_is_seen_and_refused_by_activity(tmp_path: Path) -> None:
+    assert not lock_is_held(tmp_path)
+    with hold_lock(tmp_path, "build"):
+        assert lock_is_held(tmp_path)
+        with pytest.raises(UserError, match="another build is at work in this folder"), hold_lock(tmp_path, "build"):
+            pass
+    assert not lock_is_held(tmp_path)
+    with hold_lock(tmp_path, "build"):
+        pass
