@@ -1,9 +1,11 @@
-"""The command `alexstream`: look at the stream, and measure it. The stream itself is `pipeline.loader`."""
+"""The command `alexstream`: preview, inspect and benchmark the stream. The stream itself is in pipeline.loader."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 
@@ -21,13 +23,15 @@ from prep.console import (
 from prep.store.manifest import SPLITS, Store
 from prep.version import version_option
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
 
 @click.group(cls=Group, context_settings=CONTEXT_SETTINGS)
 @version_option
 def main() -> None:
-    """The stream from a store to a training loop: random windows, flips, colour noise, with NVIDIA DALI.
+    """Preview, inspect and benchmark the training stream of a store: random crops, flips and colour noise, with DALI.
 
-    In Python: from pipeline.loader import train_loader, eval_loader.
+    In Python: from pipeline import train_loader, eval_loader.
 
     \b
     Example:
@@ -37,13 +41,27 @@ def main() -> None:
     """
 
 
+def _seed_option(max_seed: int) -> Callable[[Command], Command]:
+    return click.option(
+        "--seed",
+        type=click.IntRange(0, max_seed),
+        default=0,
+        show_default=True,
+        help="Seed of the order and the random augmentations.",
+    )
+
+
 @main.command()
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.png")
 @store_option
-@click.option("--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Photographs, one a row.")
-@click.option("--seed", type=click.IntRange(0, 2**31 - 1), default=0, show_default=True, help="Of every random draw.")
+@click.option(
+    "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of images, one in each row."
+)
+@_seed_option(2**31 - 1)
 def preview(out: Path, store: Path, rows: int, seed: int) -> None:
-    """Draw a contact sheet: photographs, eight random augmentations of each, and colour noise ten times larger.
+    """Draw a contact sheet of random augmentations.
+
+    Each row shows a stored image, eight random augmentations of it, and the eighth with ten times its colour noise.
 
     \b
     Example:
@@ -55,22 +73,34 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     from pipeline.diagnostics.preview import save_preview
 
     save_preview(opened, out, rows, seed)
-    say(f"Drawn: {out}")
+    say(f"Wrote {out}")
 
 
 @main.command()
 @store_option
-@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Which split.")
-@click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images in a batch.")
-@click.option("--world-size", type=click.IntRange(1), default=1, show_default=True, help="Loaders of an epoch.")
-@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of every random draw.")
-@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Which epoch to look at.")
-@click.option("--batches", type=click.IntRange(1), default=100, show_default=True, help="How many batches to look at.")
+@click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Name of the split.")
+@click.option(
+    "--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a batch of one loader."
+)
+@click.option(
+    "--world-size", type=click.IntRange(1), default=1, show_default=True, help="Number of loaders that share an epoch."
+)
+@_seed_option(2**63 - 1)
+@click.option("--epoch", type=click.IntRange(0), default=0, show_default=True, help="Epoch to inspect, counted from 0.")
+@click.option(
+    "--batches",
+    type=click.IntRange(1),
+    default=100,
+    show_default=True,
+    help="Number of batches whose classes are counted, spread over the epoch.",
+)
 @json_option
 def inspect(
     store: Path, split: str, batch: int, world_size: int, seed: int, epoch: int, batches: int, as_json: bool
 ) -> None:
-    """Say what an epoch is: its batches, what they leave out, how well classes are mixed, what memory it takes.
+    """Print the batches and the shuffle quality of an epoch.
+
+    Shuffle quality is the mean number of distinct classes in a batch, compared with a perfect shuffle.
 
     \b
     Example:
@@ -80,50 +110,71 @@ def inspect(
     from pipeline.diagnostics.shuffle_quality import LEAST_SHARE, measure_shuffle_quality
     from pipeline.sampling import BLOCK_RECORDS, WINDOW_RECORDS
 
-    records, step = opened.split(split).records, batch * world_size
-    if records < step:
+    records, step_records = opened.split(split).records, batch * world_size
+    if records < step_records:
         raise UserError(
-            f"{store} has {records:,} records in {split}, a step takes {step:,}. Ask for a smaller --batch."
+            f"{store} has {records:,} records in {split}, a step takes {step_records:,}. Ask for a smaller --batch."
         )
-    with progress("looking", min(batches, records // step), "batches") as report:
-        found = measure_shuffle_quality(opened, split, step, seed, epoch, batches, report)
-    told = {
-        "split": split,
-        "records": records,
-        "steps": records // step,
-        "left_out": records % step,
-        **asdict(found),
-        "block_records": BLOCK_RECORDS,
-        "window_records": WINDOW_RECORDS,
-        "batch_bytes": 4 * 3 * 224 * 224 * batch,
-    }
+    steps, left_out = divmod(records, step_records)
+    with progress("inspecting", min(batches, steps), "batches") as report:
+        quality = measure_shuffle_quality(opened, split, step_records, seed, epoch, batches, report)
     if as_json:
-        print_json(told)
-    else:
-        many = "" if world_size == 1 else f" × {world_size}"
-        click.echo(f"{split}: {records:,} records of {len(opened.classes):,} classes")
-        click.echo(f"an epoch: {records // step:,} batches of {batch}{many}, {records % step:,} records left out")
-        click.echo(f"order: blocks of {BLOCK_RECORDS} records, mixed within {WINDOW_RECORDS:,}")
-        click.echo(
-            f"distinct classes in a batch: {found.distinct_classes:.1f}, {found.share_of_ideal:.3f} of a perfect "
-            f"shuffle's {found.ideal_distinct_classes:.1f}, over {found.batches:,} batches of epoch {epoch}"
+        print_json(
+            {
+                "split": split,
+                "records": records,
+                "steps": steps,
+                "left_out": left_out,
+                **asdict(quality),
+                "block_records": BLOCK_RECORDS,
+                "window_records": WINDOW_RECORDS,
+                "batch_bytes": 4 * 3 * 224 * 224 * batch,
+            }
         )
-    if found.share_of_ideal < LEAST_SHARE:
+    else:
+        loaders = "" if world_size == 1 else f" × {world_size} loaders"
+        click.echo(f"{split}: {records:,} records of {len(opened.classes):,} classes")
+        click.echo(f"epoch: {steps:,} batches of {batch}{loaders}; {left_out:,} records left out")
+        click.echo(f"shuffle: blocks of {BLOCK_RECORDS} records, then records within windows of {WINDOW_RECORDS:,}")
+        click.echo(
+            f"distinct classes in a batch: {quality.distinct_classes:.1f} ({quality.share_of_ideal:.1%} of a perfect "
+            f"shuffle's {quality.ideal_distinct_classes:.1f}), mean of {quality.batches:,} batches of epoch {epoch}"
+        )
+    if quality.share_of_ideal < LEAST_SHARE:
         say(
-            f"Warning: batches have {found.share_of_ideal:.2f} of a perfect shuffle's classes, below {LEAST_SHARE}. "
-            "Are the records in the order of their classes? Build the store with alexprep, which mixes them."
+            f"Warning: batches have {quality.share_of_ideal:.2f} of a perfect shuffle's classes, below {LEAST_SHARE}. "
+            "Are the records in the order of their classes? Build the store with alexprep, which shuffles them."
         )
 
 
 @main.command()
 @store_option
-@click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Images in a batch.")
-@click.option("--threads", type=click.IntRange(1), metavar="N", help="CPU threads.  [default: all cores]")
-@click.option("--device", default="cpu", show_default=True, metavar="cpu|cuda:N", help="Where DALI works.")
-@click.option("--seconds", type=click.FloatRange(0.1), default=5.0, show_default=True, help="How long to measure.")
+@click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a batch.")
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of CPU threads that decode and augment.  [default: number of usable cores]",
+)
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    metavar="cpu|cuda:N",
+    help="Device on which images are decoded and augmented.",
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(0.1),
+    default=5.0,
+    show_default=True,
+    help="Duration of the measurement of each stage, in seconds.",
+)
 @json_option
 def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
-    """Measure the stream, its stages, and a bare libjpeg-turbo decode of the same records on as many threads.
+    """Measure the speed of the stream, stage by stage.
+
+    The upper bound is the speed of libjpeg-turbo decoding the same records on as many threads.
 
     \b
     Example:
@@ -138,9 +189,9 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
         print_json(result_json(result))
         return
     click.echo(f"{result.format} records, batch {result.batch}, {result.device}, {result.threads} threads")
-    for name, rate in result.stages.items():
-        through = "one thread, looking up only" if name == "read" else "with all before it"
-        click.echo(f"{name:10}{rate:10,.0f} images/s  {through}")
+    for name, images_per_s in result.stages.items():
+        note = "reading records on one thread" if name == "read" else "this stage and all before it"
+        click.echo(f"{name:10}{images_per_s:10,.0f} images/s  {note}")
     click.echo(f"{'stream':10}{result.images_per_s:10,.0f} images/s")
     click.echo(f"{'bound':10}{result.bound_images_per_s:10,.0f} images/s  {result.bound}")
-    click.echo(f"{'share':10}{result.share_of_bound:10.2f}")
+    click.echo(f"{'share':10}{result.share_of_bound:10.2f}  of the bound")

@@ -1,1 +1,1 @@
-"""What a stream delivers and how fast: benchmark, preview sheet, and shuffle quality."""
+"""Diagnostics of the stream: its speed by stage, a preview of the augmentations, the quality of the shuffle."""

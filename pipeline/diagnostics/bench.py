@@ -1,6 +1,4 @@
-"""How fast the stream is on this machine, stage by stage, beside the bound: the same records decoded with
-libjpeg-turbo and nothing else.
-"""
+"""Speed of the stream on this machine, stage by stage, and an upper bound: libjpeg-turbo decoding the same records."""
 
 from __future__ import annotations
 
@@ -29,21 +27,23 @@ from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
-ROUNDS = 5  # all in turn, so that a machine whose speed drifts drifts for all
+ROUNDS = 5  # each measures all stages in turn, so that a change of the machine's speed affects all of them
 STAGES = ("read", "decode", "augment", "hand over")
-_HELD_RECORDS = 2000
-_AHEAD = 8  # batches that may be ready: not counted
+_BOUND_RECORDS = 2000  # decoded again and again for the bound
+_AHEAD_BATCHES = 8  # batches that may be ready when a measurement begins: they are not counted
+
+Work = Callable[[], int]  # processes some images and returns their number
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Medians over the rounds, images/s."""
+    """Images/s, medians over the rounds. The fields are the keys of `alexstream bench --json`."""
 
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    stages: dict[str, float]  # images/s through this stage and all before it; the last is the stream
-    bound: str  # what the bound is, with the library that made it
+    stages: dict[str, float]  # images/s through this stage and all before it; the last is the whole stream
+    bound: str  # what the bound measures, with the version of the library
     batch: int
     threads: int
     device: str
@@ -52,59 +52,48 @@ class BenchResult:
 
 
 def bench_stream(
-    store: Store, batch: int, threads: int, device: str, seconds: float, report: Progress, split: str = "train"
+    store: Store, batch: int, threads: int, device: str, seconds: float, progress: Progress, split: str = "train"
 ) -> BenchResult:
-    """Measure training batches for `seconds`, the stages before them and the bound for as long each.
+    """Measure training batches, each stage before them, and the bound, for `seconds` each.
 
-    Raises what TrainLoader raises.
+    Raises what train_loader raises.
     """
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
-    with ExitStack() as held:
-        loader = TrainLoader(store, split, batch, placement, 0, augmentation=Augmentation(), threads=threads)
-        held.enter_context(loader)
-        records = held.enter_context(closing(Records(store, split)))
-        batches = (batch for _ in itertools.count() for batch in loader)
-
-        def stream() -> int:
-            served = len(next(batches).labels)
-            if placement.device_id is not None:
-                torch.cuda.synchronize(placement.device_id)
-            return served
-
-        contestants: dict[str, Callable[[], int]] = {"read": _reading(records, batch)}
-        augmenter = Augmenter(store, Augmentation())
-        whole = choose_engine(augmenter, placement, OutputFormat(), threads)
-        engines: dict[str, Engine] = (
-            {"augment": whole} if augmenter.is_raw else {"decode": _Decoding(placement), "augment": whole}
+    is_jpeg = store.settings.format == "jpeg"
+    with ExitStack() as resources:
+        loader = resources.enter_context(
+            TrainLoader(store, split, batch, placement, 0, augmentation=Augmentation(), threads=threads)
         )
+        records = resources.enter_context(closing(Records(store, split)))
+        augmenter = Augmenter(store, Augmentation())
+        work: dict[str, Work] = {"read": _read_work(records, batch)}
+        engines: dict[str, Engine] = {"decode": _DecodeEngine(placement)} if is_jpeg else {}
+        engines["augment"] = choose_engine(augmenter, placement, OutputFormat(), threads)
         for name, engine in engines.items():
             prefetcher = Prefetcher(engine, placement, Records(store, split), batch, threads)
-            held.enter_context(closing(prefetcher))
+            resources.enter_context(closing(prefetcher))
             prefetcher.start(_jobs(prefetcher, augmenter, len(records), batch))
-            contestants[name] = partial(_take, prefetcher)
-        contestants["hand over"] = stream
-        pool = held.enter_context(ThreadPoolExecutor(threads))
-        contestants["bound"] = _bound(records, store.settings.format, pool, threads)
+            work[name] = partial(_take, prefetcher)
+        work["hand over"] = _stream_work(loader)
+        pool = resources.enter_context(ThreadPoolExecutor(threads))
+        work["bound"] = _bound_work(records, is_jpeg, pool, threads)
 
-        rates: dict[str, list[float]] = {name: [] for name in contestants}
+        rates: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
-            for name, work in contestants.items():
-                for _ in range(1 if name == "bound" else _AHEAD):  # made while others had their turn
-                    work()
-                rates[name].append(_rate(work, seconds / ROUNDS))
-            report.advance()
-    median = {name: float(np.median(found)) for name, found in rates.items()}
-    share = float(np.median(np.array(rates["hand over"]) / np.array(rates["bound"])))
-    name = "copy of the same bytes"
-    if store.settings.format == "jpeg":
-        name = f"libjpeg-turbo decode (simplejpeg {simplejpeg.__version__})"
+            for name, run in work.items():
+                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # made while others were measured
+                    run()
+                rates[name].append(_images_per_s(run, seconds / ROUNDS))
+            progress.advance()
+    median = {name: float(np.median(values)) for name, values in rates.items()}
+    jpeg_bound = f"libjpeg-turbo decode (simplejpeg {simplejpeg.__version__})"
     return BenchResult(
         images_per_s=median["hand over"],
         bound_images_per_s=median["bound"],
-        share_of_bound=share,
+        share_of_bound=float(np.median(np.array(rates["hand over"]) / np.array(rates["bound"]))),
         stages={name: median[name] for name in STAGES if name in median},
-        bound=name,
+        bound=jpeg_bound if is_jpeg else "copy of the same bytes",
         batch=batch,
         threads=threads,
         device=device,
@@ -114,34 +103,47 @@ def bench_stream(
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """For --json: rates to a tenth, the share to three digits."""
+    """For --json: images/s to a tenth, the share to three digits."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
 
 
-def _rate(work: Callable[[], int], seconds: float) -> float:
-    done, started = 0, time.perf_counter()
+def _images_per_s(run: Work, seconds: float) -> float:
+    images, started = 0, time.perf_counter()
     while True:
-        done += work()
+        images += run()
         elapsed = time.perf_counter() - started
         if elapsed >= seconds:
-            return done / elapsed
+            return images / elapsed
 
 
-def _reading(records: Records, batch: int) -> Callable[[], int]:
-    """Look records up, as the stream does on its own threads; here on one."""
-    places = itertools.cycle(range(0, len(records) - batch + 1, batch))
+def _read_work(records: Records, batch: int) -> Work:
+    """Read records as the stream does, but on one thread."""
+    starts = itertools.cycle(range(0, len(records) - batch + 1, batch))
 
-    def work() -> int:
-        first = next(places)
+    def run() -> int:
+        first = next(starts)
         return len([records[number] for number in range(first, first + batch)])
 
-    return work
+    return run
 
 
-class _Decoding:
-    """An engine that decodes windows and stops there."""
+def _stream_work(loader: TrainLoader) -> Work:
+    """Take a batch from the loader; on a GPU, wait until it is finished."""
+    batches = (batch for _ in itertools.count() for batch in loader)
+
+    def run() -> int:
+        images = len(next(batches).labels)
+        if loader.placement.device_id is not None:
+            torch.cuda.synchronize(loader.placement.device_id)
+        return images
+
+    return run
+
+
+class _DecodeEngine:
+    """An engine that only decodes crops."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -160,33 +162,32 @@ class _Decoding:
 
 
 def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
-    """Endless batches in the store's order."""
+    """Batches in the store's order, without end."""
     draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
 
-    def look_up(first: int) -> BatchInput:
-        return prefetcher.read_batch(
-            np.arange(first, first + batch), lambda found: augmenter.random_crops(found, draws)
-        )
+    def read(first: int) -> BatchInput:
+        numbers = np.arange(first, first + batch)
+        return prefetcher.read_batch(numbers, lambda records: augmenter.random_crops(records, draws))
 
-    return (partial(look_up, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
+    return (partial(read, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 
 
 def _take(prefetcher: Prefetcher) -> int:
-    served = prefetcher.next()
-    assert served is not None
-    return len(served.batch_input.labels)
+    output = prefetcher.next()
+    assert output is not None
+    return len(output.batch_input.labels)
 
 
-def _bound(records: Records, format: str, pool: ThreadPoolExecutor, threads: int) -> Callable[[], int]:
-    """What records cost at the least, on all threads: a decode (JPEG) or a copy of their bytes (PPM)."""
-    work: Callable[[Any], object] = decode_jpeg if format == "jpeg" else np.copy  # both let go of the lock
-    held = [records[number].payload for number in range(min(len(records), _HELD_RECORDS))]
-    contents = [picture.tobytes() if format == "jpeg" else picture for picture in held]
+def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
+    """The least that records cost, on all threads: decoding (JPEG) or copying (PPM) their bytes."""
+    process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both release the GIL
+    payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
+    contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]
 
-    def all_of(share: list[Any]) -> int:
-        for content in share:
-            work(content)
-        return len(share)
+    def process_all(part: list[Any]) -> int:
+        for content in part:
+            process(content)
+        return len(part)
 
-    shares = [contents[k::threads] for k in range(threads)]
-    return lambda: sum(pool.map(all_of, shares))
+    parts = [contents[k::threads] for k in range(threads)]
+    return lambda: sum(pool.map(process_all, parts))

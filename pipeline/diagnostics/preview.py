@@ -1,12 +1,13 @@
-"""A contact sheet of the stream, so that a person sees what it does: one photograph a row, augmented."""
+"""Contact sheets: the augmentations of the stream drawn as a PNG, and images in a grid."""
 
 from __future__ import annotations
 
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.augment import CROP_PX, Augmentation, Augmenter
@@ -14,84 +15,77 @@ from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput, Prefetcher
-from pipeline.records import Record, Records
+from pipeline.records import Records
 from pipeline.sampling import draw_params
+from pipeline.still_image import Pixels, StoredImages
 from prep.console import UserError
-from prep.images.central_square import central_square
-from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
-AUGMENTED = 8
-LOUD = 10.0  # the last column's colour noise, as a multiple
+AUGMENTED = 8  # columns with random augmentations
+NOISE_FACTOR = 10.0  # of the colour noise in the last column
 
-_GAP, _HEAD = 6, 34
+_GAP_PX, _HEADER_PX = 6, 34
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
-    """Draw `rows` photographs: as stored, eight random augmentations, and the eighth with colour noise ten times
-    larger.
+    """Draw `rows` images of a store: as stored, with eight random augmentations, the eighth again with louder noise.
 
-    Raises UserError where the file cannot be written, StoreError as the loaders do.
+    Raises UserError if the file cannot be written, StoreError as the loaders do.
     """
     rows = min(rows, store.split(split).records)
-    pictures = _pictures(store, rows, seed, split)
-    titles = ["as stored", *(f"{k + 1}" for k in range(AUGMENTED)), f"{AUGMENTED}, {LOUD:.0f}x noise"]
-    cell = CROP_PX + _GAP
-    sheet = Image.new("RGB", (len(titles) * cell + _GAP, _HEAD + rows * cell), "white")
+    titles = [
+        "as stored",
+        *(f"{k + 1}" for k in range(AUGMENTED)),
+        f"{AUGMENTED}, {NOISE_FACTOR:.0f}x noise",
+    ]
+    cell_px = CROP_PX + _GAP_PX
+    sheet = Image.new("RGB", (len(titles) * cell_px + _GAP_PX, _HEADER_PX + rows * cell_px), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
-    for column, (title, images) in enumerate(zip(titles, pictures, strict=True)):
-        pen.text((_GAP + column * cell + CROP_PX // 2, _HEAD // 2), title, fill="black", font=font, anchor="mm")
-        for row, image in enumerate(images):
-            if image.shape[0] != CROP_PX:
-                picture = Image.fromarray(image).resize((CROP_PX, CROP_PX), Image.Resampling.LANCZOS)
-            else:
-                picture = Image.fromarray(image)
-            sheet.paste(picture, (_GAP + column * cell, _HEAD + row * cell))
+    for column, (title, images) in enumerate(zip(titles, _columns(store, rows, seed, split), strict=True)):
+        left = _GAP_PX + column * cell_px
+        pen.text((left + CROP_PX // 2, _HEADER_PX // 2), title, fill="black", font=font, anchor="mm")
+        for row, pixels in enumerate(images):
+            image = Image.fromarray(pixels)
+            if pixels.shape[0] != CROP_PX:
+                image = image.resize((CROP_PX, CROP_PX), Image.Resampling.LANCZOS)
+            sheet.paste(image, (left, _HEADER_PX + row * cell_px))
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:
         raise UserError(f"{out}: {error}. Name a file such as preview.png in a folder that exists.") from None
 
 
-def save_image_grid(pictures: np.ndarray[Any, np.dtype[np.uint8]], out: Path) -> None:
-    """Draw pictures uint8 (N, height, width, 3) side by side, 16 in a row, at half their size.
+def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
+    """Save images uint8 (N, height, width, 3) as one file, 16 in a row, at half their size.
 
-    Raises OSError where the file cannot be written.
+    Raises OSError if the file cannot be written.
     """
-    count, height, width, _ = pictures.shape
-    across = min(count, 16)
-    sheet = Image.new("RGB", (across * (width // 2), -(-count // across) * (height // 2)), "white")
-    for place, picture in enumerate(pictures):
-        row, column = divmod(place, across)
-        small = Image.fromarray(picture).resize((width // 2, height // 2), Image.Resampling.BOX)
-        sheet.paste(small, (column * (width // 2), row * (height // 2)))
+    count, height, width, _ = images.shape
+    columns = min(count, 16)
+    sheet = Image.new("RGB", (columns * (width // 2), -(-count // columns) * (height // 2)), "white")
+    for index, pixels in enumerate(images):
+        row, column = divmod(index, columns)
+        half = Image.fromarray(pixels).resize((width // 2, height // 2), Image.Resampling.BOX)
+        sheet.paste(half, (column * (width // 2), row * (height // 2)))
     sheet.save(out)
 
 
-def _pictures(store: Store, rows: int, seed: int, split: str) -> list[list[np.ndarray[Any, np.dtype[np.uint8]]]]:
-    """One list for each column: uint8 (H, W, 3) for each row."""
+def _columns(store: Store, rows: int, seed: int, split: str) -> list[list[Pixels]]:
+    """The columns of a preview, each a list of uint8 (H, W, 3) images, one for each row."""
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, Augmentation(mean="none"))
     engine = choose_engine(augmenter, placement, OutputFormat(layout="NHWC"), threads=1)
-    prefetcher = Prefetcher(engine, placement, Records(store, split), rows, threads=1)
 
-    def job(column: int) -> BatchInput:
+    def read_column(column: int) -> BatchInput:
         draws = draw_params(seed, 0, min(column, AUGMENTED - 1), rows, augmenter.max_offset_px)
         if column == AUGMENTED:
-            draws = draws._replace(normal=draws.normal * LOUD)
+            draws = draws._replace(normal=draws.normal * NOISE_FACTOR)
         return prefetcher.read_batch(np.arange(rows), lambda records: augmenter.random_crops(records, draws))
 
-    columns = [[_stored(record, store.settings.side_px) for record in job(0).records]]
-    prefetcher.start(partial(job, column) for column in range(AUGMENTED + 1))
-    while (served := prefetcher.next()) is not None:
-        columns.append(list(np.clip(np.rint(served.images.numpy()), 0, 255).astype(np.uint8)))
-    prefetcher.close()
+    with StoredImages(store, split) as stored:
+        columns = [[stored[number] for number in range(rows)]]
+    with closing(Prefetcher(engine, placement, Records(store, split), rows, threads=1)) as prefetcher:
+        prefetcher.start(partial(read_column, column) for column in range(AUGMENTED + 1))
+        while (output := prefetcher.next()) is not None:
+            columns.append(list(np.clip(np.rint(output.images.numpy()), 0, 255).astype(np.uint8)))
     return columns
-
-
-def _stored(record: Record, side_px: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """The central square of a record, as it is stored."""
-    picture = record.payload
-    if picture.ndim == 1:
-        picture = decode_jpeg(picture.tobytes())
-    return central_square(picture, side_px).copy()

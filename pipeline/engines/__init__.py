@@ -1,1 +1,1 @@
-"""Engines that turn stored records into augmented batches, on the CPU and on the GPU."""
+"""Engines: what turns records into augmented images, with a C kernel on a CPU or with a DALI graph."""
