@@ -1,4 +1,4 @@
-"""What the tests of building share: runners in this process, pictures that are quick to make, builds as commands."""
+"""Builds for tests: runners in this process, images that are made quickly, and builds as commands that are killed."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # of what would otherwise never end; the longest takes 8 s alone, 40 s on a crowded machine
+DEADLINE_S = 240.0  # for what might never end; the longest takes 8 s alone, 40 s on a busy machine
 
 
 class Stopped(Exception):
-    """What a runner of a test raises to leave a build unfinished."""
+    """Raised by a runner to leave a build unfinished."""
 
 
-class Here:
-    """The runner of most tests: no other process, and one BLAS thread as a worker has."""
+class InlineRunner:
+    """The runner of most tests: it works in this process, with one BLAS thread as a worker has."""
 
     jobs = 1
 
@@ -52,8 +52,8 @@ class Here:
                 yield task, result
 
 
-class Stop(Here):
-    """Ends the building with Stopped after a number of shards; what is no building, it does."""
+class StoppingRunner(InlineRunner):
+    """Raises Stopped once `after` shards are built; tasks other than building are all done."""
 
     def __init__(self, after: int = 1) -> None:
         self.after = after
@@ -65,7 +65,7 @@ class Stop(Here):
                 raise Stopped
 
 
-class Never(Here):
+class UnusedRunner(InlineRunner):
     """Fails a test that builds a shard."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
@@ -87,7 +87,7 @@ def build(
     known = Store.open(store).classes if (store / "manifest.json").exists() else ()
     source = list_source(folder, split, None, None, known)
     report = report or Progress(len(source.inputs), "pictures")
-    return build_split(source, store, settings, runner or Here(), report, policy)
+    return build_split(source, store, settings, runner or InlineRunner(), report, policy)
 
 
 def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
@@ -108,12 +108,12 @@ def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: in
     return folder
 
 
-def files_of(folder: Path) -> list[str]:
-    """Every file's path below `folder`, by bytes."""
+def image_paths(folder: Path) -> list[str]:
+    """The path of every file below `folder`, sorted by bytes."""
     return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*"))
 
 
-def sources_of(records: Sequence[tuple[bytes, Any]]) -> list[str]:
+def record_sources(records: Sequence[tuple[bytes, Any]]) -> list[str]:
     return [datum.source.decode() for _, datum in records]
 
 
@@ -121,12 +121,12 @@ def decoded(datum: Any) -> npt.NDArray[np.uint8]:
     return np.asarray(Image.open(io.BytesIO(datum.data)))
 
 
-def stamps(folder: Path) -> dict[Path, int]:
+def modification_times(folder: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
 
 
-def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Mode, time of change and content of all that is in a folder, and of itself."""
+def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Mode, modification time and content of a folder and of everything in it."""
     return {
         str(path): (status.st_mode, status.st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in (folder, *folder.rglob("*"))
@@ -136,18 +136,18 @@ def everything(folder: Path) -> dict[str, tuple[int, int, bytes]]:
 
 COMMAND = """
 import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in a script's background inherits that it is ignored
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job of a shell script inherits SIG_IGN
 from prep.cli import main
 main()
 """
 
 
-class Command:
-    """A build in two workers, as a process of its own, at the head of its own process group."""
+class BuildCommand:
+    """A build with two workers, as a process that leads its own process group."""
 
-    def __init__(self, photos: Path, store: Path, *words: str) -> None:
-        program = [sys.executable, "-c", COMMAND, "build-lmdb", str(photos), "--store", str(store)]
-        self.work = store / "train" / ".build"
+    def __init__(self, images: Path, store: Path, *words: str) -> None:
+        program = [sys.executable, "-c", COMMAND, "build-lmdb", str(images), "--store", str(store)]
+        self.work_dir = store / "train" / ".build"
         self.process = subprocess.Popen(
             [*program, "--side", "32", "--format", "ppm", "--jobs", "2", *words],
             stdout=subprocess.PIPE,
@@ -163,37 +163,38 @@ class Command:
             assert time.monotonic() < deadline, f"no {what}"
             time.sleep(0.002)
 
-    def wait_for_records(self, count: int) -> None:
-        self.wait_for(f"{count} finished shards", lambda: len(self.finished()) >= count)
+    def wait_for_shards(self, count: int) -> None:
+        self.wait_for(f"{count} finished shards", lambda: len(self.shard_records()) >= count)
 
-    def finished(self) -> list[Path]:
-        return sorted(self.work.glob("[0-9]*.json"))
+    def shard_records(self) -> list[Path]:
+        """The record files of the shards that are finished."""
+        return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:
-        """kill -9 of the parent alone; its workers must end by themselves."""
+        """SIGKILL to the parent alone; its workers must end by themselves."""
         self.process.send_signal(signal.SIGKILL)
 
     def end(self) -> tuple[int, str, str]:
-        """Exit code, standard output and standard error, once the whole process group is gone."""
+        """(exit code, standard output, standard error), once the whole process group has ended."""
         stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
-        while left := group(self.process.pid):
+        while left := process_group(self.process.pid):
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.01)
         return self.process.returncode, stdout, stderr
 
 
-def stepped(photos: Path, work: Path, how: str) -> list[dict[str, Any]]:
-    """Builds that end before their 1st, 2nd, 3rd… step on the disk, given again; see tests/helpers/stepped.py."""
-    program = [sys.executable, str(Path(__file__).with_name("stepped.py")), str(photos), str(work), how]
+def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
+    """Interrupt a build before its 1st, 2nd, 3rd… disk operation and repeat it; see interrupted_builds.py."""
+    program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as a worker has
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]
 
 
-def group(leader: int) -> dict[int, str]:
-    """The living processes of a process group and their command lines."""
+def process_group(leader: int) -> dict[int, str]:
+    """{pid: command line} of the living processes of a process group."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -1,4 +1,4 @@
-"""Inputs that are no pictures: seen before the work or in it, refused or left out, and the account of them."""
+"""Inputs that are not images: found before or during the build, refused or left out, and counted."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ from prep.store.manifest import Store
 from tests.helpers.building import (
     PPM,
     SKIP,
-    Here,
-    Never,
+    InlineRunner,
     Records,
-    Stop,
     Stopped,
+    StoppingRunner,
+    UnusedRunner,
     build,
-    files_of,
+    image_paths,
     make_pictures,
-    sources_of,
+    record_sources,
 )
 
-PLAIN = {  # a look at the first bytes is enough
+OBVIOUS = {  # the first bytes are enough
     "n1/bad_empty.JPEG": b"",
     "n1/bad_text.JPEG": b"no picture\n",
     "n2/bad_too.JPEG": b"neither\n",
 }
-CUT = {"n3/bad_cut.JPEG": b"\xff\xd8\xff\xe0 cut off"}
-BAD = PLAIN | CUT
+TRUNCATED = {"n3/bad_cut.JPEG": b"\xff\xd8\xff\xe0 cut off"}
+BAD = OBVIOUS | TRUNCATED
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 small pictures: four shards."""
+    """200 small images: four shards."""
     return make_pictures(tmp_path_factory.mktemp("small") / "photos", 200, (30, 70))
 
 
@@ -69,18 +69,18 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-# Before the work
+# Before the build
 
 
-def test_look_names_what_is_plainly_bad(with_bad: Path) -> None:
+def test_probe_names_obviously_bad_inputs(with_bad: Path) -> None:
     (with_bad / "n1" / "gone.JPEG").write_bytes(b"\xff\xd8\xff")
     with open(with_bad / "n1" / "huge.JPEG", "wb") as file:
         file.write(b"\xff\xd8\xff")
         file.truncate(MAX_FILE_BYTES + 1)
     source = list_source(with_bad, "train", None, None, ())
     (with_bad / "n1" / "gone.JPEG").unlink()
-    found = dict(probe(FolderReader(with_bad), source.inputs, 1))
-    assert found == {
+    bad = dict(probe(FolderReader(with_bad), source.inputs, 1))
+    assert bad == {
         "n1/bad_empty.JPEG": "empty file",
         "n1/bad_text.JPEG": "not an image in a known format",
         "n2/bad_too.JPEG": "not an image in a known format",
@@ -89,7 +89,7 @@ def test_look_names_what_is_plainly_bad(with_bad: Path) -> None:
     }
 
 
-def test_look_takes_every_format_that_can_be_decoded(tmp_path: Path) -> None:
+def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
     (tmp_path / "n1").mkdir()
     picture = Image.fromarray(np.full((40, 40, 3), 7, np.uint8))
     for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
@@ -99,34 +99,36 @@ def test_look_takes_every_format_that_can_be_decoded(tmp_path: Path) -> None:
     assert probe(FolderReader(tmp_path), source.inputs, 1) == []
 
 
-def test_bad_inputs_are_all_named_before_any_work(with_bad: Path, tmp_path: Path) -> None:
-    """Those that a look finds, and entries that are no files; the one that is cut off only decoding can tell."""
+def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
+    """Those that the probe finds, and entries that are not files. The truncated one is found by decoding only."""
     (with_bad / "n2" / "folder").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     store = tmp_path / "store"
-    with pytest.raises(UserError, match=r"5 inputs of 206 are not images.*bad\.jsonl lists all.*--on-bad skip") as told:
-        build(with_bad, store, runner=Never())
+    with pytest.raises(
+        UserError, match=r"5 inputs of 206 are not images.*bad\.jsonl lists all.*--on-bad skip"
+    ) as raised:
+        build(with_bad, store, runner=UnusedRunner())
     assert not list((store / "train").glob("0*"))
     lines = lines_of(store / "train" / ".build" / "bad.jsonl")
-    assert str(store / "train" / ".build" / "bad.jsonl") in str(told.value)
-    assert {line["source"] for line in lines} == {*PLAIN, "n2/folder", "n2/link"}
+    assert str(store / "train" / ".build" / "bad.jsonl") in str(raised.value)
+    assert {line["source"] for line in lines} == {*OBVIOUS, "n2/folder", "n2/link"}
     assert all(line["fate"] == "bad" and line["why"] for line in lines)
-    assert f"first: {lines[0]['source']}: {lines[0]['why']}" in str(told.value)
+    assert f"first: {lines[0]['source']}: {lines[0]['why']}" in str(raised.value)
 
 
-def test_bad_file_stops_the_command_which_names_it(with_bad: Path, tmp_path: Path) -> None:
+def test_a_bad_file_stops_the_command_which_names_it(with_bad: Path, tmp_path: Path) -> None:
     words = ["build-lmdb", str(with_bad), "--store", str(tmp_path / "store"), "--side", "32", "--jobs", "1"]
     result = CliRunner().invoke(main, words)
     assert result.exit_code == 1
     assert result.stderr.startswith("Error: ")
-    assert any(name in result.stderr for name in PLAIN)
+    assert any(name in result.stderr for name in OBVIOUS)
     assert "--on-bad skip" in result.stderr
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_cut_file_stops_the_build_and_is_named(photos: Path, tmp_path: Path) -> None:
-    (photos / "n3" / "bad_cut.JPEG").write_bytes(CUT["n3/bad_cut.JPEG"])
+def test_a_truncated_file_stops_the_build_which_names_it(photos: Path, tmp_path: Path) -> None:
+    (photos / "n3" / "bad_cut.JPEG").write_bytes(TRUNCATED["n3/bad_cut.JPEG"])
     with pytest.raises(UserError, match=r"n3/bad_cut\.JPEG: .*--on-bad skip.*finished shards are kept"):
         build(photos, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
@@ -144,13 +146,13 @@ def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, rec
     assert account["bad"]["empty file"] == 1
     assert account["bad"]["not an image in a known format"] >= 2
     assert (report.done, report.bad) == (204, 4)
-    assert set(sources_of(records_of(tmp_path / "store", "train"))) == set(files_of(with_bad)) - set(BAD)
+    assert set(record_sources(records_of(tmp_path / "store", "train"))) == set(image_paths(with_bad)) - set(BAD)
     lines = lines_of(tmp_path / "store" / "train" / "inputs.jsonl")
     assert {line["source"]: line["fate"] for line in lines} == dict.fromkeys(BAD, "bad")
     assert all(line["why"] for line in lines)
 
 
-def test_entries_that_are_no_files_are_in_the_account(with_bad: Path, tmp_path: Path) -> None:
+def test_entries_that_are_not_files_are_counted(with_bad: Path, tmp_path: Path) -> None:
     (with_bad / "n2" / "folder").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     account = build(with_bad, tmp_path / "store", policy=SKIP).split("train").account
@@ -159,7 +161,7 @@ def test_entries_that_are_no_files_are_in_the_account(with_bad: Path, tmp_path: 
     assert {line["source"] for line in lines} == {*BAD, "n2/folder", "n2/link"}
 
 
-def test_reasons_beyond_twenty_are_put_together(photos: Path, tmp_path: Path) -> None:
+def test_the_manifest_has_at_most_twenty_reasons_by_name(photos: Path, tmp_path: Path) -> None:
     head = io.BytesIO()
     Image.fromarray(np.zeros((1, 1, 3), np.uint8)).save(head, "PPM")
     for side in range(30):
@@ -174,18 +176,18 @@ def test_reasons_beyond_twenty_are_put_together(photos: Path, tmp_path: Path) ->
     assert len(lines_of(tmp_path / "store" / "train" / "inputs.jsonl")) == 35
 
 
-def test_account_adds_up(store: Path, records_of: Records) -> None:
+def test_the_counts_of_inputs_add_up(store: Path, records_of: Records) -> None:
     """conftest.py makes in each split one grey, one CMYK file and one PNG, and one with orientation 6 in train."""
     splits = json.loads((store / "manifest.json").read_bytes())["splits"]
-    odd = {"grey": 1, "cmyk": 1, "png": 1}
+    conversions = {"grey": 1, "cmyk": 1, "png": 1}
     for split, inputs, turned in (("train", 30, {"6": 1}), ("val", 12, {})):
         account = splits[split]["account"]
         assert account["inputs"] == account["kept"] == splits[split]["records"] == inputs
-        assert account["converted"] == odd
+        assert account["converted"] == conversions
         assert account["exif_orientation"] == turned
         assert account["bad"] == {}
         lines = lines_of(store / split / "inputs.jsonl")
-        assert Counter(how for line in lines for how in line.get("how", ())) == odd
+        assert Counter(how for line in lines for how in line.get("how", ())) == conversions
         assert [line["exif_orientation"] for line in lines if "exif_orientation" in line] == [6] * len(turned)
         assert len(lines) == 3 + len(turned)
         order = [datum.source.decode() for _, datum in records_of(store, split)]
@@ -193,23 +195,23 @@ def test_account_adds_up(store: Path, records_of: Records) -> None:
         assert named == [path for path in order if path in named]
 
 
-def test_account_of_a_build_in_several_runs_is_the_same(with_bad: Path, tmp_path: Path) -> None:
+def test_a_build_in_several_runs_gives_the_same_counts_and_files(with_bad: Path, tmp_path: Path) -> None:
     Image.new("L", (40, 40)).save(with_bad / "n1" / "grey.JPEG")
     whole = build(with_bad, tmp_path / "whole", policy=SKIP)
     store = tmp_path / "store"
     for _ in range(whole.split("train").records // 64 + 1):
         with pytest.raises(Stopped):
-            build(with_bad, store, policy=SKIP, runner=Stop())
+            build(with_bad, store, policy=SKIP, runner=StoppingRunner())
     assert build(with_bad, store, policy=SKIP).splits == whole.splits
     for name in ("inputs.jsonl", "mean_image.npy", "colour.json"):
         assert (store / "train" / name).read_bytes() == (whole.root / "train" / name).read_bytes()
 
 
-# Up to a number
+# At most --max-bad
 
 
 @pytest.mark.parametrize("words", [["--max-bad", "3"], ["--on-bad", "skip", "--max-bad", "3"], ["--max-bad", "0"]])
-def test_one_more_than_max_bad_stops_the_command(words: list[str], with_bad: Path, tmp_path: Path) -> None:
+def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_bad: Path, tmp_path: Path) -> None:
     base = ["build-lmdb", str(with_bad), "--store", str(tmp_path / "store"), "--side", "32", "--jobs", "1"]
     result = CliRunner().invoke(main, [*base, *words])
     assert result.exit_code == 1
@@ -222,12 +224,12 @@ def test_one_more_than_max_bad_stops_the_command(words: list[str], with_bad: Pat
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
-    """Runs that each build one shard: the bad ones of earlier runs count."""
+    """Each run builds one shard; the bad inputs of earlier runs count."""
     store, runs = tmp_path / "store", 0
     with pytest.raises(UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), --max-bad {most} allowed"):
         for _ in range(4):
             try:
-                build(with_bad, store, policy=BuildPolicy(True, most), runner=Stop())
+                build(with_bad, store, policy=BuildPolicy(True, most), runner=StoppingRunner())
             except Stopped:
                 runs += 1
     assert runs < 4
@@ -235,26 +237,26 @@ def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: P
     assert build(with_bad, store, policy=BuildPolicy(True, 4)).split("train").records == 200
 
 
-def test_max_bad_holds_for_what_is_finished_already(with_bad: Path, tmp_path: Path) -> None:
+def test_max_bad_counts_finished_shards(with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
-        build(with_bad, tmp_path / "store", policy=SKIP, runner=Stop(4))
+        build(with_bad, tmp_path / "store", policy=SKIP, runner=StoppingRunner(4))
     with pytest.raises(UserError, match="4 inputs are not images, --max-bad 3 allowed"):
         build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 3))
     assert build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 4)).split("train").records == 200
 
 
-def test_entries_that_are_no_files_count_before_any_work(photos: Path, tmp_path: Path) -> None:
+def test_entries_that_are_not_files_count_for_max_bad_before_the_build(photos: Path, tmp_path: Path) -> None:
     for name in "abc":
         (photos / "n1" / name).mkdir()
     with pytest.raises(UserError, match="--max-bad 2 allowed"):
-        build(photos, tmp_path / "store", policy=BuildPolicy(True, 2), runner=Never())
+        build(photos, tmp_path / "store", policy=BuildPolicy(True, 2), runner=UnusedRunner())
     assert build(photos, tmp_path / "store", policy=BuildPolicy(True, 3)).split("train").account["inputs"] == 203
 
 
-# Mended, removed, empty
+# Corrected, removed, empty
 
 
-def test_mended_file_lets_the_same_command_finish(with_bad: Path, tmp_path: Path) -> None:
+def test_a_corrected_file_lets_the_same_command_finish(with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="bad_"):
         build(with_bad, tmp_path / "store")
     good = next(path for path in sorted(with_bad.glob("*/*")) if "bad_" not in path.name)
@@ -263,21 +265,21 @@ def test_mended_file_lets_the_same_command_finish(with_bad: Path, tmp_path: Path
     assert build(with_bad, tmp_path / "store").fingerprint == build(with_bad, tmp_path / "other").fingerprint
 
 
-def test_bad_file_that_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """Shards that a run with --on-bad skip finished: the strict command looks at them again, the other finishes."""
-    for name in PLAIN:
+def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
+    """Shards with bad inputs that a run with --on-bad skip finished are built again by the strict command."""
+    for name in OBVIOUS:
         (with_bad / name).unlink()
     with pytest.raises(Stopped):
-        build(with_bad, tmp_path / "store", policy=SKIP, runner=Stop(4))
+        build(with_bad, tmp_path / "store", policy=SKIP, runner=StoppingRunner(4))
     with pytest.raises(UserError, match=r"bad_.*Correct it"):
         build(with_bad, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert build(with_bad, tmp_path / "store", policy=SKIP).split("train").records == 200
 
 
-def test_shard_without_a_picture_is_left_out(small: Path, photos: Path, tmp_path: Path, records_of: Records) -> None:
+def test_a_shard_without_an_image_is_left_out(small: Path, photos: Path, tmp_path: Path, records_of: Records) -> None:
     build(small, tmp_path / "all")
-    for path in sources_of(records_of(tmp_path / "all", "train"))[50:100]:
+    for path in record_sources(records_of(tmp_path / "all", "train"))[50:100]:
         (photos / path).write_bytes(b"no picture")
     built = build(photos, tmp_path / "store", policy=SKIP)
     assert [s.path for s in built.split("train").shards] == ["train/00000", "train/00002", "train/00003"]
@@ -285,7 +287,7 @@ def test_shard_without_a_picture_is_left_out(small: Path, photos: Path, tmp_path
     assert built.split("train").records == 150
 
 
-def test_not_one_picture(tmp_path: Path) -> None:
+def test_a_source_without_an_image_gives_no_store(tmp_path: Path) -> None:
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     for number in range(3):
         (tmp_path / "photos" / "n1" / f"{number}.JPEG").write_bytes(b"no picture")
@@ -294,24 +296,24 @@ def test_not_one_picture(tmp_path: Path) -> None:
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_file_that_vanished_is_a_bad_one(photos: Path, tmp_path: Path) -> None:
-    """After the look, before it is read."""
-    gone = files_of(photos)[3]
+def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> None:
+    """It is removed after the probe, before it is read."""
+    removed = image_paths(photos)[3]
 
-    class AfterRemoval(Here):
+    class AfterRemoval(InlineRunner):
         def map(self, work: Any, tasks: Iterable[Any], watch: Any) -> Iterator[tuple[Any, Any]]:
-            (photos / gone).unlink(missing_ok=True)
+            (photos / removed).unlink(missing_ok=True)
             return super().map(work, tasks, watch)
 
     source = list_source(photos, "train", None, None, ())
     for policy in (BuildPolicy(), SKIP):
-        (photos / gone).touch()
-        shutil.copy2(photos / files_of(photos)[4], photos / gone)
+        (photos / removed).touch()
+        shutil.copy2(photos / image_paths(photos)[4], photos / removed)
         source = list_source(photos, "train", None, None, ())
         store, report = tmp_path / str(policy.skip_bad), Progress(200, "pictures")
         if policy.skip_bad:
             account = build_split(source, store, PPM, AfterRemoval(), report, policy).split("train").account
             assert account["bad"] == {"cannot be read: No such file or directory": 1}
         else:
-            with pytest.raises(UserError, match=f"{gone}: cannot be read: No such file"):
+            with pytest.raises(UserError, match=f"{removed}: cannot be read: No such file"):
                 build_split(source, store, PPM, AfterRemoval(), report, policy)

@@ -1,6 +1,6 @@
-"""A disk that fills up, or breaks, at any point of a build: said with figures, nothing torn, finished when mended.
+"""A disk that fills up or breaks at any point of a build: a clear error, nothing torn, and the build can be finished.
 
-By injected errors at each step, by a limit on the length of files, and, where this may be mounted, on a small tmpfs.
+By injected errors at each disk operation, by a limit on the length of files, and on a small tmpfs if it can be mounted.
 """
 
 from __future__ import annotations
@@ -16,12 +16,20 @@ import pytest
 from prep.console import DiskFull, UserError
 from prep.store.lmdb_shard import read
 from prep.store.manifest import Store, StoreError
-from tests.helpers.building import DEADLINE_S, PPM, Command, Here, build, make_pictures, stepped
+from tests.helpers.building import (
+    DEADLINE_S,
+    PPM,
+    BuildCommand,
+    InlineRunner,
+    build,
+    make_pictures,
+    run_interrupted_builds,
+)
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """66 pictures: two shards."""
+    """66 images: two shards."""
     return make_pictures(tmp_path_factory.mktemp("full") / "photos", 66, (32, 34))
 
 
@@ -30,14 +38,16 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
     return build(photos, tmp_path_factory.mktemp("whole") / "store")
 
 
-@pytest.mark.parametrize(("how", "code"), [("full", 3), ("limit", 3), ("broken", 1)])
-def test_disk_at_every_step(how: str, code: int, photos: Path, whole: Store, tmp_path: Path) -> None:
-    """Where LMDB alone is told of an error it says the same for both kinds: that is taken for a full disk."""
-    *ends, last = stepped(photos, tmp_path, how)
+@pytest.mark.parametrize(("mode", "code"), [("full", 3), ("limit", 3), ("broken", 1)])
+def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
+    mode: str, code: int, photos: Path, whole: Store, tmp_path: Path
+) -> None:
+    """LMDB's own errors are the same for a full and a broken disk: they are taken for a full one."""
+    *ends, last = run_interrupted_builds(photos, tmp_path, mode)
     assert last["code"] == last["again"] == 0
     assert len(ends) >= 20
     for end in ends:
-        assert end["code"] == code or (how == "broken" and "mdb_" in end["error"]), end
+        assert end["code"] == code or (mode == "broken" and "mdb_" in end["error"]), end
         assert not end["torn"], end
         assert end["again"] == 0, end
         assert Store.open(tmp_path / f"{end['at']:03d}").splits == whole.splits
@@ -45,15 +55,17 @@ def test_disk_at_every_step(how: str, code: int, photos: Path, whole: Store, tmp
             assert "same command again" in end["error"], end
             assert re.search(r"disk is full.* [\d.]+ [KMG]?B are free", end["error"]), end
             assert " 0 images" not in end["error"], end
-    if how == "full":
+    if mode == "full":
         needed = [end["error"] for end in ends if "needed for 33 images" in end["error"]]
         assert len(needed) >= 5
         assert all(re.search(r"About 2\d\d\.\d KB are needed", text) for text in needed)
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_command_says_it_in_one_line_and_ends_with_3(photos: Path, whole: Store, tmp_path: Path, jobs: int) -> None:
-    """With real workers, which meet the limit first; of two, the other is ended in the middle of its shard."""
+def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
+    photos: Path, whole: Store, tmp_path: Path, jobs: int
+) -> None:
+    """With worker processes, which reach the limit first; of two, the other is killed in the middle of its shard."""
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"
@@ -66,7 +78,7 @@ def test_command_says_it_in_one_line_and_ends_with_3(photos: Path, whole: Store,
     assert ended.stderr.startswith("Error: ")
     assert "free" in ended.stderr
     assert jobs == 2 or not list(store.rglob("*.tmp"))
-    code, _, stderr = Command(photos, store).end()
+    code, _, stderr = BuildCommand(photos, store).end()
     assert code == 0, stderr
     assert not list(store.rglob("*.tmp"))
     assert Store.open(store).splits == whole.splits
@@ -74,7 +86,7 @@ def test_command_says_it_in_one_line_and_ends_with_3(photos: Path, whole: Store,
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs, grown by `mount -o remount`; skips where that is not permitted."""
+    """A tmpfs, enlarged by `mount -o remount`; the test is skipped if mounting is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
@@ -82,16 +94,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the injected errors and RLIMIT_FSIZE above hold the same everywhere; this is the real thing
+    if not mounted:  # the tests above cover the same with injected errors and RLIMIT_FSIZE
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_real_disk_of_twenty_sizes(
+def test_a_build_on_a_growing_disk_resumes_until_it_is_complete(
     small_disk: Path, photos: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each size somewhat larger than the last; the build goes on from what fitted until it is whole."""
+    """The disk is 16 KB larger each time; at least twenty builds fail before one succeeds."""
     monkeypatch.setattr("prep.build.split.check_disk_space", lambda *of: None)
     store, full = small_disk / "store", 0
     for kilobytes in range(16, 600, 16):
@@ -108,18 +120,18 @@ def test_real_disk_of_twenty_sizes(
         assert sum(1 for path in built.shard_paths("train") for _ in read(Path(path))) == 66
         break
     else:
-        pytest.fail("never whole")
+        pytest.fail("the build was never complete")
     assert full >= 20
 
 
-def test_free_room_is_that_of_the_stores_disk(small_disk: Path, photos: Path) -> None:
-    """Refused up front, by the figures of the disk that the store is on."""
+def test_free_space_is_that_of_the_disk_of_the_store(small_disk: Path, photos: Path) -> None:
+    """A build that does not fit is refused before it starts, with the free space of that disk."""
     with pytest.raises(DiskFull, match=r"270\.3 KB needed for 66 images.* [0-6]?\d\.\d KB free"):
         build(photos, small_disk / "store")
 
 
-def test_error_that_is_no_lack_of_room_has_code_1(photos: Path, tmp_path: Path) -> None:
+def test_a_disk_error_other_than_a_full_disk_has_exit_code_1(photos: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError) as told:
-        build(photos, tmp_path / "file" / "store", PPM, runner=Here())
-    assert told.value.exit_code == 1
+    with pytest.raises(UserError) as raised:
+        build(photos, tmp_path / "file" / "store", PPM, runner=InlineRunner())
+    assert raised.value.exit_code == 1

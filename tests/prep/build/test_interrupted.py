@@ -1,7 +1,7 @@
-"""Builds that end before they are done: killed at any step or moment, by signals, or with a worker that dies.
+"""Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
 
-Each must be finished by the same command with the fingerprint of a build that ran through, and leave nothing behind:
-no process, no file under a temporary name.
+The same command must finish each with the fingerprint of a build that ran through, and leave nothing behind: no process
+and no temporary file.
 """
 
 from __future__ import annotations
@@ -25,9 +25,18 @@ from prep.inputs.folder import FolderReader
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from prep.workers import TaskProgress, WorkerPool
-from tests.helpers.building import PPM, SKIP, STRICT, Command, build, group, make_pictures, stepped
+from tests.helpers.building import (
+    PPM,
+    SKIP,
+    STRICT,
+    BuildCommand,
+    build,
+    make_pictures,
+    process_group,
+    run_interrupted_builds,
+)
 
-Start = Callable[..., Command]
+Start = Callable[..., BuildCommand]
 
 
 def tree(store: Path) -> list[str]:
@@ -36,7 +45,7 @@ def tree(store: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 pictures that take a worker a few milliseconds each: five shards."""
+    """320 images that take a worker a few milliseconds each: five shards."""
     return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
 
 
@@ -47,11 +56,11 @@ def slow_store(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts commands, and kills what a test that failed left of them."""
-    started: list[Command] = []
+    """Starts build commands; kills what a failed test left of them."""
+    started: list[BuildCommand] = []
 
-    def run(photos: Path, store: Path, *words: str) -> Command:
-        started.append(Command(photos, store, *words))
+    def run(photos: Path, store: Path, *words: str) -> BuildCommand:
+        started.append(BuildCommand(photos, store, *words))
         return started[-1]
 
     yield run
@@ -61,19 +70,19 @@ def start() -> Iterator[Start]:
         command.process.communicate()
 
 
-# At every step on the disk
+# Killed at every disk operation
 
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """Of builds that died before each step: where they are, and what was said."""
-    work = tmp_path_factory.mktemp("stepped")
+    """(folder of the stores, outcomes) of builds that were killed before each disk operation."""
+    work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
     build(photos, work / "whole")
-    return work, stepped(photos, work, request.param)
+    return work, run_interrupted_builds(photos, work, request.param)
 
 
-def test_killed_before_any_step_the_same_command_finishes(ended: tuple[Path, Any]) -> None:
+def test_a_build_killed_at_any_disk_operation_is_finished_by_the_same_command(ended: tuple[Path, Any]) -> None:
     work, ends = ended
     assert len(ends) >= 14
     assert {end["code"] for end in ends[:-1]} == {9}
@@ -85,7 +94,7 @@ def test_killed_before_any_step_the_same_command_finishes(ended: tuple[Path, Any
         assert again.splits == whole.splits
 
 
-def test_killed_before_any_step_nothing_is_left_over(ended: tuple[Path, Any]) -> None:
+def test_a_build_killed_at_any_disk_operation_leaves_no_file_behind(ended: tuple[Path, Any]) -> None:
     """The files of each store are those of the build that ran through."""
     work, ends = ended
     expected = tree(work / "whole")
@@ -93,11 +102,11 @@ def test_killed_before_any_step_nothing_is_left_over(ended: tuple[Path, Any]) ->
     assert {at: set(files) ^ set(expected) for at, files in found.items() if files != expected} == {}
 
 
-# At any moment
+# Killed at any moment
 
 
 def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, finish: Callable[[Path], Store]) -> Store:
-    """kill -9 so long after a build began, and at once the same again."""
+    """SIGKILL `delay_s` after a build began, and at once the same build again."""
     command = start(photos, store)
     time.sleep(delay_s)
     command.kill()
@@ -107,10 +116,10 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
     return built
 
 
-def test_killed_at_random_moments_the_same_command_finishes(
+def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Ten of the two hundred below; finished in this process, which is quicker."""
+    """Ten moments of the two hundred below; the second build runs in this process, which is quicker."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -120,8 +129,10 @@ def test_killed_at_random_moments_the_same_command_finishes(
 
 
 @pytest.mark.soak
-def test_killed_at_two_hundred_random_moments(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """By commands alone; every tenth is killed several times before it may finish."""
+def test_a_build_killed_at_two_hundred_random_moments_is_finished(
+    start: Start, slow: Path, slow_store: Store, tmp_path: Path
+) -> None:
+    """By commands alone; every tenth build is killed five times before it may finish."""
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:
@@ -144,16 +155,16 @@ def test_killed_at_two_hundred_random_moments(start: Start, slow: Path, slow_sto
         assert tree(store) == tree(slow_store.root), number
 
 
-def test_killed_again_and_again_the_same_command_finishes(
+def test_a_build_killed_again_and_again_keeps_its_finished_shards(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """kill -9 of the parent when the build begins, in the first shards, after one shard, after three."""
+    """SIGKILL to the parent as the build begins, in the first shards, after one shard, after three."""
     store = tmp_path / "store"
-    moments: list[tuple[str, Callable[[Command], bool]]] = [
-        ("plan", lambda command: (command.work / "plan.json").exists()),
-        ("shard under way", lambda command: any(command.work.glob("*.tmp/data.mdb"))),
-        ("first shard", lambda command: len(command.finished()) >= 1),
-        ("third shard", lambda command: len(command.finished()) >= 3),
+    moments: list[tuple[str, Callable[[BuildCommand], bool]]] = [
+        ("plan", lambda command: (command.work_dir / "plan.json").exists()),
+        ("shard in progress", lambda command: any(command.work_dir.glob("*.tmp/data.mdb"))),
+        ("first shard", lambda command: len(command.shard_records()) >= 1),
+        ("third shard", lambda command: len(command.shard_records()) >= 3),
     ]
     for what, reached in moments:
         command = start(slow, store)
@@ -162,7 +173,7 @@ def test_killed_again_and_again_the_same_command_finishes(
         code, _, _ = command.end()
         assert code == -signal.SIGKILL
         assert not (store / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in command.finished()}
+    kept = {path: path.stat().st_mtime_ns for path in command.shard_records()}
     databases = [store / "train" / path.stem / "data.mdb" for path in kept]
     written = [path.stat().st_mtime_ns for path in databases]
     assert 3 <= len(kept) <= 5
@@ -174,17 +185,17 @@ def test_killed_again_and_again_the_same_command_finishes(
     assert tree(store) == tree(slow_store.root)
 
 
-# By signals
+# Stopped by signals
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_interrupted_by_a_signal(
+def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
     """SIGTERM to the parent, as `kill` sends it; SIGINT to the whole group, as a terminal sends Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
-    command.wait_for_records(1)
+    command.wait_for_shards(1)
     if number == signal.SIGINT:
         os.killpg(command.process.pid, number)
     else:
@@ -200,34 +211,38 @@ def test_interrupted_by_a_signal(
     assert report.skipped >= 64
 
 
-def test_ctrl_c_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the workers too, which must leave it to the parent from the beginning."""
-    said, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
+def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
+    """A terminal sends Ctrl-C to the workers too; they must leave it to the parent from their start."""
+    ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
-        command.wait_for("worker", lambda pid=command.process.pid: any("spawn_main" in w for w in group(pid).values()))
+        command.wait_for(
+            "worker", lambda pid=command.process.pid: any("spawn_main" in w for w in process_group(pid).values())
+        )
         time.sleep(delay_s)
         os.killpg(command.process.pid, signal.SIGINT)
-        said.append(command.end())
-    assert said == [(130, "", "Interrupted. Run the same command again to continue from here.\n")] * len(said)
+        ends.append(command.end())
+    assert ends == [(130, "", "Interrupted. Run the same command again to continue from here.\n")] * len(ends)
 
 
-def test_signal_does_not_wait_for_shards_under_way(start: Start, tmp_path: Path) -> None:
-    """Shards of 64 large pictures take seconds: SIGTERM in the first of them ends the build with none finished."""
+def test_a_signal_does_not_wait_for_the_shards_in_progress(start: Start, tmp_path: Path) -> None:
+    """Shards of 64 large images take seconds: SIGTERM in the first of them ends the build with none finished."""
     photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
     command = start(photos, tmp_path / "store")
-    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
+    command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))
     command.process.send_signal(signal.SIGTERM)
     code, _, stderr = command.end()
     assert code == 143, stderr
-    assert command.finished() == []
-    assert list(command.work.glob("*.json")) == [command.work / "plan.json"]
+    assert command.shard_records() == []
+    assert list(command.work_dir.glob("*.json")) == [command.work_dir / "plan.json"]
 
 
-def test_two_commands_at_once(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """The second is refused in one line and does no harm to the first."""
+def test_a_second_command_on_the_same_store_is_refused(
+    start: Start, slow: Path, slow_store: Store, tmp_path: Path
+) -> None:
+    """In one line, and without harm to the first."""
     first = start(slow, tmp_path / "store")
-    first.wait_for("plan", lambda: (first.work / "plan.json").exists())
+    first.wait_for("plan", lambda: (first.work_dir / "plan.json").exists())
     first.process.send_signal(signal.SIGSTOP)
     for words in ([], ["--restart"]):
         code, stdout, stderr = start(slow, tmp_path / "store", *words).end()
@@ -242,14 +257,14 @@ def test_two_commands_at_once(start: Start, slow: Path, slow_store: Store, tmp_p
 # Workers that die
 
 
-def test_killed_worker_is_said_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """As the kernel does when memory runs out: the file that it was at is named."""
+def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
+    """SIGKILL, as from the out-of-memory killer: the file that the worker was reading is named."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
-    command.wait_for_records(1)
-    command.wait_for("shard under way", lambda: any(command.work.glob("*.tmp/data.mdb")))
-    time.sleep(0.03)  # of the fifth of a second that it takes
-    (worker,) = [pid for pid, line in group(command.process.pid).items() if "spawn_main" in line]
+    command.wait_for_shards(1)
+    command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))
+    time.sleep(0.03)  # the shard takes a fifth of a second
+    (worker,) = [pid for pid, line in process_group(command.process.pid).items() if "spawn_main" in line]
     os.kill(worker, signal.SIGKILL)
     code, _, stderr = command.end()
     assert code == 1, stderr
@@ -262,8 +277,8 @@ def test_killed_worker_is_said_in_one_line(start: Start, slow: Path, slow_store:
     assert build(slow, store).splits == slow_store.splits
 
 
-class DeadlyFolder(FolderReader):
-    """Whoever reads its picture number 100 is killed; the others take a while."""
+class CrashingReader(FolderReader):
+    """Kills the process that reads image number 100; the others take a while."""
 
     def read(self, item: Any) -> bytes:
         time.sleep(0.01)
@@ -272,43 +287,43 @@ class DeadlyFolder(FolderReader):
         return super().read(item)
 
 
-def test_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_path: Path) -> None:
+def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_path: Path) -> None:
     source = list_source(slow, "train", None, None, ())
-    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for _ in range(2):
         with WorkerPool(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
-            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
+            build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
     assert build(slow, tmp_path / "store").splits == slow_store.splits
 
 
-def test_file_that_kills_its_worker_twice_is_left_out(slow: Path, tmp_path: Path) -> None:
-    """Where bad ones are left out; else it is tried again, for want of memory is not a file's fault."""
+def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: Path, tmp_path: Path) -> None:
+    """Otherwise it is tried again, since the cause may be a lack of memory."""
     source = list_source(slow, "train", None, None, ())
-    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):
         with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
-            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
+            build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
     with WorkerPool(2) as workers:
-        store = build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
+        store = build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
     split = store.split("train")
     assert (split.records, split.account["bad"]) == (319, {"killed the process that read it, twice": 1})
 
 
-def test_nothing_works_on_once_the_build_has_ended(slow: Path, tmp_path: Path) -> None:
-    """The lock is given back with the workers at rest, even where a caller keeps them for later."""
+def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> None:
+    """The workers are stopped before the lock is released, although the caller keeps the pool."""
     source = list_source(slow, "train", None, None, ())
-    deadly = type(source)(DeadlyFolder(slow), "train", source.classes, source.inputs)
+    crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     with WorkerPool(2) as workers:
-        with pytest.raises(UserError) as told:
-            build_split(deadly, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
+        with pytest.raises(UserError) as raised:
+            build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"))
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(told.value)  # a traceback that is kept keeps all that it names
+    assert "killed" in str(raised.value)  # keeps the traceback, and with it the generator of the results, alive
 
 
-def test_shard_that_is_under_way_twice_is_whole(slow: Path, tmp_path: Path) -> None:
-    """As after a kill whose workers take a moment to notice: both write the same, under names of their own."""
+def test_a_shard_that_is_built_twice_is_whole(slow: Path, tmp_path: Path) -> None:
+    """As after a kill, until the orphaned workers end: both write the same, under temporary names of their own."""
     source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))

@@ -1,4 +1,4 @@
-"""prep.build.preflight and the forecast of --dry-run: figures held against the build that follows, and nothing is written."""
+"""prep.build.preflight and --dry-run: estimates compared with the build that follows; nothing is written."""
 
 from __future__ import annotations
 
@@ -18,21 +18,34 @@ from prep.console import DiskFull, UserError
 from prep.inputs.sources import list_source
 from prep.store.manifest import Settings
 from prep.workers import Runner
-from tests.helpers.building import PPM, SKIP, STRICT, Here, Never, Stop, Stopped, build, everything, make_pictures
+from tests.helpers.building import (
+    PPM,
+    SKIP,
+    STRICT,
+    InlineRunner,
+    Stopped,
+    StoppingRunner,
+    UnusedRunner,
+    build,
+    make_pictures,
+    snapshot,
+)
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """400 pictures of many sizes: seven shards."""
+    """400 images of many sizes: seven shards."""
     return make_pictures(tmp_path_factory.mktemp("estimate") / "photos", 400, (60, 200))
 
 
-def told(
+def estimate(
     photos: Path, store: Path, settings: Settings = PPM, policy: BuildPolicy = STRICT, runner: Runner | None = None
 ) -> BuildEstimate:
-    return estimate_build(list_source(photos, "train", None, None, ()), store, settings, runner or Here(), policy)
+    return estimate_build(
+        list_source(photos, "train", None, None, ()), store, settings, runner or InlineRunner(), policy
+    )
 
 
 def dry_run(photos: Path, store: Path, *words: str) -> Result:
@@ -53,93 +66,93 @@ def bytes_on_disk(store: Path) -> int:
         Settings(128, True, "jpeg", 99, "area", 0),
     ],
 )
-def test_bytes_are_those_of_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
-    """Within a quarter of what the LMDBs take on the disk; of seconds only that the machine is not wildly off."""
-    guess = told(photos, tmp_path / "store", settings).resources
-    assert guess is not None
+def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
+    """Bytes within a quarter of those of the LMDBs; seconds only within a factor that any machine stays in."""
+    resources = estimate(photos, tmp_path / "store", settings).resources
+    assert resources is not None
     build(photos, tmp_path / "store", settings)
-    assert guess.bytes == pytest.approx(bytes_on_disk(tmp_path / "store"), rel=0.25)
-    assert 0 < guess.sampled <= 32
-    assert 0.01 < guess.seconds < 60
+    assert resources.bytes == pytest.approx(bytes_on_disk(tmp_path / "store"), rel=0.25)
+    assert 0 < resources.sampled <= 32
+    assert 0.01 < resources.seconds < 60
 
 
-def test_more_jobs_take_less_time(photos: Path, tmp_path: Path) -> None:
-    class Many(Here):
+def test_the_estimated_time_is_shorter_with_more_jobs(photos: Path, tmp_path: Path) -> None:
+    class HundredJobs(InlineRunner):
         jobs = 100
 
-    one, many = told(photos, tmp_path).resources, told(photos, tmp_path, runner=Many()).resources
+    one, many = estimate(photos, tmp_path).resources, estimate(photos, tmp_path, runner=HundredJobs()).resources
     assert one is not None and many is not None
     assert one.seconds / many.seconds > 20
 
 
-def test_nothing_is_written(photos: Path, tmp_path: Path) -> None:
+def test_an_estimate_writes_nothing(photos: Path, tmp_path: Path) -> None:
     source = Path(shutil.copytree(photos, tmp_path / "photos"))
     (source / "n1" / "bad.JPEG").write_bytes(b"no picture")
     store = tmp_path / "deep" / "store"
-    before = everything(tmp_path)
-    said = told(source, store)
-    assert (said.inputs, said.classes, said.done, said.is_built) == (401, 3, 0, False)
-    assert said.bad == (("n1/bad.JPEG", "not an image in a known format"),)
-    assert everything(tmp_path) == before
+    before = snapshot(tmp_path)
+    result = estimate(source, store)
+    assert (result.inputs, result.classes, result.done, result.is_built) == (401, 3, 0, False)
+    assert result.bad == (("n1/bad.JPEG", "not an image in a known format"),)
+    assert snapshot(tmp_path) == before
     with pytest.raises(Stopped):
-        build(source, store, policy=SKIP, runner=Stop(2))
+        build(source, store, policy=SKIP, runner=StoppingRunner(2))
     (source / "n1" / "bad.JPEG").write_bytes(b"")
-    before = everything(tmp_path)
+    before = snapshot(tmp_path)
     for policy in (SKIP, BuildPolicy(restart=True)):
-        told(source, store, policy=policy)
-    assert everything(tmp_path) == before
+        estimate(source, store, policy=policy)
+    assert snapshot(tmp_path) == before
 
 
-def test_what_is_done_already_is_said(photos: Path, tmp_path: Path) -> None:
+def test_an_estimate_counts_finished_shards(photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
-    fresh = told(photos, store)
+    fresh = estimate(photos, store)
     with pytest.raises(Stopped):
-        build(photos, store, runner=Stop(3))
-    said = told(photos, store)
-    assert (said.inputs, said.done, said.is_built) == (400, 171, False)
-    assert said.resources is not None and fresh.resources is not None
-    assert said.resources.bytes == pytest.approx(fresh.resources.bytes * 229 / 400, rel=0.05)
-    assert told(photos, store, policy=BuildPolicy(restart=True)).done == 0
+        build(photos, store, runner=StoppingRunner(3))
+    result = estimate(photos, store)
+    assert (result.inputs, result.done, result.is_built) == (400, 171, False)
+    assert result.resources is not None and fresh.resources is not None
+    assert result.resources.bytes == pytest.approx(fresh.resources.bytes * 229 / 400, rel=0.05)
+    assert estimate(photos, store, policy=BuildPolicy(restart=True)).done == 0
     build(photos, store)
-    said = told(photos, store, runner=Never())
-    assert (said.inputs, said.done, said.is_built, said.resources) == (400, 400, True, None)
+    result = estimate(photos, store, runner=UnusedRunner())
+    assert (result.inputs, result.done, result.is_built, result.resources) == (400, 400, True, None)
 
 
-def test_what_the_build_would_refuse_is_refused(photos: Path, tmp_path: Path) -> None:
+def test_an_estimate_refuses_what_the_build_would_refuse(photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     other = Settings(**{**vars(PPM), "seed": 3})
     with pytest.raises(Stopped):
-        build(photos, store, runner=Stop())
+        build(photos, store, runner=StoppingRunner())
     with pytest.raises(UserError, match="--seed 0, this command says 3"):
-        told(photos, store, other)
+        estimate(photos, store, other)
     build(photos, store)
     with pytest.raises(UserError, match="--seed 0, this command says 3"):
-        told(photos, store, other)
+        estimate(photos, store, other)
     (tmp_path / "theirs" / "train").mkdir(parents=True)
     (tmp_path / "theirs" / "train" / "precious.txt").write_text("mine")
     with pytest.raises(UserError, match="was not begun by alexprep"):
-        told(photos, tmp_path / "theirs")
+        estimate(photos, tmp_path / "theirs")
 
 
-def test_not_one_picture_gives_no_estimate(tmp_path: Path) -> None:
+def test_inputs_without_an_image_give_no_estimate(tmp_path: Path) -> None:
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     (tmp_path / "photos" / "n1" / "cut.JPEG").write_bytes(b"\xff\xd8\xff\xe0 cut off")
-    assert told(tmp_path / "photos", tmp_path / "store").resources is None
+    assert estimate(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert result.exit_code == 0
     assert "no estimate" in result.stdout
 
 
-def test_command_says_it_to_a_person_and_to_a_program(photos: Path, tmp_path: Path) -> None:
+def test_dry_run_reports_as_text_and_as_json(photos: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     result = dry_run(photos, store, "--side", "128", "--json")
     assert result.exit_code == 0, result.stderr
     assert not store.exists()
-    said = json.loads(result.stdout)
-    assert (said["inputs"], said["classes"], said["bad"], said["done"]) == (400, 3, [], 0)
-    assert said["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
+    answer = json.loads(result.stdout)
+    assert (answer["inputs"], answer["classes"], answer["bad"], answer["done"]) == (400, 3, [], 0)
+    assert answer["free_bytes"] == pytest.approx(shutil.disk_usage(tmp_path).free, rel=0.1)
     build(photos, store, Settings(128, False, "jpeg", 90, "area", 0))
-    assert said["bytes"] == pytest.approx(bytes_on_disk(store), rel=0.25)
+    assert answer["bytes"] == pytest.approx(bytes_on_disk(store), rel=0.25)
     again = dry_run(photos, store, "--side", "128")
     assert "nothing to do" in again.stdout
     fresh = dry_run(photos, tmp_path / "other", "--side", "128")
@@ -147,30 +160,30 @@ def test_command_says_it_to_a_person_and_to_a_program(photos: Path, tmp_path: Pa
     assert "fits" in fresh.stdout and "NOT" not in fresh.stdout
 
 
-def test_free_bytes_of_a_folder_that_is_not_there_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = []
-    monkeypatch.setattr("shutil.disk_usage", lambda path: asked.append(Path(path)) or Usage(9, 2, 7))
+def test_free_bytes_of_a_folder_that_does_not_exist_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = []
+    monkeypatch.setattr("shutil.disk_usage", lambda path: paths.append(Path(path)) or Usage(9, 2, 7))
     assert free_bytes(tmp_path / "a" / "b" / "c") == 7
-    assert asked == [tmp_path]
+    assert paths == [tmp_path]
     monkeypatch.chdir(tmp_path)
     assert free_bytes(Path("nowhere") / "store") == 7
 
 
-# Too little room
+# Too little disk space
 
 
-def free(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
+def set_free_bytes(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**12, 10**12 - n, n))
 
 
-def test_too_little_room_is_refused_before_anything_is_built(
+def test_a_build_that_does_not_fit_is_refused_before_it_starts(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = tmp_path / "store"
     with monkeypatch.context() as patch:
-        free(patch, 500_000)
+        set_free_bytes(patch, 500_000)
         with pytest.raises(DiskFull, match=r"1\.6 MB needed for 400 images.*500\.0 KB free"):
-            build(photos, store, runner=Stop(0))
+            build(photos, store, runner=StoppingRunner(0))
         assert not list((store / "train").glob("0*"))
         result = CliRunner().invoke(
             main, ["build-lmdb", str(photos), "--store", str(store), "--side", "32", "--format", "ppm", "--jobs", "1"]
@@ -182,17 +195,17 @@ def test_too_little_room_is_refused_before_anything_is_built(
     build(photos, store)
 
 
-def test_what_may_just_fit_is_begun(
+def test_a_build_that_may_just_fit_is_started(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """An estimate is no reason to refuse what may fit."""
-    free(monkeypatch, 1_500_000)
+    """With a warning: the estimate may be too high."""
+    set_free_bytes(monkeypatch, 1_500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400
     assert "1.5 MB free. The build starts all the same" in capsys.readouterr().err
 
 
-def test_only_what_is_left_must_fit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_the_unfinished_shards_must_fit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Stopped):
-        build(photos, tmp_path / "store", runner=Stop(6))
-    free(monkeypatch, 500_000)
+        build(photos, tmp_path / "store", runner=StoppingRunner(6))
+    set_free_bytes(monkeypatch, 500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400

@@ -1,4 +1,4 @@
-"""prep.build.split: the store against the photographs; built again, otherwise, twice at a time, with other splits.
+"""prep.build.split: the store against the images; builds repeated, restarted, refused, and at the same time.
 
 Records are read by lmdb and protobuf; labels are compared with the folders and the ground truth, pixels with Pillow's
 resize in floating point, sums with NumPy.
@@ -29,23 +29,23 @@ from prep.store.manifest import Settings, Store, StoreError
 from prep.workers import WorkerPool
 from tests.helpers.building import (
     PPM,
-    Never,
     Records,
-    Stop,
     Stopped,
+    StoppingRunner,
+    UnusedRunner,
     build,
     decoded,
-    everything,
-    files_of,
+    image_paths,
     make_pictures,
-    sources_of,
-    stamps,
+    modification_times,
+    record_sources,
+    snapshot,
 )
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """200 small pictures: four shards."""
+    """200 small images: four shards."""
     return make_pictures(tmp_path_factory.mktemp("small") / "photos", 200, (30, 70))
 
 
@@ -61,40 +61,42 @@ def copy_of_small(small: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(small, tmp_path / "photos"))
 
 
-# What is in the store
+# The content of the store
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_record_holds_its_own_picture(split: str, photo_folder: Path, tmp_path: Path, records_of: Records) -> None:
-    """Whole pictures by the bilinear filter, which Pillow has too: each within rounding of its own source."""
+def test_a_record_holds_the_image_of_its_source(
+    split: str, photo_folder: Path, tmp_path: Path, records_of: Records
+) -> None:
+    """Whole images by the bilinear filter, which Pillow has too: each within rounding of its own source."""
     settings = Settings(48, True, "ppm", 90, "bilinear", 5)
     build(photo_folder / split, tmp_path / "store", settings, split=split)
     for _, datum in records_of(tmp_path / "store", split):
         with Image.open(photo_folder / split / os.fsdecode(datum.source)) as image:
             planes = image.convert("RGB").split()
-        got = decoded(datum)
-        assert got.shape == (datum.height, datum.width, 3)
-        assert min(got.shape[:2]) == 48
+        pixels = decoded(datum)
+        assert pixels.shape == (datum.height, datum.width, 3)
+        assert min(pixels.shape[:2]) == 48
         size = (datum.width, datum.height)
         floats = [Image.fromarray(np.asarray(plane, np.float32)) for plane in planes]
         expected = np.dstack([np.asarray(plane.resize(size, Image.Resampling.BILINEAR)) for plane in floats])
-        assert np.abs(got - np.clip(expected, 0, 255)).max() <= 0.51
+        assert np.abs(pixels - np.clip(expected, 0, 255)).max() <= 0.51
 
 
-def test_training_labels_are_the_folders(store: Path, photo_folder: Path, records_of: Records) -> None:
+def test_training_labels_come_from_the_folders(store: Path, photo_folder: Path, records_of: Records) -> None:
     records = records_of(store, "train")
     names = sorted(path.name for path in (photo_folder / "train").iterdir())
-    assert sorted(sources_of(records)) == files_of(photo_folder / "train")
+    assert sorted(record_sources(records)) == image_paths(photo_folder / "train")
     for _, datum in records:
         assert datum.HasField("label")
         assert names[datum.label] == os.fsdecode(datum.source).split("/")[0]
     manifest = json.loads((store / "manifest.json").read_bytes())
     assert manifest["classes"] == names
-    counts = Counter(path.split("/")[0] for path in files_of(photo_folder / "train"))
+    counts = Counter(path.split("/")[0] for path in image_paths(photo_folder / "train"))
     assert manifest["splits"]["train"]["label_counts"] == [counts[name] for name in names]
 
 
-def test_validation_labels_are_the_ground_truth(store: Path, photo_folder: Path, records_of: Records) -> None:
+def test_validation_labels_come_from_the_ground_truth(store: Path, photo_folder: Path, records_of: Records) -> None:
     truth = [int(line) for line in (photo_folder / "val_ground_truth.txt").read_text().split()]
     names = sorted(path.name for path in (photo_folder / "val").iterdir())
     expected = {name: number - 1 for name, number in zip(names, truth, strict=True)}
@@ -138,39 +140,39 @@ def test_bytes_and_pixels_are_counted(small_store: Path, records_of: Records) ->
 # The order of the records
 
 
-def test_order_is_a_permutation_that_depends_on_the_seed_alone(
+def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
     small: Path, small_store: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    order = sources_of(records_of(small_store, "train"))
-    assert sorted(order) == files_of(small)
+    order = record_sources(records_of(small_store, "train"))
+    assert sorted(order) == image_paths(small)
     assert order != sorted(order)
     for number, changed in enumerate((replace(PPM, side_px=40), replace(PPM, format="jpeg", quality=50))):
         build(small, tmp_path / str(number), changed)
-        assert sources_of(records_of(tmp_path / str(number), "train")) == order
+        assert record_sources(records_of(tmp_path / str(number), "train")) == order
     build(small, tmp_path / "seed", replace(PPM, seed=1))
-    other = sources_of(records_of(tmp_path / "seed", "train"))
+    other = record_sources(records_of(tmp_path / "seed", "train"))
     assert sorted(other) == sorted(order)
     assert sum(a == b for a, b in zip(order, other, strict=True)) < 10
 
 
-def test_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean place of each class is the middle, within five standard deviations of a random permutation."""
+def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
+    """The mean position of each class is the middle, within five standard deviations of a random permutation."""
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):
-        places = np.flatnonzero(labels == label)
-        k = len(places)
+        positions = np.flatnonzero(labels == label)
+        k = len(positions)
         spread = np.sqrt((n + 1) * (n - k) / (12 * k))
-        assert abs(places.mean() - (n - 1) / 2) < 5 * spread
+        assert abs(positions.mean() - (n - 1) / 2) < 5 * spread
 
 
-def test_order_of_the_others_stays_when_one_is_taken_out(
+def test_the_order_of_the_others_stays_when_an_input_is_removed(
     small_store: Path, copy_of_small: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    order = sources_of(records_of(small_store, "train"))
+    order = record_sources(records_of(small_store, "train"))
     (copy_of_small / order[17]).unlink()
     build(copy_of_small, tmp_path / "store")
-    assert sources_of(records_of(tmp_path / "store", "train")) == order[:17] + order[18:]
+    assert record_sources(records_of(tmp_path / "store", "train")) == order[:17] + order[18:]
 
 
 # WorkerPool
@@ -195,14 +197,14 @@ def test_any_number_of_jobs_gives_the_same_records(
         assert not (path / "train" / ".build").exists()
 
 
-# Again, otherwise, at the same time
+# Repeated, changed and simultaneous builds
 
 
-def test_second_run_does_nothing(small: Path, small_store: Path) -> None:
-    before, fingerprint = stamps(small_store), Store.open(small_store).fingerprint
+def test_a_repeated_build_writes_nothing(small: Path, small_store: Path) -> None:
+    before, fingerprint = modification_times(small_store), Store.open(small_store).fingerprint
     report = Progress(200, "pictures")
-    assert build(small, small_store, runner=Never(), report=report).fingerprint == fingerprint
-    assert stamps(small_store) == before
+    assert build(small, small_store, runner=UnusedRunner(), report=report).fingerprint == fingerprint
+    assert modification_times(small_store) == before
     assert report.done == report.skipped == 200
 
 
@@ -217,35 +219,35 @@ CHANGES = [
 
 
 @pytest.mark.parametrize(("changes", "has", "asked"), CHANGES)
-def test_other_settings_are_refused(
+def test_a_finished_split_refuses_other_settings(
     changes: dict[str, Any], has: str, asked: str, small: Path, small_store: Path
 ) -> None:
-    before = stamps(small_store)
+    before = modification_times(small_store)
     with pytest.raises(UserError, match=f"{has}, this command says {asked}"):
         build(small, small_store, replace(PPM, **changes))
-    assert stamps(small_store) == before
+    assert modification_times(small_store) == before
 
 
-def test_other_settings_are_refused_by_an_unfinished_build(small: Path, small_store: Path, tmp_path: Path) -> None:
+def test_an_unfinished_build_refuses_other_settings(small: Path, small_store: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with pytest.raises(Stopped):
-        build(small, store, runner=Stop())
+        build(small, store, runner=StoppingRunner())
     for changes, has, asked in CHANGES:
         with pytest.raises(UserError, match=f"{has}, this command says {asked}"):
             build(small, store, replace(PPM, **changes))
     assert build(small, store).fingerprint == Store.open(small_store).fingerprint
 
 
-def test_other_inputs_are_refused_by_a_whole_split(small: Path, copy_of_small: Path, tmp_path: Path) -> None:
+def test_a_finished_split_refuses_other_inputs(small: Path, copy_of_small: Path, tmp_path: Path) -> None:
     build(small, tmp_path / "whole")
-    before = stamps(tmp_path / "whole")
-    (copy_of_small / files_of(copy_of_small)[0]).unlink()
+    before = modification_times(tmp_path / "whole")
+    (copy_of_small / image_paths(copy_of_small)[0]).unlink()
     with pytest.raises(UserError, match=r"a split train of other inputs \(200, this command names 199\)"):
         build(copy_of_small, tmp_path / "whole")
-    assert stamps(tmp_path / "whole") == before
+    assert modification_times(tmp_path / "whole") == before
 
 
-def test_folder_of_someone_else_is_left_alone(small: Path, tmp_path: Path) -> None:
+def test_a_folder_that_alexprep_did_not_begin_is_left_alone(small: Path, tmp_path: Path) -> None:
     (tmp_path / "store" / "train").mkdir(parents=True)
     (tmp_path / "store" / "train" / "precious.txt").write_text("mine")
     with pytest.raises(StoreError, match="was not begun by alexprep"):
@@ -255,7 +257,7 @@ def test_folder_of_someone_else_is_left_alone(small: Path, tmp_path: Path) -> No
     assert (tmp_path / "store" / "train" / "precious.txt").read_text() == "mine"
 
 
-def test_the_other_split_joins_the_store(small: Path, tmp_path: Path, records_of: Records) -> None:
+def test_a_second_split_is_added_to_the_store(small: Path, tmp_path: Path, records_of: Records) -> None:
     store = tmp_path / "store"
     first = build(small, store)
     both = build(small, store, split="val")
@@ -267,7 +269,7 @@ def test_the_other_split_joins_the_store(small: Path, tmp_path: Path, records_of
         build(small, store, replace(PPM, side_px=64), split="val")
 
 
-def test_second_builder_is_refused(small: Path, tmp_path: Path) -> None:
+def test_a_second_build_at_the_same_time_is_refused(small: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     store.mkdir()
     with open(store / ".lock", "w") as handle:
@@ -279,10 +281,10 @@ def test_second_builder_is_refused(small: Path, tmp_path: Path) -> None:
 
 
 def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> None:
-    """Of other settings, of other inputs, and one whose plan cannot be read."""
+    """The restarted store has the files of a build that was never interrupted."""
     store = tmp_path / "store"
     with pytest.raises(Stopped):
-        build(small, store, replace(PPM, side_px=40), runner=Stop(2))
+        build(small, store, replace(PPM, side_px=40), runner=StoppingRunner(2))
     report = Progress(200, "pictures")
     built = build(small, store, policy=BuildPolicy(restart=True), report=report)
     assert report.skipped == 0
@@ -294,53 +296,53 @@ def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> No
     ]
 
 
-def test_restart_leaves_a_whole_split_as_it_is(small: Path, tmp_path: Path) -> None:
+def test_restart_leaves_a_finished_split_as_it_is(small: Path, tmp_path: Path) -> None:
     build(small, tmp_path / "store")
-    before = stamps(tmp_path / "store")
-    build(small, tmp_path / "store", policy=BuildPolicy(restart=True), runner=Never())
-    assert stamps(tmp_path / "store") == before
+    before = modification_times(tmp_path / "store")
+    build(small, tmp_path / "store", policy=BuildPolicy(restart=True), runner=UnusedRunner())
+    assert modification_times(tmp_path / "store") == before
 
 
-def test_restart_of_one_split_leaves_the_other(small: Path, tmp_path: Path) -> None:
+def test_restart_of_one_split_leaves_the_other_as_it_is(small: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     build(small, store)
-    before = stamps(store / "train")
+    before = modification_times(store / "train")
     with pytest.raises(Stopped):
-        build(small, store, split="val", runner=Stop())
+        build(small, store, split="val", runner=StoppingRunner())
     assert list(build(small, store, split="val", policy=BuildPolicy(restart=True)).splits) == ["train", "val"]
-    assert stamps(store / "train") == before
+    assert modification_times(store / "train") == before
 
 
 @pytest.mark.parametrize("restart", [False, True])
 @pytest.mark.parametrize("where", ["same", "split", "inside", "link"])
-def test_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, restart: bool, where: str) -> None:
-    """Whatever is asked, nothing in the source is touched."""
+def test_a_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, restart: bool, where: str) -> None:
+    """Nothing in the source is changed, with or without --restart."""
     shutil.copytree(small, tmp_path / "data" / "train")
     (tmp_path / "data" / "train" / ".someone.tmp").write_text("mine")
     (tmp_path / "link").symlink_to("data")
     store = {"same": "data", "split": "data/train", "inside": "data/train/n1/store", "link": "link"}[where]
-    before = everything(tmp_path / "data")
+    before = snapshot(tmp_path / "data")
     with pytest.raises(UserError, match=str(tmp_path / "data" / "train")):
         build(tmp_path / "data" / "train", tmp_path / store, policy=BuildPolicy(restart=restart))
-    assert everything(tmp_path / "data") == before
+    assert snapshot(tmp_path / "data") == before
 
 
-def test_source_is_only_read(small: Path, tmp_path: Path) -> None:
-    """Folders without the right to write, and times and contents as before."""
+def test_the_source_is_only_read(small: Path, tmp_path: Path) -> None:
+    """Folders without write permission; times and contents stay."""
     photos = Path(shutil.copytree(small, tmp_path / "photos"))
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     for folder in (photos, *photos.glob("*")):
         folder.chmod(0o555)
-    before = everything(photos)
+    before = snapshot(photos)
     try:
         with pytest.raises(UserError):
             build(photos, tmp_path / "store")
         with pytest.raises(Stopped):
-            build(photos, tmp_path / "store", policy=BuildPolicy(skip_bad=True), runner=Stop())
+            build(photos, tmp_path / "store", policy=BuildPolicy(skip_bad=True), runner=StoppingRunner())
         build(photos, tmp_path / "store", policy=BuildPolicy(skip_bad=True, restart=True))
         words = ["build-lmdb", str(photos), "--store", str(tmp_path / "store"), "--dry-run"]
         CliRunner().invoke(main, [*words, "--side", "32", "--format", "ppm", "--jobs", "1"])
-        assert everything(photos) == before
+        assert snapshot(photos) == before
     finally:
         for folder in (photos, *photos.glob("*")):
             folder.chmod(0o755)
