@@ -1,4 +1,4 @@
-"""`alextrain export` and `import`: networks as files of other programs."""
+"""`alextrain export` and `import`: convert networks to and from the files of other programs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from train.cli.options import (
     epochs_option,
     precision_option,
     recipe_settings,
+    run_argument,
+    run_dir_option,
     seed_option,
 )
 from train.config.architecture import ARCHITECTURES
@@ -23,59 +25,71 @@ from train.config.recipes import RECIPES
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
-@click.option("--to", type=click.Choice(EXPORT_FORMATS), required=True, help="Which kind of file.")
-@click.option("--out", type=click.Path(path_type=Path, dir_okay=False), required=True, help="The file; replaced whole.")
+@run_argument
+@click.option("--to", "format", type=click.Choice(EXPORT_FORMATS), required=True, help="Format of the file.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path, dir_okay=False),
+    required=True,
+    help="File to write; an older one is replaced atomically.",
+)
 @checkpoint_option
 @json_option
-def export(run_dir: Path, to: str, out: Path, checkpoint: str, as_json: bool) -> None:
-    """Write a run's network as a file for other programs, classes and preprocessing along with it.
+def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool) -> None:
+    """Write a run's network as a file for other programs, with its classes and its preprocessing.
 
     \b
     Example:
       alextrain export run --to onnx --out alexnet.onnx
       alextrain export run --checkpoint best --to safetensors --out alexnet.safetensors
     """
-    from train.convert.export import export as write
+    from train.convert.export import export as write_export
 
-    told = write(run_dir, to, out, checkpoint)
+    result = write_export(run_dir, format, out, checkpoint)
     if as_json:
-        print_json(told)
+        print_json(result)
         return
-    say(f"{out}: step {told['step']:,}, {bytes_text(told['bytes'])}.")
-    if to == "torchvision":
-        values = told["preprocessing"]["normalise"]
-        mean, std = (tuple(round(level, 6) for level in values[name]) for name in ("mean", "std"))
-        exact = "" if values["exact"] else ", near it: a mean image was subtracted, which the file has"
-        say(f"Its input is what transforms.Normalize(mean={mean}, std={std}) gives{exact}.")
+    say(f"{out}: step {result['step']:,}, {bytes_text(result['bytes'])}.")
+    if format == "torchvision":
+        normalization = result["preprocessing"]["normalise"]
+        mean, std = (tuple(round(level, 6) for level in normalization[name]) for name in ("mean", "std"))
+        approximate = "" if normalization["exact"] else ", approximately: the exact mean image is in the file"
+        say(f"It expects images normalized by transforms.Normalize(mean={mean}, std={std}){approximate}.")
 
 
 @click.command(name="import")
 @click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
 @click.option(
-    "--from", "layout", type=click.Choice(["torchvision"]), default="torchvision", show_default=True, help="Whose."
+    "--from",
+    "layout",
+    type=click.Choice(["torchvision"]),
+    default="torchvision",
+    show_default=True,
+    help="Library whose network the weights are of.",
 )
 @store_option
-@click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
+@run_dir_option
 @click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default="modern",
     show_default=True,
-    help="Of a training that goes on from here; it may not subtract a mean image.",
+    help="Hyperparameters of further training; the recipe may not subtract a mean image.",
 )
 @recipe_settings
 @batch_option
 @epochs_option
 @seed_option
 @precision_option
-@click.option("--new-fc8", is_flag=True, help="Begin the last layer anew, for other classes than the file's.")
+@click.option(
+    "--new-fc8", is_flag=True, help="Initialize the last layer anew, for a store of other classes than the file's."
+)
 @json_option
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
-    """Make a run, at step 0, of torchvision's weights of AlexNet: a state_dict, FILE.pth.
+    """Make a run, at step 0, from torchvision's weights of AlexNet: a state_dict, FILE.pth.
 
-    `alextrain evaluate` takes it. To train it further, give `alextrain run` --model torchvision and the same --recipe,
-    --set, --batch, --epochs, --seed and --precision.
+    `alextrain evaluate` accepts the run. To train it further, give `alextrain run` --model torchvision and the same
+    --recipe, --set, --batch, --epochs, --seed and --precision.
 
     \b
     Example:
@@ -87,21 +101,20 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     from train.config.run_config import RunConfig
     from train.convert.import_torchvision import import_torchvision
 
-    chosen = recipe_with_overrides(options["recipe"], options["settings"], options["epochs"])
+    recipe = recipe_with_overrides(options["recipe"], options["settings"], options["epochs"])
     config = RunConfig(
         store=options["store"],
-        recipe=chosen,
+        recipe=recipe,
         model=ARCHITECTURES["torchvision"],
-        batch_size=options["batch"] or chosen.batch_size,
+        batch_size=options["batch"] or recipe.batch_size,
         seed=options["seed"],
         precision=options["precision"],
         run_dir=options["run_dir"],
-        epochs=options["epochs"] or chosen.epochs,
+        epochs=options["epochs"] or recipe.epochs,
     )
     import_torchvision(file, config, new_fc8)
-    said = {"run_dir": str(config.run_dir), "from": layout, "file": str(file), "recipe": chosen.name}
     if as_json:
-        print_json(said)
+        print_json({"run_dir": str(config.run_dir), "from": layout, "file": str(file), "recipe": recipe.name})
         return
     evaluate = f"alextrain evaluate {shell_quoted(config.run_dir)} --store {shell_quoted(config.store)}"
     say(f"{config.run_dir}: imported. Next: {evaluate}")

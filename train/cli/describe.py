@@ -1,4 +1,4 @@
-"""`alextrain summary` and `recipe`: tables of a network and of a recipe."""
+"""`alextrain summary` and `recipe`: the layers of a network, and the hyperparameters of a recipe, as tables."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from train.config.recipes import RECIPES
 
 @click.command()
 @model_option
-@click.option("--classes", type=click.IntRange(1), default=1000, show_default=True, help="Units of fc8.")
+@click.option(
+    "--classes",
+    type=click.IntRange(1),
+    default=1000,
+    show_default=True,
+    help="Number of classes: units of the last layer, fc8.",
+)
 @click.option(
     "--gpus",
     metavar="0,1|0|cpu",
     default="0,1",
     show_default=True,
-    help="Where the columns would be; nothing is put there.",
+    help="Devices to name in the table: 0,1, 0 or cpu; they are not used.",
 )
 @json_option
 def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
-    """The table of layers: output, parameters, multiply-adds, column, and what it sees of the other column.
+    """Print the layers of a network: output, parameters, multiply-adds, column, inputs from the other column.
 
     \b
     Example:
@@ -34,10 +40,10 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
     """
     from train.model.summary import summary_json, summary_lines
 
-    words = ["cpu"] if gpus == "cpu" else [f"GPU {number}" for number in gpus.split(",")]
-    if len(words) > 2:
+    names = ["cpu"] if gpus == "cpu" else [f"GPU {number}" for number in gpus.split(",")]
+    if len(names) > 2:
         raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
-    devices = words[0], words[-1]
+    devices = names[0], names[-1]
     if as_json:
         print_json(summary_json(classes, devices, ARCHITECTURES[model]))
         return
@@ -50,7 +56,7 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
 @recipe_settings
 @json_option
 def recipe(name: str, settings: list[str], as_json: bool) -> None:
-    """Every number of a recipe, with its source beside it; the names are those that --set takes.
+    """Print every hyperparameter of a recipe with its source, by the name that --set takes.
 
     \b
     Example:

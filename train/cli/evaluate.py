@@ -1,7 +1,8 @@
-"""`alextrain evaluate`: of one run, or of several together."""
+"""`alextrain evaluate`: error rates of a run, or of several runs averaged."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +22,16 @@ if TYPE_CHECKING:
 @store_option
 @views_option
 @checkpoint_option
-@click.option("--split", default="val", show_default=True, help="Which split.")
-@click.option("--weights", metavar="W,W,…", help="Of several, in their order.  [default: all alike]")
-@click.option("--out", type=click.Path(path_type=Path), metavar="FILE.npz", help="Save probabilities, labels and keys.")
+@click.option("--split", default="val", show_default=True, help="Split of the store to evaluate on.")
+@click.option(
+    "--weights", metavar="W,W,…", help="Weight of each run in the average, in their order.  [default: equal weights]"
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.npz",
+    help="File for the probabilities, labels and keys of all images.  [default: none]",
+)
 @gpus_option
 @precision_option
 @json_option
@@ -39,10 +47,10 @@ def evaluate(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Error rates of a run's newest checkpoint over a split, each image exactly once.
+    """Measure the error rates of a run's newest checkpoint on a split, each image exactly once.
 
-    Of several runs, or of probabilities that were saved with --out, the errors of each and of the (weighted) average
-    of their probabilities, as the paper's five and seven networks.
+    For several runs, or files that --out saved, it prints the errors of each and of the (weighted) average of their
+    probabilities, as the paper does for five and seven networks.
 
     \b
     Example:
@@ -50,10 +58,10 @@ def evaluate(
       alextrain evaluate run --store store --out run.npz
       alextrain evaluate run.npz other.npz third-run --weights 2,1,1
     """
-    saved = [path.suffix == ".npz" for path in runs]
-    opened = None if all(saved) else Store.open(store)
-    if opened is not None:
-        opened.split(split)
+    is_file = [path.suffix == ".npz" for path in runs]
+    opened_store = None if all(is_file) else Store.open(store)
+    if opened_store is not None:
+        opened_store.split(split)
     from train.evaluation.evaluate import average_probabilities, error_rates
     from train.evaluation.predictions import (
         Predictions,
@@ -65,40 +73,42 @@ def evaluate(
 
     if out is not None:
         check_output_path(out)  # before the work
-    shares, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
+    member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
-    for path, is_saved in zip(runs, saved, strict=True):
-        if is_saved or opened is None:
+    for path, is_saved in zip(runs, is_file, strict=True):
+        if is_saved or opened_store is None:
             member = load_predictions(path)
             result = error_rates(average_probabilities([member.probabilities]), member.labels)
         else:
-            result, member = _evaluated(path, opened, views, checkpoint, split, gpus, precision)
+            result, member = _evaluate_run(path, opened_store, views, checkpoint, split, gpus, precision)
         members.append(member)
         results.append(result)
         if not as_json:
-            _say_result(path.name if len(runs) > 1 else "", member.about, result)
+            _print_result(path.name if len(runs) > 1 else "", member.about, result)
         check_same_images(names[: len(members)], members)
-    whole, last = results[0], members[0]
+    combined, combined_result = members[0], results[0]
     if len(members) > 1:
-        mean = average_probabilities([member.probabilities for member in members], shares)
-        whole = error_rates(mean, last.labels)
-        about = {**last.about, "run": names, "step": [member.about["step"] for member in members]}
-        about |= {name: _shared(members, name) for name in ("views", "precision")}
-        last = Predictions(mean.astype("float32"), last.labels, last.keys, about)
+        mean = average_probabilities([member.probabilities for member in members], member_weights)
+        combined_result = error_rates(mean, combined.labels)
+        about = {**combined.about, "run": names, "step": [member.about["step"] for member in members]}
+        about |= {key: _common_value(members, key) for key in ("views", "precision")}
+        combined = Predictions(mean.astype("float32"), combined.labels, combined.keys, about)
         if not as_json:
-            _say_result(f"average of {len(members)}" + (f", weights {weights}" if weights else ""), about, whole)
+            title = f"average of {len(members)}" + (f", weights {weights}" if weights else "")
+            _print_result(title, about, combined_result)
     if out is not None:
-        last.save(out)
+        combined.save(out)
         say(f"Saved: {out}")
     if as_json:
-        each = [_answered(m, r) for m, r in zip(members, results, strict=True)]
-        together = {"members": each, "weights": shares} if len(each) > 1 else {}
-        print_json({**_answered(last, whole), **together})
+        each = [_result_json(member, result) for member, result in zip(members, results, strict=True)]
+        of_average = {"members": each, "weights": member_weights} if len(each) > 1 else {}
+        print_json({**_result_json(combined, combined_result), **of_average})
 
 
-def _evaluated(
+def _evaluate_run(
     path: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
 ) -> tuple[EvalResult, Predictions]:
+    """Evaluate a checkpoint of the run at `path`, and append the result to the run's evaluations.jsonl."""
     from train.config.devices import parse_devices
     from train.evaluation.predictions import DENSE, predict_split, record_evaluation
     from train.model.precision import set_precision
@@ -107,44 +117,44 @@ def _evaluated(
     from train.runs.run_dir import DESCRIPTION
 
     devices = parse_devices(gpus)
-    set_precision(precision, devices)  # refuses early
-    run_dir, checkpoint = run_and_checkpoint(path, checkpoint)
-    model, state = load_trained(run_dir, devices, checkpoint)
-    check_classes(run_dir, state.classes, store)
-    if "train" not in store.splits or state.identity["store_fingerprint"] != store.split("train").fingerprint:
+    set_precision(precision, devices)  # refuses an unsupported one before the work
+    run_dir, which = run_and_checkpoint(path, checkpoint)
+    network, loaded = load_trained(run_dir, devices, which)
+    check_classes(run_dir, loaded.classes, store)
+    if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
         say(
-            f"{store.root} is not the store that {run_dir} was trained on: its mean is subtracted, not the training "
-            "store's."
+            f"{store.root} is not the store that {run_dir} was trained on: the mean of {store.root} is subtracted, not "
+            "that of the training store."
         )
-    result, scores = predict_split(
-        model, state, store, split, views if views == DENSE else int(views), precision, str(path)
-    )
-    if (run_dir / DESCRIPTION).exists():  # else it is a checkpoint that lies elsewhere
-        record_evaluation(run_dir, scores.about, result)
-    return result, scores
+    count = views if views == DENSE else int(views)
+    result, predictions = predict_split(network, loaded, store, split, count, precision, str(path))
+    if (run_dir / DESCRIPTION).exists():  # not for a checkpoint outside of a run folder
+        record_evaluation(run_dir, predictions.about, result)
+    return result, predictions
 
 
-def _shared(members: list[Predictions], name: str) -> Any:
-    """What all members have in common under a name; None where they differ."""
-    values = {member.about[name] for member in members}
+def _common_value(members: list[Predictions], key: str) -> Any:
+    """The value of `about[key]` if it is the same for all members, else None."""
+    values = {member.about[key] for member in members}
     return values.pop() if len(values) == 1 else None
 
 
-def _say_result(name: str, about: Any, result: EvalResult) -> None:
+def _print_result(title: str, about: Mapping[str, Any], result: EvalResult) -> None:
     from train.evaluation.predictions import views_text
 
-    what, texts = f"{about['split']}, {views_text(about['views'])}", []
-    for word, misses, (low, high) in zip(("top-1", "top-5"), result.misses, result.intervals, strict=True):
-        texts.append(f"{word} error {misses / result.images:.2%} ({misses:,}; 95 %: {low:.2%} to {high:.2%})")
-    step = about["step"] if isinstance(about["step"], int) else None
+    errors = [
+        f"{metric} error {misses / result.images:.2%} ({misses:,}; 95 %: {low:.2%} to {high:.2%})"
+        for metric, misses, (low, high) in zip(("top-1", "top-5"), result.misses, result.intervals, strict=True)
+    ]
+    step = f", step {about['step']:,}" if isinstance(about["step"], int) else ""
     click.echo(
-        f"{name + ': ' if name else ''}{what}: {', '.join(texts)}, loss {result.loss:.4f}, "
-        f"{count_noun(result.images, 'image')}" + (f", step {step:,}" if step is not None else "")
+        f"{title + ': ' if title else ''}{about['split']}, {views_text(about['views'])}: {', '.join(errors)}, "
+        f"loss {result.loss:.4f}, {count_noun(result.images, 'image')}"
+        + (f", step {step:,}" if step is not None else "")
     )
 
 
-def _answered(member: Predictions, result: EvalResult) -> dict[str, Any]:
-    about = {name: member.about[name] for name in ("run", "views", "split", "precision", "step")}
+def _result_json(predictions: Predictions, result: EvalResult) -> dict[str, Any]:
     (top1, top5), (interval1, interval5) = result.misses, result.intervals
     return {
         **vars(result),
@@ -152,5 +162,5 @@ def _answered(member: Predictions, result: EvalResult) -> dict[str, Any]:
         "top5_misses": top5,
         "top1_interval": list(interval1),
         "top5_interval": list(interval5),
-        **about,
+        **{key: predictions.about[key] for key in ("run", "views", "split", "precision", "step")},
     }

@@ -1,4 +1,4 @@
-"""The command `alextrain`: its commands, each in a module of its subject."""
+"""The command group `alextrain`, to which every command is added."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.cli.runs import compare, status
 @click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("run", "ablate"))
 @version_option
 def main() -> None:
-    """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, look at it.
+    """The two-column AlexNet of Krizhevsky, Sutskever and Hinton (2012): train it, evaluate it, inspect it.
 
     \b
     Example:

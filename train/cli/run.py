@@ -1,4 +1,4 @@
-"""`alextrain run` and `ablate`: train."""
+"""`alextrain run` and `ablate`: train a network, or the networks of the paper's ablations."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from train.cli.options import (
     precision_option,
     recipe_option,
     recipe_settings,
+    run_dir_option,
     seed_option,
     set_option,
     steps_option,
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 @click.command()
 @gpus_option
 @store_option
-@click.option("--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run.")
+@run_dir_option
 @model_option
 @recipe_option
 @recipe_settings
@@ -50,7 +51,7 @@ if TYPE_CHECKING:
     default=20,
     show_default=True,
     metavar="STEPS",
-    help="Steps between two lines.",
+    help="Steps between two lines of metrics.",
 )
 @click.option(
     "--checkpoint-every",
@@ -58,12 +59,12 @@ if TYPE_CHECKING:
     default=1000,
     show_default=True,
     metavar="STEPS",
-    help="Steps between two checkpoints, beside each epoch's.",
+    help="Steps between two checkpoints; each epoch ends with one, too.",
 )
 @keep_option
 @fork_option
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be done, and end.")
-@click.option("-q", "--quiet", is_flag=True, help="Errors, warnings and the last line only.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
+@click.option("-q", "--quiet", is_flag=True, help="Print only errors, warnings and the last line.")
 @json_option
 def run(
     gpus: str | None,
@@ -86,7 +87,7 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Train AlexNet on a store. To go on with a run that was stopped or killed, give the same command again.
+    """Train AlexNet on a store. To resume a run that was stopped or killed, give the same command again.
 
     \b
     Example:
@@ -106,7 +107,7 @@ def run(
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
-    set_precision(precision, devices)  # refuses early
+    set_precision(precision, devices)  # refuses an unsupported one before the work
     config = RunConfig(
         store=store,
         recipe=chosen,
@@ -126,10 +127,10 @@ def run(
     training = Run.open(config, opened)
     if insensitive_at_init(chosen):
         say(
-            f"recipe {chosen.name}: weights of 0.01 and biases of 1 leave the network almost blind to the picture at "
-            "first, and it learns late. --recipe released, the code that made the paper's table, learns sooner."
+            f"recipe {chosen.name}: with weights of 0.01 and biases of 1 the output hardly depends on the image at "
+            "first, so learning starts late. --recipe released, the code that made the paper's table, learns sooner."
         )
-    for line in _plan_lines(training, fork or run_dir):
+    for line in _description_lines(training, fork or run_dir):
         if not quiet or dry_run:
             say(line)
     if dry_run:
@@ -138,20 +139,20 @@ def run(
         say(preview_fork(training, fork))
     else:
         from train.monitor.view import choose_view
-        from train.trainer.fork import fork as begin_fork
+        from train.trainer.fork import fork as start_fork
         from train.trainer.loop import fit
 
         if fork:
-            training = begin_fork(training, fork)
+            training = start_fork(training, fork)
         fit(training, choose_view(quiet))
-        say(
-            f"{training.run_dir}: trained. Next: alextrain evaluate {shell_quoted(training.run_dir)} --store {shell_quoted(store)}"
-        )
+        evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)} --store {shell_quoted(store)}"
+        say(f"{training.run_dir}: trained. Next: {evaluate}")
     if as_json:
-        print_json(_run_answer(training, fork or run_dir, dry_run))
+        print_json(_result_json(training, fork or run_dir, dry_run))
 
 
-def _plan_lines(training: Run, run_dir: Path) -> list[str]:
+def _description_lines(training: Run, run_dir: Path) -> list[str]:
+    """Two lines about network and training. Raises UserError if the training split has fewer records than a batch."""
     from train.config.devices import describe_devices
     from train.model.summary import summarize
 
@@ -173,11 +174,11 @@ def _plan_lines(training: Run, run_dir: Path) -> list[str]:
     ]
 
 
-def _run_answer(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
-    from train.runs.run_dir import last_of, read_lines
+def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
+    from train.runs.run_dir import last_line, read_metrics
 
     config = training.config
-    lines = [] if dry_run else read_lines(run_dir)
+    lines = [] if dry_run else read_metrics(run_dir)
     return {
         "run_dir": str(run_dir),
         "model": config.model.name,
@@ -186,20 +187,20 @@ def _run_answer(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
         "precision": config.precision,
         "devices": list(config.devices),
         "dry_run": dry_run,
-        **{kind: last_of(lines, kind) for kind in ("train", "val")},
+        **{kind: last_line(lines, kind) for kind in ("train", "val")},
     }
 
 
 @click.command()
 @store_option
 @click.option(
-    "--out", type=click.Path(path_type=Path), default="ablations", show_default=True, help="Folder of the runs."
+    "--out", type=click.Path(path_type=Path), default="ablations", show_default=True, help="Folder for the run folders."
 )
 @click.option(
     "--only",
     type=click.Choice([ablation.name for ablation in ABLATIONS]),
     multiple=True,
-    help="One of them, beside the baseline; may be given again.  [default: all]",
+    help="Ablation to train, besides the baseline. May be repeated.  [default: all]",
 )
 @recipe_option
 @set_option
@@ -207,15 +208,22 @@ def _run_answer(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @epochs_option
 @steps_option
 @seed_option
-@click.option("--seeds", type=click.IntRange(1), default=1, show_default=True, metavar="N", help="Runs of each.")
+@click.option(
+    "--seeds",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    metavar="N",
+    help="Number of runs of each ablation, with consecutive seeds from --seed.",
+)
 @gpus_option
-@click.option("-n", "--dry-run", is_flag=True, help="Say what would be trained, and end.")
+@click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train the network without one part at a time, and set the errors beside the paper's.
+    """Train the network without one part at a time, and print the errors beside the paper's.
 
-    What is trained already is not trained again; an ablation that was stopped or killed goes on when the same command
-    is given again. All of them have the same seed, so that parameters, order and windows begin the same.
+    Ablations that are trained already are not trained again; give the same command again to resume those that were
+    stopped or killed. All have the same seed, so they start with equal parameters, record order and crops.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""Commands of `alextrain` that look at the folders of runs, whoever trains in them meanwhile."""
+"""`alextrain status` and `compare`: read run folders, also while other processes train in them."""
 
 from __future__ import annotations
 
@@ -7,15 +7,16 @@ from pathlib import Path
 import click
 
 from prep.console import json_option, one_line, print_json, say
+from train.cli.options import run_argument
 
 
 @click.command()
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@run_argument
 @json_option
 def status(run_dir: Path, as_json: bool) -> None:
-    """Where a run stands: steps, time left, last errors, last checkpoint; whether it is alive, and how it ended.
+    """Print the state of a run: steps, time left, errors, newest checkpoint, whether it is alive or how it ended.
 
-    It may be training meanwhile, in another process. Exit code 0 for any run, alive or dead.
+    Another process may be training it. The exit code is 0 for every run, also for one that crashed.
 
     \b
     Example:
@@ -24,11 +25,11 @@ def status(run_dir: Path, as_json: bool) -> None:
     """
     from train.runs.status import status_lines, status_of
 
-    found = status_of(run_dir)
+    state = status_of(run_dir)
     if as_json:
-        print_json(found)
+        print_json(state)
         return
-    for line in status_lines(found):
+    for line in status_lines(state):
         click.echo(one_line(line))
 
 
@@ -39,11 +40,11 @@ def status(run_dir: Path, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     default="compare.png",
     show_default=True,
-    help="The picture of all learning curves: .png or .svg.",
+    help="File for the figure of all learning curves, .png or .svg.",
 )
 @json_option
 def compare(run_dirs: tuple[Path, ...], out: Path, as_json: bool) -> None:
-    """In what runs differ, what errors they came to, and their learning curves in one picture.
+    """Compare runs: print the fields that differ and the errors, and draw all learning curves in one figure.
 
     \b
     Example:

@@ -1,17 +1,17 @@
-"""A trained network as one file for other programs, with all that its input depends on.
+"""Export of a trained network, with its classes and preprocessing, to one file for other programs.
 
     safetensors   parameters in the joined shapes under our names, as AlexNet.load_joined_tensors takes them
-    torchvision   a state_dict that torchvision.models.alexnet(num_classes=…).load_state_dict takes
-    onnx          the graph in test: `images` (N, 3, 224, 224), grey levels minus the mean, to `logits` (N, classes)
+    torchvision   a state_dict for torchvision.models.alexnet(num_classes=…).load_state_dict
+    onnx          the test-time graph: `images` (N, 3, 224, 224), gray levels minus the mean, to `logits` (N, classes)
 
-Each carries four JSON texts, by name: safetensors and onnx in their metadata, torchvision's state_dict as
-`state._metadata[""]`, where PyTorch keeps versions of modules.
+Each holds four JSON texts by name, in the metadata of safetensors and onnx, and in torchvision's state_dict in
+`state._metadata[""]`, where PyTorch keeps the versions of modules:
 
     architecture, recipe   as run.json has them
     classes                names, in the order of the logits
-    preprocessing          how a picture becomes the input, see `Preprocessing`
+    preprocessing          how an image becomes the input: the fields of `Preprocessing`
 
-In a mean image float32 numbers lie row by row, little end first, in base64.
+A mean image is float32, little-endian, in row-major order, in base64.
 """
 
 from __future__ import annotations
@@ -37,101 +37,112 @@ from pipeline.augment import CROP_PX
 from pipeline.still_image import EvalTransform
 from prep.console import UserError, disk_error
 from prep.files import atomic_file
-from train.convert.torchvision_weights import TORCHVISIONS, check_fits, to_torchvision
+from train.convert.torchvision_weights import IMAGENET_NORMALIZATION, check_fits, to_torchvision_weights
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained, run_and_checkpoint
 from train.runs.preprocessing import load_eval_transform
 
-_NEEDED = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx", "onnxscript")}
+_PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx", "onnxscript")}
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From a picture to the input: RGB in 0..255, its shorter side rescaled, its centre cut out, minus a mean.
+    """From an image to the network's input: the fields are JSON keys in the exported file.
 
-    What is subtracted from the window at (y, x) of the central square is, by `mean`: `channel`, mean_rgb; `image`, the
-    mean image's centre; `aligned`, its part at (y, x); `none`, nothing. mean_rgb of an image is its mean.
+    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`, the central square is taken, and of
+    that a crop of `window_px` (for one view the centre). From the crop at (y, x) is subtracted, by `mean`:
+
+        channel   mean_rgb
+        image     the centre of the mean image, at every (y, x)
+        aligned   the mean image at (y, x)
+        none      nothing
     """
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]
+    mean_rgb: tuple[float, ...]  # the mean over the mean image, if there is one
     mean_image: Mapping[str, Any] | None  # shape (side, side, 3), dtype, base64
-    input_divisor: float  # of what is left; the network of onnx does it itself, torchvision's has it in its weights
+    input_divisor: float  # after the mean; included in the onnx graph and in torchvision's weights
     window_px: int = CROP_PX
-    normalise: Mapping[str, Any] | None = None  # torchvision's: mean and std of Normalize, and whether that is exact
+    normalise: Mapping[str, Any] | None = None  # torchvision only: mean, std of Normalize; "exact": whether it is
 
 
-def preprocessing_of(eye: EvalTransform, input_divisor: float) -> Preprocessing:
-    """What is subtracted of the pictures that a network was shown, and what they are divided by."""
-    mean_rgb, image, whole = tuple(eye.mean_rgb if eye.mean == "channel" else (0.0, 0.0, 0.0)), None, eye.mean_image
-    if whole is not None:
-        mean_rgb = tuple(whole.mean((0, 1), dtype=np.float64).tolist())
+def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Preprocessing:
+    """The preprocessing of a network's evaluation, in the form that is exported."""
+    mean_rgb = tuple(transform.mean_rgb if transform.mean == "channel" else (0.0, 0.0, 0.0))
+    mean_image, image = transform.mean_image, None
+    if mean_image is not None:
+        mean_rgb = tuple(mean_image.mean((0, 1), dtype=np.float64).tolist())
         image = {
-            "shape": list(whole.shape),
+            "shape": list(mean_image.shape),
             "dtype": "float32",
-            "base64": b64encode(whole.astype("<f4").tobytes()).decode(),
+            "base64": b64encode(mean_image.astype("<f4").tobytes()).decode(),
         }
-    return Preprocessing(eye.settings.side_px, eye.mean, mean_rgb, image, input_divisor)
+    return Preprocessing(transform.settings.side_px, transform.mean, mean_rgb, image, input_divisor)
 
 
-def export(run_dir: Path, to: str, out: Path, checkpoint: str = "last") -> dict[str, Any]:
-    """Write a checkpoint of a run as `out`, whole or not at all; returns what is to be said of it.
+def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[str, Any]:
+    """Write a checkpoint of a run to `out` atomically; returns what `alextrain export --json` prints.
 
-    run_dir, checkpoint  as train.runs.loading.run_and_checkpoint takes them
-    to                   one of EXPORT_FORMATS (train/config/choices.py)
+    run_dir  a run folder, or a checkpoint file
+    format   one of EXPORT_FORMATS (train/config/choices.py)
+    which    the checkpoint: "last", "best" or a file
 
-    Raises UserError where there is no run, a package is missing, the network does not fit the format, or `out` cannot
-    be written.
+    Raises UserError if there is no run, a package is not installed, the network does not fit the format, or `out`
+    cannot be written.
     """
-    missing = [name for name in _NEEDED[to] if find_spec(name) is None]
+    missing = [name for name in _PACKAGES[format] if find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {to} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
-    run_dir, checkpoint = run_and_checkpoint(run_dir, checkpoint)
-    network, state = load_trained(run_dir, ("cpu", "cpu"), checkpoint)
-    preprocessing = preprocessing_of(load_eval_transform(run_dir, network.recipe), network.recipe.input_divisor)
-    if to == "torchvision":
+        raise UserError(f"--to {format} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
+    run_dir, which = run_and_checkpoint(run_dir, which)
+    network, checkpoint = load_trained(run_dir, ("cpu", "cpu"), which)
+    preprocessing = export_preprocessing(load_eval_transform(run_dir, network.recipe), network.recipe.input_divisor)
+    if format == "torchvision":
         check_fits(network.architecture, network.recipe)
         mean = [level / 255 for level in preprocessing.mean_rgb]
-        normalise = {"mean": mean, "std": TORCHVISIONS.std, "exact": preprocessing.mean_image is None}
-        preprocessing = replace(preprocessing, normalise=normalise)
-    told = {
+        normalization = {"mean": mean, "std": IMAGENET_NORMALIZATION.std, "exact": preprocessing.mean_image is None}
+        preprocessing = replace(preprocessing, normalise=normalization)
+    metadata = {
         "architecture": asdict(network.architecture),
         "recipe": asdict(network.recipe),
-        "classes": state.classes,
+        "classes": list(checkpoint.classes),
         "preprocessing": asdict(preprocessing),
     }
-    written = _WRITERS[to](network.eval(), {name: json.dumps(part) for name, part in told.items()})
+    content = _SERIALIZERS[format](network.eval(), {name: json.dumps(value) for name, value in metadata.items()})
     try:
         with atomic_file(out) as file:
-            written(file)
+            file.write(content)
     except OSError as error:
         raise disk_error(error, f"{out}: cannot be written ({error.strerror or error}). Name another --out.") from error
-    shown = {key: value for key, value in asdict(preprocessing).items() if key != "mean_image"}
-    return {"out": str(out), "to": to, "step": state.step, "bytes": out.stat().st_size, "preprocessing": shown}
+    printed = {key: value for key, value in asdict(preprocessing).items() if key != "mean_image"}
+    return {
+        "out": str(out),
+        "to": format,
+        "step": checkpoint.step,
+        "bytes": out.stat().st_size,
+        "preprocessing": printed,
+    }
 
 
-def _safetensors(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
+def _safetensors(network: AlexNet, metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in network.joined_tensors().items()}
-    return lambda file: file.write(save(tensors, texts))
+    return save(tensors, metadata)
 
 
-def _torchvision(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
-    state: OrderedDict[str, Tensor] = OrderedDict(
-        to_torchvision(
-            network.joined_tensors(), network.recipe, TORCHVISIONS.std
-        )  # theirs, so that weights keep their size
-    )
-    state._metadata = OrderedDict({"": {"version": 1, **texts}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # for torch.save has an error of its own where a disk is full
+def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
+    # torchvision's own std, so that weights keep the magnitude of its weights
+    weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
+    state: OrderedDict[str, Tensor] = OrderedDict(weights)
+    state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
+    content = io.BytesIO()  # not the file: on a full disk torch.save raises an error of its own type
     torch.save(state, content)
-    return lambda file: file.write(content.getbuffer())
+    return content.getbuffer()
 
 
-def _onnx(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
-    with torch.no_grad(), _quiet():
+def _onnx(network: AlexNet, metadata: dict[str, str]) -> bytes:
+    with torch.no_grad(), _exporter_silenced():
         program = torch.onnx.export(
             network,
             (torch.zeros(2, 3, CROP_PX, CROP_PX),),
@@ -142,22 +153,27 @@ def _onnx(network: AlexNet, texts: dict[str, str]) -> Callable[[Any], object]:
             verbose=False,
         )
     assert program is not None
-    program.model.metadata_props.update(texts)
-    return lambda file: file.write(program.model_proto.SerializeToString())
+    program.model.metadata_props.update(metadata)
+    content: bytes = program.model_proto.SerializeToString()
+    return content
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what the exporter says of torch's own deprecations, and of operators that are not there or used."""
-    log = logging.getLogger("torch.onnx")
-    before = log.level
-    log.setLevel(logging.ERROR)
+def _exporter_silenced() -> Iterator[None]:
+    """Inside, the ONNX exporter does not warn of torch's own deprecations or of operators that are not used here."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             yield
     finally:
-        log.setLevel(before)
+        logger.setLevel(level)
 
 
-_WRITERS = {"safetensors": _safetensors, "torchvision": _torchvision, "onnx": _onnx}
+_SERIALIZERS: dict[str, Callable[[AlexNet, dict[str, str]], bytes | memoryview]] = {
+    "safetensors": _safetensors,
+    "torchvision": _torchvision,
+    "onnx": _onnx,
+}

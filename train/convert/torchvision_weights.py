@@ -1,21 +1,24 @@
-"""Our network `torchvision` and torchvision.models.alexnet: the same function of pixels, in either's numbers.
+"""Weights of torchvision.models.alexnet, converted to and from those of our architecture `torchvision`.
 
-Of pixels p in 0..255, with the mean m subtracted and c the colour:
+Both networks compute the same function of the pixels.
 
-    torchvision's conv1 gets    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
-    ours gets                   u = (p − m_c) / input_divisor
+For pixels p in 0..255, the subtracted mean m, and the channel c:
 
-    export   m goes into Normalize as mean_c = m_c / 255, so that t = u · input_divisor / (255 std_c), and the weights
-             are multiplied by the inverse. Exact, at the border too: both pad with zeros, which are pixels of colour m.
-             A mean image does not fit into Normalize; t = (p − m) / (255 std_c) is exact with it, Normalize with the
-             mean of the mean image is not.
+    torchvision's conv1 takes   t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
+    ours takes                  u = (p − m_c) / input_divisor
+
+    export   Normalize gets mean_c = m_c / 255, so that t = u · input_divisor / (255 std_c), and the weights are
+             multiplied by the inverse. This is exact, at the border too: both pad with zeros, which are pixels of
+             value m. A mean image does not fit into Normalize: t = (p − m) / (255 std_c) is exact with it, and
+             Normalize with the mean over the mean image is approximate.
     import   mean_c is the file's and m the store's, and t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c):
-             weights are multiplied by input_divisor / (255 std_c), and conv1's bias takes the constant, times the sum
-             of the colour's weights. Exact in windows that lie within the picture. Where conv1 reads padding, in the
-             first and the last row and column of its 55 × 55 positions, that is of colour m in place of 255 mean_c.
+             weights are multiplied by input_divisor / (255 std_c), and conv1's bias gets the constant, times the sum
+             of the channel's weights. This is exact for windows inside the image. Where conv1 reads padding, in the
+             first and the last row and column of its 55 × 55 positions, the padding has the value m instead of
+             255 mean_c.
 
-Dropout that scales in test (section 4.2) multiplies the inputs of fc6 and fc7 by 1 − p where torchvision's does
-nothing: their weights take the factor, exactly for p = ½. All folding is done in float64.
+Dropout that scales at test time (section 4.2) multiplies the inputs of fc6 and fc7 by 1 − p, and torchvision's does
+not: their weights get the factor, which is exact for p = ½. All of this is computed in float64.
 """
 
 from __future__ import annotations
@@ -33,66 +36,69 @@ from train.model.alexnet import from_torchvision
 
 
 class Normalization(NamedTuple):
-    """The arguments of torchvision.transforms.Normalize: of RGB in 0..1."""
+    """The arguments of torchvision.transforms.Normalize, for RGB in 0..1."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
 
-# Of all its weights trained on ImageNet: torchvision.transforms._presets.ImageClassification.
-TORCHVISIONS = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# Of all weights that torchvision trained on ImageNet: torchvision.transforms._presets.ImageClassification.
+IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def check_fits(architecture: Architecture, recipe: Recipe) -> None:
     """Raise UserError, with the reason, for a network that torchvision's definition cannot compute."""
     if architecture.name != TORCHVISION.name:
         raise UserError(
-            f"a network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
+            f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
             "Only --model torchvision has its layout; safetensors and onnx take every network."
         )
     if recipe.activation != "relu" or recipe.pool_px != 3:
         raise UserError(
-            f"a network with activation {recipe.activation} and pools of {recipe.pool_px} px: torchvision's AlexNet "
-            "has relu and 3 px. Only such a network has its layout; safetensors and onnx take every one."
+            f"network with activation {recipe.activation} and pooling windows of {recipe.pool_px} px: torchvision's "
+            "AlexNet has relu and 3 px. Only such a network has its layout; safetensors and onnx take every network."
         )
 
 
-def to_torchvision(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
-    """Joined parameters as torchvision's state_dict, for pixels (p − m) / (255 std)."""
-    found = {}
-    for theirs, ours in TORCHVISION_LAYERS.items():
-        weight = parameters[f"{ours}.weight"].double()
-        if ours == "conv1":
-            weight = weight * (255 * _colours(std) / recipe.input_divisor)
-        found[f"{theirs}.weight"] = (weight * _test_scale(recipe, ours)).float()
-        found[f"{theirs}.bias"] = parameters[f"{ours}.bias"].clone()
-    return found
+def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
+    """torchvision's state_dict with the joined `parameters`, for images (p − m) / (255 std)."""
+    state = {}
+    for torchvision_layer, layer in TORCHVISION_LAYERS.items():
+        weight = parameters[f"{layer}.weight"].double()
+        if layer == "conv1":
+            weight = weight * (255 * _per_channel(std) / recipe.input_divisor)
+        state[f"{torchvision_layer}.weight"] = (weight * _test_time_scale(recipe, layer)).float()
+        state[f"{torchvision_layer}.bias"] = parameters[f"{layer}.bias"].clone()
+    return state
 
 
-def to_ours(
+def from_torchvision_weights(
     state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The inverse: torchvision's state_dict, trained with `normalization`, as joined parameters for grey levels minus
-    `mean_rgb`. Raises KeyError or ValueError for what is not of that network; load_joined_tensors looks at the rest.
+    """Joined parameters, for images minus `mean_rgb` (gray levels), with the weights of torchvision's state_dict.
+
+    `normalization` is what the weights were trained with. Raises KeyError or ValueError if `state` is not of that
+    network; AlexNet.load_joined_tensors checks the other names and shapes.
     """
-    found = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
-    weight = found["conv1.weight"]
+    tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
+    weight = tensors["conv1.weight"]
     if weight.dim() != 4 or weight.shape[1] != 3:
         raise ValueError(f"conv1.weight: shape {tuple(weight.shape)}, expected (64, 3, 11, 11)")
-    levels = 255 * _colours(normalization.std)
-    away = (_colours(mean_rgb) - 255 * _colours(normalization.mean)) / levels
-    found["conv1.bias"] = found["conv1.bias"] + (weight * away).sum((1, 2, 3))
-    found["conv1.weight"] = weight * (recipe.input_divisor / levels)
+    std_levels = 255 * _per_channel(normalization.std)
+    offset = (_per_channel(mean_rgb) - 255 * _per_channel(normalization.mean)) / std_levels
+    tensors["conv1.bias"] = tensors["conv1.bias"] + (weight * offset).sum((1, 2, 3))
+    tensors["conv1.weight"] = weight * (recipe.input_divisor / std_levels)
     for layer in TORCHVISION.dropout_before:
-        found[f"{layer}.weight"] = found[f"{layer}.weight"] / _test_scale(recipe, layer)
-    return {name: tensor.float() for name, tensor in found.items()}
+        tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] / _test_time_scale(recipe, layer)
+    return {name: tensor.float() for name, tensor in tensors.items()}
 
 
-def _test_scale(recipe: Recipe, layer: str) -> float:
-    """What a layer's inputs are multiplied by in test."""
-    scaled = layer in TORCHVISION.dropout_before and not recipe.dropout_scales_training
-    return 1 - recipe.dropout if scaled else 1.0
+def _test_time_scale(recipe: Recipe, layer: str) -> float:
+    """The factor by which a layer's inputs are multiplied at test time."""
+    is_scaled = layer in TORCHVISION.dropout_before and not recipe.dropout_scales_training
+    return 1 - recipe.dropout if is_scaled else 1.0
 
 
-def _colours(values: Sequence[float]) -> Tensor:
+def _per_channel(values: Sequence[float]) -> Tensor:
+    """float64 (3, 1, 1)."""
     return torch.tensor(tuple(values), dtype=torch.float64).view(3, 1, 1)

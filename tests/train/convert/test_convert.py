@@ -44,9 +44,9 @@ from train.config.recipe import Recipe, recipe_from_json
 from train.config.recipes import CAFFE, MODERN, PAPER, RELEASED
 from train.config.run_config import RunConfig
 from train.convert import export
-from train.convert.export import preprocessing_of
-from train.convert.import_torchvision import begin, import_torchvision
-from train.convert.torchvision_weights import TORCHVISIONS, to_ours
+from train.convert.export import export_preprocessing
+from train.convert.import_torchvision import create_run, import_torchvision
+from train.convert.torchvision_weights import IMAGENET_NORMALIZATION, from_torchvision_weights
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained
 from train.runs.preprocessing import load_eval_transform
@@ -76,7 +76,7 @@ def made(store: Path, tmp_path: Path) -> Made:
         network = AlexNet(3, recipe, ("cpu", "cpu"), architecture)
         with torch.no_grad():
             network.fc8.weight.mul_(20)
-        begin(Run.open(config), network)
+        create_run(Run.open(config), network)
         return config.run_dir, network.eval()
 
     return make
@@ -172,7 +172,7 @@ def test_constants_make_of_pixels_what_the_stream_serves(made: Made, store: Path
     """Read as JSON, by NumPy alone."""
     run_dir, _ = made(TINY["joined"], recipe)
     eye = load_eval_transform(run_dir, recipe)
-    told = json.loads(json.dumps(vars(preprocessing_of(eye, recipe.input_divisor))))
+    told = json.loads(json.dumps(vars(export_preprocessing(eye, recipe.input_divisor))))
     pixels = images_of(store, "none").numpy()
     assert pixels.min() >= 0 and told["shorter_side_px"] == 256 and told["input_divisor"] == recipe.input_divisor
     if told["mean_image"] is None:
@@ -253,7 +253,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_every_export_format_has_a_writer() -> None:
-    assert tuple(export._WRITERS) == EXPORT_FORMATS
+    assert tuple(export._SERIALIZERS) == EXPORT_FORMATS
 
 
 # ---- import
@@ -284,7 +284,7 @@ def test_imported_parameters_are_the_same_function_where_the_means_agree(
 ) -> None:
     pixels, mean = images_of(store, "none"), 255 * np.array([0.485, 0.456, 0.406])
     ours = AlexNet(3, recipe, ("cpu", "cpu"), TINY["torchvision"]).eval()
-    ours.load_joined_tensors(to_ours(theirs.state_dict(), recipe, TORCHVISIONS, mean))
+    ours.load_joined_tensors(from_torchvision_weights(theirs.state_dict(), recipe, IMAGENET_NORMALIZATION, mean))
     with torch.no_grad():
         found = ours(pixels - torch.tensor(mean, dtype=torch.float32)[:, None, None])
         assert close(found, published_forward(theirs, normal(pixels)), 1e-5)
