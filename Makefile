@@ -24,12 +24,12 @@ lint: .venv/ready  ## Style and types
 
 docs: .venv/ready  ## The documentation site, in site/; any warning is an error
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-	@$(BIN)/python -m tools.check_site site
+	@$(BIN)/python -m tools.docs.check_site site
 
 bench: .venv/ready  ## Build, stream and training step beside their peers and bounds
-	$(BIN)/python -m tools.bench_build --rounds 3
-	$(BIN)/python -m tools.bench_stream
-	$(BIN)/python -m tools.bench_train
+	$(BIN)/python -m tools.bench.build --rounds 3
+	$(BIN)/python -m tools.bench.stream
+	$(BIN)/python -m tools.bench.train
 
 clean:  ## Remove the environment, the demo and the site
 	rm -rf .venv demo site

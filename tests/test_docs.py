@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tests.helpers.project import ROOT
-from tools import check_site, cli_reference, docs_extension, draw_alexnet, recipe_reference
+from tools.docs import check_site, cli_reference, draw_alexnet, griffe_extension, recipe_reference
 
 README = ROOT / "README.md"
 PAGES = sorted((ROOT / "docs").rglob("*.md"))
@@ -36,16 +36,18 @@ def test_readme_has_only_speeds_that_the_measurements_have() -> None:
 
 
 def test_commands_page_is_the_help_of_the_commands() -> None:
-    assert cli_reference.PAGE.read_text("utf-8") == cli_reference.page(), "run: python -m tools.cli_reference"
+    assert cli_reference.PAGE.read_text("utf-8") == cli_reference.page(), "run: python -m tools.docs.cli_reference"
 
 
 def test_recipes_page_has_the_numbers_of_the_code() -> None:
-    assert recipe_reference.PAGE.read_text("utf-8") == recipe_reference.page(), "run: python -m tools.recipe_reference"
+    assert recipe_reference.PAGE.read_text("utf-8") == recipe_reference.page(), (
+        "run: python -m tools.docs.recipe_reference"
+    )
 
 
 def test_picture_of_the_network_is_drawn_from_the_network() -> None:
     drawn = (ROOT / "docs" / "alexnet.svg").read_text("utf-8")
-    assert drawn == draw_alexnet.picture(), "run: python -m tools.draw_alexnet docs/alexnet.svg"
+    assert drawn == draw_alexnet.picture(), "run: python -m tools.docs.draw_alexnet docs/alexnet.svg"
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
@@ -112,7 +114,7 @@ def test_site_check_finds_what_a_browser_would_load_from_a_network(tmp_path: Pat
 
 
 def test_docstring_lists_in_two_columns_become_tables() -> None:
-    text = docs_extension.with_tables(
+    text = griffe_extension.with_tables(
         "Reads.\n\nstore         a folder,\n              or a|b\nbatch, steps  numbers\n\nEnd."
     )
     assert text.split("\n") == [
@@ -130,7 +132,7 @@ def test_docstring_lists_in_two_columns_become_tables() -> None:
 
 
 def test_comments_document_the_fields_of_classes() -> None:
-    extensions = griffe.load_extensions(docs_extension.ReadableDocstrings)
+    extensions = griffe.load_extensions(griffe_extension.ReadableDocstrings)
     with griffe.temporary_visited_module(
         'class C:\n    a: int = 1  # of the first\n    # of the\n    # second\n    b: str = "#"\n    c: int = 2\n',
         extensions=extensions,

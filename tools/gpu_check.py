@@ -52,7 +52,7 @@ from prep.store.manifest import Store
 from tools.gpu.checks import Check, all_checks
 from tools.gpu.machine import Plan, machine
 from tools.gpu.timings import conclusions, timings
-from tools.side_by_side import Benchmark, Row, table
+from tools.bench.harness import Benchmark, Row, table
 from train.config.devices import parse_devices
 
 

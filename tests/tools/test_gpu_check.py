@@ -18,7 +18,7 @@ from pipeline.loader import Batch
 from prep.console import UserError
 from tools.gpu.machine import Plan, hours_of_imagenet, peak_tflops
 from tools.gpu_check import main, planned
-from tools.side_by_side import Row
+from tools.bench.harness import Row
 from train.model import alexnet
 from train.model.alexnet import AlexNet
 

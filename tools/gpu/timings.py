@@ -14,7 +14,7 @@ from pipeline.loader import Batch, TrainLoader, train_loader
 from prep.store.manifest import Store
 from tools.gpu.checks import prepared
 from tools.gpu.machine import Plan, hours_of_imagenet, peak_tflops, seconds
-from tools.side_by_side import Contestant, Row, race
+from tools.bench.harness import Contestant, Row, race
 from train.model.precision import set_precision
 from train.model.summary import summarize
 from train.trainer.step import TrainingStep

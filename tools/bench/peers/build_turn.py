@@ -1,6 +1,6 @@
 """What the programs share: waiting for the word to begin, and a pool of processes whose parent writes one LMDB.
 
-    python -m tools.peers.NAME FOLDER OUT JOBS ...
+    python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
 A program imports, lists the pictures of FOLDER/class/, starts its pool, prints what it runs on, and waits for a line
 on standard input. Then it works, writes to OUT, prints how many pictures that was, and ends.

@@ -1,6 +1,6 @@
 """FFCV's DatasetWriter over a data set like torchvision's ImageFolder. No checksums or moments, nothing synced.
 
-    python -m tools.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
+    python -m tools.bench.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
 
 jpg   Pillow decodes and rescales the shorter side to 256 px by its bicubic filter, the central square is cut, FFCV's
       RGBImageField writes it as a JPEG of quality 90.
@@ -25,8 +25,8 @@ from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.peers.pillow_script import square
-from tools.peers.turn import QUALITY, arguments, take_turn
+from tools.bench.peers.build_turn import QUALITY, arguments, take_turn
+from tools.bench.peers.pillow_script import square
 
 _LONGER_SIDE_PX = 341
 

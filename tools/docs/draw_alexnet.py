@@ -1,6 +1,6 @@
 """Draw docs/alexnet.svg: the two columns and where they see each other, from the network itself.
 
-python -m tools.draw_alexnet docs/alexnet.svg
+python -m tools.docs.draw_alexnet docs/alexnet.svg
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 ours    `alexprep build-lmdb` as a user calls it, a process of its own: decode, area average to 256 px, central square,
         JPEG of quality 90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image,
         everything synced to the disk, manifest.
-FFCV    its DatasetWriter, JPEG of quality 90 (tools/peers/ffcv_writer.py). It has no rescaling to a shorter side, so
+FFCV    its DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). It has no rescaling to a shorter side, so
         Pillow's bicubic filter does that in the data set, as torchvision's Resize would.
 Pillow  what one writes in an afternoon: a pool of processes that rescale by Pillow's bicubic filter, one plain LMDB
-        written by the parent in one commit (tools/peers/pillow_script.py).
-libvips the same with libvips' thumbnail (tools/peers/vips_thumbnail.py).
-bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/peers/jpeg_bound.py).
+        written by the parent in one commit (tools/bench/peers/pillow_script.py).
+libvips the same with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
+bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/bench/peers/jpeg_bound.py).
 
 Everyone has --jobs worker processes, is held to as many cores, and reads the same files from the page cache, which is
 read through before each turn. Ours is timed from starting the command to its end, with the imports and the listing of
@@ -45,7 +45,7 @@ from typing import Any
 import click
 
 from prep.console import UserError, count_noun, print_json, say
-from tools.side_by_side import (
+from tools.bench.harness import (
     INTERPRETER,
     Benchmark,
     Contestant,
@@ -137,8 +137,8 @@ class Field:
         return Contestant(name, timed(turn), _BOUND, self.clear)
 
     def peer(self, name: str, python: str | Path, module: str, *more: str) -> Contestant:
-        """One of tools.peers under the interpreter `python`, from the word to its end. Raises UserError if it fails."""
-        command = [str(Path(python).absolute()), "-m", f"tools.peers.{module}"]
+        """One of tools.bench.peers under the interpreter `python`, from the word to its end. Raises UserError if it fails."""
+        command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.pictures), str(self.out), str(self.jobs), *more]
         program = self._program(name, command)
 
@@ -259,9 +259,7 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
     help="How many everyone works through: the photographs again and again, or some of them. Have each contestant "
     "work for ten seconds or more, so that starting is a small share.",
 )
-@click.option(
-    "--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone."
-)
+@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone.")
 @click.option("--ffcv-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has FFCV; else left out.")
 @click.option(
     "--vips-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."
@@ -288,9 +286,9 @@ def main(
 
     \b
     Example:
-      python -m tools.bench_build --source ilsvrc/train --rounds 3
-      python -m tools.bench_build --ffcv-python peers/bin/python --vips-python peers/bin/python
-      python -m tools.bench_build --source ilsvrc/train --steps
+      python -m tools.bench.build --source ilsvrc/train --rounds 3
+      python -m tools.bench.build --ffcv-python peers/bin/python --vips-python peers/bin/python
+      python -m tools.bench.build --source ilsvrc/train --steps
     """
     with tempfile.TemporaryDirectory() as temporary:
         work = Path(temporary)

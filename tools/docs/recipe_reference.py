@@ -1,6 +1,6 @@
 """Write docs/recipes.md: every number of every recipe, with its source.
 
-python -m tools.recipe_reference            # tests/test_docs.py fails where this would change the page
+python -m tools.docs.recipe_reference            # tests/test_docs.py fails where this would change the page
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from train.config.recipe import Recipe, recipe_fields
 from train.config.recipe_table import HEADINGS, recipe_rows
 from train.config.recipes import RECIPES
 
-PAGE = Path(__file__).parent.parent / "docs" / "recipes.md"
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 
 INTRODUCTION = """\
 # Recipes
 
-<!-- Written by `python -m tools.recipe_reference`; tests/test_docs.py compares it with train/config/recipes.py. -->
+<!-- Written by `python -m tools.docs.recipe_reference`; tests/test_docs.py compares it with the code. -->
 
 A recipe is every number of a training run, each with its source. `alextrain run --recipe NAME` trains with one;
 `alextrain recipe NAME` prints it. `--set FIELD=VALUE` changes any number, under the names of the first column, as in

@@ -1,6 +1,6 @@
 """The bound: libjpeg-turbo decodes every picture and encodes a square of 256 px at quality 90, and nothing else.
 
-    python -m tools.peers.jpeg_bound FOLDER OUT JOBS PASSES
+    python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
 Files are read from the page cache, PASSES times over, by simplejpeg in forked processes; nothing is written. The
 squares that it encodes are of the same photographs, rescaled beforehand: a thousand of them at most are held. It takes
@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from tools.peers.pillow_script import square
-from tools.peers.turn import QUALITY, SIDE_PX, Paths, arguments, started_pool, take_turn
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, Paths, arguments, started_pool, take_turn
+from tools.bench.peers.pillow_script import square
 
 _HELD = 1000
 _squares: list[Any] = []  # of the parent, seen by its forked processes

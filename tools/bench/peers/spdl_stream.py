@@ -1,6 +1,6 @@
 """SPDL's Pipeline of threads over the JPEG files, a batch a task.
 
-    python -m tools.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
+    python -m tools.bench.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
 
 ffmpeg      SPDL's own decoding: FFmpeg decodes, cuts the window, mirrors it, makes RGB of it; NumPy makes floats. It
             cuts before it makes RGB, at the next even offset below, for which FFmpeg's colours are in halves.
@@ -25,7 +25,7 @@ import simplejpeg
 import spdl.io  # type: ignore[import-not-found]
 from spdl.pipeline import PipelineBuilder  # type: ignore[import-not-found]
 
-from tools.peers.stream_turn import (
+from tools.bench.peers.stream_turn import (
     BATCH,
     CROP_PX,
     Mean,

@@ -1,6 +1,6 @@
 """Write docs/cli.md: the --help of every command.
 
-python -m tools.cli_reference            # tests/test_docs.py fails where this would change the page
+python -m tools.docs.cli_reference            # tests/test_docs.py fails where this would change the page
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import prep.cli
 import train.cli
 from prep.console import CONTEXT_SETTINGS
 
-PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
+PAGE = Path(__file__).parents[2] / "docs" / "cli.md"
 GROUPS: dict[str, click.Group] = {
     "alexprep": prep.cli.main,
     "alexstream": pipeline.cli.main,
@@ -25,7 +25,7 @@ WIDTH = 80  # characters: a code block of the site at desktop width
 INTRODUCTION = """\
 # Commands
 
-<!-- Written by `python -m tools.cli_reference`; tests/test_docs.py compares it with the commands. -->
+<!-- Written by `python -m tools.docs.cli_reference`; tests/test_docs.py compares it with the commands. -->
 
 Three commands, one for each stage. Every subcommand has `--help` with an example; `-h` is the same. `--store` may come
 from the environment variable `ALEXNET_STORE`. Every command that prints figures prints JSON with `--json`.

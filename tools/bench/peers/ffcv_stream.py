@@ -1,6 +1,6 @@
 """FFCV's Loader over a .beton of the records.
 
-    python -m tools.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
+    python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
 
 jpg   The .beton holds the very bytes of the JPEG files: FFCV's own field would encode their pixels once more.
 raw   It holds their pixels, decoded by Pillow, in FFCV's own field.
@@ -14,7 +14,7 @@ is made as long as ImageNet's by repeating the records, for FFCV allocates its b
 last  Batches have channels last in memory, FFCV's default: NCHW by their strides only.
 first Channels first in memory, as everyone else's: FFCV copies each batch for that, twice.
 
-Needs an environment of its own: see tools.peers.ffcv_writer.
+Needs an environment of its own: see tools.bench.peers.ffcv_writer.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ffcv.transforms import (  # type: ignore[import-not-found]
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.peers.stream_turn import BATCH, CROP_PX, Mean, Records, arguments, take_turns
+from tools.bench.peers.stream_turn import BATCH, CROP_PX, Mean, Records, arguments, take_turns
 
 _EPOCH_IMAGES = 1_281_167
 

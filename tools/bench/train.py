@@ -12,7 +12,7 @@ Two differences stay. The paper normalizes within each column's 48 and 128 maps,
 same number of maps in each sum. The paper scales activations in tests, nn.Dropout in training.
 
 A step is: forward, cross-entropy, zero_grad, backward, update, in float32, of random images that are there already. A
-turn is --steps of them. Left out: the stream (tools.bench_stream), the sums that the training loop keeps, GPUs.
+turn is --steps of them. Left out: the stream (tools.bench.stream), the sums that the training loop keeps, GPUs.
 
 The peak memory is the resident memory of a process that does nothing but two steps: Python, PyTorch, parameters,
 gradients, velocities and activations. It is measured first, for a new process begins with its parent's peak.
@@ -33,7 +33,7 @@ from torch import nn
 
 from pipeline.augment import CROP_PX
 from prep.console import say
-from tools.side_by_side import Benchmark, Contestant, common_options, race, show, timed
+from tools.bench.harness import Benchmark, Contestant, common_options, race, show, timed
 from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import make_optimizer
@@ -119,8 +119,8 @@ def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
 
     \b
     Example:
-      python -m tools.bench_train --rounds 5
-      python -m tools.bench_train --batch 128
+      python -m tools.bench.train --rounds 5
+      python -m tools.bench.train --batch 128
     """
     say(f"batch {batch}, {torch.get_num_threads()} threads; measuring memory")
     spawn = multiprocessing.get_context("spawn")

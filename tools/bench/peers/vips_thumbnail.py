@@ -1,6 +1,6 @@
 """libvips' thumbnail in a pool of processes with one thread each, one LMDB. No labels, checksums or moments.
 
-    python -m tools.peers.vips_thumbnail FOLDER OUT JOBS
+    python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 
 Needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself: libvips must not be forked.
 """
@@ -12,7 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from tools.peers.turn import QUALITY, SIDE_PX, lmdb_turn
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, lmdb_turn
 
 _vips: Any = None
 

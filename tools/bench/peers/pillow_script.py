@@ -1,6 +1,6 @@
 """What one writes in an afternoon: Pillow in a pool of processes, one LMDB. No labels, checksums or moments.
 
-python -m tools.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
+python -m tools.bench.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import partial
 import PIL
 from PIL import Image
 
-from tools.peers.turn import QUALITY, SIDE_PX, lmdb_turn
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, lmdb_turn
 
 
 def square(path: str, filter: str) -> Image.Image:

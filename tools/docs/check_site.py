@@ -1,6 +1,6 @@
 """Check that the built documentation site loads nothing from a network.
 
-python -m tools.check_site site            # `make docs` runs it
+python -m tools.docs.check_site site            # `make docs` runs it
 """
 
 from __future__ import annotations

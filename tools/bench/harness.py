@@ -22,7 +22,7 @@ import click
 from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 _PAUSE_S = 1.0  # before each turn: what the one before has begun ahead of its consumer is finished by then
 
 

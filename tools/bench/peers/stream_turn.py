@@ -1,6 +1,6 @@
 """What the streams share: random windows, a look at their batches, and turns of so many seconds.
 
-    python -m tools.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
+    python -m tools.bench.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
 
 A program lists the records in FOLDER/label/, writes what its library reads to OUT, starts its stream, looks at two
 batches, and prints what it runs on. At each line `go SECONDS` on standard input it takes some batches uncounted, then

@@ -1,6 +1,6 @@
 """WebDataset over tar archives of the JPEG files, decoded by Pillow ("pil") in the workers of a DataLoader.
 
-    python -m tools.peers.webdataset_stream FOLDER OUT THREADS RED,GREEN,BLUE
+    python -m tools.bench.peers.webdataset_stream FOLDER OUT THREADS RED,GREEN,BLUE
 
 As its documentation has it: archives drawn at random without end, a buffer of 1,000 records to mix them, batches made
 in the workers.
@@ -23,7 +23,7 @@ import torch
 import webdataset  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.peers.stream_turn import BATCH, Mean, Records, arguments, random_window, take_turns
+from tools.bench.peers.stream_turn import BATCH, Mean, Records, arguments, random_window, take_turns
 
 _ARCHIVES_A_WORKER = 8
 _MIXED = 1000

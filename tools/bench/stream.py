@@ -6,10 +6,10 @@ ours        pipeline.loader.train_loader as a training has it, with colour noise
             with the mean image in place of a mean for each channel; on PPM records.
 torch       DataLoader whose workers each open the LMDB with py-lmdb, read prep.store.datum.Datum, and decode with Pillow or
             with simplejpeg, which is libjpeg-turbo. NumPy does the rest.
-FFCV        on a .beton of the same JPEG files, and on one of pixels (tools/peers/ffcv_stream.py).
-SPDL        its threads on the same files, decoded by its FFmpeg or by simplejpeg (tools/peers/spdl_stream.py).
+FFCV        on a .beton of the same JPEG files, and on one of pixels (tools/bench/peers/ffcv_stream.py).
+SPDL        its threads on the same files, decoded by its FFmpeg or by simplejpeg (tools/bench/peers/spdl_stream.py).
 WebDataset  tar archives of the same files, decoded by Pillow in DataLoader's workers
-            (tools/peers/webdataset_stream.py).
+            (tools/bench/peers/webdataset_stream.py).
 DALI        the graph of its documentation: readers.caffe, decoders.image, crop_mirror_normalize at a random place. Its
             batches are not handed over to torch.
 bounds      on threads, from memory: libjpeg-turbo (simplejpeg) decodes the JPEG records and does nothing else; the
@@ -57,8 +57,7 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Store
 from prep.workers import WorkerPool
-from tools.peers.stream_turn import BATCH, CROP_PX, images_per_s, look_at, random_window
-from tools.side_by_side import (
+from tools.bench.harness import (
     INTERPRETER,
     Benchmark,
     Contestant,
@@ -71,6 +70,7 @@ from tools.side_by_side import (
     ratio_lines,
     show,
 )
+from tools.bench.peers.stream_turn import BATCH, CROP_PX, images_per_s, look_at, random_window
 
 _HELD_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
@@ -199,7 +199,7 @@ class Field:
         )
 
     def peer(self, name: str, option: str, python: Path | None, module: str, *more: str, raw: bool = False) -> None:
-        """One of tools.peers under the interpreter `python`; it is left out where that is None or it fails."""
+        """One of tools.bench.peers under the interpreter `python`; it is left out where that is None or it fails."""
         if python is None:
             self._leave_out(name, f"name an interpreter that has it with {option} (how to have one: see --help)")
             return
@@ -207,7 +207,7 @@ class Field:
             self.all_files = write_files(self.jpeg, self.work / "all", None)
         mean = ",".join(str(level) for level in self.jpeg.color_stats().mean_rgb)
         out = self.work / f"peer-{len(self.racing)}"
-        command = [str(python.absolute()), "-m", f"tools.peers.{module}"]
+        command = [str(python.absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.first_files if raw else self.all_files), str(out), str(self.threads), mean, *more]
         environment = dict.fromkeys(_THREAD_VARIABLES, str(self.threads))
         program = Program(name, command, out.with_suffix(".txt"), environment)
@@ -317,8 +317,8 @@ def main(
 
     \b
     Example:
-      python -m tools.bench_stream --rounds 5
-      python -m tools.bench_stream --store store --ffcv-python ffcv/bin/python \\
+      python -m tools.bench.stream --rounds 5
+      python -m tools.bench.stream --store store --ffcv-python ffcv/bin/python \\
           --spdl-python peers/bin/python --webdataset-python peers/bin/python
     """
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
