@@ -50,7 +50,7 @@ def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report:
     an archive inside this one. `report` is set to the byte that has been reached. Raises UserError naming `path` for an
     archive that is compressed, damaged or cut short.
     """
-    damaged = f"{path}: no tar archive, or a damaged one, at byte"
+    damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
     if file.read(6).startswith(_COMPRESSED):
         raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")

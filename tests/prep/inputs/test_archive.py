@@ -1,7 +1,7 @@
-"""prep.inputs.archive: the same photographs in a folder and in tar archives of every make give the same store.
+"""prep.inputs.archive: tar archives of many layouts give the same store as the same images in folders.
 
-Archives are written here by tarfile, and torn by hand: cut, zeroed, bent, with names and members that no honest archive
-has. Whatever is done to one, each of its photographs is in the store or accounted, or the command ends in one line.
+Members with unsafe names, links and special files are refused by name. Of a damaged archive every image is listed or
+refused, or the command ends with a one-line error; more damage is in test_tar_members.py.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import io
 import os
 import tarfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -24,33 +23,9 @@ from prep.images.codec import BadImage
 from prep.inputs.archive import TarReader, list_archive
 from prep.inputs.reader import FoundInputs
 from prep.store.manifest import Store
+from tests.helpers.tars import BLOCK, DAMAGED, MEMBER_BYTES, THREE, A, B, C, Member, header, overwritten, tar_of
 
 pytestmark = pytest.mark.usefixtures("bell")
-
-BLOCK = 512
-Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
-
-
-def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of (name, content) or (name, content, fields of the header)."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w", format=format) as tar:
-        for name, content, *fields in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            for field, value in fields[0].items() if fields else ():
-                setattr(info, field, value)
-            tar.addfile(info, io.BytesIO(content))
-    return out.getvalue()
-
-
-def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header by hand, whose size field holds any 12 bytes."""
-    block = bytearray(BLOCK)
-    for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
-        block[at : at + len(field)] = field
-    block[148:156] = b"%06o\0 " % sum(block)
-    return bytes(block)
 
 
 def alexprep(*words: object) -> Result:
@@ -79,7 +54,7 @@ def by_folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def train_members(root: Path) -> list[Member]:
-    """The training photographs as (class/name, content), in an order of no use."""
+    """The training images as (class/name, content), in an order that is not that of the names."""
     paths = sorted((root / "train").glob("*/*"), key=lambda path: path.name[::-1])
     return [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in paths]
 
@@ -88,7 +63,7 @@ def val_members(root: Path) -> list[Member]:
     return [(path.name, path.read_bytes()) for path in sorted((root / "val").iterdir(), reverse=True)]
 
 
-def of_tars(root: Path) -> bytes:
+def tar_of_tars(root: Path) -> bytes:
     """A tar of tars, as ILSVRC2012_img_train.tar is."""
     inner: dict[str, list[Member]] = {}
     for member in train_members(root):
@@ -97,15 +72,15 @@ def of_tars(root: Path) -> bytes:
     return tar_of([(f"{folder}.tar", tar_of(members)) for folder, members in inner.items()])
 
 
-def with_ilsvrcs_names(photo_folder: Path, root: Path) -> Path:
-    """What one gets from image-net.org: two archives and the devkit, whose numbers are in another order."""
+def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
+    """A download from image-net.org: two archives and the devkit, whose class numbers are in another order."""
     data = root / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
-    (root / "ILSVRC2012_img_train.tar").write_bytes(of_tars(photo_folder))
+    (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of_tars(photo_folder))
     (root / "ILSVRC2012_img_val.tar").write_bytes(tar_of(val_members(photo_folder)))
-    numbers = {1: 3, 2: 1, 3: 2}  # place in sorted order -> ILSVRC2012_ID
+    numbers = {1: 3, 2: 1, 3: 2}  # position in sorted order -> ILSVRC2012_ID
     names = sorted(path.name for path in (photo_folder / "train").iterdir())
-    rows = [(number, names[place - 1], "words", 0) for place, number in numbers.items()]
+    rows = [(number, names[position - 1], "words", 0) for position, number in numbers.items()]
     rows.append((4, "n00000044", "an inner node", 2))
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     savemat(data / "meta.mat", {"synsets": np.array(sorted(rows), dtype=kind).reshape(-1, 1)})
@@ -114,19 +89,19 @@ def with_ilsvrcs_names(photo_folder: Path, root: Path) -> Path:
     return root
 
 
-def test_ilsvrcs_archives_as_they_are(
+def test_the_archives_of_ilsvrc_are_read_as_they_are(
     photo_folder: Path, by_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both splits from one SOURCE, and not one file anywhere but in the store."""
-    source = with_ilsvrcs_names(photo_folder, tmp_path / "ilsvrc")
+    """Both splits from one SOURCE; no file is written outside the store."""
+    source = make_ilsvrc_download(photo_folder, tmp_path / "ilsvrc")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "store").mkdir()
     before = tree(tmp_path)
     assert fingerprint(source, tmp_path / "store" / "s") == by_folder
-    after = {name: found for name, found in tree(tmp_path).items() if not name.startswith("store")}
-    assert after == {name: found for name, found in before.items() if name != "store"}
+    after = {name: status for name, status in tree(tmp_path).items() if not name.startswith("store")}
+    assert after == {name: status for name, status in before.items() if name != "store"}
     built = Store.open(tmp_path / "store" / "s")
     assert [built.split(name).records for name in ("train", "val")] == [30, 12]
 
@@ -140,7 +115,7 @@ def prefixed(prefix: str) -> Callable[[Path], bytes]:
     return make
 
 
-MAKES: dict[str, Callable[[Path], bytes]] = {
+LAYOUTS: dict[str, Callable[[Path], bytes]] = {
     "class folders": lambda root: tar_of(train_members(root)),
     "ustar": lambda root: tar_of(train_members(root), tarfile.USTAR_FORMAT),
     "pax": lambda root: tar_of(
@@ -148,10 +123,10 @@ MAKES: dict[str, Callable[[Path], bytes]] = {
         tarfile.PAX_FORMAT,
     ),
     "./ before each name": prefixed("./"),
-    "a folder around them": prefixed("ILSVRC2012/train/"),
-    "tar of tars": of_tars,
+    "in a parent folder": prefixed("ILSVRC2012/train/"),
+    "tar of tars": tar_of_tars,
     "tar of tars in a folder": lambda root: tar_of([("train/" + name, content) for name, content in inner_tars(root)]),
-    "with what a Mac adds": lambda root: tar_of(
+    "with hidden files of macOS": lambda root: tar_of(
         [
             ("._n00000011", b"no picture"),
             ("n00000011/.DS_Store", b"x"),
@@ -163,42 +138,40 @@ MAKES: dict[str, Callable[[Path], bytes]] = {
 
 
 def inner_tars(root: Path) -> list[tuple[str, bytes]]:
-    with tarfile.open(fileobj=io.BytesIO(of_tars(root))) as tar:
+    with tarfile.open(fileobj=io.BytesIO(tar_of_tars(root))) as tar:
         return [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("make", list(MAKES))
-def test_every_make_of_archive_lists_as_the_folder_does(make: str, photo_folder: Path, tmp_path: Path) -> None:
-    """Same names, labels, sizes, order of the records, and each input's bytes where the archive says."""
-    (tmp_path / "x.tar").write_bytes(MAKES[make](photo_folder))
+@pytest.mark.parametrize("layout", list(LAYOUTS))
+def test_an_archive_of_any_layout_lists_as_the_folder_does(layout: str, photo_folder: Path, tmp_path: Path) -> None:
+    """Same names, labels, sizes and order, and each image's bytes at its offset."""
+    (tmp_path / "x.tar").write_bytes(LAYOUTS[layout](photo_folder))
     found = list_archive(tmp_path / "x.tar", False)
     files = sorted((path.parent.name, path.name, path) for path in (photo_folder / "train").glob("*/*"))
     assert found.classes == tuple(sorted({folder for folder, _, _ in files}))
     assert (found.is_flat, found.refused) == (False, ())
     assert [item.path.decode() for item in found.listing] == [f"{folder}/{name}" for folder, name, _ in files]
     assert [found.classes[item.label] for item in found.listing] == [folder for folder, _, _ in files]
-    place = TarReader(tmp_path / "x.tar")
+    reader = TarReader(tmp_path / "x.tar")
     for item, (_, _, path) in zip(found.listing, files, strict=True):
         content = path.read_bytes()
         assert item.size == len(content)
-        assert place.read(item) == content
-        assert place.head(item, 8) == content[:8]
+        assert reader.read(item) == content
+        assert reader.head(item, 8) == content[:8]
 
 
-@pytest.mark.parametrize("make", ["pax", "a folder around them"])
+@pytest.mark.parametrize("layout", ["pax", "in a parent folder"])
 def test_class_folders_in_a_tar_give_the_same_store(
-    make: str, photo_folder: Path, by_folder: str, tmp_path: Path
+    layout: str, photo_folder: Path, by_folder: str, tmp_path: Path
 ) -> None:
-    (tmp_path / "train.tar").write_bytes(MAKES[make](photo_folder))
+    (tmp_path / "train.tar").write_bytes(LAYOUTS[layout](photo_folder))
     (tmp_path / "val.tar").write_bytes(tar_of([("./" + member[0], member[1]) for member in val_members(photo_folder)]))
     (tmp_path / "val.txt").write_text((photo_folder / "val_ground_truth.txt").read_text())
     fingerprint(tmp_path / "train.tar", tmp_path / "store")
     assert fingerprint(tmp_path / "val.tar", tmp_path / "store") == by_folder
 
 
-def test_flat_photographs_in_one_folder_of_the_tar_with_labels(
-    photo_folder: Path, by_folder: str, tmp_path: Path
-) -> None:
+def test_labels_make_the_single_folder_of_a_tar_flat(photo_folder: Path, by_folder: str, tmp_path: Path) -> None:
     members = [("val/" + member[0], member[1]) for member in val_members(photo_folder)]
     (tmp_path / "v.tar").write_bytes(tar_of([("val", b"", {"type": tarfile.DIRTYPE}), *members]))
     fingerprint(photo_folder / "train", tmp_path / "store")
@@ -207,7 +180,7 @@ def test_flat_photographs_in_one_folder_of_the_tar_with_labels(
 
 
 @pytest.mark.parametrize("format", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_odd_names(format: int, tmp_path: Path) -> None:
+def test_long_and_odd_names_are_kept_byte_for_byte(format: int, tmp_path: Path) -> None:
     names = ["n1/" + "a" * 240 + ".JPEG", "n1/" + "é" * 120, "n1/a b\nc", "n1/\udcff\udcfe.JPEG", "n1/\\x.JPEG"]
     (tmp_path / "x.tar").write_bytes(tar_of([(name, name.encode("utf-8", "replace")) for name in names], format))
     found = list_archive(tmp_path / "x.tar", False)
@@ -217,12 +190,7 @@ def test_long_and_odd_names(format: int, tmp_path: Path) -> None:
         assert TarReader(tmp_path / "x.tar").read(item) == expected[item.path]
 
 
-A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
-THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
-EACH = 3 * BLOCK  # of the archive, for a member of 700 bytes
-
-
-def listed(content: bytes, path: Path) -> FoundInputs:
+def list_tar(content: bytes, path: Path) -> FoundInputs:
     path.write_bytes(content)
     return list_archive(path, False)
 
@@ -249,132 +217,74 @@ ODD: dict[str, tuple[Member, str]] = {
 
 
 @pytest.mark.parametrize("name", list(ODD))
-def test_odd_members_are_refused_by_name(name: str, tmp_path: Path) -> None:
-    member, why = ODD[name]
-    for at in range(4):  # wherever it stands, the others are taken
-        found = listed(tar_of([*THREE[:at], member, *THREE[at:]]), tmp_path / "x.tar")
+def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    member, reason = ODD[name]
+    for position in range(4):  # at any position, the other members are listed
+        found = list_tar(tar_of([*THREE[:position], member, *THREE[position:]]), tmp_path / "x.tar")
         assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
         assert found.classes == ("n1", "n2")
         assert [refused for refused, _ in found.refused] == [name]
-        assert why in found.refused[0][1]
+        assert reason in found.refused[0][1]
 
 
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    """What is stored of them is not what they hold: read in place they would be other bytes."""
+    """Their stored bytes are not their content, so they cannot be read in place."""
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):
         new = tar_of([("n1/new.JPEG", A, {"pax_headers": fields}), *THREE], tarfile.PAX_FORMAT)
-        found = listed(old + new, tmp_path / "x.tar")
+        found = list_tar(old + new, tmp_path / "x.tar")
         assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
         assert dict(found.refused) == dict.fromkeys(("n1/old.JPEG", "n1/new.JPEG"), "neither a plain file nor a folder")
 
 
-def test_of_two_members_of_one_name_the_last_counts(tmp_path: Path) -> None:
-    """As in unpacking; the one before is accounted."""
+def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
+    """As in unpacking; the earlier ones are refused by name."""
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
-    found = listed(tar_of(members), tmp_path / "x.tar")
+    found = list_tar(tar_of(members), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
     assert TarReader(tmp_path / "x.tar").read(found.listing[0]) == b"newest"
-    why = "another member of the same name follows in the archive"
-    assert found.refused == (("n1/a.JPEG", why), ("n1/a.JPEG", why))
+    reason = "another member of the same name follows in the archive"
+    assert found.refused == (("n1/a.JPEG", reason), ("n1/a.JPEG", reason))
 
 
-def test_inner_tars_of_one_name_are_one_class(tmp_path: Path) -> None:
+def test_inner_tars_with_the_same_name_are_one_class(tmp_path: Path) -> None:
     inner = [tar_of([("a.JPEG", A), ("b.JPEG", B)]), tar_of([("b.JPEG", C), ("c.JPEG", C)])]
-    found = listed(tar_of([("n1.tar", inner[0]), ("n1.tar", inner[1])]), tmp_path / "x.tar")
+    found = list_tar(tar_of([("n1.tar", inner[0]), ("n1.tar", inner[1])]), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n1/c.JPEG"]
     assert TarReader(tmp_path / "x.tar").read(found.listing[1]) == C
     assert [name for name, _ in found.refused] == ["n1/b.JPEG"]
 
 
-def test_class_without_a_photograph_keeps_its_number(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """As a folder's: in a tar of tars it is an empty tar, in a tar of folders an entry of its own."""
+def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is an empty tar in a tar of tars, and a folder entry in a tar of folders."""
     empty = tar_of([("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", tar_of([])), ("n3.tar", tar_of([("c.JPEG", C)]))])
     entry: Member = ("n2", b"", {"type": tarfile.DIRTYPE})
     for content in (empty, tar_of([("n1/a.JPEG", A), entry, ("n3/c.JPEG", C)])):
-        found = listed(content, tmp_path / "x.tar")
+        found = list_tar(content, tmp_path / "x.tar")
         assert found.classes == ("n1", "n2", "n3")
         assert [item.label for item in found.listing] == [0, 2]
         assert "n2" in capsys.readouterr().err
 
 
-def test_class_folders_of_two_places_are_not_mixed(tmp_path: Path) -> None:
-    """train/n1 and val/n1 in one archive are two splits, and cats/train and dogs/train no class `train`."""
+def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:
+    """train/n1 and val/n1 are two splits; cats/train and dogs/train are not one class `train`."""
     for names in (("train/n1/a.JPEG", "val/n1/b.JPEG"), ("cats/train/a.JPEG", "dogs/train/b.JPEG")):
         with pytest.raises(UserError, match=r"x\.tar"):
-            listed(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
+            list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
 
 
-def test_photographs_beside_folders(tmp_path: Path) -> None:
+def test_images_beside_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 folders and images side by side \(first: README\)"):
-        listed(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
+        list_tar(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
 
 
-TORN: dict[str, tuple[Callable[[bytes], bytes], str]] = {
-    "cut in a header": (lambda tar: tar[: EACH + 200], "byte"),
-    "cut after a header": (lambda tar: tar[: EACH + BLOCK], "cut short"),
-    "cut in the data": (lambda tar: tar[: EACH + BLOCK + 300], "cut short"),
-    "cut in the padding": (lambda tar: tar[: 2 * EACH - 100], "byte"),
-    "cut between members": (lambda tar: tar[: 2 * EACH], "cut short"),
-    "cut after the last member": (lambda tar: tar[: 3 * EACH], "cut short"),
-    "one bit of a header": (lambda tar: changed(tar, EACH + 10, b"\x07"), "damaged"),
-    "a checksum": (lambda tar: changed(tar, EACH + 148, b"777777"), "damaged"),
-    "a header of zeros": (lambda tar: changed(tar, EACH, bytes(BLOCK)), "damaged"),
-    "two blocks of zeros": (lambda tar: changed(tar, EACH, bytes(2 * BLOCK)), "damaged"),
-    "a member of zeros": (lambda tar: changed(tar, EACH, bytes(EACH)), "damaged"),
-    "a header of noise": (lambda tar: changed(tar, EACH, bytes(range(256)) * 2), "damaged"),
-    "zeros to a far end": (lambda tar: tar[: 2 * EACH] + bytes(20 << 20), "cut short"),  # a download with room made
-    "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
-    "text behind": (lambda tar: tar + b"the end", "damaged"),
-    "size beyond the end": (lambda tar: put_in(tar, header(b"n1/x.JPEG", b"77777777777\0")), "cut short"),
-    "size of 2^88": (lambda tar: put_in(tar, header(b"n1/x.JPEG", b"\x80" + b"\x7f" * 11)), "cut short"),
-    "size below zero": (lambda tar: put_in(tar, header(b"n1/x.JPEG", below_zero(-BLOCK))), "damaged"),
-    "size far below zero": (lambda tar: put_in(tar, header(b"n1/x.JPEG", below_zero(-EACH - BLOCK))), "damaged"),
-    "size that is no number": (lambda tar: put_in(tar, header(b"n1/x.JPEG", b"hello world\0")), "damaged"),
-    "a name's size below zero": (lambda tar: put_in(tar, header(b"L", below_zero(-BLOCK), b"L")), "damaged"),
-    "a name's size beyond the end": (lambda tar: put_in(tar, header(b"L", b"77777777777\0", b"L")), "."),
-    "pax size below zero": (lambda tar: pax_size("-1024"), "."),
-    "pax size of 20 digits": (lambda tar: pax_size("9" * 20), "cut short"),
-    "pax size of words": (lambda tar: pax_size("many"), "damaged"),
-}
-
-
-def changed(content: bytes, at: int, new: bytes) -> bytes:
-    return content[:at] + new + content[at + len(new) :]
-
-
-def put_in(content: bytes, block: bytes) -> bytes:
-    return content[:EACH] + block + content[EACH:]
-
-
-def below_zero(size: int) -> bytes:
-    return b"\xff" + (256**11 + size).to_bytes(11, "big")
-
-
-def pax_size(size: str) -> bytes:
-    first: Member = ("n1/a.JPEG", A, {"pax_headers": {"size": size}})
-    return tar_of([first, *THREE[1:]], tarfile.PAX_FORMAT)
-
-
-@pytest.mark.parametrize("how", list(TORN))
-def test_torn_archive_is_one_line(how: str, tmp_path: Path) -> None:
-    tear, named = TORN[how]
-    content = tear(tar_of(THREE))
-    with pytest.raises(UserError) as caught:
-        listed(content, tmp_path / "x.tar")
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.count(str(tmp_path / "x.tar")) == 1
-    assert named in text
-
-
-@pytest.mark.parametrize("how", [how for how, (_, _) in TORN.items() if not how.startswith(("text", "another", "pax"))])
-def test_torn_inner_tar_is_one_line(how: str, tmp_path: Path) -> None:
-    """In the middle of a tar of tars that is whole itself: the outer header says how long the inner is."""
-    inner = TORN[how][0](tar_of([(name.split("/")[1], content) for name, content, *_ in THREE]))
+@pytest.mark.parametrize("damage", [name for name in DAMAGED if not name.startswith(("text", "another", "pax"))])
+def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp_path: Path) -> None:
+    """In the middle of an undamaged tar of tars, whose header gives the length of the inner one."""
+    inner = DAMAGED[damage][0](tar_of([(name.split("/")[1], content) for name, content, *_ in THREE]))
     content = tar_of([("n0.tar", tar_of([("x.JPEG", A)])), ("n1.tar", inner), ("n2.tar", tar_of([("y.JPEG", A)]))])
     with pytest.raises(UserError, match=r"x\.tar") as caught:
-        listed(content, tmp_path / "x.tar")
+        list_tar(content, tmp_path / "x.tar")
     assert "\n" not in str(caught.value)
 
 
@@ -385,50 +295,50 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
         end += -end % BLOCK + BLOCK  # one block of zeros is an end, as GNU tar has it
-        whole = names_of(listed(content, tmp_path / "x.tar"))
+        expected = names_of(list_tar(content, tmp_path / "x.tar"))
         for length in range(0, len(content), 256):
             try:
-                found = listed(content[:length], tmp_path / "x.tar")
+                found = list_tar(content[:length], tmp_path / "x.tar")
             except UserError as error:
                 assert "\n" not in str(error)
             else:
                 assert length >= end
-                assert names_of(found) == whole
+                assert names_of(found) == expected
 
 
-def test_a_bent_byte_never_loses_a_photograph(tmp_path: Path) -> None:
-    """Any one byte of the headers: an error, or as many photographs and refused members as there were."""
+def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
+    """Any one byte of the headers: an error, or as many images and refused members as before."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
-            at, new = int(rng.integers(0, 3 * EACH)), rng.bytes(1)
+            at, new = int(rng.integers(0, 3 * MEMBER_BYTES)), rng.bytes(1)
             try:
-                found = listed(changed(content, at, new), tmp_path / "x.tar")
+                found = list_tar(overwritten(content, at, new), tmp_path / "x.tar")
             except UserError as error:
                 assert "\n" not in str(error)
             else:
                 assert len(found.listing) + len(found.refused) == 3
 
 
-NO_TAR: dict[str, tuple[bytes, str]] = {
-    "empty file": (b"", "no tar archive"),
+NOT_TARS: dict[str, tuple[bytes, str]] = {
+    "empty file": (b"", "not a tar archive"),
     "empty tar": (tar_of([]), "no image in it"),
     "folders alone": (tar_of([("n1", b"", {"type": tarfile.DIRTYPE})]), "no image in it"),
     "links alone": (tar_of([("n1/x", b"", {"type": tarfile.SYMTYPE, "linkname": "y"})]), "no image in it"),
-    "text": (b"hello, world\n", "no tar archive"),
-    "long text": (b"hello, world\n" * 999, "no tar archive"),
+    "text": (b"hello, world\n", "not a tar archive"),
+    "long text": (b"hello, world\n" * 999, "not a tar archive"),
     "gzip": (b"\x1f\x8b\x08" + bytes(900), "compressed"),
     "bzip2": (b"BZh91AY" + bytes(900), "compressed"),
     "xz": (b"\xfd7zXZ\0" + bytes(900), "compressed"),
     "zstd": (b"\x28\xb5\x2f\xfd" + bytes(900), "compressed"),
-    "a picture": (b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20, "no tar archive"),
+    "a picture": (b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20, "not a tar archive"),
 }
 
 
-@pytest.mark.parametrize("what", list(NO_TAR))
-def test_what_is_no_tar(what: str, tmp_path: Path) -> None:
-    """Through the command: exit code 1, one line, no store."""
-    content, named = NO_TAR[what]
+@pytest.mark.parametrize("what", list(NOT_TARS))
+def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Path) -> None:
+    """By the command: exit code 1, a one-line error, no store."""
+    content, part = NOT_TARS[what]
     (tmp_path / "x.tar").write_bytes(content)
     result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store", "--on-bad", "skip")
     assert result.exit_code == 1
@@ -436,19 +346,19 @@ def test_what_is_no_tar(what: str, tmp_path: Path) -> None:
     lines = result.stderr.splitlines()
     assert lines[-1].startswith("Error: ")
     assert not any(line.startswith("Error") for line in lines[:-1])
-    assert named in lines[-1]
+    assert part in lines[-1]
     assert str(tmp_path / "x.tar") in lines[-1]
-    if named == "compressed":
+    if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # inside another it is no better
+    if what not in ("empty tar", "folders alone", "links alone"):  # nor is it read inside another tar
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
-        with pytest.raises(UserError, match=named if content else r"x\.tar"):
-            listed(tar_of(inner), tmp_path / "x.tar")
+        with pytest.raises(UserError, match=part if content else r"x\.tar"):
+            list_tar(tar_of(inner), tmp_path / "x.tar")
 
 
-def test_refused_members_are_accounted_by_the_command(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail the first is named before any work; with skip all are in inputs.jsonl, and counted."""
+def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
+    """With --on-bad fail the first is named before building; with skip all are in inputs.jsonl, and counted."""
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")
@@ -461,23 +371,23 @@ def test_refused_members_are_accounted_by_the_command(photo_folder: Path, tmp_pa
     account = Store.open(tmp_path / "store").split("train").account
     assert (account["inputs"], account["kept"]) == (30 + len(odd) + 1, 30)
     assert sum(account["bad"].values()) == len(odd) + 1
-    fates = (tmp_path / "store" / "train" / "inputs.jsonl").read_text()
+    outcomes = (tmp_path / "store" / "train" / "inputs.jsonl").read_text()
     for name in (*[member[0] for member in odd], double[0]):
-        assert f'{{"source": "{name}", "fate": "bad"' in fates
+        assert f'{{"source": "{name}", "fate": "bad"' in outcomes
 
 
-def test_archive_that_is_cut_after_it_was_listed(tmp_path: Path) -> None:
-    found = listed(tar_of(THREE), tmp_path / "x.tar")
-    place = TarReader(tmp_path / "x.tar")
-    assert place.read(found.listing[2]) == C
-    os.truncate(tmp_path / "x.tar", 2 * EACH + BLOCK + 100)
-    assert place.read(found.listing[1]) == B
+def test_an_archive_that_is_cut_after_the_listing_is_reported(tmp_path: Path) -> None:
+    found = list_tar(tar_of(THREE), tmp_path / "x.tar")
+    reader = TarReader(tmp_path / "x.tar")
+    assert reader.read(found.listing[2]) == C
+    os.truncate(tmp_path / "x.tar", 2 * MEMBER_BYTES + BLOCK + 100)
+    assert reader.read(found.listing[1]) == B
     with pytest.raises(UserError, match="shorter"):
-        place.read(found.listing[2])
+        reader.read(found.listing[2])
 
 
-def test_archive_that_has_gone(tmp_path: Path) -> None:
-    found = listed(tar_of(THREE), tmp_path / "x.tar")
+def test_an_archive_that_was_removed_is_reported(tmp_path: Path) -> None:
+    found = list_tar(tar_of(THREE), tmp_path / "x.tar")
     (tmp_path / "x.tar").rename(tmp_path / "y.tar")
     with pytest.raises((UserError, BadImage), match="No such file"):
         TarReader(tmp_path / "x.tar").read(found.listing[0])

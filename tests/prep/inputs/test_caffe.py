@@ -1,7 +1,7 @@
 """prep.inputs.caffe on LMDBs that lmdb and protobuf write here as Caffe's convert_imageset does.
 
-What alexprep made of them is read back by lmdb and protobuf alone, and decoded by Pillow. Bare pixels that have the
-store's size must come through a ppm store to the bit.
+The stores are read back by lmdb and protobuf, and decoded by Pillow. Bare pixels of the store's size must come out of a
+ppm store unchanged.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SIDE = 32
 
 @pytest.fixture
 def processes() -> None:
-    """Asked for by a test that is about worker processes."""
+    """Requested by a test that is about worker processes."""
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker takes half a second to start: most tests do without."""
+    """A worker process takes half a second to start; most tests do without."""
     if "processes" not in request.fixturenames:
         monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(InlineRunner()))
 
@@ -117,8 +117,8 @@ def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
     return found
 
 
-def test_bare_pixels_come_through_to_the_bit(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """Colour with its order of channels, grey, labels 0 and 2, and one that has to be cut and one to be rescaled."""
+def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    """Colour in the right channel order, gray, labels 0 and 2; one image is cropped and one rescaled."""
     colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
     grey = noise(SIDE, SIDE, 3)[:, :, :1]
     records = [
@@ -147,8 +147,10 @@ def test_bare_pixels_come_through_to_the_bit(datum: Callable[..., bytes], record
     assert Store.open(tmp_path / "store").split("train").account["bad"] == {}
 
 
-def test_encoded_pictures(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """What Caffe says of their size is not asked: it is the file that counts, of whatever format."""
+def test_encoded_images_of_any_format_are_decoded(
+    datum: Callable[..., bytes], records_of: Records, tmp_path: Path
+) -> None:
+    """The size in the Datum is ignored: that of the image file counts."""
     files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
     out = io.BytesIO()
     Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
@@ -167,10 +169,10 @@ def test_encoded_pictures(datum: Callable[..., bytes], records_of: Records, tmp_
     assert Store.open(tmp_path / "store").split("train").account["converted"] == {"png": 1}
 
 
-def test_the_same_pictures_as_files_give_the_same_records(
+def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """All but the name: a Caffe key is the name. Sums over the pixels and the classes are equal."""
+    """Except for the name, which is the key. Colour moments and classes are equal too."""
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -194,7 +196,7 @@ def test_the_same_pictures_as_files_give_the_same_records(
 
 
 def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
-    """Key: value and the reason why it is left out."""
+    """{key: (value, reason why it is left out)}."""
     good = {"data": jpeg(), "encoded": True}
     label = "no Datum, or one without a label"
     return {
@@ -217,34 +219,38 @@ def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
     }
 
 
-def test_odd_records_are_accounted(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+def test_records_that_cannot_be_used_are_counted_and_named(
+    datum: Callable[..., bytes], records_of: Records, tmp_path: Path
+) -> None:
     odd = odd_records(datum)
     good = {b"00_good": datum(data=jpeg(), encoded=True, label=0), b"99_good": datum(**bare(noise(40, 40)), label=1)}
     folder = lmdb_of(tmp_path / "l", [*good.items(), *[(key, value) for key, (value, _) in odd.items()]])
     answer = json.loads(done(import_caffe(tmp_path / "store", folder, "--on-bad", "skip", "--json")))
     assert (answer["records"], answer["skipped"]) == (2, len(odd))
     assert set(by_source(records_of(tmp_path / "store", "train"))) == set(good)
-    fates = [json.loads(line) for line in (tmp_path / "store" / "train" / "inputs.jsonl").read_text().splitlines()]
-    fates.sort(key=lambda fate: fate["source"])
-    assert [fate["source"].encode() for fate in fates] == list(odd)
-    for fate, (_, why) in zip(fates, odd.values(), strict=True):
-        assert fate["fate"] == "bad"
-        assert why in fate["why"], fate
+    outcomes = [json.loads(line) for line in (tmp_path / "store" / "train" / "inputs.jsonl").read_text().splitlines()]
+    outcomes.sort(key=lambda outcome: outcome["source"])
+    assert [outcome["source"].encode() for outcome in outcomes] == list(odd)
+    for outcome, (_, reason) in zip(outcomes, odd.values(), strict=True):
+        assert outcome["fate"] == "bad"
+        assert reason in outcome["why"], outcome
     account = Store.open(tmp_path / "store").split("train").account
     assert (account["inputs"], account["kept"]) == (2 + len(odd), 2)
     assert sum(account["bad"].values()) == len(odd)
 
 
 @pytest.mark.parametrize("key", [b"10_negative_label", b"17_cut_picture", b"22_bare_without_size"])
-def test_an_odd_record_stops_a_strict_import(key: bytes, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    value, why = odd_records(datum)[key]
+def test_a_record_that_cannot_be_used_stops_a_strict_import(
+    key: bytes, datum: Callable[..., bytes], tmp_path: Path
+) -> None:
+    value, reason = odd_records(datum)[key]
     good = datum(data=jpeg(), encoded=True, label=0)
     folder = lmdb_of(tmp_path / "l", [(b"00_good", good), (key, value)])
-    fails(import_caffe(tmp_path / "store", folder), key.decode(), why, "--on-bad skip")
+    fails(import_caffe(tmp_path / "store", folder), key.decode(), reason, "--on-bad skip")
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_not_one_record_is_usable(datum: Callable[..., bytes], tmp_path: Path) -> None:
+def test_an_lmdb_without_a_usable_record_is_refused(datum: Callable[..., bytes], tmp_path: Path) -> None:
     folder = lmdb_of(tmp_path / "l", [(b"a", b"\xff"), (b"b", datum(data=jpeg(), encoded=True, label=-1))])
     fails(import_caffe(tmp_path / "s", folder, "--on-bad", "skip"), folder, "2 records", "not one")
     fails(import_caffe(tmp_path / "s", lmdb_of(tmp_path / "e", [])), tmp_path / "e", "0 records")
@@ -267,10 +273,10 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
         ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
         ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label
         ((("n1/a.JPEG", 0), ("n1/b.JPEG", 1)), ("0", "1")),  # one folder of two labels
-        ((("n1/a.JPEG", 0), ("n3/b.JPEG", 2)), ("0", "1", "2")),  # no record says what 1 is
+        ((("n1/a.JPEG", 0), ("n3/b.JPEG", 2)), ("0", "1", "2")),  # no record has label 1
     ],
 )
-def test_classes_from_the_keys_or_by_number(
+def test_classes_are_named_by_the_folders_in_the_keys_or_numbered(
     names: tuple[tuple[str, int], ...], classes: tuple[str, ...], datum: Callable[..., bytes], tmp_path: Path
 ) -> None:
     done(import_caffe(tmp_path / "store", lmdb_of(tmp_path / "l", labelled(datum, *names))))
@@ -280,7 +286,7 @@ def test_classes_from_the_keys_or_by_number(
     assert list(store.split("train").label_counts) == counts
 
 
-def test_classes_from_a_file(datum: Callable[..., bytes], tmp_path: Path) -> None:
+def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path) -> None:
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("n9/a.JPEG", 0), ("n8/b.JPEG", 2)))
     words = tmp_path / "synset_words.txt"
     words.write_text(
@@ -298,7 +304,7 @@ def test_classes_from_a_file(datum: Callable[..., bytes], tmp_path: Path) -> Non
     fails(import_caffe(tmp_path / "other", beyond, "--classes", words), beyond, "label 4", "4 classes")
 
 
-def test_classes_that_do_not_fit(datum: Callable[..., bytes], tmp_path: Path) -> None:
+def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tmp_path: Path) -> None:
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", 2)))
     words = tmp_path / "words.txt"
     words.write_text("x\ny\n")
@@ -310,16 +316,14 @@ def test_classes_that_do_not_fit(datum: Callable[..., bytes], tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
-def test_a_label_that_no_one_counts_classes_to_is_one_line(
-    label: int, datum: Callable[..., bytes], tmp_path: Path
-) -> None:
-    """No list of so many names is made: that would take all memory."""
+def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
+    """No list of so many class names is made: it would take all memory."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
 
-def test_several_lmdbs_are_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """Also where their keys are the same, as those of parts that were converted apart are."""
+def test_several_lmdbs_make_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
+    """Even with equal keys, as in parts that were converted separately."""
     pictures = [noise(SIDE, SIDE, seed) for seed in range(4)]
     parts = [
         lmdb_of(
@@ -338,7 +342,9 @@ def test_several_lmdbs_are_one_split(datum: Callable[..., bytes], records_of: Re
 
 
 @pytest.mark.usefixtures("processes")
-def test_import_is_the_same_for_any_number_of_jobs_and_again(datum: Callable[..., bytes], tmp_path: Path) -> None:
+def test_an_import_is_the_same_for_any_number_of_jobs_and_when_repeated(
+    datum: Callable[..., bytes], tmp_path: Path
+) -> None:
     records = labelled(datum, *[(f"n{k % 3}/{k}.JPEG", k % 3) for k in range(150)])
     folder = lmdb_of(tmp_path / "l", records)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
@@ -351,7 +357,7 @@ def test_import_is_the_same_for_any_number_of_jobs_and_again(datum: Callable[...
 
 
 @pytest.mark.usefixtures("processes")
-def test_what_is_no_lmdb_is_one_line(tmp_path: Path) -> None:
+def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_bytes(b"x" * 9000)
     for name, content in (("noise", np.random.default_rng(0).bytes(20_000)), ("zeros", bytes(20_000)), ("empty", b"")):
@@ -360,39 +366,39 @@ def test_what_is_no_lmdb_is_one_line(tmp_path: Path) -> None:
     for name in ("nowhere", "folder", "file", "noise", "zeros", "empty"):
         before = sorted(os.listdir(tmp_path))
         line = fails(import_caffe(tmp_path / "store", tmp_path / name, "--on-bad", "skip"), tmp_path / name)
-        assert "Build the store again" not in line  # it is none of ours
+        assert "Build the store again" not in line  # it is not a store
         assert line.count(str(tmp_path / name)) == 1
         assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "folder") == []
 
 
 @pytest.mark.usefixtures("processes")
-def test_damaged_lmdb_is_one_line_or_a_whole_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """Cut anywhere, or with pages of noise: the process that reads it may die, the command does not."""
+def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    """Truncated, or with pages of noise: the process that reads it may die, the command does not."""
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
-    torn = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]
-    cuts = len(torn)
+    damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]
+    cuts = len(damaged)
     rng = np.random.default_rng(2)
     for count in (1, 2, 40):
-        bent = bytearray(content)
+        overwritten = bytearray(content)
         for page in rng.integers(2, len(content) // 4096, count):
-            bent[page * 4096 : page * 4096 + 64] = rng.bytes(64)
-        torn.append(bytes(bent))
-    for number, part in enumerate(torn):
-        path = tmp_path / f"torn{number}"
+            overwritten[page * 4096 : page * 4096 + 64] = rng.bytes(64)
+        damaged.append(bytes(overwritten))
+    for number, part in enumerate(damaged):
+        path = tmp_path / f"damaged{number}"
         path.mkdir()
         (path / "data.mdb").write_bytes(part)
         result = import_caffe(tmp_path / f"store{number}", path, "--on-bad", "skip", "--json")
         if number < cuts or result.exit_code:
             fails(result, path)
             assert not (tmp_path / f"store{number}" / "manifest.json").exists()
-        else:  # the noise fell into pictures: they are bad, and counted
+        else:  # the noise is in images: they are bad, and counted
             answer = json.loads(result.stdout)
             assert answer["records"] + answer["skipped"] == 60
 
 
-def test_usage(tmp_path: Path) -> None:
+def test_wrong_usage_has_exit_code_2(tmp_path: Path) -> None:
     assert CliRunner().invoke(main, ["import-caffe", "--store", str(tmp_path)]).exit_code == 2
     assert import_caffe(tmp_path / "s", tmp_path, "--split", "test").exit_code == 2
     help_text = done(CliRunner().invoke(main, ["import-caffe", "--help"]))

@@ -1,7 +1,7 @@
-"""prep.inputs.labels on label files written here, whose labels are known beforehand.
+"""prep.inputs.labels on label files written here, whose labels are known.
 
-The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. No photograph is opened, so they are
-empty files. Labels that do not fit are one line that names the file and what is wrong in it.
+The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since none
+is opened. Labels that do not fit give a one-line error that names the file and the fault.
 """
 
 from __future__ import annotations
@@ -17,23 +17,20 @@ from prep.console import UserError
 from prep.inputs.labels import read_labels
 from prep.inputs.reader import Source
 from prep.inputs.sources import list_source
+from tests.helpers.listings import labels_of, paths_and_labels, touch
 
 NAMES = ["b.JPEG", "a.JPEG", "c.JPEG", "B.JPEG"]
-IN_ORDER = [b"B.JPEG", b"a.JPEG", b"b.JPEG", b"c.JPEG"]  # by bytes
+SORTED_NAMES = [b"B.JPEG", b"a.JPEG", b"b.JPEG", b"c.JPEG"]  # by bytes
 
 
-def touch(folder: Path, *names: str) -> Path:
-    for name in names:
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return folder
-
-
-def read(
-    folder: Path, labels: Path | None = None, order: str | None = None, known: tuple[str, ...] = (), split: str = "val"
+def list_images(
+    folder: Path,
+    labels: Path | None = None,
+    order: str | None = None,
+    store_classes: tuple[str, ...] = (),
+    split: str = "val",
 ) -> Source:
-    return list_source(folder, split, labels, order, known)
+    return list_source(folder, split, labels, order, store_classes)
 
 
 def label_file(tmp_path: Path, text: str, name: str = "labels.txt") -> Path:
@@ -42,12 +39,8 @@ def label_file(tmp_path: Path, text: str, name: str = "labels.txt") -> Path:
     return path
 
 
-def pairs(source: Source) -> list[tuple[bytes, int]]:
-    return [(item.path, item.label) for item in source.inputs]
-
-
-def devkit(path: Path, numbered: dict[int, str]) -> None:
-    """A meta.mat like the devkit's: an array of structs `synsets` with ILSVRC2012_ID and WNID, and fields beside."""
+def write_devkit(path: Path, numbered: dict[int, str]) -> None:
+    """A meta.mat like the devkit's: an array of structs `synsets` with ILSVRC2012_ID, WNID and other fields."""
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     rows = [(number, name, f"word of {name}", 0) for number, name in numbered.items()]
     savemat(path, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
@@ -58,81 +51,93 @@ def flat(tmp_path: Path) -> Path:
     return touch(tmp_path / "photos", *NAMES)
 
 
-def test_ground_truth_goes_by_the_order_of_names(flat: Path, tmp_path: Path) -> None:
+def test_ground_truth_numbers_are_for_the_images_in_sorted_order(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    source = read(flat, labels, known=("n1", "n2", "n3", "n4"))
-    assert pairs(source) == list(zip(IN_ORDER, [2, 0, 1, 0], strict=True))
+    source = list_images(flat, labels, store_classes=("n1", "n2", "n3", "n4"))
+    assert paths_and_labels(source) == list(zip(SORTED_NAMES, [2, 0, 1, 0], strict=True))
     assert source.classes == ("n1", "n2", "n3", "n4")
 
 
-def test_ground_truth_without_known_classes_numbers_them(flat: Path, tmp_path: Path) -> None:
-    source = read(flat, label_file(tmp_path, "3\n1\n2\n1\n\n"))
-    assert [label for _, label in pairs(source)] == [2, 0, 1, 0]
+def test_ground_truth_without_classes_of_a_store_numbers_them(flat: Path, tmp_path: Path) -> None:
+    source = list_images(flat, label_file(tmp_path, "3\n1\n2\n1\n\n"))
+    assert labels_of(source) == [2, 0, 1, 0]
     assert len(source.classes) == 3
 
 
-def test_ground_truth_in_the_devkits_order(flat: Path, tmp_path: Path) -> None:
-    """Number 1 is n3, 2 is n1, 3 is n2: the labels are places in the sorted names, whatever the devkit counts."""
+def test_ground_truth_numbers_are_read_in_the_devkits_order(flat: Path, tmp_path: Path) -> None:
+    """Number 1 is n3, 2 is n1, 3 is n2; the labels are positions in the sorted class names."""
     labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2", 4: "n9", 5: "n0 is an inner node"})
-    expected = list(zip(IN_ORDER, [1, 2, 0, 2], strict=True))  # n2, n3, n1, n3
+    write_devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2", 4: "n9", 5: "n0 is an inner node"})
+    expected = list(zip(SORTED_NAMES, [1, 2, 0, 2], strict=True))  # n2, n3, n1, n3
     for order in (None, "devkit"):
-        assert pairs(read(flat, labels, order, known=("n1", "n2", "n3"))) == expected
-        alone = read(flat, labels, order)
-        assert pairs(alone) == expected
-        assert alone.classes == ("n1", "n2", "n3")
-    assert [label for _, label in pairs(read(flat, labels, "sorted", known=("n1", "n2", "n3")))] == [2, 0, 1, 0]
+        assert paths_and_labels(list_images(flat, labels, order, store_classes=("n1", "n2", "n3"))) == expected
+        without_store = list_images(flat, labels, order)
+        assert paths_and_labels(without_store) == expected
+        assert without_store.classes == ("n1", "n2", "n3")
+    assert [
+        label for _, label in paths_and_labels(list_images(flat, labels, "sorted", store_classes=("n1", "n2", "n3")))
+    ] == [2, 0, 1, 0]
 
 
-def test_devkit_class_that_the_store_lacks(flat: Path, tmp_path: Path) -> None:
+def test_a_devkit_class_that_the_store_lacks_is_refused(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "3\n1\n2\n1\n")
-    devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2"})
+    write_devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2"})
     with pytest.raises(UserError, match="n3 is not among the store's 2 classes"):
-        read(flat, labels, known=("n1", "n2"))
+        list_images(flat, labels, store_classes=("n1", "n2"))
     with pytest.raises(UserError, match="number 9"):
-        read(flat, label_file(tmp_path, "3\n1\n9\n1\n"), known=("n1", "n2", "n3"))
+        list_images(flat, label_file(tmp_path, "3\n1\n9\n1\n"), store_classes=("n1", "n2", "n3"))
 
 
-def test_devkit_file_missing_or_broken(flat: Path, tmp_path: Path) -> None:
+def test_a_missing_or_broken_meta_mat_is_refused(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "1\n1\n1\n1\n")
     with pytest.raises(UserError, match=r"meta\.mat is missing"):
-        read(flat, labels, "devkit")
+        list_images(flat, labels, "devkit")
     (tmp_path / "meta.mat").write_bytes(b"not a mat file" * 40)
     with pytest.raises(UserError, match=r"not the devkit's meta\.mat"):
-        read(flat, labels)
+        list_images(flat, labels)
 
 
-def test_name_and_number_a_line(flat: Path, tmp_path: Path) -> None:
+def test_labels_may_be_numbers_from_0(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "a.JPEG 2\nB.JPEG 0\nc.JPEG\t1\n\nval/b.JPEG 2\nnot_there.JPEG 1\n")
-    source = read(flat, labels)
-    assert pairs(source) == list(zip(IN_ORDER, [0, 2, 2, 1], strict=True))
+    source = list_images(flat, labels)
+    assert paths_and_labels(source) == list(zip(SORTED_NAMES, [0, 2, 2, 1], strict=True))
     assert source.classes == ("0", "1", "2")
-    assert read(flat, labels, known=("x", "y", "z", "w")).classes == ("x", "y", "z", "w")
+    assert list_images(flat, labels, store_classes=("x", "y", "z", "w")).classes == ("x", "y", "z", "w")
 
 
-def test_name_and_class_a_line(flat: Path, tmp_path: Path) -> None:
+def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "a.JPEG dog\nB.JPEG cat\nc.JPEG cat\nb.JPEG ape\n")
-    source = read(flat, labels)
+    source = list_images(flat, labels)
     assert source.classes == ("ape", "cat", "dog")
-    assert pairs(source) == list(zip(IN_ORDER, [1, 2, 0, 1], strict=True))
-    known = ("dog", "eel", "cat", "ape")  # the store's order rules
-    assert [label for _, label in pairs(read(flat, labels, known=known))] == [2, 0, 3, 2]
+    assert paths_and_labels(source) == list(zip(SORTED_NAMES, [1, 2, 0, 1], strict=True))
+    store_classes = ("dog", "eel", "cat", "ape")  # their order counts
+    assert labels_of(list_images(flat, labels, store_classes=store_classes)) == [
+        2,
+        0,
+        3,
+        2,
+    ]
 
 
-def test_class_names_that_are_numbers(flat: Path, tmp_path: Path) -> None:
-    """Where the store's classes are called 10, 20, 30, a label 10 is that class, not number 10."""
+def test_numbers_that_are_class_names_of_the_store_are_names(flat: Path, tmp_path: Path) -> None:
+    """If the store's classes are named 10, 20, 30, the label 10 is that class, not number 10."""
     labels = label_file(tmp_path, "a.JPEG 10\nB.JPEG 30\nc.JPEG 20\nb.JPEG 10\n")
-    assert [label for _, label in pairs(read(flat, labels, known=("10", "20", "30")))] == [2, 0, 0, 1]
+    assert labels_of(list_images(flat, labels, store_classes=("10", "20", "30"))) == [
+        2,
+        0,
+        0,
+        1,
+    ]
 
 
-def test_names_with_spaces(tmp_path: Path) -> None:
+def test_names_may_contain_spaces(tmp_path: Path) -> None:
     root = touch(tmp_path / "photos", "my cat.JPEG", "my dog.JPEG")
-    source = read(root, label_file(tmp_path, "my cat.JPEG 1\nmy dog.JPEG 0\n"))
-    assert pairs(source) == [(b"my cat.JPEG", 1), (b"my dog.JPEG", 0)]
+    source = list_images(root, label_file(tmp_path, "my cat.JPEG 1\nmy dog.JPEG 0\n"))
+    assert paths_and_labels(source) == [(b"my cat.JPEG", 1), (b"my dog.JPEG", 0)]
 
 
 @pytest.mark.parametrize(
-    ("text", "known", "named"),
+    ("text", "store_classes", "parts"),
     [
         ("a.JPEG 0\nb.JPEG 1\nc.JPEG 0\n", (), ["1 of 4", "B.JPEG"]),
         ("a.JPEG 0\nb.JPEG 1\nc.JPEG 0\nB.JPEG 1\na.JPEG 1\n", (), ["line 5", "a.JPEG", "two labels", "0", "1"]),
@@ -149,45 +154,47 @@ def test_names_with_spaces(tmp_path: Path) -> None:
         ("\n\n", (), ["empty"]),
     ],
 )
-def test_labels_that_do_not_fit(
-    flat: Path, tmp_path: Path, text: str, known: tuple[str, ...], named: list[str]
+def test_labels_that_do_not_fit_are_one_line_with_the_fault(
+    flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
     with pytest.raises(UserError) as caught:
-        read(flat, label_file(tmp_path, text), known=known)
-    for part in ["labels.txt", *named]:
+        list_images(flat, label_file(tmp_path, text), store_classes=store_classes)
+    for part in ["labels.txt", *parts]:
         assert part in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
 
 
-def test_label_file_that_is_missing(flat: Path, tmp_path: Path) -> None:
+def test_a_missing_label_file_is_named(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt: No such file"):
-        read(flat, tmp_path / "nowhere.txt")
+        list_images(flat, tmp_path / "nowhere.txt")
 
 
 @pytest.mark.parametrize("name", ["photos.txt", "ILSVRC2012_validation_ground_truth.txt", "val_ground_truth.txt"])
-def test_label_file_beside_the_folder_is_found(flat: Path, tmp_path: Path, name: str) -> None:
+def test_the_label_file_beside_the_folder_is_found(flat: Path, tmp_path: Path, name: str) -> None:
     label_file(tmp_path, "2\n1\n2\n1\n", name)
-    assert [label for _, label in pairs(read(flat))] == [1, 0, 1, 0]
+    assert labels_of(list_images(flat)) == [1, 0, 1, 0]
 
 
-def test_label_file_beside_a_folder_named_by_a_dot(flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_label_file_beside_the_current_folder_is_found(
+    flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     label_file(tmp_path, "2\n1\n2\n1\n", "val_ground_truth.txt")
     monkeypatch.chdir(flat)
-    assert [label for _, label in pairs(read(Path(".")))] == [1, 0, 1, 0]
+    assert labels_of(list_images(Path("."))) == [1, 0, 1, 0]
 
 
-def test_label_file_beside_the_folder_must_be_the_only_one(flat: Path, tmp_path: Path) -> None:
+def test_none_or_two_label_files_beside_the_folder_are_refused(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no label file"):
-        read(flat)
+        list_images(flat)
     label_file(tmp_path, "2\n1\n2\n1\n", "photos.txt")
     label_file(tmp_path, "2\n1\n2\n1\n", "my_ground_truth.txt")
     with pytest.raises(UserError, match="2 files beside it"):
-        read(flat)
+        list_images(flat)
 
 
 @pytest.mark.parametrize(
-    ("text", "known", "named"),
+    ("text", "store_classes", "parts"),
     [
         ("a.JPEG 0\nb.JPEG -1\nc.JPEG 0\nB.JPEG 1\n", (), ["-1", "from 0"]),
         ("a.JPEG 0\nb.JPEG -1\nc.JPEG 0\nB.JPEG 1\n", ("x", "y"), ["-1", "from 0"]),
@@ -203,63 +210,68 @@ def test_label_file_beside_the_folder_must_be_the_only_one(flat: Path, tmp_path:
         ("1\n²\n2\n1\n", (), ["line 2", "'²'"]),
     ],
 )
-def test_labels_that_are_no_class(
-    flat: Path, tmp_path: Path, text: str, known: tuple[str, ...], named: list[str]
+def test_labels_that_cannot_be_classes_are_refused(
+    flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """A number that no one counts classes to is an error at once: no list of so many names is made."""
-    test_labels_that_do_not_fit(flat, tmp_path, text, known, named)
+    """An absurd number is an error at once: no list of so many class names is made."""
+    test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 
-def test_minus_one_may_be_a_class_of_the_store(flat: Path, tmp_path: Path) -> None:
+def test_a_class_of_the_store_may_be_named_minus_one(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "a.JPEG -1\nb.JPEG x\nc.JPEG x\nB.JPEG -1\n")
-    assert [label for _, label in pairs(read(flat, labels, known=("-1", "x")))] == [0, 0, 1, 1]
+    assert labels_of(list_images(flat, labels, store_classes=("-1", "x"))) == [
+        0,
+        0,
+        1,
+        1,
+    ]
 
 
-def test_label_file_as_windows_writes_it(flat: Path, tmp_path: Path) -> None:
+def test_a_label_file_may_have_windows_line_ends(flat: Path, tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     path.write_bytes(b"a.JPEG 2\r\nB.JPEG 0\r\n\r\nc.JPEG 1\r\nval\\x 1\r\nb.JPEG 2")
-    assert pairs(read(flat, path)) == list(zip(IN_ORDER, [0, 2, 2, 1], strict=True))
+    assert paths_and_labels(list_images(flat, path)) == list(zip(SORTED_NAMES, [0, 2, 2, 1], strict=True))
     path.write_bytes(b"3\r\n1\r\n2\r\n1\r\n")
-    assert [label for _, label in pairs(read(flat, path))] == [2, 0, 1, 0]
+    assert labels_of(list_images(flat, path)) == [2, 0, 1, 0]
 
 
-def test_label_file_in_no_encoding(tmp_path: Path) -> None:
-    """Bytes that are not UTF-8 name the file of those bytes."""
+def test_a_label_file_may_hold_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
+    """They name the file whose name has the same bytes."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in (b"\xff.JPEG", b"b.JPEG"):
         open(os.fsencode(folder) + b"/" + name, "wb").close()
     path = tmp_path / "labels.txt"
     path.write_bytes(b"\xff.JPEG 1\nb.JPEG 0\n")
-    assert pairs(read(folder, path)) == [(b"b.JPEG", 0), (b"\xff.JPEG", 1)]
+    assert paths_and_labels(list_images(folder, path)) == [(b"b.JPEG", 0), (b"\xff.JPEG", 1)]
 
 
-def test_files_that_are_no_labels(flat: Path, tmp_path: Path) -> None:
+def test_binary_files_are_refused_as_labels(flat: Path, tmp_path: Path) -> None:
     path = tmp_path / "labels.txt"
     rng = np.random.default_rng(1)
     for content in (b"\0" * 100, "a.JPEG 1\nb.JPEG 0\n".encode("utf-16"), *(rng.bytes(3000) for _ in range(20))):
         path.write_bytes(content)
         with pytest.raises(UserError) as caught:
-            read(flat, path)
+            list_images(flat, path)
         assert str(path) in str(caught.value)
         assert "\n" not in str(caught.value)
 
 
-def test_labels_of_a_tar_are_looked_for_beside_it_and_in_the_devkit(tmp_path: Path) -> None:
+def test_labels_of_a_tar_are_found_beside_it_or_in_the_devkit(tmp_path: Path) -> None:
     names = [f"ILSVRC2012_val_{number:08d}.JPEG".encode() for number in (1, 2, 3)]
     data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     label_file(data, "2\n1\n2\n", "ILSVRC2012_validation_ground_truth.txt")
-    devkit(data / "meta.mat", {1: "n5", 2: "n3"})
-    found, classes = read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
-    assert (found, classes) == (dict(zip(names, [0, 1, 0], strict=True)), ("n3", "n5"))
+    write_devkit(data / "meta.mat", {1: "n5", 2: "n3"})
+    labels, classes = read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
+    assert (labels, classes) == (dict(zip(names, [0, 1, 0], strict=True)), ("n3", "n5"))
     label_file(tmp_path, "1\n1\n1\n", "ILSVRC2012_img_val.txt")
     with pytest.raises(UserError, match="2 files beside it"):
         read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
 
 
-def test_same_name_in_two_folders_of_the_label_file(flat: Path, tmp_path: Path) -> None:
-    """Only the last part of a name counts, so two labels for it are an error even where the folders differ."""
+def test_the_same_name_in_two_folders_of_the_label_file_is_refused(flat: Path, tmp_path: Path) -> None:
+    """Only the last part of a name counts, so it has two labels although the folders differ."""
     text = "x/a.JPEG 1\ny/a.JPEG 2\nb.JPEG 0\nc.JPEG 0\nB.JPEG 0\n"
     with pytest.raises(UserError, match=r"line 2: a\.JPEG has two labels, 1 and 2"):
-        read(flat, label_file(tmp_path, text))
+        list_images(flat, label_file(tmp_path, text))

@@ -1,6 +1,6 @@
-"""prep.inputs.listing: columns that give back what was put in, their order, and what they take of memory.
+"""prep.inputs.listing: columns return what was added, the record order, and the memory they take.
 
-The order is computed again from its definition with hashlib alone; memory is measured in a process of its own.
+The order is computed again from its definition with hashlib; memory is measured in a separate process.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 
 from prep.inputs.listing import OWN_FILE, Input, Listing
 
-ODD = [
+INPUTS = [
     Input(b"n1/a.JPEG", 0, 12, 34),
     Input(b"", 7),
     Input(b"n1/\xff\xfe \n.JPEG", 1, 2**40, 2**62, 5),
@@ -32,28 +32,28 @@ def listing_of(inputs: list[Input]) -> Listing:
     return listing
 
 
-def ordered(listing: Listing, seed: int) -> list[bytes]:
+def paths_in_order(listing: Listing, seed: int) -> list[bytes]:
     return [listing.path(index) for index in listing.permutation(seed).tolist()]
 
 
-def test_gives_back_what_was_added() -> None:
-    listing = listing_of(ODD)
-    assert len(listing) == len(ODD)
-    assert list(listing) == ODD
-    assert [listing[index] for index in range(len(ODD))] == ODD
-    assert [listing.path(index) for index in range(len(ODD))] == [item.path for item in ODD]
+def test_a_listing_returns_what_was_added() -> None:
+    listing = listing_of(INPUTS)
+    assert len(listing) == len(INPUTS)
+    assert list(listing) == INPUTS
+    assert [listing[index] for index in range(len(INPUTS))] == INPUTS
+    assert [listing.path(index) for index in range(len(INPUTS))] == [item.path for item in INPUTS]
 
 
 @pytest.mark.parametrize("index", [-1, 5, 6])
-def test_index_out_of_range(index: int) -> None:
+def test_an_index_out_of_range_raises_index_error(index: int) -> None:
     with pytest.raises(IndexError):
-        listing_of(ODD).path(index)
+        listing_of(INPUTS).path(index)
     with pytest.raises(IndexError):
-        listing_of(ODD)[index]
+        listing_of(INPUTS)[index]
 
 
-@pytest.mark.parametrize("inputs", [ODD, []])
-def test_saved_and_loaded(inputs: list[Input], tmp_path: Path) -> None:
+@pytest.mark.parametrize("inputs", [INPUTS, []])
+def test_a_saved_listing_is_loaded_unchanged(inputs: list[Input], tmp_path: Path) -> None:
     listing = listing_of(inputs)
     listing.save(tmp_path / "inputs.npz")
     again = Listing.load(tmp_path / "inputs.npz")
@@ -65,73 +65,73 @@ def test_saved_and_loaded(inputs: list[Input], tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.npz"]
 
 
-def test_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "inputs.npz"
-    listing_of(ODD[:1]).save(path)
+    listing_of(INPUTS[:1]).save(path)
     monkeypatch.setattr("os.fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(OSError, match="No space"):
-        listing_of(ODD).save(path)
-    assert list(Listing.load(path)) == ODD[:1]
+        listing_of(INPUTS).save(path)
+    assert list(Listing.load(path)) == INPUTS[:1]
     assert [path.name for path in tmp_path.iterdir()] == ["inputs.npz"]
 
 
 @pytest.mark.parametrize("content", [b"", b"no archive", "cut"])
-def test_load_of_what_is_no_listing(content: bytes | str, tmp_path: Path) -> None:
+def test_loading_another_file_raises_an_error(content: bytes | str, tmp_path: Path) -> None:
     path = tmp_path / "inputs.npz"
-    listing_of(ODD).save(path)
+    listing_of(INPUTS).save(path)
     path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:300])
     with pytest.raises((OSError, ValueError)):
         Listing.load(path)
 
 
 OTHERS = [
-    [*ODD[:3], Input("n2/è.JPEG".encode(), 999, 0, -5), ODD[4]],
-    [*ODD[:3], Input("n2/é.JPEG".encode(), 998, 0, -5), ODD[4]],
-    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 1, -5), ODD[4]],
-    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 0, -6), ODD[4]],
-    [*ODD[:3], Input("n2/é.JPEG".encode(), 999, 0, -5, 3), ODD[4]],
-    ODD[:4],
-    ODD[::-1],
+    [*INPUTS[:3], Input("n2/è.JPEG".encode(), 999, 0, -5), INPUTS[4]],
+    [*INPUTS[:3], Input("n2/é.JPEG".encode(), 998, 0, -5), INPUTS[4]],
+    [*INPUTS[:3], Input("n2/é.JPEG".encode(), 999, 1, -5), INPUTS[4]],
+    [*INPUTS[:3], Input("n2/é.JPEG".encode(), 999, 0, -6), INPUTS[4]],
+    [*INPUTS[:3], Input("n2/é.JPEG".encode(), 999, 0, -5, 3), INPUTS[4]],
+    INPUTS[:4],
+    INPUTS[::-1],
 ]
 
 
 @pytest.mark.parametrize("other", OTHERS)
-def test_same_as_sees_every_column(other: list[Input]) -> None:
-    assert listing_of(ODD).same_as(listing_of(ODD))
-    assert not listing_of(ODD).same_as(listing_of(other))
+def test_same_as_compares_every_column(other: list[Input]) -> None:
+    assert listing_of(INPUTS).same_as(listing_of(INPUTS))
+    assert not listing_of(INPUTS).same_as(listing_of(other))
 
 
-def test_digest_is_of_what_the_records_depend_on() -> None:
-    """Paths, where one ends and the next begins, labels, sizes; neither times nor places in an archive."""
-    digest = listing_of(ODD).digest()
+def test_the_digest_covers_paths_labels_and_sizes() -> None:
+    """And where a path ends; neither times nor locations in an archive."""
+    digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
     assert same == [False, False, False, True, True, False, False]
-    moved = [Input(b"ab", 0), Input(b"c", 0)], [Input(b"a", 0), Input(b"bc", 0)]
-    assert listing_of(moved[0]).digest() != listing_of(moved[1]).digest()
+    boundaries = [Input(b"ab", 0), Input(b"c", 0)], [Input(b"a", 0), Input(b"bc", 0)]
+    assert listing_of(boundaries[0]).digest() != listing_of(boundaries[1]).digest()
 
 
-def test_order_is_by_a_keyed_hash_of_the_path() -> None:
-    """Its definition in one line, for some seeds; and one value written down, so that no release can change it."""
+def test_the_record_order_is_by_a_keyed_hash_of_the_path() -> None:
+    """By its definition, for some seeds; and against one order written down, so that no release can change it."""
     paths = [f"n{k % 7:08d}/n{k % 7:08d}_{k}.JPEG".encode() for k in range(500)]
     listing = listing_of([Input(path, 0) for path in paths])
     for seed in (0, 1, 2**63 - 1):
         key = seed.to_bytes(8, "little")
         expected = sorted(paths, key=lambda path, key=key: hashlib.blake2b(path, digest_size=8, key=key).digest())
-        assert ordered(listing, seed) == expected
+        assert paths_in_order(listing, seed) == expected
     letters = listing_of([Input(letter.encode(), 0) for letter in "abcdefgh"])
-    assert b"".join(ordered(letters, 0)) == b"dgfchbae"
+    assert b"".join(paths_in_order(letters, 0)) == b"dgfchbae"
 
 
-def test_order_does_not_depend_on_the_listing() -> None:
+def test_the_record_order_does_not_depend_on_the_order_of_the_listing() -> None:
     inputs = [Input(f"n1/{k}.JPEG".encode(), k % 3, k, k) for k in range(300)]
-    expected = ordered(listing_of(inputs), 4)
+    expected = paths_in_order(listing_of(inputs), 4)
     for seed in range(3):
         shuffled = random.Random(seed).sample(inputs, len(inputs))
-        assert ordered(listing_of(shuffled), 4) == expected
+        assert paths_in_order(listing_of(shuffled), 4) == expected
 
 
-class Coarse:
-    """In the place of BLAKE2b: a hash that two thirds of all paths share."""
+class CollidingHash:
+    """Replaces BLAKE2b: two thirds of all paths have the same hash."""
 
     def __init__(self, path: bytes, digest_size: int, key: bytes) -> None:
         self.path = path
@@ -140,18 +140,18 @@ class Coarse:
         return b"the same" if self.path[0] % 3 else hashlib.sha256(self.path).digest()[:8]
 
 
-def test_order_of_equal_hashes_is_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("prep.inputs.listing.hashlib.blake2b", Coarse)
+def test_equal_hashes_are_ordered_by_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("prep.inputs.listing.hashlib.blake2b", CollidingHash)
     inputs = [Input(bytes([97 + k]), 0) for k in range(20)]
-    expected = sorted((Coarse(item.path, 8, b"").digest(), item.path) for item in inputs)
+    expected = sorted((CollidingHash(item.path, 8, b"").digest(), item.path) for item in inputs)
     for seed in range(3):
         shuffled = random.Random(seed).sample(inputs, len(inputs))
-        assert ordered(listing_of(shuffled), 0) == [path for _, path in expected]
+        assert paths_in_order(listing_of(shuffled), 0) == [path for _, path in expected]
 
 
-def test_order_of_none_and_one() -> None:
+def test_the_record_order_of_no_input_and_of_one() -> None:
     assert listing_of([]).permutation(0).tolist() == []
-    assert listing_of(ODD[:1]).permutation(0).tolist() == [0]
+    assert listing_of(INPUTS[:1]).permutation(0).tolist() == [0]
     assert np.issubdtype(listing_of([]).permutation(0).dtype, np.integer)
 
 
@@ -188,7 +188,7 @@ print(before, peak_mb())
 
 
 def peak_mb(count: int, folder: Path) -> tuple[float, float]:
-    """Megabytes after the imports, and at the most, of a process that lists and cuts `count` inputs."""
+    """(MB after the imports, peak MB) of a process that lists `count` inputs and cuts them into shards."""
     ended = subprocess.run(
         [sys.executable, "-c", MEMORY, str(count), str(folder)], capture_output=True, text=True, timeout=120
     )
@@ -197,12 +197,12 @@ def peak_mb(count: int, folder: Path) -> tuple[float, float]:
     return float(before), float(after)
 
 
-def test_memory_of_a_tenth_of_imagenet(tmp_path: Path) -> None:
+def test_a_tenth_of_imagenet_takes_less_than_40_mb(tmp_path: Path) -> None:
     before, after = peak_mb(130_000, tmp_path)
     assert after - before < 40
 
 
 @pytest.mark.soak
-def test_memory_of_imagenet(tmp_path: Path) -> None:
-    """All 1.3 million, with whatever the imports take."""
+def test_imagenet_takes_less_than_300_mb(tmp_path: Path) -> None:
+    """1.3 million inputs, with the memory of the imports."""
     assert peak_mb(1_300_000, tmp_path)[1] < 300

@@ -140,10 +140,10 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b"", "no tar archive"),
-        (b"hello, world\n", "no tar archive"),
-        (b"hello, world\n" * 999, "no tar archive"),
-        (b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20, "no tar archive"),
+        (b"", "not a tar archive"),
+        (b"hello, world\n", "not a tar archive"),
+        (b"hello, world\n" * 999, "not a tar archive"),
+        (b"\xff\xd8\xff\xe0" + bytes(range(256)) * 20, "not a tar archive"),
         (b"\x1f\x8b\x08" + bytes(900), "is compressed"),
         (b"BZh91AY" + bytes(900), "is compressed"),
         (b"\xfd7zXZ\0" + bytes(900), "is compressed"),

@@ -1,0 +1,287 @@
+"""prep.inputs.folder on small folders written here, whose listing is known, and on files that change after listing.
+
+Most images are empty files, since listing opens none. Links, FIFOs, sockets and odd names are real ones. An entry that
+is not listed must be in `refused`, with the reason.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prep.console import UserError
+from prep.images.codec import BadImage
+from prep.inputs.folder import FolderReader
+from prep.inputs.listing import Input
+from tests.helpers.listings import list_images, paths_and_labels, touch
+
+
+def test_classes_and_images_are_sorted_by_the_bytes_of_their_names(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n2/b.JPEG", "n2/a.JPEG", "n10/z.JPEG", "N3/x.png", "n1/ä.JPEG", "n1/z.JPEG")
+    source = list_images(root, split="train")
+    assert source.classes == ("N3", "n1", "n10", "n2")
+    assert paths_and_labels(source) == [
+        (b"N3/x.png", 0),
+        (b"n1/z.JPEG", 1),
+        ("n1/ä.JPEG".encode(), 1),
+        (b"n10/z.JPEG", 2),
+        (b"n2/a.JPEG", 3),
+        (b"n2/b.JPEG", 3),
+    ]
+    assert (source.split, source.reader.root) == ("train", root)
+
+
+def test_images_are_sorted_by_class_before_name(tmp_path: Path) -> None:
+    """`n1-x/` sorts before `n1/` as a path but after it as a name."""
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n1-x/a.JPEG")
+    source = list_images(root)
+    assert source.classes == ("n1", "n1-x")
+    assert dict(paths_and_labels(source)) == {b"n1/a.JPEG": 0, b"n1-x/a.JPEG": 1}
+    assert [item.path for item in source.inputs] == [b"n1/a.JPEG", b"n1-x/a.JPEG"]  # by class, then by name
+
+
+def test_names_that_begin_with_a_dot_are_ignored(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n1/.DS_Store", ".DS_Store", ".thumbs/x.JPEG")
+    assert paths_and_labels(list_images(root)) == [(b"n1/a.JPEG", 0)]
+
+
+def test_an_empty_class_keeps_its_label_and_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n3/c.JPEG")
+    (root / "n2").mkdir()
+    source = list_images(root)
+    assert source.classes == ("n1", "n2", "n3")
+    assert dict(paths_and_labels(source)) == {b"n1/a.JPEG": 0, b"n3/c.JPEG": 2}
+    assert "n2" in capsys.readouterr().err
+
+
+def test_names_need_not_be_utf_8(tmp_path: Path) -> None:
+    folder = tmp_path / "t" / "n1"
+    folder.mkdir(parents=True)
+    (folder / "x").touch()
+    with open(bytes(folder) + b"/\xff\xfe.JPEG", "wb"):
+        pass
+    assert paths_and_labels(list_images(folder.parent)) == [(b"n1/x", 0), (b"n1/\xff\xfe.JPEG", 0)]
+
+
+def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="the folder is empty"):
+        list_images(tmp_path / "empty")
+
+
+def test_class_folders_without_a_file_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "t" / "n1").mkdir(parents=True)
+    (tmp_path / "t" / "n2").mkdir()
+    with pytest.raises(UserError, match="2 class folders and not one file"):
+        list_images(tmp_path / "t")
+
+
+def test_folders_and_files_side_by_side_are_refused(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "README.txt")
+    with pytest.raises(UserError, match=r"2 folders and 1 file side by side.*README\.txt"):
+        list_images(root)
+
+
+def folder_with_links(tmp_path: Path) -> Path:
+    """Links to a file and to a class, inside the root and outside; to nothing, to itself, and to folders above."""
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
+    touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
+    (root / "n1" / "a.JPEG").write_bytes(b"content of a")
+    (tmp_path / "elsewhere" / "x.JPEG").write_bytes(b"content of x")
+    os.symlink("a.JPEG", root / "n1" / "in.JPEG")
+    os.symlink("../n1/a.JPEG", root / "n2" / "in.JPEG")
+    os.symlink(root / "n2" / "b.JPEG", root / "n1" / "absolute.JPEG")
+    os.symlink("n2", root / "n3")
+    os.symlink(tmp_path / "elsewhere" / "x.JPEG", root / "n1" / "out.JPEG")
+    os.symlink("../elsewhere/n5", root / "n5")
+    os.symlink("nothing.JPEG", root / "n1" / "dangling.JPEG")
+    os.symlink("loop.JPEG", root / "n1" / "loop.JPEG")
+    os.symlink("../n1", root / "n1" / "itself")
+    os.symlink("..", root / "n2" / "above")
+    return root
+
+
+INSIDE = [
+    (b"n1/a.JPEG", 0),
+    (b"n1/absolute.JPEG", 0),
+    (b"n1/in.JPEG", 0),
+    (b"n2/b.JPEG", 1),
+    (b"n2/in.JPEG", 1),
+    (b"n3/b.JPEG", 2),
+    (b"n3/in.JPEG", 2),
+]
+
+
+def test_links_inside_the_root_are_listed_and_others_refused(tmp_path: Path) -> None:
+    source = list_images(folder_with_links(tmp_path))
+    assert source.classes == ("n1", "n2", "n3")
+    assert paths_and_labels(source) == INSIDE
+    refused = dict(source.refused)
+    assert len(refused) == len(source.refused)
+    assert set(refused) == {
+        "n5",
+        "n1/out.JPEG",
+        "n1/dangling.JPEG",
+        "n1/loop.JPEG",
+        "n1/itself",
+        "n2/above",
+        "n3/above",
+    }
+    for name, target in (("n1/out.JPEG", "elsewhere/x.JPEG"), ("n5", "elsewhere/n5")):
+        assert f"a symbolic link out of the source, to {tmp_path}/{target}" in refused[name]
+        assert "--follow-links" in refused[name]
+    assert "No such file" in refused["n1/dangling.JPEG"]
+    assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of them
+    assert refused["n1/itself"] == "a folder, not a file"
+    item = next(item for item in source.inputs if item.path == b"n2/in.JPEG")
+    assert source.reader.read(item) == b"content of a"
+
+
+def test_follow_links_lists_links_out_of_the_root(tmp_path: Path) -> None:
+    source = list_images(folder_with_links(tmp_path), follow_links=True)
+    assert source.classes == ("n1", "n2", "n3", "n5")
+    more = [(b"n1/out.JPEG", 0), (b"n5/y.JPEG", 3), (b"n5/z.JPEG", 3)]
+    assert sorted(paths_and_labels(source)) == sorted(INSIDE + more)
+    assert {name for name, _ in source.refused} == {
+        "n1/dangling.JPEG",
+        "n1/loop.JPEG",
+        "n1/itself",
+        "n2/above",
+        "n3/above",
+    }
+    item = next(item for item in source.inputs if item.path == b"n1/out.JPEG")
+    assert source.reader.read(item) == b"content of x"
+
+
+def test_a_link_to_a_folder_whose_name_begins_with_the_roots_leads_out(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG")
+    touch(tmp_path / "t2", "b.JPEG")
+    os.symlink(tmp_path / "t2" / "b.JPEG", root / "n1" / "b.JPEG")
+    source = list_images(root)
+    assert paths_and_labels(source) == [(b"n1/a.JPEG", 0)]
+    assert [name for name, _ in source.refused] == ["n1/b.JPEG"]
+
+
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
+    root = touch(tmp_path / "real", "n1/a.JPEG")
+    os.symlink("a.JPEG", root / "n1" / "b.JPEG")
+    os.symlink("real", tmp_path / "named")
+    source = list_images(tmp_path / "named")
+    assert paths_and_labels(source) == [(b"n1/a.JPEG", 0), (b"n1/b.JPEG", 0)]
+    assert source.refused == ()
+
+
+def test_entries_that_are_not_files_are_refused_by_name(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n1/inner/b.JPEG")
+    os.mkfifo(root / "n1" / "fifo.JPEG")
+    os.mkfifo(root / "fifo")
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(root / "n1" / "socket.JPEG"))
+        source = list_images(root)
+    assert paths_and_labels(source) == [(b"n1/a.JPEG", 0)]
+    assert source.classes == ("n1",)
+    assert dict(source.refused) == {
+        "n1/inner": "a folder, not a file",
+        "n1/fifo.JPEG": "a FIFO, not a file",
+        "n1/socket.JPEG": "a socket, not a file",
+        "fifo": "a FIFO, not a file",
+    }
+
+
+def test_odd_names_are_kept_byte_for_byte(tmp_path: Path) -> None:
+    folder = tmp_path / "t" / "a class"
+    folder.mkdir(parents=True)
+    names = [b" ", b"a\nb.JPEG", b"a b.JPEG", b"\\x.JPEG", b"\xff\xfe.JPEG", b"x" * 255]
+    for name in names:
+        with open(os.fsencode(folder) + b"/" + name, "wb") as file:
+            file.write(b"content of " + name)
+    os.mkfifo(os.fsencode(folder) + b"/fifo\n\xff")
+    source = list_images(folder.parent)
+    assert paths_and_labels(source) == [(b"a class/" + name, 0) for name in sorted(names)]
+    assert [name for name, _ in source.refused] == ["a class/fifo\n\\xff"]
+    for item in source.inputs:
+        assert source.reader.read(item) == b"content of " + item.path.removeprefix(b"a class/")
+
+
+def test_names_that_differ_in_case_are_different(tmp_path: Path) -> None:
+    source = list_images(touch(tmp_path / "t", "a/x.JPEG", "A/x.JPEG", "A/X.JPEG"))
+    assert source.classes == ("A", "a")
+    assert paths_and_labels(source) == [(b"A/X.JPEG", 0), (b"A/x.JPEG", 0), (b"a/x.JPEG", 1)]
+
+
+def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """os.scandir is replaced, since root may read every folder."""
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
+    scandir = os.scandir
+
+    def refusing(folder: bytes) -> object:
+        if folder.endswith(b"n2"):
+            raise PermissionError(13, "Permission denied")
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UserError, match=r"n2.*Permission denied"):
+        list_images(root)
+
+
+def folder_of_one(root: Path) -> tuple[FolderReader, Input]:
+    (root / "n1").mkdir(parents=True)
+    (root / "n1" / "a.JPEG").write_bytes(b"content of a")
+    source = list_images(root)
+    assert isinstance(source.reader, FolderReader)
+    return source.reader, source.inputs[0]
+
+
+def test_a_listed_file_is_read(tmp_path: Path) -> None:
+    reader, item = folder_of_one(tmp_path / "t")
+    status = (tmp_path / "t" / "n1" / "a.JPEG").stat()
+    assert (item.size, item.mtime_ns) == (12, status.st_mtime_ns)
+    assert reader.read(item) == b"content of a"
+    assert [reader.head(item, size) for size in (0, 4, 100)] == [b"", b"cont", b"content of a"]
+
+
+def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> None:
+    reader, item = folder_of_one(tmp_path / "t")
+    path = tmp_path / "t" / "n1" / "a.JPEG"
+    path.write_bytes(b"content of b, which is longer")
+    with pytest.raises(UserError, match=r"n1/a\.JPEG was changed after it was listed: 12 bytes then, 29 now"):
+        reader.read(item)
+    path.write_bytes(b"content of b")
+    os.utime(path, ns=(0, item.mtime_ns + 1))
+    with pytest.raises(UserError, match="was changed"):
+        reader.read(item)
+    os.utime(path, ns=(0, item.mtime_ns))
+    assert reader.read(item) == b"content of b"  # same size and time: taken for the one that was listed
+
+
+def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
+    reader, item = folder_of_one(tmp_path / "t")
+    (tmp_path / "t" / "n1" / "a.JPEG").unlink()
+    for read in (reader.read, lambda item: reader.head(item, 4)):
+        with pytest.raises(BadImage, match="cannot be read: No such file"):
+            read(item)
+
+
+@pytest.mark.usefixtures("bell")
+def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
+    reader, item = folder_of_one(tmp_path / "t")
+    path = tmp_path / "t" / "n1" / "a.JPEG"
+    for make, kind in ((os.mkfifo, "FIFO"), (os.mkdir, "folder")):
+        path.unlink()
+        make(path)
+        with pytest.raises((UserError, BadImage), match=r"was changed|Is a directory"):
+            reader.read(item)
+        with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
+            reader.head(item, 4)
+        status = path.stat()
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as on a file system without times
+        with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
+            reader.read(same)
+        if kind == "FIFO":
+            continue
+        path.rmdir()
+        path.touch()
