@@ -50,10 +50,12 @@ def test_picture_of_the_network_is_drawn_from_the_network() -> None:
     assert drawn == draw_alexnet.picture(), "run: python -m tools.docs.draw_alexnet docs/alexnet.svg"
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_resolve_to_files_and_headings(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.S)
     for address in re.findall(r"\]\(([^)\s]+)\)", text):
+        if address.startswith("https://"):
+            continue
         name, _, anchor = address.partition("#")
         target = (page.parent / name) if name else page
         assert target.is_file(), address
@@ -61,13 +63,13 @@ def test_links_resolve_to_files_and_headings(page: Path) -> None:
             assert anchor in _anchors(target), address
 
 
-def test_files_of_the_project_that_are_named_exist() -> None:
-    named = {
-        (page.name, path)
-        for page in [README, *PAGES]
-        for path in re.findall(r"\b(?:prep|pipeline|train|tools|tests)/[\w/]+\.(?:py|c)\b", page.read_text("utf-8"))
-    }
-    assert [(page, path) for page, path in sorted(named) if not (ROOT / path).is_file()] == []
+def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
+    named = set()
+    for page in [*ROOT.glob("*.md"), *PAGES]:
+        text = page.read_text("utf-8")
+        named |= set(re.findall(r"\b(?:prep|pipeline|train|tools|tests)/[\w/]+\.(?:py|c)\b", text))
+        named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tools(?:\.\w+)+)", text)}
+    assert named and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
 
 
 def _anchors(page: Path) -> set[str]:
