@@ -11,7 +11,7 @@ meanwhile. The demo's photographs are made once; then each tree, in processes th
 -   seeded training runs: weights, velocity, metrics; the probabilities of the validation pictures.
 
 Each result is hashed (tools/tree_bits.py) and the hashes are compared. Exit code 0: all are the same; 1: one differs,
-or a step failed. It takes 4 to 5 minutes on two cores, and 3 GB of temporary space.
+or a step failed. It takes about 5 minutes on two cores, and 3 GB of temporary space.
 """
 
 from __future__ import annotations
@@ -75,10 +75,9 @@ class Tree:
 
     def build_stores(self, photographs: Path) -> None:
         """Build the demo's store as JPEG and as raw pixels, and the former a second time without C kernels."""
-        for name, options, kernels in (("jpeg", "", True), ("ppm", "--format ppm", True), ("plain", "", False)):
-            store = self._store(name)
-            suffix = "" if kernels else ", without C kernels"
-            with timed(f"{self.name}: store of {'ppm' if name == 'ppm' else 'jpeg'} records{suffix}"):
+        for folder, options, kernels in (("jpeg", "", True), ("ppm", "--format ppm", True), ("again", "", False)):
+            store, name = self._store(folder), folder if kernels else "jpeg without C kernels"
+            with timed(f"{self.name}: store, {name}"):
                 self._command("alexprep", f"build-lmdb {photographs} --store {store} {options}", kernels)
             manifest = json.loads((store / "manifest.json").read_text())
             for split, about in manifest["splits"].items():
@@ -166,7 +165,8 @@ def export_revision(revision: str, folder: Path) -> None:
         ended = subprocess.run(command, stdout=archive, stderr=subprocess.PIPE, text=True, check=False)
         if ended.returncode:
             raise UserError(
-                f"{revision}: git archive failed ({ended.stderr.strip()}). Name a revision with these folders."
+                f"{revision}: git archive failed ({ended.stderr.strip()}). Name a revision that has the folders "
+                f"{', '.join(COMPARED)}."
             )
         archive.seek(0)
         with tarfile.open(fileobj=archive) as tar:
