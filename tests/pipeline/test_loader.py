@@ -1,4 +1,4 @@
-"""What the loaders serve: every image of an evaluation once, epochs, worlds of loaders; waits, and what is refused."""
+"""Loaders: evaluation passes, epochs, several ranks, wait times, and arguments that are refused."""
 
 from __future__ import annotations
 
@@ -19,42 +19,42 @@ from pipeline.sampling import epoch_permutation
 from prep.console import UserError
 from prep.store.manifest import StoreError
 from tests.conftest import RECORDS, VAL
-from tests.helpers.streaming import joined, labels_in_store, labels_of, same, take
+from tests.helpers.streaming import batches_equal, concatenate_ranks, labels_by_batch, stored_labels, take_batches
 
 # ---- evaluation
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, VAL, VAL + 5])
 @pytest.mark.parametrize("views", [1, 10])
-def test_evaluation_serves_every_image_once_each_time(numbered: Path, batch_size: int, views: int) -> None:
+def test_an_evaluation_serves_every_image_once_in_each_pass(numbered: Path, batch_size: int, views: int) -> None:
     with eval_loader(numbered, batch_size, views=views) as loader:
         for _ in range(3 if views == 1 else 2):
             batches = list(loader)
             assert [len(batch.labels) for batch in batches[:-1]] == [batch_size] * (len(loader) - 1)
-            assert [label for batch in batches for label in batch.labels.tolist()] == labels_in_store(numbered, "val")
+            assert [label for batch in batches for label in batch.labels.tolist()] == stored_labels(numbered, "val")
             for batch in batches:
-                wanted = (len(batch.labels), 10, 3, 224, 224) if views == 10 else (len(batch.labels), 3, 224, 224)
-                assert tuple(batch.images.shape) == wanted
+                expected = (len(batch.labels), 10, 3, 224, 224) if views == 10 else (len(batch.labels), 3, 224, 224)
+                assert tuple(batch.images.shape) == expected
                 assert batch.images.dtype == torch.float32 and batch.labels.dtype == torch.int64
 
 
 @pytest.mark.parametrize("views", [1, 10])
-@pytest.mark.parametrize("left_after", [0, 1, 2, 5, 8])
-def test_a_pass_that_is_left_early_does_not_shift_the_next(numbered: Path, views: int, left_after: int) -> None:
+@pytest.mark.parametrize("batches_taken", [0, 1, 2, 5, 8])
+def test_a_pass_that_is_not_finished_does_not_shift_the_next(numbered: Path, views: int, batches_taken: int) -> None:
     with eval_loader(numbered, 3, views=views) as loader:
         for _ in range(3):
-            early = list(itertools.islice(loader, left_after))
-            assert len(early) == left_after
+            part = list(itertools.islice(loader, batches_taken))
+            assert len(part) == batches_taken
         whole = list(loader)
-        assert [label for batch in whole for label in batch.labels.tolist()] == labels_in_store(numbered, "val")
-        assert same(early, whole[:left_after])
+        assert [label for batch in whole for label in batch.labels.tolist()] == stored_labels(numbered, "val")
+        assert batches_equal(part, whole[:batches_taken])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, VAL, 30])
 @pytest.mark.parametrize("batch_size", [4, VAL + 5])
-def test_a_world_evaluates_every_image_once(numbered: Path, world_size: int, batch_size: int) -> None:
+def test_several_ranks_together_evaluate_every_image_once(numbered: Path, world_size: int, batch_size: int) -> None:
     with eval_loader(numbered, VAL) as loader:
-        wanted = next(iter(loader))
+        expected = next(iter(loader))
     images, labels, sizes = [], [], []
     for rank in range(world_size):
         with eval_loader(numbered, batch_size, shard=rank, world_size=world_size, threads=1) as loader:
@@ -64,7 +64,7 @@ def test_a_world_evaluates_every_image_once(numbered: Path, world_size: int, bat
         images += [batch.images for batch in batches]
         labels += [batch.labels for batch in batches]
         sizes.append(sum(len(batch.labels) for batch in batches))
-    assert torch.equal(torch.cat(labels), wanted.labels) and torch.equal(torch.cat(images), wanted.images)
+    assert torch.equal(torch.cat(labels), expected.labels) and torch.equal(torch.cat(images), expected.images)
     assert max(sizes) - min(sizes) <= 1
 
 
@@ -72,10 +72,10 @@ def test_a_world_evaluates_every_image_once(numbered: Path, world_size: int, bat
 
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(10, 1), (37, 1), (4, 3), (1, 1)])
-def test_an_epoch_has_whole_batches_of_distinct_records_in_its_order(
+def test_an_epoch_has_full_batches_of_distinct_records_in_the_order_of_its_permutation(
     numbered: Path, batch_size: int, world_size: int
 ) -> None:
-    stored = labels_in_store(numbered, "train")
+    stored = stored_labels(numbered, "train")
     step = batch_size * world_size
     with train_loader(numbered, batch_size, seed=6, world_size=world_size, shard=world_size - 1) as loader:
         assert len(loader) == RECORDS // step and loader.left_out == RECORDS % step
@@ -83,85 +83,85 @@ def test_an_epoch_has_whole_batches_of_distinct_records_in_its_order(
             assert loader.epoch == epoch
             order = [stored[number] for number in epoch_permutation(RECORDS, 6, epoch)]
             ends = [step * (k + 1) for k in range(RECORDS // step)]
-            assert labels_of(loader) == [order[end - batch_size : end] for end in ends]
+            assert labels_by_batch(loader) == [order[end - batch_size : end] for end in ends]
 
 
-def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_in_time(numbered: Path) -> None:
+def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve(numbered: Path) -> None:
     with train_loader(numbered, 10) as loader:
-        epochs = [[label for batch in labels_of(loader) for label in batch] for _ in range(12)]
+        epochs = [[label for batch in labels_by_batch(loader) for label in batch] for _ in range(12)]
     assert all(len(set(epoch)) == len(epoch) == RECORDS - loader.left_out == 30 for epoch in epochs)
     counts = Counter(itertools.chain(*epochs))
     assert len(counts) == RECORDS and min(counts.values()) >= 5
     assert len({tuple(epoch) for epoch in epochs}) == 12
 
 
-def test_same_seed_gives_the_same_bits_for_any_number_of_threads(numbered: Path) -> None:
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_threads(numbered: Path) -> None:
     def first(seed: int, threads: int) -> list[Batch]:
         with train_loader(numbered, 12, seed=seed, threads=threads) as loader:
-            return take(loader, 5)
+            return take_batches(loader, 5)
 
     one = first(5, 1)
     for threads in (1, 2, 4):
-        assert same(one, first(5, threads))
+        assert batches_equal(one, first(5, threads))
     other = first(6, 1)
     assert not any(torch.equal(a.images, b.images) for a, b in zip(one, other, strict=True))
 
 
-# ---- worlds
+# ---- ranks
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (3, 5), (3, 12)])
 @pytest.mark.parametrize("shared_by", [1, 3])
-def test_a_world_serves_what_one_loader_of_its_size_would(
+def test_several_ranks_serve_what_one_loader_with_their_total_batch_size_serves(
     numbered: Path, world_size: int, batch_size: int, shared_by: int
 ) -> None:
-    how = Augmentation(shared_by=shared_by)
-    with train_loader(numbered, world_size * batch_size, seed=8, augmentation=how) as loader:
-        wanted = take(loader, 5)
+    augmentation = Augmentation(shared_by=shared_by)
+    with train_loader(numbered, world_size * batch_size, seed=8, augmentation=augmentation) as loader:
+        expected = take_batches(loader, 5)
         left_out = loader.left_out
     ranks = []
     for rank in range(world_size):
         with train_loader(
-            numbered, batch_size, seed=8, augmentation=how, shard=rank, world_size=world_size, threads=1
+            numbered, batch_size, seed=8, augmentation=augmentation, shard=rank, world_size=world_size, threads=1
         ) as loader:
-            ranks.append(take(loader, 5))
+            ranks.append(take_batches(loader, 5))
             assert loader.left_out == left_out
-    assert same(joined(ranks), wanted)
+    assert batches_equal(concatenate_ranks(ranks), expected)
 
 
-# ---- waits
+# ---- wait times
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The loaders' clock, in seconds: it stands still until a test moves it."""
+    """The loaders' clock, in seconds; only the test changes it."""
     now = [1000.0]
     monkeypatch.setattr("pipeline.loader_base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
 
 
-def test_the_time_goes_to_waiting_or_holding(
+def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
     numbered: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each batch takes 3 s to come, and its consumer 5 s."""
+    """The loader takes 3 s for each batch, the consumer 5 s."""
     with train_loader(numbered, 6) as loader:
 
-        def slowly(serve: Callable[[], object] = loader._prefetcher.next) -> object:
+        def take_3_s(next_batch: Callable[[], object] = loader._prefetcher.next) -> object:
             clock[0] += 3
-            return serve()
+            return next_batch()
 
-        monkeypatch.setattr(loader._prefetcher, "next", slowly)
+        monkeypatch.setattr(loader._prefetcher, "next", take_3_s)
         for _ in itertools.islice((batch for _ in itertools.count() for batch in loader), 20):
             clock[0] += 5
         assert loader.wait_times() == (20, 60, 100)
         assert loader.wait_times() == (0, 0, 0)
         clock[0] += 7
-        take(loader, 2)
+        take_batches(loader, 2)
         assert loader.wait_times() == (2, 6, 7)
 
 
-def test_a_slow_consumer_holds_the_loader(numbered: Path) -> None:
-    """By the real clock: never more than the time that went by."""
+def test_the_loader_waits_for_a_slow_consumer(numbered: Path) -> None:
+    """With the real clock. The sum of both wait times is at most the time that passed."""
     with train_loader(numbered, 2) as loader:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):
@@ -171,7 +171,7 @@ def test_a_slow_consumer_holds_the_loader(numbered: Path) -> None:
         assert waits.consumer_wait_s + waits.loader_wait_s <= time.perf_counter() - began
 
 
-def test_an_evaluation_counts_its_batches(numbered: Path) -> None:
+def test_wait_times_count_the_batches_of_an_evaluation(numbered: Path) -> None:
     with eval_loader(numbered, 10) as loader:
         list(loader)
         list(loader)
@@ -189,10 +189,10 @@ def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(numbered: Pa
 
 
 @pytest.mark.parametrize("make", [train_loader, eval_loader])
-@pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"shard": 1}, {"shard": -1}, {"shard": 2, "world_size": 2}])
-def test_a_batch_or_shard_that_cannot_be_is_refused(numbered: Path, make, wrong: dict[str, int]) -> None:
+@pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard": 1}, {"shard": -1}, {"shard": 2, "world_size": 2}])
+def test_a_batch_size_or_shard_out_of_range_is_refused(numbered: Path, make, arguments: dict[str, int]) -> None:
     with pytest.raises(UserError, match="expected"):
-        make(numbered, **{"batch_size": 4, **wrong})
+        make(numbered, **{"batch_size": 4, **arguments})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
@@ -202,16 +202,16 @@ def test_a_seed_out_of_range_is_refused(numbered: Path, seed: int) -> None:
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", ""])
-def test_a_device_that_is_not_there_is_refused(device: str) -> None:
+def test_an_unknown_device_is_refused(device: str) -> None:
     with pytest.raises(UserError, match="device"):
         Placement.parse(device)
 
 
-def test_views_are_one_or_ten(numbered: Path) -> None:
+def test_a_number_of_views_other_than_one_or_ten_is_refused(numbered: Path) -> None:
     with pytest.raises(UserError, match="views 5"):
         eval_loader(numbered, views=5)
 
 
-def test_a_split_that_is_not_there_is_refused(stores: dict[str, Path]) -> None:
+def test_a_split_that_the_store_lacks_is_refused(stores: dict[str, Path]) -> None:
     with pytest.raises(StoreError, match="no split test"):
         eval_loader(stores["jpeg"], split="test")

@@ -1,4 +1,4 @@
-"""What a GPU's placement asks of CUDA, on a machine without one."""
+"""Placement on a GPU, tested with a stand-in for CUDA on a machine without one."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from pipeline.placement import Placement
 
 
-def test_a_batch_is_handed_over_while_its_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`--gpus 1` leaves GPU 0 current, and 0, torch's default stream, is then the stream of another GPU to DALI."""
+def test_a_batch_is_handed_to_torch_while_its_gpu_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--gpus 1`, GPU 0 is current. DALI would take torch's default stream, number 0, for that of GPU 0."""
     current = [0]
     seen: dict[str, int] = {}
 

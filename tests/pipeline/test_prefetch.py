@@ -1,4 +1,4 @@
-"""A Prefetcher: jobs in, their images in the same order, never more in hand than it says, and an end to it at any time."""
+"""Prefetcher: images come in the order of the jobs, look-ahead is bounded, and it can be closed at any time."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ CPU = Placement.parse("cpu")
 NOTHING = Augmentation(mean="none", colour="off")
 
 
-class Wired:
-    """A Prefetcher of centre windows over the training pictures of a store."""
+class Harness:
+    """A Prefetcher that serves centre crops of the training images of a store, three in a batch."""
 
     def __init__(self, path: Path) -> None:
         store = Store.open(path)
@@ -41,111 +41,115 @@ class Wired:
         )
 
     def take(self) -> tuple[int, float]:
-        """The first record's number, and a sum of the pixels that came with it."""
-        images, fed = self.prefetcher.next()
-        return int(fed.numbers[0]), float(images.numpy().sum(dtype=np.float64))
+        """The number of the first record in the next batch, and the sum of the batch's pixels."""
+        images, batch_input = self.prefetcher.next()
+        return int(batch_input.numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
 
 @pytest.fixture(params=["kernel", "graph"])
-def wired(stores: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Wired]:
+def harness(
+    stores: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Harness]:
     if request.param == "graph":
         monkeypatch.setattr(kernels, "native", None)
-    one = Wired(stores["ppm"])
+    one = Harness(stores["ppm"])
     yield one
     one.prefetcher.close()
 
 
 @pytest.fixture(scope="module")
 def sums(stores: dict[str, Path]) -> dict[int, float]:
-    """Of the pixels of records k, k + 1 and k + 2, by k: from the records themselves."""
+    """The sum of the pixels of records k, k + 1 and k + 2, for each k; computed from the records."""
     records = Records(Store.open(stores["ppm"]), "train")
     each = [float(records[number].payload[16:240, 16:240].sum()) for number in range(len(records))]
     records.close()
     return {first: sum(each[first : first + 3]) for first in range(len(each) - 2)}
 
 
-def test_outputs_come_in_the_order_of_the_jobs(wired: Wired, sums: dict[int, float]) -> None:
-    """Though the first is looked up last, and all but two at once."""
+def test_images_come_in_the_order_of_the_jobs(harness: Harness, sums: dict[int, float]) -> None:
+    """Even if the first job takes longest."""
     firsts = [9, 0, 3, 20, 4, 5, 1, 27, 2]
-    wired.prefetcher.start(partial(wired.job, first, 0.2 if k in (0, 4) else 0) for k, first in enumerate(firsts))
-    assert [wired.take() for _ in firsts] == [(first, sums[first]) for first in firsts]
-    assert wired.prefetcher.next() is None and wired.prefetcher.next() is None
+    harness.prefetcher.start(partial(harness.job, first, 0.2 if k in (0, 4) else 0) for k, first in enumerate(firsts))
+    assert [harness.take() for _ in firsts] == [(first, sums[first]) for first in firsts]
+    assert harness.prefetcher.next() is None and harness.prefetcher.next() is None
 
 
-def test_what_goes_with_a_batch_is_that_of_its_records(wired: Wired, stores: dict[str, Path]) -> None:
+def test_labels_of_a_batch_are_those_of_its_records(harness: Harness, stores: dict[str, Path]) -> None:
     records = Records(Store.open(stores["ppm"]), "train")
-    wired.prefetcher.start(iter([partial(wired.job, 6)]))
-    _, fed = wired.prefetcher.next()
-    assert fed.labels.dtype == np.int64 and fed.labels.tolist() == [records[number].label for number in (6, 7, 8)]
+    harness.prefetcher.start(iter([partial(harness.job, 6)]))
+    _, batch_input = harness.prefetcher.next()
+    assert batch_input.labels.dtype == np.int64 and batch_input.labels.tolist() == [
+        records[number].label for number in (6, 7, 8)
+    ]
     records.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 5])
-def test_a_new_beginning_drops_what_was_left(wired: Wired, sums: dict[int, float], taken: int) -> None:
-    wired.prefetcher.start(partial(wired.job, first) for first in range(10))
+def test_start_drops_the_rest_of_earlier_jobs(harness: Harness, sums: dict[int, float], taken: int) -> None:
+    harness.prefetcher.start(partial(harness.job, first) for first in range(10))
     for first in range(taken):
-        assert wired.take() == (first, sums[first])
-    wired.prefetcher.start(partial(wired.job, first, 0.01) for first in (25, 17))
-    assert [wired.take(), wired.take()] == [(25, sums[25]), (17, sums[17])]
-    assert wired.prefetcher.next() is None
+        assert harness.take() == (first, sums[first])
+    harness.prefetcher.start(partial(harness.job, first, 0.01) for first in (25, 17))
+    assert [harness.take(), harness.take()] == [(25, sums[25]), (17, sums[17])]
+    assert harness.prefetcher.next() is None
 
 
-def test_jobs_are_asked_for_no_further_ahead_than_is_said(wired: Wired) -> None:
-    asked = 0
+def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
+    taken_jobs = 0
 
     def endless() -> Iterator[partial[BatchInput]]:
-        nonlocal asked
+        nonlocal taken_jobs
         for first in itertools.cycle(range(10)):
-            asked += 1
-            yield partial(wired.job, first)
+            taken_jobs += 1
+            yield partial(harness.job, first)
 
-    wired.prefetcher.start(endless())
+    harness.prefetcher.start(endless())
     for taken in range(1, 30):
-        wired.take()
-        assert asked <= taken + READ_AHEAD + DALI_AHEAD + FINISHED_AHEAD
+        harness.take()
+        assert taken_jobs <= taken + READ_AHEAD + DALI_AHEAD + FINISHED_AHEAD
 
 
-def test_batches_are_looked_up_while_others_are_decoded(wired: Wired) -> None:
-    """When one has been taken, others are on their way without being asked for."""
-    begun, many = [], threading.Semaphore(0)
+def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
+    """After the first batch was taken, further jobs run without a request."""
+    begun, reads = [], threading.Semaphore(0)
 
     def job(first: int) -> BatchInput:
         begun.append(first)
-        many.release()
-        return wired.job(first)
+        reads.release()
+        return harness.job(first)
 
-    wired.prefetcher.start(partial(job, first) for first in range(10))
-    wired.take()
-    assert all(many.acquire(timeout=20) for _ in range(READ_AHEAD))
+    harness.prefetcher.start(partial(job, first) for first in range(10))
+    harness.take()
+    assert all(reads.acquire(timeout=20) for _ in range(READ_AHEAD))
     assert len(begun) >= READ_AHEAD
 
 
-def test_an_error_of_a_job_comes_in_its_turn(wired: Wired, sums: dict[int, float]) -> None:
+def test_an_error_in_a_job_is_raised_after_the_batches_before_it(harness: Harness, sums: dict[int, float]) -> None:
     def failing() -> BatchInput:
         raise StoreError("the disk is gone")
 
-    wired.prefetcher.start(iter([partial(wired.job, 0), partial(wired.job, 1), partial(wired.job, 2), failing]))
-    assert wired.take() == (0, sums[0])
-    assert [wired.take()[0] for _ in range(2)] == [1, 2]
-    for _ in range(2):  # and stays: a batch that is passed over would shift all that follow
+    harness.prefetcher.start(iter([partial(harness.job, 0), partial(harness.job, 1), partial(harness.job, 2), failing]))
+    assert harness.take() == (0, sums[0])
+    assert [harness.take()[0] for _ in range(2)] == [1, 2]
+    for _ in range(2):  # again and again: skipping a batch would shift all later ones
         with pytest.raises(StoreError, match="the disk is gone"):
-            wired.take()
+            harness.take()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 4])
-def test_a_feed_is_closed_at_any_time_and_leaves_no_thread(stores: dict[str, Path], taken: int) -> None:
+def test_a_prefetcher_can_be_closed_at_any_time_and_leaves_no_thread(stores: dict[str, Path], taken: int) -> None:
     before = threading.active_count()
-    wired = Wired(stores["ppm"])
-    wired.prefetcher.start(partial(wired.job, first % 20, 0.02) for first in itertools.count())
+    harness = Harness(stores["ppm"])
+    harness.prefetcher.start(partial(harness.job, first % 20, 0.02) for first in itertools.count())
     for _ in range(taken):
-        wired.take()
+        harness.take()
     began = time.perf_counter()
-    wired.prefetcher.close()
+    harness.prefetcher.close()
     assert time.perf_counter() - began < 5
     assert threading.active_count() == before
-    wired.prefetcher.close()
+    harness.prefetcher.close()
     with pytest.raises(ValueError, match="closed"):
-        wired.prefetcher.next()
-    wired.prefetcher.start(iter(()))
+        harness.prefetcher.next()
+    harness.prefetcher.start(iter(()))
     with pytest.raises(ValueError, match="closed"):
-        wired.prefetcher.next()
+        harness.prefetcher.next()

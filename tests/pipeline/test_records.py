@@ -1,4 +1,4 @@
-"""The records of a split by number: against prep.store.lmdb_shard.read and Datum.decode, over one shard or several, with gaps."""
+"""Records of a split by number, compared with lmdb_shard.read and Datum.decode; several shards, gaps, damage."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 
 def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
-    """A copy of a store whose training records lie in shards of these sizes."""
+    """A copy of a store with its training records in shards of these sizes."""
     shutil.copytree(source, target)
     store = Store.open(target)
     records = [(key, datum.encode()) for _, key, datum in stored(store, "train")]
     shutil.rmtree(target / "train" / "00000")
     shards = []
     for count, size in enumerate(sizes):
-        mine, records = records[:size], records[size:]
-        written = lmdb_shard.write(target / "train" / f"{count:05d}", mine)
+        part, records = records[:size], records[size:]
+        written = lmdb_shard.write(target / "train" / f"{count:05d}", part)
         shards.append(Shard(f"train/{count:05d}", *written))
     assert not records
     split = replace(store.split("train"), shards=tuple(shards))
@@ -45,42 +45,42 @@ def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
     return Store.open(target)
 
 
-def compare(store: Store, split: str) -> None:
-    records, wanted = Records(store, split), stored(store, split)
-    assert len(records) == len(wanted)
-    for number in np.random.default_rng(3).permutation(len(wanted)).tolist():
-        _, _, datum = wanted[number]
-        picture, *numbers = records[number]
+def assert_records_equal_datums(store: Store, split: str) -> None:
+    records, expected = Records(store, split), stored(store, split)
+    assert len(records) == len(expected)
+    for number in np.random.default_rng(3).permutation(len(expected)).tolist():
+        _, _, datum = expected[number]
+        payload, *numbers = records[number]
         assert numbers == [datum.height, datum.width, datum.label]
-        assert picture.dtype == np.uint8
+        assert payload.dtype == np.uint8
         if store.settings.format == "ppm":
-            assert np.array_equal(picture, np.asarray(Image.open(io.BytesIO(datum.data))))
+            assert np.array_equal(payload, np.asarray(Image.open(io.BytesIO(datum.data))))
         else:
-            assert picture.tobytes() == datum.data
-        assert not picture.flags.writeable and not picture.flags.owndata
+            assert payload.tobytes() == datum.data
+        assert not payload.flags.writeable and not payload.flags.owndata
         assert records.find_damage(number) == ""
-    del picture
+    del payload
     records.close()
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_a_record_is_what_was_written(stores: dict[str, Path], kind: str, split: str) -> None:
-    compare(Store.open(stores[kind]), split)
+def test_a_record_is_the_datum_that_was_written(stores: dict[str, Path], kind: str, split: str) -> None:
+    assert_records_equal_datums(Store.open(stores[kind]), split)
 
 
 @pytest.mark.parametrize("sizes", [[30], [1, 29], [10, 10, 10], [0, 3, 0, 26, 1, 0], [1] * 30])
-def test_records_are_numbered_through_all_shards(stores: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
+def test_records_are_numbered_across_shards(stores: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
     store = cut_into_shards(stores["ppm"], tmp_path / "store", sizes)
-    compare(store, "train")
-    wanted = stored(store, "train")
+    assert_records_equal_datums(store, "train")
+    expected = stored(store, "train")
     records = Records(store, "train")
-    for number, (path, key, datum) in enumerate(wanted):
+    for number, (path, key, datum) in enumerate(expected):
         assert records.location(number) == f"{path}, key {key.decode()}, source {datum.source.decode()}"
     records.close()
 
 
-def test_shards_change_nothing_in_the_stream(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, Path], tmp_path: Path) -> None:
     store = cut_into_shards(stores["jpeg"], tmp_path / "store", [7, 1, 12, 10])
     for make in (train_loader, eval_loader):
         options = {"split": "train", "batch_size": 8}
@@ -91,7 +91,7 @@ def test_shards_change_nothing_in_the_stream(stores: dict[str, Path], tmp_path: 
 
 @pytest.fixture(scope="module")
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
-    """Built with --on-bad skip from a source in which six files are no pictures: their keys are not given again."""
+    """Built with --on-bad skip from a source with six unreadable files, whose keys are missing from the store."""
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
     for path in sorted((source / "train").rglob("*.JPEG"))[::5]:
@@ -99,33 +99,34 @@ def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, buil
     return Store.open(build(source, "--split", "train", "--on-bad", "skip"))
 
 
-def test_inputs_that_were_left_out_leave_gaps_that_nobody_sees(with_gaps: Store) -> None:
+def test_record_numbers_have_no_gaps_where_keys_have(with_gaps: Store) -> None:
     keys = [int(key) for _, key, _ in stored(with_gaps, "train")]
     assert len(keys) == 24 and keys != list(range(keys[0], keys[0] + 24))
-    compare(with_gaps, "train")
+    assert_records_equal_datums(with_gaps, "train")
 
 
-def test_a_store_with_gaps_is_streamed_whole(with_gaps: Store) -> None:
-    wanted = [datum.label for _, _, datum in stored(with_gaps, "train")]
+def test_loaders_serve_every_record_of_a_store_with_missing_keys(with_gaps: Store) -> None:
+    expected = [datum.label for _, _, datum in stored(with_gaps, "train")]
     with eval_loader(with_gaps.root, 7, split="train") as loader:
-        assert [label for batch in loader for label in batch.labels.tolist()] == wanted
+        assert [label for batch in loader for label in batch.labels.tolist()] == expected
     with train_loader(with_gaps.root, 8) as loader:
         assert sum(len(batch.labels) for batch in loader) == 24
 
 
-def test_threads_may_be_the_first_to_open_a_shard_together(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_several_threads_may_open_a_shard_at_the_same_time(stores: dict[str, Path], tmp_path: Path) -> None:
     store = cut_into_shards(stores["jpeg"], tmp_path / "store", [1] * 30)
-    wanted = [datum.data for _, _, datum in stored(store, "train")]
+    expected = [datum.data for _, _, datum in stored(store, "train")]
     with ThreadPoolExecutor(4) as threads:
         for _ in range(15):
             records = Records(store, "train")
-            found = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
-            assert found == [data for data in wanted for _ in range(4)]
+            payloads = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
+            assert payloads == [data for data in expected for _ in range(4)]
             records.close()
-    lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()  # nobody holds it any more
+    # LMDB refuses to open an environment twice in a process, so this one is closed
+    lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()
 
 
-def test_closed_records_are_opened_again_when_asked_for(stores: dict[str, Path]) -> None:
+def test_closed_records_open_again_at_the_next_read(stores: dict[str, Path]) -> None:
     records = Records(Store.open(stores["jpeg"]), "train")
     first = records[3].payload.tobytes()
     records.close()
@@ -133,7 +134,7 @@ def test_closed_records_are_opened_again_when_asked_for(stores: dict[str, Path])
     records.close()
 
 
-def test_a_split_that_is_not_there_is_refused(stores: dict[str, Path]) -> None:
+def test_a_split_that_the_store_lacks_is_refused(stores: dict[str, Path]) -> None:
     with pytest.raises(StoreError, match="no split test"):
         Records(Store.open(stores["jpeg"]), "test")
 
@@ -152,7 +153,7 @@ def longer(value: bytes) -> bytes:
 
 DAMAGE: dict[str, tuple[str, Change, str]] = {
     "label too large": ("jpeg", datum_with(label=3), "label 3, the store has 3 classes"),
-    "endless label": ("jpeg", datum_with(label=2**40), "label 1099511627776, the store has 3 classes"),
+    "label beyond 32 bits": ("jpeg", datum_with(label=2**40), "label 1099511627776, the store has 3 classes"),
     "empty": ("jpeg", lambda value: b"", "not a record of this format"),
     "first half": ("jpeg", lambda value: value[: len(value) // 2], "not a record of this format"),
     "another message": ("jpeg", lambda value: b"\x08\x01" + value, "not a record of this format"),
@@ -164,28 +165,28 @@ DAMAGE: dict[str, tuple[str, Change, str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_record_is_refused_with_its_name(stores: dict[str, Path], tmp_path: Path, damage: str) -> None:
-    kind, change, said = DAMAGE[damage]
+def test_a_damaged_record_is_refused_with_its_location(stores: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    kind, change, reason = DAMAGE[damage]
     root = Path(shutil.copytree(stores[kind], tmp_path / "store"))
     store = Store.open(root)
     path, key, datum = stored(store, "val")[7]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
         txn.put(key, change(txn.get(key)))
     records = Records(store, "val")
-    with pytest.raises(StoreError, match=said) as refused:
+    with pytest.raises(StoreError, match=reason) as refused:
         records[7]
-    where = f"{path}, key {key.decode()}"
-    assert str(refused.value).startswith(where)
+    location = f"{path}, key {key.decode()}"
+    assert str(refused.value).startswith(location)
     assert str(refused.value).endswith(f"alexprep verify --store {root}")
-    assert records.location(7).startswith(where) and records.find_damage(7)
+    assert records.location(7).startswith(location) and records.find_damage(7)
     if damage not in ("empty", "first half"):
         assert f"source {datum.source.decode()}" in records.location(7)
     assert all(records.find_damage(number) == "" for number in range(12) if number != 7)
     records.close()
 
 
-def test_a_record_whose_checksum_does_not_agree_is_damaged(stores: dict[str, Path], tmp_path: Path) -> None:
-    """It may still be served: checksums cost time, and are looked at where DALI stops."""
+def test_find_damage_verifies_the_checksum_and_reading_does_not(stores: dict[str, Path], tmp_path: Path) -> None:
+    """Checksums cost time, so they are verified only after DALI has failed."""
     store = Store.open(Path(shutil.copytree(stores["jpeg"], tmp_path / "store")))
     path, key, _ = stored(store, "val")[2]
     with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:

@@ -1,4 +1,4 @@
-"""Distinct classes in a batch: the ideal against shuffles that are drawn, an epoch against the ideal, a bad order."""
+"""Shuffle quality: the ideal compared with random shuffles, an epoch with the ideal, and an unshuffled store."""
 
 from __future__ import annotations
 
@@ -19,16 +19,18 @@ from prep.store.manifest import Store
 
 
 @pytest.mark.parametrize(("counts", "batch"), [([5, 5, 5], 4), ([1, 1, 8], 3), ([10] * 50, 128), ([0, 7, 3], 10)])
-def test_the_ideal_is_what_shuffles_give(counts: list[int], batch: int) -> None:
+def test_the_ideal_is_the_mean_over_random_shuffles(counts: list[int], batch: int) -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(np.arange(len(counts)), counts)
-    drawn = [len(set(rng.permutation(labels)[:batch].tolist())) for _ in range(4000)]
-    assert ideal_distinct(np.array(counts), batch) == pytest.approx(np.mean(drawn), abs=4 * np.std(drawn) / 63 + 1e-9)
+    counts_drawn = [len(set(rng.permutation(labels)[:batch].tolist())) for _ in range(4000)]
+    assert ideal_distinct(np.array(counts), batch) == pytest.approx(
+        np.mean(counts_drawn), abs=4 * np.std(counts_drawn) / 63 + 1e-9
+    )
 
 
 @pytest.fixture(scope="module")
 def many_classes(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
-    """40 classes of 8 small pictures each, in the order of the hash of their paths."""
+    """A store of 40 classes with 8 small images each, in alexprep's random order."""
     source = tmp_path_factory.mktemp("many")
     rng = np.random.default_rng(0)
     for label in range(40):
@@ -45,32 +47,33 @@ def inspect(store: Path, *words: str) -> tuple[dict[str, Any], str]:
     return json.loads(result.stdout), result.stderr
 
 
-def test_an_epoch_is_mixed(many_classes: Path) -> None:
-    said, warned = inspect(many_classes, "--batch", "32")
-    assert (said["records"], said["steps"], said["left_out"], said["batches"]) == (320, 10, 0, 10)
-    assert said["share_of_ideal"] == pytest.approx(1.0, abs=0.05)
-    assert "Warning" not in warned
+def test_an_epoch_is_nearly_as_well_shuffled_as_a_perfect_shuffle(many_classes: Path) -> None:
+    answer, stderr = inspect(many_classes, "--batch", "32")
+    assert (answer["records"], answer["steps"], answer["left_out"], answer["batches"]) == (320, 10, 0, 10)
+    assert answer["share_of_ideal"] == pytest.approx(1.0, abs=0.05)
+    assert "Warning" not in stderr
 
 
-def test_what_an_epoch_leaves_out(many_classes: Path) -> None:
-    said, _ = inspect(many_classes, "--batch", "19", "--world-size", "3")
-    assert (said["steps"], said["left_out"]) == (320 // 57, 320 % 57)
+def test_inspect_reports_the_records_left_out(many_classes: Path) -> None:
+    answer, _ = inspect(many_classes, "--batch", "19", "--world-size", "3")
+    assert (answer["steps"], answer["left_out"]) == (320 // 57, 320 % 57)
 
 
-def test_classes_in_a_row_are_told(many_classes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a stream would serve a store whose records lie class by class."""
+def test_inspect_warns_if_records_are_in_the_order_of_their_classes(
+    many_classes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = Store.open(many_classes)
     by_class = np.argsort(
         [record.label for record in map(shuffle_quality.Records(store, "train").__getitem__, range(320))]
     )
     monkeypatch.setattr(shuffle_quality, "epoch_permutation", lambda *_: by_class)
-    found = measure_shuffle_quality(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
-    assert found.distinct_classes == 4
-    assert found.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))
+    quality = measure_shuffle_quality(store, "train", 32, 0, 0, 100, Progress(10, "batches"))
+    assert quality.distinct_classes == 4
+    assert quality.share_of_ideal == pytest.approx(4 / ideal_distinct(np.full(40, 8), 32))
     assert "classes, below 0.95" in inspect(many_classes, "--batch", "32")[1]
 
 
-def test_a_batch_larger_than_the_split(many_classes: Path) -> None:
+def test_inspect_refuses_a_batch_larger_than_the_split(many_classes: Path) -> None:
     result = CliRunner().invoke(main, ["inspect", "--store", str(many_classes), "--batch", "321"])
     assert result.exit_code == 1
     assert "320 records in train, a step takes 321" in result.stderr

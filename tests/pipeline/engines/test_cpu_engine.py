@@ -1,4 +1,4 @@
-"""The kernel that finishes images on a CPU: its edges, its check at loading, its threads, and the memory of batches."""
+"""C kernel of the CPU engine: bounds, self-test at loading, threads; and the memory of batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler 
         ("augment(row[j], shifts[j], 0, scale)", "augment(row[j], 0, 0, scale)"),
     ],
 )
-def test_a_library_that_computes_something_else_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
+def test_a_library_that_computes_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
     source = tmp_path / "kernels.c"
@@ -54,8 +54,8 @@ def test_every_compiler_gives_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
     def batch(layout: str) -> torch.Tensor:
-        how = Augmentation(mean="aligned", divisor=1.1)
-        with train_loader(stores["ppm"], 10, seed=5, augmentation=how, layout=layout) as loader:
+        augmentation = Augmentation(mean="aligned", divisor=1.1)
+        with train_loader(stores["ppm"], 10, seed=5, augmentation=augmentation, layout=layout) as loader:
             return next(iter(loader)).images
 
     expected = [batch(layout) for layout in ("NCHW", "NHWC")]
@@ -69,8 +69,8 @@ def test_every_compiler_gives_the_same_bits(
 
 
 @needs_kernel
-def test_nothing_beyond_window_mean_or_output_is_touched() -> None:
-    """Each is the last thing in its memory, and the first, fenced by pages that kill who touches them."""
+def test_the_kernel_stays_within_image_mean_and_output() -> None:
+    """Each array begins or ends at a protected page: an access beyond it kills the subprocess."""
     program = """
 import ctypes, itertools, mmap, os, numpy as np
 from pipeline.engines.kernels import CROP_DTYPE, native as kernel
@@ -88,18 +88,18 @@ def fenced(shape, dtype, last):
 assert kernel
 kept = []
 for side, last, layout, flip in itertools.product((1, 2, 31, 32, 33, 224), (0, 1), ("NCHW", "NHWC"), (0, 1)):
-    picture, mean = fenced((side, side, 3), np.uint8, last), fenced((3, side, side), np.float32, last)
+    image, mean = fenced((side, side, 3), np.uint8, last), fenced((3, side, side), np.float32, last)
     out = fenced((1, 3, side, side) if layout == "NCHW" else (1, side, side, 3), np.float32, last)
-    picture[:] = 7
-    window = np.zeros(1, CROP_DTYPE)
-    window["pixels"], window["mean"], window["stride"], window["flip"] = (
-        picture.ctypes.data, mean.ctypes.data, 3 * side, flip)
-    kernel.crop(window, layout, side, 0.5, out)
+    image[:] = 7
+    crop = np.zeros(1, CROP_DTYPE)
+    crop["pixels"], crop["mean"], crop["stride"], crop["flip"] = (
+        image.ctypes.data, mean.ctypes.data, 3 * side, flip)
+    kernel.crop(crop, layout, side, 0.5, out)
     assert (out == 3.5).all()
-    window["mean"], out[:] = 0, 0
-    kernel.crop(window, layout, side, 0.5, out)
+    crop["mean"], out[:] = 0, 0
+    kernel.crop(crop, layout, side, 0.5, out)
     assert (out == 3.5).all()
-    kept += picture, mean, out
+    kept += image, mean, out
 os._exit(0)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -108,8 +108,8 @@ os._exit(0)
 
 @needs_kernel
 @pytest.mark.parametrize("threads", [2, 3, 16])
-def test_same_bits_for_any_number_of_threads(stores: dict[str, Path], threads: int) -> None:
-    """More of them than images, too."""
+def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path], threads: int) -> None:
+    """Also with more threads than images."""
 
     def views(threads: int) -> list[torch.Tensor]:
         with eval_loader(stores["jpeg-whole"], 1, views=10, threads=threads) as loader:
@@ -118,8 +118,8 @@ def test_same_bits_for_any_number_of_threads(stores: dict[str, Path], threads: i
     assert all(torch.equal(a, b) for a, b in zip(views(1), views(threads), strict=True))
 
 
-def test_batches_that_are_kept_have_memory_of_their_own(stores: dict[str, Path]) -> None:
-    """Each is what it was when it came, though all that were dropped in between gave their memory to others."""
+def test_batches_that_are_kept_are_not_overwritten(stores: dict[str, Path]) -> None:
+    """The memory of the batches dropped in between is reused."""
     with train_loader(stores["ppm"], 5, seed=1) as loader:
         first = [batch.images.clone() for _ in range(2) for batch in loader]
         loader.seek(0)
@@ -132,7 +132,7 @@ def test_batches_that_are_kept_have_memory_of_their_own(stores: dict[str, Path])
     assert all(torch.equal(part, first[k][2:4]) for k, part in kept) and len(kept) == 4
 
 
-def test_memory_comes_back_and_is_given_back() -> None:
+def test_a_block_is_reused_once_no_tensor_refers_to_it() -> None:
     memory = _BlockPool()
     array = memory.array((4, 5))
     assert array.ctypes.data % 64 == 0 and array.flags.c_contiguous and array.flags.writeable
@@ -140,7 +140,7 @@ def test_memory_comes_back_and_is_given_back() -> None:
     del array
     view = tensor[1:2]
     del tensor
-    assert memory.array((4, 5)).ctypes.data != address  # still looked at
+    assert memory.array((4, 5)).ctypes.data != address  # a tensor still refers to it
     del view
     gc.collect()
     addresses = {held.ctypes.data for held in [memory.array((4, 5)), memory.array((4, 5))]}
@@ -154,7 +154,7 @@ def test_memory_comes_back_and_is_given_back() -> None:
     assert not memory._free
 
 
-def test_another_shape_takes_other_memory() -> None:
+def test_an_array_of_another_size_gets_a_block_of_its_own() -> None:
     memory = _BlockPool()
     memory.array((9, 9))
     assert memory.array((2, 3)).size == 6 and memory.array((90, 90)).size == 8100

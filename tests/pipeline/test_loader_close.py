@@ -1,0 +1,145 @@
+"""Closing loaders: no file, thread or memory remains, and batches outlive their loader."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.loader import Batch, eval_loader, train_loader
+from prep.store import lmdb_shard
+from prep.store.manifest import Store
+from tests.conftest import RECORDS, VAL
+from tests.helpers.streaming import batches_equal, take_batches
+
+
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
+def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: int) -> None:
+    """Some are closed before the first batch, all while batches are prefetched. 24 MB of memory are twenty batches."""
+    script = (
+        "import gc, os, sys, threading\n"
+        "from pipeline.loader import eval_loader, train_loader\n"
+        "def held():\n"
+        "    gc.collect()\n"
+        "    kb = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])\n"
+        "    tasks = len(os.listdir('/proc/self/task'))\n"
+        "    return len(os.listdir('/proc/self/fd')), threading.active_count(), tasks, kb\n"
+        "def use(times):\n"
+        "    for k in range(times):\n"
+        "        make = train_loader if k % 2 else eval_loader\n"
+        "        loader = make(sys.argv[1], 2, threads=1)\n"
+        "        batches = [batch for _, batch in zip(range(k % 3), loader)]\n"
+        "        loader.close()\n"
+        "use(40)\n"
+        "before = held()\n"
+        "use(int(sys.argv[2]))\n"
+        "print(*before, *held())\n"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, str(numbered), str(times)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
+    )
+    files, threads, tasks, kb, files_after, threads_after, tasks_after, kb_after = map(int, process.stdout.split())
+    assert (files_after, threads_after, tasks_after) == (files, threads, tasks)
+    assert kb_after - kb < 24_000
+
+
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered: Path, make) -> None:
+    def open_files() -> int:
+        links = [Path(f"/proc/self/fd/{handle}") for handle in os.listdir("/proc/self/fd")]
+        return sum(os.path.realpath(numbered) in str(link.readlink()) for link in links if link.is_symlink())
+
+    gc.collect()
+    loader = make(numbered, 4)
+    next(iter(loader))
+    assert open_files() == 1
+    loader.close()
+    assert open_files() == 0 and loader.records in (RECORDS, VAL)
+
+
+def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered: Path) -> None:
+    """None is closed. Files that DALI still reads must not be unmapped: that would crash the process."""
+    script = (
+        "import gc, sys\n"
+        "from pipeline.loader import train_loader\n"
+        "kept = []\n"
+        "for k in range(12):\n"
+        "    loader = train_loader(sys.argv[1], 12, threads=2)\n"
+        "    iterator = iter(loader)\n"
+        "    next(iterator)\n"
+        "    if k % 4 == 3: kept.append(iterator if k % 8 == 3 else loader)\n"
+        "    del loader, iterator\n"
+        "    gc.collect()\n"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", script, str(numbered)], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_batches_outlive_their_loader(numbered: Path, dtype: str) -> None:
+    with train_loader(numbered, 12, seed=1, dtype=dtype) as loader:
+        kept = take_batches(loader, 6)
+        copies = [Batch(batch.images.clone(), batch.labels.clone()) for batch in kept]
+    gc.collect()
+    for seed in range(2, 5):
+        with train_loader(numbered, 12, seed=seed, dtype=dtype) as loader:
+            take_batches(loader, 4)
+    del loader
+    gc.collect()
+    assert batches_equal(kept, copies)
+
+
+def test_batches_may_be_kept_and_changed_in_place(numbered: Path) -> None:
+    with train_loader(numbered, 12, seed=1) as loader:
+        kept = take_batches(loader, 10)
+    with train_loader(numbered, 12, seed=1) as loader:
+        for batch, before in zip((b for _ in range(4) for b in loader), kept, strict=False):
+            assert batches_equal([batch], [before])
+            batch.images.zero_()
+            batch.labels.zero_()
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_closed_loader_raises_value_error(numbered: Path, after: int) -> None:
+    for loader in (train_loader(numbered, 4), eval_loader(numbered, 4)):
+        iterator = iter(loader)
+        for _ in range(after):
+            next(iterator)
+        loader.close()
+        loader.close()
+        with pytest.raises(ValueError, match="closed"):
+            next(iterator)
+        with pytest.raises(ValueError, match="closed"):
+            next(iter(loader))
+
+
+def test_several_loaders_and_readers_of_one_store_work_side_by_side(numbered: Path) -> None:
+    with train_loader(numbered, 6, seed=1) as loader:
+        expected = take_batches(loader, 6)
+    path = Path(Store.open(numbered).shard_paths("train")[0])
+    records = list(lmdb_shard.read(path))
+    with train_loader(numbered, 6, seed=1) as first, train_loader(numbered, 6, seed=1) as second:
+        batches, reading = [], lmdb_shard.read(path)
+        for a, b in zip(first, second, strict=True):
+            batches.append(a)
+            assert batches_equal([a], [b]) and next(reading) == records[len(batches) - 1]
+            if len(batches) == 3:
+                with train_loader(numbered, 6, seed=1, split="train") as third:
+                    assert batches_equal(take_batches(third, 2), expected[:2])
+        assert batches_equal(batches, expected)
+        first.close()
+        assert list(reading) == records[len(batches) :]
+        assert batches_equal(take_batches(second, 1), [second_epoch(numbered)])
+
+
+def second_epoch(store: Path) -> Batch:
+    with train_loader(store, 6, seed=1) as loader:
+        loader.seek(1)
+        return take_batches(loader, 1)[0]
