@@ -159,7 +159,7 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
     Example:
       alexprep export-files pictures --store store --split val
     """
-    from prep.check.inspect import export_split
+    from prep.check.export import export_split
     from prep.workers import WorkerPool
 
     opened = Store.open(store)

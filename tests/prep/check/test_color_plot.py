@@ -1,6 +1,6 @@
-"""prep.check.color_plot against the store as lmdb, protobuf and Pillow read it, the paper's formula, and the stream's noise.
+"""prep.check.color_plot: the sample, the drawing and the file, against Pillow, the paper's formula and the stream.
 
-What is drawn is asked of matplotlib's own objects: the lines, bars and images of the figure.
+The drawing is read back from matplotlib's own objects: the lines, bars and images of the figure.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def figure() -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For what is not about the drawing, which takes a second: the figure that is written has nothing in it."""
+    """Leaves the figure empty, for tests that are not about the drawing, which takes a second."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 
@@ -116,10 +116,10 @@ def panels(figure: Any) -> list[Any]:
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
-def test_pixels_and_photograph_are_the_stores(
+def test_pixels_and_photograph_come_from_the_records(
     kind: str, stores: dict[str, Path], records_of: Callable[[Path, str], list[tuple[bytes, Any]]]
 ) -> None:
-    """160 pixels of each of the 30 pictures, and one central square of them."""
+    """160 pixels of each of the 30 images, and the central square of one of them."""
     store = Store.open(stores[kind])
     pixels, photograph = take_sample(store, "train", store.color_stats())
     pictures = decoded(records_of(stores[kind], "train"))
@@ -135,7 +135,7 @@ def test_pixels_and_photograph_are_the_stores(
     assert sum(np.array_equal(photograph, square) for square in squares) == 1
 
 
-def test_pixels_stand_all_over_the_picture_and_none_twice(make_store: Callable[..., Any]) -> None:
+def test_sampled_pixels_are_spread_over_the_image_and_distinct(make_store: Callable[..., Any]) -> None:
     picture = unique_pixels(100, 90)
     store, stats = make_store([[picture]])
     pixels, _ = take_sample(store, "train", stats)
@@ -162,8 +162,10 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
     assert np.abs(photograph - blocks).max() <= 0.5
 
 
-def test_the_photograph_is_typical_but_calm(make_store: Callable[..., Any], natural: ColorStats) -> None:
-    """Of pictures drawn with a share of the split's spread, that with half; not a grey or a tinted one."""
+def test_the_photograph_has_typical_colours_and_half_the_contrast(
+    make_store: Callable[..., Any], natural: ColorStats
+) -> None:
+    """Of images with different shares of the split's contrast, the one with half; not a gray or a tinted one."""
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
     def drawn(spread: Sequence[float], off: Sequence[float] = (0, 0, 0)) -> npt.NDArray[np.uint8]:
@@ -178,7 +180,7 @@ def test_the_photograph_is_typical_but_calm(make_store: Callable[..., Any], natu
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the records that leave prep.store.lmdb_shard.read, by folder; the key `open` is of readers not closed."""
+    """Counts the records that prep.store.lmdb_shard.read yields, by folder; the key `open` counts open readers."""
     counts: Counter[str] = Counter()
     original = lmdb_shard.read
 
@@ -218,21 +220,21 @@ def test_few_records_are_read_from_shards_all_over_the_split(
     lmdb.open(str(store.root / "train/00000"), readonly=True, lock=False).close()  # refused while another is open
 
 
-def test_a_shard_without_records_is_passed_over(make_store: Callable[..., Any]) -> None:
-    """A build with --on-bad skip can leave some. Of 60 shards number 4 would not be asked, if all had records."""
+def test_a_shard_without_records_is_skipped(make_store: Callable[..., Any]) -> None:
+    """A build with --on-bad skip can leave some. If all 60 shards had records, number 4 would not be read."""
     store, stats = make_store([[noise(1), noise(2)] if number == 4 else [] for number in range(60)])
     pixels, _ = take_sample(store, "train", stats)
     assert np.isin(codes_of(pixels), codes_of(np.stack([noise(1), noise(2)]))).all()
 
 
-def test_the_seed_decides_the_sample(store: Path) -> None:
+def test_the_sample_depends_on_the_seed_alone(store: Path) -> None:
     opened = Store.open(store)
     first, again, other = (take_sample(opened, "train", opened.color_stats(), seed)[0] for seed in (0, 0, 1))
     assert np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: Any, natural: ColorStats) -> None:
+def test_the_cloud_shows_each_pixel_at_its_colour_and_axes_through_the_mean(figure: Any, natural: ColorStats) -> None:
     from mpl_toolkits.mplot3d.proj3d import proj_transform
 
     pixels = unique_pixels(20, 30).reshape(-1, 3)
@@ -253,7 +255,7 @@ def test_cloud_has_each_pixel_at_its_colour_and_axes_through_the_mean(figure: An
         np.testing.assert_allclose(ends, [natural.mean_rgb - half, natural.mean_rgb + half], atol=1e-6)
 
 
-def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
+def test_the_spectrum_is_drawn_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
     stats = Store.open(store).color_stats()
     draw_figure(figure, "train", stats, noise(1).reshape(-1, 3), noise(1))
     spectrum = panels(figure)[1]
@@ -265,8 +267,8 @@ def test_spectrum_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
     np.testing.assert_allclose([line[:, 1] for line in lines], [[118.9] * 2, [35.0] * 2, [17.1] * 2], atol=0.05)
 
 
-def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
-    """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ added to every pixel, one α at a time; the stream's matrix gives the same."""
+def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
+    """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ is added to every pixel, one α at a time, as by the stream's noise matrix."""
     photograph = noise(2, 64, 64)
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]
@@ -291,7 +293,7 @@ def test_photographs_are_moved_by_the_papers_formula(figure: Any, natural: Color
     ]
 
 
-def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural: ColorStats) -> None:
+def test_the_mean_colour_is_shifted_by_whole_standard_deviations(figure: Any, natural: ColorStats) -> None:
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), noise(1))
     axes = panels(figure)[3]
     strips = np.asarray(axes.images[0].get_array())
@@ -306,7 +308,7 @@ def test_mean_colour_is_moved_by_whole_standard_deviations(figure: Any, natural:
 
 @pytest.mark.usefixtures("blank")
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
-def test_every_kind_of_store_gets_a_picture(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
+def test_every_kind_of_store_is_plotted(kind: str, stores: dict[str, Path], tmp_path: Path) -> None:
     store = Store.open(stores[kind])
     plot_colors(store, "val", store.color_stats("val"), tmp_path / "a.PNG")
     with Image.open(tmp_path / "a.PNG") as image:
@@ -315,8 +317,8 @@ def test_every_kind_of_store_gets_a_picture(kind: str, stores: dict[str, Path], 
 
 
 @pytest.mark.parametrize("what", ["grey", "one colour", "noise"])
-def test_a_split_of_one_small_record_is_drawn(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """A grey picture has one component, a picture of one colour none."""
+def test_a_split_of_one_small_record_is_plotted(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
+    """A gray image has one component, an image of one colour none."""
     pytest.importorskip("matplotlib")
     picture = noise(1, 32, 32)
     if what == "grey":
@@ -330,7 +332,7 @@ def test_a_split_of_one_small_record_is_drawn(what: str, make_store: Callable[..
 
 
 @pytest.mark.parametrize("name", ["a.png", "a.svg"])
-def test_same_bytes_each_time(name: str, store: Path, tmp_path: Path) -> None:
+def test_the_same_plot_has_the_same_bytes(name: str, store: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     opened, out = Store.open(store), tmp_path / name
     plot_colors(opened, "train", opened.color_stats(), out)
@@ -341,7 +343,7 @@ def test_same_bytes_each_time(name: str, store: Path, tmp_path: Path) -> None:
         assert ElementTree.fromstring(first).tag == "{http://www.w3.org/2000/svg}svg"
 
 
-def test_drawing_leaves_matplotlibs_settings_alone(store: Path, tmp_path: Path) -> None:
+def test_plotting_leaves_matplotlibs_settings_unchanged(store: Path, tmp_path: Path) -> None:
     matplotlib = pytest.importorskip("matplotlib")
     opened = Store.open(store)
     with matplotlib.rc_context({"font.size": 7, "svg.hashsalt": "mine"}):
@@ -351,7 +353,7 @@ def test_drawing_leaves_matplotlibs_settings_alone(store: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["pca.jpeg", "pca", "pca.png.bak"])
-def test_an_unknown_extension_says_which_are_known(
+def test_an_unknown_extension_is_an_error_with_the_known_ones(
     name: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened, counts = Store.open(store), watch_reads(monkeypatch)
@@ -363,7 +365,9 @@ def test_an_unknown_extension_says_which_are_known(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_matplotlib(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_matplotlib_the_error_says_what_to_install(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     opened = Store.open(store)
     with pytest.raises(UserError, match=r"pip install 'alexnet\[figures\]'"):
@@ -371,7 +375,7 @@ def test_without_matplotlib(store: Path, tmp_path: Path, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("blank")
-def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_is_an_error(store: Path, tmp_path: Path) -> None:
     opened = Store.open(store)
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.png").mkdir()
@@ -387,9 +391,7 @@ def test_a_folder_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("blank")
-def test_a_full_disk_leaves_the_picture_that_was_there(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_existing_file(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened, out = Store.open(store), tmp_path / "a.png"
     out.write_bytes(b"old")
 
@@ -403,8 +405,8 @@ def test_a_full_disk_leaves_the_picture_that_was_there(
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
 
 
-def damaged(store: Store, number: int, change: Callable[[bytes], bytes | None]) -> None:
-    """Rewrite the second record of a shard, or leave it out."""
+def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | None]) -> None:
+    """Change the second record of a shard, or delete it."""
     folder = store.root / f"train/{number:05d}"
     with lmdb.open(str(folder), lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[1]
@@ -415,12 +417,14 @@ def damaged(store: Store, number: int, change: Callable[[bytes], bytes | None]) 
 
 
 @pytest.mark.parametrize("what", ["bytes", "picture"])
-def test_a_damaged_record_names_shard_and_key(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """Record 3 is the second of shard 1: a byte of it has changed, or its checksum is right and its picture is none."""
+def test_a_damaged_record_is_an_error_with_shard_and_key(
+    what: str, make_store: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Record 3 is the second of shard 1: one byte changed, or a right checksum of something that is not an image."""
     pytest.importorskip("matplotlib")
     store, stats = make_store([[noise(1), noise(2)], [noise(3), noise(4)]])
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()
-    damaged(store, 1, lambda value: no_picture if what == "picture" else value[:99] + b"?" + value[100:])
+    damage_record(store, 1, lambda value: no_picture if what == "picture" else value[:99] + b"?" + value[100:])
     with pytest.raises(StoreError) as error:
         plot_colors(store, "train", stats, tmp_path / "a.png")
     for word in (str(store.root / "train/00001"), "key 00000003", "Build the store again"):
@@ -428,8 +432,8 @@ def test_a_damaged_record_names_shard_and_key(what: str, make_store: Callable[..
     assert not (tmp_path / "a.png").exists()
 
 
-def test_a_record_that_is_gone(make_store: Callable[..., Any]) -> None:
+def test_a_missing_record_is_an_error(make_store: Callable[..., Any]) -> None:
     store, stats = make_store([[noise(1), noise(2)]])
-    damaged(store, 0, lambda value: None)
+    damage_record(store, 0, lambda value: None)
     with pytest.raises(StoreError, match="train/00000: 1 records, expected 2"):
         take_sample(store, "train", stats)

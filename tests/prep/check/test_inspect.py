@@ -1,36 +1,24 @@
-"""prep.check.inspect: inspect against the store's own files, export-files against the records as lmdb and protobuf read them.
-
-Stores with names that would lead out of a folder are made by changing records and manifest, then sealing them again:
-alexprep itself cannot make them from files.
-"""
+"""prep.check.inspect and `alexprep inspect`: descriptions and records, compared with the store's own files."""
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lmdb
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from PIL import Image
 
-from prep.check import inspect
-from prep.check.inspect import describe_store, file_name
+from prep.check.inspect import describe_store
 from prep.cli import main
-from prep.console import DiskFull, UserError, bytes_text
+from prep.console import bytes_text
 from prep.store.datum import Datum
 from prep.store.manifest import Store
-from prep.workers import TaskProgress
 from tests.conftest import CLASSES, Build
+from tests.helpers.damaged_stores import split_records, store_with_records
 
 RecordsOf = Callable[[Path, str], list[tuple[bytes, Any]]]
 
@@ -40,56 +28,14 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """Exit code 1 and one line on standard error that has all `parts`."""
+    """Exit code 1, and one line on standard error that contains all `parts`."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
         assert part in result.stderr
 
 
-def files_in(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def crafted(store: Path, to: Path, records: list[tuple[bytes, bytes]], classes: list[str] | None = None) -> Path:
-    """A copy of `store` whose only training shard holds `records`, and whose classes are `classes`."""
-    shutil.copytree(store, to)
-    shutil.rmtree(to / "train" / "00000")
-    with lmdb.open(str(to / "train" / "00000"), map_size=1 << 26, lock=False) as env, env.begin(write=True) as txn:
-        for key, value in records:
-            txn.put(key, value)
-    manifest = json.loads((to / "manifest.json").read_bytes())
-    (shard,) = manifest["splits"]["train"]["shards"]
-    shard |= {"records": len(records), "bytes": sum(len(value) for _, value in records)}
-    manifest["splits"]["train"]["records"] = len(records)
-    if classes is not None:
-        manifest["classes"] = classes
-    (to / "manifest.json").write_text(json.dumps(manifest))
-    return to
-
-
-def raw_records(store: Path, split: str = "train") -> list[tuple[bytes, bytes]]:
-    records = []
-    for folder in sorted((store / split).glob("[0-9]*")):
-        with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
-            records += [(bytes(key), bytes(value)) for key, value in txn.cursor()]
-    return records
-
-
-class Other:
-    """The module os for prep.check.inspect alone, with some of its functions exchanged."""
-
-    def __init__(self, **functions: Callable[..., Any]) -> None:
-        self.__dict__ |= functions
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(os, name)
-
-
-# inspect
-
-
-def test_a_store_described_in_json(stores: dict[str, Path], records_of: RecordsOf) -> None:
+def test_a_store_is_described_in_json(stores: dict[str, Path], records_of: RecordsOf) -> None:
     for kind, store in stores.items():
         answer = json.loads(alexprep("inspect", "--store", store, "--json").stdout)
         written = json.loads((store / "manifest.json").read_bytes())
@@ -100,7 +46,7 @@ def test_a_store_described_in_json(stores: dict[str, Path], records_of: RecordsO
         for name, split in answer["splits"].items():
             records = records_of(store, name)
             assert split["records"] == split["kept"] == split["inputs"] == len(records)
-            sizes = [len(value) for _, value in raw_records(store, name)]
+            sizes = [len(value) for _, value in split_records(store, name)]
             assert split["bytes"] == sum(sizes)
             assert split["bytes_per_record"] == pytest.approx(sum(sizes) / len(sizes), abs=0.06)
             assert split["pixels"] == sum(datum.height * datum.width for _, datum in records)
@@ -114,7 +60,7 @@ def test_a_store_described_in_json(stores: dict[str, Path], records_of: RecordsO
         assert answer == json.loads(json.dumps(describe_store(Store.open(store))))
 
 
-def test_a_store_described_for_a_person(stores: dict[str, Path]) -> None:
+def test_a_store_is_described_in_text(stores: dict[str, Path]) -> None:
     said = alexprep("inspect", "--store", stores["jpeg"]).stdout
     written = json.loads((stores["jpeg"] / "manifest.json").read_bytes())
     train = written["splits"]["train"]
@@ -133,7 +79,7 @@ def test_a_store_described_for_a_person(stores: dict[str, Path]) -> None:
     assert "ppm, whole images" in alexprep("inspect", "--store", stores["ppm-whole"]).stdout
 
 
-def test_inputs_left_out_are_described(photo_folder: Path, tmp_path: Path, build: Build) -> None:
+def test_inputs_that_were_left_out_are_described(photo_folder: Path, tmp_path: Path, build: Build) -> None:
     photos = Path(shutil.copytree(photo_folder / "train", tmp_path / "photos"))
     (photos / CLASSES[0] / "empty.JPEG").touch()
     store = build(photos, "--side", "32", "--on-bad", "skip")
@@ -145,7 +91,7 @@ def test_inputs_left_out_are_described(photo_folder: Path, tmp_path: Path, build
 
 
 def test_every_record_is_found_by_its_key(stores: dict[str, Path], records_of: RecordsOf, tmp_path: Path) -> None:
-    """With leading zeros or without; --out writes the payload to the byte."""
+    """With leading zeros or without; --out writes the image byte for byte."""
     for kind, split in (("jpeg", "train"), ("ppm-whole", "val")):
         for number, words in ((0, "0"), (11, "0011"), (11, "00000011")):
             key, datum = records_of(stores[kind], split)[number]
@@ -171,9 +117,9 @@ def test_every_record_is_found_by_its_key(stores: dict[str, Path], records_of: R
     assert said["key"] == "00000003" and said["source"] == datum.source.decode() and "out" not in said
 
 
-def test_a_key_in_a_later_shard(stores: dict[str, Path], tmp_path: Path) -> None:
-    records = raw_records(stores["jpeg"])
-    store = crafted(stores["jpeg"], tmp_path / "store", records[:10])
+def test_a_key_of_a_later_shard_is_found(stores: dict[str, Path], tmp_path: Path) -> None:
+    records = split_records(stores["jpeg"])
+    store = store_with_records(stores["jpeg"], tmp_path / "store", records[:10])
     with lmdb.open(str(store / "train" / "00001"), map_size=1 << 26, lock=False) as env:
         with env.begin(write=True) as txn:
             for key, value in records[10:]:
@@ -187,7 +133,7 @@ def test_a_key_in_a_later_shard(stores: dict[str, Path], tmp_path: Path) -> None
     assert answer["source"] == Datum.decode(records[20][1]).source.decode()
 
 
-def test_keys_that_no_record_has(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_a_key_that_no_record_has_is_a_one_line_error(stores: dict[str, Path], tmp_path: Path) -> None:
     store = stores["jpeg"]
     for key in ("000000001", "x", "-1", "1" * 600, "é", "\udcff", ""):
         fails(alexprep("inspect", "--store", store, "--key", key, "--out", tmp_path / "out"))
@@ -201,11 +147,11 @@ def test_keys_that_no_record_has(stores: dict[str, Path], tmp_path: Path) -> Non
     fails(alexprep("inspect", "--store", tmp_path / "nowhere", "--key", "1"), "no such store")
 
 
-def test_damaged_records_are_not_shown(stores: dict[str, Path], tmp_path: Path) -> None:
-    records = raw_records(stores["jpeg"])
+def test_a_damaged_record_is_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
+    records = split_records(stores["jpeg"])
     key, value = records[4]
     records[4] = key, value[:99] + bytes([value[99] ^ 1]) + value[100:]
-    store = crafted(stores["jpeg"], tmp_path / "store", records)
+    store = store_with_records(stores["jpeg"], tmp_path / "store", records)
     fails(
         alexprep("inspect", "--store", store, "--key", "4", "--out", tmp_path / "out"),
         "key 00000004: checksum",
@@ -217,199 +163,3 @@ def test_damaged_records_are_not_shown(stores: dict[str, Path], tmp_path: Path) 
     with open(file, "r+b") as handle:
         handle.write(bytes(16384))
     fails(alexprep("inspect", "--store", store, "--key", "5"), str(store / "train" / "00000"), "alexprep verify")
-
-
-# export-files
-
-
-@pytest.mark.parametrize("kind", ["jpeg", "ppm-whole"])
-def test_every_record_is_exported_to_the_byte(
-    kind: str, stores: dict[str, Path], records_of: RecordsOf, tmp_path: Path
-) -> None:
-    """Under its photograph's own name, where that ends as its content demands."""
-    ending = {"jpeg": ".jpg", "ppm-whole": ".ppm"}[kind]
-    for split in ("train", "val"):
-        out = tmp_path / "deep" / split
-        result = alexprep("export-files", out, "--store", stores[kind], "--split", split, "--jobs", "2", "--json")
-        assert result.exit_code == 0, result.output
-        expected = {}
-        for _, datum in records_of(stores[kind], split):
-            name = os.path.basename(datum.source.decode())
-            assert name.endswith(".JPEG")
-            expected[f"{CLASSES[datum.label]}/{name}{'' if kind == 'jpeg' else ending}"] = datum.data
-        assert files_in(out) == expected
-        answer = json.loads(result.stdout)
-        assert answer["split"] == split and answer["files"] == len(expected)
-        assert answer["bytes"] == sum(map(len, expected.values()))
-    again = alexprep("export-files", tmp_path / "deep" / "val", "--store", stores[kind], "--split", "val")
-    assert again.exit_code == 0 and "12 files" in again.stdout
-    assert files_in(tmp_path / "deep" / "val") == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "format", "name"),
-    [
-        (b"n1/a.JPEG", "jpeg", b"a.JPEG"),
-        (b"n1/a.jpg", "jpeg", b"a.jpg"),
-        (b"n1/a.png", "jpeg", b"a.png.jpg"),
-        (b"n1/a", "jpeg", b"a.jpg"),
-        (b"n1/a.JPEG", "ppm", b"a.JPEG.ppm"),
-        (b"n1/a.PPM", "ppm", b"a.PPM"),
-        (b"a.ppm", "ppm", b"a.ppm"),
-        (b"n1/\xff\xfe.jpg", "jpeg", b"\xff\xfe.jpg"),
-        (b"n1/a.j\xfc\xe9g", "jpeg", b"a.j\xfc\xe9g.jpg"),
-        (b"n1/.jpg", "jpeg", b".jpg.jpg"),
-        (b"", "jpeg", b".jpg"),
-        (b"n1/", "jpeg", b".jpg"),
-        (b"../..", "jpeg", b"...jpg"),
-        (b"n1/..", "ppm", b"...ppm"),
-        (b"../../etc/passwd", "jpeg", b"passwd.jpg"),
-        (b"/etc/x.jpg", "jpeg", b"x.jpg"),
-        (b"n1/a\0b.jpg", "jpeg", b"00000007.jpg"),
-        (b"n1/" + b"a" * 251 + b".jpg", "jpeg", b"a" * 251 + b".jpg"),
-        (b"n1/" + b"a" * 252 + b".jpg", "jpeg", b"00000007.jpg"),
-        (b"n1/" + b"a" * 252, "ppm", b"00000007.ppm"),
-    ],
-)
-def test_file_names(source: bytes, format: str, name: bytes) -> None:
-    assert file_name(source, b"00000007", format) == name
-
-
-def test_hostile_names_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Classes and sources that lead out of the folder, or are no names: every record is still there, once."""
-    sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
-    classes = ["..", "/etc", "a/b", "x" * 256, "n\0n", ".", "", "good"]
-    plain = [(key, Datum.decode(value)) for key, value in raw_records(stores["jpeg"])[: len(sources)]]
-    records = [
-        (key, replace(datum, source=source, label=label).encode())
-        for label, ((key, datum), source) in enumerate(zip(plain, sources, strict=True))
-    ]
-    datum = plain[0][1]
-    records.append((b"00000099", replace(datum, label=99).encode()))  # beyond the classes
-    store = crafted(stores["jpeg"], tmp_path / "store", records, classes)
-    out = tmp_path / "a" / "b" / "out"
-    before = files_in(tmp_path)
-    result = alexprep("export-files", out, "--store", store, "--jobs", "1")
-    assert result.exit_code == 0, result.output
-    written = files_in(out)
-    assert set(files_in(tmp_path)) == set(before) | {f"a/b/out/{name}" for name in written}
-    assert {name.split("/")[0] for name in written} == {*(f"class_{k:04d}" for k in (*range(7), 99)), "good"}
-    assert all(name.count("/") == 1 for name in written)
-    assert sorted(written.values()) == sorted([*(datum.data for _, datum in plain), datum.data])
-
-
-def test_two_records_of_one_name_are_told(stores: dict[str, Path], tmp_path: Path) -> None:
-    """As import-caffe makes them of folders x/ and y/ with one label: the second must not replace the first."""
-    twins = [
-        (key, replace(Datum.decode(value), source=b"x/same.jpg" if k else b"y/same.jpg", label=1).encode())
-        for k, (key, value) in enumerate(raw_records(stores["jpeg"])[:2])
-    ]
-    store = crafted(stores["jpeg"], tmp_path / "store", twins)
-    result = alexprep("export-files", tmp_path / "out", "--store", store, "--jobs", "1")
-    fails(result, str(tmp_path / "out" / CLASSES[1] / "same.jpg"), "other content")
-    assert list(files_in(tmp_path / "out").values()) == [Datum.decode(twins[0][1]).data]
-
-
-def test_a_file_that_appears_at_the_last_moment_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers may come to one name at once, and each have seen that nothing is there."""
-    path = tmp_path / "a.jpg"
-
-    def meanwhile() -> int:
-        path.write_bytes(b"another's")
-        return 1
-
-    monkeypatch.setattr(inspect, "os", Other(getpid=meanwhile))
-    with pytest.raises(UserError, match="other content"):
-        inspect._write_new_file(os.fsencode(path), b"mine")
-    assert files_in(tmp_path) == {"a.jpg": b"another's"}
-    inspect._write_new_file(os.fsencode(path), b"another's")
-
-
-def test_files_of_other_content_are_not_overwritten(store: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    assert alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1").exit_code == 0
-    path = sorted(out.rglob("*.JPEG"))[5]
-    path.write_bytes(b"mine")
-    fails(alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1"), str(path), "other content")
-    assert path.read_bytes() == b"mine"
-    path.unlink()
-    path.mkdir()
-    fails(alexprep("export-files", out, "--store", store, "--split", "val", "--jobs", "1"), "same command again")
-
-
-def test_an_export_that_was_killed_goes_on(photo_folder: Path, tmp_path: Path, build: Build) -> None:
-    """SIGKILL once some files are there; afterwards no file is half written, and the second call adds the rest."""
-    photos = tmp_path / "photos"
-    for number in range(300):
-        path = photos / CLASSES[number % 3] / f"p{number}.ppm"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"P6 32 32 255\n" + np.random.default_rng(number).bytes(3072))
-    store = build(photos, "--side", "32", "--format", "ppm")
-    out = tmp_path / "out"
-    program = [sys.executable, "-c", "from prep.cli import main; main()", "export-files", str(out)]
-    running = subprocess.Popen([*program, "--store", str(store), "--jobs", "1"], stdout=-1, stderr=-1)
-    while running.poll() is None and (not out.exists() or sum(1 for _ in out.rglob("*.ppm")) < 20):
-        pass
-    running.kill()
-    running.communicate()
-    whole = {Datum.decode(value).data for _, value in raw_records(store)}
-    there = {path: path.stat().st_mtime_ns for path in out.rglob("*.ppm")}
-    assert there and all(path.read_bytes() in whole for path in there)
-    again = subprocess.run([*program, "--store", str(store), "--jobs", "2"], capture_output=True, text=True, timeout=60)
-    assert again.returncode == 0, again.stderr
-    assert {path.read_bytes() for path in out.rglob("*.ppm")} == whole and len(whole) == 300
-    assert all(path.stat().st_mtime_ns == stamp for path, stamp in there.items())
-
-
-def test_exported_ppm_is_the_pixels_and_builds_the_same_store(
-    photo_folder: Path, tmp_path: Path, build: Build, records_of: RecordsOf
-) -> None:
-    """Pillow reads the pixels of the record; a store of the exported files at the same side has the same payloads."""
-    store = build(photo_folder, "--format", "ppm", "--side", "48", "--keep-aspect", "--split", "train")
-    out = tmp_path / "out"
-    assert alexprep("export-files", out, "--store", store, "--jobs", "1").exit_code == 0
-    records = {datum.source.decode(): datum for _, datum in records_of(store, "train")}
-    for source, datum in records.items():
-        with Image.open(out / f"{source}.ppm") as image:
-            assert image.size == (datum.width, datum.height)
-            assert np.asarray(image).tobytes() == datum.data[3 * datum.width :]
-    again = build(out, "--format", "ppm", "--side", "48", "--keep-aspect")
-    rebuilt = {datum.source.decode(): datum for _, datum in records_of(again, "train")}
-    assert {f"{source}.ppm" for source in records} == set(rebuilt)
-    for source, datum in records.items():
-        assert rebuilt[f"{source}.ppm"].data == datum.data and rebuilt[f"{source}.ppm"].label == datum.label
-    moments = [
-        json.loads((path / "manifest.json").read_bytes())["splits"]["train"]["moments"] for path in (store, again)
-    ]
-    assert moments[0] == moments[1]
-
-
-def test_export_of_a_damaged_store_names_the_record(stores: dict[str, Path], tmp_path: Path) -> None:
-    records = raw_records(stores["jpeg"])
-    key, value = records[4]
-    records[4] = key, value[:99] + bytes([value[99] ^ 1]) + value[100:]
-    store = crafted(stores["jpeg"], tmp_path / "store", records)
-    result = alexprep("export-files", tmp_path / "out", "--store", store, "--jobs", "1")
-    fails(result, "00000, key 00000004: checksum", "alexprep verify")
-    written = files_in(tmp_path / "out")
-    assert len(written) == 4 and Datum.decode(records[3][1]).data in written.values()
-
-
-@pytest.mark.parametrize(
-    ("number", "kind"), [(errno.ENOSPC, DiskFull), (errno.EDQUOT, DiskFull), (errno.EIO, UserError)]
-)
-def test_a_full_disk_has_its_own_exit_code(
-    number: int, kind: type[UserError], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As --help says: 3 where the disk is full. What is half written does not stay."""
-
-    def full(*paths: object) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(inspect, "os", Other(replace=full, link=full))
-    opened = Store.open(store)
-    task = inspect._ExportTask(str(store / "val" / "00000"), tmp_path / "out", opened.classes, "jpeg")
-    with pytest.raises(UserError, match=os.strerror(number)) as caught:
-        inspect._export_shard(task, TaskProgress())
-    assert caught.type is kind
-    assert files_in(tmp_path / "out") == {}

@@ -74,9 +74,7 @@ def test_ground_truth_numbers_are_read_in_the_devkits_order(flat: Path, tmp_path
         without_store = list_images(flat, labels, order)
         assert paths_and_labels(without_store) == expected
         assert without_store.classes == ("n1", "n2", "n3")
-    assert [
-        label for _, label in paths_and_labels(list_images(flat, labels, "sorted", store_classes=("n1", "n2", "n3")))
-    ] == [2, 0, 1, 0]
+    assert labels_of(list_images(flat, labels, "sorted", store_classes=("n1", "n2", "n3"))) == [2, 0, 1, 0]
 
 
 def test_a_devkit_class_that_the_store_lacks_is_refused(flat: Path, tmp_path: Path) -> None:
@@ -111,23 +109,13 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
     assert source.classes == ("ape", "cat", "dog")
     assert paths_and_labels(source) == list(zip(SORTED_NAMES, [1, 2, 0, 1], strict=True))
     store_classes = ("dog", "eel", "cat", "ape")  # their order counts
-    assert labels_of(list_images(flat, labels, store_classes=store_classes)) == [
-        2,
-        0,
-        3,
-        2,
-    ]
+    assert labels_of(list_images(flat, labels, store_classes=store_classes)) == [2, 0, 3, 2]
 
 
 def test_numbers_that_are_class_names_of_the_store_are_names(flat: Path, tmp_path: Path) -> None:
     """If the store's classes are named 10, 20, 30, the label 10 is that class, not number 10."""
     labels = label_file(tmp_path, "a.JPEG 10\nB.JPEG 30\nc.JPEG 20\nb.JPEG 10\n")
-    assert labels_of(list_images(flat, labels, store_classes=("10", "20", "30"))) == [
-        2,
-        0,
-        0,
-        1,
-    ]
+    assert labels_of(list_images(flat, labels, store_classes=("10", "20", "30"))) == [2, 0, 0, 1]
 
 
 def test_names_may_contain_spaces(tmp_path: Path) -> None:
@@ -219,12 +207,7 @@ def test_labels_that_cannot_be_classes_are_refused(
 
 def test_a_class_of_the_store_may_be_named_minus_one(flat: Path, tmp_path: Path) -> None:
     labels = label_file(tmp_path, "a.JPEG -1\nb.JPEG x\nc.JPEG x\nB.JPEG -1\n")
-    assert labels_of(list_images(flat, labels, store_classes=("-1", "x"))) == [
-        0,
-        0,
-        1,
-        1,
-    ]
+    assert labels_of(list_images(flat, labels, store_classes=("-1", "x"))) == [0, 0, 1, 1]
 
 
 def test_a_label_file_may_have_windows_line_ends(flat: Path, tmp_path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Exports the records of a split as image files in class folders, resumable and without overwriting anything."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from prep.console import Progress, UserError, disk_error
+from prep.inputs.names import name_text
+from prep.store import lmdb_shard
+from prep.store.datum import Datum, DatumError
+from prep.store.manifest import Store, StoreError
+from prep.workers import Runner, TaskProgress, WorkerDied
+
+_EXTENSIONS = {"jpeg": (".jpg", ".jpeg"), "ppm": (".ppm",)}
+_MAX_NAME_BYTES = 255
+
+
+@dataclass(frozen=True)
+class _ExportTask:
+    """One shard to export."""
+
+    path: str
+    out: Path
+    classes: tuple[str, ...]
+    format: str
+
+
+def export_split(store: Store, split: str, out: Path, runner: Runner, report: Progress) -> None:
+    """Write the image of every record of a split to `out`/CLASS/NAME, under the name of its input.
+
+    A file that already has the same bytes is left alone, so a second call resumes the first. Raises UserError if a file
+    of that name has other bytes, or a record is damaged.
+    """
+    tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
+    on_progress = lambda counts: report.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
+    for task, result in runner.map(_export_shard, tasks, on_progress):
+        if isinstance(result, WorkerDied):
+            raise StoreError(
+                f"{task.path}: the process that read it {result.describe()}. Check the store with: alexprep verify"
+            )
+
+
+def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
+    for key, value in lmdb_shard.read(Path(task.path)):
+        try:
+            datum = Datum.decode(value)
+        except DatumError as error:
+            raise StoreError(
+                f"{task.path}, key {name_text(key)}: {error}. Check the store with: alexprep verify"
+            ) from None
+        name = task.classes[datum.label] if datum.label < len(task.classes) else ""
+        folder = task.out / (name if _is_file_name(os.fsencode(name)) else f"class_{datum.label:04d}")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_new_file(os.path.join(os.fsencode(folder), file_name(datum.source, key, task.format)), datum.data)
+        except OSError as error:
+            text = f"{folder}: {error.strerror or error}. Give the same command again to resume."
+            raise disk_error(error, text) from None
+        task_progress.count(len(datum.data))
+
+
+def file_name(source: bytes, key: bytes, format: str) -> bytes:
+    """The input's own name, with an extension that fits the stored format; the key, if that is not a file name."""
+    name = source.rsplit(b"/", 1)[-1]
+    extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
+    if extension not in _EXTENSIONS[format]:
+        name += _EXTENSIONS[format][0].encode()
+    return name if _is_file_name(name) else key + _EXTENSIONS[format][0].encode()
+
+
+def _is_file_name(name: bytes) -> bool:
+    """Whether a name is that of one file or folder and leads nowhere else."""
+    return name not in (b"", b".", b"..") and not set(name) & set(b"/\0") and len(name) <= _MAX_NAME_BYTES
+
+
+def _write_new_file(path: bytes, content: bytes) -> None:
+    """Write a file atomically; raises UserError if it exists with other bytes."""
+    try:
+        with open(path, "rb") as file:
+            same = file.read() == content
+        if not same:
+            raise UserError(f"{name_text(path)} exists with other content. Name an empty folder.")
+        return
+    except FileNotFoundError:
+        pass
+    temporary = os.path.join(os.path.dirname(path), b".%d.tmp" % os.getpid())
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+        _rename_to_new(temporary, path)
+    except FileExistsError:
+        _write_new_file(path, content)
+    finally:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _rename_to_new(old: bytes, new: bytes) -> None:
+    """Rename a file; on a disk with hard links, raises FileExistsError if another worker wrote `new` first."""
+    try:
+        os.link(old, new)
+    except FileExistsError:
+        raise
+    except OSError:  # FAT and other file systems without hard links
+        os.replace(old, new)

@@ -1,0 +1,109 @@
+"""Stores of noise that are damaged on purpose, for the tests of prep.check.verify."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import zlib
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lmdb
+
+from prep.check.verify import Fault, verify_split
+from prep.console import Progress
+from prep.store.datum import Datum
+from prep.store.manifest import Store
+from prep.workers import WorkerPool
+
+CLASSES = ("n0", "n1", "n2")
+PAGE_BYTES = 4096  # of LMDB
+
+Records = list[tuple[bytes, bytes]]
+MakeStore = Callable[..., Path]
+
+
+def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bool = True) -> list[Fault]:
+    return verify_split(Store.open(store), split, workers, Progress(1, "records"), decode)
+
+
+def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
+    """The only fault of the split train, whose text contains all `parts`."""
+    faults = faults_of(store, workers)
+    assert len(faults) == 1, faults
+    for part in parts:
+        assert part in faults[0].text()
+    return faults[0]
+
+
+def change_manifest(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Apply a change to manifest.json, and write it with a right checksum."""
+    data = json.loads((store / "manifest.json").read_bytes())
+    change(data)
+    data.pop("checksum", None)
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":")).encode()
+    (store / "manifest.json").write_text(json.dumps({**data, "checksum": hashlib.sha256(canonical).hexdigest()}))
+
+
+def train_split(manifest: dict[str, Any]) -> dict[str, Any]:
+    split: dict[str, Any] = manifest["splits"]["train"]
+    return split
+
+
+def read_records(folder: Path) -> Records:
+    with lmdb.open(str(folder), readonly=True, lock=False) as env, env.begin() as txn:
+        return [(bytes(key), bytes(value)) for key, value in txn.cursor()]
+
+
+def replace_records(folder: Path, records: Records) -> None:
+    """Write an LMDB in the place of another one."""
+    shutil.rmtree(folder)
+    with lmdb.open(str(folder), map_size=1 << 26, lock=False) as env, env.begin(write=True) as txn:
+        for key, value in records:
+            txn.put(key, value)
+
+
+def with_checksum(body: bytes) -> bytes:
+    """A record that ends with the right checksum."""
+    return body + b"\xd5\x3e" + zlib.crc32(body).to_bytes(4, "little")
+
+
+def changed_record(value: bytes, **fields: Any) -> bytes:
+    """A record with other fields and the right checksum."""
+    return replace(Datum.decode(value), **fields).encode()
+
+
+def overwrite(file: Path, position: int, content: bytes) -> None:
+    with open(file, "r+b") as handle:
+        handle.seek(position)
+        handle.write(content)
+
+
+def make_crashing(store: Path) -> None:
+    """Let the first record claim a length of 200 MB: the kernel kills the process that reads it."""
+    file = store / "train" / "00000" / "data.mdb"
+    content = file.read_bytes()
+    node = content.index(b"\x08\x0000000000") + 2 - 8  # low and high half of the size, flags, length of the key, key
+    overwrite(file, node, (200_000_000).to_bytes(4, "little"))
+
+
+def store_with_records(store: Path, copy: Path, records: Records, classes: list[str] | None = None) -> Path:
+    """A copy of `store` whose only training shard holds `records`, and whose classes are `classes`."""
+    shutil.copytree(store, copy)
+    replace_records(copy / "train" / "00000", records)
+    manifest = json.loads((copy / "manifest.json").read_bytes())
+    (shard,) = manifest["splits"]["train"]["shards"]
+    shard |= {"records": len(records), "bytes": sum(len(value) for _, value in records)}
+    manifest["splits"]["train"]["records"] = len(records)
+    if classes is not None:
+        manifest["classes"] = classes
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def split_records(store: Path, split: str = "train") -> Records:
+    """(key, value) of all records of a split."""
+    return [record for folder in sorted((store / split).glob("[0-9]*")) for record in read_records(folder)]

@@ -1,0 +1,115 @@
+"""prep.check.verify on damaged LMDB files: truncated, overwritten, and files that crash the process that reads them.
+
+Two worker processes do all checks; a file that crashes one of them must be a fault like any other.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prep.check.verify import Fault
+from prep.workers import WorkerPool
+from tests.helpers.damaged_stores import (
+    PAGE_BYTES,
+    MakeStore,
+    faults_of,
+    make_crashing,
+    overwrite,
+    read_records,
+    replace_records,
+    the_fault,
+)
+
+
+def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
+    """The faults, all of which must name the only shard."""
+    faults = faults_of(store, workers)
+    assert faults and {fault.where for fault in faults} == {"train/00000"}
+    return faults
+
+
+def test_a_file_truncated_anywhere_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
+    store = copy_store(64)
+    file = store / "train" / "00000" / "data.mdb"
+    whole = file.read_bytes()
+    rng = np.random.default_rng(20)
+    cuts = [0, 1, PAGE_BYTES - 1, PAGE_BYTES, 2 * PAGE_BYTES, len(whole) - PAGE_BYTES, len(whole) - 1]
+    for length in [*cuts, *rng.integers(0, len(whole), 20 - len(cuts)).tolist()]:
+        file.write_bytes(whole[:length])
+        assert len(faults_of_the_shard(store, workers)) == 1
+    file.write_bytes(whole)
+    assert faults_of(store, workers) == []
+
+
+@pytest.mark.parametrize("content", ["zeros", "random", "of another page"])
+def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, workers: WorkerPool) -> None:
+    """Each page that holds records, one at a time, and the second header page, which is the one in use."""
+    store = copy_store(64)
+    file = store / "train" / "00000" / "data.mdb"
+    whole = file.read_bytes()
+    rng = np.random.default_rng(4)
+    pages = len(whole) // PAGE_BYTES
+    for page in [1, 2, 3, 4, *range(5, pages, 6)]:
+        other = rng.integers(pages - 1)
+        page_now = {"zeros": bytes(PAGE_BYTES), "random": rng.bytes(PAGE_BYTES), "of another page": b""}[content]
+        if not page_now:
+            other = (page + 7) % pages
+            page_now = whole[other * PAGE_BYTES : (other + 1) * PAGE_BYTES]
+        file.write_bytes(whole[: page * PAGE_BYTES] + page_now + whole[(page + 1) * PAGE_BYTES :])
+        faults_of_the_shard(store, workers)
+    file.write_bytes(whole)
+    assert faults_of(store, workers) == []
+
+
+def newest_header(content: bytes) -> int:
+    """Offset of the header page in use: of the two, the one with the higher transaction number."""
+    return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
+
+
+@pytest.mark.parametrize(
+    ("offset", "content"),
+    [
+        (16, b"\0\0\0\0"),  # magic
+        (20, b"\x09"),  # version
+        (120, (63).to_bytes(8, "little")),  # entries, which DALI takes for the number of records
+        (128, (3).to_bytes(8, "little")),  # root
+        (128, b"\xff" * 8),
+        (136, (10**6).to_bytes(8, "little")),  # last page
+        (144, bytes(8)),  # transaction number: the other header, of an empty LMDB, is taken
+    ],
+    ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
+)
+def test_a_damaged_header_is_a_fault(offset: int, content: bytes, copy_store: MakeStore, workers: WorkerPool) -> None:
+    store = copy_store(64)
+    file = store / "train" / "00000" / "data.mdb"
+    overwrite(file, newest_header(file.read_bytes()) + offset, content)
+    faults_of_the_shard(store, workers)
+
+
+def test_a_shard_that_crashes_its_reader_is_a_fault_and_the_others_are_checked(
+    copy_store: MakeStore, workers: WorkerPool
+) -> None:
+    store = copy_store(150)
+    make_crashing(store)
+    folder = store / "train" / "00002"
+    records = read_records(folder)
+    replace_records(folder, [(records[0][0], b"damaged"), *records[1:]])
+    crashing, other = faults_of(store, workers)
+    assert (crashing.where, crashing.key) == ("train/00000", "")
+    assert "was killed (SIG" in crashing.what and "at record 0" in crashing.what
+    assert (other.where, other.key) == ("train/00002", records[0][0].decode())
+
+
+def test_missing_and_additional_shards_are_faults(copy_store: MakeStore, workers: WorkerPool) -> None:
+    store = copy_store(150)
+    shutil.copytree(store / "train" / "00001", store / "train" / "00003")
+    assert the_fault(store, workers, "does not name").where == "train/00003"
+    shutil.rmtree(store / "train" / "00003")
+    (store / "train" / "00002" / "data.mdb").unlink()
+    assert the_fault(store, workers, "No such file").where == "train/00002"
+    shutil.rmtree(store / "train" / "00002")
+    assert the_fault(store, workers, "No such file").where == "train/00002"
