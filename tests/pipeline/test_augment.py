@@ -1,6 +1,6 @@
 """Images of the stream compared with the formula of pipeline.augment in float64 NumPy, for both engines.
 
-The reference is tests/helpers/augment_formula.py.
+The reference is tests/pipeline/augment_formula.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipeline.sampling import draw_params
 from prep.console import UserError
 from prep.store.manifest import Store, StoreError
 from tests.conftest import Build
-from tests.helpers.augment_formula import (
+from tests.pipeline.augment_formula import (
     expected_training_images,
     formula,
     formula_shift,

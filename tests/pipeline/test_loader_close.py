@@ -23,7 +23,7 @@ def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: 
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
-        "def held():\n"
+        "def resources():\n"
         "    gc.collect()\n"
         "    kb = int(next(l for l in open('/proc/self/status') if l.startswith('VmRSS')).split()[1])\n"
         "    tasks = len(os.listdir('/proc/self/task'))\n"
@@ -35,9 +35,9 @@ def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: 
         "        batches = [batch for _, batch in zip(range(k % 3), loader)]\n"
         "        loader.close()\n"
         "use(40)\n"
-        "before = held()\n"
+        "before = resources()\n"
         "use(int(sys.argv[2]))\n"
-        "print(*before, *held())\n"
+        "print(*before, *resources())\n"
     )
     process = subprocess.run(
         [sys.executable, "-c", script, str(numbered), str(times)],

@@ -95,7 +95,7 @@ def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, buil
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
     for path in sorted((source / "train").rglob("*.JPEG"))[::5]:
-        path.write_bytes(b"no picture")
+        path.write_bytes(b"not an image")
     return Store.open(build(source, "--split", "train", "--on-bad", "skip"))
 
 

@@ -52,7 +52,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighbors_of_the_store_are_apart_in_an_epoch(size: int) -> None:
-    """A batch draws on as many blocks as if each of its records had been drawn from a whole window."""
+    """A batch draws on as draws_of_400_steps blocks as if each of its records had been drawn from a whole window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -89,15 +89,15 @@ def test_a_record_is_equally_likely_at_every_position_of_an_epoch(record: int) -
 
 
 @pytest.fixture(scope="module")
-def many() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def draws_of_400_steps() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Draws of 400 steps of 128 images: offsets (400, 128, 2), flips (400, 128), normals (400, 128, 3)."""
     draws = [draw_params(5, step // 100, step % 100, 128, MAX_OFFSET_PX) for step in range(400)]
     offsets, flips, normals = (np.stack(parts) for parts in zip(*draws, strict=True))
     return offsets, flips, normals
 
 
-def test_crop_offsets_are_uniform_over_33_by_33(many: tuple[np.ndarray, ...]) -> None:
-    offsets = many[0].reshape(-1, 2)
+def test_crop_offsets_are_uniform_over_33_by_33(draws_of_400_steps: tuple[np.ndarray, ...]) -> None:
+    offsets = draws_of_400_steps[0].reshape(-1, 2)
     n = len(offsets)
     assert offsets.dtype == np.int32 and offsets.min() == 0 and offsets.max() == MAX_OFFSET_PX
     for axis in range(2):
@@ -109,14 +109,14 @@ def test_crop_offsets_are_uniform_over_33_by_33(many: tuple[np.ndarray, ...]) ->
     assert abs(chi2 - 1088) < 3.3 * np.sqrt(2 * 1088)  # rows and columns are independent
 
 
-def test_half_of_the_images_are_flipped(many: tuple[np.ndarray, ...]) -> None:
-    flips = many[1]
+def test_half_of_the_images_are_flipped(draws_of_400_steps: tuple[np.ndarray, ...]) -> None:
+    flips = draws_of_400_steps[1]
     assert flips.dtype == np.int32 and set(np.unique(flips)) == {0, 1}
     assert abs(flips.mean() - 0.5) < 3.3 * 0.5 / np.sqrt(flips.size)
 
 
-def test_noise_is_standard_normal(many: tuple[np.ndarray, ...]) -> None:
-    normal = many[2].reshape(-1, 3)
+def test_noise_is_standard_normal(draws_of_400_steps: tuple[np.ndarray, ...]) -> None:
+    normal = draws_of_400_steps[2].reshape(-1, 3)
     n = len(normal)
     assert normal.dtype == np.float64
     assert (np.abs(normal.mean(0)) < 4 / np.sqrt(n)).all()
@@ -124,8 +124,10 @@ def test_noise_is_standard_normal(many: tuple[np.ndarray, ...]) -> None:
     assert (np.abs((normal**4).mean(0) - 3) < 4 * np.sqrt(96 / n)).all()
 
 
-def test_draws_of_different_images_steps_and_parameters_are_independent(many: tuple[np.ndarray, ...]) -> None:
-    offsets, flips, normals = many
+def test_draws_of_different_images_steps_and_parameters_are_independent(
+    draws_of_400_steps: tuple[np.ndarray, ...],
+) -> None:
+    offsets, flips, normals = draws_of_400_steps
     columns = np.concatenate([offsets, flips[..., None], normals], axis=2).astype(np.float64)
     for one, other in (
         (columns[:-1], columns[1:]),

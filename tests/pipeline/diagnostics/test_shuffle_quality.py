@@ -31,13 +31,13 @@ def test_the_ideal_is_the_mean_over_random_shuffles(counts: list[int], batch: in
 @pytest.fixture(scope="module")
 def many_classes(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
     """A store of 40 classes with 8 small images each, in alexprep's random order."""
-    source = tmp_path_factory.mktemp("many")
+    source = tmp_path_factory.mktemp("classes")
     rng = np.random.default_rng(0)
     for label in range(40):
         (source / f"c{label:02}").mkdir()
         for k in range(8):
-            picture = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(picture).save(source / f"c{label:02}" / f"{k}.png")
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(source / f"c{label:02}" / f"{k}.png")
     return Path(build(source, "--side", "32"))
 
 
