@@ -1,19 +1,16 @@
-"""The command alexprep, and prep.console and prep.check.color_plot beneath it: what it prints, where, and how it ends.
+"""The command alexprep: what it prints, where, and how it ends.
 
-Commands run in this process through click's runner, one as a process of its own; drawings are opened with Pillow and
-compared with the statistics. Numbers of an answer are compared with the store's own files.
+Commands run in this process through click's runner, one as a process of its own. The numbers of an answer are compared
+with the store's own files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import pty
-import re
 import shutil
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,9 +18,8 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
-from prep import console
 from prep.cli import main
-from prep.console import DiskFull, Progress, Terminated, UserError, bytes_text, count_noun, duration_text, progress
+from prep.console import DiskFull, Terminated, UserError
 from prep.store.manifest import StoreError
 
 
@@ -32,15 +28,15 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """Exit code 1 and one line on standard error that begins "Error:" and has all `parts`."""
+    """Exit code 1, and one line on standard error that begins with "Error:" and contains all `parts`."""
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert result.stdout == ""
-    last = result.stderr.strip().splitlines()
-    assert len(last) == 1, result.stderr
-    assert last[0].startswith("Error: ")
+    lines = result.stderr.strip().splitlines()
+    assert len(lines) == 1, result.stderr
+    assert lines[0].startswith("Error: ")
     for part in parts:
-        assert part in last[0]
+        assert part in lines[0]
 
 
 BUILD_KEYS = ["split", "records", "classes", "skipped", "bytes", "seconds", "images_per_s", "fingerprint"]
@@ -56,8 +52,8 @@ STATS_KEYS = [
 ]
 
 
-def test_build_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
-    """As a process: one object a line on standard output for each split, nothing else there."""
+def test_build_lmdb_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
+    """As a process: one line with an object on standard output for each split, and nothing else."""
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
     (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
     store = tmp_path / "store"
@@ -82,7 +78,7 @@ def test_build_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
         assert answer["images_per_s"] == pytest.approx((records + skipped) / answer["seconds"], rel=0.05, abs=0.2)
 
 
-def test_build_again_says_that_there_is_nothing_to_do(photo_folder: Path, store: Path) -> None:
+def test_a_repeated_build_reports_that_there_is_nothing_to_do(photo_folder: Path, store: Path) -> None:
     result = alexprep("build-lmdb", photo_folder, "--store", store)
     assert result.exit_code == 0
     assert result.stdout.count("nothing to do") == 2
@@ -94,12 +90,12 @@ def test_build_again_says_that_there_is_nothing_to_do(photo_folder: Path, store:
     assert (answer["split"], answer["records"], answer["images_per_s"]) == ("val", 12, 0)
 
 
-def test_build_with_other_settings_is_refused(photo_folder: Path, store: Path) -> None:
+def test_a_build_with_other_settings_is_refused(photo_folder: Path, store: Path) -> None:
     fails(alexprep("build-lmdb", photo_folder, "--store", store, "--side", "128"), "--side 256", "says 128")
     fails(alexprep("build-lmdb", photo_folder, "--store", store, "--keep-aspect"), "--keep-aspect")
 
 
-def test_folders_that_cannot_be_built(tmp_path: Path) -> None:
+def test_sources_that_cannot_be_built_are_one_line_errors(tmp_path: Path) -> None:
     store = tmp_path / "store"
     fails(alexprep("build-lmdb", tmp_path / "nowhere", "--store", store), str(tmp_path / "nowhere"), "no such folder")
     (tmp_path / "empty").mkdir()
@@ -116,14 +112,14 @@ def test_folders_that_cannot_be_built(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "words", [["--side", "0"], ["--format", "png"], ["--quality", "101"], ["--jobs", "0"], ["--seed", "-1"]]
 )
-def test_options_out_of_range_are_a_usage_error(words: list[str], tmp_path: Path) -> None:
+def test_options_out_of_range_are_usage_errors(words: list[str], tmp_path: Path) -> None:
     result = alexprep("build-lmdb", tmp_path, "--store", tmp_path / "store", *words)
     assert result.exit_code == 2
     assert words[0] in result.stderr
     assert not (tmp_path / "store").exists()
 
 
-def test_help_and_version() -> None:
+def test_every_command_has_help_and_the_group_a_version() -> None:
     names = ("build-lmdb", "import-caffe", "verify", "inspect", "export-files", "pca-stats")
     assert set(main.commands) == set(names)
     for words in (["--help"], ["-h"], *([name, flag] for name in names for flag in ("--help", "-h"))):
@@ -134,15 +130,15 @@ def test_help_and_version() -> None:
     assert alexprep("--version").exit_code == 0
 
 
-def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1 for a mistake, 3 for a full disk, 130 and 143 where interrupted; 2 is click's own."""
+def test_exit_codes_are_those_of_the_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 for an error, 2 for wrong usage, 3 for a full disk, 130 and 143 after an interruption."""
     raised: list[BaseException] = []
 
     def open_store(root: object) -> None:
         raise raised[-1]
 
     monkeypatch.setattr("prep.cli.check.Store.open", open_store)
-    for error, code, said in (
+    for error, code, message in (
         (UserError("mend it"), 1, "Error: mend it\n"),
         (StoreError("build it"), 1, "Error: build it\n"),
         (DiskFull("no room"), 3, "Error: no room\n"),
@@ -151,7 +147,7 @@ def test_exit_codes_are_those_that_the_help_says(tmp_path: Path, monkeypatch: py
     ):
         raised.append(error)
         result = alexprep("inspect", "--store", tmp_path)
-        assert (result.exit_code, result.stdout, result.stderr) == (code, "", said)
+        assert (result.exit_code, result.stdout, result.stderr) == (code, "", message)
     raised.append(KeyboardInterrupt())
     result = alexprep("export-files", tmp_path / "out", "--store", tmp_path)
     assert result.exit_code == 130
@@ -175,7 +171,7 @@ def test_pca_stats_answers_in_json(split: str, store: Path) -> None:
     np.testing.assert_allclose(np.square(answer["stdevs"]), answer["eigenvalues"], rtol=1e-12)
 
 
-def test_pca_stats_prints_the_same_numbers(store: Path) -> None:
+def test_pca_stats_prints_the_numbers_of_colour_json(store: Path) -> None:
     stats = json.loads((store / "train" / "colour.json").read_bytes())
     printed = alexprep("pca-stats", "--store", store).stdout
     assert f"30 records, {30 * 256 * 256:,} pixels" in printed
@@ -190,11 +186,11 @@ def test_pca_stats_prints_the_same_numbers(store: Path) -> None:
         assert f"{value:.4f}" in printed
 
 
-def test_pca_stats_recompute_says_the_difference(store: Path) -> None:
+def test_pca_stats_recompute_reports_the_difference(store: Path) -> None:
     before = (store / "val" / "colour.json").read_bytes()
     built = json.loads(before)
-    again = json.loads(alexprep("pca-stats", "--store", store, "--split", "val", "--recompute", "--json").stdout)
-    difference = max(abs(a - b) for a, b in zip(built["stdevs"], again["stdevs"], strict=True))
+    recomputed = json.loads(alexprep("pca-stats", "--store", store, "--split", "val", "--recompute", "--json").stdout)
+    difference = max(abs(a - b) for a, b in zip(built["stdevs"], recomputed["stdevs"], strict=True))
     assert 0 < difference < 1
     result = alexprep("pca-stats", "--store", store, "--split", "val", "--recompute")
     assert result.exit_code == 0
@@ -210,7 +206,7 @@ def test_pca_stats_writes_a_missing_colour_file_again(store: Path, tmp_path: Pat
     assert (copied / "train" / "colour.json").read_bytes() == (store / "train" / "colour.json").read_bytes()
 
 
-def test_pca_stats_without_a_store(store: Path, tmp_path: Path) -> None:
+def test_pca_stats_without_a_store_is_a_one_line_error(store: Path, tmp_path: Path) -> None:
     fails(alexprep("pca-stats", "--store", tmp_path / "nowhere"), "no such store")
     fails(alexprep("pca-stats", "--store", tmp_path), "no manifest.json")
     copied = Path(shutil.copytree(store, tmp_path / "store"))
@@ -218,8 +214,8 @@ def test_pca_stats_without_a_store(store: Path, tmp_path: Path) -> None:
     fails(alexprep("pca-stats", "--store", copied), "cannot be read")
 
 
-def test_plot_is_drawn_beside_the_answer(store: Path, tmp_path: Path) -> None:
-    """What is drawn is for test_plot.py."""
+def test_pca_stats_writes_a_plot_beside_its_answer(store: Path, tmp_path: Path) -> None:
+    """tests/prep/check/test_color_plot.py tests what is drawn."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "pca.png"
     result = alexprep("pca-stats", "--store", store, "--plot", out, "--json")
@@ -230,7 +226,7 @@ def test_plot_is_drawn_beside_the_answer(store: Path, tmp_path: Path) -> None:
         assert image.format == "PNG" and image.width > 600
 
 
-def test_plot_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
+def test_a_plot_that_cannot_be_written_is_a_one_line_error(store: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     for out in (tmp_path / "nowhere" / "pca.png", tmp_path / "pca.unknown"):
         result = alexprep("pca-stats", "--store", store, "--plot", out)
@@ -238,131 +234,8 @@ def test_plot_that_cannot_be_written(store: Path, tmp_path: Path) -> None:
         assert not out.exists()
 
 
-def test_plot_without_matplotlib_says_what_to_install(
+def test_a_plot_without_matplotlib_is_an_error_that_says_what_to_install(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     fails(alexprep("pca-stats", "--store", store, "--plot", tmp_path / "pca.png"), "pip install 'alexnet[figures]'")
-
-
-def test_progress_is_json_lines_where_no_terminal_is(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """100 of 300 in 10 s on a clock that stands still between the calls: 10 a second, 20 s left."""
-    clock = [1000.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with progress("train: é", 400, "pictures") as report:
-        report.skip(100)
-        report.advance(1)
-        report.update(101, 1, 99)
-        clock[0] += 4.9
-        report.advance()
-        assert capsys.readouterr() == ("", "")
-        clock[0] += 5.1
-        report.update(200, 3, 5_000)
-        clock[0] += 1
-        report.advance()
-        clock[0] += 4
-        report.update(250)
-    said = capsys.readouterr()
-    assert said.out == ""
-    first, second = said.err.splitlines()
-    assert json.loads(first) == {
-        "progress": "train: é",
-        "done": 200,
-        "total": 400,
-        "unit": "pictures",
-        "pictures_per_s": 10.0,
-        "eta_s": 20,
-        "bad": 3,
-        "bytes": 5_000,
-    }
-    assert json.loads(second)["pictures_per_s"] == 10.0 and json.loads(second)["eta_s"] == 15
-    assert "bytes" not in json.loads(second)
-
-
-def test_progress_is_a_bar_on_a_terminal() -> None:
-    """In a pseudo-terminal: rate, size and bad ones beside the bar; nothing on standard output."""
-    script = (
-        "from prep.console import progress\n"
-        "with progress('train: rescaling', 400, 'pictures') as report:\n"
-        "    report.update(200, 3, 5_000_000)\n"
-    )
-    ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", script], stdout=-1, stderr=theirs, env={**os.environ, "COLUMNS": "150"}
-    ) as ran:
-        os.close(theirs)
-        said = b""
-        with suppress(OSError):  # EIO is a pseudo-terminal's end of file
-            while chunk := os.read(ours, 4096):
-                said += chunk
-        assert ran.stdout is not None and ran.stdout.read() == b""
-    os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", said.decode())
-    for part in ("train: rescaling", "200/400", "pictures/s", "5.0 MB, 3 bad"):
-        assert part in text, text
-
-
-def test_a_progress_keeps_what_it_was_told() -> None:
-    report = Progress(10, "pictures")
-    report.update(4, 1, 99)
-    assert (report.done, report.bad, report.size_bytes) == (4, 1, 99)
-    report.update(5, 2, 100)
-    assert (report.done, report.bad, report.size_bytes, report.skipped) == (5, 2, 100, 0)
-    report.skip(3)
-    assert (report.done, report.skipped) == (8, 3)
-
-
-def test_rate_leaves_out_what_an_earlier_run_did(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = [0.0]
-    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    report = Progress(1000, "pictures")
-    report.skip(900)
-    report.advance(50)
-    clock[0] = 5.0
-    assert report.done == 950
-    assert report.rate() == pytest.approx(10)
-    assert report.eta_s() == pytest.approx(5)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        (0.4, "0 s"),
-        (59.4, "59 s"),
-        (59.6, "1 min 00 s"),
-        (200, "3 min 20 s"),
-        (3599.7, "1 h 00 min"),
-        (3900, "1 h 05 min"),
-    ],
-)
-def test_duration_text(seconds: float, text: str) -> None:
-    assert duration_text(seconds) == text
-
-
-@pytest.mark.parametrize(
-    ("n", "text"),
-    [
-        (0, "0 B"),
-        (812, "812 B"),
-        (27_400, "27.4 KB"),
-        (31_240_000_000, "31.2 GB"),
-        (5_600_000_000_000, "5.6 TB"),
-        (999, "999 B"),
-        (1000, "1.0 KB"),
-        (999_949, "999.9 KB"),
-        (999_960, "1.0 MB"),
-        (999_960_000, "1.0 GB"),
-        (999_960_000_000, "1.0 TB"),
-    ],
-)
-def test_bytes_text(n: int, text: str) -> None:
-    assert bytes_text(n) == text
-
-
-def test_count_noun() -> None:
-    assert count_noun(1, "picture") == "1 picture"
-    assert count_noun(1797, "picture") == "1,797 pictures"
-    assert count_noun(3, "class", "classes") == "3 classes"
-    assert count_noun(0, "file") == "0 files"

@@ -1,0 +1,139 @@
+"""prep.console: progress as JSON lines and as a bar, and numbers, sizes and durations as text."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from prep import console
+from prep.console import Progress, bytes_text, count_noun, duration_text, progress
+
+
+def test_progress_is_json_lines_without_a_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """100 of 300 images in 10 s, on a clock that the test sets: 10 images/s, 20 s left."""
+    clock = [1000.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    with progress("train: é", 400, "pictures") as report:
+        report.skip(100)
+        report.advance(1)
+        report.update(101, 1, 99)
+        clock[0] += 4.9
+        report.advance()
+        assert capsys.readouterr() == ("", "")
+        clock[0] += 5.1
+        report.update(200, 3, 5_000)
+        clock[0] += 1
+        report.advance()
+        clock[0] += 4
+        report.update(250)
+    output = capsys.readouterr()
+    assert output.out == ""
+    first, second = output.err.splitlines()
+    assert json.loads(first) == {
+        "progress": "train: é",
+        "done": 200,
+        "total": 400,
+        "unit": "pictures",
+        "pictures_per_s": 10.0,
+        "eta_s": 20,
+        "bad": 3,
+        "bytes": 5_000,
+    }
+    assert json.loads(second)["pictures_per_s"] == 10.0 and json.loads(second)["eta_s"] == 15
+    assert "bytes" not in json.loads(second)
+
+
+def test_progress_is_a_bar_on_a_terminal() -> None:
+    """In a pseudo-terminal: rate, size and number of bad inputs beside the bar; nothing on standard output."""
+    script = (
+        "from prep.console import progress\n"
+        "with progress('train: rescaling', 400, 'pictures') as report:\n"
+        "    report.update(200, 3, 5_000_000)\n"
+    )
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=-1, stderr=theirs, env={**os.environ, "COLUMNS": "150"}
+    ) as ran:
+        os.close(theirs)
+        output = b""
+        with suppress(OSError):  # EIO is a pseudo-terminal's end of file
+            while chunk := os.read(ours, 4096):
+                output += chunk
+        assert ran.stdout is not None and ran.stdout.read() == b""
+    os.close(ours)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", output.decode())
+    for part in ("train: rescaling", "200/400", "pictures/s", "5.0 MB, 3 bad"):
+        assert part in text, text
+
+
+def test_progress_keeps_the_last_counts() -> None:
+    report = Progress(10, "pictures")
+    report.update(4, 1, 99)
+    assert (report.done, report.bad, report.size_bytes) == (4, 1, 99)
+    report.update(5, 2, 100)
+    assert (report.done, report.bad, report.size_bytes, report.skipped) == (5, 2, 100, 0)
+    report.skip(3)
+    assert (report.done, report.skipped) == (8, 3)
+
+
+def test_the_rate_excludes_the_work_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
+    report = Progress(1000, "pictures")
+    report.skip(900)
+    report.advance(50)
+    clock[0] = 5.0
+    assert report.done == 950
+    assert report.rate() == pytest.approx(10)
+    assert report.eta_s() == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.4, "0 s"),
+        (59.4, "59 s"),
+        (59.6, "1 min 00 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 00 min"),
+        (3900, "1 h 05 min"),
+    ],
+)
+def test_durations_as_text(seconds: float, text: str) -> None:
+    assert duration_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("n", "text"),
+    [
+        (0, "0 B"),
+        (812, "812 B"),
+        (27_400, "27.4 KB"),
+        (31_240_000_000, "31.2 GB"),
+        (5_600_000_000_000, "5.6 TB"),
+        (999, "999 B"),
+        (1000, "1.0 KB"),
+        (999_949, "999.9 KB"),
+        (999_960, "1.0 MB"),
+        (999_960_000, "1.0 GB"),
+        (999_960_000_000, "1.0 TB"),
+    ],
+)
+def test_byte_counts_as_text(n: int, text: str) -> None:
+    assert bytes_text(n) == text
+
+
+def test_counts_with_nouns() -> None:
+    assert count_noun(1, "picture") == "1 picture"
+    assert count_noun(1797, "picture") == "1,797 pictures"
+    assert count_noun(3, "class", "classes") == "3 classes"
+    assert count_noun(0, "file") == "0 files"
