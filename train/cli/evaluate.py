@@ -149,8 +149,7 @@ def _print_result(title: str, about: Mapping[str, Any], result: EvalResult) -> N
     step = f", step {about['step']:,}" if isinstance(about["step"], int) else ""
     click.echo(
         f"{title + ': ' if title else ''}{about['split']}, {views_text(about['views'])}: {', '.join(errors)}, "
-        f"loss {result.loss:.4f}, {count_noun(result.images, 'image')}"
-        + (f", step {step:,}" if step is not None else "")
+        f"loss {result.loss:.4f}, {count_noun(result.images, 'image')}{step}"
     )
 
 
