@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from prep.compiled import library_path
+from tests.fixtures import typed_program
 from tests.helpers.project import ROOT
-from tests.pipeline import typed_program
 
 PACKAGES = ("prep", "pipeline", "train")
 SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # all that a wheel is built from

@@ -19,7 +19,7 @@ from pipeline.sampling import epoch_permutation
 from prep.console import UserError
 from prep.store.manifest import StoreError
 from tests.conftest import RECORDS, VAL
-from tests.helpers.streaming import batches_equal, concatenate_ranks, labels_by_batch, stored_labels, take_batches
+from tests.pipeline.streaming import batches_equal, concatenate_ranks, labels_by_batch, stored_labels, take_batches
 
 # ---- evaluation
 

@@ -14,7 +14,7 @@ from pipeline.loader import Batch, eval_loader, train_loader
 from prep.store import lmdb_shard
 from prep.store.manifest import Store
 from tests.conftest import RECORDS, VAL
-from tests.helpers.streaming import batches_equal, take_batches
+from tests.pipeline.streaming import batches_equal, take_batches
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])

@@ -14,7 +14,7 @@ import torch
 from pipeline.augment import Augmentation
 from pipeline.loader import STREAM_VERSION, Batch, train_loader
 from prep.console import UserError
-from tests.helpers.streaming import batches_equal, concatenate_ranks, take_batches
+from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
 POSITIONS = [0, 1, 2, 3, 4, 7]  # batches served before the state was taken; an epoch has three
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from tests.pipeline import typed_program
+from tests.fixtures import typed_program
 
 
 @pytest.mark.parametrize("name", pipeline.__all__)
