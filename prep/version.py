@@ -22,7 +22,7 @@ def package_version() -> str:
     Read from the metadata that pip wrote, else from pyproject.toml beside the packages (a checkout that is only on
     PYTHONPATH), else `unknown` (the packages were copied without it).
     """
-    from importlib.metadata import PackageNotFoundError, version  # 20 ms that --help need not wait for
+    from importlib.metadata import PackageNotFoundError, version  # takes 20 ms, which --help saves
 
     try:
         return version(DISTRIBUTION)

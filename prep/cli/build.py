@@ -33,8 +33,8 @@ if TYPE_CHECKING:  # these load LMDB and Pillow, which --help does without
 @click.option(
     "--label-order",
     type=click.Choice(LABEL_ORDERS),
-    help="Meaning of number k in a ground truth: the k-th class in sorted order (sorted), or the class that meta.mat "
-    "beside it gives the ID k (devkit).  [default: devkit if meta.mat is there, else sorted]",
+    help="Meaning of number k in a ground truth: the k-th class in sorted order (sorted), or the class whose "
+    "ILSVRC2012_ID is k in the meta.mat beside it (devkit).  [default: devkit if meta.mat is there, else sorted]",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Report bad inputs, disk space and time; build nothing.")
@@ -130,7 +130,7 @@ def import_caffe(
     """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
     Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files; labels stay what they
-    are. What convert_imageset has resized or compressed stays so: the original images make a better store.
+    are. The resizing and compression of convert_imageset cannot be undone: prefer the original images to its LMDBs.
 
     \b
     Example:

@@ -83,11 +83,15 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
 @click.command("inspect")
 @store_option
 @click.option(
-    "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Split of the record of --key."
+    "--split",
+    type=click.Choice(SPLITS),
+    default="train",
+    show_default=True,
+    help="Split of the record that --key names.",
 )
 @click.option("--key", metavar="K", help="Key of one record, to describe it instead of the store.")
 @click.option(
-    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File to write the image of the record of --key to."
+    "--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the image of the record that --key names."
 )
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:

@@ -147,9 +147,9 @@ def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
     label_of = {folder: label for label, folder in enumerate(sorted(class_folders))}
     counts = [0] * len(label_of)
     listing = Listing()
-    for place, i in enumerate(order):
+    for position, i in enumerate(order):
         item = images[i]
-        if place + 1 < len(order) and images.path(order[place + 1]) == item.path:
+        if position + 1 < len(order) and images.path(order[position + 1]) == item.path:
             refused.append((name_text(item.path), "another member of the same name follows in the archive"))
             continue
         item = replace(item, path=item.path[prefix_bytes:])

@@ -157,7 +157,7 @@ def _class_names(
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
     """Keys, labels and sizes of the records of one LMDB; the label of a record without one, or no Datum, is None."""
     keys, labels, sizes = [], [], []
-    for key, value in lmdb_shard.read(Path(folder), "Is it one of Caffe's, and whole?"):
+    for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB of Caffe's."):
         try:
             label = parse_fields(value, len(value)).get(LABEL)
         except DatumError:
