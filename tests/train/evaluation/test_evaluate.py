@@ -1,6 +1,4 @@
-"""Error rates against a count by hand; ten views against an average of softmaxes; every image counted once; intervals
-against SciPy's.
-"""
+"""Error rates compared with a count by hand, views with an average of softmaxes, intervals with SciPy's."""
 
 from __future__ import annotations
 
@@ -30,14 +28,14 @@ from train.model.alexnet import AlexNet
 SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 
 
-def test_wrong_counts_misses_of_the_best_and_the_five_best() -> None:
+def test_top_k_misses_counts_labels_outside_of_the_top_one_and_the_top_five() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
     assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer classes than five
 
 
-def test_equal_scores_count_by_the_number_of_the_class_and_what_is_no_number_is_missed() -> None:
-    """topk names equal scores in any order: a network that says the same of all classes had other errors each time."""
+def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
+    """With topk, a network that gives all classes the same score had other errors each time."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -49,83 +47,89 @@ def test_equal_scores_count_by_the_number_of_the_class_and_what_is_no_number_is_
 
 
 @pytest.fixture(scope="module")
-def model(stores: dict[str, Path]) -> AlexNet:
+def network() -> AlexNet:
+    """A small random network whose predictions differ between views."""
     torch.manual_seed(0)
-    net = AlexNet(3, replace(SHORT, init="he"), ("cpu", "cpu"), SMALL)
+    network = AlexNet(3, replace(SHORT, init="he"), ("cpu", "cpu"), SMALL)
     with torch.no_grad():
-        net.fc8.weight.mul_(50)  # opinions strong enough for views to differ
-    return net
+        network.fc8.weight.mul_(50)
+    return network
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_rates_equal_a_count_by_hand(stores: dict[str, Path], model: AlexNet, views: int) -> None:
+def test_error_rates_and_loss_equal_a_count_by_hand(stores: dict[str, Path], network: AlexNet, views: int) -> None:
     with eval_loader(stores["jpeg"], 3, views=views) as loader:
-        report = Progress(loader.records, "images")
-        kept = np.zeros((loader.records, 3), np.float32)
-        found = evaluate(model, loader, report, probabilities=kept)
-        assert model.training  # the mode it was in
-        model.eval()
+        progress = Progress(loader.records, "images")
+        probabilities = np.zeros((loader.records, 3), np.float32)
+        result = evaluate(network, loader, progress, probabilities=probabilities)
+        assert network.training  # as before
+        network.eval()
         misses, loss, images, by_hand = 0, 0.0, 0, []
         for batch in loader:
-            for pictures, label in zip(*batch, strict=True):
+            for crops, label in zip(*batch, strict=True):
                 with torch.no_grad():
-                    logits = model(pictures.reshape(views, 3, 224, 224)).double().numpy()
+                    logits = network(crops.reshape(views, 3, 224, 224)).double().numpy()
                 p = np.exp(logits - logits.max(1, keepdims=True))
                 p = (p / p.sum(1, keepdims=True)).mean(0)
                 by_hand.append(p)
                 misses += p.argmax() != label
                 loss -= np.log(p[label])
                 images += 1
-        model.train()
-    assert images == found.images == report.done == loader.records
-    assert found.top1_error == misses / images
-    assert found.top5_error == 0
-    assert found.loss == pytest.approx(loss / images, rel=1e-4)
-    assert found.misses == (misses, 0)
-    np.testing.assert_allclose(kept, by_hand, atol=1e-5)
+        network.train()
+    assert images == result.images == progress.done == loader.records
+    assert result.top1_error == misses / images
+    assert result.top5_error == 0
+    assert result.loss == pytest.approx(loss / images, rel=1e-4)
+    assert result.misses == (misses, 0)
+    np.testing.assert_allclose(probabilities, by_hand, atol=1e-5)
 
 
-def test_windows_of_a_square_average_their_softmax(stores: dict[str, Path], model: AlexNet) -> None:
-    """256 px give 2 × 2 windows; the batches, of 5, 5 and 2, are not the count of the windows."""
+def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
+    stores: dict[str, Path], network: AlexNet
+) -> None:
+    """256 px have 2 × 2 windows. Batches are of 5, 5 and 2 images, none of which is the number of windows."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
-        found = evaluate(model, loader, Progress(loader.records, "images"))
+        result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():
-            maps = [(model.eval().dense(images).double(), labels) for images, labels in loader]
-    model.train()
+            maps = [(network.eval().dense(images).double(), labels) for images, labels in loader]
+    network.train()
     logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))  # (12, 3, 2, 2)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     p = p.mean((2, 3))
     assert logits.shape == (12, 3, 2, 2) and np.abs(logits - logits[:, :, :1, :1]).max() > 0.01
-    assert found.images == 12 and found.top1_error == (p.argmax(1) != labels).mean()
-    assert found.loss == pytest.approx(-np.log(p[np.arange(12), labels]).mean(), rel=1e-4)
+    assert result.images == 12 and result.top1_error == (p.argmax(1) != labels).mean()
+    assert result.loss == pytest.approx(-np.log(p[np.arange(12), labels]).mean(), rel=1e-4)
 
 
-def test_a_loader_that_serves_too_few_images_is_caught(
-    stores: dict[str, Path], model: AlexNet, monkeypatch: pytest.MonkeyPatch
+def test_a_loader_that_serves_too_few_images_is_an_error(
+    stores: dict[str, Path], network: AlexNet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     serve = EvalLoader.__iter__
     monkeypatch.setattr(EvalLoader, "__iter__", lambda self: (batch for k, batch in enumerate(serve(self)) if k))
     with eval_loader(stores["jpeg"], 2) as loader, pytest.raises(RuntimeError, match="images were served"):
-        evaluate(model, loader, Progress(1, "images"))
+        evaluate(network, loader, Progress(1, "images"))
 
 
 @pytest.mark.parametrize(("misses", "images"), [(0, 12), (1, 12), (34, 297), (21_345, 50_000), (7, 7)])
-def test_intervals_are_scipys(misses: int, images: int) -> None:
+def test_intervals_equal_scipys(misses: int, images: int) -> None:
     expected = binomtest(misses, images).proportion_ci(0.95, method="wilson")
     assert wilson_interval(misses, images) == pytest.approx(tuple(expected), abs=1e-12)
     result = EvalResult(misses / images, 0.0, 0.0, images)
     assert result.misses == (misses, 0) and result.intervals[0] == wilson_interval(misses, images)
 
 
-def test_an_average_weighs_probabilities_and_its_rates_are_counted() -> None:
-    one = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], np.float32)
-    two = np.array([[0.2, 0.8], [0.1, 0.9], [0.3, 0.7]], np.float32)
+def test_error_rates_of_a_weighted_average_of_probabilities() -> None:
+    first = np.array([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]], np.float32)
+    second = np.array([[0.2, 0.8], [0.1, 0.9], [0.3, 0.7]], np.float32)
     labels = np.array([0, 0, 1])
-    np.testing.assert_allclose(average_probabilities([one, two]), (one.astype(float) + two) / 2)
-    weighted = average_probabilities([one, two], [6.0, 2.0])
-    np.testing.assert_allclose(weighted, 0.75 * one.astype(float) + 0.25 * two)
-    assert error_rates(average_probabilities([one, two]), labels).misses == (1, 0)
-    found = error_rates(weighted, labels)
-    assert found.misses == (1, 0) and found.images == 3  # 0.475 of the second
-    assert found.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
+    np.testing.assert_allclose(average_probabilities([first, second]), (first.astype(float) + second) / 2)
+    weighted = average_probabilities([first, second], [6.0, 2.0])
+    np.testing.assert_allclose(weighted, 0.75 * first.astype(float) + 0.25 * second)
+    assert error_rates(average_probabilities([first, second]), labels).misses == (1, 0)
+    result = error_rates(weighted, labels)
+    assert result.misses == (1, 0) and result.images == 3  # the second image's label has 0.475
+    assert result.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
+
+
+def test_the_loss_of_a_probability_of_zero_is_finite() -> None:
     assert np.isfinite(error_rates(np.array([[0.0, 1.0]]), np.array([0])).loss)
