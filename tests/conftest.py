@@ -8,7 +8,6 @@ folders of its own only.
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -124,28 +123,6 @@ def numbered(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
     labels = source / "numbers.txt"
     labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(RECORDS)))
     return build(source, "--labels", str(labels))
-
-
-@pytest.fixture(scope="session")
-def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of six steps on `store`: the two columns, a few maps and units wide, 10 images a batch."""
-    from dataclasses import replace
-
-    from train.config.architecture import ALEXNET, Widths
-    from train.config.recipes import SHORT
-    from train.config.run_config import RunConfig
-    from train.runs.run import Run
-    from train.trainer.loop import fit
-
-    small = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
-    run_dir = tmp_path_factory.mktemp("small") / "run"
-    return fit(Run.open(RunConfig(store, SHORT, 10, model=small, run_dir=run_dir, epochs=2, log_every=1, threads=1)))
-
-
-@pytest.fixture
-def trained_run(small_run: Path, tmp_path: Path) -> Path:
-    """A copy of `small_run` to write into."""
-    return Path(shutil.copytree(small_run, tmp_path / "trained"))
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 
 from pipeline.loader import eval_loader
 from prep.console import Progress, UserError
-from tests.train.trainer.test_loop import SMALL, config
+from tests.helpers.small_training import SMALL_ALEXNET, small_config
 from train import cli
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
@@ -44,7 +44,7 @@ def switches() -> Iterator[None]:
 
 def small(recipe: Recipe = SHORT) -> AlexNet:
     torch.manual_seed(0)
-    return AlexNet(5, replace(recipe, init="he", input_divisor=64.0), ("cpu", "cpu"), SMALL)
+    return AlexNet(5, replace(recipe, init="he", input_divisor=64.0), ("cpu", "cpu"), SMALL_ALEXNET)
 
 
 def random_images(n: int = 6) -> torch.Tensor:
@@ -119,13 +119,13 @@ def test_a_small_network_learns_in_bfloat16() -> None:
 
 
 def test_run_json_has_the_precision(stores: dict[str, Path], tmp_path: Path) -> None:
-    run_dir = fit(Run.open(config(stores["jpeg"], tmp_path / "run", steps=1, batch_size=2, precision="bf16")))
+    run_dir = fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", steps=1, batch_size=2, precision="bf16")))
     description = json.loads((run_dir / "run.json").read_text())
     assert description["settings"]["precision"] == description["identity"]["precision"] == "bf16"
 
 
 def test_a_run_is_not_continued_in_another_precision(stores: dict[str, Path], tmp_path: Path) -> None:
-    run_config = config(stores["jpeg"], tmp_path / "run", steps=1)
+    run_config = small_config(stores["jpeg"], tmp_path / "run", steps=1)
     fit(Run.open(run_config))
     with pytest.raises(UserError, match=r"another precision \(fp32, here bf16\)"):
         fit(Run.open(replace(run_config, precision="bf16", steps=2)))

@@ -15,7 +15,7 @@ from PIL import Image
 
 import train.cli
 from prep.console import UserError
-from tests.train.runs.test_status import validation
+from tests.helpers.metrics import validation_line
 from train.config.architecture import ALEXNET, HALF, Architecture
 from train.config.overrides import apply_overrides
 from train.config.recipe import Recipe
@@ -54,7 +54,7 @@ def write_run(
     lines = []
     for epoch, error in enumerate(errors, 1):
         step = {"kind": "train", "epoch": epoch, "step": 10 * epoch, "loss": 4 * error, "top1_error": error, "lr": 0.1}
-        lines += [step, validation(epoch, error)]
+        lines += [step, validation_line(epoch, error)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.train.trainer.test_loop import SMALL
+from tests.helpers.small_training import SMALL_ALEXNET
 from train.config.architecture import ALEXNET
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
@@ -39,7 +39,7 @@ class NoWaiting(TorchDispatchMode):
 
 def made(recipe: Recipe, device: str = "cpu", **how: Any) -> tuple[AlexNet, TrainingStep]:
     torch.manual_seed(0)
-    model = AlexNet(5, recipe, (device, device), SMALL if device == "cpu" else ALEXNET)
+    model = AlexNet(5, recipe, (device, device), SMALL_ALEXNET if device == "cpu" else ALEXNET)
     optimizer = make_optimizer(model, recipe)
     Schedule(recipe).apply(optimizer, 0)
     return model, TrainingStep(model, optimizer, **how)

@@ -1,0 +1,91 @@
+"""The live display of a run on a terminal."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from prep.console import Progress
+from tests.helpers.metrics import RUN_LENGTH, training_line
+from tests.train.monitor.conftest import ObservedRun
+from train.evaluation.evaluate import EvalResult
+from train.monitor.live_view import LiveView, sparkline
+from train.monitor.metrics_log import MetricsLog
+
+
+def test_a_terminal_shows_a_run_and_has_its_cursor_back(observed_run: ObservedRun) -> None:
+    output = observed_run.terminal_output
+    assert "step" in output and "of 9" in output and "images/s" in output
+    assert output.count("centre view") == 3
+    cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
+    assert cursor_hidden < output.index("\x1b[?25h") < first_validation  # shown at once: the run may be killed
+    assert "epoch   0.33" not in output  # the plain lines are not printed as well
+
+
+def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
+    console = Console(force_terminal=True, record=True, width=100, file=io.StringIO())
+    live = LiveView(console)
+    live.begin(RUN_LENGTH, [training_line(step) for step in range(1, 9)], 8)
+    live.follow(lambda: 2)
+    live.train(training_line(10, loss=0.25, gpu_memory_mb=[2500.0, 700.0]))
+    live.validation({"kind": "val", "epoch": 1, "step": 10, "images": 12, **vars(EvalResult(0.5, 0.25, 2.0, 12))})
+    live.validation({"kind": "val", "epoch": 2, "step": 10, "images": 12, **vars(EvalResult(0.625, 0.25, 2.0, 12))})
+    live.end()
+    console.export_text()
+    console.print(live)
+    text = console.export_text()
+    assert "12 of 100" in text and "1.20" in text and "0.250" in text
+    assert "44 s left" in text  # 88 steps of 8 images at 16 images a second
+    assert "lr 0.01   16.0 images/s   waits for stream 10.0%" in text
+    assert "memory 1.2 GB, GPU 2.5 GB, GPU 700.0 MB" in text
+    assert "validation at epoch 2: top-1 62.5%, top-5 25.0%; best top-1 50.0% at epoch 1" in text
+    assert sparkline([3.0 / step for step in range(1, 9)] + [0.25]) in text
+    with live.progress("validation", 500, "images") as report:
+        report.advance(40)
+        console.print(live)
+    assert "validation: 40 of 500 images" in console.export_text()
+
+
+def test_a_sparkline_is_scaled_from_its_lowest_to_its_highest_mean() -> None:
+    assert sparkline([10, 20, 30, 40, 50, 60, 70, 80]) == "▁▂▃▄▅▆▇█"
+    assert sparkline([5, 5]) == "▁▁" and sparkline([]) == ""
+    assert sparkline([0, 4, 8, 8, 1, 1], 3) == "▂█▁"
+
+
+def test_a_validation_that_ends_while_the_display_is_drawn_causes_no_error() -> None:
+    class EndsAfterFirstRead(LiveView):
+        reads = 0
+
+        @property
+        def _report(self) -> tuple[str, Progress] | None:
+            self.reads += 1
+            return ("validation", Progress(500, "images")) if self.reads == 1 else None
+
+        @_report.setter
+        def _report(self, value: object) -> None:
+            pass
+
+    console = Console(record=True, width=100, file=io.StringIO())
+    console.print(EndsAfterFirstRead(console))
+    assert "validation: 0 of 500 images" in console.export_text()
+
+
+def test_a_run_continues_after_its_terminal_was_closed(tmp_path: Path) -> None:
+    class ClosedTerminal(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+    live = LiveView(Console(file=ClosedTerminal()))
+    live.begin = live.end = lambda *args: live._console.print("…")  # type: ignore[method-assign]
+    with pytest.raises(OSError, match="Input"):
+        live.end()
+    result = EvalResult(0.5, 0.25, 2.0, 12)
+    live.begin = lambda *args: None  # type: ignore[method-assign]
+    with MetricsLog(tmp_path, RUN_LENGTH, 0, False, live) as log:
+        log.validation(1, 10, result)
+    assert json.loads((tmp_path / "status.json").read_bytes())["state"] == "finished"

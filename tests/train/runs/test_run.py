@@ -1,0 +1,83 @@
+"""A run that is opened: its length, and the settings, stores and folders that are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from prep.console import UserError
+from prep.files import hold_lock
+from tests.helpers.small_training import SMALL_ALEXNET, small_config
+from train.config.architecture import HALF
+from train.config.recipes import SHORT
+from train.config.run_config import RunConfig
+from train.runs.run import Run
+from train.trainer.loop import fit
+
+WIDER = replace(SMALL_ALEXNET, widths=replace(SMALL_ALEXNET.widths, fc7=18))
+
+
+def test_a_run_is_as_long_as_the_shorter_of_epochs_and_steps(stores: dict[str, Path], tmp_path: Path) -> None:
+    runs = [Run.open(small_config(stores["ppm"], tmp_path, steps=steps)) for steps in (None, 5, 100)]
+    assert [(run.steps_per_epoch, run.last_step) for run in runs] == [(3, 9), (3, 5), (3, 9)]
+
+
+def test_a_number_of_parts_that_does_not_divide_the_batch_is_refused(store: Path, tmp_path: Path) -> None:
+    config = RunConfig(store, SHORT, 8, accumulate=3, run_dir=tmp_path / "run")
+    with pytest.raises(
+        UserError, match=r"a batch of 8 cannot be divided into that many equal parts\. Give one of 1, 2, 4, 8"
+    ):
+        fit(Run.open(config))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"batch_size": 4}, "batch size"),
+        ({"seed": 4}, "seed"),
+        ({"model": HALF}, r"model \(alexnet, here half\): columns is 2, here 1"),
+        ({"model": WIDER}, "model: widths.fc7 is 16, here 18"),
+        ({"recipe": replace(SHORT, lr=0.5)}, "recipe: dropout is 0.5, here 0.0"),
+    ],
+)
+def test_another_configuration_in_the_folder_of_a_run_is_refused_by_its_difference(
+    stores: dict[str, Path], uninterrupted_run: Path, change: dict, difference: str
+) -> None:
+    with pytest.raises(UserError, match=f"another {difference}"):
+        fit(Run.open(small_config(stores["jpeg"], uninterrupted_run, **change)))
+
+
+def test_another_store_in_the_folder_of_a_run_is_refused(stores: dict[str, Path], uninterrupted_run: Path) -> None:
+    with pytest.raises(UserError, match="was trained with another store fingerprint"):
+        fit(Run.open(small_config(stores["ppm"], uninterrupted_run)))
+
+
+@pytest.mark.parametrize("name", ["letter.txt", "metrics.jsonl"])
+def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
+    stores: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    (tmp_path / name).write_text("dear")
+    with pytest.raises(UserError, match="something else than a run"):
+        fit(Run.open(small_config(stores["jpeg"], tmp_path)))
+    assert (tmp_path / name).read_text() == "dear"
+
+
+def test_a_second_training_in_one_folder_is_refused(stores: dict[str, Path], uninterrupted_run: Path) -> None:
+    with hold_lock(uninterrupted_run, "training"), pytest.raises(UserError, match="another training is at work"):
+        fit(Run.open(small_config(stores["jpeg"], uninterrupted_run)))
+
+
+def test_a_run_that_never_reached_a_checkpoint_may_be_started_with_other_settings(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / ".run.json.77.tmp").write_text("{")  # of a run that was killed as it began
+    with pytest.raises(UserError, match="a batch takes 64"):
+        fit(Run.open(small_config(stores["jpeg"], run_dir, batch_size=64)))
+    fit(Run.open(small_config(stores["jpeg"], run_dir, steps=1)))
+    assert json.loads((run_dir / "run.json").read_text())["settings"]["batch_size"] == 8

@@ -1,0 +1,22 @@
+"""metrics.jsonl read while it is written, and the time left that is predicted from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.metrics import training_line
+from train.runs.run_dir import read_metrics, seconds_left
+
+
+def test_a_line_of_which_a_part_is_written_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
+
+
+def test_time_left_is_predicted_from_the_mean_rate_of_the_last_20_intervals() -> None:
+    assert seconds_left([], 0, 10, 8) is None
+    lines = [training_line(1, images_per_s=1.0), *(training_line(2, images_per_s=rate) for rate in [10.0, 40.0] * 10)]
+    assert seconds_left(lines, 90, 100, 8) == pytest.approx(10 * 8 * (0.1 + 0.025) / 2)
+    assert seconds_left(lines, 100, 100, 8) == 0

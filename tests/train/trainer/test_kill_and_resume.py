@@ -1,0 +1,75 @@
+"""A run that is killed and started again has the same result, to the bit, as one that was not killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.helpers.project import ROOT
+from tests.helpers.small_training import assert_same_result, small_config
+from train.runs import checkpoint
+from train.runs.run import Run
+from train.trainer.loop import fit
+
+
+def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[str, Any]:
+    """Kill a run up to ten times and compare its result with that of a run that was not killed.
+
+    Returns what tests/helpers/kill_and_resume.py prints.
+    """
+    command = [sys.executable, str(ROOT / "tests/helpers/kill_and_resume.py")]
+    result = subprocess.run(
+        [*command, str(store), str(run_dir), str(seed), when],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=900,  # twelve forks, each of which ends itself after 120 s
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    uninterrupted = run_dir.with_name("uninterrupted")
+    assert_same_result(run_dir, uninterrupted)
+    state, expected = (checkpoint.load(folder) for folder in (run_dir, uninterrupted))
+    assert torch.equal(state.random, expected.random)
+    for part in ("schedule", "stream", "best", "identity"):
+        assert getattr(state, part) == getattr(expected, part), part
+    assert sorted(os.listdir(run_dir)) == sorted(os.listdir(uninterrupted))
+    assert not list(run_dir.glob(".*.tmp"))
+    return json.loads(result.stdout)
+
+
+def test_a_run_killed_ten_times_has_the_same_bits_and_leaves_no_temporary_file(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    kills = kill_and_resume(stores["ppm"], tmp_path / "run", 1, "operation")
+    assert kills["kills"] == 10 and len(kills["at"]) >= 3
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("when", ["operation", "time"])
+def test_runs_killed_a_hundred_times_in_all_have_the_same_bits(
+    stores: dict[str, Path], tmp_path: Path, when: str, seed: int
+) -> None:
+    """Ten attempts each. At an operation all of them are killed; at a random time, those that had not finished."""
+    kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
+    assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10
+
+
+def test_a_line_of_metrics_jsonl_that_a_power_cut_tore_is_removed_by_the_resumed_run(
+    stores: dict[str, Path],
+    uninterrupted_run: Path,
+    tmp_path: Path,
+) -> None:
+    run_dir = fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", steps=4)))
+    with open(run_dir / "metrics.jsonl", "ab") as file:
+        file.write(b'{"kind": "train", "ep\0\0\xc3\n\xff\xfe')
+    fit(Run.open(small_config(stores["jpeg"], run_dir)))
+    assert_same_result(run_dir, uninterrupted_run)
