@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -48,3 +49,27 @@ def test_a_held_lock_is_seen_and_refused_by_activity(tmp_path: Path) -> None:
     assert not lock_is_held(tmp_path)
     with hold_lock(tmp_path, "build"):
         pass
+
+
+def test_reading_the_state_of_a_lock_neither_takes_it_nor_creates_its_file(tmp_path: Path) -> None:
+    assert not lock_is_held(tmp_path) and not (tmp_path / ".lock").exists()
+    with hold_lock(tmp_path, "training"):
+        assert lock_is_held(tmp_path) and lock_is_held(tmp_path)
+    assert not lock_is_held(tmp_path)
+    with open(tmp_path / ".lock") as other_reader:  # another process reads the state at the same moment
+        fcntl.flock(other_reader, fcntl.LOCK_SH)
+        assert not lock_is_held(tmp_path)
+    with hold_lock(tmp_path, "training"):
+        pass
+
+
+def test_a_lock_whose_state_is_being_read_is_taken_after_a_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with hold_lock(tmp_path, "training"):
+        pass
+    with open(tmp_path / ".lock") as other_reader:
+        fcntl.flock(other_reader, fcntl.LOCK_SH)
+        monkeypatch.setattr("prep.files.time.sleep", lambda seconds: fcntl.flock(other_reader, fcntl.LOCK_UN))
+        with hold_lock(tmp_path, "training"):
+            assert lock_is_held(tmp_path)
