@@ -105,7 +105,7 @@ class BuildPlan:
         return tasks
 
     def shard_record(self, number: int) -> dict[str, Any] | None:
-        """The record of a finished shard (prep.build.shard_task); None if the shard is not finished or its files are incomplete."""
+        """The record of shard `number` (prep.build.shard_task); None if the shard is not finished or incomplete."""
         path = record_path(self.folder, number)
         try:
             record: dict[str, Any] = json.loads(path.read_bytes())

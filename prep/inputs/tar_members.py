@@ -1,13 +1,15 @@
 """Members of a tar archive, read in place: in bounded memory, and with every kind of damage reported.
 
-Python's tarfile parses the headers. Three of its habits are dealt with here, by its public interface alone:
+Python's tarfile parses the headers. Three of its properties need care, without any of its private methods:
 
 -   It reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims. It
     reads from a file object that it is given: `BoundedFile` refuses to read more than MAX_HEADER_BYTES at once.
--   It remembers every member, a gigabyte for ImageNet. Python 3.13 has `stream=True`, which turns that off; before
-    3.13 its list of members is emptied after each.
--   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a whole archive
-    ends in zero bytes.
+-   It stores every member, a gigabyte for ImageNet. Python 3.13 has `stream=True`, which turns that off; before 3.13
+    its list of members is emptied after each.
+-   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a complete
+    archive ends in zero bytes.
+
+Python's documentation does not list TarFile's attributes `members` and `offset`; test_tar_members.py tests both.
 """
 
 from __future__ import annotations
@@ -26,8 +28,7 @@ MAX_HEADER_BYTES = 1 << 20
 _MAX_PADDING_BYTES = 16 << 20  # tapes have the longest records; more zeros are a download that stopped on the way
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
 
-# What makes tarfile forget the members that it has returned.
-_FORGETFUL: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
+_NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
 
 
 class BoundedFile(io.BufferedReader):
@@ -56,10 +57,10 @@ def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report:
         raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")
     file.seek(start)
     try:
-        tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_FORGETFUL)
+        tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_NO_MEMBER_LIST)
         while (member := tar.next()) is not None:
-            if not _FORGETFUL:
-                tar.members = []  # type: ignore[attr-defined]  # documented only by what it holds
+            if not _NO_MEMBER_LIST:
+                tar.members = []  # type: ignore[attr-defined]
             if member.size < 0:
                 raise tarfile.ReadError(f"{_text(member)} has a size below zero")
             member_end = member.offset_data + (member.size if member.isreg() else 0)
