@@ -47,7 +47,7 @@ def render_figure(
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
         raise UserError("Figures need matplotlib. Install it with: pip install 'alexnet[figures]'") from None
-    sizes = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
+    sizes: dict[Any, Any] = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
     with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
         figure, buffer = Figure(figsize=size_inches), io.BytesIO()
