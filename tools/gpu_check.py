@@ -52,7 +52,7 @@ from prep.store.manifest import Store
 from tools.gpu.checks import Check, all_checks
 from tools.gpu.machine import Plan, machine
 from tools.gpu.timings import conclusions, timings
-from tools.bench.harness import Benchmark, Row, table
+from tools.bench.harness import BenchmarkCommand, Row, table
 from train.config.devices import parse_devices
 
 
@@ -70,7 +70,7 @@ def planned(store: Path, ppm_store: Path | None, device: str, gpus: str | None, 
     return Plan(store, ppm_store, devices, min(batch, records), quick)
 
 
-@click.command(cls=Benchmark)
+@click.command(cls=BenchmarkCommand)
 @store_option
 @click.option("--ppm-store", type=click.Path(path_type=Path), help="A store of PPM records, checked and timed too.")
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)

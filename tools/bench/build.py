@@ -1,28 +1,27 @@
-"""How fast a store is built, beside FFCV's writer, a Pillow script, libvips and the bound.
+"""Benchmark of building a store: alexprep beside FFCV's writer, a Pillow script, libvips and a bound.
 
-ours    `alexprep build-lmdb` as a user calls it, a process of its own: decode, area average to 256 px, central square,
-        JPEG of quality 90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image,
-        everything synced to the disk, manifest.
-FFCV    its DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). It has no rescaling to a shorter side, so
-        Pillow's bicubic filter does that in the data set, as torchvision's Resize would.
-Pillow  what one writes in an afternoon: a pool of processes that rescale by Pillow's bicubic filter, one plain LMDB
-        written by the parent in one commit (tools/bench/peers/pillow_script.py).
-libvips the same with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
+ours    `alexprep build-lmdb` as a process of its own: decoding, area average to 256 px, central square, JPEG of quality
+        90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
+        everything synced to the disk.
+FFCV    its DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). It cannot rescale to a shorter side,
+        so the data set does that with Pillow's bicubic filter, as torchvision's Resize would.
+Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, the parent writes one plain LMDB in
+        one commit (tools/bench/peers/pillow_script.py).
+libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
 bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/bench/peers/jpeg_bound.py).
 
-Everyone has --jobs worker processes, is held to as many cores, and reads the same files from the page cache, which is
-read through before each turn. Ours is timed from starting the command to its end, with the imports and the listing of
-the folder. The others are programs that have done both and, but for FFCV, have started their workers when they are
-given the word; they are timed from that to their answer that all is written, which is kind to them. Only ours and
-LMDB sync. Not timed: deleting what the last turn wrote.
+Every contestant has --jobs worker processes, may use as many cores, and reads the same files. The files are read before
+each turn, so that they are in the page cache. The time of ours includes starting the command, importing libraries and
+listing the folder. The others have imported and listed before they are timed and, except FFCV, started their workers:
+this favours them. Only ours and LMDB sync what they write. Deleting the output of the turn before is not timed.
 
-The photographs are repeated, by hard links where the disk allows it, until they are --pictures in number: choose so
-many that each works for ten seconds and ours loses little by starting. The bound goes through them twice for that.
-Repeating also means that every size of photograph comes again: what a contestant keeps by size pays sooner than it
-would on as many different photographs.
+The photographs are repeated, by hard links where the file system allows it, until there are --pictures of them. Choose
+enough that each contestant works for ten seconds, so that the start of ours is a small share. The bound reads them
+twice for that reason. Sizes of photographs repeat, too: a contestant that caches by size gains more than it would on as
+many different photographs.
 
-With --steps nothing is raced; instead the steps of ours are timed one by one on one core, in this process, with one
-BLAS thread, beside libjpeg-turbo alone. A round is one pass through at most 320 photographs, none repeated.
+--steps times the steps of our build instead, one by one on one core, in this process, with one BLAS thread, beside
+libjpeg-turbo alone. A round is one pass through at most 320 photographs, without repetition.
 """
 
 from __future__ import annotations
@@ -40,202 +39,203 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TypeVar
 
 import click
 
 from prep.console import UserError, count_noun, print_json, say
 from tools.bench.harness import (
     INTERPRETER,
-    Benchmark,
+    BenchmarkCommand,
     Contestant,
-    Program,
+    LineProcess,
     common_options,
-    ours_over,
-    photo_digits,
+    make_photo_digits,
+    print_results,
     race,
-    ratio_lines,
-    show,
+    speedup_lines,
+    speedups,
     timed,
 )
 
 SIDE_PX, QUALITY, FILTER = 256, 90, "area"
-_ENDINGS = (".jpeg", ".jpg", ".png")
+_SUFFIXES = (".jpeg", ".jpg", ".png")
 _BOUND = "bound: decode and encode alone"
 _BOUND_PASSES = 2
 _STEP_PICTURES = 320
 _ALONE = ("libjpeg-turbo alone, decode", "libjpeg-turbo alone, encode")
 
-
-def photographs(folder: Path) -> list[Path]:
-    """The pictures below `folder`, by the endings of their names, in order. Raises UserError for none."""
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _ENDINGS and path.is_file())
-    if not found:
-        raise UserError(f"--source {folder}: no {', '.join(_ENDINGS)} file in it. Name a folder of photographs.")
-    return found
+T = TypeVar("T")
 
 
-def chosen(paths: Sequence[Path], wanted: int) -> list[Path]:
-    """`wanted` of them, evenly spread; all and from the first again where there are fewer."""
-    if wanted < len(paths):
-        return [paths[len(paths) * index // wanted] for index in range(wanted)]
-    return list(itertools.islice(itertools.cycle(paths), wanted))
+def find_photographs(folder: Path) -> list[Path]:
+    """The image files below `folder`, sorted; recognized by their suffixes. Raises UserError if there are none."""
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
+    if not paths:
+        raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in it. Name a folder of photographs.")
+    return paths
 
 
-def lay_out(paths: Sequence[Path], source: Path, folder: Path) -> None:
-    """Links to `paths`, copies where there can be none, in class folders after the folders below `source`."""
+def resample(paths: Sequence[Path], count: int) -> list[Path]:
+    """`count` of the paths, evenly spread; if there are fewer, all of them, repeated from the first."""
+    if count < len(paths):
+        return [paths[len(paths) * index // count] for index in range(count)]
+    return list(itertools.islice(itertools.cycle(paths), count))
+
+
+def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
+    """Link `paths` into class folders of `folder`, named after their folders below `source`; copy if linking fails."""
     for index, path in enumerate(paths):
         parts = path.relative_to(source).parent.parts
         link = folder / ("_".join(parts) or "photographs") / f"{index:06d}_{path.name}"
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path.resolve(), link)
-        except OSError:  # another disk, or no right to link
+        except OSError:  # another file system, or linking is not permitted
             shutil.copyfile(path, link)
 
 
-class Field:
-    """Where everyone reads and writes, and everyone who runs there."""
+class BuildBenchmark:
+    """Contestants that read the folder `pictures` and write below `work_dir`, and the processes that they run in."""
 
-    def __init__(self, pictures: Path, work: Path, jobs: int) -> None:
-        self.pictures, self.work, self.jobs = pictures, work, jobs
-        self.out = work / "out"
-        self.versions: dict[str, str] = {}
-        self.programs: list[Program] = []
-        files = {path.stat().st_ino: path for path in sorted(pictures.glob("*/*"))}
-        self.files = list(files.values())  # one path for each file
+    def __init__(self, pictures: Path, work_dir: Path, jobs: int) -> None:
+        self.pictures, self.work_dir, self.jobs = pictures, work_dir, jobs
+        self.out = work_dir / "out"
+        self.versions: dict[str, str] = {}  # library versions of the peers, by contestant
+        self.processes: list[LineProcess] = []
+        by_inode = {path.stat().st_ino: path for path in sorted(pictures.glob("*/*"))}
+        self.distinct_files = list(by_inode.values())
 
-    def clear(self) -> None:
-        """Wait for whoever still runs, delete what was written, sync, have all files in the page cache."""
-        for program in self.programs:
-            program.wait()
+    def reset(self) -> None:
+        """Wait for processes to end, delete the output, sync the disk, and read all files into the page cache."""
+        for process in self.processes:
+            process.wait()
         shutil.rmtree(self.out, ignore_errors=True)
         os.sync()
-        for path in self.files:
+        for path in self.distinct_files:
             path.read_bytes()
 
-    def _program(self, name: str, command: Sequence[str]) -> Program:
-        program = Program(name, command, self.work / "errors.txt")
-        self.programs.append(program)
-        return program
+    def _process(self, name: str, command: Sequence[str]) -> LineProcess:
+        process = LineProcess(name, command, self.work_dir / "errors.txt")
+        self.processes.append(process)
+        return process
 
     def ours(self, name: str) -> Contestant:
-        """`alexprep build-lmdb`, from its start to its end."""
+        """`alexprep build-lmdb`, timed from the start of the process to its end."""
         alexprep = Path(sysconfig.get_path("scripts")) / "alexprep"
         if not alexprep.exists():
             raise UserError("alexprep is not installed beside this Python. Install it with: pip install -e .")
-        told = ("--store", str(self.out), "--jobs", str(self.jobs), "--json")
-        command = (str(alexprep), "build-lmdb", str(self.pictures), *told)
-        program = self._program(name, command)
+        options = ("--store", str(self.out), "--jobs", str(self.jobs), "--json")
+        process = self._process(name, (str(alexprep), "build-lmdb", str(self.pictures), *options))
 
         def turn() -> int:
-            program.start()
-            built = json.loads(program.line())
-            program.wait()
-            return int(built["records"])
+            process.start()
+            result = json.loads(process.read_line())
+            process.wait()
+            return int(result["records"])
 
-        return Contestant(name, timed(turn), _BOUND, self.clear)
+        return Contestant(name, timed(turn), _BOUND, self.reset)
 
-    def peer(self, name: str, python: str | Path, module: str, *more: str) -> Contestant:
-        """One of tools.bench.peers under the interpreter `python`, from the word to its end. Raises UserError if it fails."""
+    def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
+        """A program of tools.bench.peers run by the interpreter `python`, timed from its `go` line to its answer.
+
+        Raises UserError if the program fails to start.
+        """
         command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
-        command += [str(self.pictures), str(self.out), str(self.jobs), *more]
-        program = self._program(name, command)
+        command += [str(self.pictures), str(self.out), str(self.jobs), *arguments]
+        process = self._process(name, command)
 
         def prepare() -> None:
-            self.clear()
-            program.start()
-            self.versions[name] = program.line()
+            self.reset()
+            process.start()
+            self.versions[name] = process.read_line()
 
         def turn() -> int:
-            program.go()
-            return int(program.line())
+            process.send()
+            return int(process.read_line())
 
-        prepare()  # what is missing shall be said before the race
-        program.stop()
+        prepare()  # reports missing libraries before the first round
+        process.stop()
         return Contestant(name, timed(turn), _BOUND, prepare)
 
     def stop(self) -> None:
-        """End whoever still runs."""
-        for program in self.programs:
-            program.stop()
+        """End all processes."""
+        for process in self.processes:
+            process.stop()
 
 
-def contestants(field: Field, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
-    """Everyone who can run here; says who cannot, and why."""
-    racing = [field.ours("ours")]
+def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
+    """All contestants whose interpreter is given. Reports the ones that are left out and why."""
+    contestants = [benchmark.ours("ours")]
     if ffcv is None:
         say("FFCV is left out: name an interpreter that has it with --ffcv-python")
     else:
-        racing.append(field.peer("FFCV, Pillow bicubic", ffcv, "ffcv_writer", "jpg"))
+        contestants.append(benchmark.peer("FFCV, Pillow bicubic", ffcv, "ffcv_writer", "jpg"))
         if more:
-            racing.append(field.peer("FFCV, its own rescaling", ffcv, "ffcv_writer", "own"))
-            racing.append(field.peer("FFCV, Pillow bicubic, raw", ffcv, "ffcv_writer", "raw"))
-    racing.append(field.peer("Pillow script, bicubic", sys.executable, "pillow_script", "BICUBIC"))
+            contestants.append(benchmark.peer("FFCV, its own rescaling", ffcv, "ffcv_writer", "own"))
+            contestants.append(benchmark.peer("FFCV, Pillow bicubic, raw", ffcv, "ffcv_writer", "raw"))
+    contestants.append(benchmark.peer("Pillow script, bicubic", sys.executable, "pillow_script", "BICUBIC"))
     if more:
-        racing.append(field.peer("Pillow script, BOX", sys.executable, "pillow_script", "BOX"))
+        contestants.append(benchmark.peer("Pillow script, BOX", sys.executable, "pillow_script", "BOX"))
     if vips is None:
         say("libvips is left out: name an interpreter that has pyvips and lmdb with --vips-python")
     else:
-        racing.append(field.peer("libvips thumbnail", vips, "vips_thumbnail"))
-    racing.append(field.peer(_BOUND, sys.executable, "jpeg_bound", str(_BOUND_PASSES)))
-    for name, versions in field.versions.items():
+        contestants.append(benchmark.peer("libvips thumbnail", vips, "vips_thumbnail"))
+    contestants.append(benchmark.peer(_BOUND, sys.executable, "jpeg_bound", str(_BOUND_PASSES)))
+    for name, versions in benchmark.versions.items():
         say(f"{name}: {versions}")
-    return racing
+    return contestants
 
 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds for one picture in each step of ours, and in libjpeg-turbo alone: medians over the rounds."""
-    import numpy as np
+    """Milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
+
+    `out` is a new folder for the shards that are written.
+    """
     import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
 
     from prep.images import codec, color_stats, rescale
     from prep.store import datum, lmdb_shard
 
-    taken: dict[str, float] = {}
-    square_sum = np.zeros((SIDE_PX, SIDE_PX, 3), np.uint32)
+    seconds_by_step: dict[str, float] = {}  # of the current round
+    sums = color_stats.PixelSums(SIDE_PX)
 
-    def timed(step: str, work: Callable[[], Any]) -> Any:
+    def timed(step: str, work: Callable[[], T]) -> T:
         started = time.perf_counter()
-        done = work()
-        taken[step] = taken.get(step, 0.0) + time.perf_counter() - started
-        return done
+        result = work()
+        seconds_by_step[step] = seconds_by_step.get(step, 0.0) + time.perf_counter() - started
+        return result
 
-    def moments(square: Any) -> None:
-        np.add(square_sum, square, out=square_sum)
-        color_stats.Moments.of(square)
-
-    def one(path: Path) -> bytes:
+    def make_record(path: Path) -> bytes:
         content = timed("read", path.read_bytes)
         pixels = timed("decode", lambda: codec.decode_image(content).pixels)
         square = timed("rescale", lambda: rescale.rescale(pixels, SIDE_PX, False, FILTER))
-        timed("moments", lambda: moments(square))
-        file = timed("encode", lambda: codec.encode(square, "jpeg", QUALITY))
-        with contextlib.suppress(ValueError):  # CMYK, PNG
+        timed("moments", lambda: sums.add(square))
+        file = timed("encode", lambda: codec.encode_image(square, "jpeg", QUALITY))
+        with contextlib.suppress(ValueError):  # simplejpeg reads neither CMYK nor PNG
             timed(_ALONE[0], lambda: simplejpeg.decode_jpeg(content))
         timed(_ALONE[1], lambda: simplejpeg.encode_jpeg(square, quality=QUALITY, colorsubsampling="420"))
         record = datum.Datum(SIDE_PX, SIDE_PX, file, 0, os.fsencode(path.name))
-        return bytes(timed("Datum and LMDB", record.encode))
+        return timed("Datum and LMDB", record.encode)
 
-    found: dict[str, list[float]] = {}
+    rounds_ms: dict[str, list[float]] = {}
     with threadpool_limits(1):
         for number in range(rounds):
-            taken.clear()
-            square_sum[:] = 0
-            records = [one(path) for path in paths]
-            keyed = [(lmdb_shard.record_key(index), record) for index, record in enumerate(records)]
-            timed("Datum and LMDB", partial(lmdb_shard.write, out / str(number), iter(keyed)))
-            for step, seconds in taken.items():
-                found.setdefault(step, []).append(1000 * seconds / len(paths))
-    middle = {step: round(median(all_ms), 3) for step, all_ms in found.items()}
-    return {k: ms for k, ms in middle.items() if k not in _ALONE}, {k: middle[k] for k in _ALONE if k in middle}
+            seconds_by_step.clear()
+            records = [(lmdb_shard.record_key(index), make_record(path)) for index, path in enumerate(paths)]
+            timed("Datum and LMDB", partial(lmdb_shard.write, out / str(number), records))
+            for step, seconds in seconds_by_step.items():
+                rounds_ms.setdefault(step, []).append(1000 * seconds / len(paths))
+    median_ms = {step: round(median(values), 3) for step, values in rounds_ms.items()}
+    ours = {step: ms for step, ms in median_ms.items() if step not in _ALONE}
+    return ours, {step: median_ms[step] for step in _ALONE if step in median_ms}
 
 
-def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) -> None:
-    """The table of steps, or one JSON object."""
+def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: bool) -> None:
+    """Time the steps of our build, and print a table or one JSON object."""
     say(f"{count_noun(len(paths), 'picture')}, one core, {count_noun(rounds, 'round')}")
-    steps, alone = ms_by_step(paths, work / "steps", rounds)
+    steps, alone = ms_by_step(paths, work_dir / "steps", rounds)
     if as_json:
         print_json({"pictures": len(paths), "rounds": rounds, "ours_ms_by_step": steps, "libjpeg_turbo_ms": alone})
         return
@@ -244,11 +244,11 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
         click.echo(f"{step:<28} {ms:6.2f}")
 
 
-@click.command(cls=Benchmark)
+@click.command(cls=BenchmarkCommand)
 @click.option(
     "--source",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
-    help="Folder of photographs, at any depth.  [default: the photo digits, made now]",
+    help="Folder with photographs at any depth.  [default: photo digits, made for this run]",
 )
 @click.option(
     "--pictures",
@@ -256,16 +256,27 @@ def show_steps(paths: Sequence[Path], work: Path, rounds: int, as_json: bool) ->
     default=8000,
     show_default=True,
     metavar="N",
-    help="How many everyone works through: the photographs again and again, or some of them. Have each contestant "
-    "work for ten seconds or more, so that starting is a small share.",
+    help="Number of images that each contestant processes in a turn. The photographs are repeated, or a part is taken. "
+    "Choose N so that a turn takes ten seconds or more: then starting is a small share.",
 )
-@click.option("--jobs", type=click.IntRange(1), default=2, show_default=True, help="Workers, and cores, of everyone.")
-@click.option("--ffcv-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has FFCV; else left out.")
 @click.option(
-    "--vips-python", type=INTERPRETER, metavar="PATH", help="Interpreter that has pyvips and lmdb; else left out."
+    "--jobs",
+    type=click.IntRange(1),
+    default=2,
+    show_default=True,
+    help="Number of worker processes, and of cores, of each contestant.",
 )
-@click.option("--more", is_flag=True, help="Also Pillow's BOX filter, FFCV's own rescaling and FFCV's raw records.")
-@click.option("--steps", is_flag=True, help="Instead: what each step of ours takes on one core.")
+@click.option(
+    "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
+)
+@click.option(
+    "--vips-python",
+    type=INTERPRETER,
+    metavar="PATH",
+    help="Python interpreter with pyvips and lmdb.  [default: no libvips]",
+)
+@click.option("--more", is_flag=True, help="Add Pillow's BOX filter, FFCV's own rescaling and FFCV's raw records.")
+@click.option("--steps", is_flag=True, help="Time each step of our build on one core instead.")
 @common_options
 def main(
     source: Path | None,
@@ -278,11 +289,11 @@ def main(
     rounds: int,
     as_json: bool,
 ) -> None:
-    """Measure building a store of photographs, beside FFCV's writer, a Pillow script, libvips and bare libjpeg-turbo.
+    """Measure how fast a store is built, beside FFCV's writer, a Pillow script, libvips and libjpeg-turbo alone.
 
-    FFCV wants an environment of its own: the system's libopencv-dev, libturbojpeg0-dev and pkg-config; in a new venv
-    `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'`, then `pip install
-    --no-build-isolation ffcv`. The same environment then does for libvips.
+    FFCV needs an environment of its own. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
+    in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and
+    `pip install --no-build-isolation ffcv`. This environment serves libvips, too.
 
     \b
     Example:
@@ -291,23 +302,24 @@ def main(
       python -m tools.bench.build --source ilsvrc/train --steps
     """
     with tempfile.TemporaryDirectory() as temporary:
-        work = Path(temporary)
-        folder = source or photo_digits(work / "digits")
-        paths = photographs(folder)
+        work_dir = Path(temporary)
+        folder = source or make_photo_digits(work_dir / "digits")
+        paths = find_photographs(folder)
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: 1 if steps else jobs])
         if steps:
-            show_steps(chosen(paths, min(len(paths), _STEP_PICTURES)), work, rounds, as_json)
+            print_steps(resample(paths, min(len(paths), _STEP_PICTURES)), work_dir, rounds, as_json)
             return
-        lay_out(chosen(paths, pictures), folder, work / "pictures")
+        link_photographs(resample(paths, pictures), folder, work_dir / "pictures")
         count = f"{count_noun(pictures, 'picture')} of {count_noun(len(paths), 'photograph')}"
         say(f"{count}, {count_noun(jobs, 'worker')}")
-        field = Field(work / "pictures", work, jobs)
+        benchmark = BuildBenchmark(work_dir / "pictures", work_dir, jobs)
         try:
-            rows = race(contestants(field, ffcv_python, vips_python, more), rounds)
+            rows = race(make_contestants(benchmark, ffcv_python, vips_python, more), rounds)
         finally:
-            field.stop()
-    data = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds}
-    show(rows, as_json, {**data, "ours_over": ours_over(rows), "versions": field.versions}, ratio_lines(rows))
+            benchmark.stop()
+    details = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds}
+    results = {"ours_over": speedups(rows), "versions": benchmark.versions}
+    print_results(rows, as_json, {**details, **results}, speedup_lines(rows))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Contestants in turn: what the three benchmarks share.
+"""Run the contestants of a benchmark in turn and compare their rates: shared by all benchmarks.
 
-A contestant works for one turn and says at what rate. All take turns, A B C, A B C, …, so that a machine whose speed
-drifts does so for everyone; the first time through is not counted. A ratio is taken within each round, and the median
-over the rounds is given: it is not always the ratio of the two medians. Nothing is asserted.
+A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
+images/s. A round is one turn of each contestant, in order: A B C, A B C, …, so that a machine whose speed drifts slows
+all contestants alike. The first round warms up and is not counted. Ratios are computed within each round, and the
+median over the rounds is reported: it may differ from the ratio of the two medians. No result is asserted.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parents[2]
-_PAUSE_S = 1.0  # before each turn: what the one before has begun ahead of its consumer is finished by then
+_PAUSE_S = 1.0  # before each turn: batches that the contestant before still prefetches are finished by then
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """--rounds and --json, which every benchmark has."""
-    command = click.option("--json", "as_json", is_flag=True, help="One JSON object on standard output.")(command)
-    help = "Counted turns of each contestant."
+    """Add --rounds and --json, which every benchmark has."""
+    command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)
+    help = "Number of counted turns of each contestant."
     return click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help=help)(command)
 
 
-class Benchmark(click.Command):
-    """A command that turns a user's mistake into one line."""
+class BenchmarkCommand(click.Command):
+    """A command that reports a UserError in one line, without a traceback."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"context_settings": CONTEXT_SETTINGS, **kwargs})
@@ -49,17 +50,17 @@ class Benchmark(click.Command):
 
 @dataclass(frozen=True)
 class Contestant:
-    """Someone who is timed. The first of them all is ours."""
+    """One implementation that is timed. The first in the list of a benchmark is this project's."""
 
     name: str
-    rate: Callable[[], float]  # one turn; returns images/s
-    bound: str | None = None  # the name of the contestant that is its bound
-    prepare: Callable[[], object] = lambda: None  # before each turn, not timed
-    ours: str | None = None  # the name of the contestant of ours that it stands beside; None: the first of all
+    rate: Callable[[], float]  # runs one turn; returns images/s
+    bound: str | None = None  # name of the contestant whose rate is the upper bound of this one's
+    prepare: Callable[[], object] = lambda: None  # called before each turn, not timed
+    ours: str | None = None  # name of the project's contestant that this one is compared with; None: the first
 
 
 def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """The rate, in images/s, of `work`, which returns how many images it did."""
+    """A function that runs `work`, which returns the number of images it processed, and returns images/s."""
 
     def rate() -> float:
         started = time.perf_counter()
@@ -69,8 +70,11 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
     return rate
 
 
-class Program:
-    """A process that answers in lines; its standard error is kept for the case that it fails."""
+class LineProcess:
+    """A subprocess that is controlled by lines: commands on its standard input, answers on its standard output.
+
+    Its standard error goes to the file `errors`; the last line is quoted if the process fails.
+    """
 
     def __init__(
         self, name: str, command: Sequence[str], errors: Path, environment: Mapping[str, str] | None = None
@@ -80,42 +84,42 @@ class Program:
         self.process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
-        """Start it in the root of the checkout, where `-m tools.…` finds the peers."""
+        """Start the process in the root of the checkout, where `-m tools.bench.peers.NAME` is importable."""
         pipe, env = subprocess.PIPE, self.environment
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
                 self.command, stdin=pipe, stdout=pipe, stderr=errors, text=True, cwd=_ROOT, env=env
             )
 
-    def line(self) -> str:
-        """The next line that it prints; raises UserError where it ends instead."""
+    def read_line(self) -> str:
+        """The next line that the process prints; raises UserError if it ends instead."""
         assert self.process is not None and self.process.stdout is not None
-        text = self.process.stdout.readline()
-        if not text:
+        line = self.process.stdout.readline()
+        if not line:
             code = self.process.wait()
-            why = self.errors.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"{self.name}: exit code {code}. {' '.join(why)}")
-        return text.strip()
+            last_error = self.errors.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"{self.name}: exit code {code}. {' '.join(last_error)}")
+        return line.strip()
 
-    def go(self, word: str = "go") -> None:
-        """Give the word."""
+    def send(self, line: str = "go") -> None:
+        """Write one line to the process."""
         assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write(f"{word}\n")
+        self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
     def wait(self) -> None:
-        """Wait for its end, if it was started; raises UserError where it failed."""
+        """Wait until the process ends, if it was started; raises UserError if its exit code is not 0."""
         if self.process is not None:
             self.process.communicate()
             ended, self.process = self.process, None
             if ended.returncode:
                 raise UserError(f"{self.name}: exit code {ended.returncode}.")
 
-    def stop(self, patience_s: float = 0.0) -> None:
-        """End it if it still runs; one that ends with its standard input may have time to do so by itself."""
+    def stop(self, timeout_s: float = 0.0) -> None:
+        """Close the standard input of the process, and terminate it if it still runs after `timeout_s`."""
         if self.process is not None and self.process.poll() is None:
             try:
-                self.process.communicate(timeout=patience_s)
+                self.process.communicate(timeout=timeout_s)
             except subprocess.TimeoutExpired:
                 self.process.terminate()
                 self.process.communicate()
@@ -124,19 +128,19 @@ class Program:
 
 @dataclass(frozen=True)
 class Row:
-    """One contestant's rates over the rounds, in images/s, and medians of its ratios, taken round by round."""
+    """Rates of one contestant in images/s, and medians over the rounds of its ratios to others."""
 
     name: str
-    images_per_s: float
+    images_per_s: float  # median over the rounds
     least: float
     most: float
-    ours: str  # the name of the contestant of ours that it stands beside
-    of_ours: float
-    of_bound: float | None
+    ours: str  # name of the project's contestant that it is compared with
+    of_ours: float  # its rate / that contestant's
+    of_bound: float | None  # its rate / that of its bound
 
 
-def libjpeg_turbo() -> ModuleType:
-    """The module simplejpeg, which makes the bounds; raises UserError where it is missing."""
+def import_simplejpeg() -> ModuleType:
+    """The module simplejpeg (libjpeg-turbo), which the bounds use; raises UserError where it is missing."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -145,8 +149,8 @@ def libjpeg_turbo() -> ModuleType:
     return module
 
 
-def photo_digits(folder: Path) -> Path:
-    """The 1,500 training pictures of tools.photo_digits, made in a new folder."""
+def make_photo_digits(folder: Path) -> Path:
+    """Make the data set of tools.photo_digits in a new folder; returns the folder of its 1,500 training images."""
     from tools.photo_digits import make
 
     make(folder)
@@ -154,10 +158,10 @@ def photo_digits(folder: Path) -> Path:
 
 
 def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE_S) -> list[Row]:
-    """Run all in turn, once for nothing and `rounds` times for the record, with a pause before each turn."""
+    """Run one round to warm up and `rounds` counted ones, with a pause before each turn."""
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds + 1):
-        say(f"round {number} of {rounds}" if number else "warming up, not counted")
+        say(f"round {number} of {rounds}" if number else "warm-up round, not counted")
         for contestant in contestants:
             time.sleep(pause_s)
             contestant.prepare()
@@ -170,29 +174,28 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
     rows = []
     for contestant in contestants:
-        ours = contestant.ours or contestants[0].name
-        mine = rates[contestant.name]
-        middle, least, most = (round(rate, 1) for rate in (median(mine), min(mine), max(mine)))
-        of_bound = None if contestant.bound is None else ratio(contestant.name, contestant.bound)
-        rows.append(Row(contestant.name, middle, least, most, ours, ratio(contestant.name, ours), of_bound))
+        name, ours = contestant.name, contestant.ours or contestants[0].name
+        middle, least, most = (round(statistic(rates[name]), 1) for statistic in (median, min, max))
+        of_bound = None if contestant.bound is None else ratio(name, contestant.bound)
+        rows.append(Row(name, middle, least, most, ours, ratio(name, ours), of_bound))
     return rows
 
 
-def ours_over(rows: Sequence[Row]) -> dict[str, float]:
-    """By the name of each of the others: how many times its rate ours is."""
+def speedups(rows: Sequence[Row]) -> dict[str, float]:
+    """This project's rate divided by that of each other contestant, by its name. JSON key: "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 
-def ratio_lines(rows: Sequence[Row]) -> str:
-    """What ours_over says, a line each."""
-    beside = {row.name: row.ours for row in rows}
-    return "\n".join(f"{beside[name]} / {name}: {ratio:.2f}" for name, ratio in ours_over(rows).items())
+def speedup_lines(rows: Sequence[Row]) -> str:
+    """The speedups as text, a line each."""
+    ours = {row.name: row.ours for row in rows}
+    return "\n".join(f"{ours[name]} / {name}: {ratio:.2f}" for name, ratio in speedups(rows).items())
 
 
-def show(rows: Sequence[Row], as_json: bool, more: dict[str, Any], note: str = "") -> None:
-    """The table, then `note`; or one JSON object: `more`, and a list of rows under "contestants"."""
+def print_results(rows: Sequence[Row], as_json: bool, details: dict[str, Any], note: str = "") -> None:
+    """Print the table and `note`, or one JSON object: `details`, and the rows under "contestants"."""
     if as_json:
-        print_json({**more, "contestants": [asdict(row) for row in rows]})
+        print_json({**details, "contestants": [asdict(row) for row in rows]})
         return
     click.echo(table(rows))
     if note:
@@ -200,17 +203,18 @@ def show(rows: Sequence[Row], as_json: bool, more: dict[str, Any], note: str = "
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rates and their ratios, a line each."""
+    """The rates and their ratios as text, a line for each contestant."""
     width = max(len(row.name) for row in rows)
     bounded = any(row.of_bound is not None for row in rows)
     head = f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}"
     lines = [head]
     for row in rows:
-        spread = f"{_rate(row.least)} .. {_rate(row.most)}"
+        spread = f"{_rate_text(row.least)} .. {_rate_text(row.most)}"
         of_bound = "" if row.of_bound is None else f"{row.of_bound:9.2f}"
-        lines.append(f"{row.name:<{width}} {_rate(row.images_per_s):>8} {spread:>18} {row.of_ours:8.2f}{of_bound}")
+        rate = _rate_text(row.images_per_s)
+        lines.append(f"{row.name:<{width}} {rate:>8} {spread:>18} {row.of_ours:8.2f}{of_bound}")
     return "\n".join(lines)
 
 
-def _rate(images_per_s: float) -> str:
+def _rate_text(images_per_s: float) -> str:
     return f"{images_per_s:,.0f}" if images_per_s >= 100 else f"{images_per_s:.1f}"

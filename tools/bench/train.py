@@ -1,21 +1,22 @@
-"""How fast one training step is, beside the same network written with PyTorch's own modules.
+"""Benchmark of one training step on the CPU, beside the same network written with PyTorch's own modules.
 
-ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, train.optim.paper_sgd with that recipe's rates.
+ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, updated by train.optim.paper_sgd
+        with the learning rates of that recipe.
 ours, without LRN
-        the same but for its normalizations: what they cost us, as a share of the step.
-plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout,
-        torch.optim.SGD with the same rates. It has as many parameters, layer by layer.
+        the same without local response normalization (LRN): the difference is the cost of our LRN.
+plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout, and
+        torch.optim.SGD with the same learning rate. Each layer has as many parameters.
 plain, without LRN
-        the same but for its two normalizations: not the paper's network, for orientation.
+        the same without LRN: not the network of the paper, for orientation.
 
-Two differences stay. The paper normalizes within each column's 48 and 128 maps, plain across all 96 and 256, with the
-same number of maps in each sum. The paper scales activations in tests, nn.Dropout in training.
+Two differences remain. The paper normalizes within the 48 and 128 maps of a column, plain across all 96 and 256, with
+as many maps in each sum. The paper scales activations at test time, nn.Dropout at training time.
 
-A step is: forward, cross-entropy, zero_grad, backward, update, in float32, of random images that are there already. A
-turn is --steps of them. Left out: the stream (tools.bench.stream), the sums that the training loop keeps, GPUs.
+A step is forward, cross-entropy, zero_grad, backward and update, in float32, on random images that are in memory. A
+turn is --steps steps. Not measured: the stream (see tools.bench.stream), the metrics of the training loop, GPUs.
 
-The peak memory is the resident memory of a process that does nothing but two steps: Python, PyTorch, parameters,
-gradients, velocities and activations. It is measured first, for a new process begins with its parent's peak.
+Peak memory is the resident memory of a process that runs two steps and nothing else: Python, PyTorch, parameters,
+gradients, velocities and activations. It is measured first, because a new process starts with the peak of its parent.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from torch import nn
 
 from pipeline.augment import CROP_PX
 from prep.console import say
-from tools.bench.harness import Benchmark, Contestant, common_options, race, show, timed
+from tools.bench.harness import BenchmarkCommand, Contestant, common_options, print_results, race, timed
 from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.optim.paper_sgd import make_optimizer
@@ -46,10 +47,10 @@ CLASSES = 1000
 
 
 def plain_alexnet(with_lrn: bool) -> nn.Sequential:
-    """The paper's network without columns, from PyTorch's modules alone."""
+    """The network of the paper in one column, made of PyTorch's modules."""
 
     def norm() -> nn.Module:
-        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps
+        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum
         assert lrn
         return nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k) if with_lrn else nn.Identity()
 
@@ -70,20 +71,22 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 
 
 def training_step(name: str, batch: int) -> Callable[[], int]:
-    """One contestant's step, which returns its number of images."""
+    """The training step of one contestant, a function that returns the number of images."""
     torch.manual_seed(0)
     images, labels = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module
     optimizer: torch.optim.Optimizer
     if name in (OURS, OURS_WITHOUT_LRN):
         recipe = PAPER if name == OURS else replace(PAPER, lrn=None)
-        model = ours = AlexNet(CLASSES, recipe, ("cpu", "cpu"))
-        optimizer = updates = make_optimizer(ours, PAPER)
-        Schedule(PAPER).apply(updates, 0)
+        model = alexnet = AlexNet(CLASSES, recipe, ("cpu", "cpu"))
+        optimizer = paper_sgd = make_optimizer(alexnet, PAPER)
+        Schedule(PAPER).apply(paper_sgd, 0)
     else:
         model = plain_alexnet(with_lrn=name == PLAIN)
         for parameter in model.parameters():
-            nn.init.normal_(parameter, std=PAPER.init_std["conv1"])  # the paper's: PyTorch's own diverges at its rate
+            nn.init.normal_(
+                parameter, std=PAPER.init_std["conv1"]
+            )  # with PyTorch's own the paper's learning rate diverges
         optimizer = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
     model.train()
 
@@ -98,21 +101,21 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
 
 
 def peak_memory_mb(name: str, batch: int) -> int:
-    """The peak of this process, after two steps and nothing else."""
+    """Peak resident memory of this process in MB (10^6 bytes), after two steps and nothing else."""
     step = training_step(name, batch)
     step(), step()
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # Linux gives KiB
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # ru_maxrss is in KiB on Linux
 
 
-def contestant(name: str, batch: int, steps: int) -> Contestant:
-    """One contestant, its network made."""
+def make_contestant(name: str, batch: int, steps: int) -> Contestant:
+    """A contestant whose turn is `steps` steps on one batch; its network is made here."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 
 
-@click.command(cls=Benchmark)
-@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Images in a step.")
-@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Of each contestant, each turn.")
+@click.command(cls=BenchmarkCommand)
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True, help="Number of images in a step.")
+@click.option("--steps", type=click.IntRange(1), default=1, show_default=True, help="Number of steps in a turn.")
 @common_options
 def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
     """Measure one training step on the CPU, beside the same network written with PyTorch's own modules.
@@ -126,13 +129,13 @@ def main(batch: int, steps: int, rounds: int, as_json: bool) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
         memory = {name: pool.submit(peak_memory_mb, name, batch).result() for name in NAMES}
-    rows = race([contestant(name, batch, steps) for name in NAMES], rounds)
+    rows = race([make_contestant(name, batch, steps) for name in NAMES], rounds)
     threads = torch.get_num_threads()
     lrn_share = 1 - 1 / next(row.of_ours for row in rows if row.name == OURS_WITHOUT_LRN)
-    more = {"batch": batch, "steps": steps, "threads": threads, "rounds": rounds, "peak_memory_mb": memory}
+    details = {"batch": batch, "steps": steps, "threads": threads, "rounds": rounds, "peak_memory_mb": memory}
     note = f"LRN's share of our step: {lrn_share:.1%}\n"
     note += "peak memory, MB: " + ", ".join(f"{name} {mb:,}" for name, mb in memory.items())
-    show(rows, as_json, {**more, "lrn_share": round(lrn_share, 3)}, note)
+    print_results(rows, as_json, {**details, "lrn_share": round(lrn_share, 3)}, note)
 
 
 if __name__ == "__main__":

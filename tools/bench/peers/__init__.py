@@ -1,4 +1,5 @@
-"""The other contestants of tools.bench.build and tools.bench.stream, each a program of its own.
+"""Other libraries that tools.bench.build and tools.bench.stream measure, each a program of its own.
 
-They import nothing of the project, for some run under the interpreter of another environment, which has the peer.
+They import nothing of this project outside of this folder: some run with the interpreter of another environment, in
+which the library is installed.
 """

@@ -1,9 +1,10 @@
-"""What the programs share: waiting for the word to begin, and a pool of processes whose parent writes one LMDB.
+"""Shared by the programs of the build benchmark: arguments, the start signal, a process pool, writing one LMDB.
 
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
-A program imports, lists the pictures of FOLDER/class/, starts its pool, prints what it runs on, and waits for a line
-on standard input. Then it works, writes to OUT, prints how many pictures that was, and ends.
+A program imports its libraries, lists the images of FOLDER/CLASS/, starts its pool, prints the versions of its
+libraries, and waits for a line on standard input. Then it processes the images, writes to OUT, prints the number of
+images, and ends.
 """
 
 from __future__ import annotations
@@ -20,44 +21,49 @@ SIDE_PX, QUALITY = 256, 90
 Paths = Sequence[str]
 
 
-def arguments() -> tuple[Paths, Path, int, list[str]]:
-    """The pictures, where to write, how many workers, and what else stands on the command line."""
-    folder, out, jobs, *more = sys.argv[1:]
-    return sorted(str(path) for path in Path(folder).glob("*/*")), Path(out), int(jobs), more
+def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
+    """The images, the output path, the number of workers, and the further arguments of the command line."""
+    folder, out, jobs, *others = sys.argv[1:]
+    return sorted(str(path) for path in Path(folder).glob("*/*")), Path(out), int(jobs), others
 
 
 def take_turn(versions: str, work: Callable[[], int]) -> None:
-    """Say `versions`, wait for the word, work, say how many; end without a word where whoever asked is gone."""
+    """Print `versions`, wait for a line, run `work`, and print the number of images that it returns.
+
+    If standard input ends instead, return without doing anything: the benchmark has ended.
+    """
     print(versions, flush=True)  # noqa: T201
     if sys.stdin.readline():
         print(work(), flush=True)  # noqa: T201
 
 
-def started_pool(jobs: int, begin: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
-    """A pool of forked processes, each of which has called `begin`."""
+def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
+    """A pool of forked processes; returns when each of them has called `initialize`."""
     context = multiprocessing.get_context("fork")
     ready = context.Semaphore(0)
 
-    def first() -> None:
-        begin()
+    def initialize_worker() -> None:
+        initialize()
         ready.release()
 
-    pool = context.Pool(jobs, first)
+    pool = context.Pool(jobs, initialize_worker)
     for _ in range(jobs):
         ready.acquire()
     return pool
 
 
-def lmdb_turn(versions: str, jpeg: Callable[[str], bytes], begin: Callable[[], object] = lambda: None) -> None:
-    """One turn of a script that puts `jpeg(path)` of every picture into one plain LMDB, in one commit."""
+def take_lmdb_turn(
+    versions: str, make_jpeg: Callable[[str], bytes], initialize: Callable[[], object] = lambda: None
+) -> None:
+    """One turn of a program that writes `make_jpeg(path)` of every image to one plain LMDB, in one commit."""
     import lmdb
 
-    paths, out, jobs, _ = arguments()
-    with started_pool(jobs, begin) as pool:
+    paths, out, jobs, _ = parse_arguments()
+    with start_pool(jobs, initialize) as pool:
 
         def work() -> int:
             with lmdb.open(str(out), map_size=1 << 40) as env, env.begin(write=True) as txn:
-                for index, content in enumerate(pool.imap(jpeg, paths, chunksize=16)):
+                for index, content in enumerate(pool.imap(make_jpeg, paths, chunksize=16)):
                     txn.put(b"%08d" % index, content)
             return len(paths)
 

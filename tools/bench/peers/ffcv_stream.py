@@ -1,18 +1,18 @@
-"""FFCV's Loader over a .beton of the records.
+"""Stream of FFCV: its Loader on a .beton file of the records.
 
     python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
 
-jpg   The .beton holds the very bytes of the JPEG files: FFCV's own field would encode their pixels once more.
-raw   It holds their pixels, decoded by Pillow, in FFCV's own field.
+jpg   The .beton holds the unchanged bytes of the JPEG files. FFCV's own field would encode their pixels once more.
+raw   The .beton holds their pixels, decoded by Pillow, in FFCV's own field.
 
-FFCV has no random crop of a fixed size. Its RandomResizedCropRGBImageDecoder cuts one when the share of the area and
-the ratio of the sides are pinned to those of the window, and then rescales 224 × 224 to 224 × 224, for which OpenCV
-copies. So the windows are the same as everyone's, but all records must be squares of one size. It decodes the whole
-record, as all do. RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage follow. An epoch
-is made as long as ImageNet's by repeating the records, for FFCV allocates its batches anew in each.
+FFCV has no random crop of a fixed size. Its RandomResizedCropRGBImageDecoder makes one if area and aspect ratio are
+fixed to those of the crop; it then rescales 224 × 224 to 224 × 224, which OpenCV does by copying. The crops are
+distributed like those of all other contestants, but all records must be squares of one size. FFCV decodes the whole
+record, as all contestants do. RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage
+follow. The records are repeated until an epoch is as long as ImageNet's, because FFCV allocates new batches in each.
 
-last  Batches have channels last in memory, FFCV's default: NCHW by their strides only.
-first Channels first in memory, as everyone else's: FFCV copies each batch for that, twice.
+last  Batches have channels last in memory, which is FFCV's default: NCHW by their strides only.
+first Batches have channels first in memory, as those of all other contestants. FFCV copies each batch twice for it.
 
 Needs an environment of its own: see tools.bench.peers.ffcv_writer.
 """
@@ -40,24 +40,24 @@ from ffcv.transforms import (  # type: ignore[import-not-found]
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.bench.peers.stream_turn import BATCH, CROP_PX, Mean, Records, arguments, take_turns
+from tools.bench.peers.stream_turn import BATCH, CROP_PX, Mean, Records, parse_arguments, take_turns
 
 _EPOCH_IMAGES = 1_281_167
 
 
 class JpegField(RGBImageField):  # type: ignore[misc]
-    """RGBImageField for a picture that is a JPEG file already."""
+    """RGBImageField for images that are JPEG files already."""
 
     def encode(self, destination: Any, image: tuple[bytes, int, int], malloc: Callable[[int], Any]) -> None:
-        """Keep the bytes; `image` is the file, its width and its height."""
+        """Store the bytes unchanged; `image` is (bytes of the file, width, height)."""
         content, destination["width"], destination["height"] = image
         destination["mode"] = IMAGE_MODES["jpg"]
         destination["data_ptr"], storage = malloc(len(content))
         storage[:] = np.frombuffer(content, np.uint8)
 
 
-class Files:
-    """What goes into the .beton."""
+class RecordDataset:
+    """The images, raw or as (bytes, width, height), and labels that are written to the .beton."""
 
     def __init__(self, records: Records, raw: bool) -> None:
         self.records, self.raw = records, raw
@@ -74,22 +74,22 @@ class Files:
 
 
 def side_px(records: Records) -> int:
-    """The side of the squares that all records are."""
+    """Side of the records; exits with a message unless all of them are squares of one size."""
     sizes = set()
     for path, _ in records:
         with Image.open(path) as image:
             sizes.add(image.size)
     if len(sizes) != 1 or len(set(*sizes)) != 1:
-        raise SystemExit("FFCV cuts windows of a fixed size only out of squares that are all of one size")
+        raise SystemExit("FFCV makes crops of a fixed size only from squares that all have the same size")
     side, _ = sizes.pop()
     return int(side)
 
 
-def batches(beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool) -> Iterator[Any]:
-    """Epoch after epoch."""
-    share, side = (CROP_PX / side_px(records)) ** 2, (CROP_PX, CROP_PX)
+def endless_batches(beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool) -> Iterator[Any]:
+    """Batches of images, epoch after epoch."""
+    area_share, crop_size = (CROP_PX / side_px(records)) ** 2, (CROP_PX, CROP_PX)
     image = [
-        RandomResizedCropRGBImageDecoder(side, scale=(share, share), ratio=(1.0, 1.0)),
+        RandomResizedCropRGBImageDecoder(crop_size, scale=(area_share, area_share), ratio=(1.0, 1.0)),
         RandomHorizontalFlip(),
         NormalizeImage(mean, np.ones(3, np.float32), np.float32),
         ToTensor(),
@@ -111,16 +111,17 @@ def batches(beton: Path, records: Records, threads: int, mean: Mean, channels_la
 
 
 def main() -> None:
-    """Turns."""
-    records, out, threads, mean, (mode, channels) = arguments()
+    """Take turns."""
+    records, out, threads, mean, (mode, channels) = parse_arguments()
     out.mkdir()
     beton = out / "train.beton"
     field = RGBImageField(write_mode="raw") if mode == "raw" else JpegField()
     writer = DatasetWriter(str(beton), {"image": field, "label": IntField()}, num_workers=threads)
-    writer.from_indexed_dataset(Files(records, mode == "raw"))
-    take_turns(f"FFCV {version('ffcv')}", batches(beton, records, threads, mean, channels == "last"), threads)
+    writer.from_indexed_dataset(RecordDataset(records, mode == "raw"))
+    batches = endless_batches(beton, records, threads, mean, channels == "last")
+    take_turns(f"FFCV {version('ffcv')}", batches, threads)
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # imports have set one already
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another
     main()

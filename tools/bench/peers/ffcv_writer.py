@@ -1,15 +1,15 @@
-"""FFCV's DatasetWriter over a data set like torchvision's ImageFolder. No checksums or moments, nothing synced.
+"""Build with FFCV's DatasetWriter from a data set like torchvision's ImageFolder. No checksums or moments, no sync.
 
     python -m tools.bench.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
 
-jpg   Pillow decodes and rescales the shorter side to 256 px by its bicubic filter, the central square is cut, FFCV's
+jpg   Pillow decodes, rescales the shorter side to 256 px with its bicubic filter and crops the central square; FFCV's
       RGBImageField writes it as a JPEG of quality 90.
 raw   The same, written as pixels.
-own   Pillow decodes only; FFCV rescales (OpenCV's INTER_AREA, the longer side to 341 px: 256 × 341 for most
-      photographs, which is more than the square) and writes a JPEG of quality 90.
+own   Pillow decodes only. FFCV rescales the longer side to 341 px (OpenCV's INTER_AREA) and writes a JPEG of quality
+      90. Most photographs become 256 × 341, which is more than the square.
 
-Needs an environment of its own, for FFCV wants an older NumPy: libopencv-dev, libturbojpeg0-dev and pkg-config of the
-system; then `pip install 'numpy<2.3' torch setuptools pillow`, then `pip install --no-build-isolation ffcv`.
+Needs an environment of its own, because FFCV needs an older NumPy: libopencv-dev, libturbojpeg0-dev and pkg-config on
+the system; then `pip install 'numpy<2.3' torch setuptools pillow` and `pip install --no-build-isolation ffcv`.
 """
 
 from __future__ import annotations
@@ -25,37 +25,37 @@ from ffcv.fields import IntField, RGBImageField  # type: ignore[import-not-found
 from ffcv.writer import DatasetWriter  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.bench.peers.build_turn import QUALITY, arguments, take_turn
-from tools.bench.peers.pillow_script import square
+from tools.bench.peers.build_turn import QUALITY, parse_arguments, take_turn
+from tools.bench.peers.pillow_script import central_square
 
 _LONGER_SIDE_PX = 341
 
 
 class ImageFolder:
-    """Pictures and labels of class folders; rescaled to the square unless `whole`."""
+    """Images and labels of class folders; images are rescaled to the central square unless `full_size`."""
 
-    def __init__(self, paths: Sequence[str], whole: bool) -> None:
+    def __init__(self, paths: Sequence[str], full_size: bool) -> None:
         classes = sorted({Path(path).parent.name for path in paths})
-        label = {name: index for index, name in enumerate(classes)}
-        self.samples = [(path, label[Path(path).parent.name]) for path in paths]
-        self.whole = whole
+        label_of = {name: index for index, name in enumerate(classes)}
+        self.samples = [(path, label_of[Path(path).parent.name]) for path in paths]
+        self.full_size = full_size
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, label = self.samples[index]
-        return Image.open(path).convert("RGB") if self.whole else square(path, "BICUBIC"), label
+        return Image.open(path).convert("RGB") if self.full_size else central_square(path, "BICUBIC"), label
 
 
 def main() -> None:
-    """One turn."""
-    paths, out, jobs, (mode,) = arguments()
-    whole = mode == "own"
-    dataset = ImageFolder(paths, whole)
+    """Take one turn."""
+    paths, out, jobs, (mode,) = parse_arguments()
+    ffcv_rescales = mode == "own"
+    dataset = ImageFolder(paths, full_size=ffcv_rescales)
     field = RGBImageField(
         write_mode="raw" if mode == "raw" else "jpg",
-        max_resolution=_LONGER_SIDE_PX if whole else None,
+        max_resolution=_LONGER_SIDE_PX if ffcv_rescales else None,
         jpeg_quality=QUALITY,
     )
     out.mkdir()
@@ -69,5 +69,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # imports have set one already
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another
     main()

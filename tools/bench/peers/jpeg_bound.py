@@ -1,10 +1,10 @@
-"""The bound: libjpeg-turbo decodes every picture and encodes a square of 256 px at quality 90, and nothing else.
+"""Bound of the build: libjpeg-turbo decodes every image and encodes a square of 256 px at quality 90, nothing else.
 
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
-Files are read from the page cache, PASSES times over, by simplejpeg in forked processes; nothing is written. The
-squares that it encodes are of the same photographs, rescaled beforehand: a thousand of them at most are held. It takes
-libjpeg-turbo's faster, less exact arithmetic, and leaves out the few pictures that simplejpeg cannot read: CMYK, PNG.
+Forked processes read the files from the page cache PASSES times, with simplejpeg; nothing is written. The squares that
+they encode are made of the same photographs beforehand; at most 1,000 of them are kept in memory. The bound uses
+libjpeg-turbo's faster, less exact arithmetic, and skips the few images that simplejpeg cannot decode: CMYK and PNG.
 """
 
 from __future__ import annotations
@@ -16,53 +16,53 @@ from typing import Any
 import numpy as np
 import simplejpeg
 
-from tools.bench.peers.build_turn import QUALITY, SIDE_PX, Paths, arguments, started_pool, take_turn
-from tools.bench.peers.pillow_script import square
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, Paths, parse_arguments, start_pool, take_turn
+from tools.bench.peers.pillow_script import central_square
 
-_HELD = 1000
-_squares: list[Any] = []  # of the parent, seen by its forked processes
+_MAX_SQUARES = 1000
+_squares: list[Any] = []  # filled by the parent before it forks
 
 
-def readable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """The pictures that simplejpeg decodes, and one path for each file among them, by its number on the disk."""
+def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
+    """The paths that simplejpeg decodes, and one path for each file among them, by its inode."""
     files: dict[int, str] = {}
-    bad: set[int] = set()
-    kept = []
+    bad_inodes: set[int] = set()
+    good_paths = []
     for path in paths:
-        file = os.stat(path).st_ino
-        if file not in files and file not in bad:
+        inode = os.stat(path).st_ino
+        if inode not in files and inode not in bad_inodes:
             try:
-                with open(path, "rb") as opened:
-                    simplejpeg.decode_jpeg(opened.read())
-                files[file] = path
+                with open(path, "rb") as file:
+                    simplejpeg.decode_jpeg(file.read())
+                files[inode] = path
             except ValueError:
-                bad.add(file)
-        if file in files:
-            kept.append(path)
-    return kept, files
+                bad_inodes.add(inode)
+        if inode in files:
+            good_paths.append(path)
+    return good_paths, files
 
 
-def images(task: tuple[int, str]) -> int:
-    """Decode one file, encode one square."""
+def process_image(task: tuple[int, str]) -> int:
+    """Decode one file and encode one square; returns 1, the number of images."""
     index, path = task
-    with open(path, "rb") as opened:
-        simplejpeg.decode_jpeg(opened.read())
+    with open(path, "rb") as file:
+        simplejpeg.decode_jpeg(file.read())
     simplejpeg.encode_jpeg(_squares[index % len(_squares)], quality=QUALITY, colorsubsampling="420")
     return 1
 
 
 def main() -> None:
-    """One turn."""
-    paths, _, jobs, (passes,) = arguments()
-    paths, files = readable(paths)
-    for path in list(files.values())[:_HELD]:
-        _squares.append(np.ascontiguousarray(square(path, "BICUBIC")))
+    """Take one turn."""
+    paths, _, jobs, (passes,) = parse_arguments()
+    paths, files = decodable(paths)
+    for path in list(files.values())[:_MAX_SQUARES]:
+        _squares.append(np.ascontiguousarray(central_square(path, "BICUBIC")))
         assert _squares[-1].shape == (SIDE_PX, SIDE_PX, 3)
-    with started_pool(jobs) as pool:
+    with start_pool(jobs) as pool:
 
         def work() -> int:
             tasks = enumerate(list(paths) * int(passes))
-            return sum(pool.imap_unordered(images, tasks, chunksize=64))
+            return sum(pool.imap_unordered(process_image, tasks, chunksize=64))
 
         take_turn(f"simplejpeg {version('simplejpeg')}", work)
 

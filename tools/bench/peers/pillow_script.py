@@ -1,4 +1,4 @@
-"""What one writes in an afternoon: Pillow in a pool of processes, one LMDB. No labels, checksums or moments.
+"""A short script as one might write it: Pillow in a pool of processes, one LMDB. No labels, checksums or moments.
 
 python -m tools.bench.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
 """
@@ -12,10 +12,10 @@ from functools import partial
 import PIL
 from PIL import Image
 
-from tools.bench.peers.build_turn import QUALITY, SIDE_PX, lmdb_turn
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, take_lmdb_turn
 
 
-def square(path: str, filter: str) -> Image.Image:
+def central_square(path: str, filter: str) -> Image.Image:
     """The photograph rescaled to SIDE_PX on its shorter side, and the central square of that."""
     image = Image.open(path).convert("RGB")
     scale = SIDE_PX / min(image.size)
@@ -25,12 +25,12 @@ def square(path: str, filter: str) -> Image.Image:
     return image.crop((left, top, left + SIDE_PX, top + SIDE_PX))
 
 
-def jpeg(filter: str, path: str) -> bytes:
-    """The square as a file."""
+def make_jpeg(filter: str, path: str) -> bytes:
+    """The central square as a JPEG file."""
     out = io.BytesIO()
-    square(path, filter).save(out, "JPEG", quality=QUALITY)
+    central_square(path, filter).save(out, "JPEG", quality=QUALITY)
     return out.getvalue()
 
 
 if __name__ == "__main__":
-    lmdb_turn(f"Pillow {PIL.__version__}", partial(jpeg, sys.argv[4]))
+    take_lmdb_turn(f"Pillow {PIL.__version__}", partial(make_jpeg, sys.argv[4]))

@@ -1,14 +1,14 @@
-"""SPDL's Pipeline of threads over the JPEG files, a batch a task.
+"""Stream of SPDL: its Pipeline of threads over the JPEG files, one batch a task.
 
     python -m tools.bench.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
 
-ffmpeg      SPDL's own decoding: FFmpeg decodes, cuts the window, mirrors it, makes RGB of it; NumPy makes floats. It
-            cuts before it makes RGB, at the next even offset below, for which FFmpeg's colours are in halves.
+ffmpeg      SPDL's own decoding: FFmpeg decodes, crops, mirrors and converts to RGB; NumPy converts to float32. FFmpeg
+            crops before it converts to RGB, at the next lower even offset, because chroma has half the resolution.
 simplejpeg  SPDL's threads only: libjpeg-turbo decodes, NumPy does the rest.
 
-Batches are written into memory that is used again and again. Nothing is written to OUT.
+The memory of the batches is reused. Nothing is written to OUT.
 
-Needs `pip install spdl simplejpeg numpy`, and FFmpeg's libraries of the system (on Debian: libavdevice59).
+Needs `pip install spdl simplejpeg numpy`, and the libraries of FFmpeg on the system (on Debian: libavdevice59).
 """
 
 from __future__ import annotations
@@ -30,66 +30,66 @@ from tools.bench.peers.stream_turn import (
     CROP_PX,
     Mean,
     Records,
-    arguments,
+    parse_arguments,
+    random_crop,
     random_offset,
-    random_window,
-    shuffled,
+    shuffle_forever,
     take_turns,
 )
 
-_AHEAD = 3  # batches that wait for the consumer
-_BETWEEN = 5  # and at most so many on their way to it, or with it
+_PREFETCH = 3  # finished batches in the queue before the consumer
+_IN_FLIGHT = 5  # at most so many further batches on their way to the consumer, or used by it
 
 
-def window_by_ffmpeg(path: str) -> Any:
-    """A random window, mirrored or not, as frames of RGB."""
+def crop_with_ffmpeg(path: str) -> Any:
+    """A random crop, mirrored with probability ½, as RGB frames of FFmpeg."""
     packets = spdl.io.demux_image(path)
     codec = packets.codec
     top, left = random_offset(codec.height, codec.width)
     mirror = "hflip," if random.random() < 0.5 else ""
-    how = f"crop={CROP_PX}:{CROP_PX}:{left}:{top},{mirror}format=pix_fmts=rgb24"
-    return spdl.io.decode_packets(packets, filter_desc=how)
+    filters = f"crop={CROP_PX}:{CROP_PX}:{left}:{top},{mirror}format=pix_fmts=rgb24"
+    return spdl.io.decode_packets(packets, filter_desc=filters)
 
 
-def by_ffmpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
-    """A batch of windows into `out`."""
-    pixels = spdl.io.to_numpy(spdl.io.convert_frames([window_by_ffmpeg(path) for path in paths]))
-    for image, into in zip(pixels, out, strict=True):
-        np.subtract(np.ascontiguousarray(image.transpose(2, 0, 1)), mean[:, None, None], out=into)
+def fill_with_ffmpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
+    """Write a batch of crops to `out`, float32 (N, 3, 224, 224)."""
+    pixels = spdl.io.to_numpy(spdl.io.convert_frames([crop_with_ffmpeg(path) for path in paths]))
+    for image, target in zip(pixels, out, strict=True):
+        np.subtract(np.ascontiguousarray(image.transpose(2, 0, 1)), mean[:, None, None], out=target)
 
 
-def by_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
-    """A batch of windows into `out`."""
-    for path, into in zip(paths, out, strict=True):
-        random_window(simplejpeg.decode_jpeg(Path(path).read_bytes()), mean, into)
+def fill_with_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
+    """Write a batch of crops to `out`, float32 (N, 3, 224, 224)."""
+    for path, target in zip(paths, out, strict=True):
+        random_crop(simplejpeg.decode_jpeg(Path(path).read_bytes()), mean, target)
 
 
-def batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
-    """Without end."""
-    memory = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _BETWEEN + _AHEAD)]
-    free = cycle(memory)
+def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
+    """Batches of images without end; `fill` is one of the two functions above."""
+    buffers = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _IN_FLIGHT + _PREFETCH)]
+    next_buffer = cycle(buffers)
 
-    def batch(some: Records) -> tuple[Any, list[int]]:
-        paths, labels = zip(*some, strict=True)
-        out = next(free)
+    def make_batch(batch_records: Records) -> tuple[Any, list[int]]:
+        paths, labels = zip(*batch_records, strict=True)
+        out = next(next_buffer)
         fill(paths, mean, out)
         return out, list(labels)
 
-    builder = PipelineBuilder().add_source(shuffled(records)).aggregate(BATCH)
-    pipeline = builder.pipe(batch, concurrency=threads).add_sink(_AHEAD).build(num_threads=threads)
+    builder = PipelineBuilder().add_source(shuffle_forever(records)).aggregate(BATCH)
+    pipeline = builder.pipe(make_batch, concurrency=threads).add_sink(_PREFETCH).build(num_threads=threads)
     with pipeline.auto_stop():
         for images, _ in pipeline:
             yield images
 
 
 def main() -> None:
-    """Turns."""
-    records, _, threads, mean, (decoder,) = arguments()
-    fill, more = {
-        "ffmpeg": (by_ffmpeg, ""),
-        "simplejpeg": (by_simplejpeg, f", simplejpeg {version('simplejpeg')}"),
+    """Take turns."""
+    records, _, threads, mean, (decoder,) = parse_arguments()
+    fill, decoder_version = {
+        "ffmpeg": (fill_with_ffmpeg, ""),
+        "simplejpeg": (fill_with_simplejpeg, f", simplejpeg {version('simplejpeg')}"),
     }[decoder]
-    take_turns(f"SPDL {version('spdl')}{more}", batches(records, threads, mean, fill), threads)
+    take_turns(f"SPDL {version('spdl')}{decoder_version}", endless_batches(records, threads, mean, fill), threads)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 
-Needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself: libvips must not be forked.
+Needs pyvips (`pip install 'pyvips[binary]'`) and lmdb. Each process imports pyvips itself, because libvips does not
+survive a fork.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
-from tools.bench.peers.build_turn import QUALITY, SIDE_PX, lmdb_turn
+from tools.bench.peers.build_turn import QUALITY, SIDE_PX, take_lmdb_turn
 
 _vips: Any = None
 
 
-def begin() -> None:
-    """Load libvips."""
+def load_vips() -> None:
+    """Import pyvips, and switch its cache off."""
     global _vips
     import pyvips  # type: ignore[import-not-found]
 
@@ -26,8 +27,8 @@ def begin() -> None:
     _vips = pyvips
 
 
-def jpeg(path: str) -> bytes:
-    """The central square of a thumbnail, as a 4:2:0 file without metadata."""
+def make_jpeg(path: str) -> bytes:
+    """The central square of a thumbnail, as a 4:2:0 JPEG file without metadata."""
     image = _vips.Image.thumbnail(path, SIDE_PX, height=SIDE_PX, crop="centre", no_rotate=True)
     content: bytes = image.colourspace("srgb").jpegsave_buffer(Q=QUALITY, subsample_mode="on", keep="none")
     return content
@@ -36,5 +37,5 @@ def jpeg(path: str) -> bytes:
 if __name__ == "__main__":
     os.environ["VIPS_CONCURRENCY"] = "1"
     if find_spec("pyvips") is None:
-        raise SystemExit("pyvips is not installed in this environment")
-    lmdb_turn(f"pyvips {version('pyvips')}", jpeg, begin)
+        raise SystemExit("pyvips is not installed in this environment. Install it with: pip install 'pyvips[binary]'")
+    take_lmdb_turn(f"pyvips {version('pyvips')}", make_jpeg, load_vips)

@@ -1,8 +1,8 @@
-"""WebDataset over tar archives of the JPEG files, decoded by Pillow ("pil") in the workers of a DataLoader.
+"""Stream of WebDataset: tar archives of the JPEG files, decoded by Pillow ("pil") in the workers of a DataLoader.
 
     python -m tools.bench.peers.webdataset_stream FOLDER OUT THREADS RED,GREEN,BLUE
 
-As its documentation has it: archives drawn at random without end, a buffer of 1,000 records to mix them, batches made
+As its documentation recommends: archives drawn at random without end, a shuffle buffer of 1,000 records, batches made
 in the workers.
 
 Needs `pip install webdataset torch pillow`.
@@ -23,41 +23,41 @@ import torch
 import webdataset  # type: ignore[import-not-found]
 from PIL import Image
 
-from tools.bench.peers.stream_turn import BATCH, Mean, Records, arguments, random_window, take_turns
+from tools.bench.peers.stream_turn import BATCH, Mean, Records, parse_arguments, random_crop, take_turns
 
-_ARCHIVES_A_WORKER = 8
-_MIXED = 1000
+_ARCHIVES_PER_WORKER = 8
+_SHUFFLE_BUFFER = 1000
 
 
 def write_archives(records: Records, out: Path, archives: int) -> list[str]:
-    """The records in random order, in about so many archives."""
+    """Write the records in random order to about `archives` tar files; returns their paths."""
     out.mkdir()
-    pattern, each = str(out / "train-%06d.tar"), -(-len(records) // archives)
-    with webdataset.ShardWriter(pattern, maxcount=each, verbose=0) as writer:
+    pattern, archive_size = str(out / "train-%06d.tar"), -(-len(records) // archives)
+    with webdataset.ShardWriter(pattern, maxcount=archive_size, verbose=0) as writer:
         for index, (path, label) in enumerate(random.sample(records, len(records))):
             writer.write({"__key__": f"{index:08d}", "jpg": Path(path).read_bytes(), "cls": label})
     return sorted(str(path) for path in out.glob("*.tar"))
 
 
-def window(mean: Mean, image: Image.Image) -> torch.Tensor:
-    """A random window."""
-    return torch.from_numpy(random_window(np.asarray(image), mean))
+def crop_image(mean: Mean, image: Image.Image) -> torch.Tensor:
+    """A random crop as a tensor, float32 (3, 224, 224)."""
+    return torch.from_numpy(random_crop(np.asarray(image), mean))
 
 
-def batches(archives: list[str], threads: int, mean: Mean) -> Iterator[Any]:
-    """Without end."""
-    samples = webdataset.WebDataset(archives, resampled=True, shardshuffle=False).shuffle(_MIXED)
-    windows = samples.decode("pil").to_tuple("jpg", "cls").map_tuple(partial(window, mean))
-    for images, _ in webdataset.WebLoader(windows.batched(BATCH), batch_size=None, num_workers=threads):
+def endless_batches(archives: list[str], threads: int, mean: Mean) -> Iterator[Any]:
+    """Batches of images without end."""
+    samples = webdataset.WebDataset(archives, resampled=True, shardshuffle=False).shuffle(_SHUFFLE_BUFFER)
+    crops = samples.decode("pil").to_tuple("jpg", "cls").map_tuple(partial(crop_image, mean))
+    for images, _ in webdataset.WebLoader(crops.batched(BATCH), batch_size=None, num_workers=threads):
         yield images
 
 
 def main() -> None:
-    """Turns."""
-    records, out, threads, mean, _ = arguments()
-    archives = write_archives(records, out, _ARCHIVES_A_WORKER * threads)
+    """Take turns."""
+    records, out, threads, mean, _ = parse_arguments()
+    archives = write_archives(records, out, _ARCHIVES_PER_WORKER * threads)
     versions = f"webdataset {version('webdataset')}, torch {torch.__version__}, Pillow {PIL.__version__}"
-    take_turns(versions, batches(archives, threads, mean), threads)
+    take_turns(versions, endless_batches(archives, threads, mean), threads)
 
 
 if __name__ == "__main__":
