@@ -7,78 +7,94 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
-import train.cli
 from tests.helpers.small_training import SMALL_ALEXNET
-from train.config.architecture import ALEXNET, ARCHITECTURES
+from train.cli import main
+from train.config.architecture import ARCHITECTURES
 from train.monitor.metrics_log import MetricsLog
 from train.runs import checkpoint
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
-def test_the_command_ends_with_the_code_of_its_signal_and_a_checkpoint(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
-) -> None:
-    before, log_line = signal.getsignal(signal.SIGTERM), MetricsLog.train
-    hung_up = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+@pytest.fixture(autouse=True)
+def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL_ALEXNET)
 
-    def signalled(self: MetricsLog, line: dict[str, Any]) -> None:
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """SIGHUP ends a process by default; the tests may run under nohup. Handlers are restored at the end."""
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for signum, handler in before.items():
+        signal.signal(signum, handler)
+
+
+def run(store: Path, run_dir: Path, *options: str) -> Result:
+    """`alextrain run` with the recipe short on a CPU."""
+    words = ["run", "--store", str(store), "--run-dir", str(run_dir), "--gpus", "cpu", "--recipe", "short", *options]
+    return CliRunner().invoke(main, words)
+
+
+def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """`alextrain run` that gets a signal during step 2; batches of 8 in 2 parts."""
+    log_line = MetricsLog.train
+
+    def send_signal_after_one(self: MetricsLog, line: dict[str, Any]) -> None:
         log_line(self, line)
-        if line["step"] == 1:  # a second signal would be obeyed at once
+        if line["step"] == 1:  # once: a second signal stops at once
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(MetricsLog, "train", signalled)
-    monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL_ALEXNET)
-    words = ["--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--recipe", "short"]
-    try:
-        ended = CliRunner().invoke(
-            train.cli.main, ["run", *words, "--batch", "8", "--accumulate", "2", "--log-every", "1", "--keep", "1"]
-        )
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGHUP, hung_up)
-    assert ended.exit_code == code, ended.output
-    assert "batch 8 in 2 parts" in ended.stderr and "to continue from here" in ended.stderr
-    assert checkpoint.load(tmp_path / "run").step == 2  # the step that was under way
-    monkeypatch.undo()
-    monkeypatch.setitem(ARCHITECTURES, "alexnet", SMALL_ALEXNET)
-    ended = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "8", "--accumulate", "2", "--dry-run"])
-    assert ended.exit_code == 0 and "run: would resume after step 2." in ended.stderr
-    refused = CliRunner().invoke(train.cli.main, ["run", *words, "--batch", "4", "--dry-run"])
-    assert refused.exit_code == 1 and "another batch size (8, here 4)" in refused.stderr
-    fork_words = ["--batch", "8", "--fork", str(tmp_path / "fork"), "--epochs", "1"]
-    ended = CliRunner().invoke(train.cli.main, ["run", *words, *fork_words, "--dry-run"])
-    assert ended.exit_code == 0 and not (tmp_path / "fork").exists()
-    assert f"into {tmp_path / 'fork'}" in ended.stderr and "run after step 2." in ended.stderr
-    ended = CliRunner().invoke(train.cli.main, ["run", *words, *fork_words])
-    assert ended.exit_code == 0, ended.output
-    assert "begins with" in ended.stderr and "1 difference: accumulate" in ended.stderr
-    assert checkpoint.load(tmp_path / "fork").step == 3 and checkpoint.load(tmp_path / "run").step == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "train", send_signal_after_one)
+        return run(store, run_dir, "--batch", "8", "--accumulate", "2", "--log-every", "1", "--keep", "1")
 
 
-def test_a_full_disk_has_its_exit_code_though_standard_error_goes_there_too() -> None:
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGHUP, 129)])
+def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume_or_fork(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signum: int, code: int
+) -> None:
+    run_dir, fork_dir = tmp_path / "run", tmp_path / "fork"
+    result = stopped_run(store, run_dir, signum, monkeypatch)
+    assert result.exit_code == code, result.output
+    assert "batch 8 in 2 parts" in result.stderr and "to continue from here" in result.stderr
+    assert checkpoint.load(run_dir).step == 2  # the step in progress was finished
+
+    result = run(store, run_dir, "--batch", "8", "--accumulate", "2", "--dry-run")
+    assert result.exit_code == 0 and "run: would resume after step 2." in result.stderr
+    result = run(store, run_dir, "--batch", "4", "--dry-run")
+    assert result.exit_code == 1 and "another batch size (8, here 4)" in result.stderr
+
+    fork_options = ["--batch", "8", "--fork", str(fork_dir), "--epochs", "1"]
+    result = run(store, run_dir, *fork_options, "--dry-run")
+    assert result.exit_code == 0 and not fork_dir.exists()
+    assert f"into {fork_dir}" in result.stderr and "run after step 2." in result.stderr
+    result = run(store, run_dir, *fork_options)
+    assert result.exit_code == 0, result.output
+    assert "begins with" in result.stderr and "1 difference: accumulate" in result.stderr
+    assert checkpoint.load(fork_dir).step == 3 and checkpoint.load(run_dir).step == 2
+
+
+def test_a_full_disk_ends_a_command_with_3_also_if_standard_error_is_on_that_disk() -> None:
     script = (
         "import click\nfrom prep.console import DiskFull, Group, say\n"
         "@click.group(cls=Group)\ndef main(): pass\n"
-        "@main.command()\ndef run():\n    say('on the way')\n    raise DiskFull('no room')\nmain()"
+        "@main.command()\ndef run():\n    say('in progress')\n    raise DiskFull('no room')\nmain()"
     )
     with open("/dev/full", "w") as full:
-        ended = subprocess.run([sys.executable, "-c", script, "run"], stderr=full, check=False)
-    assert ended.returncode == 3
+        result = subprocess.run([sys.executable, "-c", script, "run"], stderr=full, check=False)
+    assert result.returncode == 3
 
 
-def test_quiet_leaves_the_last_line_and_the_answer(
-    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(ARCHITECTURES, "alexnet", replace(ALEXNET, widths=SMALL_ALEXNET.widths))
-    words = ["run", "--store", str(store), "--run-dir", str(tmp_path / "run"), "--gpus", "cpu", "--batch", "10"]
-    done = CliRunner().invoke(train.cli.main, [*words, "--epochs", "1", "--recipe", "short", "--quiet", "--json"])
-    assert done.exit_code == 0, done.output
-    (last,) = done.stderr.splitlines()
-    assert "trained. Next: alextrain evaluate" in last and json.loads(done.stdout)["val"]["images"] == 12
+def test_quiet_prints_only_the_last_line_and_the_json_object(store: Path, tmp_path: Path) -> None:
+    result = run(store, tmp_path / "run", "--batch", "10", "--epochs", "1", "--quiet", "--json")
+    assert result.exit_code == 0, result.output
+    (last_line,) = result.stderr.splitlines()
+    assert "trained. Next: alextrain evaluate" in last_line and json.loads(result.stdout)["val"]["images"] == 12
