@@ -1,0 +1,39 @@
+"""The command `alexstream preview`: the cells of its sheet."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+from click.testing import CliRunner
+from PIL import Image
+
+from pipeline.cli import main
+from pipeline.diagnostics.preview import AUGMENTED
+
+
+def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: dict[str, Path], tmp_path: Path) -> None:
+    sheets = {}
+    for kind in ("jpeg", "ppm", "ppm-whole"):
+        out = tmp_path / f"{kind}.png"
+        result = CliRunner().invoke(main, ["preview", str(out), "--store", str(stores[kind]), "--rows", "3"])
+        assert result.exit_code == 0, result.output
+        sheets[kind] = np.asarray(Image.open(out)).astype(float)
+    cell = 224 + 6
+    assert sheets["jpeg"].shape == (34 + 3 * cell, 6 + (AUGMENTED + 2) * cell, 3)
+    assert np.abs(sheets["jpeg"] - sheets["ppm"]).mean() < 3  # the same random crops of the same images
+    for row in range(3):
+        cells = [
+            sheets["ppm"][34 + row * cell :][:224, 6 + column * cell :][:, :224] for column in range(AUGMENTED + 2)
+        ]
+        assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
+        last, stronger = cells[AUGMENTED], cells[AUGMENTED + 1]
+        inside = ((stronger > 1) & (stronger < 254)).all(2)
+        if inside.sum() > 500:  # where nothing is clipped the two differ by one color: same crop, same flip
+            assert (stronger - last)[inside].std(0).max() < 1.5
+
+
+def test_a_missing_folder_is_reported_in_one_line(store: Path, tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["preview", str(tmp_path / "no" / "out.png"), "--store", str(store)])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "there is no folder" in result.stderr
