@@ -26,7 +26,7 @@ image_store_option = click.option(
     type=click.Path(path_type=Path),
     envvar="ALEXNET_STORE",
     show_envvar=True,
-    help="Folder of the store whose images are shown.  [default: the training store, if it is where it was]",
+    help="Folder of the store whose images are shown.  [default: the training store, if it still exists]",
 )
 image_split_option = click.option(
     "--split", default="val", show_default=True, help="Split whose images are shown and whose errors are counted."
@@ -38,7 +38,7 @@ index_option = click.option(
     default=INDEX_RECORDS,
     show_default=True,
     metavar="N",
-    help="Number of training images in which the nearest are searched, at most.",
+    help="Number of training images to search for the nearest, at most.",
 )
 image_seed_option = click.option(
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed that chooses the images that are shown."
@@ -107,7 +107,7 @@ def figures(
 def _say_what_is_left_out(trained: TrainedRun, split: str) -> None:
     left_out = "so figures of images, feature maps and errors per class are left out"
     if trained.store is None:
-        say(f"The training store is not where it was, {left_out}. Name a store with --store.")
+        say(f"The training store was moved, removed or rebuilt, {left_out}. Name a store with --store.")
     elif split not in trained.store.splits:
         say(f"{trained.store.root} has no split {split}, {left_out}.")
 

@@ -122,14 +122,18 @@ _SHORTHANDS = (
     click.option(
         "--activation",
         type=click.Choice(ACTIVATIONS),
-        help="Nonlinearity of the hidden layers; short for --set activation=…",
+        help="Nonlinearity of the hidden layers; short for --set activation=…  [default: the recipe's]",
     ),
     click.option(
         "--pool",
         type=click.Choice([str(px) for px in POOLS_PX]),
-        help="Side of the pooling windows in px, at stride 2; short for --set pool_px=…",
+        help="Side of the pooling windows in px, at stride 2; short for --set pool_px=…  [default: the recipe's]",
     ),
-    click.option("--schedule", type=click.Choice(SCHEDULES), help="Learning rate schedule; short for --set schedule=…"),
+    click.option(
+        "--schedule",
+        type=click.Choice(SCHEDULES),
+        help="Learning rate schedule; short for --set schedule=…  [default: the recipe's]",
+    ),
     click.option(
         "--no-lrn",
         is_flag=True,

@@ -223,7 +223,7 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
     """Train the network without one part at a time, and print the errors beside the paper's.
 
     Ablations that are trained already are not trained again; give the same command again to resume those that were
-    stopped or killed. All have the same seed, so they start with equal parameters, record order and crops.
+    stopped or killed. All have the same seeds, so they start with equal parameters, record order and crops.
 
     \b
     Example:

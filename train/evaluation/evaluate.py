@@ -1,6 +1,6 @@
-"""Top-1 and top-5 error rates, and loss, of a network over a whole split; of several networks averaged, too.
+"""Top-1 and top-5 error rates and loss over a split, of one network or of several whose probabilities are averaged.
 
-A view is a crop of 224 px: the centre, ten of section 4.1, or every window of the central square (AlexNet.dense).
+A view is a crop of 224 px: the centre, the ten of section 4.1, or every window of the central square (AlexNet.dense).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class EvalResult:
 
 
 def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: how many of N rows of scores (N, classes) do not have their label at the top, and in the top five.
+    """(2,) int64: how many of N rows of scores (N, classes) do not have their label first, and in the first five.
 
     Of equal scores the class of the lower index ranks higher, as in argmax; in topk the order of equals is undefined. A
     label whose score is NaN is a miss.

@@ -1,4 +1,4 @@
-"""Predictions of a whole split: class probabilities of every image, saved as .npz, and the log of all evaluations.
+"""Predictions for a split: the class probabilities of every image, saved as .npz, and the log of evaluations.
 
 A saved file is NumPy's .npz without pickles, in the store's order: `probabilities` float32 (N, classes), `labels` int64
 (N,), `keys` (N,) of 8 digits each, and `about`, JSON: run, step, checkpoint (its SHA-256), split, split_fingerprint,

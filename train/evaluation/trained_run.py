@@ -27,7 +27,7 @@ class TrainedRun:
     run_dir: Path
     network: AlexNet
     checkpoint: Checkpoint
-    store: Store | None  # None: no store was named, and the training store is not where it was
+    store: Store | None  # None: no store was named, and the training store was moved, removed or rebuilt
     precision: str = "fp32"
 
     @staticmethod
@@ -35,7 +35,7 @@ class TrainedRun:
         """Load a run's checkpoint and find its store.
 
         run_dir    a run folder, or a checkpoint file
-        store      a folder; None: the training store, if it is still where it was
+        store      a folder; None: the training store, if it still exists unchanged
         gpus       the value of --gpus
         precision  one of train.config.choices.PRECISIONS
         which      the checkpoint: "last", "best" or a file
@@ -64,7 +64,7 @@ class TrainedRun:
     def require_store(self, split: str) -> Store:
         """The store. Raises UserError if there is none, or it does not have the split."""
         if self.store is None:
-            raise UserError(f"{self.run_dir}: its training store is not where it was. Name it with --store.")
+            raise UserError(f"{self.run_dir}: its training store was moved, removed or rebuilt. Name one with --store.")
         self.store.split(split)
         return self.store
 

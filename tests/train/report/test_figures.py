@@ -27,7 +27,7 @@ def run_command(*args: object) -> tuple[list[str], str]:
     return result.stderr.splitlines(), result.stdout
 
 
-def test_all_figures_are_drawn_if_the_training_store_is_where_it_was(
+def test_all_figures_are_drawn_if_the_training_store_still_exists(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rendering is replaced: tests/train/report/test_html.py looks at the content of all figures."""
@@ -44,7 +44,7 @@ def test_without_a_store_figures_of_images_are_left_out_with_a_message(trained_r
     messages, answer = run_command(trained_run, "--format", "svg", "--out", tmp_path / "svg", "--json")
     assert {f"{name}.svg" for name in WITHOUT_STORE} == set(json.loads(answer)["files"])
     assert sorted(path.stem for path in (tmp_path / "svg").glob("*.svg")) == WITHOUT_STORE
-    assert "training store is not where it was" in messages[-1] and "--store" in messages[-1]
+    assert "training store was moved" in messages[-1] and "--store" in messages[-1]
 
 
 def test_a_figure_has_the_same_bytes_each_time_and_ignores_an_incomplete_line(
