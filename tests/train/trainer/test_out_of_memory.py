@@ -1,4 +1,4 @@
-"""Out-of-memory errors, and what they advise."""
+"""Out-of-memory errors of the CPU, a GPU, the driver and cuBLAS, and the options that the message advises."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ def raise_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
 
 
-def raise_untyped(words: str) -> None:
-    raise RuntimeError(words)
+def raise_untyped(message: str) -> None:
+    raise RuntimeError(message)
 
 
-RUN_OUT = {
-    "CPU": lambda: torch.empty(1 << 48),
+RUN_OUT_OF_MEMORY = {
+    "CPU": lambda: torch.empty(1 << 48),  # the error of torch's allocator itself
     "GPU": raise_out_of_memory,
     "driver": lambda: raise_untyped("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "cuBLAS": lambda: raise_untyped("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
 }
 
 
-@pytest.mark.parametrize("run_out", RUN_OUT.values(), ids=RUN_OUT)
-@pytest.mark.parametrize(("parts", "named"), [(1, "--accumulate 2"), (2, "--accumulate 4"), (8, "Give --batch 4")])
-def test_a_lack_of_memory_is_said_with_what_fits(
-    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_out: Any, parts: int, named: str
+@pytest.mark.parametrize("fail", RUN_OUT_OF_MEMORY.values(), ids=RUN_OUT_OF_MEMORY)
+@pytest.mark.parametrize(("parts", "advice"), [(1, "--accumulate 2"), (2, "--accumulate 4"), (8, "Give --batch 4")])
+def test_an_out_of_memory_error_advises_more_parts_or_a_smaller_batch(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any, parts: int, advice: str
 ) -> None:
-    """The CPU's by its allocator itself."""
-    monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", lambda *of: run_out())
-    with pytest.raises(UserError) as told:
+    monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", lambda *args: fail())
+    with pytest.raises(UserError) as raised:
         fit(Run.open(small_config(stores["ppm"], tmp_path / "run", accumulate=parts)))
-    said = str(told.value)
-    assert "out of memory on cpu (" in said and named in said and "--batch 4" in said and "\n" not in said
-    assert "--fork" not in said
+    message = str(raised.value)
+    assert "out of memory on cpu (" in message and "\n" not in message
+    assert advice in message and "--batch 4" in message
+    assert "--fork" not in message
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory(
+def test_other_runtime_errors_pass_through(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*of: object) -> None:
+    def fail(*args: object) -> None:
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     monkeypatch.setattr("train.trainer.loop.TrainingStep.__call__", fail)

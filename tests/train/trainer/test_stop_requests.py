@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop."""
+"""Signals that ask a training to stop: it ends after the step in progress, with a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+import train.trainer.loop
 from prep.console import Terminated, say
 from tests.helpers.small_training import assert_same_result, metrics_without_clock, small_config
 from train.monitor.metrics_log import MetricsLog
@@ -25,62 +26,55 @@ from train.trainer.stop_requests import stop_requests
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_leaves_a_checkpoint_of_that_step(
+def test_a_signal_during_a_step_leaves_a_checkpoint_of_that_step_from_which_the_run_resumes(
     stores: dict[str, Path], uninterrupted_run: Path, tmp_path: Path, signum: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_dir = tmp_path / "run"
-    from train.monitor.metrics_log import MetricsLog
+    run_dir, log_line = tmp_path / "run", MetricsLog.train
 
-    log_line = MetricsLog.train
-
-    def signal_after_five(self, line) -> None:
+    def send_signal_after_five(self: MetricsLog, line: dict[str, Any]) -> None:
         log_line(self, line)
         if line["step"] == 5:
             os.kill(os.getpid(), signum)
 
-    monkeypatch.setattr(MetricsLog, "train", signal_after_five)
-    with pytest.raises(BaseException) as stop:
+    monkeypatch.setattr(MetricsLog, "train", send_signal_after_five)
+    with pytest.raises(BaseException) as raised:
         fit(Run.open(small_config(stores["jpeg"], run_dir)))
-    assert stop.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
-    assert checkpoint.load_latest(run_dir).step == 6  # the step that was under way
+    assert raised.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
+    assert checkpoint.load(run_dir).step == 6  # the step in progress was finished
     monkeypatch.undo()
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert_same_result(run_dir, uninterrupted_run)
 
 
-def test_a_signal_during_validation_ends_the_run_at_once_and_loses_nothing(
+def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validates_again(
     stores: dict[str, Path], uninterrupted_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import train.trainer.loop
+    run_dir, evaluate = tmp_path / "run", train.trainer.loop.evaluate
 
-    validate = train.trainer.loop.evaluate
-
-    def signalled(*args):
+    def send_signal(*args: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
-        return validate(*args)
+        return evaluate(*args)
 
-    run_dir = tmp_path / "run"
-    monkeypatch.setattr(train.trainer.loop, "evaluate", signalled)
-    with pytest.raises(BaseException) as stop:
+    monkeypatch.setattr(train.trainer.loop, "evaluate", send_signal)
+    with pytest.raises(BaseException) as raised:
         fit(Run.open(small_config(stores["jpeg"], run_dir)))
-    assert stop.typename == "Terminated"
-    assert checkpoint.load_latest(run_dir).step == 3 and not any(
-        m["kind"] == "val" for m in metrics_without_clock(run_dir)
-    )
+    assert raised.typename == "Terminated"
+    assert checkpoint.load(run_dir).step == 3
+    assert not any(line["kind"] == "val" for line in metrics_without_clock(run_dir))
     monkeypatch.undo()
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert_same_result(run_dir, uninterrupted_run)
 
 
-def test_a_signal_just_before_a_validation_does_not_wait_for_it() -> None:
-    """After the loop has looked for one: the validation of ImageNet takes minutes."""
+def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
+    """A signal after the loop has checked for one: the validation of ImageNet takes minutes."""
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Terminated), stop.raised_at_once():
-            pytest.fail("it began")
+            pytest.fail("the validation began")
 
 
-def test_a_second_signal_is_obeyed_at_once_and_none_after_the_loop() -> None:
+def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end() -> None:
     before = [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)]
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGINT)
@@ -90,47 +84,47 @@ def test_a_second_signal_is_obeyed_at_once_and_none_after_the_loop() -> None:
     assert [signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)] == before
 
 
-def test_a_signal_in_the_middle_of_a_line_that_waits_for_its_reader_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python refuses to write another within it."""
-    reads, writes = os.pipe()
-    main = threading.get_ident()
+def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python raises RuntimeError when the handler prints to the stream whose print it interrupted."""
+    read_fd, write_fd = os.pipe()
+    main_thread = threading.get_ident()
 
     def interrupt_then_read() -> None:
-        while int.from_bytes(fcntl.ioctl(reads, termios.FIONREAD, bytes(4)), sys.byteorder) < 1 << 16:
-            time.sleep(0.01)
+        while int.from_bytes(fcntl.ioctl(read_fd, termios.FIONREAD, bytes(4)), sys.byteorder) < 1 << 16:
+            time.sleep(0.01)  # until the pipe is full
         time.sleep(0.05)
-        signal.pthread_kill(main, signal.SIGINT)
+        signal.pthread_kill(main_thread, signal.SIGINT)
         time.sleep(0.05)
-        while os.read(reads, 1 << 16):
+        while os.read(read_fd, 1 << 16):
             pass
 
     reader = threading.Thread(target=interrupt_then_read)
-    with os.fdopen(writes, "w") as stderr, monkeypatch.context() as patch, stop_requests() as stop:
+    with os.fdopen(write_fd, "w") as stderr, monkeypatch.context() as patch, stop_requests() as stop:
         patch.setattr(sys, "stderr", stderr)
         reader.start()
         say("x" * (1 << 18))
     reader.join()
-    os.close(reads)
+    os.close(read_fd)
     assert isinstance(stop.requested, KeyboardInterrupt)
 
 
-@pytest.mark.parametrize("where", ["a pipe that nobody reads", "a full disk"])
-def test_a_run_that_no_one_hears_still_ends_with_a_checkpoint(
-    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize("output", ["a closed pipe", "a full disk"])
+def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
+    stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """`alextrain run 2>&1 | tee log`, and Ctrl-C, which ends tee first; or a log on the disk that is full."""
-    log_line, (reads, writes) = MetricsLog.train, os.pipe()
-    os.close(reads)
-    stderr = os.fdopen(os.open("/dev/full", os.O_WRONLY) if where == "a full disk" else os.dup(writes), "w")
-    os.close(writes)
+    """`alextrain run 2>&1 | tee log` and Ctrl-C, which ends tee first; or a log on a disk that is full."""
+    log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
+    os.close(read_fd)
+    stderr = os.fdopen(os.open("/dev/full", os.O_WRONLY) if output == "a full disk" else os.dup(write_fd), "w")
+    os.close(write_fd)
 
-    def interrupted(self: MetricsLog, line: dict[str, Any]) -> None:
+    def interrupt(self: MetricsLog, line: dict[str, Any]) -> None:
         if line["step"] == 1:
             monkeypatch.setattr(sys, "stderr", stderr)
             os.kill(os.getpid(), signal.SIGINT)
         log_line(self, line)
 
-    monkeypatch.setattr(MetricsLog, "train", interrupted)
+    monkeypatch.setattr(MetricsLog, "train", interrupt)
     with pytest.raises(KeyboardInterrupt):
         fit(Run.open(small_config(stores["ppm"], tmp_path / "run")))
     monkeypatch.undo()

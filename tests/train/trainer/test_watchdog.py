@@ -1,4 +1,4 @@
-"""Losses, gradients and parameters that end a run, and losses that it warns of."""
+"""NaN and infinite losses, gradients and parameters that end a run, and losses and labels that cause a warning."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from train.trainer.step import StepResult, TrainingStep
 from train.trainer.watchdog import Diverged, Watchdog, parameter_norms
 
 
-def test_norms_are_those_of_numpy() -> None:
+def test_parameter_norms_equal_those_of_numpy() -> None:
     torch.manual_seed(0)
     model = AlexNet(5, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     optimizer = make_optimizer(model, SHORT)
@@ -32,95 +32,104 @@ def test_norms_are_those_of_numpy() -> None:
     gradients = model.joined_tensors(lambda p: p.grad)
     for name, tensor in model.joined_tensors().items():
         assert norms[name]["parameter"] == pytest.approx(np.linalg.norm(tensor.double().numpy().ravel()), rel=1e-5)
-        wanted = np.linalg.norm(gradients[name].double().numpy().ravel())
-        assert norms[name]["gradient"] == pytest.approx(wanted, rel=1e-5)
+        gradient_norm = np.linalg.norm(gradients[name].double().numpy().ravel())
+        assert norms[name]["gradient"] == pytest.approx(gradient_norm, rel=1e-5)
     model.fc8.bias.requires_grad_(False).grad = None
     assert set(parameter_norms(model)["fc8.bias"]) == {"parameter"}
 
 
-def test_a_loss_that_is_no_number_stops_the_run(stores: dict[str, Path], tmp_path: Path) -> None:
-    plan = small_config(stores["jpeg"], tmp_path / "run", recipe=replace(SHORT, schedule=(), lr=1e12))
+def test_a_run_that_diverges_is_an_error_and_leaves_no_checkpoint_with_nan(
+    stores: dict[str, Path], tmp_path: Path
+) -> None:
+    config = small_config(stores["jpeg"], tmp_path / "run", recipe=replace(SHORT, schedule=(), lr=1e12))
     with pytest.raises(UserError, match="diverged"):
-        fit(Run.open(plan))
+        fit(Run.open(config))
     state = checkpoint.load_latest(tmp_path / "run")
     assert state is None or all(torch.isfinite(t).all() for t in state.parameters.values())
 
 
 @pytest.mark.parametrize("part", ["parameter", "gradient"])
-def test_a_parameter_or_gradient_that_is_no_number_stops_though_the_loss_is_one(
+def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_finite(
     numbered: Path, tmp_path: Path, part: str
 ) -> None:
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
-    broken = model.columns[1].conv3.weight
+    weight = model.columns[1].conv3.weight
     with torch.no_grad():
-        (broken if part == "parameter" else broken.grad)[0, 0, 0, 0] = math.inf
+        (weight if part == "parameter" else weight.grad)[0, 0, 0, 0] = math.inf
     (tmp_path / "run").mkdir()
-    watch = Watchdog(Run.open(small_config(numbered, tmp_path / "run")), model)
-    watch.add(*stepped(1.0))
-    whose = "the gradient of " if part == "gradient" else ""
-    with pytest.raises(Diverged, match=rf"step 4: {whose}conv3\.weight has norm inf: .*offending-step-4"):
-        watch.check(4, SHORT.augmentation)
+    watchdog = Watchdog(Run.open(small_config(numbered, tmp_path / "run")), model)
+    watchdog.add(*step_result(1.0))
+    prefix = "the gradient of " if part == "gradient" else ""
+    with pytest.raises(Diverged, match=rf"step 4: {prefix}conv3\.weight has norm inf: .*offending-step-4"):
+        watchdog.check(4, SHORT.augmentation)
 
 
-def stepped(loss: float, labels: range | list[int] = range(8)) -> StepResult:
+def step_result(loss: float, labels: range | list[int] = range(8)) -> StepResult:
     return StepResult(torch.tensor(loss), torch.zeros(len(labels), 37), torch.tensor(list(labels)))
 
 
+GUESSING = math.log(37)  # the loss of a guess among 37 classes
+
+
 @pytest.fixture
-def watch(numbered: Path, tmp_path: Path) -> Watchdog:
-    """Of a run of 400 steps on 37 classes: 200 of them at ln 37 are stuck."""
+def watchdog(numbered: Path, tmp_path: Path) -> Watchdog:
+    """The watchdog of a run of 400 steps on 37 classes, whose loss is stuck after 200 steps at ln 37."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     return Watchdog(Run.open(RunConfig(numbered, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
 
-def judged(watch: Watchdog, losses: list[float], first: int = 0) -> None:
-    """Ten steps a line."""
-    for place, loss in enumerate(losses):
+def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
+    """Check an interval of ten steps for each of `losses`."""
+    for interval, loss in enumerate(losses, start=1):
         for _ in range(10):
-            watch.add(*stepped(loss))
-        watch.check(first + 10 * (place + 1), SHORT.augmentation)
+            watchdog.add(*step_result(loss))
+        watchdog.check(steps_before + 10 * interval, SHORT.augmentation)
 
 
-def test_a_loss_that_stays_a_guess_is_said_once(watch: Watchdog, capsys: pytest.CaptureFixture[str]) -> None:
-    guess = math.log(37)
-    judged(watch, [guess * 1.009, guess * 0.991] * 9 + [guess])
-    assert "Warning" not in capsys.readouterr().err
-    judged(watch, [guess] * 30, 190)
-    said = capsys.readouterr().err
-    assert said.count("Warning") == 1 and "step 200: the loss has been within 1% of ln 37 = 3.611" in said
-    assert "for 200 steps. Usually: a learning rate" in said
-
-
-def test_a_loss_that_left_its_guess_is_not_stuck(watch: Watchdog, capsys: pytest.CaptureFixture[str]) -> None:
-    guess = math.log(37)
-    judged(watch, ([guess] * 19 + [guess * 0.98]) * 3)
-    assert "Warning" not in capsys.readouterr().err
-
-
-def test_a_loss_of_zero_and_labels_of_one_class_are_said_once(
-    watch: Watchdog, capsys: pytest.CaptureFixture[str]
+def test_a_loss_that_stays_at_that_of_guessing_causes_one_warning(
+    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    judged(watch, [0.0] * 3)
-    said = capsys.readouterr().err
-    assert said.count("Warning") == 1 and "step 10: the loss is 0. Usually: a store with one class" in said
+    check_losses(watchdog, [GUESSING * 1.009, GUESSING * 0.991] * 9 + [GUESSING])
+    assert "Warning" not in capsys.readouterr().err
+    check_losses(watchdog, [GUESSING] * 30, steps_before=190)
+    messages = capsys.readouterr().err
+    assert messages.count("Warning") == 1
+    assert "step 200: the loss has been within 1% of ln 37 = 3.611" in messages
+    assert "for 200 steps. Usually: a learning rate" in messages
+
+
+def test_a_loss_that_was_lower_for_an_interval_is_not_stuck(
+    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_losses(watchdog, ([GUESSING] * 19 + [GUESSING * 0.98]) * 3)
+    assert "Warning" not in capsys.readouterr().err
+
+
+def test_a_loss_of_zero_and_labels_of_one_class_cause_one_warning_each(
+    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check_losses(watchdog, [0.0] * 3)
+    messages = capsys.readouterr().err
+    assert messages.count("Warning") == 1
+    assert "step 10: the loss is 0. Usually: a store with one class" in messages
     for _ in range(2):
         for _ in range(4):
-            watch.add(*stepped(1.0, [5] * 8))
-        watch.check(34, SHORT.augmentation)
-    said = capsys.readouterr().err
-    assert said.count("Warning") == 1 and "all 32 labels since step 30 are 5." in said
+            watchdog.add(*step_result(1.0, [5] * 8))
+        watchdog.check(34, SHORT.augmentation)
+    messages = capsys.readouterr().err
+    assert messages.count("Warning") == 1 and "all 32 labels since step 30 are 5." in messages
 
 
-def test_few_labels_of_one_class_are_chance_and_one_other_is_enough(
-    watch: Watchdog, capsys: pytest.CaptureFixture[str]
+def test_fewer_than_32_labels_of_one_class_or_one_label_of_another_cause_no_warning(
+    watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for other in ([4] + [5] * 7, [5] * 7 + [6]):
-        for labels in ([5] * 8, [5] * 8, other, [5] * 8):
-            watch.add(*stepped(1.0, labels))
-        watch.check(4, SHORT.augmentation)
+    for with_another in ([4] + [5] * 7, [5] * 7 + [6]):
+        for labels in ([5] * 8, [5] * 8, with_another, [5] * 8):
+            watchdog.add(*step_result(1.0, labels))
+        watchdog.check(4, SHORT.augmentation)
     for _ in range(3):
-        watch.add(*stepped(1.0, [5] * 8))
-    watch.check(3, SHORT.augmentation)
+        watchdog.add(*step_result(1.0, [5] * 8))
+    watchdog.check(3, SHORT.augmentation)
     assert "Warning" not in capsys.readouterr().err
