@@ -1,1 +1,1 @@
-"""What tools.gpu_check is made of: the plan and the machine, the checks, the timings."""
+"""Parts of tools.gpu_check: its settings, facts about the machine, correctness checks, and timings."""

@@ -1,9 +1,10 @@
-"""Is what a GPU computes what the CPU computes? Each check has what was found and what was wanted."""
+"""Checks of tools.gpu_check that a GPU computes what the CPU computes: stream, network, LRN, training step."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pipeline.augment import CROP_PX, Augmentation
 from pipeline.loader import Batch, train_loader
 from prep.store.manifest import Store
-from tools.gpu.machine import Plan
+from tools.gpu.settings import GpuCheckSettings
 from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm
@@ -22,22 +23,24 @@ from train.model.precision import autocast, set_precision
 from train.optim.paper_sgd import make_optimizer
 from train.trainer.step import TrainingStep
 
-# Grey levels. nvJPEG and libjpeg-turbo may round the cosine transform apart by one or two, and enlarge chroma by other
-# filters, which at coloured edges is more; a window, a flip, a mean or a noise gone wrong is 3 or more on average.
+# Grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently by one or two levels, and their
+# filters for chroma upsampling differ, which is more at coloured edges. A wrong crop, flip, mean or noise gives a mean
+# difference of 3 or more.
 JPEG_MEAN, JPEG_MAX = 1.0, 64.0
-PPM_MAX = 4 * 2.0**-15  # four times the distance of float32 numbers above 256
+PPM_MAX = 4 * 2.0**-15  # four times the distance between float32 numbers above 256
 
-# ‖found − wanted‖ / ‖wanted‖, wanted being float64 on the CPU: of the logits, and of the worst parameter's gradient. A
-# maximum or a ReLU that falls to the other side by rounding sends a gradient elsewhere, hence the wide second column.
+# ‖found − wanted‖ / ‖wanted‖, where `wanted` is float64 on the CPU: of the logits, and of the gradient of the worst
+# parameter. Where rounding changes the sign of a ReLU's input or the position of a maximum, the gradient takes another
+# path; therefore the second column is wide.
 # Measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (1e-2, 0.3), "bf16": (5e-2, 0.6)}
 LRN_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
-SAME_RUN = 1e-2  # two runs of three steps on a GPU, whose sums of gradients come in any order
+REPEAT_TOLERANCE = 1e-2  # of two runs of three steps on a GPU, where the order of sums in gradients varies
 
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the report."""
+    """Result of one check. The fields are JSON keys of the report."""
 
     name: str
     ok: bool
@@ -45,68 +48,69 @@ class Check:
     wanted: str
 
 
-def all_checks(plan: Plan) -> Iterator[Check]:
-    """Every check, as it is done. One that raises has failed; the others go on."""
+def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
+    """Run all checks and yield their results one by one. A check that raises counts as failed; the others go on."""
     parts: dict[str, Callable[[], Iterator[Check]]] = {}
-    for format, store in plan.stores().items():
-        parts[f"stream of {format} records"] = lambda store=store, format=format: stream_checks(plan, store, format)
-    parts["network"] = lambda: network_checks(plan)
-    parts["local response normalisation"] = lambda: lrn_checks(plan)
-    parts["two runs"] = lambda: repeat_checks(plan)
-    if plan.on_gpu:
-        parts["a step waits for no GPU"] = lambda: waiting_checks(plan)
+    for format, store in settings.stores_by_format().items():
+        parts[f"stream of {format} records"] = partial(stream_checks, settings, store, format)
+    parts["network"] = lambda: network_checks(settings)
+    parts["local response normalization"] = lambda: lrn_checks(settings)
+    parts["three steps twice"] = lambda: repeat_checks(settings)
+    if settings.on_gpu:
+        parts["synchronization in a step"] = lambda: synchronization_checks(settings)
     for name, part in parts.items():
         try:
             yield from part()
-        except Exception as error:  # of a driver, a library, a kernel: the report says which, and what else is well
+        except Exception as error:  # of a driver, a library or a kernel: report it, and check the rest
             yield Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0][:300], "no error")
 
 
 # ---- the stream
 
 
-def served(
-    store: Path, device: str, batch: int, steps: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
+def read_batches(
+    store: Path, device: str, batch: int, count: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """Batches of the training stream, copied to the CPU, and the state after them."""
-    how = Augmentation(mean=mean)
-    with train_loader(store, batch, device, seed=2012, augmentation=how, layout=layout) as loader:
+    """`count` batches of the training stream, from its start or after `state`, on the CPU; and the state after them."""
+    augmentation = Augmentation(mean=mean)
+    with train_loader(store, batch, device, seed=2012, augmentation=augmentation, layout=layout) as loader:
         if state is not None:
             loader.load_state_dict(state)
-        taken: list[Batch] = []
-        while len(taken) < steps:
+        batches: list[Batch] = []
+        while len(batches) < count:
             for images, labels in loader:
-                taken.append(Batch(images.cpu().clone(), labels.cpu().clone()))
-                if len(taken) == steps:
+                batches.append(Batch(images.cpu().clone(), labels.cpu().clone()))
+                if len(batches) == count:
                     break
-        return taken, loader.state_dict()
+        return batches, loader.state_dict()
 
 
-def stream_checks(plan: Plan, store: Path, format: str) -> Iterator[Check]:
-    """The same records with the same draws on device and CPU; a state continued, to the bit."""
-    device, batch = plan.devices[0], min(plan.compared, Store.open(store).split("train").records)
+def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Iterator[Check]:
+    """Compare the device with the CPU on the same records and random parameters, and a resumed stream bit by bit."""
+    device, batch = settings.devices[0], min(settings.compared_images, Store.open(store).split("train").records)
     for layout, mean in (("NCHW", "channel"), ("NHWC", "channel"), ("NCHW", "image"), ("NCHW", "aligned")):
-        wanted, _ = served(store, "cpu", batch, 2, layout, mean)
-        found, _ = served(store, device, batch, 2, layout, mean)
-        apart = torch.stack([(a.images - b.images).abs() for a, b in zip(found, wanted, strict=True)])
-        most, average = float(apart.max()), float(apart.mean())
-        labels = all(torch.equal(a.labels, b.labels) for a, b in zip(found, wanted, strict=True))
+        wanted, _ = read_batches(store, "cpu", batch, 2, layout, mean)
+        found, _ = read_batches(store, device, batch, 2, layout, mean)
+        differences = torch.stack([(a.images - b.images).abs() for a, b in zip(found, wanted, strict=True)])
+        largest, average = float(differences.max()), float(differences.mean())
+        same_labels = all(torch.equal(a.labels, b.labels) for a, b in zip(found, wanted, strict=True))
         jpeg = format == "jpeg"
-        ok = labels and (average <= JPEG_MEAN and most <= JPEG_MAX if jpeg else most <= PPM_MAX)
+        ok = same_labels and (average <= JPEG_MEAN and largest <= JPEG_MAX if jpeg else largest <= PPM_MAX)
         yield Check(
             f"stream of {format} records, {layout}, mean {mean}: {device} against cpu",
             ok,
-            f"apart by {average:.3g} grey levels on average, {most:.3g} at most; labels {_same(labels)}",
+            f"grey levels differ by {average:.3g} on average, {largest:.3g} at most; "
+            f"labels are {'equal' if same_labels else 'different'}",
             f"{JPEG_MEAN} on average, {JPEG_MAX} at most" if jpeg else f"{PPM_MAX:.3g} at most",
         )
-    _, state = served(store, device, batch, 1, "NCHW", "channel")
-    whole, _ = served(store, device, batch, 3, "NCHW", "channel")
-    resumed, _ = served(store, device, batch, 2, "NCHW", "channel", state)
-    same = [torch.equal(a.images, b.images) for a, b in zip(whole[1:], resumed, strict=True)]
+    _, state = read_batches(store, device, batch, 1, "NCHW", "channel")
+    uninterrupted, _ = read_batches(store, device, batch, 3, "NCHW", "channel")
+    resumed, _ = read_batches(store, device, batch, 2, "NCHW", "channel", state)
+    same = [torch.equal(a.images, b.images) for a, b in zip(uninterrupted[1:], resumed, strict=True)]
     yield Check(
-        f"stream of {format} records continued from a state on {device}",
+        f"stream of {format} records resumed from a state on {device}",
         all(same),
-        f"{sum(same)} of {len(same)} batches equal to the bit",
+        f"{sum(same)} of {len(same)} batches are bit-identical",
         f"{len(same)}",
     )
 
@@ -114,16 +118,23 @@ def stream_checks(plan: Plan, store: Path, format: str) -> Iterator[Check]:
 # ---- the network
 
 
-def network(plan: Plan, classes: int, devices: tuple[str, str]) -> AlexNet:
-    """The paper's, with the same parameters wherever it is, but initialized after He: from the paper's own values the
-    gradients are so small beside what they are sums of that those of float32 and float64 can part by a tenth.
+def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
+    """The network with the same parameters on every device, initialized after He.
+
+    With the paper's own initialization gradients are much smaller than the terms that they are sums of: float32 and
+    float64 then differ by up to a tenth.
     """
     torch.manual_seed(0)
-    return AlexNet(classes, replace(PAPER, init="he"), devices, plan.model)
+    return AlexNet(classes, replace(PAPER, init="he"), devices, settings.architecture)
 
 
-def outcome(model: AlexNet, images: Tensor, labels: Tensor, precision: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits and gradients of the loss, float64 on the CPU; without dropout, whose draws differ between devices."""
+def logits_and_gradients(
+    model: AlexNet, images: Tensor, labels: Tensor, precision: str
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Logits, and gradients of the loss by parameter, as float64 on the CPU.
+
+    Without dropout, whose random numbers differ between devices.
+    """
     set_precision(precision, model.devices)
     model.eval().zero_grad()
     with autocast(precision, model.devices[0]):
@@ -135,114 +146,122 @@ def outcome(model: AlexNet, images: Tensor, labels: Tensor, precision: str) -> t
     return logits.detach().double().cpu(), {name: gradient.double() for name, gradient in gradients.items()}
 
 
-def relative(found: Tensor, wanted: Tensor) -> float:
+def relative_distance(found: Tensor, wanted: Tensor) -> float:
     """‖found − wanted‖ / ‖wanted‖."""
     return float((found - wanted).norm() / wanted.norm())
 
 
-def network_checks(plan: Plan) -> Iterator[Check]:
-    """Logits and gradients against float64 on the CPU, in each precision; on two GPUs, where the plan has two."""
-    store = Store.open(plan.store)
-    classes, images = len(store.classes), max(2, plan.compared // 8)
-    (batch,), _ = served(plan.store, "cpu", images, 1, "NCHW", "channel")
-    reference = network(plan, classes, ("cpu", "cpu")).double()
-    wanted = outcome(reference, batch.images.double(), batch.labels, "fp32")
-    one = (plan.devices[0],) * 2
-    for devices in dict.fromkeys((one, plan.devices)):
-        model = network(plan, classes, devices)
-        where = devices[0] if devices[0] == devices[1] else f"{devices[0]} and {devices[1]}"
-        for precision in plan.precisions:
-            logits, gradients = outcome(model, batch.images.to(devices[0]), batch.labels, precision)
-            apart = {name: relative(gradient, wanted[1][name]) for name, gradient in gradients.items()}
-            worst = max(apart, key=lambda name: apart[name] if apart[name] == apart[name] else float("inf"))
-            found, limits = (relative(logits, wanted[0]), apart[worst]), TOLERANCES[precision]
+def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
+    """Compare logits and gradients with float64 on the CPU, in each precision: on one device, and on two if given."""
+    store = Store.open(settings.store)
+    classes, images = len(store.classes), max(2, settings.compared_images // 8)
+    (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")
+    reference = make_network(settings, classes, ("cpu", "cpu")).double()
+    wanted_logits, wanted_gradients = logits_and_gradients(reference, batch.images.double(), batch.labels, "fp32")
+    one_device = (settings.devices[0],) * 2
+    for devices in dict.fromkeys((one_device, settings.devices)):
+        model = make_network(settings, classes, devices)
+        place = devices[0] if devices[0] == devices[1] else f"{devices[0]} and {devices[1]}"
+        for precision in settings.precisions:
+            logits, gradients = logits_and_gradients(model, batch.images.to(devices[0]), batch.labels, precision)
+            distances = {name: relative_distance(value, wanted_gradients[name]) for name, value in gradients.items()}
+            worst = max(distances, key=lambda name: _nan_as_inf(distances[name]))
+            distance, limits = relative_distance(logits, wanted_logits), TOLERANCES[precision]
             yield Check(
-                f"network in {precision} on {where} against float64",
-                found[0] <= limits[0] and found[1] <= limits[1],
-                f"logits apart by {found[0]:.2g}, gradients by {found[1]:.2g} ({worst})",
+                f"network in {precision} on {place} against float64",
+                distance <= limits[0] and distances[worst] <= limits[1],
+                f"logits differ by {distance:.2g}, gradients by {distances[worst]:.2g} ({worst})",
                 f"{limits[0]:g}, {limits[1]:g}",
             )
 
 
-def lrn_checks(plan: Plan) -> Iterator[Check]:
-    """Whatever train.model.lrn does on this device, against torch's own normalization in float64 on the CPU."""
-    lrn, images = PAPER.lrn, 2 if plan.quick else 8
-    theirs = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by the maps
-    types = (torch.float32, torch.bfloat16) if "bf16" in plan.precisions else (torch.float32,)
-    for maps, side in ((plan.model.widths.conv1 // 2, 55), (plan.model.widths.conv2 // 2, 27)):
-        for dtype in types:
-            draw = torch.Generator().manual_seed(maps)
-            x, upstream = (scale * torch.randn(images, maps, side, side, generator=draw) for scale in (50.0, 1.0))
+def _nan_as_inf(distance: float) -> float:
+    return distance if distance == distance else float("inf")
+
+
+def lrn_checks(settings: GpuCheckSettings) -> Iterator[Check]:
+    """Compare the LRN that train.model.lrn chooses for this device with torch's LRN in float64 on the CPU."""
+    lrn, images = PAPER.lrn, 2 if settings.quick else 8
+    assert lrn is not None
+    torch_lrn = nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k)  # torch divides alpha by size
+    dtypes = (torch.float32, torch.bfloat16) if "bf16" in settings.precisions else (torch.float32,)
+    widths = settings.architecture.widths
+    for maps, side_px in ((widths.conv1 // 2, 55), (widths.conv2 // 2, 27)):
+        for dtype in dtypes:
+            generator = torch.Generator().manual_seed(maps)
+            shape = (images, maps, side_px, side_px)
+            x, upstream = (scale * torch.randn(shape, generator=generator) for scale in (50.0, 1.0))
             x, upstream = (t.to(dtype).contiguous(memory_format=torch.channels_last) for t in (x, upstream))
-            exact = x.double().requires_grad_()
-            y = theirs(exact)
-            wanted = (y, *torch.autograd.grad(y, exact, upstream.double()))
-            here = x.to(plan.device).requires_grad_()
-            z = local_response_norm(here, **vars(lrn))
-            found = (z, *torch.autograd.grad(z, here, upstream.to(plan.device, z.dtype)))
-            apart = [relative(f.detach().double().cpu(), w.detach()) for f, w in zip(found, wanted, strict=True)]
+            exact_x = x.double().requires_grad_()
+            exact_y = torch_lrn(exact_x)
+            wanted = (exact_y, *torch.autograd.grad(exact_y, exact_x, upstream.double()))
+            device_x = x.to(settings.device).requires_grad_()
+            y = local_response_norm(device_x, **vars(lrn))
+            found = (y, *torch.autograd.grad(y, device_x, upstream.to(settings.device, y.dtype)))
+            distances = [
+                relative_distance(f.detach().double().cpu(), w.detach()) for f, w in zip(found, wanted, strict=True)
+            ]
             limit = LRN_TOLERANCES[dtype]
+            type_name = str(dtype).removeprefix("torch.")
             yield Check(
-                f"normalisation of {maps} maps of {side}×{side}, {str(dtype).removeprefix('torch.')}, on {plan.device}",
-                max(apart) <= limit,
-                f"apart by {apart[0]:.2g}, gradient by {apart[1]:.2g}",
+                f"normalization of {maps} maps of {side_px}×{side_px}, {type_name}, on {settings.device}",
+                max(distances) <= limit,
+                f"outputs differ by {distances[0]:.2g}, gradients by {distances[1]:.2g}",
                 f"{limit:.2g}",
             )
 
 
-# ---- the step
+# ---- the training step
 
 
-def prepared(
-    plan: Plan, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
+def make_step(
+    settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[TrainingStep, Tensor, Tensor]:
-    """A step with a network of 1,000 classes, and a batch that lies where column 0 is. The rate is small: parameters
-    stay numbers, however long it runs.
+    """A training step with a network of 1,000 classes, and random images and labels on the device of column 0.
+
+    The learning rate is so small that parameters stay finite for any number of steps.
     """
-    devices, batch = devices or plan.devices, batch or plan.batch
-    model = network(plan, 1000, devices).train()
+    devices, batch = devices or settings.devices, batch or settings.batch
+    model = make_network(settings, 1000, devices).train()
     optimizer = make_optimizer(model, PAPER)
     for group in optimizer.param_groups:
         group["lr"] = 1e-6
-    draw = torch.Generator().manual_seed(1)
-    images = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX, generator=draw)
-    labels = torch.randint(1000, (batch,), generator=draw)
+    generator = torch.Generator().manual_seed(1)
+    images = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX, generator=generator)
+    labels = torch.randint(1000, (batch,), generator=generator)
     return TrainingStep(model, optimizer, precision), images.to(devices[0]), labels.to(devices[0])
 
 
-def repeat_checks(plan: Plan) -> Iterator[Check]:
-    """Three steps with dropout, twice from the same seed: how far apart the velocities are, sums of gradients."""
-    ends = []
+def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
+    """Run three steps with dropout twice from one seed, and compare the velocities, which are sums of gradients."""
+    velocities = []
     for _ in range(2):
-        step, images, labels = prepared(plan, "fp32", batch=plan.compared)
+        step, images, labels = make_step(settings, "fp32", batch=settings.compared_images)
         torch.manual_seed(7)
         for _ in range(3):
             step(images, labels)
-        ends.append([v.flatten() for v in step.model.joined_tensors(step.optimizer.velocity).values()])
-    apart, limit = relative(torch.cat(ends[0]), torch.cat(ends[1])), SAME_RUN if plan.on_gpu else 0.0
+        velocities.append([v.flatten() for v in step.model.joined_tensors(step.optimizer.velocity).values()])
+    distance = relative_distance(torch.cat(velocities[0]), torch.cat(velocities[1]))
+    limit = REPEAT_TOLERANCE if settings.on_gpu else 0.0
     yield Check(
-        f"three steps on {plan.devices[0]} and {plan.devices[1]}, twice",
-        apart <= limit,
-        "equal to the bit" if apart == 0 else f"apart by {apart:.2g}",
+        f"three steps on {settings.devices[0]} and {settings.devices[1]}, twice",
+        distance <= limit,
+        "bit-identical" if distance == 0 else f"velocities differ by {distance:.2g}",
         f"{limit:g}",
     )
 
 
-def waiting_checks(plan: Plan) -> Iterator[Check]:
-    """Torch raises where one of its operations makes the host wait."""
-    for precision in plan.precisions:
-        step, images, labels = prepared(plan, precision, batch=plan.compared)
+def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
+    """Check that a step never makes the host wait for the GPU: torch raises where one of its operations does."""
+    for precision in settings.precisions:
+        step, images, labels = make_step(settings, precision, batch=settings.compared_images)
         step(images, labels)
         torch.cuda.set_sync_debug_mode("error")
         try:
             step(images, labels)
-            found = "no wait"
+            found = "none"
         except RuntimeError as error:
             found = str(error).splitlines()[0]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        yield Check(f"a step in {precision} waits for no GPU", found == "no wait", found, "no wait")
-
-
-def _same(equal: bool) -> str:
-    return "equal" if equal else "different"
+        yield Check(f"synchronization with the GPU in a {precision} step", found == "none", found, "none")

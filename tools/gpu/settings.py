@@ -1,0 +1,77 @@
+"""Settings of one run of tools.gpu_check, and the amounts of work that follow from them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from prep.store.manifest import Store
+from train.config.architecture import ALEXNET, Architecture, Widths
+from train.config.devices import Devices
+
+
+@dataclass(frozen=True)
+class GpuCheckSettings:
+    """What the command line chose. "The trial on a CPU" is `--device cpu --quick`, which only tries the tool."""
+
+    store: Path
+    ppm_store: Path | None
+    devices: Devices  # of column 0, where the stream and the logits are, and of column 1
+    batch: int  # images in a step
+    quick: bool
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the stream and the logits."""
+        return torch.device(self.devices[0])
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the stream and the logits are on a GPU."""
+        return self.device.type == "cuda"
+
+    @property
+    def is_cpu_trial(self) -> bool:
+        """Whether everything is as small as possible."""
+        return self.quick and not self.on_gpu
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """The precisions that the device supports; tf32 and bf16 need compute capability 8.0."""
+        if not self.on_gpu:
+            return "fp32", "bf16"
+        return ("fp32", "tf32", "bf16") if torch.cuda.get_device_capability(self.device) >= (8, 0) else ("fp32",)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The network of the paper; in the trial on a CPU with eight maps a layer."""
+        return replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)) if self.is_cpu_trial else ALEXNET
+
+    @property
+    def rounds(self) -> int:
+        """Number of counted turns of each contestant."""
+        return 1 if self.is_cpu_trial else 3 if self.quick else 5
+
+    @property
+    def turn_s(self) -> float:
+        """Approximate duration of a turn in seconds; 0: one step."""
+        return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 1.0
+
+    @property
+    def pause_s(self) -> float:
+        """Pause before each turn, in seconds."""
+        return 0.1 if self.on_gpu else 0.0
+
+    @property
+    def compared_images(self) -> int:
+        """Number of images in a batch of the stream that is compared; the network is compared on an eighth of it."""
+        return min(self.batch, 16 if self.quick else 64)
+
+    def stores_by_format(self) -> dict[str, Path]:
+        """The stores by the format of their records, jpeg or ppm."""
+        stores = {Store.open(self.store).settings.format: self.store}
+        if self.ppm_store is not None:
+            stores.setdefault(Store.open(self.ppm_store).settings.format, self.ppm_store)
+        return stores
