@@ -1,4 +1,4 @@
-"""Numbers of the recipes against their sources."""
+"""The values of the recipes against the paper, the released code and Caffe's files."""
 
 from __future__ import annotations
 
@@ -8,20 +8,15 @@ from train.config.recipe import Plateau, recipe_fields
 from train.config.recipes import CAFFE, PAPER, RECIPES, RELEASED
 
 
-def test_every_number_of_every_recipe_has_a_source() -> None:
+def test_every_field_of_every_recipe_has_a_source() -> None:
     for recipe in RECIPES.values():
         assert set(recipe.sources) == set(recipe_fields()), recipe.name
         assert all(recipe.sources.values()), recipe.name
 
 
-def test_the_papers_numbers() -> None:
-    assert (PAPER.batch_size, PAPER.lr, PAPER.momentum, PAPER.weight_decay, PAPER.dropout) == (
-        128,
-        0.01,
-        0.9,
-        0.0005,
-        0.5,
-    )
+def test_the_recipe_paper_has_the_values_of_the_paper() -> None:
+    assert (PAPER.batch_size, PAPER.lr, PAPER.momentum) == (128, 0.01, 0.9)
+    assert (PAPER.weight_decay, PAPER.dropout) == (0.0005, 0.5)
     assert (PAPER.lrn.k, PAPER.lrn.size, PAPER.lrn.alpha, PAPER.lrn.beta) == (2, 5, 1e-4, 0.75)
     assert set(PAPER.init_std.values()) == {0.01} and not PAPER.norm_before_relu and PAPER.within_map is None
     assert isinstance(PAPER.schedule, Plateau) and (PAPER.schedule.factor, PAPER.schedule.drops) == (0.1, 3)
@@ -29,8 +24,8 @@ def test_the_papers_numbers() -> None:
     assert set(RECIPES) == {"paper", "released", "caffe", "modern", "short"}
 
 
-def test_caffes_numbers() -> None:
-    """models/bvlc_alexnet, as reported in its train_val.prototxt and solver.prototxt."""
+def test_the_recipe_caffe_has_the_values_of_bvlc_alexnet() -> None:
+    """Those of train_val.prototxt and solver.prototxt in models/bvlc_alexnet."""
     assert (CAFFE.batch_size, CAFFE.momentum, CAFFE.weight_decay, CAFFE.dropout) == (256, 0.9, 0.0005, 0.5)
     assert {layer for layer, std in CAFFE.init_std.items() if std == 0.005} == {"fc6", "fc7"}
     assert CAFFE.init_bias == {**dict.fromkeys(PAPER.init_bias, 0.1)}

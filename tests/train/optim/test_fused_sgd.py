@@ -1,4 +1,4 @@
-"""The fused parameter update: the same bits as torch's private kernel, and the same numbers without that kernel."""
+"""The fused parameter update: the bits of torch's private kernel, and nearly the same values without that kernel."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ SHAPES = ((6, 5, 3, 3), (30, 71), (17,))
 
 
 @pytest.fixture(autouse=True)
-def fresh_probe() -> Iterator[None]:
-    """fused_update_works remembers its answer."""
+def clear_cache() -> Iterator[None]:
+    """fused_update_works caches its result."""
     fused_sgd.fused_update_works.cache_clear()
     yield
     fused_sgd.fused_update_works.cache_clear()
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, velocities and gradients of a convolution with channels last, of a layer, and of biases."""
+    """Weights, velocities and gradients of a channels-last convolution, a linear layer and biases."""
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES] for _ in range(3)]
-    weights, velocities, gradients = ([t.contiguous(memory_format=layout(t)) for t in of] for of in lists)
+    weights, velocities, gradients = ([t.contiguous(memory_format=layout(t)) for t in items] for items in lists)
     return weights, velocities, gradients
 
 
@@ -35,7 +35,7 @@ def layout(t: Tensor) -> torch.memory_format:
     return torch.channels_last if t.dim() == 4 else torch.contiguous_format
 
 
-def updated(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM) -> list[Tensor]:
+def fused_result(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM) -> list[Tensor]:
     """Weights and velocities after two updates."""
     weights, velocities, gradients = tensors(dtype)
     for _ in range(2):
@@ -43,8 +43,9 @@ def updated(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM) -> l
     return [*weights, *velocities]
 
 
-def by_the_rule(momentum: float = MOMENTUM) -> list[Tensor]:
-    weights, velocities, gradients = ([t.double() for t in of] for of in tensors())
+def rule_result(momentum: float = MOMENTUM) -> list[Tensor]:
+    """The same by the rule in float64."""
+    weights, velocities, gradients = ([t.double() for t in items] for items in tensors())
     for _ in range(2):
         velocities = [
             momentum * v - LR * DECAY * w - LR * g for w, v, g in zip(weights, velocities, gradients, strict=True)
@@ -59,18 +60,18 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fused_update_works_with_the_installed_torch(dtype: torch.dtype) -> None:
+def test_the_fused_update_is_used_with_the_installed_torch_and_gives_the_rule(dtype: torch.dtype) -> None:
     assert fused_sgd.fused_update_works(CPU, dtype)
-    assert_close(updated(dtype), by_the_rule())
+    assert_close(fused_result(dtype), rule_result())
 
 
 def test_the_fused_update_has_the_bits_of_torchs_private_kernel() -> None:
-    """Weights of earlier versions, which called the kernel themselves, come out the same."""
+    """Earlier versions called that kernel: a run of theirs continues to the bit."""
     weights, velocities, gradients = tensors()
     constants = {"lr": -1.0, "dampening": 1.0 + LR, "nesterov": False, "maximize": False, "is_first_step": False}
     for _ in range(2):
         torch._fused_sgd_(weights, gradients, velocities, weight_decay=DECAY, momentum=MOMENTUM, **constants)
-    assert all(map(torch.equal, updated(), [*weights, *velocities]))
+    assert all(map(torch.equal, fused_result(), [*weights, *velocities]))
 
 
 def absent(*args: object, **kwargs: object) -> None:
@@ -92,37 +93,37 @@ def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[
 
 
 @pytest.mark.parametrize(
-    "other",
+    "replacement",
     [None, absent, refusing, renamed, without_lr],
-    ids=["no function", "no kernel", "refused", "other signature", "other numbers"],
+    ids=["no function", "no kernel", "refused", "other signature", "other values"],
 )
-def test_a_torch_without_the_fused_update_gives_the_same_numbers(
-    other: object, monkeypatch: pytest.MonkeyPatch
+def test_a_torch_without_a_usable_fused_update_gives_nearly_the_same_values(
+    replacement: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fused = updated()
+    expected = fused_result()
     fused_sgd.fused_update_works.cache_clear()
-    monkeypatch.setattr(fused_sgd, "sgd", other)
+    monkeypatch.setattr(fused_sgd, "sgd", replacement)
     assert not fused_sgd.fused_update_works(CPU, torch.float32)
-    assert_close(updated(), fused)
+    assert_close(fused_result(), expected)
 
 
-def test_a_torch_without_the_private_kernel_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    fused = updated()
+def test_a_torch_without_the_private_kernel_gives_nearly_the_same_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = fused_result()
     fused_sgd.fused_update_works.cache_clear()
     monkeypatch.delattr(torch, "_fused_sgd_")
     assert not fused_sgd.fused_update_works(CPU, torch.float32)
-    assert_close(updated(), fused)
+    assert_close(fused_result(), expected)
 
 
-def test_other_devices_and_no_momentum_are_updated_by_operators() -> None:
-    """torch's kernel has no velocity without momentum."""
+def test_other_devices_and_a_momentum_of_zero_are_updated_by_operators() -> None:
+    """Without momentum, torch's kernel has no velocity."""
     assert not fused_sgd.fused_update_works(torch.device("meta"), torch.float32)
-    assert_close(updated(momentum=0.0), by_the_rule(momentum=0.0))
+    assert_close(fused_result(momentum=0.0), rule_result(momentum=0.0))
 
 
-def test_an_update_counts_as_a_change_of_the_tensors() -> None:
-    """Autograd refuses a backward pass that needs a tensor changed since."""
+def test_an_update_raises_the_version_of_the_tensors() -> None:
+    """By the version, autograd refuses a backward pass that needs a tensor as it was before a change."""
     weights, velocities, gradients = tensors()
-    before = [t._version for t in (*weights, *velocities)]
+    versions = [t._version for t in (*weights, *velocities)]
     fused_sgd.update(weights, velocities, gradients, MOMENTUM, LR, DECAY)
-    assert all(t._version > old for t, old in zip((*weights, *velocities), before, strict=True))
+    assert all(t._version > version for t, version in zip((*weights, *velocities), versions, strict=True))

@@ -1,4 +1,4 @@
-"""Learning-rate schedules against the tables and formulas of their sources."""
+"""Learning-rate schedules against the tables and formulas of their sources, and frozen layers."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
         (90, 1e-5, 0.0, "off"),
     ],
 )
-def test_released_schedule_is_the_table_of_net_145(epochs_done: int, lr: float, lr_conv1: float, colour: str) -> None:
+def test_the_released_schedule_is_the_table_of_net_145(
+    epochs_done: int, lr: float, lr_conv1: float, colour: str
+) -> None:
     schedule = Schedule(RELEASED)
     assert schedule.learning_rates(epochs_done) == (lr, lr_conv1, 0.02)
     assert schedule.colour(epochs_done) == colour
@@ -44,26 +46,26 @@ def test_released_schedule_is_the_table_of_net_145(epochs_done: int, lr: float, 
 @pytest.mark.parametrize(
     ("batches", "lr"), [(0, 1e-2), (99_000, 1e-2), (101_000, 1e-3), (201_000, 1e-4), (301_000, 1e-5), (449_000, 1e-6)]
 )
-def test_caffes_rate_by_its_iterations_and_biases_at_twice_it(batches: int, lr: float) -> None:
+def test_caffes_rate_drops_at_its_iterations_and_biases_have_twice_the_rate(batches: int, lr: float) -> None:
     epochs_done = batches * CAFFE.batch_size / 1_281_167
     assert Schedule(CAFFE).learning_rates(epochs_done) == pytest.approx((lr, lr, 2 * lr))
     assert abs(450_000 * CAFFE.batch_size / 1_281_167 - CAFFE.epochs) < 0.1
 
 
-def test_cosine_with_warm_up_is_the_formula() -> None:
+def test_a_cosine_with_warm_up_follows_its_formula() -> None:
     recipe = replace(MODERN, lr=0.2, epochs=50, schedule=Cosine(warmup_epochs=5, start=0.1, end=0.01))
     schedule, epochs = Schedule(recipe), np.linspace(0, 60, 241)
-    found = [schedule.learning_rates(epoch)[0] for epoch in epochs]
-    rise = 0.02 + (0.2 - 0.02) * epochs / 5
-    fall = 0.002 + 0.5 * (0.2 - 0.002) * (1 + np.cos(np.pi * (epochs - 5) / 45))
-    assert np.allclose(found, np.where(epochs < 5, rise, np.where(epochs < 50, fall, 0.002)), rtol=1e-12)
-    assert max(found) == found[20] == 0.2
+    rates = [schedule.learning_rates(epoch)[0] for epoch in epochs]
+    warm_up = 0.02 + (0.2 - 0.02) * epochs / 5
+    cosine = 0.002 + 0.5 * (0.2 - 0.002) * (1 + np.cos(np.pi * (epochs - 5) / 45))
+    assert np.allclose(rates, np.where(epochs < 5, warm_up, np.where(epochs < 50, cosine, 0.002)), rtol=1e-12)
+    assert max(rates) == rates[20] == 0.2
     assert Schedule(replace(recipe, schedule=Cosine(0, 1.0, 0.01))).learning_rates(0)[0] == 0.2
     schedule.record_validation(0.5)
     assert not schedule.finished and schedule == Schedule(recipe, best_error=schedule.best_error)
 
 
-def test_plateau_drops_three_times_and_then_ends() -> None:
+def test_a_plateau_reduces_the_rate_three_times_then_ends_the_run_and_its_state_is_restored() -> None:
     schedule = Schedule(replace(PAPER, schedule=Plateau(0.1, patience_epochs=2, drops=3)))
     rates = []
     for error in [0.9, 0.8, 0.8, 0.85, 0.7, 0.7, 0.7, 0.7, 0.71, 0.7, 0.7]:
@@ -73,39 +75,39 @@ def test_plateau_drops_three_times_and_then_ends() -> None:
             break
     assert np.allclose(rates, [1e-2, 1e-2, 1e-2, 1e-3, 1e-3, 1e-3, 1e-4, 1e-4, 1e-5, 1e-5, 1e-5])
     assert schedule.finished
-    other = Schedule(schedule.recipe)
-    other.load_state_dict(schedule.state_dict())
-    assert other == schedule and other.finished
+    restored = Schedule(schedule.recipe)
+    restored.load_state_dict(schedule.state_dict())
+    assert restored == schedule and restored.finished
 
 
-def test_a_frozen_conv1_gets_no_gradient_and_the_rest_does() -> None:
+def test_a_rate_of_zero_for_conv1_gives_it_no_gradient_and_no_update() -> None:
     torch.manual_seed(0)
     recipe = replace(SHORT, schedule=(ScheduleChange(1, lr_conv1=0.0),), dropout=0.0)
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
     optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
     schedule.apply(optimizer, 1)
     model(torch.randn(2, 3, 224, 224)).square().sum().backward()
-    first = list(model.columns[0].conv1.parameters())  # the biases too, whose rate is their own
-    assert all(p.grad is None for p in first) and model.columns[1].conv2.weight.grad is not None
-    before = [p.detach().clone() for p in first]
+    conv1 = list(model.columns[0].conv1.parameters())  # weights and biases, although biases have their own rate
+    assert all(p.grad is None for p in conv1) and model.columns[1].conv2.weight.grad is not None
+    before = [p.detach().clone() for p in conv1]
     optimizer.step()
-    assert all(map(torch.equal, first, before))
+    assert all(map(torch.equal, conv1, before))
 
 
-def test_biases_follow_the_rate_where_the_recipe_says_so() -> None:
-    """A multiple of lr over every drop (Caffe), and a constant through all of them (the released code)."""
-    for recipe, wanted in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
+def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own_as_the_recipe_defines() -> None:
+    """Twice lr at every epoch (Caffe), lr (the paper), and a constant (the released code)."""
+    for recipe, bias_rate in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
         model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
         optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
         for epochs_done in (0, 30, 60):
             lr = schedule.apply(optimizer, epochs_done)
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             assert rates["weights"] == rates["conv1"] == lr
-            assert rates["biases"] == rates["conv1 biases"] == pytest.approx(wanted(lr))
+            assert rates["biases"] == rates["conv1 biases"] == pytest.approx(bias_rate(lr))
 
 
-def test_every_recipe_has_a_rate_at_each_of_its_epochs() -> None:
-    """None of them freezes the whole network, which a rate of 0 would."""
+def test_the_rate_of_every_recipe_is_above_zero_at_each_of_its_epochs() -> None:
+    """A rate of 0 would freeze the network."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
         assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name
