@@ -1,10 +1,11 @@
-"""The paper's ablations: what each changes, that they go on where they were, and the table's arithmetic."""
+"""The paper's ablations: what each changes, that stopped ones resume, and the arithmetic of the table."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,14 +26,14 @@ SMALL = {
 }
 
 
-def small_runs(store: Path, out: Path, **options) -> list[AblationRun]:
-    """Three steps of 8 pictures each."""
+def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
+    """The ablations of the recipe short on small networks, three steps of 8 images each."""
     options = {"recipe": "short", "batch": 8, "steps": 3, "gpus": "cpu", "networks": SMALL, **options}
     return plan_runs(store, out, **options)
 
 
-def test_each_ablation_takes_one_part_away_and_nothing_else(tmp_path: Path) -> None:
-    """Of the released recipe, which has every part: fields that differ from the baseline's, and the network."""
+def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: Path) -> None:
+    """Compares the network and the recipe's fields with the baseline; the recipe released has every part."""
     runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
     assert [run.ablation for run in runs] == list(ABLATIONS)
     base = asdict(RELEASED)
@@ -55,9 +56,9 @@ def test_each_ablation_takes_one_part_away_and_nothing_else(tmp_path: Path) -> N
 
 
 def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files() -> None:
-    """Points of top-1 and top-5 error; net #150's against net #145's, 40.66 / 18.21."""
-    said = {a.name: (a.rise_top1, a.rise_top5) for a in ABLATIONS if a.rise_top1 is not None}
-    assert said == {
+    """In points of top-1 and top-5 error. Without crossings: net #150, 41.83 / 19.33, minus net #145, 40.66 / 18.21."""
+    rises = {a.name: (a.rise_top1, a.rise_top5) for a in ABLATIONS if a.rise_top1 is not None}
+    assert rises == {
         "no-lrn": (1.4, 1.2),
         "pool-2": (0.4, 0.3),
         "one-gpu": (1.7, 1.2),
@@ -66,39 +67,41 @@ def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files()
     }
 
 
-def test_what_a_recipe_lacks_is_left_out_and_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_ablation_of_a_part_that_the_recipe_lacks_is_left_out_with_a_message(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     names = [run.ablation.name for run in small_runs(tmp_path, tmp_path)]
     assert "no-dropout" not in names and "no-dropout: left out" in capsys.readouterr().err
     assert [run.ablation.name for run in small_runs(tmp_path, tmp_path, only=["one-gpu"])] == ["baseline", "one-gpu"]
     seeds = [run.config.seed for run in small_runs(tmp_path, tmp_path, only=["tanh"], seed=5, seeds=2)]
     assert seeds == [5, 6, 5, 6]
-    both = small_runs(tmp_path, tmp_path, settings=["lr=0.02"], only=["tanh"])
-    assert [run.config.recipe.lr for run in both] == [0.02, 0.02]
-    assert both[1].config.recipe.name == "short, lr=0.02, activation=tanh"
+    overridden = small_runs(tmp_path, tmp_path, settings=["lr=0.02"], only=["tanh"])
+    assert [run.config.recipe.lr for run in overridden] == [0.02, 0.02]
+    assert overridden[1].config.recipe.name == "short, lr=0.02, activation=tanh"
 
 
-def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_again(
+def test_stopped_ablations_resume_and_finished_ones_are_not_trained_again(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained: list[str] = []
     fit = train.trainer.ablate.fit
 
-    def stopped_at_half(run: Run) -> Path:
+    def fit_until_one_gpu(run: Run) -> Path:
         trained.append(run.run_dir.name)
         if run.config.model.name == "one-gpu" and len(trained) == 3:
             fit(Run.open(replace(run.config, steps=1)))
             raise KeyboardInterrupt
         return fit(run)
 
-    monkeypatch.setattr(train.trainer.ablate, "fit", stopped_at_half)
+    monkeypatch.setattr(train.trainer.ablate, "fit", fit_until_one_gpu)
     runs = small_runs(store, tmp_path / "a", only=["no-crossing", "one-gpu"])
     with pytest.raises(KeyboardInterrupt):
         ablate(runs)
     assert trained == ["baseline-seed0", "no-crossing-seed0", "one-gpu-seed0"]
     rows = outcome_rows(ablate(runs))
     assert trained[3:] == ["one-gpu-seed0"]
-    last = (tmp_path / "a" / "one-gpu-seed0" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in last if '"train"' in line] == [1, 3]
+    lines = (tmp_path / "a" / "one-gpu-seed0" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines if '"train"' in line] == [1, 3]
     assert outcome_rows(ablate(runs)) == rows and len(trained) == 4
     assert all(0 <= row["top1_error"]["mean"] <= 100 for row in rows)
 
@@ -111,11 +114,12 @@ def test_ablations_that_were_stopped_go_on_and_finished_ones_are_not_trained_aga
         ablate(small_runs(store, tmp_path / "a", only=["one-gpu"], steps=4, settings=["lr=0.01"]))
 
 
-def test_one_that_diverges_is_told_and_does_not_stop_the_others(
+def test_an_ablation_that_diverges_is_reported_and_does_not_stop_the_others(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runs = small_runs(store, tmp_path, only=["tanh"], settings=["lr=1e9"])
-    runs = [runs[0], replace(runs[1], config=replace(runs[1].config, recipe=replace(runs[1].config.recipe, lr=1e-9)))]
+    diverging, tanh = small_runs(store, tmp_path, only=["tanh"], settings=["lr=1e9"])
+    recipe = replace(tanh.config.recipe, lr=1e-9)
+    runs = [diverging, replace(tanh, config=replace(tanh.config, recipe=recipe))]
     rows = outcome_rows(ablate(runs))
     assert rows[0]["top1_error"]["mean"] is None and rows[1]["top1_error"]["mean"] is not None
     assert rows[1]["top1_difference"]["mean"] is None and "diverged" in "\n".join(table_lines(rows))
@@ -123,7 +127,7 @@ def test_one_that_diverges_is_told_and_does_not_stop_the_others(
     assert outcome_rows(ablate(runs)) == rows
 
 
-def test_means_spreads_and_paired_differences_are_numpys() -> None:
+def test_means_spreads_and_paired_differences_equal_those_of_numpy() -> None:
     rng = np.random.default_rng(0)
     base, other = rng.uniform(0.1, 0.9, (2, 3))
     tanh = next(a for a in ABLATIONS if a.name == "tanh")
@@ -146,21 +150,24 @@ def test_means_spreads_and_paired_differences_are_numpys() -> None:
     assert single["top1_error"] == {"mean": 50, "spread": None} and "±" not in table_lines([single])[2]
 
 
-def test_the_command_prints_a_table_and_json(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_its_plan_a_table_or_a_json_object(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, architecture in SMALL.items():
         monkeypatch.setitem(ARCHITECTURES, name, architecture)
-    words = ["ablate", "--store", str(store), "--out", str(tmp_path / "out"), "--recipe", "paper", "--batch", "8"]
-    words += ["--steps", "1", "--gpus", "cpu", "--only", "one-gpu", "--set", "init=he", "--set", "input_divisor=64"]
-    planned = CliRunner().invoke(train.cli.main, [*words, "--dry-run"])
+    command = ["ablate", "--store", str(store), "--out", str(tmp_path / "out"), "--recipe", "paper", "--batch", "8"]
+    command += ["--steps", "1", "--gpus", "cpu", "--only", "one-gpu", "--set", "init=he", "--set", "input_divisor=64"]
+    planned = CliRunner().invoke(train.cli.main, [*command, "--dry-run"])
     assert planned.exit_code == 0 and "one-gpu-seed0: one-gpu" in planned.stderr and not (tmp_path / "out").exists()
-    done = CliRunner().invoke(train.cli.main, [*words, "--json"])
-    assert done.exit_code == 0, done.output
-    said = json.loads(done.stdout)
-    assert [row["ablation"] for row in said["ablations"]] == ["baseline", "one-gpu"] and said["steps"] == 1
-    assert said["ablations"][1]["paper_top1"] == 1.7
-    shown = CliRunner().invoke(train.cli.main, words)
-    assert "trained and measured before" in shown.stderr
-    error = said["ablations"][1]["top1_error"]["mean"]
-    half = next(line for line in shown.stdout.splitlines() if line.startswith("one-gpu"))
-    assert half.split()[1:4] == ["+1.7", "+1.2", f"{error:.1f}"] and "section 3.2" in shown.stdout
+    result = CliRunner().invoke(train.cli.main, [*command, "--json"])
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert [row["ablation"] for row in answer["ablations"]] == ["baseline", "one-gpu"]
+    assert answer["steps"] == 1
+    assert answer["ablations"][1]["paper_top1"] == 1.7
+    table = CliRunner().invoke(train.cli.main, command)
+    assert "trained and measured before" in table.stderr
+    error = answer["ablations"][1]["top1_error"]["mean"]
+    row = next(line for line in table.stdout.splitlines() if line.startswith("one-gpu"))
+    assert row.split()[1:4] == ["+1.7", "+1.2", f"{error:.1f}"] and "section 3.2" in table.stdout
     assert PAPER.name in json.loads((tmp_path / "out" / "one-gpu-seed0" / "run.json").read_text())["recipe"]["name"]
