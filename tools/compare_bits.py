@@ -34,7 +34,7 @@ from typing import Any
 import click
 
 from prep.console import CONTEXT_SETTINGS, UserError, duration_text, print_json, say
-from tools.photo_digits import make
+from tools.photo_digits import make_dataset
 
 ROOT = Path(__file__).parent.parent
 BASE = "595f19d"  # the last revision before the packages were divided into folders
@@ -197,7 +197,7 @@ def compare(revision: str, tree: Path, photographs: int | None, batches: int) ->
         export_revision(revision, trees[0].folder)
         copy_tree(tree, trees[1].folder)
         with timed("photographs"):
-            make(scratch / "photographs", limit=photographs)
+            make_dataset(scratch / "photographs", limit=photographs)
         for each in trees:
             with timed(f"{each.name}: C kernels compiled"):
                 each.compile()

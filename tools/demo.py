@@ -1,9 +1,9 @@
-"""The whole flow on the demo's data: photographs in, a trained and evaluated AlexNet out, in minutes on two cores.
+"""The whole flow on the demo's data set, in minutes on two cores: photographs in, a trained and evaluated AlexNet out.
 
     python -m tools.demo
 
-Runs the product's own commands, as a user would type them, and shows each. Interrupted, it goes on where it was;
-finished, it begins anew the next time.
+Runs the commands of the project as a user would type them, and prints each. After an interruption it continues where
+it stopped; after a finished run it starts from the beginning.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pathlib import Path
 import click
 
 from prep.console import UserError, duration_text
-from tools.photo_digits import CLASSES, make
+from tools.photo_digits import CLASSES, make_dataset
 
-STEPS = (
+COMMANDS = (
     "alexprep build-lmdb {0}/photographs --store {0}/store",
     "alexprep pca-stats --store {0}/store --plot {0}/colour.png",
     "alexstream preview {0}/preview.png --store {0}/store",
@@ -29,76 +29,80 @@ STEPS = (
     "alextrain evaluate {0}/run --store {0}/store --views 10 --json",
     "alextrain report {0}/run --store {0}/store",
 )
-LOOK_AT = (
-    ("preview.png", "what the stream does to a photograph"),
-    ("colour.png", "the principal components of the colours"),
-    ("run/report.html", "one page about the run: errors, what it learnt in pictures, recipe, machine"),
-    ("run/metrics.jsonl", "every number of the run"),
+RESULTS = (
+    ("preview.png", "photographs as the stream augments them"),
+    ("colour.png", "principal components of the colours"),
+    ("run/report.html", "the run on one page: errors, kernels and predictions as pictures, recipe, machine"),
+    ("run/metrics.jsonl", "all metrics of the run"),
 )
 
 
-def demo(folder: Path) -> None:
-    """Run the flow in `folder`; raises UserError where a step fails."""
+def run_demo(folder: Path) -> None:
+    """Run the flow in `folder`; raises UserError if a command fails."""
     started = time.monotonic()
     finished = folder / ".alexnet-demo-finished"
     if finished.exists():
-        for made in ("photographs", "store", "run"):
-            shutil.rmtree(folder / made, ignore_errors=True)
+        for name in ("photographs", "store", "run"):
+            shutil.rmtree(folder / name, ignore_errors=True)
         finished.unlink()
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "photographs").exists():
         click.secho(f"$ python -m tools.photo_digits {folder}/photographs", bold=True)
-        make(folder / "photographs")
-    errors = {}
-    for step in STEPS:
-        words = [word.format(folder) for word in step.split()]
+        make_dataset(folder / "photographs")
+    errors: dict[str, float] = {}
+    for command in COMMANDS:
+        words = [word.format(folder) for word in command.split()]
         click.secho(f"$ {' '.join(words)}", bold=True)
-        errors |= _run(words)
+        errors |= _run_command(words)
     finished.touch()
     click.secho(
-        f"\nTen-view top-1 error {errors['top1_error']:.1%} on {errors['images']} photographs that it had not seen; "
-        f"chance is {1 - 1 / CLASSES:.0%}. {duration_text(time.monotonic() - started)} in all. Look at:",
+        f"\nTop-1 error by ten views: {errors['top1_error']:.1%} on {errors['images']} validation photographs; "
+        f"guessing errs {1 - 1 / CLASSES:.0%}. The demo took {duration_text(time.monotonic() - started)}. Look at:",
         bold=True,
     )
-    for name, what in LOOK_AT:
-        click.echo(f"  {folder / name!s:32} {what}")
+    for name, description in RESULTS:
+        click.echo(f"  {folder / name!s:32} {description}")
 
 
-def _run(words: list[str]) -> dict[str, float]:
-    """Run a command of this environment, its output shown; returns what it says with --json."""
+def _run_command(words: list[str]) -> dict[str, float]:
+    """Run a command of this environment and show its output; returns the JSON object that it prints with --json."""
     script = Path(sys.executable).parent / words[0]
     as_json = "--json" in words
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C reaches the command, which ends in its own time
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C also reaches the command, which then saves and ends
     try:
         with subprocess.Popen(
             [str(script), *words[1:]], stdout=subprocess.PIPE if as_json else None, text=True
-        ) as child:
-            said, _ = child.communicate()
+        ) as process:
+            output, _ = process.communicate()
     finally:
         signal.signal(signal.SIGINT, before)
-    if child.returncode < 0 or child.returncode in (129, 130, 143):
+    if process.returncode < 0 or process.returncode in (129, 130, 143):
         raise KeyboardInterrupt
-    if child.returncode:
-        raise UserError(f"`{' '.join(words)}` ended with exit code {child.returncode}.")
+    if process.returncode:
+        raise UserError(f"`{' '.join(words)}` ended with exit code {process.returncode}.")
     if not as_json:
         return {}
-    click.echo(said.strip())
-    answer: dict[str, float] = json.loads(said)
-    return answer
+    click.echo(output.strip())
+    result: dict[str, float] = json.loads(output)
+    return result
 
 
 @click.command()
 @click.option(
-    "--folder", type=click.Path(path_type=Path), default="demo", show_default=True, help="Where all of it goes."
+    "--folder",
+    type=click.Path(path_type=Path),
+    default="demo",
+    show_default=True,
+    help="Folder for the photographs, the store and the run.",
 )
 def main(folder: Path) -> None:
-    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it, report what it learnt."""
+    """Make photographs, build a store, preview the stream, train AlexNet, evaluate it and write a report."""
     try:
-        demo(folder)
+        run_demo(folder)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     except KeyboardInterrupt:
-        raise click.ClickException("Interrupted. `make demo` goes on from here.") from None
+        raise click.ClickException("Interrupted. `make demo` continues from here.") from None
 
 
 if __name__ == "__main__":

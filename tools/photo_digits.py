@@ -1,17 +1,18 @@
-"""The demo's data set: real handwritten digits over real photographs, in ILSVRC's layout.
+"""Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
-From what scikit-learn carries: the 1,797 digits of load_digits (8×8, 16 grey levels), each drawn large and bright
-over a darkened part of one of the two photographs of load_sample_images. As ILSVRC does, it varies sizes and
-orientations, and holds some greyscale and CMYK files and two PNGs with a JPEG's name.
+Made of two data sets in scikit-learn: the 1,797 digits of load_digits (8×8 px, 16 grey levels), each drawn large and
+bright over a darkened part of one of the two photographs of load_sample_images. As in ILSVRC, sizes and orientations
+vary, and there are some greyscale and CMYK files and two PNGs that are named .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
-    OUT/val/PhotoDigits_val_00000001.JPEG       flat
-    OUT/val_ground_truth.txt                    one number a line, 1..10, in the order of the names
+    OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
+    OUT/val_ground_truth.txt                    one number a line, 1..10, in the order of the file names
 
     python -m tools.photo_digits OUT
 
-With --hard it is about as hard as CIFAR-10 to a linear classifier (docs/measurements.md): brighter photographs, darker
-digits of any colour, of 0.6 to 1 of the square and tilted by up to 15°; each training digit is drawn four times.
+With --hard it is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md): brighter photographs, darker
+digits of any colour, with a side of 0.6 to 1 of the central square and rotated by up to 15°; each training digit is
+drawn four times.
 """
 
 from __future__ import annotations
@@ -33,84 +34,93 @@ CLASSES = 10
 VAL_PICTURES = 297
 SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
-_ODD_EVERY = 60  # of so many pictures one is greyscale, one CMYK; two in all are PNGs
+_SPECIAL_EVERY = 60  # of so many images one is greyscale and one CMYK
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """How digits stand out."""
+    """How clearly a digit stands out from the photograph."""
 
-    darken: float = 0.4  # of the photographs
-    tint: tuple[int, int] = (200, 255)  # of the digit, each of R, G, B
-    share: tuple[float, float] = (0.8, 1.0)  # of the shorter side, with the empty cell around the digit
-    tilt_degrees: float = 0.0  # either way
-    copies: int = 1  # of each training digit, each drawn anew
+    darken: float = 0.4  # factor on the photograph
+    tint: tuple[int, int] = (200, 255)  # range of R, G and B of the digit
+    share: tuple[float, float] = (0.8, 1.0)  # range of the digit's side, with its margin, over the shorter side
+    tilt_degrees: float = 0.0  # largest rotation, in either direction
+    copies: int = 1  # drawings of each training digit
 
 
 EASY, HARD = Difficulty(), Difficulty(0.7, (100, 255), (0.6, 1.0), 15.0, 4)
 
 
-def digit_picture(
-    digit: npt.NDArray[np.float64], photographs: list[Image.Image], rng: np.random.Generator, how: Difficulty = EASY
+def draw_digit(
+    digit: npt.NDArray[np.float64],
+    photographs: list[Image.Image],
+    rng: np.random.Generator,
+    difficulty: Difficulty = EASY,
 ) -> Image.Image:
-    """One 8×8 digit (0..16) over a part of a photograph; RGB, shorter side 200 to 500 px, either orientation."""
+    """Draw one digit, (8, 8) with values 0..16, over a part of a photograph.
+
+    Returns an RGB image whose shorter side has 200 to 500 px, in either orientation.
+    """
     short = int(rng.integers(SHORT_SIDE_PX[0], SHORT_SIDE_PX[1] + 1))
     width, height = short, round(short * rng.uniform(1.0, LONGEST_ASPECT))
     if rng.random() < 0.5:
         width, height = height, width
-    picture = _part_of(photographs[rng.integers(len(photographs))], width, height, rng)
+    picture = _random_part(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(*how.share))  # of the digit and the empty cell around it, which softens its edges
+    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell, which keeps the edges soft
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
-    if how.tilt_degrees:
-        mask = mask.rotate(rng.uniform(-how.tilt_degrees, how.tilt_degrees), Image.Resampling.BICUBIC)
-    room = (short - size) // 2  # inside the central square, so that no crop of it loses the digit
-    top = (height - size) // 2 + int(rng.integers(-room, room + 1))
-    left = (width - size) // 2 + int(rng.integers(-room, room + 1))
-    red, green, blue = (int(c) for c in rng.integers(how.tint[0], how.tint[1] + 1, size=3))
+    if difficulty.tilt_degrees:
+        angle = rng.uniform(-difficulty.tilt_degrees, difficulty.tilt_degrees)
+        mask = mask.rotate(angle, Image.Resampling.BICUBIC)
+    max_shift = (short - size) // 2  # stays inside the central square, so that the whole digit is in the store
+    top = (height - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
+    left = (width - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
+    red, green, blue = (int(c) for c in rng.integers(difficulty.tint[0], difficulty.tint[1] + 1, size=3))
     picture.paste((red, green, blue), (left, top, left + size, top + size), mask)
     return picture
 
 
-def _part_of(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of a photograph with the wanted shape, enlarged where it must be."""
+def _random_part(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
+    """A random part of a photograph with the given aspect ratio, resized to (width, height)."""
     columns, rows = photograph.size
-    share = rng.uniform(0.5, 1.0) * min(columns / width, rows / height)
-    part_width, part_height = width * share, height * share
+    scale = rng.uniform(0.5, 1.0) * min(columns / width, rows / height)
+    part_width, part_height = width * scale, height * scale
     left, top = rng.uniform(0, columns - part_width), rng.uniform(0, rows - part_height)
     box = (left, top, left + part_width, top + part_height)
     return photograph.resize((width, height), Image.Resampling.BILINEAR, box=box)
 
 
-def make(out: Path, seed: int = 0, limit: int | None = None, how: Difficulty = EASY) -> tuple[int, int]:
-    """Write the data set to a folder that does not exist yet; returns the numbers of training and validation pictures.
+def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty: Difficulty = EASY) -> tuple[int, int]:
+    """Write the data set to the new folder `out`; returns the numbers of training and validation images.
 
-    `limit` takes only so many digits, for tests. Made under a temporary name and renamed, so a folder that is there is
-    whole. Raises UserError where `out` exists.
+    `limit` takes only so many digits, for tests. The folder is written under a temporary name and renamed at the end,
+    so it is complete if it exists. Raises UserError if `out` exists already.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder, or delete this one.")
     digits = load_digits()
-    photographs = [Image.fromarray((photo * how.darken).astype(np.uint8)) for photo in load_sample_images().images]
+    photographs = [
+        Image.fromarray((photo * difficulty.darken).astype(np.uint8)) for photo in load_sample_images().images
+    ]
     order = np.random.default_rng(seed).permutation(len(digits.images))[:limit].tolist()
     val_count = round(len(order) * VAL_PICTURES / len(digits.images))
-    order += order[val_count:] * (how.copies - 1)
+    order += order[val_count:] * (difficulty.copies - 1)
     temporary = out.with_name(f".{out.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     for label in range(CLASSES):
         (temporary / "train" / f"n{label:08d}").mkdir(parents=True)
     (temporary / "val").mkdir()
 
-    def draw(count: int) -> int:
-        """Picture `count`, from a generator of its own: the same whoever draws it; returns its label."""
-        label = int(digits.target[order[count]])
-        path = temporary / "train" / f"n{label:08d}" / f"n{label:08d}_{count:04d}.JPEG"
-        if count < val_count:
-            path = temporary / "val" / f"PhotoDigits_val_{count + 1:08d}.JPEG"
-        rng = np.random.default_rng([seed, count])
-        picture = digit_picture(digits.images[order[count]], photographs, rng, how)
-        _save(picture, path, count, quality=int(rng.integers(85, 96)))
+    def draw(index: int) -> int:
+        """Draw image `index` with its own generator, so that the order of threads has no effect; returns its label."""
+        label = int(digits.target[order[index]])
+        path = temporary / "train" / f"n{label:08d}" / f"n{label:08d}_{index:04d}.JPEG"
+        if index < val_count:
+            path = temporary / "val" / f"PhotoDigits_val_{index + 1:08d}.JPEG"
+        rng = np.random.default_rng([seed, index])
+        picture = draw_digit(digits.images[order[index]], photographs, rng, difficulty)
+        _save(picture, path, index, quality=int(rng.integers(85, 96)))
         return label
 
     labels = []
@@ -124,13 +134,13 @@ def make(out: Path, seed: int = 0, limit: int | None = None, how: Difficulty = E
     return len(order) - val_count, val_count
 
 
-def _save(picture: Image.Image, path: Path, count: int, quality: int) -> None:
-    """As ILSVRC does: nearly always an RGB JPEG."""
-    if count % _ODD_EVERY == 10:
+def _save(picture: Image.Image, path: Path, index: int, quality: int) -> None:
+    """Save as an RGB JPEG; a few images as greyscale or CMYK JPEG, two as PNG."""
+    if index % _SPECIAL_EVERY == 10:
         picture = picture.convert("L")
-    elif count % _ODD_EVERY == 40:
+    elif index % _SPECIAL_EVERY == 40:
         picture = picture.convert("CMYK")
-    if count == 7 or count == 777:
+    if index == 7 or index == 777:
         picture.save(path, "PNG")
     else:
         picture.save(path, "JPEG", quality=quality)
@@ -138,12 +148,14 @@ def _save(picture: Image.Image, path: Path, count: int, quality: int) -> None:
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-@click.option("--hard", is_flag=True, help="About as hard as CIFAR-10, four training pictures of each digit.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random choices.")
+@click.option(
+    "--hard", is_flag=True, help="Make it about as hard as CIFAR-10, with four training images of each digit."
+)
 def main(out: Path, seed: int, hard: bool) -> None:
-    """Make the demo's data set, digits over photographs in ILSVRC's layout, in the new folder OUT."""
+    """Make the data set of the demo, digits over photographs in ILSVRC's layout, in the new folder OUT."""
     try:
-        train, val = make(out, seed, how=HARD if hard else EASY)
+        train, val = make_dataset(out, seed, difficulty=HARD if hard else EASY)
     except UserError as error:
         raise click.ClickException(str(error)) from None
     say(f"{out}: {count_noun(train, 'training picture')}, {count_noun(val, 'validation picture')}")

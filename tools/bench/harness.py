@@ -151,9 +151,9 @@ def import_simplejpeg() -> ModuleType:
 
 def make_photo_digits(folder: Path) -> Path:
     """Make the data set of tools.photo_digits in a new folder; returns the folder of its 1,500 training images."""
-    from tools.photo_digits import make
+    from tools.photo_digits import make_dataset
 
-    make(folder)
+    make_dataset(folder)
     return folder / "train"
 
 
