@@ -8,6 +8,7 @@ folders of its own only.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -163,6 +164,15 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
         return records
 
     return read
+
+
+@pytest.fixture(scope="session")
+def c_compiler() -> str:
+    """The path of cc. A test that uses it is skipped without a C compiler."""
+    path = shutil.which("cc")
+    if path is None:
+        pytest.skip("no C compiler")
+    return path
 
 
 @pytest.fixture

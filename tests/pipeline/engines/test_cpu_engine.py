@@ -17,13 +17,12 @@ from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import _BlockPool
 from pipeline.loader import eval_loader, train_loader
 from prep import compiled
-from tests.prep.images.test_kernels import needs_compiler
 from tools.compile_native import compile_native
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -48,7 +47,7 @@ def test_a_library_that_computes_wrongly_is_not_used(tmp_path: Path, right: str,
     assert library and compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize("flags", ["-O0", "-O1 -ffp-contract=off", "-O3 -march=native"])
 def test_every_compiler_gives_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str

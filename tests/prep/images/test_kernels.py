@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -155,9 +154,6 @@ def test_kernels_are_not_loaded_if_missing_broken_or_switched_off(
     assert load(compiled.library_path(kernels.SOURCE)) is None
 
 
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-
-
 def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
     """Compile `text` with `flags` after the flags of the build, so that they override them; returns the library."""
     folder.mkdir(exist_ok=True)
@@ -170,7 +166,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
         return compile_native(source)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -199,7 +195,7 @@ def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right
     assert library and load(library) is None
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())
@@ -212,7 +208,7 @@ def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeyp
     assert not compiled.library_path(source).exists()  # a library of another source is never loaded
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 def test_every_kind_of_cpu_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled as usual, without optimization, without fused multiply-add, and for this machine's CPU."""
     images = [noise(375, 500), noise(257, 300), noise(900, 700)]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tests.helpers.torchvision_alexnet import torchvision_alexnet, torchvision_forward
 from train.config.architecture import (
     ALEXNET,
     ARCHITECTURES,
@@ -58,46 +59,10 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
         assert architecture_from_json(json.loads(json.dumps(asdict(architecture)))) == architecture
 
 
-def published(w: Widths = TORCHVISION.widths, classes: int = 1000) -> nn.Module:
-    """AlexNet.__init__ of torchvision/models/alexnet.py, with widths as parameters."""
-    net = nn.Module()
-    net.features = nn.Sequential(
-        nn.Conv2d(3, w.conv1, kernel_size=11, stride=4, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(w.conv1, w.conv2, kernel_size=5, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-        nn.Conv2d(w.conv2, w.conv3, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(w.conv3, w.conv4, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(w.conv4, w.conv5, kernel_size=3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(kernel_size=3, stride=2),
-    )
-    net.avgpool = nn.AdaptiveAvgPool2d((6, 6))
-    net.classifier = nn.Sequential(
-        nn.Dropout(p=0.5),
-        nn.Linear(w.conv5 * 6 * 6, w.fc6),
-        nn.ReLU(inplace=True),
-        nn.Dropout(p=0.5),
-        nn.Linear(w.fc6, w.fc7),
-        nn.ReLU(inplace=True),
-        nn.Linear(w.fc7, classes),
-    )
-    return net
-
-
-def published_forward(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """AlexNet.forward of torchvision/models/alexnet.py."""
-    return net.classifier(net.avgpool(net.features(x)).flatten(1))
-
-
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
     """With the same seed, dropout draws the same masks for the same layers, and scales alike."""
     torch.manual_seed(0)
-    torchvision_net = published()
+    torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
     ours = AlexNet(1000, recipe, ("cpu", "cpu"), TORCHVISION)
     ours.load_joined_tensors(from_torchvision(torchvision_net.state_dict()))
@@ -106,7 +71,7 @@ def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evalu
         ours.train(training), torchvision_net.train(training)
         with torch.no_grad():
             torch.manual_seed(1)
-            expected = published_forward(torchvision_net, images)
+            expected = torchvision_forward(torchvision_net, images)
             torch.manual_seed(1)
             actual = ours(images)
         assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-4, atol=1e-6)

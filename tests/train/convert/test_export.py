@@ -23,7 +23,7 @@ from prep.console import DiskFull
 from prep.store.manifest import Store
 from tests.helpers.alextrain import json_lines, refusal
 from tests.helpers.small_networks import MODERN_SCALED_AT_TEST_TIME, SMALL, WIDTHS, MakeRun, are_close, eval_images
-from tests.train.config.test_architecture import published, published_forward
+from tests.helpers.torchvision_alexnet import torchvision_alexnet, torchvision_forward
 from train.config.architecture import architecture_from_json
 from train.config.choices import EXPORT_FORMATS
 from train.config.recipe import Recipe, recipe_from_json
@@ -131,7 +131,7 @@ def test_torchvisions_network_computes_the_same_from_exported_weights(
     out = tmp_path / "net.pth"
     normalization = json_lines("export", run_dir, "--to", "torchvision", "--out", out)[0]["preprocessing"]["normalise"]
     state = torch.load(out, weights_only=True)
-    torchvision_net = published(WIDTHS, 3).eval()
+    torchvision_net = torchvision_alexnet(WIDTHS, 3).eval()
     torchvision_net.load_state_dict(state)
     pixels, mean, std = (
         eval_images(store, "none"),
@@ -147,7 +147,7 @@ def test_torchvisions_network_computes_the_same_from_exported_weights(
         assert normalization["exact"]
         inputs = (pixels / 255 - mean) / std
     with torch.no_grad():
-        assert are_close(published_forward(torchvision_net, inputs), network(images), 1e-5)
+        assert are_close(torchvision_forward(torchvision_net, inputs), network(images), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Imported weights of torchvision compute what torchvision's network computes, and files that do not fit are refused.
 
-torchvision's published definition is written out in tests/train/config/test_architecture.py.
+torchvision's published definition is written out in tests/helpers/torchvision_alexnet.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from prep.console import UserError
 from prep.store.manifest import Store
 from tests.helpers.alextrain import json_lines, refusal
 from tests.helpers.small_networks import MODERN_SCALED_AT_TEST_TIME, SMALL, WIDTHS, MakeRun, are_close, eval_images
-from tests.train.config.test_architecture import published, published_forward
+from tests.helpers.torchvision_alexnet import torchvision_alexnet, torchvision_forward
 from train.config.recipe import Recipe
 from train.config.recipes import MODERN
 from train.config.run_config import RunConfig
@@ -36,7 +36,7 @@ from train.runs.loading import load_trained
 @pytest.fixture
 def torchvision_net() -> torch.nn.Module:
     torch.manual_seed(8)
-    return published(WIDTHS, 3).eval()
+    return torchvision_alexnet(WIDTHS, 3).eval()
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_imported_weights_compute_the_same_if_the_means_are_equal(
     )
     with torch.no_grad():
         actual = ours(pixels - torch.tensor(mean, dtype=torch.float32)[:, None, None])
-        assert are_close(actual, published_forward(torchvision_net, normalize(pixels)), 1e-5)
+        assert are_close(actual, torchvision_forward(torchvision_net, normalize(pixels)), 1e-5)
 
 
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
@@ -120,7 +120,7 @@ def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Pa
 
 
 def test_weights_of_other_classes_need_a_new_last_layer(store: Path, tmp_path: Path) -> None:
-    torchvision_net = published(WIDTHS, 7)
+    torchvision_net = torchvision_alexnet(WIDTHS, 7)
     torch.save(torchvision_net.state_dict(), tmp_path / "seven.pth")
     args = ["import", tmp_path / "seven.pth", "--store", store, "--run-dir", tmp_path / "run", "--batch", 8]
     assert "has 7 classes" in refusal(*args)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,6 @@ from train.model.pooling import max_pool
 from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
-needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
 
 FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time of the real flags
 
@@ -153,7 +151,7 @@ def test_kernels_agree_with_pytorch_operators(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(result, expected, rtol=1e-5, atol=1e-4)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
@@ -180,7 +178,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
     assert library and load(library) is None
 
 
-@needs_compiler
+@pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """To the last few bits; by more where numbers cancel."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
