@@ -47,7 +47,7 @@ def test_recipes_page_has_the_numbers_of_the_code() -> None:
 
 def test_picture_of_the_network_is_drawn_from_the_network() -> None:
     drawn = (ROOT / "docs" / "alexnet.svg").read_text("utf-8")
-    assert drawn == draw_alexnet.picture(), "run: python -m tools.docs.draw_alexnet docs/alexnet.svg"
+    assert drawn == draw_alexnet.draw_network(), "run: python -m tools.docs.draw_alexnet docs/alexnet.svg"
 
 
 @pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *PAGES], ids=lambda page: str(page.relative_to(ROOT)))

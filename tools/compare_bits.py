@@ -96,7 +96,7 @@ class Tree:
             self.hashes |= {f"{name}{suffix}": value for name, value in result["results"].items()}
 
     def train(self, run: Run) -> None:
-        """Do one of the runs, hash what it wrote, and remove its folder."""
+        """Run one training, hash what it wrote, and remove its folder."""
         run_dir, predictions = self.scratch / "run", self.scratch / "predictions.npz"
         store = f"--store {self._store('jpeg')} --gpus cpu"
         with timed(f"{self.name}: run {run.name}"):
@@ -159,7 +159,7 @@ def text_hash(text: str) -> str:
 
 
 def export_revision(revision: str, folder: Path) -> None:
-    """Write the packages and tools of a git revision into a new folder; raises UserError where there is no such one."""
+    """Write the packages and tools of a git revision into a new folder; raises UserError for an unknown revision."""
     with tempfile.TemporaryFile() as archive:
         command = ["git", "-C", str(ROOT), "archive", "--format=tar", revision, *COMPARED]
         ended = subprocess.run(command, stdout=archive, stderr=subprocess.PIPE, text=True, check=False)

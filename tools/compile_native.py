@@ -45,7 +45,7 @@ def compile_native(source: Path) -> Path | None:
     return None
 
 
-class CustomBuildHook(BuildHookInterface):  # type: ignore[misc]
+class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Adds the libraries to the wheel, which is then tagged for this platform; any Python 3 can load them."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Run by tools.compare_bits in a process of its own: hash what the packages of one source tree compute.
+"""Hash what the packages of one source tree compute. tools.compare_bits runs this program in a separate process.
 
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py compile
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py command KERNELS.json alextrain run --store STORE …
@@ -6,10 +6,10 @@
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
 
-`command` runs a command of the project, and writes the list of the compiled kernels that it loaded to KERNELS.json. The
-others print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}; the results of `compile` are
-{source: library or null}. Only names that both trees have may be used here: the three commands, `pipeline.loader`,
-`pipeline.augment.Augmentation`, and files.
+`command` runs a command of the project, and writes a list of the compiled kernels that it loaded to KERNELS.json. The
+other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}; the results of
+`compile` are {source: library or null}. Only names that exist in both trees may be used here: the three commands,
+`pipeline.loader`, `pipeline.augment.Augmentation`, and files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MEASURED = ("images_per_s", "waiting_share", "stream_waiting_share", "memory_mb"
 
 
 def check_imports(tree: Path) -> None:
-    """Exit with a message where one of the packages would be imported from outside of `tree`."""
+    """Exit with a message if one of the packages would be imported from outside `tree`."""
     for name in PACKAGES:
         file = import_module(name).__file__
         if file is None or not Path(file).resolve().is_relative_to(tree):
@@ -84,7 +84,7 @@ def hash_of(parts: Iterable[bytes]) -> str:
 
 
 def batches_hash(loader: Any, batches: int) -> str:
-    """SHA-256 of the first batches of a loader, over as many epochs as that takes."""
+    """SHA-256 of the first `batches` batches of a loader, across epochs if needed."""
 
     def endless() -> Iterator[Any]:
         while True:
@@ -171,7 +171,7 @@ def array_hashes(file: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Do what the first word says, in the tree that is the working directory."""
+    """Run the action that the first argument names; the working directory is the root of the tree."""
     tree = Path.cwd().resolve()
     check_imports(tree)
     action, *words = sys.argv[1:]

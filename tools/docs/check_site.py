@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # attributes whose address a browser fetches by itself; those of <a> are followed by a reader only
+LOADED = {  # by tag, the attributes whose address a browser fetches by itself; links of <a> are not fetched
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),

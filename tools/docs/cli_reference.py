@@ -6,6 +6,7 @@ python -m tools.docs.cli_reference            # tests/test_docs.py fails where t
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -54,7 +55,8 @@ def page() -> str:
 
 
 def _block(command: click.Command, name: str) -> str:
-    context = click.Context(command, info_name=name, terminal_width=WIDTH, **CONTEXT_SETTINGS)
+    settings: dict[str, Any] = {"terminal_width": WIDTH, **CONTEXT_SETTINGS}
+    context = click.Context(command, info_name=name, **settings)
     return f"```text\n$ {name} --help\n{command.get_help(context)}\n```\n"
 
 

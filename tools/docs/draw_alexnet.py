@@ -1,6 +1,6 @@
-"""Draw docs/alexnet.svg: the two columns and where they see each other, from the network itself.
+"""Draw docs/alexnet.svg: the layers of the two columns and the connections between them, from the network itself.
 
-python -m tools.docs.draw_alexnet docs/alexnet.svg
+python -m tools.docs.draw_alexnet docs/alexnet.svg        # tests/test_docs.py fails where this would change the file
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import click
 from train.model.summary import LayerRow, summarize
 
 WIDTH, HEIGHT = 1180, 516
-ROWS = 150, 360  # y of the two columns' middles
-INK, QUIET = "#222222", "#777777"
+COLUMN_Y = 150, 360  # y of the middle of column 0 and column 1
+DARK, GRAY = "#222222", "#777777"
 FILLS = ("#7fa6c9", "#e0a96d")  # of column 0 and column 1
-KERNELS = {  # and what follows a layer: from train.model.alexnet, which does not say them in a form to be read
+# Kernels, and the operations after a layer: copied from train.model.alexnet, where they cannot be read from an object.
+KERNELS = {
     "conv1": "11×11, stride 4",
     "conv2": "5×5",
     "conv3": "3×3",
@@ -28,106 +29,109 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 
 @dataclass(frozen=True)
 class Box:
-    """A layer's maps in one column as a slab: its front is high as the maps' side, its depth tells their number."""
+    """The maps of a layer in one column as a slab. Height stands for the side of the maps, depth for their number."""
 
-    x: float
+    x: float  # of the left edge of its front
     y: float  # of its middle
-    high: float
-    deep: float  # to the right and up
+    height: float
+    depth: float  # drawn to the right and up
     fill: str
 
     @property
-    def left(self) -> tuple[float, float]:
+    def inlet(self) -> tuple[float, float]:
+        """Where connections from the layer before end."""
         return self.x, self.y
 
     @property
-    def right(self) -> tuple[float, float]:
-        return self.x + 10 + self.deep, self.y - self.deep / 4
+    def outlet(self) -> tuple[float, float]:
+        """Where connections to the next layer start."""
+        return self.x + 10 + self.depth, self.y - self.depth / 4
 
     def svg(self) -> str:
-        """Front, top and side."""
-        x, top, w, up = self.x, self.y - self.high / 2, 10.0, self.deep / 2
-        far = x + w + self.deep
-        front = f"{x},{top} {x + w},{top} {x + w},{top + self.high} {x},{top + self.high}"
-        lid = f"{x},{top} {x + self.deep},{top - up} {far},{top - up} {x + w},{top}"
-        side = f"{x + w},{top} {far},{top - up} {far},{top - up + self.high} {x + w},{top + self.high}"
-        faces = ((lid, 0.55), (side, 0.8), (front, 1.0))
+        """Three polygons: front, top and side."""
+        x, y, w, up = self.x, self.y - self.height / 2, 10.0, self.depth / 2
+        far = x + w + self.depth
+        front = f"{x},{y} {x + w},{y} {x + w},{y + self.height} {x},{y + self.height}"
+        top = f"{x},{y} {x + self.depth},{y - up} {far},{y - up} {x + w},{y}"
+        side = f"{x + w},{y} {far},{y - up} {far},{y - up + self.height} {x + w},{y + self.height}"
+        faces = ((top, 0.55), (side, 0.8), (front, 1.0))
         return "".join(
-            f'<polygon points="{points}" fill="{self.fill}" fill-opacity="{opacity}" stroke="{INK}" stroke-width=".8"/>'
+            f'<polygon points="{points}" fill="{self.fill}" fill-opacity="{opacity}" stroke="{DARK}" '
+            'stroke-width=".8"/>'
             for points, opacity in faces
         )
 
 
-def boxes(rows: list[LayerRow]) -> list[list[Box]]:
-    """Of each layer, one box for each of its columns, left to right as the data flows."""
-    drawn, x = [], 160.0
+def layer_boxes(rows: list[LayerRow]) -> list[list[Box]]:
+    """For each layer, from left to right, one box for each of its columns."""
+    layers, x = [], 160.0
     for row in rows:
         maps, *sides = row.output_per_column
-        high = 20 + 2.1 * sides[0] if sides else 20 + maps / 24
-        deep = maps / 4 if sides else 0.0
-        drawn.append([Box(x, ROWS[column], high, deep, FILLS[column]) for column in range(row.columns)])
-        x += 104 + deep
-    return drawn
+        height = 20 + 2.1 * sides[0] if sides else 20 + maps / 24
+        depth = maps / 4 if sides else 0.0
+        layers.append([Box(x, COLUMN_Y[column], height, depth, FILLS[column]) for column in range(row.columns)])
+        x += 104 + depth
+    return layers
 
 
 def arrow(start: tuple[float, float], end: tuple[float, float], crossing: bool) -> str:
-    """A line from one box to the next, broken where it crosses between columns."""
+    """An arrow from one box to the next, dashed if it crosses between the columns."""
     dash = ' stroke-dasharray="5 4"' if crossing else ""
     return (
         f'<line x1="{start[0] + 3:.1f}" y1="{start[1]:.1f}" x2="{end[0] - 5:.1f}" y2="{end[1]:.1f}" '
-        f'stroke="{INK}" stroke-width="1.1"{dash} marker-end="url(#head)"/>'
+        f'stroke="{DARK}" stroke-width="1.1"{dash} marker-end="url(#head)"/>'
     )
 
 
-def text(x: float, y: float, words: str, fill: str = INK, anchor: str = "middle", size: int = 12) -> str:
-    """Words at a place."""
-    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" font-size="{size}">{words}</text>'
+def text(x: float, y: float, content: str, fill: str = DARK, anchor: str = "middle", size: int = 12) -> str:
+    """A text element; `anchor` is SVG's text-anchor."""
+    return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" font-size="{size}">{content}</text>'
 
 
-def picture(classes: int = 1000) -> str:
-    """The SVG file."""
+def draw_network(classes: int = 1000) -> str:
+    """The drawing, as the text of an SVG file."""
     rows = summarize(classes)
-    drawn = boxes(rows)
-    image = Box(40, sum(ROWS) / 2, 130, 6, "#cccccc")
+    layers = layer_boxes(rows)
+    image = Box(40, sum(COLUMN_Y) / 2, 130, 6, "#cccccc")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="Helvetica, sans-serif">',
         '<defs><marker id="head" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0,1 L7,4 L0,7" fill="none" stroke="{INK}"/></marker></defs>',
+        f'<path d="M0,1 L7,4 L0,7" fill="none" stroke="{DARK}"/></marker></defs>',
         f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
         image.svg(),
         text(48, image.y + 88, "image"),
-        text(48, image.y + 104, "224×224×3", QUIET),
+        text(48, image.y + 104, "224×224×3", GRAY),
     ]
-    before = [image]
-    for row, layer in zip(rows, drawn, strict=True):
+    previous = [image]
+    for row, layer in zip(rows, layers, strict=True):
         for column, box in enumerate(layer):
-            for source, start in enumerate(before):
-                crosses = len(before) > 1 and source != column
+            for source, start in enumerate(previous):
+                crosses = len(previous) > 1 and source != column
                 if not crosses or row.sees == "both columns":
-                    parts.append(arrow(start.right, box.left, crosses))
-        before = layer
-    for row, layer in zip(rows, drawn, strict=True):
+                    parts.append(arrow(start.outlet, box.inlet, crosses))
+        previous = layer
+    for row, layer in zip(rows, layers, strict=True):
         parts += [box.svg() for box in layer]
         maps, *sides = row.output_per_column
-        middle = layer[0].x + 5 + layer[0].deep / 2
+        middle = layer[0].x + 5 + layer[0].depth / 2
         shape = f"{sides[0]}×{sides[0]}×{maps}" if sides else f"{maps:,}"
-        parts += [text(middle, 448, row.layer, size=14), text(middle, 466, shape, QUIET)]
+        parts += [text(middle, 448, row.layer, size=14), text(middle, 466, shape, GRAY)]
         parts += [
-            text(middle, 482, KERNELS.get(row.layer, ""), QUIET),
-            text(middle, 498, AFTER.get(row.layer, ""), QUIET),
+            text(middle, 482, KERNELS.get(row.layer, ""), GRAY),
+            text(middle, 498, AFTER.get(row.layer, ""), GRAY),
         ]
-    for column, first in enumerate(drawn[0]):
+    for column, first in enumerate(layers[0]):
         parts.append(text(first.x + 40, first.y - 58, f"column {column}", FILLS[column], "start", 14))
     key = WIDTH - 240
-    parts += [arrow((key, 36), (key + 50, 36), True), text(key + 58, 40, "crosses between the columns", QUIET, "start")]
+    parts += [arrow((key, 36), (key + 50, 36), True), text(key + 58, 40, "crosses between the columns", GRAY, "start")]
     return "\n".join([*parts, "</svg>", ""])
 
 
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 def main(out: Path) -> None:
-    """Draw the two columns into OUT, an SVG file."""
-    out.write_text(picture())
+    """Draw the two columns of the network into OUT, an SVG file."""
+    out.write_text(draw_network())
 
 
 if __name__ == "__main__":

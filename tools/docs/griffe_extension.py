@@ -1,11 +1,11 @@
-"""Make the docstrings and comments of this project readable on the documentation site.
+"""Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-A griffe extension that mkdocs.yml names; used by `make docs` alone. It turns a list of names in two columns, as in
+mkdocs.yml names it; only `make docs` uses it. It turns a list of names in two columns, as in
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
 
-into a Markdown table, and gives an attribute without a docstring the comment on its line, or those above it.
+into a Markdown table. An attribute without a docstring gets the comment on its line or the comment lines above it.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class ReadableDocstrings(griffe.Extension):
     """Rewrites docstrings as griffe collects them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Put tables in place of two-column lists."""
+        """Replace lists in two columns by tables."""
         if obj.docstring:
             obj.docstring.value = with_tables(obj.docstring.value)
 
     def on_attribute_instance(self, *, attr: griffe.Attribute, **_: Any) -> None:
-        """Take the comment of an attribute for its docstring."""
+        """Use the comment of an attribute as its docstring."""
         if attr.docstring is None and attr.lineno and attr.endlineno and isinstance(attr.filepath, Path):
             text = comment_of(attr.lines_collection[attr.filepath], attr.lineno, attr.endlineno)
             if text and not text.startswith(("noqa", "type:")):
