@@ -117,7 +117,7 @@ class LineProcess:
 
     def stop(self, timeout_s: float = 0.0) -> None:
         """Close the standard input of the process, and terminate it if it still runs after `timeout_s`."""
-        if self.process is not None and self.process.poll() is None:
+        if self.process is not None:
             try:
                 self.process.communicate(timeout=timeout_s)
             except subprocess.TimeoutExpired:

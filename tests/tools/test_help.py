@@ -1,0 +1,26 @@
+"""Every tool has a help text, and one for each of its options."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+import click
+import pytest
+from click.testing import CliRunner
+
+TOOLS = (
+    *("compare_bits", "demo", "gpu_check", "photo_digits"),
+    *("bench.build", "bench.stream", "bench.train"),
+    *("docs.check_site", "docs.cli_reference", "docs.draw_alexnet", "docs.recipe_reference"),
+)
+
+
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_option_of_a_tool_has_help(name: str) -> None:
+    command = import_module(f"tools.{name}").main
+    result = CliRunner().invoke(command, ["--help"])
+    assert result.exit_code == 0 and command.help
+    summary = command.help.strip().splitlines()[0]
+    assert summary in " ".join(result.output.split())
+    for option in command.params:
+        assert not isinstance(option, click.Option) or option.help, f"{name} {option.name}"
