@@ -1,4 +1,7 @@
-"""Which room may import which, that no import goes round in a circle, and that a --help loads nothing heavy."""
+"""Import order of packages and rooms, import cycles, size of folders, and which modules load heavy libraries.
+
+A room is a subpackage, or a module at the top of a package.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +15,12 @@ import pytest
 
 from tests.helpers.project import ROOT
 
-OURS = {"prep", "pipeline", "train", "tools", "tests"}
+PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
 
-# What a package may import of the others. Below these, `train` and `pipeline` know a store only as a reader does.
+# By package, the parts of the project that it may import. `pipeline` and `train` only read stores.
 ALLOWED = {
     "prep": ("prep",),
-    # prep.images.codec and rescale: a photograph outside of a store is prepared by what prepares those inside.
+    # prep.images: a photograph that is not in a store is decoded and rescaled by the code that builds stores.
     "pipeline": (
         *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
@@ -28,7 +31,7 @@ ALLOWED = {
     ),
 }
 
-# The rooms of each package from the lowest to the highest: a room imports itself and what stands before it.
+# Rooms of each package from the lowest to the highest: a room may import itself and those before it.
 ROOMS = {
     "prep": (
         *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
@@ -36,135 +39,134 @@ ROOMS = {
     ),
     "pipeline": (
         *("pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.augment", "pipeline.still_image"),
-        *(
-            "pipeline.engines",
-            "pipeline.prefetch",
-            "pipeline.loader_base",
-            "pipeline.loader",
-            "pipeline.diagnostics",
-            "pipeline.cli",
-        ),
-        *("pipeline.__main__", "pipeline.__init__"),
+        *("pipeline.engines", "pipeline.prefetch", "pipeline.loader_base", "pipeline.loader"),
+        *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
-        *(
-            "train.config",
-            "train.model",
-            "train.optim",
-            "train.runs",
-            "train.evaluation",
-            "train.monitor",
-            "train.trainer",
-        ),
-        *("train.report", "train.convert", "train.cli", "train.__main__"),
+        *("train.config", "train.model", "train.optim", "train.runs", "train.evaluation", "train.monitor"),
+        *("train.trainer", "train.report", "train.convert", "train.cli", "train.__main__"),
     ),
 }
-MOST_FILES = 12  # Python files in a folder, __init__.py among them
-HEAVY = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
+MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "tests": 14}  # Python files in a folder
+FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
 
 
-def module_of(path: Path, root: Path = ROOT) -> str:
+def module_name(path: Path, root: Path = ROOT) -> str:
     """`prep.store.manifest` for prep/store/manifest.py; `prep.store` for prep/store/__init__.py."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
-def imports(path: Path) -> set[str]:
-    """Every module that a file imports: at its top, inside a function, for types alone.
+def imported_modules(path: Path) -> set[str]:
+    """Every module that a file imports, also inside functions and for type checking only.
 
-    `from prep.store import manifest` is an import of prep.store.manifest.
+    `from prep.store import manifest` imports prep.store.manifest.
     """
-    found = set()
+    modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             for alias in node.names:
                 name = f"{node.module}.{alias.name}"
-                inside = ROOT / name.replace(".", "/")
-                is_module = inside.with_suffix(".py").exists() or (inside / "__init__.py").exists()
-                found.add(name if is_module else node.module)
-    return found
+                target = ROOT / name.replace(".", "/")
+                is_module = target.with_suffix(".py").exists() or (target / "__init__.py").exists()
+                modules.add(name if is_module else node.module)
+    return modules
 
 
-def files(package: str) -> list[Path]:
-    found = sorted((ROOT / package).rglob("*.py"))
-    assert found
-    return found
+def python_files(folder: str) -> list[Path]:
+    paths = sorted((ROOT / folder).rglob("*.py"))
+    assert paths
+    return paths
 
 
-def is_in(name: str, place: str) -> bool:
-    return name == place or name.startswith(place + ".")
+def is_within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
 
 
-def room_of(name: str) -> int:
-    """The position of a module's room in ROOMS; raises AssertionError for one that is in none."""
-    rooms = ROOMS[name.split(".")[0]]
-    places = [place for place, room in enumerate(rooms) if is_in(name, room)]
-    assert places, f"{name} is in no room of ROOMS"
-    return places[0]
+def room_index(module: str) -> int:
+    """The position of a module's room in ROOMS; raises AssertionError for a module that is in no room."""
+    rooms = ROOMS[module.split(".")[0]]
+    indices = [index for index, room in enumerate(rooms) if is_within(module, room)]
+    assert indices, f"{module} is in no room of ROOMS"
+    return indices[0]
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_packages_import_each_other_in_one_direction(package: str) -> None:
-    for path in files(package):
-        for name in imports(path):
-            if name.split(".")[0] in OURS:
-                allowed = any(is_in(name, place) for place in ALLOWED[package])
-                assert allowed, f"{path.relative_to(ROOT)} imports {name}"
-            assert name.split(".")[0] not in HEAVY[package], f"{path.relative_to(ROOT)} imports {name}"
+    for path in python_files(package):
+        for module in imported_modules(path):
+            top = module.split(".")[0]
+            if top in PROJECT:
+                allowed = any(is_within(module, part) for part in ALLOWED[package])
+                assert allowed, f"{path.relative_to(ROOT)} imports {module}"
+            assert top not in FORBIDDEN_LIBRARIES[package], f"{path.relative_to(ROOT)} imports {module}"
 
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_rooms_import_only_lower_rooms(package: str) -> None:
-    for path in files(package):
-        module = module_of(path)
-        if module in ("prep.__init__", "train.__init__"):
+    for path in python_files(package):
+        importer = module_name(path)
+        if importer in ("prep.__init__", "train.__init__"):
             continue
-        for name in imports(path):
-            if name.split(".")[0] == package and name != package:
-                assert room_of(name) <= room_of(module), f"{path.relative_to(ROOT)} imports {name}, a higher room"
+        for module in imported_modules(path):
+            if module.split(".")[0] == package and module != package:
+                is_lower = room_index(module) <= room_index(importer)
+                assert is_lower, f"{path.relative_to(ROOT)} imports {module}, a higher room"
 
 
-@pytest.mark.parametrize("package", ROOMS)
-def test_no_module_imports_itself_through_others(package: str) -> None:
-    graph = {module_of(path): {name for name in imports(path) if is_in(name, package)} for path in files(package)}
+@pytest.mark.parametrize("package", [*ROOMS, "tools"])
+def test_there_is_no_import_cycle(package: str) -> None:
+    graph = {
+        module_name(path): {module for module in imported_modules(path) if is_within(module, package)}
+        for path in python_files(package)
+    }
     try:
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"import cycle: {' <- '.join(error.args[1])}")
 
 
-@pytest.mark.parametrize("package", [*ROOMS, "tests"])
-def test_no_folder_holds_more_files_than_one_can_oversee(package: str) -> None:
-    for folder in {path.parent for path in files(package)}:
+@pytest.mark.parametrize("package", MAX_FILES)
+def test_no_folder_has_too_many_files(package: str) -> None:
+    for folder in {path.parent for path in python_files(package)}:
         count = len(list(folder.glob("*.py")))
-        assert count <= MOST_FILES + 2 * (package == "tests"), f"{folder.relative_to(ROOT)}: {count} Python files"
+        assert count <= MAX_FILES[package], f"{folder.relative_to(ROOT)}: {count} Python files"
 
 
-def test_the_reader_of_imports_sees_every_kind_of_import(tmp_path: Path) -> None:
+def test_peers_of_the_benchmarks_run_without_the_packages() -> None:
+    """They run with the interpreters of other environments, where the dependencies of the packages are missing."""
+    for path in python_files("tools/bench/peers"):
+        project_modules = {module for module in imported_modules(path) if module.split(".")[0] in PROJECT}
+        outside = [module for module in sorted(project_modules) if not is_within(module, "tools.bench.peers")]
+        assert not outside, f"{path.relative_to(ROOT)} imports {outside}"
+
+
+def test_imports_are_found_at_the_top_in_functions_and_for_type_checking(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text(
         "import torch.nn as n\nfrom prep.store import lmdb_shard\nfrom typing import TYPE_CHECKING\n"
-        "def f():\n    from tools.demo import demo\nif TYPE_CHECKING:\n    from prep import cli\n"
+        "def f():\n    from tools.demo import run_demo\nif TYPE_CHECKING:\n    from prep import cli\n"
     )
-    assert imports(tmp_path / "a.py") == {"torch.nn", "typing", "prep.store.lmdb_shard", "tools.demo", "prep.cli"}
+    expected = {"torch.nn", "typing", "prep.store.lmdb_shard", "tools.demo", "prep.cli"}
+    assert imported_modules(tmp_path / "a.py") == expected
 
 
-def test_only_placement_knows_devices() -> None:
-    """`mixed`, DALI's word for decoding on a GPU, occurs in one file."""
-    holders = [path.name for path in files("pipeline") if '"mixed"' in path.read_text()]
-    assert holders == ["placement.py"]
+def test_only_placement_chooses_the_decoder_of_a_gpu() -> None:
+    """DALI calls the decoder that uses a GPU "mixed"."""
+    names = [path.name for path in python_files("pipeline") if '"mixed"' in path.read_text()]
+    assert names == ["placement.py"]
 
 
-def test_the_settings_of_a_run_load_no_torch() -> None:
-    """train.config holds the choices that --help shows, and so every module of it must be light."""
-    modules = [module_of(path) for path in files("train") if is_in(module_of(path), "train.config")]
+def test_the_configuration_of_a_run_loads_no_torch() -> None:
+    """train.config holds the choices that --help shows, so all of its modules must load quickly."""
+    modules = [name for path in python_files("train") if is_within(name := module_name(path), "train.config")]
     script = f"import sys, importlib\n[importlib.import_module(name) for name in {modules}]\n"
     script += "sys.exit('torch' in sys.modules)\n"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert len(modules) > 5 and done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert len(modules) > 5 and process.returncode == 0, process.stderr
 
 
 @pytest.mark.parametrize("package", ["prep", "pipeline", "train"])
@@ -179,5 +181,5 @@ def test_help_loads_neither_torch_nor_dali(package: str) -> None:
         "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy - {'numpy'} else 0)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    process = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
