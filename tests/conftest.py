@@ -1,8 +1,8 @@
-"""Shared fixtures: a small photo set in ILSVRC's layout, a store built from it, and Caffe's Datum as protobuf knows it.
+"""Shared fixtures: a small photo set in ILSVRC's layout, stores built from it, and Caffe's Datum by protobuf.
 
-`photo_folder`, `store`, `stores` and `numbered` are made once in a process. Do not write into them: copy them first.
-`make test` has two processes, so a test is not alone: it bounds time by what a slow machine needs, and writes into
-folders of its own only.
+`photo_folder`, `store`, `stores` and `numbered_store` are made once in a process. Do not write into them: copy them
+first. `make test` runs two processes. A test therefore writes only into its own folders, and a time limit in it allows
+for a slow machine.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from prep.cli import main
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
-RECORDS, VAL = 37, 23  # of `numbered`
+TRAIN_RECORDS, VAL_RECORDS = 37, 23  # of `numbered_store`
 
 
 def pytest_configure() -> None:
-    """Before torch is loaded. Its threads would spin while they wait, on cores that the other tests need."""
+    """Keep torch's idle threads from spinning on cores that other tests need. Must run before torch is loaded."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -39,8 +39,8 @@ def pytest_configure() -> None:
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 training pictures in 3 class folders, 12 flat validation pictures with val_ground_truth.txt.
 
-    Sides of 60 to 400 px, either orientation. Each split has one greyscale file, one CMYK file and one PNG that is
-    named .JPEG; train has one with EXIF orientation 6. Every class has a colour of its own.
+    Sides of 60 to 400 px, either orientation. Each split has one gray file, one CMYK file and one PNG that is named
+    .JPEG; train has one with EXIF orientation 6. Each class has its own tint.
     """
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(2012)
@@ -88,12 +88,12 @@ Build = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
-    """build(source, *options) gives a new store that alexprep made of `source`."""
+    """build(source, *options) builds a store of `source` with alexprep and returns its path."""
 
     def run(source: Path, *options: str) -> Path:
         path = tmp_path_factory.mktemp("built") / "store"
-        words = ["build-lmdb", str(source), "--store", str(path), "--jobs", "1", *options]
-        result = CliRunner().invoke(main, words)
+        command = ["build-lmdb", str(source), "--store", str(path), "--jobs", "1", *options]
+        result = CliRunner().invoke(main, command)
         assert result.exit_code == 0, result.output
         return path
 
@@ -112,23 +112,23 @@ def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def numbered(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
-    """A store of 37 training and 23 validation pictures whose labels are their numbers."""
+def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
+    """A store of 37 training and 23 validation pictures. The label of a picture is its number, from 0 in each split."""
     source = tmp_path_factory.mktemp("numbered")
     rng = np.random.default_rng(0)
-    for split, n in (("train", RECORDS), ("val", VAL)):
+    for split, n in (("train", TRAIN_RECORDS), ("val", VAL_RECORDS)):
         (source / split).mkdir()
         for k in range(n):
             picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(picture).resize((260 + k, 256)).save(source / split / f"{k:03d}.jpg")
     labels = source / "numbers.txt"
-    labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(RECORDS)))
+    labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(TRAIN_RECORDS)))
     return build(source, "--labels", str(labels))
 
 
 @pytest.fixture(scope="session")
 def caffe_datum() -> Callable[[], Any]:
-    """Caffe's Datum (proto2), as protobuf's own library builds it from the field numbers of caffe.proto."""
+    """Caffe's Datum (proto2), a message class that the protobuf library makes from the field numbers of caffe.proto."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="datum.proto", package="caffe", syntax="proto2")
     message = file.message_type.add(name="Datum")
@@ -140,7 +140,7 @@ def caffe_datum() -> Callable[[], Any]:
         ("label", 5, field.TYPE_INT32, field.LABEL_OPTIONAL),
         ("float_data", 6, field.TYPE_FLOAT, field.LABEL_REPEATED),
         ("encoded", 7, field.TYPE_BOOL, field.LABEL_OPTIONAL),
-        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # ours, as is the next
+        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # this project's, as is the next
         ("crc32", 1002, field.TYPE_FIXED32, field.LABEL_OPTIONAL),
     ):
         message.field.add(name=name, number=number, type=kind, label=label)
@@ -151,7 +151,7 @@ def caffe_datum() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
-    """Reads all records of a split by lmdb and protobuf alone: (key, Datum) in the order of shards and keys."""
+    """records_of(store, split): its (key, Datum) in the order of shards and keys, read with lmdb and protobuf alone."""
 
     def read(store: Path, split: str) -> list[tuple[bytes, Any]]:
         records = []
@@ -176,13 +176,13 @@ def c_compiler() -> str:
 
 
 @pytest.fixture
-def bell() -> Iterator[None]:
-    """What would read or wait for ever fails instead, after a minute."""
+def time_limit() -> Iterator[None]:
+    """A time limit: a test that reads or waits forever fails after a minute."""
 
-    def ring(signum: int, frame: FrameType | None) -> NoReturn:
-        raise TimeoutError("it does not end")
+    def fail(signum: int, frame: FrameType | None) -> NoReturn:
+        raise TimeoutError("the test has not ended within a minute")
 
-    before = signal.signal(signal.SIGALRM, ring)
+    before = signal.signal(signal.SIGALRM, fail)
     signal.alarm(60)
     yield
     signal.alarm(0)

@@ -16,13 +16,13 @@ from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
 from pipeline.sampling import epoch_permutation
 from prep.store.datum import Datum
 from prep.store.manifest import Store, StoreError
-from tests.conftest import RECORDS, VAL
+from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
 
 
 @pytest.fixture
-def broken(numbered: Path, tmp_path: Path) -> Path:
-    """A copy of the store `numbered`, to be damaged."""
-    return Path(shutil.copytree(numbered, tmp_path / "store"))
+def broken(numbered_store: Path, tmp_path: Path) -> Path:
+    """A copy of the store `numbered_store`, to be damaged."""
+    return Path(shutil.copytree(numbered_store, tmp_path / "store"))
 
 
 def change(store: Path, split: str, position: int, edit: Callable[[bytes], bytes]) -> tuple[str, str]:
@@ -40,7 +40,7 @@ def flip_a_bit_of_the_jpeg(value: bytes) -> bytes:
 
 
 def give_another_label(value: bytes) -> bytes:
-    return replace(Datum.decode(value), label=RECORDS).encode()
+    return replace(Datum.decode(value), label=TRAIN_RECORDS).encode()
 
 
 def cut_off(value: bytes) -> bytes:
@@ -62,7 +62,7 @@ def stopped_with(loader: TrainLoader | EvalLoader) -> tuple[str, int]:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("position", [0, 5, VAL - 1])
+@pytest.mark.parametrize("position", [0, 5, VAL_RECORDS - 1])
 @pytest.mark.parametrize("views", [1, 10])
 def test_a_damaged_record_stops_an_evaluation_and_its_location_is_given(
     broken: Path, damage: str, position: int, views: int
@@ -78,7 +78,7 @@ def test_a_damaged_record_stops_an_evaluation_and_its_location_is_given(
 
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_stops_training_and_its_location_is_given(broken: Path, damage: str) -> None:
-    position = int(epoch_permutation(RECORDS, 0, 0)[17])
+    position = int(epoch_permutation(TRAIN_RECORDS, 0, 0)[17])
     key, _ = change(broken, "train", position, DAMAGE[damage])
     with train_loader(broken, 4) as loader:
         message, _ = stopped_with(loader)
@@ -100,7 +100,7 @@ def test_a_damaged_record_stops_training_and_its_location_is_given(broken: Path,
 def test_a_stream_does_not_skip_a_damaged_record_when_it_is_iterated_again(
     broken: Path, damage: str, kind: str
 ) -> None:
-    position = int(epoch_permutation(RECORDS, 0, 0)[17])
+    position = int(epoch_permutation(TRAIN_RECORDS, 0, 0)[17])
     change(broken, kind, 17 if kind == "val" else position, DAMAGE[damage])
     with train_loader(broken, 4) if kind == "train" else eval_loader(broken, 4) as loader:
         for _ in range(3):

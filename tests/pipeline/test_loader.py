@@ -18,20 +18,22 @@ from pipeline.placement import Placement
 from pipeline.sampling import epoch_permutation
 from prep.console import UserError
 from prep.store.manifest import StoreError
-from tests.conftest import RECORDS, VAL
+from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, labels_by_batch, stored_labels, take_batches
 
 # ---- evaluation
 
 
-@pytest.mark.parametrize("batch_size", [1, 7, VAL, VAL + 5])
+@pytest.mark.parametrize("batch_size", [1, 7, VAL_RECORDS, VAL_RECORDS + 5])
 @pytest.mark.parametrize("views", [1, 10])
-def test_an_evaluation_serves_every_image_once_in_each_pass(numbered: Path, batch_size: int, views: int) -> None:
-    with eval_loader(numbered, batch_size, views=views) as loader:
+def test_an_evaluation_serves_every_image_once_in_each_pass(numbered_store: Path, batch_size: int, views: int) -> None:
+    with eval_loader(numbered_store, batch_size, views=views) as loader:
         for _ in range(3 if views == 1 else 2):
             batches = list(loader)
             assert [len(batch.labels) for batch in batches[:-1]] == [batch_size] * (len(loader) - 1)
-            assert [label for batch in batches for label in batch.labels.tolist()] == stored_labels(numbered, "val")
+            assert [label for batch in batches for label in batch.labels.tolist()] == stored_labels(
+                numbered_store, "val"
+            )
             for batch in batches:
                 expected = (len(batch.labels), 10, 3, 224, 224) if views == 10 else (len(batch.labels), 3, 224, 224)
                 assert tuple(batch.images.shape) == expected
@@ -40,24 +42,28 @@ def test_an_evaluation_serves_every_image_once_in_each_pass(numbered: Path, batc
 
 @pytest.mark.parametrize("views", [1, 10])
 @pytest.mark.parametrize("batches_taken", [0, 1, 2, 5, 8])
-def test_a_pass_that_is_not_finished_does_not_shift_the_next(numbered: Path, views: int, batches_taken: int) -> None:
-    with eval_loader(numbered, 3, views=views) as loader:
+def test_a_pass_that_is_not_finished_does_not_shift_the_next(
+    numbered_store: Path, views: int, batches_taken: int
+) -> None:
+    with eval_loader(numbered_store, 3, views=views) as loader:
         for _ in range(3):
             part = list(itertools.islice(loader, batches_taken))
             assert len(part) == batches_taken
         whole = list(loader)
-        assert [label for batch in whole for label in batch.labels.tolist()] == stored_labels(numbered, "val")
+        assert [label for batch in whole for label in batch.labels.tolist()] == stored_labels(numbered_store, "val")
         assert batches_equal(part, whole[:batches_taken])
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, VAL, 30])
-@pytest.mark.parametrize("batch_size", [4, VAL + 5])
-def test_several_ranks_together_evaluate_every_image_once(numbered: Path, world_size: int, batch_size: int) -> None:
-    with eval_loader(numbered, VAL) as loader:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 5, VAL_RECORDS, 30])
+@pytest.mark.parametrize("batch_size", [4, VAL_RECORDS + 5])
+def test_several_ranks_together_evaluate_every_image_once(
+    numbered_store: Path, world_size: int, batch_size: int
+) -> None:
+    with eval_loader(numbered_store, VAL_RECORDS) as loader:
         expected = next(iter(loader))
     images, labels, sizes = [], [], []
     for rank in range(world_size):
-        with eval_loader(numbered, batch_size, shard=rank, world_size=world_size, threads=1) as loader:
+        with eval_loader(numbered_store, batch_size, shard=rank, world_size=world_size, threads=1) as loader:
             for _ in range(2):
                 batches = list(loader)
                 assert len(batches) == len(loader)
@@ -73,31 +79,31 @@ def test_several_ranks_together_evaluate_every_image_once(numbered: Path, world_
 
 @pytest.mark.parametrize(("batch_size", "world_size"), [(10, 1), (37, 1), (4, 3), (1, 1)])
 def test_an_epoch_has_full_batches_of_distinct_records_in_the_order_of_its_permutation(
-    numbered: Path, batch_size: int, world_size: int
+    numbered_store: Path, batch_size: int, world_size: int
 ) -> None:
-    stored = stored_labels(numbered, "train")
+    stored = stored_labels(numbered_store, "train")
     step = batch_size * world_size
-    with train_loader(numbered, batch_size, seed=6, world_size=world_size, shard=world_size - 1) as loader:
-        assert len(loader) == RECORDS // step and loader.left_out == RECORDS % step
+    with train_loader(numbered_store, batch_size, seed=6, world_size=world_size, shard=world_size - 1) as loader:
+        assert len(loader) == TRAIN_RECORDS // step and loader.left_out == TRAIN_RECORDS % step
         for epoch in range(2):
             assert loader.epoch == epoch
-            order = [stored[number] for number in epoch_permutation(RECORDS, 6, epoch)]
-            ends = [step * (k + 1) for k in range(RECORDS // step)]
+            order = [stored[number] for number in epoch_permutation(TRAIN_RECORDS, 6, epoch)]
+            ends = [step * (k + 1) for k in range(TRAIN_RECORDS // step)]
             assert labels_by_batch(loader) == [order[end - batch_size : end] for end in ends]
 
 
-def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve(numbered: Path) -> None:
-    with train_loader(numbered, 10) as loader:
+def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 10) as loader:
         epochs = [[label for batch in labels_by_batch(loader) for label in batch] for _ in range(12)]
-    assert all(len(set(epoch)) == len(epoch) == RECORDS - loader.left_out == 30 for epoch in epochs)
+    assert all(len(set(epoch)) == len(epoch) == TRAIN_RECORDS - loader.left_out == 30 for epoch in epochs)
     counts = Counter(itertools.chain(*epochs))
-    assert len(counts) == RECORDS and min(counts.values()) >= 5
+    assert len(counts) == TRAIN_RECORDS and min(counts.values()) >= 5
     assert len({tuple(epoch) for epoch in epochs}) == 12
 
 
-def test_the_same_seed_gives_the_same_bits_with_any_number_of_threads(numbered: Path) -> None:
+def test_the_same_seed_gives_the_same_bits_with_any_number_of_threads(numbered_store: Path) -> None:
     def first(seed: int, threads: int) -> list[Batch]:
-        with train_loader(numbered, 12, seed=seed, threads=threads) as loader:
+        with train_loader(numbered_store, 12, seed=seed, threads=threads) as loader:
             return take_batches(loader, 5)
 
     one = first(5, 1)
@@ -113,16 +119,16 @@ def test_the_same_seed_gives_the_same_bits_with_any_number_of_threads(numbered: 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(2, 4), (3, 5), (3, 12)])
 @pytest.mark.parametrize("shared_by", [1, 3])
 def test_several_ranks_serve_what_one_loader_with_their_total_batch_size_serves(
-    numbered: Path, world_size: int, batch_size: int, shared_by: int
+    numbered_store: Path, world_size: int, batch_size: int, shared_by: int
 ) -> None:
     augmentation = Augmentation(shared_by=shared_by)
-    with train_loader(numbered, world_size * batch_size, seed=8, augmentation=augmentation) as loader:
+    with train_loader(numbered_store, world_size * batch_size, seed=8, augmentation=augmentation) as loader:
         expected = take_batches(loader, 5)
         left_out = loader.left_out
     ranks = []
     for rank in range(world_size):
         with train_loader(
-            numbered, batch_size, seed=8, augmentation=augmentation, shard=rank, world_size=world_size, threads=1
+            numbered_store, batch_size, seed=8, augmentation=augmentation, shard=rank, world_size=world_size, threads=1
         ) as loader:
             ranks.append(take_batches(loader, 5))
             assert loader.left_out == left_out
@@ -141,10 +147,10 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 
 def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
-    numbered: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
+    numbered_store: Path, clock: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The loader takes 3 s for each batch, the consumer 5 s."""
-    with train_loader(numbered, 6) as loader:
+    with train_loader(numbered_store, 6) as loader:
 
         def take_3_s(next_batch: Callable[[], object] = loader._prefetcher.next) -> object:
             clock[0] += 3
@@ -160,9 +166,9 @@ def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
         assert loader.wait_times() == (2, 6, 7)
 
 
-def test_the_loader_waits_for_a_slow_consumer(numbered: Path) -> None:
+def test_the_loader_waits_for_a_slow_consumer(numbered_store: Path) -> None:
     """With the real clock. The sum of both wait times is at most the time that passed."""
-    with train_loader(numbered, 2) as loader:
+    with train_loader(numbered_store, 2) as loader:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):
             time.sleep(0.1)
@@ -171,8 +177,8 @@ def test_the_loader_waits_for_a_slow_consumer(numbered: Path) -> None:
         assert waits.consumer_wait_s + waits.loader_wait_s <= time.perf_counter() - began
 
 
-def test_wait_times_count_the_batches_of_an_evaluation(numbered: Path) -> None:
-    with eval_loader(numbered, 10) as loader:
+def test_wait_times_count_the_batches_of_an_evaluation(numbered_store: Path) -> None:
+    with eval_loader(numbered_store, 10) as loader:
         list(loader)
         list(loader)
         assert loader.wait_times().batches == 6
@@ -181,24 +187,24 @@ def test_wait_times_count_the_batches_of_an_evaluation(numbered: Path) -> None:
 # ---- refusals
 
 
-def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(numbered: Path) -> None:
+def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(numbered_store: Path) -> None:
     with pytest.raises(UserError, match=r"37 records in train, a batch takes 64.*at most 37"):
-        train_loader(numbered, 64)
+        train_loader(numbered_store, 64)
     with pytest.raises(UserError, match=r"37 records in train, a batch takes 20, 2 of them 40.*at most 18"):
-        train_loader(numbered, 20, world_size=2)
+        train_loader(numbered_store, 20, world_size=2)
 
 
 @pytest.mark.parametrize("make", [train_loader, eval_loader])
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard": 1}, {"shard": -1}, {"shard": 2, "world_size": 2}])
-def test_a_batch_size_or_shard_out_of_range_is_refused(numbered: Path, make, arguments: dict[str, int]) -> None:
+def test_a_batch_size_or_shard_out_of_range_is_refused(numbered_store: Path, make, arguments: dict[str, int]) -> None:
     with pytest.raises(UserError, match="expected"):
-        make(numbered, **{"batch_size": 4, **arguments})
+        make(numbered_store, **{"batch_size": 4, **arguments})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
-def test_a_seed_out_of_range_is_refused(numbered: Path, seed: int) -> None:
+def test_a_seed_out_of_range_is_refused(numbered_store: Path, seed: int) -> None:
     with pytest.raises(UserError, match="seed"):
-        train_loader(numbered, 4, seed=seed)
+        train_loader(numbered_store, 4, seed=seed)
 
 
 @pytest.mark.parametrize("device", ["tpu", "cuda:99", "cuda:x", ""])
@@ -207,9 +213,9 @@ def test_an_unknown_device_is_refused(device: str) -> None:
         Placement.parse(device)
 
 
-def test_a_number_of_views_other_than_one_or_ten_is_refused(numbered: Path) -> None:
+def test_a_number_of_views_other_than_one_or_ten_is_refused(numbered_store: Path) -> None:
     with pytest.raises(UserError, match="views 5"):
-        eval_loader(numbered, views=5)
+        eval_loader(numbered_store, views=5)
 
 
 def test_a_split_that_the_store_lacks_is_refused(stores: dict[str, Path]) -> None:

@@ -13,12 +13,12 @@ import pytest
 from pipeline.loader import Batch, eval_loader, train_loader
 from prep.store import lmdb_shard
 from prep.store.manifest import Store
-from tests.conftest import RECORDS, VAL
+from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
 from tests.pipeline.streaming import batches_equal, take_batches
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
-def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: int) -> None:
+def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
     """Some are closed before the first batch, all while batches are prefetched. 24 MB of memory are twenty batches."""
     script = (
         "import gc, os, sys, threading\n"
@@ -40,7 +40,7 @@ def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: 
         "print(*before, *resources())\n"
     )
     process = subprocess.run(
-        [sys.executable, "-c", script, str(numbered), str(times)],
+        [sys.executable, "-c", script, str(numbered_store), str(times)],
         capture_output=True,
         text=True,
         check=True,
@@ -52,20 +52,20 @@ def test_closed_loaders_leave_no_files_threads_or_memory(numbered: Path, times: 
 
 
 @pytest.mark.parametrize("make", [train_loader, eval_loader])
-def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered: Path, make) -> None:
+def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered_store: Path, make) -> None:
     def open_files() -> int:
         links = [Path(f"/proc/self/fd/{handle}") for handle in os.listdir("/proc/self/fd")]
-        return sum(os.path.realpath(numbered) in str(link.readlink()) for link in links if link.is_symlink())
+        return sum(os.path.realpath(numbered_store) in str(link.readlink()) for link in links if link.is_symlink())
 
     gc.collect()
-    loader = make(numbered, 4)
+    loader = make(numbered_store, 4)
     next(iter(loader))
     assert open_files() == 1
     loader.close()
-    assert open_files() == 0 and loader.records in (RECORDS, VAL)
+    assert open_files() == 0 and loader.records in (TRAIN_RECORDS, VAL_RECORDS)
 
 
-def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered: Path) -> None:
+def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered_store: Path) -> None:
     """None is closed. Files that DALI still reads must not be unmapped: that would crash the process."""
     script = (
         "import gc, sys\n"
@@ -79,27 +79,27 @@ def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_pr
         "    del loader, iterator\n"
         "    gc.collect()\n"
     )
-    subprocess.run([sys.executable, "-W", "error", "-c", script, str(numbered)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-W", "error", "-c", script, str(numbered_store)], check=True, timeout=120)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_batches_outlive_their_loader(numbered: Path, dtype: str) -> None:
-    with train_loader(numbered, 12, seed=1, dtype=dtype) as loader:
+def test_batches_outlive_their_loader(numbered_store: Path, dtype: str) -> None:
+    with train_loader(numbered_store, 12, seed=1, dtype=dtype) as loader:
         kept = take_batches(loader, 6)
         copies = [Batch(batch.images.clone(), batch.labels.clone()) for batch in kept]
     gc.collect()
     for seed in range(2, 5):
-        with train_loader(numbered, 12, seed=seed, dtype=dtype) as loader:
+        with train_loader(numbered_store, 12, seed=seed, dtype=dtype) as loader:
             take_batches(loader, 4)
     del loader
     gc.collect()
     assert batches_equal(kept, copies)
 
 
-def test_batches_may_be_kept_and_changed_in_place(numbered: Path) -> None:
-    with train_loader(numbered, 12, seed=1) as loader:
+def test_batches_may_be_kept_and_changed_in_place(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 12, seed=1) as loader:
         kept = take_batches(loader, 10)
-    with train_loader(numbered, 12, seed=1) as loader:
+    with train_loader(numbered_store, 12, seed=1) as loader:
         for batch, before in zip((b for _ in range(4) for b in loader), kept, strict=False):
             assert batches_equal([batch], [before])
             batch.images.zero_()
@@ -107,8 +107,8 @@ def test_batches_may_be_kept_and_changed_in_place(numbered: Path) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
-def test_a_closed_loader_raises_value_error(numbered: Path, after: int) -> None:
-    for loader in (train_loader(numbered, 4), eval_loader(numbered, 4)):
+def test_a_closed_loader_raises_value_error(numbered_store: Path, after: int) -> None:
+    for loader in (train_loader(numbered_store, 4), eval_loader(numbered_store, 4)):
         iterator = iter(loader)
         for _ in range(after):
             next(iterator)
@@ -120,23 +120,23 @@ def test_a_closed_loader_raises_value_error(numbered: Path, after: int) -> None:
             next(iter(loader))
 
 
-def test_several_loaders_and_readers_of_one_store_work_side_by_side(numbered: Path) -> None:
-    with train_loader(numbered, 6, seed=1) as loader:
+def test_several_loaders_and_readers_of_one_store_work_side_by_side(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 6, seed=1) as loader:
         expected = take_batches(loader, 6)
-    path = Path(Store.open(numbered).shard_paths("train")[0])
+    path = Path(Store.open(numbered_store).shard_paths("train")[0])
     records = list(lmdb_shard.read(path))
-    with train_loader(numbered, 6, seed=1) as first, train_loader(numbered, 6, seed=1) as second:
+    with train_loader(numbered_store, 6, seed=1) as first, train_loader(numbered_store, 6, seed=1) as second:
         batches, reading = [], lmdb_shard.read(path)
         for a, b in zip(first, second, strict=True):
             batches.append(a)
             assert batches_equal([a], [b]) and next(reading) == records[len(batches) - 1]
             if len(batches) == 3:
-                with train_loader(numbered, 6, seed=1, split="train") as third:
+                with train_loader(numbered_store, 6, seed=1, split="train") as third:
                     assert batches_equal(take_batches(third, 2), expected[:2])
         assert batches_equal(batches, expected)
         first.close()
         assert list(reading) == records[len(batches) :]
-        assert batches_equal(take_batches(second, 1), [second_epoch(numbered)])
+        assert batches_equal(take_batches(second, 1), [second_epoch(numbered_store)])
 
 
 def second_epoch(store: Path) -> Batch:

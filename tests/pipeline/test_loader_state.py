@@ -19,9 +19,9 @@ from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batc
 POSITIONS = [0, 1, 2, 3, 4, 7]  # batches served before the state was taken; an epoch has three
 
 
-def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered: Path, tmp_path: Path) -> None:
+def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered_store: Path, tmp_path: Path) -> None:
     """From before the first batch, within an epoch, at its end, and in later epochs."""
-    with train_loader(numbered, 10, seed=2**63) as loader:
+    with train_loader(numbered_store, 10, seed=2**63) as loader:
         states = [loader.state_dict()]
         served = []
         for batch in (batch for _ in range(4) for batch in loader):
@@ -38,7 +38,7 @@ def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered: Path, tmp_path: 
         "        position = 3 * state['epoch'] + state['step']\n"
         "        torch.save((batches, loader.state_dict()), f'{sys.argv[2]}/{position}.pt')\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(numbered), str(tmp_path)], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", script, str(numbered_store), str(tmp_path)], check=True, timeout=120)
     for position in POSITIONS:
         batches, state = torch.load(tmp_path / f"{position}.pt")
         assert len(batches) == 6 - position % 3
@@ -46,8 +46,10 @@ def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered: Path, tmp_path: 
         assert state == states[position + len(batches)]
 
 
-def test_a_state_is_small_and_survives_json(numbered: Path) -> None:
-    with train_loader(numbered, 10, seed=2**64 - 1, augmentation=Augmentation(mean="image", strength=0.3)) as loader:
+def test_a_state_is_small_and_survives_json(numbered_store: Path) -> None:
+    with train_loader(
+        numbered_store, 10, seed=2**64 - 1, augmentation=Augmentation(mean="image", strength=0.3)
+    ) as loader:
         take_batches(loader, 4)
         state = loader.state_dict()
         assert (state["epoch"], state["step"]) == (1, 1)
@@ -57,10 +59,10 @@ def test_a_state_is_small_and_survives_json(numbered: Path) -> None:
         assert loader.state_dict() == state
 
 
-def test_a_state_may_be_loaded_while_iterating(numbered: Path) -> None:
-    with train_loader(numbered, 6, seed=3) as loader:
+def test_a_state_may_be_loaded_while_iterating(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         batches = take_batches(loader, 8)
-    with train_loader(numbered, 6, seed=3) as loader:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         start = loader.state_dict()
         for count, _ in enumerate(loader, 1):
             if count == 2:
@@ -73,10 +75,10 @@ def test_a_state_may_be_loaded_while_iterating(numbered: Path) -> None:
         assert batches_equal(take_batches(loader, 8), batches)
 
 
-def test_an_iterator_continues_from_a_state_that_was_loaded_after_it_was_made(numbered: Path) -> None:
-    with train_loader(numbered, 6, seed=3) as loader:
+def test_an_iterator_continues_from_a_state_that_was_loaded_after_it_was_made(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         batches = take_batches(loader, 6)
-    with train_loader(numbered, 6, seed=3) as loader:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         start = loader.state_dict()
         iterator = iter(loader)
         next(iterator), next(iterator)
@@ -84,26 +86,26 @@ def test_an_iterator_continues_from_a_state_that_was_loaded_after_it_was_made(nu
         assert batches_equal([next(iterator)], batches[:1])
 
 
-def test_iteration_may_stop_within_an_epoch_and_continue_there(numbered: Path) -> None:
-    with train_loader(numbered, 6, seed=3) as loader:
+def test_iteration_may_stop_within_an_epoch_and_continue_there(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         batches = take_batches(loader, 9)
-    with train_loader(numbered, 6, seed=3) as loader:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         assert batches_equal(list(itertools.islice(loader, 2)), batches[:2])
         assert batches_equal(list(loader), batches[2:6])
         assert batches_equal(list(itertools.islice(loader, 3)), batches[6:9])
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 3), (2, 0), (0, 0)])
-def test_seek_continues_at_any_batch(numbered: Path, epoch: int, step: int) -> None:
-    with train_loader(numbered, 6, seed=3) as loader:
+def test_seek_continues_at_any_batch(numbered_store: Path, epoch: int, step: int) -> None:
+    with train_loader(numbered_store, 6, seed=3) as loader:
         batches = take_batches(loader, 15)
         loader.seek(epoch, step)
         assert batches_equal(take_batches(loader, 3), batches[6 * epoch + step :][:3])
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(-1, 0), (0, 6), (0, -1)])
-def test_seek_refuses_a_step_that_an_epoch_does_not_have(numbered: Path, epoch: int, step: int) -> None:
-    with train_loader(numbered, 6) as loader, pytest.raises(UserError, match="a step of 0 to 5"):
+def test_seek_refuses_a_step_that_an_epoch_does_not_have(numbered_store: Path, epoch: int, step: int) -> None:
+    with train_loader(numbered_store, 6) as loader, pytest.raises(UserError, match="a step of 0 to 5"):
         loader.seek(epoch, step)
 
 
@@ -118,17 +120,17 @@ IDENTITY = {
 }
 
 
-def test_a_state_holds_the_position_and_the_identity_of_its_stream(numbered: Path) -> None:
-    with train_loader(numbered, 10) as loader:
+def test_a_state_holds_the_position_and_the_identity_of_its_stream(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 10) as loader:
         assert set(loader.state_dict()) == {*IDENTITY, "batch_size", "world_size", "shard", "epoch", "step"}
 
 
 @pytest.mark.parametrize(("name", "other"), IDENTITY.items())
 @pytest.mark.parametrize("step", [0, 2])
 def test_a_state_of_another_stream_is_refused_with_the_name_of_what_differs(
-    numbered: Path, name: str, other: object, step: int
+    numbered_store: Path, name: str, other: object, step: int
 ) -> None:
-    with train_loader(numbered, 10, seed=2) as loader:
+    with train_loader(numbered_store, 10, seed=2) as loader:
         for state in ({**loader.state_dict(), "step": step, name: other}, {**loader.state_dict(), "step": step}):
             if state[name] != other:
                 del state[name]
@@ -148,8 +150,10 @@ def test_a_state_of_another_stream_is_refused_with_the_name_of_what_differs(
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_the_states_of_loaders_with_different_settings_are_not_exchangeable(numbered: Path, options: dict) -> None:
-    with train_loader(numbered, 10) as loader, train_loader(numbered, 10, **options) as other:
+def test_the_states_of_loaders_with_different_settings_are_not_exchangeable(
+    numbered_store: Path, options: dict
+) -> None:
+    with train_loader(numbered_store, 10) as loader, train_loader(numbered_store, 10, **options) as other:
         with pytest.raises(UserError, match="stream state of another"):
             loader.load_state_dict(other.state_dict())
         with pytest.raises(UserError, match="stream state of another"):
@@ -161,11 +165,11 @@ def test_the_states_of_loaders_with_different_settings_are_not_exchangeable(numb
     [((10, 1), (11, 1), "batch size"), ((4, 3), (4, 2), "world size"), ((6, 1), (6, 2), "world size")],
 )
 def test_the_records_of_a_step_may_change_only_between_epochs(
-    numbered: Path, own: tuple[int, int], other_sizes: tuple[int, int], changed: str
+    numbered_store: Path, own: tuple[int, int], other_sizes: tuple[int, int], changed: str
 ) -> None:
     with (
-        train_loader(numbered, own[0], world_size=own[1]) as loader,
-        train_loader(numbered, other_sizes[0], world_size=other_sizes[1]) as other,
+        train_loader(numbered_store, own[0], world_size=own[1]) as loader,
+        train_loader(numbered_store, other_sizes[0], world_size=other_sizes[1]) as other,
     ):
         next(iter(other))
         with pytest.raises(UserError, match=f"another {changed} within an epoch"):
@@ -179,36 +183,36 @@ def test_the_records_of_a_step_may_change_only_between_epochs(
 
 
 @pytest.mark.parametrize("batches", [2, 4, 7])
-def test_two_ranks_with_half_the_batch_size_resume_the_state_of_one_loader(numbered: Path, batches: int) -> None:
-    with train_loader(numbered, 8, seed=8) as loader:
+def test_two_ranks_with_half_the_batch_size_resume_the_state_of_one_loader(numbered_store: Path, batches: int) -> None:
+    with train_loader(numbered_store, 8, seed=8) as loader:
         take_batches(loader, batches)
         state = json.loads(json.dumps(loader.state_dict()))
         expected = take_batches(loader, 5)
     ranks = []
     for rank in range(2):
-        with train_loader(numbered, 4, seed=8, shard=rank, world_size=2) as loader:
+        with train_loader(numbered_store, 4, seed=8, shard=rank, world_size=2) as loader:
             loader.load_state_dict(state)
             ranks.append(take_batches(loader, 5))
             after = loader.state_dict()
     assert batches_equal(concatenate_ranks(ranks), expected)
-    with train_loader(numbered, 8, seed=8) as loader:
+    with train_loader(numbered_store, 8, seed=8) as loader:
         loader.load_state_dict(after)
         loader.load_state_dict({**after, "step": 0, "epoch": 0})
         take_batches(loader, batches)
         assert batches_equal(take_batches(loader, 5), expected)
 
 
-def test_between_epochs_two_ranks_with_the_same_batch_size_resume_the_state_of_one_loader(numbered: Path) -> None:
-    with train_loader(numbered, 8, seed=8) as loader:
+def test_between_epochs_two_ranks_with_the_same_batch_size_resume_the_state_of_one_loader(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 8, seed=8) as loader:
         list(loader)
         state = loader.state_dict()
     assert (state["epoch"], state["step"]) == (1, 0)
-    with train_loader(numbered, 16, seed=8) as loader:
+    with train_loader(numbered_store, 16, seed=8) as loader:
         loader.load_state_dict(state)
         expected = list(loader)
     ranks = []
     for rank in range(2):
-        with train_loader(numbered, 8, seed=8, shard=rank, world_size=2) as loader:
+        with train_loader(numbered_store, 8, seed=8, shard=rank, world_size=2) as loader:
             loader.load_state_dict(state)
             ranks.append(list(loader))
     assert len(expected) == 2 and batches_equal(concatenate_ranks(ranks), expected)

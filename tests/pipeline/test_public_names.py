@@ -37,7 +37,7 @@ def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-def test_a_users_program_trains_on_the_stream(numbered: Path, tmp_path: Path) -> None:
+def test_a_users_program_trains_on_the_stream(numbered_store: Path, tmp_path: Path) -> None:
     """The program that tests/test_wheel.py type-checks."""
-    assert typed_program.main(numbered, tmp_path / "state.json").endswith("%")
+    assert typed_program.main(numbered_store, tmp_path / "state.json").endswith("%")
     assert typed_program.main(tmp_path, tmp_path / "state.json").startswith("store: ")

@@ -25,7 +25,7 @@ from prep.inputs.reader import FoundInputs
 from prep.store.manifest import Store
 from tests.helpers.tars import BLOCK, DAMAGED, MEMBER_BYTES, THREE, A, B, C, Member, header, overwritten, tar_of
 
-pytestmark = pytest.mark.usefixtures("bell")
+pytestmark = pytest.mark.usefixtures("time_limit")
 
 
 def alexprep(*words: object) -> Result:

@@ -266,7 +266,7 @@ def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
             read(item)
 
 
-@pytest.mark.usefixtures("bell")
+@pytest.mark.usefixtures("time_limit")
 def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
     reader, item = folder_of_one(tmp_path / "t")
     path = tmp_path / "t" / "n1" / "a.JPEG"

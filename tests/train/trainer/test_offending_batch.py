@@ -25,11 +25,11 @@ from train.trainer.watchdog import Diverged
 
 @pytest.mark.parametrize("log_every", [1, 3])
 def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkpoint(
-    numbered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
+    numbered_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
     """NaN pixels in one picture of the second batch, before or at a line of metrics.jsonl. Labels identify pictures."""
     iterate = TrainLoader.__iter__
-    with train_loader(numbered, 8, "cpu", 3) as loader:
+    with train_loader(numbered_store, 8, "cpu", 3) as loader:
         bad_label = [labels.tolist() for _, labels in loader][1][3]
     served_labels: list[list[int]] = []
 
@@ -41,7 +41,9 @@ def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkp
 
     monkeypatch.setattr(TrainLoader, "__iter__", with_nan)
     checkpoint_every = 1 if log_every == 1 else 4
-    config = small_config(numbered, tmp_path / "run", log_every=log_every, checkpoint_every=checkpoint_every, epochs=5)
+    config = small_config(
+        numbered_store, tmp_path / "run", log_every=log_every, checkpoint_every=checkpoint_every, epochs=5
+    )
     with pytest.raises(Diverged) as raised:
         fit(Run.open(config))
     bad_step = 2
@@ -66,7 +68,7 @@ def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkp
 
 
 def test_an_offending_batch_that_cannot_be_written_does_not_hide_that_the_training_diverged(
-    numbered: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    numbered_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object) -> None:
         raise OSError(28, "No space left on device")
@@ -74,4 +76,4 @@ def test_an_offending_batch_that_cannot_be_written_does_not_hide_that_the_traini
     monkeypatch.setattr(train.trainer.offending_batch, "save_image_grid", fail)
     recipe = replace(SHORT, schedule=(), lr=1e12)
     with pytest.raises(Diverged, match=r"training has diverged.*could not be written \(.*No space"):
-        fit(Run.open(small_config(numbered, tmp_path / "run", recipe=recipe)))
+        fit(Run.open(small_config(numbered_store, tmp_path / "run", recipe=recipe)))

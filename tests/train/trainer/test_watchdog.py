@@ -50,7 +50,7 @@ def test_a_run_that_diverges_is_an_error_and_leaves_no_checkpoint_with_nan(
 
 @pytest.mark.parametrize("part", ["parameter", "gradient"])
 def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_finite(
-    numbered: Path, tmp_path: Path, part: str
+    numbered_store: Path, tmp_path: Path, part: str
 ) -> None:
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     for p in model.parameters():
@@ -59,7 +59,7 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
     with torch.no_grad():
         (weight if part == "parameter" else weight.grad)[0, 0, 0, 0] = math.inf
     (tmp_path / "run").mkdir()
-    watchdog = Watchdog(Run.open(small_config(numbered, tmp_path / "run")), model)
+    watchdog = Watchdog(Run.open(small_config(numbered_store, tmp_path / "run")), model)
     watchdog.add(*step_result(1.0))
     prefix = "the gradient of " if part == "gradient" else ""
     with pytest.raises(Diverged, match=rf"step 4: {prefix}conv3\.weight has norm inf: .*offending-step-4"):
@@ -74,10 +74,10 @@ GUESSING = math.log(37)  # the loss of a guess among 37 classes
 
 
 @pytest.fixture
-def watchdog(numbered: Path, tmp_path: Path) -> Watchdog:
+def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
     """The watchdog of a run of 400 steps on 37 classes, whose loss is stuck after 200 steps at ln 37."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
-    return Watchdog(Run.open(RunConfig(numbered, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
+    return Watchdog(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
 
 def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
