@@ -1,4 +1,4 @@
-"""The wheel: it holds prep, pipeline and train and nothing else, its commands run, and users see its types."""
+"""Contents of the wheel and of the source distribution; commands and types of an installed wheel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.fixtures import typed_program
 from tests.helpers.project import ROOT
 
 PACKAGES = ("prep", "pipeline", "train")
-SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # all that a wheel is built from
+SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # everything that a wheel is built from
 
 
 def copy_sources(folder: Path, *names: str) -> Path:
@@ -36,10 +36,10 @@ def copy_sources(folder: Path, *names: str) -> Path:
 
 def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(out)]
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, str(sources)], capture_output=True, text=True, check=False, env={**os.environ, **environment}
     )
-    assert done.returncode == 0, done.stderr
+    assert result.returncode == 0, result.stderr
     (path,) = out.glob("*.whl")
     return path
 
@@ -78,7 +78,7 @@ def test_the_wheel_holds_every_file_of_the_three_packages_and_no_other(wheel: Pa
 
 
 def test_without_a_compiler_the_wheel_is_for_every_machine(tmp_path: Path) -> None:
-    """It is built from what the source distribution holds."""
+    """The build uses the files of the source distribution only."""
     wheel = build_wheel(copy_sources(tmp_path, *SOURCES), tmp_path, CC="no-such-cc")
     assert wheel.name.endswith("-py3-none-any.whl")
     assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
@@ -99,7 +99,7 @@ def test_the_source_distribution_has_the_packages_and_no_tests(tmp_path: Path) -
 def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> None:
     environment = {"PYTHONPATH": f"{installed}:{sysconfig.get_path('purelib')}", "PATH": ""}
     for script in ("alexprep", "alexstream", "alextrain"):
-        done = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-P", str(installed / "bin" / script), "--help"],
             capture_output=True,
             text=True,
@@ -107,16 +107,16 @@ def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> N
             cwd=tmp_path,
             env=environment,
         )
-        assert done.returncode == 0 and f"Usage: {script}" in done.stdout, done.stderr
+        assert result.returncode == 0 and f"Usage: {script}" in result.stdout, result.stderr
 
 
 def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: Path) -> None:
-    """mypy --strict finds the packages as installed ones: only those with py.typed have types then."""
+    """mypy --strict sees the packages as installed ones, so they have types only if they ship py.typed."""
     program = Path(shutil.copy(typed_program.__file__, tmp_path / "program.py"))
     interpreter = installed.parents[2] / "bin" / "python"
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")]
     environment = {name: value for name, value in os.environ.items() if name not in ("MYPYPATH", "PYTHONPATH")}
-    done = subprocess.run(
+    result = subprocess.run(
         [*command, "--python-executable", str(interpreter), str(program)],
         capture_output=True,
         text=True,
@@ -124,4 +124,4 @@ def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: P
         cwd=tmp_path,
         env=environment,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert result.returncode == 0, result.stdout + result.stderr
