@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 
+from tests.helpers.alextrain import alextrain
 from tests.helpers.small_training import SMALL_ALEXNET
-from train.cli import main
 from train.config.architecture import ARCHITECTURES
 from train.monitor.metrics_log import MetricsLog
 from train.runs import checkpoint
@@ -38,8 +38,7 @@ def default_signals() -> Iterator[None]:
 
 def run(store: Path, run_dir: Path, *options: str) -> Result:
     """`alextrain run` with the recipe short on a CPU."""
-    words = ["run", "--store", str(store), "--run-dir", str(run_dir), "--gpus", "cpu", "--recipe", "short", *options]
-    return CliRunner().invoke(main, words)
+    return alextrain("run", "--store", store, "--run-dir", run_dir, "--gpus", "cpu", "--recipe", "short", *options)
 
 
 def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> Result:
