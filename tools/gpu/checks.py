@@ -111,7 +111,7 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
         f"stream of {format} records resumed from a state on {device}",
         all(same),
         f"{sum(same)} of {len(same)} batches are bit-identical",
-        f"{len(same)}",
+        f"{len(same)} of {len(same)}",
     )
 
 
@@ -161,18 +161,21 @@ def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     one_device = (settings.devices[0],) * 2
     for devices in dict.fromkeys((one_device, settings.devices)):
         model = make_network(settings, classes, devices)
-        place = devices[0] if devices[0] == devices[1] else f"{devices[0]} and {devices[1]}"
         for precision in settings.precisions:
             logits, gradients = logits_and_gradients(model, batch.images.to(devices[0]), batch.labels, precision)
             distances = {name: relative_distance(value, wanted_gradients[name]) for name, value in gradients.items()}
             worst = max(distances, key=lambda name: _nan_as_inf(distances[name]))
             distance, limits = relative_distance(logits, wanted_logits), TOLERANCES[precision]
             yield Check(
-                f"network in {precision} on {place} against float64",
+                f"network in {precision} on {_device_names(devices)} against float64",
                 distance <= limits[0] and distances[worst] <= limits[1],
                 f"logits differ by {distance:.2g}, gradients by {distances[worst]:.2g} ({worst})",
                 f"{limits[0]:g}, {limits[1]:g}",
             )
+
+
+def _device_names(devices: tuple[str, str]) -> str:
+    return " and ".join(dict.fromkeys(devices))
 
 
 def _nan_as_inf(distance: float) -> float:
@@ -244,7 +247,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     distance = relative_distance(torch.cat(velocities[0]), torch.cat(velocities[1]))
     limit = REPEAT_TOLERANCE if settings.on_gpu else 0.0
     yield Check(
-        f"three steps on {settings.devices[0]} and {settings.devices[1]}, twice",
+        f"three steps run twice on {_device_names(settings.devices)}",
         distance <= limit,
         "bit-identical" if distance == 0 else f"velocities differ by {distance:.2g}",
         f"{limit:g}",
