@@ -1,10 +1,10 @@
-"""Loading of compiled C kernels: each room's kernels.c, built at installation by tools/compile_native.py.
+"""Loads compiled C kernels: the kernels.c of a subpackage, which tools/compile_native.py compiles at installation.
 
 The kernels are optional. Without them NumPy, PyTorch or DALI computes the same, more slowly. They are not used
 
 - if no C compiler was available at installation,
-- if kernels.c has changed since: a library's name holds a digest of its source,
-- if a self-test on small arrays gives a wrong result, as after a faulty compilation,
+- if kernels.c has changed since installation: a library's name holds a digest of its source,
+- if a self-test on small arrays gives a wrong result, for example because the compiler has a bug,
 - if the environment has ALEXNET_NATIVE=0.
 """
 

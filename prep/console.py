@@ -44,7 +44,7 @@ class UserError(ValueError):
 
 
 class DiskFull(UserError):
-    """No space is left for a file: the disk, a quota or the largest file size is exhausted."""
+    """A file cannot grow: the disk or a quota is full, or the file has reached the largest size allowed."""
 
     exit_code = 3
 
@@ -75,7 +75,7 @@ class _CommandFailed(click.ClickException):
         self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Print the line. If standard error cannot be written to (a full disk), only the exit code tells."""
+        """Print the line. If standard error cannot be written to (full disk), only the exit code reports the error."""
         with suppress(OSError):
             super().show(file)
 
@@ -91,7 +91,7 @@ class Group(click.Group):
         self.resumable = resumable
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Raises click.ClickException on UserError, OSError; exits with 130 or 143 if interrupted."""
+        """Run the command. Raises click.ClickException for UserError or OSError; exits with 130 or 143 on a signal."""
         signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return super().invoke(ctx)
@@ -99,7 +99,7 @@ class Group(click.Group):
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
             raise  # click handles it
-        except OSError as error:  # most likely of a path that the user gave
+        except OSError as error:  # most likely raised for a path that the user passed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
@@ -108,7 +108,7 @@ class Group(click.Group):
 
 
 def say(text: str) -> None:
-    """Print one line to standard error for a person. A failure to print (closed pipe, full disk) is ignored."""
+    """Print one line to standard error. A failure to print (closed pipe, full disk) is ignored."""
     with suppress(OSError):
         click.echo(one_line(text), err=True)
 
@@ -134,7 +134,7 @@ def shell_quoted(path: Path) -> str:
 
 
 def duration_text(seconds: float) -> str:
-    """A duration for people: `48 s`, `3 min 20 s`, `1 h 05 min`."""
+    """A duration as text: `48 s`, `3 min 20 s`, `1 h 05 min`."""
     rounded_s = round(seconds)
     if rounded_s < 60:
         return f"{rounded_s} s"
@@ -144,7 +144,7 @@ def duration_text(seconds: float) -> str:
 
 
 def bytes_text(n: float) -> str:
-    """A number of bytes for people, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
+    """A number of bytes as text, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(n) < (999.5 if unit == "B" else 999.95):
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
@@ -162,8 +162,8 @@ def usable_cores() -> int:
 def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     """Make glibc's malloc keep up to `max_bytes` of freed memory for the next arrays.
 
-    By default glibc returns every large block to the kernel and pays for fresh, zeroed pages at the next allocation.
-    That measured as half of the time to rescale a photograph and a quarter of AlexNet's training step. With
+    By default glibc returns every large block to the kernel, which must zero fresh pages for the next allocation. That
+    took half of the time of rescaling a photograph and a quarter of the time of AlexNet's training step. With
     `map_large_blocks`, blocks over 32 MiB are still returned at once. Does nothing if the C library is not glibc.
     """
     try:
@@ -184,7 +184,7 @@ class Progress:
         self.total, self.unit, self.started = total, unit, time.monotonic()
         self.done = 0  # units finished, of `total`
         self.skipped = 0  # part of `done` that an earlier run finished: left out of the rate
-        self.bad = 0  # bad inputs or records that this run met
+        self.bad = 0  # bad inputs or records that this run found
         self.size_bytes = 0  # bytes that this run wrote
 
     def skip(self, n: int) -> None:
@@ -197,7 +197,7 @@ class Progress:
         self.update(self.done + n)
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
-        """Set the totals: `done` units, skipped ones included, and this run's bad ones and bytes written."""
+        """Set the totals: `done` units, skipped ones included; `bad` units and bytes written count this run only."""
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
@@ -210,7 +210,7 @@ class Progress:
 
 
 class _JsonProgress(Progress):
-    """Progress as one JSON object a line, at most one every `every_s` seconds. Shorter work prints nothing."""
+    """Progress as one JSON object a line, at most one every `every_s` seconds. Work shorter than that prints none."""
 
     def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
         super().__init__(total, unit)
@@ -244,7 +244,7 @@ class _ProgressBar(Progress):
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Show progress with rate and time left on standard error: a bar on a terminal, else lines of JSON."""
+    """Show progress with rate and ETA on standard error: a bar on a terminal, else lines of JSON."""
     if not sys.stderr.isatty():
         yield _JsonProgress(label, total, unit)
         return

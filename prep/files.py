@@ -18,7 +18,7 @@ from prep.console import UserError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file atomically: at every moment `path` is its old content, its new content, or absent."""
+    """Write a file atomically: at every moment `path` has its old content or its new content, or does not exist."""
     with atomic_file(path) as file:
         file.write(content)
 
@@ -55,7 +55,7 @@ def hold_lock(folder: Path, activity: str) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # a lock_is_held() elsewhere takes the lock for a moment
+            except BlockingIOError:  # lock_is_held() in another process takes the lock for a moment
                 if not tries_left:
                     raise UserError(
                         f"{folder}: another {activity} is at work in this folder. Wait for it, or name another folder."

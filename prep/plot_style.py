@@ -14,7 +14,7 @@ from typing import Any
 from prep.console import UserError
 
 FORMATS = ("png", "svg")
-TEXT_GRAY = "0.15"  # of text and ticks; matplotlib's grays go from 0, black, to 1, white
+TEXT_GRAY = "0.15"  # color of text and ticks; matplotlib's grays go from 0 (black) to 1 (white)
 
 _PNG_DPI = 150
 _STYLE: dict[Any, Any] = {
@@ -28,7 +28,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "alexnet",  # otherwise the ids inside an SVG are random
-    "text.parse_math": False,  # the name of a class or a photograph may contain two $
+    "text.parse_math": False,  # a class name with two $ is not a formula
 }
 
 DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure
@@ -37,10 +37,10 @@ DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure
 def render_figure(
     draw: DrawFunction, size_inches: tuple[float, float], format: str = "png", font_size_pt: float = 9.5
 ) -> bytes:
-    """The content of an image file (150 dpi if PNG) with what `draw` draws into a Figure of `size_inches`.
+    """Call `draw` with a Figure of `size_inches`, and return the figure as the bytes of an image file.
 
-    `format` is one of FORMATS. The file has no date, and matplotlib's own settings are not changed. Raises UserError if
-    matplotlib is not installed.
+    `format` is one of FORMATS; a PNG has 150 dpi. The file has no date, and matplotlib's own settings are not changed.
+    Raises UserError if matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context
@@ -49,7 +49,7 @@ def render_figure(
         raise UserError("Figures need matplotlib. Install it with: pip install 'alexnet[figures]'") from None
     sizes: dict[Any, Any] = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
     with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # it is drawn as a box
+        warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a missing glyph is drawn as a box
         figure, buffer = Figure(figsize=size_inches), io.BytesIO()
         draw(figure)
         figure.savefig(buffer, format=format, dpi=_PNG_DPI, metadata={"Date": None} if format == "svg" else None)
@@ -57,7 +57,7 @@ def render_figure(
 
 
 def figure_format(path: Path, option: str) -> str:
-    """The format that the extension of `path` names. Raises UserError, which begins with `option`, for another one."""
+    """The format that the extension of `path` names. Raises UserError, beginning with `option`, if it is unknown."""
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)

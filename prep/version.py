@@ -19,10 +19,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def package_version() -> str:
     """The version, such as `0.1.0`.
 
-    Read from the metadata that pip wrote, else from pyproject.toml beside the packages (a checkout that is only on
-    PYTHONPATH), else `unknown` (the packages were copied without it).
+    It is read from the metadata that pip wrote, else from the pyproject.toml next to the packages (a checkout that is
+    only on PYTHONPATH). It is `unknown` if the packages were copied without pyproject.toml.
     """
-    from importlib.metadata import PackageNotFoundError, version  # takes 20 ms, which --help saves
+    from importlib.metadata import PackageNotFoundError, version  # the import takes 20 ms, which --help avoids
 
     try:
         return version(DISTRIBUTION)
@@ -42,7 +42,7 @@ def checkout_version(root: Path) -> str:
 
 
 def version_option(command: Command) -> Command:
-    """The option --version of a command group. click's own reads the metadata of an installed package only."""
+    """Add the option --version to a command group. click's own option works for an installed package only."""
 
     def show(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value and not ctx.resilient_parsing:

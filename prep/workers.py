@@ -1,9 +1,9 @@
 """Process pool on this machine, with progress counters and crash detection.
 
 Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
-Ctrl-C, which the parent handles, and exit when the parent is gone, even if it was killed. An exception in a task is
-raised in the parent. A crash of a worker becomes a result, WorkerDied, which names the input that it was working on;
-the other workers continue.
+Ctrl-C, which the parent handles, and exit when the parent ends, even by SIGKILL. An exception in a task is raised in
+the parent. A crash of a worker becomes a result, WorkerDied, with the index of the input that the worker was
+processing; the other workers continue.
 """
 
 from __future__ import annotations
@@ -45,45 +45,46 @@ class Counts(NamedTuple):
 class TaskProgress:
     """A worker's current input and its Counts, in memory that the worker writes and the parent reads at any time.
 
-    `numbers` is the array of all workers; this one's SIZE numbers begin at `first`. By default a list of its own.
+    `counters` is an array that all workers share; this worker's SIZE elements begin at index `first`. By default it is
+    a new list of SIZE elements.
     """
 
     SIZE = 4
 
-    def __init__(self, numbers: MutableSequence[int] | None = None, first: int = 0) -> None:
-        self._numbers = [0] * self.SIZE if numbers is None else numbers
+    def __init__(self, counters: MutableSequence[int] | None = None, first: int = 0) -> None:
+        self._counters = [0] * self.SIZE if counters is None else counters
         self._first = first
 
     def begin(self, index: int) -> None:
-        """Record that input `index` of the task is next; the parent names it if the worker dies."""
-        self._numbers[self._first] = index
+        """Store that the worker begins input `index` of the task; the parent reports it if the worker dies."""
+        self._counters[self._first] = index
 
     def count(self, size_bytes: int = 0, bad: bool = False) -> None:
         """Count one more finished input, of which `size_bytes` were written or read."""
-        self._numbers[self._first + 1] += 1
-        self._numbers[self._first + 2] += bad
-        self._numbers[self._first + 3] += size_bytes
+        self._counters[self._first + 1] += 1
+        self._counters[self._first + 2] += bad
+        self._counters[self._first + 3] += size_bytes
 
     @property
     def index(self) -> int:
         """Index of the input that was begun last."""
-        return self._numbers[self._first]
+        return self._counters[self._first]
 
     @property
     def counts(self) -> Counts:
         """Counts since the worker started."""
-        return Counts(*self._numbers[self._first + 1 : self._first + self.SIZE])
+        return Counts(*self._counters[self._first + 1 : self._first + self.SIZE])
 
 
 @dataclass(frozen=True)
 class WorkerDied:
-    """The result of a task whose worker process ended in the middle of it."""
+    """The result of a task during which the worker process ended."""
 
-    index: int  # index of the input it had begun (TaskProgress.index), or NOT_STARTED
+    index: int  # index of the input that the worker was processing (TaskProgress.index), or NOT_STARTED
     exit_code: int  # negative: minus the number of the signal that killed it
 
     def describe(self) -> str:
-        """How it ended, as a predicate: `was killed (SIGKILL)`, `ended with code 1`."""
+        """How the process ended, as a predicate: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
         with suppress(ValueError):
@@ -102,7 +103,7 @@ class Runner(Protocol):
         """Run `work` on every task; yields (task, result) pairs as they finish, not in order.
 
         `on_progress` is called with the counts of this call, several times a second and at the end. The first exception
-        of `work` is raised here: a UserError as it is, any other as a RuntimeError with the worker's traceback.
+        of `work` is raised here: a UserError unchanged, any other as a RuntimeError with the worker's traceback.
         """
 
 
@@ -117,7 +118,7 @@ class WorkerPool:
         self.jobs = jobs
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
-        self._numbers = self._context.RawArray("q", TaskProgress.SIZE * jobs)
+        self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
 
     def map(
@@ -125,8 +126,8 @@ class WorkerPool:
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
         """See Runner.map. `work` must be a module-level function. Takes a task from `tasks` only when a worker is free.
 
-        Workers that are still busy when the generator is closed, or raises, are killed: none may send its result to a
-        later call.
+        Workers that are still busy when the generator is closed or raises are killed, so that their results do not
+        reach a later call.
         """
         busy = dict[int, T]()
         try:
@@ -160,7 +161,7 @@ class WorkerPool:
         on_progress(self._counts_since(counts_before))
 
     def _send(self, slot: int, message: Any) -> None:
-        TaskProgress(self._numbers, TaskProgress.SIZE * slot).begin(NOT_STARTED)
+        TaskProgress(self._counters, TaskProgress.SIZE * slot).begin(NOT_STARTED)
         try:
             self._connection(slot).send(message)
         except ConnectionError:  # the worker died while it was idle: start another
@@ -171,8 +172,8 @@ class WorkerPool:
                 raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
 
     def _counts(self) -> Counts:
-        each = [TaskProgress(self._numbers, TaskProgress.SIZE * slot).counts for slot in range(self.jobs)]
-        return Counts(*(sum(numbers) for numbers in zip(*each, strict=True)))
+        each = [TaskProgress(self._counters, TaskProgress.SIZE * slot).counts for slot in range(self.jobs)]
+        return Counts(*(sum(counts) for counts in zip(*each, strict=True)))
 
     def _counts_since(self, before: Counts) -> Counts:
         return Counts(*(now - then for now, then in zip(self._counts(), before, strict=True)))
@@ -185,7 +186,7 @@ class WorkerPool:
             process.join()
             connection.close()
             del self._workers[slot]
-            return WorkerDied(TaskProgress(self._numbers, TaskProgress.SIZE * slot).index, process.exitcode or 0)
+            return WorkerDied(TaskProgress(self._counters, TaskProgress.SIZE * slot).index, process.exitcode or 0)
         if error is not None:
             raise error
         return value
@@ -194,7 +195,7 @@ class WorkerPool:
         if slot not in self._workers:
             multiprocessing.resource_tracker.ensure_running()  # process.start() would start it, and unblock SIGINT
             parent_end, worker_end = self._context.Pipe()
-            args = worker_end, self._numbers, slot, self._preload
+            args = worker_end, self._counters, slot, self._preload
             process = self._context.Process(target=_serve, args=args, daemon=True)
             with _one_blas_thread(), _ctrl_c_blocked():
                 process.start()
@@ -213,18 +214,18 @@ class WorkerPool:
     def _stop(self, slots: Iterable[int]) -> None:
         stopped = [self._workers.pop(slot) for slot in list(slots) if slot in self._workers]
         for process, _ in stopped:
-            process.kill()  # it is idle, or its result is not wanted; unlike SIGTERM this also ends a suspended process
+            process.kill()  # unlike SIGTERM, SIGKILL also ends a suspended process
         for process, connection in stopped:
             process.join()
             connection.close()
 
 
-def _serve(connection: Connection, numbers: MutableSequence[int], slot: int, preload: str) -> None:
+def _serve(connection: Connection, counters: MutableSequence[int], slot: int, preload: str) -> None:
     """Main function of a worker: receive tasks and send results until the parent closes the connection."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     keep_freed_memory(_KEEP_BYTES, map_large_blocks=True)
-    task_progress = TaskProgress(numbers, TaskProgress.SIZE * slot)
+    task_progress = TaskProgress(counters, TaskProgress.SIZE * slot)
     if preload:
         importlib.import_module(preload)
     with suppress(EOFError):
@@ -250,7 +251,10 @@ def _exit_with_parent() -> None:
 
 @contextmanager
 def _ctrl_c_blocked() -> Iterator[None]:
-    """Block SIGINT. Processes started inside inherit the mask and never see it; this process gets it afterwards."""
+    """Block SIGINT in a `with` block.
+
+    Processes started there inherit the mask and never receive SIGINT. This process receives it after the block.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -260,7 +264,7 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Give processes started inside one BLAS thread each: BLAS libraries read the environment when they are loaded."""
+    """Limit BLAS to one thread in processes started in a `with` block: BLAS reads the environment when it is loaded."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

@@ -1,7 +1,7 @@
-"""Build hook of pip: compiles each room's kernels.c at installation, if a C compiler is available.
+"""Build hook for pip (hatchling): compiles the kernels.c of each subpackage, if a C compiler is available.
 
-The compiler is $CC or cc. Where the compiler supports it, each function is compiled for two kinds of CPU, so that a
-library built on one machine runs on any of its architecture, and on x86 uses AVX2 if the CPU has it.
+The compiler is $CC or cc. If the compiler supports it, each function is compiled for two kinds of CPU. So a library
+runs on any machine of the same architecture, and on x86 it uses AVX2 if the CPU has it.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", 
 
 
 def compile_native(source: Path) -> Path | None:
-    """Compile `source` to the library beside it that prep/compiled.py looks for. Returns its path, or None on failure.
+    """Compile `source` to a library in the same folder. Returns the library's path, or None on failure.
 
-    The name is the one of compiled.library_path, which cannot be imported: pip builds before the package is installed.
+    The library has the name that prep.compiled.library_path gives. That function cannot be imported here, because pip
+    builds before the package is installed.
     Libraries of earlier versions of `source` are removed.
     """
     library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
@@ -46,7 +47,7 @@ def compile_native(source: Path) -> Path | None:
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Adds the libraries to the wheel, which is then tagged for this platform; any Python 3 can load them."""
+    """Adds the libraries to the wheel and tags the wheel for this platform. Any Python 3 can load the libraries."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the kernels; hatchling calls this before it collects the files of the wheel."""

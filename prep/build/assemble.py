@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, not_images, tool_versions
-from prep.build.shard_task import record_path
+from prep.build.shard_task import summary_path
 from prep.console import UserError
 from prep.files import save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
@@ -23,31 +23,31 @@ from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerpr
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
-    """Write the files of a split whose shards are all finished, and last the manifest of the store in folder `root`.
+    """Write the files of a split whose shards are all finished, then the manifest of the store in folder `root`.
 
-    The split is added to those of the `existing` store. Raises UserError if a shard's record is missing or belongs to
-    other inputs, if more inputs were left out than `policy` allows, and if not one input is an image.
+    The split is added to those of the `existing` store. Raises UserError if a shard's summary is missing or belongs to
+    other inputs, if more inputs were left out than `policy` allows, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
     labels: Counter[int] = Counter()
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
     for number in range(plan.shard_count):
-        record = plan.shard_record(number)
-        path = record_path(folder, number)
-        if record is None:
-            raise UserError(f"{path} has gone. Give the same command again.")
+        summary = plan.shard_summary(number)
+        path = summary_path(folder, number)
+        if summary is None:
+            raise UserError(f"{path} is missing. Run the same command again.")
         square_sum += np.load(path.with_suffix(".npy"))
-        moments += Moments.from_json(record["moments"])
-        labels.update(dict(record["labels"]))
-        shard_bad = len(bad_outcomes(record["fates"]))
-        if record["shard"]["records"] + shard_bad != plan.count_inputs([number]):
-            raise UserError(f"{path} is of other inputs. Pass --restart to build from scratch.")
+        moments += Moments.from_json(summary["moments"])
+        labels.update(dict(summary["labels"]))
+        shard_bad = len(bad_outcomes(summary["fates"]))
+        if summary["shard"]["records"] + shard_bad != plan.count_inputs([number]):
+            raise UserError(f"{path} belongs to other inputs. Pass --restart to build from scratch.")
         bad += shard_bad
-        if record["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty if all its inputs were bad
-            shards.append(Shard(**record["shard"]))
+        if summary["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty if all its inputs were bad
+            shards.append(Shard(**summary["shard"]))
     if policy.max_bad is not None and bad > policy.max_bad:
-        raise UserError(f"{too_many_bad(bad, policy.max_bad)} Allow more to finish.")
+        raise UserError(f"{too_many_bad(bad, policy.max_bad)} Raise --max-bad to finish.")
     inputs, records = len(source.inputs) + len(source.refused), sum(shard.records for shard in shards)
     if not records:
         first = next(_outcomes(plan))
@@ -80,18 +80,18 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
-    """Outcomes of all inputs that were converted, turned or left out: the refused ones, then in record order."""
+    """Yield the outcomes for inputs.jsonl: those of refused inputs, then the others in record order."""
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):
-        yield from (plan.shard_record(number) or {"fates": ()})["fates"]
+        yield from (plan.shard_summary(number) or {"fates": ()})["fates"]
 
 
 def too_many_bad(bad: int, max_bad: int) -> str:
-    """The first sentence of an error."""
+    """First sentence of the error for more than `max_bad` bad inputs."""
     return f"{not_images(bad)}, --max-bad {max_bad} allowed."
 
 
 def write_color_stats(folder: Path, split: Split) -> None:
-    """Write colour.json of a split, which the stream reads, from the split's exact moments."""
+    """Compute a split's colour statistics from its exact moments and write them to colour.json for the stream."""
     stats = compute_color_stats(split.records, Moments.from_json(split.moments))
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())

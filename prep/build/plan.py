@@ -1,4 +1,4 @@
-"""Build plan of a split: its inputs in record order, cut into shards, and which of the shards are finished."""
+"""Build plan of a split: its inputs in record order, their division into shards, and the finished shards."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ import lmdb
 import numpy as np
 from PIL import features
 
-from prep.build.shard_task import ShardTask, record_path
+from prep.build.shard_task import ShardTask, summary_path
 from prep.files import write_atomic
 from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
 
-MAX_SHARD_RECORDS = 4096  # about 100 MB of JPEG, ten seconds of one core
+MAX_SHARD_RECORDS = 4096  # about 100 MB of JPEG, which one core builds in ten seconds
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 
 @dataclass(frozen=True)
 class BuildPolicy:
-    """What to do with inputs that cannot be stored, and with an unfinished build."""
+    """Treatment of inputs that cannot be stored, and of an unfinished build."""
 
-    skip_bad: bool = False  # leave them out; else the first one stops the build
-    max_bad: int | None = None  # the most that are left out before the build stops; None for no limit
+    skip_bad: bool = False  # leave bad inputs out; otherwise the first one stops the build
+    max_bad: int | None = None  # largest number of inputs to leave out; one more stops the build; None for no limit
     restart: bool = False  # discard an unfinished build
 
 
@@ -38,7 +38,7 @@ DEFAULT_POLICY = BuildPolicy()
 class BuildPlan:
     """The inputs of a split in record order, cut into shards of nearly equal length, and the state of their build.
 
-    The state is in `work_dir`, see prep.build.split. Shards are numbered from 0 to `shard_count` − 1.
+    The state is stored in `work_dir`, see prep.build.split. Shards are numbered from 0 to `shard_count` − 1.
     """
 
     def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
@@ -54,7 +54,7 @@ class BuildPlan:
         )
 
     def task(self, number: int) -> ShardTask:
-        """Everything that a worker needs to build shard `number`."""
+        """The task of a worker that builds shard `number`."""
         start = self.boundaries[number]
         inputs = tuple(self.source.inputs[index] for index in self.input_indices(number))
         crashing = frozenset(path for path, times in self.crash_counts().items() if self.skip_bad and times > 1)
@@ -75,12 +75,12 @@ class BuildPlan:
         indices: list[int] = self.permutation[self.boundaries[number] : self.boundaries[number + 1]].tolist()
         return indices
 
-    def count_inputs(self, numbers: Iterable[int]) -> int:
-        """How many inputs the shards `numbers` have."""
-        return sum(self.boundaries[number + 1] - self.boundaries[number] for number in numbers)
+    def count_inputs(self, shard_numbers: Iterable[int]) -> int:
+        """Number of inputs in the shards `shard_numbers`."""
+        return sum(self.boundaries[number + 1] - self.boundaries[number] for number in shard_numbers)
 
     def crash_counts(self) -> dict[str, int]:
-        """{path: how often a worker process died at that input}, over all runs of this build."""
+        """{path: number of worker processes that died at that input}, over all runs of this build."""
         try:
             counts: dict[str, int] = json.loads((self.work_dir / "deaths.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -88,14 +88,16 @@ class BuildPlan:
         return counts
 
     def record_crash(self, path: str) -> None:
-        """Count that a worker process died at an input."""
+        """Add one to the crash count of the input `path`."""
         counts = self.crash_counts()
         counts[path] = counts.get(path, 0) + 1
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
 
-    def sample(self, numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
-        """Tasks with `count` to 2·`count` inputs in all, spread evenly over the shards `numbers`, to measure."""
-        chosen = dict.fromkeys(numbers[len(numbers) * k // count] for k in range(count)) if numbers else {}
+    def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
+        """Tasks to measure: `count` to 2·`count` inputs in all, spread evenly over the shards `shard_numbers`."""
+        if not shard_numbers:
+            return []
+        chosen = dict.fromkeys(shard_numbers[len(shard_numbers) * k // count] for k in range(count))
         tasks = []
         for number in chosen:
             task = self.task(number)
@@ -104,18 +106,18 @@ class BuildPlan:
             tasks.append(replace(task, inputs=task.inputs[::step][:share], skip_bad=True))
         return tasks
 
-    def shard_record(self, number: int) -> dict[str, Any] | None:
-        """The record of shard `number` (prep.build.shard_task); None if the shard is not finished or incomplete."""
-        path = record_path(self.folder, number)
+    def shard_summary(self, number: int) -> dict[str, Any] | None:
+        """The summary of shard `number` (prep.build.shard_task); None if the shard is unfinished or incomplete."""
+        path = summary_path(self.folder, number)
         try:
-            record: dict[str, Any] = json.loads(path.read_bytes())
+            summary: dict[str, Any] = json.loads(path.read_bytes())
             size = (self.folder / f"{number:05d}" / "data.mdb").stat().st_size
         except (FileNotFoundError, ValueError):
             return None
-        return record if path.with_suffix(".npy").exists() and size >= record["shard"]["bytes"] else None
+        return summary if path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"] else None
 
     def has_finished_shards(self) -> bool:
-        """Whether `work_dir` has the record of any shard, of this plan or another."""
+        """Whether `work_dir` has the summary of any shard, of this plan or another."""
         return any(self.work_dir.glob("[0-9]*.json"))
 
     def is_finished(self, number: int) -> bool:
@@ -123,13 +125,13 @@ class BuildPlan:
 
         Without `skip_bad` a shard that left out a bad input is built again: the input may have been corrected since.
         """
-        record = self.shard_record(number)
-        return record is not None and (self.skip_bad or not bad_outcomes(record["fates"]))
+        summary = self.shard_summary(number)
+        return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
 
     def count_bad_inputs(self) -> int:
-        """How many inputs the finished shards left out."""
-        records = [self.shard_record(number) for number in range(self.shard_count) if self.is_finished(number)]
-        return sum(len(bad_outcomes(record["fates"])) for record in records if record is not None)
+        """Number of inputs that the finished shards left out."""
+        summaries = [self.shard_summary(number) for number in range(self.shard_count) if self.is_finished(number)]
+        return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
 
 
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

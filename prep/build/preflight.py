@@ -31,16 +31,16 @@ _PROBE_CHUNK = 256
 class ResourceEstimate:
     """Disk space and time that some inputs will take, extrapolated from a sample of them."""
 
-    bytes: int  # on the disk
-    seconds: float  # with all jobs; a source that is slow only now and then may take longer
-    sampled: int  # inputs that were built to measure
+    bytes: int  # bytes on the disk
+    seconds: float  # build time with all jobs; longer if the source is slow at times
+    sampled: int  # number of inputs in the sample
 
 
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
     """(name, reason) of the inputs whose size or first bytes show that they are not images.
 
-    Nothing is decoded. It takes a few hundredths of the time of the build and then stops, so on a slow source it covers
-    some of the inputs only. The build itself checks every input.
+    Nothing is decoded. The probe stops after a few hundredths of the time of the build, so on a slow source it covers
+    only some of the inputs. The build itself checks every input.
     """
     deadline = time.monotonic() + max(_MIN_PROBE_S, len(inputs) * _PROBE_S_PER_INPUT / jobs)
 
@@ -51,11 +51,12 @@ def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, st
         return [(name_text(item.path), reason) for item in chunk if (reason := _obvious_fault(reader, item))]
 
     with ThreadPoolExecutor(8) as pool:
-        return [bad for found in pool.map(probe_chunk, range(0, len(inputs), _PROBE_CHUNK)) for bad in found]
+        chunks = pool.map(probe_chunk, range(0, len(inputs), _PROBE_CHUNK))
+        return [bad for bad_of_chunk in chunks for bad in bad_of_chunk]
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """Why an input cannot be an image, as far as size and first bytes show; empty if it can be one."""
+    """The reason why size or first bytes show that an input is not an image; empty if it may be one."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -68,7 +69,7 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
-    """Raise UserError if the listing refused inputs or `probe` finds bad ones, more than `policy` allows.
+    """Raise UserError if more inputs than `policy` allows were refused by the listing or are bad according to `probe`.
 
     All of them are written to bad.jsonl in the plan's work folder.
     """
@@ -102,18 +103,18 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
         f"{bytes_text(free)} free"
     )
     if 0.8 * estimate.bytes > free:
-        raise DiskFull(f"{plan.folder}: {text}. Make room, or choose another --store; nothing was built.")
-    say(f"{plan.folder}: {text}. The build starts all the same, since the estimate may be too high.")
+        raise DiskFull(f"{plan.folder}: {text}. Free disk space, or choose another --store; nothing was built.")
+    say(f"{plan.folder}: {text}. The build starts anyway, since the estimate may be too high.")
 
 
 def _max_record_bytes(settings: Settings) -> int:
-    """An upper bound of the bytes of a record, for images up to 4:1."""
+    """Upper bound of the size of a record in bytes, for images with an aspect ratio of up to 4:1."""
     return 3 * settings.side_px**2 * (4 if settings.keep_aspect else 1) + 8192
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """How much space the `unfinished` shards need, from the bytes of the finished ones; empty without any of them."""
-    shards = [record["shard"] for number in range(plan.shard_count) if (record := plan.shard_record(number))]
+    """Disk space that the `unfinished` shards need, extrapolated from the finished ones; empty if there are none."""
+    shards = [summary["shard"] for number in range(plan.shard_count) if (summary := plan.shard_summary(number))]
     records = sum(shard["records"] for shard in shards)
     if not records or not unfinished:
         return ""
@@ -123,9 +124,9 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
 
 
 def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> ResourceEstimate | None:
-    """Extrapolate from `tasks`, whose records are built in memory, to `inputs` inputs like theirs.
+    """Build the records of `tasks` in memory, and extrapolate from them to `inputs` inputs.
 
-    None if not one of theirs is an image.
+    Returns None if no input of `tasks` is an image.
     """
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
@@ -137,9 +138,9 @@ def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) 
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
-    """(records, bytes of their LMDB pages, seconds) of the inputs of a task."""
+    """Build the inputs of a task in memory: (number of records, bytes of their LMDB pages, seconds)."""
     warm_up = replace(task, inputs=task.inputs[:1])
-    list(ShardBuilder(warm_up, TaskProgress()).records())  # loading the libraries is not part of the time
+    list(ShardBuilder(warm_up, TaskProgress()).records())  # the time of loading the libraries is not measured
     started = time.monotonic()
     sizes = [len(value) for _, value in ShardBuilder(task, task_progress).records()]
     return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - started

@@ -13,13 +13,13 @@ from prep.store.input_log import read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
-    from prep.build.split import BuildEstimate  # loads LMDB and Pillow, which --help does without
+    from prep.build.split import BuildEstimate  # loads LMDB and Pillow, which --help must not load
 
 _ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 
 
 def report_build(store: Store, name: str, done: int, seconds: float, as_json: bool) -> None:
-    """Report the split `name` that was just built; `done` of its inputs were processed by this run."""
+    """Print the result of the build of split `name`; this run processed `done` of its inputs in `seconds`."""
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
     if as_json:
@@ -55,7 +55,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
 
 
 def report_estimate(estimate: BuildEstimate, name: str, as_json: bool) -> None:
-    """Report what a build of the split `name` would do."""
+    """Print the estimate for a build of split `name`."""
     resources = estimate.resources
     if as_json:
         print_json(

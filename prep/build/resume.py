@@ -1,7 +1,8 @@
-"""Starting, resuming and discarding a build: what may change between its runs, and what is refused.
+"""Starting, resuming and discarding a build: checks which changes between two runs are allowed.
 
-An unfinished build is resumed by the same settings, tool versions, classes, paths and labels. A file that changed is
-read as it is now if its shard is not finished yet. A change to an input of a finished shard is refused.
+An unfinished build can be resumed with the same settings, tool versions, classes, paths and labels. The content of an
+input may have changed if its shard is not finished: the new content is stored. A changed input of a finished shard is
+an error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.build.plan import BuildPlan, bad_outcomes, tool_versions
-from prep.build.shard_task import record_path
+from prep.build.shard_task import summary_path
 from prep.console import UserError, count_noun, say
 from prep.files import write_atomic
 from prep.inputs.listing import Input, Listing
@@ -32,7 +33,7 @@ _TEMPORARY = re.compile(
 def start_or_resume(plan: BuildPlan, store: Path) -> None:
     """Write plan.json and inputs.npz of a new build, or check an unfinished one and bring its listing up to date.
 
-    Raises UserError as find_changed_inputs, StoreError as refuse_foreign_folder.
+    Raises the errors of find_changed_inputs and refuse_foreign_folder.
     """
     path = plan.work_dir / "plan.json"
     if not path.exists():
@@ -52,7 +53,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     if changed:
         for number in range(plan.shard_count):
             if has_changed_input(plan, number, changed):  # if it is finished, the input was bad and is corrected now
-                record_path(plan.folder, number).unlink(missing_ok=True)
+                summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
             "none is stored yet."
@@ -81,7 +82,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
     for tool, present in tool_versions().items():
         if tools.get(tool) != present:
             raise UserError(
-                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, this is {present}. "
+                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, but {present} is installed. "
                 "Finish it with that version, or pass --restart to discard what was built."
             )
     after = plan.source.inputs
@@ -101,13 +102,13 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
             f"({len(before):,} inputs then, {len(after):,} now). {advice}"
         )
     if boundaries != plan.boundaries:
-        raise UserError(f"{store} holds an unfinished build of other shards. {advice}")
+        raise UserError(f"{store} holds an unfinished build with other shard boundaries. {advice}")
     changed = before.changed_inputs(after, plan.settings.seed)
     for number in range(plan.shard_count):
-        record = plan.shard_record(number)
-        if record is None:
+        summary = plan.shard_summary(number)
+        if summary is None:
             continue
-        bad = {outcome["source"] for outcome in bad_outcomes(record["fates"])}
+        bad = {outcome["source"] for outcome in bad_outcomes(summary["fates"])}
         for item in plan.task(number).inputs:
             if item.path not in changed:
                 continue
@@ -132,15 +133,15 @@ def _difference(before: Input, after: Input) -> str:
     return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
 
 
-def check_same_settings(asked: Settings, begun: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError for the first of the `asked` settings that differs from those the store was begun with."""
+def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
+    """Raise UserError for the first of the `requested` settings that differs from those in `begun`."""
     for field in fields(Settings):
-        ask, has = getattr(asked, field.name), begun[field.name]
-        if ask != has:
+        new, old = getattr(requested, field.name), begun[field.name]
+        if new != old:
             option = "side" if field.name == "side_px" else field.name.replace("_", "-")
             raise UserError(
-                f"{store} was begun with --{option} {has}, this command says {ask}. "
-                "Give the same settings, pass --restart to discard an unfinished build, or choose another --store."
+                f"{store} was begun with --{option} {old}, this command has {new}. "
+                "Use the same settings, pass --restart to discard an unfinished build, or choose another --store."
             )
 
 
@@ -155,7 +156,7 @@ def refuse_foreign_folder(plan: BuildPlan) -> None:
 def discard_build(plan: BuildPlan, store: Path) -> None:
     """Remove an unfinished build.
 
-    It is renamed first: if this process is killed meanwhile, no record is left without its shard.
+    It is renamed first, so that a kill in the middle leaves no shard summary without its shard.
     """
     discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
     os.rename(plan.folder, discarded)
@@ -163,7 +164,7 @@ def discard_build(plan: BuildPlan, store: Path) -> None:
 
 
 def remove_temporary_files(store: Path) -> None:
-    """Remove what killed builds left under temporary names. Only for the holder of the store's lock."""
+    """Remove files that killed builds left under temporary names. The caller must hold the store's lock."""
     for folder in (store, *(store / split for split in SPLITS), *(store / split / ".build" for split in SPLITS)):
         for name in os.listdir(folder) if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(name):

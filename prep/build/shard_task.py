@@ -1,8 +1,8 @@
 """Builds one shard: read, rescale, encode and store its inputs. Run by a worker process.
 
 A shard is a pure function of its inputs and the settings. It is written to a temporary folder, synced and renamed.
-Then its record is written, also by rename: store/SPLIT/.build/NNNNN.json (counts, digest, colour moments, outcomes of
-inputs) with NNNNN.npy (the sum of its central squares). A shard without a record is built again.
+Then its summary is written, also by rename: store/SPLIT/.build/NNNNN.json (counts, digest, colour moments, outcomes of
+inputs) and NNNNN.npy (the sum of its central squares). A shard without a summary is built again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
-# What LMDB's errors say if no space is left; "Input/output error" if a part of a page could be written.
+# Texts in LMDB's errors on a full disk; it is "Input/output error" if a part of a page was written.
 _NO_SPACE = ("Input/output error", "No space left", "quota", "File too large")
 
 
@@ -40,14 +40,14 @@ class ShardTask:
     """Everything that is needed to build one shard; it is pickled for a worker process."""
 
     number: int
-    first_index: int  # of its first input in the split: keys count inputs
+    first_index: int  # index of the first input in the split; a record's key is the index of its input
     inputs: tuple[Input, ...]
     reader: InputReader
     split: str
-    folder: Path  # of the split, in the store
+    folder: Path  # folder of the split, in the store
     settings: Settings
     skip_bad: bool
-    crashing: frozenset[str] = frozenset()  # inputs at which worker processes died twice: left out unread
+    crashing: frozenset[str] = frozenset()  # paths at which worker processes died twice: left out unread
 
     @property
     def path(self) -> str:
@@ -55,55 +55,55 @@ class ShardTask:
         return f"{self.split}/{self.number:05d}"
 
 
-def record_path(folder: Path, number: int) -> Path:
-    """The record file of finished shard `number` of the split in `folder`."""
+def summary_path(folder: Path, number: int) -> Path:
+    """The summary file of finished shard `number` of the split in `folder`."""
     return folder / ".build" / f"{number:05d}.json"
 
 
 def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
-    """Build and record one shard, counting each input.
+    """Build one shard and write its summary. Counts each input in `task_progress`.
 
-    Raises UserError for a bad input (unless the task skips them) or a failing disk, DiskFull for a full one.
+    Raises UserError for a bad input (unless the task skips bad inputs) or a failing disk, DiskFull for a full disk.
     """
     temporary = task.folder / ".build" / f"{task.number:05d}.{os.getpid()}.tmp"
     final = task.folder / f"{task.number:05d}"
-    record = record_path(task.folder, task.number)
+    path = summary_path(task.folder, task.number)
     shutil.rmtree(temporary, ignore_errors=True)
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # left by a build that was killed between rename and record
+        shutil.rmtree(final, ignore_errors=True)  # left by a build that was killed before it wrote the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
-        save_array(record.with_suffix(".npy"), builder.sums.square_sum())
+        save_array(path.with_suffix(".npy"), builder.sums.square_sum())
         summary = builder.summary(Shard(task.path, records, size, digest))
-        write_atomic(record, json.dumps(summary).encode())
+        write_atomic(path, json.dumps(summary).encode())
     except lmdb.Error as error:
         if any(text in str(error) for text in _NO_SPACE):
             raise DiskFull(f"{task.folder}: {error}") from error
-        raise UserError(f"{task.folder}: {error}. Correct that, then give the same command again.") from error
+        raise UserError(f"{task.folder}: {error}. Correct that, then run the same command again.") from error
     except OSError as error:
         reported = disk_error(error, f"{task.folder}: {error.strerror or error}")
         if isinstance(reported, DiskFull):  # the parent process adds how much space is needed
             raise reported from error
         raise UserError(
-            f"{reported}. Correct that, then give the same command again: finished shards are kept."
+            f"{reported}. Correct that, then run the same command again: finished shards are kept."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardBuilder:
-    """Makes the records of one shard, in order, and sums up their pixels, labels and outcomes on the way."""
+    """Builds the records of one shard in order, and sums up their pixels, labels and outcomes."""
 
     def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
         self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
-        self.outcomes: list[dict[str, Any]] = []  # of inputs that were converted, turned or left out
+        self.outcomes: list[dict[str, Any]] = []  # outcomes for inputs.jsonl
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """Each (key, value). An input that is left out keeps its key, which no other record gets."""
+        """Yield the (key, value) of each record. The key of an input that is left out is not used."""
         for index, item in enumerate(self.task.inputs):
             self.task_progress.begin(index)
             value = self._record(item)
@@ -143,7 +143,7 @@ class ShardBuilder:
             self.outcomes.append(outcome)
 
     def summary(self, built: Shard) -> dict[str, Any]:
-        """The shard's record, as JSON."""
+        """The shard's summary as a JSON object."""
         return {
             "shard": asdict(built),
             "moments": self.sums.moments.to_json(),

@@ -1,15 +1,15 @@
 """Builds a split, or estimates its build: plan, checks, shards in worker processes, assembly.
 
-A build that is killed loses only the shards in flight, and the same command again finishes it with the same
-fingerprint. The state of an unfinished build is in
+A killed build loses only the shards that were in progress. The same command finishes it, with the same fingerprint. The
+state of an unfinished build is in
 
-    store/train/.build/plan.json         settings, tool versions, classes and shard boundaries, to refuse others
-    store/train/.build/inputs.npz        the listing, to name an input that has changed since
-    store/train/.build/00000.json .npy   one finished shard, see prep.build.shard_task
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; must agree to resume
+    store/train/.build/inputs.npz        the listing, to find inputs that have changed since
+    store/train/.build/00000.json .npy   summary of one finished shard, see prep.build.shard_task
     store/train/.build/deaths.json       inputs at which worker processes died, and how often
 
-The record order is fixed by the build: by a keyed hash of the paths (prep.inputs.listing). It depends on names and seed
-alone, and it mixes the classes well enough for a stream that reads blocks of neighbours (pipeline.sampling).
+The build fixes the record order, by a keyed hash of the paths (prep.inputs.listing). The order depends on names and
+seed alone. It mixes the classes well enough for a stream that reads blocks of consecutive records (pipeline.sampling).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
 @dataclass(frozen=True)
 class BuildEstimate:
-    """What a build would do, as --dry-run reports it."""
+    """Inputs, disk space and time of a build, for --dry-run."""
 
     inputs: int
     classes: int
-    bad: tuple[tuple[str, str], ...]  # (name, reason): refused by the listing, or found by a look at the first bytes
+    bad: tuple[tuple[str, str], ...]  # (name, reason): refused by the listing, or found by `probe`
     done: int  # inputs in finished shards
-    is_built: bool  # the split is in the store already, of the same inputs and settings
+    is_built: bool  # the split is in the store already, with the same inputs and settings
     resources: ResourceEstimate | None  # for the remaining inputs; None if none remain or no sampled one is an image
     free_bytes: int
 
@@ -67,13 +67,13 @@ def build_split(
     store: Path,
     settings: Settings,
     runner: Runner,
-    report: Progress,
+    progress: Progress,
     policy: BuildPolicy = DEFAULT_POLICY,
 ) -> Store:
-    """Build one split into the folder `store` and return the store. A split that it already has stays as it is.
+    """Build one split into the folder `store` and return the store. A split that it already has is not built again.
 
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
-    for bad inputs as `policy` says, and if a worker process died; DiskFull if the disk has no room.
+    for bad inputs that `policy` does not allow, and if a worker process died; DiskFull if the disk is full.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     _refuse_store_in_source(source, store)
@@ -83,16 +83,16 @@ def build_split(
             existing = _open_existing(store, plan)
             if existing is not None and source.split in existing.splits:
                 remove_temporary_files(store)
-                report.skip(len(source.inputs))
+                progress.skip(len(source.inputs))
                 shutil.rmtree(plan.work_dir, ignore_errors=True)
                 return existing
-            is_begun = (plan.work_dir / "plan.json").exists()  # without plan.json the folder is not ours to remove
+            is_begun = (plan.work_dir / "plan.json").exists()  # a folder without it is not an unfinished build
             if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.crash_counts())):
                 discard_build(plan, store)
             start_or_resume(plan, store)
             remove_temporary_files(store)
             unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
-            report.skip(len(source.inputs) - plan.count_inputs(unfinished))
+            progress.skip(len(source.inputs) - plan.count_inputs(unfinished))
             if 0 < len(unfinished) < plan.shard_count:
                 finished = plan.shard_count - len(unfinished)
                 say(f"{source.split}: resuming; {finished:,} of {plan.shard_count:,} shards are finished.")
@@ -100,7 +100,7 @@ def build_split(
             check_inputs(plan, policy, runner.jobs, unfinished)
             check_disk_space(plan, unfinished, runner)
             try:
-                _build_shards(plan, unfinished, runner, report, policy, bad_before)
+                _build_shards(plan, unfinished, runner, progress, policy, bad_before)
             except DiskFull as error:
                 need = needed_space_text(plan, [number for number in unfinished if not plan.is_finished(number)])
                 raise _disk_full(error, store, need) from error
@@ -112,14 +112,14 @@ def build_split(
         if isinstance(reported, DiskFull):
             raise _disk_full(reported, store) from error
         raise UserError(
-            f"{reported}. Correct that, then give the same command again: finished shards are kept."
+            f"{reported}. Correct that, then run the same command again: finished shards are kept."
         ) from error
 
 
 def estimate_build(
     source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy = DEFAULT_POLICY
 ) -> BuildEstimate:
-    """What build_split would do, without writing a byte. Raises UserError if it would refuse to begin."""
+    """Estimate a build without writing anything. Raises UserError if build_split would refuse to start."""
     _refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     existing = _open_existing(store, plan)
@@ -153,12 +153,12 @@ def estimate_build(
 def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
     return DiskFull(
         f"{error}: the disk is full. {need}{bytes_text(free_bytes(store))} are free. "
-        "Make room and give the same command again: finished shards are kept."
+        "Free disk space and run the same command again: finished shards are kept."
     )
 
 
 def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """The store, None before its first split is built; raises UserError if its settings or inputs are others."""
+    """The store, or None before its first split is built. Raises UserError if it has other settings or inputs."""
     if not (store / "manifest.json").exists():
         return None
     existing, split = Store.open(store), plan.source.split
@@ -172,7 +172,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError for a store inside its own source: it would be listed as a class the next time."""
+    """Raise UserError for a store inside its own source: the next build would list it as a class."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split
@@ -185,34 +185,39 @@ def _refuse_store_in_source(source: Source, store: Path) -> None:
 
 
 def _build_shards(
-    plan: BuildPlan, numbers: Sequence[int], runner: Runner, report: Progress, policy: BuildPolicy, bad_before: int
+    plan: BuildPlan,
+    shard_numbers: Sequence[int],
+    runner: Runner,
+    progress: Progress,
+    policy: BuildPolicy,
+    bad_before: int,
 ) -> None:
-    """Build the shards `numbers`. Raises UserError for too many bad inputs, and for a worker process that died."""
-    done_before = report.done
+    """Build the shards `shard_numbers`. Raises UserError for too many bad inputs or if a worker process died."""
+    done_before = progress.done
     refused = len(plan.source.refused)
 
     def on_progress(counts: Counts) -> None:
         bad = refused + bad_before + counts.bad
-        report.update(done_before + counts.done, bad=bad, size_bytes=counts.bytes)
+        progress.update(done_before + counts.done, bad=bad, size_bytes=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
                 f"{too_many_bad(bad, policy.max_bad)} Correct them, or allow more: finished shards are kept."
             )
 
     # closing() stops the workers before the lock is released, also after an error.
-    with closing(runner.map(build_shard, _tasks(plan, numbers), on_progress)) as results:
+    with closing(runner.map(build_shard, _tasks(plan, shard_numbers), on_progress)) as results:
         for task, result in results:
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
-                raise UserError(f"A worker process {result.describe()} before it began. Give the same command again.")
+                raise UserError(f"A worker process {result.describe()} before it began. Run the same command again.")
             if isinstance(result, WorkerDied):
                 name = name_text(task.inputs[result.index].path)
                 plan.record_crash(name)
                 raise UserError(
                     f"{name}: a worker process {result.describe()} at this file. If memory ran "
-                    "out, give the same command again with fewer --jobs: finished shards are kept. "
+                    "out, run the same command again with fewer --jobs: finished shards are kept. "
                     "With --on-bad skip a file at which worker processes died twice is left out."
                 )
 
 
-def _tasks(plan: BuildPlan, numbers: Iterable[int]) -> Iterator[ShardTask]:
-    return (plan.task(number) for number in numbers)
+def _tasks(plan: BuildPlan, shard_numbers: Iterable[int]) -> Iterator[ShardTask]:
+    return (plan.task(number) for number in shard_numbers)

@@ -1,9 +1,8 @@
 """Plots the colours of a split: pixels and principal axes in RGB space, the spectrum, and the colour noise.
 
 The noise of the paper (section 4.1) adds α·σ·v to a whole training image, for each principal component with eigenvector
-v and standard deviation σ, with α ~ N(0, 0.1). Three standard deviations of α are ±0.3. They move an image so little
-along the second and third component that it is hard to see; so the mean colour is also shown moved by ±3 σ, ten times
-as far.
+v and standard deviation σ, with α ~ N(0, 0.1). Three standard deviations of α are ±0.3. Along the second and third
+component such a shift is hard to see. So the mean colour is also shown shifted by ±3 σ, ten times as far.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-MAX_RECORDS, MAX_PIXELS = 48, 4800  # records that are read; pixels that are drawn
-ALPHA_STDEV = 0.1  # of α (section 4.1)
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # limits of the records to read and of the pixels to draw
+ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations of α, or of the pixels
 AXIS_STDEVS = 2  # half length of the principal axes, in standard deviations of the pixels
-PHOTOGRAPH_PX = 256  # a photograph of twice this side or more is reduced
-ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels; eigenvalues of fb.resnet.torch
+PHOTOGRAPH_PX = 256  # a photograph whose side is at least twice this is reduced
+ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
@@ -41,7 +40,7 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     """Draw `stats` and a sample of their split to a .png or .svg file; equal inputs give equal bytes.
 
     Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
-    cannot be written (an existing file then stays), and StoreError naming shard and key of a damaged record.
+    cannot be written (an existing file is kept), and StoreError, naming shard and key, for a damaged record.
     """
     format = figure_format(out, "--plot")
 
@@ -56,14 +55,14 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 
 
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
-    """(pixels, photograph) of a split.
+    """Draw a random sample of a split: (pixels, photograph).
 
-    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, as many from each of at most MAX_RECORDS records
-    photograph   uint8 (S, S, 3), the central square of the record whose colours are most like the split's at half its
-                 contrast: there small shifts show, and little is clipped. It is reduced by a whole factor if S would
-                 be 2·PHOTOGRAPH_PX or more.
+    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
+    photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
+                 2·PHOTOGRAPH_PX or more. Its colours are closest to those of the split at half the split's contrast:
+                 small shifts show, and few values are clipped.
 
-    Raises StoreError as plot_colors.
+    Raises StoreError, naming shard and key, for a damaged record.
     """
     rng, share = np.random.default_rng(seed), MAX_PIXELS // min(MAX_RECORDS, store.split(split).records)
     pixels, photograph, smallest = [], np.empty(0, np.uint8), np.inf
@@ -77,7 +76,7 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
 
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
-    """uint8 (H, W, 3): at most MAX_RECORDS images, spread evenly over the shards, the first records of each.
+    """Yield at most MAX_RECORDS images, uint8 (H, W, 3): the first records of shards spread evenly over the split.
 
     The record order is that of a hash, so the first records of a shard are a random sample.
     """
@@ -100,7 +99,8 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
     """Twice the Kullback–Leibler divergence, plus a constant, of the pixels from the split at half its contrast.
 
-    Both are taken for normal distributions. One squared grey level on each diagonal keeps it finite for gray images.
+    Both are modelled as normal distributions. One squared grey level is added to each diagonal entry of the
+    covariances, so that the result is finite for gray images.
     """
     inverse = np.linalg.inv(np.array(stats.covariance) / 4 + np.eye(3))
     covariance, offset = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
@@ -118,7 +118,7 @@ def shift_colors(
 ) -> npt.NDArray[np.float64]:
     """RGB colours (..., 3) shifted by `stdevs` standard deviations along component 0, 1 or 2: grey levels, unclipped.
 
-    `stdevs` is a number, or (n, 1) to give (n, 3).
+    `stdevs` is a number, or an array (n, 1), which gives (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma
@@ -153,7 +153,7 @@ def _draw_cloud(panel: Any, stats: ColorStats, pixels: Pixels) -> None:
     limits, ticks = (0, 255), (0, 100, 200)
     axes.set(xlim=limits, ylim=limits, zlim=limits, xticks=ticks, yticks=ticks, zticks=ticks)
     axes.set(xlabel="red", ylabel="green", zlabel="blue")
-    axes.view_init(20, 30, vertical_axis="y")  # from here no principal axis of photographs hides another
+    axes.view_init(20, 30, vertical_axis="y")  # no principal axis of photographs hides another
     axes.set_box_aspect(None, zoom=0.98)
 
 

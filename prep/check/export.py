@@ -1,4 +1,4 @@
-"""Exports the records of a split as image files in class folders, resumable and without overwriting anything."""
+"""Exports the records of a split as image files in class folders. An export can be resumed and overwrites no file."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class _ExportTask:
     format: str
 
 
-def export_split(store: Store, split: str, out: Path, runner: Runner, report: Progress) -> None:
+def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
     """Write the image of every record of a split to `out`/CLASS/NAME, under the name of its input.
 
     A file that already has the same bytes is left alone, so a second call resumes the first. Raises UserError if a file
     of that name has other bytes, or a record is damaged.
     """
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
-    on_progress = lambda counts: report.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
+    on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             raise StoreError(
@@ -57,13 +57,13 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             _write_new_file(os.path.join(os.fsencode(folder), file_name(datum.source, key, task.format)), datum.data)
         except OSError as error:
-            text = f"{folder}: {error.strerror or error}. Give the same command again to resume."
+            text = f"{folder}: {error.strerror or error}. Run the same command again to resume."
             raise disk_error(error, text) from None
         task_progress.count(len(datum.data))
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """The input's own name, with an extension that fits the stored format; the key, if that is not a file name."""
+    """File name of an exported record: the input's name, or the key if that is unsafe; the extension fits `format`."""
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
     if extension not in _EXTENSIONS[format]:
@@ -72,7 +72,7 @@ def file_name(source: bytes, key: bytes, format: str) -> bytes:
 
 
 def _is_file_name(name: bytes) -> bool:
-    """Whether a name is that of one file or folder and leads nowhere else."""
+    """Whether a name is valid for one file or folder, and is not a path to another place."""
     return name not in (b"", b".", b"..") and not set(name) & set(b"/\0") and len(name) <= _MAX_NAME_BYTES
 
 

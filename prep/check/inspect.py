@@ -1,4 +1,4 @@
-"""Describes a store, or finds one of its records by key."""
+"""Describes a store from its manifest, and finds a record by its key."""
 
 from __future__ import annotations
 
@@ -72,16 +72,16 @@ def summary_lines(store: Store) -> Iterator[str]:
         for reason, count in account["bad"].items():
             yield f"  left out: {count:,} {reason}"
         if account["converted"] or bad:
-            yield f"  {store.root / name / 'inputs.jsonl'} names them"
+            yield f"  {store.root / name / 'inputs.jsonl'} lists them"
 
 
 def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str, Datum]:
-    """(path of the shard, record) of a key, whose leading zeros may be omitted.
+    """Find a record by its key, in which leading zeros may be omitted: (path of the shard, record).
 
     Raises StoreError if no shard has the key, or the record is damaged.
     """
     if not (key.isascii() and key.isdigit()):
-        raise StoreError(f"--key {key!r}: expected a number, as {name_text(lmdb_shard.record_key(17))} or 17.")
+        raise StoreError(f"--key {key!r}: expected a number such as {name_text(lmdb_shard.record_key(17))} or 17.")
     padded_key = key.zfill(8).encode()
     tasks = [(path, padded_key) for path in store.shard_paths(split)]
     for (path, _), result in runner.map(_read_record, tasks, lambda counts: None):

@@ -1,7 +1,7 @@
 """Verifies a store: every record against its checksum and settings, every shard and file against the manifest.
 
-Each fault is named by shard, key and source. Worker processes read the shards: LMDB trusts its file, and a file that
-was cut short or damaged can crash the process that reads it.
+Each fault is reported with shard, key and source. Worker processes read the shards, since LMDB does not check its file:
+a truncated or damaged file can crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -36,12 +36,13 @@ from prep.store.manifest import (
 )
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-# The moments of a jpeg store are of the pixels before compression. That they are the build's own is proved by the
-# manifest's checksum; the stored images can only be close to them. The bounds cover the worst that 4:2:0 does, to lines
-# of two saturated colours. Hundreds of photographs stay within 0.1 grey level and 1 %, from quality 50 up.
-MAX_MEAN_ERROR = 64.0  # grey levels, of each channel's mean
-MAX_COVARIANCE_ERROR = 1.1  # of each entry, relative to the largest entry of the covariance
-_MIN_QUALITY = 50  # below it these statistics are not compared
+# The moments in the manifest of a jpeg store are those of the pixels before compression, so the moments of the stored
+# images are only close to them. The manifest's checksum shows whether its moments were changed. The bounds allow for
+# the largest errors of 4:2:0 subsampling, which lines of two saturated colours have. For hundreds of photographs of
+# quality 50 or more, the errors are at most 0.1 grey level and 1 %.
+MAX_MEAN_ERROR = 64.0  # error of each channel's mean, in grey levels
+MAX_COVARIANCE_ERROR = 1.1  # error of each entry, relative to the largest entry of the covariance
+_MIN_QUALITY = 50  # these statistics are not compared for a lower quality
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ class Fault:
     """One difference between a store and its manifest, or one damaged record."""
 
     where: str  # a shard, such as `train/00003`, or a file of the store
-    key: str  # of the record; empty if the fault is not one record's
+    key: str  # key of the record; empty if the fault does not concern a single record
     source: str  # path of the record's input, if it can still be read
     what: str
 
     def text(self) -> str:
-        """One line for a person."""
+        """The fault as one line of text."""
         key = f", key {self.key}" if self.key else ""
         source = f" ({self.source})" if self.source else ""
         return f"{self.where}{key}{source}: {self.what}"
@@ -73,25 +74,25 @@ class _ShardCheck:
 
 @dataclass
 class _ShardFindings:
-    """What a worker process found in one shard."""
+    """Result of the check of one shard."""
 
     faults: list[Fault] = field(default_factory=list)
-    keys: tuple[int, int] = (-1, -1)  # the first and the last
+    keys: tuple[int, int] = (-1, -1)  # first and last key
     records: int = 0
     labels: Counter[int] = field(default_factory=Counter)
     moments: Moments = field(default_factory=Moments)
     square_sum: npt.NDArray[np.int64] | None = None
 
 
-def verify_split(store: Store, split: str, runner: Runner, report: Progress, decode: bool = True) -> list[Fault]:
-    """All faults of a split, sorted by place and key. Without `decode`, no image is decoded."""
+def verify_split(store: Store, split: str, runner: Runner, progress: Progress, decode: bool = True) -> list[Fault]:
+    """All faults of a split, sorted by file and key. Without `decode`, no image is decoded."""
     shards = store.split(split).shards
     tasks = [_ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
     findings: dict[str, _ShardFindings] = {}
     square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
-    done_before, bad_before = report.done, report.bad  # of other splits
-    on_progress = lambda counts: report.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
+    done_before, bad_before = progress.done, progress.bad  # counts of other splits
+    on_progress = lambda counts: progress.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             what = (
@@ -102,7 +103,7 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
         else:
             if result.square_sum is not None:
                 square_sum += result.square_sum
-                result.square_sum = None  # megabytes for each shard
+                result.square_sum = None  # frees megabytes for each shard
             findings[task.shard.path] = result
             faults += result.faults
     try:
@@ -116,7 +117,7 @@ def verify_split(store: Store, split: str, runner: Runner, report: Progress, dec
 
 
 def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
-    """Check one shard: each record, then counts and digest, which are compared only if all records are sound."""
+    """Check each record of one shard. If all records are undamaged, compare counts and digest too."""
     found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
@@ -188,7 +189,7 @@ def _readable_source(value: bytes) -> str:
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """Faults of the manifest and of the files beside the shards: all that shows without reading a record."""
+    """Faults of the manifest and of the files next to the shards that can be found without reading a record."""
     split = store.split(name)
     where = "manifest.json"
 
@@ -239,7 +240,7 @@ def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
 
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
-    """The files beside the shards against their digests, and the lines of inputs.jsonl against the totals."""
+    """Compare the files next to the shards with their digests, and the lines of inputs.jsonl with the totals."""
     account = store.split(name).account
     for file in SPLIT_FILES:
         where = f"{name}/{file}"
@@ -260,7 +261,7 @@ def _check_files(store: Store, name: str) -> Iterator[Fault]:
 def _check_totals(
     store: Store, name: str, findings: Sequence[_ShardFindings], square_sum: npt.NDArray[np.int64] | None
 ) -> Iterator[Fault]:
-    """Keys, label counts and pixel statistics of records that are all sound, against the manifest."""
+    """Compare keys, label counts and pixel statistics of undamaged records with the manifest."""
     split = store.split(name)
     where = "manifest.json"
     labels: Counter[int] = Counter()
@@ -283,7 +284,7 @@ def _check_totals(
 def _check_pixel_statistics(
     store: Store, split: Split, name: str, moments: Moments, square_sum: npt.NDArray[np.int64]
 ) -> Iterator[Fault]:
-    """Moments and mean image of the stored images against the manifest's: exactly for ppm, within bounds for jpeg."""
+    """Compare moments and mean image of the stored images with the manifest's: exactly for ppm, by bounds for jpeg."""
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)
     for pixels in {stated.pixels, split.pixels} - {moments.pixels}:

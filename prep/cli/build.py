@@ -14,7 +14,7 @@ from prep.console import progress, store_option, usable_cores
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
-if TYPE_CHECKING:  # these load LMDB and Pillow, which --help does without
+if TYPE_CHECKING:  # these load LMDB and Pillow, which --help must not load
     from prep.build.plan import BuildPolicy
     from prep.inputs.reader import Source
     from prep.workers import Runner
@@ -28,13 +28,14 @@ if TYPE_CHECKING:  # these load LMDB and Pillow, which --help does without
     "--labels",
     type=click.Path(path_type=Path, dir_okay=False),
     help="Label file of images without class folders: `name label` on each line, or one number on each line (ILSVRC's "
-    "ground truth).  [default: the label file beside SOURCE]",
+    "ground truth).  [default: the label file next to SOURCE]",
 )
 @click.option(
     "--label-order",
     type=click.Choice(LABEL_ORDERS),
     help="Meaning of number k in a ground truth: the k-th class in sorted order (sorted), or the class whose "
-    "ILSVRC2012_ID is k in the meta.mat beside it (devkit).  [default: devkit if meta.mat is there, else sorted]",
+    "ILSVRC2012_ID is k in the devkit's meta.mat (devkit).  [default: devkit if meta.mat is next to the label file, "
+    "else sorted]",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Report bad inputs, disk space and time; build nothing.")
@@ -54,8 +55,8 @@ def build_lmdb(
     """Rescale the images of SOURCE and write them to a sharded LMDB store.
 
     SOURCE is a folder with one folder for each class, a flat folder of images with --labels, a tar archive of either
-    (ILSVRC2012_img_train.tar as it is), or a folder that holds train and val as such folders or archives. It is only
-    read. After an interruption the same command resumes the build.
+    (such as ILSVRC2012_img_train.tar), or a folder that holds train and val as such folders or archives. Nothing in
+    SOURCE is changed. After an interruption the same command resumes the build.
 
     \b
     Example:
@@ -94,7 +95,7 @@ def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
-    """The classes of a store; none if it does not exist yet."""
+    """The classes of a store; empty if it does not exist yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
 
 
@@ -102,9 +103,10 @@ def _build(source: Source, store: Path, settings: Settings, runner: Runner, poli
     from prep.build.split import build_split
 
     started = time.monotonic()
-    with progress(f"{source.split}: rescaling", len(source.inputs), "pictures") as report:
-        built = build_split(source, store, settings, runner, report, policy)
-    report_build(built, source.split, report.done - report.skipped, time.monotonic() - started, as_json)
+    with progress(f"{source.split}: rescaling", len(source.inputs), "pictures") as build_progress:
+        built = build_split(source, store, settings, runner, build_progress, policy)
+    done = build_progress.done - build_progress.skipped
+    report_build(built, source.split, done, time.monotonic() - started, as_json)
 
 
 @click.command("import-caffe")
@@ -129,8 +131,8 @@ def import_caffe(
 ) -> None:
     """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
-    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files; labels stay what they
-    are. The resizing and compression of convert_imageset cannot be undone: prefer the original images to its LMDBs.
+    Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. Labels do not change.
+    The resizing and compression of convert_imageset cannot be undone: prefer the original images to its LMDBs.
 
     \b
     Example:
@@ -142,6 +144,6 @@ def import_caffe(
 
     settings, policy = _settings_and_policy(options)
     with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
-        with progress(f"{split}: listing", 0, "records") as report:
-            inputs = list_caffe_lmdbs(lmdbs, split, classes, _store_classes(store), workers, report)
+        with progress(f"{split}: listing", 0, "records") as listing_progress:
+            inputs = list_caffe_lmdbs(lmdbs, split, classes, _store_classes(store), workers, listing_progress)
         _build(inputs, store, settings, workers, policy, as_json)

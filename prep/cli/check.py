@@ -36,8 +36,8 @@ from prep.store.manifest import SPLITS, Store
 def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_json: bool) -> None:
     """Verify every record of a store against its checksum and the manifest, and name each fault.
 
-    Images are decoded and their colour sums compared with the build's: exactly for ppm, within the loss of JPEG for
-    jpeg. The exit code is 1 if there is a fault.
+    Images are decoded, and their colour sums are compared with those of the build: exactly for ppm, within JPEG's
+    error for jpeg. The exit code is 1 if there is a fault.
 
     \b
     Example:
@@ -51,9 +51,9 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
     names = [split] if split else list(opened.splits)
     records = sum(opened.split(name).records for name in names)
     faults, started = [], time.monotonic()
-    with WorkerPool(jobs or usable_cores()) as workers, progress("verifying", records, "records") as report:
+    with WorkerPool(jobs or usable_cores()) as workers, progress("verifying", records, "records") as verify_progress:
         for name in names:
-            faults += verify_split(opened, name, workers, report, decode=not quick)
+            faults += verify_split(opened, name, workers, verify_progress, decode=not quick)
     seconds = time.monotonic() - started
     if as_json:
         print_json(
@@ -89,13 +89,13 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
     show_default=True,
     help="Split of the record that --key names.",
 )
-@click.option("--key", metavar="K", help="Key of one record, to describe it instead of the store.")
+@click.option("--key", metavar="K", help="Key of the record to describe.  [default: describe the store]")
 @click.option(
     "--out", type=click.Path(path_type=Path, dir_okay=False), help="File for the image of the record that --key names."
 )
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
-    """Describe a store: splits, classes, settings and outcomes of its inputs; or, with --key, one of its records.
+    """Describe a store (splits, classes, settings, outcomes of its inputs) or, with --key, one of its records.
 
     \b
     Example:
@@ -155,7 +155,7 @@ def _inspect_record(store: Store, split: str, key: str, out: Path | None, as_jso
 @jobs_option
 @json_option
 def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: bool) -> None:
-    """Write every record of a split to OUT/CLASS/NAME: a folder of images again.
+    """Write the image of every record of a split to OUT/CLASS/NAME.
 
     The files are the stored images, byte for byte. After an interruption the same command resumes the export.
 
@@ -168,20 +168,23 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 
     opened = Store.open(store)
     records, started = opened.split(split).records, time.monotonic()
-    with WorkerPool(jobs or usable_cores()) as workers, progress(f"{split}: writing", records, "files") as report:
-        export_split(opened, split, out, workers, report)
+    shown_progress = progress(f"{split}: writing", records, "files")
+    with WorkerPool(jobs or usable_cores()) as workers, shown_progress as export_progress:
+        export_split(opened, split, out, workers, export_progress)
     seconds = time.monotonic() - started
     if as_json:
-        print_json({"split": split, "files": records, "bytes": report.size_bytes, "seconds": round(seconds, 3)})
+        size_bytes = export_progress.size_bytes
+        print_json({"split": split, "files": records, "bytes": size_bytes, "seconds": round(seconds, 3)})
         return
-    click.echo(f"{out}: {count_noun(records, 'file')}, {bytes_text(report.size_bytes)}, {duration_text(seconds)}")
+    size = bytes_text(export_progress.size_bytes)
+    click.echo(f"{out}: {count_noun(records, 'file')}, {size}, {duration_text(seconds)}")
 
 
 @click.command("pca-stats")
 @store_option
 @split_option
 @click.option(
-    "--recompute", is_flag=True, help="Decode the stored images and compare them with the statistics of the build."
+    "--recompute", is_flag=True, help="Compute the statistics from the stored images and compare with the build's."
 )
 @click.option(
     "--plot",
@@ -194,8 +197,9 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs: int | None, as_json: bool) -> None:
     """Print mean, covariance and principal components of the RGB pixels of a split.
 
-    They come from exact sums of the build, and are written to SPLIT/colour.json for the stream. With --recompute they
-    come from the stored images, the largest difference is reported, and colour.json stays as it is.
+    They are computed from the exact sums of the build and written to SPLIT/colour.json, which the stream reads. With
+    --recompute they are computed from the stored images; the largest difference is printed, and colour.json is not
+    changed.
 
     \b
     Example:
@@ -217,8 +221,8 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
     difference = None
     if recompute:
         workers = WorkerPool(jobs or usable_cores())
-        with workers, progress(f"{split}: decoding", stats.records, "records") as report:
-            recomputed = recompute_color_stats(opened, split, workers, report)
+        with workers, progress(f"{split}: decoding", stats.records, "records") as decode_progress:
+            recomputed = recompute_color_stats(opened, split, workers, decode_progress)
         difference = max(abs(a - b) for a, b in zip(stats.stdevs, recomputed.stdevs, strict=True))
         stats = recomputed
     if plot is not None:
@@ -234,5 +238,5 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
         click.echo(
             f"recomputed from the stored records; the standard deviations of the build differ by at most "
             f"{difference:.4f} grey levels"
-            + ("" if opened.settings.format == "ppm" else " (they are of the pixels before JPEG)")
+            + ("" if opened.settings.format == "ppm" else " (the build measures pixels before JPEG)")
         )

@@ -48,7 +48,7 @@ _RECORD_OPTIONS = (
         type=click.Choice(FILTERS),
         default="area",
         show_default=True,
-        help="Rescaling filter; area enlarges by bicubic.",
+        help="Rescaling filter; to enlarge, area uses bicubic.",
     ),
     click.option(
         "--seed",
@@ -78,7 +78,7 @@ _RECORD_OPTIONS = (
 
 
 def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a command that builds a split: what a record is, and how to treat bad inputs."""
+    """Add the options of a command that builds a split: format of the records, treatment of bad inputs, jobs, JSON."""
     for option in reversed(_RECORD_OPTIONS):
         command = option(command)
     return command

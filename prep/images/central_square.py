@@ -1,7 +1,7 @@
 """Position of the central square in an image: the crop that the paper (section 2) makes after rescaling.
 
-The offset is rounded down, so of an odd margin the top and left sides get the smaller half. Builds, statistics, streams
-and single images all take the square from here.
+The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. Builds, statistics,
+streams and single images all use these functions.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Image decoding (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM to RGB) with limits for hostile files; JPEG and PPM encoding.
 
 The format is detected from the content, never from the file name: ILSVRC holds a PNG and 22 CMYK JPEGs named .JPEG.
-EXIF orientation is reported, not applied, as in 2012. Alpha is dropped. libjpeg-turbo (prep.images.jpeg) decodes colour
-JPEGs, which nearly all files are: a quarter faster than Pillow, to the same pixels. Pillow decodes the other formats,
-and the JPEGs that libjpeg-turbo refuses or warns about.
+EXIF orientation is reported, not applied; the authors' data preparation did not apply it either. An alpha channel is
+dropped. Nearly all files are colour JPEGs: libjpeg-turbo (prep.images.jpeg) decodes them a quarter faster than Pillow,
+to the same pixels. Pillow decodes the other formats, and the JPEGs that libjpeg-turbo refuses or warns about.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from PIL import Image, UnidentifiedImageError
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 from prep.images.rescale import rescaled_size
 
-MAX_PIXELS = 100_000_000  # of an input, and of the rescaled image; a larger one is taken for a decompression bomb
+MAX_PIXELS = 100_000_000  # largest input and largest rescaled image; a larger input may be a decompression bomb
 MAX_FILE_BYTES = 256_000_000
 UNKNOWN_FORMAT = "not an image in a known format"
 
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; not EPS, which starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; EPS is left out: it starts Ghostscript
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of ten scans may have twice MAX_PIXELS
-_MAX_SEGMENTS = 10_000  # of a JPEG before its first scan; Pillow takes at least a microsecond for each
+_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of MAX_PIXELS may have 20 scans
+_MAX_SEGMENTS = 10_000  # segments of a JPEG before its first scan; Pillow takes at least a microsecond for each
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +44,7 @@ _UNDO_ORIENTATION = {
     8: Image.Transpose.ROTATE_270,
 }
 _USUAL_CONTAINER = "jpeg"  # the container of ILSVRC's files; any other counts as a conversion
-_CONVERTED_MODES = {  # Pillow's modes, by the names in DecodedImage.converted
+_CONVERTED_MODES = {  # name in DecodedImage.converted for each of Pillow's modes
     "L": "grey",
     "LA": "grey",
     "1": "grey",
@@ -61,18 +61,18 @@ class BadImage(ValueError):
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """RGB pixels, and how they were obtained."""
+    """RGB pixels of a decoded file, with its conversions and EXIF orientation."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    converted: tuple[str, ...]  # what was converted, of "grey", "cmyk", "palette", "alpha", "16-bit", "png"…; else ()
-    orientation: int  # EXIF orientation, 1 if there is none; not applied
+    converted: tuple[str, ...]  # conversions made: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
+    orientation: int  # EXIF orientation, not applied; 1 if the file has none
 
 
 def decode_image(content: bytes) -> DecodedImage:
     """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB. Raises BadImage with the reason.
 
-    Of an animation or a file with several images, the first. Memory is bounded by MAX_PIXELS; time is bounded, too,
-    through the number of scans of a progressive JPEG.
+    Only the first image of an animation or of a file with several images is decoded. MAX_PIXELS bounds the memory. A
+    limit on the scans of a progressive JPEG bounds the time.
     """
     if not content:
         raise BadImage("empty file")
@@ -86,7 +86,7 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other and if libjpeg-turbo warns."""
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, and if libjpeg-turbo warns."""
     has_exif = _has_exif(content)
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
@@ -109,7 +109,7 @@ def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
 def _has_exif(content: bytes) -> bool:
     """Whether a JPEG has an EXIF segment before its first scan. Raises BadImage for too many segments.
 
-    A segment is FF, any number of FF as padding, a marker, and the segment's length.
+    A segment begins with a byte FF, any number of FF as padding, a marker byte, and the segment's length.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):
@@ -126,7 +126,7 @@ def _has_exif(content: bytes) -> bool:
 
 
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
-    """Open `content` with Pillow and return `use(image)`. Raises BadImage for whatever Pillow raises."""
+    """Open `content` with Pillow and return `use(image)`. Raises BadImage for any exception of Pillow."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data, which is harmless, and of sizes checked here
         try:
@@ -152,7 +152,7 @@ def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
     if container not in (_USUAL_CONTAINER, "mpo"):  # an MPO is a JPEG followed by more JPEGs
         converted.append(container)
     orientation = _exif_orientation(image)
-    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # Pillow applies it, in this format only
+    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # only for TIFF, Pillow applies it: undo that
         image.load()
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     mode = image.mode
@@ -217,9 +217,9 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
 def ppm_header(height: int, width: int) -> bytes:
     """A P6 header of 3·width bytes: a comment pads it to the size of one row of pixels.
 
-    Any image library opens such a file. A reader that knows of the padding can take its bytes as uint8
-    (height + 1, width, 3) and skip the first row: no decoder, no copy. Raises ValueError if `width` is too small for a
-    header (under 11 px).
+    Any image library opens such a file. A reader that knows of the padding can view its bytes as uint8
+    (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is too
+    small for a header (under 11 px).
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)

@@ -24,13 +24,13 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_ROWS = 256  # rows whose products float32 sums exactly: 256 · 255² < 2^24, its mantissa
-_MAX_PENDING = 257  # images whose 8-bit values uint16 sums without overflow: 257 · 255 < 2^16
+_EXACT_ROWS = 256  # rows whose products float32 adds exactly: 256 · 255² < 2^24, and its mantissa has 24 bits
+_MAX_PENDING = 257  # images whose 8-bit values uint16 adds without overflow: 257 · 255 < 2^16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Pixel count and sums over pixels, as Python integers, which do not overflow. Two of them can be added."""
+    """Pixel count and sums over pixels, as Python integers, which do not overflow. Moments can be added with +."""
 
     pixels: int = 0
     total: tuple[int, ...] = (0, 0, 0)  # sum of RGB
@@ -54,7 +54,7 @@ class Moments:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object of integers."""
+        """The moments as a JSON object of integers."""
         return {"pixels": self.pixels, "total": list(self.total), "outer": [list(row) for row in self.outer]}
 
     @staticmethod
@@ -106,13 +106,13 @@ class PixelSums:
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
     """The same as add_moments in kernels.c, with NumPy.
 
-    A column of 256 products of 8-bit numbers sums to less than 2^24, so float32, the fastest type, is exact. These sums
-    are added in float64, which is exact up to 2^53. RGB stays interleaved: a row times itself shifted by one number
-    contains R·G and G·B, shifted by two R·B.
+    The sum of a column of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact.
+    These sums are added in float64, which is exact up to 2^53. RGB stays interleaved: the product of a row with itself
+    shifted by one element contains R·G and G·B, and the product with itself shifted by two elements contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)
-    column_sums = np.zeros((4, 3 * width))  # of x, x², x times the next number, x times the next but one
+    column_sums = np.zeros((4, 3 * width))  # sums of x[k], x[k]², x[k]·x[k + 1], x[k]·x[k + 2]
     for start in range(0, height, _EXACT_ROWS):
         block = rows[start : start + _EXACT_ROWS].astype(np.float32)
         column_sums[0] += np.ones(len(block), np.float32) @ block
@@ -156,15 +156,15 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     )
 
 
-def recompute_color_stats(store: Store, split: str, runner: Runner, report: Progress) -> ColorStats:
+def recompute_color_stats(store: Store, split: str, runner: Runner, progress: Progress) -> ColorStats:
     """Compute the statistics of a split again from its records, which `runner` decodes, one task for each shard.
 
-    For ppm they equal the build's, bit for bit. For jpeg they are those of the pixels after compression, so the last
-    digits differ. Raises StoreError with shard and key of a damaged record.
+    For a ppm store they equal the build's, bit for bit. For a jpeg store the last digits differ, since the build sums
+    pixels before compression. Raises StoreError, naming shard and key, for a damaged record.
     """
     moments, records = Moments(), 0
     paths = store.shard_paths(split)
-    for path, result in runner.map(_shard_moments, paths, lambda counts: report.update(counts.done)):
+    for path, result in runner.map(_shard_moments, paths, lambda counts: progress.update(counts.done)):
         if isinstance(result, WorkerDied):
             raise StoreError(
                 f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify"

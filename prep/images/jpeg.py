@@ -1,4 +1,4 @@
-"""JPEG decoding and encoding with libjpeg-turbo (simplejpeg): the only place where the options of both are chosen.
+"""JPEG decoding and encoding with libjpeg-turbo (simplejpeg). No other module sets options of the decoder or encoder.
 
 Decoding is exact, as in Pillow and in DALI on a CPU: the slow integer DCT and smooth ("fancy") upsampling of the
 colour channels.
@@ -14,9 +14,9 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 def decode_jpeg(content: bytes) -> Pixels:
-    """RGB pixels, uint8 (H, W, 3), of a JPEG; other threads run meanwhile.
+    """RGB pixels, uint8 (H, W, 3), of a JPEG. Releases the GIL.
 
-    Raises ValueError for anything that libjpeg cannot decode or warns of. EXIF orientation is not applied.
+    Raises ValueError for a file that libjpeg cannot decode or warns about. EXIF orientation is not applied.
     """
     pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False, strict=True)
     return pixels

@@ -1,6 +1,6 @@
-/* Inner loops of a build: rescaling and colour sums. Optional, compiled at installation if a C compiler is available;
- * kernels.py calls them. rescale.py and color_stats.py compute the same with NumPy. All sums are exact, so both give
- * the same bits. */
+/* Inner loops of a build: rescaling and colour sums. kernels.py calls them. They are compiled at installation if a C
+ * compiler is available; without them rescale.py and color_stats.py compute the same with NumPy. All sums are exact, so
+ * both give the same bits. */
 
 #ifndef NUMBER
 
@@ -69,11 +69,11 @@ EACH_CPU void add_lines(const uint8_t *restrict lines, int64_t stride, int64_t r
 typedef NUMBER NAME(four) __attribute__((vector_size(4 * sizeof(NUMBER)), aligned(sizeof(NUMBER))));
 
 /* Vertical pass, one row of outputs: out[j] = round(sum over t < taps of weights[t] * rows[t * stride + j]), j < count.
- * One to three taps, the usual numbers, are summed in one loop. */
+ * One to three taps, the usual counts, are summed in one loop. */
 INLINE void NAME(down_rows)(const uint8_t *restrict rows, int64_t stride, int64_t taps, const NUMBER *restrict weights,
                             int64_t count, NUMBER *restrict out) {
     while (taps > 1 && weights[taps - 1] == 0)
-        taps--; /* rows that may lie beyond the image */
+        taps--; /* a row of weight zero may lie beyond the image */
     const uint8_t *restrict second = rows + stride, *restrict third = second + stride;
     if (taps == 1)
         for (int64_t j = 0; j < count; j++)
@@ -91,7 +91,7 @@ INLINE void NAME(down_rows)(const uint8_t *restrict rows, int64_t stride, int64_
         out[j] = out[j] + ROUNDING - ROUNDING;
 }
 
-/* Horizontal pass, one output pixel: vectors of four numbers hold its three channels; the fourth number is ignored. */
+/* Horizontal pass, one output pixel: a vector of four numbers holds three channels; the fourth number is ignored. */
 INLINE NAME(four) NAME(across_pixel)(const NUMBER *from, const NUMBER *weights, int64_t taps) {
     NAME(four) sum = weights[0] * *(const NAME(four) *)from + weights[1] * *(const NAME(four) *)(from + 3);
     for (int64_t t = 2; t < taps; t++)
@@ -108,19 +108,19 @@ INLINE void NAME(across_row)(const NUMBER *between, pass across, int64_t taps, N
     }
 }
 
-/* Rescales RGB `pixels` with rows of `width` pixels to `out` (down.outputs, across.outputs, 3). `scratch` has room for
- * 3 * (width + across.taps + across.outputs) + 8 numbers. */
+/* Rescales RGB `pixels` with rows of `width` pixels to `out` (down.outputs, across.outputs, 3). `scratch` has
+ * 3 * (width + across.taps + across.outputs) + 8 elements. */
 EACH_CPU void NAME(rescale)(const uint8_t *restrict pixels, int64_t width, pass down, pass across,
                             uint8_t *restrict out, NUMBER *restrict scratch) {
     const int64_t left = across.first_inputs[0];
     const int64_t right = across.first_inputs[across.outputs - 1] + across.taps;
     const int64_t columns = (right < width ? right : width) - left; /* columns that the square needs */
     NUMBER *restrict between = scratch, *restrict sums = scratch + 3 * (columns + across.taps) + 4;
-    memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between); /* beyond the image, of weight zero */
+    memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between); /* inputs beyond the image: weight zero */
     for (int64_t row = 0; row < down.outputs; row++, out += 3 * across.outputs) {
         NAME(down_rows)(pixels + 3 * (down.first_inputs[row] * width + left), 3 * width, down.taps,
                         (const NUMBER *)down.weights + row * down.taps, 3 * columns, between);
-        if (across.taps == 3) /* most photographs: a constant, so that the compiler unrolls the loop */
+        if (across.taps == 3) /* most photographs; the compiler unrolls the loop for a constant */
             NAME(across_row)(between, across, 3, sums);
         else
             NAME(across_row)(between, across, across.taps, sums);

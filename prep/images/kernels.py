@@ -1,6 +1,6 @@
-"""Compiled loops for rescaling and colour sums (kernels.c). `native` is None if they are not available.
+"""Compiled loops for rescaling and colour sums (kernels.c). `native` is None if they cannot be used.
 
-See prep.compiled for the reasons. rescale.py and color_stats.py then compute the same bits with NumPy.
+prep.compiled lists the reasons. Without the kernels rescale.py and color_stats.py compute the same bits with NumPy.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ SOURCE = Path(__file__).with_name("kernels.c")
 class FilterPass(ctypes.Structure):
     """One pass of a separable filter: output k is the sum over t of weights[k, t] · input[first_inputs[k] + t].
 
-    first_inputs: int64 (outputs,). weights: float32 or float64 (outputs, taps), at least two taps; zero for inputs
-    beyond the image.
+    `first_inputs` is int64 (outputs,). `weights` is float32 or float64 (outputs, taps) with at least two taps. The
+    weight of an input beyond the image is zero.
     """
 
     _fields_ = (
@@ -43,7 +43,7 @@ class FilterPass(ctypes.Structure):
 
 
 class NativeKernels:
-    """The functions of the library. Raises AttributeError if one is missing."""
+    """The functions of the library. The constructor raises AttributeError if one is missing."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -62,7 +62,7 @@ class NativeKernels:
 
         Each pass rounds to the nearest integer, halves to even; results are clipped to 0..255. The weights of both
         passes have the same type. The result is exact if all sums fit that type's mantissa, and the values between the
-        passes have two bits less.
+        passes need at least two bits fewer.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -87,13 +87,13 @@ class NativeKernels:
 def is_correct(kernels: NativeKernels) -> bool:
     """Self-test: compare with NumPy on a small image.
 
-    Both floating-point types are tested, with one to five rows and three or four columns for each output.
+    Both floating-point types are tested, with one to five input rows and three or four input columns for each output.
     """
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
     def random_pass(n_in: int, n_out: int, taps: int, denominator: int) -> tuple[Integers, Floats, Floats]:
-        """First inputs, weights of both signs in units of 1/denominator, and the same as a dense matrix."""
+        """First inputs, weights of both signs in units of 1/denominator, and the same weights as a dense matrix."""
         first_inputs, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
         weights = (
             4 * rng.multinomial(denominator, np.ones(taps) / taps, n_out) - 3 * denominator // taps

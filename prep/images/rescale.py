@@ -7,9 +7,9 @@ matrices, block by block. Only the rows and columns that the square needs are co
 
 `area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as in
 OpenCV's INTER_AREA, which made the authors' 2014 data set (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX
-differs: it takes or leaves whole pixels. On ILSVRC's sizes it is off by 4 grey levels on average and by over 100 at
-edges. The other filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by
-the scale when shrinking) without its 8-bit rounding between the passes.
+differs: it counts a source pixel fully or not at all. On ILSVRC's sizes it is off by 4 grey levels on average and by
+over 100 at edges. The other filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each
+widened by the scale when shrinking) without Pillow's 8-bit rounding between the passes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
 def rescale(
     pixels: npt.NDArray[np.uint8], side_px: int = 256, keep_aspect: bool = False, filter: str = "area"
 ) -> npt.NDArray[np.uint8]:
-    """Rescale uint8 (H, W, 3) to `side_px` on the shorter side; return its central square, or all with `keep_aspect`.
+    """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
     Returns uint8 (side_px, side_px, 3), or with `keep_aspect` (H', W', 3), see rescaled_size. The square begins at
     (longer side − side_px) // 2. `filter` is one of FILTERS, else ValueError is raised. To enlarge, `area` uses
@@ -85,9 +85,9 @@ _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lan
 
 
 class _PassSpec(NamedTuple):
-    """One pass of a separable filter: lines of `n_in` pixels to `n_out`, of which outputs first..last − 1 are wanted.
+    """One pass of a separable filter: rescales lines of `n_in` pixels to `n_out`, and computes first..last − 1 of them.
 
-    The first pass, down, has `channels` = 1, since a column is one number wide; the second, across, has 3.
+    `channels` is 1 for the first pass, down columns of single numbers, and 3 for the second, across rows of RGB pixels.
     """
 
     n_in: int
@@ -101,12 +101,12 @@ class _PassSpec(NamedTuple):
 class _BandedMatrix(NamedTuple):
     """The matrix of one pass for BLAS, cut into bands along its diagonal.
 
-    A band is (inputs, outputs, weights): two slices of the numbers of a line, and a matrix. Its inputs are counted from
-    `source.start`.
+    A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of those of an output line,
+    and a matrix. Inputs are counted from `source.start`.
     """
 
     source: slice  # pixels of the line that the pass reads
-    length: int  # numbers in a line of outputs
+    length: int  # elements of an output line
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
     size: int  # bytes of all weights
 
@@ -132,13 +132,13 @@ def _matmul_passes(
     return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_CACHE_BYTES = 64_000_000  # of weights; a pair of passes takes 40 KB and 0.1 MB for ILSVRC's sizes: room for hundreds
+_CACHE_BYTES = 64_000_000  # size of all weights; for ILSVRC's sizes a pair of passes takes 10 KB, or 0.1 MB for BLAS
 _cache: OrderedDict[tuple[Callable[[_PassSpec], Any], _PassSpec], Any] = OrderedDict()
 _cached_bytes = 0
 
 
 def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
-    """make(spec), from a cache of the most recently used ones."""
+    """Return make(spec), from a cache of the most recently used results."""
     global _cached_bytes
     key = make, spec
     if key in _cache:
@@ -153,7 +153,7 @@ def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
 
 
 def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
-    """Each output's first input, (outputs,), and its weights, (outputs, taps), scaled as _Arithmetic says."""
+    """First input of each output (outputs,), and weights (outputs, taps), scaled as described in _Arithmetic."""
     n_in, n_out, first, last, name, channels = spec
     arithmetic = _ARITHMETIC[name]
     bits = arithmetic.first_bits if channels == 1 else arithmetic.second_bits
@@ -163,7 +163,7 @@ def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
     else:
         first_inputs, weights = _kernel_weights(n_in, n_out, outputs, name)
     # The running sum is rounded, not each weight. So the weights sum to exactly 2^bits, which keeps a flat image flat,
-    # and none becomes negative.
+    # and rounding makes no weight negative.
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
     scaled = sums * 2.0 ** ((arithmetic.between_bits if channels == 1 else -arithmetic.between_bits) - bits)
@@ -174,7 +174,7 @@ def _native_pass(spec: _PassSpec) -> kernels.FilterPass:
     return kernels.FilterPass(*_filter_taps(spec))
 
 
-_BAND_OUTPUTS = {1: 16, 3: 4}  # outputs of a band, by channels: few waste little on zeros, many keep BLAS busy
+_BAND_OUTPUTS = {1: 16, 3: 4}  # outputs of a band, by channels: larger bands multiply more zeros, smaller ones are slow
 
 
 def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
@@ -217,7 +217,11 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
 
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
-    """Each output's first input, and weights (outputs, taps): the overlap of [i, i+1)·n_in/n_out with [j, j+1)."""
+    """First input of each output (outputs,), and weights (outputs, taps), for the area filter.
+
+    A weight is the overlap of output pixel i, [i, i + 1)·n_in/n_out, with input pixel j, [j, j + 1), divided by
+    n_in/n_out.
+    """
     first_inputs = outputs * n_in // n_out
     inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)
     out = outputs[:, None]
@@ -226,7 +230,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 
 
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """Each output's first input, and weights (outputs, taps), of a kernel that is widened by the scale to shrink."""
+    """First input of each output (outputs,), and weights (outputs, taps). When shrinking, the kernel is widened."""
     radius, kernel = _KERNELS[name]
     scale = n_in / n_out
     width = max(scale, 1.0)

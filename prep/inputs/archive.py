@@ -1,9 +1,9 @@
 """Images in tar archives, read in place: nothing is unpacked, and no name in an archive is used as a path.
 
-ILSVRC2012_img_train.tar is a tar of tars, one for each class; ILSVRC2012_img_val.tar is flat; any other may hold class
-folders. A tar stores its members uncompressed, also when it is inside another tar. So an input is an offset and a
-length in one file, which every worker reads by itself. The names are those that the same images have in folders, so
-the records and their order are the same.
+ILSVRC2012_img_train.tar is a tar of tars, one for each class; ILSVRC2012_img_val.tar is flat; another archive may hold
+class folders. A tar stores its members uncompressed, also when it is inside another tar. So an input is an offset and a
+length in one file, and each worker reads that file by itself. The inputs get the names that the same images have in
+folders, so the records and their order are the same.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class TarReader:
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first bytes of a member; raises as `read`."""
+        """The first `size` bytes of a member. Raises the same errors as `read`."""
         try:
             content = os.pread(_file_descriptor(str(self.root)), min(size, item.size), item.location)
         except OSError as error:
@@ -51,15 +51,15 @@ def _file_descriptor(path: str) -> int:
 
 
 def list_archive(path: Path, flat: bool) -> FoundInputs:
-    """List a tar file. With `flat`, images in a single folder are flat, not one class.
+    """List a tar file. With `flat`, a single folder of images is a flat list without classes, not one class.
 
     A member is refused if it is not a file, its name is unsafe, or a later member has the same name. Raises UserError
     for a file that is not a tar, is compressed, is damaged or was cut short.
     """
     size = path.stat().st_size
     contents = _Contents(path.stat().st_mtime_ns)
-    with BoundedFile(path) as file, progress(f"{path.name}: listing", size, "bytes") as report:
-        for member in iterate_members(file, path, 0, size, report):
+    with BoundedFile(path) as file, progress(f"{path.name}: listing", size, "bytes") as listing_progress:
+        for member in iterate_members(file, path, 0, size, listing_progress):
             name, reason = _checked_name(member)
             if reason or not name:
                 contents.add(name, member, reason)
@@ -67,7 +67,7 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
                 folder = name.rsplit(b"/", 1)[-1][: -len(".tar")]
                 contents.folders.add(folder)
                 start = member.offset_data
-                for inner in iterate_members(file, path, start, start + member.size, report):
+                for inner in iterate_members(file, path, start, start + member.size, listing_progress):
                     name, reason = _checked_name(inner)
                     if not inner.isdir():
                         contents.add(name and folder + b"/" + name.rsplit(b"/", 1)[-1], inner, reason)
@@ -82,7 +82,7 @@ class _Contents:
     """Images, folders and refused members, in the order of the archive."""
 
     def __init__(self, mtime_ns: int) -> None:
-        self.mtime_ns = mtime_ns  # of the archive, recorded for each member
+        self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
         self.images = Listing()
         self.folders: set[bytes] = set()
         self.refused: list[tuple[str, str]] = []  # (name, reason)
@@ -114,7 +114,7 @@ def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices by class, name and offset. ILSVRC's archives are in that order already, which saves memory."""
+    """Indices sorted by class, name and offset. A range saves memory if the archive is sorted, as ILSVRC's are."""
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
@@ -125,7 +125,7 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Images sorted by class and name, as a folder lists them. The last member of a name counts, as in unpacking."""
+    """Images sorted by class and name, as a folder lists them. Of members with one name the last counts, as for tar."""
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image in it; {count_noun(len(refused), 'member')} refused.")
@@ -155,7 +155,7 @@ def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
         item = replace(item, path=item.path[prefix_bytes:])
         folder, _, name = item.path.rpartition(b"/")
         if b"/" in folder:
-            refused.append((name_text(item.path), "in a folder inside that of a class"))
+            refused.append((name_text(item.path), "in a folder inside a class folder"))
             continue
         label = 0 if is_flat else label_of[folder]
         listing.add(name if is_flat else item.path, label, item.size, item.mtime_ns, item.location)

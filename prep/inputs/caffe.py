@@ -2,7 +2,8 @@
 
 Bare pixels are C,H,W in the order blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum); here they become
 H,W,RGB. A record goes through the same steps as a file: rescaled if its shorter side is not the store's, encoded,
-checksummed. Its key becomes its source path. Worker processes read these files, since a damaged one can crash LMDB.
+checksummed. The record's key becomes the source path. Worker processes read the LMDBs, since a damaged file can crash
+the process that reads it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
-_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: the line's number, then its path
+_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: number of the line, then path
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,11 @@ class CaffeReader:
         with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
-            raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} has gone while it was read.")
+            raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} was removed while it was read.")
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """A JPEG's first bytes, whatever the record holds: records are checked in a worker, when they are decoded."""
+        """The first bytes of a JPEG for any record, so that it passes as an image until a worker decodes it."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -89,21 +90,21 @@ def list_caffe_lmdbs(
     class_names: Path | None,
     store_classes: Sequence[str],
     runner: Runner,
-    report: Progress,
+    progress: Progress,
 ) -> Source:
     """List the records of Caffe's LMDBs, in the given order, as one split.
 
-    Labels stay what they are. The names of the classes are, in this order of preference: the first words of the lines
-    of the file `class_names` (synset_words.txt), the classes of the store, the folders in the keys (if each label has
-    a folder of its own), the numbers. Raises UserError for a folder that is not an LMDB or holds no Datum with a label,
-    and for labels beyond the named classes.
+    Labels do not change. The names of the classes are, in this order of preference: the first words of the lines of the
+    file `class_names` (synset_words.txt), the classes of the store, the folders in the keys (if each label has its own
+    folder), the labels as numbers. Raises UserError for a folder that is not an LMDB or holds no Datum with a label,
+    and for a label without a class name.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
     key_folders: dict[int, set[bytes]] = {}  # by label; b"" for a key without a folder
     for index, folder in enumerate(folders):
-        on_progress = partial(_advance, report, report.done)
+        on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
             if isinstance(result, WorkerDied):
                 raise UserError(
@@ -124,8 +125,8 @@ def list_caffe_lmdbs(
     return Source(CaffeReader(tuple(folders)), split, classes, listing, tuple(refused))
 
 
-def _advance(report: Progress, before: int, counts: Counts) -> None:
-    report.update(before + counts.done)
+def _advance(progress: Progress, done_before: int, counts: Counts) -> None:
+    progress.update(done_before + counts.done)
 
 
 def _class_names(
@@ -155,9 +156,9 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB; the label of a record without one, or no Datum, is None."""
+    """Keys, labels and sizes of the records of one LMDB; the label is None if a record has none or is not a Datum."""
     keys, labels, sizes = [], [], []
-    for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB of Caffe's."):
+    for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:
             label = parse_fields(value, len(value)).get(LABEL)
         except DatumError:

@@ -14,7 +14,7 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-_FOLDERS_AT_ONCE = 32  # class folders: enough to hide the latency of a slow file system, few enough to hold in memory
+_FOLDERS_AT_ONCE = 32  # class folders listed at once: hides the latency of a slow file system and limits the memory
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
@@ -42,7 +42,7 @@ class FolderReader:
                         f"{name_text(item.path)} was changed after it was listed: {item.size:,} bytes then, "
                         f"{status.st_size:,} now, modified at {item.mtime_ns / 1e9:.3f} then, "
                         f"{status.st_mtime_ns / 1e9:.3f} now (seconds since 1970). "
-                        "Give the same command again once no program writes to the source."
+                        "Run the same command again once no program writes to the source."
                     )
                 if not stat.S_ISREG(status.st_mode):
                     raise BadImage(f"a {_kind(status.st_mode)}, not a file")
@@ -77,7 +77,7 @@ def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
     classes = tuple(name_text(name) for name in folders)
     empty_classes = []
     paths = [os.path.join(os.fsencode(root), name) for name in folders]
-    with progress(f"{split}: listing", len(folders), "folders") as report, ThreadPoolExecutor(8) as pool:
+    with progress(f"{split}: listing", len(folders), "folders") as listing_progress, ThreadPoolExecutor(8) as pool:
         for first in range(0, len(folders), _FOLDERS_AT_ONCE):
             chunk = paths[first : first + _FOLDERS_AT_ONCE]
             listed = pool.map(_list_entries, chunk, [base] * len(chunk), [follow_links] * len(chunk))
@@ -91,7 +91,7 @@ def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
                         refused.append((name_text(name), entry.reason or f"a {_kind(entry.mode)}, not a file"))
                 if len(listing) == count_before:
                     empty_classes.append(classes[label])
-                report.advance()
+                listing_progress.advance()
     if not len(listing):
         raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} and not one file in them.")
     warn_of_empty_classes(root, empty_classes)
@@ -108,7 +108,7 @@ class _Entry:
 
 
 def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
-    """Entries of a folder, sorted by name. Links are resolved, and refused if they lead out of `base`."""
+    """Entries of a folder, sorted by name. Links that lead out of `base` are refused unless `follow_links`."""
     found = []
     try:
         scan = os.scandir(folder)
@@ -122,12 +122,12 @@ def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry
                 if entry.is_symlink() and not follow_links:
                     target = os.path.realpath(entry.path, strict=True)
                     if not target.startswith(base):
-                        reason = f"a symbolic link out of the source, to {name_text(target)}; --follow-links takes it"
+                        reason = f"a symbolic link out of the source, to {name_text(target)}; --follow-links follows it"
                         found.append(_Entry(entry.name, 0, reason=reason))
                         continue
                 status = entry.stat()
             except OSError as error:
-                reason = f"cannot be looked at: {error.strerror or error}"
+                reason = f"cannot be read: {error.strerror or error}"
                 found.append(_Entry(entry.name, 0, reason=reason))
                 continue
             mode = stat.S_IFMT(status.st_mode)

@@ -1,7 +1,7 @@
-"""Labels of images without class folders, read from a text file of one of two formats.
+"""Labels of images without class folders, read from a text file in one of two formats.
 
-Either `name label` on each line, where the label is the name of a class or its number 0..K−1 (Caffe's val.txt); or one
-number 1..K on each line, for the images in the order of their names (ILSVRC's ground truth).
+In the first, each line is `name label`, and the label is the name of a class or its number 0..K−1 (Caffe's val.txt). In
+the second, each line is a number 1..K, and the lines are in the order of the images' names (ILSVRC's ground truth).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from prep.console import UserError, say
 from prep.inputs.names import name_text
 
-LABEL_ORDERS = ("sorted", "devkit")  # what number k of a ground truth means; see _read_ground_truth
+LABEL_ORDERS = ("sorted", "devkit")  # meanings of number k in a ground truth; see _read_ground_truth
 MAX_CLASSES = 1_000_000  # each class gets a name and a count in memory: a larger label is taken for a mistake
 
 
@@ -48,10 +48,11 @@ def _read_ground_truth(
     label_order: str | None,
     store_classes: Sequence[str],
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """One number 1..K on each line. Which class number k means is easily mistaken: the devkit has its own order.
+    """Read a file with one number 1..K on each line. The devkit numbers the classes in an order of its own.
 
-    `label_order` decides: "sorted" is the k-th name in sorted order, "devkit" what meta.mat beside the file says. The
-    default is devkit if meta.mat is beside the file, as in ILSVRC2012_devkit_t12/data, else sorted.
+    With `label_order` "sorted", number k is the k-th class in sorted order. With "devkit", it is the class to which the
+    meta.mat next to the file assigns number k. The default is "devkit" if there is a meta.mat next to the file, as in
+    ILSVRC2012_devkit_t12/data, else "sorted".
     """
     if len(lines) != len(names):
         raise UserError(f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. One a line.")
@@ -67,7 +68,7 @@ def _read_ground_truth(
         if missing:
             raise UserError(f"--labels {file}: {missing[0]} is not among the store's {len(classes)} classes.")
         labels = [label_of[synsets[k]] for k in numbers]
-        say(f"{root}: label numbers are the devkit's ({meta.name} beside {file.name}).")
+        say(f"{root}: label numbers are the devkit's ({meta.name} next to {file.name}).")
     else:
         classes = tuple(store_classes) or numbered_classes(max(numbers), f"--labels {file}")
         if max(numbers) > len(classes):
@@ -88,18 +89,19 @@ def _devkit_synsets(file: Path) -> dict[int, str]:
         return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in synsets}
     except FileNotFoundError:
         raise UserError(
-            f"--label-order devkit: {file} is missing. Put the devkit's meta.mat beside the labels."
+            f"--label-order devkit: {file} is missing. Put the devkit's meta.mat next to the label file."
         ) from None
-    except Exception as error:  # loadmat raises many kinds for a broken file
+    except Exception as error:  # loadmat raises many kinds of errors for a broken file
         raise UserError(f"{file}: not the devkit's meta.mat ({error}).") from None
 
 
 def _read_name_label_pairs(
     file: Path, lines: Sequence[str], names: Sequence[bytes], store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """`name label` on each line. Only the last part of a name counts; names that are not asked for are ignored.
+    """Read a file with `name label` on each line; a name may have folders before it. Other images' lines are ignored.
 
-    A label is the name of a class of the store, if all labels are; else a number, if all are; else a new class name.
+    Labels are class names if the store has a class for each of them; else numbers if all of them are numbers; else the
+    names of new classes.
     """
     label_text: dict[bytes, str] = {}
     for line_number, line in enumerate(lines, 1):
@@ -147,7 +149,7 @@ def _read_name_label_pairs(
 def _find_label_file(root: Path) -> Path:
     """The one label file near a flat folder or archive; raises UserError if there is none, or more than one.
 
-    Beside `root`, or in a devkit beside it: `*ground_truth*.txt`, or `root`'s own name with .txt.
+    It is `*ground_truth*.txt` next to `root` or in a devkit next to `root`, or `root`'s name with .txt next to `root`.
     """
     resolved = root.resolve()
     folders = (resolved.parent, resolved.parent / "ILSVRC2012_devkit_t12" / "data")
@@ -156,8 +158,8 @@ def _find_label_file(root: Path) -> Path:
         | set(resolved.parent.glob(f"{glob.escape(resolved.stem)}.txt"))
     )
     if len(candidates) != 1:
-        found = f"{len(candidates)} files beside it look like labels" if candidates else "no label file is beside it"
-        raise UserError(f"{root}: images without class folders, and {found}. Name one with --labels FILE.")
+        fault = f"{len(candidates)} files next to it look like labels" if candidates else "no label file is next to it"
+        raise UserError(f"{root}: images without class folders, and {fault}. Name one with --labels FILE.")
     say(f"{root}: labels from {candidates[0]}.")
     return candidates[0]
 
@@ -170,7 +172,7 @@ def _positive_number(text: str, file: Path, line_number: int) -> int:
 
 
 def _parse_decimal(text: str) -> int:
-    """Decimal digits as a number. int() refuses thousands of digits; any number above MAX_CLASSES will do for them."""
+    """Decimal digits as a number; 10^18, which is above MAX_CLASSES, for 19 digits or more: int() refuses thousands."""
     return int(text) if len(text) < 19 else 10**18
 
 

@@ -1,4 +1,4 @@
-"""List of the inputs of a split, in columns (a million inputs take some dozens of megabytes), and the record order."""
+"""List of the inputs of a split, and their record order. The list is stored in columns to save memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from prep.files import atomic_file
 
 OWN_FILE = -1  # `location` of an input that is a file of its own
 
-# Fields of Input beside its path, and the names of their columns in a saved listing.
+# Fields of Input other than its path, and the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
 
 
@@ -27,7 +27,7 @@ _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location"
 class Input:
     """One image to be stored."""
 
-    path: bytes  # below the split's folder or in the archive: `class/name`, or `name` without class folders
+    path: bytes  # path in the split's folder or archive: `class/name`, or `name` without class folders
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
     mtime_ns: int = 0  # when the file, or the archive that holds it, was last modified
@@ -35,7 +35,7 @@ class Input:
 
 
 class Listing:
-    """Inputs in the order in which they were added."""
+    """Inputs in the order in which they were added. A million inputs take some dozens of megabytes."""
 
     def __init__(self) -> None:
         self._paths = bytearray()
@@ -65,7 +65,7 @@ class Listing:
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the paths, labels and sizes: what the records depend on beside the contents of the files."""
+        """SHA-256 (hex) of the paths, labels and sizes: records depend on these, on file contents and on settings."""
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
             digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")

@@ -1,4 +1,4 @@
-"""What an input format provides: the list of its images with their labels, and a reader of their contents.
+"""Interface of the input formats: the list of the images with their labels, and a reader of their contents.
 
 A format is a module with a function that lists its images, and a class that is an InputReader.
 """
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """Images found in a folder or an archive, with the labels of their class folders unless they are flat."""
+    """Images found in a folder or an archive, labelled by their class folders if they have any."""
 
     listing: Listing
     classes: tuple[str, ...]

@@ -1,7 +1,7 @@
 """Finds the splits of a SOURCE and lists their images: folders or tar archives, with class folders or label files.
 
-Only label files and archives are opened. A name that begins with a dot is ignored. Every other entry is in the listing,
-or in `refused` with the reason.
+Only label files and archives are opened. A name that begins with a dot is ignored. Every other entry is either in the
+listing or, with the reason, in `refused`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from prep.store.manifest import SPLITS
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     """{split: folder or archive to build it from}.
 
-    These are SOURCE/train and SOURCE/val, or their archives, if SOURCE has one of them; else SOURCE itself. Raises
-    UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks the split that was asked for.
+    These are SOURCE/train and SOURCE/val, or their archives, if SOURCE has at least one of them; else SOURCE itself.
+    Raises UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks `split`.
     """
     if source.is_file():
         named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
@@ -46,14 +46,14 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found there, name the folders beside it: `train` may be the name of a class."""
+    """If only one split was found, name the other folders of `source`: `train` may be the name of a class."""
     if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:
             taken = " and ".join(path.name for path in found.values())
             say(
-                f"{source}: taking {taken}; {count_noun(len(others), 'folder')} beside it not (first: {others[0]}). "
-                "Are they classes? Then build from a folder of another layout."
+                f"{source}: building from {taken}; ignoring {count_noun(len(others), 'other folder')} (first: "
+                f"{others[0]}). If all of them are classes, move them into one folder named train."
             )
 
 
@@ -67,10 +67,10 @@ def list_source(
 ) -> Source:
     """List one split from a folder or a tar archive.
 
-    Class folders give classes and labels by their sorted names. Flat images need `labels`; see prep.inputs.labels, also
-    for `label_order`. `store_classes` are the classes of the store, empty if it has none yet. Symbolic links that lead
-    out of the folder are refused unless `follow_links`. Raises UserError for a source without images, labels that do
-    not fit, and classes other than the store's.
+    Labels are the positions of the class folders in sorted order. Flat images need `labels`; prep.inputs.labels
+    describes `labels` and `label_order`. `store_classes` are the classes of the store, empty if it has none yet.
+    Symbolic links that lead out of the folder are refused unless `follow_links`. Raises UserError for a source without
+    images, labels that do not fit, and classes other than the store's.
     """
     if path.is_file():
         reader: InputReader = TarReader(path)
@@ -86,7 +86,7 @@ def list_source(
             inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
         return Source(reader, split, classes, inputs, found.refused)
     if labels is not None:
-        say(f"{path}: class folders give the labels of {split}; --labels is not needed there.")
+        say(f"{path}: class folders give the labels of {split}; --labels is ignored.")
     _check_same_classes(found.classes, store_classes, path)
     return Source(reader, split, found.classes, found.listing, found.refused)
 
@@ -96,6 +96,6 @@ def _check_same_classes(classes: Sequence[str], store_classes: Sequence[str], ro
         differing = sorted(set(classes) ^ set(store_classes))
         raise UserError(
             f"{root}: {len(classes)} classes, the store has {len(store_classes)}"
-            + (f" (first that only one of them has: {differing[0]})" if differing else "")
-            + ". Splits of one store share their classes."
+            + (f" (first class that only one of them has: {differing[0]})" if differing else "")
+            + ". All splits of a store must have the same classes."
         )

@@ -1,11 +1,11 @@
 """Members of a tar archive, read in place: in bounded memory, and with every kind of damage reported.
 
-Python's tarfile parses the headers. Three of its properties need care, without any of its private methods:
+Python's tarfile parses the headers. Three of its properties need care; none of its private methods is used:
 
 -   It reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims. It
-    reads from a file object that it is given: `BoundedFile` refuses to read more than MAX_HEADER_BYTES at once.
--   It stores every member, a gigabyte for ImageNet. Python 3.13 has `stream=True`, which turns that off; before 3.13
-    its list of members is emptied after each.
+    reads through a `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once.
+-   It keeps every member in memory, a gigabyte for ImageNet. Since Python 3.13 `stream=True` turns that off. For older
+    versions this module empties the list of members after each member.
 -   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a complete
     archive ends in zero bytes.
 
@@ -25,7 +25,7 @@ from prep.console import Progress, UserError
 from prep.inputs.names import name_text
 
 MAX_HEADER_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # tapes have the longest records; more zeros are a download that stopped on the way
+_MAX_PADDING_BYTES = 16 << 20  # longest padding, that of tapes; more zeros are an incomplete download
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
 
 _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
@@ -44,12 +44,14 @@ class BoundedFile(io.BufferedReader):
         return super().read(size)
 
 
-def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report: Progress) -> Iterator[tarfile.TarInfo]:
-    """The members of the archive in bytes `start` to `end` of `file`, in its order; names by `surrogateescape`.
+def iterate_members(
+    file: BoundedFile, path: Path, start: int, end: int, progress: Progress
+) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
 
-    `offset_data` of a member counts from the beginning of the file. The file may be moved between two members, as for
-    an archive inside this one. `report` is set to the byte that has been reached. Raises UserError naming `path` for an
-    archive that is compressed, damaged or cut short.
+    `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
+    members, for example to read an archive inside this one. `progress` is set to the byte that has been reached. Raises
+    UserError naming `path` for an archive that is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
@@ -68,7 +70,7 @@ def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report:
                 raise UserError(
                     f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Get it again."
                 )
-            report.update(min(member.offset_data, report.total))
+            progress.update(min(member.offset_data, progress.total))
             yield member
         zeros = _count_zeros(file, tar.offset, end)
     except UserError:
@@ -85,7 +87,7 @@ def iterate_members(file: BoundedFile, path: Path, start: int, end: int, report:
 
 
 def name_bytes(member: tarfile.TarInfo) -> bytes:
-    """A member's name as it is in the archive."""
+    """The bytes of a member's name in the archive."""
     return member.name.encode("utf-8", "surrogateescape")
 
 
@@ -94,7 +96,7 @@ def _text(member: tarfile.TarInfo) -> str:
 
 
 def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
-    """Zero bytes from `position` on, counted to a little above _MAX_PADDING_BYTES."""
+    """Number of zero bytes from `position` on; counting stops a little above _MAX_PADDING_BYTES."""
     file.seek(position)
     count = 0
     while position + count < end and count <= _MAX_PADDING_BYTES:

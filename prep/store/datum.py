@@ -1,14 +1,14 @@
 """Format of one record: a Caffe Datum (protobuf message) with a source path and a CRC-32, encoded and decoded here.
 
-Seven fields do not need a protobuf dependency. Two of them are always written:
+The messages are simple enough to write and parse without the protobuf library. Two of the fields are always written:
 
 - The label, even if it is zero: DALI checks proto2's has_label() and silently returns an empty label if it is missing.
-- `encoded`, always 1. Raw Datums are C,H,W to Caffe and H,W,C to DALI, so every payload here is a JPEG or PPM file that
-  states its own shape.
+- `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so every payload here is a JPEG or
+  PPM file that states its own shape.
 
-Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). Two more are this project's, with numbers too high to
-collide, which other readers skip: the path of the source and, last in the message, a CRC-32 of all bytes before it. A
-record can therefore be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
+Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
+and, last in the message, a CRC-32 of all bytes before it. Their numbers are too high to collide, and other readers skip
+them. A record can be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LABEL_FIELD = re.compile(rb"\x28" + _VARINT_BYTES, re.DOTALL)
 
 
 class DatumError(ValueError):
-    """Bytes that are not a Datum of this format, or whose checksum is wrong."""
+    """Raised for bytes that are not a Datum of this format, or have a wrong checksum."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Datum:
 
     @staticmethod
     def decode(value: bytes) -> Datum:
-        """Verify the checksum, then parse the fields; raises DatumError."""
+        """Verify the checksum, then parse the fields. Raises DatumError if one of them is wrong."""
         verify_checksum(value)
         fields = parse_fields(value, len(value) - CRC32_BYTES)
         numbers = [fields.get(field) for field in (HEIGHT, WIDTH, LABEL, CHANNELS)]
@@ -122,8 +122,8 @@ def verify_checksum(value: bytes) -> None:
 def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
     """Known fields of the message in `value[:end]`, by field number: varints as int, strings as bytes.
 
-    Of a repeated field the last counts. Unknown and fixed-width fields are skipped. Raises DatumError if this is
-    not a message.
+    If a field is repeated, its last value counts. Unknown and fixed-width fields are skipped. Raises DatumError if the
+    bytes are not a protobuf message.
     """
     fields: dict[int, int | bytes] = {}
     offset = 0
@@ -163,7 +163,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(value: bytes, offset: int, end: int) -> tuple[int, int]:
-    """(number, offset behind it); raises DatumError."""
+    """(number, offset of the next byte). Raises DatumError if the number is cut off or too long."""
     number = shift = 0
     while offset < end and shift < 64:
         byte = value[offset]

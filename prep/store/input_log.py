@@ -1,7 +1,8 @@
-"""Outcome of every input: totals for the manifest, and one JSON line for each in inputs.jsonl.
+"""Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and its totals for the manifest.
 
-An outcome is a mapping with the keys "source" and "fate" ("kept", "converted" or "bad"), and where they apply "how",
-"exif_orientation" and "why". Outcomes are streamed: they are never all in memory.
+inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. The
+line is the input's outcome, a mapping with the keys "source" and "fate" ("kept", "converted" or "bad") and, where they
+apply, "how", "exif_orientation" and "why". Outcomes are streamed: they are never all in memory.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MAX_REASONS = 20  # keeps the manifest small, however many different reasons th
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of conversions, EXIF orientations and reasons of bad inputs: the part of Split.account made from outcomes.
+    """Counts of conversions, EXIF orientations and reasons of bad inputs, as they are in Split.account.
 
     The _MAX_REASONS most frequent reasons are counted by name, the rest together as "other reasons".
     """
@@ -38,7 +39,7 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write inputs.jsonl atomically, one line for each outcome; returns their summary."""
+    """Write inputs.jsonl atomically, one line for each outcome; returns their totals, see summarize_outcomes."""
     with atomic_file(path) as file:
         return summarize_outcomes(_write_each(outcomes, file))
 
@@ -50,7 +51,7 @@ def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterat
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the lines of an inputs.jsonl. Raises OSError and ValueError.
+    """Yield the outcomes in an inputs.jsonl. Raises OSError if it cannot be read, ValueError if a line is not JSON.
 
     Only \\n ends a line: a file name may hold U+2028, which str.splitlines would take for a line end.
     """

@@ -114,7 +114,7 @@ class ShardReader:
         return record_key(self._first + index) if self._keys is None else self._keys[index]
 
     def __getitem__(self, index: int) -> memoryview:
-        """The record's bytes, valid until `close`. py-lmdb reads its pages from the disk without the GIL."""
+        """The record's bytes, valid until `close`. py-lmdb releases the GIL while pages are read from the disk."""
         with _lmdb_errors_as_store_errors(self.folder, self._advice):
             value: memoryview | None = self._txn.get(self.key(index))
         if value is None:
@@ -122,7 +122,7 @@ class ShardReader:
         return value
 
     def close(self) -> None:
-        """Unmap the file. Views of it must not be used any more."""
+        """Unmap the file. Views of its records must not be used afterwards."""
         self._resources.close()
 
 

@@ -1,15 +1,15 @@
-"""Store format: the manifest, its schema version, and the files of a store; imported by its writer and all its readers.
+"""Store format: the files of a store, its manifest and the schema version. Writers and readers of a store use it.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
       train/00000/data.mdb …      one LMDB per shard: Caffe Datums under 8-digit keys, in a seeded order
       train/colour.json           mean RGB and colour PCA of the split, which the stream reads
-      train/mean_image.npy        float32 (side_px, side_px, 3): the mean of every pixel of the central square
-      train/inputs.jsonl          a line for each input that was converted, rotated by EXIF, or left out
+      train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
+      train/inputs.jsonl          a line for each input that was converted, has an EXIF orientation, or was left out
       val/…
 
-manifest.json is replaced by rename after a split is complete, so every file that it names exists. Files that it names
-are never changed in place. A reader refuses any other schema number, in a message with both numbers.
+manifest.json is replaced by rename after a split is complete, so every file that it names exists. These files are never
+changed in place. A reader refuses a store with another schema number; the error has both numbers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class StoreError(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that determine the bytes of the records, together with the inputs. All splits of a store share them."""
+    """Options that, together with the inputs, determine the bytes of the records. All splits of a store share them."""
 
     side_px: int  # length of the shorter side after rescaling
     keep_aspect: bool  # False: only the central square is stored (the paper, section 2); True: the whole image
@@ -74,8 +74,8 @@ class Split:
     label_counts: tuple[int, ...]  # number of records of each class
     shards: tuple[Shard, ...]
     moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
-    # Inputs: {"inputs": n, "kept": n, "converted": {from: n}, "exif_orientation": {value: n}, "bad": {reason: n},
-    # "files": {name: SHA-256}}
+    # Counts of inputs, and digests of SPLIT_FILES: {"inputs": n, "kept": n, "converted": {from: n},
+    # "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
     account: Mapping[str, Any]
 
 
@@ -99,7 +99,7 @@ class ColorStats:
 
 
 def _from_json(cls: type[T], data: Any, where: str) -> T:
-    """Make a dataclass from a JSON object; raises StoreError unless it has exactly its fields, of the right types."""
+    """Make a dataclass from a JSON object; raises StoreError unless names and types of all fields agree."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         content = sorted(data) if isinstance(data, dict) else type(data).__name__
@@ -113,7 +113,7 @@ def _from_json(cls: type[T], data: Any, where: str) -> T:
     return cls(**{name: _as_tuple(data[name]) for name in names})
 
 
-_JSON_TYPES: dict[str, tuple[type, ...]] = {  # types that a field's annotation allows
+_JSON_TYPES: dict[str, tuple[type, ...]] = {  # Python types that each annotation of a field allows
     "int": (int,),
     "str": (str,),
     "bool": (bool,),
@@ -210,7 +210,7 @@ class Store:
         return _from_json(ColorStats, data, str(path))
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
-        """Mean over the split of every pixel of the central square: float32 (side_px, side_px, 3), 0..255.
+        """Mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
 
         Raises StoreError if mean_image.npy is missing or damaged.
         """

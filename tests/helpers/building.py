@@ -31,7 +31,7 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # for what might never end; the longest takes 8 s alone, 40 s on a busy machine
+DEADLINE_S = 240.0  # limit for waits that might never end; the longest takes 8 s alone, 40 s on a busy machine
 
 
 class Stopped(Exception):
@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class InlineRunner:
-    """The runner of most tests: it works in this process, with one BLAS thread as a worker has."""
+    """The runner of most tests: it runs tasks in this process, with one BLAS thread like a worker."""
 
     jobs = 1
 
@@ -53,7 +53,7 @@ class InlineRunner:
 
 
 class StoppingRunner(InlineRunner):
-    """Raises Stopped once `after` shards are built; tasks other than building are all done."""
+    """Raises Stopped once `after` shards are built; all tasks other than building a shard are run."""
 
     def __init__(self, after: int = 1) -> None:
         self.after = after
@@ -66,7 +66,7 @@ class StoppingRunner(InlineRunner):
 
 
 class UnusedRunner(InlineRunner):
-    """Fails a test that builds a shard."""
+    """A runner that fails the test if a shard is built."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -82,16 +82,16 @@ def build(
     *,
     split: str = "train",
     runner: Runner | None = None,
-    report: Progress | None = None,
+    progress: Progress | None = None,
 ) -> Store:
     known = Store.open(store).classes if (store / "manifest.json").exists() else ()
     source = list_source(folder, split, None, None, known)
-    report = report or Progress(len(source.inputs), "pictures")
-    return build_split(source, store, settings, runner or InlineRunner(), report, policy)
+    progress = progress or Progress(len(source.inputs), "pictures")
+    return build_split(source, store, settings, runner or InlineRunner(), progress, policy)
 
 
 def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
-    """`count` JPEGs in three class folders; every `distinct`-th has the same content, which is quick to make."""
+    """Make `count` JPEGs in three class folders. To save time, only `distinct` of them differ in content."""
     rng = np.random.default_rng(count)
     contents = []
     for _ in range(distinct):
@@ -164,18 +164,18 @@ class BuildCommand:
             time.sleep(0.002)
 
     def wait_for_shards(self, count: int) -> None:
-        self.wait_for(f"{count} finished shards", lambda: len(self.shard_records()) >= count)
+        self.wait_for(f"{count} finished shards", lambda: len(self.shard_summaries()) >= count)
 
-    def shard_records(self) -> list[Path]:
-        """The record files of the shards that are finished."""
+    def shard_summaries(self) -> list[Path]:
+        """Paths of the summaries of the finished shards."""
         return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:
-        """SIGKILL to the parent alone; its workers must end by themselves."""
+        """Send SIGKILL to the parent alone; its workers must end by themselves."""
         self.process.send_signal(signal.SIGKILL)
 
     def end(self) -> tuple[int, str, str]:
-        """(exit code, standard output, standard error), once the whole process group has ended."""
+        """Wait until all processes of the group have ended: (exit code, standard output, standard error)."""
         stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
         while left := process_group(self.process.pid):
@@ -187,7 +187,7 @@ class BuildCommand:
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
     """Interrupt a build before its 1st, 2nd, 3rd… disk operation and repeat it; see interrupted_builds.py."""
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # as a worker has
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like a worker
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]

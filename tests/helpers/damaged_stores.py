@@ -59,7 +59,7 @@ def read_records(folder: Path) -> Records:
 
 
 def replace_records(folder: Path, records: Records) -> None:
-    """Write an LMDB in the place of another one."""
+    """Replace the LMDB at a path by a new one with the given records."""
     shutil.rmtree(folder)
     with lmdb.open(str(folder), map_size=1 << 26, lock=False) as env, env.begin(write=True) as txn:
         for key, value in records:
@@ -67,12 +67,12 @@ def replace_records(folder: Path, records: Records) -> None:
 
 
 def with_checksum(body: bytes) -> bytes:
-    """A record that ends with the right checksum."""
+    """The record with its checksum corrected."""
     return body + b"\xd5\x3e" + zlib.crc32(body).to_bytes(4, "little")
 
 
 def changed_record(value: bytes, **fields: Any) -> bytes:
-    """A record with other fields and the right checksum."""
+    """The record with some fields replaced and its checksum corrected."""
     return replace(Datum.decode(value), **fields).encode()
 
 
@@ -83,7 +83,7 @@ def overwrite(file: Path, position: int, content: bytes) -> None:
 
 
 def make_crashing(store: Path) -> None:
-    """Let the first record claim a length of 200 MB: the kernel kills the process that reads it."""
+    """Set the length of the first record to 200 MB, so that the kernel kills a process that reads it."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
     node = content.index(b"\x08\x0000000000") + 2 - 8  # low and high half of the size, flags, length of the key, key

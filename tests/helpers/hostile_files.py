@@ -1,7 +1,7 @@
 """Image files that no camera writes, each with the outcome that a build must give it.
 
-They are made byte by byte where no library would write them: damaged files, files that claim too much, files of other
-kinds. The order of generation is fixed, since all draw from one random generator.
+They are damaged files, files with false sizes, and files of other kinds, made byte by byte where no library would write
+them. The order of generation is fixed, since all files use one random generator.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ RNG = np.random.default_rng(2012)
 
 @dataclass(frozen=True)
 class Expected:
-    """The expected outcome of a file: bad, or kept with what it is converted from and its EXIF orientation."""
+    """The expected outcome of a file: bad, or kept with its conversions and EXIF orientation."""
 
     bad: str = ""  # a regular expression for the reason; empty for a file that is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
-    bad_if_whole: str = ""  # as `bad`, for a file that is bad with --keep-aspect only
+    bad_if_whole: str = ""  # like `bad`, for a file that is bad only with --keep-aspect
 
 
 KEPT = Expected()
@@ -64,7 +64,7 @@ def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
 
 
 def claiming(jpeg: bytes, height: int, width: int) -> bytes:
-    """The same JPEG with another size in its frame header."""
+    """`jpeg` with another size in its frame header."""
     at = next(m.start() for m in re.finditer(rb"\xff[\xc0\xc2]\x00\x11\x08", jpeg))
     return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
@@ -72,7 +72,7 @@ def claiming(jpeg: bytes, height: int, width: int) -> bytes:
 def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0x22, 0x11, 0x11)) -> bytes:
     """A flat progressive JPEG: its DC scan, then scans of AC coefficients in which every block ends at once.
 
-    Each takes a few bytes, and costs a decoder a pass over all blocks of the image.
+    Each scan takes a few bytes, but a decoder must pass over all blocks of the image.
     """
     parts = len(sampling)
     across, down = max(s >> 4 for s in sampling), max(s & 15 for s in sampling)
@@ -159,7 +159,7 @@ def jpegs() -> Iterator[tuple[str, bytes, Expected]]:
     for name, block, orientation in exifs():
         yield f"exif {name}", with_segment(JPEG, 0xE1, block), Expected(orientation=orientation)
     yield "claims 65500x65500", claiming(JPEG, 65_500, 65_500), BOMB
-    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan ends early: libjpeg only warns
+    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan ends early, about which libjpeg only warns
     yield "claims no height", claiming(JPEG, 0, 64), UNKNOWN
     scans = Expected(bad="scans")
     yield "10 scans", many_scans(640, 480, 10), KEPT
@@ -227,7 +227,7 @@ def gif(width: int, height: int, inner_width: int, inner_height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int, int], pixels: bytes = b"") -> bytes:
-    """(tag, kind 3 or 4, value), one value each; the strip begins at byte 8."""
+    """A TIFF with the entries (tag, type 3 or 4, value), each with one value; the strip begins at byte 8."""
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + body + bytes(4)
 

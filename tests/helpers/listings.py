@@ -1,4 +1,4 @@
-"""Small folders of empty files, and what their listings hold, for tests of input formats."""
+"""Small folders of empty files, and the content of their listings, for tests of input formats."""
 
 from __future__ import annotations
 

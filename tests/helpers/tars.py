@@ -16,7 +16,7 @@ MEMBER_BYTES = 3 * BLOCK  # in the archive, of a member of 700 bytes
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of (name, content) or (name, content, fields of the header)."""
+    """A tar with the members (name, content) or (name, content, fields of the header)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name, content, *fields in members:
@@ -29,7 +29,7 @@ def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header block whose size field holds any 12 bytes."""
+    """A header block with the 12 bytes `size` as its size field."""
     block = bytearray(BLOCK)
     for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
         block[at : at + len(field)] = field
@@ -55,7 +55,7 @@ def pax_with_size(size: str) -> bytes:
     return tar_of([first, *THREE[1:]], tarfile.PAX_FORMAT)
 
 
-# Ways to damage an archive of THREE, and a part of the error that each must give.
+# Ways to damage an archive of the members THREE, each with a part of the expected error.
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in a header": (lambda tar: tar[: MEMBER_BYTES + 200], "byte"),
     "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "cut short"),

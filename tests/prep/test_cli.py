@@ -1,7 +1,7 @@
-"""The command alexprep: what it prints, where, and how it ends.
+"""The command alexprep: text and JSON output, one-line errors, exit codes, and the options of pca-stats.
 
-Commands run in this process through click's runner, one as a process of its own. The numbers of an answer are compared
-with the store's own files.
+Commands run in this process through click's runner; one test runs the command as a separate process. Values in the
+output are compared with the store's own files.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ STATS_KEYS = [
 
 
 def test_build_lmdb_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
-    """As a process: one line with an object on standard output for each split, and nothing else."""
+    """The command, run as a process, prints one line with a JSON object for each split and nothing else to stdout."""
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
     (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
     store = tmp_path / "store"
@@ -131,7 +131,7 @@ def test_every_command_has_help_and_the_group_a_version() -> None:
 
 
 def test_exit_codes_are_those_of_the_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """1 for an error, 2 for wrong usage, 3 for a full disk, 130 and 143 after an interruption."""
+    """Exit codes: 1 for an error, 2 for wrong usage, 3 for a full disk, 130 and 143 after an interruption."""
     raised: list[BaseException] = []
 
     def open_store(root: object) -> None:
@@ -214,8 +214,8 @@ def test_pca_stats_without_a_store_is_a_one_line_error(store: Path, tmp_path: Pa
     fails(alexprep("pca-stats", "--store", copied), "cannot be read")
 
 
-def test_pca_stats_writes_a_plot_beside_its_answer(store: Path, tmp_path: Path) -> None:
-    """tests/prep/check/test_color_plot.py tests what is drawn."""
+def test_pca_stats_prints_its_result_and_writes_a_plot(store: Path, tmp_path: Path) -> None:
+    """tests/prep/check/test_color_plot.py tests the content of the plot."""
     pytest.importorskip("matplotlib")
     out = tmp_path / "pca.png"
     result = alexprep("pca-stats", "--store", store, "--plot", out, "--json")

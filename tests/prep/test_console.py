@@ -1,4 +1,4 @@
-"""prep.console: progress as JSON lines and as a bar, and numbers, sizes and durations as text."""
+"""prep.console: progress as JSON lines and as a bar, and counts, sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from prep.console import Progress, bytes_text, count_noun, duration_text, progre
 def test_progress_is_json_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 of 300 images in 10 s, on a clock that the test sets: 10 images/s, 20 s left."""
+    """100 of 300 images take 10 s on a clock that the test sets: the rate is 10 images/s, and 20 s are left."""
     clock = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with progress("train: é", 400, "pictures") as report:
-        report.skip(100)
-        report.advance(1)
-        report.update(101, 1, 99)
+    with progress("train: é", 400, "pictures") as job_progress:
+        job_progress.skip(100)
+        job_progress.advance(1)
+        job_progress.update(101, 1, 99)
         clock[0] += 4.9
-        report.advance()
+        job_progress.advance()
         assert capsys.readouterr() == ("", "")
         clock[0] += 5.1
-        report.update(200, 3, 5_000)
+        job_progress.update(200, 3, 5_000)
         clock[0] += 1
-        report.advance()
+        job_progress.advance()
         clock[0] += 4
-        report.update(250)
+        job_progress.update(250)
     output = capsys.readouterr()
     assert output.out == ""
     first, second = output.err.splitlines()
@@ -53,11 +53,11 @@ def test_progress_is_json_lines_without_a_terminal(
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
-    """In a pseudo-terminal: rate, size and number of bad inputs beside the bar; nothing on standard output."""
+    """In a pseudo-terminal, rate, size and number of bad inputs follow the bar; standard output is empty."""
     script = (
         "from prep.console import progress\n"
-        "with progress('train: rescaling', 400, 'pictures') as report:\n"
-        "    report.update(200, 3, 5_000_000)\n"
+        "with progress('train: rescaling', 400, 'pictures') as job_progress:\n"
+        "    job_progress.update(200, 3, 5_000_000)\n"
     )
     ours, theirs = pty.openpty()
     with subprocess.Popen(
@@ -76,25 +76,25 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
 
 
 def test_progress_keeps_the_last_counts() -> None:
-    report = Progress(10, "pictures")
-    report.update(4, 1, 99)
-    assert (report.done, report.bad, report.size_bytes) == (4, 1, 99)
-    report.update(5, 2, 100)
-    assert (report.done, report.bad, report.size_bytes, report.skipped) == (5, 2, 100, 0)
-    report.skip(3)
-    assert (report.done, report.skipped) == (8, 3)
+    job_progress = Progress(10, "pictures")
+    job_progress.update(4, 1, 99)
+    assert (job_progress.done, job_progress.bad, job_progress.size_bytes) == (4, 1, 99)
+    job_progress.update(5, 2, 100)
+    assert (job_progress.done, job_progress.bad, job_progress.size_bytes, job_progress.skipped) == (5, 2, 100, 0)
+    job_progress.skip(3)
+    assert (job_progress.done, job_progress.skipped) == (8, 3)
 
 
 def test_the_rate_excludes_the_work_of_an_earlier_run(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    report = Progress(1000, "pictures")
-    report.skip(900)
-    report.advance(50)
+    job_progress = Progress(1000, "pictures")
+    job_progress.skip(900)
+    job_progress.advance(50)
     clock[0] = 5.0
-    assert report.done == 950
-    assert report.rate() == pytest.approx(10)
-    assert report.eta_s() == pytest.approx(5)
+    assert job_progress.done == 950
+    assert job_progress.rate() == pytest.approx(10)
+    assert job_progress.eta_s() == pytest.approx(5)
 
 
 @pytest.mark.parametrize(

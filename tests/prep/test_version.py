@@ -1,6 +1,6 @@
 """prep.version, and the three commands run from a checkout that is not installed.
 
-`not_installed` is the environment of such a checkout: the packages and pyproject.toml in a folder on PYTHONPATH, beside
+`not_installed` is the environment of such a checkout. PYTHONPATH has a folder with the packages and pyproject.toml, and
 a folder of links to everything that is installed except alexnet itself. `python -S` reads no other site-packages.
 """
 
@@ -41,7 +41,7 @@ def not_installed(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 
 def run_python(environment: Environment, folder: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    """`python -S`, in a folder that holds none of the packages."""
+    """Run `python -S` in a folder that holds none of the packages."""
     command = [sys.executable, "-S", *map(str, words)]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=120)
 
@@ -71,7 +71,7 @@ def test_python_m_runs_the_command_without_installation(
 def test_a_store_is_built_without_installation(
     not_installed: Environment, photo_folder: Path, store: Path, tmp_path: Path
 ) -> None:
-    """With worker processes; its records, fingerprint and tool versions are those of the installed program."""
+    """The build uses worker processes. Records, fingerprint and tool versions are those of the installed program."""
     words = ["build-lmdb", photo_folder, "--store", tmp_path / "store", "--jobs", 2, "--json"]
     ended = run_python(not_installed, tmp_path, "-m", "prep", *words)
     assert ended.returncode == 0, ended.stderr

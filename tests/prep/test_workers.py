@@ -23,7 +23,7 @@ from tests.helpers.building import DEADLINE_S, is_alive
 
 
 def square(task: int, task_progress: TaskProgress) -> tuple[int, int]:
-    """The task squared, and the process id of the worker."""
+    """(square of the task, process id of the worker)."""
     task_progress.begin(task)
     task_progress.count(10 * task, bad=task % 2 == 1)
     return task**2, os.getpid()
@@ -59,7 +59,7 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 
 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
-    """Take `length` steps and end the process at step `fatal_step` (-1: never), by a signal or, for 0, exit code 3."""
+    """Take `length` steps; at step `fatal_step` (-1: never) die of a signal or, for signal 0, end with exit code 3."""
     fatal_step, signum, length = task
     for number in range(length):
         task_progress.begin(number)
@@ -81,7 +81,7 @@ def ignore(counts: Counts) -> None:
 
 
 def with_this_file() -> dict[str, str]:
-    """The environment of a process that can import this module."""
+    """Environment variables of a process that can import this module."""
     return {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *sys.path])}
 
 
@@ -153,7 +153,7 @@ def test_an_exception_of_the_task_iterator_is_raised() -> None:
 
 @pytest.mark.parametrize("error", [UserError("user error"), DiskFull("no space"), ZeroDivisionError("a bug")])
 def test_an_exception_in_a_worker_is_raised_in_the_parent(error: Exception) -> None:
-    """A UserError as it is; any other as a RuntimeError with the worker's traceback."""
+    """A UserError is raised unchanged; any other exception becomes a RuntimeError with the worker's traceback."""
     expected = type(error) if isinstance(error, UserError) else RuntimeError
     with WorkerPool(2) as workers:
         with pytest.raises(expected, match=str(error)) as raised:
@@ -184,7 +184,7 @@ def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
 
 
 def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
-    """Not to the task before, which got as far as input 7."""
+    """The worker reached input 7 of the task before, which must not be reported."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
@@ -226,7 +226,7 @@ def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
 
 
 def test_on_progress_gets_the_counts_of_all_workers() -> None:
-    """Several times during a task, and the exact totals at the end; a second map starts from zero."""
+    """on_progress is called several times during a task, and at the end with exact totals; a second map starts at 0."""
     seen: list[Counts] = []
     with WorkerPool(2) as workers:
         for _ in range(2):

@@ -100,7 +100,10 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 
 
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
-    """Those that the probe finds, and entries that are not files. The truncated one is found by decoding only."""
+    """The error counts the files that the probe finds and the entries that are not files.
+
+    It does not count the truncated file, which only decoding finds.
+    """
     (with_bad / "n2" / "folder").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")
     store = tmp_path / "store"
@@ -138,14 +141,14 @@ def test_a_truncated_file_stops_the_build_which_names_it(photos: Path, tmp_path:
 
 
 def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, records_of: Records) -> None:
-    report = Progress(204, "pictures")
-    built = build(with_bad, tmp_path / "store", policy=SKIP, report=report)
+    progress = Progress(204, "pictures")
+    built = build(with_bad, tmp_path / "store", policy=SKIP, progress=progress)
     account = built.split("train").account
     assert account["inputs"] == 204 == account["kept"] + sum(account["bad"].values())
     assert account["kept"] == built.split("train").records == 200
     assert account["bad"]["empty file"] == 1
     assert account["bad"]["not an image in a known format"] >= 2
-    assert (report.done, report.bad) == (204, 4)
+    assert (progress.done, progress.bad) == (204, 4)
     assert set(record_sources(records_of(tmp_path / "store", "train"))) == set(image_paths(with_bad)) - set(BAD)
     lines = lines_of(tmp_path / "store" / "train" / "inputs.jsonl")
     assert {line["source"]: line["fate"] for line in lines} == dict.fromkeys(BAD, "bad")
@@ -177,7 +180,7 @@ def test_the_manifest_has_at_most_twenty_reasons_by_name(photos: Path, tmp_path:
 
 
 def test_the_counts_of_inputs_add_up(store: Path, records_of: Records) -> None:
-    """conftest.py makes in each split one grey, one CMYK file and one PNG, and one with orientation 6 in train."""
+    """Each split of conftest.py has one grey file, one CMYK file and one PNG; train has a file with orientation 6."""
     splits = json.loads((store / "manifest.json").read_bytes())["splits"]
     conversions = {"grey": 1, "cmyk": 1, "png": 1}
     for split, inputs, turned in (("train", 30, {"6": 1}), ("val", 12, {})):
@@ -224,7 +227,7 @@ def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_ba
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
-    """Each run builds one shard; the bad inputs of earlier runs count."""
+    """Each run builds one shard, and the bad inputs of earlier runs count too."""
     store, runs = tmp_path / "store", 0
     with pytest.raises(UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), --max-bad {most} allowed"):
         for _ in range(4):
@@ -266,7 +269,7 @@ def test_a_corrected_file_lets_the_same_command_finish(with_bad: Path, tmp_path:
 
 
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
-    """Shards with bad inputs that a run with --on-bad skip finished are built again by the strict command."""
+    """A run with --on-bad skip finishes shards with bad inputs; a run with --on-bad fail builds these shards again."""
     for name in OBVIOUS:
         (with_bad / name).unlink()
     with pytest.raises(Stopped):
@@ -297,7 +300,7 @@ def test_a_source_without_an_image_gives_no_store(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> None:
-    """It is removed after the probe, before it is read."""
+    """The file is removed after the probe and before it is read."""
     removed = image_paths(photos)[3]
 
     class AfterRemoval(InlineRunner):
@@ -310,10 +313,10 @@ def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> No
         (photos / removed).touch()
         shutil.copy2(photos / image_paths(photos)[4], photos / removed)
         source = list_source(photos, "train", None, None, ())
-        store, report = tmp_path / str(policy.skip_bad), Progress(200, "pictures")
+        store, progress = tmp_path / str(policy.skip_bad), Progress(200, "pictures")
         if policy.skip_bad:
-            account = build_split(source, store, PPM, AfterRemoval(), report, policy).split("train").account
+            account = build_split(source, store, PPM, AfterRemoval(), progress, policy).split("train").account
             assert account["bad"] == {"cannot be read: No such file or directory": 1}
         else:
             with pytest.raises(UserError, match=f"{removed}: cannot be read: No such file"):
-                build_split(source, store, PPM, AfterRemoval(), report, policy)
+                build_split(source, store, PPM, AfterRemoval(), progress, policy)

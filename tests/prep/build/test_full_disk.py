@@ -1,6 +1,6 @@
-"""A disk that fills up or breaks at any point of a build: a clear error, nothing torn, and the build can be finished.
+"""A disk that fills up or breaks at any point of a build: a clear error, no torn file, and the build can be finished.
 
-By injected errors at each disk operation, by a limit on the length of files, and on a small tmpfs if it can be mounted.
+The tests inject errors at each disk operation, limit the length of files, and mount a small tmpfs if they may.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
     mode: str, code: int, photos: Path, whole: Store, tmp_path: Path
 ) -> None:
-    """LMDB's own errors are the same for a full and a broken disk: they are taken for a full one."""
+    """LMDB raises the same errors for a full and for a broken disk, so its errors count as a full disk."""
     *ends, last = run_interrupted_builds(photos, tmp_path, mode)
     assert last["code"] == last["again"] == 0
     assert len(ends) >= 20
@@ -65,7 +65,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
 def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
     photos: Path, whole: Store, tmp_path: Path, jobs: int
 ) -> None:
-    """With worker processes, which reach the limit first; of two, the other is killed in the middle of its shard."""
+    """One of two worker processes reaches the limit first; the other is killed in the middle of its shard."""
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"
@@ -103,7 +103,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_build_on_a_growing_disk_resumes_until_it_is_complete(
     small_disk: Path, photos: Path, whole: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The disk is 16 KB larger each time; at least twenty builds fail before one succeeds."""
+    """The disk grows by 16 KB before each build; at least twenty builds fail before one succeeds."""
     monkeypatch.setattr("prep.build.split.check_disk_space", lambda *of: None)
     store, full = small_disk / "store", 0
     for kilobytes in range(16, 600, 16):

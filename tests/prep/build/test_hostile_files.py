@@ -1,7 +1,7 @@
 """Damaged, misleading and oversized files (tests/helpers/hostile_files.py), built by the command as a process.
 
 Each file must be kept, converted or bad, as expected. The command must end by itself with exit code 0, within bounds of
-time and memory, with counts that add up, and without starting any other program.
+time and memory, with consistent counts, and without starting any other program.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from PIL import Image
 from prep.store.manifest import Store
 from tests.helpers.hostile_files import JPEG, KEPT, Expected, corpus, not_images
 
-MAX_S = 60.0  # the corpus takes a few seconds; one decompression bomb that is decoded takes minutes
-MAX_BYTES = 2_000_000_000  # memory of any one process: an image of 100 million pixels takes about one GB
+MAX_S = 60.0  # the corpus takes a few seconds; decoding one decompression bomb would take minutes
+MAX_BYTES = 2_000_000_000  # limit for each process: an image of 100 million pixels takes about one GB
 
 
 @pytest.fixture(scope="module")
 def expectations() -> dict[str, Expected]:
-    """By path; `photos` fills it."""
+    """{path: expected outcome}; the fixture `photos` fills it."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
-    """The corpus in two class folders, every second file in the other, and entries that are not readable files."""
+    """The corpus, its files in turn in one of two class folders, and entries that are not readable files."""
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
         (root / folder).mkdir(parents=True)
@@ -60,7 +60,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Exp
         bound.bind(str(root / "b" / "s.JPEG"))
     expectations["b/s.JPEG"] = Expected(bad="^a socket, not a file$")
     os.symlink("nowhere", root / "b" / "dangling.JPEG")
-    expectations["b/dangling.JPEG"] = Expected(bad="^cannot be looked at: No such file")
+    expectations["b/dangling.JPEG"] = Expected(bad="^cannot be read: No such file")
     os.symlink("/etc/passwd", root / "b" / "out.JPEG")
     expectations["b/out.JPEG"] = Expected(bad="^a symbolic link out of the source, to /etc/passwd")
     os.symlink("../a/progressive", root / "b" / "link.JPEG")
@@ -71,7 +71,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Exp
 
 
 def _drop_root_rights() -> None:
-    """In the child, before the command starts: root may read files that nobody may read."""
+    """Drop root's rights in the child before the command starts: root can read files without read permission."""
     libc = ctypes.CDLL(None)
     for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
         libc.prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
@@ -92,12 +92,12 @@ class Ended:
     stdout: str
     stderr: str
     seconds: float
-    peak_bytes: int  # of the largest of its processes
+    peak_bytes: int  # peak memory of the command's largest process
 
 
 @pytest.fixture
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
-    """Runs the command as a process; decoys of programs that Pillow may start leave a mark when they are started."""
+    """Runs the command as a process. Decoys of programs that Pillow may start leave a file if they are started."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("gs", "convert", "magick", "djpeg", "inkscape", "pdftoppm"):
@@ -141,7 +141,7 @@ def _wait(pid: int, started: float) -> int:
 
 
 def logged_outcomes(store: Path) -> dict[str, dict[str, Any]]:
-    """inputs.jsonl by name; inputs that are not in it were kept without conversion."""
+    """{name: outcome} from inputs.jsonl; an input that is not in it was stored without conversion."""
     lines = (store / "train" / "inputs.jsonl").read_text().splitlines()
     outcomes = {outcome["source"]: outcome for outcome in map(json.loads, lines)}
     assert len(outcomes) == len(lines)
@@ -223,7 +223,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """A file that is odd, but can be decoded, does not."""
+    """An odd file that can be decoded does not end the build."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

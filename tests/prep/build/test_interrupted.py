@@ -1,7 +1,7 @@
 """Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
 
-The same command must finish each with the fingerprint of a build that ran through, and leave nothing behind: no process
-and no temporary file.
+The same command must finish each build with the fingerprint of an uninterrupted build, and leave no process and no
+temporary file behind.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def tree(store: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 images that take a worker a few milliseconds each: five shards."""
+    """320 images, five shards; a worker takes a few milliseconds for each image."""
     return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
 
 
@@ -56,7 +56,7 @@ def slow_store(slow: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts build commands; kills what a failed test left of them."""
+    """A function that starts a build command. Processes that a failed test leaves behind are killed at the end."""
     started: list[BuildCommand] = []
 
     def run(photos: Path, store: Path, *words: str) -> BuildCommand:
@@ -75,7 +75,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder of the stores, outcomes) of builds that were killed before each disk operation."""
+    """(folder of the stores, outcomes) of builds, each of which was killed before another disk operation."""
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
     build(photos, work / "whole")
@@ -95,7 +95,7 @@ def test_a_build_killed_at_any_disk_operation_is_finished_by_the_same_command(en
 
 
 def test_a_build_killed_at_any_disk_operation_leaves_no_file_behind(ended: tuple[Path, Any]) -> None:
-    """The files of each store are those of the build that ran through."""
+    """Each store has the same files as the store of an uninterrupted build."""
     work, ends = ended
     expected = tree(work / "whole")
     found = {end["at"]: tree(work / f"{end['at']:03d}") for end in ends}
@@ -106,7 +106,7 @@ def test_a_build_killed_at_any_disk_operation_leaves_no_file_behind(ended: tuple
 
 
 def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, finish: Callable[[Path], Store]) -> Store:
-    """SIGKILL `delay_s` after a build began, and at once the same build again."""
+    """Kill a build with SIGKILL after `delay_s`, and at once run the same build again."""
     command = start(photos, store)
     time.sleep(delay_s)
     command.kill()
@@ -119,7 +119,7 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
 def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Ten moments of the two hundred below; the second build runs in this process, which is quicker."""
+    """Builds are killed at ten of the moments of the test below. Repeating them in this process saves time."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -132,7 +132,7 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """By commands alone; every tenth build is killed five times before it may finish."""
+    """Every build is a command. Every tenth build is killed five times before it may finish."""
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:
@@ -158,13 +158,13 @@ def test_a_build_killed_at_two_hundred_random_moments_is_finished(
 def test_a_build_killed_again_and_again_keeps_its_finished_shards(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """SIGKILL to the parent as the build begins, in the first shards, after one shard, after three."""
+    """The parent is killed as the build begins, during the first shards, after one shard, and after three shards."""
     store = tmp_path / "store"
     moments: list[tuple[str, Callable[[BuildCommand], bool]]] = [
         ("plan", lambda command: (command.work_dir / "plan.json").exists()),
         ("shard in progress", lambda command: any(command.work_dir.glob("*.tmp/data.mdb"))),
-        ("first shard", lambda command: len(command.shard_records()) >= 1),
-        ("third shard", lambda command: len(command.shard_records()) >= 3),
+        ("first shard", lambda command: len(command.shard_summaries()) >= 1),
+        ("third shard", lambda command: len(command.shard_summaries()) >= 3),
     ]
     for what, reached in moments:
         command = start(slow, store)
@@ -173,7 +173,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
         code, _, _ = command.end()
         assert code == -signal.SIGKILL
         assert not (store / "manifest.json").exists()
-    kept = {path: path.stat().st_mtime_ns for path in command.shard_records()}
+    kept = {path: path.stat().st_mtime_ns for path in command.shard_summaries()}
     databases = [store / "train" / path.stem / "data.mdb" for path in kept]
     written = [path.stat().st_mtime_ns for path in databases]
     assert 3 <= len(kept) <= 5
@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM to the parent, as `kill` sends it; SIGINT to the whole group, as a terminal sends Ctrl-C."""
+    """SIGTERM is sent to the parent, as by `kill`; SIGINT to the process group, as by a terminal for Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)
@@ -206,9 +206,9 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
     assert stderr.strip().splitlines()[-1] == "Interrupted. Run the same command again to continue from here."
     assert "Traceback" not in stderr
     assert not (store / "manifest.json").exists()
-    report = Progress(320, "pictures")
-    assert build(slow, store, report=report).splits == slow_store.splits
-    assert report.skipped >= 64
+    progress = Progress(320, "pictures")
+    assert build(slow, store, progress=progress).splits == slow_store.splits
+    assert progress.skipped >= 64
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
@@ -226,21 +226,21 @@ def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path)
 
 
 def test_a_signal_does_not_wait_for_the_shards_in_progress(start: Start, tmp_path: Path) -> None:
-    """Shards of 64 large images take seconds: SIGTERM in the first of them ends the build with none finished."""
+    """Shards of 64 large images take seconds. SIGTERM during the first shards ends the build before one is finished."""
     photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
     command = start(photos, tmp_path / "store")
     command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))
     command.process.send_signal(signal.SIGTERM)
     code, _, stderr = command.end()
     assert code == 143, stderr
-    assert command.shard_records() == []
+    assert command.shard_summaries() == []
     assert list(command.work_dir.glob("*.json")) == [command.work_dir / "plan.json"]
 
 
 def test_a_second_command_on_the_same_store_is_refused(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """In one line, and without harm to the first."""
+    """The error is one line, and the first build continues."""
     first = start(slow, tmp_path / "store")
     first.wait_for("plan", lambda: (first.work_dir / "plan.json").exists())
     first.process.send_signal(signal.SIGSTOP)
@@ -258,7 +258,7 @@ def test_a_second_command_on_the_same_store_is_refused(
 
 
 def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """SIGKILL, as from the out-of-memory killer: the file that the worker was reading is named."""
+    """A worker gets SIGKILL, as from the out-of-memory killer. The error names the file that it was reading."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
     command.wait_for_shards(1)
@@ -278,7 +278,7 @@ def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_
 
 
 class CrashingReader(FolderReader):
-    """Kills the process that reads image number 100; the others take a while."""
+    """Kills the process that reads image number 100; each of the other images takes a while."""
 
     def read(self, item: Any) -> bytes:
         time.sleep(0.01)
@@ -297,7 +297,7 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 
 
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: Path, tmp_path: Path) -> None:
-    """Otherwise it is tried again, since the cause may be a lack of memory."""
+    """After one death the file is tried again, since the cause may be a lack of memory."""
     source = list_source(slow, "train", None, None, ())
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):
@@ -319,11 +319,11 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(raised.value)  # keeps the traceback, and with it the generator of the results, alive
+    assert "killed" in str(raised.value)  # the exception keeps the generator of the results alive
 
 
-def test_a_shard_that_is_built_twice_is_whole(slow: Path, tmp_path: Path) -> None:
-    """As after a kill, until the orphaned workers end: both write the same, under temporary names of their own."""
+def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
+    """Orphaned workers of a killed build may write the same shard, but under temporary names of their own."""
     source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))

@@ -67,7 +67,7 @@ def bytes_on_disk(store: Path) -> int:
     ],
 )
 def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
-    """Bytes within a quarter of those of the LMDBs; seconds only within a factor that any machine stays in."""
+    """Bytes agree with the LMDBs within a quarter. Seconds agree only within a factor that holds on any machine."""
     resources = estimate(photos, tmp_path / "store", settings).resources
     assert resources is not None
     build(photos, tmp_path / "store", settings)
@@ -123,10 +123,10 @@ def test_an_estimate_refuses_what_the_build_would_refuse(photos: Path, tmp_path:
     other = Settings(**{**vars(PPM), "seed": 3})
     with pytest.raises(Stopped):
         build(photos, store, runner=StoppingRunner())
-    with pytest.raises(UserError, match="--seed 0, this command says 3"):
+    with pytest.raises(UserError, match="--seed 0, this command has 3"):
         estimate(photos, store, other)
     build(photos, store)
-    with pytest.raises(UserError, match="--seed 0, this command says 3"):
+    with pytest.raises(UserError, match="--seed 0, this command has 3"):
         estimate(photos, store, other)
     (tmp_path / "theirs" / "train").mkdir(parents=True)
     (tmp_path / "theirs" / "train" / "precious.txt").write_text("mine")
@@ -198,10 +198,10 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(
 def test_a_build_that_may_just_fit_is_started(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With a warning: the estimate may be too high."""
+    """A warning is printed, since the estimate may be too high."""
     set_free_bytes(monkeypatch, 1_500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400
-    assert "1.5 MB free. The build starts all the same" in capsys.readouterr().err
+    assert "1.5 MB free. The build starts anyway" in capsys.readouterr().err
 
 
 def test_only_the_unfinished_shards_must_fit(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

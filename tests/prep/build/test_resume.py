@@ -1,7 +1,7 @@
 """prep.build.resume: what may change in the source while a build is unfinished.
 
 A build is stopped after one of its four shards of 50 images, something in the source is changed, and the same command
-is given again. The store must hold what the source held when it was read, or the command must refuse.
+is run again. The store must hold the contents that the files had when they were read, or the command must refuse.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def used(store: Path, records_of: Records) -> list[str]:
 
 
 def change_content(path: Path) -> None:
-    """Another length, and the old time."""
+    """Change the length of a file and keep its modification time."""
     status = path.stat()
     path.write_bytes(path.read_bytes() + b"\0" * 7)
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
@@ -81,7 +81,7 @@ def change_time(path: Path) -> None:
 
 
 def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Path, used: list[str]) -> None:
-    """The error has the file and both values; the unfinished build stays as it was."""
+    """The error has the file and both values; the unfinished build is not changed."""
     before = modification_times(store)
     path = photos / used[17]
     mtime_ns, length = path.stat().st_mtime_ns, path.stat().st_size
@@ -105,16 +105,16 @@ def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Pat
 def test_a_changed_input_that_is_not_stored_yet_is_read_as_it_is_now(
     change: Callable[[Path], None], photos: Path, store: Path, used: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Reported once: the next build compares with the new listing."""
+    """The change is reported once, because the next build compares with the new listing."""
     unused = sorted(set(image_paths(photos)) - set(used))
     for name in unused[:3]:
         change(photos / name)
     with pytest.raises(Stopped):
         build(photos, store, runner=StoppingRunner())
     assert "3 inputs changed since this build began; none is stored yet" in capsys.readouterr().err
-    report = Progress(200, "pictures")
-    built = build(photos, store, report=report)
-    assert report.skipped == 100
+    progress = Progress(200, "pictures")
+    built = build(photos, store, progress=progress)
+    assert progress.skipped == 100
     assert "changed" not in capsys.readouterr().err
     assert built.fingerprint == build(photos, store.parent / "fresh").fingerprint
 
@@ -153,9 +153,9 @@ def test_a_missing_or_a_new_input_is_refused(photos: Path, store: Path, used: li
     with pytest.raises(UserError, match=r"n2/new.JPEG is new \(200 inputs then, 201 now\)"):
         build(photos, store)
     assert modification_times(store) == before
-    report = Progress(201, "pictures")
-    assert build(photos, store, policy=BuildPolicy(restart=True), report=report).split("train").records == 201
-    assert report.skipped == 0
+    progress = Progress(201, "pictures")
+    assert build(photos, store, policy=BuildPolicy(restart=True), progress=progress).split("train").records == 201
+    assert progress.skipped == 0
 
 
 def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
 
 
 def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: Path) -> None:
-    """Flat images with a label file in which one label changes."""
+    """The source is flat images with a label file, in which one label changes."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in pictures.glob("*/*"):
@@ -193,21 +193,21 @@ def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: 
 
 
 def test_a_listing_in_another_order_resumes_the_build(photos: Path, store: Path) -> None:
-    """As another kind of source may list the same inputs; the fingerprint is the same too."""
+    """Another kind of source may list the same inputs in another order; the fingerprint is the same."""
     source = list_source(photos, "train", None, None, ())
     reversed_listing = Listing()
     for index in reversed(range(200)):
         item = source.inputs[index]
         reversed_listing.add(item.path, item.label, item.size, item.mtime_ns, item.location)
-    report = Progress(200, "pictures")
+    progress = Progress(200, "pictures")
     other = Source(source.reader, "train", source.classes, reversed_listing)
-    built = build_split(other, store, PPM, StoppingRunner(9), report)
-    assert report.skipped == 50
+    built = build_split(other, store, PPM, StoppingRunner(9), progress)
+    assert progress.skipped == 50
     assert built.fingerprint == build(photos, store.parent / "fresh").fingerprint
 
 
 def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Path, used: list[str]) -> None:
-    """A build with --on-bad skip left it out; the next build stores it, with --on-bad fail or skip."""
+    """A build with --on-bad skip leaves the bad input out. The next build, with --on-bad fail or skip, stores it."""
     content = (photos / used[3]).read_bytes()
     (photos / used[3]).write_bytes(b"no picture")
     for policy in (STRICT, SKIP):
@@ -218,9 +218,9 @@ def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Pat
         stamp = (store / "train" / "00001" / "data.mdb").stat().st_mtime_ns
         (photos / used[3]).write_bytes(content)
         estimate = estimate_build(list_source(photos, "train", None, None, ()), store, PPM, StoppingRunner(), policy)
-        report = Progress(200, "pictures")
-        built = build(photos, store, policy=policy, report=report)
-        assert estimate.done == report.skipped == 50
+        progress = Progress(200, "pictures")
+        built = build(photos, store, policy=policy, progress=progress)
+        assert estimate.done == progress.skipped == 50
         assert built.split("train").account["bad"] == {}
         assert built.split("train").records == 200
         assert (store / "train" / "00001" / "data.mdb").stat().st_mtime_ns == stamp
@@ -256,7 +256,7 @@ def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tm
 
 
 def test_a_finished_split_refuses_other_inputs(photos: Path, tmp_path: Path) -> None:
-    """By the digest of its plan in the manifest; modification times do not matter."""
+    """The manifest has the digest of the build plan. Modification times do not matter."""
     store = tmp_path / "store"
     build(photos, store)
     change_time(photos / image_paths(photos)[0])

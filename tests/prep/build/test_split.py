@@ -1,4 +1,4 @@
-"""prep.build.split: the store against the images; builds repeated, restarted, refused, and at the same time.
+"""prep.build.split: the content of the store, and builds that are repeated, restarted, refused or simultaneous.
 
 Records are read by lmdb and protobuf; labels are compared with the folders and the ground truth, pixels with Pillow's
 resize in floating point, sums with NumPy.
@@ -68,7 +68,7 @@ def copy_of_small(small: Path, tmp_path: Path) -> Path:
 def test_a_record_holds_the_image_of_its_source(
     split: str, photo_folder: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    """Whole images by the bilinear filter, which Pillow has too: each within rounding of its own source."""
+    """Uncropped images, rescaled by the bilinear filter, equal Pillow's result for the same source within rounding."""
     settings = Settings(48, True, "ppm", 90, "bilinear", 5)
     build(photo_folder / split, tmp_path / "store", settings, split=split)
     for _, datum in records_of(tmp_path / "store", split):
@@ -156,7 +156,7 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean position of each class is the middle, within five standard deviations of a random permutation."""
+    """The mean position of each class is near the middle: within five standard deviations of a random permutation's."""
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):
@@ -185,15 +185,15 @@ def test_any_number_of_jobs_gives_the_same_records(
     whole = Store.open(small_store)
     for jobs in (1, 2, 3):
         path = tmp_path / str(jobs)
-        report = Progress(200, "pictures")
+        progress = Progress(200, "pictures")
         with WorkerPool(jobs) as workers:
-            built = build(small, path, runner=workers, report=report)
+            built = build(small, path, runner=workers, progress=progress)
         assert built.fingerprint == whole.fingerprint
         assert built.splits == whole.splits
         assert [(key, datum.SerializeToString()) for key, datum in records_of(path, "train")] == expected
         mean = (small_store / "train" / "mean_image.npy").read_bytes()
         assert (path / "train" / "mean_image.npy").read_bytes() == mean
-        assert (report.done, report.bad, report.size_bytes) == (200, 0, whole.split("train").bytes)
+        assert (progress.done, progress.bad, progress.size_bytes) == (200, 0, whole.split("train").bytes)
         assert not (path / "train" / ".build").exists()
 
 
@@ -202,10 +202,10 @@ def test_any_number_of_jobs_gives_the_same_records(
 
 def test_a_repeated_build_writes_nothing(small: Path, small_store: Path) -> None:
     before, fingerprint = modification_times(small_store), Store.open(small_store).fingerprint
-    report = Progress(200, "pictures")
-    assert build(small, small_store, runner=UnusedRunner(), report=report).fingerprint == fingerprint
+    progress = Progress(200, "pictures")
+    assert build(small, small_store, runner=UnusedRunner(), progress=progress).fingerprint == fingerprint
     assert modification_times(small_store) == before
-    assert report.done == report.skipped == 200
+    assert progress.done == progress.skipped == 200
 
 
 CHANGES = [
@@ -223,7 +223,7 @@ def test_a_finished_split_refuses_other_settings(
     changes: dict[str, Any], has: str, asked: str, small: Path, small_store: Path
 ) -> None:
     before = modification_times(small_store)
-    with pytest.raises(UserError, match=f"{has}, this command says {asked}"):
+    with pytest.raises(UserError, match=f"{has}, this command has {asked}"):
         build(small, small_store, replace(PPM, **changes))
     assert modification_times(small_store) == before
 
@@ -233,7 +233,7 @@ def test_an_unfinished_build_refuses_other_settings(small: Path, small_store: Pa
     with pytest.raises(Stopped):
         build(small, store, runner=StoppingRunner())
     for changes, has, asked in CHANGES:
-        with pytest.raises(UserError, match=f"{has}, this command says {asked}"):
+        with pytest.raises(UserError, match=f"{has}, this command has {asked}"):
             build(small, store, replace(PPM, **changes))
     assert build(small, store).fingerprint == Store.open(small_store).fingerprint
 
@@ -265,7 +265,7 @@ def test_a_second_split_is_added_to_the_store(small: Path, tmp_path: Path, recor
     assert both.splits["train"] == first.splits["train"]
     assert both.fingerprint != first.fingerprint
     assert len(records_of(store, "train")) == len(records_of(store, "val")) == 200
-    with pytest.raises(UserError, match="--side 32, this command says 64"):
+    with pytest.raises(UserError, match="--side 32, this command has 64"):
         build(small, store, replace(PPM, side_px=64), split="val")
 
 
@@ -285,9 +285,9 @@ def test_restart_discards_an_unfinished_build(small: Path, tmp_path: Path) -> No
     store = tmp_path / "store"
     with pytest.raises(Stopped):
         build(small, store, replace(PPM, side_px=40), runner=StoppingRunner(2))
-    report = Progress(200, "pictures")
-    built = build(small, store, policy=BuildPolicy(restart=True), report=report)
-    assert report.skipped == 0
+    progress = Progress(200, "pictures")
+    built = build(small, store, policy=BuildPolicy(restart=True), progress=progress)
+    assert progress.skipped == 0
     assert built.settings == PPM
     fresh = build(small, tmp_path / "fresh")
     assert built.fingerprint == fresh.fingerprint
@@ -328,7 +328,7 @@ def test_a_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, resta
 
 
 def test_the_source_is_only_read(small: Path, tmp_path: Path) -> None:
-    """Folders without write permission; times and contents stay."""
+    """The folders have no write permission; times and contents do not change."""
     photos = Path(shutil.copytree(small, tmp_path / "photos"))
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     for folder in (photos, *photos.glob("*")):

@@ -16,9 +16,9 @@ from tests.helpers.damaged_stores import CLASSES, MakeStore
 
 @pytest.fixture(scope="session")
 def make_store(build: Build, tmp_path_factory: pytest.TempPathFactory) -> MakeStore:
-    """make_store(count, format) returns a store of `count` images of noise of 32 px, at most 64 in a shard.
+    """make_store(count, format) returns a store of `count` noise images of 32×32 px, at most 64 in a shard.
 
-    It is made once; do not write into it.
+    Tests share the store and must not write into it.
     """
     stores: dict[tuple[int, str], Path] = {}
 
@@ -41,7 +41,7 @@ def make_store(build: Build, tmp_path_factory: pytest.TempPathFactory) -> MakeSt
 
 @pytest.fixture
 def copy_store(make_store: MakeStore, tmp_path: Path) -> MakeStore:
-    """As `make_store`; returns a copy to be damaged."""
+    """copy_store(count, format) returns a copy of the store of `make_store`, which a test may damage."""
 
     def copy(count: int, format: str = "ppm") -> Path:
         return Path(shutil.copytree(make_store(count, format), tmp_path / "copy"))

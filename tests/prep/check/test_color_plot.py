@@ -1,4 +1,4 @@
-"""prep.check.color_plot: the sample, the drawing and the file, against Pillow, the paper's formula and the stream.
+"""prep.check.color_plot: sample, drawing and file, compared with Pillow, the paper's formula and the stream.
 
 The drawing is read back from matplotlib's own objects: the lines, bars and images of the figure.
 """
@@ -35,7 +35,7 @@ ALPHAS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., tuple[Store, ColorStats]]:
-    """make_store(shards) gives a ppm store whose train split has those lists of uint8 (H, W, 3) pictures."""
+    """make_store(shards) gives a ppm store; each shard of its train split is given as a list of uint8 (H, W, 3)."""
 
     def make(shards: Sequence[Pictures]) -> tuple[Store, ColorStats]:
         entries, index, moments = [], 0, Moments()
@@ -66,14 +66,14 @@ def figure() -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leaves the figure empty, for tests that are not about the drawing, which takes a second."""
+    """Leave the figure empty, for tests that do not check the drawing: it would take a second."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 
 
 @pytest.fixture
 def natural() -> ColorStats:
-    """ILSVRC's statistics as fb.resnet.torch has them, on 0..255."""
+    """ILSVRC's statistics in fb.resnet.torch, on the scale 0..255."""
     vectors = np.linalg.qr([[0.5675, 0.7192, 0.4009], [0.5808, -0.0045, -0.8140], [0.5836, -0.6948, 0.4203]])[0]
     vectors *= np.sign(vectors[0])
     stdevs = 255 * np.sqrt([0.2175, 0.0188, 0.0045])
@@ -95,7 +95,7 @@ def noise(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]
 
 
 def unique_pixels(height: int, width: int) -> npt.NDArray[np.uint8]:
-    """No two pixels of the same colour."""
+    """An image in which no two pixels have the same colour."""
     codes = np.random.default_rng(1).permutation(2**24)[: height * width]
     return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1).astype(np.uint8).reshape(height, width, 3)
 
@@ -105,12 +105,12 @@ def codes_of(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def decoded(records: list[tuple[bytes, Any]]) -> Pictures:
-    """By Pillow alone, from protobuf's Datums."""
+    """All images of a split, parsed by protobuf and decoded by Pillow."""
     return [np.asarray(Image.open(io.BytesIO(datum.data)).convert("RGB")) for _, datum in records]
 
 
 def panels(figure: Any) -> list[Any]:
-    """Cloud, spectrum, photographs, mean colour."""
+    """The axes of the four panels: cloud, spectrum, photographs, mean colour."""
     assert len(figure.axes) == 4
     return list(figure.axes)
 
@@ -119,7 +119,7 @@ def panels(figure: Any) -> list[Any]:
 def test_pixels_and_photograph_come_from_the_records(
     kind: str, stores: dict[str, Path], records_of: Callable[[Path, str], list[tuple[bytes, Any]]]
 ) -> None:
-    """160 pixels of each of the 30 images, and the central square of one of them."""
+    """The sample is 160 pixels of each of the 30 images, and the central square of one of them."""
     store = Store.open(stores[kind])
     pixels, photograph = take_sample(store, "train", store.color_stats())
     pictures = decoded(records_of(stores[kind], "train"))
@@ -165,7 +165,7 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """Of images with different shares of the split's contrast, the one with half; not a gray or a tinted one."""
+    """The image with half the split's contrast is chosen, not one of another contrast, nor a gray or a tinted one."""
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
     def drawn(spread: Sequence[float], off: Sequence[float] = (0, 0, 0)) -> npt.NDArray[np.uint8]:
@@ -180,7 +180,7 @@ def test_the_photograph_has_typical_colours_and_half_the_contrast(
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Counts the records that prep.store.lmdb_shard.read yields, by folder; the key `open` counts open readers."""
+    """Count the records that lmdb_shard.read yields, by folder; the key `open` counts the open readers."""
     counts: Counter[str] = Counter()
     original = lmdb_shard.read
 
@@ -221,7 +221,7 @@ def test_few_records_are_read_from_shards_all_over_the_split(
 
 
 def test_a_shard_without_records_is_skipped(make_store: Callable[..., Any]) -> None:
-    """A build with --on-bad skip can leave some. If all 60 shards had records, number 4 would not be read."""
+    """A build with --on-bad skip can leave empty shards. If all 60 shards had records, shard 4 would not be read."""
     store, stats = make_store([[noise(1), noise(2)] if number == 4 else [] for number in range(60)])
     pixels, _ = take_sample(store, "train", stats)
     assert np.isin(codes_of(pixels), codes_of(np.stack([noise(1), noise(2)]))).all()
@@ -255,7 +255,7 @@ def test_the_cloud_shows_each_pixel_at_its_colour_and_axes_through_the_mean(figu
         np.testing.assert_allclose(ends, [natural.mean_rgb - half, natural.mean_rgb + half], atol=1e-6)
 
 
-def test_the_spectrum_is_drawn_beside_that_of_ilsvrc(figure: Any, store: Path) -> None:
+def test_the_spectrum_is_drawn_with_that_of_ilsvrc(figure: Any, store: Path) -> None:
     stats = Store.open(store).color_stats()
     draw_figure(figure, "train", stats, noise(1).reshape(-1, 3), noise(1))
     spectrum = panels(figure)[1]
@@ -318,7 +318,7 @@ def test_every_kind_of_store_is_plotted(kind: str, stores: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("what", ["grey", "one colour", "noise"])
 def test_a_split_of_one_small_record_is_plotted(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """A gray image has one component, an image of one colour none."""
+    """A gray image has one component; an image of a single colour has none."""
     pytest.importorskip("matplotlib")
     picture = noise(1, 32, 32)
     if what == "grey":
@@ -420,7 +420,7 @@ def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | N
 def test_a_damaged_record_is_an_error_with_shard_and_key(
     what: str, make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Record 3 is the second of shard 1: one byte changed, or a right checksum of something that is not an image."""
+    """Record 3, the second of shard 1, has one changed byte, or a right checksum but no image."""
     pytest.importorskip("matplotlib")
     store, stats = make_store([[noise(1), noise(2)], [noise(3), noise(4)]])
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()

@@ -38,7 +38,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """Exit code 1 and one line on standard error that has all `parts`."""
+    """The command has exit code 1 and prints one line to standard error, which has all `parts`."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
@@ -63,7 +63,7 @@ class OtherOs:
 def test_every_record_is_exported_byte_for_byte(
     kind: str, stores: dict[str, Path], records_of: RecordsOf, tmp_path: Path
 ) -> None:
-    """Under the name of its input, with an extension that fits the content."""
+    """A file has the name of the record's input, with an extension that fits the content."""
     ending = {"jpeg": ".jpg", "ppm-whole": ".ppm"}[kind]
     for split in ("train", "val"):
         out = tmp_path / "deep" / split
@@ -113,7 +113,7 @@ def test_exported_files_have_safe_names(source: bytes, format: str, name: bytes)
 
 
 def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Classes and sources that lead out of the folder, or are not file names: every record is written once, inside."""
+    """If classes or sources lead out of the folder or are not file names, every record is written once, inside it."""
     sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
     classes = ["..", "/etc", "a/b", "x" * 256, "n\0n", ".", "", "good"]
     plain = [(key, Datum.decode(value)) for key, value in split_records(stores["jpeg"])[: len(sources)]]
@@ -136,7 +136,7 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
 
 
 def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
-    """As import-caffe makes them from folders x/ and y/ with one label; the second must not replace the first."""
+    """import-caffe makes such records from folders x/ and y/ with one label. The second must not replace the first."""
     twins = [
         (key, replace(Datum.decode(value), source=b"x/same.jpg" if k else b"y/same.jpg", label=1).encode())
         for k, (key, value) in enumerate(split_records(stores["jpeg"])[:2])
@@ -148,7 +148,7 @@ def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tm
 
 
 def test_a_file_that_another_worker_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers may reach one name at the same time, and both have seen that there is no such file."""
+    """Two workers may begin to write a file of one name, after both have seen that it does not exist."""
     path = tmp_path / "a.jpg"
 
     def meanwhile() -> int:
@@ -175,7 +175,7 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
 
 
 def test_a_killed_export_is_resumed(photo_folder: Path, tmp_path: Path, build: Build) -> None:
-    """SIGKILL after some files; then no file is incomplete, and the second call adds the rest."""
+    """An export is killed after some files. No file is then incomplete, and the second call adds the rest."""
     photos = tmp_path / "photos"
     for number in range(300):
         path = photos / CLASSES[number % 3] / f"p{number}.ppm"
@@ -238,7 +238,7 @@ def test_the_export_of_a_damaged_store_names_the_record(stores: dict[str, Path],
 def test_a_full_disk_has_exit_code_3(
     number: int, kind: type[UserError], store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As --help says; no incomplete file stays."""
+    """The exit code is that of --help, and no incomplete file is left."""
 
     def full(*paths: object) -> None:
         raise OSError(number, os.strerror(number))

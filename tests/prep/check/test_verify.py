@@ -61,10 +61,10 @@ def test_progress_counts_over_all_splits(stores: dict[str, Path], workers: Worke
             super().update(done, bad, size)
             counts.append(done)
 
-    opened, report = Store.open(stores["ppm"]), Watched(42, "records")
+    opened, progress = Store.open(stores["ppm"]), Watched(42, "records")
     for split in opened.splits:
-        assert verify_split(opened, split, workers, report) == []
-    assert counts[-1] == report.done == 42
+        assert verify_split(opened, split, workers, progress) == []
+    assert counts[-1] == progress.done == 42
     assert all(before <= after for before, after in pairwise(counts))
 
 
@@ -82,7 +82,10 @@ def test_a_jpeg_store_of_a_single_photograph_passes(
 def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
     tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """Flat colour, noise, and lines whose colours 4:2:0 mixes: the mean is off by 57 grey levels, each pixel by 135."""
+    """The images are flat colour, noise, and lines whose colours 4:2:0 mixes.
+
+    The mean changes by up to 57 grey levels, a pixel by up to 135.
+    """
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255
     others = np.full((64, 64, 3), (0, 255, 0), np.uint8)
@@ -106,7 +109,7 @@ def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, worker
 
 
 def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """It has no records, so the manifest does not name it."""
+    """Such a shard has no records, so the manifest does not name it."""
     listing = Listing()
     for number in range(128):
         listing.add(f"n0/{number}.ppm".encode(), 0)
@@ -121,7 +124,7 @@ def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Buil
 
 
 def test_the_command_names_each_fault_on_a_line(copy_store: MakeStore) -> None:
-    """As a process: one shard crashes its reader, one is truncated, one has a bad record, one is missing."""
+    """In the store, one shard crashes its reader, one is truncated, one has a bad record, and one is missing."""
     store = copy_store(300)
     make_crashing(store)
     file = store / "train" / "00001" / "data.mdb"

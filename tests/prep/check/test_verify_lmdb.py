@@ -26,7 +26,7 @@ from tests.helpers.damaged_stores import (
 
 
 def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
-    """The faults, all of which must name the only shard."""
+    """The faults of a store of one shard; asserts that all of them name that shard."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults
@@ -47,7 +47,7 @@ def test_a_file_truncated_anywhere_is_a_fault(copy_store: MakeStore, workers: Wo
 
 @pytest.mark.parametrize("content", ["zeros", "random", "of another page"])
 def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, workers: WorkerPool) -> None:
-    """Each page that holds records, one at a time, and the second header page, which is the one in use."""
+    """One page at a time is overwritten: each page that holds records, and the second header page, which is in use."""
     store = copy_store(64)
     file = store / "train" / "00000" / "data.mdb"
     whole = file.read_bytes()
@@ -66,7 +66,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Offset of the header page in use: of the two, the one with the higher transaction number."""
+    """Offset of the header page in use, which is the one of the two with the higher transaction number."""
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 
@@ -75,11 +75,11 @@ def newest_header(content: bytes) -> int:
     [
         (16, b"\0\0\0\0"),  # magic
         (20, b"\x09"),  # version
-        (120, (63).to_bytes(8, "little")),  # entries, which DALI takes for the number of records
+        (120, (63).to_bytes(8, "little")),  # number of entries, which DALI uses as the number of records
         (128, (3).to_bytes(8, "little")),  # root
         (128, b"\xff" * 8),
         (136, (10**6).to_bytes(8, "little")),  # last page
-        (144, bytes(8)),  # transaction number: the other header, of an empty LMDB, is taken
+        (144, bytes(8)),  # transaction number: LMDB then uses the other header, of an empty LMDB
     ],
     ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
 )

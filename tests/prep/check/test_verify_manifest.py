@@ -33,7 +33,7 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Move one from the second shard to the first: the total stays."""
+    """Move one from the second shard to the first; the total does not change."""
     shards[0][name] += 1
     shards[1][name] -= 1
 
@@ -79,7 +79,7 @@ def test_a_manifest_that_does_not_agree_with_the_store_is_a_fault(
 
 
 def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """By their keys, which must ascend over the shards of a split."""
+    """The keys show it: they must ascend over the shards of a split."""
     store = copy_store(150)
     opened = Store.open(store)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
@@ -107,14 +107,14 @@ def test_a_manifest_with_values_of_wrong_types_is_a_fault_or_a_store_error(
 
 
 def set_moments(store: Path, moments: Moments) -> None:
-    """Write moments as a build would: colour.json agrees with them."""
+    """Write moments to the manifest, and the colour.json that agrees with them, as a build does."""
     change_manifest(store, lambda data: train_split(data).update(moments=moments.to_json(), pixels=moments.pixels))
     stats = compute_color_stats(Store.open(store).split("train").records, moments)
     (store / "train" / "colour.json").write_text(json.dumps(stats.__dict__))
 
 
 def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """In any of the 13 sums."""
+    """One of the 13 sums is changed at a time."""
     store = copy_store(64)
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
@@ -135,14 +135,14 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
 
 
 def shifted(true: Moments, levels: int) -> Moments:
-    """Moments of the same images with each pixel `levels` brighter; the covariance stays."""
+    """Moments of the same images with each pixel `levels` brighter; the covariance is the same."""
     n, t = true.pixels, true.total
     outer = tuple(tuple(true.outer[i][j] + levels * (t[i] + t[j]) + n * levels**2 for j in range(3)) for i in range(3))
     return Moments(n, tuple(s + n * levels for s in t), outer)
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """Of a jpeg store: a wrong mean, a wrong covariance alone, and a wrong mean image alone."""
+    """A jpeg store gets a wrong mean, a wrong covariance alone, or a wrong mean image alone."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
@@ -198,7 +198,7 @@ def test_a_changed_or_missing_mean_image_is_a_fault(copy_store: MakeStore, worke
 def test_a_changed_or_missing_inputs_log_is_a_fault(
     make_store: MakeStore, tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """Lines that were removed, added or changed."""
+    """Lines of inputs.jsonl were removed, added or changed."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     Image.new("RGB", (40, 32), (9, 99, 199)).save(tmp_path / "photos" / "n0" / "a.png")
     (tmp_path / "photos" / "n0" / "bad.jpg").write_bytes(b"no picture")

@@ -1,4 +1,4 @@
-"""prep.images.central_square: position and content of the central square, for even and odd margins."""
+"""prep.images.central_square: position and content of the central square for even and odd margins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prep.images.codec: decoding compared with Pillow, refusal of files that are no images, and PPM headers.
+"""prep.images.codec: decoding compared with Pillow, refusal of files that are not images, and PPM headers.
 
 Every file is made in memory from seeded pixels.
 """
@@ -85,7 +85,7 @@ COLOR_JPEGS = color_jpegs()
 
 @pytest.mark.parametrize("name", list(COLOR_JPEGS))
 def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None:
-    """And decode_image does not fall back to Pillow for them."""
+    """decode_image does not fall back to Pillow for these files."""
     content = COLOR_JPEGS[name]
     expected = np.asarray(pillow(content))
     image = decode_image(content)
@@ -115,7 +115,7 @@ def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
     }
     kept = 0
     for name, content in files.items():
-        if name not in ("a hole", "zeros"):  # random bits in a scan are a valid code, too
+        if name not in ("a hole", "zeros"):  # random bits in a scan can be a valid code too
             assert _decode_color_jpeg(content) is None, name
         try:
             expected = np.asarray(pillow(content).convert("RGB"))
@@ -162,7 +162,7 @@ def test_the_signature_of_every_format_is_recognized() -> None:
 
 
 def test_other_formats_are_refused_without_being_opened() -> None:
-    """Pillow would start Ghostscript for PostScript, and reads dozens of formats that photographs do not have."""
+    """Pillow would start Ghostscript for PostScript, and can open dozens of formats that photographs do not use."""
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n"
     for content in (script, file_of(PHOTO, "ICO"), file_of(PHOTO, "TGA"), file_of(PHOTO, "JPEG2000"), b"%PDF-1.4\n"):
         with pytest.raises(BadImage, match="not an image in a known format"):
@@ -194,7 +194,7 @@ def test_a_cmyk_jpeg_gives_the_product_of_ink_and_black() -> None:
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
     image = decode_image(content)
     assert np.abs(image.pixels - expected).max() <= 1
-    assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4  # not the negative that Adobe stores
+    assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4  # not inverted, unlike Adobe's
     assert image.converted == ("cmyk",)
 
 
@@ -286,7 +286,7 @@ def test_a_file_that_is_not_an_image_is_refused(content: bytes, reason: str) -> 
 
 
 def test_random_bytes_are_refused() -> None:
-    """Alone, and after the first bytes of the usual formats, so that they reach a decoder."""
+    """Random bytes alone, and random bytes after the signatures of the usual formats, which reach a decoder."""
     rng = np.random.default_rng(5)
     starts = [file_of(PHOTO, format)[:30] for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
     for start in [b"", *starts]:

@@ -107,7 +107,7 @@ def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
     assert stats.mean_rgb == tuple(float(Fraction(t, n)) for t in total)
 
     in_floats = float(outer[0][0]) / n - (float(total[0]) / n) ** 2
-    assert abs(in_floats - exact) > 0.9 * exact  # so rounding would fail this test
+    assert abs(in_floats - exact) > 0.9 * exact  # so a rounded sum would fail this test
 
 
 def test_moments_beyond_53_bits_add_up() -> None:
@@ -133,7 +133,7 @@ def test_eigenvalues_descend_and_red_is_positive(seed: int) -> None:
 
 
 def test_an_eigenvector_without_red_has_its_first_component_positive() -> None:
-    """Channels that vary one at a time have the axes as components, each in the positive direction."""
+    """If only one channel varies at a time, the components are the R, G and B axes, in the positive direction."""
     pixels = np.zeros((3, 100, 3), np.uint8)
     for channel, amplitude in enumerate((10, 40, 90)):
         pixels[channel, :50, channel] = amplitude
@@ -169,7 +169,7 @@ def recomputed(store: Path) -> dict[str, Any]:
 
 
 def stored_pixels(records: Sequence[tuple[bytes, Any]], tmp_path: Path) -> npt.NDArray[np.float64]:
-    """The pixels of all payloads, decoded by Pillow."""
+    """The pixels of all records of the split, decoded by Pillow."""
     images = []
     for key, datum in records:
         path = tmp_path / key.decode()
@@ -217,7 +217,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 
 
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
-    """By shard and key; one record is no image, the other has a wrong checksum."""
+    """One record is not an image, the other has a wrong checksum."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
     good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # not shorter than the shard in the manifest
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
@@ -268,10 +268,10 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
                 seen.append(task)
                 yield task, result
 
-    report = Progress(130, "records")
-    assert recompute_color_stats(store, "train", Recorded(), report) == store.color_stats("train")
+    progress = Progress(130, "records")
+    assert recompute_color_stats(store, "train", Recorded(), progress) == store.color_stats("train")
     assert seen == store.shard_paths("train") and len(seen) == 3
-    assert report.done == 130
+    assert progress.done == 130
 
     class Dying(InlineRunner):
         def map(
@@ -281,4 +281,4 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
                 yield task, WorkerDied(4, -7)
 
     with pytest.raises(StoreError, match=r"00000: the process that read it was killed \(SIGBUS\).*alexprep verify"):
-        recompute_color_stats(store, "train", Dying(), report)
+        recompute_color_stats(store, "train", Dying(), progress)

@@ -61,7 +61,7 @@ def segments(jpeg: bytes) -> list[tuple[int, bytes]]:
 
 @pytest.mark.parametrize(("quality", "first"), [(50, 16), (75, 8), (90, 3), (100, 1)])
 def test_an_encoded_jpeg_is_baseline_420_without_exif(quality: int, first: int) -> None:
-    """`first` is the quantizer step of luminance at DC: 16 in the standard's table, scaled by IJG's quality rule."""
+    """`first` is the luminance quantizer step of DC: 16 in the standard's table, scaled by IJG's rule for `quality`."""
     pixels = np.asarray(smooth(60, 84))
     parts = segments(encode_jpeg(pixels, quality))
     markers = [marker for marker, _ in parts]

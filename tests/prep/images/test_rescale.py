@@ -31,7 +31,7 @@ PILLOW = {
 
 @pytest.fixture(autouse=True)
 def one_blas_thread() -> Iterator[None]:
-    """One BLAS thread, as in a worker: on a busy machine, threads wait longer than such small products take."""
+    """Limit BLAS to one thread, as in a worker: on a busy machine, several threads slow such small products down."""
     with threadpool_limits(1, "blas"):
         yield
 
@@ -45,19 +45,19 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width), the longer side rounded to the nearest integer, halves up."""
+    """(height, width) after rescaling; the longer side is rounded to the nearest integer, halves up."""
     scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
     return math.floor(height * scale + half), math.floor(width * scale + half)
 
 
 def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
-    """The central `side`×`side` part; an odd pixel of margin is below and to the right."""
+    """The central square of `side` px; an odd margin has its extra pixel below and to the right."""
     top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
     return whole[top : top + side, left : left + side]
 
 
 def overlap_matrix(n_in: int, n_out: int) -> Floats:
-    """(n_out, n_in): the part of output pixel i, which spans n_in / n_out source pixels, that source pixel j covers."""
+    """(n_out, n_in): entry (i, j) is the share of output pixel i that source pixel j covers."""
     scale = n_in / n_out
     i, j = np.arange(n_out)[:, None], np.arange(n_in)[None, :]
     covered = np.minimum((i + 1) * scale, j + 1) - np.maximum(i * scale, j)
@@ -198,7 +198,7 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
-    """The arithmetic is exact, so which rows and columns are computed together changes no pixel."""
+    """The arithmetic is exact, so a pixel does not depend on the rows and columns that are computed with it."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)

@@ -25,7 +25,7 @@ from prep.inputs.reader import FoundInputs
 from prep.store.manifest import Store
 from tests.helpers.tars import BLOCK, DAMAGED, MEMBER_BYTES, THREE, A, B, C, Member, header, overwritten, tar_of
 
-pytestmark = pytest.mark.usefixtures("time_limit")
+pytestmark = pytest.mark.usefixtures("one_minute_timeout")
 
 
 def alexprep(*words: object) -> Result:
@@ -39,7 +39,7 @@ def fingerprint(source: Path, store: Path, *options: object) -> str:
 
 
 def tree(root: Path) -> dict[str, tuple[int, int]]:
-    """Every path below `root` with its size and time."""
+    """{path: (size, modification time)} of everything below `root`."""
     return {
         str(path.relative_to(root)): (status.st_size, status.st_mtime_ns)
         for path in root.rglob("*")
@@ -49,12 +49,12 @@ def tree(root: Path) -> dict[str, tuple[int, int]]:
 
 @pytest.fixture(scope="module")
 def by_folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The fingerprint of the store that `photo_folder` gives."""
+    """The fingerprint of the store that is built from `photo_folder`."""
     return fingerprint(photo_folder, tmp_path_factory.mktemp("by_folder") / "store")
 
 
 def train_members(root: Path) -> list[Member]:
-    """The training images as (class/name, content), in an order that is not that of the names."""
+    """The training images as (class/name, content), not sorted by name."""
     paths = sorted((root / "train").glob("*/*"), key=lambda path: path.name[::-1])
     return [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in paths]
 
@@ -64,7 +64,7 @@ def val_members(root: Path) -> list[Member]:
 
 
 def tar_of_tars(root: Path) -> bytes:
-    """A tar of tars, as ILSVRC2012_img_train.tar is."""
+    """A tar of tars, like ILSVRC2012_img_train.tar."""
     inner: dict[str, list[Member]] = {}
     for member in train_members(root):
         folder, name = member[0].split("/")
@@ -73,7 +73,7 @@ def tar_of_tars(root: Path) -> bytes:
 
 
 def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
-    """A download from image-net.org: two archives and the devkit, whose class numbers are in another order."""
+    """A download from image-net.org: two archives, and the devkit, which numbers the classes in another order."""
     data = root / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)
     (root / "ILSVRC2012_img_train.tar").write_bytes(tar_of_tars(photo_folder))
@@ -92,7 +92,7 @@ def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
 def test_the_archives_of_ilsvrc_are_read_as_they_are(
     photo_folder: Path, by_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both splits from one SOURCE; no file is written outside the store."""
+    """Both splits are built from one SOURCE, and no file is written outside the store."""
     source = make_ilsvrc_download(photo_folder, tmp_path / "ilsvrc")
     (tmp_path / "temporary").mkdir()
     monkeypatch.setenv("TMPDIR", str(tmp_path / "temporary"))
@@ -144,7 +144,7 @@ def inner_tars(root: Path) -> list[tuple[str, bytes]]:
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_an_archive_of_any_layout_lists_as_the_folder_does(layout: str, photo_folder: Path, tmp_path: Path) -> None:
-    """Same names, labels, sizes and order, and each image's bytes at its offset."""
+    """Names, labels, sizes and order are the same as in a folder, and each image's bytes are at its offset."""
     (tmp_path / "x.tar").write_bytes(LAYOUTS[layout](photo_folder))
     found = list_archive(tmp_path / "x.tar", False)
     files = sorted((path.parent.name, path.name, path) for path in (photo_folder / "train").glob("*/*"))
@@ -228,7 +228,7 @@ def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Pat
 
 
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    """Their stored bytes are not their content, so they cannot be read in place."""
+    """A sparse member's stored bytes are not its content, so it cannot be read in place."""
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):
         new = tar_of([("n1/new.JPEG", A, {"pax_headers": fields}), *THREE], tarfile.PAX_FORMAT)
@@ -238,7 +238,7 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """As in unpacking; the earlier ones are refused by name."""
+    """tar, too, unpacks the last one. The earlier members are refused by name."""
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
@@ -273,14 +273,14 @@ def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
 
 
-def test_images_beside_folders_are_refused(tmp_path: Path) -> None:
+def test_images_next_to_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2 folders and images side by side \(first: README\)"):
         list_tar(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGED if not name.startswith(("text", "another", "pax"))])
 def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp_path: Path) -> None:
-    """In the middle of an undamaged tar of tars, whose header gives the length of the inner one."""
+    """The damage is inside one inner tar; the outer tar and its headers are undamaged."""
     inner = DAMAGED[damage][0](tar_of([(name.split("/")[1], content) for name, content, *_ in THREE]))
     content = tar_of([("n0.tar", tar_of([("x.JPEG", A)])), ("n1.tar", inner), ("n2.tar", tar_of([("y.JPEG", A)]))])
     with pytest.raises(UserError, match=r"x\.tar") as caught:
@@ -289,12 +289,12 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """At each 256th byte, of a flat tar, a tar of tars, and one with long names. Only the padding may be cut."""
+    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be cut off."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is an end, as GNU tar has it
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as for GNU tar
         expected = names_of(list_tar(content, tmp_path / "x.tar"))
         for length in range(0, len(content), 256):
             try:
@@ -307,7 +307,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """Any one byte of the headers: an error, or as many images and refused members as before."""
+    """A change of any header byte gives an error, or as many images and refused members as before."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
@@ -337,7 +337,7 @@ NOT_TARS: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("what", list(NOT_TARS))
 def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Path) -> None:
-    """By the command: exit code 1, a one-line error, no store."""
+    """The command has exit code 1, prints a one-line error and creates no store."""
     content, part = NOT_TARS[what]
     (tmp_path / "x.tar").write_bytes(content)
     result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store", "--on-bad", "skip")
@@ -358,7 +358,7 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail the first is named before building; with skip all are in inputs.jsonl, and counted."""
+    """With --on-bad fail the first one is named before the build; with skip, inputs.jsonl lists all of them."""
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")

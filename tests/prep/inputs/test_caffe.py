@@ -35,12 +35,12 @@ SIDE = 32
 
 @pytest.fixture
 def processes() -> None:
-    """Requested by a test that is about worker processes."""
+    """A test that needs real worker processes requests this fixture."""
 
 
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker process takes half a second to start; most tests do without."""
+    """Run the work in this process, since a worker process takes half a second to start."""
     if "processes" not in request.fixturenames:
         monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(InlineRunner()))
 
@@ -56,7 +56,7 @@ def done(result: Result) -> str:
 
 
 def fails(result: Result, *parts: object) -> str:
-    """Exit code 1, and one line that begins "Error:" and has all `parts`."""
+    """The command has exit code 1 and prints one line, which begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     errors = [line for line in result.stderr.splitlines() if line]
@@ -86,7 +86,7 @@ def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
 
 
 def bare(pixels: Pixels) -> dict[str, Any]:
-    """Fields of a Datum as CVMatToDatum fills them: C,H,W, blue first."""
+    """Fields of a Datum with bare pixels, as Caffe's CVMatToDatum fills them: C,H,W, blue first."""
     height, width, channels = pixels.shape
     planes = [pixels[:, :, channel].tobytes() for channel in reversed(range(channels))]
     return {"channels": channels, "height": height, "width": width, "data": b"".join(planes), "encoded": False}
@@ -118,7 +118,7 @@ def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
 
 
 def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """Colour in the right channel order, gray, labels 0 and 2; one image is cropped and one rescaled."""
+    """The records are colour and gray images with labels 0 and 2; one image is cropped and one rescaled."""
     colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
     grey = noise(SIDE, SIDE, 3)[:, :, :1]
     records = [
@@ -150,7 +150,7 @@ def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_o
 def test_encoded_images_of_any_format_are_decoded(
     datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """The size in the Datum is ignored: that of the image file counts."""
+    """The size of the image file counts; the size in the Datum is ignored."""
     files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
     out = io.BytesIO()
     Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
@@ -172,7 +172,7 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """Except for the name, which is the key. Colour moments and classes are equal too."""
+    """Records differ only in the name, which is the key. Colour moments and classes are equal too."""
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -268,7 +268,7 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
     ("names", "classes"),
     [
         ((("n2/a.JPEG", 1), ("n1/b.JPEG", 0), ("n2/c.JPEG", 1)), ("n1", "n2")),
-        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels stay what they are, sorted or not
+        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels do not change, whether folders are sorted or not
         ((("train/n1/a.JPEG", 0), ("train/n2/b.JPEG", 1)), ("n1", "n2")),
         ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
         ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label
@@ -296,7 +296,7 @@ def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path
     store = Store.open(tmp_path / "store")
     assert store.classes == ("n01440764", "n01443537", "n01484850", "n01491361")
     assert store.split("train").label_counts == (1, 0, 1, 0)
-    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split takes the store's
+    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split uses the store's classes
     done(import_caffe(tmp_path / "store", val, "--split", "val"))
     assert Store.open(tmp_path / "store").split("val").label_counts == (0, 0, 0, 1)
     beyond = lmdb_of(tmp_path / "b", labelled(datum, ("x.JPEG", 4)))
@@ -317,13 +317,13 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """No list of so many class names is made: it would take all memory."""
+    """No list of class names is made for such a label: it would take all memory."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
 
 def test_several_lmdbs_make_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """Even with equal keys, as in parts that were converted separately."""
+    """The LMDBs may have equal keys, as parts that were converted separately have."""
     pictures = [noise(SIDE, SIDE, seed) for seed in range(4)]
     parts = [
         lmdb_of(
@@ -374,7 +374,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
 
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """Truncated, or with pages of noise: the process that reads it may die, the command does not."""
+    """The LMDB is truncated or has pages of noise. The process that reads it may die, but not the command."""
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
     damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]
@@ -393,7 +393,7 @@ def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[
         if number < cuts or result.exit_code:
             fails(result, path)
             assert not (tmp_path / f"store{number}" / "manifest.json").exists()
-        else:  # the noise is in images: they are bad, and counted
+        else:  # if the noise is in images, they are counted as bad
             answer = json.loads(result.stdout)
             assert answer["records"] + answer["skipped"] == 60
 

@@ -87,7 +87,9 @@ def test_folders_and_files_side_by_side_are_refused(tmp_path: Path) -> None:
 
 
 def folder_with_links(tmp_path: Path) -> Path:
-    """Links to a file and to a class, inside the root and outside; to nothing, to itself, and to folders above."""
+    """A folder with links to a file and to a class (inside and outside of the root), to nothing, to the link itself,
+    and to parent folders.
+    """
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
     touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
     (root / "n1" / "a.JPEG").write_bytes(b"content of a")
@@ -135,7 +137,7 @@ def test_links_inside_the_root_are_listed_and_others_refused(tmp_path: Path) -> 
         assert f"a symbolic link out of the source, to {tmp_path}/{target}" in refused[name]
         assert "--follow-links" in refused[name]
     assert "No such file" in refused["n1/dangling.JPEG"]
-    assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of them
+    assert "symbolic links" in refused["n1/loop.JPEG"]  # too many levels of links
     assert refused["n1/itself"] == "a folder, not a file"
     item = next(item for item in source.inputs if item.path == b"n2/in.JPEG")
     assert source.reader.read(item) == b"content of a"
@@ -214,7 +216,7 @@ def test_names_that_differ_in_case_are_different(tmp_path: Path) -> None:
 
 
 def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """os.scandir is replaced, since root may read every folder."""
+    """os.scandir is replaced, since a test that runs as root could read every folder."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
     scandir = os.scandir
 
@@ -255,7 +257,7 @@ def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="was changed"):
         reader.read(item)
     os.utime(path, ns=(0, item.mtime_ns))
-    assert reader.read(item) == b"content of b"  # same size and time: taken for the one that was listed
+    assert reader.read(item) == b"content of b"  # a file of the same size and time counts as unchanged
 
 
 def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
@@ -266,7 +268,7 @@ def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
             read(item)
 
 
-@pytest.mark.usefixtures("time_limit")
+@pytest.mark.usefixtures("one_minute_timeout")
 def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
     reader, item = folder_of_one(tmp_path / "t")
     path = tmp_path / "t" / "n1" / "a.JPEG"

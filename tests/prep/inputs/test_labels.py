@@ -65,7 +65,7 @@ def test_ground_truth_without_classes_of_a_store_numbers_them(flat: Path, tmp_pa
 
 
 def test_ground_truth_numbers_are_read_in_the_devkits_order(flat: Path, tmp_path: Path) -> None:
-    """Number 1 is n3, 2 is n1, 3 is n2; the labels are positions in the sorted class names."""
+    """In the devkit, number 1 is n3, 2 is n1 and 3 is n2. The labels are positions in the sorted class names."""
     labels = label_file(tmp_path, "3\n1\n2\n1\n")
     write_devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2", 4: "n9", 5: "n0 is an inner node"})
     expected = list(zip(SORTED_NAMES, [1, 2, 0, 2], strict=True))  # n2, n3, n1, n3
@@ -159,12 +159,12 @@ def test_a_missing_label_file_is_named(flat: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["photos.txt", "ILSVRC2012_validation_ground_truth.txt", "val_ground_truth.txt"])
-def test_the_label_file_beside_the_folder_is_found(flat: Path, tmp_path: Path, name: str) -> None:
+def test_the_label_file_next_to_the_folder_is_found(flat: Path, tmp_path: Path, name: str) -> None:
     label_file(tmp_path, "2\n1\n2\n1\n", name)
     assert labels_of(list_images(flat)) == [1, 0, 1, 0]
 
 
-def test_the_label_file_beside_the_current_folder_is_found(
+def test_the_label_file_next_to_the_current_folder_is_found(
     flat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     label_file(tmp_path, "2\n1\n2\n1\n", "val_ground_truth.txt")
@@ -172,7 +172,7 @@ def test_the_label_file_beside_the_current_folder_is_found(
     assert labels_of(list_images(Path("."))) == [1, 0, 1, 0]
 
 
-def test_none_or_two_label_files_beside_the_folder_are_refused(flat: Path, tmp_path: Path) -> None:
+def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no label file"):
         list_images(flat)
     label_file(tmp_path, "2\n1\n2\n1\n", "photos.txt")
@@ -201,7 +201,7 @@ def test_none_or_two_label_files_beside_the_folder_are_refused(flat: Path, tmp_p
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """An absurd number is an error at once: no list of so many class names is made."""
+    """An absurd number is an error at once: no list with that number of class names is made."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 
@@ -219,7 +219,7 @@ def test_a_label_file_may_have_windows_line_ends(flat: Path, tmp_path: Path) -> 
 
 
 def test_a_label_file_may_hold_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
-    """They name the file whose name has the same bytes."""
+    """The label belongs to the image whose name has the same bytes."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in (b"\xff.JPEG", b"b.JPEG"):
@@ -240,7 +240,7 @@ def test_binary_files_are_refused_as_labels(flat: Path, tmp_path: Path) -> None:
         assert "\n" not in str(caught.value)
 
 
-def test_labels_of_a_tar_are_found_beside_it_or_in_the_devkit(tmp_path: Path) -> None:
+def test_labels_of_a_tar_are_found_next_to_it_or_in_the_devkit(tmp_path: Path) -> None:
     names = [f"ILSVRC2012_val_{number:08d}.JPEG".encode() for number in (1, 2, 3)]
     data = tmp_path / "ILSVRC2012_devkit_t12" / "data"
     data.mkdir(parents=True)

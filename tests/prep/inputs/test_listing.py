@@ -102,7 +102,7 @@ def test_same_as_compares_every_column(other: list[Input]) -> None:
 
 
 def test_the_digest_covers_paths_labels_and_sizes() -> None:
-    """And where a path ends; neither times nor locations in an archive."""
+    """The digest also covers the ends of the paths, but neither times nor locations in an archive."""
     digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
     assert same == [False, False, False, True, True, False, False]
@@ -111,7 +111,7 @@ def test_the_digest_covers_paths_labels_and_sizes() -> None:
 
 
 def test_the_record_order_is_by_a_keyed_hash_of_the_path() -> None:
-    """By its definition, for some seeds; and against one order written down, so that no release can change it."""
+    """For some seeds the order is computed from its definition. One order is a constant that must never change."""
     paths = [f"n{k % 7:08d}/n{k % 7:08d}_{k}.JPEG".encode() for k in range(500)]
     listing = listing_of([Input(path, 0) for path in paths])
     for seed in (0, 1, 2**63 - 1):
@@ -131,7 +131,7 @@ def test_the_record_order_does_not_depend_on_the_order_of_the_listing() -> None:
 
 
 class CollidingHash:
-    """Replaces BLAKE2b: two thirds of all paths have the same hash."""
+    """Replaces BLAKE2b by a function that gives two thirds of all paths the same hash."""
 
     def __init__(self, path: bytes, digest_size: int, key: bytes) -> None:
         self.path = path
@@ -204,5 +204,5 @@ def test_a_tenth_of_imagenet_takes_less_than_40_mb(tmp_path: Path) -> None:
 
 @pytest.mark.soak
 def test_imagenet_takes_less_than_300_mb(tmp_path: Path) -> None:
-    """1.3 million inputs, with the memory of the imports."""
+    """1.3 million inputs are listed; the limit includes the memory of the imports."""
     assert peak_mb(1_300_000, tmp_path)[1] < 300

@@ -1,6 +1,6 @@
-"""prep.inputs.tar_members on archives that are damaged, cut short or no archives, and on headers that claim too much.
+"""prep.inputs.tar_members on damaged, truncated and other files, and on headers that claim too large a size.
 
-It needs no more than prep.console, so that it can be run by any Python: what it asks of tarfile is tested there.
+These tests import no more than prep.console, so that every supported Python can run them: tarfile depends on it.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ def written(content: bytes, folder: Path) -> Path:
 def test_members_of_every_format_have_their_offsets(format: int, tmp_path: Path) -> None:
     content = tar_of(THREE, format)
     path = written(content, tmp_path)
-    report = Progress(len(content), "bytes")
+    progress = Progress(len(content), "bytes")
     with BoundedFile(path) as file:
-        members = list(iterate_members(file, path, 0, len(content), report))
+        members = list(iterate_members(file, path, 0, len(content), progress))
     assert [name_bytes(member).decode() for member in members] == [name for name, *_ in THREE]
     for member, expected in zip(members, (A, B, C), strict=True):
         assert content[member.offset_data : member.offset_data + member.size] == expected
-    assert report.done == members[-1].offset_data
+    assert progress.done == members[-1].offset_data
 
 
 def test_an_archive_inside_another_is_read_by_its_bytes(tmp_path: Path) -> None:
-    """While the outer one is read: its members go on from where they were."""
+    """The inner archive is read between two members of the outer one, whose iteration then continues."""
     inner = tar_of(THREE)
     path = written(tar_of([("1.tar", inner), ("2.tar", inner)]), tmp_path)
     size, names = path.stat().st_size, []
@@ -70,12 +70,12 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """At each 256th byte, of a flat tar, a tar of tars, and one with long names. Only the padding may be cut."""
+    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be cut off."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is an end, as GNU tar has it
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as for GNU tar
         expected = names_in(written(content, tmp_path))
         for length in range(0, len(content), 256):
             path = written(content[:length], tmp_path)
@@ -89,7 +89,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
-    """Any one byte of the headers: an error, or as many members as there were."""
+    """A change of any header byte gives an error, or as many members as before."""
     rng = random.Random(3)
     content = tar_of(THREE)
     for _ in range(300):
@@ -104,7 +104,7 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """It is there, as a hole in the file. tarfile must read it through the file object that it was given."""
+    """The gigabyte exists, as a hole in the file. tarfile must read it through BoundedFile, which refuses."""
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
         file.truncate(2 << 30)
@@ -124,7 +124,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Those of ImageNet would take a gigabyte. Of 2,000 members a few are alive while the last is read."""
+    """ImageNet's members would take a gigabyte. Of 2,000 members, only a few are in memory when the last is read."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size

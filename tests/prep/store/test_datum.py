@@ -64,7 +64,7 @@ def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[]
 
 
 def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 come last: without them protobuf writes the first bytes of the record."""
+    """Fields 1001 and 1002 come last. protobuf writes a Datum without them as the first bytes of the record."""
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("source")
@@ -114,7 +114,7 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
 
 
 def test_fields_are_parsed_from_any_message(caffe_datum: Callable[[], Any]) -> None:
-    """From a record or a Caffe Datum: by number, the last of a repeated field, without floats, not beyond `end`."""
+    """Of a record or a Caffe Datum, parse_fields returns the last value of each field before `end`, but no floats."""
     value = SMALL.encode()
     fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
@@ -150,7 +150,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """Except one: without the whole last field, the source, the rest is a valid Datum."""
+    """One truncation is not refused: without the complete last field, the source, the rest is a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -171,7 +171,7 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Random bytes as they are, and with a correct checksum, so that they reach the parser."""
+    """Random bytes are decoded without and with a correct checksum; with one they reach the parser."""
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -197,7 +197,7 @@ def test_randomly_changed_records_decode_or_raise_datum_error() -> None:
 
 
 def random_datum(rng: np.random.Generator) -> Datum:
-    """A Datum with numbers of 1 to 31 bits, so varints of 1 to 5 bytes, and with 0 bytes to 130 kB of data."""
+    """A Datum with integers of 1 to 31 bits (varints of 1 to 5 bytes) and with 0 bytes to 130 kB of data."""
     height, width, label = (int(rng.integers(0, 2 ** int(rng.integers(1, 32)))) for _ in range(3))
     data = rng.bytes(int(rng.integers(0, 2 ** int(rng.integers(1, 18)))))
     return Datum(height, width, data, label, rng.bytes(int(rng.integers(0, 200))))
@@ -253,7 +253,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """Of random bytes, changed records, and records with a wrong size of data; else DatumError is raised."""
+    """Random bytes, changed records and records with a wrong size of data give an image inside, or a DatumError."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):
@@ -291,7 +291,7 @@ def test_an_image_with_an_enormous_size_is_refused(size: bytes) -> None:
 def test_dali_reads_the_same_labels_and_payloads_as_protobuf(
     store: Path, records_of: Callable[[Path, str], Any]
 ) -> None:
-    """DALI's Caffe reader on a CPU, over the LMDB of a store."""
+    """DALI's Caffe reader reads the LMDB of a store on a CPU."""
     pytest.importorskip("nvidia.dali")
     from nvidia.dali import Pipeline, fn
 

@@ -1,6 +1,6 @@
 """prep.store.lmdb_shard against the lmdb library used directly, and its digest against hashlib.
 
-ShardReader is tested by index, with keys that have gaps where inputs were left out.
+The tests of ShardReader also use keys with gaps, as inputs that were left out make them.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) 
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB, more than twice the first map, with one record of 80 MB, are written to a file that is no larger."""
+    """150 MB, more than twice the first map, include one record of 80 MB; the file is not larger than its content."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 
@@ -151,7 +151,7 @@ def test_reading_damaged_pages_raises_store_error(tmp_path: Path) -> None:
 def error_of_truncated_file(folder: Path, size: int, program: str) -> str:
     """Truncate data.mdb, run `program` and return the last line of its errors.
 
-    In a process of its own: reading a map past the end of its file would kill it with SIGBUS.
+    The program runs in a separate process, since reading a map past the end of its file kills a process (SIGBUS).
     """
     os.truncate(folder / "data.mdb", size)
     program = (
@@ -165,7 +165,7 @@ def error_of_truncated_file(folder: Path, size: int, program: str) -> str:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
 def test_reading_a_truncated_file_raises_store_error(tmp_path: Path, share: float) -> None:
-    """As an interrupted copy leaves it."""
+    """An interrupted copy leaves a truncated file."""
     folder = tmp_path / "s"
     write(folder, random_records(100))
     size = int((folder / "data.mdb").stat().st_size * share)
@@ -233,7 +233,7 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
-    """The number of keys, the first key and the last are as expected."""
+    """The number of keys, the first key and the last key are as expected, but one key between them is missing."""
     with lmdb.open(str(tmp_path / "s"), map_size=1 << 20, lock=False) as env, env.begin(write=True) as txn:
         for key in (b"00000000", b"000000005", b"00000002"):
             txn.put(key, key)
@@ -245,7 +245,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """Also by another path, and with `read`: LMDB allows a file to be opened only once in a process."""
+    """LMDB allows a process to open a file only once. Readers by another path and `read` share the open file too."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
@@ -296,7 +296,7 @@ def test_a_reader_names_a_folder_that_is_not_an_lmdb(not_an_lmdb: Path) -> None:
 
 
 def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path) -> None:
-    """Every page but the two header pages is overwritten, one at a time; a record that is returned may be damaged."""
+    """Each page except the two header pages is overwritten, one at a time. A record that is returned may be damaged."""
     folder = tmp_path / "s"
     write(folder, random_records(60))
     content = (folder / "data.mdb").read_bytes()
@@ -316,7 +316,7 @@ def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path)
 
 @pytest.mark.parametrize("cut", [1, 4096, 100_000])
 def test_a_reader_refuses_a_truncated_file(tmp_path: Path, cut: int) -> None:
-    """Even if only one byte is missing."""
+    """A file is refused even if only one byte is missing."""
     folder = tmp_path / "s"
     write(folder, random_records(100))
     size = (folder / "data.mdb").stat().st_size - cut

@@ -1,4 +1,4 @@
-"""prep.store.manifest: damaged stores are refused, with the found and the expected value; what a fingerprint covers.
+"""prep.store.manifest: damaged stores are refused with actual and expected value; fingerprints cover all records.
 
 Fingerprints are computed independently, with hashlib and json.
 """
@@ -126,7 +126,7 @@ def test_a_missing_or_unknown_field_is_refused(
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}, {"a": {}}, [["a"]]])
 def test_a_part_of_another_type_raises_only_store_error(copied: Path, value: object) -> None:
-    """Or it is accepted, as an empty list of classes is."""
+    """Store.open raises StoreError or accepts the value (an empty list of classes), and raises nothing else."""
     whole = (copied / "manifest.json").read_bytes()
     changes: list[Change] = [
         lambda data: data.update(settings=value),
@@ -225,7 +225,7 @@ def canonical_digest(data: object) -> str:
 
 
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
-    """Computed from the LMDB files: SHA-256 of key, length and value of each record, then of the digests."""
+    """It is computed from the LMDB files: SHA-256 of key, length and value of each record, then of the digests."""
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}
     for name in ("train", "val"):
