@@ -1,8 +1,8 @@
-"""The stream: augmented, mean-subtracted batches of a store, with NVIDIA DALI, on a GPU or a CPU.
+"""Streams augmented, mean-subtracted image batches of a store with NVIDIA DALI, on a GPU or a CPU.
 
     from pipeline import train_loader, eval_loader
 
-The names below load torch and DALI, so they are imported when they are first used: `alexstream --help` stays fast.
+Importing these names loads torch and DALI. Each name is imported at its first use, so `alexstream --help` stays fast.
 """
 
 from __future__ import annotations

@@ -1,26 +1,27 @@
-"""Augmentation: crop, flip, colour noise and mean subtraction, as one formula with its numbers.
+"""Augmentation: the formula for crop, flip, colour noise and mean subtraction, and the crops of each batch.
 
 For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a training image is
 
     image[c, i, j] = (S[y + i, x + j', c] + shift[c] − mean[c, i, j]) / divisor        j' = j, or 223 − j if flipped
 
-- y and x are uniform over 0..side_px − 224 inclusive: 33 × 33 crops at 256. (Section 4.1 of the paper counts
-  32 × 32 × 2; the released code, convdata_jpeg.py, draws from 33.)
-- The flip has probability one half.
+- y and x are uniform over 0..side_px − 224 inclusive. For side_px = 256 there are 33 × 33 positions. (Section 4.1 of
+  the paper counts 32 × 32 positions and 2 flips; the released code, convdata_jpeg.py, draws from 33 × 33 positions.)
+- An image is flipped with probability one half.
 - shift = P·diag(σ)·z with z ~ N(0, I): one RGB offset for each image, the same for all its pixels.
-- Of a record that is not square (--keep-aspect), the central square begins at row (height − side_px) // 2 and column
+- If a record is not square (--keep-aspect), S begins at its row (height − side_px) // 2 and its column
   (width − side_px) // 2.
 
 Evaluation has no shift and no divisor. The centre crop begins at row and column (side_px − 224) // 2. The ten views are
-top left, top right, centre, bottom left, bottom right, then these five mirrored (the order of convdata_jpeg.py). For
-networks that slide over an image, the whole of S is one crop of side_px.
+the crops at top left, top right, centre, bottom left and bottom right, then the same five mirrored, in the order of
+convdata_jpeg.py. A network that slides over an image gets all of S as one crop of side_px × side_px.
 
-mean[c, i, j] is taken from the mean image M of the training split, over central squares:
+mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
-    channel     the mean of M over all pixels: one number for each channel
-    image       M[m + i, m + j, c], m = (side_px − 224) // 2: its centre crop, subtracted from every crop and never
-                mirrored, as convdata_jpeg.py does; m = 0 where the crop is the whole of S
-    aligned     M[y + i, x + j', c]: the part of M under the crop, as Caffe's data_transformer.cpp does
+    channel     the mean of M over all pixels: one value for each channel
+    image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M. It is subtracted from every crop
+                and never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
+    aligned     M[y + i, x + j', c]: the part of M at the position of the crop, mirrored if the crop is, as in Caffe's
+                data_transformer.cpp
     none        0
 
 pipeline.sampling draws y, x, flip and z. Two engines compute the formula: pipeline.engines.cpu_engine (C, on a CPU) and
@@ -46,18 +47,18 @@ CROP_PX = 224
 MEANS = ("channel", "image", "aligned", "none")
 COLOURS = ("stdev", "eigenvalue", "off")
 LAYOUTS = ("NCHW", "NHWC")
-SQUARE = "square"  # given instead of a number of views: the whole central square
+SQUARE = "square"  # value of `views` that serves the complete central square as one crop
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The choices that the formula of this module leaves open. Recipes name theirs with sources."""
+    """Settings of the formula of this module. Recipes set them and name the source of each value."""
 
-    mean: str = "channel"  # mean to subtract, one of MEANS: see the module's formula
+    mean: str = "channel"  # mean to subtract, one of MEANS, which the module's docstring defines
     colour: str = "stdev"  # σ = strength·√λ on 0..255 (the authors' code); "eigenvalue": strength·λ on [0, 1]; "off"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
     divisor: float = 1.0  # divides the finished training image; the authors' code divides by 1 + strength
-    shared_by: int = 1  # consecutive images with the same crop and flip; 32 in the authors' code (crop_chunk)
+    shared_by: int = 1  # number of consecutive images with the same crop and flip; 32 in the authors' code (crop_chunk)
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that is not allowed."""
@@ -79,10 +80,10 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
     """float64 (3, 3) matrix A of the colour noise: shift = A·z, z ~ N(0, I), in grey levels 0..255.
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues without saying on which
-    scale the pixels are. The authors' code uses standard deviations there, on 0..255 (convdata.py: color_pca).
-    fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1], whose shifts are 2 to 17 times smaller.
-    `colour` chooses one of these two readings, or "off".
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues. It does not give the
+    scale of the pixels. In place of λ, the authors' code uses standard deviations of pixels in 0..255 (convdata.py:
+    color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]; their shifts are 2 to 17 times
+    smaller. `colour` chooses "stdev" (the authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)
@@ -95,13 +96,15 @@ class Crops(NamedTuple):
     """Positions of the crops of N records, V crops each, and the RGB shift added to their pixels."""
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins
-    offset: npt.NDArray[np.int32]  # (N, V, 2): row and column in the square, 0..side_px − 224; 0 for the whole square
+    offset: npt.NDArray[
+        np.int32
+    ]  # (N, V, 2): row and column in the square, 0..side_px − 224; 0 if the crop is all of it
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
-    shift: npt.NDArray[np.float32]  # (N, 3): colour noise; minus the channel means if Augmentation.mean is "channel"
+    shift: npt.NDArray[np.float32]  # (N, 3): colour noise; the channel means are subtracted if mean is "channel"
 
 
 def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """int32 offsets (V, 2) and flips (V,) of the centre crop (1), of the ten views (10), or of the square (SQUARE)."""
+    """int32 offsets (V, 2) and flips (V,) for views=1 (centre crop), 10 (ten views) or SQUARE (the central square)."""
     middle, far = 0 if views == SQUARE else max_offset_px // 2, max_offset_px
     if views != 10:
         return np.full((1, 2), middle, np.int32), np.zeros(1, np.int32)
@@ -110,14 +113,15 @@ def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.i
 
 
 class Augmenter:
-    """The formula's numbers for one store: means, noise matrix, and the crops of a batch."""
+    """Means and noise matrix of one store, and the crops of its batches."""
 
     def __init__(self, store: Store, augmentation: Augmentation) -> None:
         """Raises StoreError if the store lacks its colour statistics, UserError if its images are under 224 px."""
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
             raise UserError(
-                f"{store.root} holds images of {self.side_px} px, a crop is {CROP_PX} px. Build it with --side 256."
+                f"{store.root} holds images of {self.side_px} px, a crop is {CROP_PX} px. "
+                "Build the store with --side 256."
             )
         self.augmentation = augmentation
         self.is_raw = store.settings.format == "ppm"
@@ -128,12 +132,12 @@ class Augmenter:
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 
     def random_crops(self, records: Sequence[Record], draws: Draws) -> Crops:
-        """One random crop of each record."""
+        """Crops of a training batch: one random crop of each record."""
         shift = draws.normal @ self.noise.T - self.mean_rgb
         return Crops(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
 
     def eval_crops(self, records: Sequence[Record], views: int | str) -> Crops:
-        """The centre crop of each record (views=1), its ten views (10), or its whole square (SQUARE)."""
+        """The centre crop of each record (views=1), its ten views (10), or its complete central square (SQUARE)."""
         offset, flip = eval_offsets(views, self.max_offset_px)
         count = len(records)
         return Crops(

@@ -61,7 +61,7 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
-    Each row shows a stored image, eight random augmentations of it, and the eighth with ten times its colour noise.
+    Each row shows a stored image, eight random augmentations, and the eighth again with ten times the colour noise.
 
     \b
     Example:
@@ -69,7 +69,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     """
     opened = Store.open(store)
     if not out.parent.is_dir():
-        raise UserError(f"{out}: there is no folder {out.parent}. Make it first, or name another.")
+        raise UserError(f"{out}: there is no folder {out.parent}. Create it, or choose another folder.")
     from pipeline.diagnostics.preview import save_preview
 
     save_preview(opened, out, rows, seed)
@@ -98,7 +98,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
 def inspect(
     store: Path, split: str, batch: int, world_size: int, seed: int, epoch: int, batches: int, as_json: bool
 ) -> None:
-    """Print the batches and the shuffle quality of an epoch.
+    """Print the number of batches and the shuffle quality of an epoch.
 
     Shuffle quality is the mean number of distinct classes in a batch, compared with a perfect shuffle.
 
@@ -113,11 +113,11 @@ def inspect(
     records, step_records = opened.split(split).records, batch * world_size
     if records < step_records:
         raise UserError(
-            f"{store} has {records:,} records in {split}, a step takes {step_records:,}. Ask for a smaller --batch."
+            f"{store} has {records:,} records in {split}, a step takes {step_records:,}. Choose a smaller --batch."
         )
     steps, left_out = divmod(records, step_records)
-    with progress("inspecting", min(batches, steps), "batches") as report:
-        quality = measure_shuffle_quality(opened, split, step_records, seed, epoch, batches, report)
+    with progress("inspecting", min(batches, steps), "batches") as counter:
+        quality = measure_shuffle_quality(opened, split, step_records, seed, epoch, batches, counter)
     if as_json:
         print_json(
             {
@@ -143,7 +143,7 @@ def inspect(
     if quality.share_of_ideal < LEAST_SHARE:
         say(
             f"Warning: batches have {quality.share_of_ideal:.2f} of a perfect shuffle's classes, below {LEAST_SHARE}. "
-            "Are the records in the order of their classes? Build the store with alexprep, which shuffles them."
+            "The records may be in the order of their classes. Build the store with alexprep, which shuffles them."
         )
 
 
@@ -174,7 +174,8 @@ def inspect(
 def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
     """Measure the speed of the stream, stage by stage.
 
-    The upper bound is the speed of libjpeg-turbo decoding the same records on as many threads.
+    The upper bound is the speed of decoding the same records with libjpeg-turbo (JPEG stores) or of copying them (PPM
+    stores), with the same number of threads.
 
     \b
     Example:
@@ -183,14 +184,14 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     opened = Store.open(store)
     from pipeline.diagnostics.bench import ROUNDS, bench_stream, result_json
 
-    with progress("measuring", ROUNDS, "rounds") as report:
-        result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, report)
+    with progress("measuring", ROUNDS, "rounds") as counter:
+        result = bench_stream(opened, batch, threads or usable_cores(), device, seconds, counter)
     if as_json:
         print_json(result_json(result))
         return
     click.echo(f"{result.format} records, batch {result.batch}, {result.device}, {result.threads} threads")
     for name, images_per_s in result.stages.items():
-        note = "reading records on one thread" if name == "read" else "this stage and all before it"
+        note = "reading records on one thread" if name == "read" else "this stage and all stages before it"
         click.echo(f"{name:10}{images_per_s:10,.0f} images/s  {note}")
     click.echo(f"{'stream':10}{result.images_per_s:10,.0f} images/s")
     click.echo(f"{'bound':10}{result.bound_images_per_s:10,.0f} images/s  {result.bound}")

@@ -5,13 +5,14 @@
     for images, labels in train_loader("store", batch_size=128):  # one epoch
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
-Images follow the formula of pipeline.augment; order and random numbers come from pipeline.sampling. Both are functions
-of the seed and of the position in the stream, which is two numbers: epoch and step. So a state resumes at any batch,
-bit for bit, and the numbers of threads and of loaders that share an epoch change nothing.
+Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
+pipeline.sampling. They depend only on the seed and on the position in the stream: the epoch, and the step of the epoch,
+both from 0. A saved state therefore resumes at any batch, bit for bit. The number of threads does not change the
+images, nor does the division of each step's records among several loaders.
 
-Threads prepare batches ahead of the consumer. Serving a batch copies nothing, and each batch has memory of its own as
-long as one of its tensors lives: batches may be kept, and changed in place. On a GPU they belong to the CUDA stream
-that is torch's current one when they are served.
+Threads prepare batches before they are requested. Serving a batch copies nothing. The memory of a batch is not reused
+while one of its tensors exists, so batches may be kept and changed in place. On a GPU, a batch is bound to the CUDA
+stream that is torch's current stream when the batch is served.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from prep.store.manifest import Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
 
-# Version of what pipeline.sampling and pipeline.augment compute. A state of another version cannot be resumed. Its key
-# in a state is "graph_version".
+# Version of the order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of another
+# version cannot be resumed. States store the version under the key "graph_version".
 STREAM_VERSION = 3
 
 
 class TrainLoader(Loader):
-    """Endless epochs of randomly augmented batches; made by train_loader.
+    """Serves randomly augmented batches, epoch after epoch; made by train_loader.
 
-    Iterating serves the rest of the current epoch. An epoch has records // (batch_size · world_size) whole batches; the
-    records that do not fill a batch are left out, other ones each epoch (see `left_out`).
+    An iteration serves the rest of the current epoch. An epoch has records // (batch_size · world_size) full batches.
+    The remaining records are left out (see `left_out`); each epoch leaves out different records.
 
-    `epoch` and `step` are the position of the next batch.
+    `epoch` and `step` are the position of the next batch: the epoch, and the step of the epoch, both from 0.
     """
 
     def __init__(
@@ -63,7 +64,7 @@ class TrainLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Arguments and errors are those of train_loader."""
+        """Takes the arguments and raises the errors of train_loader."""
         super().__init__(
             store,
             split,
@@ -77,21 +78,21 @@ class TrainLoader(Loader):
             world_size=world_size,
         )
         if self.records < batch_size * world_size:
-            step = "" if world_size == 1 else f", {world_size:,} of them {batch_size * world_size:,}"
+            step = "" if world_size == 1 else f", a step of {world_size:,} ranks takes {batch_size * world_size:,}"
             raise UserError(
                 f"{store.root} has {self.records:,} records in {split}, a batch takes {batch_size:,}{step}. "
-                f"Ask for a batch of at most {self.records // world_size:,}."
+                f"Choose a batch size of at most {self.records // world_size:,}."
             )
         if not 0 <= seed < 2**64:
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutation = (-1, np.empty(0, np.int64))  # (epoch, its permutation): the one computed last
-        self._is_prefetching = False  # whether the prefetcher's next batch is that of (epoch, step)
+        self._permutation = (-1, np.empty(0, np.int64))  # (epoch, its permutation), as computed last
+        self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return self.records // (self.batch_size * self.world_size)
 
     @property
@@ -109,7 +110,7 @@ class TrainLoader(Loader):
                 self._start(partial(self._read_step, epoch, step) for epoch, step in self._positions())
                 self._is_prefetching = True
             batch = self._next()
-            assert batch is not None  # there is no last epoch
+            assert batch is not None  # the number of epochs is unlimited
             self.epoch, self.step = self._after(self.epoch, self.step)
             epoch_ends = self.step == 0
             yield batch
@@ -117,28 +118,28 @@ class TrainLoader(Loader):
                 return
 
     def seek(self, epoch: int, step: int = 0) -> None:
-        """Continue with batch `step` of `epoch`; raises UserError if an epoch has no such step."""
+        """Continue at a step of an epoch, both counted from 0; raises UserError if an epoch has no such step."""
         if epoch < 0 or not 0 <= step < len(self):
             raise UserError(
-                f"epoch {epoch}, step {step}: expected an epoch of at least 0, a step of 0 to {len(self) - 1}."
+                f"epoch {epoch}, step {step}: expected an epoch of at least 0 and a step of 0 to {len(self) - 1}."
             )
         self.epoch, self.step = epoch, step
         self._is_prefetching = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the stream, and what it is a position in: JSON-serializable, a few hundred bytes.
+        """The position of the stream and the settings of this loader, JSON-serializable, a few hundred bytes.
 
-        A loader that loads it continues with the next batch, bit for bit. The loaders of all ranks have the same state
-        but for `shard`.
+        A loader that loads this state continues with the next batch, bit for bit. The states of all ranks are equal
+        except for `shard`.
         """
         return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same store, seed and settings; raises UserError with both values of what differs.
+        """Resume from a state of the same store, seed and settings; raises UserError with both values if one differs.
 
-        A loader of any rank may load the state of any other. Between epochs (step 0) batch size and world size may
-        change: the next epoch is divided anew, batch_size records of each step to a loader. Within an epoch they may
-        change if their product, the records of a step, stays the same.
+        Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change;
+        then each rank serves batch_size records of each step of the next epoch. Within an epoch they may change if
+        their product, the number of records in a step, stays the same.
         """
         may_differ = {"batch_size", "world_size"}
         step_records = state.get("batch_size", 0) * state.get("world_size", 0)
@@ -148,12 +149,13 @@ class TrainLoader(Loader):
             if name not in may_differ and state.get(name) != value:
                 within = " within an epoch" if name in ("batch_size", "world_size") else ""
                 raise UserError(
-                    f"stream state of another {name.replace('_', ' ')}{within}: {state.get(name)}, here {value}."
+                    f"stream state with another {name.replace('_', ' ')}{within}: {state.get(name)}, this loader has "
+                    f"{value}. Load it into a loader with the store and the arguments of the one that saved it."
                 )
         self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
-        """What a state must agree with. The keys are part of the file format of states."""
+        """Fields that must be equal in a state and in this loader. Their names are part of the format of states."""
         return {
             "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
@@ -167,7 +169,7 @@ class TrainLoader(Loader):
         }
 
     def _positions(self) -> Iterator[tuple[int, int]]:
-        """(epoch, step) from the current position on, without end."""
+        """All positions (epoch, step) from the current one on, without end."""
         position = self.epoch, self.step
         while True:
             yield position
@@ -177,7 +179,7 @@ class TrainLoader(Loader):
         return (epoch, step + 1) if step + 1 < len(self) else (epoch + 1, 0)
 
     def _read_step(self, epoch: int, step: int) -> BatchInput:
-        """Read this loader's part of a step."""
+        """Read this rank's records of a step."""
         images = self.batch_size * self.world_size
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         known_epoch, permutation = self._permutation
@@ -186,12 +188,12 @@ class TrainLoader(Loader):
             self._permutation = epoch, permutation
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
-        numbers = permutation[step * images : (step + 1) * images][part]
-        return self._prefetcher.read_batch(numbers, lambda records: self._augmenter.random_crops(records, draws))
+        record_numbers = permutation[step * images : (step + 1) * images][part]
+        return self._prefetcher.read_batch(record_numbers, lambda records: self._augmenter.random_crops(records, draws))
 
 
 class EvalLoader(Loader):
-    """Every image of a split exactly once, each time it is iterated; made by eval_loader.
+    """Serves every image of a split, or of this rank's range of it, once in each iteration; made by eval_loader.
 
     The last batch may be smaller.
     """
@@ -211,7 +213,7 @@ class EvalLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Arguments and errors are those of eval_loader."""
+        """Takes the arguments and raises the errors of eval_loader."""
         super().__init__(
             store,
             split,
@@ -226,22 +228,23 @@ class EvalLoader(Loader):
         )
         if views not in (1, 10, SQUARE):
             raise UserError(
-                f"views {views}: expected 1 (centre crop), 10 (corners and centre, and these mirrored) or {SQUARE}."
+                f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
+                "central square)."
             )
         self.views = views
         first, end = (self.records * part // world_size for part in (shard, shard + 1))
-        self._numbers = np.arange(first, end)
+        self._record_numbers = np.arange(first, end)
         if isinstance(views, str):
             self._open(1, 1.0, self._augmenter.side_px)
         else:
             self._open(views, 1.0)
 
     def __len__(self) -> int:
-        """Batches in a pass."""
-        return -(-len(self._numbers) // self.batch_size)
+        """Number of batches in one iteration."""
+        return -(-len(self._record_numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass over this loader's part of the split, from its beginning, in the store's order.
+        """Serve this rank's range of the split once, from its beginning, in the order of the store.
 
         Raises StoreError for a damaged record, with its location.
         """
@@ -250,8 +253,10 @@ class EvalLoader(Loader):
             yield batch
 
     def _read_step(self, step: int) -> BatchInput:
-        numbers = self._numbers[step * self.batch_size : (step + 1) * self.batch_size]
-        return self._prefetcher.read_batch(numbers, lambda records: self._augmenter.eval_crops(records, self.views))
+        record_numbers = self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
+        return self._prefetcher.read_batch(
+            record_numbers, lambda records: self._augmenter.eval_crops(records, self.views)
+        )
 
 
 def train_loader(
@@ -270,25 +275,26 @@ def train_loader(
 ) -> TrainLoader:
     """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
-    store         folder that `alexprep build-lmdb` wrote
-    batch_size    images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
-    device        "cpu" or "cuda:N": where DALI decodes and augments, and where the batches are
+    store         store folder written by `alexprep build-lmdb`
+    batch_size    number of images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
+    device        device on which images are decoded and augmented and batches are served: "cpu" or "cuda:N"
     seed          seed of the order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits with any
                   number of threads
     split         split of the store to read
-    augmentation  choices of mean and colour noise, see pipeline.Augmentation; None: the paper's, with the authors'
-                  reading of the colour noise
+    augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the settings of the paper,
+                  with the colour noise of the authors' code
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16"
-    threads       CPU threads that decode and augment; None: all cores that this process may use
-    shard         rank of this process, 0..world_size − 1: the part of each step that this loader serves
-    world_size    number of loaders that share an epoch. Together they serve the batches of one loader with batch size
-                  batch_size · world_size
+    threads       number of CPU threads that decode and augment; None: one for each core that this process may use
+    shard         rank of this process, 0..world_size − 1; it selects the batch_size records of each step to serve
+    world_size    number of ranks, each with a loader, that share an epoch. Together they serve the batches of a loader
+                  with batch size batch_size · world_size
 
-    Batches are Batch(images, labels): (N, 3, 224, 224) RGB in grey levels minus the mean, and int64 (N,).
+    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
+    (N,).
 
-    Raises StoreError for a store that is missing, damaged or of another version; UserError for a batch larger than the
-    split, for a GPU that this machine lacks, for a value that is not allowed, and if DALI is not installed.
+    Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
+    than the split, for a GPU that this machine lacks, for a value that is not allowed, and if DALI is not installed.
     """
     return TrainLoader(
         Store.open(store),
@@ -321,16 +327,17 @@ def eval_loader(
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
-    views         1: the centre crop. 10: four corners and centre, then these mirrored (section 4.1). "square": the
-                  whole central square, for a network that slides over it
-    augmentation  only its mean is used, that of the training split
-    shard         rank of this process: with `world_size` loaders each serves one range of the records, together all
+    views         1: the centre crop. 10: the crops at four corners and centre, then the same five mirrored (section
+                  4.1). "square": the complete central square, for a network that slides over it
+    augmentation  only its `mean` is used; it is computed from the training split
+    shard         rank of this process: each of `world_size` loaders serves one contiguous range; together they serve
+                  every record
 
     The other arguments and the errors are those of train_loader.
 
-    Batches are Batch(images, labels): (N, 3, 224, 224); (N, 10, 3, 224, 224) for ten views (6 MB an image: choose
-    batch_size accordingly); (N, 3, side, side) for squares, with the store's side; RGB in grey levels minus the mean.
-    Labels are int64 (N,). The last batch may be smaller.
+    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
+    (N, 10, 3, 224, 224), which takes 6 MB for each image, so choose a small batch_size; for views="square" (N, 3, side,
+    side) with the side of the store's images. Labels are int64 (N,). The last batch may be smaller.
     """
     return EvalLoader(
         Store.open(store),

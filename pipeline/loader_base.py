@@ -1,4 +1,4 @@
-"""What the training and the evaluation loader share: Batch, WaitTimes, argument checks, prefetching, closing."""
+"""Base of the training and evaluation loaders: batches, wait times, argument checks, prefetching and closing."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ class Batch(NamedTuple):
     """Images and labels of one batch, on the loader's device."""
 
     images: torch.Tensor
-    """RGB in grey levels minus the mean, (N, 3, 224, 224); (N, 10, 3, 224, 224) for ten views, (N, 3, side, side) for
-    squares; channels last with layout "NHWC"."""
+    """RGB in grey levels minus the mean: (N, 3, 224, 224), (N, 10, 3, 224, 224) for ten views, or (N, 3, side, side)
+    for views="square". With layout "NHWC", the channels are the last axis."""
     labels: torch.Tensor
     """int64 (N,), indices into the loader's `classes`."""
 
 
 class WaitTimes(NamedTuple):
-    """How long a loader and its consumer waited for each other."""
+    """Times for which a loader and its consumer waited for each other."""
 
-    batches: int  # batches served in this time
-    consumer_wait_s: float  # the consumer waited for batches: in this share of the time training is input-bound
-    loader_wait_s: float  # the loader waited for its consumer: from serving a batch to the request for the next
+    batches: int  # number of batches served
+    consumer_wait_s: float  # time for which the consumer waited for batches; training was input-bound then
+    loader_wait_s: float  # time for which the loader waited for its consumer, from a batch to the next request
 
 
 class Loader:
@@ -59,13 +59,13 @@ class Loader:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
         if not 0 <= shard < world_size:
-            raise UserError(f"shard {shard} of {world_size}: expected 0 to {world_size - 1}.")
+            raise UserError(f"shard {shard}: expected 0 to {world_size - 1} (world_size {world_size}).")
         self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
         self.augmentation, self.layout, self.dtype = augmentation, layout, dtype
         self.shard, self.world_size, self.threads = shard, world_size, threads
         self.records = store.split(split).records
         self._waits = WaitTimes(0, 0.0, 0.0)
-        self._served_at: float | None = None  # when the last batch was handed to the consumer
+        self._served_at: float | None = None  # time at which the last batch was served
         self._records = Records(store, split)
         check_choice("dtype", dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
@@ -78,14 +78,14 @@ class Loader:
         return self.store.classes
 
     def wait_times(self) -> WaitTimes:
-        """Batches served, and the waiting times of both sides, since the last call."""
+        """Number of batches served, and wait times of loader and consumer, since the last call."""
         now, waits = time.perf_counter(), self._waits
         since_served_s = 0.0 if self._served_at is None else now - self._served_at
         self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def close(self) -> None:
-        """End the threads, release memory and unmap the files. Batches already served stay valid."""
+        """Stop the threads, release memory and unmap the files. Batches already served stay valid."""
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
@@ -95,13 +95,13 @@ class Loader:
         self.close()
 
     def _open(self, views: int, divisor: float, crop_px: int = CROP_PX) -> None:
-        """Make the engine and the prefetcher, for `views` crops of `crop_px` of each record."""
+        """Make the engine and the prefetcher for `views` crops of `crop_px` × `crop_px` from each record."""
         output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px)
         engine = choose_engine(self._augmenter, self.placement, output, self.threads)
         self._prefetcher = Prefetcher(engine, self.placement, self._records, self.batch_size, self.threads)
 
     def _start(self, jobs: Iterator[Job]) -> None:
-        """Serve the batches of `jobs` from now on."""
+        """Start to serve the batches of `jobs`."""
         self._prefetcher.start(jobs)
         self._served_at = None
 

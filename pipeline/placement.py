@@ -1,7 +1,7 @@
-"""CPU or GPU: the device of the stream. No other file depends on which of the two it is.
+"""The device of the stream, CPU or GPU: devices of DALI's operators, CUDA streams, and conversion to torch tensors.
 
-Each DALI graph is written once. A Placement says on which device an operator runs, how JPEG files are decoded, and on
-which CUDA stream a finished batch is handed to torch.
+Each DALI graph is written once for both devices. A Placement determines on which device an operator runs, how JPEG
+files are decoded, and on which CUDA stream torch receives a finished batch.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from prep.console import UserError
 
 @dataclass(frozen=True)
 class Placement:
-    """The device on which the stream decodes and augments. `device_id` is None on the CPU, which needs no driver."""
+    """The device on which the stream decodes and augments. `device_id` is the index of the GPU, None for the CPU."""
 
     device_id: int | None
 
     @staticmethod
     def parse(device: str) -> Placement:
-        """`cpu`, `cuda` or `cuda:N`; raises UserError for any other string, and for a GPU that this machine lacks."""
+        """The placement for `cpu`, `cuda` or `cuda:N`. Raises UserError for other strings, and for a missing GPU."""
         if device == "cpu":
             return Placement(None)
         match = re.fullmatch(r"cuda(?::(\d+))?", device)
@@ -34,13 +34,13 @@ class Placement:
         index, count = int(match[1] or 0), torch.cuda.device_count()
         if index >= count:
             raise UserError(
-                f"device {device}: torch finds {count} GPUs on this machine. Name cpu, or one of the GPUs found."
+                f"device {device}: torch finds {count} GPUs on this machine. Choose cpu or one of these GPUs."
             )
         return Placement(index)
 
     @property
     def decoder_device(self) -> str:
-        """DALI's name of the device of an image decoder, whose input is always on the CPU."""
+        """DALI's device name for an image decoder; "mixed" means input on the CPU and output on the GPU."""
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
@@ -48,14 +48,14 @@ class Placement:
         return types.Constant(values, device="cpu" if self.device_id is None else "gpu", layout=layout)
 
     def to_device(self, node: Any) -> Any:
-        """A DALI node on the CPU, moved to the operators' device."""
+        """Move a DALI node from the CPU to the operators' device."""
         return node if self.device_id is None else node.gpu()
 
     def outputs(self, pipe: Any) -> tuple[Any, ...]:
         """The next outputs of a DALI pipeline.
 
-        On a GPU they are bound to torch's current stream: neither side waits for the host, and DALI does not reuse
-        their memory before torch has finished with it.
+        On a GPU the outputs are bound to torch's current CUDA stream: neither DALI nor torch waits for the host, and
+        DALI does not reuse the memory of the outputs before torch has finished with it.
         """
         if self.device_id is None:
             outputs: tuple[Any, ...] = pipe.outputs()
@@ -80,14 +80,15 @@ class Placement:
         host = torch.from_numpy(array)
         if self.device_id is None:
             return host
-        with self._current_device():  # or pinning would take memory of GPU 0
-            return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)  # unpinned, the host would wait
+        with self._current_device():  # otherwise the pinned memory would belong to GPU 0
+            # A copy from memory that is not pinned would block the host.
+            return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)
 
     def _current_device(self) -> AbstractContextManager[object]:
-        """Make this GPU CUDA's current one within a `with` block.
+        """Make this GPU the current CUDA device within a `with` block.
 
-        The handle of torch's default stream is 0, which DALI takes for the default stream of the current GPU. If
-        another GPU were current, DALI would synchronize with the wrong stream and release memory by it.
+        The handle of torch's default stream is 0. DALI takes it for the default stream of the current GPU. If another
+        GPU were current, DALI would synchronize with the wrong stream and could release memory too early.
         """
         if self.device_id is None:
             return nullcontext()
@@ -97,7 +98,7 @@ class Placement:
 
 
 def dali() -> ModuleType:
-    """The module nvidia.dali; raises UserError with the command that installs it if it is missing."""
+    """The module nvidia.dali; raises UserError with the command that installs DALI if it is missing."""
     try:
         import nvidia.dali
         import nvidia.dali.fn
@@ -108,7 +109,7 @@ def dali() -> ModuleType:
             raise
         raise UserError(
             "NVIDIA DALI is not installed. Install it with: pip install 'alexnet[cuda13]' (or 'alexnet[cuda12]'; both "
-            "run on the CPU too). The package named just nvidia-dali is a placeholder whose installation fails."
+            "run on the CPU too). The package nvidia-dali is only a placeholder: installing it fails."
         ) from None
     module: ModuleType = nvidia.dali
     return module

@@ -1,8 +1,8 @@
 """Prefetch queue: reads records ahead of the engine and returns batches in order.
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
-(FINISHED_AHEAD). On a CPU a thread of its own takes DALI's outputs and finishes them while DALI decodes the next batch.
-On a GPU the consumer's thread does this, because outputs are bound to the CUDA stream that is current in the thread
+(FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and finishes them while DALI decodes the next batch.
+On a GPU, the consumer's thread does this, because DALI binds outputs to the CUDA stream that is current in the thread
 that takes them.
 """
 
@@ -26,23 +26,23 @@ from pipeline.placement import Placement, dali
 from pipeline.records import Record, Records
 from prep.store.manifest import StoreError
 
-READ_AHEAD = 4  # batches whose records are read from disk while others are decoded
-DALI_AHEAD = 2  # batches in DALI: one being decoded, one decoded
-FINISHED_AHEAD = 2  # batches finished before they are requested; on a CPU only
-_READER_THREADS = 2  # they wait for the disk
+READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
+DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
+FINISHED_AHEAD = 2  # number of batches finished before they are requested (CPU only)
+_READER_THREADS = 2  # number of threads that read records; most of the time they wait for the disk
 
 
 class BatchInput(NamedTuple):
-    """Records of one batch and the crops to make of them."""
+    """Records of one batch and the crops to take from them."""
 
-    numbers: npt.NDArray[np.int64]  # (N,): the records' numbers in the store's order
+    record_numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
-    records: Sequence[Record]  # referenced as long as their payloads are read
+    records: Sequence[Record]  # kept until the engine has read their payloads
     crops: Crops
 
 
 class BatchOutput(NamedTuple):
-    """Images of one batch, and the input of which they were made."""
+    """Images of one batch, and the input they were made from."""
 
     images: torch.Tensor
     batch_input: BatchInput
@@ -63,17 +63,19 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_dali: deque[BatchInput] = deque()
         self._finished: deque[Future[BatchOutput | None]] = deque()
-        self._error: StoreError | None = None  # permanent: DALI does not continue, and no batch may be skipped
+        self._error: StoreError | None = None  # raised again by every later call: DALI cannot continue
         self._closed = False
 
-    def read_batch(self, numbers: npt.NDArray[np.int64], make_crops: Callable[[Sequence[Record]], Crops]) -> BatchInput:
-        """Read records by number and choose their crops; raises StoreError as Records does. For use in jobs."""
-        records = [self._records[number] for number in numbers.tolist()]
+    def read_batch(
+        self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[Sequence[Record]], Crops]
+    ) -> BatchInput:
+        """Read records by number and make their crops; for use in jobs. Raises StoreError for a damaged record."""
+        records = [self._records[number] for number in record_numbers.tolist()]
         labels = np.array([record.label for record in records], np.int64)
-        return BatchInput(numbers, labels, records, make_crops(records))
+        return BatchInput(record_numbers, labels, records, make_crops(records))
 
     def start(self, jobs: Iterator[Job]) -> None:
-        """Begin with new jobs; what remains of earlier ones is dropped."""
+        """Start new jobs; batches of earlier jobs that were not served are dropped."""
         for future in self._finished:
             future.cancel()
         wait(self._finished)
@@ -87,8 +89,8 @@ class Prefetcher:
     def next(self) -> BatchOutput | None:
         """The images of the next job; None after the last job.
 
-        Raises StoreError with shard, key and source of a damaged record, at this and every later call; ValueError after
-        close.
+        Raises StoreError with shard, key and source of a damaged record, in this call and every later call. Raises
+        ValueError after close.
         """
         if self._closed:
             raise ValueError("the loader is closed")
@@ -100,7 +102,7 @@ class Prefetcher:
         return self._finished.popleft().result()
 
     def close(self) -> None:
-        """End the threads of DALI and of this object, release memory, unmap the files."""
+        """Stop the threads of DALI and of this object, release memory, and unmap the files."""
         self._closed = True
         self._readers.shutdown(cancel_futures=True)
         if self._finisher is not None:
@@ -109,14 +111,14 @@ class Prefetcher:
         self._reading.clear()
         self._jobs = iter(())
         if self._pipe is not None:
-            shut_down(self._pipe)  # before the files are unmapped that its threads read
+            shut_down(self._pipe)  # its threads read the files that `self._records.close()` unmaps
         self._pipe = None
         self._in_dali.clear()
         self._engine.close()
         self._records.close()
 
     def _finish_next(self) -> BatchOutput | None:
-        """Schedule more batches, then take and finish the oldest one in DALI."""
+        """Schedule more batches, then take and finish the oldest batch in DALI."""
         if self._error is None:
             self._schedule()
         if self._in_dali and self._error is None:
@@ -128,7 +130,7 @@ class Prefetcher:
         return None
 
     def _schedule(self) -> None:
-        """Keep DALI_AHEAD batches in DALI and READ_AHEAD being read, while there are jobs."""
+        """While there are jobs, keep DALI_AHEAD batches in DALI and READ_AHEAD batches being read."""
         while len(self._in_dali) < DALI_AHEAD:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
@@ -137,7 +139,7 @@ class Prefetcher:
             try:
                 batch_input, graph_inputs = self._reading[0].result()
             except StoreError as error:
-                if not self._in_dali:  # the batches before it are served first
+                if not self._in_dali:  # batches already in DALI are served before the error is raised
                     self._error = error
                 return
             self._reading.popleft()
@@ -160,16 +162,16 @@ class Prefetcher:
         except RuntimeError as error:
             self._error = self._explain(error)
         if self._error is not None:
-            raise self._error  # not inside `except`: DALI's error would be chained to it and hold its pipeline
+            raise self._error  # not inside `except`: the chained DALI error would keep the pipeline alive
         return outputs, self._in_dali.popleft()
 
     def _explain(self, error: RuntimeError) -> StoreError:
-        """DALI's error as a StoreError that names the first damaged record among the batches in DALI."""
+        """Make a StoreError of DALI's error; it names the first damaged record among the batches in DALI."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
         cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
         store, split = self._records.store, self._records.split
-        for number in (int(number) for batch_input in self._in_dali for number in batch_input.numbers):
+        for number in (int(number) for batch_input in self._in_dali for number in batch_input.record_numbers):
             damage = self._records.find_damage(number)
             if damage:
                 return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
@@ -177,12 +179,12 @@ class Prefetcher:
 
 
 def _build_pipeline(define_graph: Callable[[], Any], batch_size: int, placement: Placement, threads: int) -> Any:
-    """A built DALI pipeline with the outputs of `define_graph`; None if the engine needs no DALI."""
+    """Build a DALI pipeline with the outputs of `define_graph`; None if the engine needs no DALI."""
     pipe = dali().Pipeline(
         batch_size=batch_size,
         num_threads=threads,
         device_id=placement.device_id,
-        exec_dynamic=True,  # gives every batch memory of its own
+        exec_dynamic=True,  # gives every batch separate memory
         prefetch_queue_depth=1,  # the Prefetcher schedules ahead itself
     )
     with pipe:

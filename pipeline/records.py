@@ -1,4 +1,4 @@
-"""Random access to the records of a split by number: zero-copy views of the memory-mapped LMDB shards."""
+"""Random access to the records of a split by number: zero-copy views of memory-mapped LMDB shards."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from prep.store.manifest import Store, StoreError
 
 
 class Record(NamedTuple):
-    """One stored image and its label. The payload is valid until its Records are closed."""
+    """One stored image and its label. The payload is valid until its Records object is closed."""
 
-    payload: npt.NDArray[np.uint8]  # JPEG records: the bytes of the file, (n,); PPM: RGB pixels, (height, width, 3)
+    payload: npt.NDArray[np.uint8]  # JPEG stores: bytes of the JPEG file, (n,); PPM stores: RGB, (height, width, 3)
     height: int
     width: int
     label: int
 
 
 class Records:
-    """The records of one split, numbered 0..len − 1 through all its shards. A shard is opened at its first use."""
+    """The records of one split, numbered 0..len − 1 across all its shards. Each shard is opened at its first use."""
 
     def __init__(self, store: Store, split: str) -> None:
         """Raises StoreError if the store has no such split."""
@@ -40,9 +40,9 @@ class Records:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, number: int) -> Record:
-        """Record `number`. Raises StoreError with its location if its fields cannot be right.
+        """Record `number`. Raises StoreError with the location of the record if a field is invalid.
 
-        The checksum is not verified here, which would cost time: see find_damage.
+        The checksum is not verified here, because that takes time; find_damage verifies it.
         """
         value = self._value(number)
         try:
@@ -73,7 +73,7 @@ class Records:
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """The file of which record `number` was made, relative to the split's input; empty if it cannot be read."""
+        """The input file of record `number`, relative to the split's input folder; empty if it cannot be read."""
         value = bytes(self._value(number))
         with suppress(DatumError):
             source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
@@ -82,9 +82,9 @@ class Records:
         return ""
 
     def find_damage(self, number: int) -> str:
-        """Why record `number` cannot be what was written; empty if nothing is wrong with it.
+        """Describe the damage of record `number`; empty if the record is intact.
 
-        Checks the checksum, the fields, and that a JPEG decodes to the size in the record.
+        Verifies the checksum and the fields, and that a JPEG decodes to the size stored in the record.
         """
         try:
             verify_checksum(bytes(self._value(number)))
@@ -92,7 +92,7 @@ class Records:
             if not self._is_raw:
                 size = decode_jpeg(payload.tobytes()).shape[:2]
                 if size != (height, width):
-                    return f"{size[1]}×{size[0]} px, the record says {width}×{height}"
+                    return f"{size[1]}×{size[0]} px, the record gives {width}×{height}"
         except (DatumError, StoreError) as error:
             return str(error)
         except ValueError as error:
@@ -100,7 +100,7 @@ class Records:
         return ""
 
     def close(self) -> None:
-        """Unmap all files. Payloads that are still referenced must not be used any more."""
+        """Unmap all files. Payloads must not be used afterwards, even if they are still referenced."""
         for reader in self._readers.values():
             reader.close()
         self._readers.clear()
@@ -123,5 +123,5 @@ class Records:
 
     @property
     def advice(self) -> str:
-        """The command that a message about a damaged record names."""
+        """Last sentence of messages about a damaged record: the command that checks the store."""
         return f"Check the store with: alexprep verify --store {self.store.root}"

@@ -1,8 +1,8 @@
 """Epoch permutation and random augmentation parameters, as pure functions of seed, epoch and step.
 
-Nothing here keeps state, so a stream resumes from two numbers, (epoch, step). `world_size` loaders of batch size B
-serve together what one loader of batch size world_size · B serves: rank r takes positions r·B to (r + 1)·B of each
-step.
+The functions keep no state, so a stream resumes from its position: the epoch, and the step of the epoch, both from 0.
+Together, `world_size` loaders of batch size B serve the same records as one loader of batch size world_size · B: in
+each step, rank r serves positions r·B to (r + 1)·B − 1.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_RECORDS = 64  # neighbours in the store that stay together until they reach a window: reads of 2 MB of JPEG
-WINDOW_RECORDS = 16_384  # records shuffled with one another: half a gigabyte of JPEG, which the page cache should hold
-_PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator: the first number of its seed
+BLOCK_RECORDS = 64  # consecutive records of the store that are moved as one block: 2 MB of JPEG to read in sequence
+WINDOW_RECORDS = 16_384  # records in a shuffle window: half a gigabyte of JPEG, which should fit in the page cache
+_PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator; the first integer of its seed
 
 Integers = npt.NDArray[np.int64]
 
@@ -27,16 +27,16 @@ class Draws(NamedTuple):
     normal: npt.NDArray[np.float64]  # (N, 3): standard normal, for the three principal components of the colour noise
 
     def select(self, images: slice) -> Draws:
-        """The parameters of some of the images."""
+        """The parameters of the images in a slice."""
         return Draws(self.offset[images], self.flip[images], self.normal[images])
 
 
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
-    """int64 (records,): the order in which an epoch serves the records, by their number in the store.
+    """int64 (records,): the numbers of the records in the order in which an epoch serves them.
 
-    A block shuffle. Blocks of BLOCK_RECORDS neighbours are put in random order; then the records of each window of
-    WINDOW_RECORDS are shuffled. The store's own order is a random permutation (alexprep build-lmdb), so classes are
-    mixed as well as by a full shuffle, while the disk reads megabytes in sequence.
+    This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order; then the records
+    within each shuffle window of WINDOW_RECORDS are shuffled. The order of the store is itself a random permutation
+    (alexprep build-lmdb), so classes are mixed as well as by a full shuffle, and the disk reads megabytes in sequence.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
@@ -48,10 +48,10 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
 
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
-    """Random augmentation parameters for all `images` of a step, those of every rank.
+    """Random augmentation parameters for all `images` images of a step, those of all ranks together.
 
     Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
-    consecutive images have the same offset and flip; in the authors' code 32 have (convdata_jpeg.py, crop_chunk).
+    consecutive images have the same offset and flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).
     """
     rng = _generator(_DRAWS, seed, epoch, step)
     groups = -(-images // shared_by)
@@ -63,6 +63,6 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
 
 
 def _generator(purpose: int, seed: int, epoch: int, step: int = 0) -> np.random.Generator:
-    """A Philox generator of its own for each purpose, seed, epoch and step."""
+    """A separate Philox generator for each purpose, seed, epoch and step."""
     words = np.array([seed, epoch, step], np.uint64).view(np.uint32)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([purpose, *words.tolist()])))

@@ -1,7 +1,7 @@
-"""Single images outside of the stream: load a photograph, read a record's pixels, crop and subtract the mean in NumPy.
+"""Evaluation preprocessing of single images in NumPy: load a photograph or a record, crop it, subtract the mean.
 
-The results equal, to the bit, what an EvalLoader on a CPU serves: the same rescaling, encoding and decoding, then the
-formula of pipeline.augment. Of a store only its settings and its mean are needed.
+The results equal the images of an EvalLoader on a CPU, bit for bit: photographs are rescaled, encoded and decoded in
+the same way, and the formula of pipeline.augment applies. EvalTransform needs only a store's settings and its mean.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 class Photograph(NamedTuple):
-    """A photograph, prepared as a record of a store."""
+    """Pixels of a photograph, prepared like a record of a store."""
 
-    square: Pixels  # (side_px, side_px, 3): its central square, rescaled, and for JPEG stores encoded and decoded
-    orientation: int  # EXIF orientation, 1 if there is none; it is not applied, as in every store
+    square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
+    orientation: int  # EXIF orientation, 1 if there is none. It is reported and not applied, as in every store
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:
@@ -40,13 +40,13 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
     try:
         size = path.stat().st_size
         if size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size:,} bytes, more than {MAX_FILE_BYTES:,}. Name a photograph.")
+            raise UserError(f"{path}: {size:,} bytes, expected at most {MAX_FILE_BYTES:,}. Choose a smaller file.")
         image = decode_image(path.read_bytes())
         check_rescaled_size(image.pixels, settings.side_px, settings.keep_aspect)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}. Name a photograph.") from None
+        raise UserError(f"{path}: {error.strerror or error}. Choose an image file that can be read.") from None
     except BadImage as error:
-        raise UserError(f"{path}: {error}. Name a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file.") from None
+        raise UserError(f"{path}: {error}. Choose a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file.") from None
     pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
     if settings.format == "jpeg":
         pixels = decode_jpeg(encode_image(pixels, "jpeg", settings.quality))
@@ -55,7 +55,7 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
 
 @dataclass(frozen=True)
 class EvalTransform:
-    """Evaluation preprocessing of a network: settings of the store it was trained on, and the mean to subtract."""
+    """Evaluation preprocessing of a network: settings of its training store, and the mean to subtract."""
 
     settings: Settings
     mean: str  # one of pipeline.augment.MEANS
@@ -96,7 +96,7 @@ def _crop_at(square: npt.NDArray[Any], y: int, x: int) -> npt.NDArray[Any]:
 
 
 class StoredImages:
-    """The images of a split by record number, decoded to pixels."""
+    """Decoded images of a split, accessed by record number."""
 
     def __init__(self, store: Store, split: str) -> None:
         """Raises StoreError if the store has no such split."""

@@ -1,1 +1,1 @@
-"""Diagnostics of the stream: its speed by stage, a preview of the augmentations, the quality of the shuffle."""
+"""Diagnostics of the stream: speed by stage, preview of the augmentations, quality of the shuffle."""

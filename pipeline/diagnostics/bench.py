@@ -1,4 +1,4 @@
-"""Speed of the stream on this machine, stage by stage, and an upper bound: libjpeg-turbo decoding the same records."""
+"""Benchmark of the stream: images/s of each stage, and an upper bound, the speed of libjpeg-turbo decoding."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
-ROUNDS = 5  # each measures all stages in turn, so that a change of the machine's speed affects all of them
+ROUNDS = 5  # each round measures all stages in turn, so that a change of the machine's speed affects all stages
 STAGES = ("read", "decode", "augment", "hand over")
-_BOUND_RECORDS = 2000  # decoded again and again for the bound
-_AHEAD_BATCHES = 8  # batches that may be ready when a measurement begins: they are not counted
+_BOUND_RECORDS = 2000  # number of records that are decoded repeatedly for the bound
+_AHEAD_BATCHES = 8  # number of batches that may be prefetched before a measurement; they are not counted
 
 Work = Callable[[], int]  # processes some images and returns their number
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Images/s, medians over the rounds. The fields are the keys of `alexstream bench --json`."""
+    """Speeds in images/s, medians over the rounds. The fields are the keys of `alexstream bench --json`."""
 
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    stages: dict[str, float]  # images/s through this stage and all before it; the last is the whole stream
-    bound: str  # what the bound measures, with the version of the library
+    stages: dict[str, float]  # images/s of each stage together with all stages before it
+    bound: str  # description of the bound, with the version of the library
     batch: int
     threads: int
     device: str
@@ -54,10 +54,7 @@ class BenchResult:
 def bench_stream(
     store: Store, batch: int, threads: int, device: str, seconds: float, progress: Progress, split: str = "train"
 ) -> BenchResult:
-    """Measure training batches, each stage before them, and the bound, for `seconds` each.
-
-    Raises what train_loader raises.
-    """
+    """Measure each stage of the stream and the bound for `seconds` each; raises the errors of train_loader."""
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     is_jpeg = store.settings.format == "jpeg"
@@ -82,7 +79,7 @@ def bench_stream(
         rates: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
             for name, run in work.items():
-                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # made while others were measured
+                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # may be prefetched during other stages
                     run()
                 rates[name].append(_images_per_s(run, seconds / ROUNDS))
             progress.advance()
@@ -103,7 +100,7 @@ def bench_stream(
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """For --json: images/s to a tenth, the share to three digits."""
+    """The result for --json: images/s are rounded to one decimal, the share to three decimals."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
@@ -162,12 +159,12 @@ class _DecodeEngine:
 
 
 def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
-    """Batches in the store's order, without end."""
+    """Jobs that read batches in the store's order, without end."""
     draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
 
     def read(first: int) -> BatchInput:
-        numbers = np.arange(first, first + batch)
-        return prefetcher.read_batch(numbers, lambda records: augmenter.random_crops(records, draws))
+        record_numbers = np.arange(first, first + batch)
+        return prefetcher.read_batch(record_numbers, lambda records: augmenter.random_crops(records, draws))
 
     return (partial(read, first) for first in itertools.cycle(range(0, records - batch + 1, batch)))
 
@@ -179,7 +176,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """The least that records cost, on all threads: decoding (JPEG) or copying (PPM) their bytes."""
+    """Decode (JPEG) or copy (PPM) the bytes of the records on all threads, and nothing else."""
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]

@@ -1,4 +1,4 @@
-"""Contact sheets: the augmentations of the stream drawn as a PNG, and images in a grid."""
+"""Contact sheets as image files: random augmentations of stored images, and images in a grid."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from pipeline.still_image import Pixels, StoredImages
 from prep.console import UserError
 from prep.store.manifest import Store
 
-AUGMENTED = 8  # columns with random augmentations
-NOISE_FACTOR = 10.0  # of the colour noise in the last column
+AUGMENTED = 8  # number of columns with random augmentations
+NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
-    """Draw `rows` images of a store: as stored, with eight random augmentations, the eighth again with louder noise.
+    """Draw a row for each of `rows` images: as stored, eight random augmentations, the eighth again with 10 × noise.
 
-    Raises UserError if the file cannot be written, StoreError as the loaders do.
+    Raises UserError if the file cannot be written, StoreError for a damaged record.
     """
     rows = min(rows, store.split(split).records)
     titles = [
@@ -52,11 +52,11 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
     try:
         sheet.save(out)
     except (OSError, ValueError) as error:
-        raise UserError(f"{out}: {error}. Name a file such as preview.png in a folder that exists.") from None
+        raise UserError(f"{out}: {error}. Choose a file such as preview.png in a folder that exists.") from None
 
 
 def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
-    """Save images uint8 (N, height, width, 3) as one file, 16 in a row, at half their size.
+    """Save images uint8 (N, height, width, 3) as one image file, 16 images in a row, at half their size.
 
     Raises OSError if the file cannot be written.
     """

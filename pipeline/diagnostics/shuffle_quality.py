@@ -1,4 +1,4 @@
-"""Shuffle quality of an epoch: distinct classes in a batch, compared with what a perfect shuffle would give."""
+"""Shuffle quality of an epoch: distinct classes in a batch, compared with the number for a perfect shuffle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipeline.sampling import epoch_permutation
 from prep.console import Progress
 from prep.store.manifest import Store
 
-LEAST_SHARE = 0.95  # of the ideal: below it `alexstream inspect` warns
+LEAST_SHARE = 0.95  # `alexstream inspect` warns if the share of the ideal is below this
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class ShuffleQuality:
     """Distinct classes in the batches of one epoch."""
 
     batches: int  # number of batches counted
-    distinct_classes: float  # in a batch, mean over the batches counted
-    ideal_distinct_classes: float  # expected if a batch were drawn from the split without replacement
+    distinct_classes: float  # number of distinct classes in a batch, mean over the batches counted
+    ideal_distinct_classes: float  # expected number if a batch were drawn without replacement
     share_of_ideal: float
 
 
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     """Expected number of classes among `batch` records drawn from sum(label_counts) without replacement.
 
-    A class with n of N records is missing with probability C(N − n, batch) / C(N, batch).
+    A class with n of N records is missing from the batch with probability C(N − n, batch) / C(N, batch).
     """
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]

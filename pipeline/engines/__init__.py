@@ -1,1 +1,1 @@
-"""Engines: what turns records into augmented images, with a C kernel on a CPU or with a DALI graph."""
+"""Engines, which turn records into augmented images, with a C kernel on a CPU or with a DALI graph."""

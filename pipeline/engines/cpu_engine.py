@@ -1,7 +1,7 @@
-"""Augmentation on a CPU: DALI decodes the JPEG; the C kernel crops, flips, normalizes and lays out in one pass.
+"""Augmentation on a CPU: DALI decodes JPEG files; the C kernel crops, flips and normalizes in one pass.
 
-Raw records are cropped straight from the mapped store, without DALI. With DALI's crop_mirror_normalize instead of the
-kernel, an image takes 0.1 to 0.2 ms more, or twice that with a mean image (docs/measurements.md).
+Raw records are cropped directly from the mapped store, without DALI. With DALI's crop_mirror_normalize instead of the
+kernel, an image takes 0.1 to 0.2 ms longer, or twice as much longer with a mean image (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from pipeline.engines.kernels import CROP_DTYPE, NativeKernels
 from pipeline.placement import Placement
 from pipeline.records import Record
 
-_SPARE_BLOCKS = 3  # kept for the next batches: allocating anew costs a fifth of the work
+_SPARE_BLOCKS = (
+    3  # number of free blocks kept for later batches; allocating every block takes a fifth of the engine's time
+)
 _ALIGNMENT_BYTES = 64
 
 
 class CpuEngine:
-    """The formula of pipeline.augment with the C kernel, on `threads` threads."""
+    """Computes the formula of pipeline.augment with the C kernel, on `threads` threads."""
 
     def __init__(self, augmenter: Augmenter, kernel: NativeKernels, output: OutputFormat, threads: int) -> None:
         self._kernel, self._threads = kernel, threads
@@ -45,17 +47,20 @@ class CpuEngine:
         self._pool = ThreadPoolExecutor(threads, "alexstream-crop")
 
     def define_graph(self) -> Any:
-        """DALI's part: uint8 HWC crops, or squares for ten views; None for raw records."""
+        """DALI nodes: uint8 HWC crops, or central squares for ten views; None for raw records."""
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Values for the graph's external sources, by name; one for each record."""
+        """Inputs of the graph's external sources by name, each with one value for each record."""
         if self._is_raw:
             return {}
         return decode_inputs(records, crops.origin + crops.offset[:, 0] if self._views == 1 else crops.origin)
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """(N, 3, side, side), (N, 10, 3, side, side) for ten views, or with channels last, in memory of their own."""
+        """Images (N, 3, side, side), or (N, 10, 3, side, side) for ten views; channels last with layout "NHWC".
+
+        Their memory is not reused while a tensor refers to it.
+        """
         jobs = self._kernel_jobs(outputs, records, crops)
         count, side = len(jobs), self._crop_px
         shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
@@ -72,7 +77,7 @@ class CpuEngine:
         return tensor.to(self._dtype)
 
     def close(self) -> None:
-        """End the threads and release all memory but that of images which are still referenced."""
+        """Stop the threads and release all memory except that of images that are still referenced."""
         self._pool.shutdown()
         self._memory.close()
 
@@ -96,9 +101,9 @@ class CpuEngine:
         return jobs.reshape(-1)
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.int64]:
-        """(N, V): address of the upper left of the part of the mean image that is subtracted.
+        """(N, V): for each crop, the address of the upper left pixel of the mean to subtract.
 
-        From a mirrored crop the aligned mean is subtracted mirrored, too.
+        If the mean is "aligned", a mirrored crop gets the mirrored mean.
         """
         assert self._mean is not None
         y = x = np.full(crops.flip.shape, self._max_offset_px // 2)
@@ -112,14 +117,14 @@ class CpuEngine:
 
 
 class _BlockPool:
-    """Reuses the memory of batches once no tensor refers to it."""
+    """Pool of memory blocks for batches; a block is reused once no tensor refers to it."""
 
     def __init__(self) -> None:
         self._free: list[npt.NDArray[np.float32]] = []
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """An uninitialized, contiguous float32 array. A tensor made of it keeps it, and its memory, alive."""
+        """An uninitialized, contiguous float32 array. Its memory is not reused while a tensor refers to it."""
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None

@@ -1,8 +1,8 @@
 """Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel could not be compiled.
 
-The graph has no randomness and no state: random numbers enter it as inputs. After the decoder one operator does
-everything: crop_mirror_normalize takes a mean for each sample, so the colour noise is part of it (`mean − shift`) and
-costs nothing. A mean image costs one more pass.
+The graph has no random operators and no state: random numbers are inputs. After the decoder, one operator crops, flips
+and normalizes: crop_mirror_normalize. It takes a separate mean for each image, so the colour noise is part of this mean
+(`mean − shift`) and takes no extra time. A mean image takes one more pass.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ Node = Any  # nvidia.dali.pipeline.DataNode
 class OutputFormat(NamedTuple):
     """Shape and type of the images that an engine returns."""
 
-    views: int = 1  # crops of each record: 1 or 10
+    views: int = 1  # number of crops of each record: 1 or 10
     layout: str = "NCHW"  # one of pipeline.augment.LAYOUTS
     divisor: float = 1.0  # divides the finished image
     dtype: torch.dtype = torch.float32
-    crop_px: int = CROP_PX  # side of a crop; side of the whole central square if that is the one view
+    crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
 
 
 def decode_crop(placement: Placement, size_px: int) -> Node:
-    """uint8 HWC of JPEG files: the square of `size_px` that begins at `start`. Its inputs come from decode_inputs."""
+    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs makes the inputs of this node."""
     fn, types = dali().fn, dali().types
     return fn.decoders.image_slice(  # does not decode the rows below the square
         external_source("jpeg", types.UINT8, 1),
@@ -47,22 +47,22 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
 
 
 def decode_inputs(records: Sequence[Record], start: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """The inputs of decode_crop: the records' JPEG files, and row and column at which each square begins, (N, 2)."""
+    """The inputs of decode_crop. `start` is (N, 2): the row and the column at which each decoded square begins."""
     return {"jpeg": payload_tensors(records), "start": start}
 
 
 def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
-    """The records' payloads as DALI tensors on the CPU, without copies; DALI's fastest kind of input."""
+    """The records' payloads as DALI tensors on the CPU, without copies: the fastest kind of input for DALI."""
     return [dali().tensors.TensorCPU(record.payload, layout) for record in records]
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """An input of the graph, fed by name for each batch."""
+    """An input of the graph, which gets values by name for each batch."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
 class DaliEngine:
-    """The formula of pipeline.augment in DALI: its graph, the graph's inputs, and its outputs as tensors."""
+    """Computes the formula of pipeline.augment in DALI: defines the graph, its inputs and its outputs as tensors."""
 
     def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat) -> None:
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
@@ -71,11 +71,11 @@ class DaliEngine:
         self._fn, self._types = dali().fn, dali().types
 
     def define_graph(self) -> Node:
-        """One image or ten views of each record."""
+        """The DALI nodes: one crop or ten views of each record."""
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Values for the graph's external sources, by name; one for each record."""
+        """Inputs of the graph's external sources by name, each with one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
@@ -93,10 +93,10 @@ class DaliEngine:
         return inputs
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """DALI's output as a tensor that shares its memory, which DALI does not reuse while a tensor refers to it.
+        """DALI's output as a tensor that shares its memory. DALI does not reuse the memory while a tensor refers to it.
 
-        Half precision is torch's conversion: DALI has no bfloat16, and on a CPU its float16 takes four times as long as
-        its float32.
+        Torch converts to half precision: DALI has no bfloat16, and on a CPU, float16 in DALI takes four times as long
+        as float32.
         """
         images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
         return images.to(self._dtype)
@@ -105,7 +105,7 @@ class DaliEngine:
         """Does nothing: the engine holds neither threads nor memory of its own."""
 
     def _squares(self, records: Sequence[Record], start: npt.NDArray[np.int32]) -> list[Record]:
-        """Raw records, cut to their central squares."""
+        """Raw records, cropped to their central squares."""
         side = self._augmenter.side_px
         squares = []
         for record, (y, x) in zip(records, start.tolist(), strict=True):
@@ -113,7 +113,7 @@ class DaliEngine:
         return squares
 
     def _image(self, size_px: int) -> Node:
-        """uint8 HWC: of a JPEG record the square of `size_px` at `start`, of a raw record all that is fed."""
+        """uint8 HWC: the square of `size_px` at input `start` of a JPEG file, or all pixels of input `pixels`."""
         if self._augmenter.is_raw:
             return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
         return decode_crop(self._placement, size_px)
@@ -134,7 +134,7 @@ class DaliEngine:
         return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """(10, …) for each record, out of its square; the positions are the same for all records."""
+        """Ten views (10, …) of each record's central square, at the same positions for all records."""
         square, views = self._image(self._augmenter.side_px), []
         offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
@@ -149,7 +149,7 @@ class DaliEngine:
         return self._fn.stack(*views)
 
     def _normalize(self, image: Node, flip: Any, mean: Any, position: tuple[Any, Any] | None = None) -> Node:
-        """(image − mean) / divisor of the crop at `position` (y, x in 0..1; None: of all of the image), mirrored."""
+        """Crop `image` at `position`, (y, x) in 0..1 (None: no crop), mirror it if `flip`, and normalize it."""
         crop = {}
         if position is not None:
             crop = {"crop": [self._crop_px] * 2, "crop_pos_y": position[0], "crop_pos_x": position[1]}
@@ -164,7 +164,7 @@ class DaliEngine:
         )
 
     def _subtract_centre(self, image: Node) -> Node:
-        """`image` minus the centre crop of the mean image, if that is the mean; else as it is."""
+        """`image` minus the centre crop of the mean image if Augmentation.mean is "image"; otherwise `image`."""
         if self._augmenter.augmentation.mean != "image":
             return image
         assert self._augmenter.mean_image is not None
@@ -180,9 +180,9 @@ class DaliEngine:
 def _relative(
     offset_px: npt.NDArray[np.int32], max_offset_px: npt.NDArray[np.int32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """(y, x) of offsets (N, 2) as crop_pos_y and crop_pos_x expect them, 0..1 of the largest offset.
+    """Convert offsets (N, 2) in px to (crop_pos_y, crop_pos_x), fractions 0..1 of the largest offset.
 
-    DALI multiplies them by the largest offset and rounds, which gives exactly the same px.
+    DALI multiplies each fraction by the largest offset and rounds; this gives exactly the offset in px.
     """
     relative = (offset_px / np.maximum(max_offset_px, 1)).astype(np.float32)
     return np.ascontiguousarray(relative[:, 0]), np.ascontiguousarray(relative[:, 1])

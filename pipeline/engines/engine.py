@@ -1,6 +1,6 @@
-"""Interface of the engines, which turn records into augmented images, and the choice between the two.
+"""Interface of the engines, which turn records into augmented images, and the choice of an engine for a device.
 
-CpuEngine crops with a compiled kernel; DaliEngine does everything in a DALI graph.
+CpuEngine crops, flips and normalizes with a compiled kernel; DaliEngine does so in a DALI graph.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from pipeline.records import Record
 
 
 class Engine(Protocol):
-    """What pipeline.prefetch requires of an engine."""
+    """Interface that pipeline.prefetch requires of an engine."""
 
     def define_graph(self) -> Any:
         """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Values for the graph's external sources, by name; one for each record."""
+        """Inputs of the graph's external sources by name, each with one value for each record."""
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """The images of a batch, made of the graph's outputs for it."""
+        """The images of a batch, made from the graph's outputs."""
 
     def close(self) -> None:
-        """Release threads and memory."""
+        """Stop threads and release memory."""
 
 
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
-    """A CpuEngine on a CPU where the kernel could be compiled, else a DaliEngine."""
+    """A CpuEngine for a CPU if the kernel could be compiled; otherwise a DaliEngine."""
     if placement.device_id is None and kernels.native is not None:
         return CpuEngine(augmenter, kernels.native, output, threads)
     return DaliEngine(augmenter, placement, output)

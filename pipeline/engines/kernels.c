@@ -2,7 +2,7 @@
 
 #include <stdint.h>
 
-#ifdef CLONES /* two versions of each function; the loader picks the better one for this CPU */
+#ifdef CLONES /* Compile two versions of each function; the dynamic linker chooses one for this CPU. */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -12,7 +12,7 @@
 typedef struct {
     const uint8_t *pixels; /* upper left of the crop, RGB */
     int64_t stride;        /* bytes from one row to the next */
-    const float *mean;     /* upper left of the mean to subtract, in the layout of the output; or null */
+    const float *mean;     /* upper left of the mean to subtract, in the layout of the output; null: no mean */
     float shift[3];        /* added to R, G, B */
     int32_t flip;          /* 1: mirror left and right */
 } crop;
@@ -65,7 +65,7 @@ EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t 
         for (int64_t i = 0; i < side; i++, out += 3 * side) {
             const uint8_t *restrict row = cur->pixels + i * cur->stride;
             const float *restrict mean = cur->mean + 3 * i * mean_side;
-            if (cur->flip) { /* through planes: half the time of mirroring pixel by pixel */
+            if (cur->flip) { /* Splitting the row into channels first takes half the time of mirroring it pixel by pixel. */
                 split(row, side, rows);
                 for (int64_t j = 0; j < side; j++)
                     for (int64_t c = 0; c < 3; c++)

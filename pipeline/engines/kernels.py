@@ -1,7 +1,7 @@
-"""Python side of kernels.c, which crops, flips and normalizes images on a CPU.
+"""Python interface of kernels.c, the C kernel that crops, flips and normalizes images on a CPU.
 
-`native` is None if the library could not be compiled or computes wrongly (prep/compiled.py). Streams on a CPU then use
-DALI's crop_mirror_normalize, which takes two to three times as long.
+`native` is None if the library could not be compiled or fails its self-test (prep/compiled.py). Streams on a CPU then
+use DALI's crop_mirror_normalize, which takes two to three times as long.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CROP_DTYPE = np.dtype(  # struct crop in kernels.c
 
 
 class NativeKernels:
-    """Functions of the compiled library. Raises AttributeError if the library lacks one."""
+    """Functions of the compiled library. Raises AttributeError if one is missing."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._crop = {"NCHW": library.crop_nchw, "NHWC": library.crop_nhwc}
@@ -41,10 +41,10 @@ class NativeKernels:
     ) -> None:
         """Write (pixel + shift − mean) · scale of each crop to `out`, (N, 3, side, side) or (N, side, side, 3).
 
-        crops         (N,) of CROP_DTYPE, contiguous. Its addresses are not checked: the memory must exist and be large
-                      enough
-        layout        "NCHW" or "NHWC": that of `out` and of the mean image
-        mean_side_px  side of the square mean image into which `mean` points
+        crops         (N,) of CROP_DTYPE, contiguous. The addresses in it are not checked: their memory must exist and
+                      be large enough
+        layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
+        mean_side_px  side of the square mean image that the field `mean` points into
         """
         side = out.shape[2]
         self._crop[layout](crops.ctypes.data, len(crops), side, mean_side_px, scale, out.ctypes.data)

@@ -1,6 +1,6 @@
 """Helpers of the loaders' tests: take, compare and concatenate batches, and read the labels of a store.
 
-In the fixture `numbered_store` the label of an image is its number, so labels show which records a batch holds.
+In the fixture `numbered_store` the images of a split have different labels, so labels identify the records of a batch.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ TOLERANCE = 1e-3  # grey levels
 
 @pytest.fixture(params=["kernel", "graph"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both engines: the C kernel, and the DALI graph, which runs on a GPU and on a CPU without a compiler."""
+    """Run a test with both engines: the C kernel, and the DALI graph, used on a GPU and on a CPU without a compiler."""
     if request.param == "graph":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:
@@ -75,7 +75,7 @@ def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, a
 @pytest.mark.parametrize(("kind", "mean"), [("jpeg", "aligned"), ("ppm", "none"), ("ppm-whole", "none")])
 @pytest.mark.usefixtures("engine")
 def test_every_crop_is_at_the_offset_that_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """Each of the 33 offsets in each direction: DALI turns relative positions back into the exact pixels."""
+    """All 33 offsets occur in each direction. DALI gets them as fractions and must restore the exact pixels."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
     draws = [draw_params(1, epoch, 0, 30, 32).offset for epoch in range(6)]
     assert all(set(column) == set(range(33)) for column in np.concatenate(draws).T.tolist())
@@ -91,10 +91,10 @@ def test_every_crop_is_at_the_offset_that_was_drawn(stores: dict[str, Path], kin
     [(224, ("--format", "ppm", "--keep-aspect")), (225, ("--format", "ppm")), (227, ("--keep-aspect",))],
 )
 @pytest.mark.usefixtures("engine")
-def test_stores_of_other_sides_have_other_crops(
+def test_crops_of_stores_of_other_sides_equal_the_formula(
     photo_folder: Path, build: Build, side: int, options: tuple[str, ...]
 ) -> None:
-    """Sides that leave an odd number of offsets, and only one offset."""
+    """Sides of 224, 225 and 227 px have 1, 2 and 4 offsets in each direction."""
     store = Store.open(build(photo_folder, "--split", "train", "--side", str(side), *options))
     augmentation = Augmentation(mean="aligned")
     images = served(train_loader(store.root, 10, seed=9, augmentation=augmentation))
@@ -117,7 +117,7 @@ def test_stores_of_other_sides_have_other_crops(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("engine")
 def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """In the store's order. Of the augmentation only the mean is used."""
+    """Images come in the order of the store. Only the mean of the augmentation is used."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
     squares = stored_squares(store, "val")
     one = list(served(eval_loader(store.root, 5, augmentation=augmentation)))
@@ -147,7 +147,7 @@ def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, 
 def test_squares_equal_the_central_square_minus_the_mean(
     stores: dict[str, Path], kind: str, mean: str, layout: str
 ) -> None:
-    """All 256 × 256 × 3 values of the central square, minus the whole mean image or one mean for each channel."""
+    """The test compares all 256 × 256 × 3 values of each central square."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0)
     rgb = {"channel": store.color_stats("train").mean_rgb, "none": (0, 0, 0)}
     subtracted = np.array(rgb[mean]) if mean in rgb else mean_image(store.root)
@@ -174,7 +174,7 @@ def test_evaluation_subtracts_the_mean_of_the_training_split(stores: dict[str, P
 
 @pytest.mark.parametrize("mean", ["image", "aligned"])
 def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores: dict[str, Path], mean: str) -> None:
-    """Views 6 to 10 mirror views 1 to 5."""
+    """Views 6 to 10 are views 1 to 5 mirrored; view 3 and view 8 are compared."""
     store = Store.open(stores["ppm"])
     m = store.mean_image()[16:240, 16:240].transpose(2, 0, 1)
     assert np.abs(m - m[:, :, ::-1]).max() > 1
@@ -188,7 +188,7 @@ def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores:
 
 
 def batches(store: Path, loader: str, **options) -> list[torch.Tensor]:
-    """Images of the first two batches: 8 images, or the ten views of one."""
+    """Images of the first two batches, each with 8 images or with the ten views of one image."""
     if loader == "train":
         stream = train_loader(store, 8, seed=4, **options)
     elif loader == "centre":
@@ -217,7 +217,7 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 as torch rounds, float16 to one unit in its last place."""
+    """bfloat16 is rounded as by torch; float16 differs by at most one unit in the last place."""
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)
     brain = batches(stores["jpeg"], loader, dtype="bfloat16", **options)

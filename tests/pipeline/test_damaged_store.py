@@ -109,7 +109,7 @@ def test_a_stream_does_not_skip_a_damaged_record_when_it_is_iterated_again(
 
 @pytest.mark.parametrize("views", [1, 10])
 def test_a_loader_closes_safely_when_an_error_leaves_its_with_block(broken: Path, views: int) -> None:
-    """Files that DALI still reads must not be unmapped: that would crash the process. 20 times in a subprocess."""
+    """Files that DALI still reads must not be unmapped: that would crash the process. The subprocess tries 20 times."""
     change(broken, "val", 0, flip_a_bit_of_the_jpeg)
     script = (
         "import sys\n"
@@ -133,7 +133,7 @@ def test_a_loader_closes_safely_when_an_error_leaves_its_with_block(broken: Path
     assert process.stdout.count("key 00000000") == 20
 
 
-def test_a_jpeg_that_cannot_be_decoded_stops_the_stream_even_with_a_right_checksum(broken: Path) -> None:
+def test_a_jpeg_that_cannot_be_decoded_stops_the_stream_even_with_a_correct_checksum(broken: Path) -> None:
     change(broken, "val", 3, lambda value: replace(Datum.decode(value), data=bytes(3000)).encode())
     with eval_loader(broken, 4) as loader:
         message, _ = stopped_with(loader)
@@ -144,7 +144,7 @@ def test_a_jpeg_that_cannot_be_decoded_stops_the_stream_even_with_a_right_checks
 
 @pytest.mark.parametrize("kind", ["ppm", "ppm-whole"])
 def test_too_few_pixels_in_a_raw_record_are_reported(stores: dict[str, Path], tmp_path: Path, kind: str) -> None:
-    """Even with a right checksum."""
+    """The checksum of the record is correct."""
     store = Path(shutil.copytree(stores[kind], tmp_path / "store"))
     key, source = change(store, "val", 4, lambda v: replace(Datum.decode(v), data=Datum.decode(v).data[:-3]).encode())
     with eval_loader(store, 2) as loader, pytest.raises(StoreError) as stopped:
@@ -153,7 +153,7 @@ def test_too_few_pixels_in_a_raw_record_are_reported(stores: dict[str, Path], tm
 
 
 def test_a_truncated_shard_is_reported_without_a_crash(broken: Path) -> None:
-    """In a subprocess: reading past the end of a mapped file would kill it."""
+    """Runs in a subprocess, because reading past the end of a mapped file would kill the process."""
     file = broken / "val" / "00000" / "data.mdb"
     with open(file, "r+b") as handle:
         handle.truncate(file.stat().st_size // 2)

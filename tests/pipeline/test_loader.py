@@ -92,7 +92,7 @@ def test_an_epoch_has_full_batches_of_distinct_records_in_the_order_of_its_permu
             assert labels_by_batch(loader) == [order[end - batch_size : end] for end in ends]
 
 
-def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve(numbered_store: Path) -> None:
+def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve_epochs(numbered_store: Path) -> None:
     with train_loader(numbered_store, 10) as loader:
         epochs = [[label for batch in labels_by_batch(loader) for label in batch] for _ in range(12)]
     assert all(len(set(epoch)) == len(epoch) == TRAIN_RECORDS - loader.left_out == 30 for epoch in epochs)
@@ -167,7 +167,7 @@ def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
 
 
 def test_the_loader_waits_for_a_slow_consumer(numbered_store: Path) -> None:
-    """With the real clock. The sum of both wait times is at most the time that passed."""
+    """Uses the real clock. The sum of both wait times is at most the time that passed."""
     with train_loader(numbered_store, 2) as loader:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):
@@ -190,13 +190,15 @@ def test_wait_times_count_the_batches_of_an_evaluation(numbered_store: Path) -> 
 def test_a_batch_larger_than_the_split_is_refused_with_both_numbers(numbered_store: Path) -> None:
     with pytest.raises(UserError, match=r"37 records in train, a batch takes 64.*at most 37"):
         train_loader(numbered_store, 64)
-    with pytest.raises(UserError, match=r"37 records in train, a batch takes 20, 2 of them 40.*at most 18"):
+    with pytest.raises(
+        UserError, match=r"37 records in train, a batch takes 20, a step of 2 ranks takes 40.*at most 18"
+    ):
         train_loader(numbered_store, 20, world_size=2)
 
 
 @pytest.mark.parametrize("make", [train_loader, eval_loader])
 @pytest.mark.parametrize("arguments", [{"batch_size": 0}, {"shard": 1}, {"shard": -1}, {"shard": 2, "world_size": 2}])
-def test_a_batch_size_or_shard_out_of_range_is_refused(numbered_store: Path, make, arguments: dict[str, int]) -> None:
+def test_a_batch_size_or_rank_out_of_range_is_refused(numbered_store: Path, make, arguments: dict[str, int]) -> None:
     with pytest.raises(UserError, match="expected"):
         make(numbered_store, **{"batch_size": 4, **arguments})
 

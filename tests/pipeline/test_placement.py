@@ -1,4 +1,4 @@
-"""Placement on a GPU, tested with a stand-in for CUDA on a machine without one."""
+"""Placement on a GPU, tested with mocked CUDA functions on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import torch
 from pipeline.placement import Placement
 
 
-def test_a_batch_is_handed_to_torch_while_its_gpu_is_the_current_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With `--gpus 1`, GPU 0 is current. DALI would take torch's default stream, number 0, for that of GPU 0."""
+def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With `--gpus 1`, GPU 0 is current. DALI would take handle 0, torch's default stream, for a stream of GPU 0."""
     current = [0]
     seen: dict[str, int] = {}
 

@@ -1,4 +1,4 @@
-"""Prefetcher: images come in the order of the jobs, look-ahead is bounded, and it can be closed at any time."""
+"""Prefetcher: images come in the order of the jobs, the queues are bounded, and it can be closed at any time."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ NOTHING = Augmentation(mean="none", colour="off")
 
 
 class Harness:
-    """A Prefetcher that serves centre crops of the training images of a store, three in a batch."""
+    """Holds a Prefetcher that serves centre crops of the training images of a store in batches of three."""
 
     def __init__(self, path: Path) -> None:
         store = Store.open(path)
@@ -43,7 +43,7 @@ class Harness:
     def take(self) -> tuple[int, float]:
         """The number of the first record in the next batch, and the sum of the batch's pixels."""
         images, batch_input = self.prefetcher.next()
-        return int(batch_input.numbers[0]), float(images.numpy().sum(dtype=np.float64))
+        return int(batch_input.record_numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
 
 @pytest.fixture(params=["kernel", "graph"])
@@ -67,7 +67,7 @@ def sums(stores: dict[str, Path]) -> dict[int, float]:
 
 
 def test_images_come_in_the_order_of_the_jobs(harness: Harness, sums: dict[int, float]) -> None:
-    """Even if the first job takes longest."""
+    """Two of the jobs take longer than the jobs after them."""
     firsts = [9, 0, 3, 20, 4, 5, 1, 27, 2]
     harness.prefetcher.start(partial(harness.job, first, 0.2 if k in (0, 4) else 0) for k, first in enumerate(firsts))
     assert [harness.take() for _ in firsts] == [(first, sums[first]) for first in firsts]
@@ -110,7 +110,7 @@ def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
 
 
 def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
-    """After the first batch was taken, further jobs run without a request."""
+    """After the first batch has been taken, further jobs run without a request."""
     begun, reads = [], threading.Semaphore(0)
 
     def job(first: int) -> BatchInput:
@@ -131,7 +131,7 @@ def test_an_error_in_a_job_is_raised_after_the_batches_before_it(harness: Harnes
     harness.prefetcher.start(iter([partial(harness.job, 0), partial(harness.job, 1), partial(harness.job, 2), failing]))
     assert harness.take() == (0, sums[0])
     assert [harness.take()[0] for _ in range(2)] == [1, 2]
-    for _ in range(2):  # again and again: skipping a batch would shift all later ones
+    for _ in range(2):  # every call raises the error: skipping a batch would shift all later batches
         with pytest.raises(StoreError, match="the disk is gone"):
             harness.take()
 

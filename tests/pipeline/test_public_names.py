@@ -1,4 +1,4 @@
-"""`from pipeline import …`: every public name is there, is the same object as in its module, and is loaded lazily."""
+"""Public names of `pipeline`: each one is the same object as in its module and is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_a_public_name_is_the_object_of_its_module(name: str) -> None:
     assert value.__doc__ and name in dir(pipeline)
 
 
-def test_the_list_of_public_names_and_of_their_modules_are_the_same() -> None:
+def test_every_public_name_has_a_module_to_import_it_from() -> None:
     assert pipeline.__all__ == list(pipeline._MODULES)
 
 
@@ -38,6 +38,6 @@ def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
 
 
 def test_a_users_program_trains_on_the_stream(numbered_store: Path, tmp_path: Path) -> None:
-    """The program that tests/test_wheel.py type-checks."""
+    """Runs the program that tests/test_wheel.py type-checks."""
     assert typed_program.main(numbered_store, tmp_path / "state.json").endswith("%")
     assert typed_program.main(tmp_path, tmp_path / "state.json").startswith("store: ")

@@ -1,4 +1,4 @@
-"""Records of a split by number, compared with lmdb_shard.read and Datum.decode; several shards, gaps, damage."""
+"""Records by number, compared with lmdb_shard.read and Datum.decode; several shards, missing keys, damaged records."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 
 def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
-    """A copy of a store with its training records in shards of these sizes."""
+    """A copy of a store; the shards of its training split have `sizes` records."""
     shutil.copytree(source, target)
     store = Store.open(target)
     records = [(key, datum.encode()) for _, key, datum in stored(store, "train")]
@@ -91,7 +91,7 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 
 @pytest.fixture(scope="module")
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
-    """Built with --on-bad skip from a source with six unreadable files, whose keys are missing from the store."""
+    """A store built with --on-bad skip from a source with six unreadable files; their keys are missing."""
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
     for path in sorted((source / "train").rglob("*.JPEG"))[::5]:
@@ -99,7 +99,7 @@ def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, buil
     return Store.open(build(source, "--split", "train", "--on-bad", "skip"))
 
 
-def test_record_numbers_have_no_gaps_where_keys_have(with_gaps: Store) -> None:
+def test_record_numbers_are_consecutive_although_keys_are_missing(with_gaps: Store) -> None:
     keys = [int(key) for _, key, _ in stored(with_gaps, "train")]
     assert len(keys) == 24 and keys != list(range(keys[0], keys[0] + 24))
     assert_records_equal_datums(with_gaps, "train")
@@ -122,7 +122,7 @@ def test_several_threads_may_open_a_shard_at_the_same_time(stores: dict[str, Pat
             payloads = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
             assert payloads == [data for data in expected for _ in range(4)]
             records.close()
-    # LMDB refuses to open an environment twice in a process, so this one is closed
+    # LMDB refuses to open an environment twice in a process: this call fails unless the last Records closed its shards.
     lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()
 
 

@@ -1,6 +1,6 @@
 """Epoch permutations and random augmentation parameters: distributions, independence, and exact bits.
 
-Digests pin the bits of NumPy's generators: if a NumPy draws other numbers, the stream needs a new STREAM_VERSION.
+Digests fix the exact bits. If a version of NumPy draws other numbers, the stream needs a new STREAM_VERSION.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
-def test_neighbors_of_the_store_are_apart_in_an_epoch(size: int) -> None:
-    """A batch draws on as draws_of_400_steps blocks as if each of its records had been drawn from a whole window."""
+def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
+    """The number of blocks in a batch equals that of records drawn at random from a shuffle window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -65,12 +65,12 @@ def _distinct(labels: np.ndarray, batch: int = 128) -> float:
 
 
 @pytest.mark.parametrize("size", [20_000, 100_000])
-def test_a_window_consists_of_whole_blocks(size: int) -> None:
+def test_a_shuffle_window_consists_of_complete_blocks(size: int) -> None:
     order = epoch_permutation(size, 3, 1)
     seen: list[set[int]] = []
     for first in range(0, size, WINDOW_RECORDS):
         blocks, counts = np.unique(order[first : first + WINDOW_RECORDS] // BLOCK_RECORDS, return_counts=True)
-        # a part of a block at each end, and the last block of the store, which is short
+        # a window may begin and end within a block, and the last block of the store is shorter
         assert len(blocks) <= WINDOW_RECORDS // BLOCK_RECORDS + 2
         last = (size - 1) // BLOCK_RECORDS
         assert sum(count < BLOCK_RECORDS for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
@@ -82,10 +82,10 @@ def test_a_window_consists_of_whole_blocks(size: int) -> None:
 
 @pytest.mark.parametrize("record", [0, 63, 64, 129])
 def test_a_record_is_equally_likely_at_every_position_of_an_epoch(record: int) -> None:
-    """130 records: two full blocks and one of two records."""
+    """The 130 records are two full blocks and a block of two records."""
     positions = [int(np.flatnonzero(epoch_permutation(130, 0, epoch) == record)[0]) for epoch in range(2600)]
     counts = np.bincount(np.array(positions) // 10, minlength=13)
-    assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile at 12 degrees of freedom
+    assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile of chi-squared, 12 degrees
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_crop_offsets_are_uniform_over_33_by_33(draws_of_400_steps: tuple[np.nda
     assert offsets.dtype == np.int32 and offsets.min() == 0 and offsets.max() == MAX_OFFSET_PX
     for axis in range(2):
         counts = np.bincount(offsets[:, axis], minlength=33)
-        assert ((counts - n / 33) ** 2 / (n / 33)).sum() < 62.5  # 99.9 % quantile at 32 degrees of freedom
+        assert ((counts - n / 33) ** 2 / (n / 33)).sum() < 62.5  # 99.9 % quantile of chi-squared, 32 degrees
     table = np.zeros((33, 33))
     np.add.at(table, tuple(offsets.T), 1)
     chi2 = ((table - n / 1089) ** 2 / (n / 1089)).sum()
@@ -151,13 +151,13 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """Small numbers in each of the three, which a sum or a product of them would confuse."""
+    """All combinations of 0 to 3: generators seeded with a sum or a product of the three would repeat."""
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 
 
 @pytest.mark.parametrize(("images", "shared_by"), [(16, 4), (10, 4), (128, 32), (3, 32)])
-def test_shared_by_images_have_the_same_offset_and_flip_but_their_own_noise(images: int, shared_by: int) -> None:
+def test_groups_of_shared_by_images_have_one_offset_and_flip_but_separate_noise(images: int, shared_by: int) -> None:
     draws = [draw_params(0, 0, step, images, MAX_OFFSET_PX, shared_by) for step in range(40)]
     for one in draws:
         assert [len(part) for part in one] == [images] * 3

@@ -1,4 +1,4 @@
-"""Single images outside of the stream equal, bit for bit, what the stream serves of the same images."""
+"""Single images that are preprocessed outside of the stream equal the images of the stream, bit for bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command `alexstream bench`."""
+"""The command `alexstream bench`: keys and values of its JSON output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.cli import main
 
 
 @pytest.mark.parametrize("format", ["jpeg", "ppm"])
-def test_bench_reports_the_rate_and_its_share_of_the_bound(stores: dict[str, Path], format: str) -> None:
+def test_bench_reports_the_speed_and_its_share_of_the_bound(stores: dict[str, Path], format: str) -> None:
     args = ["--store", str(stores[format]), "--seconds", "0.2", "--batch", "8", "--threads", "1"]
     result = CliRunner().invoke(main, ["bench", "--json", *args])
     assert result.exit_code == 0, result.output

@@ -1,4 +1,4 @@
-"""The command `alexstream preview`: the cells of its sheet."""
+"""The command `alexstream preview`: images in the cells of its contact sheet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
         assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
         last, stronger = cells[AUGMENTED], cells[AUGMENTED + 1]
         inside = ((stronger > 1) & (stronger < 254)).all(2)
-        if inside.sum() > 500:  # where nothing is clipped the two differ by one color: same crop, same flip
+        if inside.sum() > 500:  # where no pixel is clipped, the two cells differ by one RGB offset
             assert (stronger - last)[inside].std(0).max() < 1.5
 
 

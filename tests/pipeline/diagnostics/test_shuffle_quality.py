@@ -1,4 +1,4 @@
-"""Shuffle quality: the ideal compared with random shuffles, an epoch with the ideal, and an unshuffled store."""
+"""Shuffle quality: the ideal against random shuffles, an epoch against the ideal, and an unshuffled store."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def many_classes(tmp_path_factory: pytest.TempPathFactory, build: Any) -> Path:
     return Path(build(source, "--side", "32"))
 
 
-def inspect(store: Path, *words: str) -> tuple[dict[str, Any], str]:
-    result = CliRunner().invoke(main, ["inspect", "--store", str(store), "--json", *words])
+def inspect(store: Path, *options: str) -> tuple[dict[str, Any], str]:
+    result = CliRunner().invoke(main, ["inspect", "--store", str(store), "--json", *options])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout), result.stderr
 

@@ -1,4 +1,4 @@
-"""C kernel of the CPU engine: bounds, self-test at loading, threads; and the memory of batches."""
+"""CPU engine: memory bounds and self-test of the C kernel, number of threads, reuse of the memory of batches."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_a_library_that_computes_wrongly_is_not_used(tmp_path: Path, right: str,
 
 @pytest.mark.usefixtures("c_compiler")
 @pytest.mark.parametrize("flags", ["-O0", "-O1 -ffp-contract=off", "-O3 -march=native"])
-def test_every_compiler_gives_the_same_bits(
+def test_all_compiler_flags_give_the_same_bits(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: str
 ) -> None:
     def batch(layout: str) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_every_compiler_gives_the_same_bits(
 
 @needs_kernel
 def test_the_kernel_stays_within_image_mean_and_output() -> None:
-    """Each array begins or ends at a protected page: an access beyond it kills the subprocess."""
+    """Each array begins or ends at a protected page, so an access outside of the array kills the subprocess."""
     program = """
 import ctypes, itertools, mmap, os, numpy as np
 from pipeline.engines.kernels import CROP_DTYPE, native as kernel
@@ -108,7 +108,7 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path], threads: int) -> None:
-    """Also with more threads than images."""
+    """With 16 threads there are more threads than images."""
 
     def views(threads: int) -> list[torch.Tensor]:
         with eval_loader(stores["jpeg-whole"], 1, views=10, threads=threads) as loader:
@@ -118,14 +118,14 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path]
 
 
 def test_batches_that_are_kept_are_not_overwritten(stores: dict[str, Path]) -> None:
-    """The memory of the batches dropped in between is reused."""
+    """The test drops the batches between the kept ones, and the engine reuses their memory."""
     with train_loader(stores["ppm"], 5, seed=1) as loader:
         first = [batch.images.clone() for _ in range(2) for batch in loader]
         loader.seek(0)
         kept = []
         for k, batch in enumerate(batch for _ in range(2) for batch in loader):
             if k % 3 == 1:
-                kept.append((k, batch.images[2:4]))  # a view keeps its batch
+                kept.append((k, batch.images[2:4]))  # a view keeps the memory of its batch
             elif k % 3 == 2:
                 batch.images.fill_(k)
     assert all(torch.equal(part, first[k][2:4]) for k, part in kept) and len(kept) == 4

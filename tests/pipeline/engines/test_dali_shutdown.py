@@ -1,4 +1,4 @@
-"""DALI's private `Pipeline._shutdown`: that the installed DALI has it, has nothing public in its place, and stops."""
+"""DALI's private `Pipeline._shutdown`: it exists, has no public replacement, and stops all threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pipeline.placement import dali
 
 
 def test_dali_has_the_private_method_and_no_public_one() -> None:
-    """Where this fails with a new DALI: use its public method in pipeline/engines/dali_shutdown.py."""
+    """If this fails with a new DALI, use its public method in pipeline/engines/dali_shutdown.py."""
     pipeline = dali().Pipeline
     assert callable(pipeline._shutdown)
     public = {name for name in dir(pipeline) if not name.startswith("_")}
