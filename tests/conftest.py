@@ -1,8 +1,8 @@
-"""Shared fixtures: a small photo set in ILSVRC's layout, stores built from it, and Caffe's Datum by protobuf.
+"""Shared fixtures: a small set of photographs in ILSVRC's layout, stores built from it, and Caffe's Datum in protobuf.
 
-`photo_folder`, `store`, `stores` and `numbered_store` are made once in a process. Do not write into them: copy them
-first. `make test` runs two processes. A test therefore writes only into its own folders, and a time limit in it allows
-for a slow machine.
+`photo_folder`, `store`, `stores` and `numbered_store` are made once for all tests of a process. Do not write into them:
+copy them first. `make test` runs the tests in two processes. Therefore write only into a test's own folders, and choose
+time limits for a slow machine.
 """
 
 from __future__ import annotations
@@ -27,20 +27,21 @@ from prep.cli import main
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
-TRAIN_RECORDS, VAL_RECORDS = 37, 23  # of `numbered_store`
+TRAIN_RECORDS, VAL_RECORDS = 37, 23  # the sizes of `numbered_store`
 
 
 def pytest_configure() -> None:
-    """Keep torch's idle threads from spinning on cores that other tests need. Must run before torch is loaded."""
+    """Let idle OpenMP threads of torch sleep, so that other tests get their cores. Runs before torch is imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 training pictures in 3 class folders, 12 flat validation pictures with val_ground_truth.txt.
+    """30 training photographs in 3 class folders; 12 validation photographs in one folder, and val_ground_truth.txt.
 
-    Sides of 60 to 400 px, either orientation. Each split has one gray file, one CMYK file and one PNG that is named
-    .JPEG; train has one with EXIF orientation 6. Each class has its own tint.
+    Sides are 60 to 400 px. Some photographs are wider than high, others higher than wide. Each split has one gray file,
+    one CMYK file, and one PNG file named .JPEG. One training photograph has EXIF orientation 6. Each class has its own
+    tint.
     """
     root = tmp_path_factory.mktemp("photos")
     rng = np.random.default_rng(2012)
@@ -79,7 +80,7 @@ def _save(picture: Image.Image, path: Path, count: int) -> None:
 
 @pytest.fixture(scope="session")
 def store(photo_folder: Path, build: Build) -> Path:
-    """`photo_folder` built by the command with its default settings: 256 px, JPEG; train and val."""
+    """A store of the splits train and val of `photo_folder`, built with the default settings: 256 px, JPEG."""
     return build(photo_folder)
 
 
@@ -102,7 +103,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
-    """`photo_folder` in each of the four kinds of record: jpeg or ppm, the central square or the whole picture."""
+    """Four stores of `photo_folder`: JPEG or PPM records, of the central square or (`-whole`) the full image."""
     return {
         "jpeg": store,
         "jpeg-whole": build(photo_folder, "--keep-aspect"),
@@ -113,7 +114,7 @@ def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
-    """A store of 37 training and 23 validation pictures. The label of a picture is its number, from 0 in each split."""
+    """A store of 37 training and 23 validation images. Image k of a split, from 0, has label k."""
     source = tmp_path_factory.mktemp("numbered")
     rng = np.random.default_rng(0)
     for split, n in (("train", TRAIN_RECORDS), ("val", VAL_RECORDS)):
@@ -128,7 +129,7 @@ def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Pa
 
 @pytest.fixture(scope="session")
 def caffe_datum() -> Callable[[], Any]:
-    """Caffe's Datum (proto2), a message class that the protobuf library makes from the field numbers of caffe.proto."""
+    """The message class of Caffe's Datum (proto2), made by protobuf from the field numbers of caffe.proto."""
     field = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="datum.proto", package="caffe", syntax="proto2")
     message = file.message_type.add(name="Datum")
@@ -140,7 +141,7 @@ def caffe_datum() -> Callable[[], Any]:
         ("label", 5, field.TYPE_INT32, field.LABEL_OPTIONAL),
         ("float_data", 6, field.TYPE_FLOAT, field.LABEL_REPEATED),
         ("encoded", 7, field.TYPE_BOOL, field.LABEL_OPTIONAL),
-        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # this project's, as is the next
+        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # `source` and `crc32` are this project's
         ("crc32", 1002, field.TYPE_FIXED32, field.LABEL_OPTIONAL),
     ):
         message.field.add(name=name, number=number, type=kind, label=label)
@@ -151,7 +152,10 @@ def caffe_datum() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
-    """records_of(store, split): its (key, Datum) in the order of shards and keys, read with lmdb and protobuf alone."""
+    """records_of(store, split) returns the (key, Datum) of each record, read with lmdb and protobuf alone.
+
+    They are in the order of shards, then of keys.
+    """
 
     def read(store: Path, split: str) -> list[tuple[bytes, Any]]:
         records = []
@@ -176,8 +180,8 @@ def c_compiler() -> str:
 
 
 @pytest.fixture
-def time_limit() -> Iterator[None]:
-    """A time limit: a test that reads or waits forever fails after a minute."""
+def one_minute_timeout() -> Iterator[None]:
+    """Raise TimeoutError in a test that has not ended within a minute."""
 
     def fail(signum: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError("the test has not ended within a minute")

@@ -1,4 +1,4 @@
-"""The files that a newcomer reads first agree with the project: changelog, citation, CI, hooks, Dockerfile, guide."""
+"""Tests that the changelog, CITATION.cff, CI, hooks, Dockerfile and CONTRIBUTING.md agree with the project."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.helpers.project import ROOT
 from tests.test_layering import ROOMS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # of Keep a Changelog 1.1.0
+SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # the sections of Keep a Changelog 1.1.0
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text("utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 
@@ -24,14 +24,14 @@ def read_yaml(name: str) -> Any:
 
 
 def commands_of_target(target: str) -> list[str]:
-    """The programs of .venv that a target of the Makefile runs, as `ruff check`."""
+    """The programs of .venv that a target of the Makefile runs, each with its subcommand: `ruff check`."""
     lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert lines
     return re.findall(r"\$\(BIN\)/([\w-]+(?: [a-z]+)*(?: --check)?)", lines[1])
 
 
 def docker_instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of the Dockerfile, continued lines joined."""
+    """(instruction, arguments) of each instruction of the Dockerfile; continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
     return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line]
 
@@ -49,14 +49,14 @@ def test_changelog_has_an_entry_for_the_version_of_the_package() -> None:
     assert f"## [{PROJECT['version']}] - " in CHANGELOG
 
 
-def test_changelog_has_each_known_section_at_most_once_a_version_and_none_empty() -> None:
+def test_every_version_in_the_changelog_has_known_sections_each_once_and_none_empty() -> None:
     for version in CHANGELOG.split("\n## ")[1:]:
         sections = re.findall(r"^### (.*)$", version, re.M)
         assert set(sections) <= SECTIONS and len(sections) == len(set(sections)), version.splitlines()[0]
         assert all("\n- " in text for text in version.split("\n### ")[1:]), version.splitlines()[0]
 
 
-def test_citation_is_of_this_version_and_of_the_paper() -> None:
+def test_citation_names_this_version_and_the_paper() -> None:
     citation = read_yaml("CITATION.cff")
     assert citation["cff-version"] == "1.2.0"
     assert (citation["title"], citation["version"]) == (PROJECT["name"], PROJECT["version"])
@@ -77,7 +77,7 @@ def test_ci_runs_lint_tests_and_docs_on_every_python_that_the_package_declares()
     assert {"make lint", "make test", "make docs"} <= set(commands)
 
 
-def test_ci_can_only_read_ends_in_time_and_names_the_version_of_every_action() -> None:
+def test_ci_has_read_permission_only_a_time_limit_and_a_version_for_every_action() -> None:
     workflow = read_yaml(".github/workflows/ci.yml")
     (job,) = workflow["jobs"].values()
     assert workflow["permissions"] == {"contents": "read"}
@@ -94,9 +94,9 @@ def test_pre_commit_hooks_run_the_programs_of_make_lint() -> None:
     assert entries == commands_of_target("lint")
 
 
-def test_image_runs_without_privileges_and_checks_its_health() -> None:
+def test_docker_image_runs_without_privileges_and_has_a_health_check() -> None:
     instructions = docker_instructions()
-    last = max(place for place, (name, _) in enumerate(instructions) if name == "FROM")
+    last = max(index for index, (name, _) in enumerate(instructions) if name == "FROM")
     final = dict(instructions[last + 1 :])
     uid, gid = (int(number) for number in final["USER"].split(":"))
     assert uid >= 10_000 and gid >= 10_000
@@ -105,15 +105,15 @@ def test_image_runs_without_privileges_and_checks_its_health() -> None:
     assert [f"--uid {uid}" in arguments for arguments in created] == [True]
 
 
-def test_image_has_the_version_of_the_package() -> None:
+def test_docker_image_has_the_version_of_the_package() -> None:
     labels = next(arguments for name, arguments in docker_instructions() if name == "LABEL")
     assert (
-        dict(word.split("=", 1) for word in shlex.split(labels))["org.opencontainers.image.version"]
+        dict(label.split("=", 1) for label in shlex.split(labels))["org.opencontainers.image.version"]
         == (PROJECT["version"])
     )
 
 
-def test_image_has_a_compiler_only_to_build_and_for_triton() -> None:
+def test_docker_image_has_a_compiler_only_to_build_and_for_triton() -> None:
     stage, with_gcc = "", []
     for name, arguments in docker_instructions():
         if name == "FROM":
@@ -123,7 +123,7 @@ def test_image_has_a_compiler_only_to_build_and_for_triton() -> None:
     assert with_gcc == ["build", "runtime-cuda13"]
 
 
-def test_build_context_has_what_the_image_copies() -> None:
+def test_docker_build_context_has_exactly_the_files_that_the_image_copies() -> None:
     lines = (ROOT / ".dockerignore").read_text().splitlines()
     included = {line[1:] for line in lines if line.startswith("!")}
     copied = {
@@ -137,7 +137,7 @@ def test_build_context_has_what_the_image_copies() -> None:
     assert "*" in lines and {"prep", "pipeline", "train", "pyproject.toml", "LICENSE"} <= copied
 
 
-def test_contributing_guide_names_the_rooms_of_the_layering_test() -> None:
+def test_contributing_guide_names_every_room_of_the_layering_test() -> None:
     table = CONTRIBUTING[CONTRIBUTING.index("| package |") : CONTRIBUTING.index("`tests/test_layering.py` reads")]
     for package, rooms in ROOMS.items():
         for room in rooms:

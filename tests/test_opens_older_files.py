@@ -1,6 +1,6 @@
-"""Stores, stream states, run folders, checkpoints and predictions made by revision 595f19d still open and continue.
+"""Files made by revision 595f19d still open: stores, stream states, run folders, checkpoints and predictions.
 
-tests/fixtures/made_by_595f19d/README.md says how the files were made. Each test works on a copy.
+tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that writes works on a copy.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from train.trainer.loop import fit
 FIXTURE = Path(__file__).parent / "fixtures" / "made_by_595f19d"
 EXPECTED = json.loads((FIXTURE / "expected.json").read_text())
 STREAMS = json.loads((FIXTURE / "streams.json").read_text())
-SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))  # the network of the run
+SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))  # the network of the older run
 
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of the archive. Only read them: `older` is a copy to write into."""
+    """The unpacked files of the archive. Do not write into them: use the fixture `older`."""
     folder = tmp_path_factory.mktemp("older")
     with tarfile.open(FIXTURE / "files.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -49,7 +49,7 @@ def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def older(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of the run folder, the JPEG store and the other files, as the working directory."""
+    """The working directory, with copies of the run folder, the JPEG store, the predictions and the photograph."""
     for name in ("run", "store-jpeg"):
         shutil.copytree(unpacked / name, tmp_path / name)
     for name in ("predictions.npz", "photograph.png"):
@@ -58,18 +58,18 @@ def older(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return tmp_path
 
 
-def alexprep(words: str) -> Any:
-    """The JSON object that `alexprep WORDS --json` prints."""
-    return answer_of(prep.cli.main, words)
+def alexprep(arguments: str) -> Any:
+    """The JSON object that `alexprep ARGUMENTS --json` prints."""
+    return json_answer(prep.cli.main, arguments)
 
 
-def alextrain(words: str) -> Any:
-    """The JSON object that `alextrain WORDS --json` prints."""
-    return answer_of(train.cli.main, words)
+def alextrain(arguments: str) -> Any:
+    """The JSON object that `alextrain ARGUMENTS --json` prints."""
+    return json_answer(train.cli.main, arguments)
 
 
-def answer_of(main: Any, words: str) -> Any:
-    result = CliRunner().invoke(main, [*words.split(), "--json"])
+def json_answer(main: Any, arguments: str) -> Any:
+    result = CliRunner().invoke(main, [*arguments.split(), "--json"])
     assert result.exit_code == 0, result.output
     return json.loads(result.stdout.splitlines()[-1])
 
@@ -81,13 +81,13 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def run_of(folder: Path, epochs: int = 2, **settings: Any) -> Run:
-    """The older run with the settings that it was trained with, to continue it."""
+def open_older_run(folder: Path, epochs: int = 2, **settings: Any) -> Run:
+    """Open the older run with the settings with which it was trained; `settings` replaces some."""
     given = {"model": SMALL, "run_dir": folder / "run", "epochs": epochs, "log_every": 1, "threads": 1, **settings}
     return Run.open(RunConfig(folder / "store-jpeg", SHORT, 4, **given))
 
 
-def lines_of(run_dir: Path) -> list[dict[str, Any]]:
+def read_lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -104,7 +104,7 @@ def test_a_store_verifies_clean_and_has_the_same_fingerprints(unpacked: Path, ki
     assert {name: split["records"] for name, split in about["splits"].items()} == {"train": 12, "val": 6}
 
 
-def test_colour_statistics_of_a_store_are_read(unpacked: Path) -> None:
+def test_color_statistics_of_a_store_are_read(unpacked: Path) -> None:
     answer = alexprep(f"pca-stats --store {unpacked / 'store-ppm'}")
     recorded = json.loads((unpacked / "store-ppm" / "train" / "colour.json").read_text())
     assert {name: answer[name] for name in recorded} == recorded
@@ -139,35 +139,38 @@ def test_a_checkpoint_loads_with_the_same_parameters_and_velocity(unpacked: Path
     assert checkpoint.load(unpacked / "run", "best").step == 3
 
 
-def test_a_run_continues_as_it_did_then(older: Path) -> None:
-    """Without its last checkpoint it trains steps 4 to 6 again, to what 595f19d saved (on its own CPU to the bit)."""
-    then, lines = checkpoint.load(older / "run", "last"), lines_of(older / "run")
+def test_a_run_continues_with_the_parameters_and_metrics_of_the_older_version(older: Path) -> None:
+    """Remove the last checkpoint and train steps 4 to 6 again. Revision 595f19d saved the expected results.
+
+    They are equal to the bit on the CPU that made the files, and close on others.
+    """
+    then, lines = checkpoint.load(older / "run", "last"), read_lines(older / "run")
     checkpoint.path_of(older / "run", 6).unlink()
-    now = checkpoint.load(fit(run_of(older)), "last")
+    now = checkpoint.load(fit(open_older_run(older)), "last")
     assert now.step == 6 and now.parameters.keys() == then.parameters.keys()
     for name, parameter in now.parameters.items():
         torch.testing.assert_close(parameter, then.parameters[name], rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(now.velocity[name], then.velocity[name], rtol=1e-2, atol=1e-5)
     assert now.schedule == then.schedule and now.stream == then.stream and now.identity == then.identity
-    again = lines_of(older / "run")
+    again = read_lines(older / "run")
     assert [line.keys() for line in again] == [line.keys() for line in lines]
     assert [line["loss"] for line in again] == pytest.approx([line["loss"] for line in lines], rel=1e-3)
 
 
 def test_a_finished_run_trains_further(older: Path) -> None:
-    fit(run_of(older, epochs=3))
+    fit(open_older_run(older, epochs=3))
     state = checkpoint.load(older / "run", "last")
     assert state.step == 9
-    assert [line["step"] for line in lines_of(older / "run") if line["kind"] == "train"] == list(range(1, 10))
+    assert [line["step"] for line in read_lines(older / "run") if line["kind"] == "train"] == list(range(1, 10))
 
 
-def test_another_run_is_refused_in_its_folder(older: Path) -> None:
+def test_another_seed_in_the_folder_of_the_run_is_refused(older: Path) -> None:
     with pytest.raises(UserError, match="seed"):
-        fit(run_of(older, epochs=3, seed=1))
+        fit(open_older_run(older, epochs=3, seed=1))
 
 
 def test_a_run_is_forked(older: Path) -> None:
-    forked = fork(run_of(older, epochs=3, seed=1), older / "forked")
+    forked = fork(open_older_run(older, epochs=3, seed=1), older / "forked")
     fit(forked)
     state = checkpoint.load(older / "forked", "last")
     assert state.step == 9
@@ -177,7 +180,7 @@ def test_a_run_is_forked(older: Path) -> None:
 # ---- commands
 
 
-def test_status_of_a_run(older: Path) -> None:
+def test_status_of_a_run_is_read(older: Path) -> None:
     answer = alextrain("status run")
     assert answer["state"] == "finished" and answer["finished"] and not answer["alive"]
     assert (answer["step"], answer["steps"], answer["host"], answer["model"]) == (6, 6, "a-host", "alexnet")
@@ -195,7 +198,7 @@ def test_evaluate_gives_the_errors_that_were_recorded(older: Path, views: int) -
     }
 
 
-def test_saved_predictions_are_evaluated_alone_and_beside_the_run(older: Path) -> None:
+def test_saved_predictions_are_evaluated_alone_and_averaged_with_the_run(older: Path) -> None:
     saved = alextrain("evaluate predictions.npz")
     assert (saved["images"], saved["views"], saved["step"], saved["split"]) == (6, 10, 6, "val")
     both = alextrain("evaluate predictions.npz run --store store-jpeg --gpus cpu --out both.npz")
@@ -205,8 +208,8 @@ def test_saved_predictions_are_evaluated_alone_and_beside_the_run(older: Path) -
         assert then["probabilities"] == pytest.approx(now["probabilities"], rel=1e-3)
 
 
-def test_compare_has_the_run_beside_a_newer_one(older: Path) -> None:
-    fit(run_of(older, run_dir=older / "newer"))
+def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
+    fit(open_older_run(older, run_dir=older / "newer"))
     answer = alextrain("compare run newer --out compared.png")
     first, second = answer["runs"]
     for kind in ("train", "val", "best"):
@@ -215,19 +218,19 @@ def test_compare_has_the_run_beside_a_newer_one(older: Path) -> None:
     assert Path("compared.png").stat().st_size > 0
 
 
-def test_predict_names_classes_where_the_store_is_gone(older: Path) -> None:
+def test_predict_names_classes_without_the_store(older: Path) -> None:
     shutil.rmtree("store-jpeg")
     answer = alextrain("predict run photograph.png --gpus cpu --top 3")
-    then = {"n00000002": 0.33703, "n00000003": 0.33213, "n00000001": 0.33084}  # what 595f19d says
+    then = {"n00000002": 0.33703, "n00000003": 0.33213, "n00000001": 0.33084}  # predicted by 595f19d
     assert {guess["class"]: guess["probability"] for guess in answer["guesses"]} == pytest.approx(then, rel=1e-3)
 
 
-def test_search_uses_the_index_that_is_there(older: Path) -> None:
+def test_search_uses_the_existing_index(older: Path) -> None:
     index = older / "run" / "index-fc7-00000006.npz"
     written = index.stat().st_mtime_ns
     answer = alextrain("search run photograph.png --store store-jpeg --gpus cpu --count 2")
     assert index.stat().st_mtime_ns == written and list((older / "run").glob("*.npz")) == [index]
-    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}  # 595f19d found these
+    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}  # as found by 595f19d
     assert distances == pytest.approx({"n00000001/train_06.png": 0.27885, "n00000002/train_01.png": 0.33745}, rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""`alextrain` called in the test's process with the words of a command line."""
+"""Run `alextrain` commands in the test's own process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from train.cli import main
 
 
 def alextrain(*args: object) -> Result:
-    """Run a command. An exception that is not an exit is raised again."""
+    """Run a command and return its result. An exception other than SystemExit is raised again."""
     result = CliRunner().invoke(main, [*map(str, args)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -19,14 +19,14 @@ def alextrain(*args: object) -> Result:
 
 
 def json_lines(*args: object) -> list[Any]:
-    """The JSON objects that a command prints with --json; it must succeed."""
+    """Run a command with --json; returns the JSON objects that it prints. The command must succeed."""
     result = alextrain(*args, "--json")
     assert result.exit_code == 0, result.output
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
 def refusal(*args: object) -> str:
-    """The error of a command, which must be one line on standard error, with exit code 1."""
+    """Run a command that must fail with exit code 1 and one line on standard error; returns that line."""
     result = alextrain(*args)
     assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
     return result.stderr

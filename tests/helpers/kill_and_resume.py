@@ -1,20 +1,20 @@
-"""Kills a training ten times and starts it again each time; tests/train/trainer/test_kill_and_resume.py runs it.
+"""Program that kills a training ten times and resumes it; tests/train/trainer/test_kill_and_resume.py runs it.
 
     kill_and_resume.py STORE RUN_DIR SEED WHEN
 
-Each attempt is a fork of this process, which has imported everything and started nothing. The first attempt trains in
-the folder `uninterrupted` beside RUN_DIR and is not killed. Then follow ten attempts in RUN_DIR that are to be killed,
-and one that is not. WHEN is one of
+Each attempt is a fork of this process. The process has imported all modules and started no threads. The first attempt
+trains in the folder `uninterrupted` next to RUN_DIR and is not killed. It is followed by ten attempts in RUN_DIR that
+may be killed, and by one that is not killed. WHEN is one of
 
-    operation  The attempt kills itself with SIGKILL just before an operation: a file opened for writing, digested,
-               synced, renamed, linked or removed, or the return of a training step. Attempt k, of 0 to 9, dies 0 to 7
-               operations after its run of nine steps has made k steps. All ten die: a finished run that is started
-               again has such operations, too.
-    time       The parent kills the attempt after a random time. An attempt may finish before that. The first one is
-               killed early, so that it does not.
+    operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
+               writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
+               Attempt k, of 0 to 9, is killed 0 to 7 operations after the run has made k of its nine steps. All ten
+               attempts are killed, because a finished run that is started again also has such operations.
+    time       The parent kills the attempt after a random time, unless it has finished before. The first attempt is
+               killed early, so that it cannot finish.
 
-Prints a JSON object: "kills", their number, and "at", how many at each operation. Needs OMP_NUM_THREADS=1: threads do
-not survive a fork.
+Prints a JSON object: "kills" is the number of kills, and "at" has the number of kills for each operation. Needs
+OMP_NUM_THREADS=1, because threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ from train.runs.run import Run
 from train.trainer.loop import fit
 from train.trainer.step import TrainingStep
 
-STEPS = 9  # of the run
+STEPS = 9  # steps of the run
 KILLS = STEPS + 1
 
-# Of an attempt that kills itself.
-first_counted_step: int | None = None  # operations are counted after this many steps of the run; None: never
-operations_left = 0  # before the kill
-steps_done = 0  # of the run, in all attempts
-report_fd = -1  # a pipe to the parent, into which the last operation is written
+# State of an attempt that kills itself.
+first_counted_step: int | None = None  # operations count once the run has made this number of steps; None: never
+operations_left = 0  # operations before the kill
+steps_done = 0  # steps of the run in all attempts
+report_fd = -1  # pipe to the parent: the attempt writes the operation at which it is killed
 
 
 def before_operation(operation: str) -> None:
-    """Count an operation, and kill this process if it is the one chosen."""
+    """Count an operation; kill this process before the operation chosen for the kill."""
     global operations_left
     if first_counted_step is None or steps_done < first_counted_step:
         return
@@ -69,7 +69,7 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def counted(operation: str, real: Any) -> Any:
-    """The function `real`, whose calls count as an operation."""
+    """A function that calls `real` and counts each call as an operation."""
 
     def call(*args: Any, **options: Any) -> Any:
         before_operation(operation)
@@ -79,7 +79,7 @@ def counted(operation: str, real: Any) -> Any:
 
 
 def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingStep.__call__) -> Any:
-    """TrainingStep.__call__, which also counts the steps of the run."""
+    """Replaces TrainingStep.__call__, and counts the steps of the run."""
     global steps_done
     result = real(self, *batch)
     steps_done += 1
@@ -88,16 +88,18 @@ def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingS
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint by its name; 0 without one."""
+    """The step of the newest checkpoint, from its file name; 0 without a checkpoint."""
     paths = checkpoint.checkpoint_paths(run_dir)
     return int(paths[-1].stem[-8:]) if paths else 0
 
 
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
-    """Train in a fork; returns the operation at which it was killed, "any time", or "" if it finished.
+    """Train in a forked process.
 
-    number    0 to 9; None: the attempt is not killed
-    within_s  seconds within which the parent kills it, for `when` = "time"
+    Returns the operation at which the process was killed, "any time" for a kill by the parent, or "" if it finished.
+
+    number    number of the attempt, 0 to 9; None: the attempt is not killed
+    within_s  latest time of a kill by the parent, in seconds, if `when` is "time"
     """
     global first_counted_step, operations_left, steps_done, report_fd
     parent_fd, report_fd = os.pipe()
@@ -107,7 +109,7 @@ def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: i
         if number is not None and when == "operation":
             first_counted_step, operations_left, steps_done = number, operations, newest_step(run_dir)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-        signal.alarm(120)  # ends a fork that hangs
+        signal.alarm(120)  # ends a process that hangs
         fit(Run.open(small_config(store, run_dir)))
         os._exit(0)
     os.close(report_fd)
@@ -134,7 +136,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     kills = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": kills.total(), "at": dict(kills)}) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # the loaded libraries have nothing to clean up
+    os._exit(0)  # skips the exit handlers of libraries, which are not needed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Lines of metrics.jsonl for tests of the code that reads them, and the points that TensorBoard reads."""
+"""Example lines of metrics.jsonl, and the points of a run as TensorBoard reads them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.monitor.console_view import RunLength
 from train.runs.run_dir import read_metrics, tensorboard_scalars
 
-RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)  # of the run that the lines belong to
+RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)  # of the run of the example lines
 
 
 def training_line(step: int, **changes: object) -> dict:
-    """The line of the interval that ends with `step`, as the training loop passes it to a MetricsLog."""
+    """The line for the interval that ends with `step`, as the training loop passes it to MetricsLog.train."""
     measured = {"loss": 3.0 / step, "top1_error": 0.5, "top5_error": 0.25, "images_per_s": 16.0, "waiting_share": 0.1}
     norms = {"gradient_norm": {"conv1": 0.5 * step}, "weight_norm": {"conv1": 2.0}}
     rest = {"stream_waiting_share": 0.2, **norms, "memory_mb": 1234.5, "lr": 0.01}
@@ -35,7 +35,7 @@ def tensorboard_points(run_dir: Path) -> list[tuple[str, int, float]]:
 
 
 def points_of_metrics(run_dir: Path) -> list[tuple[str, int, float]]:
-    """The same points from metrics.jsonl, rounded to float32 as event files hold them."""
+    """The points (tag, step, value) of metrics.jsonl. Values are rounded to float32, as in event files."""
     return [
         (tag, line["step"], float(np.float32(value)))
         for line in read_metrics(run_dir)

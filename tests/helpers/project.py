@@ -1,4 +1,4 @@
-"""Path of the checkout."""
+"""The path of the project's root folder."""
 
 from pathlib import Path
 

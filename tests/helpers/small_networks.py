@@ -1,4 +1,4 @@
-"""Small networks of each architecture that tests export and import, and the images that they are compared on."""
+"""Small networks for tests of export and import, evaluation images, and a comparison of outputs."""
 
 from __future__ import annotations
 
@@ -23,12 +23,15 @@ MakeRun = Callable[[Architecture, Recipe], tuple[Path, AlexNet]]
 
 
 def eval_images(store: Path, mean: str) -> torch.Tensor:
-    """(12, 3, 224, 224): the centre crops of the split val, minus the mean."""
+    """The center crops of the split val minus the mean, float32 (12, 3, 224, 224)."""
     with eval_loader(store, 12, augmentation=Augmentation(mean=mean)) as loader:
         return next(iter(loader)).images
 
 
 def are_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
-    """Whether outputs differ by less than `tolerance` times the largest; they must not be almost constant."""
+    """Whether outputs differ by less than `tolerance` times the largest expected output.
+
+    Asserts that the expected outputs vary: constant outputs would hide an error.
+    """
     assert expected.std() > 0.01
     return actual.shape == expected.shape and bool((actual - expected).abs().max() < tolerance * expected.abs().max())

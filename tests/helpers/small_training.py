@@ -1,4 +1,4 @@
-"""A training that takes about a second on a CPU, for tests of runs, and the comparison of two results."""
+"""The configuration of a training that takes about a second on a CPU, and the comparison of two runs' results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL_ALEXNET = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
 
 
 def small_config(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """9 steps of 8 images: 3 epochs of 3 steps on the 30 training pictures of the test store."""
+    """A run of 9 steps of 8 images: 3 epochs of 3 steps on the 30 training images of the test store."""
     config = RunConfig(
         store=store,
         recipe=replace(SHORT, dropout=0.5, schedule=(ScheduleChange(1.5, lr=0.002),)),
@@ -43,7 +43,7 @@ def metrics_without_clock(run_dir: Path) -> list[dict]:
 
 
 def assert_same_result(run_dir: Path, other_run_dir: Path) -> None:
-    """Two runs have the same metrics, and parameters and velocity that are equal to the bit after the same step."""
+    """Assert that two runs have the same metrics, last step, parameters and velocities, to the bit."""
     assert metrics_without_clock(run_dir) == metrics_without_clock(other_run_dir)
     state, other = (checkpoint.load_latest(folder) for folder in (run_dir, other_run_dir))
     assert state is not None and other is not None and state.step == other.step

@@ -1,4 +1,4 @@
-"""AlexNet as torchvision publishes it, written out by hand: the tests need no torchvision."""
+"""torchvision's AlexNet, defined here so that the tests do not need torchvision."""
 
 from __future__ import annotations
 

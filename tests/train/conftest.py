@@ -1,6 +1,6 @@
-"""Runs of a small network, trained once in a process, and a limit on the size of files in place of a full disk.
+"""Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-Do not write into `uninterrupted_run` and `small_run`: copy them first.
+The limit takes the place of a full disk. Do not write into `uninterrupted_run` and `small_run`: copy them first.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from train.trainer.loop import fit
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of `small_config` on the JPEG store, from its first step to its last without a stop."""
+    """A run of `small_config` on the JPEG store that was neither stopped nor resumed."""
     return fit(Run.open(small_config(stores["jpeg"], tmp_path_factory.mktemp("uninterrupted") / "run")))
 
 

@@ -1,4 +1,4 @@
-"""prep.inputs.folder on small folders written here, whose listing is known, and on files that change after listing.
+"""prep.inputs.folder on small folders with a known listing, and on files that change after the listing.
 
 Most images are empty files, since listing opens none. Links, FIFOs, sockets and odd names are real ones. An entry that
 is not listed must be in `refused`, with the reason.

@@ -1,4 +1,4 @@
-"""The commands `summary` and `recipe`, and the shorthands of --set."""
+"""Tests of the commands `summary` and `recipe`, and of the shorthand options for --set."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_recipe_prints_every_hyperparameter_with_its_source(name: str) -> None:
         ),
     ],
 )
-def test_a_shorthand_of_set_changes_only_its_own_fields(options: list[str], changed: dict[str, Any]) -> None:
+def test_a_shorthand_option_for_set_changes_only_its_own_fields(options: list[str], changed: dict[str, Any]) -> None:
     before = json.loads(json.dumps(asdict(RECIPES["released"])))
     (after,) = json_lines("recipe", "released", *options)
     assert {**before, **changed} == {**after, "name": "released", "sources": before["sources"]}

@@ -1,4 +1,4 @@
-"""`alextrain run --dry-run`: what it prints, and that it writes nothing."""
+"""Tests of `alextrain run --dry-run`: its description of the run, and that it writes no file."""
 
 from __future__ import annotations
 
@@ -21,6 +21,6 @@ def test_only_the_recipe_paper_warns_that_learning_starts_late(store: Path, tmp_
     args = ["run", "--store", store, "--run-dir", tmp_path / "run", "--gpus", "cpu", "--batch", "8", "--dry-run"]
     messages = {recipe: alextrain(*args, "--recipe", recipe).stderr for recipe in RECIPES}
     assert {recipe for recipe, text in messages.items() if "learning starts late" in text} == {"paper"}
-    assert alextrain(*args).stderr == messages["released"]  # the default
+    assert alextrain(*args).stderr == messages["released"]  # `paper` is the default recipe
     larger_weights = ["--recipe", "paper", "--set", "init_std.conv3=0.03"]
     assert "learning starts late" not in alextrain(*args, *larger_weights).stderr

@@ -1,4 +1,4 @@
-"""The command `evaluate` on a store that does not fit the run."""
+"""Tests of the command `evaluate` on a store with other classes than the run's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tests.conftest import Build
 from tests.helpers.alextrain import refusal
 
 
-def test_evaluation_on_a_store_of_other_classes_is_refused(
+def test_evaluation_on_a_store_with_other_classes_is_refused(
     small_run: Path, photo_folder: Path, tmp_path: Path, build: Build
 ) -> None:
     shutil.copytree(photo_folder / "train", tmp_path / "other")

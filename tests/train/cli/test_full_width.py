@@ -1,4 +1,4 @@
-"""The commands one after the other, on the network of the paper's full width, on the CPU."""
+"""Runs the commands of alextrain in sequence on a CPU, with the network at the paper's full width."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_the_full_network_trains_resumes_is_evaluated_and_drawn(store: Path, tmp
     (answer,) = json_lines("evaluate", run_dir, "--store", store)
     assert {"top1_error", "top5_error", "loss", "images"} <= set(answer)
     assert answer["images"] == 12 and answer["views"] == 10
-    assert alextrain("figures", run_dir, "--split", "test").exit_code == 0  # the store has no split test
+    assert alextrain("figures", run_dir, "--split", "test").exit_code == 0  # no split `test`: no images
     for name in ("learning-curve.png", "kernels.png"):
         assert np.asarray(Image.open(run_dir / name)).std() > 5

@@ -1,4 +1,4 @@
-"""`alextrain run` as a command: exit codes, --dry-run, --fork and --quiet."""
+"""Tests of `alextrain run` as a command: exit codes, signals, --fork and --quiet."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def default_signals() -> Iterator[None]:
-    """SIGHUP ends a process by default; the tests may run under nohup. Handlers are restored at the end."""
+    """Set the default action of SIGHUP, which nohup changes; restore the handlers after the test."""
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGHUP)}
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
@@ -37,17 +37,17 @@ def default_signals() -> Iterator[None]:
 
 
 def run(store: Path, run_dir: Path, *options: str) -> Result:
-    """`alextrain run` with the recipe short on a CPU."""
+    """Run `alextrain run` with the recipe `short` on a CPU."""
     return alextrain("run", "--store", store, "--run-dir", run_dir, "--gpus", "cpu", "--recipe", "short", *options)
 
 
 def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> Result:
-    """`alextrain run` that gets a signal during step 2; batches of 8 in 2 parts."""
+    """Run `alextrain run` with batches of 8 in 2 parts, and send it a signal during step 2."""
     log_line = MetricsLog.train
 
     def send_signal_after_one(self: MetricsLog, line: dict[str, Any]) -> None:
         log_line(self, line)
-        if line["step"] == 1:  # once: a second signal stops at once
+        if line["step"] == 1:  # one signal only: a second one would stop the run at once
             os.kill(os.getpid(), signum)
 
     with monkeypatch.context() as patch:
@@ -64,7 +64,7 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume
     result = stopped_run(store, run_dir, signum, monkeypatch)
     assert result.exit_code == code, result.output
     assert "batch 8 in 2 parts" in result.stderr and "to continue from here" in result.stderr
-    assert checkpoint.load(run_dir).step == 2  # the step in progress was finished
+    assert checkpoint.load(run_dir).step == 2  # the run has finished the step in progress
 
     result = run(store, run_dir, "--batch", "8", "--accumulate", "2", "--dry-run")
     assert result.exit_code == 0 and "run: would resume after step 2." in result.stderr
@@ -81,11 +81,11 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume
     assert checkpoint.load(fork_dir).step == 3 and checkpoint.load(run_dir).step == 2
 
 
-def test_a_full_disk_ends_a_command_with_3_also_if_standard_error_is_on_that_disk() -> None:
+def test_a_full_disk_ends_a_command_with_exit_code_3_also_if_standard_error_is_on_that_disk() -> None:
     script = (
         "import click\nfrom prep.console import DiskFull, Group, say\n"
         "@click.group(cls=Group)\ndef main(): pass\n"
-        "@main.command()\ndef run():\n    say('in progress')\n    raise DiskFull('no room')\nmain()"
+        "@main.command()\ndef run():\n    say('in progress')\n    raise DiskFull('disk is full')\nmain()"
     )
     with open("/dev/full", "w") as full:
         result = subprocess.run([sys.executable, "-c", script, "run"], stderr=full, check=False)

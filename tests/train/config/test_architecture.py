@@ -1,4 +1,4 @@
-"""Architectures: parameter counts, torchvision's published definition, dense evaluation, padding of conv1."""
+"""Tests of the architectures: parameter counts, torchvision's definition, dense evaluation, padding of conv1."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -
 
 
 def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
-    """Footnote of section 3.2: the network on one GPU keeps conv5 and the fully-connected layers at full width."""
+    """Footnote of section 3.2: the network on one GPU keeps conv5 and the fully connected layers at full width."""
     full, half, one_gpu = (vars(a.widths) for a in (ALEXNET, HALF, ONE_GPU))
     assert {half[name] / full[name] for name in full} == {0.5}
     ratio = {name: one_gpu[name] / full[name] for name in full}
@@ -60,7 +60,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """With the same seed, dropout draws the same masks for the same layers, and scales alike."""
+    """With the same seed, both networks draw the same dropout masks for the same layers; both scale in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -79,7 +79,7 @@ def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evalu
 
 @pytest.fixture
 def network_pair() -> tuple[AlexNet, AlexNet]:
-    """alexnet and convolutional with the same small parameters, float64."""
+    """The architectures alexnet and convolutional, small, in float64, with the same parameters."""
     torch.manual_seed(2)
     recipe = replace(SHORT, dropout=0.5)
     alexnet, convolutional = (
@@ -92,7 +92,7 @@ def network_pair() -> tuple[AlexNet, AlexNet]:
 def test_the_convolutional_network_computes_what_alexnet_computes(
     network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
-    """Outputs and gradients, with dropout; parameters of either load into the other."""
+    """Compares outputs and gradients, with dropout, and loads the parameters of each network into the other."""
     alexnet, convolutional = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
@@ -108,7 +108,9 @@ def test_the_convolutional_network_computes_what_alexnet_computes(
 
 
 def dense_reference(net: AlexNet, images: torch.Tensor, right_px: int) -> torch.Tensor:
-    """Dense evaluation by convolutions up to pool5, then window by window, with the joined parameters."""
+    """Dense evaluation with the joined parameters: convolutions up to pool5, then the fully connected layers on each
+    6 × 6 window.
+    """
     w, r = net.joined_tensors(), net.recipe
     x = F.conv2d(F.pad(images / r.input_divisor, (0, right_px) * 2), w["conv1.weight"], w["conv1.bias"], stride=4)
 
@@ -171,7 +173,7 @@ def test_a_network_of_one_column_has_one_device_and_crosses_nothing() -> None:
         AlexNet(5, PAPER, ("meta",) * 3, HALF)
 
 
-def test_numbers_of_columns_and_widths_that_do_not_fit_are_refused() -> None:
+def test_invalid_columns_and_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="3 columns"):
         replace(ALEXNET, columns=3)
     with pytest.raises(ValueError, match="conv4 = 15"):

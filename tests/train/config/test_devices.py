@@ -1,4 +1,4 @@
-"""The value of --gpus: parsed, its default, and described."""
+"""Tests of `--gpus`: parsing, the default, and the description of a device assignment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def test_the_default_devices_are_what_the_machine_has(monkeypatch: pytest.Monkey
     assert parse_devices(None, columns=1) == ("cuda:0", "cuda:0")
 
 
-def test_named_devices_are_parsed_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_named_devices_are_parsed_in_the_given_order(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     assert parse_devices("3,1") == ("cuda:3", "cuda:1") and parse_devices("5") == ("cuda:5", "cuda:5")
 

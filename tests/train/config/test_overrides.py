@@ -1,4 +1,4 @@
-"""Recipe overrides (`--set`): parsing by the field's type, the changed name and sources, error messages."""
+"""Tests of recipe overrides (`--set`): parsing by field type, the recipe's new name and sources, error messages."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_neither_the_order_of_overrides_nor_the_notation_of_a_number_matters() -
     assert one.schedule == (ScheduleChange(30, lr=2e-3), ScheduleChange(60, lr=2e-4)) and one.init_std["conv3"] == 0.03
 
 
-def test_an_override_with_the_present_value_returns_the_same_recipe() -> None:
+def test_an_override_with_the_current_value_returns_the_same_recipe() -> None:
     assert apply_overrides(PAPER, ["lr=0.010", "lrn.k=2", "within_map=none", "activation=relu"]) is PAPER
 
 
@@ -116,12 +116,12 @@ def test_errors_name_the_field_the_value_and_what_is_expected(setting: str, mess
     assert str(error.value).startswith("--set ") and message in str(error.value)
 
 
-def test_a_part_of_a_list_of_schedule_changes_cannot_be_set() -> None:
+def test_one_item_of_the_list_of_schedule_changes_cannot_be_set() -> None:
     with pytest.raises(UserError, match="a list of changes, has no part drops"):
         apply_overrides(RELEASED, ["schedule.drops=2"])
 
 
-def test_the_epochs_of_a_run_change_only_a_schedule_that_spans_them() -> None:
+def test_the_epochs_of_a_run_change_only_a_schedule_that_depends_on_them() -> None:
     assert recipe_with_overrides("paper", [], 5) is PAPER
     assert recipe_with_overrides("paper", ["schedule=cosine"], 5).epochs == 5
     steps = recipe_with_overrides("paper", ["schedule=steps"], 30)
@@ -134,7 +134,7 @@ def test_every_recipe_is_the_same_after_a_round_trip_through_json() -> None:
         assert recipe_from_json(json.loads(json.dumps(asdict(recipe)))) == recipe
 
 
-def test_a_recipe_refuses_numbers_out_of_range() -> None:
+def test_a_recipe_refuses_values_out_of_range() -> None:
     with pytest.raises(UserError, match="init_std"):
         replace(SHORT, init_std={"conv1": 0.1})
     with pytest.raises(UserError, match="init_bias"):

@@ -1,4 +1,4 @@
-"""A small architecture `torchvision`, and runs of small networks."""
+"""Fixtures: a small architecture `torchvision`, and runs of small networks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def small_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make_run(store: Path, tmp_path: Path) -> MakeRun:
-    """make_run(architecture, recipe): a run of a random network at step 0, and the network in evaluation mode."""
+    """make_run(architecture, recipe) returns a run of a random network at step 0, and the network for evaluation."""
 
     def make(architecture: Architecture, recipe: Recipe) -> tuple[Path, AlexNet]:
         recipe = replace(recipe, init="he", init_bias=dict.fromkeys(("conv1", "conv3", "conv5", "fc6"), 0.2))

@@ -1,7 +1,7 @@
-"""Exported networks, read by other programs, compute what the run's network computes.
+"""Tests of exported networks: other libraries load them and compute the same outputs as the run's network.
 
-safetensors files are read by safetensors, ONNX graphs by onnxruntime, and torchvision's state_dict by torchvision's
-published definition, which tests/train/config/test_architecture.py writes out.
+safetensors loads safetensors files, onnxruntime runs ONNX graphs, and torchvision's network, as
+tests/helpers/torchvision_alexnet.py defines it, loads the state_dict.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train.runs.preprocessing import load_eval_transform
 
 
 def decoded_mean_image(preprocessing: dict[str, Any]) -> np.ndarray:
-    """float32 (side, side, 3) from the exported JSON."""
+    """The mean image in the exported JSON, float32 (side, side, 3)."""
     image = preprocessing["mean_image"]
     return np.frombuffer(b64decode(image["base64"]), "<f4").reshape(image["shape"])
 
@@ -80,7 +80,7 @@ def test_safetensors_load_into_a_network_built_from_their_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     make_run: MakeRun, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of two columns with LRN before ReLU and within maps; of one column as in the paper; of one without LRN."""
+    """Networks: two columns with LRN before ReLU and within maps; one column with the paper's LRN; one without LRN."""
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
     records: list[logging.LogRecord] = []
@@ -88,7 +88,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
     handler.emit = records.append
     monkeypatch.setattr(logging.getLogger("torch.onnx"), "handlers", [handler])
     json_lines("export", run_dir, "--to", "onnx", "--out", out)
-    assert not records  # no warning that torchvision, which is not needed, is not installed
+    assert not records  # torch warns if torchvision is missing, which it does not need here
     session = onnxruntime.InferenceSession(out)
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing = json.loads(metadata["preprocessing"])
@@ -104,7 +104,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 
 @pytest.mark.parametrize("recipe", [PAPER, CAFFE, MODERN], ids=lambda recipe: recipe.augmentation.mean)
 def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun, store: Path, recipe: Recipe) -> None:
-    """Computed from the JSON with NumPy alone."""
+    """The images are computed from the JSON with NumPy alone."""
     run_dir, _ = make_run(SMALL["joined"], recipe)
     transform = load_eval_transform(run_dir, recipe)
     exported = json.loads(json.dumps(vars(export_preprocessing(transform, recipe.input_divisor))))
@@ -126,7 +126,7 @@ def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun
 def test_torchvisions_network_computes_the_same_from_exported_weights(
     make_run: MakeRun, store: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """At the border, too, and for dropout that scales at test time."""
+    """The outputs also agree at the border, and for a recipe with dropout that scales at test time."""
     run_dir, network = make_run(SMALL["torchvision"], recipe)
     out = tmp_path / "net.pth"
     normalization = json_lines("export", run_dir, "--to", "torchvision", "--out", out)[0]["preprocessing"]["normalise"]

@@ -1,6 +1,6 @@
-"""Imported weights of torchvision compute what torchvision's network computes, and files that do not fit are refused.
+"""Tests of importing torchvision's weights: same outputs as torchvision's network, and refused files.
 
-torchvision's published definition is written out in tests/helpers/torchvision_alexnet.py.
+tests/helpers/torchvision_alexnet.py defines torchvision's network.
 """
 
 from __future__ import annotations
@@ -41,19 +41,19 @@ def torchvision_net() -> torch.nn.Module:
 
 @pytest.fixture
 def weights(torchvision_net: torch.nn.Module, tmp_path: Path) -> Path:
-    """A file as torchvision publishes its weights: a plain state_dict."""
+    """A file in the format of torchvision's published weights: a plain state_dict."""
     torch.save(torchvision_net.state_dict(), tmp_path / "weights.pth")
     return tmp_path / "weights.pth"
 
 
 def normalize(pixels: torch.Tensor) -> torch.Tensor:
-    """torchvision.transforms.Normalize as for all of torchvision's weights."""
+    """torchvision.transforms.Normalize with the values that all of torchvision's weights expect."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     return (pixels / 255 - mean[:, None, None]) / std[:, None, None]
 
 
 @pytest.mark.parametrize("recipe", [MODERN, MODERN_SCALED_AT_TEST_TIME, replace(MODERN, input_divisor=1.0)])
-def test_imported_weights_compute_the_same_if_the_means_are_equal(
+def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
     torchvision_net: torch.nn.Module, store: Path, recipe: Recipe
 ) -> None:
     pixels, mean = eval_images(store, "none"), 255 * np.array([0.485, 0.456, 0.406])
@@ -69,7 +69,7 @@ def test_imported_weights_compute_the_same_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1 is equal in 53 × 53 of 55 × 55 positions; at the border its padding has the store's mean."""
+    """conv1 is equal at 53 × 53 of 55 × 55 positions. The border differs, because padding is the store's mean."""
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert state.step == 0 and network.recipe == MODERN
@@ -89,7 +89,7 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """Given the same options, `alextrain run` resumes it: the first loss is that of the imported weights."""
+    """`alextrain run` with the same options resumes the run. Its first loss is the loss of the imported weights."""
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")
@@ -100,11 +100,11 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
         images, labels = next(iter(loader))
         loss = F.cross_entropy(network(images), labels, label_smoothing=0.1)
     assert result["train"]["loss"] == pytest.approx(float(loss), rel=1e-5)
-    assert "there is a run in it already" in refusal("import", weights, *args)
+    assert "already holds a run" in refusal("import", weights, *args)
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """At the border, too, because the file has its own Normalize; and its classes are checked."""
+    """The outputs also agree at the border, as the file has its own Normalize. The file's classes are checked."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)
@@ -119,7 +119,7 @@ def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Pa
         import_torchvision(out, replace(config, run_dir=tmp_path / "third"))
 
 
-def test_weights_of_other_classes_need_a_new_last_layer(store: Path, tmp_path: Path) -> None:
+def test_weights_for_other_classes_need_a_new_last_layer(store: Path, tmp_path: Path) -> None:
     torchvision_net = torchvision_alexnet(WIDTHS, 7)
     torch.save(torchvision_net.state_dict(), tmp_path / "seven.pth")
     args = ["import", tmp_path / "seven.pth", "--store", store, "--run-dir", tmp_path / "run", "--batch", 8]
@@ -131,7 +131,7 @@ def test_weights_of_other_classes_need_a_new_last_layer(store: Path, tmp_path: P
 
 
 class Trap:
-    """An object whose pickle makes a folder when it is loaded."""
+    """An object that creates a folder when it is unpickled."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder

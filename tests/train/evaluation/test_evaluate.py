@@ -1,4 +1,5 @@
-"""Error rates compared with a count by hand, views with an average of softmaxes, intervals with SciPy's."""
+"""Tests of the evaluation: error rates against a plain count, views against an average of softmaxes, and confidence
+intervals against SciPy's."""
 
 from __future__ import annotations
 
@@ -28,14 +29,14 @@ from train.model.alexnet import AlexNet
 SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 
 
-def test_top_k_misses_counts_labels_outside_of_the_top_one_and_the_top_five() -> None:
+def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
-    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer classes than five
+    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer than five classes
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """With topk, a network that gives all classes the same score had other errors each time."""
+    """torch.topk orders equal scores differently each time, so that the errors of a constant network varied."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -57,12 +58,12 @@ def network() -> AlexNet:
 
 
 @pytest.mark.parametrize("views", [1, 10])
-def test_error_rates_and_loss_equal_a_count_by_hand(stores: dict[str, Path], network: AlexNet, views: int) -> None:
+def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], network: AlexNet, views: int) -> None:
     with eval_loader(stores["jpeg"], 3, views=views) as loader:
         progress = Progress(loader.records, "images")
         probabilities = np.zeros((loader.records, 3), np.float32)
         result = evaluate(network, loader, progress, probabilities=probabilities)
-        assert network.training  # as before
+        assert network.training  # evaluate() restores the training mode
         network.eval()
         misses, loss, images, by_hand = 0, 0.0, 0, []
         for batch in loader:
@@ -87,7 +88,7 @@ def test_error_rates_and_loss_equal_a_count_by_hand(stores: dict[str, Path], net
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """256 px have 2 × 2 windows. Batches are of 5, 5 and 2 images, none of which is the number of windows."""
+    """A square of 256 px has 2 × 2 windows. The batches have 5, 5 and 2 images; none has as many images as windows."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():
@@ -127,7 +128,7 @@ def test_error_rates_of_a_weighted_average_of_probabilities() -> None:
     np.testing.assert_allclose(weighted, 0.75 * first.astype(float) + 0.25 * second)
     assert error_rates(average_probabilities([first, second]), labels).misses == (1, 0)
     result = error_rates(weighted, labels)
-    assert result.misses == (1, 0) and result.images == 3  # the second image's label has 0.475
+    assert result.misses == (1, 0) and result.images == 3  # the label of the second image has probability 0.475
     assert result.loss == pytest.approx(-np.log([0.725, 0.475, 0.775]).mean(), rel=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Activations compared with a joined network computed by hand; the command `features`."""
+"""Tests of captured activations against torch functions with the joined parameters, and of the command `features`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def images(store: Path) -> torch.Tensor:
 
 
 def test_activations_equal_those_of_one_network_without_columns(network: AlexNet, images: torch.Tensor) -> None:
-    """conv1 and the fully connected layers are computed here with the joined parameters."""
+    """This test computes conv1 and the fully connected layers with the joined parameters."""
     actual = compute_activations(network, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
     p = network.joined_tensors()
     with torch.no_grad():

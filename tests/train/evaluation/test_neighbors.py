@@ -1,4 +1,4 @@
-"""Nearest neighbors compared with distances by NumPy; the saved index; the command `search`."""
+"""Tests of nearest neighbors against distances by NumPy, of the saved index, and of the command `search`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from train.evaluation.neighbors import NeighborIndex, load_or_build_index, neare
 from train.runs.loading import load_trained
 
 
-def test_the_nearest_neighbors_are_those_at_the_least_distance() -> None:
+def test_the_nearest_neighbors_have_the_least_distances() -> None:
     rng = np.random.default_rng(0)
     features = rng.normal(size=(50, 9)).astype(np.float32)
     index = NeighborIndex(features, np.arange(50) % 7, np.array([b"%08d" % k for k in range(50)]))
@@ -36,7 +36,7 @@ def test_an_index_is_built_once_for_each_checkpoint_size_and_precision(
     index = load_or_build_index(trained_run, network, checkpoint, opened)
     assert index.features.shape == (30, 16) and len(set(index.keys.tolist())) == 30
     (path,) = trained_run.glob("index-*.npz")
-    monkeypatch.setattr("train.evaluation.features.eval_batch_size", lambda *_: 4)  # the second batch is cut to 3
+    monkeypatch.setattr("train.evaluation.features.eval_batch_size", lambda *_: 4)  # 7 records: 4 and 3
     smaller = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert smaller.features.shape == (7, 16)
     np.testing.assert_allclose(smaller.features, index.features[:7], rtol=1e-4, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Predictions for photographs equal those for the records made from them; the command `predict`."""
+"""Tests of predictions for photographs against those for their records in a store, and of the command `predict`."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_dense_views_are_refused_because_predict_does_not_compute_them() -> None
     assert result.exit_code == 2 and "'dense' is not one of '1', '10'" in result.stderr
 
 
-def test_predict_works_without_the_store_but_not_without_its_facts_in_the_run(
+def test_predict_needs_the_description_of_the_store_in_run_json_but_not_the_store(
     trained_run: Path, photo_folder: Path
 ) -> None:
     description = json.loads((trained_run / "run.json").read_text())

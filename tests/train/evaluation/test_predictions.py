@@ -1,4 +1,4 @@
-"""Saved predictions, averages of several, evaluations.jsonl; the command `evaluate`."""
+"""Tests of saved predictions, their averages, evaluations.jsonl, and the command `evaluate`."""
 
 from __future__ import annotations
 
@@ -116,11 +116,11 @@ def test_a_run_can_be_averaged_with_saved_probabilities(trained_run: Path, store
     assert "average of 2: val, centre view" in result.stdout
 
 
-def test_mistakes_are_refused(trained_run: Path, store: Path, tmp_path: Path) -> None:
+def test_predictions_of_other_classes_and_bad_paths_are_refused(trained_run: Path, store: Path, tmp_path: Path) -> None:
     SAVED.save(tmp_path / "other.npz")
     result = alextrain("evaluate", trained_run, tmp_path / "other.npz", "--store", store, "--views", "1")
     assert result.exit_code == 1 and "differ in classes" in result.stderr
-    for out in ("scores.npy", "nowhere/scores.npz"):  # refused before the evaluation
+    for out in ("scores.npy", "nowhere/scores.npz"):  # the path is refused before the evaluation
         assert "--out" in refusal("evaluate", trained_run, "--store", store, "--out", tmp_path / out)
         assert len(read_evaluations(trained_run)) == 1
-    assert "no saved probabilities" in refusal("evaluate", tmp_path / "none.npz")
+    assert "not a file of saved probabilities" in refusal("evaluate", tmp_path / "none.npz")

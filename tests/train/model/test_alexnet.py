@@ -1,4 +1,5 @@
-"""The AlexNet module: equal to a network of grouped torch modules; shapes, joined parameters, crossing, dropout."""
+"""Tests of the AlexNet module: comparison with a network of grouped torch modules, shapes, joined parameters, crossing
+between columns, and dropout."""
 
 from __future__ import annotations
 
@@ -20,7 +21,10 @@ SMALL = replace(ALEXNET, widths=WIDTHS)
 
 
 class Grouped(nn.Module):
-    """The network without columns: grouped layers where a column sees only itself, torch's LRN on each group."""
+    """AlexNet as one network of torch modules, with one group for each column.
+
+    A layer has groups where a column reads only its own maps; torch's LRN is applied to each group.
+    """
 
     def __init__(self, classes: int, architecture: Architecture, recipe: Recipe) -> None:
         super().__init__()
@@ -44,7 +48,7 @@ class Grouped(nn.Module):
         return torch.cat([torchs(share) for share in x.chunk(self.groups, 1)], 1)
 
     def full(self, layer: nn.Linear, x):
-        """A grouped fully-connected layer: each share of the units sees its own share of the inputs."""
+        """A grouped fully connected layer: each group of units reads its own group of inputs."""
         pieces = zip(
             *(t.chunk(self.uncrossed, dim) for t, dim in ((x, 1), (layer.weight, 0), (layer.bias, 0))), strict=True
         )
@@ -133,9 +137,9 @@ def test_the_table_of_layers_has_the_papers_shapes_and_parameters() -> None:
     assert rows["conv3"].parameters == 384 * (9 * 256 + 1)
 
 
-def test_each_column_has_its_half_of_the_papers_weights() -> None:
+def test_each_column_has_half_of_the_papers_weights() -> None:
     joined = AlexNet(1000, PAPER, ("meta", "meta")).parameters_by_joined_name()
-    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined: (256, 48, 5, 5)
+    assert [tuple(p.shape) for p in joined["conv2.weight"]] == [(128, 48, 5, 5)] * 2  # joined shape: (256, 48, 5, 5)
     assert [tuple(p.shape) for p in joined["conv3.weight"]] == [(192, 256, 3, 3)] * 2
     assert [tuple(p.shape) for p in joined["fc6.weight"]] == [(2048, 9216)] * 2
     assert [tuple(p.shape) for p in joined["fc8.weight"]] == [(1000, 4096)]
@@ -165,7 +169,7 @@ def test_joined_tensors_of_other_names_or_shapes_are_refused(small_network: Alex
 
 
 def test_cross_joins_both_halves_on_each_receiving_device() -> None:
-    """`meta` stands in for a second device."""
+    """Uses the device `meta` as the second device."""
     model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
     cpu, meta = torch.device("cpu"), torch.device("meta")
     halves = [torch.ones(2, 3, device="cpu"), torch.ones(2, 4, device="cpu")]
@@ -190,7 +194,7 @@ def test_dropout_zeroes_in_training_and_scales_in_evaluation() -> None:
     assert (model.eval()._drop(ones) == 1).all()
 
 
-def test_wrong_images_devices_widths_and_moves_are_refused(small_network: AlexNet) -> None:
+def test_wrong_image_sizes_device_counts_odd_widths_and_to_are_refused(small_network: AlexNet) -> None:
     with pytest.raises(ValueError, match=r"expected \(N, 3, 224, 224\)"):
         small_network(torch.zeros(1, 3, 227, 227))
     with pytest.raises(ValueError, match="3 devices"):

@@ -1,7 +1,7 @@
-"""Statements of the paper and its authors' code about the network, one test for each, by section.
+"""Statements of the paper and its authors' code about the network: one test for each statement, in order of sections.
 
-Others are tested beside their modules: the update rule and the schedules in trainer/test_optim.py, normalization in
-test_lrn.py, columns against a grouped network in test_alexnet.py.
+Other statements are tested elsewhere: the update rule in tests/train/optim/test_paper_sgd.py, the schedules in
+tests/train/optim/test_schedule.py, normalization in test_lrn.py, and the two columns in test_alexnet.py.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 
 
 def test_section_3_5_neurons_of_each_layer() -> None:
-    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The first number is a mistake.
+    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000; 253,440 is wrong.
 
-    96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either, the sum is near the
-    paper's 650,000. Its 150,528 inputs are right.
+    96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either number, the sum is near
+    the paper's 650,000. The paper's number of inputs, 150,528, is right.
     """
     neurons = [row.neurons for row in summarize(1000)]
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
@@ -39,7 +39,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """Counted by hand: maps × (side² × maps that the column sees + 1)."""
+    """The formula of a convolution: maps × (side² × maps that the column reads + 1) parameters."""
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
@@ -63,8 +63,8 @@ def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_ma
     assert 0.97 < total[0] / total[1] < 1
 
 
-def test_224_px_give_conv1_55_positions_the_last_with_3_zero_pixels() -> None:
-    """A kernel of ones on an image of ones counts the pixels in each window: 11 rows, in the last window 8."""
+def test_conv1_has_55_positions_on_224_px_and_the_last_covers_3_px_of_padding() -> None:
+    """A kernel of ones on an image of ones counts the image's pixels below it: 11 rows, and 8 at the last position."""
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
         model.columns[0].conv1.weight.fill_(1.0), model.columns[0].conv1.bias.zero_()
@@ -92,11 +92,11 @@ BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     layer: str, recipe: Recipe, crossing: bool
 ) -> None:
-    """Connections are found by gradients, unit by unit and map by map, through normalization and pooling.
+    """Connections are found by the gradient of each unit with respect to each map, through normalization and pooling.
 
-    Every unit of conv2, conv4 and conv5 depends on each map of its own column in the layer below, and on none of the
-    other's. Units of conv3, fc6 and fc7 depend on all maps, or without crossing on their own column's. Units of fc8
-    depend on all in either case.
+    Every unit of conv2, conv4 and conv5 depends on all maps of its own column in the layer below, and on no map of the
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns; without crossing, only on those of
+    their own column. Units of fc8 depend on both columns in either case.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)
@@ -126,7 +126,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
 
 
 class RecordedMoves(TorchFunctionMode):
-    """Records which function moves a tensor between devices. A move from `meta`, which has no numbers, gives zeros."""
+    """Records each function that moves a tensor between devices. Tensors moved from `meta` become zeros."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -143,9 +143,9 @@ class RecordedMoves(TorchFunctionMode):
 
 @pytest.mark.parametrize(("crossing", "crossings"), [(True, 3), (False, 0)])
 def test_activations_move_between_devices_only_in_cross(crossing: bool, crossings: int) -> None:
-    """Column 1 is on another device, `meta`: an operation on tensors of both would raise.
+    """Column 1 is on the device `meta`: an operation on tensors of both devices raises.
 
-    conv3, fc6 and fc7 each move one half in either direction, fc8 moves one half to column 0. The image is moved once.
+    conv3, fc6 and fc7 each move one half in either direction. fc8 moves one half to column 0. The images move once.
     """
     recipe = replace(RELEASED, crossing=crossing)
     model = AlexNet(5, recipe, ("cpu", "meta"), SMALL)
@@ -178,7 +178,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Mean, standard deviation and biases. He et al.: std sqrt(2 / fan in); 0.01 in fc8."""
+    """Tests mean, standard deviation and biases. For He et al. the deviation is sqrt(2 / fan in), and 0.01 in fc8."""
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:
@@ -195,7 +195,7 @@ def test_initialization_of_each_layer(recipe: Recipe) -> None:
 
 
 def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None:
-    """In training, half of the inputs of fc7 and fc8 are zero, and none of fc6's."""
+    """In training, half of the inputs of fc7 and fc8 are zero, and no input of fc6 is."""
     torch.manual_seed(4)
     recipe = replace(PAPER, activation="sigmoid", init="he", input_divisor=64.0)
     model = AlexNet(5, recipe, ("cpu", "cpu"), replace(SMALL, widths=replace(SMALL.widths, fc6=400, fc7=400)))
@@ -214,7 +214,7 @@ def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None
 
 
 def test_both_columns_see_the_same_dropout_mask() -> None:
-    """The authors' code copies units after dropout (L145): one draw for each unit, not one for each column."""
+    """The authors' code copies units after dropout (L145): each unit has one draw, which both columns share."""
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
     seen = []
@@ -225,9 +225,10 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 
 
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Parameters and logits of 6 steps.
+    """Parameters after 6 steps; logits of each step, then of the evaluation of the first batch.
 
-    scaled  inverted dropout, with initialization, lr and weight decay of fc7 and fc8 adapted to it
+    scaled  whether dropout scales in training; the initialization, lr and weight decay of fc7 and fc8 then compensate
+    keep    probability that a unit is kept
     """
     torch.manual_seed(6)
     recipe = replace(SHORT, dropout=1 - keep, dropout_scales_training=scaled)
@@ -255,10 +256,10 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 
 
 @pytest.mark.parametrize("keep", [0.5, 0.75])
-def test_inverted_dropout_is_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
+def test_inverted_dropout_equals_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
-    """Scaling in evaluation (the paper) and in training (nn.Dropout), step by step, over a drop of lr."""
+    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout) at 6 steps; lr drops after 3."""
     (plain, plain_logits), (scaled, scaled_logits) = trained_weights(False, keep), trained_weights(True, keep)
     for actual, expected in zip(scaled_logits, plain_logits, strict=True):
         assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)

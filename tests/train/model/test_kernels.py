@@ -1,4 +1,4 @@
-"""C kernels of a training step: threads, memory bounds, agreement with PyTorch, refusal of wrong libraries."""
+"""Tests of the C kernels of a training step: threads, memory bounds, agreement with PyTorch, refused libraries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # a tenth of the time of the real flags
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compiles in a tenth of the time that the real flags take
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
@@ -29,7 +29,7 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Of all kernels, on maps whose numbers are no multiples of a vector or of a block."""
+    """Outputs and gradients of all kernels. No number of maps is a multiple of the vector length or block size."""
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
@@ -65,7 +65,10 @@ def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeyp
 
 @needs_kernel
 def test_kernels_read_and_write_only_inside_their_tensors() -> None:
-    """Each tensor ends at a protected page, then begins after one: an access outside kills the process."""
+    """Each tensor ends just before a protected page, then begins just after one.
+
+    An access outside the tensor kills the process.
+    """
     program = """
 import ctypes, mmap, os
 import torch
@@ -113,7 +116,12 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
 def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A convolution with channels last, a layer of more than one block, biases, and an empty tensor; three layouts."""
+    """Updates a convolution, a layer of more than one block, biases and an empty tensor.
+
+    layouts  alike      the convolution's weight and gradient are channels last
+             different  only its weight is
+             strided    all tensors are strided
+    """
     results = []
     for native in (kernels.native, None):
         monkeypatch.setattr(kernels, "native", native)
@@ -180,7 +188,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
 
 @pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """To the last few bits; by more where numbers cancel."""
+    """The results differ in their last few bits, and by more where terms cancel."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
     expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())

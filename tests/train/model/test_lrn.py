@@ -1,4 +1,4 @@
-"""Local response normalization: every implementation against the paper's formula in float64, and against torch's."""
+"""Tests of local response normalization against the paper's formula in float64 and against torch's layer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHAPES = [(48, 5), (128, 5), (96, 5), (7, 3), (3, 5), (1, 5), (12, 9), (2, 101),
 
 
 def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """The formula of section 3.3, map by map."""
+    """The formula of section 3.3, computed for one map at a time."""
     b = np.empty_like(a)
     maps = a.shape[1]
     for i in range(maps):
@@ -33,7 +33,7 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 
 
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """The derivative of each output with respect to each map in its window, summed."""
+    """The gradient of the input: for each map, the sum over the outputs whose window contains it."""
     maps = a.shape[1]
     gradient = np.zeros_like(a)
     for i in range(maps):
@@ -46,7 +46,7 @@ def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: fl
 
 
 def random_maps(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
-    """float32 (2, count, 4, 5), positive and negative; channels last if `last`."""
+    """float32 (2, count, 4, 5) with positive and negative values; channels last if `last`."""
     x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
     return x.contiguous(memory_format=torch.channels_last) if last else x
 
@@ -90,7 +90,7 @@ def test_gradient_in_float32_equals_the_formula(maps: int, size: int, relu: bool
     assert np.allclose(actual.numpy(), expected, rtol=1e-5, atol=1e-6 * np.abs(grad.numpy()).max())
 
 
-def test_alpha_of_torchs_layer_is_ours_times_the_window_size() -> None:
+def test_alpha_of_torchs_layer_is_the_papers_alpha_times_the_window_size() -> None:
     x = torch.randn(2, 48, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) * 100
     torchs = torch.nn.LocalResponseNorm(5, alpha=5 * 1e-4, beta=0.75, k=2)(x)
     assert torch.allclose(local_response_norm(x, 5, 1e-4, 0.75, 2.0), torchs, rtol=1e-12)
@@ -114,7 +114,7 @@ def test_gradient_in_float32_equals_torchs(implementation: str) -> None:
 
 
 def test_any_memory_layout_gives_the_formula(implementation: str) -> None:
-    """Channels first, strided, transposed, expanded and flipped tensors, and their gradients."""
+    """Tests outputs and gradients of channels-first, strided, transposed, expanded and flipped tensors."""
     base = torch.randn(4, 14, 10, 12, generator=torch.Generator().manual_seed(6)) * 20
     base = base.contiguous(memory_format=torch.channels_last)
     views = [base.contiguous(), base[::2, 3:11, 1:, ::3], base.transpose(2, 3), base.permute(0, 2, 1, 3)]
@@ -155,7 +155,7 @@ def test_nan_and_infinity_reach_only_the_maps_of_their_window(implementation: st
         assert not gradient[0].isnan().any() and not gradient[1, :1].isnan().any()
 
 
-def test_huge_and_tiny_numbers_equal_the_formula(implementation: str) -> None:
+def test_huge_and_tiny_inputs_give_the_values_of_the_formula(implementation: str) -> None:
     for scale in (1e15, 1e-30):
         x = random_maps(9) * scale
         actual = local_response_norm(x, 5, 1e-4, 0.75, 2.0)
@@ -170,7 +170,7 @@ def test_empty_tensors_give_empty_results(shape: tuple[int, ...], implementation
     assert actual.shape == gradient.shape == shape
 
 
-def test_the_input_is_not_changed_and_is_all_that_is_saved(implementation: str) -> None:
+def test_the_input_is_not_changed_and_is_the_only_tensor_saved_for_backward(implementation: str) -> None:
     x = random_maps(6).requires_grad_()
     before, saved = x.detach().clone(), []
 
@@ -239,7 +239,7 @@ TRITON_CASES = [
 def check_triton(
     maps: int, size: int, beta: float, relu: bool, dtype: torch.dtype, last: bool, device: str = "cpu"
 ) -> None:
-    """The Triton kernel and its gradient agree with PyTorch operators on `device`."""
+    """Check that the Triton kernel and its gradient agree with PyTorch operators on `device`."""
     from train.model import lrn_triton
 
     x, grad = (torch.randn(2, maps, 3, 2, generator=torch.Generator().manual_seed(seed)) * 20 for seed in (0, 1))
@@ -254,8 +254,8 @@ def check_triton(
 
 
 @needs_triton
-def test_triton_kernels_in_its_interpreter() -> None:
-    """The interpreter runs on a CPU. It must be chosen before Triton is imported, hence the subprocess."""
+def test_triton_kernels_in_tritons_interpreter() -> None:
+    """Triton's interpreter runs on a CPU. It must be chosen before Triton is imported: therefore in a subprocess."""
     program = "from tests.train.model import test_lrn\n"
     program += "for case in test_lrn.TRITON_CASES:\n    test_lrn.check_triton(*case)\n"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -272,7 +272,7 @@ def test_triton_kernels_in_its_interpreter() -> None:
 
 
 class PretendsToBeOnAGpu(Tensor):
-    """A CPU tensor that says it is on a GPU, to test the choice of an implementation without one."""
+    """A CPU tensor with is_cuda = True, to test the choice of an implementation on a machine without a GPU."""
 
     is_cuda = True  # type: ignore[assignment]
 
@@ -281,8 +281,8 @@ class PretendsToBeOnAGpu(Tensor):
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a container image without a C compiler Triton is installed and cannot compile: training used to end at the
-    first normalization. The kernel is tried once, here first by an evaluation.
+    """In a container image without a C compiler, Triton is installed and cannot compile. Training then used to end at
+    the first normalization. The kernel is tried once, at the first normalization; here, in an evaluation.
     """
 
     def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
@@ -316,5 +316,5 @@ def test_triton_on_a_gpu(case: tuple[int, int, float, bool, torch.dtype, bool]) 
     check_triton(*case, "cuda")
     maps, size, beta, relu, dtype, _ = case
     x = (random_maps(maps) / 10).to("cuda", dtype)
-    expected = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # float64: PyTorch operators
+    expected = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # by operators
     assert torch.allclose(local_response_norm(x, size, 1e-2, beta, 2.0, relu), expected, rtol=1e-2, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Evaluation mode and back to the mode before, also after an exception."""
+"""Evaluation mode for a block of code; the earlier mode is restored, also after an exception."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from train.model.modes import evaluation_mode
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_a_network_is_evaluated_and_then_back_in_its_mode(training: bool) -> None:
+def test_a_network_is_in_evaluation_mode_and_then_in_its_earlier_mode(training: bool) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train(training)
     x = torch.ones(4, 3)
     with evaluation_mode(model):
@@ -21,7 +21,7 @@ def test_a_network_is_evaluated_and_then_back_in_its_mode(training: bool) -> Non
     assert model(x).requires_grad
 
 
-def test_the_mode_comes_back_after_an_exception() -> None:
+def test_the_earlier_mode_is_restored_after_an_exception() -> None:
     model = nn.Dropout(0.5)
     with pytest.raises(KeyboardInterrupt), evaluation_mode(model):
         raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Max-pooling fused with ReLU and normalization, against PyTorch operators one after the other."""
+"""Tests of max-pooling fused with ReLU and normalization, against separate PyTorch operators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODES += [(Lrn(3, 1e-2, 0.75, 1.0), False, True), (PAPER.lrn, False, False), (Lr
 
 def unfused(x: Tensor, norm: Lrn | None, relu_before: bool, relu_after: bool) -> Tensor:
     x = F.relu(x) if relu_before else x
-    if norm is not None:  # torch divides its alpha by the size
+    if norm is not None:  # torch divides alpha by the window size
         x = F.local_response_norm(x, norm.size, norm.alpha * norm.size, norm.beta, norm.k)
     x = F.max_pool2d(x, 3, 2)
     return F.relu(x) if relu_after else x
@@ -35,7 +35,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", MODES, ids=str)
-def test_fused_pooling_equals_the_operators_one_after_the_other(
+def test_fused_pooling_equals_separate_operators(
     shape: tuple[int, ...], mode: tuple[Lrn | None, bool, bool], implementation: None
 ) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -50,8 +50,8 @@ def test_fused_pooling_equals_the_operators_one_after_the_other(
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_equal_numbers_and_nan_are_treated_as_by_torch(layout: torch.memory_format, implementation: None) -> None:
-    """Of equal numbers the first gets the gradient; a NaN is the maximum, and of two NaN the last."""
+def test_equal_values_and_nan_are_treated_as_by_torch(layout: torch.memory_format, implementation: None) -> None:
+    """The first of equal values gets the gradient. A NaN is the maximum; of two NaN, the last is."""
     x = torch.randint(-2, 3, (4, 10, 9, 9), generator=torch.Generator().manual_seed(1)).float()
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.05] = float("nan")
     x[0, 0] = -float("inf")
@@ -64,7 +64,7 @@ def test_equal_numbers_and_nan_are_treated_as_by_torch(layout: torch.memory_form
         assert torch.allclose(ours, torchs, atol=1e-6)
 
 
-def test_the_kernels_save_the_normalized_maps_and_a_byte_for_each_pooled_number() -> None:
+def test_the_kernels_save_the_normalized_maps_and_one_byte_for_each_pooled_value() -> None:
     if kernels.native is None:
         pytest.skip("the kernels were not compiled")
     x = torch.randn(2, 8, 9, 9).contiguous(memory_format=torch.channels_last).requires_grad_()

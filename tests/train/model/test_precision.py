@@ -1,4 +1,4 @@
-"""Precision: bfloat16 against float32 on a CPU, the TF32 switches, and the precision in a run's identity."""
+"""Tests of precision: bfloat16 against float32 on a CPU, the TF32 switches, and the precision in a run's identity."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ BF16_STEP = 2.0**-8  # the largest relative error of rounding to bfloat16
 
 @pytest.fixture(autouse=True)
 def switches() -> Iterator[None]:
-    """Restore the global switches afterwards; use one thread, as the tensors are small."""
+    """Restore torch's global precision switches after a test; use one thread, because the tensors are small."""
     matmul, conv, threads = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.get_num_threads()
     before = matmul.fp32_precision, conv.fp32_precision
     torch.set_num_threads(1)
@@ -60,7 +60,7 @@ def test_logits_in_bfloat16_are_near_those_in_float32_but_not_equal(recipe: Reci
             rounded = model(images)
     assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     error = float((rounded.float() - exact).norm() / exact.norm())
-    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # eight layers
+    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # each of the eight layers rounds
 
 
 def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_float32() -> None:
@@ -71,7 +71,7 @@ def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_fl
     assert stepped.loss.dtype == stepped.logits.dtype == torch.float32
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == optimizer.velocity(parameter).dtype == torch.float32
-    assert torch.equal(stepped.logits, stepped.logits.bfloat16().float())  # fc8 gave bfloat16
+    assert torch.equal(stepped.logits, stepped.logits.bfloat16().float())  # they were cast from bfloat16
 
 
 def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
@@ -85,7 +85,7 @@ def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
 
 @pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
 def test_normalization_of_bfloat16_sums_in_float32(norm) -> None:
-    """Only the result is rounded; sums of rounded squares would have an error of several roundings."""
+    """Only the result is rounded. A sum of rounded squares would have the error of several roundings."""
     x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).bfloat16()
     expected = norm(x.double(), 5, 1e-2, 0.75, 2.0)
     with autocast("bf16", torch.device("cpu")):
@@ -106,7 +106,7 @@ def test_gradient_of_normalization_of_bfloat16_is_rounded_once(norm) -> None:
 
 
 def test_a_small_network_learns_in_bfloat16() -> None:
-    """It memorizes three images, with the losses of float32 at every step."""
+    """The network memorizes three images, and its loss is near that of float32 at every step."""
     images, labels, lines = random_images(3), torch.arange(3), []
     for precision in ("fp32", "bf16"):
         model = small(replace(SHORT, dropout=0.0, lr=0.02))
@@ -150,7 +150,7 @@ def test_tf32_is_switched_for_matrix_products_and_convolutions(monkeypatch: pyte
         assert matmul.fp32_precision == conv.fp32_precision == mode, precision
 
 
-def test_the_older_switches_are_set_in_an_older_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tf32_in_an_older_torch_is_switched_by_its_older_names(monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 
     matmul, cudnn = SimpleNamespace(allow_tf32=False), SimpleNamespace(allow_tf32=True)

@@ -1,4 +1,4 @@
-"""A training whose terminal output and status are recorded while it runs."""
+"""Fixture `observed_run`: a training with its terminal output, and with its status while it ran."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ STATUS_COMMAND = (sys.executable, "-c", "from train.cli import main; main()", "s
 
 
 class ObservedRun(NamedTuple):
-    """A run of 9 steps whose standard error was a terminal."""
+    """A run of 9 steps with a terminal as its standard error."""
 
     run_dir: Path
     terminal_output: str
-    status_after_step_5: dict  # what `alextrain status --json` printed, run by another process
+    status_after_step_5: dict  # the JSON object that `alextrain status --json` printed in another process
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The live display of a run on a terminal."""
+"""Tests of the live display of a run on a terminal."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from train.monitor.live_view import LiveView, sparkline
 from train.monitor.metrics_log import MetricsLog
 
 
-def test_a_terminal_shows_a_run_and_has_its_cursor_back(observed_run: ObservedRun) -> None:
+def test_a_terminal_shows_a_run_and_its_cursor_is_restored(observed_run: ObservedRun) -> None:
     output = observed_run.terminal_output
     assert "step" in output and "of 9" in output and "images/s" in output
     assert output.count("centre view") == 3
     cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
-    assert cursor_hidden < output.index("\x1b[?25h") < first_validation  # shown at once: the run may be killed
-    assert "epoch   0.33" not in output  # the plain lines are not printed as well
+    assert cursor_hidden < output.index("\x1b[?25h") < first_validation  # not only at the end
+    assert "epoch   0.33" not in output  # plain lines are not printed in addition
 
 
 def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:

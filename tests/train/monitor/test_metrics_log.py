@@ -1,4 +1,4 @@
-"""metrics.jsonl and status.json of a run in progress, also on a full disk."""
+"""Tests of metrics.jsonl and status.json of a run in progress, also on a full disk."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.runs.run_dir import read_metrics
 def test_lines_are_held_in_memory_while_the_disk_is_full_and_written_later(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], limit_file_size: LimitFileSize
 ) -> None:
-    """metrics.jsonl may grow by 100 bytes: a line is cut short, removed, and written with a later one."""
+    """metrics.jsonl may grow by 100 bytes. A line that exceeds them is removed, and is written with a later one."""
     with MetricsLog(tmp_path, RUN_LENGTH, 0, False, QuietView()) as log:
         log.train(training_line(1))
         size_bytes = (tmp_path / "metrics.jsonl").stat().st_size
@@ -29,7 +29,7 @@ def test_lines_are_held_in_memory_while_the_disk_is_full_and_written_later(
         log.train(training_line(3))
         limit_file_size(None)
         (warning,) = [text for text in capsys.readouterr().err.splitlines() if "metrics.jsonl" in text]
-        assert "make room" in warning
+        assert "free disk space" in warning
         assert (tmp_path / "metrics.jsonl").stat().st_size == size_bytes
         log.train(training_line(4))
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
@@ -42,7 +42,7 @@ def test_a_disk_that_is_full_at_the_start_is_an_error_and_loses_no_line(
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(training_line(step)) + "\n" for step in (1, 2)))
     before = (tmp_path / "metrics.jsonl").read_bytes()
     limit_file_size(10)
-    with pytest.raises(DiskFull, match=r"cannot be written \(File too large\)\. Make room"):
+    with pytest.raises(DiskFull, match=r"cannot be written \(File too large\)\. Free disk space"):
         MetricsLog(tmp_path, RUN_LENGTH, 2, False, QuietView())
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 

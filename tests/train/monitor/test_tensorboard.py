@@ -1,4 +1,4 @@
-"""TensorBoard's event files, read back by TensorBoard."""
+"""Tests of event files for TensorBoard, which TensorBoard reads."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from train.monitor.metrics_log import MetricsLog
 from train.runs.run_dir import read_metrics
 
 
-def test_tensorboard_reads_every_number_of_metrics_jsonl_once(observed_run: ObservedRun) -> None:
+def test_tensorboard_reads_every_value_of_metrics_jsonl_once(observed_run: ObservedRun) -> None:
     assert sorted(tensorboard_points(observed_run.run_dir)) == sorted(points_of_metrics(observed_run.run_dir))
     tags = {tag for tag, *_ in tensorboard_points(observed_run.run_dir)}
     assert {"train/loss", "train/lr", "val/top1_error", "gradient_norm/fc8", "weight_norm/conv1"} <= tags
 
 
 def test_a_resumed_run_has_no_point_and_no_line_twice(tmp_path: Path) -> None:
-    """A run that was killed after lines that no checkpoint covers, and again before a validation.
+    """The run is killed twice: after it logged steps later than its last checkpoint, and before a validation.
 
-    Its first line is older than its event files.
+    No event file has the first line of metrics.jsonl yet.
     """
     result = EvalResult(0.5, 0.25, 2.0, 12)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**training_line(1), "unix_time_s": 5.0}) + "\n")

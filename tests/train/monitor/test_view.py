@@ -1,4 +1,4 @@
-"""Choice of the console view."""
+"""Tests of the choice between the live view and plain lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused parameter update: the bits of torch's private kernel, and nearly the same values without that kernel."""
+"""The fused parameter update equals torch's private kernel to the bit; without that kernel it agrees to rounding."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHAPES = ((6, 5, 3, 3), (30, 71), (17,))
 
 @pytest.fixture(autouse=True)
 def clear_cache() -> Iterator[None]:
-    """fused_update_works caches its result."""
+    """Clear the cached result of fused_update_works before and after each test."""
     fused_sgd.fused_update_works.cache_clear()
     yield
     fused_sgd.fused_update_works.cache_clear()
@@ -44,7 +44,7 @@ def fused_result(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM)
 
 
 def rule_result(momentum: float = MOMENTUM) -> list[Tensor]:
-    """The same by the rule in float64."""
+    """Weights and velocities after two updates by the paper's rule in float64."""
     weights, velocities, gradients = ([t.double() for t in items] for items in tensors())
     for _ in range(2):
         velocities = [
@@ -60,13 +60,13 @@ def assert_close(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_fused_update_is_used_with_the_installed_torch_and_gives_the_rule(dtype: torch.dtype) -> None:
+def test_the_installed_torch_has_the_fused_update_and_it_follows_the_papers_rule(dtype: torch.dtype) -> None:
     assert fused_sgd.fused_update_works(CPU, dtype)
     assert_close(fused_result(dtype), rule_result())
 
 
-def test_the_fused_update_has_the_bits_of_torchs_private_kernel() -> None:
-    """Earlier versions called that kernel: a run of theirs continues to the bit."""
+def test_the_fused_update_equals_torchs_private_kernel_to_the_bit() -> None:
+    """Earlier versions called that kernel. Their runs therefore continue with the same bits."""
     weights, velocities, gradients = tensors()
     constants = {"lr": -1.0, "dampening": 1.0 + LR, "nesterov": False, "maximize": False, "is_first_step": False}
     for _ in range(2):
@@ -87,7 +87,7 @@ def renamed(*args: object, **kwargs: object) -> None:
 
 
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
-    """A later kernel that ignores a negative learning rate."""
+    """Stands in for a kernel of a later torch that ignores a negative learning rate."""
     for velocity in velocities:
         velocity.mul_(0.5)
 
@@ -116,13 +116,13 @@ def test_a_torch_without_the_private_kernel_gives_nearly_the_same_values(monkeyp
 
 
 def test_other_devices_and_a_momentum_of_zero_are_updated_by_operators() -> None:
-    """Without momentum, torch's kernel has no velocity."""
+    """torch's kernel does not update the velocity if momentum is 0."""
     assert not fused_sgd.fused_update_works(torch.device("meta"), torch.float32)
     assert_close(fused_result(momentum=0.0), rule_result(momentum=0.0))
 
 
 def test_an_update_raises_the_version_of_the_tensors() -> None:
-    """By the version, autograd refuses a backward pass that needs a tensor as it was before a change."""
+    """Autograd compares versions to refuse a backward pass that needs the values before an in-place change."""
     weights, velocities, gradients = tensors()
     versions = [t._version for t in (*weights, *velocities)]
     fused_sgd.update(weights, velocities, gradients, MOMENTUM, LR, DECAY)

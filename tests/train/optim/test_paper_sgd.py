@@ -1,4 +1,4 @@
-"""The parameter update against the paper's rule in NumPy and against torch.optim.SGD, and which parameters decay."""
+"""Tests of PaperSGD against the paper's rule in NumPy and against torch.optim.SGD, and of weight decay by parameter."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 def make_steps(
     optimizer: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray
 ) -> np.ndarray:
-    """`w` after a step for each of `rates` and `grads`."""
+    """The values of `w` after each step; step k has learning rate `rates[k]` and gradient `grads[k]`."""
     for lr, grad in zip(rates, grads, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -34,10 +34,10 @@ def grads() -> np.ndarray:
     return np.random.default_rng(0).normal(size=(12, 5, 3))
 
 
-RATES = [0.01] * 6 + [0.001] * 6  # a drop after six steps
+RATES = [0.01] * 6 + [0.001] * 6  # the rate drops after six steps
 
 
-def test_the_update_is_the_papers_rule_before_and_after_a_drop_of_the_rate(grads: np.ndarray) -> None:
+def test_the_update_is_the_papers_rule_before_and_after_the_rate_drops(grads: np.ndarray) -> None:
     w = torch.nn.Parameter(torch.linspace(-1, 1, 15, dtype=torch.float64).reshape(5, 3))
     expected, v = w.detach().numpy().copy(), np.zeros((5, 3))
     for lr, grad in zip(RATES, grads, strict=True):
@@ -52,7 +52,7 @@ def test_the_update_is_the_papers_rule_before_and_after_a_drop_of_the_rate(grads
 def test_several_parameters_are_updated_by_the_rule_without_compiled_kernels(
     momentum: float, same_layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU: two parameters by one fused call, or operator by operator if the layouts differ."""
+    """Tests the update of a GPU: one fused call for both parameters, or single operators if their layouts differ."""
     monkeypatch.setattr("train.model.kernels.native", None)
     layout = torch.channels_last if same_layout else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
@@ -71,7 +71,7 @@ def test_several_parameters_are_updated_by_the_rule_without_compiled_kernels(
     assert np.allclose([optimizer.velocity(w).numpy() for w in parameters], v, rtol=1e-5, atol=1e-6)
 
 
-def test_torch_sgd_gives_the_same_update_at_a_constant_rate_and_another_after_a_drop(grads: np.ndarray) -> None:
+def test_torch_sgd_agrees_at_a_constant_rate_and_differs_after_the_rate_drops(grads: np.ndarray) -> None:
     def update_by_both(rates: list[float]) -> tuple[np.ndarray, np.ndarray]:
         w, other_w = (torch.nn.Parameter(torch.ones(5, 3, dtype=torch.float64)) for _ in range(2))
         paper_sgd = PaperSGD([{"params": [w], "weight_decay": 0.0005}], 0.9)
@@ -94,7 +94,7 @@ def test_a_rate_of_zero_freezes_weights_and_velocity(grads: np.ndarray) -> None:
 
 
 def weight_decays(recipe: Recipe) -> dict[str, float]:
-    """The weight decay of every parameter, by joined name."""
+    """Joined parameter name -> its weight decay."""
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
     decay_of = {
         parameter: group["weight_decay"]

@@ -87,15 +87,15 @@ def test_a_rate_of_zero_for_conv1_gives_it_no_gradient_and_no_update() -> None:
     optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
     schedule.apply(optimizer, 1)
     model(torch.randn(2, 3, 224, 224)).square().sum().backward()
-    conv1 = list(model.columns[0].conv1.parameters())  # weights and biases, although biases have their own rate
+    conv1 = list(model.columns[0].conv1.parameters())  # weights and biases: both are frozen
     assert all(p.grad is None for p in conv1) and model.columns[1].conv2.weight.grad is not None
     before = [p.detach().clone() for p in conv1]
     optimizer.step()
     assert all(map(torch.equal, conv1, before))
 
 
-def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own_as_the_recipe_defines() -> None:
-    """Twice lr at every epoch (Caffe), lr (the paper), and a constant (the released code)."""
+def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own() -> None:
+    """The rate of biases is twice lr in Caffe, lr in the paper, and a constant in the released code."""
     for recipe, bias_rate in ((CAFFE, lambda lr: 2 * lr), (PAPER, lambda lr: lr), (RELEASED, lambda lr: 0.02)):
         model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
         optimizer, schedule = make_optimizer(model, recipe), Schedule(recipe)
@@ -107,7 +107,7 @@ def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own_as_the_recipe
 
 
 def test_the_rate_of_every_recipe_is_above_zero_at_each_of_its_epochs() -> None:
-    """A rate of 0 would freeze the network."""
+    """A rate of 0 freezes a layer, so that a recipe with such an epoch would train nothing."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
         assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name

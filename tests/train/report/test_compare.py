@@ -1,4 +1,4 @@
-"""`alextrain compare`: the fields that differ, labels, errors, and the curves in the figure."""
+"""Tests of `alextrain compare`: the fields that differ, the labels, the errors, and the curves in the figure."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from train.report.compare import (
 def write_run(
     folder: Path, recipe: Recipe = SHORT, model: Architecture = ALEXNET, errors: tuple[float, ...] = (), **settings: Any
 ) -> Path:
-    """Write the run.json and metrics.jsonl of a run, with a validation for each of `errors`; returns its folder."""
+    """Write run.json and metrics.jsonl of a run with one validation for each of `errors`; returns the run's folder."""
     folder.mkdir()
     description = {
         "identity": {
@@ -94,7 +94,7 @@ def test_a_field_that_only_one_run_has_differs(tmp_path: Path) -> None:
     assert run_labels(runs) == ["store fingerprint f0, accumulate none", "store fingerprint f1, accumulate 4"]
 
 
-def test_labels_name_another_network_or_recipe_without_its_fields(tmp_path: Path) -> None:
+def test_labels_name_the_network_and_recipe_but_not_their_fields(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", SHORT, HALF), write_run(tmp_path / "b", CAFFE)
     runs = read_runs([a, b])
     assert "model.widths.conv1" in differing_fields(runs) and "recipe.momentum" not in differing_fields(runs)
@@ -106,7 +106,7 @@ def test_labels_name_another_network_or_recipe_without_its_fields(tmp_path: Path
     [{}, {"log_every": 5}, dict.fromkeys("abcde", 1)],
     ids=["no difference", "only a difference that does not change training", "too many differences"],
 )
-def test_labels_are_folders_if_fields_do_not_tell_runs_apart(tmp_path: Path, settings: dict[str, int]) -> None:
+def test_labels_are_folders_if_no_or_too_many_fields_differ(tmp_path: Path, settings: dict[str, int]) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", **settings)  # type: ignore[arg-type]
     assert run_labels(read_runs([a, b])) == [str(a), str(b)]
 
@@ -122,7 +122,7 @@ def test_a_fork_is_labelled_with_its_origin(tmp_path: Path) -> None:
     assert run_labels(runs) == ["ancestry none", "ancestry a after step 1,030"]
 
 
-def test_runs_with_equal_labels_get_their_folders_too(tmp_path: Path) -> None:
+def test_equal_labels_are_followed_by_the_folders(tmp_path: Path) -> None:
     a, b, c = write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", seed=1)
     assert run_labels(read_runs([a, b, c])) == [f"seed 0, {a}", f"seed 0, {b}", "seed 1"]
 
@@ -162,7 +162,7 @@ def test_the_figure_has_every_run_in_its_own_color(tmp_path: Path, count: int, d
 def test_a_folder_whose_name_begins_with_an_underscore_is_in_the_legend(
     tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """matplotlib leaves such labels out."""
+    """matplotlib leaves a label that begins with an underscore out of its legend."""
     for name in ("_a", "b"):
         write_run(tmp_path / name, errors=(0.5, 0.4))
     monkeypatch.chdir(tmp_path)

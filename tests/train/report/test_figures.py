@@ -1,4 +1,4 @@
-"""`alextrain figures`: which figures a run has with a store and without, and that a figure's bytes are always equal."""
+"""Tests of `alextrain figures`: figures with and without the store, reproducible bytes, and a missing package."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WITH_STORE = sorted([*WITHOUT_STORE, "guesses", "nearest", "feature-maps", "clas
 
 
 def run_command(*args: object) -> tuple[list[str], str]:
-    """`alextrain figures`: (lines of standard error, standard output)."""
+    """Run `alextrain figures`; returns the lines of standard error, and standard output."""
     result = CliRunner().invoke(main, ["figures", *map(str, args)])
     assert result.exit_code == 0, result.output
     return result.stderr.splitlines(), result.stdout
@@ -30,7 +30,7 @@ def run_command(*args: object) -> tuple[list[str], str]:
 def test_all_figures_are_drawn_if_the_training_store_still_exists(
     trained_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rendering is replaced: tests/train/report/test_html.py looks at the content of all figures."""
+    """Rendering is replaced, because tests/train/report/test_html.py tests the content of all figures."""
     monkeypatch.setattr("prep.plot_style.render_figure", lambda draw, size, format: f"{size[0]} {format}".encode())
     run_command(trained_run)
     assert sorted(path.stem for path in trained_run.glob("*.png")) == WITH_STORE
@@ -52,10 +52,11 @@ def test_a_figure_has_the_same_bytes_each_time_and_ignores_an_incomplete_line(
 ) -> None:
     lines = read_metrics(trained_run)
     with open(trained_run / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "val", "st')  # a run that trains meanwhile is writing it
+        file.write('{"kind": "val", "st')  # as a run in progress writes it
     expected = render_figure(lambda figure: draw_learning_curve(figure, lines), LEARNING_CURVE_INCHES, "svg")
     for _ in range(2):
-        run_command(trained_run, "--split", "test", "--format", "svg", "--out", tmp_path / "svg")  # only without images
+        # The store has no split `test`: figures of images are left out.
+        run_command(trained_run, "--split", "test", "--format", "svg", "--out", tmp_path / "svg")
         assert (tmp_path / "svg" / "learning-curve.svg").read_bytes() == expected
 
 

@@ -1,4 +1,4 @@
-"""The HTML report: parsed, its figures decoded, nothing loaded from outside; and drawn by headless Chromium."""
+"""Tests of the HTML report: valid HTML, figures that decode, no external resources, and its layout in Chromium."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-
 
 
 class Page(HTMLParser):
-    """Elements with their attributes, and the text; asserts that tags are balanced."""
+    """An HTML parser that collects elements with their attributes, and the text. It asserts that tags are balanced."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
@@ -128,14 +128,14 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
 
 
 def browser() -> str | None:
-    """The path of a Chromium: CHROMIUM in the environment, on PATH, or installed by Playwright; or None."""
+    """The path of Chromium: from the environment variable CHROMIUM, from PATH, or from Playwright; None without one."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
     return next((path for path in named if path), None)
 
 
-# The report in frames of the width of a desktop and of a phone; scripts can measure a frame of the same origin.
+# A page with the report in two frames, as wide as a desktop and a phone. A script measures frames of its own origin.
 _WATCH = """<!DOCTYPE html><body><script>
 const frames = [];
 for (const width of [1280, 390]) {

@@ -1,4 +1,4 @@
-"""The figures of train/report/plots_*.py, read back from matplotlib's own objects."""
+"""Tests of the figures that train/report/plots_*.py draw, by the contents of matplotlib's objects."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_learning_curves_show_every_line_and_mark_drops_of_the_learning_rate() -
     assert {float(y) for drawn in error.lines[:4] for y in drawn.get_ydata()} == {50.0, 20.0}
 
 
-def test_tiles_are_in_reading_order_each_scaled_to_its_own_range() -> None:
+def test_tiles_are_in_reading_order_and_each_is_scaled_to_its_own_range() -> None:
     images = np.arange(5 * 6.0).reshape(5, 2, 3) * np.array([1, 2, 3, 4, 0])[:, None, None]
     shown = scale_to_unit_range(images)
     assert shown.min((1, 2)).tolist() == [0] * 5 and shown.max((1, 2)).tolist() == [1, 1, 1, 1, 0]
@@ -61,10 +61,10 @@ def test_tiles_are_in_reading_order_each_scaled_to_its_own_range() -> None:
     assert (sheet[4] == 1).all() and (sheet[5:, 14:] == 1).all()
 
 
-def test_kernels_of_column_0_are_above_those_of_column_1() -> None:
+def test_kernels_of_column_0_are_above_the_kernels_of_column_1() -> None:
     weights = torch.zeros(8, 3, 11, 11)
     weights[:4, 0, 0, 0] = 1.0  # red in the upper left corner
-    weights[4:, 2, 10, 10] = 1.0  # blue in the lower right one
+    weights[4:, 2, 10, 10] = 1.0  # blue in the lower right corner
     figure = Figure()
     draw_kernels(figure, {"conv1.weight": weights}, columns=2)
     above, below = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
@@ -113,7 +113,7 @@ def test_the_confusion_matrix_counts_classes_by_predicted_class() -> None:
     assert [box.get_xy() for box in axes.patches] == [(-0.47, -0.47), (0.53, 0.53)]
 
 
-def test_many_classes_are_drawn_as_a_curve_and_only_the_worst_by_name() -> None:
+def test_many_classes_are_drawn_as_a_curve_with_names_for_the_worst_only() -> None:
     labels = np.arange(200) % 40
     figure = Figure()
     confusion = confusion_matrix(np.eye(40)[np.where(labels < 5, 39, labels)], labels)
@@ -147,7 +147,7 @@ def test_the_correct_class_is_orange_among_predictions_and_neighbors() -> None:
     assert [int(axes.images[0].get_array().max()) for axes in shown[4:]] == [0, 0, 1, 2]
 
 
-def test_feature_maps_show_those_with_the_highest_activation_of_each_column() -> None:
+def test_feature_maps_with_the_highest_activation_of_each_column_are_drawn() -> None:
     maps = np.zeros((12, 13, 13), np.float32)
     maps[7, 3, 4], maps[2, 0, 0] = 5.0, 3.0
     figure = Figure()
@@ -155,13 +155,13 @@ def test_feature_maps_show_those_with_the_highest_activation_of_each_column() ->
     _, *panels = figure.axes
     assert [axes.get_title() for axes in panels] == ["column 0", "column 1", "", ""]
     assert [axes.get_ylabel() for axes in panels] == ["conv1\n13×13", "", "conv2\n13×13", ""]
-    image, scale = np.asarray(panels[0].images[0].get_array()), 9  # 110 px and more
+    image, scale = np.asarray(panels[0].images[0].get_array()), 9  # the least factor that gives 110 px
     assert image[3 * scale, 4 * scale] == 1 and image[:, 13 * scale + 6 :][0, 0] == 1 and image[0, 0] == 0
     assert np.asarray(panels[1].images[0].get_array())[: 13 * scale, : 13 * scale].max() == 0
 
 
 def test_unusual_names_are_drawn_literally_and_shortened() -> None:
-    """Names with $, which is a formula to matplotlib, letters that its font lacks, a newline, and 200 characters."""
+    """Names with a $ (a formula to matplotlib), a letter missing in its font, a newline, and 200 characters."""
     names = ["$a_{b$", "猫\n", "x" * 200]
     square = np.zeros((8, 8, 3), np.uint8)
     rows = [ImageAndNeighbors(square, "$p_{1$.jpg\n", 0, [(square, k, float(k)) for k in range(3)])]

@@ -1,4 +1,4 @@
-"""Checkpoint files: how they are written, verified, kept and repaired, and which ones are refused."""
+"""Tests of checkpoint files: writing, verification, retention, repair after a kill, and refused files."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from train.trainer.loop import fit
 
 
 def empty_checkpoint(step: int, **fields: Any) -> Checkpoint:
-    """A checkpoint of `step` without parameters; `fields` replace others of its fields."""
+    """A checkpoint of `step` without parameters. `fields` replaces the values of other fields."""
     mappings = ("identity", "model", "recipe", "environment", "parameters", "velocity", "schedule", "stream")
     sequences = ("classes", "devices", "random_cuda")
     defaults: dict[str, Any] = {name: {} for name in mappings} | {name: [] for name in sequences}
@@ -34,7 +34,7 @@ def empty_checkpoint(step: int, **fields: Any) -> Checkpoint:
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder, by their names."""
+    """The steps of the checkpoints in a run folder, from their file names."""
     return [int(path.stem.removeprefix("checkpoint-")) for path in checkpoint_paths(run_dir)]
 
 
@@ -42,7 +42,7 @@ def steps_of(run_dir: Path) -> list[int]:
 
 
 def test_a_checkpoint_is_a_zip_whose_comment_is_the_sha256_of_the_bytes_before_it(uninterrupted_run: Path) -> None:
-    """Checked with zipfile and hashlib alone; torch loads the file with weights_only."""
+    """Checks the file with zipfile and hashlib alone. torch loads it with weights_only."""
     path = checkpoint_paths(uninterrupted_run)[-1]
     with zipfile.ZipFile(path) as archive:
         comment = archive.comment
@@ -56,7 +56,7 @@ def test_a_checkpoint_is_a_zip_whose_comment_is_the_sha256_of_the_bytes_before_i
 
 
 def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tmp_path: Path) -> None:
-    """Bits of the header, the tensors, the padding, the zip directory and the digest itself."""
+    """Flips bits of the header, the tensors, the padding, the zip directory and the digest."""
     intact = checkpoint_paths(uninterrupted_run)[-1].read_bytes()
     path, rng = tmp_path / "checkpoint-00000001.pt", random.Random(0)
     offsets = [*range(40), *range(len(intact) - 160, len(intact)), *rng.sample(range(len(intact)), 300)]
@@ -78,7 +78,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """weights_only refuses a pickle that would run a command; the file then counts as unreadable."""
+    """weights_only refuses a pickle that would run a command. The file then counts as unreadable."""
 
     class MakesFolder:
         def __reduce__(self):
@@ -99,7 +99,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_its_format_number(tmp_p
 # ---------------------------------------------------------------- torn and altered files in a run folder
 
 
-def test_a_run_names_an_altered_newest_checkpoint_and_resumes_from_the_one_before(
+def test_a_run_names_an_altered_newest_checkpoint_and_resumes_from_the_previous_one(
     stores: dict[str, Path],
     uninterrupted_run: Path,
     tmp_path: Path,
@@ -130,7 +130,7 @@ def test_a_torn_newest_checkpoint_is_skipped_by_inference_and_by_training(
     assert_same_result(run_dir, uninterrupted_run)
 
 
-def test_torn_checkpoints_do_not_count_among_those_to_keep(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     fit(Run.open(small_config(stores["jpeg"], run_dir, steps=2)))
     for step in (5, 6):
@@ -148,10 +148,10 @@ def test_torn_checkpoints_do_not_count_among_those_to_keep(stores: dict[str, Pat
         ("torch.load", RuntimeError("can't allocate memory"), "can't allocate memory"),
     ],
 )
-def test_an_intact_checkpoint_that_cannot_be_read_at_the_moment_does_not_count_as_torn(
+def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """Otherwise the one before it would be used, and this one removed."""
+    """If it counted as torn, the run would resume from the previous checkpoint and remove this one."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -164,7 +164,7 @@ def test_an_intact_checkpoint_that_cannot_be_read_at_the_moment_does_not_count_a
     assert not isinstance(raised.value, UnreadableCheckpoint)
 
 
-def test_a_checkpoint_that_a_running_training_removes_before_it_is_read_does_not_count_as_torn(
+def test_a_checkpoint_removed_by_a_running_training_before_it_is_read_does_not_count_as_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     keeper = checkpoint.CheckpointKeeper(tmp_path, 1, None)
@@ -179,7 +179,7 @@ def test_a_checkpoint_that_a_running_training_removes_before_it_is_read_does_not
     assert checkpoint.load(tmp_path).step == 2 and capsys.readouterr().err == ""
 
 
-def test_a_checkpoint_of_another_step_than_its_name_is_refused_and_files_of_other_names_stay(tmp_path: Path) -> None:
+def test_a_checkpoint_whose_step_differs_from_its_file_name_is_refused_and_other_files_stay(tmp_path: Path) -> None:
     paths = [checkpoint.write(tmp_path, empty_checkpoint(step)) for step in (3, 4)]
     for name in ("checkpoint-mine.pt", "checkpoint-00000004 (copy).pt"):
         shutil.copy(paths[0], tmp_path / name)
@@ -188,7 +188,7 @@ def test_a_checkpoint_of_another_step_than_its_name_is_refused_and_files_of_othe
     assert checkpoint.load(tmp_path).step == 4
     shutil.copy(paths[0], tmp_path / "checkpoint-00000009.pt")
     with pytest.raises(
-        UserError, match=r"00000009\.pt: is of step 3\. Name it checkpoint-00000003\.pt, or move it away"
+        UserError, match=r"00000009\.pt: holds step 3\. Rename it to checkpoint-00000003\.pt, or move it away"
     ):
         checkpoint.load(tmp_path)
     assert len(list(tmp_path.iterdir())) == 6
@@ -202,18 +202,18 @@ def test_the_newest_checkpoints_and_the_best_are_kept(stores: dict[str, Path], t
     run_dir = fit(Run.open(small_config(stores["ppm"], tmp_path / "run", keep=keep, epochs=4)))
     assert steps_of(run_dir) == [9, 10, 12][-keep:]
     errors = {line["step"]: line["top1_error"] for line in metrics_without_clock(run_dir) if line["kind"] == "val"}
-    best = min(errors, key=errors.__getitem__)  # the first of equal ones
+    best = min(errors, key=errors.__getitem__)  # the first of the checkpoints with equal error
     for state in (checkpoint.load(run_dir, "best"), load_trained(run_dir, ("cpu", "cpu"), "best").checkpoint):
         assert state.step == best
     assert checkpoint.load(run_dir).best == {"step": best, "top1_error": errors[best]}
     assert checkpoint.load(run_dir, str(run_dir / BEST)).step == best
     assert checkpoint.load(run_dir, "checkpoint-00000012.pt").step == 12
     (run_dir / "run.json").unlink()
-    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # needs no other file
+    network, state = load_trained(run_dir / BEST, ("cpu", "cpu"))  # best.pt needs no other file
     assert network.architecture == SMALL_ALEXNET and state.step == best and len(state.classes) == 3
 
 
-def test_best_is_the_checkpoint_of_the_lowest_error_and_an_error_names_it_if_it_is_missing(tmp_path: Path) -> None:
+def test_best_is_the_checkpoint_with_the_lowest_error_and_missing_checkpoints_are_refused(tmp_path: Path) -> None:
     keeper = checkpoint.CheckpointKeeper(tmp_path, 1, None)
     with pytest.raises(UserError, match="no checkpoint of the run has been validated"):
         checkpoint.load(tmp_path, "best")
@@ -240,8 +240,8 @@ def test_best_is_kept_on_a_file_system_without_hard_links(tmp_path: Path, monkey
     assert checkpoint.load(tmp_path, "best").step == 1
 
 
-def test_the_next_start_repairs_what_a_kill_after_the_last_checkpoint_left_undone(tmp_path: Path) -> None:
-    """best.pt and the number of checkpoints are right although nothing is saved again."""
+def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoint_prevented(tmp_path: Path) -> None:
+    """best.pt and the number of checkpoints are repaired although no checkpoint is saved again."""
     keeper = checkpoint.CheckpointKeeper(tmp_path, 3, None)
     for step in (1, 2, 3):
         keeper.save(empty_checkpoint(step), is_last=False)
@@ -258,10 +258,10 @@ def test_the_next_start_repairs_what_a_kill_after_the_last_checkpoint_left_undon
 # ---------------------------------------------------------------- order of writes, full disks
 
 
-def test_metrics_are_synced_before_the_checkpoint_and_the_checkpoint_before_the_last_one_is_removed(
+def test_metrics_are_synced_before_a_checkpoint_and_both_before_the_previous_checkpoint_is_removed(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A power cut at any moment leaves a checkpoint, and every line of metrics.jsonl before it."""
+    """After a power cut at any moment, a checkpoint exists, and metrics.jsonl has every line up to its step."""
     operations: list[str] = []
 
     def recorded(function: str, real: Any) -> Any:
@@ -289,7 +289,7 @@ def test_metrics_are_synced_before_the_checkpoint_and_the_checkpoint_before_the_
     assert relevant[start : start + len(expected)] == expected
 
 
-def test_only_three_failures_in_a_row_are_an_error_and_no_checkpoint_is_written_without_its_metrics(
+def test_three_failures_in_a_row_are_an_error_and_no_checkpoint_is_written_without_its_metrics(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fail() -> None:

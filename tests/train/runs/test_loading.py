@@ -1,4 +1,4 @@
-"""Trained networks loaded from the checkpoints of runs."""
+"""Tests of loading trained networks from the checkpoints of runs."""
 
 from __future__ import annotations
 

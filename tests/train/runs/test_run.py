@@ -1,4 +1,4 @@
-"""A run that is opened: its length, and the settings, stores and folders that are refused."""
+"""Tests of opening a run: its length, and the settings, stores and folders that are refused."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_number_of_parts_that_does_not_divide_the_batch_is_refused(store: Path
         ({"recipe": replace(SHORT, lr=0.5)}, "recipe: dropout is 0.5, here 0.0"),
     ],
 )
-def test_another_configuration_in_the_folder_of_a_run_is_refused_by_its_difference(
+def test_another_configuration_in_the_folder_of_a_run_is_refused_with_the_difference(
     stores: dict[str, Path], uninterrupted_run: Path, change: dict, difference: str
 ) -> None:
     with pytest.raises(UserError, match=f"another {difference}"):
@@ -61,7 +61,7 @@ def test_a_folder_that_holds_something_else_is_refused_and_left_alone(
     stores: dict[str, Path], tmp_path: Path, name: str
 ) -> None:
     (tmp_path / name).write_text("dear")
-    with pytest.raises(UserError, match="something else than a run"):
+    with pytest.raises(UserError, match="holds files but no run"):
         fit(Run.open(small_config(stores["jpeg"], tmp_path)))
     assert (tmp_path / name).read_text() == "dear"
 
@@ -76,7 +76,7 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_started_with_other_setting
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / ".run.json.77.tmp").write_text("{")  # of a run that was killed as it began
+    (run_dir / ".run.json.77.tmp").write_text("{")  # left by a run that was killed at its start
     with pytest.raises(UserError, match="a batch takes 64"):
         fit(Run.open(small_config(stores["jpeg"], run_dir, batch_size=64)))
     fit(Run.open(small_config(stores["jpeg"], run_dir, steps=1)))

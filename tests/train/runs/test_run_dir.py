@@ -1,4 +1,4 @@
-"""metrics.jsonl read while it is written, and the time left that is predicted from it."""
+"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time predicted from it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tests.helpers.metrics import training_line
 from train.runs.run_dir import read_metrics, seconds_left
 
 
-def test_a_line_of_which_a_part_is_written_is_left_out(tmp_path: Path) -> None:
+def test_an_incomplete_line_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "trai')
     assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
 

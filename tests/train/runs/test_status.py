@@ -1,6 +1,6 @@
-"""`alextrain status` on run folders in every state.
+"""Tests of `alextrain status` on run folders in every state.
 
-tests/train/monitor/test_metrics_log.py has the status of a run in progress.
+tests/train/monitor/test_metrics_log.py tests the status of a run in progress.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DESCRIPTION = {
 
 @pytest.fixture
 def run_dir(tmp_path: Path) -> Path:
-    """A run that was killed after step 34, in the middle of writing its line."""
+    """A run that was killed after step 34, while it wrote a line of metrics.jsonl."""
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "run.json").write_text(json.dumps(DESCRIPTION))
@@ -64,11 +64,11 @@ def test_a_run_that_ended_without_a_status_is_reported_as_crashed(run_dir: Path)
     assert status["seconds_since"] == pytest.approx(time.time() - 1e9, abs=60)
     text = "\n".join(status_lines(status))
     assert "run: crashed" in text and "step 34 of 100, epoch 3.40 of 10; 33 s left to train" in text
-    assert "checkpoint of step 30, 1 min 3" in text and "The same alextrain run resumes after step 30." in text
+    assert "checkpoint of step 30, 1 min 3" in text and "The same alextrain run command resumes after step 30." in text
     assert "best top-1 50.0% at epoch 2" in text and "(process" not in text
 
 
-def test_a_run_that_another_process_trains_is_reported_with_that_process(run_dir: Path) -> None:
+def test_a_run_in_progress_is_reported_with_its_process(run_dir: Path) -> None:
     with hold_lock(run_dir, "training"):
         status = status_of(run_dir)
     assert (status["state"], status["alive"]) == ("training", True)
@@ -95,14 +95,14 @@ def test_a_run_that_ended_is_reported_with_its_reason(run_dir: Path, state: str,
     assert (status["seconds_left"] == 0) == (state == "finished")
 
 
-def test_a_run_that_only_an_import_or_a_fork_wrote_is_reported_as_new(run_dir: Path) -> None:
+def test_a_run_created_by_an_import_or_a_fork_is_reported_as_new(run_dir: Path) -> None:
     for name in ("metrics.jsonl", "status.json"):
         (run_dir / name).unlink()
     status = status_of(run_dir)
     assert (status["state"], status["alive"], status["finished"], status["said"]) == ("new", False, False, "")
     lines = status_lines(status)
     assert lines[0].endswith("run: not trained in this folder yet")
-    assert lines[-1] == "The same alextrain run resumes after step 30."
+    assert lines[-1] == "The same alextrain run command resumes after step 30."
 
 
 def test_a_run_that_was_killed_before_its_first_line_starts_again_from_step_0(run_dir: Path) -> None:
@@ -112,7 +112,7 @@ def test_a_run_that_was_killed_before_its_first_line_starts_again_from_step_0(ru
     status = status_of(run_dir)
     assert (status["state"], status["step"], status["train"], status["checkpoint"]) == ("dead", 0, None, None)
     assert status["seconds_left"] is None and status["seconds_since"] is None
-    assert status_lines(status)[-2:] == ["no checkpoint yet", "The same alextrain run starts it again from step 0."]
+    assert status_lines(status)[-2:] == ["no checkpoint yet", "The same alextrain run command starts it again from step 0."]
 
 
 def test_the_command_loads_no_torch_and_exits_with_0_for_a_crashed_run(run_dir: Path) -> None:

@@ -1,4 +1,4 @@
-"""The paper's ablations: what each changes, that stopped ones resume, and the arithmetic of the table."""
+"""Tests of the paper's ablations: the change that each makes, resuming, and the arithmetic of the table."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ SMALL = {
 
 
 def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
-    """The ablations of the recipe short on small networks, three steps of 8 images each."""
+    """The ablations of the recipe `short` on small networks. Each run has three steps of 8 images."""
     options = {"recipe": "short", "batch": 8, "steps": 3, "gpus": "cpu", "networks": SMALL, **options}
     return plan_runs(store, out, **options)
 
 
 def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: Path) -> None:
-    """Compares the network and the recipe's fields with the baseline; the recipe released has every part."""
+    """Compares network and recipe with the baseline. The recipe `released` has every part that an ablation removes."""
     runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
     assert [run.ablation for run in runs] == list(ABLATIONS)
     base = asdict(RELEASED)
@@ -55,8 +55,11 @@ def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: P
     }
 
 
-def test_the_papers_differences_are_those_of_its_text_and_of_the_authors_files() -> None:
-    """In points of top-1 and top-5 error. Without crossings: net #150, 41.83 / 19.33, minus net #145, 40.66 / 18.21."""
+def test_the_published_differences_are_those_of_the_paper_and_of_the_authors_files() -> None:
+    """The differences are in percentage points of top-1 and top-5 error.
+
+    Without crossings, the authors' net #150 has 41.83 / 19.33 and their net #145, with crossings, 40.66 / 18.21.
+    """
     rises = {a.name: (a.rise_top1, a.rise_top5) for a in ABLATIONS if a.rise_top1 is not None}
     assert rises == {
         "no-lrn": (1.4, 1.2),

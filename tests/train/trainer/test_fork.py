@@ -1,4 +1,4 @@
-"""Forks: what they take over from another run's checkpoint, what they may change, and what is refused."""
+"""Tests of forks: the state taken from another run's checkpoint, the settings that may change, and refused forks."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ def test_a_fork_without_changes_has_the_result_of_the_uninterrupted_run(
 
 
 def ancestry(run_dir: Path) -> list[dict[str, Any]]:
-    """The checkpoints that a run began with, the oldest first, as run.json names them."""
+    """The chain of checkpoints that a run was forked from, oldest first, as run.json lists them."""
     return json.loads((run_dir / "run.json").read_text())["ancestry"]
 
 
 @pytest.fixture(scope="module")
 def four_steps(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run after 4 steps, an epoch and a third. Do not write into it."""
+    """A run after 4 steps, which are 1 1/3 epochs. Do not write into it."""
     return fit(Run.open(small_config(stores["ppm"], tmp_path_factory.mktemp("origin") / "run", steps=4)))
 
 
 @pytest.fixture
 def origin(four_steps: Path, tmp_path: Path) -> Path:
-    """A copy of `four_steps`, whose schedule has dropped the rate twice."""
+    """A copy of `four_steps`. The schedule in its checkpoint has already dropped the rate twice."""
     run_dir = Path(shutil.copytree(four_steps, tmp_path / "run"))
     state = checkpoint.load(run_dir)
     checkpoint.write(run_dir, replace(state, schedule={**state.schedule, "drops": 2}))
@@ -64,7 +64,7 @@ def changed(stores: dict[str, Path], origin: Path) -> RunConfig:
     return small_config(stores["ppm"], origin, batch_size=4, seed=5, recipe=recipe)
 
 
-def test_an_unchanged_schedule_continues_and_a_changed_one_begins_anew(
+def test_an_unchanged_schedule_continues_and_a_changed_one_starts_again(
     stores: dict[str, Path], origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     fork(Run.open(small_config(stores["ppm"], origin, seed=5)), tmp_path / "same schedule")
@@ -73,11 +73,12 @@ def test_an_unchanged_schedule_continues_and_a_changed_one_begins_anew(
     assert checkpoint.load(tmp_path / "other schedule").schedule["drops"] == 0
 
 
-def test_a_fork_with_other_settings_begins_at_the_same_share_of_the_epoch_and_resumes(
+def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and_resumes(
     origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     forked = fork(Run.open(changed), tmp_path / "fork")
-    assert checkpoint.load(forked.run_dir).step == 9  # 4 steps of 3 an epoch: 1 1/3 epochs; 7 + 2 steps of 7 an epoch
+    # The origin made 4 steps at 3 per epoch: 1 1/3 epochs. The fork has 7 steps per epoch, and makes 7 + 2.
+    assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
     fit(fork(Run.open(changed), tmp_path / "fork"))  # the same command again continues the fork
     lines = [line for line in metrics_without_clock(forked.run_dir) if line["kind"] == "train"]
@@ -107,7 +108,7 @@ def test_run_json_and_checkpoint_of_a_fork_name_its_ancestors_and_the_difference
         fork(Run.open(replace(changed, run_dir=tmp_path / "second")), forked.run_dir)
 
 
-def test_a_fork_that_changes_shapes_or_has_no_other_run_to_begin_with_is_refused(
+def test_a_fork_that_changes_shapes_or_has_no_other_run_as_its_origin_is_refused(
     origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     wider = replace(SMALL_ALEXNET, widths=replace(SMALL_ALEXNET.widths, fc7=18))

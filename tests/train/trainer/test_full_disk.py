@@ -1,4 +1,4 @@
-"""A training on a disk that is full for a while, or to the end. A limit on the size of files stands for the disk."""
+"""Training on a disk that is full for some steps, or until the end. The tests limit the size of files instead."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.runs.checkpoint import checkpoint_paths
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-LESS_THAN_A_CHECKPOINT = 60_000  # bytes
+LESS_THAN_A_CHECKPOINT = 60_000  # limit on the size of a file, in bytes
 
 
 def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
@@ -29,7 +29,7 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     capsys: pytest.CaptureFixture[str],
     limit_file_size: LimitFileSize,
 ) -> None:
-    """From step 3 to step 5, files may be 30 bytes longer than metrics.jsonl is: no line and no checkpoint fits."""
+    """From step 3 to step 5, a file may be 30 bytes longer than metrics.jsonl: no line and no checkpoint fits."""
     run_dir, log_line = tmp_path / "run", MetricsLog.train
 
     def fill_disk(self: MetricsLog, line: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     assert_same_result(run_dir, uninterrupted_run)
 
 
-def test_a_disk_that_stays_full_ends_the_run_with_exit_code_3_and_keeps_the_checkpoint_before(
+def test_a_disk_that_stays_full_ends_the_run_with_exit_code_3_and_keeps_the_previous_checkpoint(
     stores: dict[str, Path],
     uninterrupted_run: Path,
     tmp_path: Path,
@@ -73,7 +73,7 @@ def test_a_full_disk_at_the_last_checkpoint_is_an_error(
 
 
 @pytest.mark.parametrize("end", ["signal", "validation"])
-def test_a_full_disk_is_an_error_at_the_checkpoint_of_a_signal_and_a_warning_before_the_last_validation(
+def test_a_full_disk_is_an_error_after_a_signal_and_a_warning_before_the_last_validation(
     stores: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,12 +89,12 @@ def test_a_full_disk_is_an_error_at_the_checkpoint_of_a_signal_and_a_warning_bef
             if end == "signal":
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    def make_room(self: MetricsLog, *args: Any) -> None:
+    def free_disk(self: MetricsLog, *args: Any) -> None:
         limit_file_size(None)
         log_validation(self, *args)
 
     monkeypatch.setattr(MetricsLog, "train", fill_disk)
-    monkeypatch.setattr(MetricsLog, "validation", make_room)
+    monkeypatch.setattr(MetricsLog, "validation", free_disk)
     config = small_config(stores["ppm"], tmp_path / "run", steps=3, checkpoint_every=100)
     with pytest.raises(DiskFull) if end == "signal" else nullcontext():
         fit(Run.open(config))

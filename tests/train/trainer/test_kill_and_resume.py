@@ -1,4 +1,4 @@
-"""A run that is killed and started again has the same result, to the bit, as one that was not killed."""
+"""A run that is killed and resumed has the same result, to the bit, as a run that is not killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from train.trainer.loop import fit
 
 
 def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[str, Any]:
-    """Kill a run up to ten times and compare its result with that of a run that was not killed.
+    """Kill a run up to ten times, resume it, and compare its result with that of a run that is not killed.
 
     Returns what tests/helpers/kill_and_resume.py prints.
     """
@@ -30,7 +30,7 @@ def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[st
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=900,  # twelve forks, each of which ends itself after 120 s
+        timeout=900,  # twelve forked processes, each limited to 120 s
         check=False,
     )
     assert result.returncode == 0, result.stderr
@@ -45,7 +45,7 @@ def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[st
     return json.loads(result.stdout)
 
 
-def test_a_run_killed_ten_times_has_the_same_bits_and_leaves_no_temporary_file(
+def test_a_run_killed_ten_times_has_the_same_result_and_leaves_no_temporary_file(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", 1, "operation")
@@ -55,15 +55,15 @@ def test_a_run_killed_ten_times_has_the_same_bits_and_leaves_no_temporary_file(
 @pytest.mark.soak
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("when", ["operation", "time"])
-def test_runs_killed_a_hundred_times_in_all_have_the_same_bits(
+def test_runs_killed_a_hundred_times_in_all_have_the_same_result(
     stores: dict[str, Path], tmp_path: Path, when: str, seed: int
 ) -> None:
-    """Ten attempts each. At an operation all of them are killed; at a random time, those that had not finished."""
+    """Each run has ten attempts. With `operation` all ten are killed; with `time`, those that have not finished yet."""
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
     assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10
 
 
-def test_a_line_of_metrics_jsonl_that_a_power_cut_tore_is_removed_by_the_resumed_run(
+def test_a_resumed_run_removes_a_line_of_metrics_jsonl_that_a_power_cut_has_torn(
     stores: dict[str, Path],
     uninterrupted_run: Path,
     tmp_path: Path,

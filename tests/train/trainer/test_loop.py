@@ -1,4 +1,4 @@
-"""The training loop on a small network: it learns, resumes to the bit, and follows the recipe's schedule."""
+"""Tests of the training loop on a small network: learning, resuming with the same bits, and the recipe's schedule."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_a_run_ended_by_steps_resumes_with_more_steps_to_the_same_bits(
     assert_same_result(run_dir, uninterrupted_run)
 
 
-def test_the_schedule_ends_colour_noise_during_a_run_and_in_a_resumed_one(
+def test_the_schedule_ends_colour_noise_during_a_run_and_after_resuming(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
     recipe = replace(SHORT, schedule=(ScheduleChange(1, colour="off"),))
@@ -56,7 +56,7 @@ def test_the_schedule_ends_colour_noise_during_a_run_and_in_a_resumed_one(
     assert checkpoint.load(tmp_path / "a").stream["augmentation"]["colour"] == "off"
 
 
-def test_a_small_network_memorizes_its_30_training_pictures(stores: dict[str, Path], tmp_path: Path) -> None:
+def test_a_small_network_memorizes_30_training_images(stores: dict[str, Path], tmp_path: Path) -> None:
     recipe = replace(SHORT, schedule=(), dropout=0.0, lr=0.003)
     changes = {"recipe": recipe, "epochs": 30, "log_every": 4, "checkpoint_every": 1000, "seed": 0}
     fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", **changes)))
@@ -67,10 +67,10 @@ def test_a_small_network_memorizes_its_30_training_pictures(stores: dict[str, Pa
     assert sum(line["top1_error"] for line in last) / len(last) < 0.25
 
 
-def test_a_plateau_reduces_the_rate_and_ends_the_run_also_if_it_was_stopped_and_resumed(
+def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Errors that stay the same reduce the rate after the second validation and end the run after the third."""
+    """The error does not improve: the rate drops after the second validation, and the run ends after the third."""
     monkeypatch.setattr("train.trainer.loop.evaluate", lambda *args: EvalResult(0.5, 0.25, 2.0, 12))
     recipe = replace(SHORT, schedule=Plateau(factor=0.5, patience_epochs=1, drops=1))
     config = small_config(stores["ppm"], tmp_path / "a", recipe=recipe, epochs=5)
@@ -87,7 +87,7 @@ def test_a_plateau_reduces_the_rate_and_ends_the_run_also_if_it_was_stopped_and_
 def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_is_loaded(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """One column, pooling without overlap, tanh. run.json describes them, and other values are refused."""
+    """Trains one column with non-overlapping pooling and tanh. run.json lists these settings; others are refused."""
     half = replace(HALF, widths=Widths(6, 7, 8, 8, 8, 16, 16))
     recipe = apply_overrides(replace(SHORT, schedule=()), ["activation=tanh", "pool_px=2", "dropout=0.5"])
     config = small_config(stores["jpeg"], tmp_path / "a", recipe=recipe, model=half, epochs=2)
@@ -108,7 +108,7 @@ def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_i
 def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Szegedy et al. 2016: the loss is 1 - e times that of the label plus e times the mean over all classes."""
+    """Szegedy et al. 2016: loss = (1 - e) · (loss of the label) + e · (mean loss over all classes)."""
     recipe = replace(SHORT, dropout=0.0, label_smoothing=0.3, epochs=2, schedule=Cosine(1, 0.1, 0.01))
     config = small_config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=2)
     fit(Run.open(config))
@@ -128,7 +128,7 @@ def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
 def test_both_streams_are_closed_when_a_run_ends(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
-    """The streams of training and of validation, also if a traceback still refers to them."""
+    """Both the training and the validation stream are closed, even if a traceback still refers to them."""
     loaders: list[TrainLoader | EvalLoader] = []
     for loader_class in (TrainLoader, EvalLoader):
         start = loader_class._start

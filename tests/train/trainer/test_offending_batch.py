@@ -1,4 +1,4 @@
-"""The batch at which a training diverged, written into the run folder."""
+"""Tests of the folder offending-step-N, into which a run writes the batch at which it diverged."""
 
 from __future__ import annotations
 
@@ -27,7 +27,10 @@ from train.trainer.watchdog import Diverged
 def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkpoint(
     numbered_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
-    """NaN pixels in one picture of the second batch, before or at a line of metrics.jsonl. Labels identify pictures."""
+    """One image of the second batch has NaN pixels. Step 2 is logged at once or, with `log_every` 3, after step 3.
+
+    Every image has its own label.
+    """
     iterate = TrainLoader.__iter__
     with train_loader(numbered_store, 8, "cpu", 3) as loader:
         bad_label = [labels.tolist() for _, labels in loader][1][3]

@@ -1,4 +1,4 @@
-"""Out-of-memory errors of the CPU, a GPU, the driver and cuBLAS, and the options that the message advises."""
+"""Tests of out-of-memory errors of the CPU, a GPU, the driver and cuBLAS: the message advises options to use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def raise_untyped(message: str) -> None:
 
 
 RUN_OUT_OF_MEMORY = {
-    "CPU": lambda: torch.empty(1 << 48),  # the error of torch's allocator itself
+    "CPU": lambda: torch.empty(1 << 48),  # a real error of torch's allocator
     "GPU": raise_out_of_memory,
     "driver": lambda: raise_untyped("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
     "cuBLAS": lambda: raise_untyped("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),

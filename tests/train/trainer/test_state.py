@@ -1,4 +1,4 @@
-"""Random generators of a training: restored from a checkpoint, or seeded anew."""
+"""Tests of the random generators of a training: restored from a checkpoint, or seeded again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.runs import checkpoint
 from train.trainer.state import restore_state, seed_generators
 
 
-def test_generators_are_restored_on_the_devices_of_the_checkpoint_and_seeded_anew_on_others(
+def test_generators_are_restored_on_the_devices_of_the_checkpoint_and_seeded_again_on_others(
     uninterrupted_run: Path, stores: dict[str, Path]
 ) -> None:
     state, config = checkpoint.load(uninterrupted_run), small_config(stores["jpeg"], uninterrupted_run)
@@ -30,7 +30,7 @@ def test_generators_are_restored_on_the_devices_of_the_checkpoint_and_seeded_ane
 
 
 def test_columns_on_two_gpus_get_different_seeds(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """torch.manual_seed gives every GPU the same seed, by which both columns would drop the same units."""
+    """torch.manual_seed gives every GPU the same seed. With it, both columns would drop the same units."""
     seeds, devices = [], []
     monkeypatch.setattr("torch.manual_seed", seeds.append)
     monkeypatch.setattr("torch.cuda.manual_seed", seeds.append)

@@ -1,4 +1,4 @@
-"""The training step against its formulas, in one part and in several, and that it never waits for a device."""
+"""Tests of the training step: its formulas, batches in several parts, and no host-device synchronization."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal",
 
 
 class RefuseWaiting(TorchDispatchMode):
-    """Fails on operations that make the host wait for a GPU: values read, and copies to the CPU."""
+    """Raises on operations that make the host wait for a GPU: reading a value, and copying to the CPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -90,7 +90,7 @@ def test_gradients_of_two_steps_are_not_added_up() -> None:
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
-    """Three steps, so that momentum counts; without dropout, whose draws differ between parts."""
+    """Makes three steps, so that momentum has an effect. Without dropout, because the parts draw other masks."""
     recipe = replace(PAPER, dropout=0.0, label_smoothing=0.1, lr=1e-3)
     (model, step), (model_of_parts, step_in_parts) = make_step(recipe), make_step(recipe, parts=parts)
     images, labels = random_batch(8)
@@ -107,7 +107,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
 
 
 def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
-    """Compares the largest number of bytes that autograd keeps for backward, without parameters."""
+    """Compares the peak number of bytes that autograd saves for the backward pass, apart from the parameters."""
     peaks_bytes = []
     for parts in (1, 4):
         model, step = make_step(PAPER, parts=parts)
@@ -142,7 +142,7 @@ def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
 
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
 def test_step_metrics_and_watchdog_read_no_value_of_a_tensor(recipe: Recipe) -> None:
-    """On the device `meta` tensors have shapes and no values: reading one raises. The full-size network, 128 images."""
+    """Tests the full-size network with 128 images on the device `meta`, where reading a value raises."""
     model, step = make_step(recipe, "meta")
     interval, watchdog = IntervalMetrics(SimpleNamespace(wait_times=lambda: None), model), Watchdog.__new__(Watchdog)
     watchdog._begin()

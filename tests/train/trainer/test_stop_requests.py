@@ -1,4 +1,4 @@
-"""Signals that ask a training to stop: it ends after the step in progress, with a checkpoint to resume from."""
+"""Tests of SIGTERM, SIGINT and SIGHUP: training finishes the step in progress and saves a checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_signal_during_a_step_leaves_a_checkpoint_of_that_step_from_which_the_
     with pytest.raises(BaseException) as raised:
         fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert raised.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
-    assert checkpoint.load(run_dir).step == 6  # the step in progress was finished
+    assert checkpoint.load(run_dir).step == 6  # the run has finished the step in progress
     monkeypatch.undo()
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert_same_result(run_dir, uninterrupted_run)
@@ -67,7 +67,7 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 
 
 def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
-    """A signal after the loop has checked for one: the validation of ImageNet takes minutes."""
+    """The signal arrives between the loop's check and the validation, which takes minutes on ImageNet."""
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Terminated), stop.raised_at_once():
@@ -85,7 +85,7 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end(
 
 
 def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python raises RuntimeError when the handler prints to the stream whose print it interrupted."""
+    """Python raises RuntimeError if a signal handler prints to a stream while a print to it is interrupted."""
     read_fd, write_fd = os.pipe()
     main_thread = threading.get_ident()
 
@@ -112,7 +112,7 @@ def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest
 def test_a_run_whose_messages_cannot_be_written_stops_with_a_checkpoint(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    """`alextrain run 2>&1 | tee log` and Ctrl-C, which ends tee first; or a log on a disk that is full."""
+    """Two cases: Ctrl-C ends tee first in `alextrain run 2>&1 | tee log`, or the log is on a full disk."""
     log_line, (read_fd, write_fd) = MetricsLog.train, os.pipe()
     os.close(read_fd)
     stderr = os.fdopen(os.open("/dev/full", os.O_WRONLY) if output == "a full disk" else os.dup(write_fd), "w")

@@ -1,4 +1,4 @@
-"""NaN and infinite losses, gradients and parameters that end a run, and losses and labels that cause a warning."""
+"""Tests of the watchdog: NaN or infinite values end a run; a stuck loss or labels of few classes cause a warning."""
 
 from __future__ import annotations
 
@@ -70,25 +70,25 @@ def step_result(loss: float, labels: range | list[int] = range(8)) -> StepResult
     return StepResult(torch.tensor(loss), torch.zeros(len(labels), 37), torch.tensor(list(labels)))
 
 
-GUESSING = math.log(37)  # the loss of a guess among 37 classes
+GUESSING = math.log(37)  # the loss of uniform guessing among 37 classes
 
 
 @pytest.fixture
 def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
-    """The watchdog of a run of 400 steps on 37 classes, whose loss is stuck after 200 steps at ln 37."""
+    """The watchdog of a run of 400 steps on 37 classes. It warns if the loss is still ln 37 after 200 steps."""
     model = AlexNet(37, SHORT, ("cpu", "cpu"), SMALL_ALEXNET)
     return Watchdog(Run.open(RunConfig(numbered_store, SHORT, 8, epochs=100, run_dir=tmp_path)), model)
 
 
 def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
-    """Check an interval of ten steps for each of `losses`."""
+    """Pass the watchdog one interval of ten steps for each of `losses`."""
     for interval, loss in enumerate(losses, start=1):
         for _ in range(10):
             watchdog.add(*step_result(loss))
         watchdog.check(steps_before + 10 * interval, SHORT.augmentation)
 
 
-def test_a_loss_that_stays_at_that_of_guessing_causes_one_warning(
+def test_a_loss_that_stays_at_the_loss_of_guessing_causes_one_warning(
     watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
 ) -> None:
     check_losses(watchdog, [GUESSING * 1.009, GUESSING * 0.991] * 9 + [GUESSING])
@@ -97,7 +97,7 @@ def test_a_loss_that_stays_at_that_of_guessing_causes_one_warning(
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1
     assert "step 200: the loss has been within 1% of ln 37 = 3.611" in messages
-    assert "for 200 steps. Usually: a learning rate" in messages
+    assert "for 200 steps. Usual causes: a learning rate" in messages
 
 
 def test_a_loss_that_was_lower_for_an_interval_is_not_stuck(
@@ -113,7 +113,7 @@ def test_a_loss_of_zero_and_labels_of_one_class_cause_one_warning_each(
     check_losses(watchdog, [0.0] * 3)
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1
-    assert "step 10: the loss is 0. Usually: a store with one class" in messages
+    assert "step 10: the loss is 0. Usual causes: a store with one class" in messages
     for _ in range(2):
         for _ in range(4):
             watchdog.add(*step_result(1.0, [5] * 8))
