@@ -133,7 +133,8 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        alive = sum(isinstance(each, tarfile.TarInfo) for each in gc.get_objects())
+        # Not isinstance: it reads __class__, for which torch.distributed.reduce_op warns of its deprecation.
+        alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 
 
