@@ -125,23 +125,23 @@ class Tree:
         if packages and not expected:
             raise UserError(f"{self.name}: kernels of {', '.join(packages)} were loaded although ALEXNET_NATIVE=0.")
 
-    def _command(self, program: str, words: str, kernels: bool) -> str:
-        return self._python("command", self.scratch / "kernels.json", program, *words.split(), kernels=kernels)
+    def _command(self, program: str, arguments: str, kernels: bool) -> str:
+        return self._python("command", self.scratch / "kernels.json", program, *arguments.split(), kernels=kernels)
 
-    def _worker(self, *words: object, kernels: bool = True) -> Any:
-        return json.loads(self._python(*words, kernels=kernels).splitlines()[-1])
+    def _worker(self, *arguments: object, kernels: bool = True) -> Any:
+        return json.loads(self._python(*arguments, kernels=kernels).splitlines()[-1])
 
-    def _python(self, *words: object, kernels: bool) -> str:
+    def _python(self, *arguments: object, kernels: bool) -> str:
         """Standard output of tools/tree_bits.py in this tree; raises UserError with the end of its errors."""
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ALEXNET_STORE", None)
         environment.pop("ALEXNET_NATIVE", None)
         if not kernels:
             environment["ALEXNET_NATIVE"] = "0"
-        command = [sys.executable, "-P", str(WORKER), *map(str, words)]
+        command = [sys.executable, "-P", str(WORKER), *map(str, arguments)]
         ended = subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, text=True, check=False)
         if ended.returncode:
-            raise UserError(f"{self.name}: `{' '.join(map(str, words))}` failed:\n{ended.stderr.strip()[-2000:]}")
+            raise UserError(f"{self.name}: `{' '.join(map(str, arguments))}` failed:\n{ended.stderr.strip()[-2000:]}")
         return ended.stdout
 
 

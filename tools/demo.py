@@ -51,9 +51,9 @@ def run_demo(folder: Path) -> None:
         make_dataset(folder / "photographs")
     errors: dict[str, float] = {}
     for command in COMMANDS:
-        words = [word.format(folder) for word in command.split()]
-        click.secho(f"$ {' '.join(words)}", bold=True)
-        errors |= _run_command(words)
+        arguments = [part.format(folder) for part in command.split()]
+        click.secho(f"$ {' '.join(arguments)}", bold=True)
+        errors |= _run_command(arguments)
     finished.touch()
     click.secho(
         f"\nTop-1 error by ten views: {errors['top1_error']:.1%} on {errors['images']} validation photographs; "
@@ -64,14 +64,14 @@ def run_demo(folder: Path) -> None:
         click.echo(f"  {folder / name!s:32} {description}")
 
 
-def _run_command(words: list[str]) -> dict[str, float]:
+def _run_command(arguments: list[str]) -> dict[str, float]:
     """Run a command of this environment and show its output; returns the JSON object that it prints with --json."""
-    script = Path(sys.executable).parent / words[0]
-    as_json = "--json" in words
+    script = Path(sys.executable).parent / arguments[0]
+    as_json = "--json" in arguments
     before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C also reaches the command, which then saves and ends
     try:
         with subprocess.Popen(
-            [str(script), *words[1:]], stdout=subprocess.PIPE if as_json else None, text=True
+            [str(script), *arguments[1:]], stdout=subprocess.PIPE if as_json else None, text=True
         ) as process:
             output, _ = process.communicate()
     finally:
@@ -79,7 +79,7 @@ def _run_command(words: list[str]) -> dict[str, float]:
     if process.returncode < 0 or process.returncode in (129, 130, 143):
         raise KeyboardInterrupt
     if process.returncode:
-        raise UserError(f"`{' '.join(words)}` ended with exit code {process.returncode}.")
+        raise UserError(f"`{' '.join(arguments)}` ended with exit code {process.returncode}.")
     if not as_json:
         return {}
     click.echo(output.strip())

@@ -56,9 +56,9 @@ def compile_kernels(tree: Path) -> dict[str, str | None]:
     return libraries
 
 
-def run_command(tree: Path, words: list[str]) -> None:
+def run_command(tree: Path, args: list[str]) -> None:
     """Run one of the project's commands in this process; it ends by SystemExit."""
-    kernels_file, name, *arguments = words
+    kernels_file, name, *arguments = args
     try:
         import_module(COMMANDS[name]).main(arguments, prog_name=name)
     finally:
@@ -146,13 +146,13 @@ def run_hashes(run_dir: Path) -> dict[str, str]:
     state = torch.load(newest, map_location="cpu", weights_only=True)
     position = {name: state[name] for name in ("format", "identity", "step", "steps_per_epoch", "stream", "schedule")}
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    kept = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
+    unmeasured = [{name: value for name, value in line.items() if name not in MEASURED} for line in lines]
     return {
         f"weights after {state['step']} steps": tensors_hash(state["parameters"]),
         f"velocity after {state['step']} steps": tensors_hash(state["velocity"]),
         "random generator": hash_of([tensor_bytes(state["random"])]),
         "identity and stream state": hash_of([json.dumps(position, sort_keys=True).encode()]),
-        "metrics": hash_of(json.dumps(line, sort_keys=True).encode() for line in kept),
+        "metrics": hash_of(json.dumps(line, sort_keys=True).encode() for line in unmeasured),
     }
 
 
@@ -174,19 +174,19 @@ def main() -> None:
     """Run the action that the first argument names; the working directory is the root of the tree."""
     tree = Path.cwd().resolve()
     check_imports(tree)
-    action, *words = sys.argv[1:]
+    action, *args = sys.argv[1:]
     if action == "command":
-        run_command(tree, words)
+        run_command(tree, args)
         return
     results: Mapping[str, str | None]
     if action == "compile":
         results = compile_kernels(tree)
     elif action == "stream":
-        results = stream_hashes(Path(words[0]), Path(words[1]), int(words[2]))
+        results = stream_hashes(Path(args[0]), Path(args[1]), int(args[2]))
     elif action == "run":
-        results = run_hashes(Path(words[0]))
+        results = run_hashes(Path(args[0]))
     else:
-        results = array_hashes(Path(words[0]))
+        results = array_hashes(Path(args[0]))
     print(json.dumps({"results": results, "kernels": loaded_kernels(tree)}))  # noqa: T201  # read by compare_bits
 
 
