@@ -214,7 +214,8 @@ def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
     first, second = answer["runs"]
     for kind in ("train", "val", "best"):
         assert (first[kind]["step"], first[kind]["top1_error"]) == (second[kind]["step"], second[kind]["top1_error"])
-    assert answer["differences"] == {}
+    # The older run was made by Python 3.11 and a CPU build of torch.
+    assert [name for name in answer["differences"] if not name.startswith("environment.")] == []
     assert Path("compared.png").stat().st_size > 0
 
 
