@@ -183,7 +183,7 @@ class Progress:
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit, self.started = total, unit, time.monotonic()
         self.done = 0  # units finished, of `total`
-        self.skipped = 0  # part of `done` that an earlier run finished: left out of the rate
+        self.skipped = 0  # part of `done` that an earlier run finished; not part of the rate
         self.bad = 0  # bad inputs or records that this run found
         self.size_bytes = 0  # bytes that this run wrote
 

@@ -193,7 +193,7 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            multiprocessing.resource_tracker.ensure_running()  # process.start() would start it, and unblock SIGINT
+            multiprocessing.resource_tracker.ensure_running()  # process.start() would start it and unblock SIGINT
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload
             process = self._context.Process(target=_serve, args=args, daemon=True)

@@ -21,7 +21,7 @@ from prep.inputs.reader import InputReader
 from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-_PAGE_BYTES = 4096  # LMDB stores a record of this size in whole pages
+_PAGE_BYTES = 4096  # size of an LMDB page; a stored record takes whole pages
 _PROBE_S_PER_INPUT = 0.1e-3  # a few hundredths of the time that building one record takes
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
@@ -37,7 +37,7 @@ class ResourceEstimate:
 
 
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
-    """(name, reason) of the inputs whose size or first bytes show that they are not images.
+    """Find inputs that cannot be images, by size and first bytes: (name, reason) of each.
 
     Nothing is decoded. The probe stops after a few hundredths of the time of the build, so on a slow source it covers
     only some of the inputs. The build itself checks every input.
@@ -56,7 +56,7 @@ def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, st
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """The reason why size or first bytes show that an input is not an image; empty if it may be one."""
+    """Why an input cannot be an image, judged by its size and first bytes; empty if it can be one."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:

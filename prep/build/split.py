@@ -201,7 +201,7 @@ def _build_shards(
         progress.update(done_before + counts.done, bad=bad, size_bytes=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
-                f"{too_many_bad(bad, policy.max_bad)} Correct them, or allow more: finished shards are kept."
+                f"{too_many_bad(bad, policy.max_bad)} Correct them, or raise --max-bad: finished shards are kept."
             )
 
     # closing() stops the workers before the lock is released, also after an error.

@@ -78,7 +78,7 @@ def summary_lines(store: Store) -> Iterator[str]:
 def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str, Datum]:
     """Find a record by its key, in which leading zeros may be omitted: (path of the shard, record).
 
-    Raises StoreError if no shard has the key, or the record is damaged.
+    Raises StoreError if no shard has the key, or if the record is damaged.
     """
     if not (key.isascii() and key.isdigit()):
         raise StoreError(f"--key {key!r}: expected a number such as {name_text(lmdb_shard.record_key(17))} or 17.")

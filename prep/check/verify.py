@@ -284,7 +284,7 @@ def _check_totals(
 def _check_pixel_statistics(
     store: Store, split: Split, name: str, moments: Moments, square_sum: npt.NDArray[np.int64]
 ) -> Iterator[Fault]:
-    """Compare moments and mean image of the stored images with the manifest's: exactly for ppm, by bounds for jpeg."""
+    """Compare moments and mean image of the stored images with the build's: exactly for ppm, within bounds for jpeg."""
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)
     for pixels in {stated.pixels, split.pixels} - {moments.pixels}:

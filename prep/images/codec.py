@@ -30,7 +30,7 @@ UNKNOWN_FORMAT = "not an image in a known format"
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; EPS is left out: it starts Ghostscript
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; without EPS: it starts Ghostscript
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
 _MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of MAX_PIXELS may have 20 scans
 _MAX_SEGMENTS = 10_000  # segments of a JPEG before its first scan; Pillow takes at least a microsecond for each

@@ -85,7 +85,7 @@ _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lan
 
 
 class _PassSpec(NamedTuple):
-    """One pass of a separable filter: rescales lines of `n_in` pixels to `n_out`, and computes first..last − 1 of them.
+    """One pass of a separable filter: rescales lines of `n_in` pixels to `n_out`; only first..last − 1 are computed.
 
     `channels` is 1 for the first pass, down columns of single numbers, and 3 for the second, across rows of RGB pixels.
     """

@@ -29,7 +29,7 @@ class FolderReader:
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first bytes of a file. Raises BadImage if it cannot be read."""
+        """The first `size` bytes of a file. Raises BadImage if it cannot be read."""
         return self._read(item, size, check=False)
 
     def _read(self, item: Input, size: int, check: bool) -> bytes:

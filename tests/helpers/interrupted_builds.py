@@ -11,7 +11,7 @@ Disk operations are: creating a folder, opening a file for writing, a rename, an
     limit             no file may be longer than the n-th of LIMITS
 
 Prints one JSON object a line: {"at": n, "code", "error", "torn", "again", "error_again"}. `again` is the exit code of
-the same build given again. The stores are WORK/NNN.
+the same build when it is run again. The stores are WORK/NNN.
 """
 
 from __future__ import annotations

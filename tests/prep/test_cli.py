@@ -141,7 +141,7 @@ def test_exit_codes_are_those_of_the_help(tmp_path: Path, monkeypatch: pytest.Mo
     for error, code, message in (
         (UserError("mend it"), 1, "Error: mend it\n"),
         (StoreError("build it"), 1, "Error: build it\n"),
-        (DiskFull("no room"), 3, "Error: no room\n"),
+        (DiskFull("disk full"), 3, "Error: disk full\n"),
         (KeyboardInterrupt(), 130, "Interrupted. Run the same command again to start over.\n"),
         (Terminated(), 143, "Interrupted. Run the same command again to start over.\n"),
     ):

@@ -62,8 +62,8 @@ def test_the_environment_has_the_libraries_but_not_alexnet(not_installed: Enviro
 def test_python_m_runs_the_command_without_installation(
     package: str, command: str, not_installed: Environment, tmp_path: Path
 ) -> None:
-    told = run_python(not_installed, tmp_path, "-m", package, "--version")
-    assert (told.returncode, told.stdout) == (0, f"{command}, version {PROJECT_VERSION}\n"), told.stderr
+    result = run_python(not_installed, tmp_path, "-m", package, "--version")
+    assert (result.returncode, result.stdout) == (0, f"{command}, version {PROJECT_VERSION}\n"), result.stderr
     usage = run_python(not_installed, tmp_path, "-m", package, "--help")
     assert usage.stdout.startswith(f"Usage: {command} [OPTIONS] COMMAND"), usage.stderr
 

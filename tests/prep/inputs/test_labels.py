@@ -1,4 +1,4 @@
-"""prep.inputs.labels on label files written here, whose labels are known.
+"""prep.inputs.labels on label files with known labels, which the tests write.
 
 The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since none
 is opened. Labels that do not fit give a one-line error that names the file and the fault.
@@ -177,7 +177,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
         list_images(flat)
     label_file(tmp_path, "2\n1\n2\n1\n", "photos.txt")
     label_file(tmp_path, "2\n1\n2\n1\n", "my_ground_truth.txt")
-    with pytest.raises(UserError, match="2 files beside it"):
+    with pytest.raises(UserError, match="2 files next to it"):
         list_images(flat)
 
 
@@ -249,7 +249,7 @@ def test_labels_of_a_tar_are_found_next_to_it_or_in_the_devkit(tmp_path: Path) -
     labels, classes = read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
     assert (labels, classes) == (dict(zip(names, [0, 1, 0], strict=True)), ("n3", "n5"))
     label_file(tmp_path, "1\n1\n1\n", "ILSVRC2012_img_val.txt")
-    with pytest.raises(UserError, match="2 files beside it"):
+    with pytest.raises(UserError, match="2 files next to it"):
         read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
 
 

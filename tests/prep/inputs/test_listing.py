@@ -1,4 +1,4 @@
-"""prep.inputs.listing: columns return what was added, the record order, and the memory they take.
+"""prep.inputs.listing: content of a listing, record order, and memory of the columns.
 
 The order is computed again from its definition with hashlib; memory is measured in a separate process.
 """

@@ -171,7 +171,7 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Random bytes are decoded without and with a correct checksum; with one they reach the parser."""
+    """Random bytes are decoded as they are, and with a correct checksum appended, so that they reach the parser."""
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -253,7 +253,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """Random bytes, changed records and records with a wrong size of data give an image inside, or a DatumError."""
+    """For random bytes, changed records and wrong sizes of data, the image is inside, or DatumError is raised."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):

@@ -122,7 +122,7 @@ def test_an_exception_of_the_iterator_of_records_is_raised(tmp_path: Path) -> No
 
 @pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
 def not_an_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that does not exist, or whose data.mdb is another kind of file."""
+    """A folder that does not exist, or that has another kind of file as data.mdb."""
     folder = tmp_path / "s"
     if request.param is not None:
         folder.mkdir()
