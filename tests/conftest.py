@@ -181,7 +181,7 @@ def c_compiler() -> str:
 
 @pytest.fixture
 def one_minute_timeout() -> Iterator[None]:
-    """Raise TimeoutError in a test that has not ended within a minute."""
+    """Raises TimeoutError in a test that runs for more than a minute."""
 
     def fail(signum: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError("the test has not ended within a minute")

@@ -9,8 +9,8 @@ may be killed, and by one that is not killed. WHEN is one of
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k, of 0 to 9, is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed, because a finished run that is started again also has such operations.
-    time       The parent kills the attempt after a random time, unless it has finished before. The first attempt is
+               attempts are killed: a finished run that is started again performs such operations, too.
+    time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
                killed early, so that it cannot finish.
 
 Prints a JSON object: "kills" is the number of kills, and "at" has the number of kills for each operation. Needs

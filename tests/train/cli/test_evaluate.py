@@ -1,4 +1,4 @@
-"""Tests of the command `evaluate` on a store with other classes than the run's."""
+"""Tests of the command `evaluate` on a store whose classes differ from the classes of the run."""
 
 from __future__ import annotations
 

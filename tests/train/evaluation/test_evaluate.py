@@ -36,7 +36,7 @@ def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> No
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """torch.topk orders equal scores differently each time, so that the errors of a constant network varied."""
+    """torch.topk orders equal scores arbitrarily. With it, the error rates of a constant network varied."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -94,7 +94,7 @@ def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
         with torch.no_grad():
             maps = [(network.eval().dense(images).double(), labels) for images, labels in loader]
     network.train()
-    logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))  # (12, 3, 2, 2)
+    logits, labels = (torch.cat(parts).numpy() for parts in zip(*maps, strict=True))  # logits: (12, 3, 2, 2)
     p = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
     p = p.mean((2, 3))
     assert logits.shape == (12, 3, 2, 2) and np.abs(logits - logits[:, :, :1, :1]).max() > 0.01

@@ -1,4 +1,4 @@
-"""Statements of the paper and its authors' code about the network: one test for each statement, in order of sections.
+"""Tests of statements in the paper and in its authors' code about the network, in the order of the paper's sections.
 
 Other statements are tested elsewhere: the update rule in tests/train/optim/test_paper_sgd.py, the schedules in
 tests/train/optim/test_schedule.py, normalization in test_lrn.py, and the two columns in test_alexnet.py.
@@ -27,7 +27,7 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 
 
 def test_section_3_5_neurons_of_each_layer() -> None:
-    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000; 253,440 is wrong.
+    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The number 253,440 is wrong.
 
     96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either number, the sum is near
     the paper's 650,000. The paper's number of inputs, 150,528, is right.
@@ -111,7 +111,7 @@ def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     above = [logits] if layer == "fc8" else [outputs[layer, column] for column in (0, 1)]
     below = [outputs[BELOW[layer], column] for column in (0, 1)]
 
-    rows = []  # for each unit of each column, the maps below that it depends on
+    rows = []  # one row for each unit: whether the unit depends on each map of the layer below
     for units in above:
         for unit in range(units.shape[1]):
             grads = torch.autograd.grad(units[:, unit].sum(), below, retain_graph=True, allow_unused=True)
@@ -227,7 +227,7 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Parameters after 6 steps; logits of each step, then of the evaluation of the first batch.
 
-    scaled  whether dropout scales in training; the initialization, lr and weight decay of fc7 and fc8 then compensate
+    scaled  whether dropout scales in training; initialization, lr and weight decay of fc7 and fc8 are adapted if so
     keep    probability that a unit is kept
     """
     torch.manual_seed(6)
@@ -259,7 +259,7 @@ def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor],
 def test_inverted_dropout_equals_the_papers_with_init_times_keep_lr_times_keep2_decay_over_keep2(
     keep: float,
 ) -> None:
-    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout) at 6 steps; lr drops after 3."""
+    """Compares scaling in evaluation (the paper) with scaling in training (nn.Dropout). lr drops after 3 of 6 steps."""
     (plain, plain_logits), (scaled, scaled_logits) = trained_weights(False, keep), trained_weights(True, keep)
     for actual, expected in zip(scaled_logits, plain_logits, strict=True):
         assert expected.std() > 1e-3 and torch.allclose(actual, expected, rtol=1e-8, atol=1e-11)

@@ -29,7 +29,7 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Outputs and gradients of all kernels. No number of maps is a multiple of the vector length or block size."""
+    """Outputs and gradients of all kernels. The numbers of maps are no multiples of the vector length or block size."""
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
@@ -119,7 +119,7 @@ def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeyp
     """Updates a convolution, a layer of more than one block, biases and an empty tensor.
 
     layouts  alike      the convolution's weight and gradient are channels last
-             different  only its weight is
+             different  only the convolution's weight is channels last
              strided    all tensors are strided
     """
     results = []

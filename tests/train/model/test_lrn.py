@@ -282,7 +282,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a container image without a C compiler, Triton is installed and cannot compile. Training then used to end at
-    the first normalization. The kernel is tried once, at the first normalization; here, in an evaluation.
+    the first normalization. The kernel is tried once, at the first normalization. In this test, that is in evaluation.
     """
 
     def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
@@ -316,5 +316,5 @@ def test_triton_on_a_gpu(case: tuple[int, int, float, bool, torch.dtype, bool]) 
     check_triton(*case, "cuda")
     maps, size, beta, relu, dtype, _ = case
     x = (random_maps(maps) / 10).to("cuda", dtype)
-    expected = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # by operators
+    expected = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # PyTorch operators
     assert torch.allclose(local_response_norm(x, size, 1e-2, beta, 2.0, relu), expected, rtol=1e-2, atol=1e-5)

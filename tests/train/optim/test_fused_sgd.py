@@ -122,7 +122,7 @@ def test_other_devices_and_a_momentum_of_zero_are_updated_by_operators() -> None
 
 
 def test_an_update_raises_the_version_of_the_tensors() -> None:
-    """Autograd compares versions to refuse a backward pass that needs the values before an in-place change."""
+    """Autograd compares versions, and refuses a backward pass whose saved tensors have changed in place."""
     weights, velocities, gradients = tensors()
     versions = [t._version for t in (*weights, *velocities)]
     fused_sgd.update(weights, velocities, gradients, MOMENTUM, LR, DECAY)

@@ -194,7 +194,7 @@ def test_a_checkpoint_whose_step_differs_from_its_file_name_is_refused_and_other
     assert len(list(tmp_path.iterdir())) == 6
 
 
-# ---------------------------------------------------------------- the newest and the best
+# ---------------------------------------------------------------- which checkpoints are kept
 
 
 @pytest.mark.parametrize("keep", [1, 3])

@@ -112,7 +112,10 @@ def test_a_run_that_was_killed_before_its_first_line_starts_again_from_step_0(ru
     status = status_of(run_dir)
     assert (status["state"], status["step"], status["train"], status["checkpoint"]) == ("dead", 0, None, None)
     assert status["seconds_left"] is None and status["seconds_since"] is None
-    assert status_lines(status)[-2:] == ["no checkpoint yet", "The same alextrain run command starts it again from step 0."]
+    assert status_lines(status)[-2:] == [
+        "no checkpoint yet",
+        "The same alextrain run command starts it again from step 0.",
+    ]
 
 
 def test_the_command_loads_no_torch_and_exits_with_0_for_a_crashed_run(run_dir: Path) -> None:

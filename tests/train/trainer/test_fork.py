@@ -80,7 +80,7 @@ def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and
     # The origin made 4 steps at 3 per epoch: 1 1/3 epochs. The fork has 7 steps per epoch, and makes 7 + 2.
     assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
-    fit(fork(Run.open(changed), tmp_path / "fork"))  # the same command again continues the fork
+    fit(fork(Run.open(changed), tmp_path / "fork"))  # running the same command again continues the fork
     lines = [line for line in metrics_without_clock(forked.run_dir) if line["kind"] == "train"]
     assert [line["step"] for line in lines] == list(range(10, 22)) and lines[0]["epoch"] == pytest.approx(10 / 7)
     with pytest.raises(UserError, match="another batch size"):
