@@ -17,8 +17,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# Neither -fno option changes results. Without them errno and floating-point traps, which are not used here, would keep
-# the compiler from vectorizing loops.
+# Neither -fno option changes results. Without these options errno and floating-point traps, which are not used here,
+# would keep the compiler from vectorizing loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 

@@ -125,7 +125,7 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Images sorted by class and name, as a folder lists them. Of members with one name the last counts, as for tar."""
+    """Images sorted by class and name, as in a folder. If members have the same name, the last counts, as for tar."""
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image in it; {count_noun(len(refused), 'member')} refused.")

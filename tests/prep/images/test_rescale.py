@@ -124,7 +124,7 @@ def test_area_is_exact_for_noise_shrunk_by_62() -> None:
 
 
 def test_area_counts_one_dark_column_in_130() -> None:
-    """From 4160 px, a camera's size, to 32 px: every block of 130×130 has one black column, so its mean is 253."""
+    """A 4160 px image, a camera's size, shrinks to 32 px. Each 130×130 block has one black column: its mean is 253."""
     pixels = np.full((4160, 4160, 3), 255, np.uint8)
     pixels[:, ::130] = 0
     got = rescale(pixels, 32).astype(np.float64)

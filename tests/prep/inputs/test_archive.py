@@ -1,7 +1,7 @@
 """prep.inputs.archive: tar archives of many layouts give the same store as the same images in folders.
 
-Members with unsafe names, links and special files are refused by name. Of a damaged archive every image is listed or
-refused, or the command ends with a one-line error; more damage is in test_tar_members.py.
+Members with unsafe names, links and special files are refused by name. If an archive is damaged, every image is listed
+or refused, or the command ends with a one-line error; test_tar_members.py tests more kinds of damage.
 """
 
 from __future__ import annotations
