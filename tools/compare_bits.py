@@ -11,7 +11,7 @@ meanwhile. The demo's photographs are made once; then each tree, in processes th
 -   seeded training runs: weights, velocity, metrics; the probabilities of the validation pictures.
 
 Each result is hashed (tools/tree_bits.py) and the hashes are compared. Exit code 0: all are the same; 1: one differs,
-or a step failed. It takes 7 minutes of CPU time, about 5 minutes on two idle cores, and 3 GB of temporary space.
+or a step failed. It takes 7 minutes of CPU time on two cores, and 3 GB of temporary space.
 """
 
 from __future__ import annotations
