@@ -243,7 +243,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
         torch.manual_seed(7)
         for _ in range(3):
             step(images, labels)
-        velocities.append([v.flatten() for v in step.model.joined_tensors(step.optimizer.velocity).values()])
+        velocities.append([v.flatten() for v in step.network.joined_tensors(step.optimizer.velocity).values()])
     distance = relative_distance(torch.cat(velocities[0]), torch.cat(velocities[1]))
     limit = REPEAT_TOLERANCE if settings.on_gpu else 0.0
     yield Check(

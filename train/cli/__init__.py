@@ -1,4 +1,4 @@
-"""The command line `alextrain`: options and output of each command; the work is in the other rooms."""
+"""The command line `alextrain`: options and output of each command. The other subpackages of train/ do the work."""
 
 from train.cli.group import main
 

@@ -65,7 +65,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     type=click.Choice(["torchvision"]),
     default="torchvision",
     show_default=True,
-    help="Library whose network the weights are of.",
+    help="Library that the weights come from.",
 )
 @store_option
 @run_dir_option
@@ -88,7 +88,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
     """Make a run, at step 0, from torchvision's weights of AlexNet: a state_dict, FILE.pth.
 
-    `alextrain evaluate` accepts the run. To train it further, give `alextrain run` --model torchvision and the same
+    `alextrain evaluate` accepts the run. To train it further, use `alextrain run` with --model torchvision and the same
     --recipe, --set, --batch, --epochs, --seed and --precision.
 
     \b

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import click
 
-from prep.console import UserError, json_option, print_json
-from train.cli.options import (
-    model_option,
-    recipe_settings,
-)
+from prep.console import json_option, print_json
+from train.cli.options import model_option, recipe_settings
 from train.config.architecture import ARCHITECTURES
 from train.config.recipes import RECIPES
 
@@ -27,7 +24,7 @@ from train.config.recipes import RECIPES
     metavar="0,1|0|cpu",
     default="0,1",
     show_default=True,
-    help="Devices to name in the table: 0,1, 0 or cpu; they are not used.",
+    help="Devices to name in the table: 0,1, 0 or cpu. They need not exist.",
 )
 @json_option
 def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
@@ -38,11 +35,11 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
       alextrain summary --classes 1000
       alextrain summary --model torchvision
     """
+    from train.config.devices import check_device_count
     from train.model.summary import summary_json, summary_lines
 
-    names = ["cpu"] if gpus == "cpu" else [f"GPU {number}" for number in gpus.split(",")]
-    if len(names) > 2:
-        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
+    check_device_count(gpus)
+    names = ["cpu"] if gpus == "cpu" else [f"GPU {index}" for index in gpus.split(",")]
     devices = names[0], names[-1]
     if as_json:
         print_json(summary_json(classes, devices, ARCHITECTURES[model]))

@@ -9,7 +9,7 @@ from prep.version import version_option
 from train.cli.convert import export, import_
 from train.cli.describe import recipe, summary
 from train.cli.evaluate import evaluate
-from train.cli.inspect import features, figures, predict, report, search
+from train.cli.results import features, figures, predict, report, search
 from train.cli.run import ablate, run
 from train.cli.runs import compare, status
 

@@ -49,13 +49,13 @@ epochs_option = click.option(
     "--epochs",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of passes over the training images, in all.  [default: the recipe's]",
+    help="Number of passes over the training images in all.  [default: the recipe's]",
 )
 steps_option = click.option(
     "--steps",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of batches, in all, after which training ends even within an epoch.  [default: no limit]",
+    help="Number of batches in all after which training ends, even within an epoch.  [default: no limit]",
 )
 seed_option = click.option(
     "--seed",
@@ -86,13 +86,13 @@ keep_option = click.option(
     default=CHECKPOINTS_KEPT,
     show_default=True,
     metavar="K",
-    help="Number of newest checkpoints to keep, besides the one with the lowest validation error.",
+    help="Number of newest checkpoints to keep, in addition to the one with the lowest validation error.",
 )
 fork_option = click.option(
     "--fork",
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
-    help="Folder of a new run to start from the newest checkpoint of --run-dir, with the settings given here.",
+    help="Folder of a new run, which starts from the newest checkpoint of --run-dir with the settings of this command.",
 )
 checkpoint_option = click.option(
     "--checkpoint",
@@ -114,8 +114,8 @@ set_option = click.option(
     "settings",
     metavar="FIELD=VALUE",
     multiple=True,
-    help="Field of the recipe to override, as lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints all fields. May be "
-    "repeated.",
+    help="Field of the recipe to override, as in lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints all fields. May "
+    "be repeated.",
 )
 
 _SHORTHANDS = (

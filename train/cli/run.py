@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     default=20,
     show_default=True,
     metavar="STEPS",
-    help="Steps between two lines of metrics.",
+    help="Number of steps between two lines of metrics.",
 )
 @click.option(
     "--checkpoint-every",
@@ -59,7 +59,7 @@ if TYPE_CHECKING:
     default=1000,
     show_default=True,
     metavar="STEPS",
-    help="Steps between two checkpoints; each epoch ends with one, too.",
+    help="Number of steps between two checkpoints; each epoch also ends with a checkpoint.",
 )
 @keep_option
 @fork_option
@@ -87,7 +87,7 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Train AlexNet on a store. To resume a run that was stopped or killed, give the same command again.
+    """Train AlexNet on a store. To resume a run that was stopped or killed, run the same command again.
 
     \b
     Example:
@@ -107,7 +107,7 @@ def run(
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
-    set_precision(precision, devices)  # refuses an unsupported one before the work
+    set_precision(precision, devices)  # an unsupported precision is an error before the run starts
     config = RunConfig(
         store=store,
         recipe=chosen,
@@ -128,7 +128,7 @@ def run(
     if insensitive_at_init(chosen):
         say(
             f"recipe {chosen.name}: with weights of 0.01 and biases of 1 the output hardly depends on the image at "
-            "first, so learning starts late. --recipe released, the code that made the paper's table, learns sooner."
+            "first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
         )
     for line in _description_lines(training, fork or run_dir):
         if not quiet or dry_run:
@@ -152,7 +152,10 @@ def run(
 
 
 def _description_lines(training: Run, run_dir: Path) -> list[str]:
-    """Two lines about network and training. Raises UserError if the training split has fewer records than a batch."""
+    """Two lines that describe the network and the training.
+
+    Raises UserError if the training split has fewer records than a batch.
+    """
     from train.config.devices import describe_devices
     from train.model.summary import summarize
 
@@ -194,13 +197,17 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @click.command()
 @store_option
 @click.option(
-    "--out", type=click.Path(path_type=Path), default="ablations", show_default=True, help="Folder for the run folders."
+    "--out",
+    type=click.Path(path_type=Path),
+    default="ablations",
+    show_default=True,
+    help="Folder in which to make the run folders.",
 )
 @click.option(
     "--only",
     type=click.Choice([ablation.name for ablation in ABLATIONS]),
     multiple=True,
-    help="Ablation to train, besides the baseline. May be repeated.  [default: all]",
+    help="Ablation to train, in addition to the baseline. May be repeated.  [default: all]",
 )
 @recipe_option
 @set_option
@@ -220,10 +227,10 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train the network without one part at a time, and print the errors beside the paper's.
+    """Train the network without one part at a time, and print the errors next to the paper's.
 
-    Ablations that are trained already are not trained again; give the same command again to resume those that were
-    stopped or killed. All have the same seeds, so they start with equal parameters, record order and crops.
+    An ablation that is trained already is not trained again. To resume after a stop or a kill, run the same command
+    again. All ablations have the same seeds, so they start with equal parameters, record order and crops.
 
     \b
     Example:

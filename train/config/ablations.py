@@ -1,4 +1,4 @@
-"""The paper's ablations: each network with one part removed, and the rise of the error that its authors reported."""
+"""The paper's ablations: the network with one part removed each time, and the rise in error that the authors report."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Ablation:
 
     name: str
     source: str
-    settings: tuple[str, ...] = ()  # overrides, as `--set` takes them
-    model: str = "alexnet"  # a key of ARCHITECTURES
+    settings: tuple[str, ...] = ()  # recipe overrides in the syntax of `--set`
+    model: str = "alexnet"  # name of the architecture: a key of ARCHITECTURES
     rise_top1: float | None = None  # reported rise of the top-1 error without the part, percentage points
     rise_top5: float | None = None
 
@@ -37,7 +37,7 @@ ABLATIONS = (
     ),
     Ablation(
         "no-dropout",
-        "section 4.2: 'without dropout, our network exhibits substantial overfitting', no number",
+        "section 4.2: 'without dropout, our network exhibits substantial overfitting', without a number",
         ("dropout=0",),
     ),
     Ablation(
@@ -48,21 +48,21 @@ ABLATIONS = (
     ),
     Ablation(
         "no-crossing",
-        "net #150: 41.83 / 19.33 %, its columns made wider (160 maps of conv2, 4096 units each); not in the paper",
+        "net #150: 41.83 / 19.33 %, with wider columns (160 maps in conv2, 4096 units each); not in the paper",
         ("crossing=false",),
         rise_top1=1.17,
         rise_top5=1.12,
     ),
     Ablation(
         "one-gpu",
-        "section 3.2: two GPUs against half the kernels on one; net #145-half, ILSVRC-2010: 39.17 / 18.23 %",
+        "section 3.2: half as many kernels on one GPU; net #145-half, ILSVRC-2010: 39.17 / 18.23 %",
         model="one-gpu",
         rise_top1=1.7,
         rise_top5=1.2,
     ),
     Ablation(
         "tanh",
-        "section 3.1, figure 1: six times as many epochs to 25 % of training error, four layers, CIFAR-10",
+        "section 3.1, figure 1: six times as many epochs until 25 % training error (four layers, CIFAR-10)",
         ("activation=tanh",),
     ),
 )

@@ -1,7 +1,7 @@
 """Network architectures: columns, layer widths, padding and dropout of each network that `--model` offers.
 
-An architecture decides which parameters a network has and how its layers are connected. What can change while the
-parameters keep their shapes (learning rates, colour noise, activation, normalization) belongs to a recipe.
+An architecture decides which parameters a network has and how its layers are connected. A recipe holds the settings
+that keep the parameter shapes: learning rates, colour noise, activation, normalization.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = 2  # in the paper's network; the maximum
+COLUMNS = 2  # number of columns of the paper's network; also the maximum
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Maps or units of each layer, summed over the columns. The defaults are the paper's."""
+    """Number of maps or units of each layer, summed over the columns. The defaults are those of the paper's network."""
 
     conv1: int = 96
     conv2: int = 256
@@ -29,18 +29,17 @@ class Widths:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network. The defaults are the paper's."""
+    """One network architecture. The defaults are those of the paper's network."""
 
     name: str
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    conv1_padding: int | None = (
-        None  # zero px on every side; None: as many at right and bottom as the last window needs
-    )
-    normalised: bool = True  # False: no normalization, whatever the recipe
+    # Zero padding of conv1's input, in px, on every side. None: only at the right and bottom, as the last window needs.
+    conv1_padding: int | None = None
+    normalised: bool = True  # False: no normalization, even if the recipe has one
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers with dropout on their inputs
-    convolutional: bool = False  # True: fc6 to fc8 slide over maps; an image larger than 224 px gives a map of logits
+    convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
         """Raise ValueError unless every layer can be divided evenly among the columns."""
@@ -55,9 +54,9 @@ class Architecture:
     def padding_px(self, side_px: int) -> tuple[int, int]:
         """Zero padding of conv1, in px, before and after a side of the image.
 
-        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55), and its
-        kernels read zeros beyond the edge: three rows and three columns at the bottom and right of 224 px. Zero is the
-        mean colour.
+        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55). Its kernels
+        read zeros beyond the edge: for 224 px, three rows at the bottom and three columns at the right. A zero stands
+        for the mean colour, because the mean has been subtracted.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -104,7 +103,8 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# Names in torchvision's state_dict, and ours. Its network expects (RGB / 255 − mean) / std, with its own mean and std.
+# Layer names in torchvision's state_dict, and the names here. torchvision's network expects (RGB / 255 − mean) / std,
+# with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",
@@ -118,11 +118,11 @@ TORCHVISION_LAYERS = {
 
 
 def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
-    """The inverse of dataclasses.asdict and json.dumps; raises TypeError, KeyError or ValueError for anything else."""
+    """The Architecture of which `data` is the asdict; raises TypeError, KeyError or ValueError for other data."""
     converted = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
     return Architecture(**{**data, **converted})
 
 
-def architecture_numbers(architecture: Architecture) -> dict[str, Any]:
-    """All fields that decide the network: every one but `source`."""
+def architecture_values(architecture: Architecture) -> dict[str, Any]:
+    """The fields that decide the network: all except `source`."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

@@ -1,11 +1,11 @@
-"""Devices of the two columns: what `--gpus` means. Imports torch only when it counts GPUs."""
+"""Devices of the network's columns: parses and describes the value of `--gpus`. Imports torch only to count GPUs."""
 
 from __future__ import annotations
 
 from prep import console
 from prep.console import UserError
 
-Devices = tuple[str, str]  # of column 0 and column 1; equal for one device
+Devices = tuple[str, str]  # device of column 0, device of column 1; the two may be equal
 
 
 def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
@@ -16,7 +16,8 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     `cpu`  both columns on the CPU
     None   0,1 if the machine has two GPUs and the network two columns; 0 if it has a GPU; cpu otherwise
 
-    Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs for one column.
+    Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs if the network has
+    one column.
     """
     import torch
 
@@ -25,24 +26,29 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
         gpus = "0,1" if count >= columns == 2 else "0" if count else "cpu"
     if gpus == "cpu":
         return "cpu", "cpu"
-    numbers = gpus.split(",")
-    if not all(number.strip().isdecimal() for number in numbers):
+    indices = gpus.split(",")
+    if not all(index.strip().isdecimal() for index in indices):
         raise UserError(f"--gpus {gpus}: expected two GPUs (0,1), one for both columns (0), or cpu.")
-    if len(numbers) > 2:
-        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
-    if len(numbers) > columns:
+    check_device_count(gpus)
+    if len(indices) > columns:
         raise UserError(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
-    missing = [number.strip() for number in numbers if int(number) >= count]
+    missing = [index.strip() for index in indices if int(index) >= count]
     if missing:
         raise UserError(
             f"--gpus {gpus}: there is no GPU {missing[0]}, this machine has {count}. "
             + (f"Name a number below {count}, or cpu." if count else "Pass --gpus cpu.")
         )
-    return f"cuda:{int(numbers[0])}", f"cuda:{int(numbers[-1])}"
+    return f"cuda:{int(indices[0])}", f"cuda:{int(indices[-1])}"
+
+
+def check_device_count(gpus: str) -> None:
+    """Raise UserError if a value of `--gpus` names more than two devices."""
+    if gpus.count(",") > 1:
+        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
 
 
 def describe_devices(devices: Devices, columns: int = 2) -> str:
-    """`one column on cpu`, `both columns on cpu`, or `column 0 on cuda:0, column 1 on cuda:1`."""
+    """Text for messages: `one column on cpu`, `both columns on cpu`, or `column 0 on cuda:0, column 1 on cuda:1`."""
     if columns == 1:
         return f"one column on {devices[0]}"
     if devices[0] == devices[1]:

@@ -1,7 +1,7 @@
-"""Identity of a run: the numbers that decide its result, and the comparison of two identities.
+"""Identity of a run: the settings that decide its result, and the comparison of two identities.
 
-A checkpoint is continued only by a run of the same identity. `alextrain run` refuses anything else and names the first
-number that differs.
+A run continues a checkpoint only if both have the same identity. Otherwise `alextrain run` refuses and names the first
+setting that differs.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 from prep.console import UserError
 from prep.store.manifest import Store
-from train.config.architecture import architecture_numbers
+from train.config.architecture import architecture_values
 from train.config.recipe import Recipe
 from train.config.run_config import RunConfig
 
 
 class Difference(NamedTuple):
-    """One number in which two identities differ. The field names are keys of run.json's "ancestry"."""
+    """One setting in which two identities differ. The field names are keys of run.json's "ancestry"."""
 
     name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
     there: Any  # its value in the other run
@@ -28,17 +28,17 @@ class Difference(NamedTuple):
 
 
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
-    """The identity of a run, as JSON has it.
+    """The identity of a run, as JSON values.
 
-    The names of recipe and architecture are for messages: their numbers are what is compared.
+    The names of recipe and architecture are used in messages only. Their settings are compared.
     """
     return {
         "store_fingerprint": store.split("train").fingerprint,
         "classes": len(store.classes),
         "model": config.model.name,
-        "model_numbers": as_json({k: v for k, v in architecture_numbers(config.model).items() if k != "name"}),
+        "model_numbers": as_json({k: v for k, v in architecture_values(config.model).items() if k != "name"}),
         "recipe": config.recipe.name,
-        "recipe_numbers": recipe_numbers(config.recipe),
+        "recipe_numbers": recipe_values(config.recipe),
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "seed": config.seed,
@@ -46,10 +46,10 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     }
 
 
-def recipe_numbers(recipe: Recipe) -> dict[str, Any]:
-    """The fields of a recipe without its name and its sources, as JSON has them."""
-    numbers: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
-    return numbers
+def recipe_values(recipe: Recipe) -> dict[str, Any]:
+    """All fields of a recipe except its name and its sources, as JSON values."""
+    values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
+    return values
 
 
 def as_json(data: Any) -> Any:
@@ -58,7 +58,7 @@ def as_json(data: Any) -> Any:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
-    """The numbers in which two identities differ, in the order of `ours`; names of recipe and model are ignored."""
+    """The settings in which two identities differ, in the order of `ours`, without the names of recipe and model."""
     differing = []
     for name, value in ours.items():
         if f"{name}_numbers" not in ours:
@@ -67,23 +67,23 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
 
 
 def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: Path) -> None:
-    """Raise UserError if the identity of a checkpoint in `run_dir` differs from that of this run.
+    """Raise UserError if `theirs`, the identity of a checkpoint in `run_dir`, differs from `ours`, that of this run.
 
-    The message names the first number that differs, with both values.
+    The message names the first setting that differs, with both values.
     """
     differing = differences(theirs, ours)
     if not differing:
         return
     first = differing[0]
-    part, _, number = first.name.partition(".")
+    part, _, setting = first.name.partition(".")
     values = f"{_shortened(first.there)}, here {_shortened(first.here)}"
-    if number:
+    if setting:
         names = "" if theirs.get(part) == ours[part] else f" ({theirs.get(part)}, here {ours[part]})"
-        what = f"{part}{names}: {number} is {values}"
+        what = f"{part}{names}: {setting} is {values}"
     else:
         what = f"{part.replace('_', ' ')} ({values})"
     raise UserError(
-        f"{run_dir} was trained with another {what}. Give the settings it began with, start a new --run-dir, or begin "
+        f"{run_dir} was trained with another {what}. Pass the settings it began with, name a new --run-dir, or begin "
         "a new run from its newest checkpoint with --fork NEW_DIR."
     )
 

@@ -1,16 +1,17 @@
-"""Recipe overrides, `--set FIELD=VALUE`: a recipe with some fields changed, and its name and sources changed with them.
+"""Recipe overrides, `--set FIELD=VALUE`: change fields of a recipe, and note the changes in its name and sources.
 
-Fields are named as `alextrain recipe` prints them; a dot leads to a part of a field. Values by type of the field:
+`alextrain recipe` prints the names of the fields. A dot separates a field from the name of its part. The syntax of a
+value depends on the type of the field:
 
-    a number, true or false, a word   lr=0.02   crossing=false   activation=tanh   lr_bias=none
-    lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 in the order of the fields; lrn.alpha=1e-4
+    number, true or false, word       lr=0.02   crossing=false   activation=tanh   lr_bias=none
+    lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 (all parts, in their order); lrn.alpha=1e-4
     init_std, init_bias               a number for all layers; none for no biases; init_std.conv3=0.01 for one layer
     schedule                          plateau; cosine; steps (a tenth after each third of the epochs);
                                       none (a constant learning rate); 25,51,79 (a tenth after each of these epochs);
                                       25:1e-3,51:1e-4 (these learning rates); schedule.drops=2
 
-Overrides are applied in alphabetical order of their fields. If a field is given twice, the last one counts. So the
-order in which they are given changes neither the recipe nor its name.
+Overrides are applied in alphabetical order of their fields, so the order in which different fields are given changes
+neither the recipe nor its name. If a field is given twice, the last value counts.
 """
 
 from __future__ import annotations
@@ -29,22 +30,22 @@ from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, Schedul
 from train.config.recipes import recipe_named
 
 OVERRIDE_SOURCE = "set on the command line"
-PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # of schedule=plateau
-COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # of schedule=cosine
+PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # the value of schedule=plateau
+COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # the value of schedule=cosine
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
 class _InvalidValue(Exception):
-    """A value that the field cannot have; the text is what is expected."""
+    """A value that a field cannot have. The exception's text describes the expected values."""
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
     """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs`.
 
-    epochs  None: the recipe's. It changes the recipe only if its schedule depends on the number of epochs: a cosine,
-            or `schedule=steps`
+    epochs  length of the run; None: the recipe's. It changes the recipe only if the schedule depends on it, as a cosine
+            and `schedule=steps` do
 
-    Raises UserError as apply_overrides and recipe_named.
+    Raises UserError where apply_overrides or recipe_named does.
     """
     recipe = apply_overrides(recipe_named(name), settings)
     spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
@@ -54,9 +55,9 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with each FIELD=VALUE of `settings` applied; its name and sources say what was changed.
+    """The recipe with each FIELD=VALUE of `settings` applied. Its name and sources show the changes.
 
-    Raises UserError with the field, the value and what is expected.
+    Raises UserError with the field, the value and the expected values.
     """
     values = {}
     for setting in settings:
@@ -93,7 +94,10 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 
 
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
-    """`before` with the part that `parts` lead to (itself, if there are none) replaced by the parsed `value`."""
+    """`before` with one part replaced by the parsed `value`.
+
+    parts  names that lead to the part; empty: all of `before` is replaced
+    """
     if not parts:
         return _parse(hint, value)
     part, *deeper = parts
@@ -105,7 +109,7 @@ def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], val
         _check_name(option, part, LAYERS)
         return {**before, part: _parse(float, value)}
     present = _canonical_text(before, "a list of changes" if isinstance(before, tuple) else "a table by layer")
-    raise UserError(f"{option}: the present value, {present}, has no part {part}. Set the field as a whole.")
+    raise UserError(f"{option}: the present value, {present}, has no part {part}. Set the entire field.")
 
 
 def _check_name(option: str, name: str, names: Sequence[str]) -> None:
@@ -149,9 +153,10 @@ def _parse(hint: Any, text: str) -> Any:
 
 
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
-    """The schedule that `text` names.
+    """The schedule that `text` describes.
 
-    `steps` and epochs without a learning rate depend on the recipe's `epochs` and `lr`, which therefore are set before.
+    `steps`, and epochs without learning rates, use the recipe's `epochs` and `lr`. Both are set before the schedule,
+    because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()
@@ -179,7 +184,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """One text for each value, however it was written: 0.02 for 2e-2. `given` for a value that has parts."""
+    """The same text for equal values: 0.02 also for 2e-2. For a value that has parts, the text is `given`."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, int | float) else value if isinstance(value, str) else given

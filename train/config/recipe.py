@@ -1,4 +1,4 @@
-"""Recipe: every hyperparameter of a training, each with its source. The recipes themselves: train/config/recipes.py."""
+"""The Recipe class: every hyperparameter of a training, with its source. train/config/recipes.py has the recipes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 class Lrn:
     """Local response normalization: a · (k + alpha · Σ a²)^−beta over `size` neighbors (train/model/lrn.py)."""
 
-    size: int  # odd; maps for `lrn`, side in px for `within_map`
-    alpha: float  # of the plain sum, as in the paper; torch.nn.LocalResponseNorm divides its own by `size`
+    size: int  # odd number of maps (`lrn`), or odd side of a square in px (`within_map`)
+    alpha: float  # factor of the plain sum, as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
     beta: float
     k: float
 
@@ -29,12 +29,12 @@ class Lrn:
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """A change after `after_epochs` epochs. A field that is None changes nothing."""
+    """Change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # the colour noise changes at the end of an epoch only
-    lr: float | None = None  # of all weights; of conv1's too, unless an earlier change set lr_conv1
-    lr_conv1: float | None = None  # of conv1's weights; 0 freezes conv1, biases included
-    colour: str | None = None  # the augmentation's colour noise
+    lr: float | None = None  # learning rate of all weights, except conv1's once a change has set lr_conv1
+    lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1, biases included
+    colour: str | None = None  # colour noise: a value of Augmentation.colour
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Plateau:
     """
 
     factor: float
-    patience_epochs: int  # epochs without a lower error that make a plateau
+    patience_epochs: int  # number of epochs without a lower error that count as a plateau
     drops: int
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number out of range."""
+        """Raise UserError if a value is out of range."""
         if not 0 < self.factor < 1 or self.patience_epochs < 1 or self.drops < 0:
             raise UserError(
                 f"factor {self.factor}, patience_epochs {self.patience_epochs}, drops {self.drops}: expected between 0 "
@@ -61,8 +61,8 @@ class Plateau:
 class Cosine:
     """Linear warm-up from `start` · lr over `warmup_epochs`, then half a cosine down to `end` · lr at the last epoch.
 
-    The last epoch is the recipe's `epochs`. `start` and `end` are above 0: a learning rate of 0 would freeze the
-    network.
+    The number of epochs is the recipe's `epochs`. `start` and `end` are above 0, because a learning rate of 0 would
+    freeze the network.
     """
 
     warmup_epochs: float
@@ -70,7 +70,7 @@ class Cosine:
     end: float
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number out of range."""
+        """Raise UserError if a value is out of range."""
         if self.warmup_epochs < 0 or not 0 < self.start <= 1 or not 0 < self.end <= 1:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs}, start {self.start}, end {self.end}: expected at least 0, and "
@@ -78,12 +78,15 @@ class Cosine:
             )
 
 
-ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # what train.optim.schedule.Schedule follows
+ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # implemented by train.optim.schedule.Schedule
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What decides a run, beside its network, store, seed and length. `sources` has a text for each field."""
+    """The hyperparameters of a run. `sources` has a text for each field.
+
+    The architecture, store, seed and length of a run are not part of its recipe.
+    """
 
     name: str
 
@@ -93,17 +96,17 @@ class Recipe:
     augmentation: Augmentation
 
     activation: str  # one of ACTIVATIONS
-    lrn: Lrn | None  # after layers 1 and 2
+    lrn: Lrn | None  # normalization across maps, after layers 1 and 2
     norm_before_relu: bool  # layer 1 is conv, norm, pool, ReLU (True) or conv, ReLU, norm, pool (False)
-    within_map: Lrn | None  # after layer 2's normalization
-    pool_px: int  # side of a pooling window; the stride is 2: windows of 3 overlap, of 2 do not
+    within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
+    pool_px: int  # side of a pooling window; at stride 2, windows of 3 px overlap and windows of 2 px do not
     crossing: bool  # False: conv3, fc6 and fc7 see their own column only; fc8 always sees both
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
-    dropout_scales_training: bool  # True: survivors / (1 − p) in training; False: all × (1 − p) in test
+    dropout_scales_training: bool  # True: kept values / (1 − p) in training; False: all values × (1 − p) in evaluation
 
     init: str  # "normal": init_std below; "he": std = sqrt(2 / fan_in)
-    init_std: Mapping[str, float]  # of "normal", by layer
-    init_bias: Mapping[str, float]  # by layer; 0 in a layer that is missing here
+    init_std: Mapping[str, float]  # standard deviation by layer; used by "normal" only
+    init_bias: Mapping[str, float]  # initial bias by layer; 0 in a layer that is not listed
 
     label_smoothing: float  # share of the target that is spread over all classes
     lr: float
@@ -117,7 +120,7 @@ class Recipe:
     sources: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Raise UserError for a number out of range."""
+        """Raise UserError if a value is out of range."""
         check_choice("activation", self.activation, ACTIVATIONS)
         check_choice("init", self.init, INITS)
         ranges: dict[str, tuple[bool, str]] = {
@@ -140,7 +143,7 @@ class Recipe:
 
 
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
-    """The inverse of dataclasses.asdict and json.dumps; raises TypeError, KeyError or ValueError for anything else."""
+    """The Recipe of which `data` is the asdict; raises TypeError, KeyError or ValueError for other data."""
     converted = {
         "augmentation": Augmentation(**data["augmentation"]),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
@@ -158,12 +161,12 @@ def _schedule_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """Names of the fields that decide a run, in order: all but `name` and `sources`."""
+    """Names of the fields that decide a run, in order: all except `name` and `sources`."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """True if the logits of the new network hardly depend on the image, so that it begins to learn late.
+    """True if the logits of a newly initialized network hardly depend on the image, which delays learning.
 
     The paper's own initialization has this effect: standard deviation 0.01 and biases of 1 in conv3 to conv5
     (measured: docs/measurements.md).

@@ -10,7 +10,7 @@ from typing import Any
 
 from train.config.recipe import Recipe, ScheduleChange, recipe_fields
 
-HEADINGS = {  # printed above the field
+HEADINGS = {  # the heading that is printed above each of these fields
     "batch_size": "Data",
     "activation": "Network",
     "init": "Initialization",
@@ -20,7 +20,7 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as lines of at most 120 characters, columns aligned; the names are those that `--set` takes."""
+    """The table as aligned lines of at most 120 characters. The names are those that `--set` accepts."""
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
     name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))
@@ -36,12 +36,12 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
-    """The rows (name, value) of each field, by field. A row whose name is empty continues the one above it."""
+    """The rows (name, value) of each field, by field. A row with an empty name continues the row above it."""
     return {field: _field_rows(field, getattr(recipe, field)) for field in recipe_fields()}
 
 
 def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
-    """(name, value) rows of one field: one for each part of a dataclass, wrapped text for a table or a schedule."""
+    """(name, value) rows of one field: a row for each part of a dataclass; wrapped text for a mapping or a schedule."""
     if is_dataclass(value) and not isinstance(value, type):
         return [(f"{field}.{part.name}", _value_text(getattr(value, part.name))) for part in fields(value)]
     if isinstance(value, Mapping):

@@ -1,12 +1,12 @@
 """Recipes that `--recipe` offers: the value and the source of every hyperparameter.
 
-paper     the text of 2012, to the letter
+paper     the values that the text of the paper gives
 released  the code and parameter files behind the paper's results: net #145 of AlexNet-Source-Code
-          (layers/layers-145.cfg and layers/layer-params-145.cfg, below L145 and P145). Where the paper differs, the
-          source says how.
+          (layers/layers-145.cfg and layers/layer-params-145.cfg, cited below as L145 and P145). Where the paper has
+          another value, the source names it.
 caffe     models/bvlc_alexnet of BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
 modern    the same network with present-day initialization and schedule
-short     for a few minutes on a CPU, with small batches
+short     a training of a few minutes on a CPU, with small batches
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange
 _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do not start at 0
 
 
-def _recipe(name: str, **numbers: tuple[Any, str]) -> Recipe:
+def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
     """A recipe from (value, source) for each field."""
     return Recipe(
         name=name,
-        sources={field: source for field, (_, source) in numbers.items()},
-        **{field: value for field, (value, _) in numbers.items()},
+        sources={field: source for field, (_, source) in hyperparameters.items()},
+        **{field: value for field, (value, _) in hyperparameters.items()},
     )
 
 
-def _variant(base: Recipe, name: str, **numbers: tuple[Any, str]) -> Recipe:
+def _variant(base: Recipe, name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
     """`base` with (value, source) of some fields replaced."""
-    sources = {field: source for field, (_, source) in numbers.items()}
-    values = {field: value for field, (value, _) in numbers.items()}
+    sources = {field: source for field, (_, source) in hyperparameters.items()}
+    values = {field: value for field, (value, _) in hyperparameters.items()}
     return replace(base, name=name, sources={**base.sources, **sources}, **values)
 
 
@@ -226,7 +226,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe `name`; raises UserError for a name that no recipe has."""
+    """The recipe of this name; raises UserError for an unknown name."""
     if name not in RECIPES:
         raise UserError(f"--recipe {name}: expected one of {', '.join(RECIPES)}.")
     return RECIPES[name]

@@ -1,4 +1,4 @@
-"""Configuration of one run: everything that `alextrain run` is given."""
+"""Configuration of one run: the settings that `alextrain run` takes from its options."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from train.config.recipe import Recipe
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The first block of fields decides the result; the second decides where, how long and how often."""
+    """Settings of a run.
+
+    The first block of fields decides the result. The second block sets the folder, the devices, the length of the run
+    and how often it logs and writes checkpoints.
+    """
 
     store: Path
     recipe: Recipe
-    batch_size: int  # images of a step
+    batch_size: int  # images per step
     seed: int = 0
     model: Architecture = ALEXNET
-    precision: str = "fp32"  # one of PRECISIONS: train/model/precision.py
-    accumulate: int = 1  # equal parts in which a batch is computed, one after the other
+    precision: str = "fp32"  # one of PRECISIONS (train/model/precision.py)
+    accumulate: int = 1  # number of equal parts in which a batch is computed, one after the other
 
     run_dir: Path = Path("run")
-    devices: Devices = ("cpu", "cpu")  # of column 0 and of column 1
+    devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
     epochs: int = 1
-    steps: int | None = None  # end after this many steps in all, if that comes before the last epoch ends
+    steps: int | None = None  # training ends after this many steps in all, or earlier with the last epoch
     log_every: int = 20  # steps between two lines of metrics.jsonl
-    checkpoint_every: int = 1000  # steps between two checkpoints; each epoch ends with one, too
-    keep: int = CHECKPOINTS_KEPT  # checkpoints to keep, beside the best
-    threads: int | None = None  # of the stream on the CPU; None: all cores that the process may use
+    checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
+    keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best
+    threads: int | None = None  # threads of a stream on the CPU; None: one for each core that the process may use
 
 
 def check_parts(config: RunConfig) -> None:
@@ -40,5 +44,5 @@ def check_parts(config: RunConfig) -> None:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         raise UserError(
             f"--accumulate {config.accumulate}: a batch of {config.batch_size} cannot be divided into that many equal "
-            f"parts. Give one of {', '.join(map(str, divisors))}, or another --batch."
+            f"parts. Pass one of {', '.join(map(str, divisors))}, or another --batch."
         )

@@ -1,15 +1,15 @@
 """Export of a trained network, with its classes and preprocessing, to one file for other programs.
 
-    safetensors   parameters in the joined shapes under our names, as AlexNet.load_joined_tensors takes them
+    safetensors   joined parameters, under the names that AlexNet.load_joined_tensors takes
     torchvision   a state_dict for torchvision.models.alexnet(num_classes=…).load_state_dict
     onnx          the test-time graph: `images` (N, 3, 224, 224), gray levels minus the mean, to `logits` (N, classes)
 
-Each holds four JSON texts by name, in the metadata of safetensors and onnx, and in torchvision's state_dict in
-`state._metadata[""]`, where PyTorch keeps the versions of modules:
+Each file also holds four JSON texts by name. safetensors and onnx have them in their metadata; torchvision's state_dict
+has them in `state._metadata[""]`, where PyTorch keeps the versions of modules:
 
-    architecture, recipe   as run.json has them
-    classes                names, in the order of the logits
-    preprocessing          how an image becomes the input: the fields of `Preprocessing`
+    architecture, recipe   the same objects as in run.json
+    classes                names of the classes, in the order of the logits
+    preprocessing          the fields of `Preprocessing`, which turns an image into the input
 
 A mean image is float32, little-endian, in row-major order, in base64.
 """
@@ -47,10 +47,10 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an image to the network's input: the fields are JSON keys in the exported file.
+    """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
-    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`, the central square is taken, and of
-    that a crop of `window_px` (for one view the centre). From the crop at (y, x) is subtracted, by `mean`:
+    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. From its central square a crop of
+    `window_px` is taken: for one view, the centre crop. `mean` names what is subtracted from a crop at (y, x):
 
         channel   mean_rgb
         image     the centre of the mean image, at every (y, x)
@@ -60,11 +60,13 @@ class Preprocessing:
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]  # the mean over the mean image, if there is one
-    mean_image: Mapping[str, Any] | None  # shape (side, side, 3), dtype, base64
-    input_divisor: float  # after the mean; included in the onnx graph and in torchvision's weights
+    mean_rgb: tuple[float, ...]  # subtracted mean per channel; for a mean image, its average
+    mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype", "base64"
+    input_divisor: float  # divides after the subtraction; included in the onnx graph and in torchvision's weights
     window_px: int = CROP_PX
-    normalise: Mapping[str, Any] | None = None  # torchvision only: mean, std of Normalize; "exact": whether it is
+    normalise: Mapping[str, Any] | None = (
+        None  # torchvision only: mean and std of Normalize; "exact": False if approximate
+    )
 
 
 def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Preprocessing:
@@ -132,11 +134,11 @@ def _safetensors(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 
 def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
-    # torchvision's own std, so that weights keep the magnitude of its weights
+    # with torchvision's std, so that the weights have the same magnitude as torchvision's
     weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
     state: OrderedDict[str, Tensor] = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # not the file: on a full disk torch.save raises an error of its own type
+    content = io.BytesIO()  # not the file itself: on a full disk torch.save would raise a type of its own
     torch.save(state, content)
     return content.getbuffer()
 
@@ -160,7 +162,7 @@ def _onnx(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 @contextmanager
 def _exporter_silenced() -> Iterator[None]:
-    """Inside, the ONNX exporter does not warn of torch's own deprecations or of operators that are not used here."""
+    """A context in which the ONNX exporter does not warn of torch's deprecations and of operators not used here."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -31,15 +31,15 @@ from train.trainer.state import capture_state
 
 
 def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> AlexNet:
-    """Make `config.run_dir` a run whose checkpoint at step 0 has the weights of `file`; returns the network.
+    """Create a run in `config.run_dir` with a checkpoint at step 0 that has the weights of `file`; returns the network.
 
-    file     a state_dict of torchvision.models.alexnet; or what `alextrain export --to torchvision` wrote, which also
+    file     a state_dict of torchvision.models.alexnet, or a file of `alextrain export --to torchvision`, which also
              has its own Normalize and classes
-    config   of the architecture `torchvision`; the recipe may subtract a mean per channel, or none
-    new_fc8  initialize the last layer anew by the recipe, for other classes than the file's
+    config   a configuration with the architecture `torchvision`; its recipe subtracts a mean per channel, or no mean
+    new_fc8  True: initialize the last layer by the recipe, for other classes than the file's
 
-    train/convert/torchvision_weights.py says what of this is exact. Raises UserError if the file is not such a
-    state_dict or has other classes, if the recipe or the architecture does not fit, or if the folder has a run.
+    train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if the file is not such
+    a state_dict or has other classes, if the recipe or the architecture does not fit, or if the folder has a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe
@@ -65,13 +65,13 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 def create_run(run: Run, network: AlexNet) -> None:
     """Write the run folder with a checkpoint of `network` at step 0, from which `fit` continues.
 
-    Raises UserError if the folder has a run already, or holds something else.
+    Raises UserError if the folder already has a run, or holds other files.
     """
     make_run_dir(run.run_dir)
     config = run.config
     with hold_lock(run.run_dir, "training"):
         if checkpoint.checkpoint_paths(run.run_dir):
-            raise UserError(f"{run.run_dir}: there is a run in it already. Name another --run-dir.")
+            raise UserError(f"{run.run_dir}: already holds a run. Name another --run-dir.")
         with train_loader(
             config.store, config.batch_size, "cpu", config.seed, augmentation=config.recipe.augmentation, threads=1
         ) as loader:
@@ -83,12 +83,12 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """(state_dict, metadata that `alextrain export` wrote; empty for a file of torchvision)."""
+    """The state_dict in a file, and the metadata of `alextrain export`; a file from torchvision has no metadata."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
-    except Exception:  # of many types, some with advice that does not apply here
+    except Exception:  # torch.load raises many types, some with advice that does not apply here
         raise UserError(f"{file}: not a file of tensors that torch.load(weights_only=True) reads.") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: not a state_dict, which is a dict of tensors by name.")

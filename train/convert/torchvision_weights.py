@@ -1,24 +1,23 @@
-"""Weights of torchvision.models.alexnet, converted to and from those of our architecture `torchvision`.
+"""Converts weights between torchvision.models.alexnet and the architecture `torchvision` of this project.
 
-Both networks compute the same function of the pixels.
+Both networks compute the same function of the pixels. For pixels p in 0..255, the subtracted mean m, and the channel c:
 
-For pixels p in 0..255, the subtracted mean m, and the channel c:
+    torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
+    this project's conv1 takes   u = (p − m_c) / input_divisor
 
-    torchvision's conv1 takes   t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
-    ours takes                  u = (p − m_c) / input_divisor
+    export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and the weights are multiplied
+             by the inverse factor. This is exact, also at the border: both networks pad with zeros, which stand for
+             pixels of value m. Normalize cannot subtract a mean image m. With input t = (p − m) / (255 std_c) the
+             weights are exact; with Normalize and the mean over the mean image they are approximate.
+    import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
+             (255 std_c). The weights are multiplied by input_divisor / (255 std_c). The constant term of t, times the
+             sum of the channel's weights, is added to conv1's bias. This is exact for windows inside the image. In the
+             first and the last row and column of its 55 × 55 positions, conv1 reads padding, which has the value m
+             instead of 255 mean_c.
 
-    export   Normalize gets mean_c = m_c / 255, so that t = u · input_divisor / (255 std_c), and the weights are
-             multiplied by the inverse. This is exact, at the border too: both pad with zeros, which are pixels of
-             value m. A mean image does not fit into Normalize: t = (p − m) / (255 std_c) is exact with it, and
-             Normalize with the mean over the mean image is approximate.
-    import   mean_c is the file's and m the store's, and t = (u · input_divisor + m_c − 255 mean_c) / (255 std_c):
-             weights are multiplied by input_divisor / (255 std_c), and conv1's bias gets the constant, times the sum
-             of the channel's weights. This is exact for windows inside the image. Where conv1 reads padding, in the
-             first and the last row and column of its 55 × 55 positions, the padding has the value m instead of
-             255 mean_c.
-
-Dropout that scales at test time (section 4.2) multiplies the inputs of fc6 and fc7 by 1 − p, and torchvision's does
-not: their weights get the factor, which is exact for p = ½. All of this is computed in float64.
+Dropout that scales in evaluation (section 4.2) multiplies the inputs of fc6 and fc7 by 1 − p. torchvision's dropout
+does not, so the weights of these layers are multiplied by 1 − p, which is exact for p = ½. All conversions are computed
+in float64.
 """
 
 from __future__ import annotations
@@ -42,7 +41,8 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
-# Of all weights that torchvision trained on ImageNet: torchvision.transforms._presets.ImageClassification.
+# The normalization for all weights that torchvision trained on ImageNet (ImageClassification in
+# torchvision.transforms._presets).
 IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
@@ -51,12 +51,12 @@ def check_fits(architecture: Architecture, recipe: Recipe) -> None:
     if architecture.name != TORCHVISION.name:
         raise UserError(
             f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
-            "Only --model torchvision has its layout; safetensors and onnx take every network."
+            "Only --model torchvision fits; --to safetensors and --to onnx take every network."
         )
     if recipe.activation != "relu" or recipe.pool_px != 3:
         raise UserError(
             f"network with activation {recipe.activation} and pooling windows of {recipe.pool_px} px: torchvision's "
-            "AlexNet has relu and 3 px. Only such a network has its layout; safetensors and onnx take every network."
+            "AlexNet has relu and 3 px. Only such a network fits; --to safetensors and --to onnx take every network."
         )
 
 
@@ -77,8 +77,8 @@ def from_torchvision_weights(
 ) -> dict[str, Tensor]:
     """Joined parameters, for images minus `mean_rgb` (gray levels), with the weights of torchvision's state_dict.
 
-    `normalization` is what the weights were trained with. Raises KeyError or ValueError if `state` is not of that
-    network; AlexNet.load_joined_tensors checks the other names and shapes.
+    `normalization` is the one with which the weights were trained. Raises KeyError or ValueError if `state` is not of
+    torchvision's AlexNet; AlexNet.load_joined_tensors checks the other names and shapes.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]
@@ -94,7 +94,7 @@ def from_torchvision_weights(
 
 
 def _test_time_scale(recipe: Recipe, layer: str) -> float:
-    """The factor by which a layer's inputs are multiplied at test time."""
+    """The factor by which the inputs of a layer are multiplied in evaluation."""
     is_scaled = layer in TORCHVISION.dropout_before and not recipe.dropout_scales_training
     return 1 - recipe.dropout if is_scaled else 1.0
 

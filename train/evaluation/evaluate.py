@@ -1,6 +1,7 @@
 """Top-1 and top-5 error rates and loss over a split, of one network or of several whose probabilities are averaged.
 
-A view is a crop of 224 px: the centre, the ten of section 4.1, or every window of the central square (AlexNet.dense).
+A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views:
+a crop every 32 px of the central square (AlexNet.dense).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
 def eval_batch_size(records: int, views: int, device: str) -> int:
-    """Images in an evaluation batch, at most `records`: 32 views on a CPU, 256 on a GPU.
+    """Number of images in an evaluation batch, at most `records`. A batch has 32 views on a CPU and 256 on a GPU.
 
-    32 views stay in a CPU's caches (measured: 1.3 times the speed of 160); a GPU needs more to be busy.
+    32 views fit into a CPU's caches (measured: 1.3 times the speed of 160 views). A GPU needs more views to be busy.
     """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 
@@ -35,7 +36,8 @@ def eval_batch_size(records: int, views: int, device: str) -> int:
 def wilson_interval(misses: int, images: int) -> tuple[float, float]:
     """The 95 % score interval (low, high), in 0..1, of an error rate of `misses` in `images` (Wilson 1927).
 
-    It regards the images as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n) it also holds near 0.
+    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n), the interval also holds
+    near 0.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -45,7 +47,7 @@ def wilson_interval(misses: int, images: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Error rates, in 0..1, and the mean of −log of the (averaged) probability of the correct class, in nats."""
+    """Error rates in 0..1, and the loss in nats: the mean of −log p for the (averaged) probability p of the label."""
 
     top1_error: float
     top5_error: float
@@ -54,7 +56,7 @@ class EvalResult:
 
     @property
     def misses(self) -> tuple[int, int]:
-        """Numbers of images whose label is not the most probable class, and not among the five most probable."""
+        """Numbers of top-1 and top-5 misses: images whose label is not among the one or five most probable classes."""
         return round(self.top1_error * self.images), round(self.top5_error * self.images)
 
     @property
@@ -65,9 +67,9 @@ class EvalResult:
 
 
 def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
-    """(2,) int64: how many of N rows of scores (N, classes) do not have their label first, and in the first five.
+    """Numbers of top-1 and top-5 misses, int64 (2,), of scores (N, classes) for labels (N,).
 
-    Of equal scores the class of the lower index ranks higher, as in argmax; in topk the order of equals is undefined. A
+    Of equal scores, the one of the lower class index ranks higher, as in argmax. (topk leaves their order undefined.) A
     label whose score is NaN is a miss.
     """
     of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
@@ -85,11 +87,11 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). `probabilities`, float32
-    (records, classes), is filled if given. The network keeps its mode.
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). `probabilities`, if given, is an
+    array float32 (records, classes) to fill. The network's mode does not change.
 
-    Raises UserError for a precision that its devices do not support; RuntimeError if the loader serves another number
-    of images than the split has, which would make the error rates wrong.
+    Raises UserError for a precision that the network's devices do not support; RuntimeError if the loader serves
+    another number of images than the split has, which would make the error rates wrong.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
@@ -98,7 +100,7 @@ def evaluate(
             labels = batch.labels.to(network.devices[0])
             with autocast(precision, network.devices[0]):
                 if loader.views == SQUARE:
-                    logits = network.dense(batch.images).flatten(2).mT  # (N, windows, classes)
+                    logits = network.dense(batch.images).flatten(2).mT  # (N, views, classes)
                 else:
                     logits = network(batch.images.flatten(0, -4)).unflatten(0, (len(labels), -1))  # (N, views, classes)
             log_p = log_mean_softmax(logits)
@@ -123,7 +125,7 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of the probabilities of several networks, as of the paper's five and seven.
+    """The weighted mean (N, classes) of the probabilities of several networks; the paper averages five and seven.
 
     Weights (default: equal) are divided by their sum.
     """

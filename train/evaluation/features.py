@@ -1,4 +1,4 @@
-"""Activations of any layer: captured in a forward pass, computed for a whole split, or written to a .npy file.
+"""Activations of any layer: captured in a forward pass, computed for all images of a split, or written to a .npy file.
 
 The activations of conv1 to fc7 are those after the nonlinearity, before normalization, pooling and dropout's scaling;
 those of fc8 are the logits. Both columns are joined, column 0 first, as in the joined parameters.
@@ -30,10 +30,10 @@ from train.model.precision import autocast, set_precision
 
 @contextmanager
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """Inside, each forward pass puts the activations of `layers` into the dict: for each layer a tensor a column.
+    """A context in which each forward pass puts the activations of `layers` into a dict: by layer, a tensor per column.
 
-    conv layers: (N, maps, rows, columns); fully connected ones: (N, units). Raises UserError for a layer that is not
-    one of LAYERS.
+    The shape is (N, maps, rows, columns) in conv layers, and (N, units) in fully connected layers. Raises UserError for
+    a layer that is not one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
@@ -65,7 +65,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 def compute_activations(
     network: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """float32 (N, …) on the CPU for each layer: the activations of `images` in evaluation mode, both columns joined."""
+    """The activations of `images` by layer: float32 (N, …) on the CPU, in evaluation mode, both columns joined."""
     with (
         evaluation_mode(network),
         capture_activations(network, layers) as captured,
@@ -85,8 +85,8 @@ def iter_split_activations(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """The activations of a layer for the centre crops of a split's records, in the store's order, a batch at a time.
 
-    The first `max_records` (default: all) are a random sample, because a store's order is that of a hash. Shows
-    progress. Raises what eval_loader raises, and UserError as `capture_activations`.
+    It stops after `max_records` (default: all). The first records are a random sample, because a store is in the order
+    of a hash. Shows progress. Raises what eval_loader raises, and UserError where `capture_activations` does.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)
@@ -107,10 +107,10 @@ def iter_split_activations(
 def write_features(
     network: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
 ) -> tuple[int, ...]:
-    """Write a layer's activations of a split as .npy, float32 (N, …), and `keys_path(out)`; returns the shape.
+    """Write a layer's activations of a split as .npy, float32 (N, …), and a text file; returns the shape.
 
-    The second file has a line for each row: key, class and source path, separated by tabs. Raises UserError if a file
-    cannot be written.
+    The text file, `keys_path(out)`, has a line for each row: key, class and source path, separated by tabs. Raises
+    UserError if a file cannot be written.
     """
     if out.suffix != ".npy":
         raise UserError(f"--out {out}: features are written as .npy. Name it {out.with_suffix('.npy')}.")
@@ -137,5 +137,5 @@ def write_features(
 
 
 def keys_path(out: Path) -> Path:
-    """F.keys.txt for F.npy."""
+    """The path of the text file that belongs to `out`: F.keys.txt for F.npy."""
     return out.with_name(out.stem + ".keys.txt")

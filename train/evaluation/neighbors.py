@@ -1,8 +1,8 @@
-"""Nearest neighbors: the training images whose fc7 activations are nearest to an image's (the paper's figure 4, right).
+"""Nearest neighbors: finds the training images with the fc7 activations closest to an image's (figure 4, right).
 
-The index, `index-fc7-00000232.npz` in the run folder, has fc7 of the centre crops of the training split by the
-checkpoint of step 232, with keys and labels. It is built once; an index of another checkpoint, store, size or precision
-is replaced.
+The index of the checkpoint of step 232 is the file `index-fc7-00000232.npz` in the run folder. It holds the fc7
+activations of the centre crops of the training split, with keys and labels. It is built once, and replaced if it
+belongs to another checkpoint, store, size or precision.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ class NeighborIndex(NamedTuple):
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
-    keys: npt.NDArray[np.bytes_]  # (N,), of 8 digits
+    keys: npt.NDArray[np.bytes_]  # (N,), 8 digits each
 
 
 class Neighbor(NamedTuple):
-    """A training record near to a query."""
+    """A training record close to a query."""
 
-    record: int  # its number
+    record: int  # index of the record in the training split
     key: str
     label: int
-    distance: float  # Euclidean, in the units of fc7
+    distance: float  # Euclidean distance between fc7 activations
 
 
 def load_or_build_index(
@@ -51,7 +51,7 @@ def load_or_build_index(
     max_records: int = INDEX_RECORDS,
     precision: str = "fp32",
 ) -> NeighborIndex:
-    """The index of `max_records` training records by a run's checkpoint: read from the run folder, or built and saved.
+    """The index of a run's checkpoint, of at most `max_records` records: read from the run folder, or built and saved.
 
     Raises what eval_loader raises, and UserError if the file cannot be written.
     """
@@ -81,7 +81,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index if it is of `about`; None if it is missing, damaged or of something else."""
+    """The saved index; None if it is missing or damaged, or if its `about` is another one."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:
@@ -92,7 +92,10 @@ def _read_index(path: Path, about: str) -> NeighborIndex | None:
 
 
 def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
-    """For each query (Q, units) the `count` records at the least Euclidean distance, nearest first (section 6.1)."""
+    """The `count` records at the smallest Euclidean distance from each query, nearest first (section 6.1).
+
+    queries  activations (Q, units)
+    """
     from sklearn.neighbors import NearestNeighbors
 
     count = min(count, len(index.labels))

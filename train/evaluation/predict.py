@@ -57,9 +57,9 @@ def image_features(
 
 
 def load_photograph(path: Path, transform: EvalTransform) -> Pixels:
-    """The central square of a photograph, as a record of the training store would have it.
+    """The central square of a photograph, prepared like the images of the training store.
 
-    Prints a message if the file has an EXIF orientation, which is not applied, as in the store.
+    Prints a message if the file has an EXIF orientation. It is not applied; alexprep does not apply it either.
     """
     photograph = read_photograph(path, transform.settings)
     if photograph.orientation != 1:

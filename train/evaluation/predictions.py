@@ -1,8 +1,8 @@
 """Predictions for a split: the class probabilities of every image, saved as .npz, and the log of evaluations.
 
-A saved file is NumPy's .npz without pickles, in the store's order: `probabilities` float32 (N, classes), `labels` int64
-(N,), `keys` (N,) of 8 digits each, and `about`, JSON: run, step, checkpoint (its SHA-256), split, split_fingerprint,
-views, precision, classes.
+A saved file is a NumPy .npz file without pickles. Its rows are in the store's order: `probabilities` float32
+(N, classes), `labels` int64 (N,), and `keys` (N,), 8 digits each. `about` is a JSON text with the keys run, step,
+checkpoint (its SHA-256), split, split_fingerprint, views, precision and classes.
 
 `evaluations.jsonl` in the run folder has one line for each evaluation.
 """
@@ -31,7 +31,7 @@ from train.model.precision import set_precision
 from train.runs.append_log import AppendLog
 from train.runs.checkpoint import Checkpoint
 
-DENSE = "dense"  # in place of a number of views: every window of the central square
+DENSE = "dense"  # value of `views` for a crop every 32 px of the central square
 _EVALUATIONS = "evaluations.jsonl"
 _ARRAYS = ("probabilities", "labels", "keys", "about")
 
@@ -42,7 +42,7 @@ class Predictions:
 
     probabilities: npt.NDArray[np.float32]  # (N, classes)
     labels: npt.NDArray[np.int64]  # (N,)
-    keys: npt.NDArray[np.bytes_]  # (N,), of 8 digits
+    keys: npt.NDArray[np.bytes_]  # (N,), 8 digits each
     about: Mapping[str, Any]  # see the module's docstring
 
     def save(self, out: Path) -> None:
@@ -57,7 +57,7 @@ class Predictions:
 
 
 def check_output_path(out: Path) -> None:
-    """Raise UserError if `out` is not named .npz, or its folder does not exist."""
+    """Raise UserError if the name `out` does not end in .npz, or if its folder does not exist."""
     if out.suffix != ".npz":
         raise UserError(f"--out {out}: probabilities are saved as .npz. Name it {out.with_suffix('.npz')}.")
     if not out.parent.is_dir():
@@ -65,7 +65,7 @@ def check_output_path(out: Path) -> None:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read what Predictions.save wrote. Raises UserError if the file is missing, damaged or something else."""
+    """Read a file of Predictions.save. Raises UserError if it is missing, damaged or a file of another kind."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if set(arrays.files) != set(_ARRAYS):
@@ -75,10 +75,12 @@ def load_predictions(path: Path) -> Predictions:
     except UserError:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path}: no saved probabilities ({error}). Write them: alextrain evaluate --out") from None
+        raise UserError(
+            f"{path}: not a file of saved probabilities ({error}). Write one with: alextrain evaluate --out"
+        ) from None
     images, shape = len(predictions.labels), predictions.probabilities.shape
     if len(shape) != 2 or shape[0] != images or len(predictions.keys) != images:
-        raise UserError(f"{path}: {shape} probabilities for {images} images. Write it again: alextrain evaluate --out")
+        raise UserError(f"{path}: {shape} probabilities for {images} images. Rewrite it with: alextrain evaluate --out")
     return predictions
 
 
@@ -130,7 +132,7 @@ def predict_split(
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:
-    """Raise UserError unless all members of an average are of the same images in the same order."""
+    """Raise UserError unless all `members` of an average have the same images in the same order."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
         for key in ("classes", "split", "split_fingerprint"):
@@ -143,7 +145,8 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
                 )
         if not (np.array_equal(first.keys, member.keys) and np.array_equal(first.labels, member.labels)):
             raise UserError(
-                f"{names[0]} and {name} hold other images, or the same in another order. Evaluate both again."
+                f"{names[0]} and {name} hold different images, or the same images in another order. Evaluate both "
+                "again."
             )
 
 
@@ -156,12 +159,12 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
     except ValueError:
         weights = []
     if len(weights) != members or min(weights, default=0) < 0 or not 0 < sum(weights) < float("inf"):
-        raise UserError(f"--weights {text}: expected {members} numbers of at least 0, one for each, as 2,1,1.")
+        raise UserError(f"--weights {text}: expected {members} numbers of at least 0, one for each run, as in 2,1,1.")
     return weights
 
 
 def views_text(views: int | str | None) -> str:
-    """The value of `about["views"]` for people; None stands for an average over networks of different views."""
+    """Text for a value of `about["views"]`; None stands for an average over networks with different views."""
     return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
 
 
@@ -175,7 +178,7 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl: for each step, split, views and precision the last."""
+    """The lines of evaluations.jsonl: the last line of each combination of step, split, views and precision."""
     path = run_dir / _EVALUATIONS
     if not path.exists():
         return []

@@ -1,4 +1,4 @@
-"""A trained run, opened to look at what it learned: network, checkpoint, store, preprocessing, cached predictions."""
+"""A trained run, opened for inspection: network, checkpoint, store, preprocessing and saved predictions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.runs.run_dir import read_description
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A network from a checkpoint of a run, and the store whose images it is shown. Make one with `TrainedRun.open`."""
+    """A run's network and checkpoint, and the store of images to show to it. Create one with `TrainedRun.open`."""
 
     run_dir: Path
     network: AlexNet
@@ -35,12 +35,12 @@ class TrainedRun:
         """Load a run's checkpoint and find its store.
 
         run_dir    a run folder, or a checkpoint file
-        store      a folder; None: the training store, if it still exists unchanged
+        store      folder of the store; None: the training store, if it still exists unchanged
         gpus       the value of --gpus
         precision  one of train.config.choices.PRECISIONS
         which      the checkpoint: "last", "best" or a file
 
-        Raises UserError as load_trained, find_store and parse_devices.
+        Raises UserError where load_trained, find_store or parse_devices does.
         """
         run_dir, which = run_and_checkpoint(run_dir, which)
         network, checkpoint = load_trained(run_dir, parse_devices(gpus), which)
@@ -69,9 +69,10 @@ class TrainedRun:
         return self.store
 
     def predictions(self, split: str) -> Predictions:
-        """Probabilities of a split by the centre crop: read from the run folder, or computed and saved there.
+        """Class probabilities for the centre crops of a split: read from the run folder, or computed and saved there.
 
-        The file `scores-val-00000232.npz` is of step 232; one of another checkpoint, split or precision is replaced.
+        The file of step 232 is `scores-val-00000232.npz`. It is replaced if it belongs to another checkpoint, split or
+        precision.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"

@@ -1,10 +1,10 @@
 """The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
-Paper: sections 3.2 and 3.5, figure 2. A column has half of the maps or units of every layer, and a device; both columns
-may be on the same one. A column sees its own maps only, except where figure 2 has crossing arrows: before conv3, fc6,
-fc7 and fc8 `cross` gives it both columns' activations. Normalization never crosses. A network of one column crosses
-nothing. Feature maps are in channels-last layout, which makes a step on a CPU a third shorter: convolution, pooling and
-normalization across maps are all faster in it.
+Paper: sections 3.2 and 3.5, figure 2. Each column has half of the maps or units of every layer, and its own device;
+both columns may be on one device. A column sees its own maps only, except where figure 2 has crossing arrows: before
+conv3, fc6, fc7 and fc8, `cross` gives each column the activations of both. Normalization is always within a column. A
+network of one column has no crossings. Feature maps are in channels-last layout, which makes a step on a CPU a third
+shorter: convolution, pooling and normalization across maps are all faster in this layout.
 
 Shapes, per column, for N images:
 
@@ -15,8 +15,8 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-Architecture.padding_px explains how 224 px give conv1 55 positions. Pooling rounds down, so that windows of 2 px give
-maps of the same size, which the comparison of section 3.4 needs.
+Architecture.padding_px explains how 224 px give conv1 55 positions. The size of pooled maps is rounded down, so that
+windows of 2 px and of 3 px give maps of the same size. The comparison of section 3.4 needs equal sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
 POOLED_PX = 6  # side of pool5's maps for an image of 224 px
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # in place
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # they change their argument in place
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
@@ -61,7 +61,11 @@ class FullyConnected(nn.Linear):
 
 
 class Column(nn.Module):
-    """One column: its share `w` of every layer but fc8. After a crossing it sees `visible` columns."""
+    """One column of every layer except fc8.
+
+    w        widths of this column's layers
+    visible  number of columns whose activations this column sees after a crossing
+    """
 
     def __init__(self, w: Widths, visible: int) -> None:
         super().__init__()
@@ -75,14 +79,14 @@ class Column(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """A network that gives logits (N, classes) on column 0's device.
+    """The network. Its output is logits (N, classes) on column 0's device.
 
     classes       number of classes
-    recipe        its activation, normalization, pooling, crossing, dropout, initialization and input_divisor apply
-    devices       of column 0 and column 1; the same twice for one device; a network of one column uses the first
+    recipe        gives activation, normalization, pooling, crossing, dropout, initialization and input_divisor
+    devices       device of column 0 and device of column 1, possibly equal; a network of one column uses the first
     architecture  columns and layer widths
 
-    Raises ValueError for a number of devices that fits neither the columns nor two.
+    Raises ValueError unless there are two devices, or as many as columns.
     """
 
     def __init__(
@@ -111,8 +115,8 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) for images float32 (N, 3, 224, 224), pixels 0..255 minus the mean, on any device.
 
-        A convolutional network also takes larger images, and gives the map of logits that `dense` gives. Raises
-        ValueError for another shape.
+        With Architecture.convolutional, images may be larger, and the result is then that of `dense`. Raises ValueError
+        for any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -122,22 +126,23 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) for images (N, 3, height, width) of at least 224 px: a crop every 32 px.
+        """Logits (N, classes, rows, columns) of crops of 224 px, one every 32 px, of images (N, 3, height, width).
 
-        256 px give 2 × 2. The layers see pixels beyond a crop's edge where for the crop alone they would see zero
-        padding, so its logits are near those of the crop alone, not equal. Raises ValueError for smaller images.
+        Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the next pixels of the image instead of
+        zero padding, so the logits are close to those of the crop alone, but not equal. Raises ValueError for images
+        smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
-            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX} or more, the same)")
+            raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
         return self._fully_connected(self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
         """Both columns' activations, joined along dim 1 with column 0 first, on each receiving device.
 
-        receivers  None: the device of each column
+        receivers  devices that need the joined tensor; None: the device of each column
 
-        Only here do activations move between devices. Columns on the same device share the joined tensor. Of a network
-        with one column the activations are returned as they are.
+        No other method moves activations between devices. Columns on the same device share the joined tensor. In a
+        network of one column the activations are returned unchanged.
         """
         if len(halves) == 1:
             return list(halves)
@@ -148,11 +153,11 @@ class AlexNet(nn.Module):
         return [joined[device] for device in receivers or self.devices]
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """The parameters of both columns joined, on the CPU, by name; independent of the devices of the columns.
+        """The parameters of both columns joined, by name, on the CPU. They do not depend on the columns' devices.
 
-        `conv2.weight` is (256, 48, 5, 5), as of a convolution with two groups; `fc6.weight` is (4096, 9216).
+        `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has (4096, 9216).
 
-        part  which tensor of a parameter, of its shape: itself, its gradient, its velocity
+        part  function that returns the tensor to join for a parameter: itself, its gradient or its velocity
         """
         by_name = self.parameters_by_joined_name()
         return {name: torch.cat([part(p).cpu() for p in parameters]) for name, parameters in by_name.items()}
@@ -160,7 +165,10 @@ class AlexNet(nn.Module):
     def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
-        """The inverse of joined_tensors; raises ValueError for names or shapes that do not fit."""
+        """Copy joined tensors into the columns, the inverse of joined_tensors.
+
+        Raises ValueError for names or shapes that do not fit.
+        """
         by_name = self.parameters_by_joined_name()
         if set(by_name) != set(tensors):
             differing = sorted(set(by_name) ^ set(tensors))
@@ -176,16 +184,16 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that make up each joined tensor (`conv1.weight` …): of each column, in order; one of fc8."""
+        """The parameters that make up each joined tensor, by name (`conv1.weight` …): one per column; for fc8 one."""
         names = [name for name, _ in self._columns[0].named_parameters()]
         by_name = {name: [column.get_parameter(name) for column in self._columns] for name in names}
         return {**by_name, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
 
     def to(self, *args: object, **kwargs: object) -> AlexNet:
-        """Raise TypeError: one device for the whole network would undo the placement of its columns."""
+        """Raise TypeError: a single device would override the device of each column."""
         raise TypeError(
-            "an AlexNet owns the placement of its columns. To move it, make another with other devices, and give its "
-            "joined_tensors() to load_joined_tensors."
+            "an AlexNet cannot be moved, because each column has a device of its own. Create an AlexNet with other "
+            "devices, and load the joined_tensors() of this one with load_joined_tensors."
         )
 
     @property
@@ -193,12 +201,12 @@ class AlexNet(nn.Module):
         return [column for column in self.columns if isinstance(column, Column)]
 
     def _convolutional(self, images: Tensor) -> list[Tensor]:
-        """pool5 of each column: (N, 128, 6, 6) for images of 224 px."""
+        """The output of pool5 in each column: (N, 128, 6, 6) for images of 224 px."""
         maps = [self._layers_1_and_2(column, x) for column, x in zip(self._columns, self._inputs(images), strict=True)]
         return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._visible(maps), strict=True)]
 
     def _fully_connected(self, units: list[Tensor]) -> Tensor:
-        """fc6 to fc8, for vectors or for maps."""
+        """The output of fc6 to fc8 for each column's `units`: vectors, or maps over which the layers slide."""
         for name in ("fc6", "fc7"):
             layers: list[nn.Module] = [column.get_submodule(name) for column in self._columns]
             inputs = self._visible(self._with_dropout(name, units))
@@ -208,11 +216,11 @@ class AlexNet(nn.Module):
         return logits
 
     def _visible(self, halves: list[Tensor]) -> list[Tensor]:
-        """Input of conv3, fc6 or fc7 of each column: both halves, or its own half if the recipe has no crossing."""
+        """Input of conv3, fc6 or fc7 for each column: both halves, or its own half if the recipe has no crossing."""
         return self.cross(halves) if self.recipe.crossing else halves
 
     def _inputs(self, images: Tensor) -> list[Tensor]:
-        """The divided, padded images for each column, on its device."""
+        """The images for each column, divided by input_divisor and padded, on the column's device."""
         padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
         by_device: dict[torch.device, Tensor] = {}
         for device in self.devices:
@@ -249,7 +257,7 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """In place: no layer needs its own output in the backward pass."""
+        """Apply the nonlinearity in place: no layer needs its own output in the backward pass."""
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
@@ -257,7 +265,7 @@ class AlexNet(nn.Module):
     ) -> Tensor:
         """Activation if `active_before`, normalization if `norm`, pooling, activation if `active_after`.
 
-        max_pool computes a ReLU together with the rest.
+        max_pool computes ReLU in the same pass; other activations are computed here.
         """
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
@@ -269,9 +277,9 @@ class AlexNet(nn.Module):
         return [self._drop(x) for x in units] if layer in self.architecture.dropout_before else units
 
     def _drop(self, x: Tensor) -> Tensor:
-        """Dropout: zero with probability p in training, times 1 − p in evaluation (section 4.2).
+        """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
 
-        With recipe.dropout_scales_training the survivors are divided by 1 − p in training instead.
+        With recipe.dropout_scales_training, kept values are divided by 1 − p in training instead.
         """
         p = self.recipe.dropout
         if p == 0:
@@ -281,19 +289,19 @@ class AlexNet(nn.Module):
         return x * torch.empty_like(x).bernoulli_(1 - p) if self.training else x * (1 - p)
 
 
-def initialize(model: AlexNet) -> None:
+def initialize(network: AlexNet) -> None:
     """Draw all parameters from torch's CPU generator, so that they do not depend on the devices.
 
     recipe.init  weights                             biases
-    normal       N(0, init_std[layer]²)              init_bias[layer]; 0 for a layer that it does not name
+    normal       N(0, init_std[layer]²)              init_bias[layer]; 0 for a layer that init_bias does not list
     he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same
 
     Recipe `paper`: std 0.01 in every layer, biases 1 in conv2, conv4, conv5, fc6, fc7. `released`: std 0.03 in conv3,
-    conv4, conv5. A layer is drawn as a whole and then divided, so that its joined parameters do not depend on the
-    number of columns.
+    conv4, conv5. Each layer is drawn complete and then divided among the columns, so that the joined parameters do not
+    depend on the number of columns.
     """
-    recipe = model.recipe
-    for name, parameters in model.parameters_by_joined_name().items():
+    recipe = network.recipe
+    for name, parameters in network.parameters_by_joined_name().items():
         layer, kind = name.split(".")
         shape = (sum(p.shape[0] for p in parameters), *parameters[0].shape[1:])
         if kind == "bias":
@@ -307,9 +315,9 @@ def initialize(model: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's state_dict of AlexNet with our names, for load_joined_tensors of the architecture `torchvision`.
+    """torchvision's state_dict of AlexNet under the names of load_joined_tensors, for the architecture `torchvision`.
 
-    The weights expect input (RGB / 255 − mean) / std with torchvision's mean and std of each channel; the stream gives
+    The weights expect input (RGB / 255 − mean) / std with torchvision's mean and std of each channel; the stream serves
     RGB − mean. Raises KeyError for a name that is not in torchvision's AlexNet.
     """
     tensors = {}

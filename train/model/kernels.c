@@ -1,7 +1,7 @@
 /* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
- * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and train/optim have the
- * same in PyTorch operators. Feature maps lie channels last, (images, rows, columns, maps), without gaps. A "position"
- * is one row and column of one image: `maps` consecutive numbers. */
+ * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and train/optim have
+ * equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns, maps) without gaps.
+ * A "position" is one row and column of one image: `maps` consecutive values. */
 
 #include <math.h>
 #include <stdint.h>
@@ -14,26 +14,26 @@
 #endif
 #define INLINE static inline __attribute__((always_inline))
 
-/* b = a (k + alpha * sum of a² over `reach` maps on either side)^-3/4, always with beta = 3/4. */
+/* Parameters of b = a (k + alpha * sum of a² over `reach` maps on either side)^-3/4. beta is always 3/4. */
 typedef struct {
     int64_t maps, reach; /* reach < maps */
     int64_t relu;        /* nonzero: a = max(x, 0); zero: a = x */
     float alpha, k;
 } norm_params;
 
-/* Max-pooling, 3 by 3 with stride 2, of b if `normalize`, else of x. */
+/* Parameters of 3 by 3 max-pooling with stride 2: of b if `normalize`, else of x. */
 typedef struct {
     int64_t rows, columns; /* of x, at least 3 */
     int64_t normalize, relu_after;
 } pool_params;
 
 #define POOLED(n) (((n) - 3) / 2 + 1)
-#define NO_GRADIENT 9 /* in place of an argmax, 0 to 8: ReLU lets no gradient through */
+#define NO_GRADIENT 9 /* stored instead of an argmax (0 to 8) where ReLU lets no gradient through */
 
 INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays NaN */
 
-/* Numbers that `count` positions take with `reach` zeros before, between and after them. With the zeros, a sum over
- * neighboring maps needs no test for the first and last maps. */
+/* Length, in values, of a buffer for `count` positions with `reach` zeros before, between and after them. Because of
+ * the zeros, a sum over neighboring maps needs no test for the first and last maps. */
 #define PADDED(count, norm) ((norm).reach + (count) * ((norm).maps + (norm).reach))
 
 INLINE void clear_padded(int64_t count, norm_params norm, float *padded) {
@@ -41,7 +41,7 @@ INLINE void clear_padded(int64_t count, norm_params norm, float *padded) {
 }
 
 INLINE float window_sum(const float *padded, int64_t reach) {
-    if (reach == 2) /* the paper's five maps: without a loop the compiler vectorizes it */
+    if (reach == 2) /* a window of five maps, as in the paper; the compiler vectorizes the sum without a loop */
         return padded[0] + padded[1] + padded[2] + padded[3] + padded[4];
     float sum = padded[0];
     for (int64_t t = 1; t <= 2 * reach; t++)
@@ -72,7 +72,7 @@ INLINE void normalize_with_reach(const float *restrict x, int64_t count, norm_pa
     }
 }
 
-/* Forward, for `count` positions. `squares` has the layout of PADDED(count), its padding zero. */
+/* Forward pass for `count` positions. `squares` has the layout of PADDED(count), with zero padding. */
 INLINE void normalize(const float *x, int64_t count, norm_params norm, float *squares, float *out) {
     if (norm.reach == 2) /* a constant, so that window_sum has no loop */
         normalize_with_reach(x, count, norm, 2, squares, out);
@@ -105,7 +105,7 @@ INLINE void normalize_backward_with_reach(const float *restrict x, const float *
     }
 }
 
-/* Backward, for `count` positions. `squares` and `terms` have the layout of PADDED(count), their padding zero. */
+/* Backward pass for `count` positions. `squares` and `terms` have the layout of PADDED(count), with zero padding. */
 INLINE void normalize_backward(const float *x, const float *grad, int64_t count, norm_params norm, float *squares,
                                float *terms, float *out) {
     if (norm.reach == 2)
@@ -114,7 +114,7 @@ INLINE void normalize_backward(const float *x, const float *grad, int64_t count,
         normalize_backward_with_reach(x, grad, count, norm, norm.reach, squares, terms, out);
 }
 
-/* Normalize `positions` of x into out, `block` positions at a time. `scratch` holds PADDED(block) numbers. */
+/* Normalize the first `positions` positions of x into out, `block` at a time. `scratch` has PADDED(block) values. */
 EACH_CPU void norm_forward(const float *x, int64_t positions, int64_t block, norm_params norm, float *out,
                            float *scratch) {
     clear_padded(block, norm, scratch);
@@ -124,7 +124,7 @@ EACH_CPU void norm_forward(const float *x, int64_t positions, int64_t block, nor
     }
 }
 
-/* The gradient of x, given that of norm_forward's output. `scratch` holds 2 * PADDED(block) numbers. */
+/* Compute the gradient of x from that of norm_forward's output. `scratch` has 2 * PADDED(block) values. */
 EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions, int64_t block, norm_params norm,
                             float *out, float *scratch) {
     float *terms = scratch + PADDED(block, norm);
@@ -135,8 +135,8 @@ EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions
     }
 }
 
-/* Pool three rows of x to one row of `windows`: the maximum of each 3 by 3 window, and its index 0 to 8 in the window.
- * As in PyTorch, the first of equal numbers counts, and NaN is greater than any number. */
+/* Pool three rows of x into one row of `windows` windows: the maximum of each 3 by 3 window, and its index 0 to 8 in
+ * the window. As in PyTorch, the first of equal values counts, and NaN counts as greater than any number. */
 INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, int64_t relu, float *restrict out,
                      uint8_t *restrict argmax) {
     for (int64_t q = 0; q < windows; q++, out += maps, argmax += maps) {
@@ -157,21 +157,21 @@ INLINE void pool_row(const float *const rows[3], int64_t windows, int64_t maps, 
     }
 }
 
-/* One row of windows that covers a given row of x. */
+/* One row of pooling windows that covers a given row of x. */
 typedef struct {
-    const float *grad; /* of the pooled row */
+    const float *grad; /* the gradient of the pooled row */
     const uint8_t *argmax;
-    int32_t first_index; /* index in the window of the left position of that row of x: 0, 3 or 6; or NO_WINDOWS */
+    int32_t first_index; /* index, in a window, of the row's left position: 0, 3 or 6; NO_WINDOWS if not covered */
 } window_row;
 
-#define NO_WINDOWS 10 /* an index that argmax never has, with 1 or 2 added, too */
+#define NO_WINDOWS 10 /* an index that argmax never has, even after 1 or 2 is added to it */
 
 INLINE float gradient_if(const float *grad, const uint8_t *argmax, int64_t at, int32_t index) {
     const float gradient = grad[at];
     return argmax[at] == index ? gradient : 0;
 }
 
-/* The gradient of one row of x, from the one row of windows `a` that covers it, or from two, `a` and `b`, if `both`. */
+/* Compute the gradient of one row of x, which is covered by the row of windows `a`, and also by `b` if `both`. */
 INLINE void unpool_row_from(window_row a, window_row b, int64_t both, int64_t columns, int64_t maps,
                             float *restrict out) {
     const int64_t windows = POOLED(columns);
@@ -194,7 +194,7 @@ INLINE void unpool_row_from(window_row a, window_row b, int64_t both, int64_t co
     }
 }
 
-/* The gradient of row `row` of x. Row 2p is the top of windows p and the bottom of windows p - 1. */
+/* Compute the gradient of row `row` of x. Row 2p is the top of the row p of windows and the bottom of the row p - 1. */
 INLINE void unpool_row(const float *grad, const uint8_t *argmax, int64_t row, int64_t rows, int64_t columns,
                        int64_t maps, float *restrict out) {
     const int64_t p = row / 2, length = POOLED(columns) * maps, last = POOLED(rows) - 1;
@@ -208,15 +208,15 @@ INLINE void unpool_row(const float *grad, const uint8_t *argmax, int64_t row, in
         unpool_row_from(a, a, 0, columns, maps, out);
 }
 
-/* ReLU, normalization and pooling of `images`. `scratch` holds 3 rows of columns * maps, and PADDED(columns). */
+/* ReLU, normalization and pooling of `images` images. `scratch` has 3 * columns * maps + PADDED(columns) values. */
 EACH_CPU void pool_forward(const float *x, int64_t images, pool_params pool, norm_params norm, float *out,
                            uint8_t *argmax, float *scratch) {
-    const int64_t length = pool.columns * norm.maps; /* of a row of x */
+    const int64_t length = pool.columns * norm.maps; /* the length of a row of x, in values */
     const int64_t windows = POOLED(pool.columns), pooled_length = windows * norm.maps;
     float *squares = scratch + 3 * length;
     clear_padded(pool.columns, norm, squares);
     for (int64_t image = 0; image < images; image++, x += pool.rows * length) {
-        int64_t ready = 0; /* rows of this image that are normalized */
+        int64_t ready = 0; /* number of rows of this image that are normalized already */
         for (int64_t p = 0; p < POOLED(pool.rows); p++, out += pooled_length, argmax += pooled_length) {
             const float *rows[3];
             for (; pool.normalize && ready < 2 * p + 3; ready++)
@@ -228,7 +228,7 @@ EACH_CPU void pool_forward(const float *x, int64_t images, pool_params pool, nor
     }
 }
 
-/* The gradient of x, given that of the pooled maps. `scratch` holds a row of columns * maps, and 2 * PADDED(columns). */
+/* Compute the gradient of x from that of the pooled maps. `scratch` has columns * maps + 2 * PADDED(columns) values. */
 EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *argmax, int64_t images, pool_params pool,
                             norm_params norm, float *out, float *scratch) {
     const int64_t length = pool.columns * norm.maps;
@@ -244,7 +244,7 @@ EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *ar
         }
 }
 
-/* v <- momentum v - lr decay w - lr g, then w <- w + v, for `count` numbers. */
+/* v <- momentum v - lr decay w - lr g, then w <- w + v, for `count` parameters. */
 EACH_CPU void update(float *restrict w, float *restrict v, const float *restrict g, int64_t count, float momentum,
                      float lr, float decay) {
     const float pull = lr * decay;

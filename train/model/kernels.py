@@ -1,9 +1,9 @@
 """C kernels of a training step on a CPU (kernels.c): ReLU, normalization and pooling in one pass, parameter update.
 
 `native` holds them, or None if they could not be compiled or are switched off (prep/compiled.py). lrn.py, pooling.py
-and train/optim have the same in PyTorch operators, which they use without `native`, on a GPU, and for other types
-than float32. The work is divided among as many threads as PyTorch has, by images or by positions, so that the bits of
-the result do not depend on the number of threads.
+and train/optim have equivalents in PyTorch operators. They use these without `native`, on a GPU, and for other types
+than float32. The work is divided by images or by positions among as many threads as PyTorch uses. The bits of the
+result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch import Tensor
 from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_NORM_BLOCK = 4096  # numbers normalized at a time: they and their squares fit into a first-level cache
-_UPDATE_BLOCK = 1 << 16  # numbers of an update, the smallest share of a thread
+_NORM_BLOCK = 4096  # values normalized at a time; they and their squares fit into a first-level cache
+_UPDATE_BLOCK = 1 << 16  # parameters updated at a time; the smallest share of a thread
 
 
 class NormParams(ctypes.Structure):
-    """b = a · (k + α Σ a²)^−¾ over `reach` maps on either side; a is max(x, 0) if `relu`, else x."""
+    """Parameters of b = a · (k + α Σ a²)^−¾ over `reach` maps on either side; a is max(x, 0) if `relu`, else x."""
 
     _fields_ = (
         ("maps", ctypes.c_int64),
@@ -38,12 +38,12 @@ class NormParams(ctypes.Structure):
         super().__init__(maps, min(size // 2, maps - 1), relu, alpha, k)
 
     def padded(self, positions: int) -> int:
-        """Numbers that `positions` positions take with zeros before, between and after them."""
+        """Length, in values, of a buffer for `positions` positions with zeros before, between and after them."""
         return int(self.reach + positions * (self.maps + self.reach))
 
 
 class PoolParams(ctypes.Structure):
-    """3 × 3 max-pooling with stride 2 of (rows, columns) maps, which are normalized first if `normalize`."""
+    """Parameters of 3 × 3 max-pooling with stride 2. Maps (rows, columns) are normalized first if `normalize`."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -99,10 +99,10 @@ class NativeKernels:
         return out
 
     def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
-        """Normalization, pooling and ReLU of x, as `pool` and `norm` say.
+        """Normalize and pool x and apply ReLU, with the parameters `pool` and `norm`.
 
-        Returns the pooled maps and, of the same shape in uint8, the index 0 to 8 of each maximum in its window; 9 if
-        ReLU lets no gradient through.
+        Returns the pooled maps, and a uint8 tensor of the same shape: the index 0 to 8 of each maximum in its window,
+        or 9 where ReLU lets no gradient through.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (
@@ -125,9 +125,9 @@ class NativeKernels:
     def pool_backward(
         self, x: Tensor | None, grad: Tensor, argmax: Tensor, pool: PoolParams, norm: NormParams
     ) -> Tensor:
-        """The gradient of x, given `grad`, the gradient of the pooled maps, and the indices of `pool`.
+        """The gradient of x, given `grad`, the gradient of the pooled maps, and the indices that `self.pool` returned.
 
-        x  needed only if it was normalized
+        x  the input of the forward pass; None if it was not normalized
         """
         images, columns = len(grad), int(pool.columns)
         shape = images, int(norm.maps), int(pool.rows), columns
@@ -154,7 +154,7 @@ class NativeKernels:
 
 
 def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
-    """Call work(first, end) for ranges that make up `items`, in as many threads as torch has, the caller's included."""
+    """Divide range(items) among as many threads as torch uses, the caller's included; each calls work(first, end)."""
     threads = min(torch.get_num_threads(), items)
     bounds = [items * t // threads for t in range(threads + 1)]
     others = [Thread(target=work, args=bounds[t : t + 2]) for t in range(1, threads)]
@@ -166,15 +166,15 @@ def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
 
 
 def _address(x: Tensor, position: int) -> int:
-    """The address of the first number of a position; channels are last in memory."""
+    """The address of the first value of a position; channels are last in memory."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """True if the kernels agree with PyTorch in float64 on small maps and on an update of as many parameters.
+    """True if the kernels agree with PyTorch in float64 on small maps and on an update of a few parameters.
 
-    The maps have windows cut off at both ends, numbers of maps that are no multiple of a vector, and ReLU before the
-    normalization or after the pooling.
+    The two cases have windows that are clipped at the first and last map, numbers of maps that do not fill the last
+    vector, and ReLU before the normalization or after the pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 

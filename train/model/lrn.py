@@ -4,16 +4,16 @@ Across maps, for map i of one column:
 
     b_i = a_i · s_i^−β        s_i = k + α Σ a_j²   over j = i − n/2 … i + n/2, clipped to the column's maps
 
-α multiplies the plain sum, as in the paper. The authors' code divides it by n (layer.py: scale / size), and so does
-torch.nn.LocalResponseNorm: its `alpha` is n times ours.
+α multiplies the plain sum, as in the paper. The authors' code divides α by n (layer.py: scale / size), and so does
+torch.nn.LocalResponseNorm: its `alpha` is n times the α here.
 
 There are three implementations. Each can apply a ReLU first, and saves only x for the backward pass:
 
-    kernels.c       float32 on a CPU with β = ¾: s^−¾ is two square roots. Within 6 ulp of the formula
-    lrn_triton.py   on a GPU, if Triton is installed and compiles (triton_fault)
-    _LrnOperators   everything else, by PyTorch operators; the other two are tested against it
+    kernels.c       for float32 on a CPU with β = ¾, where s^−¾ takes two square roots; within 6 ulp of the formula
+    lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
+    _LrnOperators   for all other cases, with PyTorch operators; the other two are tested against it
 
-torch.export can trace neither C kernels nor additions in place (it writes them as scatters), so it gets `_traceable`.
+torch.export can trace neither C kernels nor additions in place (it turns these into scatters). It traces `_traceable`.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def check_window_size(size: int) -> None:
 
 
 def can_use_kernels(x: Tensor, beta: float) -> bool:
-    """True if kernels.c is compiled and has x's device and dtype, and this exponent."""
+    """True if kernels.c is compiled and supports x's device, x's dtype and the exponent beta."""
     if torch.compiler.is_compiling():
         return False
     float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
@@ -77,18 +77,21 @@ def channels_last(x: Tensor) -> Tensor:
 
 @functools.cache
 def triton_fault(device: torch.device) -> str | None:
-    """Why the Triton kernel cannot be used on a GPU; None if it can.
+    """The reason why the Triton kernel cannot be used on a GPU; None if it can.
 
-    The kernel is compiled, run and compared with PyTorch operators once in a process. To launch a kernel Triton
-    compiles C code, for which it needs a C compiler, Python's headers and a folder that it can write to. A container
-    image for running programs may have none of these; training then uses PyTorch operators.
+    The kernel is compiled, run and compared with PyTorch operators once in a process. Triton compiles C code to launch
+    a kernel. It needs a C compiler, Python's headers and a writable folder for that. A container image without
+    development tools may lack them; training then uses PyTorch operators.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         from train.model import lrn_triton
 
-        with torch.inference_mode(False), torch.enable_grad():  # an evaluation may be the first caller
+        with (
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):  # the first caller may be an evaluation, without gradients
             x = torch.arange(-5.0, 7.0, device=device).view(1, 6, 1, 2).requires_grad_()
             outputs = [
                 norm(x, 5, 0.1, 0.75, 2.0, True) for norm in (lrn_triton.local_response_norm, _LrnOperators.apply)
@@ -98,7 +101,7 @@ def triton_fault(device: torch.device) -> str | None:
         fault = None if agree else "the Triton kernel gives wrong results"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # of a compiler, a driver, a disk
+    except Exception as error:  # a compiler, a driver or a disk may fail, each with its own type of error
         fault = f"the Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
     if fault is not None:
         say(f"{device}: {fault}. Local response normalization uses PyTorch operators instead, which take longer.")
@@ -106,7 +109,7 @@ def triton_fault(device: torch.device) -> str | None:
 
 
 class _LrnKernels(torch.autograd.Function):
-    """Across maps, by kernels.c."""
+    """Normalization across maps by kernels.c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, norm: kernels.NormParams) -> Tensor:
@@ -123,7 +126,7 @@ class _LrnKernels(torch.autograd.Function):
 
 
 class _LrnOperators(torch.autograd.Function):
-    """Across maps, by PyTorch operators."""
+    """Normalization across maps by PyTorch operators."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
@@ -150,7 +153,7 @@ class _LrnOperators(torch.autograd.Function):
 
 
 def _activations(x: Tensor, relu: bool) -> Tensor:
-    """a of the formula, in float32 at least."""
+    """The values a of the formula: x or max(x, 0), float16 and bfloat16 converted to float32."""
     a = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return a.relu() if relu else a
 
@@ -164,7 +167,7 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
 
 
 def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
-    """a · (k + α Σ a²)^−β over `window` (maps, rows, columns; odd), from average pooling, for torch.export."""
+    """a · (k + α Σ a²)^−β by average pooling, for torch.export; Σ is over `window` (maps, rows, columns), all odd."""
     squares = F.pad((a * a).unsqueeze(1), [side // 2 for side in reversed(window) for _ in range(2)])
     mean = F.avg_pool3d(squares, window, stride=1).squeeze(1)
     return a * (mean * (alpha * math.prod(window)) + k).pow(-beta)
@@ -194,7 +197,10 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
 
 
 class _LrnWithinMap(torch.autograd.Function):
-    """Within a map, by PyTorch operators. Its gradient has the form of _LrnOperators: neighborhoods are symmetric."""
+    """Normalization within a map by PyTorch operators.
+
+    Neighborhoods are symmetric, so the gradient has the same form as in _LrnOperators.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:

@@ -1,15 +1,15 @@
 """Triton kernels of local response normalization on a GPU: one forward, one backward, each one pass over memory.
 
-lrn.py imports this module only if Triton is installed, which PyTorch's CUDA wheels depend on. Tensors are contiguous,
-channels first or channels last; others are copied. float16, bfloat16 and float32 are computed in float32.
+lrn.py imports this module only if Triton is installed. PyTorch's CUDA wheels depend on Triton. The kernels take
+contiguous tensors, channels first or channels last; others are copied. They compute in float32, from float16, bfloat16
+or float32.
 
-A program instance works on some positions (a row and a column) of one image and on up to 128 maps. It reads neighboring
-maps again from the first-level cache. The backward pass computes the sums s again from x, which is faster than storing
-them.
+A program instance computes up to 128 maps of some positions (row and column) of one image. It reads neighboring maps
+again from the first-level cache. The backward pass computes the sums s again from x, which is faster than storing them.
 """
 
 # mypy: disable-error-code="no-untyped-def"
-# Triton compiles the annotations along with the functions, and accepts only its own.
+# Triton compiles the type annotations along with the functions, and accepts only its own types.
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-_BLOCK_NUMBERS = 1024  # numbers of a program instance
+_BLOCK_VALUES = 1024  # values that a program instance computes
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
-    """a of map j at each position; 0 outside of the maps or of the image."""
+    """The value a of map j at each position; 0 outside the maps or the image."""
     a = tl.load(pointer + offset + j * stride, mask=inside & (j >= 0) & (j < maps), other=0.0).to(tl.float32)
     if RELU:
         a = tl.where(a < 0, 0.0, a)  # NaN stays
@@ -34,7 +34,7 @@ def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _sum(pointer, offset, maps, i, stride, inside, alpha, k, REACH: tl.constexpr, RELU: tl.constexpr):
-    """s of map i at each position."""
+    """The value s of map i at each position."""
     a = _activation(pointer, offset, maps, i - REACH, stride, inside, RELU)
     total = a * a
     for t in tl.static_range(1, 2 * REACH + 1):
@@ -55,7 +55,7 @@ def _negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _block(maps, area, image_stride, position_stride, POSITIONS: tl.constexpr, MAPS: tl.constexpr):
-    """Offsets (POSITIONS, 1) of this instance's positions, a mask of those inside the image, and its maps (1, MAPS)."""
+    """Offsets (POSITIONS, 1) of the positions, a mask of the positions inside the image, and the maps (1, MAPS)."""
     blocks = tl.cdiv(area, POSITIONS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
@@ -113,7 +113,7 @@ def _backward(
         s = _sum(x, offset, maps, j, stride, inside, alpha, k, REACH, RELU)
         g = _activation(grad, offset, maps, j, stride, inside, False)
         a = _activation(x, offset, maps, j, stride, inside, RELU)
-        in_maps = (j >= 0) & (j < maps)  # outside, with k = 0, s may be 0, and 0 / s is NaN
+        in_maps = (j >= 0) & (j < maps)  # outside the maps s may be 0 if k = 0, and 0 / s is NaN
         spread += tl.where(in_maps, g * _negative_power(s, beta, THREE_QUARTERS) * a / s, 0.0)
     s = _sum(x, offset, maps, i, stride, inside, alpha, k, REACH, RELU)
     g = _activation(grad, offset, maps, i, stride, inside, False)
@@ -155,14 +155,14 @@ class _LrnTriton(torch.autograd.Function):
 
 
 def _launch(kernel: Any, inputs: list[Tensor], size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """Run `kernel` on `inputs`, of which x is the first; all have one layout. Returns a tensor like x."""
+    """Run `kernel` on `inputs`, which all have one layout. The first input is x. Returns a tensor like x."""
     x = inputs[0]
     images, maps, rows, columns = x.shape
     area = rows * columns
     image_stride = maps * area
     position_stride, stride = (1, area) if x.is_contiguous() else (maps, 1)
     block_maps = min(128, triton.next_power_of_2(maps))
-    positions = _BLOCK_NUMBERS // block_maps
+    positions = _BLOCK_VALUES // block_maps
     out = torch.empty_like(x)
     with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device, and column 1 may be on another one
         kernel[images * triton.cdiv(area, positions), triton.cdiv(maps, block_maps)](

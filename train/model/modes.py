@@ -10,14 +10,15 @@ from torch import nn
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and no gradients are recorded; afterwards, also after an exception,
-    the model and all its modules are in the mode that the model was in.
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """A context in which the network is in evaluation mode and no gradients are recorded.
+
+    Afterwards, also after an exception, all modules of the network get the mode that the network had before.
     """
-    was_training = model.training
-    model.eval()
+    was_training = network.training
+    network.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        model.train(was_training)
+        network.train(was_training)

@@ -1,8 +1,8 @@
 """Max-pooling with stride 2 (section 3.4), fused on a CPU with the ReLU and the normalization around it.
 
-Windows of 3 px overlap. On a CPU the time goes into memory, not arithmetic: kernels.c does ReLU, normalization and
-pooling in one pass. It saves a byte for each pooled number, and, if there is a normalization, the maps before it.
-Elsewhere they are PyTorch operators, one after the other.
+Windows of 3 px overlap. On a CPU memory access takes more time than arithmetic, so kernels.c computes ReLU,
+normalization and pooling in one pass. For the backward pass it saves one byte per pooled value and, if there is a
+normalization, the input. In all other cases PyTorch operators are applied one after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ def max_pool(
 ) -> Tensor:
     """ReLU if `relu_before`, normalization if `norm`, max-pooling, ReLU if `relu_after`, in this order.
 
-    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). Of equal numbers in
-    a window the first gets the gradient, as in PyTorch. Differentiable once, if kernels.c computes it.
+    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). Of equal values in
+    a window the first gets the gradient, as in PyTorch. The result of kernels.c can be differentiated once.
     """
     if norm is not None:
         check_window_size(norm.size)
@@ -38,14 +38,14 @@ def max_pool(
     norm_params = kernels.NormParams(
         x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before
     )
-    # Without a normalization, ReLU before pooling equals ReLU after it, which has fewer numbers to work on.
+    # Without a normalization, ReLU before pooling equals ReLU after pooling, where there are fewer values.
     pool_params = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
     result: Tensor = _Pool.apply(channels_last(x), pool_params, norm_params)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result
 
 
 class _Pool(torch.autograd.Function):
-    """By kernels.c."""
+    """Pooling by kernels.c."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, pool: kernels.PoolParams, norm: kernels.NormParams) -> Tensor:

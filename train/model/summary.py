@@ -18,12 +18,12 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer. Numbers are summed over the columns, except output_per_column."""
+    """One layer, a row of the table. All numbers except output_per_column are sums over the columns."""
 
     layer: str
     columns: int  # 1 for fc8, which is computed on column 0's device
-    output_per_column: tuple[int, ...]  # without the batch dimension
-    sees: str  # "image", "own column" or "both columns"; "all" in a network of one column
+    output_per_column: tuple[int, ...]  # shape of one column's output, without the batch dimension
+    sees: str  # source of its input: "image", "own column" or "both columns"; "all" in a network of one column
     neurons: int
     parameters: int
     multiply_adds: int  # for one image
@@ -31,22 +31,22 @@ class LayerRow:
 
 def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
     """A row for each layer with parameters, for images of 224 px."""
-    model = AlexNet(classes, recipe, ("meta", "meta"), architecture)
+    network = AlexNet(classes, recipe, ("meta", "meta"), architecture)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
     def record_shape(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
         shapes[module] = tuple(output.shape[1:])
 
-    for module in model.modules():
+    for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(record_shape)
-    model.eval()(torch.zeros(1, 3, CROP_PX, CROP_PX, device="meta"))
+    network.eval()(torch.zeros(1, 3, CROP_PX, CROP_PX, device="meta"))
 
-    parameters = model.parameters_by_joined_name()
+    parameters = network.parameters_by_joined_name()
     rows = []
-    own_maps = 3  # of the layer before, in one column
+    own_maps = 3  # number of maps of the previous layer in one column; the image has three
     for name in LAYERS:
-        first = model.fc8 if name == "fc8" else model.columns[0].get_submodule(name)
+        first = network.fc8 if name == "fc8" else network.columns[0].get_submodule(name)
         assert isinstance(first, nn.Conv2d | nn.Linear)
         weights = parameters[f"{name}.weight"]
         inputs, outputs = first.weight.shape[1], shapes[first]

@@ -1,6 +1,6 @@
-"""Console output of a run: plain lines, or quiet. train/monitor/live_view.py is the live display of a terminal.
+"""Console output of a run: plain lines, or quiet. train/monitor/live_view.py has the live display for a terminal.
 
-Everything goes to standard error.
+All output goes to standard error.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ Line = Mapping[str, Any]  # an object of metrics.jsonl
 
 
 class RunLength(NamedTuple):
-    """Numbers from which a view computes epochs and the time left."""
+    """Length of a run, from which a view computes epochs and the time left."""
 
     steps_per_epoch: int
-    steps: int  # of the whole run
-    batch_size: int  # images of a step
+    steps: int  # number of steps of the run in all
+    batch_size: int  # images per step
 
 
 class ConsoleView:
-    """Prints a line for each interval and each validation. The base of the other views."""
+    """Prints a line for each interval and each validation. Base class of the other views."""
 
     def note(self, text: str) -> None:
         """Print information, which `QuietView` omits."""
@@ -34,10 +34,10 @@ class ConsoleView:
         say(text)
 
     def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
-        """Begin the output of a run that starts or resumes after `step`; `lines` are those of metrics.jsonl so far."""
+        """Begin the output of a run that starts or resumes after `step`; `lines` are the earlier log lines."""
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Take a function that returns, at any time, the number of steps since the last line."""
+        """Set the function that returns, at any time, the number of steps since the last line."""
 
     def train(self, line: Line) -> None:
         """Show the line of an interval that has ended."""
@@ -55,15 +55,15 @@ class ConsoleView:
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
         """Show the progress of a validation, as prep.console.progress does."""
-        with progress(label, total, unit) as report:
-            yield report
+        with progress(label, total, unit) as counter:
+            yield counter
 
     def end(self) -> None:
         """End the output: the run has finished, stopped or failed."""
 
 
 class QuietView(ConsoleView):
-    """Prints warnings only. The command prints errors and its last line itself."""
+    """Prints warnings only. The command itself prints errors and its last line."""
 
     def note(self, text: str) -> None:
         """Print nothing."""

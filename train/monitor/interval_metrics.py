@@ -1,4 +1,7 @@
-"""Metrics of an interval: means between two lines of metrics.jsonl. No device is waited for before the line is due."""
+"""Metrics of an interval, the steps between two log lines: loss, errors, speed, norms and memory.
+
+There is no host-device synchronization between two log lines.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +21,8 @@ from train.model.alexnet import AlexNet
 class IntervalMetrics:
     """Sums of loss and errors since the last line, kept on the device. Only `read` waits for the device."""
 
-    def __init__(self, loader: TrainLoader, model: AlexNet) -> None:
-        self.loader, self.model = loader, model
+    def __init__(self, loader: TrainLoader, network: AlexNet) -> None:
+        self.loader, self.network = loader, network
         self._begin()
 
     def _begin(self) -> None:
@@ -30,12 +33,12 @@ class IntervalMetrics:
         self.misses: Tensor | int = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a step: loss (), logits (N, classes), labels (N,), on any device."""
+        """Add the result of a step: loss (), logits (N, classes), labels (N,), on any device."""
         self.steps, self.images = self.steps + 1, self.images + len(labels)
         self.loss, self.misses = self.loss + loss, self.misses + top_k_misses(logits, labels)
 
     def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The metrics of the interval, as metrics.jsonl has them; begins the next interval.
+        """The metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
 
         norms  the result of train.trainer.watchdog.parameter_norms
         """
@@ -50,16 +53,16 @@ class IntervalMetrics:
             "waiting_share": waits.consumer_wait_s / seconds,
             "stream_waiting_share": waits.loader_wait_s / seconds,
             **layer_norms(norms),
-            **peak_memory(self.model.devices),
+            **peak_memory(self.network.devices),
         }
         self._begin()
         return metrics
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}` from parameter_norms, for the weights alone.
+    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`: the norms of the weights in parameter_norms.
 
-    Biases are left out: recipes begin them at 0 or 1. A frozen layer has no gradient norm.
+    Biases, which recipes initialize to 0 or 1, are left out. A frozen layer has no gradient norm.
     """
     weights = {name.removesuffix(".weight"): kinds for name, kinds in norms.items() if name.endswith(".weight")}
     return {
@@ -69,8 +72,9 @@ def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 
 
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """Peak memory since the process began, in units of 10⁶ bytes: `memory_mb` resident on the host, and on a machine
-    with GPUs `gpu_memory_mb`, a list of the memory that tensors had on each.
+    """Peak memory since the process began, in units of 10⁶ bytes.
+
+    `memory_mb` is the resident memory on the host. `gpu_memory_mb` lists the memory of tensors on each GPU, if any.
     """
     status = Path("/proc/self/status").read_text()
     kibibytes = int(status.partition("VmHWM:")[2].split()[0])

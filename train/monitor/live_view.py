@@ -1,7 +1,7 @@
 """Live display of a run on a terminal: progress, sparklines of loss and errors, and the time left. Drawn with rich.
 
-A thread draws it twice a second from numbers that the training loop has read anyway. Other output, and a line for each
-validation, scrolls above it. It disappears when the run ends.
+A thread redraws it twice a second from values that the training loop has already read from the devices. Other output,
+and a line for each validation, scrolls above it. The display disappears when the run ends.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ _CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "t
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """At most `width` block characters: means of equal parts of `values`, scaled from lowest to highest mean."""
+    """A curve of at most `width` block characters, each for the mean of an equal part of `values`.
+
+    The lowest mean gives the lowest block, the highest mean the highest.
+    """
     if not values:
         return ""
     width = min(width, len(values))
@@ -45,14 +48,14 @@ class LiveView(ConsoleView):
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
         self._length = RunLength(1, 1, 1)
-        self._step = 0  # of the newest line
+        self._step = 0  # step of the newest line
         self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
         self._curves = dict.fromkeys(self._values, "")
         self._recent: list[Line] = []  # training lines, at most RATE_LINES
         self._val: Line | None = None
         self._best: Line | None = None
         self._steps_since: Callable[[], int] = int
-        self._report: tuple[str, Progress] | None = None
+        self._validation: tuple[str, Progress] | None = None  # label and counter of a validation in progress
 
     def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
         """Start the display."""
@@ -61,14 +64,14 @@ class LiveView(ConsoleView):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # after kill -9 the terminal would otherwise have no cursor
+        self._console.show_cursor(True)  # otherwise kill -9 would leave the terminal without a cursor
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Take the function that counts steps since the last line."""
+        """Set the function that returns the number of steps since the last line."""
         self._steps_since = steps_since_line
 
     def train(self, line: Line) -> None:
-        """Take the line of an interval."""
+        """Show the line of an interval in the display."""
         self._count(line)
         self._draw_curves()
         self._step = line["step"]
@@ -82,18 +85,19 @@ class LiveView(ConsoleView):
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
         """Show the progress of a validation inside the display."""
-        self._report = label, Progress(total, unit)
+        counter = Progress(total, unit)
+        self._validation = label, counter
         try:
-            yield self._report[1]
+            yield counter
         finally:
-            self._report = None
+            self._validation = None
 
     def end(self) -> None:
         """Remove the display."""
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Progress, sparklines, speed and memory, and the last validation."""
+        """Draw the progress, the sparklines, speed and memory, and the last validation."""
         step = self._step + self._steps_since()
         table = Table.grid(padding=(0, 2))
         table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
@@ -110,9 +114,9 @@ class LiveView(ConsoleView):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if (validation := self._report) is not None:  # read once: the loop may set it to None meanwhile
-            label, report = validation
-            yield Text(f"{label}: {report.done:,} of {report.total:,} {report.unit}", "cyan")
+        if (validation := self._validation) is not None:  # read once: the loop may set it to None meanwhile
+            label, counter = validation
+            yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
             yield Text(
                 f"validation at epoch {val['epoch']}: top-1 {val['top1_error']:.1%}, top-5 {val['top5_error']:.1%}; "
@@ -120,7 +124,7 @@ class LiveView(ConsoleView):
             )
 
     def _count(self, line: Line) -> None:
-        """Take from a line what is drawn, so that the cost of drawing does not grow with the run."""
+        """Keep the values of a line that are drawn, so that the cost of drawing does not grow with the run."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -1,8 +1,7 @@
-"""The record of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
+"""The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
-metrics.jsonl is complete; the event files and the view repeat its numbers. A resumed run removes the lines that came
-after its checkpoint and writes them again, so each line is there once. While the disk is full, lines are held in
-memory.
+metrics.jsonl is complete; the event files and the view repeat its numbers. A resumed run removes the lines after its
+checkpoint and writes them again, so that no line is repeated. While the disk is full, lines are held in memory.
 """
 
 from __future__ import annotations
@@ -30,14 +29,14 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The record of one run. A context manager: leaving it writes to status.json how the run ended."""
+    """The log of one run. It is a context manager: at its exit it writes to status.json how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
-        """Begin the record of a run that starts or resumes after `step`; later lines are removed.
+        """Begin the log of a run that starts or resumes after `step`; later lines are removed.
 
-        validation_due  whether the validation after `step` is still to be made: then its line is removed, too
+        validation_due  True if the validation after `step` is not computed yet; its line, if any, is removed, too
 
-        Raises as `sync` does.
+        Raises the errors of `sync`.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
         newest = step, "train" if validation_due else "val"  # the line of a validation follows the training line
@@ -61,7 +60,7 @@ class MetricsLog:
     ) -> None:
         with suppress(OSError):  # the terminal was closed
             self.view.end()
-        with suppress(OSError):  # the error that ended the run is reported, not that a full disk cannot hold its status
+        with suppress(OSError):  # the error that ended the run is more important than one of writing the status
             if error is None:
                 self._write_status("finished")
             elif isinstance(error, KeyboardInterrupt | Terminated):
@@ -70,27 +69,27 @@ class MetricsLog:
             else:
                 self._write_status("failed", str(error) or type(error).__name__)
 
-    def interval(self, loader: TrainLoader, model: AlexNet) -> IntervalMetrics:
-        """Begin an interval: the sums from which its line is computed."""
-        interval = IntervalMetrics(loader, model)
+    def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
+        """Begin an interval; returns the sums from which its line is computed."""
+        interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:
-        """Record the line of an interval: kind, epoch, step, lr, and what IntervalMetrics.read returns."""
+        """Write the line of an interval: kind, epoch, step, lr, and the metrics of IntervalMetrics.read."""
         self._write(line)
         self.view.train(line)
 
     def validation(self, epoch: int, step: int, result: EvalResult) -> None:
-        """Record the validation after `step`."""
+        """Write the line of the validation after `step`."""
         line = {"kind": "val", "epoch": epoch, "step": step, **vars(result)}
         self._write(line)
         self.view.validation(line)
 
     def sync(self) -> None:
-        """Write every line to the disk and fsync, before a checkpoint relies on them.
+        """Write all lines to the disk and fsync, before a checkpoint relies on them.
 
-        Raises DiskFull if there is no room, UserError for another error of the disk.
+        Raises DiskFull if there is no disk space, UserError for any other disk error.
         """
         try:
             self._file.sync()
@@ -110,7 +109,7 @@ class MetricsLog:
         error = self._file.add(f"{json.dumps(line)}\n".encode())
         if error is not None:
             self.view.warn(
-                f"{self.path}: cannot be written ({error.strerror}). Its lines are held in memory; make room."
+                f"{self.path}: cannot be written ({error.strerror}). Its lines are held in memory; free disk space."
             )
         if self._events is not None:
             self._events.add(line)
@@ -123,4 +122,4 @@ class MetricsLog:
 
 
 def _write_error(path: Path, error: OSError) -> UserError:
-    return disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.")
+    return disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Free disk space.")

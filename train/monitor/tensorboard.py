@@ -1,11 +1,11 @@
 """TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's own messages and record writer.
 
-A resumed run writes another file. It begins with SessionLog.START, as TensorFlow writes after a restart, which makes
-TensorBoard discard the points after that step; then come the lines that metrics.jsonl keeps of that step. So no point
-is shown twice. The first file of a folder begins with all lines so far.
+A resumed run writes a new file. The file begins with SessionLog.START, which TensorFlow also writes after a restart. It
+makes TensorBoard discard the points from the resumed step on. The lines of that step in metrics.jsonl follow again, so
+no point is shown twice. The first file of a folder begins with all lines so far.
 
-TensorBoard's EventFileWriter is not used: its thread holds lines back for two minutes and ends in a traceback on a full
-disk.
+TensorBoard's EventFileWriter is not used: its thread delays lines by up to two minutes, and ends in a traceback on a
+full disk.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class EventFile:
     def __init__(self, folder: Path, lines: Iterable[Mapping[str, Any]], step: int) -> None:
         """Create the file of a run that starts or resumes after `step`.
 
-        lines  of metrics.jsonl up to `step`
+        lines  the lines of metrics.jsonl up to `step`
 
         Raises NoTensorBoard if the package is not installed, OSError if the folder cannot be made.
         """
@@ -56,7 +56,7 @@ class EventFile:
         self._write(events + [self._event_of(line) for line in lines if is_first or line["step"] >= step])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write the numbers of a line of metrics.jsonl; while the disk is full they are held in memory."""
+        """Write the numbers of a line of metrics.jsonl. While the disk is full, they are held in memory."""
         self._write([self._event_of(line)])
 
     def _event_of(self, line: Mapping[str, Any]) -> Any:

@@ -8,7 +8,7 @@ from train.monitor.console_view import ConsoleView, QuietView
 
 
 def choose_view(quiet: bool = False) -> ConsoleView:
-    """A live display if standard error is a terminal, plain lines if not; a quiet view if `quiet`."""
+    """A quiet view if `quiet`, else a live display if standard error is a terminal, else plain lines."""
     if quiet:
         return QuietView()
     if not sys.stderr.isatty():

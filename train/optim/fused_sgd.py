@@ -1,6 +1,6 @@
-"""Update of many parameters in one pass over memory, by the fused kernel of torch.optim.SGD; else operator by operator.
+"""SGD update of many parameters in one pass over memory: by the fused kernel of torch.optim.SGD, or else by operators.
 
-The rule (paper_sgd.py), with g = ∂L/∂w and lr inside the velocity:
+The update rule (paper_sgd.py), with g = ∂L/∂w and lr inside the velocity:
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
@@ -8,10 +8,10 @@ torch.optim.SGD multiplies by lr when it updates w. Its functional form, torch.o
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
-which is the rule for dampening = 1 + lr and lr = −1. The function is public, but the class accepts no negative lr, and
-the kernel behind `fused=True` is private. So the fused update is tried once on small tensors for each device and dtype,
-and is used only if it gives the rule. A torch that lacks it, refuses it or computes something else costs time: five
-numbers are read or written per parameter by the kernel, eleven by the operators.
+With dampening = 1 + lr and lr = −1 this is the update rule. The function is public, but the class accepts no negative
+lr, and the kernel behind `fused=True` is private. The fused update is therefore tried once on small tensors for each
+device and dtype, and used only if its result follows the rule. Without it training is slower: per parameter the kernel
+reads or writes five values, the operators eleven.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 try:
     from torch.optim.sgd import sgd
 except ImportError:
-    sgd = None  # type: ignore[assignment]  # a torch without it is served by _update_by_operators
+    sgd = None  # type: ignore[assignment]  # without this function, _update_by_operators is used
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def update(
     lr: float,
     decay: float,
 ) -> None:
-    """Apply the rule in place. All tensors are on one device and of one dtype; three of an index have one shape."""
+    """Apply the rule in place. All tensors have one device and dtype; those of one index have the same shape."""
     trios = list(zip(weights, velocities, gradients, strict=True))
     first = weights[0]
     fits = momentum != 0 and all(same_dense_layout(*trio) for trio in trios)
@@ -51,7 +51,7 @@ def update(
 def same_dense_layout(*tensors: Tensor) -> bool:
     """True if the tensors are contiguous, all with channels first or all with channels last.
 
-    Then the numbers of one index are at the same offset in each, so that one pass over memory can update them.
+    Then elements with the same index have the same memory offset in all tensors, and one pass can update them.
     """
     layouts = [torch.contiguous_format, *[torch.channels_last] * (tensors[0].dim() == 4)]
     return any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in layouts)
@@ -59,7 +59,7 @@ def same_dense_layout(*tensors: Tensor) -> bool:
 
 @functools.cache
 def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the fused update gives the rule on small tensors of this device and dtype; tried once in a process."""
+    """True if the fused update follows the rule on small tensors of this device and dtype; tried once in a process."""
     if sgd is None or device.type not in ("cpu", "cuda"):
         return False
     trio = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0], [-1.0, 8.0, 2.0]], dtype=dtype, device=device)
@@ -69,7 +69,7 @@ def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
         _update_fused([actual[0]], [actual[1]], [actual[2]], momentum=0.5, lr=0.125, decay=0.25)
     except torch.OutOfMemoryError:
         raise
-    except (AttributeError, TypeError, RuntimeError):  # another signature, no private kernel, or none for this device
+    except (AttributeError, TypeError, RuntimeError):  # the signature differs, or there is no fused kernel
         return False
     return torch.allclose(actual, expected)
 
@@ -94,7 +94,7 @@ def _update_fused(
         nesterov=False,
         maximize=False,
     )
-    torch.autograd.graph.increment_version((*weights, *velocities))  # which the fused kernel does not do
+    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not do this
 
 
 def _update_by_operators(w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:

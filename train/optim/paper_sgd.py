@@ -3,8 +3,9 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The learning rate ε is inside the velocity, so that after a drop of ε the old velocity goes on for about ten steps.
-torch.optim.SGD multiplies by ε when it updates w, and drops at once. At a constant ε the two are the same.
+The learning rate ε is inside the velocity, so that the old velocity has an effect for about ten steps after ε is
+reduced. torch.optim.SGD multiplies by ε when it updates w, so that a reduction has its full effect at once. At a
+constant ε the two rules are the same.
 """
 
 from __future__ import annotations
@@ -22,14 +23,14 @@ from train.optim import fused_sgd
 
 
 class PaperSGD(torch.optim.Optimizer):
-    """The rule above. A group whose lr is 0 is frozen: its velocity does not change either (weights.cu:148)."""
+    """SGD by the paper's rule. A group with lr 0 is frozen: its velocity does not change either (weights.cu:148)."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
-        """Each of `groups` has params, lr, weight_decay, and any key by which the caller finds it."""
+        """Each group is a dict of params, lr and weight_decay, and may have a "name" for the caller's use."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
-        """The velocity of a parameter, of its shape, layout and device; zeros at first."""
+        """The velocity of a parameter: a tensor of the same shape, layout and device, at first zero."""
         state = self.state[parameter]
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -42,7 +43,9 @@ class PaperSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             updated = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
             rest = [p for p in updated if not self._update_by_kernel(p, group)]
-            for kind in dict.fromkeys((p.device, p.dtype) for p in rest):  # a list of one kind takes few launches
+            for kind in dict.fromkeys(
+                (p.device, p.dtype) for p in rest
+            ):  # one call per device and dtype launches few kernels
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -51,7 +54,7 @@ class PaperSGD(torch.optim.Optimizer):
         fused_sgd.update(parameters, velocities, gradients, group["momentum"], group["lr"], group["weight_decay"])
 
     def _update_by_kernel(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
-        """Update a float32 parameter on a CPU by train/model/kernels.c; False, and no update, if that cannot be."""
+        """Update a float32 parameter on a CPU by train/model/kernels.c; returns False if the kernel does not apply."""
         velocity, gradient = self.velocity(parameter), parameter.grad
         if kernels.native is None or gradient is None or parameter.device.type != "cpu" or not parameter.numel():
             return False
@@ -62,8 +65,8 @@ class PaperSGD(torch.optim.Optimizer):
         return True
 
 
-def make_optimizer(model: AlexNet, recipe: Recipe) -> PaperSGD:
-    """A PaperSGD with a group for each learning rate of a schedule: weights and biases, of conv1 and of the others.
+def make_optimizer(network: AlexNet, recipe: Recipe) -> PaperSGD:
+    """A PaperSGD with four groups: weights of conv1, biases of conv1, weights and biases of all other layers.
 
     Schedule.apply sets the learning rates.
     """
@@ -73,7 +76,7 @@ def make_optimizer(model: AlexNet, recipe: Recipe) -> PaperSGD:
         "conv1 biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
         "biases": {"params": [], "weight_decay": recipe.weight_decay if recipe.decay_biases else 0.0},
     }
-    for name, parameters in model.parameters_by_joined_name().items():
+    for name, parameters in network.parameters_by_joined_name().items():
         first = name.startswith("conv1.")
         if name.endswith(".bias"):
             groups["conv1 biases" if first else "biases"]["params"] += parameters

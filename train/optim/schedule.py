@@ -12,9 +12,9 @@ from train.optim.paper_sgd import PaperSGD
 
 
 def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
-    """The share of the recipe's lr after `epochs_done` of `epochs`: linear warm-up, then half a cosine.
+    """The factor of the recipe's lr after `epochs_done` of `epochs` epochs: linear warm-up, then half a cosine.
 
-    It is `cosine.end` from the last epoch on.
+    After all `epochs` it stays at `cosine.end`.
     """
     if epochs_done < cosine.warmup_epochs:
         return cosine.start + (1 - cosine.start) * epochs_done / cosine.warmup_epochs
@@ -28,14 +28,17 @@ def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
 class Schedule:
     """Learning rates and colour noise of a recipe, at any epoch.
 
-    Steps and cosine depend on the epoch alone. A plateau schedule also has the state below, which checkpoints hold.
+    Steps and cosine depend only on the epoch. A plateau schedule also depends on the state below, which is saved in
+    checkpoints.
     """
 
     recipe: Recipe
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
-    drops: int = 0  # how often the rate was reduced
-    finished: bool = field(default=False, init=False)  # the run ends: the error stopped improving at the last rate
+    drops: int = 0  # number of times that the rate was reduced
+    finished: bool = field(
+        default=False, init=False
+    )  # True: the error stopped improving at the last rate; the run ends
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
         """(lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
@@ -52,14 +55,14 @@ class Schedule:
         return lr, lr if lr_conv1 is None else lr_conv1, lr_bias
 
     def colour(self, epochs_done: int) -> str:
-        """The colour noise after `epochs_done` whole epochs: a value of Augmentation.colour."""
+        """The colour noise after `epochs_done` complete epochs: a value of Augmentation.colour."""
         colour = self.recipe.augmentation.colour
         for change in self._changes_until(epochs_done):
             colour = change.colour or colour
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the rates of an optimizer that make_optimizer made; returns the rate of the weights.
+        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights.
 
         A rate of 0 for conv1 freezes the layer: its weights and biases get no gradient.
         """
@@ -73,7 +76,7 @@ class Schedule:
         return lr
 
     def record_validation(self, error: float) -> None:
-        """Count an epoch's top-1 error (0..1): reduce the rate, or finish, when it has stopped improving."""
+        """Record an epoch's top-1 error (0..1). If it has stopped improving, reduce the rate or finish."""
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):
             return
@@ -90,7 +93,7 @@ class Schedule:
             self.drops += 1
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        """All that the rates depend on beside recipe and epoch; a checkpoint's "schedule"."""
+        """The state on which the rates depend, apart from recipe and epoch; saved as "schedule" in checkpoints."""
         return {
             "best_error": self.best_error,
             "epochs_since_best": self.epochs_since_best,

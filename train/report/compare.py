@@ -13,7 +13,7 @@ from prep.plot_style import figure_format, render_figure
 from train.report.style import save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics
 
-# Fields that differ between any two runs, or follow from other fields.
+# Fields that always differ between two runs, and fields that follow from others.
 _NOT_COMPARED = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
 # Fields that do not change what is learned: they are in the table, but not in a legend.
 _NOT_IN_LEGEND = (
@@ -23,7 +23,7 @@ _NOT_IN_LEGEND = (
     "settings.devices",
     "environment",
 )
-_LEGEND_FIELDS = 4  # at most; if more differ, the legend names the folder
+_LEGEND_FIELDS = 4  # maximum number of fields in a label of the legend; if more differ, the label is the folder
 _CELL_CHARS = 40
 
 
@@ -37,7 +37,7 @@ class ComparedRun:
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
-    """Read the runs in `run_dirs`. Raises UserError for fewer than two, a folder named twice, or one without a run."""
+    """Read the runs in `run_dirs`. Raises UserError for a single folder, a repeated one or one without a run."""
     if len(run_dirs) < 2:
         raise UserError(f"{len(run_dirs)} run: a comparison needs two or more. Name another RUN_DIR.")
     resolved = [path.resolve() for path in run_dirs]
@@ -65,14 +65,14 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """A label for each run, from what differs: `lr 0.02, seed 1`; its folder if too many fields differ, or none."""
+    """A label for each run: the fields that differ (`lr 0.02, seed 1`), or the folder if none or too many differ."""
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
     if "model.name" in rows:  # the other fields of the architecture follow from its name
         rows = {name: values for name, values in rows.items() if name == "model.name" or not _is_in(name, ("model",))}
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
-        rows.pop("recipe.name", None)  # the same recipe with other overrides, which have rows of their own
+        rows.pop("recipe.name", None)  # all runs have one recipe; differing overrides have their own rows
     folders = [str(run.run_dir) for run in runs]
     if not rows or len(rows) > _LEGEND_FIELDS:
         return folders
@@ -88,7 +88,10 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def run_results(run: ComparedRun) -> dict[str, Any]:
-    """The last lines "train" and "val", and as "best" the validation of the lowest top-1 error; None without lines."""
+    """The last training line ("train"), the last validation ("val") and the one with the lowest top-1 error ("best").
+
+    None stands for a line that does not exist.
+    """
     validations = [line for line in run.lines if line["kind"] == "val"]
     return {
         "train": last_line(run.lines, "train"),
@@ -98,7 +101,7 @@ def run_results(run: ComparedRun) -> dict[str, Any]:
 
 
 def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """What `alextrain compare --json` prints, but for "out"."""
+    """The object that `alextrain compare --json` prints, without "out"."""
     labels = run_labels(runs)
     return {
         "runs": [
@@ -125,7 +128,7 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def draw_comparison(runs: Sequence[ComparedRun], out: Path) -> None:
-    """Draw loss and top-1 error over epochs of all runs, training as thin lines and validation with dots.
+    """Draw the loss and top-1 error of all runs over epochs: training as thin lines, validation with dots.
 
     `out` is a .png or a .svg. Raises UserError for another extension, if matplotlib is not installed, or if `out`
     cannot be written.

@@ -46,7 +46,7 @@ from train.report.plots_run import (
 from train.runs.preprocessing import saved_color_stats
 from train.runs.run_dir import read_metrics
 
-PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # images, as in the paper's figure 4
+PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # numbers of images, as in the paper's figure 4
 _CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 
@@ -63,12 +63,12 @@ class RunFigure(NamedTuple):
 def run_figures(
     trained: TrainedRun, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
 ) -> Iterator[RunFigure]:
-    """The figures of a run. Those that need images are left out if there is no store, or it has no such split.
+    """The figures of a run. Figures that need images are left out if there is no store, or no `split` in it.
 
-    seed           chooses the images of `split` that are shown
-    index_records  training records to search for nearest neighbors, at most
+    seed           random seed for the choice of the images of `split` to show
+    index_records  maximum number of training records to search for nearest neighbors
 
-    Raises UserError as the functions of train/evaluation.
+    Raises UserError where a function of train/evaluation does.
     """
     yield from _figures_without_images(trained)
     if trained.store is not None and split in trained.store.splits:
@@ -78,7 +78,7 @@ def run_figures(
 
 def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     lines = read_metrics(trained.run_dir)
-    if lines:  # an imported network has none
+    if lines:  # an imported network has no lines
         yield RunFigure(
             "learning-curve",
             "Learning curves",
@@ -109,14 +109,14 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
     store, network, transform, names = trained.require_store(split), trained.network, trained.transform, trained.classes
     with ExitStack() as stack:
         images = stack.enter_context(StoredImages(store, split))
-        numbers = np.random.default_rng(seed).permutation(len(images))[: PREDICTED + QUERIES].tolist()
+        indices = np.random.default_rng(seed).permutation(len(images))[: PREDICTED + QUERIES].tolist()
         predicted = [
             ImageAndPredictions(
-                images[number],
-                images.label(number),
-                top_predictions(network, transform, images[number], precision=trained.precision),
+                images[index],
+                images.label(index),
+                top_predictions(network, transform, images[index], precision=trained.precision),
             )
-            for number in numbers[:PREDICTED]
+            for index in indices[:PREDICTED]
         ]
         yield RunFigure(
             "guesses",
@@ -127,42 +127,43 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            queries = numbers[-QUERIES:]  # other images than in the figure above, if there are enough
+            queries = indices[-QUERIES:]  # other images than in the previous figure, if there are enough
             training_images = stack.enter_context(StoredImages(store, "train"))
-            index = load_or_build_index(
+            neighbor_index = load_or_build_index(
                 trained.run_dir, network, trained.checkpoint, store, index_records, trained.precision
             )
             features = np.stack(
                 [image_features(network, transform, images[k], LAYER, trained.precision) for k in queries]
             )
             rows = []
-            for number, neighbors in zip(queries, nearest_neighbors(index, features, NEIGHBORS), strict=True):
+            for query, neighbors in zip(queries, nearest_neighbors(neighbor_index, features, NEIGHBORS), strict=True):
                 shown = [(training_images[n.record], n.label, n.distance) for n in neighbors]
-                label = images.label(number)
-                rows.append(ImageAndNeighbors(images[number], names[label], label, shown))
+                label = images.label(query)
+                rows.append(ImageAndNeighbors(images[query], names[label], label, shown))
             yield RunFigure(
                 "nearest",
                 "Nearest training images",
-                f"Images of {split} at the left; beside each the {len(rows[0].neighbors)} of {len(index.labels):,} "
-                f"training images whose {LAYER} ({index.features.shape[1]:,} units, centre crop) is nearest, with "
-                "class and distance; those of its class in orange. The paper's figure 4, right.",
+                f"Left: images of {split}. Right: for each image, the {len(rows[0].neighbors)} of "
+                f"{len(neighbor_index.labels):,} training images with the nearest {LAYER} activations "
+                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. Classes equal to "
+                "the image's are in orange. The paper's figure 4, right.",
                 neighbors_inches(len(rows), len(rows[0].neighbors)),
                 lambda figure: draw_neighbors(figure, rows, names),
             )
-        square = images[numbers[0]]
+        square = images[indices[0]]
         maps = _feature_maps(trained, square)
         yield RunFigure(
             "feature-maps",
             "Feature maps",
-            "One image through the convolutional layers: of each column the maps with the highest activations, each "
-            "scaled to its own range.",
+            "Feature maps of one image in the convolutional layers: the maps with the highest activations of each "
+            "column, each scaled to its own range.",
             FEATURE_MAPS_INCHES,
             lambda figure: draw_feature_maps(figure, square, maps),
         )
 
 
 def _feature_maps(trained: TrainedRun, square: Pixels) -> dict[str, list[npt.NDArray[np.float32]]]:
-    """By layer, for each column (maps, rows, columns): activations of the convolutional layers for the centre crop."""
+    """The activations of the conv layers for the centre crop: by layer, an array (maps, rows, columns) per column."""
     with evaluation_mode(trained.network), capture_activations(trained.network, _CONV_LAYERS) as captured:
         trained.network(torch.from_numpy(trained.transform.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in captured.items()}
@@ -181,7 +182,7 @@ def _figures_of_errors(trained: TrainedRun, split: str) -> Iterator[RunFigure]:
     yield RunFigure(
         "confusion",
         "Confusion of the worst classes",
-        "Images of the classes with the highest errors, by predicted class; the correct one is framed.",
+        "Images of the classes with the highest errors, by predicted class. The correct class is framed.",
         CONFUSION_INCHES,
         lambda figure: draw_confusion_matrix(figure, confusion, names),
     )

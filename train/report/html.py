@@ -1,4 +1,4 @@
-"""The HTML report of a run: one file without scripts, figures embedded, which needs no network and no other file."""
+"""The HTML report of a run: one file, readable offline, with embedded figures and without scripts."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def write_report(
 ) -> int:
     """Write the report to `out`; returns its size in bytes.
 
-    `split`, `seed` and `index_records` are those of train.report.figures.run_figures. Raises UserError as run_figures,
-    and if `out` cannot be written.
+    `split`, `seed` and `index_records` are passed to train.report.figures.run_figures. Raises UserError where
+    run_figures does, or if `out` cannot be written.
     """
     rendered = []
     for figure in run_figures(trained, split, seed, index_records):
@@ -84,7 +84,7 @@ def write_report(
 
 
 def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]], split: str = "val") -> str:
-    """The report as HTML, with the figures, PNG each, that are given."""
+    """The report as HTML, with `figures`, pairs of a figure and its PNG file."""
     name = trained.run_dir.resolve().name
     identity = trained.checkpoint.identity
     sections = [
@@ -238,7 +238,7 @@ def _environment(trained: TrainedRun) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
-    """Numbers in large type: (name, number, note) each."""
+    """HTML of facts in large type; each fact is (name, value, note)."""
     cells = (
         f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
     )
@@ -255,7 +255,7 @@ def _pairs(pairs: dict[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """A table of cells that are HTML; the columns in `numbers`, counted from 0, are aligned right."""
+    """A table with HTML cells. The columns in `numbers`, counted from 0, are aligned right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         classes = (' class="number"' if column in numbers else "" for column in range(len(texts)))

@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from train.report.style import BLUE, ORANGE, shorten
 
-WORST = 10  # classes in the confusion matrix
-_NAMED = 20  # classes in the bar chart of errors
+WORST = 10  # number of classes in the confusion matrix
+_NAMED = 20  # number of classes in the bar chart of errors
 _NAME_CHARS = 20
 
 ERRORS_INCHES = (8.0, 3.4)
@@ -41,16 +41,16 @@ class Confusion(NamedTuple):
 
 
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
-    """The confusion of the most probable classes, from probabilities (N, classes) and labels (N,)."""
+    """The confusion matrix of the most probable classes, for probabilities (N, classes) and labels (N,)."""
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     return Confusion(np.bincount(cells, minlength=classes**2).reshape(classes, classes))
 
 
 def draw_class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
-    """Top-1 error of each class, the worst first: bars with names for the worst 20; if there are more, a curve of all.
+    """Draw the top-1 error of each class, the worst first: bars for the worst 20; if there are more, a curve of all.
 
-    `names` are the classes' names by label.
+    `names` are the names of the classes by label.
     """
     errors, images = 100 * confusion.errors, confusion.images
     classes = [int(k) for k in np.argsort(-errors, kind="stable") if images[k]]
@@ -78,9 +78,9 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 
 
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
-    """Confusion matrix of the worst classes, a row each, shaded by the share of the row's images.
+    """Draw the confusion matrix of the worst classes: a row for each, shaded by the share of the row's images.
 
-    The columns are these classes, and those that most of their images are confused with.
+    The columns are the same classes, and the classes with which their images are confused most often.
     """
     from matplotlib.patches import Rectangle
 
@@ -107,6 +107,6 @@ def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str
                 axes.add_patch(Rectangle((x - 0.47, y - 0.47), 0.94, 0.94, fill=False, ec=ORANGE, lw=1.3))
     _set_class_ticks(axes.set_xticks, columns, names, rotation=60, ha="right")
     _set_class_ticks(axes.set_yticks, rows, names)
-    axes.set(xlabel="taken for", ylabel="is")
+    axes.set(xlabel="predicted class", ylabel="class")
     axes.spines[:].set_visible(False)
     axes.tick_params(length=0)

@@ -13,14 +13,14 @@ from prep.console import one_line
 from train.evaluation.predict import TopPredictions
 from train.report.style import BLUE, ORANGE, scale_to_unit_range, shorten, show_image, tile_images
 
-IMAGES_PER_ROW = 4  # of draw_predictions
+IMAGES_PER_ROW = 4  # in draw_predictions
 FEATURE_MAPS_INCHES = (8.0, 5.0)
-FEATURE_MAPS = 8  # of each column and layer
+FEATURE_MAPS = 8  # number of maps per column and layer
 
-# Characters of a text that fit
-_CLASS_CHARS = 26  # above an image of draw_predictions, and on a bar
-_QUERY_CHARS = 22  # above the left image of draw_neighbors
-_NEIGHBOR_CHARS = 12  # above the others, before the distance
+# Maximum numbers of characters
+_CLASS_CHARS = 26  # of a class above an image of draw_predictions, and on a bar
+_QUERY_CHARS = 22  # of the title above the left image of draw_neighbors
+_NEIGHBOR_CHARS = 12  # of a class above a neighbor, before the distance
 
 
 class ImageAndPredictions(NamedTuple):
@@ -41,21 +41,21 @@ class ImageAndNeighbors(NamedTuple):
 
 
 def predictions_inches(images: int) -> tuple[float, float]:
-    """Width and height of the figure that `draw_predictions` draws of so many images."""
+    """Width and height of the figure that `draw_predictions` draws for this number of images."""
     return 8.0, 3.3 * -(-images // IMAGES_PER_ROW)
 
 
 def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
-    """Images with their five most probable classes as bars, the correct one in orange (figure 4, left)."""
+    """Draw images with their five most probable classes as bars, the correct one in orange (figure 4, left)."""
     rows = -(-len(images) // IMAGES_PER_ROW)
     grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)
     for axes in grid.flat:
         axes.axis("off")
     for k, (square, label, predictions) in enumerate(images):
         row, column = divmod(k, IMAGES_PER_ROW)
-        picture, bars = grid[2 * row, column], grid[2 * row + 1, column]
-        picture.axis("on")
-        show_image(picture, square, shorten(names[label], _CLASS_CHARS))
+        image, bars = grid[2 * row, column], grid[2 * row + 1, column]
+        image.axis("on")
+        show_image(image, square, shorten(names[label], _CLASS_CHARS))
         for rank, (predicted, p) in enumerate(zip(predictions.labels, predictions.probabilities, strict=True)):
             bars.barh(rank, p, color=ORANGE if predicted == label else BLUE, height=0.78, alpha=0.55)
             bars.text(0.02, rank, shorten(names[predicted], _CLASS_CHARS), va="center", fontsize=8, clip_on=True)
@@ -63,15 +63,15 @@ def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: 
 
 
 def neighbors_inches(rows: int, neighbors: int) -> tuple[float, float]:
-    """Width and height of the figure that `draw_neighbors` draws of so many rows, each with so many neighbors."""
+    """Width and height of the figure that `draw_neighbors` draws for `rows` images with `neighbors` neighbors each."""
     side = 8.0 / (neighbors + 1.15)
     return 8.0, rows * (side + 0.24)
 
 
 def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequence[str]) -> None:
-    """Images at the left, each with the training images nearest to it (figure 4, right).
+    """Draw a row for each image: the image at the left, then the training images nearest to it (figure 4, right).
 
-    The names of neighbors of the same class are in orange.
+    The class of a neighbor is in orange if it is the image's class.
     """
     count = max(len(row.neighbors) for row in rows)
     grid = figure.subplots(len(rows), count + 2, squeeze=False, width_ratios=[1, 0.15, *[1] * count])
@@ -88,10 +88,10 @@ def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequen
 
 
 def draw_feature_maps(figure: Any, square: Pixels, maps: dict[str, list[npt.NDArray[np.float32]]]) -> None:
-    """The feature maps of one image that have the highest activations, for each convolutional layer and column.
+    """Draw the feature maps of one image that have the highest activations, for each convolutional layer and column.
 
-    `maps` has for each layer one array (maps, rows, columns) per column of the network. A map is scaled to its own
-    range; the one with the highest activation comes first.
+    `maps` has, by layer, an array (maps, rows, columns) for each column of the network. Each map is scaled to its own
+    range. The map with the highest activation comes first.
     """
     network_columns = max(len(parts) for parts in maps.values())
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 3.6))

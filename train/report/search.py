@@ -18,12 +18,12 @@ from train.report.plots_images import ImageAndNeighbors
 class SearchResult(NamedTuple):
     """The neighbors of a photograph."""
 
-    row: ImageAndNeighbors  # to be drawn
-    nearest: list[dict[str, Any]]  # key, class, source and distance of each: what `alextrain search --json` prints
+    row: ImageAndNeighbors  # the row to draw on the sheet
+    nearest: list[dict[str, Any]]  # key, class, source and distance of each neighbor, for `alextrain search --json`
 
 
 def search(trained: TrainedRun, images: Sequence[Path], count: int, index_records: int) -> list[SearchResult]:
-    """For each photograph the `count` nearest of at most `index_records` training images.
+    """Find the `count` training images nearest to each photograph, among at most `index_records` images.
 
     Raises UserError if there is no store or a file is not an image, StoreError if a record is damaged.
     """

@@ -15,7 +15,7 @@ from prep.console import disk_error, one_line
 from prep.files import write_atomic
 from prep.plot_style import TEXT_GRAY
 
-BLUE, ORANGE, GRAY = "#3b6ea5", "#d1662f", "0.72"  # ORANGE marks what is correct or meant
+BLUE, ORANGE, GRAY = "#3b6ea5", "#d1662f", "0.72"  # ORANGE marks correct classes
 
 Image = npt.NDArray[Any]  # (H, W, 3), or (H, W) gray; uint8, or floats in 0..1
 
@@ -29,7 +29,7 @@ def save_figure(content: bytes, out: Path) -> None:
 
 
 def shorten(name: str, max_chars: int) -> str:
-    """A name as it is drawn: control characters escaped, and the end replaced by … if it is too long."""
+    """A name for a figure, with control characters escaped, and its end replaced by … if it is too long."""
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
@@ -53,7 +53,7 @@ def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def tile_images(images: npt.NDArray[np.float64], per_row: int, scale: int, gap_px: int = 2) -> npt.NDArray[np.float64]:
-    """N images (N, H, W) or (N, H, W, 3), in 0..1, in rows on a white sheet; `scale` pixels of the sheet per pixel."""
+    """N images (N, H, W) or (N, H, W, 3), in 0..1, in rows on a white sheet, each enlarged by `scale`."""
     count, height, width, *rest = images.shape
     rows = -(-count // per_row)
     cell_h, cell_w = height * scale + gap_px, width * scale + gap_px

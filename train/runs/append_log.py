@@ -1,4 +1,4 @@
-"""Append-only files whose pieces are whole, also after a kill or on a disk that was full for a while."""
+"""Append-only log files without torn entries, also after a kill or while the disk was full."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from pathlib import Path
 
 
 class AppendLog:
-    """Appends pieces of bytes to a file, each whole or not at all.
+    """Appends entries, which are bytes, to a file: each entry completely or not at all.
 
-    A piece is handed to the operating system before `add` returns, so kill -9 loses none. While the disk is full,
-    pieces are held in memory and written with the next one.
+    An entry is passed to the operating system before `add` returns, so kill -9 loses none. While the disk is full,
+    entries are held in memory and written with the next one.
     """
 
     def __init__(self, path: Path) -> None:
-        """The file at `path` is created by the first piece if it does not exist."""
+        """The first entry creates the file at `path` if it does not exist."""
         self.path = path
         self._size = path.stat().st_size if path.exists() else 0
         self._pending = b""
 
-    def add(self, piece: bytes) -> OSError | None:
-        """Append `piece` after the pending ones.
+    def add(self, entry: bytes) -> OSError | None:
+        """Append `entry` after the pending entries.
 
-        Returns the error if this piece is the first that had to be kept in memory, else None.
+        Returns the error if this entry is the first that had to be held in memory, else None.
         """
-        nothing_was_pending, self._pending = not self._pending, self._pending + piece
+        nothing_was_pending, self._pending = not self._pending, self._pending + entry
         error = self._write(synced=False)
         return error if nothing_was_pending else None
 
     def sync(self) -> None:
-        """Write all pending pieces and fsync; raises OSError if that fails."""
+        """Write all pending entries and fsync; raises OSError if that fails."""
         error = self._write(synced=True)
         if error is not None:
             raise error
@@ -44,7 +44,7 @@ class AppendLog:
                     os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, self._size)  # remove a part that was written
+                os.truncate(self.path, self._size)  # remove an entry that was written in part
             return error
         self._size, self._pending = self._size + len(self._pending), b""
         return None

@@ -1,12 +1,12 @@
-"""Checkpoints: one file each, written whole or not at all, verified by a digest, loaded without executing code.
+"""Checkpoint files: written atomically, verified by a digest, loaded without executing code.
 
-`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. Only
-`write` writes one and only `read` reads one.
+`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. All
+checkpoint files are written by `write` and read by `read`.
 
-The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive's comment
-(the end of APPNOTE 4.3.16) is the SHA-256 of every byte before it, so that one altered bit is found before anything is
-loaded. A run keeps its newest checkpoints, and as `best.pt`, a second name of the same file, the one with the lowest
-validation error.
+The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive comment
+(APPNOTE 4.3.16, last field) is the SHA-256 of every byte before it, so a single altered bit is detected before anything
+is loaded. A run keeps its newest checkpoints. It also keeps the checkpoint with the lowest validation error, as
+`best.pt`, a hard link to that file.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch import Tensor
 from prep.console import DiskFull, UserError, disk_error, say, shell_quoted
 from prep.files import atomic_file, sync_folder
 
-FORMAT = 2  # of the file: raised when the fields of Checkpoint change their meaning
+FORMAT = 2  # version of the file format, incremented when fields of Checkpoint change their meaning
 BEST = "best.pt"
-MAX_DISK_FULL = 3  # checkpoints in a row that may fail because the disk is full; then the run ends
+MAX_DISK_FULL = 3  # the run ends when this many checkpoints in a row cannot be written because the disk is full
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
-_END_BYTES = 22  # of the record that ends a zip archive without a comment; its last two are the comment's length
+_END_BYTES = 22  # length of a zip archive's end record without a comment; the last two bytes are the comment's length
 
 
 class UnreadableCheckpoint(UserError):
@@ -42,31 +42,35 @@ class UnreadableCheckpoint(UserError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The state of a run after `step`: all that decides what comes next, and all that is needed to use the network.
+    """The state of a run after `step`: all that is needed to continue the run and to use the network.
 
-    The fields are the keys of the file, beside "format". Tensors are on the CPU.
+    The keys of the file are "format" and the fields, except `digest`. Tensors are on the CPU.
     """
 
-    identity: Mapping[str, Any]  # of the run (train/config/identity.py)
+    identity: Mapping[str, Any]  # identity of the run (train/config/identity.py)
     model: Mapping[str, Any]  # the Architecture, as JSON
     recipe: Mapping[str, Any]  # the Recipe with its sources, as JSON
-    classes: Sequence[str]  # names; a label is an index into them
-    environment: Mapping[str, str]  # versions of the software that wrote it
+    classes: Sequence[str]  # names of the classes; a label is an index into them
+    environment: Mapping[str, str]  # versions of the software that wrote the checkpoint
 
-    step: int  # steps made
+    step: int  # number of steps that the run has completed
     steps_per_epoch: int
-    validation_due: bool  # the epoch has ended and its validation has not been made
-    parameters: Mapping[str, Tensor]  # by joined name, in the shapes of the network without columns
-    velocity: Mapping[str, Tensor]  # the same for the optimizer's velocity
+    validation_due: bool  # True: the epoch has ended, but its validation has not been computed
+    parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
+    velocity: Mapping[str, Tensor]  # the optimizer's velocity, joined in the same way
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    devices: Sequence[str]  # that the random generators belong to; empty: generators begin anew
+    devices: Sequence[str]  # devices of the random generators; empty: the generators are seeded anew
     random: Tensor  # state of torch's generator on the CPU
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
     stream: Mapping[str, Any]  # TrainLoader.state_dict
 
     best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the lowest validation error so far
-    ancestry: Sequence[Mapping[str, Any]] = ()  # checkpoints that a forked run began with, the oldest first
-    digest: str = ""  # SHA-256 (hex) that the file was verified by; empty before it is written; not in the file
+    ancestry: Sequence[
+        Mapping[str, Any]
+    ] = ()  # checkpoints from which the run and its ancestors were forked, the oldest first
+    digest: str = (
+        ""  # verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint; not a key of the file
+    )
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -75,14 +79,14 @@ def path_of(run_dir: Path, step: int) -> Path:
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first; best.pt and files of other names are left out."""
+    """The checkpoints in a run folder, oldest first, without best.pt and files of other names."""
     return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
 def write(run_dir: Path, state: Checkpoint) -> Path:
     """Write the checkpoint of `state.step` into a run folder; returns its path.
 
-    Raises DiskFull if there is no room, UserError for another error of the disk. Earlier checkpoints stay whole.
+    Raises DiskFull if there is no disk space, UserError for any other disk error. Earlier checkpoints stay intact.
     """
     path = path_of(run_dir, state.step)
     content = {field.name: getattr(state, field.name) for field in fields(state) if field.name != "digest"}
@@ -97,13 +101,15 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
         os.replace(temporary, path)
         sync_folder(run_dir)
     except (OSError, RuntimeError) as error:
-        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch wraps an OSError in its own
+        cause = (
+            error.__context__ if isinstance(error, RuntimeError) else error
+        )  # torch raises a RuntimeError in place of an OSError
         if not isinstance(cause, OSError):
             raise
         raise disk_error(
             cause,
-            f"{path}: cannot be written ({cause.strerror or cause}). The checkpoints before it are whole: make room "
-            "and give the same command again.",
+            f"{path}: cannot be written ({cause.strerror or cause}). Earlier checkpoints are intact: free disk "
+            "space and run the same command again.",
         ) from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -111,18 +117,18 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read the file that `write` wrote, its tensors on the CPU.
+    """Read a file that `write` wrote, with its tensors on the CPU.
 
-    Raises UnreadableCheckpoint for a file that is not, to the bit, what was written; UserError for another format, a
-    missing field, or a file that may not be read. What torch raises when an intact file cannot be loaded, for example
-    when memory runs out, passes through.
+    Raises UnreadableCheckpoint if any bit differs from what was written; UserError for another format, a missing field
+    or a missing read permission. If an intact file cannot be loaded, for example because memory runs out, torch's error
+    is passed on.
     """
     intact = False
     try:
         with open(path, "rb") as file:  # opened once: a running training may replace the file under this name
             stated, actual = _digests(file)
             intact = stated == actual
-            if intact or not stated:  # format 1 had no digest: it is loaded to name its format
+            if intact or not stated:  # a file of format 1 has no digest; it is loaded to name its format
                 file.seek(0)
                 content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 if content.get("format") != FORMAT:
@@ -136,7 +142,7 @@ def read(path: Path) -> Checkpoint:
         raise
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
-    except Exception as error:  # a torn file makes torch raise many types, some with advice that does not apply
+    except Exception as error:  # for a torn file torch raises many types, some with advice that does not apply
         if intact and not isinstance(error, UnpicklingError):
             raise
     raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
@@ -156,8 +162,8 @@ class CheckpointKeeper:
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
         """Remove temporary files that a kill has left, and repair best.pt.
 
-        keep     checkpoints to keep, beside the best
-        resumed  the checkpoint that the run continues from, None for a new run
+        keep     number of newest checkpoints to keep, in addition to the best
+        resumed  the checkpoint from which the run continues; None for a new run
         """
         self.run_dir, self.keep = run_dir, keep
         self.best: Mapping[str, Any] | None = None if resumed is None else resumed.best
@@ -169,10 +175,13 @@ class CheckpointKeeper:
             self._tidy(resumed.step)
 
     def save(self, state: Checkpoint, is_last: bool, before: Callable[[], None] = lambda: None) -> None:
-        """Write a checkpoint, after `before` has written what it relies on, and remove those that are too many.
+        """Write the checkpoint `state`, with best step and ancestry filled in, and remove surplus checkpoints.
 
-        Best step and ancestry are filled in. A full disk is tolerated: the checkpoints before stay. Raises DiskFull at
-        the third failure in a row, or when `is_last` and nothing would be kept of the last steps; UserError as `write`.
+        is_last  True if the run ends with this checkpoint
+        before   function to call first, which writes the files that a checkpoint relies on
+
+        If the disk is full, a warning is printed and earlier checkpoints stay. Raises DiskFull at the third failure in
+        a row, and at the first if `is_last`, because the last steps would be lost; UserError where `write` does.
         """
         try:
             before()
@@ -181,7 +190,7 @@ class CheckpointKeeper:
             self._failures += 1
             if is_last or self._failures == MAX_DISK_FULL:
                 raise
-            say(f"Warning: {error} Training goes on; failure {self._failures} of {MAX_DISK_FULL} before it stops.")
+            say(f"Warning: {error} Training continues; failure {self._failures} of {MAX_DISK_FULL} before it stops.")
             return
         self._failures = 0
         self._tidy(state.step)
@@ -194,7 +203,7 @@ class CheckpointKeeper:
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """Make best.pt name the newest checkpoint if that is the best, and remove checkpoints that are too many."""
+        """Make best.pt a link to the newest checkpoint if that is the best, and remove surplus checkpoints."""
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
@@ -213,36 +222,36 @@ class CheckpointKeeper:
                 with open(path, "rb") as source, atomic_file(best) as file:
                     shutil.copyfileobj(source, file)
         except OSError as error:
-            say(f"Warning: {best}: cannot be written ({error.strerror or error}). It is an earlier one, or missing.")
+            say(f"Warning: {best}: cannot be written ({error.strerror or error}). An earlier best.pt stays, if any.")
         finally:
-            temporary.unlink(missing_ok=True)  # renaming a file to a hard link of itself does nothing
+            temporary.unlink(missing_ok=True)  # os.replace does nothing if both names are links to one file
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints of later steps: a run that resumes from `step` has found that they cannot be read."""
+    """Remove the checkpoints after `step`. A run that resumes from `step` has found them unreadable."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest checkpoint of a run that can be read; None if the run folder has no checkpoint.
+    """The newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
-    A file that cannot be read is named on standard error and skipped. Raises UserError if there are files and none can
-    be read, or if the newest is of another format, of another step than its name says, or not readable by this user.
+    A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged, or if the
+    newest intact file has another format, another step than its name, or no read permission.
     """
     paths = checkpoint_paths(run_dir)
     for path in reversed(paths):
         try:
             state = read(path)
         except UnreadableCheckpoint as error:
-            if path not in checkpoint_paths(run_dir):  # a running training has replaced it by a newer one
+            if path not in checkpoint_paths(run_dir):  # a running training has replaced the file by a newer one
                 return load_latest(run_dir)
-            say(str(error) if path == paths[0] else f"{error} The one before it is used.")
+            say(str(error) if path == paths[0] else f"{error} The previous checkpoint is used.")
             continue
         expected = path_of(run_dir, state.step)
         if path != expected:
-            raise UserError(f"{path}: is of step {state.step:,}. Name it {expected.name}, or move it away.")
+            raise UserError(f"{path}: holds step {state.step:,}. Rename it to {expected.name}, or move it away.")
         return state
     if paths:
         raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read. Start a new --run-dir.")
@@ -250,24 +259,27 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 
 
 def load(run_dir: Path, which: str = "last") -> Checkpoint:
-    """The checkpoint `which` of a run: "last", "best", or the path of a file, relative to here or to the run folder.
+    """The checkpoint `which` of a run: "last", "best" or the path of a file.
 
-    Raises UserError if it does not exist or cannot be read.
+    The path is relative to the working directory or to the run folder. Raises UserError if the checkpoint does not
+    exist or cannot be read.
     """
     if which == "last":
         state = load_latest(run_dir)
         if state is None:
             raise UserError(
-                f"{run_dir}: no checkpoint in it. Train it with: alextrain run --run-dir {shell_quoted(run_dir)}"
+                f"{run_dir}: has no checkpoint. Train it with: alextrain run --run-dir {shell_quoted(run_dir)}"
             )
         return state
     path = run_dir / BEST if which == "best" else Path(which)
     if which == "best" and not path.exists():
-        raise UserError(f"{path}: does not exist: no checkpoint of the run has been validated. Ask for last.")
+        raise UserError(f"{path}: does not exist: no checkpoint of the run has been validated. Pass --checkpoint last.")
     if not path.is_file() and (run_dir / path).is_file():
         path = run_dir / path
     if not path.is_file():
-        raise UserError(f"--checkpoint {which}: no such file, here or in {run_dir}. Ask for best, last or a file.")
+        raise UserError(
+            f"--checkpoint {which}: no such file in the working directory or in {run_dir}. Pass best, last or a file."
+        )
     return read(path)
 
 
@@ -285,7 +297,7 @@ def _append_digest(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """(digest that the file states, empty if it states none; digest of the bytes before it), in hex."""
+    """(digest in the file's comment, empty without one; digest of all bytes before the comment), in hex."""
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
     while left > 0:

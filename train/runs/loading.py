@@ -1,4 +1,4 @@
-"""Trained networks, loaded from the checkpoints of runs."""
+"""Loads trained networks from the checkpoints of runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
 
 
 def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> TrainedNetwork:
-    """The network of a run's checkpoint, placed on `devices`.
+    """The network of a run's checkpoint, on `devices`.
 
     run_dir  a run folder, or a checkpoint file
     which    "last", "best" or a file, as train.runs.checkpoint.load takes it
 
-    Architecture and recipe are those in the checkpoint, not this program's present ones of the same names. Raises
-    UserError if there is no run, or no such checkpoint in it.
+    Architecture and recipe come from the checkpoint, even if this version of the program has others under the same
+    names. Raises UserError if there is no run, or no such checkpoint in it.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

@@ -1,7 +1,7 @@
 """Preprocessing metadata saved in the run folder, so that inference does not need the training store.
 
-run.json holds the store's settings, sizes and colour statistics under "store". `mean_image.npy` beside it is written if
-the recipe subtracts a mean image.
+run.json holds the store's settings, sizes and colour statistics under "store". The run folder also has a file
+`mean_image.npy` if the recipe subtracts a mean image.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def saved_color_stats(description: Mapping[str, Any]) -> ColorStats:
 
 
 def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
-    """The preprocessing with which a run's network takes still images.
+    """The preprocessing of still images for a run's network.
 
     Raises UserError if run.json or a mean image that the recipe needs cannot be read.
     """
@@ -75,17 +75,17 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
     try:
         mean_image: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}), and the recipe subtracts it.") from None
+        raise UserError(f"{path}: cannot be read ({error}). The recipe needs this mean image.") from None
     return mean_image
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store whose pictures are shown to a run's network.
+    """The store of images to show to a run's network, or None.
 
-    store  a folder; None: the training store, if it is still where run.json says and unchanged, else no store
+    store  folder of the store; None: the training store, if it is unchanged and still at the path in run.json
 
-    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store, UserError if its
-    classes are not the run's.
+    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store, UserError if the
+    store's classes are not the run's.
     """
     fingerprint = state.identity["store_fingerprint"]
     if store is None:
@@ -106,5 +106,5 @@ def check_classes(run_dir: Path, classes: Sequence[str], store: Store) -> None:
     if list(classes) != list(store.classes):
         raise UserError(
             f"{run_dir} was trained for {len(classes):,} classes ({classes[0]} …), {store.root} has "
-            f"{len(store.classes):,} ({store.classes[0]} …), not the same. Point --store at the one it was trained on."
+            f"{len(store.classes):,} ({store.classes[0]} …), not the same. Point --store at the training store."
         )

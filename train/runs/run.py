@@ -1,7 +1,7 @@
-"""A run, opened once: its configuration and its store, and what follows from the two.
+"""Opens a run: its configuration and store, and the identity and length that follow from them.
 
-`Run.open` is the one place where a store is opened for training, and where the identity and the length of a run are
-computed. The functions below it make the run folder and write its run.json.
+Only `Run.open` opens a store for training and computes the identity and the length of a run. The functions below it
+make the run folder and write its run.json.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from train.runs.run_dir import DESCRIPTION
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration and the store that it names. Make one with `Run.open`."""
+    """A configuration and the store that it names. Create one with `Run.open`."""
 
     config: RunConfig
     store: Store
-    identity: Mapping[str, Any]  # what a checkpoint must agree with to be continued (train/config/identity.py)
-    steps_per_epoch: int  # whole batches; 0 if the training split has fewer records than a batch
+    identity: Mapping[str, Any]  # the run continues only a checkpoint of the same identity (train/config/identity.py)
+    steps_per_epoch: int  # number of full batches; 0 if the training split has fewer records than a batch
     last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
 
     @staticmethod
@@ -56,10 +56,10 @@ class Run:
         return self.config.run_dir
 
     def training_facts(self) -> dict[str, Any]:
-        """Architecture, recipe with its sources, classes and software versions, as JSON has them.
+        """Architecture, recipe with its sources, classes and software versions, as JSON values.
 
-        A checkpoint and run.json hold these, so that either can be used without the other and without this program's
-        present recipes.
+        Checkpoints and run.json both hold them, so that each can be used without the other, and also after the recipes
+        of this program have changed.
         """
         facts: dict[str, Any] = as_json(
             {
@@ -80,7 +80,7 @@ class Run:
 def make_run_dir(run_dir: Path) -> None:
     """Make the run folder, or accept one that holds a run.
 
-    Raises UserError if the folder cannot be made, or holds something else than a run.
+    Raises UserError if the folder cannot be made, or if it holds files but no run.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -89,15 +89,15 @@ def make_run_dir(run_dir: Path) -> None:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
     names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]  # left by a kill
     if names and DESCRIPTION not in names:
-        raise UserError(f"{run_dir}: the folder holds something else than a run. Name another --run-dir.")
+        raise UserError(f"{run_dir}: the folder holds files but no run. Name another --run-dir.")
 
 
 def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> None:
     """Write run.json, and mean_image.npy if the recipe subtracts a mean image.
 
-    ancestry  the checkpoints that a forked run began with, the oldest first (train/trainer/fork.py)
+    ancestry  the checkpoints from which the run and its ancestors were forked, the oldest first (train/trainer/fork.py)
 
-    Raises UserError if a file cannot be written, DiskFull if there is no room.
+    Raises DiskFull if there is no disk space, UserError if a file cannot be written for another reason.
     """
     settings = {name: value for name, value in asdict(run.config).items() if name not in ("recipe", "model")}
     description = {
@@ -113,4 +113,4 @@ def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> N
         write_atomic(path, json.dumps(description, indent=1).encode())
         save_mean_image(run.run_dir, run.store, run.config.recipe)
     except OSError as error:
-        raise disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Make room.") from None
+        raise disk_error(error, f"{path}: cannot be written ({error.strerror or error}). Free disk space.") from None

@@ -1,4 +1,4 @@
-"""The files of a run folder, and how to read its metrics, also while another process trains in it.
+"""Names of the files in a run folder, and functions that read them, also while another process trains in it.
 
 run/
   run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)
@@ -7,10 +7,10 @@ run/
   checkpoint-00001500.pt    the state after step 1,500 (train/runs/checkpoint.py)
   best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
   mean_image.npy            the mean image, if the recipe subtracts one (train/runs/preprocessing.py)
-  evaluations.jsonl         one line for each `alextrain evaluate` (train/evaluation/predictions.py)
+  evaluations.jsonl         a line for each `alextrain evaluate` (train/evaluation/predictions.py)
   tensorboard/              the numbers of metrics.jsonl as TensorBoard's event files (train/monitor/tensorboard.py)
 
-This module imports no torch, so that `alextrain status` answers at once.
+This module does not import torch, so that `alextrain status` starts quickly.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# Keys of a line that depend on the clock or the machine. All others are the same, to the bit, in a run that was
-# interrupted and continued.
+# Keys of a line whose values depend on the clock or the machine. All other values of a run that was interrupted and
+# resumed are equal, to the bit, to those of an uninterrupted run.
 CLOCK_DEPENDENT = (
     "images_per_s",
     "waiting_share",
@@ -36,7 +36,7 @@ CLOCK_DEPENDENT = (
     "unix_time_s",
 )
 
-RATE_LINES = 20  # newest training lines whose mean rate predicts the time left
+RATE_LINES = 20  # number of newest training lines from which the time left is predicted
 
 _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
@@ -49,16 +49,18 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name the --run-dir of one.") from None
+        raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name the folder of a run.") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}). The same alextrain run again writes it anew.") from None
+        raise UserError(
+            f"{path}: cannot be read ({error}). Run the same alextrain run command to rewrite it."
+        ) from None
     parts = ("identity", "settings", "model", "recipe", "length", "store")
     is_object = isinstance(description, dict)
     missing = [part for part in parts if not is_object or not isinstance(description.get(part), dict)]
     if missing:
         raise UserError(
-            f"{path}: has no {', '.join(missing)}, which this version reads. The same alextrain run again writes it "
-            "anew."
+            f"{path}: has no {', '.join(missing)}, which this version needs. Run the same alextrain run command to "
+            "rewrite it."
         )
     return dict(description)
 
@@ -93,9 +95,10 @@ def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """Seconds that the steps after `step` up to `steps` will take, validations not counted.
+    """Predicted seconds for the steps after `step` up to `steps`, without validations.
 
-    The rate is the mean over the last RATE_LINES training lines. None before the first interval has ended.
+    The prediction uses the mean time per image in the last RATE_LINES training lines. None before the first interval
+    has ended.
     """
     images_per_s = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_LINES:]
     if not images_per_s:
@@ -105,9 +108,9 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 
 
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a line by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
+    """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
-    A null, which metrics.jsonl holds for a number that is not finite, is left out.
+    Nulls, which stand for numbers that are not finite, are left out.
     """
     scalars = {}
     for key, value in line.items():

@@ -28,19 +28,20 @@ _STATE_TEXT = {
 def status_of(run_dir: Path) -> dict[str, Any]:
     """The object that `alextrain status --json` prints.
 
-    run_dir, model, recipe
+    run_dir            the folder, as given
+    model, recipe      names of the architecture and the recipe
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
                        or "new" (a checkpoint by `alextrain import` or --fork, and no training yet)
-    alive, finished    whether a process trains in the folder; whether no steps are left to make
+    alive, finished    whether a process is training in the folder; whether the run has finished
     said               how the run stopped or why it failed, or ""
-    process, host      of the process that trained last; None if no status was written
-    step, steps        steps made, and steps in all; a plateau schedule may end the run earlier
-    epoch, epochs      the same in passes over the training split
-    seconds_left       predicted from the rate of the last intervals, validations not counted; None before the first
-    train, val         the last lines of metrics.jsonl, or None
+    process, host      id and host of the process that trained last; None if no status was written
+    step, steps        steps completed, and steps in all; a plateau schedule may end the run earlier
+    epoch, epochs      epochs completed (a fraction), and epochs in all
+    seconds_left       predicted time of training without validations; None before the first interval has ended
+    train, val         the last training line and the last validation line of metrics.jsonl, or None
     best               the validation line with the lowest top-1 error, or None
-    seconds_since      since the last line was written, or None
-    checkpoint         {"step", "seconds_since"} of the newest, or None
+    seconds_since      seconds since the last line was written, or None
+    checkpoint         {"step", "seconds_since"} of the newest checkpoint, or None
 
     Raises UserError for a folder that is not a run.
     """
@@ -84,7 +85,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
-    """The object of `status_of` as lines for a person."""
+    """The result of `status_of` as lines of text."""
     process = f" (process {status['process']} on {status['host']})" if status["alive"] and status["process"] else ""
     reason = f": {status['said']}" if status["state"] == "failed" else f" {status['said']}" if status["said"] else ""
     seconds = status["seconds_left"]
@@ -113,5 +114,5 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
         lines.append("no checkpoint yet")
     if not status["alive"] and not status["finished"]:
         effect = f"resumes after step {saved['step']:,}" if saved else "starts it again from step 0"
-        lines.append(f"The same alextrain run {effect}.")
+        lines.append(f"The same alextrain run command {effect}.")
     return lines

@@ -1,8 +1,8 @@
-"""The paper's ablations on one store: the network trained without one part at a time, with the same seed and budget.
+"""The paper's ablations on one store: trains the network without one part at a time, with equal seeds and steps.
 
-Each training is a run folder of its own, `NAME-seedN`, trained as `alextrain run` trains it. ablation.json in it holds
-its errors over the split val by the centre view. A run that has them is not trained again; one that was stopped or
-killed resumes.
+Each training has a run folder of its own, `NAME-seedN`, like a training by `alextrain run`. ablation.json in the folder
+holds the errors on the split val by the centre view. A run that has its errors is not trained again. A run that was
+stopped or killed resumes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RESULT = "ablation.json"
 
 @dataclass(frozen=True)
 class AblationRun:
-    """One training: an ablation, and the configuration with one seed."""
+    """One training of an ablation, with one seed."""
 
     ablation: Ablation
     config: RunConfig
@@ -64,28 +64,30 @@ def plan_runs(
     gpus: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
-    """The trainings, ablation after ablation. An ablation that does not change the recipe is left out.
+    """The trainings, in the order of the ablations. An ablation that does not change the recipe is left out.
 
-    Raises UserError as recipe_with_overrides and parse_devices.
+    Raises UserError where recipe_with_overrides or parse_devices does.
     """
     base = recipe_with_overrides(recipe, settings, epochs)
     runs = []
     for ablation in ABLATIONS:
         if only and ablation is not BASELINE and ablation.name not in only:
             continue
-        changed, model = apply_overrides(base, ablation.settings), networks[ablation.model]
+        changed, architecture = apply_overrides(base, ablation.settings), networks[ablation.model]
         if ablation is not BASELINE and changed == base and ablation.model == BASELINE.model:
-            say(f"{ablation.name}: left out: recipe {base.name} does not have it.")
+            say(f"{ablation.name}: left out, because it does not change recipe {base.name}.")
             continue
-        for number in range(seed, seed + seeds):
+        for run_seed in range(seed, seed + seeds):
             config = RunConfig(
                 store=store,
                 recipe=changed,
                 batch_size=batch or base.batch_size,
-                seed=number,
-                model=model,
-                run_dir=out / f"{ablation.name}-seed{number}",
-                devices=parse_devices(gpus.split(",")[0] if gpus and model.columns == 1 else gpus, model.columns),
+                seed=run_seed,
+                model=architecture,
+                run_dir=out / f"{ablation.name}-seed{run_seed}",
+                devices=parse_devices(
+                    gpus.split(",")[0] if gpus and architecture.columns == 1 else gpus, architecture.columns
+                ),
                 epochs=epochs or base.epochs,
                 steps=steps,
             )
@@ -94,9 +96,9 @@ def plan_runs(
 
 
 def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
-    """Train and measure the runs that have no errors yet; returns an outcome for each ablation.
+    """Train and evaluate the runs that have no errors yet; returns an outcome for each ablation.
 
-    Raises UserError as train.trainer.loop.fit does, if the store has no split val, and if a folder holds another run.
+    Raises UserError where train.trainer.loop.fit does, if the store has no split val, or if a folder holds another run.
     """
     errors = [_errors(run.config) for run in runs]
     outcomes = []
@@ -108,7 +110,7 @@ def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """(top-1, top-5) of a run that was trained and measured before, 0..1; None if something is left to do.
+    """(top-1, top-5) errors in 0..1 of a run that was trained and evaluated before; None if it was not.
 
     Raises UserError if the folder holds another run.
     """
@@ -149,19 +151,19 @@ def _errors(config: RunConfig) -> tuple[float | None, float | None]:
 
 
 def _measured(run: Run) -> tuple[float, float]:
-    model, _ = load_trained(run.run_dir, run.config.devices)
+    network, _ = load_trained(run.run_dir, run.config.devices)
     loader = validation_stream(run)
-    assert loader is not None  # _errors has looked for the split
-    with loader, progress("validation", loader.records, "images") as report:
-        result = evaluate(model, loader, report)
+    assert loader is not None  # _errors has checked that the store has the split
+    with loader, progress("validation", loader.records, "images") as counter:
+        result = evaluate(network, loader, counter)
     return result.top1_error, result.top5_error
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """For each outcome the paper's differences and the measured ones, in percentage points; above 0: a higher error.
+    """A row for each outcome, with the differences to the baseline in percentage points: the paper's and the measured.
 
-    A measured difference is between runs of the same seed. "spread" is the standard deviation over seeds, None for one
-    seed.
+    A difference above 0 is a higher error. Measured differences are between runs of the same seed. "spread" is the
+    standard deviation over seeds, None for one seed.
     """
     base = outcomes[0]
     return [
@@ -193,7 +195,7 @@ def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `outcome_rows` as a text table, with the sources of the paper's numbers below."""
+    """The rows of `outcome_rows` as a text table, with the sources of the paper's differences below it."""
     lines = [
         f"{'':12}{'paper, points':>14}  {'measured error, %':>26}  {'difference, points':>26}",
         f"{'':12}{'top-1':>7}{'top-5':>7}" + 2 * f"  {'top-1':>13}{'top-5':>13}",

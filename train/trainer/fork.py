@@ -1,10 +1,10 @@
 """A new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
-Every setting may change that leaves the shapes of the parameters as they are. The fork takes over parameters and
-velocity. It begins at the same place in the data: as many epochs, and the same share of the next one, which is another
-number of steps for another batch size. An unchanged schedule continues; a changed one begins anew, and a changed seed
-seeds the random generators anew. The fork's first checkpoint is written at once. From then on the fork is a run like
-any other; its run.json and checkpoints name the checkpoints that it began with, as "ancestry".
+A fork may change any setting that keeps the parameter shapes. It takes over parameters and velocity. It begins at the
+same position in the data: after the same number of epochs and the same fraction of the next epoch. With another batch
+size this is another number of steps. An unchanged schedule continues, a changed schedule begins anew. If the seed
+changes, the random generators are seeded anew. The fork's first checkpoint is written at once. From then on the fork is
+a run like any other. Its run.json and its checkpoints list, as "ancestry", the checkpoints from which it was forked.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from train.trainer.loop import training_stream
 
 
 def fork(run: Run, new_dir: Path) -> Run:
-    """The run in `new_dir`, which begins with the newest checkpoint of `run`'s folder and has `run`'s settings.
+    """Start a run in `new_dir` from the newest checkpoint in `run`'s folder, with `run`'s settings, and return it.
 
-    Writes nothing if the fork exists already. Raises UserError if there is no checkpoint to begin with, if parameters
-    would change their shapes, and if the folder holds something else.
+    Writes nothing if the fork exists already. Raises UserError if there is no checkpoint to begin with, if a parameter
+    would change its shape, or if `new_dir` holds anything else.
     """
     forked = _moved_to(run, new_dir)
     make_run_dir(new_dir)
@@ -38,9 +38,9 @@ def fork(run: Run, new_dir: Path) -> Run:
 
 
 def preview_fork(run: Run, new_dir: Path | None) -> str:
-    """What `alextrain run --dry-run` says: where the run, or its fork into `new_dir`, would begin. Writes nothing.
+    """The message of `alextrain run --dry-run`: the step after which the run, or its fork into `new_dir`, would begin.
 
-    Raises UserError if the run would be refused for what its folders hold.
+    Writes nothing. Raises UserError if `alextrain run` would refuse to train because of the content of its folders.
     """
     planned = _moved_to(run, new_dir) if new_dir else run
     resumed = None
@@ -66,7 +66,7 @@ def _moved_to(run: Run, new_dir: Path) -> Run:
 
 
 def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
-    """Raise UserError if the run in `new_dir` began with something else than `origin`."""
+    """Raise UserError if the run in `new_dir` was not forked from `origin`."""
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
     if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
         raise UserError(f"--fork {new_dir}: holds a run that began with {parent or 'nothing'}, not with {origin}.")
@@ -130,7 +130,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """Where the fork has seen as much of the data as its parent: whole epochs, and a share of the next one."""
+    """The position after the parent's number of epochs and the parent's fraction of the next epoch."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)
@@ -147,6 +147,6 @@ def _check_shapes(run: Run, state: Checkpoint) -> None:
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"--fork {config.run_dir}: {name} has shape {tuple(tensor.shape)} in the checkpoint, {shapes[name]} in "
-                "this network. What a fork changes may not change shapes: give the model, the crossings and as many "
-                "classes as it began with."
+                "this network. A fork may change any setting that keeps the parameter shapes: use the same --model, "
+                "crossings and number of classes."
             )

@@ -1,4 +1,4 @@
-"""The training loop, on one page."""
+"""The training loop: resume, train, log, checkpoint, validate."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
 
     view  console output; by default a live display on a terminal and plain lines elsewhere
 
-    Raises UserError as the loaders do, if the folder holds another run, and if memory runs out; DiskFull; Diverged if a
-    loss, gradient or parameter becomes NaN or infinite. After Ctrl-C, SIGTERM or SIGHUP it finishes the step, writes a
-    checkpoint and raises KeyboardInterrupt or Terminated.
+    Raises UserError where a loader does, if the folder holds another run, or if memory runs out; DiskFull if the disk
+    is too full for checkpoints; Diverged if a loss, gradient or parameter becomes NaN or infinite. After Ctrl-C,
+    SIGTERM or SIGHUP it finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     """
     make_run_dir(run.run_dir)
     with hold_lock(run.run_dir, "training"), out_of_memory(run.config), ExitStack() as streams:
@@ -52,8 +52,8 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
     train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
 
-    # ---- resume. The first that applies: 1. the newest checkpoint in the run folder that can be read, if its identity
-    # ---- is this run's; 2. the seed. The stream continues where the checkpoint left it.
+    # ---- resume from the newest intact checkpoint in the run folder. A checkpoint of another identity is an error.
+    # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
     step, validation_due = 0, False
     resumed = checkpoint.load_latest(run.run_dir)
     if resumed is not None:
@@ -78,7 +78,8 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
         state = capture_state(run, step, network, optimizer, schedule, loader, validation_due)
         keeper.save(state, is_last, before=log.sync)
 
-    # ---- epochs. The checkpoint of an epoch's end is written before its validation: a stop then loses nothing.
+    # ---- epochs. The checkpoint at the end of an epoch is written before the validation, so that a stop during the
+    # ---- validation loses nothing.
     network.train()
     with stop_requests() as stop:
         while True:
@@ -120,7 +121,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream after `epochs_done` epochs, with the colour noise that the schedule has there."""
+    """The training stream from the end of `epochs_done` epochs on, with the schedule's colour noise of that time."""
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:
@@ -139,10 +140,13 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
 
 
 def validation_stream(run: Run) -> EvalLoader | None:
-    """Centre views of the split val; None, with a message, if the store has no such split."""
+    """The loader of the centre views of the split val; None, with a message, if the store has no such split."""
     config = run.config
     if "val" not in run.store.splits:
-        say(f"{config.store} has no split val: no validation errors, and a schedule that waits for them never moves.")
+        say(
+            f"{config.store} has no split val: validation errors are not computed, and a plateau schedule never "
+            "reduces the rate."
+        )
         return None
     batch = eval_batch_size(run.store.split("val").records, 1, config.devices[0])
     return eval_loader(
@@ -151,5 +155,5 @@ def validation_stream(run: Run) -> EvalLoader | None:
 
 
 def _validate(network: AlexNet, loader: EvalLoader, precision: str, view: ConsoleView) -> EvalResult:
-    with view.progress("validation", loader.records, "images") as report:
-        return evaluate(network, loader, report, precision)
+    with view.progress("validation", loader.records, "images") as counter:
+        return evaluate(network, loader, counter, precision)

@@ -1,4 +1,4 @@
-"""The batch at which a training diverged, written into the run folder for inspection."""
+"""Writes the batch at which a training diverged into the run folder, for inspection."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from train.runs.run import Run
 def write_offending_batch(
     folder: Path, run: Run, step: int, augmentation: Augmentation, diagnosis: Mapping[str, Any]
 ) -> None:
-    """Write the batch of `step`, counted from 1, into `folder`: batch.json and pictures.png.
+    """Write the batch of `step`, a step of the run counted from 1, into `folder`: batch.json and pictures.png.
 
-    augmentation  with which the stream served it
-    diagnosis     keys to add to batch.json: what was not finite
+    augmentation  the stream's augmentation at that step
+    diagnosis     keys added to batch.json: the steps checked, their losses, all norms
 
-    The batch is asked of a new stream: it is a function of seed, epoch and step. batch.json has each record's shard,
-    key, source and label, and the range of the pixels. The pictures have the mean colour added back; NaN and infinite
-    pixels are white. Raises OSError, and UserError as train_loader does.
+    A new stream serves the batch again, since it depends only on seed, epoch and step. batch.json has each record's
+    shard, key, source and label, and the range of the pixels. In pictures.png the mean colour is added back; NaN and
+    infinite pixels are white. Raises OSError, and UserError where train_loader does.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)
@@ -39,7 +39,7 @@ def write_offending_batch(
         loader.seek(epoch, step_of_epoch)
         images, labels = next(iter(loader))
         permutation = epoch_permutation(loader.records, config.seed, epoch)
-    numbers = permutation[step_of_epoch * size : (step_of_epoch + 1) * size].tolist()
+    indices = permutation[step_of_epoch * size : (step_of_epoch + 1) * size].tolist()
     pixels = images.float().cpu().numpy()
     finite = np.isfinite(pixels)
     records = Records(store, "train")
@@ -55,13 +55,13 @@ def write_offending_batch(
         "augmentation": asdict(augmentation),
         "records": [
             {
-                "number": number,
+                "number": index,
                 "label": label,
                 "class": store.classes[label],
-                "record": records.location(number),
+                "record": records.location(index),
                 "no_numbers": int(not_finite),
             }
-            for number, label, not_finite in zip(numbers, labels.tolist(), (~finite).sum((1, 2, 3)), strict=True)
+            for index, label, not_finite in zip(indices, labels.tolist(), (~finite).sum((1, 2, 3)), strict=True)
         ],
     }
     records.close()

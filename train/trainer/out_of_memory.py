@@ -1,4 +1,4 @@
-"""Out-of-memory errors of a device or the host, turned into advice on what to pass instead."""
+"""Turns out-of-memory errors of a device or the host into advice on options that need less memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# In the messages of out-of-memory errors that have no type of their own: torch's CPU allocator; the CUDA driver and
-# DALI; cuBLAS.
+# Parts of the messages by which out-of-memory errors without a type of their own are recognized: those of torch's CPU
+# allocator; of the CUDA driver and DALI; of cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def out_of_memory(config: RunConfig) -> Iterator[None]:
-    """Raise UserError with options that need less memory if the body runs out of it; other errors pass through."""
+    """A context that turns out-of-memory errors into UserError with options that need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
@@ -38,4 +38,4 @@ def _advice(config: RunConfig, message: str) -> str:
         advice += ", with --fork NEW_DIR to continue from the newest checkpoint"
     given = f"--batch {batch}" + (f" --accumulate {parts}" if parts > 1 else "")
     devices = " and ".join(dict.fromkeys(config.devices))
-    return f"{given}: out of memory on {devices} ({message}). Give {advice}."
+    return f"{given}: out of memory on {devices} ({message}). Pass {advice}."

@@ -1,7 +1,7 @@
-"""The state of a training: captured into a checkpoint, and restored from one.
+"""Captures the state of a training in a checkpoint, and restores it from a checkpoint.
 
-Parameters and velocity are in the joined shapes, so a checkpoint continues on any placement of the columns. The stream
-is restored by its loader.
+Parameters and velocity have their joined shapes, so that a run can continue with any assignment of columns to devices.
+The loader itself restores the state of the stream.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def capture_state(
     loader: TrainLoader,
     validation_due: bool,
 ) -> Checkpoint:
-    """The checkpoint of a training after `step`; best step and ancestry are filled in by CheckpointKeeper.
+    """The checkpoint of a training after `step`. CheckpointKeeper fills in best step and ancestry.
 
-    validation_due  the epoch has ended and its validation has not been made
+    validation_due  True if the epoch has ended, but its validation has not been computed
     """
     return Checkpoint(
         identity=run.identity,
@@ -51,7 +51,7 @@ def restore_state(
 ) -> None:
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
-    On other devices than the checkpoint's the generators are seeded anew, by seed and step.
+    If the devices differ from those of the checkpoint, the generators are seeded anew from seed and step.
     """
     network.load_joined_tensors(state.parameters)
     network.load_joined_tensors(state.velocity, optimizer.velocity)
@@ -66,7 +66,7 @@ def restore_state(
 
 
 def seed_generators(config: RunConfig, step: int) -> None:
-    """Seed every random generator; that of column 1's GPU differently, or both columns would drop the same units."""
+    """Seed every random generator. Column 1's GPU has its own seed, or both columns would drop the same units."""
     torch.manual_seed(config.seed + step)
     if config.devices[0] != config.devices[1]:
         with torch.cuda.device(config.devices[1]):

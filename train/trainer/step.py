@@ -1,21 +1,23 @@
 """One training step: forward, cross-entropy, backward, update.
 
-With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged:
-the same update up to rounding, while only one part's activations are in memory. Each part draws its own dropout, as
-each image of a batch does.
+With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged.
+The update is the same up to rounding, and only one part's activations are in memory. Dropout is drawn independently
+for every image, with or without --accumulate.
 
-The host never waits for a device during a step. So the two columns run at the same time on their two GPUs, although
+The host never waits for a device during a step. The two columns therefore run at the same time on two GPUs, although
 one thread launches both, column 0's layers first:
 
 -   A launch queues work on the current stream of its device and returns. No value is read back (no item(), no cpu(),
     no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.
 -   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream. CUDA
     events make the copy wait for the receiver's stream, and the receiver's stream for the copy.
--   In the backward pass autograd has a thread for each GPU, which launches that GPU's part; copies go the other way.
--   The update queues additions on each parameter's device. Learning rates are numbers of the host.
+-   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. Copies at the crossings go
+    in the opposite direction.
+-   The update queues additions on each parameter's device. Learning rates are Python numbers, not tensors.
 
-GPU 1 has its first layers queued some hundred microseconds after GPU 0. From then on the GPUs wait for each other only
-at the crossings, as in the paper (section 3.2). The first wait is the caller's, when it reads a value of the result.
+The first layers are queued on GPU 1 some hundred microseconds after those on GPU 0. From then on the GPUs wait for each
+other only at the crossings, as in the paper (section 3.2). The host first waits when the caller reads a value of the
+result.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ class StepResult(NamedTuple):
 
 
 class TrainingStep:
-    """A callable that trains `model` on one batch."""
+    """A callable that trains `network` on one batch."""
 
-    def __init__(self, model: AlexNet, optimizer: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
-        """Raises UserError for a precision that the model's devices do not support.
+    def __init__(self, network: AlexNet, optimizer: PaperSGD, precision: str = "fp32", parts: int = 1) -> None:
+        """Raises UserError for a precision that the network's devices do not support.
 
-        parts  equal parts in which a batch is computed
+        parts  number of equal parts in which a batch is computed
         """
-        set_precision(precision, model.devices)
-        self.model, self.optimizer, self.precision, self.parts = model, optimizer, precision, parts
+        set_precision(precision, network.devices)
+        self.network, self.optimizer, self.precision, self.parts = network, optimizer, precision, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
         """Update the parameters once. The tensors may be on any device.
@@ -60,14 +62,14 @@ class TrainingStep:
         """
         if len(labels) % self.parts:
             raise ValueError(f"a batch of {len(labels)} cannot be divided into {self.parts} equal parts")
-        device = self.model.devices[0]
+        device = self.network.devices[0]
         labels = labels.to(device, non_blocking=True)
         self.optimizer.zero_grad(set_to_none=True)
         losses, logits = [], []
         for part, part_labels in zip(images.chunk(self.parts), labels.chunk(self.parts), strict=True):
             with autocast(self.precision, device):
-                scores = self.model(part).float()
-                loss = F.cross_entropy(scores, part_labels, label_smoothing=self.model.recipe.label_smoothing)
+                scores = self.network(part).float()
+                loss = F.cross_entropy(scores, part_labels, label_smoothing=self.network.recipe.label_smoothing)
                 loss = loss / self.parts
             loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
             losses.append(loss.detach())

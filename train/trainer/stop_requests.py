@@ -11,7 +11,7 @@ from prep.console import Terminated, say
 
 
 class StopRequests:
-    """The signal handler of a training. `requested` is what to raise after the step under way; None until a signal."""
+    """The signal handler of a training. `requested` is the exception to raise after the current step, or None."""
 
     def __init__(self) -> None:
         self.requested: BaseException | None = None
@@ -19,7 +19,7 @@ class StopRequests:
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """A context in which stopping loses nothing: a signal raises at once, also one that came before."""
+        """A context in which a stop loses nothing: a signal raises at once, and an earlier one raises on entry."""
         self._deferred = False
         try:
             if self.requested is not None:
@@ -29,7 +29,7 @@ class StopRequests:
             self._deferred = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal: request a stop; a second signal raises at once."""
+        """Handle a signal: the first requests a stop, a second raises at once."""
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.requested is not None or not self._deferred:
             raise stop
@@ -40,7 +40,7 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """Handle the stop signals inside; SIGHUP only if it is not ignored, as it is under nohup."""
+    """A context in which StopRequests handles the signals. An ignored SIGHUP, as under nohup, stays ignored."""
     stop, signals = StopRequests(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)

@@ -1,7 +1,7 @@
-"""Detects NaN and infinite losses, gradients and parameters, which end a run, and stuck or suspicious losses.
+"""Detects NaN and infinite losses, gradients and parameters, which end a run, and warns of stuck or suspicious losses.
 
-The watchdog waits for no device between two lines of metrics.jsonl: values of a step stay on the device and are read
-with the next line. A NaN loss is therefore reported at the next line, with the exact step at which it occurred.
+There is no host-device synchronization between two log lines: the values of a step stay on the device until the next
+line of metrics.jsonl is due. A NaN loss is therefore reported at that line, with the exact step at which it occurred.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
 
-STUCK_STEPS = 5000  # at a loss of ln(classes); the paper's network on ImageNet may need half as many to leave it
-MIN_STUCK_STEPS = 100  # in a run of fewer than 10,000 steps: half of its steps, but at least these
-STUCK_SHARE = 0.01  # of ln(classes): a loss within this distance counts as ln(classes)
+# The watchdog warns after STUCK_STEPS steps at a loss of ln(classes). The paper's network on ImageNet may need half as
+# many steps to leave that loss. A run of fewer than 10,000 steps is warned after half of its steps, or after
+# MIN_STUCK_STEPS if that is more.
+STUCK_STEPS = 5000
+MIN_STUCK_STEPS = 100
+STUCK_SHARE = 0.01  # a loss within ± this share of ln(classes) counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a smaller loss counts as zero
-ONE_CLASS_IMAGES = 32  # fewer labels of one class may be coincidence
+ONE_CLASS_IMAGES = 32  # in fewer images, equal labels may be a coincidence
 
 
 class Diverged(UserError):
@@ -34,9 +37,9 @@ class Diverged(UserError):
 class Watchdog:
     """Collects loss and labels of every step, and checks them at each line of metrics.jsonl."""
 
-    def __init__(self, run: Run, model: AlexNet, warn: Callable[[str], None] = say) -> None:
-        """`warn` prints a warning; each kind is printed once in a run."""
-        self.run, self.model, self._print_warning = run, model, warn
+    def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:
+        """`warn` prints a warning. Each kind of warning is printed once in a run."""
+        self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
         self._stuck_since: int | None = None  # the step since which every interval had a loss of ln(classes)
         self._warned: set[str] = set()
@@ -44,11 +47,11 @@ class Watchdog:
 
     def _begin(self) -> None:
         self._losses: list[Tensor] = []
-        self._labels: tuple[Tensor, Tensor] | None = None  # the smallest and the largest of the interval
+        self._labels: tuple[Tensor, Tensor] | None = None  # smallest and largest label of the interval
         self._images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Take the result of a step (train.trainer.step.StepResult)."""
+        """Add the result of a step (train.trainer.step.StepResult)."""
         smallest, largest = labels.aminmax()
         if self._labels is not None:
             smallest, largest = torch.minimum(smallest, self._labels[0]), torch.maximum(largest, self._labels[1])
@@ -57,15 +60,15 @@ class Watchdog:
         self._losses.append(loss)
 
     def check(self, step: int, augmentation: Augmentation) -> dict[str, dict[str, float]]:
-        """Check the steps since the last check, the newest of which is `step`; returns parameter_norms(model).
+        """Check the steps since the last check, up to `step`; returns parameter_norms(network).
 
-        augmentation  with which the stream served the batches
+        augmentation  the stream's augmentation in these steps
 
-        Raises Diverged if a loss, or the norm of a gradient or parameter, is NaN or infinite; the batch is then in the
-        run folder.
+        Raises Diverged if a loss, or the norm of a gradient or parameter, is NaN or infinite, and writes the batch of
+        that step into the run folder.
         """
         losses: list[float] = torch.stack(self._losses).tolist()
-        norms = parameter_norms(self.model)
+        norms = parameter_norms(self.network)
         prefix = {"parameter": "", "gradient": "the gradient of "}
         not_finite = [
             f"{prefix[kind]}{name} has norm {norm}"
@@ -99,19 +102,20 @@ class Watchdog:
         warnings = {
             "stuck": (
                 loss_of_guessing > 0 and steps_stuck >= self.stuck_steps,
-                f"the loss has been within {STUCK_SHARE:.0%} of ln {len(classes):,} = {loss_of_guessing:.3f}, a guess "
-                f"among all classes, for {self.stuck_steps:,} steps. Usually: a learning rate that is too high or too "
-                "low (--set lr=…), or labels that do not belong to the pictures (alexstream preview, alexprep verify).",
+                f"the loss has been within {STUCK_SHARE:.0%} of ln {len(classes):,} = {loss_of_guessing:.3f}, the "
+                f"loss of a random guess, for {self.stuck_steps:,} steps. Usual causes: a learning rate that is too "
+                "high or too low (--set lr=…), or labels that do not belong to the images (alexstream preview, "
+                "alexprep verify).",
             ),
             "zero": (
                 mean < ZERO_LOSS_NATS,
-                f"the loss is {mean:.1g}. Usually: a store with one class, or with so few pictures that the network "
+                f"the loss is {mean:.1g}. Usual causes: a store with one class, or with so few images that the network "
                 "has memorized them (alexprep inspect).",
             ),
             "one class": (
                 smallest == largest and self._images >= ONE_CLASS_IMAGES,
-                f"all {self._images:,} labels since step {before:,} are {classes[smallest]}. Usually: a store with one "
-                "class, or with its records sorted by class (alexstream inspect).",
+                f"all {self._images:,} labels since step {before:,} are {classes[smallest]}. Usual causes: a store "
+                "with one class, or with records sorted by class (alexstream inspect).",
             ),
         }
         for kind, (applies, text) in warnings.items():
@@ -130,20 +134,20 @@ class Watchdog:
         raise Diverged(
             f"step {step:,}: {what}: training has diverged. {batch} "
             + (f"{kept[-1].name} is kept. " if kept else "")
-            + "A lower rate usually helps: --set lr=…, another --recipe, or a larger --batch at the same rate; with "
-            "--fork NEW_DIR from the checkpoint on."
+            + "A lower learning rate usually helps: --set lr=…, another --recipe, or a larger --batch at the same "
+            "rate. --fork NEW_DIR continues from the checkpoint with the new setting."
         )
 
 
-def parameter_norms(model: AlexNet) -> dict[str, dict[str, float]]:
+def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
     """`{"conv1.weight": {"parameter": …, "gradient": …}}`: Euclidean norms by joined name. Waits for the devices.
 
     A parameter without a gradient has no "gradient".
     """
     squares: dict[tuple[str, str], float] = {}
-    for device in dict.fromkeys(model.devices):
+    for device in dict.fromkeys(network.devices):
         keys, tensors = [], []
-        for name, parameters in model.parameters_by_joined_name().items():
+        for name, parameters in network.parameters_by_joined_name().items():
             for parameter in parameters:
                 if parameter.device == device:
                     keys.append((name, "parameter"))
@@ -160,8 +164,9 @@ def parameter_norms(model: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """The norm, (), computed row by row: one float32 sum over fc6's 38 million squares errs in the fourth digit on a
-    CPU.
+    """The norm of a tensor, shape (), computed row by row.
+
+    On a CPU, a single float32 sum over fc6's 38 million squares is wrong in the fourth digit.
     """
     rows: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
     norm: Tensor = torch.linalg.vector_norm(rows)

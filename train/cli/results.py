@@ -1,4 +1,4 @@
-"""`alextrain figures`, `report`, `predict`, `features`, `search`: what a run has learned."""
+"""`alextrain figures`, `report`, `predict`, `features` and `search`: commands that show what a run has learned."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.config.choices import INDEX_RECORDS, PREDICT_VIEWS
 if TYPE_CHECKING:
     from train.evaluation.trained_run import TrainedRun
 
-MAX_SHEET_ROWS = 100  # photographs on the sheet of `search`; matplotlib fails at far more
+MAX_SHEET_ROWS = 100  # maximum number of photographs on the sheet of `search`; matplotlib fails with far more
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 image_store_option = click.option(
@@ -38,10 +38,10 @@ index_option = click.option(
     default=INDEX_RECORDS,
     show_default=True,
     metavar="N",
-    help="Number of training images to search for the nearest, at most.",
+    help="Maximum number of training images to search through.",
 )
 image_seed_option = click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed that chooses the images that are shown."
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of the random choice of images to show."
 )
 
 
@@ -97,14 +97,14 @@ def figures(
         path = folder / f"{figure.name}.{format}"
         save_figure(render_figure(figure.draw, figure.size_inches, format), path)
         names.append(path.name)
-    _say_what_is_left_out(trained, split)
+    _print_omitted_figures(trained, split)
     if as_json:
         print_json({"out": str(folder), "files": names, "step": trained.checkpoint.step})
     else:
         say(f"Drawn into {folder}: {', '.join(names)}")
 
 
-def _say_what_is_left_out(trained: TrainedRun, split: str) -> None:
+def _print_omitted_figures(trained: TrainedRun, split: str) -> None:
     left_out = "so figures of images, feature maps and errors per class are left out"
     if trained.store is None:
         say(f"The training store was moved, removed or rebuilt, {left_out}. Name a store with --store.")
@@ -142,7 +142,7 @@ def report(
 ) -> None:
     """Write a report of a run: errors, all figures, the recipe with its sources, store, software and throughput.
 
-    It is one HTML file, which needs no network and no other file.
+    The report is one HTML file, which can be read offline.
 
     \b
     Example:
@@ -154,7 +154,7 @@ def report(
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     path = out or trained.run_dir / "report.html"
     size_bytes = write_report(trained, path, split, seed, index_records)
-    _say_what_is_left_out(trained, split)
+    _print_omitted_figures(trained, split)
     if as_json:
         print_json({"out": str(path), "bytes": size_bytes, "step": trained.checkpoint.step})
     else:
@@ -188,7 +188,7 @@ def predict(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Print the most probable classes of photographs, prepared as the records of the training store were.
+    """Print the most probable classes of photographs, which are prepared like the images of the training store.
 
     \b
     Example:
@@ -217,7 +217,7 @@ def predict(
     "--layer", type=click.Choice(LAYERS), default="fc7", show_default=True, help="Layer whose activations are written."
 )
 @store_option
-@click.option("--split", default="val", show_default=True, help="Split whose images are taken.")
+@click.option("--split", default="val", show_default=True, help="Split of the store whose images are used.")
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, metavar="FILE.npy", help="File for the activations."
 )
@@ -238,7 +238,7 @@ def features(
 ) -> None:
     """Write a layer's activations for every image of a split: float32 .npy, and .keys.txt with a line for each row.
 
-    They are of the centre crop, after the nonlinearity (fc8: the logits), column 0 before column 1.
+    The activations are those of the centre crop, after the nonlinearity (fc8: the logits), column 0 before column 1.
 
     \b
     Example:
@@ -311,7 +311,7 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     results = find_nearest(trained, images, count, index_records)
     rows = [result.row for result in results]
-    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small store has fewer than `count`
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small store has fewer images than `count`
     save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
     for path, result in zip(images, results, strict=True):
