@@ -1,6 +1,6 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-The limit takes the place of a full disk. Do not write into `uninterrupted_run` and `small_run`: copy them first.
+The limit simulates a full disk. Do not write into `uninterrupted_run` and `small_run`: copy them first.
 """
 
 from __future__ import annotations

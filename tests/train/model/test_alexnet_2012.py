@@ -178,7 +178,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Tests mean, standard deviation and biases. For He et al. the deviation is sqrt(2 / fan in), and 0.01 in fc8."""
+    """Tests mean, standard deviation and biases. He et al.: deviation sqrt(2 / fan in), but 0.01 in fc8."""
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:

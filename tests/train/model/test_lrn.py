@@ -255,7 +255,7 @@ def check_triton(
 
 @needs_triton
 def test_triton_kernels_in_tritons_interpreter() -> None:
-    """Triton's interpreter runs on a CPU. It must be chosen before Triton is imported: therefore in a subprocess."""
+    """Triton's interpreter runs on a CPU. A subprocess selects it before it imports Triton."""
     program = "from tests.train.model import test_lrn\n"
     program += "for case in test_lrn.TRITON_CASES:\n    test_lrn.check_triton(*case)\n"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
@@ -282,7 +282,7 @@ def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a container image without a C compiler, Triton is installed and cannot compile. Training then used to end at
-    the first normalization. The kernel is tried once, at the first normalization. In this test, that is in evaluation.
+    the first normalization. The kernel is tried once, at the first normalization. This test disables gradients there.
     """
 
     def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Evaluation mode for a block of code; the earlier mode is restored, also after an exception."""
+"""Tests of evaluation mode for a block of code: the earlier mode is restored, also after an exception."""
 
 from __future__ import annotations
 

@@ -62,12 +62,12 @@ def test_a_validation_that_ends_while_the_display_is_drawn_causes_no_error() -> 
         reads = 0
 
         @property
-        def _report(self) -> tuple[str, Progress] | None:
+        def _validation(self) -> tuple[str, Progress] | None:
             self.reads += 1
             return ("validation", Progress(500, "images")) if self.reads == 1 else None
 
-        @_report.setter
-        def _report(self, value: object) -> None:
+        @_validation.setter
+        def _validation(self, value: object) -> None:
             pass
 
     console = Console(record=True, width=100, file=io.StringIO())

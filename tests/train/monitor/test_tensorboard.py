@@ -1,4 +1,4 @@
-"""Tests of event files for TensorBoard, which TensorBoard reads."""
+"""Tests of a run's event files as TensorBoard reads them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fused parameter update equals torch's private kernel to the bit; without that kernel it agrees to rounding."""
+"""Tests of the fused parameter update: bitwise equal to torch's private kernel, and close to it without that kernel."""
 
 from __future__ import annotations
 

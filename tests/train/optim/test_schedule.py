@@ -1,4 +1,4 @@
-"""Learning-rate schedules against the tables and formulas of their sources, and frozen layers."""
+"""Tests of learning-rate schedules against the tables and formulas of their sources, and of frozen layers."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_biases_have_a_multiple_of_the_rate_or_a_rate_of_their_own() -> None:
 
 
 def test_the_rate_of_every_recipe_is_above_zero_at_each_of_its_epochs() -> None:
-    """A rate of 0 freezes a layer, so that a recipe with such an epoch would train nothing."""
+    """A recipe with a learning rate of 0 in an epoch would train nothing in that epoch."""
     for recipe in RECIPES.values():
         schedule = Schedule(recipe)
         assert all(schedule.learning_rates(epoch / 2)[0] > 0 for epoch in range(2 * recipe.epochs + 2)), recipe.name

@@ -1,4 +1,4 @@
-"""Training on a disk that is full for some steps, or until the end. The tests limit the size of files instead."""
+"""Tests of training on a disk that is full for some steps, or until the end, simulated by a limit on file sizes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from train.runs.checkpoint import checkpoint_paths
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-LESS_THAN_A_CHECKPOINT = 60_000  # limit on the size of a file, in bytes
+LESS_THAN_A_CHECKPOINT = 60_000  # maximum size of a file, in bytes
 
 
 def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(

@@ -31,7 +31,7 @@ RUN_OUT_OF_MEMORY = {
 
 
 @pytest.mark.parametrize("fail", RUN_OUT_OF_MEMORY.values(), ids=RUN_OUT_OF_MEMORY)
-@pytest.mark.parametrize(("parts", "advice"), [(1, "--accumulate 2"), (2, "--accumulate 4"), (8, "Give --batch 4")])
+@pytest.mark.parametrize(("parts", "advice"), [(1, "--accumulate 2"), (2, "--accumulate 4"), (8, "Pass --batch 4")])
 def test_an_out_of_memory_error_advises_more_parts_or_a_smaller_batch(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fail: Any, parts: int, advice: str
 ) -> None:
