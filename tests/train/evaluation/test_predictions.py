@@ -56,7 +56,7 @@ def test_saved_predictions_are_loaded_and_other_files_are_refused(tmp_path: Path
         ({"about": {**SAVED.about, "split": "train"}}, "differ in split "),
         ({"about": {**SAVED.about, "classes": ["y", "x"]}}, "differ in classes"),
         ({"keys": SAVED.keys[::-1]}, "in another order"),
-        ({"labels": np.array([0, 1])}, "other images"),
+        ({"labels": np.array([0, 1])}, "different images"),
     ],
 )
 def test_only_predictions_for_the_same_images_are_averaged(change: dict, message: str) -> None:
