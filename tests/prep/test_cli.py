@@ -91,7 +91,7 @@ def test_a_repeated_build_reports_that_there_is_nothing_to_do(photo_folder: Path
 
 
 def test_a_build_with_other_settings_is_refused(photo_folder: Path, store: Path) -> None:
-    fails(alexprep("build-lmdb", photo_folder, "--store", store, "--side", "128"), "--side 256", "says 128")
+    fails(alexprep("build-lmdb", photo_folder, "--store", store, "--side", "128"), "--side 256", "has 128")
     fails(alexprep("build-lmdb", photo_folder, "--store", store, "--keep-aspect"), "--keep-aspect")
 
 
