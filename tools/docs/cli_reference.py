@@ -39,7 +39,7 @@ from the environment variable `ALEXNET_STORE`. Every command that prints figures
 | 3 | the disk is full |
 | 129, 130, 143 | interrupted by a closed terminal, by Ctrl-C, by SIGTERM |
 
-After each of them, giving the same command again continues the work.
+After each of them, running the same command again continues the work.
 """
 
 
