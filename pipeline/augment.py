@@ -11,17 +11,17 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 - If a record is not square (--keep-aspect), S begins at its row (height − side_px) // 2 and its column
   (width − side_px) // 2.
 
-Evaluation has no shift and no divisor. The centre crop begins at row and column (side_px − 224) // 2. The ten views are
-the crops at top left, top right, centre, bottom left and bottom right, then the same five mirrored, in the order of
-convdata_jpeg.py. A network that slides over an image gets all of S as one crop of side_px × side_px.
+An evaluation image has no shift and is not divided. The centre crop begins at row and column (side_px − 224) // 2. The
+ten views are the crops at top left, top right, centre, bottom left and bottom right, then the same five crops mirrored,
+in the order of convdata_jpeg.py. A network that slides over an image gets all of S as one crop of side_px × side_px.
 
 mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
     channel     the mean of M over all pixels: one value for each channel
     image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M. It is subtracted from every crop
                 and never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
-    aligned     M[y + i, x + j', c]: the part of M at the position of the crop, mirrored if the crop is, as in Caffe's
-                data_transformer.cpp
+    aligned     M[y + i, x + j', c]: the part of M at the position of the crop. If the crop is mirrored, this part is
+                mirrored too, as in Caffe's data_transformer.cpp
     none        0
 
 pipeline.sampling draws y, x, flip and z. Two engines compute the formula: pipeline.engines.cpu_engine (C, on a CPU) and
@@ -93,12 +93,11 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 
 
 class Crops(NamedTuple):
-    """Positions of the crops of N records, V crops each, and the RGB shift added to their pixels."""
+    """Crops of N records: positions and flips of V crops of each record, and one RGB shift for each record."""
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins
-    offset: npt.NDArray[
-        np.int32
-    ]  # (N, V, 2): row and column in the square, 0..side_px − 224; 0 if the crop is all of it
+    # (N, V, 2): row and column of the crop in the square, 0..side_px − 224; 0 if the crop is the complete square
+    offset: npt.NDArray[np.int32]
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
     shift: npt.NDArray[np.float32]  # (N, 3): colour noise; the channel means are subtracted if mean is "channel"
 
@@ -113,7 +112,7 @@ def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.i
 
 
 class Augmenter:
-    """Means and noise matrix of one store, and the crops of its batches."""
+    """Makes the crops of batches; holds the means and the noise matrix of one store."""
 
     def __init__(self, store: Store, augmentation: Augmentation) -> None:
         """Raises StoreError if the store lacks its colour statistics, UserError if its images are under 224 px."""

@@ -7,8 +7,8 @@
 
 Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
 pipeline.sampling. They depend only on the seed and on the position in the stream: the epoch, and the step of the epoch,
-both from 0. A saved state therefore resumes at any batch, bit for bit. The number of threads does not change the
-images, nor does the division of each step's records among several loaders.
+both from 0. A saved state therefore resumes at any batch, bit for bit. The images depend neither on the
+number of threads nor on the number of loaders that share the records of a step.
 
 Threads prepare batches before they are requested. Serving a batch copies nothing. The memory of a batch is not reused
 while one of its tensors exists, so batches may be kept and changed in place. On a GPU, a batch is bound to the CUDA
@@ -35,8 +35,8 @@ from prep.store.manifest import Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
 
-# Version of the order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of another
-# version cannot be resumed. States store the version under the key "graph_version".
+# Version of the record order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of
+# another version cannot be resumed. States store the version under the key "graph_version".
 STREAM_VERSION = 3
 
 
@@ -87,7 +87,7 @@ class TrainLoader(Loader):
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutation = (-1, np.empty(0, np.int64))  # (epoch, its permutation), as computed last
+        self._permutation = (-1, np.empty(0, np.int64))  # the permutation computed last, after its epoch
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 
@@ -97,7 +97,7 @@ class TrainLoader(Loader):
 
     @property
     def left_out(self) -> int:
-        """Number of records that no loader serves in an epoch: fewer than batch_size · world_size."""
+        """Number of records that are not served in an epoch; always less than batch_size · world_size."""
         return self.records - len(self) * self.batch_size * self.world_size
 
     def __iter__(self) -> Iterator[Batch]:
@@ -127,7 +127,7 @@ class TrainLoader(Loader):
         self._is_prefetching = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the stream and the settings of this loader, JSON-serializable, a few hundred bytes.
+        """The position of the stream and the settings of this loader: a JSON-serializable dict of a few hundred bytes.
 
         A loader that loads this state continues with the next batch, bit for bit. The states of all ranks are equal
         except for `shard`.
@@ -135,7 +135,7 @@ class TrainLoader(Loader):
         return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same store, seed and settings; raises UserError with both values if one differs.
+        """Resume from a state of the same store, seed and settings; raises UserError with both values if they differ.
 
         Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change;
         then each rank serves batch_size records of each step of the next epoch. Within an epoch they may change if
@@ -169,7 +169,7 @@ class TrainLoader(Loader):
         }
 
     def _positions(self) -> Iterator[tuple[int, int]]:
-        """All positions (epoch, step) from the current one on, without end."""
+        """An endless sequence of positions (epoch, step), from the current position on."""
         position = self.epoch, self.step
         while True:
             yield position
@@ -278,15 +278,15 @@ def train_loader(
     store         store folder written by `alexprep build-lmdb`
     batch_size    number of images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
     device        device on which images are decoded and augmented and batches are served: "cpu" or "cuda:N"
-    seed          seed of the order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits with any
-                  number of threads
+    seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
+                  with any number of threads
     split         split of the store to read
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the settings of the paper,
                   with the colour noise of the authors' code
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16"
     threads       number of CPU threads that decode and augment; None: one for each core that this process may use
-    shard         rank of this process, 0..world_size − 1; it selects the batch_size records of each step to serve
+    shard         rank of this process, 0..world_size − 1; selects which batch_size records of each step are served
     world_size    number of ranks, each with a loader, that share an epoch. Together they serve the batches of a loader
                   with batch size batch_size · world_size
 

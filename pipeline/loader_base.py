@@ -34,12 +34,12 @@ class WaitTimes(NamedTuple):
     """Times for which a loader and its consumer waited for each other."""
 
     batches: int  # number of batches served
-    consumer_wait_s: float  # time for which the consumer waited for batches; training was input-bound then
-    loader_wait_s: float  # time for which the loader waited for its consumer, from a batch to the next request
+    consumer_wait_s: float  # time for which the consumer waited for batches, so that training was input-bound
+    loader_wait_s: float  # time between a served batch and the consumer's next request
 
 
 class Loader:
-    """Base of TrainLoader and EvalLoader. Close it, or use it in a `with` statement, to release threads and files."""
+    """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader."""
 
     def __init__(
         self,

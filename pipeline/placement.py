@@ -1,7 +1,7 @@
 """The device of the stream, CPU or GPU: devices of DALI's operators, CUDA streams, and conversion to torch tensors.
 
-Each DALI graph is written once for both devices. A Placement determines on which device an operator runs, how JPEG
-files are decoded, and on which CUDA stream torch receives a finished batch.
+Each DALI graph is written once for both devices. A Placement determines the device of each operator, the decoder of
+JPEG files, and the CUDA stream on which torch receives a finished batch.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Placement:
     def outputs(self, pipe: Any) -> tuple[Any, ...]:
         """The next outputs of a DALI pipeline.
 
-        On a GPU the outputs are bound to torch's current CUDA stream: neither DALI nor torch waits for the host, and
-        DALI does not reuse the memory of the outputs before torch has finished with it.
+        On a GPU the outputs are bound to torch's current CUDA stream: DALI and torch synchronize without the host, and
+        DALI reuses the memory of the outputs only after torch has finished with it.
         """
         if self.device_id is None:
             outputs: tuple[Any, ...] = pipe.outputs()
@@ -67,7 +67,7 @@ class Placement:
         return outputs
 
     def tensor_from_dali(self, output: Any) -> Any:
-        """One of `outputs` as a torch tensor that shares its memory."""
+        """Convert an output of DALI to a torch tensor that shares its memory."""
         from torch.utils.dlpack import from_dlpack
 
         with self._current_device():
@@ -87,8 +87,8 @@ class Placement:
     def _current_device(self) -> AbstractContextManager[object]:
         """Make this GPU the current CUDA device within a `with` block.
 
-        The handle of torch's default stream is 0. DALI takes it for the default stream of the current GPU. If another
-        GPU were current, DALI would synchronize with the wrong stream and could release memory too early.
+        The handle of torch's default stream is 0. DALI interprets 0 as the default stream of the current GPU. If
+        another GPU were current, DALI would synchronize with the wrong stream and could release memory too early.
         """
         if self.device_id is None:
             return nullcontext()

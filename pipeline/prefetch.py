@@ -1,4 +1,4 @@
-"""Prefetch queue: reads records ahead of the engine and returns batches in order.
+"""Prefetch queue: reads records ahead of the engine, returns batches in order, and names damaged records.
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
 (FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and finishes them while DALI decodes the next batch.
@@ -33,7 +33,7 @@ _READER_THREADS = 2  # number of threads that read records; most of the time the
 
 
 class BatchInput(NamedTuple):
-    """Records of one batch and the crops to take from them."""
+    """Records of one batch, and the crops of these records."""
 
     record_numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
@@ -42,7 +42,7 @@ class BatchInput(NamedTuple):
 
 
 class BatchOutput(NamedTuple):
-    """Images of one batch, and the input they were made from."""
+    """Images of one batch, and the input from which the engine made them."""
 
     images: torch.Tensor
     batch_input: BatchInput
@@ -63,19 +63,19 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_dali: deque[BatchInput] = deque()
         self._finished: deque[Future[BatchOutput | None]] = deque()
-        self._error: StoreError | None = None  # raised again by every later call: DALI cannot continue
+        self._error: StoreError | None = None  # every later call raises it again, because DALI cannot continue
         self._closed = False
 
     def read_batch(
         self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[Sequence[Record]], Crops]
     ) -> BatchInput:
-        """Read records by number and make their crops; for use in jobs. Raises StoreError for a damaged record."""
+        """Read records by number and make their crops; called by jobs. Raises StoreError for a damaged record."""
         records = [self._records[number] for number in record_numbers.tolist()]
         labels = np.array([record.label for record in records], np.int64)
         return BatchInput(record_numbers, labels, records, make_crops(records))
 
     def start(self, jobs: Iterator[Job]) -> None:
-        """Start new jobs; batches of earlier jobs that were not served are dropped."""
+        """Start new jobs. Batches of earlier jobs are dropped if they have not been served."""
         for future in self._finished:
             future.cancel()
         wait(self._finished)
@@ -98,7 +98,7 @@ class Prefetcher:
             return self._finish_next()
         while len(self._finished) < FINISHED_AHEAD:
             self._finished.append(self._finisher.submit(self._finish_next))
-        wait((self._finished[0],))  # a KeyboardInterrupt here loses no batch
+        wait((self._finished[0],))  # if a KeyboardInterrupt occurs here, no batch is lost
         return self._finished.popleft().result()
 
     def close(self) -> None:
@@ -111,7 +111,7 @@ class Prefetcher:
         self._reading.clear()
         self._jobs = iter(())
         if self._pipe is not None:
-            shut_down(self._pipe)  # its threads read the files that `self._records.close()` unmaps
+            shut_down(self._pipe)  # before the files are unmapped, because DALI's threads read them
         self._pipe = None
         self._in_dali.clear()
         self._engine.close()
@@ -154,7 +154,7 @@ class Prefetcher:
         return batch_input, self._engine.graph_inputs(batch_input.records, batch_input.crops)
 
     def _take_outputs(self) -> tuple[tuple[Any, ...], BatchInput]:
-        """DALI's outputs for the oldest batch; raises StoreError if DALI has failed."""
+        """DALI's outputs for the oldest batch in DALI, and its input. Raises StoreError if DALI has failed."""
         outputs: tuple[Any, ...] = ()
         try:
             if self._pipe is not None:
@@ -162,11 +162,11 @@ class Prefetcher:
         except RuntimeError as error:
             self._error = self._explain(error)
         if self._error is not None:
-            raise self._error  # not inside `except`: the chained DALI error would keep the pipeline alive
+            raise self._error  # outside `except`, because a chained DALI error would keep the pipeline alive
         return outputs, self._in_dali.popleft()
 
     def _explain(self, error: RuntimeError) -> StoreError:
-        """Make a StoreError of DALI's error; it names the first damaged record among the batches in DALI."""
+        """Convert DALI's error to a StoreError that names the first damaged record of the batches in DALI."""
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
         cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))

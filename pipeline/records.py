@@ -106,12 +106,12 @@ class Records:
         self._readers.clear()
 
     def _value(self, number: int) -> memoryview:
-        """The bytes of record `number`, a view of the mapped file."""
+        """The bytes of record `number` as a view of the mapped file."""
         shard, index = self._locate(number)
         return self._reader(shard)[index]
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """(shard, index in that shard) of record `number`."""
+        """Position of record `number`: (number of its shard, index in this shard)."""
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 

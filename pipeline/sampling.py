@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_RECORDS = 64  # consecutive records of the store that are moved as one block: 2 MB of JPEG to read in sequence
-WINDOW_RECORDS = 16_384  # records in a shuffle window: half a gigabyte of JPEG, which should fit in the page cache
-_PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator; the first integer of its seed
+BLOCK_RECORDS = 64  # number of consecutive records that are moved as one block: 2 MB of JPEG, read in sequence
+WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
+_PERMUTATION, _DRAWS = 0, 1  # purpose of a random generator, the first integer of its seed
 
 Integers = npt.NDArray[np.int64]
 
@@ -32,11 +32,11 @@ class Draws(NamedTuple):
 
 
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
-    """int64 (records,): the numbers of the records in the order in which an epoch serves them.
+    """Order in which an epoch serves the records: int64 (records,), record numbers.
 
     This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order; then the records
     within each shuffle window of WINDOW_RECORDS are shuffled. The order of the store is itself a random permutation
-    (alexprep build-lmdb), so classes are mixed as well as by a full shuffle, and the disk reads megabytes in sequence.
+    (alexprep build-lmdb), so the classes are mixed as well as by a full shuffle. The disk reads megabytes in sequence.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
@@ -48,7 +48,7 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
 
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
-    """Random augmentation parameters for all `images` images of a step, those of all ranks together.
+    """Random augmentation parameters for the `images` images that all ranks together serve in a step.
 
     Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
     consecutive images have the same offset and flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).

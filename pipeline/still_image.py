@@ -26,14 +26,14 @@ Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
 class Photograph(NamedTuple):
-    """Pixels of a photograph, prepared like a record of a store."""
+    """A photograph, prepared like a record of a store."""
 
     square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
-    orientation: int  # EXIF orientation, 1 if there is none. It is reported and not applied, as in every store
+    orientation: int  # EXIF orientation, 1 if there is none; only reported, because alexprep does not apply it either
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:
-    """Prepare an image file as `alexprep build-lmdb` would for a store with these settings.
+    """Prepare an image file in the same way as `alexprep build-lmdb` with these settings.
 
     Raises UserError with the path if the file cannot be read, is too large, or is not an image.
     """

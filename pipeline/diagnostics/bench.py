@@ -1,4 +1,7 @@
-"""Benchmark of the stream: images/s of each stage, and an upper bound, the speed of libjpeg-turbo decoding."""
+"""Benchmark of the stream: images/s of each stage, and an upper bound.
+
+The upper bound is the speed of decoding alone with libjpeg-turbo (JPEG stores) or of copying alone (PPM stores).
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from prep.store.manifest import Store
 
 ROUNDS = 5  # each round measures all stages in turn, so that a change of the machine's speed affects all stages
 STAGES = ("read", "decode", "augment", "hand over")
-_BOUND_RECORDS = 2000  # number of records that are decoded repeatedly for the bound
+_BOUND_RECORDS = 2000  # number of records that are decoded repeatedly to measure the upper bound
 _AHEAD_BATCHES = 8  # number of batches that may be prefetched before a measurement; they are not counted
 
 Work = Callable[[], int]  # processes some images and returns their number
@@ -43,7 +46,7 @@ class BenchResult:
     bound_images_per_s: float
     share_of_bound: float
     stages: dict[str, float]  # images/s of each stage together with all stages before it
-    bound: str  # description of the bound, with the version of the library
+    bound: str  # description of the upper bound, with the version of the library
     batch: int
     threads: int
     device: str
@@ -54,7 +57,7 @@ class BenchResult:
 def bench_stream(
     store: Store, batch: int, threads: int, device: str, seconds: float, progress: Progress, split: str = "train"
 ) -> BenchResult:
-    """Measure each stage of the stream and the bound for `seconds` each; raises the errors of train_loader."""
+    """Measure each stage of the stream, and the upper bound, for `seconds`. Raises the errors of train_loader."""
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     is_jpeg = store.settings.format == "jpeg"
@@ -79,7 +82,7 @@ def bench_stream(
         rates: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
             for name, run in work.items():
-                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # may be prefetched during other stages
+                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # possibly prefetched during other stages
                     run()
                 rates[name].append(_images_per_s(run, seconds / ROUNDS))
             progress.advance()
@@ -127,7 +130,7 @@ def _read_work(records: Records, batch: int) -> Work:
 
 
 def _stream_work(loader: TrainLoader) -> Work:
-    """Take a batch from the loader; on a GPU, wait until it is finished."""
+    """Take batches from the loader; on a GPU, wait until each batch is finished."""
     batches = (batch for _ in itertools.count() for batch in loader)
 
     def run() -> int:
@@ -159,7 +162,7 @@ class _DecodeEngine:
 
 
 def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
-    """Jobs that read batches in the store's order, without end."""
+    """An endless sequence of jobs, which read batches in the store's order."""
     draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
 
     def read(first: int) -> BatchInput:
@@ -176,7 +179,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Decode (JPEG) or copy (PPM) the bytes of the records on all threads, and nothing else."""
+    """The upper bound: only decode (JPEG) or copy (PPM) the bytes of the records, on `threads` threads."""
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]

@@ -28,7 +28,9 @@ _GAP_PX, _HEADER_PX = 6, 34
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
-    """Draw a row for each of `rows` images: as stored, eight random augmentations, the eighth again with 10 × noise.
+    """Draw one row for each of `rows` images.
+
+    A row shows the stored image, eight random augmentations, and the eighth again with ten times the colour noise.
 
     Raises UserError if the file cannot be written, StoreError for a damaged record.
     """
@@ -71,7 +73,7 @@ def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
 
 
 def _columns(store: Store, rows: int, seed: int, split: str) -> list[list[Pixels]]:
-    """The columns of a preview, each a list of uint8 (H, W, 3) images, one for each row."""
+    """The columns of a preview. A column is a list of uint8 (H, W, 3) images, one for each row."""
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, Augmentation(mean="none"))
     engine = choose_engine(augmenter, placement, OutputFormat(layout="NHWC"), threads=1)

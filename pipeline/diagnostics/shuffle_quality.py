@@ -1,4 +1,4 @@
-"""Shuffle quality of an epoch: distinct classes in a batch, compared with the number for a perfect shuffle."""
+"""Shuffle quality of an epoch: distinct classes in a batch, compared with the number expected of a perfect shuffle."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from pipeline.sampling import epoch_permutation
 from prep.console import Progress
 from prep.store.manifest import Store
 
-LEAST_SHARE = 0.95  # `alexstream inspect` warns if the share of the ideal is below this
+LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below this
 
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """Distinct classes in the batches of one epoch."""
+    """Number of distinct classes in the batches of one epoch, measured and ideal."""
 
     batches: int  # number of batches counted
     distinct_classes: float  # number of distinct classes in a batch, mean over the batches counted
-    ideal_distinct_classes: float  # expected number if a batch were drawn without replacement
+    ideal_distinct_classes: float  # expected number if the records of a batch were drawn at random
     share_of_ideal: float
 
 

@@ -1,1 +1,1 @@
-"""Engines, which turn records into augmented images, with a C kernel on a CPU or with a DALI graph."""
+"""Engines turn records into augmented images, with a C kernel on a CPU or with a DALI graph."""

@@ -1,7 +1,8 @@
 """Augmentation on a CPU: DALI decodes JPEG files; the C kernel crops, flips and normalizes in one pass.
 
 Raw records are cropped directly from the mapped store, without DALI. With DALI's crop_mirror_normalize instead of the
-kernel, an image takes 0.1 to 0.2 ms longer; with a mean image, the difference doubles (docs/measurements.md).
+kernel, an image takes 0.1 to 0.2 ms longer, or twice as much longer if a mean image is subtracted
+(docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from pipeline.engines.kernels import CROP_DTYPE, NativeKernels
 from pipeline.placement import Placement
 from pipeline.records import Record
 
-_SPARE_BLOCKS = (
-    3  # number of free blocks kept for later batches; allocating every block takes a fifth of the engine's time
-)
+# Number of free blocks kept for later batches. Without them, allocating memory takes a fifth of the engine's time.
+_SPARE_BLOCKS = 3
 _ALIGNMENT_BYTES = 64
 
 
@@ -51,15 +51,16 @@ class CpuEngine:
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph's external sources by name, each with one value for each record."""
+        """Inputs of the graph by name. Each input has one value for each record."""
         if self._is_raw:
             return {}
         return decode_inputs(records, crops.origin + crops.offset[:, 0] if self._views == 1 else crops.origin)
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """Images (N, 3, side, side), or (N, 10, 3, side, side) for ten views; channels last with layout "NHWC".
+        """Images (N, 3, side, side), or (N, 10, 3, side, side) for ten views.
 
-        Their memory is not reused while a tensor refers to it.
+        With layout "NHWC", the channels are the last axis. The memory of the images is not reused while a tensor
+        refers to it.
         """
         jobs = self._kernel_jobs(outputs, records, crops)
         count, side = len(jobs), self._crop_px

@@ -1,8 +1,8 @@
 """Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel could not be compiled.
 
-The graph has no random operators and no state: random numbers are inputs. After the decoder, one operator crops, flips
-and normalizes: crop_mirror_normalize. It takes a separate mean for each image, so the colour noise is part of this mean
-(`mean − shift`) and takes no extra time. A mean image takes one more pass.
+The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
+crop_mirror_normalize crops, flips and normalizes. It takes a separate mean for each image, so the colour noise is part
+of this mean (`mean − shift`) and takes no extra time. Subtracting a mean image takes one more pass.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ class OutputFormat(NamedTuple):
 
 
 def decode_crop(placement: Placement, size_px: int) -> Node:
-    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs makes the inputs of this node."""
+    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs makes the inputs of the decoder."""
     fn, types = dali().fn, dali().types
-    return fn.decoders.image_slice(  # does not decode the rows below the square
+    return fn.decoders.image_slice(  # the decoder stops after the last row of the square
         external_source("jpeg", types.UINT8, 1),
         device=placement.decoder_device,
         start=external_source("start", types.INT32, 1),
         shape=[size_px] * 2,
         axes=[0, 1],
         output_type=types.RGB,
-        jpeg_fancy_upsampling=True,  # on a GPU: chroma is upsampled as in libjpeg-turbo
+        jpeg_fancy_upsampling=True,  # for decoding on a GPU: upsample chroma like libjpeg-turbo
         adjust_orientation=False,
     )
 
@@ -57,7 +57,7 @@ def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """An input of the graph, which gets values by name for each batch."""
+    """An input of the graph. The prefetcher feeds its values by name for each batch."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
@@ -75,7 +75,7 @@ class DaliEngine:
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph's external sources by name, each with one value for each record."""
+        """Inputs of the graph by name. Each input has one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
@@ -102,7 +102,7 @@ class DaliEngine:
         return images.to(self._dtype)
 
     def close(self) -> None:
-        """Does nothing: the engine holds neither threads nor memory of its own."""
+        """Does nothing, because the engine has no threads and no memory to release."""
 
     def _squares(self, records: Sequence[Record], start: npt.NDArray[np.int32]) -> list[Record]:
         """Raw records, cropped to their central squares."""
@@ -113,7 +113,7 @@ class DaliEngine:
         return squares
 
     def _image(self, size_px: int) -> Node:
-        """uint8 HWC: the square of `size_px` at input `start` of a JPEG file, or all pixels of input `pixels`."""
+        """uint8 HWC pixels: a decoded square of `size_px` (JPEG), or the input `pixels` (raw records)."""
         if self._augmenter.is_raw:
             return self._placement.to_device(external_source("pixels", self._types.UINT8, 3, "HWC"))
         return decode_crop(self._placement, size_px)
@@ -134,7 +134,7 @@ class DaliEngine:
         return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """Ten views (10, …) of each record's central square, at the same positions for all records."""
+        """The ten views (10, …) of each record. The positions in the central square are equal for all records."""
         square, views = self._image(self._augmenter.side_px), []
         offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
@@ -149,7 +149,7 @@ class DaliEngine:
         return self._fn.stack(*views)
 
     def _normalize(self, image: Node, flip: Any, mean: Any, position: tuple[Any, Any] | None = None) -> Node:
-        """Crop `image` at `position`, (y, x) in 0..1 (None: no crop), mirror it if `flip`, and normalize it."""
+        """Crop `image`, mirror it if `flip` is 1, and normalize it. `position`: (y, x) in 0..1; None: do not crop."""
         crop = {}
         if position is not None:
             crop = {"crop": [self._crop_px] * 2, "crop_pos_y": position[0], "crop_pos_x": position[1]}
@@ -164,7 +164,7 @@ class DaliEngine:
         )
 
     def _subtract_centre(self, image: Node) -> Node:
-        """`image` minus the centre crop of the mean image if Augmentation.mean is "image"; otherwise `image`."""
+        """Subtract the centre crop of the mean image if Augmentation.mean is "image"; otherwise return `image`."""
         if self._augmenter.augmentation.mean != "image":
             return image
         assert self._augmenter.mean_image is not None
@@ -182,7 +182,7 @@ def _relative(
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """Convert offsets (N, 2) in px to (crop_pos_y, crop_pos_x), fractions 0..1 of the largest offset.
 
-    DALI multiplies each fraction by the largest offset and rounds; this gives exactly the offset in px.
+    DALI multiplies each fraction by the largest offset and rounds the product, which gives exactly the offset in px.
     """
     relative = (offset_px / np.maximum(max_offset_px, 1)).astype(np.float32)
     return np.ascontiguousarray(relative[:, 0]), np.ascontiguousarray(relative[:, 1])

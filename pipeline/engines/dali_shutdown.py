@@ -6,8 +6,9 @@ read these files, so the threads must end first. DALI 2.4 has no public method t
 reference does stop them (`Pipeline.__del__` calls `_shutdown`), but an exception's traceback can keep the pipeline
 alive. DALI itself calls `_shutdown` when the interpreter exits.
 
-For this reason pyproject.toml requires a DALI below the next major version. The tests in test_dali_shutdown.py fail if
-DALI lacks the private method, and if DALI has a public method to use instead.
+A private method may change with the next major version of DALI, so pyproject.toml requires an earlier version. The
+tests in test_dali_shutdown.py fail if DALI lacks the private method, and also if DALI has a public method to use
+instead.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
-"""Interface of the engines, which turn records into augmented images, and the choice of an engine for a device.
+"""Interface of the engines, and the choice of an engine for a device.
 
-CpuEngine crops, flips and normalizes with a compiled kernel; DaliEngine does so in a DALI graph.
+An engine turns records into augmented images. CpuEngine crops, flips and normalizes with a compiled C kernel,
+DaliEngine with a DALI graph.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Engine(Protocol):
         """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph's external sources by name, each with one value for each record."""
+        """Inputs of the graph by name. Each input has one value for each record."""
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         """The images of a batch, made from the graph's outputs."""

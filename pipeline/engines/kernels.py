@@ -22,7 +22,7 @@ CROP_DTYPE = np.dtype(  # struct crop in kernels.c
 
 
 class NativeKernels:
-    """Functions of the compiled library. Raises AttributeError if one is missing."""
+    """Functions of the compiled library. Raises AttributeError if the library lacks a function."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._crop = {"NCHW": library.crop_nchw, "NHWC": library.crop_nhwc}
@@ -39,12 +39,13 @@ class NativeKernels:
         scale: float,
         out: npt.NDArray[np.float32],
     ) -> None:
-        """Write (pixel + shift − mean) · scale of each crop to `out`, (N, 3, side, side) or (N, side, side, 3).
+        """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
 
-        crops         (N,) of CROP_DTYPE, contiguous. The addresses in it are not checked: their memory must exist and
-                      be large enough
+        crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: the memory they point
+                      to must exist and be large enough
         layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
         mean_side_px  side of the square mean image that the field `mean` points into
+        out           (N, 3, side, side) or (N, side, side, 3)
         """
         side = out.shape[2]
         self._crop[layout](crops.ctypes.data, len(crops), side, mean_side_px, scale, out.ctypes.data)

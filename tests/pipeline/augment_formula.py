@@ -1,7 +1,7 @@
 """Reference of the stream: the formula of pipeline.augment in float64 NumPy, image by image.
 
-The reference reads the records from the LMDB in the order of their keys and decodes them with Pillow. Only the
-order of the records and their random parameters come from pipeline.sampling.
+The reference reads the records from the LMDB in the order of their keys and decodes them with Pillow. Only
+the epoch permutation and the random parameters come from pipeline.sampling.
 """
 
 from __future__ import annotations
@@ -64,14 +64,14 @@ def formula(
 
 
 def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np.ndarray:
-    """P·diag(σ)·z, from the eigenvalues of the pixels' covariance, which are variances on 0..255."""
+    """P·diag(σ)·z, from the eigenvalues of the covariance of pixels in 0..255."""
     stats = store.color_stats()
     vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
     if augmentation.colour == "off":
         return np.zeros(3)
     if augmentation.colour == "stdev":
         return vectors @ (augmentation.strength * np.sqrt(variances) * z)
-    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))  # the paper's p λ α, for pixels in [0, 1]
+    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))  # the paper's formula, pixels in [0, 1]
 
 
 def expected_training_images(

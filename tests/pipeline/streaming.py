@@ -26,7 +26,7 @@ def stored_labels(store: Path, split: str) -> list[int]:
 
 
 def take_batches(loader: TrainLoader, batches: int) -> list[Batch]:
-    """The next `batches` batches, through as many epochs as needed."""
+    """Take the next `batches` batches, over as many epochs as needed."""
     endless = (batch for _ in itertools.count() for batch in loader)
     return list(itertools.islice(endless, batches))
 

@@ -44,7 +44,7 @@ TOLERANCE = 1e-3  # grey levels
 
 @pytest.fixture(params=["kernel", "graph"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Run a test with both engines: the C kernel, and the DALI graph, used on a GPU and on a CPU without a compiler."""
+    """Run a test with both engines on the CPU: with the C kernel, and with the DALI graph instead of the kernel."""
     if request.param == "graph":
         monkeypatch.setattr(kernels, "native", None)
     elif kernels.native is None:

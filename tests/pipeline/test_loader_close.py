@@ -19,7 +19,7 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
-    """Loaders are closed after 0 to 2 batches, while others are prefetched. 24 MB is the memory of twenty batches."""
+    """Loaders are closed after 0 to 2 batches, while more are prefetched. Twenty batches take 24 MB."""
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"
@@ -66,7 +66,7 @@ def test_a_closed_loader_that_is_still_referenced_holds_no_file(numbered_store: 
 
 
 def test_unclosed_loaders_may_be_collected_and_the_process_may_end_while_they_prefetch(numbered_store: Path) -> None:
-    """No loader is closed. Files that DALI still reads must not be unmapped: that would crash the process."""
+    """No loader is closed. If the loader unmapped files that DALI still reads, the process would crash."""
     script = (
         "import gc, sys\n"
         "from pipeline.loader import train_loader\n"

@@ -1,4 +1,4 @@
-"""Stream states resume bit for bit, in a new process or with another world size; other streams' states are refused."""
+"""Stream states resume bit for bit in a new process or with another world size. Other states are refused."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.loader import STREAM_VERSION, Batch, train_loader
 from prep.console import UserError
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
-POSITIONS = [0, 1, 2, 3, 4, 7]  # number of batches served before the state was taken; an epoch has three
+POSITIONS = [0, 1, 2, 3, 4, 7]  # number of batches served before the state was taken; an epoch has three batches
 
 
 def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered_store: Path, tmp_path: Path) -> None:
-    """The states were taken before the first batch, within an epoch, at its end, and in later epochs."""
+    """The states were taken before the first batch, within the first epoch, at its end, and in later epochs."""
     with train_loader(numbered_store, 10, seed=2**63) as loader:
         states = [loader.state_dict()]
         served = []

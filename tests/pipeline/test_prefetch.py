@@ -1,4 +1,4 @@
-"""Prefetcher: images come in the order of the jobs, the queues are bounded, and it can be closed at any time."""
+"""Prefetcher: images come in the order of the jobs, queues are bounded, and `close` works at any time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def harness(
 
 @pytest.fixture(scope="module")
 def sums(stores: dict[str, Path]) -> dict[int, float]:
-    """The sum of the pixels of records k, k + 1 and k + 2, for each k; computed from the records."""
+    """For each k, the sum of the pixels of records k, k + 1 and k + 2, computed from the records."""
     records = Records(Store.open(stores["ppm"]), "train")
     each = [float(records[number].payload[16:240, 16:240].sum()) for number in range(len(records))]
     records.close()
@@ -110,7 +110,7 @@ def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
 
 
 def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
-    """After the first batch has been taken, further jobs run without a request."""
+    """After the first batch has been taken, more jobs run although the test requests no further batch."""
     begun, reads = [], threading.Semaphore(0)
 
     def job(first: int) -> BatchInput:
@@ -131,7 +131,7 @@ def test_an_error_in_a_job_is_raised_after_the_batches_before_it(harness: Harnes
     harness.prefetcher.start(iter([partial(harness.job, 0), partial(harness.job, 1), partial(harness.job, 2), failing]))
     assert harness.take() == (0, sums[0])
     assert [harness.take()[0] for _ in range(2)] == [1, 2]
-    for _ in range(2):  # every call raises the error: skipping a batch would shift all later batches
+    for _ in range(2):  # every call raises the error, because skipping a batch would shift all later batches
         with pytest.raises(StoreError, match="the disk is gone"):
             harness.take()
 

@@ -1,4 +1,4 @@
-"""Public names of `pipeline`: each one is the same object as in its module and is loaded at its first use."""
+"""Public names of `pipeline`: each name is the same object as in its module and is loaded at its first use."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def test_importing_the_package_loads_neither_torch_nor_dali_nor_numpy() -> None:
 
 
 def test_a_users_program_trains_on_the_stream(numbered_store: Path, tmp_path: Path) -> None:
-    """Runs the program that tests/test_wheel.py type-checks."""
+    """The test runs the program that tests/test_wheel.py type-checks."""
     assert typed_program.main(numbered_store, tmp_path / "state.json").endswith("%")
     assert typed_program.main(tmp_path, tmp_path / "state.json").startswith("store: ")

@@ -23,7 +23,7 @@ from tests.conftest import Build
 
 
 def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
-    """(folder, key, Datum) of every record in order."""
+    """(folder, key, Datum) of every record, in the order of the store."""
     paths = store.shard_paths(split)
     return [(path, key, Datum.decode(value)) for path in paths for key, value in lmdb_shard.read(Path(path))]
 
@@ -122,7 +122,7 @@ def test_several_threads_may_open_a_shard_at_the_same_time(stores: dict[str, Pat
             payloads = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
             assert payloads == [data for data in expected for _ in range(4)]
             records.close()
-    # LMDB refuses to open an environment twice in a process: this call fails unless the last Records closed its shards.
+    # LMDB refuses to open a file twice in a process, so this call fails unless the last Records has closed its shards.
     lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()
 
 

@@ -1,6 +1,6 @@
 """Epoch permutations and random augmentation parameters: distributions, independence, and exact bits.
 
-Digests fix the exact bits. If a version of NumPy draws other numbers, the stream needs a new STREAM_VERSION.
+Digests fix the exact bits. If a new version of NumPy draws other numbers, the stream needs a new STREAM_VERSION.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """The number of blocks in a batch equals that of records drawn at random from a shuffle window."""
+    """A batch has records of as many blocks as 128 records drawn at random from a shuffle window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -77,7 +77,7 @@ def test_a_shuffle_window_consists_of_complete_blocks(size: int) -> None:
         seen.append(set(blocks.tolist()))
     assert sum(map(len, seen)) <= -(-size // BLOCK_RECORDS) + len(seen)
     ends = [max(window) - min(window) for window in seen]
-    assert min(ends) > 0.9 * size / BLOCK_RECORDS  # the blocks of a window come from all over the store
+    assert min(ends) > 0.9 * size / BLOCK_RECORDS  # the blocks of a window come from all parts of the store
 
 
 @pytest.mark.parametrize("record", [0, 63, 64, 129])
@@ -85,7 +85,7 @@ def test_a_record_is_equally_likely_at_every_position_of_an_epoch(record: int) -
     """The 130 records are two full blocks and a block of two records."""
     positions = [int(np.flatnonzero(epoch_permutation(130, 0, epoch) == record)[0]) for epoch in range(2600)]
     counts = np.bincount(np.array(positions) // 10, minlength=13)
-    assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile of chi-squared, 12 degrees
+    assert ((counts - 200) ** 2 / 200).sum() < 34.5  # 99.95 % quantile of chi-squared, 12 degrees of freedom
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_crop_offsets_are_uniform_over_33_by_33(draws_of_400_steps: tuple[np.nda
     assert offsets.dtype == np.int32 and offsets.min() == 0 and offsets.max() == MAX_OFFSET_PX
     for axis in range(2):
         counts = np.bincount(offsets[:, axis], minlength=33)
-        assert ((counts - n / 33) ** 2 / (n / 33)).sum() < 62.5  # 99.9 % quantile of chi-squared, 32 degrees
+        assert ((counts - n / 33) ** 2 / (n / 33)).sum() < 62.5  # 99.9 % quantile of chi-squared, 32 degrees of freedom
     table = np.zeros((33, 33))
     np.add.at(table, tuple(offsets.T), 1)
     chi2 = ((table - n / 1089) ** 2 / (n / 1089)).sum()
@@ -151,7 +151,7 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """All combinations of 0 to 3: generators seeded with a sum or a product of the three would repeat."""
+    """All combinations of 0 to 3 are tested. Seeds that are a sum or a product of the three values would repeat."""
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 

@@ -28,7 +28,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """Exit code 1, and one line on standard error that begins with "Error:" and contains all `parts`."""
+    """The exit code is 1. Standard error is one line, which begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert result.stdout == ""

@@ -19,7 +19,7 @@ from prep.console import Progress, bytes_text, count_noun, duration_text, progre
 def test_progress_is_json_lines_without_a_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """100 of 300 images take 10 s on a clock that the test sets: the rate is 10 images/s, and 20 s are left."""
+    """100 of 300 images take 10 s on a clock that the test sets: the rate is 10 images/s, and 20 s remain."""
     clock = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
     with progress("train: é", 400, "pictures") as job_progress:
@@ -53,7 +53,7 @@ def test_progress_is_json_lines_without_a_terminal(
 
 
 def test_progress_is_a_bar_on_a_terminal() -> None:
-    """In a pseudo-terminal, rate, size and number of bad inputs follow the bar; standard output is empty."""
+    """In a pseudo-terminal, the rate, size and number of bad inputs follow the bar; standard output is empty."""
     script = (
         "from prep.console import progress\n"
         "with progress('train: rescaling', 400, 'pictures') as job_progress:\n"
@@ -65,7 +65,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     ) as ran:
         os.close(theirs)
         output = b""
-        with suppress(OSError):  # EIO is a pseudo-terminal's end of file
+        with suppress(OSError):  # at the end of file, a pseudo-terminal raises EIO
             while chunk := os.read(ours, 4096):
                 output += chunk
         assert ran.stdout is not None and ran.stdout.read() == b""

@@ -1,7 +1,7 @@
 """prep.version, and the three commands run from a checkout that is not installed.
 
-`not_installed` is the environment of such a checkout. PYTHONPATH has a folder with the packages and pyproject.toml, and
-a folder of links to everything that is installed except alexnet itself. `python -S` reads no other site-packages.
+`not_installed` holds the environment variables for such a checkout. PYTHONPATH has two folders: one with the packages
+and pyproject.toml, and one with links to all installed packages except alexnet. `python -S` ignores site-packages.
 """
 
 from __future__ import annotations

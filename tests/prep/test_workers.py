@@ -1,4 +1,4 @@
-"""prep.workers: tasks in worker processes, progress counts, and how errors, kills and the parent's end are handled.
+"""prep.workers: tasks in worker processes, progress counts, errors, killed workers, end of the parent.
 
 Workers import this module and run the functions at its top.
 """
@@ -23,7 +23,7 @@ from tests.helpers.building import DEADLINE_S, is_alive
 
 
 def square(task: int, task_progress: TaskProgress) -> tuple[int, int]:
-    """(square of the task, process id of the worker)."""
+    """Return (square of the task, process id of the worker)."""
     task_progress.begin(task)
     task_progress.count(10 * task, bad=task % 2 == 1)
     return task**2, os.getpid()
@@ -59,7 +59,7 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 
 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
-    """Take `length` steps; at step `fatal_step` (-1: never) die of a signal or, for signal 0, end with exit code 3."""
+    """Take `length` steps; at `fatal_step` (-1: never) die of a signal; signal 0: end with exit code 3."""
     fatal_step, signum, length = task
     for number in range(length):
         task_progress.begin(number)
@@ -125,7 +125,7 @@ def test_no_more_processes_start_than_there_are_tasks() -> None:
 
 
 def test_a_task_is_taken_only_when_a_worker_is_free() -> None:
-    """At most `jobs` tasks exist at a time, since each holds the inputs of its shard."""
+    """At most `jobs` tasks exist at a time, since each task holds the inputs of its shard."""
     taken, finished, max_running = 0, 0, 0
 
     def tasks() -> Iterator[int]:
@@ -184,7 +184,7 @@ def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
 
 
 def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
-    """The worker reached input 7 of the task before, which must not be reported."""
+    """The worker reached input 7 of its previous task. This input must not be reported."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
@@ -206,7 +206,7 @@ def test_a_worker_killed_between_tasks_is_replaced() -> None:
 
 @pytest.mark.parametrize("how", ["closed", "on_progress raises", "work raises"])
 def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
-    """Workers that are busy when a map is abandoned are stopped: their results must not be taken for later ones."""
+    """Abandoning a map stops its busy workers, because the next map must not receive their results."""
 
     def refuse(counts: Counts) -> None:
         raise UserError("enough")

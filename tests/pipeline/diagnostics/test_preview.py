@@ -30,7 +30,7 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
         assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
         last, stronger = cells[AUGMENTED], cells[AUGMENTED + 1]
         inside = ((stronger > 1) & (stronger < 254)).all(2)
-        if inside.sum() > 500:  # where no pixel is clipped, the two cells differ by one RGB offset
+        if inside.sum() > 500:  # if no pixel is clipped, the two cells differ by one RGB offset
             assert (stronger - last)[inside].std(0).max() < 1.5
 
 

@@ -1,4 +1,4 @@
-"""Shuffle quality: the ideal against random shuffles, an epoch against the ideal, and an unshuffled store."""
+"""Shuffle quality: the ideal compared with random shuffles, an epoch compared with the ideal, an unshuffled store."""
 
 from __future__ import annotations
 

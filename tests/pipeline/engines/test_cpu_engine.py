@@ -108,7 +108,7 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path], threads: int) -> None:
-    """With 16 threads there are more threads than images."""
+    """In the case of 16 threads, there are fewer images than threads."""
 
     def views(threads: int) -> list[torch.Tensor]:
         with eval_loader(stores["jpeg-whole"], 1, views=10, threads=threads) as loader:
@@ -118,7 +118,7 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path]
 
 
 def test_batches_that_are_kept_are_not_overwritten(stores: dict[str, Path]) -> None:
-    """The test drops the batches between the kept ones, and the engine reuses their memory."""
+    """The test keeps every third batch. The engine reuses the memory of the batches that are not kept."""
     with train_loader(stores["ppm"], 5, seed=1) as loader:
         first = [batch.images.clone() for _ in range(2) for batch in loader]
         loader.seek(0)
@@ -139,7 +139,7 @@ def test_a_block_is_reused_once_no_tensor_refers_to_it() -> None:
     del array
     view = tensor[1:2]
     del tensor
-    assert memory.array((4, 5)).ctypes.data != address  # a tensor still refers to it
+    assert memory.array((4, 5)).ctypes.data != address  # a tensor still refers to the first block
     del view
     gc.collect()
     addresses = {held.ctypes.data for held in [memory.array((4, 5)), memory.array((4, 5))]}

@@ -11,7 +11,7 @@ from pipeline.placement import dali
 
 
 def test_dali_has_the_private_method_and_no_public_one() -> None:
-    """If this fails with a new DALI, use its public method in pipeline/engines/dali_shutdown.py."""
+    """If this test fails because DALI has a public method, use that method in pipeline/engines/dali_shutdown.py."""
     pipeline = dali().Pipeline
     assert callable(pipeline._shutdown)
     public = {name for name in dir(pipeline) if not name.startswith("_")}

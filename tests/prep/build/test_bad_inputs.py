@@ -1,4 +1,4 @@
-"""Inputs that are not images: found before or during the build, refused or left out, and counted."""
+"""Inputs that are not images are found before or during the build, refused or left out, and counted."""
 
 from __future__ import annotations
 

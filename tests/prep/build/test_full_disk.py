@@ -1,6 +1,6 @@
-"""A disk that fills up or breaks at any point of a build: a clear error, no torn file, and the build can be finished.
+"""If a disk fills up or breaks during a build, the error is clear, no file is incomplete, and the build can resume.
 
-The tests inject errors at each disk operation, limit the length of files, and mount a small tmpfs if they may.
+The tests inject errors at each disk operation, limit the length of files, and mount a small tmpfs if permitted.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def whole(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
     mode: str, code: int, photos: Path, whole: Store, tmp_path: Path
 ) -> None:
-    """LMDB raises the same errors for a full and for a broken disk, so its errors count as a full disk."""
+    """LMDB raises the same errors for a full disk and a broken disk, so alexprep reports both as a full disk."""
     *ends, last = run_interrupted_builds(photos, tmp_path, mode)
     assert last["code"] == last["again"] == 0
     assert len(ends) >= 20
@@ -65,7 +65,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
 def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
     photos: Path, whole: Store, tmp_path: Path, jobs: int
 ) -> None:
-    """One of two worker processes reaches the limit first; the other is killed in the middle of its shard."""
+    """With two worker processes, one reaches the limit first, and the other is killed in the middle of its shard."""
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"
@@ -86,7 +86,7 @@ def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A tmpfs, enlarged by `mount -o remount`; the test is skipped if mounting is not permitted."""
+    """A tmpfs of 64 KB, which a test may enlarge. The test is skipped if mounting is not permitted."""
     disk = tmp_path / "disk"
     disk.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(disk)]
@@ -94,7 +94,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the tests above cover the same with injected errors and RLIMIT_FSIZE
+    if not mounted:  # the tests above check the same with injected errors and RLIMIT_FSIZE
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -125,7 +125,7 @@ def test_a_build_on_a_growing_disk_resumes_until_it_is_complete(
 
 
 def test_free_space_is_that_of_the_disk_of_the_store(small_disk: Path, photos: Path) -> None:
-    """A build that does not fit is refused before it starts, with the free space of that disk."""
+    """A build that does not fit is refused before it starts, and the error has the free space of the store's disk."""
     with pytest.raises(DiskFull, match=r"270\.3 KB needed for 66 images.* [0-6]?\d\.\d KB free"):
         build(photos, small_disk / "store")
 

@@ -1,7 +1,7 @@
 """Damaged, misleading and oversized files (tests/helpers/hostile_files.py), built by the command as a process.
 
-Each file must be kept, converted or bad, as expected. The command must end by itself with exit code 0, within bounds of
-time and memory, with consistent counts, and without starting any other program.
+Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code
+0, within bounds of time and memory, with consistent counts, and without starting any other program.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def expectations() -> dict[str, Expected]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
-    """The corpus, its files in turn in one of two class folders, and entries that are not readable files."""
+    """Two class folders with the files of the corpus in turn, and with entries that are not readable files."""
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
         (root / folder).mkdir(parents=True)
@@ -78,8 +78,8 @@ def _drop_root_rights() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-# The peak memory of a process starts with that of the process it was forked from, and this one may have trained
-# networks. So a small process runs the command, and writes the peak of its largest descendant to a file, in KiB.
+# A forked process starts with the peak memory of its parent, and the test process may have trained networks. So a small
+# process runs the command. It writes the peak memory of its largest descendant to a file, in KiB.
 MEASURED = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:]); "
     "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -92,12 +92,12 @@ class Ended:
     stdout: str
     stderr: str
     seconds: float
-    peak_bytes: int  # peak memory of the command's largest process
+    peak_bytes: int  # peak memory of the largest process of the command
 
 
 @pytest.fixture
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
-    """Runs the command as a process. Decoys of programs that Pillow may start leave a file if they are started."""
+    """Run the command as a process. Decoys of the programs that Pillow may start write a file if they are started."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("gs", "convert", "magick", "djpeg", "inkscape", "pdftoppm"):
@@ -141,7 +141,7 @@ def _wait(pid: int, started: float) -> int:
 
 
 def logged_outcomes(store: Path) -> dict[str, dict[str, Any]]:
-    """{name: outcome} from inputs.jsonl; an input that is not in it was stored without conversion."""
+    """{name: outcome} from inputs.jsonl, which lists all inputs except those stored without conversion."""
     lines = (store / "train" / "inputs.jsonl").read_text().splitlines()
     outcomes = {outcome["source"]: outcome for outcome in map(json.loads, lines)}
     assert len(outcomes) == len(lines)
@@ -213,7 +213,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
     log = (tmp_path / "store" / "train" / ".build" / "bad.jsonl").read_text()
     found = [json.loads(line) for line in log.splitlines()]
     assert all(expectations[outcome["source"]].bad for outcome in found)
-    obvious = {name for name, _, _ in not_images()} - {"zip.JPEG"}  # a zip file begins with a PPM's first letter
+    obvious = {name for name, _, _ in not_images()} - {"zip.JPEG"}  # a zip file begins with P, like a PPM file
     obvious |= {"unreadable.JPEG", "folder.JPEG", "fifo.JPEG", "s.JPEG", "dangling.JPEG", "out.JPEG", "sparse.JPEG"}
     assert {outcome["source"].split("/")[1] for outcome in found} >= obvious
     assert not (tmp_path / "store" / "manifest.json").exists()
@@ -223,7 +223,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """An odd file that can be decoded does not end the build."""
+    """The case of an odd file that can be decoded: the build does not end."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

@@ -1,7 +1,7 @@
 """Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
 
-The same command must finish each build with the fingerprint of an uninterrupted build, and leave no process and no
-temporary file behind.
+The same command must finish each build with the fingerprint of an uninterrupted build. No process and no temporary file
+may be left.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def test_a_build_killed_at_any_disk_operation_leaves_no_file_behind(ended: tuple
 
 
 def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, finish: Callable[[Path], Store]) -> Store:
-    """Kill a build with SIGKILL after `delay_s`, and at once run the same build again."""
+    """Kill a build with SIGKILL after `delay_s`, and immediately finish it with `finish`."""
     command = start(photos, store)
     time.sleep(delay_s)
     command.kill()
@@ -119,7 +119,7 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
 def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Builds are killed at ten of the moments of the test below. Repeating them in this process saves time."""
+    """Ten builds are killed. Finishing the builds in the test process instead of by the command saves time."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -132,7 +132,7 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Every build is a command. Every tenth build is killed five times before it may finish."""
+    """Every build runs as a command in its own process. Every tenth build is killed five times before it may finish."""
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:
@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM is sent to the parent, as by `kill`; SIGINT to the process group, as by a terminal for Ctrl-C."""
+    """SIGTERM is sent to the parent, like `kill` does; SIGINT to the process group, like a terminal does for Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)
@@ -212,7 +212,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends Ctrl-C to the workers too; they must leave it to the parent from their start."""
+    """A terminal sends SIGINT to the workers too. They must ignore it from their start; the parent handles it."""
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
@@ -240,7 +240,7 @@ def test_a_signal_does_not_wait_for_the_shards_in_progress(start: Start, tmp_pat
 def test_a_second_command_on_the_same_store_is_refused(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """The error is one line, and the first build continues."""
+    """The second command prints a one-line error, and the first build continues."""
     first = start(slow, tmp_path / "store")
     first.wait_for("plan", lambda: (first.work_dir / "plan.json").exists())
     first.process.send_signal(signal.SIGSTOP)
@@ -258,7 +258,7 @@ def test_a_second_command_on_the_same_store_is_refused(
 
 
 def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """A worker gets SIGKILL, as from the out-of-memory killer. The error names the file that it was reading."""
+    """A worker gets SIGKILL, like from the out-of-memory killer. The error names the file that the worker read."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
     command.wait_for_shards(1)
@@ -278,7 +278,7 @@ def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_
 
 
 class CrashingReader(FolderReader):
-    """Kills the process that reads image number 100; each of the other images takes a while."""
+    """Kills the process that reads image number 100. Reading any other image takes 10 ms."""
 
     def read(self, item: Any) -> bytes:
         time.sleep(0.01)
@@ -297,7 +297,7 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 
 
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: Path, tmp_path: Path) -> None:
-    """After one death the file is tried again, since the cause may be a lack of memory."""
+    """After the first crash the file is tried again, since the cause may be a lack of memory."""
     source = list_source(slow, "train", None, None, ())
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):

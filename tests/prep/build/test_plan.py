@@ -1,4 +1,4 @@
-"""prep.build.plan: how the inputs of a split are cut into shards, and how some are sampled."""
+"""prep.build.plan: division of the inputs of a split into shards, and sampling of inputs."""
 
 from __future__ import annotations
 

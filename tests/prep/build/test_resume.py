@@ -1,7 +1,7 @@
 """prep.build.resume: what may change in the source while a build is unfinished.
 
-A build is stopped after one of its four shards of 50 images, something in the source is changed, and the same command
-is run again. The store must hold the contents that the files had when they were read, or the command must refuse.
+A build is stopped after one of its four shards of 50 images. Then the source is changed, and the same build runs again.
+Either the store holds the contents that the files had when they were read, or the build is refused.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store with one finished shard of four."""
+    """A store of which one of four shards is finished."""
     store = tmp_path_factory.mktemp("half") / "store"
     with pytest.raises(Stopped):
         build(pictures, store, runner=StoppingRunner())
@@ -63,7 +63,7 @@ def store(half: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def used(store: Path, records_of: Records) -> list[str]:
-    """The inputs of the finished shard."""
+    """Paths of the inputs of the finished shard."""
     sources = record_sources(records_of(store, "train"))
     assert len(sources) == 50
     return sources
@@ -165,7 +165,7 @@ def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
 
 
 def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: Path) -> None:
-    """The source is flat images with a label file, in which one label changes."""
+    """The source is a folder without class folders. One label in its label file changes."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in pictures.glob("*/*"):
@@ -244,7 +244,7 @@ def test_a_file_that_changed_after_the_listing_is_named(photos: Path, tmp_path: 
 
 
 def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tmp_path: Path) -> None:
-    """A build that was refused or stopped before its first shard fixes neither settings nor inputs."""
+    """After a build that was refused or stopped before its first shard, settings and inputs may still change."""
     store = tmp_path / "store"
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     with pytest.raises(UserError, match="not an image"):

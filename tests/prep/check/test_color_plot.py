@@ -35,7 +35,7 @@ ALPHAS = (-0.3, -0.2, -0.1, 0.0, 0.1, 0.2, 0.3)
 
 @pytest.fixture
 def make_store(tmp_path: Path) -> Callable[..., tuple[Store, ColorStats]]:
-    """make_store(shards) gives a ppm store; each shard of its train split is given as a list of uint8 (H, W, 3)."""
+    """make_store(shards) returns a ppm store. `shards` lists the images (uint8, H×W×3) of each shard of train."""
 
     def make(shards: Sequence[Pictures]) -> tuple[Store, ColorStats]:
         entries, index, moments = [], 0, Moments()
@@ -66,7 +66,7 @@ def figure() -> Any:
 
 @pytest.fixture
 def blank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the figure empty, for tests that do not check the drawing: it would take a second."""
+    """Leave the figure empty, for tests that do not check the drawing. Drawing takes a second."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("prep.check.color_plot.draw_figure", lambda *of: None)
 
@@ -165,7 +165,7 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """The image with half the split's contrast is chosen, not one of another contrast, nor a gray or a tinted one."""
+    """The image with half the split's contrast is chosen, not an image of another contrast, a grey or a tinted one."""
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
     def drawn(spread: Sequence[float], off: Sequence[float] = (0, 0, 0)) -> npt.NDArray[np.uint8]:
@@ -241,7 +241,7 @@ def test_the_cloud_shows_each_pixel_at_its_colour_and_axes_through_the_mean(figu
     draw_figure(figure, "train", natural, pixels, noise(1))
     cloud = panels(figure)[0]
     (points,) = cloud.collections
-    figure.draw_without_rendering()  # projects the points, and sorts them by depth
+    figure.draw_without_rendering()  # drawing projects the points and sorts them by depth
     colours = np.rint(points.get_facecolor()[:, :3] * 255).astype(np.uint8)
     assert sorted(codes_of(colours)) == sorted(codes_of(pixels))
     x, y, _ = proj_transform(*colours.T, cloud.get_proj())
@@ -268,7 +268,7 @@ def test_the_spectrum_is_drawn_with_that_of_ilsvrc(figure: Any, store: Path) -> 
 
 
 def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
-    """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ is added to every pixel, one α at a time, as by the stream's noise matrix."""
+    """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ is added to every pixel, one α at a time, like the stream does."""
     photograph = noise(2, 64, 64)
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]
@@ -318,7 +318,7 @@ def test_every_kind_of_store_is_plotted(kind: str, stores: dict[str, Path], tmp_
 
 @pytest.mark.parametrize("what", ["grey", "one colour", "noise"])
 def test_a_split_of_one_small_record_is_plotted(what: str, make_store: Callable[..., Any], tmp_path: Path) -> None:
-    """A gray image has one component; an image of a single colour has none."""
+    """A grey image has one component; an image of a single colour has none."""
     pytest.importorskip("matplotlib")
     picture = noise(1, 32, 32)
     if what == "grey":
@@ -420,7 +420,7 @@ def damage_record(store: Store, number: int, change: Callable[[bytes], bytes | N
 def test_a_damaged_record_is_an_error_with_shard_and_key(
     what: str, make_store: Callable[..., Any], tmp_path: Path
 ) -> None:
-    """Record 3, the second of shard 1, has one changed byte, or a right checksum but no image."""
+    """Record 3, the second of shard 1, has one changed byte, or has a correct checksum but no image."""
     pytest.importorskip("matplotlib")
     store, stats = make_store([[noise(1), noise(2)], [noise(3), noise(4)]])
     no_picture = Datum(40, 40, b"P6\nnothing", 0, b"a").encode()

@@ -38,7 +38,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """The command has exit code 1 and prints one line to standard error, which has all `parts`."""
+    """The command has exit code 1 and prints one line to standard error. The line has all `parts`."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
@@ -50,7 +50,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 class OtherOs:
-    """The module os with some of its functions replaced, for prep.check.export alone."""
+    """The module os with some of its functions replaced, used by prep.check.export only."""
 
     def __init__(self, **functions: Callable[..., Any]) -> None:
         self.__dict__ |= functions
@@ -136,7 +136,7 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
 
 
 def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
-    """import-caffe makes such records from folders x/ and y/ with one label. The second must not replace the first."""
+    """import-caffe makes such records from folders x/ and y/ with one label. No file may be replaced."""
     twins = [
         (key, replace(Datum.decode(value), source=b"x/same.jpg" if k else b"y/same.jpg", label=1).encode())
         for k, (key, value) in enumerate(split_records(stores["jpeg"])[:2])
@@ -148,7 +148,7 @@ def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tm
 
 
 def test_a_file_that_another_worker_writes_meanwhile_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two workers may begin to write a file of one name, after both have seen that it does not exist."""
+    """Two workers may both see that a file does not exist, and then both begin to write it."""
     path = tmp_path / "a.jpg"
 
     def meanwhile() -> int:
@@ -175,7 +175,7 @@ def test_files_with_other_content_are_not_overwritten(store: Path, tmp_path: Pat
 
 
 def test_a_killed_export_is_resumed(photo_folder: Path, tmp_path: Path, build: Build) -> None:
-    """An export is killed after some files. No file is then incomplete, and the second call adds the rest."""
+    """An export is killed after some files. No file is incomplete, and the second export adds the missing files."""
     photos = tmp_path / "photos"
     for number in range(300):
         path = photos / CLASSES[number % 3] / f"p{number}.ppm"

@@ -28,7 +28,7 @@ def alexprep(*words: object) -> Result:
 
 
 def fails(result: Result, *parts: str) -> None:
-    """The command has exit code 1 and prints one line to standard error, which contains all `parts`."""
+    """The command has exit code 1 and prints one line to standard error. The line has all `parts`."""
     assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:

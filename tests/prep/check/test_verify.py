@@ -53,7 +53,7 @@ def test_one_split_is_verified_quickly_with_an_answer_in_json(stores: dict[str, 
 
 
 def test_progress_counts_over_all_splits(stores: dict[str, Path], workers: WorkerPool) -> None:
-    """The command shows one total for both splits: 30 of 42, then 42 of 42; the count never decreases."""
+    """One total covers both splits: progress reaches 30 of 42, then 42 of 42, and never decreases."""
     counts: list[int] = []
 
     class Watched(Progress):
@@ -72,7 +72,7 @@ def test_progress_counts_over_all_splits(stores: dict[str, Path], workers: Worke
 def test_a_jpeg_store_of_a_single_photograph_passes(
     quality: int, photo_folder: Path, tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """The loss of JPEG in one image is not averaged out, as it is over many."""
+    """The error of JPEG compression averages out over many images, but not in a single image."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     shutil.copy(next(photo_folder.glob("train/*/*_1.JPEG")), tmp_path / "photos" / "n0")
     store = build(tmp_path / "photos", "--side", "64", "--quality", str(quality))
@@ -82,9 +82,9 @@ def test_a_jpeg_store_of_a_single_photograph_passes(
 def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
     tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """The images are flat colour, noise, and lines whose colours 4:2:0 mixes.
+    """The images are flat colour, noise, and lines whose colours are mixed by 4:2:0 subsampling.
 
-    The mean changes by up to 57 grey levels, a pixel by up to 135.
+    The mean changes by up to 57 grey levels, and a pixel by up to 135 grey levels.
     """
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255
@@ -100,7 +100,7 @@ def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
 
 
 def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """inputs.jsonl holds them unescaped: U+2028 and U+0085 end a line for str.splitlines, not for JSON."""
+    """inputs.jsonl holds U+2028 and U+0085 unescaped. They end a line for str.splitlines, but not for JSON."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     for name in ("a\u2028b.png", "c\u0085d.png", "e\u001cf.png", 'g"h\\.png', "é.png"):
         Image.new("RGB", (40, 32), (9, 99, 199)).save(tmp_path / "photos" / "n0" / name)
@@ -109,7 +109,7 @@ def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, worker
 
 
 def test_a_shard_without_a_good_input_is_not_a_fault(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """Such a shard has no records, so the manifest does not name it."""
+    """A shard without good inputs has no records, so the manifest does not name it."""
     listing = Listing()
     for number in range(128):
         listing.add(f"n0/{number}.ppm".encode(), 0)

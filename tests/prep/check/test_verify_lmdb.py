@@ -66,7 +66,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Offset of the header page in use, which is the one of the two with the higher transaction number."""
+    """Offset of the header page in use. Of the two header pages, it has the higher transaction number."""
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 
@@ -79,7 +79,7 @@ def newest_header(content: bytes) -> int:
         (128, (3).to_bytes(8, "little")),  # root
         (128, b"\xff" * 8),
         (136, (10**6).to_bytes(8, "little")),  # last page
-        (144, bytes(8)),  # transaction number: LMDB then uses the other header, of an empty LMDB
+        (144, bytes(8)),  # transaction number; LMDB then uses the other header page, which is empty
     ],
     ids=["magic", "version", "entries", "root", "no-root", "last-page", "transaction"],
 )

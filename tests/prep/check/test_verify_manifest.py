@@ -33,7 +33,7 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Move one from the second shard to the first; the total does not change."""
+    """Add 1 to field `name` of the first shard and subtract 1 in the second; the total does not change."""
     shards[0][name] += 1
     shards[1][name] -= 1
 
@@ -79,7 +79,7 @@ def test_a_manifest_that_does_not_agree_with_the_store_is_a_fault(
 
 
 def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The keys show it: they must ascend over the shards of a split."""
+    """The fault is found by the keys, which must ascend over the shards of a split."""
     store = copy_store(150)
     opened = Store.open(store)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
@@ -93,7 +93,7 @@ def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeS
 def test_a_manifest_with_values_of_wrong_types_is_a_fault_or_a_store_error(
     name: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Any value gives a fault or a StoreError that names the file, and no other error."""
+    """Any wrong value gives a fault, or a StoreError that names the file. No other error is raised."""
     store = copy_store(64)
     for value in (None, "x", -1, [[1]], {"a": {}}):
         change_manifest(
@@ -107,14 +107,14 @@ def test_a_manifest_with_values_of_wrong_types_is_a_fault_or_a_store_error(
 
 
 def set_moments(store: Path, moments: Moments) -> None:
-    """Write moments to the manifest, and the colour.json that agrees with them, as a build does."""
+    """Write moments to the manifest, and a colour.json that agrees with these moments."""
     change_manifest(store, lambda data: train_split(data).update(moments=moments.to_json(), pixels=moments.pixels))
     stats = compute_color_stats(Store.open(store).split("train").records, moments)
     (store / "train" / "colour.json").write_text(json.dumps(stats.__dict__))
 
 
 def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """One of the 13 sums is changed at a time."""
+    """The test changes one of the 13 sums at a time."""
     store = copy_store(64)
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)

@@ -1,7 +1,7 @@
-"""prep.check.verify on damaged, contradictory and exchanged records: each fault is named, and the rest is checked.
+"""prep.check.verify on damaged, contradictory and exchanged records: faults are named, and all records are checked.
 
-Records are damaged in the file itself, or replaced by lmdb. `with_checksum` and `changed_record` give a changed record
-a right checksum, so that the checks behind the checksum are tested too.
+The tests damage records in the file itself, or replace records with the lmdb library. `with_checksum` and
+`changed_record` give a changed record a correct checksum, so that the other checks are tested too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.helpers.damaged_stores import (
 def test_a_flipped_bit_is_found_in_each_of_a_thousand_records(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each of the thousand faults has shard and key, and the source unless the flipped bit damages it."""
+    """Each of the thousand faults has shard and key. It has the source too, unless the flipped bit is in the source."""
     store = copy_store(1000, format)
     rng = np.random.default_rng(7)
     flipped: dict[tuple[str, str], tuple[str, bool]] = {}
@@ -102,7 +102,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
 def test_a_contradiction_is_found_behind_a_right_checksum(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each contradiction is in another record. No other record is named, nor the digest of the shard."""
+    """Each contradiction is in a different record. The faults name these records only, and not the shard's digest."""
     store = copy_store(150, format)
     folder = store / "train" / "00001"
     records = read_records(folder)

@@ -98,7 +98,7 @@ def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None
 
 
 def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
-    """JPEGs in other colour spaces, and those that libjpeg-turbo warns about or refuses."""
+    """The JPEGs have other colour spaces, or libjpeg-turbo warns about or refuses them."""
     noise = np.random.default_rng(3).integers(0, 256, (60, 83, 3), dtype=np.uint8)
     whole = file_of(Image.fromarray(noise), "JPEG")
     scan = whole.index(b"\xff\xda") + 14
@@ -115,7 +115,7 @@ def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
     }
     kept = 0
     for name, content in files.items():
-        if name not in ("a hole", "zeros"):  # random bits in a scan can be a valid code too
+        if name not in ("a hole", "zeros"):  # after these two changes, the scan can still be valid
             assert _decode_color_jpeg(content) is None, name
         try:
             expected = np.asarray(pillow(content).convert("RGB"))
@@ -146,7 +146,7 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
             try:
                 image = decode_image(bytes(damaged))
             except BadImage as reason:
-                assert "more than" in str(reason)  # the change made the size too large
+                assert "more than" in str(reason)  # the changed bytes state too large a size
                 continue
             assert np.array_equal(image.pixels, expected)
             outcomes.add("read")
@@ -286,7 +286,7 @@ def test_a_file_that_is_not_an_image_is_refused(content: bytes, reason: str) -> 
 
 
 def test_random_bytes_are_refused() -> None:
-    """Random bytes alone, and random bytes after the signatures of the usual formats, which reach a decoder."""
+    """Some files are only random bytes. Others begin with the signature of a usual format, so they reach a decoder."""
     rng = np.random.default_rng(5)
     starts = [file_of(PHOTO, format)[:30] for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
     for start in [b"", *starts]:
@@ -315,7 +315,7 @@ def test_damaged_files_give_an_image_or_bad_image() -> None:
 
 @pytest.mark.parametrize("size", [(12_000, 9_000), (20_000, 20_000)])
 def test_a_decompression_bomb_is_refused_by_its_size(size: tuple[int, int]) -> None:
-    """A BMP header that states more than 100 million pixels, with no pixels after it."""
+    """The file is a BMP header that states more than 100 million pixels, without the pixels."""
     content = bytearray(file_of(Image.new("L", (1, 1)), "BMP"))
     content[18:26] = size[0].to_bytes(4, "little") + size[1].to_bytes(4, "little")
     with pytest.raises(BadImage, match="more than 100,000,000 pixels"):
@@ -356,7 +356,7 @@ def test_a_whole_image_that_would_become_huge_is_refused() -> None:
     ribbon = np.zeros((1, 5000, 3), np.uint8)
     with pytest.raises(BadImage, match="5000×1 would become 1280000×256"):
         check_rescaled_size(ribbon, 256, True)
-    check_rescaled_size(ribbon, 256, False)  # only its square would be computed
+    check_rescaled_size(ribbon, 256, False)  # without --keep-aspect only the square is computed
     check_rescaled_size(np.zeros((300, 400, 3), np.uint8), 256, True)
     check_rescaled_size(np.zeros((10, 50, 3), np.uint8), 4096, True)  # 84 million pixels
     with pytest.raises(BadImage, match="would become 32768×4096"):

@@ -1,4 +1,4 @@
-"""prep.images.color_stats against numpy.cov, scikit-learn's PCA, and exact fractions where float64 would cancel."""
+"""prep.images.color_stats compared with numpy.cov, scikit-learn's PCA, and exact fractions."""
 
 from __future__ import annotations
 
@@ -92,9 +92,9 @@ def test_moments_do_not_depend_on_strides() -> None:
 
 
 def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
-    """10^13 pixels of (255, 254, 200), one of them a level lower, have sums of squares beyond 2^53.
+    """Of 10^13 pixels (255, 254, 200), one is a level lower in each channel. The sums of squares exceed 2^53.
 
-    Their variance is 10^-13, which float64 sums would lose.
+    The variance is 10^-13, which would be lost in float64 sums.
     """
     n, k = 10**13, 1
     high, low = (255, 254, 200), (254, 253, 199)
@@ -107,7 +107,7 @@ def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
     assert stats.mean_rgb == tuple(float(Fraction(t, n)) for t in total)
 
     in_floats = float(outer[0][0]) / n - (float(total[0]) / n) ** 2
-    assert abs(in_floats - exact) > 0.9 * exact  # so a rounded sum would fail this test
+    assert abs(in_floats - exact) > 0.9 * exact  # with float64 sums, the test would fail
 
 
 def test_moments_beyond_53_bits_add_up() -> None:
@@ -217,7 +217,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 
 
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
-    """One record is not an image, the other has a wrong checksum."""
+    """The damaged record is not an image in one case, and has a wrong checksum in the other."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
     good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # not shorter than the shard in the manifest
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):

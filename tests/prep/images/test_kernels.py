@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def noise(height: int, width: int) -> Pixels:
-    """Uniform noise, a third of it only black and white."""
+    """Uniform noise; in the upper third, each value is 0 or 255."""
     pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[: height // 3] = np.where(pixels[: height // 3] < 128, 0, 255)
     return pixels
@@ -205,7 +205,7 @@ def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeyp
     assert load(library)
     assert compiled.library_path(source) == library
     source.write_text(source.read_text() + "\n")
-    assert not compiled.library_path(source).exists()  # a library of another source is never loaded
+    assert not compiled.library_path(source).exists()  # a library compiled from another source is never loaded
 
 
 @pytest.mark.usefixtures("c_compiler")
@@ -232,7 +232,7 @@ def test_compiling_without_a_working_compiler_leaves_nothing(tmp_path: Path, mon
 
 
 def test_images_with_strides_of_zero_are_read_correctly() -> None:
-    """A grey image that was broadcast to RGB has a stride of zero."""
+    """A grey image that is broadcast to RGB has a stride of zero."""
     grey = noise(90, 70)[:, :, :1]
     broadcast = np.broadcast_to(grey, (90, 70, 3))
     assert np.array_equal(rescale(broadcast, 50), rescale(np.repeat(grey, 3, axis=2), 50))

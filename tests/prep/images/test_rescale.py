@@ -31,13 +31,13 @@ PILLOW = {
 
 @pytest.fixture(autouse=True)
 def one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread, as in a worker: on a busy machine, several threads slow such small products down."""
+    """Limit BLAS to one thread, like in a worker. On a busy machine, more threads slow small products down."""
     with threadpool_limits(1, "blas"):
         yield
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Uniform noise, the upper half only black and white: the hardest image for a filter."""
+    """Uniform noise; the upper half is black or white only, the hardest case for a filter."""
     pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     upper = pixels[: height // 2]
     upper[:] = np.where(upper < 128, 0, 255)
@@ -124,7 +124,7 @@ def test_area_is_exact_for_noise_shrunk_by_62() -> None:
 
 
 def test_area_counts_one_dark_column_in_130() -> None:
-    """A 4160 px image, a camera's size, shrinks to 32 px. Each 130×130 block has one black column: its mean is 253."""
+    """A 4160 px image shrinks to 32 px. Each 130×130 block has one black column, so the mean of the block is 253."""
     pixels = np.full((4160, 4160, 3), 255, np.uint8)
     pixels[:, ::130] = 0
     got = rescale(pixels, 32).astype(np.float64)
@@ -198,7 +198,7 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
-    """The arithmetic is exact, so a pixel does not depend on the rows and columns that are computed with it."""
+    """The arithmetic is exact, so a pixel is the same in the square and in the complete image."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)

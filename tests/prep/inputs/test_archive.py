@@ -1,4 +1,4 @@
-"""prep.inputs.archive: tar archives of many layouts give the same store as the same images in folders.
+"""prep.inputs.archive: tar archives of many layouts give the same store as folders with the same images.
 
 Members with unsafe names, links and special files are refused by name. If an archive is damaged, every image is listed
 or refused, or the command ends with a one-line error; test_tar_members.py tests more kinds of damage.
@@ -219,7 +219,7 @@ ODD: dict[str, tuple[Member, str]] = {
 @pytest.mark.parametrize("name", list(ODD))
 def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Path) -> None:
     member, reason = ODD[name]
-    for position in range(4):  # at any position, the other members are listed
+    for position in range(4):  # for any position of the refused member, the other members are listed
         found = list_tar(tar_of([*THREE[:position], member, *THREE[position:]]), tmp_path / "x.tar")
         assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
         assert found.classes == ("n1", "n2")
@@ -228,7 +228,7 @@ def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Pat
 
 
 def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
-    """A sparse member's stored bytes are not its content, so it cannot be read in place."""
+    """The stored bytes of a sparse member are not its content, so the member cannot be read in place."""
     old = header(b"n1/old.JPEG", b"00000000000\0", b"S")
     for fields in ({"GNU.sparse.map": "0,10", "GNU.sparse.size": "700", "GNU.sparse.name": "n1/new.JPEG"},):
         new = tar_of([("n1/new.JPEG", A, {"pax_headers": fields}), *THREE], tarfile.PAX_FORMAT)
@@ -238,7 +238,7 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """tar, too, unpacks the last one. The earlier members are refused by name."""
+    """The earlier members are refused by name. The program tar also keeps the last member."""
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
@@ -256,7 +256,7 @@ def test_inner_tars_with_the_same_name_are_one_class(tmp_path: Path) -> None:
 
 
 def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is an empty tar in a tar of tars, and a folder entry in a tar of folders."""
+    """A class without an image is an empty tar in a tar of tars, or a folder entry in a tar of folders."""
     empty = tar_of([("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", tar_of([])), ("n3.tar", tar_of([("c.JPEG", C)]))])
     entry: Member = ("n2", b"", {"type": tarfile.DIRTYPE})
     for content in (empty, tar_of([("n1/a.JPEG", A), entry, ("n3/c.JPEG", C)])):
@@ -267,7 +267,7 @@ def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest
 
 
 def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:
-    """train/n1 and val/n1 are two splits; cats/train and dogs/train are not one class `train`."""
+    """train/n1 and val/n1 are two splits; cats/train and dogs/train are not the same class."""
     for names in (("train/n1/a.JPEG", "val/n1/b.JPEG"), ("cats/train/a.JPEG", "dogs/train/b.JPEG")):
         with pytest.raises(UserError, match=r"x\.tar"):
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
@@ -289,12 +289,12 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be cut off."""
+    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be missing."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as for GNU tar
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, like in GNU tar
         expected = names_of(list_tar(content, tmp_path / "x.tar"))
         for length in range(0, len(content), 256):
             try:
@@ -307,7 +307,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """A change of any header byte gives an error, or as many images and refused members as before."""
+    """After a change of any header byte there is an error, or the number of images and refused members is the same."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):
@@ -351,14 +351,14 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # nor is it read inside another tar
+    if what not in ("empty tar", "folders alone", "links alone"):  # the file is refused inside another tar too
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail the first one is named before the build; with skip, inputs.jsonl lists all of them."""
+    """With --on-bad fail, the error names one refused member; with skip, inputs.jsonl lists all of them."""
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")

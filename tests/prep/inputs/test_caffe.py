@@ -1,4 +1,4 @@
-"""prep.inputs.caffe on LMDBs that lmdb and protobuf write here as Caffe's convert_imageset does.
+"""prep.inputs.caffe on LMDBs that the tests write with lmdb and protobuf, like Caffe's convert_imageset.
 
 The stores are read back by lmdb and protobuf, and decoded by Pillow. Bare pixels of the store's size must come out of a
 ppm store unchanged.
@@ -40,7 +40,7 @@ def processes() -> None:
 
 @pytest.fixture(autouse=True)
 def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run the work in this process, since a worker process takes half a second to start."""
+    """Run tasks in the test process, since a worker process takes half a second to start."""
     if "processes" not in request.fixturenames:
         monkeypatch.setattr("prep.workers.WorkerPool", lambda jobs, preload="": nullcontext(InlineRunner()))
 
@@ -56,7 +56,7 @@ def done(result: Result) -> str:
 
 
 def fails(result: Result, *parts: object) -> str:
-    """The command has exit code 1 and prints one line, which begins with "Error:" and has all `parts`."""
+    """The command has exit code 1 and prints one line. The line begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     errors = [line for line in result.stderr.splitlines() if line]
@@ -150,7 +150,7 @@ def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_o
 def test_encoded_images_of_any_format_are_decoded(
     datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """The size of the image file counts; the size in the Datum is ignored."""
+    """The size is taken from the image file; the size in the Datum is ignored."""
     files = {b"00000000_a": jpeg(), b"00000001_b": jpeg(1, 64, 90)}
     out = io.BytesIO()
     Image.fromarray(noise(50, 40, 7)).save(out, "PNG")
@@ -172,7 +172,7 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """Records differ only in the name, which is the key. Colour moments and classes are equal too."""
+    """The sources differ: a record from Caffe has its LMDB key as source. Colour moments and classes are equal."""
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -268,7 +268,7 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
     ("names", "classes"),
     [
         ((("n2/a.JPEG", 1), ("n1/b.JPEG", 0), ("n2/c.JPEG", 1)), ("n1", "n2")),
-        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels do not change, whether folders are sorted or not
+        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels are kept although the folders are not sorted
         ((("train/n1/a.JPEG", 0), ("train/n2/b.JPEG", 1)), ("n1", "n2")),
         ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
         ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label
@@ -323,7 +323,7 @@ def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., by
 
 
 def test_several_lmdbs_make_one_split(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """The LMDBs may have equal keys, as parts that were converted separately have."""
+    """The LMDBs may have equal keys, which is usual for parts that were converted separately."""
     pictures = [noise(SIDE, SIDE, seed) for seed in range(4)]
     parts = [
         lmdb_of(
@@ -374,7 +374,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
 
 @pytest.mark.usefixtures("processes")
 def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """The LMDB is truncated or has pages of noise. The process that reads it may die, but not the command."""
+    """The LMDB is truncated or has pages of noise. The process that reads it may crash, but the command may not."""
     folder = lmdb_of(tmp_path / "whole", labelled(datum, *[(f"n{k % 2}/{k}.JPEG", k % 2) for k in range(60)]))
     content = (folder / "data.mdb").read_bytes()
     damaged = [content[: int(len(content) * share)] for share in (0.02, 0.5, 0.999)]

@@ -1,7 +1,7 @@
 """prep.inputs.folder on small folders with a known listing, and on files that change after the listing.
 
-Most images are empty files, since listing opens none. Links, FIFOs, sockets and odd names are real ones. An entry that
-is not listed must be in `refused`, with the reason.
+Most images are empty files, since listing opens none. The tests create real links, FIFOs, sockets and odd names. An
+entry that is not listed must be in `refused`, with the reason.
 """
 
 from __future__ import annotations
@@ -87,8 +87,9 @@ def test_folders_and_files_side_by_side_are_refused(tmp_path: Path) -> None:
 
 
 def folder_with_links(tmp_path: Path) -> Path:
-    """A folder with links to a file and to a class (inside and outside of the root), to nothing, to the link itself,
-    and to parent folders.
+    """A folder with links.
+
+    Links point to files and classes inside and outside of the root, to nothing, to themselves, and to parent folders.
     """
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
     touch(tmp_path / "elsewhere", "x.JPEG", "n5/y.JPEG", "n5/z.JPEG")
@@ -280,7 +281,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as on a file system without times
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # like on a file system without times
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)
         if kind == "FIFO":

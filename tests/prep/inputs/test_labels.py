@@ -1,7 +1,7 @@
 """prep.inputs.labels on label files with known labels, which the tests write.
 
-The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since none
-is opened. Labels that do not fit give a one-line error that names the file and the fault.
+The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since they
+are not opened. Labels that do not fit give a one-line error that names the file and the fault.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
 
 
 def test_numbers_that_are_class_names_of_the_store_are_names(flat: Path, tmp_path: Path) -> None:
-    """If the store's classes are named 10, 20, 30, the label 10 is that class, not number 10."""
+    """If the store's classes are named 10, 20, 30, the label 10 is the class with this name, not class number 10."""
     labels = label_file(tmp_path, "a.JPEG 10\nB.JPEG 30\nc.JPEG 20\nb.JPEG 10\n")
     assert labels_of(list_images(flat, labels, store_classes=("10", "20", "30"))) == [2, 0, 0, 1]
 
@@ -201,7 +201,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """An absurd number is an error at once: no list with that number of class names is made."""
+    """An absurd number is refused before a list with that number of class names is made."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 
@@ -219,7 +219,7 @@ def test_a_label_file_may_have_windows_line_ends(flat: Path, tmp_path: Path) -> 
 
 
 def test_a_label_file_may_hold_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
-    """The label belongs to the image whose name has the same bytes."""
+    """A label belongs to the image with the same bytes as name."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in (b"\xff.JPEG", b"b.JPEG"):
@@ -254,7 +254,7 @@ def test_labels_of_a_tar_are_found_next_to_it_or_in_the_devkit(tmp_path: Path) -
 
 
 def test_the_same_name_in_two_folders_of_the_label_file_is_refused(flat: Path, tmp_path: Path) -> None:
-    """Only the last part of a name counts, so it has two labels although the folders differ."""
+    """Only the last part of a path counts, so the image has two labels although the folders differ."""
     text = "x/a.JPEG 1\ny/a.JPEG 2\nb.JPEG 0\nc.JPEG 0\nB.JPEG 0\n"
     with pytest.raises(UserError, match=r"line 2: a\.JPEG has two labels, 1 and 2"):
         list_images(flat, label_file(tmp_path, text))

@@ -1,6 +1,7 @@
-"""prep.inputs.tar_members on damaged, truncated and other files, and on headers that claim too large a size.
+"""prep.inputs.tar_members on damaged, truncated and non-tar files, and on headers that claim too large a size.
 
-These tests import no more than prep.console, so that every supported Python can run them: tarfile depends on it.
+The behaviour of tarfile depends on the Python version. These tests import no more than prep.console, so that they run
+with every supported Python.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def test_members_of_every_format_have_their_offsets(format: int, tmp_path: Path)
 
 
 def test_an_archive_inside_another_is_read_by_its_bytes(tmp_path: Path) -> None:
-    """The inner archive is read between two members of the outer one, whose iteration then continues."""
+    """The inner archive is read between two members of the outer archive. Then reading the outer archive continues."""
     inner = tar_of(THREE)
     path = written(tar_of([("1.tar", inner), ("2.tar", inner)]), tmp_path)
     size, names = path.stat().st_size, []
@@ -70,12 +71,12 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be cut off."""
+    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be missing."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
         end = len(content.rstrip(b"\0"))
-        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, as for GNU tar
+        end += -end % BLOCK + BLOCK  # one block of zeros is a valid end, like in GNU tar
         expected = names_in(written(content, tmp_path))
         for length in range(0, len(content), 256):
             path = written(content[:length], tmp_path)
@@ -89,7 +90,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
-    """A change of any header byte gives an error, or as many members as before."""
+    """After a change of any header byte there is an error, or the number of members is the same."""
     rng = random.Random(3)
     content = tar_of(THREE)
     for _ in range(300):
@@ -104,7 +105,7 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """The gigabyte exists, as a hole in the file. tarfile must read it through BoundedFile, which refuses."""
+    """The file has the gigabyte, as a hole. tarfile reads through BoundedFile, which refuses to read that much."""
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
         file.truncate(2 << 30)
@@ -124,7 +125,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """ImageNet's members would take a gigabyte. Of 2,000 members, only a few are in memory when the last is read."""
+    """Of 2,000 members, few are in memory when the last is read. All members of ImageNet would take a gigabyte."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size
@@ -133,7 +134,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # Not isinstance: it reads __class__, for which torch.distributed.reduce_op warns of its deprecation.
+        # isinstance would read __class__, and torch.distributed.reduce_op then gives a deprecation warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

@@ -1,6 +1,6 @@
-"""prep.store.datum: records against the protobuf library and DALI's Caffe reader, checksums against zlib and damage.
+"""prep.store.datum: records compared with protobuf and DALI's Caffe reader, checksums with zlib, and damaged records.
 
-protobuf reads Caffe's message by the descriptor that conftest.py builds. Damage is every single-bit flip, every
+protobuf reads Caffe's message with the descriptor that conftest.py builds. Damage is every single-bit flip, every
 truncation, and seeded random bytes: each must raise DatumError and no other exception. `locate_image` is compared with
 Datum.decode and with the Datum that was encoded.
 """
@@ -64,7 +64,7 @@ def test_protobuf_reads_an_encoded_record(datum: Datum, caffe_datum: Callable[[]
 
 
 def test_the_record_begins_with_the_bytes_of_a_plain_caffe_datum(caffe_datum: Callable[[], Any]) -> None:
-    """Fields 1001 and 1002 come last. protobuf writes a Datum without them as the first bytes of the record."""
+    """Fields 1001 and 1002 come last. The bytes before them are what protobuf writes for a Caffe Datum."""
     message = caffe_datum()
     message.ParseFromString(SMALL.encode())
     message.ClearField("source")
@@ -114,7 +114,7 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
 
 
 def test_fields_are_parsed_from_any_message(caffe_datum: Callable[[], Any]) -> None:
-    """parse_fields returns the last value of each field before `end`, of a record or a Caffe Datum, but no floats."""
+    """For a record or a Caffe Datum, parse_fields returns the last value of each field before `end`, except floats."""
     value = SMALL.encode()
     fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
@@ -150,7 +150,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """One truncation is not refused: without the complete last field, the source, the rest is a valid Datum."""
+    """One truncation is accepted: if only the source, the last field, is missing, the rest is a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -171,7 +171,7 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Random bytes are decoded as they are, and with a correct checksum appended, so that they reach the parser."""
+    """Random bytes are decoded without and with a correct checksum. With the checksum they reach the parser."""
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -253,7 +253,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """For random bytes, changed records and wrong sizes of data, the image is inside, or DatumError is raised."""
+    """For random bytes, changed records and wrong data sizes, the image is in the record, or DatumError is raised."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):

@@ -1,6 +1,6 @@
-"""prep.store.lmdb_shard against the lmdb library used directly, and its digest against hashlib.
+"""prep.store.lmdb_shard compared with the lmdb library, and its digest with hashlib.
 
-The tests of ShardReader also use keys with gaps, as inputs that were left out make them.
+The tests of ShardReader also use keys with gaps. Inputs that were left out cause such gaps.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) 
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB, more than twice the first map, include one record of 80 MB; the file is not larger than its content."""
+    """150 MB of records exceed twice the first map. One record has 80 MB. The file is not larger than its content."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 
@@ -122,7 +122,7 @@ def test_an_exception_of_the_iterator_of_records_is_raised(tmp_path: Path) -> No
 
 @pytest.fixture(params=[None, b"", b"x" * 100, b"not an lmdb" * 2000], ids=["absent", "empty", "short", "long"])
 def not_an_lmdb(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder that does not exist, or that has another kind of file as data.mdb."""
+    """A folder that does not exist, or in which data.mdb is not an LMDB file."""
     folder = tmp_path / "s"
     if request.param is not None:
         folder.mkdir()
@@ -149,7 +149,7 @@ def test_reading_damaged_pages_raises_store_error(tmp_path: Path) -> None:
 
 
 def error_of_truncated_file(folder: Path, size: int, program: str) -> str:
-    """Truncate data.mdb, run `program` and return the last line of its errors.
+    """Truncate data.mdb, run `program` and return the last line of its standard error.
 
     The program runs in a separate process, since reading a map past the end of its file kills a process (SIGBUS).
     """
@@ -229,7 +229,7 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
     write(tmp_path / "s", random_records(30))
     with pytest.raises(StoreError, match=f"30 records, the manifest says {expected}. ADVICE") as refused:
         ShardReader(tmp_path / "s", expected, "ADVICE")
-    assert refused.value and open_handles(tmp_path / "s") == 0  # also while the exception, with its frames, is alive
+    assert refused.value and open_handles(tmp_path / "s") == 0  # although the exception keeps its frames alive
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """LMDB allows a process to open a file only once. Readers by another path and `read` share the open file too."""
+    """A process may open an LMDB file only once. `read`, and readers with another path, also share the open file."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")

@@ -1,4 +1,4 @@
-"""prep.store.manifest: damaged stores are refused with actual and expected value; fingerprints cover all records.
+"""prep.store.manifest: damaged stores are refused with the actual and expected values; fingerprints cover all records.
 
 Fingerprints are computed independently, with hashlib and json.
 """
@@ -225,7 +225,7 @@ def canonical_digest(data: object) -> str:
 
 
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
-    """It is computed from the LMDB files: SHA-256 of key, length and value of each record, then of the digests."""
+    """The test computes the fingerprint from the LMDB files: SHA-256 of all records, then of the digests."""
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}
     for name in ("train", "val"):
