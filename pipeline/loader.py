@@ -87,7 +87,7 @@ class TrainLoader(Loader):
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutation = (-1, np.empty(0, np.int64))  # the permutation computed last, after its epoch
+        self._permutation = (-1, np.empty(0, np.int64))  # (epoch, permutation) of the last computation
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 

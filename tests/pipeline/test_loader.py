@@ -167,7 +167,7 @@ def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
 
 
 def test_the_loader_waits_for_a_slow_consumer(numbered_store: Path) -> None:
-    """Uses the real clock. The sum of both wait times is at most the time that passed."""
+    """The test uses the real clock. The sum of both wait times is at most the time that has passed."""
     with train_loader(numbered_store, 2) as loader:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):
