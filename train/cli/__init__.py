@@ -1,4 +1,4 @@
-"""The command line `alextrain`: options and output of each command. The other subpackages of train/ do the work."""
+"""The command line `alextrain`: options and output of each command, which other subpackages of train/ implement."""
 
 from train.cli.group import main
 

@@ -1,4 +1,7 @@
-"""`alextrain evaluate`: error rates of a run, or of several runs averaged."""
+"""`alextrain evaluate`: error rates of a run, or of the averaged probabilities of several runs.
+
+check_same_images in train/evaluation/predictions.py checks which predictions may be averaged.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +75,7 @@ def evaluate(
     )
 
     if out is not None:
-        check_output_path(out)  # an error here comes before the evaluation, not after it
+        check_output_path(out)  # checked before the evaluation, which takes long
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):
@@ -117,7 +120,7 @@ def _evaluate_run(
     from train.runs.run_dir import DESCRIPTION
 
     devices = parse_devices(gpus)
-    set_precision(precision, devices)  # an unsupported precision is an error before the network is loaded
+    set_precision(precision, devices)  # checked before the network is loaded
     run_dir, which = run_and_checkpoint(path, checkpoint)
     network, loaded = load_trained(run_dir, devices, which)
     check_classes(run_dir, loaded.classes, store)
@@ -128,7 +131,7 @@ def _evaluate_run(
         )
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(network, loaded, store, split, count, precision, str(path))
-    if (run_dir / DESCRIPTION).exists():  # a checkpoint outside a run folder has no log of evaluations
+    if (run_dir / DESCRIPTION).exists():  # without a run folder there is no log of evaluations
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
 

@@ -107,7 +107,7 @@ def run(
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
-    set_precision(precision, devices)  # an unsupported precision is an error before the run starts
+    set_precision(precision, devices)  # checked before the run starts
     config = RunConfig(
         store=store,
         recipe=chosen,

@@ -2,16 +2,16 @@
 
     safetensors   joined parameters, under the names that AlexNet.load_joined_tensors takes
     torchvision   a state_dict for torchvision.models.alexnet(num_classes=…).load_state_dict
-    onnx          the test-time graph: `images` (N, 3, 224, 224), gray levels minus the mean, to `logits` (N, classes)
+    onnx          the test-time graph: `images` (N, 3, 224, 224), grey levels minus the mean, to `logits` (N, classes)
 
-Each file also holds four JSON texts by name. safetensors and onnx have them in their metadata; torchvision's state_dict
-has them in `state._metadata[""]`, where PyTorch keeps the versions of modules:
+Each file also contains four named JSON texts. In safetensors and onnx files they are in the metadata of the file. In
+torchvision's state_dict they are in `state._metadata[""]`, in which PyTorch stores the versions of modules:
 
     architecture, recipe   the same objects as in run.json
     classes                names of the classes, in the order of the logits
     preprocessing          the fields of `Preprocessing`, which turns an image into the input
 
-A mean image is float32, little-endian, in row-major order, in base64.
+A mean image is stored as float32, little-endian, in row-major order, encoded in base64.
 """
 
 from __future__ import annotations
@@ -49,28 +49,29 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 class Preprocessing:
     """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
-    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. From its central square a crop of
-    `window_px` is taken: for one view, the centre crop. `mean` names what is subtracted from a crop at (y, x):
+    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A crop of `window_px` is taken from
+    the central square: for one view, the centre crop. `mean` determines what is subtracted from a crop whose corner is
+    at (y, x) of the square:
 
         channel   mean_rgb
-        image     the centre of the mean image, at every (y, x)
-        aligned   the mean image at (y, x)
+        image     the centre crop of the mean image, for every (y, x)
+        aligned   the crop of the mean image at (y, x)
         none      nothing
     """
 
     shorter_side_px: int
     mean: str
-    mean_rgb: tuple[float, ...]  # subtracted mean per channel; for a mean image, its average
-    mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype", "base64"
-    input_divisor: float  # divides after the subtraction; included in the onnx graph and in torchvision's weights
+    mean_rgb: tuple[float, ...]  # subtracted mean per channel; with a mean image, the average of that image
+    mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype" and "base64"
+    # The difference is divided by input_divisor. The onnx graph and torchvision's weights already include the division.
+    input_divisor: float
     window_px: int = CROP_PX
-    normalise: Mapping[str, Any] | None = (
-        None  # torchvision only: mean and std of Normalize; "exact": False if approximate
-    )
+    # Only for torchvision: "mean" and "std" of Normalize, and "exact", which is False if they are approximate.
+    normalise: Mapping[str, Any] | None = None
 
 
 def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Preprocessing:
-    """The preprocessing of a network's evaluation, in the form that is exported."""
+    """The evaluation preprocessing of a network, as the fields that are exported."""
     mean_rgb = tuple(transform.mean_rgb if transform.mean == "channel" else (0.0, 0.0, 0.0))
     mean_image, image = transform.mean_image, None
     if mean_image is not None:
@@ -134,11 +135,11 @@ def _safetensors(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 
 def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
-    # with torchvision's std, so that the weights have the same magnitude as torchvision's
+    # The std is torchvision's, so that the weights have the same magnitude as torchvision's
     weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
     state: OrderedDict[str, Tensor] = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # not the file itself: on a full disk torch.save would raise a type of its own
+    content = io.BytesIO()  # in memory: with a file, torch.save raises no OSError on a full disk
     torch.save(state, content)
     return content.getbuffer()
 
@@ -162,7 +163,7 @@ def _onnx(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 @contextmanager
 def _exporter_silenced() -> Iterator[None]:
-    """A context in which the ONNX exporter does not warn of torch's deprecations and of operators not used here."""
+    """A context that silences the ONNX exporter's warnings about deprecated functions in torch and unused operators."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

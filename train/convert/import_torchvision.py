@@ -34,12 +34,14 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     """Create a run in `config.run_dir` with a checkpoint at step 0 that has the weights of `file`; returns the network.
 
     file     a state_dict of torchvision.models.alexnet, or a file of `alextrain export --to torchvision`, which also
-             has its own Normalize and classes
-    config   a configuration with the architecture `torchvision`; its recipe subtracts a mean per channel, or no mean
-    new_fc8  True: initialize the last layer by the recipe, for other classes than the file's
+             contains the arguments of Normalize and the classes
+    config   a configuration with the architecture `torchvision` and a recipe that subtracts a mean per channel, or no
+             mean
+    new_fc8  True: initialize the last layer as the recipe says, because the store has other classes than the file
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if the file is not such
-    a state_dict or has other classes, if the recipe or the architecture does not fit, or if the folder has a run.
+    a state_dict or has other classes, if the recipe or the architecture does not fit, or if the run folder already has
+    a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe
@@ -83,12 +85,12 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The state_dict in a file, and the metadata of `alextrain export`; a file from torchvision has no metadata."""
+    """The state_dict in a file, and the metadata of `alextrain export`; {} for a file from torchvision."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
-    except Exception:  # torch.load raises many types, some with advice that does not apply here
+    except Exception:  # torch.load raises many types; some messages give advice that does not apply here
         raise UserError(f"{file}: not a file of tensors that torch.load(weights_only=True) reads.") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: not a state_dict, which is a dict of tensors by name.")

@@ -1,23 +1,25 @@
 """Converts weights between torchvision.models.alexnet and the architecture `torchvision` of this project.
 
-Both networks compute the same function of the pixels. For pixels p in 0..255, the subtracted mean m, and the channel c:
+The converted network computes the same function of the pixels as the original network. For pixels p in 0..255, the
+subtracted mean m, and the channel c:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
     this project's conv1 takes   u = (p − m_c) / input_divisor
 
-    export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and the weights are multiplied
-             by the inverse factor. This is exact, also at the border: both networks pad with zeros, which stand for
-             pixels of value m. Normalize cannot subtract a mean image m. With input t = (p − m) / (255 std_c) the
-             weights are exact; with Normalize and the mean over the mean image they are approximate.
+    export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
+             multiplied by 255 std_c / input_divisor. This is exact, also at the border: both networks pad with zeros,
+             which stand for pixels of value m. If m is a mean image, the weights are exact for the input
+             t = (p − m) / (255 std_c). Normalize can only subtract the average of the mean image, and is approximate.
     import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
-             (255 std_c). The weights are multiplied by input_divisor / (255 std_c). The constant term of t, times the
-             sum of the channel's weights, is added to conv1's bias. This is exact for windows inside the image. In the
-             first and the last row and column of its 55 × 55 positions, conv1 reads padding, which has the value m
-             instead of 255 mean_c.
+             (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
+             (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
+             This is exact for windows inside the image. In the first and the last row and column of its 55 × 55
+             outputs, conv1 reads padding, which stands for pixels of value m instead of 255 mean_c. These outputs are
+             approximate.
 
-Dropout that scales in evaluation (section 4.2) multiplies the inputs of fc6 and fc7 by 1 − p. torchvision's dropout
-does not, so the weights of these layers are multiplied by 1 − p, which is exact for p = ½. All conversions are computed
-in float64.
+If dropout scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − p in evaluation.
+torchvision's dropout does not scale in evaluation, so an export multiplies the weights of fc6 and fc7 by 1 − p, and an
+import divides them by 1 − p. Both are exact for p = ½. All conversions are computed in float64.
 """
 
 from __future__ import annotations
@@ -41,13 +43,13 @@ class Normalization(NamedTuple):
     std: tuple[float, ...]
 
 
-# The normalization for all weights that torchvision trained on ImageNet (ImageClassification in
+# The normalization with which torchvision trained all its ImageNet weights (class ImageClassification in
 # torchvision.transforms._presets).
 IMAGENET_NORMALIZATION = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
 def check_fits(architecture: Architecture, recipe: Recipe) -> None:
-    """Raise UserError, with the reason, for a network that torchvision's definition cannot compute."""
+    """Raise UserError, with the reason, for a network that torchvision.models.alexnet cannot represent."""
     if architecture.name != TORCHVISION.name:
         raise UserError(
             f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
@@ -75,10 +77,10 @@ def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std
 def from_torchvision_weights(
     state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Joined parameters, for images minus `mean_rgb` (gray levels), with the weights of torchvision's state_dict.
+    """Joined parameters, for images minus `mean_rgb` (grey levels), from the weights of torchvision's state_dict.
 
-    `normalization` is the one with which the weights were trained. Raises KeyError or ValueError if `state` is not of
-    torchvision's AlexNet; AlexNet.load_joined_tensors checks the other names and shapes.
+    `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
+    is not a state_dict of torchvision's AlexNet. AlexNet.load_joined_tensors checks the remaining names and shapes.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]

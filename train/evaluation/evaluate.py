@@ -28,16 +28,17 @@ Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 def eval_batch_size(records: int, views: int, device: str) -> int:
     """Number of images in an evaluation batch, at most `records`. A batch has 32 views on a CPU and 256 on a GPU.
 
-    32 views fit into a CPU's caches (measured: 1.3 times the speed of 160 views). A GPU needs more views to be busy.
+    32 views fit into a CPU's caches (measured: 1.3 times the speed of 160 views). A GPU needs more views for full
+    speed.
     """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 
 
 def wilson_interval(misses: int, images: int) -> tuple[float, float]:
-    """The 95 % score interval (low, high), in 0..1, of an error rate of `misses` in `images` (Wilson 1927).
+    """The 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
-    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n), the interval also holds
-    near 0.
+    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n), the score interval is
+    also valid for error rates near 0.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -56,7 +57,7 @@ class EvalResult:
 
     @property
     def misses(self) -> tuple[int, int]:
-        """Numbers of top-1 and top-5 misses: images whose label is not among the one or five most probable classes."""
+        """(top-1 misses, top-5 misses): numbers of images whose label is not among the 1 or 5 most probable classes."""
         return round(self.top1_error * self.images), round(self.top5_error * self.images)
 
     @property
@@ -67,10 +68,10 @@ class EvalResult:
 
 
 def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Numbers of top-1 and top-5 misses, int64 (2,), of scores (N, classes) for labels (N,).
+    """Numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
 
-    Of equal scores, the one of the lower class index ranks higher, as in argmax. (topk leaves their order undefined.) A
-    label whose score is NaN is a miss.
+    Among classes with equal scores, the class with the lower index ranks higher, as in argmax. (torch.topk leaves the
+    order of equal scores undefined.) If the score of an image's label is NaN, the image is a miss.
     """
     of_label, classes = scores.gather(1, labels[:, None]), torch.arange(scores.shape[1], device=scores.device)
     not_above = (scores < of_label) | ((scores == of_label) & (classes >= labels[:, None]))  # (N, classes)
@@ -88,10 +89,10 @@ def evaluate(
     """Evaluate `network` on all images of `loader`.
 
     The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). `probabilities`, if given, is an
-    array float32 (records, classes) to fill. The network's mode does not change.
+    array float32 (records, classes), which is filled. The network keeps its mode (training or evaluation).
 
-    Raises UserError for a precision that the network's devices do not support; RuntimeError if the loader serves
-    another number of images than the split has, which would make the error rates wrong.
+    Raises UserError for a precision that the network's devices do not support; RuntimeError if the loader does not
+    serve exactly the images of the split, because the error rates would be wrong.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
@@ -125,7 +126,7 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of the probabilities of several networks; the paper averages five and seven.
+    """The weighted mean (N, classes) of several networks' probabilities; the paper averages five and seven networks.
 
     Weights (default: equal) are divided by their sum.
     """
@@ -139,7 +140,7 @@ def average_probabilities(
 def error_rates(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> EvalResult:
     """Error rates and loss of probabilities (N, classes).
 
-    For the loss, a probability below float32's smallest positive number counts as that number.
+    For the loss, a probability below the smallest positive float32 is replaced by the smallest positive float32.
     """
     misses = top_k_misses(torch.from_numpy(probabilities), torch.from_numpy(labels)).tolist()
     of_label = probabilities[np.arange(len(labels)), labels]

@@ -1,7 +1,8 @@
 """Activations of any layer: captured in a forward pass, computed for all images of a split, or written to a .npy file.
 
-The activations of conv1 to fc7 are those after the nonlinearity, before normalization, pooling and dropout's scaling;
-those of fc8 are the logits. Both columns are joined, column 0 first, as in the joined parameters.
+For conv1 to fc7, the activations are the outputs of the nonlinearity, before normalization, pooling and the scaling of
+dropout. For fc8, the activations are the logits. The activations of both columns are concatenated, column 0 first, like
+the parameters in AlexNet.joined_tensors.
 """
 
 from __future__ import annotations
@@ -30,10 +31,11 @@ from train.model.precision import autocast, set_precision
 
 @contextmanager
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """A context in which each forward pass puts the activations of `layers` into a dict: by layer, a tensor per column.
+    """A context in which each forward pass writes the activations of `layers` into the dict that is yielded.
 
-    The shape is (N, maps, rows, columns) in conv layers, and (N, units) in fully connected layers. Raises UserError for
-    a layer that is not one of LAYERS.
+    The dict has, for each layer, a list with one tensor per column of the network. The shape of a tensor is (N, maps,
+    height, width) in conv layers, and (N, units) in fully connected layers. Raises UserError for a layer that is not
+    one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
@@ -65,7 +67,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 def compute_activations(
     network: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """The activations of `images` by layer: float32 (N, …) on the CPU, in evaluation mode, both columns joined."""
+    """The activations of `images` by layer: float32 (N, …) on the CPU, in evaluation mode, columns concatenated."""
     with (
         evaluation_mode(network),
         capture_activations(network, layers) as captured,
@@ -85,8 +87,8 @@ def iter_split_activations(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """The activations of a layer for the centre crops of a split's records, in the store's order, a batch at a time.
 
-    It stops after `max_records` (default: all). The first records are a random sample, because a store is in the order
-    of a hash. Shows progress. Raises what eval_loader raises, and UserError where `capture_activations` does.
+    Only the first `max_records` records are used (default: all). They are a random sample, because the records of a
+    store are sorted by a hash. Shows progress. Raises the errors of eval_loader and of `capture_activations`.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)

@@ -1,8 +1,8 @@
-"""Nearest neighbors: finds the training images with the fc7 activations closest to an image's (figure 4, right).
+"""Nearest neighbors: finds the training images that are closest to an image in the space of fc7 (figure 4, right).
 
-The index of the checkpoint of step 232 is the file `index-fc7-00000232.npz` in the run folder. It holds the fc7
-activations of the centre crops of the training split, with keys and labels. It is built once, and replaced if it
-belongs to another checkpoint, store, size or precision.
+An index holds the fc7 activations of the centre crops of the training split, with keys and labels. The index for the
+checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if the
+checkpoint, the store, the number of records and the precision are the same; otherwise it is replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYER = "fc7"
 
 
 class NeighborIndex(NamedTuple):
-    """Features of the first N records of the training split."""
+    """Features, labels and keys of the first N records of the training split."""
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
@@ -35,7 +35,7 @@ class NeighborIndex(NamedTuple):
 
 
 class Neighbor(NamedTuple):
-    """A training record close to a query."""
+    """A training record, and its distance from a query."""
 
     record: int  # index of the record in the training split
     key: str
@@ -51,9 +51,9 @@ def load_or_build_index(
     max_records: int = INDEX_RECORDS,
     precision: str = "fp32",
 ) -> NeighborIndex:
-    """The index of a run's checkpoint, of at most `max_records` records: read from the run folder, or built and saved.
+    """The index for a checkpoint, with at most `max_records` records: read from the run folder, or built and saved.
 
-    Raises what eval_loader raises, and UserError if the file cannot be written.
+    Raises the errors of eval_loader, and UserError if the index cannot be written.
     """
     path = run_dir / f"index-{LAYER}-{checkpoint.step:08d}.npz"
     records = min(max_records, store.split("train").records)
@@ -81,7 +81,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index; None if it is missing or damaged, or if its `about` is another one."""
+    """The saved index; None if the file is missing or damaged, or if the file has a different `about`."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:

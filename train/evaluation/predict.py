@@ -59,7 +59,8 @@ def image_features(
 def load_photograph(path: Path, transform: EvalTransform) -> Pixels:
     """The central square of a photograph, prepared like the images of the training store.
 
-    Prints a message if the file has an EXIF orientation. It is not applied; alexprep does not apply it either.
+    Prints a message if the file has an EXIF orientation other than 1. The orientation is not applied, because alexprep
+    does not apply it either.
     """
     photograph = read_photograph(path, transform.settings)
     if photograph.orientation != 1:

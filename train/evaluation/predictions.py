@@ -46,7 +46,7 @@ class Predictions:
     about: Mapping[str, Any]  # see the module's docstring
 
     def save(self, out: Path) -> None:
-        """Write a .npz atomically. Raises UserError if it cannot be written."""
+        """Write a .npz file atomically. Raises UserError if the file cannot be written."""
         check_output_path(out)
         about = np.array(json.dumps(dict(self.about)))
         try:
@@ -65,7 +65,7 @@ def check_output_path(out: Path) -> None:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a file of Predictions.save. Raises UserError if it is missing, damaged or a file of another kind."""
+    """Read a file that Predictions.save wrote. Raises UserError if the file is missing, damaged or of another kind."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if set(arrays.files) != set(_ARRAYS):
@@ -96,9 +96,9 @@ def predict_split(
     """Error rates and probabilities of a network over a split.
 
     views  1, 10 or DENSE
-    run    the run's name in `about`
+    run    name of the run, saved in `about`
 
-    Shows progress. Raises what `evaluate` and eval_loader raise.
+    Shows progress. Raises the errors of `evaluate` and eval_loader.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)
@@ -132,7 +132,7 @@ def predict_split(
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:
-    """Raise UserError unless all `members` of an average have the same images in the same order."""
+    """Raise UserError unless all `members`, which are to be averaged, have the same images in the same order."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
         for key in ("classes", "split", "split_fingerprint"):
@@ -169,7 +169,7 @@ def views_text(views: int | str | None) -> str:
 
 
 def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
-    """Append a line to the run's evaluations.jsonl, which the report shows. Raises UserError if that fails."""
+    """Append a line to the run's evaluations.jsonl, which the report shows. Raises UserError for a disk error."""
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS
     error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
@@ -178,7 +178,10 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl: the last line of each combination of step, split, views and precision."""
+    """The lines of evaluations.jsonl; of several evaluations of the same kind, only the last line.
+
+    Two evaluations are of the same kind if step, content of the split (its fingerprint), views and precision are equal.
+    """
     path = run_dir / _EVALUATIONS
     if not path.exists():
         return []
@@ -186,7 +189,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # an incomplete line, left by a kill
+        except ValueError:  # an incomplete line: the process was killed while it wrote
             continue
         lines[line["step"], line["split_fingerprint"], str(line["views"]), line["precision"]] = line
     return [lines[key] for key in sorted(lines)]

@@ -35,12 +35,12 @@ class TrainedRun:
         """Load a run's checkpoint and find its store.
 
         run_dir    a run folder, or a checkpoint file
-        store      folder of the store; None: the training store, if it still exists unchanged
+        store      folder of the store; None: the training store, if it exists and is unchanged
         gpus       the value of --gpus
         precision  one of train.config.choices.PRECISIONS
         which      the checkpoint: "last", "best" or a file
 
-        Raises UserError where load_trained, find_store or parse_devices does.
+        Raises the errors of load_trained, find_store and parse_devices.
         """
         run_dir, which = run_and_checkpoint(run_dir, which)
         network, checkpoint = load_trained(run_dir, parse_devices(gpus), which)
@@ -62,7 +62,7 @@ class TrainedRun:
         return load_eval_transform(self.run_dir, self.network.recipe)
 
     def require_store(self, split: str) -> Store:
-        """The store. Raises UserError if there is none, or it does not have the split."""
+        """The store. Raises UserError if there is no store, or if the store does not have the split."""
         if self.store is None:
             raise UserError(f"{self.run_dir}: its training store was moved, removed or rebuilt. Name one with --store.")
         self.store.split(split)
@@ -71,8 +71,8 @@ class TrainedRun:
     def predictions(self, split: str) -> Predictions:
         """Class probabilities for the centre crops of a split: read from the run folder, or computed and saved there.
 
-        The file of step 232 is `scores-val-00000232.npz`. It is replaced if it belongs to another checkpoint, split or
-        precision.
+        For step 232 and the split val, the file is `scores-val-00000232.npz`. The file is replaced if it was computed
+        with another checkpoint, split or precision.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"
@@ -86,7 +86,7 @@ class TrainedRun:
             if all(saved.about.get(key) == value for key, value in expected.items()):
                 return saved
         except UserError:
-            pass  # missing or damaged: computed again
+            pass  # the file is missing or damaged: predictions are computed again
         result, predictions = predict_split(
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
         )

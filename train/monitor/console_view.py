@@ -1,4 +1,4 @@
-"""Console output of a run: plain lines, or quiet. train/monitor/live_view.py has the live display for a terminal.
+"""Console output of a run: plain lines, or warnings only. The live display is in train/monitor/live_view.py.
 
 All output goes to standard error.
 """
@@ -15,10 +15,10 @@ Line = Mapping[str, Any]  # an object of metrics.jsonl
 
 
 class RunLength(NamedTuple):
-    """Length of a run, from which a view computes epochs and the time left."""
+    """Length of a run: a view computes epochs and the time left from it."""
 
     steps_per_epoch: int
-    steps: int  # number of steps of the run in all
+    steps: int  # total number of steps of the run
     batch_size: int  # images per step
 
 
@@ -37,7 +37,7 @@ class ConsoleView:
         """Begin the output of a run that starts or resumes after `step`; `lines` are the earlier log lines."""
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Set the function that returns, at any time, the number of steps since the last line."""
+        """Set the function that returns, at any time, the number of steps since the last log line."""
 
     def train(self, line: Line) -> None:
         """Show the line of an interval that has ended."""
@@ -63,7 +63,7 @@ class ConsoleView:
 
 
 class QuietView(ConsoleView):
-    """Prints warnings only. The command itself prints errors and its last line."""
+    """Prints warnings only. Errors and the last line of the command are printed without a view."""
 
     def note(self, text: str) -> None:
         """Print nothing."""
@@ -81,7 +81,7 @@ class QuietView(ConsoleView):
 
 
 def validation_text(line: Line) -> str:
-    """The text of a validation's line."""
+    """The console line of a validation, as text."""
     return (
         f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  top-1 {line['top1_error']:6.1%}  "
         f"top-5 {line['top5_error']:6.1%}  of {line['images']:,} images, centre view"

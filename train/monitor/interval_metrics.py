@@ -1,6 +1,6 @@
 """Metrics of an interval, the steps between two log lines: loss, errors, speed, norms and memory.
 
-There is no host-device synchronization between two log lines.
+The sums stay on the device: there is no host-device synchronization between two log lines.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from train.model.alexnet import AlexNet
 
 
 class IntervalMetrics:
-    """Sums of loss and errors since the last line, kept on the device. Only `read` waits for the device."""
+    """Sums of loss and errors since the last log line, kept on the device. Only `read` waits for the device."""
 
     def __init__(self, loader: TrainLoader, network: AlexNet) -> None:
         self.loader, self.network = loader, network
@@ -60,9 +60,9 @@ class IntervalMetrics:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`: the norms of the weights in parameter_norms.
+    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`: the norms of weights, selected from `norms`.
 
-    Biases, which recipes initialize to 0 or 1, are left out. A frozen layer has no gradient norm.
+    The norms of biases, which recipes initialize to 0 or 1, are left out. A frozen layer has no gradient norm.
     """
     weights = {name.removesuffix(".weight"): kinds for name, kinds in norms.items() if name.endswith(".weight")}
     return {
@@ -74,7 +74,8 @@ def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
     """Peak memory since the process began, in units of 10⁶ bytes.
 
-    `memory_mb` is the resident memory on the host. `gpu_memory_mb` lists the memory of tensors on each GPU, if any.
+    `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists the memory allocated for
+    tensors on each GPU; without a GPU the key is absent.
     """
     status = Path("/proc/self/status").read_text()
     kibibytes = int(status.partition("VmHWM:")[2].split()[0])

@@ -1,7 +1,7 @@
 """Live display of a run on a terminal: progress, sparklines of loss and errors, and the time left. Drawn with rich.
 
-A thread redraws it twice a second from values that the training loop has already read from the devices. Other output,
-and a line for each validation, scrolls above it. The display disappears when the run ends.
+A thread redraws the display twice a second from values that the training loop has already read from the devices. Other
+output, and a line for each validation, scrolls above the display. The display disappears when the run ends.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "t
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve of at most `width` block characters, each for the mean of an equal part of `values`.
+    """A curve of at most `width` block characters. Each character shows the mean of an equal part of `values`.
 
-    The lowest mean gives the lowest block, the highest mean the highest.
+    The lowest mean is drawn as the lowest block, the highest mean as the highest block.
     """
     if not values:
         return ""
@@ -41,14 +41,14 @@ def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
 
 
 class LiveView(ConsoleView):
-    """The live display."""
+    """The live display of a run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """Draw on `console`; by default on standard error."""
+        """`console` is the terminal to draw on; by default standard error."""
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
         self._length = RunLength(1, 1, 1)
-        self._step = 0  # step of the newest line
+        self._step = 0  # step of the newest log line
         self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
         self._curves = dict.fromkeys(self._values, "")
         self._recent: list[Line] = []  # training lines, at most RATE_LINES
@@ -64,10 +64,10 @@ class LiveView(ConsoleView):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # otherwise kill -9 would leave the terminal without a cursor
+        self._console.show_cursor(True)  # a hidden cursor would stay hidden after kill -9
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
-        """Set the function that returns the number of steps since the last line."""
+        """Set the function that returns the number of steps since the last log line."""
         self._steps_since = steps_since_line
 
     def train(self, line: Line) -> None:
@@ -97,7 +97,7 @@ class LiveView(ConsoleView):
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw the progress, the sparklines, speed and memory, and the last validation."""
+        """Draw progress, sparklines, speed, memory, and the last validation."""
         step = self._step + self._steps_since()
         table = Table.grid(padding=(0, 2))
         table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
@@ -114,7 +114,7 @@ class LiveView(ConsoleView):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if (validation := self._validation) is not None:  # read once: the loop may set it to None meanwhile
+        if (validation := self._validation) is not None:  # read once: the training thread may set it to None
             label, counter = validation
             yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
@@ -124,7 +124,7 @@ class LiveView(ConsoleView):
             )
 
     def _count(self, line: Line) -> None:
-        """Keep the values of a line that are drawn, so that the cost of drawing does not grow with the run."""
+        """Store the values of a line that the display shows, so that no drawing has to read all lines again."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -1,7 +1,7 @@
 """The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
-metrics.jsonl is complete; the event files and the view repeat its numbers. A resumed run removes the lines after its
-checkpoint and writes them again, so that no line is repeated. While the disk is full, lines are held in memory.
+metrics.jsonl has all metrics; the event files and the view show the same numbers. A resumed run removes the lines of
+the steps after its checkpoint, because it trains these steps again. While the disk is full, lines are held in memory.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The log of one run. It is a context manager: at its exit it writes to status.json how the run ended."""
+    """The log of one run: a context manager, which writes to status.json on exit how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
-        """Begin the log of a run that starts or resumes after `step`; later lines are removed.
+        """Begin the log of a run that starts or resumes after `step`. Lines of later steps are removed.
 
-        validation_due  True if the validation after `step` is not computed yet; its line, if any, is removed, too
+        validation_due  True if the validation after `step` must still be computed; an old line of it is removed
 
         Raises the errors of `sync`.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        newest = step, "train" if validation_due else "val"  # the line of a validation follows the training line
+        # A validation line follows the training line of its step, and "train" < "val".
+        newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
         lines = [line for _, line in kept]
@@ -60,7 +61,7 @@ class MetricsLog:
     ) -> None:
         with suppress(OSError):  # the terminal was closed
             self.view.end()
-        with suppress(OSError):  # the error that ended the run is more important than one of writing the status
+        with suppress(OSError):  # a disk error here must not hide the error that ended the run
             if error is None:
                 self._write_status("finished")
             elif isinstance(error, KeyboardInterrupt | Terminated):
@@ -70,7 +71,7 @@ class MetricsLog:
                 self._write_status("failed", str(error) or type(error).__name__)
 
     def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval; returns the sums from which its line is computed."""
+        """Begin an interval; returns the IntervalMetrics that compute the line of the interval."""
         interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
         return interval
@@ -87,7 +88,7 @@ class MetricsLog:
         self.view.validation(line)
 
     def sync(self) -> None:
-        """Write all lines to the disk and fsync, before a checkpoint relies on them.
+        """Write all lines to the disk and fsync the file. Called before a checkpoint is saved.
 
         Raises DiskFull if there is no disk space, UserError for any other disk error.
         """

@@ -1,11 +1,12 @@
-"""TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's own messages and record writer.
+"""TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's record writer.
 
-A resumed run writes a new file. The file begins with SessionLog.START, which TensorFlow also writes after a restart. It
-makes TensorBoard discard the points from the resumed step on. The lines of that step in metrics.jsonl follow again, so
-no point is shown twice. The first file of a folder begins with all lines so far.
+A resumed run writes a new file. The new file begins with SessionLog.START, which TensorFlow also writes after a
+restart. SessionLog.START makes TensorBoard discard the points of the resumed step and of all later steps. The new file
+therefore repeats the lines of the resumed step. Each point is shown once. The first file of a folder begins with all
+lines that metrics.jsonl has at that time.
 
-TensorBoard's EventFileWriter is not used: its thread delays lines by up to two minutes, and ends in a traceback on a
-full disk.
+TensorBoard's EventFileWriter is not used: its thread delays lines by up to two minutes, and fails with a traceback if
+the disk is full.
 """
 
 from __future__ import annotations
@@ -56,13 +57,13 @@ class EventFile:
         self._write(events + [self._event_of(line) for line in lines if is_first or line["step"] >= step])
 
     def add(self, line: Mapping[str, Any]) -> None:
-        """Write the numbers of a line of metrics.jsonl. While the disk is full, they are held in memory."""
+        """Write the numbers of a line of metrics.jsonl. While the disk is full, the numbers are held in memory."""
         self._write([self._event_of(line)])
 
     def _event_of(self, line: Mapping[str, Any]) -> Any:
         scalars = tensorboard_scalars(line)
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        wall_time = line.get("unix_time_s", time.time())  # lines of version 0.1.0 have no time
+        wall_time = line.get("unix_time_s", time.time())  # lines that version 0.1.0 wrote have no time
         return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -74,7 +75,10 @@ class EventFile:
 
 
 def _next_path(folder: Path) -> tuple[Path, bool]:
-    """(path of the next event file, whether it is the first). TensorBoard reads files in the order of their names."""
+    """(path of the next event file, True if the folder has no event file yet).
+
+    TensorBoard reads files in the order of their names.
+    """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
     second = max([int(time.time()), *(earlier + 1 for earlier in seconds)])
     return folder / f"events.out.tfevents.{second:010d}.{platform.node()}.{os.getpid()}", not seconds

@@ -13,9 +13,9 @@ from prep.plot_style import figure_format, render_figure
 from train.report.style import save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics
 
-# Fields that always differ between two runs, and fields that follow from others.
+# Fields that always differ between two runs, and fields that are determined by other fields.
 _NOT_COMPARED = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
-# Fields that do not change what is learned: they are in the table, but not in a legend.
+# Fields that do not change what is learned: they are shown in the table, but not in the legend.
 _NOT_IN_LEGEND = (
     "settings.log_every",
     "settings.checkpoint_every",
@@ -37,7 +37,7 @@ class ComparedRun:
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
-    """Read the runs in `run_dirs`. Raises UserError for a single folder, a repeated one or one without a run."""
+    """Read the runs in `run_dirs`. Raises UserError for one folder, a repeated folder or a folder without a run."""
     if len(run_dirs) < 2:
         raise UserError(f"{len(run_dirs)} run: a comparison needs two or more. Name another RUN_DIR.")
     resolved = [path.resolve() for path in run_dirs]
@@ -58,21 +58,24 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """The fields that are not equal in all runs, with a value for each run; None if a run does not have the field."""
+    """The fields that are not equal in all runs, with a value for each run; None for a run without the field."""
     names = dict.fromkeys(name for run in runs for name in run.fields)
     rows = {name: [run.fields.get(name) for run in runs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """A label for each run: the fields that differ (`lr 0.02, seed 1`), or the folder if none or too many differ."""
+    """A label for each run: the fields that differ (`lr 0.02, seed 1`).
+
+    If no field differs, or more than _LEGEND_FIELDS do, the label is the folder.
+    """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
-    if "model.name" in rows:  # the other fields of the architecture follow from its name
+    if "model.name" in rows:  # the name determines the other fields of the architecture
         rows = {name: values for name, values in rows.items() if name == "model.name" or not _is_in(name, ("model",))}
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
-        rows.pop("recipe.name", None)  # all runs have one recipe; differing overrides have their own rows
+        rows.pop("recipe.name", None)  # all runs have the same recipe; overrides have rows of their own
     folders = [str(run.run_dir) for run in runs]
     if not rows or len(rows) > _LEGEND_FIELDS:
         return folders
@@ -88,9 +91,9 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def run_results(run: ComparedRun) -> dict[str, Any]:
-    """The last training line ("train"), the last validation ("val") and the one with the lowest top-1 error ("best").
+    """The last training line ("train"), the last validation line ("val"), and the best validation line ("best").
 
-    None stands for a line that does not exist.
+    "best" has the lowest top-1 error. None stands for a line that does not exist.
     """
     validations = [line for line in run.lines if line["kind"] == "val"]
     return {
@@ -130,7 +133,7 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
 def draw_comparison(runs: Sequence[ComparedRun], out: Path) -> None:
     """Draw the loss and top-1 error of all runs over epochs: training as thin lines, validation with dots.
 
-    `out` is a .png or a .svg. Raises UserError for another extension, if matplotlib is not installed, or if `out`
+    `out` is a .png or a .svg file. Raises UserError for another extension, if matplotlib is not installed, or if `out`
     cannot be written.
     """
     size_inches = (9, 3.6 + 0.22 * len(runs))
@@ -161,7 +164,7 @@ def _shade(position: float) -> tuple[float, float, float]:
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """The leaves of a JSON object by dotted names. A list is one leaf; an empty object has no leaf."""
+    """The leaf values of a JSON object by dotted names. A list is one leaf; an empty object has no leaves."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {
@@ -172,7 +175,7 @@ def _flatten(prefix: str, value: Any) -> dict[str, Any]:
 
 
 def _is_in(name: str, groups: Sequence[str]) -> bool:
-    """Whether a dotted name is one of `groups` or below one of them."""
+    """Whether a dotted name is in `groups`, or begins with a name in `groups` and a dot."""
     return any(name == group or name.startswith(f"{group}.") for group in groups)
 
 

@@ -63,12 +63,12 @@ class RunFigure(NamedTuple):
 def run_figures(
     trained: TrainedRun, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
 ) -> Iterator[RunFigure]:
-    """The figures of a run. Figures that need images are left out if there is no store, or no `split` in it.
+    """The figures of a run. Figures that need images are left out if there is no store, or if the store has no `split`.
 
     seed           random seed for the choice of the images of `split` to show
     index_records  maximum number of training records to search for nearest neighbors
 
-    Raises UserError where a function of train/evaluation does.
+    Raises the errors of the functions of train/evaluation.
     """
     yield from _figures_without_images(trained)
     if trained.store is not None and split in trained.store.splits:
@@ -78,7 +78,7 @@ def run_figures(
 
 def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     lines = read_metrics(trained.run_dir)
-    if lines:  # an imported network has no lines
+    if lines:  # the run of an imported network has no lines
         yield RunFigure(
             "learning-curve",
             "Learning curves",
@@ -127,7 +127,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            queries = indices[-QUERIES:]  # other images than in the previous figure, if there are enough
+            queries = indices[-QUERIES:]  # not in the previous figure, if there are enough images
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
                 trained.run_dir, network, trained.checkpoint, store, index_records, trained.precision
@@ -163,7 +163,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
 
 
 def _feature_maps(trained: TrainedRun, square: Pixels) -> dict[str, list[npt.NDArray[np.float32]]]:
-    """The activations of the conv layers for the centre crop: by layer, an array (maps, rows, columns) per column."""
+    """Activations for the centre crop: for each conv layer, one array (maps, height, width) per network column."""
     with evaluation_mode(trained.network), capture_activations(trained.network, _CONV_LAYERS) as captured:
         trained.network(torch.from_numpy(trained.transform.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in captured.items()}

@@ -71,8 +71,8 @@ def write_report(
 ) -> int:
     """Write the report to `out`; returns its size in bytes.
 
-    `split`, `seed` and `index_records` are passed to train.report.figures.run_figures. Raises UserError where
-    run_figures does, or if `out` cannot be written.
+    `split`, `seed` and `index_records` are passed to train.report.figures.run_figures. Raises the errors of
+    run_figures, and UserError if `out` cannot be written.
     """
     rendered = []
     for figure in run_figures(trained, split, seed, index_records):
@@ -84,7 +84,7 @@ def write_report(
 
 
 def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]], split: str = "val") -> str:
-    """The report as HTML, with `figures`, pairs of a figure and its PNG file."""
+    """The report as HTML. `figures` are pairs of a figure and the content of its PNG file."""
     name = trained.run_dir.resolve().name
     identity = trained.checkpoint.identity
     sections = [
@@ -238,7 +238,7 @@ def _environment(trained: TrainedRun) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
-    """HTML of facts in large type; each fact is (name, value, note)."""
+    """HTML that shows facts in large type; each fact is (name, value, note)."""
     cells = (
         f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
     )
@@ -255,7 +255,7 @@ def _pairs(pairs: dict[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """A table with HTML cells. The columns in `numbers`, counted from 0, are aligned right."""
+    """A table with HTML cells. `numbers` are the indices of the columns that are aligned right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         classes = (' class="number"' if column in numbers else "" for column in range(len(texts)))

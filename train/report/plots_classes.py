@@ -41,16 +41,17 @@ class Confusion(NamedTuple):
 
 
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
-    """The confusion matrix of the most probable classes, for probabilities (N, classes) and labels (N,)."""
+    """The confusion matrix of labels (N,) and the most probable classes in probabilities (N, classes)."""
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     return Confusion(np.bincount(cells, minlength=classes**2).reshape(classes, classes))
 
 
 def draw_class_errors(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
-    """Draw the top-1 error of each class, the worst first: bars for the worst 20; if there are more, a curve of all.
+    """Draw the top-1 error of each class, the worst class first.
 
-    `names` are the names of the classes by label.
+    The 20 worst classes are drawn as bars. If there are more classes, a curve shows the errors of all classes. `names`
+    are the names of the classes in the order of the labels.
     """
     errors, images = 100 * confusion.errors, confusion.images
     classes = [int(k) for k in np.argsort(-errors, kind="stable") if images[k]]
@@ -78,9 +79,9 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 
 
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
-    """Draw the confusion matrix of the worst classes: a row for each, shaded by the share of the row's images.
+    """Draw the confusion matrix of the worst classes: a row for each class, shaded by the share of the class's images.
 
-    The columns are the same classes, and the classes with which their images are confused most often.
+    The columns are the worst classes, and the wrong classes that are most often predicted for their images.
     """
     from matplotlib.patches import Rectangle
 

@@ -13,14 +13,13 @@ from prep.console import one_line
 from train.evaluation.predict import TopPredictions
 from train.report.style import BLUE, ORANGE, scale_to_unit_range, shorten, show_image, tile_images
 
-IMAGES_PER_ROW = 4  # in draw_predictions
+IMAGES_PER_ROW = 4  # number of images in a row of draw_predictions
 FEATURE_MAPS_INCHES = (8.0, 5.0)
 FEATURE_MAPS = 8  # number of maps per column and layer
 
-# Maximum numbers of characters
-_CLASS_CHARS = 26  # of a class above an image of draw_predictions, and on a bar
-_QUERY_CHARS = 22  # of the title above the left image of draw_neighbors
-_NEIGHBOR_CHARS = 12  # of a class above a neighbor, before the distance
+_CLASS_CHARS = 26  # maximum length of a class name in draw_predictions
+_QUERY_CHARS = 22  # maximum length of the title of the left image in draw_neighbors
+_NEIGHBOR_CHARS = 12  # maximum length of the class name of a neighbor in draw_neighbors
 
 
 class ImageAndPredictions(NamedTuple):
@@ -36,7 +35,7 @@ class ImageAndNeighbors(NamedTuple):
 
     square: Pixels
     title: str
-    label: int | None  # None if it is unknown
+    label: int | None  # None if the class is unknown
     neighbors: Sequence[tuple[Pixels, int, float]]  # image, label, distance
 
 
@@ -46,7 +45,7 @@ def predictions_inches(images: int) -> tuple[float, float]:
 
 
 def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
-    """Draw images with their five most probable classes as bars, the correct one in orange (figure 4, left)."""
+    """Draw images with their five most probable classes as bars, the correct class in orange (figure 4, left)."""
     rows = -(-len(images) // IMAGES_PER_ROW)
     grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)
     for axes in grid.flat:
@@ -71,7 +70,7 @@ def neighbors_inches(rows: int, neighbors: int) -> tuple[float, float]:
 def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequence[str]) -> None:
     """Draw a row for each image: the image at the left, then the training images nearest to it (figure 4, right).
 
-    The class of a neighbor is in orange if it is the image's class.
+    The class name of a neighbor is orange if the neighbor has the same class as the image.
     """
     count = max(len(row.neighbors) for row in rows)
     grid = figure.subplots(len(rows), count + 2, squeeze=False, width_ratios=[1, 0.15, *[1] * count])
@@ -88,10 +87,10 @@ def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequen
 
 
 def draw_feature_maps(figure: Any, square: Pixels, maps: dict[str, list[npt.NDArray[np.float32]]]) -> None:
-    """Draw the feature maps of one image that have the highest activations, for each convolutional layer and column.
+    """Draw the feature maps with the highest activations for one image, in each convolutional layer and column.
 
-    `maps` has, by layer, an array (maps, rows, columns) for each column of the network. Each map is scaled to its own
-    range. The map with the highest activation comes first.
+    For each layer, `maps` has a list with one array (maps, height, width) per column of the network. Each map is scaled
+    to its own range. The map with the highest activation comes first.
     """
     network_columns = max(len(parts) for parts in maps.values())
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 3.6))

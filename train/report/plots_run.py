@@ -13,7 +13,8 @@ from prep.store.manifest import ColorStats
 from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
 
 _KERNELS_PER_ROW = 16
-_DROP_FACTOR = 0.6  # a rate below this factor times the previous rate is a drop; a continuous decay has higher ratios
+# A learning rate below this factor times the previous rate is a drop; a continuous decay has higher ratios.
+_DROP_FACTOR = 0.6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # ticks of the color axes, in standard deviations
 
 LEARNING_CURVE_INCHES = (8.0, 3.4)
@@ -21,9 +22,9 @@ COLOR_AXES_INCHES = (8.0, 2.6)
 
 
 def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
-    """Draw loss, top-1 and top-5 errors of training batches and validation over epochs, and mark drops of the rate.
+    """Draw loss, top-1 and top-5 errors of training batches and validation over epochs.
 
-    `lines` are the lines of metrics.jsonl.
+    Vertical lines mark drops of the learning rate. `lines` are the lines of metrics.jsonl.
     """
     loss, error = figure.subplots(1, 2)
     lines_of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val")}
@@ -61,7 +62,7 @@ def kernels_inches(parameters: Mapping[str, Tensor], columns: int) -> tuple[floa
 def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) -> None:
     """Draw the 11×11×3 kernels of conv1, each scaled to its own range (figure 3). Column 0 is above column 1.
 
-    `parameters` are joined parameters by name.
+    `parameters` are the joined parameters (AlexNet.joined_tensors) by name.
     """
     images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # (96, 11, 11, 3)
     kernels = len(images) // columns  # number of kernels per column
@@ -73,7 +74,10 @@ def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) ->
 
 
 def draw_color_axes(figure: Any, stats: ColorStats) -> None:
-    """Draw the principal components of training pixels (section 4.1): the mean color moved along each, and each σ."""
+    """Draw the principal components of training pixels (section 4.1).
+
+    Left: the mean color, moved along each component. Right: the standard deviation σ of each component.
+    """
     strips, spectrum = figure.subplots(1, 2, width_ratios=(5.5, 2.5))
     steps = np.linspace(_STEPS[0], _STEPS[-1], 241)[:, None]
     sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j: σ·v of component j

@@ -1,4 +1,4 @@
-"""Building blocks of figures: colors, image axes, contrast, tiles, short names; saving a figure.
+"""Building blocks of figures: colors, image axes, contrast, tiles, short names, and saving to a file.
 
 The matplotlib style and the rendering to PNG or SVG are in prep/plot_style.py.
 """
@@ -17,11 +17,11 @@ from prep.plot_style import TEXT_GRAY
 
 BLUE, ORANGE, GRAY = "#3b6ea5", "#d1662f", "0.72"  # ORANGE marks correct classes
 
-Image = npt.NDArray[Any]  # (H, W, 3), or (H, W) gray; uint8, or floats in 0..1
+Image = npt.NDArray[Any]  # (H, W, 3), or (H, W) in grey levels; uint8, or floats in 0..1
 
 
 def save_figure(content: bytes, out: Path) -> None:
-    """Write a figure's file atomically. Raises UserError if it cannot be written."""
+    """Write a figure's file atomically. Raises UserError if the file cannot be written."""
     try:
         write_atomic(out, content)
     except OSError as error:
@@ -29,13 +29,13 @@ def save_figure(content: bytes, out: Path) -> None:
 
 
 def shorten(name: str, max_chars: int) -> str:
-    """A name for a figure, with control characters escaped, and its end replaced by … if it is too long."""
+    """`name` for a figure: control characters are escaped, and the end of a name that is too long is replaced by …."""
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
 
 def show_image(axes: Any, image: Image, title: str = "", color: str = TEXT_GRAY) -> None:
-    """Draw an image into `axes`, without ticks and frame."""
+    """Draw an image into `axes`, without ticks or frame."""
     axes.imshow(image, cmap="gray" if image.ndim == 2 else None, interpolation="nearest")
     axes.set_xticks([])
     axes.set_yticks([])
@@ -45,7 +45,7 @@ def show_image(axes: Any, image: Image, title: str = "", color: str = TEXT_GRAY)
 
 
 def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Scale each of N images (N, H, W, …) to 0..1 by its own minimum and maximum; one without contrast becomes 0."""
+    """Scale each of N images (N, H, W, …) to 0..1 by its own minimum and maximum. Uniform images become 0."""
     flat = images.reshape(len(images), -1).astype(np.float64)
     low, high = flat.min(1, keepdims=True), flat.max(1, keepdims=True)
     scaled: npt.NDArray[np.float64] = ((flat - low) / np.maximum(high - low, 1e-12)).reshape(images.shape)
@@ -53,7 +53,7 @@ def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def tile_images(images: npt.NDArray[np.float64], per_row: int, scale: int, gap_px: int = 2) -> npt.NDArray[np.float64]:
-    """N images (N, H, W) or (N, H, W, 3), in 0..1, in rows on a white sheet, each enlarged by `scale`."""
+    """A white sheet with N images in rows: (N, H, W) or (N, H, W, 3), in 0..1, each image enlarged by `scale`."""
     count, height, width, *rest = images.shape
     rows = -(-count // per_row)
     cell_h, cell_w = height * scale + gap_px, width * scale + gap_px

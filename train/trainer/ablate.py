@@ -1,8 +1,8 @@
 """The paper's ablations on one store: trains the network without one part at a time, with equal seeds and steps.
 
 Each training has a run folder of its own, `NAME-seedN`, like a training by `alextrain run`. ablation.json in the folder
-holds the errors on the split val by the centre view. A run that has its errors is not trained again. A run that was
-stopped or killed resumes.
+holds the errors on the split val by the centre view. A run that has an ablation.json is not trained again. A run that
+was stopped or killed resumes.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class AblationRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Errors of one ablation, one for each seed, 0..1; None for a training that diverged."""
+    """Errors of one ablation in 0..1, one error for each seed; None stands for a training that diverged."""
 
     ablation: Ablation
     runs: tuple[RunConfig, ...]
@@ -55,7 +55,7 @@ def plan_runs(
     recipe: str,
     settings: Sequence[str] = (),
     *,
-    only: Sequence[str] = (),  # names of ABLATIONS; empty: all of them. The baseline is always trained
+    only: Sequence[str] = (),  # ablations to train; empty: all. The baseline is always trained
     seed: int = 0,
     seeds: int = 1,
     batch: int | None = None,
@@ -64,9 +64,9 @@ def plan_runs(
     gpus: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
-    """The trainings, in the order of the ablations. An ablation that does not change the recipe is left out.
+    """The runs to train, in the order of ABLATIONS. An ablation that does not change the recipe is left out.
 
-    Raises UserError where recipe_with_overrides or parse_devices does.
+    Raises the errors of recipe_with_overrides and parse_devices.
     """
     base = recipe_with_overrides(recipe, settings, epochs)
     runs = []
@@ -98,7 +98,7 @@ def plan_runs(
 def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
     """Train and evaluate the runs that have no errors yet; returns an outcome for each ablation.
 
-    Raises UserError where train.trainer.loop.fit does, if the store has no split val, or if a folder holds another run.
+    Raises the errors of train.trainer.loop.fit, except Diverged, and UserError if the store has no split val.
     """
     errors = [_errors(run.config) for run in runs]
     outcomes = []
@@ -110,7 +110,7 @@ def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """(top-1, top-5) errors in 0..1 of a run that was trained and evaluated before; None if it was not.
+    """(top-1, top-5) errors in 0..1 of a run that was trained and evaluated before; None for a new run.
 
     Raises UserError if the folder holds another run.
     """
@@ -153,17 +153,17 @@ def _errors(config: RunConfig) -> tuple[float | None, float | None]:
 def _measured(run: Run) -> tuple[float, float]:
     network, _ = load_trained(run.run_dir, run.config.devices)
     loader = validation_stream(run)
-    assert loader is not None  # _errors has checked that the store has the split
+    assert loader is not None  # not None: _errors has checked that the store has a split val
     with loader, progress("validation", loader.records, "images") as counter:
         result = evaluate(network, loader, counter)
     return result.top1_error, result.top5_error
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each outcome, with the differences to the baseline in percentage points: the paper's and the measured.
+    """A row for each outcome, with the paper's and the measured difference from the baseline, in percentage points.
 
-    A difference above 0 is a higher error. Measured differences are between runs of the same seed. "spread" is the
-    standard deviation over seeds, None for one seed.
+    A positive difference means that the ablation has the higher error. A measured difference compares two runs with the
+    same seed. "spread" is the standard deviation over the seeds; it is None if there is only one seed.
     """
     base = outcomes[0]
     return [

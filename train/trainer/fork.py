@@ -1,10 +1,11 @@
 """A new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
-A fork may change any setting that keeps the parameter shapes. It takes over parameters and velocity. It begins at the
-same position in the data: after the same number of epochs and the same fraction of the next epoch. With another batch
-size this is another number of steps. An unchanged schedule continues, a changed schedule begins anew. If the seed
-changes, the random generators are seeded anew. The fork's first checkpoint is written at once. From then on the fork is
-a run like any other. Its run.json and its checkpoints list, as "ancestry", the checkpoints from which it was forked.
+A fork may change any setting that keeps the parameter shapes. The fork copies parameters and velocity of the
+checkpoint. The fork begins at the same position in the data: after the same number of epochs and the same fraction of
+the next epoch. If the batch size differs, the number of steps at this position also differs. An unchanged schedule
+continues; a changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork` writes the
+first checkpoint of the new run, which is then trained like any other run. The key "ancestry" in run.json and in the
+checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from train.trainer.loop import training_stream
 def fork(run: Run, new_dir: Path) -> Run:
     """Start a run in `new_dir` from the newest checkpoint in `run`'s folder, with `run`'s settings, and return it.
 
-    Writes nothing if the fork exists already. Raises UserError if there is no checkpoint to begin with, if a parameter
-    would change its shape, or if `new_dir` holds anything else.
+    If the fork exists already, nothing is written. Raises UserError if `run`'s folder has no checkpoint, if the shape
+    of a parameter would change, or if `new_dir` holds another run or other files.
     """
     forked = _moved_to(run, new_dir)
     make_run_dir(new_dir)
@@ -59,14 +60,17 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
 
 
 def _moved_to(run: Run, new_dir: Path) -> Run:
-    """The same run in another folder."""
+    """The same run with `new_dir` as its folder."""
     if run.run_dir.resolve() == new_dir.resolve():
         raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
     return replace(run, config=replace(run.config, run_dir=new_dir))
 
 
 def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
-    """Raise UserError if the run in `new_dir` was not forked from `origin`."""
+    """Raise UserError if the run in `new_dir` was not forked from `origin`.
+
+    It is no error if the folder from which the run was forked no longer exists: it may have been renamed to `origin`.
+    """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
     if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
         raise UserError(f"--fork {new_dir}: holds a run that began with {parent or 'nothing'}, not with {origin}.")
@@ -81,7 +85,7 @@ def _load_origin(run: Run, origin: Path) -> Checkpoint:
 
 
 def _begin(run: Run, origin: Path) -> None:
-    """Write the first checkpoint of a fork, unless it has one."""
+    """Write the first checkpoint of a fork, unless the fork already has a checkpoint."""
     existing = checkpoint.load_latest(run.run_dir)
     if existing is not None:
         _check_origin(existing, run.run_dir, origin)
@@ -111,7 +115,7 @@ def _begin(run: Run, origin: Path) -> None:
         steps_per_epoch=run.steps_per_epoch,
         stream=stream,
         schedule=schedule.state_dict(),
-        devices=[] if "seed" in names else parent.devices,  # no devices: the generators are seeded anew
+        devices=[] if "seed" in names else parent.devices,  # empty: the generators are seeded anew
         best=None,
         ancestry=ancestry,
     )
@@ -130,7 +134,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """The position after the parent's number of epochs and the parent's fraction of the next epoch."""
+    """The position of the fork: the same number of epochs, and the same fraction of the next epoch, as in `parent`."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

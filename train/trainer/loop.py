@@ -32,9 +32,10 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
 
     view  console output; by default a live display on a terminal and plain lines elsewhere
 
-    Raises UserError where a loader does, if the folder holds another run, or if memory runs out; DiskFull if the disk
-    is too full for checkpoints; Diverged if a loss, gradient or parameter becomes NaN or infinite. After Ctrl-C,
-    SIGTERM or SIGHUP it finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
+    Raises the errors of the loaders; UserError if the folder holds another run, or if memory runs out; DiskFull if the
+    disk is too full for checkpoints; Diverged if a loss, gradient or parameter becomes NaN or infinite. After Ctrl-C,
+    SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated. During a
+    validation `fit` raises at once: the checkpoint has already been written.
     """
     make_run_dir(run.run_dir)
     with hold_lock(run.run_dir, "training"), out_of_memory(run.config), ExitStack() as streams:
@@ -52,7 +53,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
     train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
 
-    # ---- resume from the newest intact checkpoint in the run folder. A checkpoint of another identity is an error.
+    # ---- resume from the newest intact checkpoint in the run folder. A different identity is an error.
     # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
     step, validation_due = 0, False
     resumed = checkpoint.load_latest(run.run_dir)
@@ -121,7 +122,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream from the end of `epochs_done` epochs on, with the schedule's colour noise of that time."""
+    """The training stream after `epochs_done` epochs, with the schedule's colour noise for the next epoch."""
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:
@@ -140,7 +141,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
 
 
 def validation_stream(run: Run) -> EvalLoader | None:
-    """The loader of the centre views of the split val; None, with a message, if the store has no such split."""
+    """The loader for the centre views of the split val; None, with a message, if the store has no such split."""
     config = run.config
     if "val" not in run.store.splits:
         say(

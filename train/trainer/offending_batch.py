@@ -27,9 +27,10 @@ def write_offending_batch(
     augmentation  the stream's augmentation at that step
     diagnosis     keys added to batch.json: the steps checked, their losses, all norms
 
-    A new stream serves the batch again, since it depends only on seed, epoch and step. batch.json has each record's
-    shard, key, source and label, and the range of the pixels. In pictures.png the mean colour is added back; NaN and
-    infinite pixels are white. Raises OSError, and UserError where train_loader does.
+    A new stream serves the batch again: for the same store and augmentation, a batch depends only on seed, epoch and
+    step. batch.json has each record's shard, key, source and label, and the range of the pixels. In pictures.png the
+    mean colour is added to the pixels again; NaN and infinite pixels are white. Raises OSError, and the errors of
+    train_loader.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)

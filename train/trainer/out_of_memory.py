@@ -1,4 +1,4 @@
-"""Turns out-of-memory errors of a device or the host into advice on options that need less memory."""
+"""Turns out-of-memory errors of a device or the host into a UserError that names options that need less memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# Parts of the messages by which out-of-memory errors without a type of their own are recognized: those of torch's CPU
-# allocator; of the CUDA driver and DALI; of cuBLAS.
+# Some out-of-memory errors are a plain RuntimeError and are recognized by a part of their message. These are, in order,
+# messages of torch's CPU allocator, of the CUDA driver and DALI, and of cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 @contextmanager
 def out_of_memory(config: RunConfig) -> Iterator[None]:
-    """A context that turns out-of-memory errors into UserError with options that need less memory."""
+    """A context that turns out-of-memory errors into a UserError that names options that need less memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError

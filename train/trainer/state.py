@@ -1,7 +1,7 @@
 """Captures the state of a training in a checkpoint, and restores it from a checkpoint.
 
-Parameters and velocity have their joined shapes, so that a run can continue with any assignment of columns to devices.
-The loader itself restores the state of the stream.
+A checkpoint stores parameters and velocity joined over the columns (AlexNet.joined_tensors), so that a run can continue
+with any assignment of columns to devices. The state of the stream is restored by TrainLoader.load_state_dict.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def capture_state(
     loader: TrainLoader,
     validation_due: bool,
 ) -> Checkpoint:
-    """The checkpoint of a training after `step`. CheckpointKeeper fills in best step and ancestry.
+    """The checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
 
-    validation_due  True if the epoch has ended, but its validation has not been computed
+    validation_due  True if the epoch has ended, and the validation after it has not been computed
     """
     return Checkpoint(
         identity=run.identity,
@@ -51,7 +51,7 @@ def restore_state(
 ) -> None:
     """Load a checkpoint into network, optimizer, schedule and random generators.
 
-    If the devices differ from those of the checkpoint, the generators are seeded anew from seed and step.
+    If `config` has other devices than the checkpoint, the generators are seeded anew from seed and step.
     """
     network.load_joined_tensors(state.parameters)
     network.load_joined_tensors(state.velocity, optimizer.velocity)
@@ -66,7 +66,10 @@ def restore_state(
 
 
 def seed_generators(config: RunConfig, step: int) -> None:
-    """Seed every random generator. Column 1's GPU has its own seed, or both columns would drop the same units."""
+    """Seed every random generator.
+
+    Column 1's GPU has its own seed. With equal seeds dropout would select the same units in both columns.
+    """
     torch.manual_seed(config.seed + step)
     if config.devices[0] != config.devices[1]:
         with torch.cuda.device(config.devices[1]):

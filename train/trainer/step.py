@@ -1,8 +1,8 @@
 """One training step: forward, cross-entropy, backward, update.
 
 With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged.
-The update is the same up to rounding, and only one part's activations are in memory. Dropout is drawn independently
-for every image, with or without --accumulate.
+The update is the same up to rounding, and only the activations of one part are in memory at a time. Dropout is drawn
+independently for every image, with or without --accumulate.
 
 The host never waits for a device during a step. The two columns therefore run at the same time on two GPUs, although
 one thread launches both, column 0's layers first:
@@ -11,13 +11,13 @@ one thread launches both, column 0's layers first:
     no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.
 -   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream. CUDA
     events make the copy wait for the receiver's stream, and the receiver's stream for the copy.
--   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. Copies at the crossings go
-    in the opposite direction.
--   The update queues additions on each parameter's device. Learning rates are Python numbers, not tensors.
+-   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. At the crossings
+    gradients are copied in the opposite direction.
+-   The update is queued on each parameter's device. Learning rates are Python numbers, so none is read from a device.
 
-The first layers are queued on GPU 1 some hundred microseconds after those on GPU 0. From then on the GPUs wait for each
-other only at the crossings, as in the paper (section 3.2). The host first waits when the caller reads a value of the
-result.
+GPU 1 starts some hundred microseconds after GPU 0, because its first layers are queued later. From then on the GPUs
+wait for each other only at the crossings, as in the paper (section 3.2). The host waits only when the caller reads a
+value of the result.
 """
 
 from __future__ import annotations

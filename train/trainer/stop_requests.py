@@ -19,7 +19,7 @@ class StopRequests:
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """A context in which a stop loses nothing: a signal raises at once, and an earlier one raises on entry."""
+        """A context that may be interrupted: a signal raises at once, and a stop requested earlier raises on entry."""
         self._deferred = False
         try:
             if self.requested is not None:
@@ -29,7 +29,7 @@ class StopRequests:
             self._deferred = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first requests a stop, a second raises at once."""
+        """Handle a signal: the first signal requests a stop, a second signal raises at once."""
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.requested is not None or not self._deferred:
             raise stop

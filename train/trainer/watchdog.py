@@ -1,7 +1,8 @@
 """Detects NaN and infinite losses, gradients and parameters, which end a run, and warns of stuck or suspicious losses.
 
 There is no host-device synchronization between two log lines: the values of a step stay on the device until the next
-line of metrics.jsonl is due. A NaN loss is therefore reported at that line, with the exact step at which it occurred.
+line of metrics.jsonl is due. A NaN loss is therefore reported when that line is due, with the exact step at which it
+occurred.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
 
-# The watchdog warns after STUCK_STEPS steps at a loss of ln(classes). The paper's network on ImageNet may need half as
-# many steps to leave that loss. A run of fewer than 10,000 steps is warned after half of its steps, or after
-# MIN_STUCK_STEPS if that is more.
+# The watchdog warns after STUCK_STEPS steps at a loss of ln(classes), the loss of a random guess. The loss of the
+# paper's network on ImageNet may begin to fall only after half as many steps. In a run of fewer than 10,000 steps
+# the warning comes after half of the steps of the run, but not before MIN_STUCK_STEPS.
 STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
-STUCK_SHARE = 0.01  # a loss within ± this share of ln(classes) counts as ln(classes)
+STUCK_SHARE = 0.01  # relative tolerance: a loss this close to ln(classes) counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a smaller loss counts as zero
-ONE_CLASS_IMAGES = 32  # in fewer images, equal labels may be a coincidence
+ONE_CLASS_IMAGES = 32  # minimum number of images: in fewer images, equal labels may be a coincidence
 
 
 class Diverged(UserError):
@@ -35,13 +36,13 @@ class Diverged(UserError):
 
 
 class Watchdog:
-    """Collects loss and labels of every step, and checks them at each line of metrics.jsonl."""
+    """Collects loss and labels of every step, and checks them before each training line of metrics.jsonl."""
 
     def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:
         """`warn` prints a warning. Each kind of warning is printed once in a run."""
         self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # the step since which every interval had a loss of ln(classes)
+        self._stuck_since: int | None = None  # step after which the loss has been ln(classes)
         self._warned: set[str] = set()
         self._begin()
 
@@ -142,7 +143,7 @@ class Watchdog:
 def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
     """`{"conv1.weight": {"parameter": …, "gradient": …}}`: Euclidean norms by joined name. Waits for the devices.
 
-    A parameter without a gradient has no "gradient".
+    The key "gradient" is absent for a parameter without a gradient.
     """
     squares: dict[tuple[str, str], float] = {}
     for device in dict.fromkeys(network.devices):
