@@ -25,8 +25,8 @@ from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerpr
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
     """Write the files of a split whose shards are all finished, then the manifest of the store in folder `root`.
 
-    The split is added to those of the `existing` store. Raises UserError if a shard's summary is missing or belongs to
-    other inputs, if more inputs were left out than `policy` allows, or if no input is an image.
+    The manifest also lists the splits of the `existing` store. Raises UserError if a shard's summary is missing or
+    belongs to other inputs, if more inputs were left out than `policy` allows, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
@@ -44,7 +44,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         if summary["shard"]["records"] + shard_bad != plan.count_inputs([number]):
             raise UserError(f"{path} belongs to other inputs. Pass --restart to build from scratch.")
         bad += shard_bad
-        if summary["shard"]["records"]:  # DALI cannot open an empty LMDB; a shard is empty if all its inputs were bad
+        if summary["shard"]["records"]:  # a shard of bad inputs alone is empty, and DALI cannot open an empty LMDB
             shards.append(Shard(**summary["shard"]))
     if policy.max_bad is not None and bad > policy.max_bad:
         raise UserError(f"{too_many_bad(bad, policy.max_bad)} Raise --max-bad to finish.")
@@ -80,14 +80,14 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
 
 
 def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes for inputs.jsonl: those of refused inputs, then the others in record order."""
+    """Yield the outcomes for inputs.jsonl: refused inputs first, then the other inputs in record order."""
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):
         yield from (plan.shard_summary(number) or {"fates": ()})["fates"]
 
 
 def too_many_bad(bad: int, max_bad: int) -> str:
-    """First sentence of the error for more than `max_bad` bad inputs."""
+    """First sentence of the error message for more than `max_bad` bad inputs."""
     return f"{not_images(bad)}, --max-bad {max_bad} allowed."
 
 

@@ -19,16 +19,16 @@ from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
 
-MAX_SHARD_RECORDS = 4096  # about 100 MB of JPEG, which one core builds in ten seconds
+MAX_SHARD_RECORDS = 4096  # about 100 MB of JPEG; one core builds such a shard in about ten seconds
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 
 @dataclass(frozen=True)
 class BuildPolicy:
-    """Treatment of inputs that cannot be stored, and of an unfinished build."""
+    """Options of a build: treatment of bad inputs, and of an earlier unfinished build."""
 
-    skip_bad: bool = False  # leave bad inputs out; otherwise the first one stops the build
-    max_bad: int | None = None  # largest number of inputs to leave out; one more stops the build; None for no limit
+    skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
+    max_bad: int | None = None  # the build stops if more bad inputs than this are left out; None: no limit
     restart: bool = False  # discard an unfinished build
 
 
@@ -38,7 +38,7 @@ DEFAULT_POLICY = BuildPolicy()
 class BuildPlan:
     """The inputs of a split in record order, cut into shards of nearly equal length, and the state of their build.
 
-    The state is stored in `work_dir`, see prep.build.split. Shards are numbered from 0 to `shard_count` − 1.
+    The state is stored in `work_dir` (files: see prep/build/split.py). Shards are numbered from 0 to `shard_count` − 1.
     """
 
     def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
@@ -54,7 +54,7 @@ class BuildPlan:
         )
 
     def task(self, number: int) -> ShardTask:
-        """The task of a worker that builds shard `number`."""
+        """The description of shard `number` for the worker process that builds it."""
         start = self.boundaries[number]
         inputs = tuple(self.source.inputs[index] for index in self.input_indices(number))
         crashing = frozenset(path for path, times in self.crash_counts().items() if self.skip_bad and times > 1)
@@ -80,7 +80,7 @@ class BuildPlan:
         return sum(self.boundaries[number + 1] - self.boundaries[number] for number in shard_numbers)
 
     def crash_counts(self) -> dict[str, int]:
-        """{path: number of worker processes that died at that input}, over all runs of this build."""
+        """{path of an input: number of worker processes that crashed at this input}, over all runs of the build."""
         try:
             counts: dict[str, int] = json.loads((self.work_dir / "deaths.json").read_bytes())
         except (FileNotFoundError, ValueError):
@@ -94,7 +94,7 @@ class BuildPlan:
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
-        """Tasks to measure: `count` to 2·`count` inputs in all, spread evenly over the shards `shard_numbers`."""
+        """Tasks for a measurement: up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
         if not shard_numbers:
             return []
         chosen = dict.fromkeys(shard_numbers[len(shard_numbers) * k // count] for k in range(count))
@@ -117,13 +117,13 @@ class BuildPlan:
         return summary if path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"] else None
 
     def has_finished_shards(self) -> bool:
-        """Whether `work_dir` has the summary of any shard, of this plan or another."""
+        """Whether `work_dir` has the summary of any shard. The summary may belong to another plan."""
         return any(self.work_dir.glob("[0-9]*.json"))
 
     def is_finished(self, number: int) -> bool:
-        """Whether shard `number` need not be built again.
+        """Whether shard `number` is finished and need not be built again.
 
-        Without `skip_bad` a shard that left out a bad input is built again: the input may have been corrected since.
+        Without `skip_bad`, a shard that left out a bad input is built again, since the input may have been corrected.
         """
         summary = self.shard_summary(number)
         return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
@@ -140,12 +140,12 @@ def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any
 
 
 def not_images(count: int) -> str:
-    """`1 input is not an image`, `3 inputs are not images`: for messages."""
+    """Text for messages, such as `1 input is not an image` or `3 inputs are not images`."""
     return "1 input is not an image" if count == 1 else f"{count:,} inputs are not images"
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the software that determines the bytes of a record, as the manifest keeps them."""
+    """Versions of the software that determines the bytes of a record; the manifest stores these versions."""
     return {
         "alexnet": package_version(),
         "pillow": version("pillow"),

@@ -1,4 +1,4 @@
-"""Checks before a long build: inputs that are not images, disk space, and the time it will take."""
+"""Checks before a long build: inputs that are not images, disk space, and an estimate of the build time."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _PROBE_CHUNK = 256
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Disk space and time that some inputs will take, extrapolated from a sample of them."""
+    """Estimated disk space and build time of a set of inputs, extrapolated from a sample of these inputs."""
 
     bytes: int  # bytes on the disk
-    seconds: float  # build time with all jobs; longer if the source is slow at times
+    seconds: float  # build time with all worker processes; a slow source can make the build longer
     sampled: int  # number of inputs in the sample
 
 
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
-    """Find inputs that cannot be images, by size and first bytes: (name, reason) of each.
+    """Find inputs whose size or first bytes show that they are not images: (name, reason) of each such input.
 
     Nothing is decoded. The probe stops after a few hundredths of the time of the build, so on a slow source it covers
     only some of the inputs. The build itself checks every input.
@@ -56,7 +56,7 @@ def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, st
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """Why an input cannot be an image, judged by its size and first bytes; empty if it can be one."""
+    """The reason why size or first bytes show that an input is not an image; empty if they do not."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -71,7 +71,7 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
     """Raise UserError if more inputs than `policy` allows were refused by the listing or are bad according to `probe`.
 
-    All of them are written to bad.jsonl in the plan's work folder.
+    These inputs are written to bad.jsonl in the plan's `work_dir`. `probe` runs only if `policy` skips no bad inputs.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
@@ -90,11 +90,11 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 
 
 def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner) -> None:
-    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk; warn if they may not."""
+    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk; warn if they may not fit."""
     free = free_bytes(plan.folder)
     count = plan.count_inputs(unfinished)
     if count * _max_record_bytes(plan.settings) < free:
-        return  # fits in any case: no need to measure
+        return  # even records of the largest expected size fit, so nothing is measured
     estimate = estimate_resources(plan.sample(unfinished), count, runner)
     if estimate is None or estimate.bytes <= free:
         return
@@ -113,7 +113,10 @@ def _max_record_bytes(settings: Settings) -> int:
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """Disk space that the `unfinished` shards need, extrapolated from the finished ones; empty if there are none."""
+    """Message with the disk space that the `unfinished` shards need, extrapolated from the finished shards.
+
+    The text is empty if no record is stored yet or no shard is unfinished.
+    """
     shards = [summary["shard"] for number in range(plan.shard_count) if (summary := plan.shard_summary(number))]
     records = sum(shard["records"] for shard in shards)
     if not records or not unfinished:
@@ -130,7 +133,7 @@ def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) 
     """
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, WorkerDied):  # the build will reach the same file and name it
+        if not isinstance(result, WorkerDied):  # the build itself reports the input at which a process crashed
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
     if not count:
         return None
@@ -140,14 +143,14 @@ def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
     """Build the inputs of a task in memory: (number of records, bytes of their LMDB pages, seconds)."""
     warm_up = replace(task, inputs=task.inputs[:1])
-    list(ShardBuilder(warm_up, TaskProgress()).records())  # the time of loading the libraries is not measured
+    list(ShardBuilder(warm_up, TaskProgress()).records())  # loads the libraries before the measurement starts
     started = time.monotonic()
     sizes = [len(value) for _, value in ShardBuilder(task, task_progress).records()]
     return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - started
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of `path`, which need not exist."""
+    """Free bytes on the disk of `path`. The file or folder `path` need not exist."""
     while not path.exists():
         path = path.absolute().parent
     return shutil.disk_usage(path).free

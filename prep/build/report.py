@@ -1,4 +1,4 @@
-"""Output of `alexprep` commands: lines for a person, or one JSON object for a program."""
+"""Output of `alexprep` commands: lines of text, or one JSON object with --json."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from prep.store.input_log import read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
-    from prep.build.split import BuildEstimate  # loads LMDB and Pillow, which --help must not load
+    from prep.build.split import BuildEstimate  # at run time this would load LMDB and Pillow, even for --help
 
 _ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 

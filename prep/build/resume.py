@@ -1,8 +1,8 @@
-"""Starting, resuming and discarding a build: checks which changes between two runs are allowed.
+"""Starts, resumes and discards builds, and checks which changes are allowed between two runs of a build.
 
-An unfinished build can be resumed with the same settings, tool versions, classes, paths and labels. The content of an
-input may have changed if its shard is not finished: the new content is stored. A changed input of a finished shard is
-an error.
+An unfinished build can be resumed if settings, tool versions, classes and paths of the inputs are the same. The content
+and the label of an input may change until its shard is finished. In a finished shard, only the content of a bad input
+may change, and the shard is built again. Any other change in a finished shard is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TEMPORARY = re.compile(
 
 
 def start_or_resume(plan: BuildPlan, store: Path) -> None:
-    """Write plan.json and inputs.npz of a new build, or check an unfinished one and bring its listing up to date.
+    """Write plan.json and inputs.npz of a new build, or check an unfinished build and update its inputs.npz.
 
     Raises the errors of find_changed_inputs and refuse_foreign_folder.
     """
@@ -52,7 +52,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     changed = find_changed_inputs(plan, store)
     if changed:
         for number in range(plan.shard_count):
-            if has_changed_input(plan, number, changed):  # if it is finished, the input was bad and is corrected now
+            if has_changed_input(plan, number, changed):  # in a finished shard, the input was bad
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
@@ -65,7 +65,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
     """{path: (before, after)} of the inputs that changed since an unfinished build began, if it can be resumed.
 
     Raises UserError for other settings, tool versions, classes or paths, for an unfinished build that cannot be read,
-    and for a changed input of a finished shard, unless it was bad.
+    and for a changed input of a finished shard, unless the input was bad and has the same label as before.
     """
     try:
         begun = json.loads((plan.work_dir / "plan.json").read_bytes())
@@ -134,7 +134,7 @@ def _difference(before: Input, after: Input) -> str:
 
 
 def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError for the first of the `requested` settings that differs from those in `begun`."""
+    """Raise UserError for the first of the `requested` settings that differs from the setting in `begun`."""
     for field in fields(Settings):
         new, old = getattr(requested, field.name), begun[field.name]
         if new != old:
@@ -146,7 +146,7 @@ def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Pa
 
 
 def refuse_foreign_folder(plan: BuildPlan) -> None:
-    """Raise StoreError if the folder of the split holds files although no build was begun in it."""
+    """Raise StoreError if the folder of a new split contains anything other than its work folder."""
     if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work_dir.name}:
         raise StoreError(
             f"{plan.folder} exists but was not begun by alexprep. Choose another --store, or remove the folder."
@@ -156,7 +156,8 @@ def refuse_foreign_folder(plan: BuildPlan) -> None:
 def discard_build(plan: BuildPlan, store: Path) -> None:
     """Remove an unfinished build.
 
-    It is renamed first, so that a kill in the middle leaves no shard summary without its shard.
+    The folder is renamed before it is deleted. So a process that is killed during the deletion leaves no
+    shard summary without its shard in the split's folder.
     """
     discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
     os.rename(plan.folder, discarded)
@@ -164,7 +165,7 @@ def discard_build(plan: BuildPlan, store: Path) -> None:
 
 
 def remove_temporary_files(store: Path) -> None:
-    """Remove files that killed builds left under temporary names. The caller must hold the store's lock."""
+    """Remove the temporary files and folders of killed builds. The caller must hold the store's lock."""
     for folder in (store, *(store / split for split in SPLITS), *(store / split / ".build" for split in SPLITS)):
         for name in os.listdir(folder) if folder.is_dir() else ():
             if _TEMPORARY.fullmatch(name):

@@ -1,8 +1,9 @@
-"""Builds one shard: read, rescale, encode and store its inputs. Run by a worker process.
+"""Builds one shard in a worker process: reads, rescales, encodes and stores its inputs.
 
-A shard is a pure function of its inputs and the settings. It is written to a temporary folder, synced and renamed.
-Then its summary is written, also by rename: store/SPLIT/.build/NNNNN.json (counts, digest, colour moments, outcomes of
-inputs) and NNNNN.npy (the sum of its central squares). A shard without a summary is built again.
+A shard is a pure function of its inputs and the settings. The shard is written to a temporary folder, synced and
+renamed. Then the two files of its summary are written atomically: store/SPLIT/.build/NNNNN.npy (sum of the central
+squares of its images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without a summary is
+built again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
-# Texts in LMDB's errors on a full disk; it is "Input/output error" if a part of a page was written.
+# Parts of LMDB's error messages on a full disk. LMDB reports "Input/output error" if it wrote only a part of a page.
 _NO_SPACE = ("Input/output error", "No space left", "quota", "File too large")
 
 
@@ -40,14 +41,14 @@ class ShardTask:
     """Everything that is needed to build one shard; it is pickled for a worker process."""
 
     number: int
-    first_index: int  # index of the first input in the split; a record's key is the index of its input
+    first_index: int  # position of the first input in the split's record order; the key of a record is this position
     inputs: tuple[Input, ...]
     reader: InputReader
     split: str
-    folder: Path  # folder of the split, in the store
+    folder: Path  # the split's folder in the store
     settings: Settings
     skip_bad: bool
-    crashing: frozenset[str] = frozenset()  # paths at which worker processes died twice: left out unread
+    crashing: frozenset[str] = frozenset()  # paths of inputs that crashed two or more worker processes; left out
 
     @property
     def path(self) -> str:
@@ -72,7 +73,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # left by a build that was killed before it wrote the summary
+        shutil.rmtree(final, ignore_errors=True)  # exists if an earlier build was killed before it wrote the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())
@@ -84,7 +85,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
         raise UserError(f"{task.folder}: {error}. Correct that, then run the same command again.") from error
     except OSError as error:
         reported = disk_error(error, f"{task.folder}: {error.strerror or error}")
-        if isinstance(reported, DiskFull):  # the parent process adds how much space is needed
+        if isinstance(reported, DiskFull):  # the parent process adds the needed disk space to the message
             raise reported from error
         raise UserError(
             f"{reported}. Correct that, then run the same command again: finished shards are kept."
@@ -100,10 +101,10 @@ class ShardBuilder:
         self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
-        self.outcomes: list[dict[str, Any]] = []  # outcomes for inputs.jsonl
+        self.outcomes: list[dict[str, Any]] = []  # lines of inputs.jsonl
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the (key, value) of each record. The key of an input that is left out is not used."""
+        """Yield the (key, value) of each record. No record has the key of an input that is left out."""
         for index, item in enumerate(self.task.inputs):
             self.task_progress.begin(index)
             value = self._record(item)
@@ -153,7 +154,7 @@ class ShardBuilder:
 
 
 def read_input(task: ShardTask, item: Input) -> DecodedImage:
-    """Read and decode one input; raises BadImage with the reason."""
+    """Read and decode one input. Raises BadImage, with the reason, if it cannot be stored."""
     if item.size > MAX_FILE_BYTES:
         raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
     content = task.reader.read(item)

@@ -1,15 +1,17 @@
 """Builds a split, or estimates its build: plan, checks, shards in worker processes, assembly.
 
-A killed build loses only the shards that were in progress. The same command finishes it, with the same fingerprint. The
-state of an unfinished build is in
+A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
+fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops and counts the
+crash for the input. These files hold the state of an unfinished build:
 
-    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; must agree to resume
-    store/train/.build/inputs.npz        the listing, to find inputs that have changed since
-    store/train/.build/00000.json .npy   summary of one finished shard, see prep.build.shard_task
-    store/train/.build/deaths.json       inputs at which worker processes died, and how often
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; all must be equal to resume
+    store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
+    store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
+    store/train/.build/deaths.json       for each input that caused a crash: number of crashed processes
 
-The build fixes the record order, by a keyed hash of the paths (prep.inputs.listing). The order depends on names and
-seed alone. It mixes the classes well enough for a stream that reads blocks of consecutive records (pipeline.sampling).
+The record order is the order of a keyed hash of the paths (prep/inputs/listing.py), so it depends only on the paths and
+the seed. The hash mixes the classes well enough for a stream that reads blocks of consecutive records
+(pipeline/sampling.py).
 """
 
 from __future__ import annotations
@@ -51,14 +53,14 @@ from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
 @dataclass(frozen=True)
 class BuildEstimate:
-    """Inputs, disk space and time of a build, for --dry-run."""
+    """What --dry-run prints about a build: inputs, disk space and time."""
 
     inputs: int
     classes: int
-    bad: tuple[tuple[str, str], ...]  # (name, reason): refused by the listing, or found by `probe`
+    bad: tuple[tuple[str, str], ...]  # (name, reason) of inputs that were refused by the listing or found by `probe`
     done: int  # inputs in finished shards
     is_built: bool  # the split is in the store already, with the same inputs and settings
-    resources: ResourceEstimate | None  # for the remaining inputs; None if none remain or no sampled one is an image
+    resources: ResourceEstimate | None  # for the remaining inputs; None if no inputs remain or the sample has no image
     free_bytes: int
 
 
@@ -70,10 +72,10 @@ def build_split(
     progress: Progress,
     policy: BuildPolicy = DEFAULT_POLICY,
 ) -> Store:
-    """Build one split into the folder `store` and return the store. A split that it already has is not built again.
+    """Build one split into the folder `store` and return the store. A split in the store is not built again.
 
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
-    for bad inputs that `policy` does not allow, and if a worker process died; DiskFull if the disk is full.
+    for bad inputs that `policy` does not allow, or if a worker process crashed. Raises DiskFull if the disk is full.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     _refuse_store_in_source(source, store)
@@ -86,7 +88,7 @@ def build_split(
                 progress.skip(len(source.inputs))
                 shutil.rmtree(plan.work_dir, ignore_errors=True)
                 return existing
-            is_begun = (plan.work_dir / "plan.json").exists()  # a folder without it is not an unfinished build
+            is_begun = (plan.work_dir / "plan.json").exists()  # every unfinished build has a plan.json
             if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.crash_counts())):
                 discard_build(plan, store)
             start_or_resume(plan, store)
@@ -158,7 +160,7 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
 
 
 def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """The store, or None before its first split is built. Raises UserError if it has other settings or inputs."""
+    """Open the store; None if it has no split yet. Raises UserError if its settings or inputs differ from `plan`."""
     if not (store / "manifest.json").exists():
         return None
     existing, split = Store.open(store), plan.source.split
@@ -172,7 +174,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError for a store inside its own source: the next build would list it as a class."""
+    """Raise UserError for a store inside its own source, since the next build would list the store as a class."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split
@@ -192,7 +194,7 @@ def _build_shards(
     policy: BuildPolicy,
     bad_before: int,
 ) -> None:
-    """Build the shards `shard_numbers`. Raises UserError for too many bad inputs or if a worker process died."""
+    """Build the shards `shard_numbers`. Raises UserError for too many bad inputs or if a worker process crashed."""
     done_before = progress.done
     refused = len(plan.source.refused)
 

@@ -1,8 +1,9 @@
 """Plots the colours of a split: pixels and principal axes in RGB space, the spectrum, and the colour noise.
 
-The noise of the paper (section 4.1) adds α·σ·v to a whole training image, for each principal component with eigenvector
-v and standard deviation σ, with α ~ N(0, 0.1). Three standard deviations of α are ±0.3. Along the second and third
-component such a shift is hard to see. So the mean colour is also shown shifted by ±3 σ, ten times as far.
+The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component
+with eigenvector v and standard deviation σ. α is drawn from N(0, 0.1), so three standard deviations of α are 0.3. A
+shift by 0.3 σ along the second or third component is hard to see. Therefore the mean colour is also shown with shifts
+of up to 3 σ, ten times as large.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-MAX_RECORDS, MAX_PIXELS = 48, 4800  # limits of the records to read and of the pixels to draw
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # largest numbers of records to read and of pixels to draw
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # standard deviations of α, or of the pixels
-AXIS_STDEVS = 2  # half length of the principal axes, in standard deviations of the pixels
-PHOTOGRAPH_PX = 256  # a photograph whose side is at least twice this is reduced
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shift of a photograph in standard deviations of α; shift of the mean colour in σ
+AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
+PHOTOGRAPH_PX = 256  # a photograph with a side of at least 2·PHOTOGRAPH_PX is reduced
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
-    """Draw `stats` and a sample of their split to a .png or .svg file; equal inputs give equal bytes.
+    """Draw `stats` and a sample of the split's pixels to a .png or .svg file; equal inputs give equal bytes.
 
     Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
     cannot be written (an existing file is kept), and StoreError, naming shard and key, for a damaged record.
@@ -59,8 +60,9 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
-                 2·PHOTOGRAPH_PX or more. Its colours are closest to those of the split at half the split's contrast:
-                 small shifts show, and few values are clipped.
+                 2·PHOTOGRAPH_PX or more. Of the records read, it is the one whose colour distribution is closest to
+                 the split's mean with half the split's standard deviations. At such low contrast small shifts are
+                 visible and few values are clipped.
 
     Raises StoreError, naming shard and key, for a damaged record.
     """
@@ -78,7 +80,7 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
     """Yield at most MAX_RECORDS images, uint8 (H, W, 3): the first records of shards spread evenly over the split.
 
-    The record order is that of a hash, so the first records of a shard are a random sample.
+    Records are in the order of a hash of their paths, so the first records of a shard are a random sample.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
     shards = [(path, shard) for path, shard in both if shard.records]
@@ -97,10 +99,10 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Twice the Kullback–Leibler divergence, plus a constant, of the pixels from the split at half its contrast.
+    """Distance of the colours of `pixels` from those of the split at half the split's contrast.
 
-    Both are modelled as normal distributions. One squared grey level is added to each diagonal entry of the
-    covariances, so that the result is finite for gray images.
+    It is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. One squared grey level is
+    added to each diagonal entry of both covariances, so that the result is finite for images without colour.
     """
     inverse = np.linalg.inv(np.array(stats.covariance) / 4 + np.eye(3))
     covariance, offset = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
@@ -118,7 +120,7 @@ def shift_colors(
 ) -> npt.NDArray[np.float64]:
     """RGB colours (..., 3) shifted by `stdevs` standard deviations along component 0, 1 or 2: grey levels, unclipped.
 
-    `stdevs` is a number, or an array (n, 1), which gives (n, 3).
+    `stdevs` is a number, or an array (n, 1) that shifts one colour n times and gives (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma
@@ -153,7 +155,8 @@ def _draw_cloud(panel: Any, stats: ColorStats, pixels: Pixels) -> None:
     limits, ticks = (0, 255), (0, 100, 200)
     axes.set(xlim=limits, ylim=limits, zlim=limits, xticks=ticks, yticks=ticks, zticks=ticks)
     axes.set(xlabel="red", ylabel="green", zlabel="blue")
-    axes.view_init(20, 30, vertical_axis="y")  # no principal axis of photographs hides another
+    # From this angle, no principal axis of typical photographs hides another principal axis.
+    axes.view_init(20, 30, vertical_axis="y")
     axes.set_box_aspect(None, zoom=0.98)
 
 
@@ -206,7 +209,7 @@ def _set_title(panel: Any, title: str) -> None:
 
 
 def _signed(template: str, value: float, zero: str) -> str:
-    """A value with a typographic minus sign; `zero` for 0."""
+    """`value` formatted by `template` with a typographic minus sign; the text `zero` if `value` is 0."""
     return template.format(value).replace("-", "−") if value else zero
 
 

@@ -31,8 +31,8 @@ class _ExportTask:
 def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
     """Write the image of every record of a split to `out`/CLASS/NAME, under the name of its input.
 
-    A file that already has the same bytes is left alone, so a second call resumes the first. Raises UserError if a file
-    of that name has other bytes, or a record is damaged.
+    A file that already has the same bytes is not written again, so a second call resumes an interrupted export. Raises
+    UserError if a file of the same name exists with other bytes, and StoreError if a record is damaged.
     """
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
@@ -63,7 +63,7 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """File name of an exported record: the input's name, or the key if that is unsafe; the extension fits `format`."""
+    """File name of an exported record: the input's name with an extension of `format`; the key for an unsafe name."""
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
     if extension not in _EXTENSIONS[format]:
@@ -72,12 +72,12 @@ def file_name(source: bytes, key: bytes, format: str) -> bytes:
 
 
 def _is_file_name(name: bytes) -> bool:
-    """Whether a name is valid for one file or folder, and is not a path to another place."""
+    """Whether `name` is a valid name of a single file or folder. A path with `/` is not valid."""
     return name not in (b"", b".", b"..") and not set(name) & set(b"/\0") and len(name) <= _MAX_NAME_BYTES
 
 
 def _write_new_file(path: bytes, content: bytes) -> None:
-    """Write a file atomically; raises UserError if it exists with other bytes."""
+    """Write a file atomically; raises UserError if the file exists with other bytes."""
     try:
         with open(path, "rb") as file:
             same = file.read() == content
@@ -99,10 +99,10 @@ def _write_new_file(path: bytes, content: bytes) -> None:
 
 
 def _rename_to_new(old: bytes, new: bytes) -> None:
-    """Rename a file; on a disk with hard links, raises FileExistsError if another worker wrote `new` first."""
+    """Rename a file. On a file system with hard links, raises FileExistsError if `new` exists already."""
     try:
         os.link(old, new)
     except FileExistsError:
         raise
-    except OSError:  # FAT and other file systems without hard links
+    except OSError:  # a file system without hard links, such as FAT
         os.replace(old, new)

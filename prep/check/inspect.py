@@ -17,7 +17,7 @@ from prep.workers import Runner, TaskProgress, WorkerDied
 
 
 def describe_store(store: Store) -> dict[str, Any]:
-    """Everything in the manifest, with record counts by class, as JSON. No record is read."""
+    """Settings, tools, classes, splits and record counts by class, as a JSON object. Only the manifest is read."""
     return {
         "store": str(store.root),
         "fingerprint": store.fingerprint,
@@ -47,7 +47,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
 
 
 def summary_lines(store: Store) -> Iterator[str]:
-    """The content of `describe_store` as lines for a person."""
+    """A summary of `describe_store` as lines of text."""
     settings = store.settings
     format = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
     shape = "whole images" if settings.keep_aspect else "central squares"
@@ -76,7 +76,7 @@ def summary_lines(store: Store) -> Iterator[str]:
 
 
 def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str, Datum]:
-    """Find a record by its key, in which leading zeros may be omitted: (path of the shard, record).
+    """Find a record by its key: (path of the shard, record). The key may lack its leading zeros.
 
     Raises StoreError if no shard has the key, or if the record is damaged.
     """

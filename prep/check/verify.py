@@ -1,7 +1,7 @@
 """Verifies a store: every record against its checksum and settings, every shard and file against the manifest.
 
-Each fault is reported with shard, key and source. Worker processes read the shards, since LMDB does not check its file:
-a truncated or damaged file can crash the process that reads it.
+Each fault is reported with shard, key and source path, as far as they are known. LMDB does not check its file, so a
+truncated or damaged file can crash the process that reads it. Therefore worker processes read the shards.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ from prep.store.manifest import (
 )
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-# The moments in the manifest of a jpeg store are those of the pixels before compression, so the moments of the stored
-# images are only close to them. The manifest's checksum shows whether its moments were changed. The bounds allow for
-# the largest errors of 4:2:0 subsampling, which lines of two saturated colours have. For hundreds of photographs of
-# quality 50 or more, the errors are at most 0.1 grey level and 1 %.
+# A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
+# different moments. The two bounds allow for the largest errors of 4:2:0 chroma subsampling, which occur in images of
+# alternating lines of two saturated colours. In hundreds of photographs at quality 50 or more, the errors are at most
+# 0.1 grey levels (mean) and 1 % (covariance). A changed moment in the manifest is found by the manifest's checksum.
 MAX_MEAN_ERROR = 64.0  # error of each channel's mean, in grey levels
-MAX_COVARIANCE_ERROR = 1.1  # error of each entry, relative to the largest entry of the covariance
-_MIN_QUALITY = 50  # these statistics are not compared for a lower quality
+MAX_COVARIANCE_ERROR = 1.1  # error of each entry of the covariance, relative to its largest entry
+_MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
     findings: dict[str, _ShardFindings] = {}
     square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
-    done_before, bad_before = progress.done, progress.bad  # counts of other splits
+    done_before, bad_before = progress.done, progress.bad  # counts of the splits verified before
     on_progress = lambda counts: progress.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
@@ -117,7 +117,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
 
 
 def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
-    """Check each record of one shard. If all records are undamaged, compare counts and digest too."""
+    """Check each record of one shard. If all records are undamaged, compare counts and digest with the manifest."""
     found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
@@ -158,7 +158,7 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
 
 
 def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """(label, pixels) of a record; raises DatumError or BadImage if it is damaged or contradicts the settings."""
+    """(label, pixels) of a record; raises DatumError or BadImage if it is damaged or does not match the settings."""
     datum = Datum.decode(value)
     side, shape = task.settings.side_px, (datum.height, datum.width)
     if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
@@ -180,7 +180,7 @@ def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.
 
 
 def _readable_source(value: bytes) -> str:
-    """The source path of a record that may be damaged; empty if it cannot be read."""
+    """The source path in a record that may be damaged; empty if the path cannot be read."""
     try:
         source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
     except DatumError:
@@ -189,7 +189,7 @@ def _readable_source(value: bytes) -> str:
 
 
 def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
-    """Faults of the manifest and of the files next to the shards that can be found without reading a record."""
+    """Find faults of the manifest and of the files next to the shards. No record is read."""
     split = store.split(name)
     where = "manifest.json"
 
@@ -231,7 +231,11 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
 
 
 def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
-    """Whether two statistics agree: sums exactly, the eigensystem to 1e-9, since its last digits vary by machine."""
+    """Whether two statistics agree.
+
+    Counts, mean and covariance must be equal. Eigenvalues, standard deviations and eigenvectors may differ by 1e-9,
+    since their last digits vary between machines.
+    """
     exact = ("records", "pixels", "mean_rgb", "covariance", "pixel_scale")
     close = ("eigenvalues", "stdevs", "eigenvectors")
     return all(getattr(written, name) == getattr(computed, name) for name in exact) and all(
@@ -240,7 +244,7 @@ def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
 
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
-    """Compare the files next to the shards with their digests, and the lines of inputs.jsonl with the totals."""
+    """Compare the files next to the shards with the digests in the manifest, and inputs.jsonl with the totals."""
     account = store.split(name).account
     for file in SPLIT_FILES:
         where = f"{name}/{file}"
@@ -284,7 +288,10 @@ def _check_totals(
 def _check_pixel_statistics(
     store: Store, split: Split, name: str, moments: Moments, square_sum: npt.NDArray[np.int64]
 ) -> Iterator[Fault]:
-    """Compare moments and mean image of the stored images with the build's: exactly for ppm, within bounds for jpeg."""
+    """Compare the pixel statistics of the stored images with the statistics that the build wrote.
+
+    For ppm, moments and mean image must be equal. For jpeg, mean and covariance of RGB must agree within the bounds.
+    """
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)
     for pixels in {stated.pixels, split.pixels} - {moments.pixels}:

@@ -14,7 +14,7 @@ from prep.console import progress, store_option, usable_cores
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
-if TYPE_CHECKING:  # these load LMDB and Pillow, which --help must not load
+if TYPE_CHECKING:  # at run time these would load LMDB and Pillow, even for --help
     from prep.build.plan import BuildPolicy
     from prep.inputs.reader import Source
     from prep.workers import Runner
@@ -95,7 +95,7 @@ def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
-    """The classes of a store; empty if it does not exist yet."""
+    """The classes of a store; empty if the store does not exist yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
 
 

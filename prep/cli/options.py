@@ -78,7 +78,7 @@ _RECORD_OPTIONS = (
 
 
 def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of a command that builds a split: format of the records, treatment of bad inputs, jobs, JSON."""
+    """Add the options of the commands that build a split: record format, treatment of bad inputs, jobs, JSON."""
     for option in reversed(_RECORD_OPTIONS):
         command = option(command)
     return command

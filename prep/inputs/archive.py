@@ -1,9 +1,9 @@
 """Images in tar archives, read in place: nothing is unpacked, and no name in an archive is used as a path.
 
-ILSVRC2012_img_train.tar is a tar of tars, one for each class; ILSVRC2012_img_val.tar is flat; another archive may hold
-class folders. A tar stores its members uncompressed, also when it is inside another tar. So an input is an offset and a
-length in one file, and each worker reads that file by itself. The inputs get the names that the same images have in
-folders, so the records and their order are the same.
+ILSVRC2012_img_train.tar contains one tar for each class. ILSVRC2012_img_val.tar is flat. Other archives may contain
+class folders. Members of a tar are stored uncompressed, also in a tar inside another tar. So an input is an offset and
+a length in one file, and every worker process opens this file and reads its inputs from it. Inputs get the same names
+as after unpacking into class folders, so the records and their order are the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TarReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a member. Raises BadImage if they cannot be read, UserError if the archive became shorter."""
+        """The bytes of a member. Raises BadImage if it cannot be read, UserError if the archive became shorter."""
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
@@ -51,10 +51,11 @@ def _file_descriptor(path: str) -> int:
 
 
 def list_archive(path: Path, flat: bool) -> FoundInputs:
-    """List a tar file. With `flat`, a single folder of images is a flat list without classes, not one class.
+    """List a tar file. If `flat` is true, a single folder of images gives a flat list without classes.
 
-    A member is refused if it is not a file, its name is unsafe, or a later member has the same name. Raises UserError
-    for a file that is not a tar, is compressed, is damaged or was cut short.
+    A member is refused if it is not a file, if its name is unsafe, if it is in a folder inside a class folder, or if a
+    later member has the same name. Raises UserError for a file that is not a tar, is compressed, is damaged or was cut
+    short.
     """
     size = path.stat().st_size
     contents = _Contents(path.stat().st_mtime_ns)
@@ -79,7 +80,7 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 
 
 class _Contents:
-    """Images, folders and refused members, in the order of the archive."""
+    """The images, folders and refused members of an archive; the images in the order of the archive."""
 
     def __init__(self, mtime_ns: int) -> None:
         self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
@@ -97,7 +98,7 @@ class _Contents:
 
 
 def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
-    """(name, reason to refuse it). Both are empty for a member to ignore: the root, or a name beginning with a dot."""
+    """(name, reason to refuse it). Both are empty for an ignored member: the root, or a name that begins with a dot."""
     name = name_bytes(member)
     parts = [part for part in name.split(b"/") if part != b"."]
     if member.isdir() and not parts:
@@ -114,7 +115,7 @@ def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices sorted by class, name and offset. A range saves memory if the archive is sorted, as ILSVRC's are."""
+    """Indices of `images` sorted by class, name and offset. Returns a range for a sorted archive, to save memory."""
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
@@ -125,7 +126,7 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Images sorted by class and name, as in a folder. If members have the same name, the last counts, as for tar."""
+    """Sort the images by class and name, like a folder. The last of several members with the same name is used."""
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image in it; {count_noun(len(refused), 'member')} refused.")
@@ -136,7 +137,7 @@ def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
             f"{path}: {count_noun(len(contents.folders), 'folder')} and images side by side (first: "
             f"{name_text(unfiled)}). Expected class folders alone, or images alone with --labels."
         )
-    depth = min((images.path(i).count(b"/") for i in order), default=0) - 1  # folders around the class folders
+    depth = min((images.path(i).count(b"/") for i in order), default=0) - 1  # folder levels above the class folders
     parents = {tuple(images.path(i).split(b"/")[:depth]) for i in order} if depth > 0 else {()}
     if len(parents) > 1:
         first, second = (name_text(b"/".join(parts)) for parts in sorted(parents)[:2])

@@ -1,9 +1,9 @@
 """Images in LMDBs that Caffe's convert_imageset wrote: Datums with an encoded image, or with bare pixels.
 
-Bare pixels are C,H,W in the order blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum); here they become
-H,W,RGB. A record goes through the same steps as a file: rescaled if its shorter side is not the store's, encoded,
-checksummed. The record's key becomes the source path. Worker processes read the LMDBs, since a damaged file can crash
-the process that reads it.
+Bare pixels are C,H,W in the order blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The reader converts
+them to H,W,RGB. An image from an LMDB is processed like an image file: it is rescaled if its shorter side differs from
+the store's, encoded and checksummed. The key of the Caffe record becomes the source path of the new record. Worker
+processes read the LMDBs, since a damaged file can crash the process that reads it.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from prep.store import lmdb_shard
 from prep.store.datum import CHANNELS, DATA, ENCODED, HEIGHT, LABEL, WIDTH, DatumError, parse_fields
 from prep.workers import Counts, Runner, TaskProgress, WorkerDied
 
-_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # convert_imageset's keys: number of the line, then path
+_NUMBERED_KEY = re.compile(rb"\d{8}_(.*)", re.DOTALL)  # key of convert_imageset: line number, `_`, path
 
 
 @dataclass(frozen=True)
 class CaffeReader:
-    """Reads inputs that are records of LMDBs; `location` of an input is the index of its LMDB."""
+    """Reads inputs that are records of LMDBs. `Input.location` is the index of the LMDB in `folders`."""
 
     folders: tuple[Path, ...]
 
@@ -43,7 +43,7 @@ class CaffeReader:
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if it holds neither."""
+        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if the record has neither."""
         with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
@@ -51,7 +51,7 @@ class CaffeReader:
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first bytes of a JPEG for any record, so that it passes as an image until a worker decodes it."""
+        """The first bytes of a JPEG file, for any record. So the probe before a build accepts every record."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -76,7 +76,7 @@ def _decode_datum(value: bytes) -> Content:
 
 
 def _bare_pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.uint8]:
-    """C,H,W bytes in the order blue, green, red as uint8 (H, W, RGB); a single channel is gray."""
+    """Convert C,H,W bytes in the order blue, green, red to uint8 (H, W, RGB). A single channel is repeated for RGB."""
     channels, height, width = (n if isinstance(n, int) else 0 for n in shape)
     if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS or channels * height * width != len(data):
         raise BadImage(f"{len(data):,} bytes for {channels} channels of {height}×{width} px")
@@ -94,15 +94,15 @@ def list_caffe_lmdbs(
 ) -> Source:
     """List the records of Caffe's LMDBs, in the given order, as one split.
 
-    Labels do not change. The names of the classes are, in this order of preference: the first words of the lines of the
-    file `class_names` (synset_words.txt), the classes of the store, the folders in the keys (if each label has its own
-    folder), the labels as numbers. Raises UserError for a folder that is not an LMDB or holds no Datum with a label,
-    and for a label without a class name.
+    Labels do not change. The class names come from the first of these sources that exists: the first word of each line
+    of the file `class_names` (synset_words.txt), the classes of the store, the folder names in the keys (if each label
+    has its own folder). Otherwise the labels themselves, as numbers, are the class names. Raises UserError for a folder
+    that is not an LMDB, if no record is a Datum with a label, and for a label without a class name.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    key_folders: dict[int, set[bytes]] = {}  # by label; b"" for a key without a folder
+    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in its keys; b"" for a key without a folder
     for index, folder in enumerate(folders):
         on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
@@ -156,7 +156,7 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB; the label is None if a record has none or is not a Datum."""
+    """Keys, labels and sizes of the records of one LMDB; None as the label of a record without a label."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:

@@ -14,7 +14,9 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-_FOLDERS_AT_ONCE = 32  # class folders listed at once: hides the latency of a slow file system and limits the memory
+# Number of class folders given to the threads at once. Threads hide the latency of a slow file system, and the limit
+# bounds the memory for listed entries.
+_FOLDERS_AT_ONCE = 32
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
@@ -25,7 +27,7 @@ class FolderReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a file. Raises BadImage if it cannot be read, UserError if its size or time changed."""
+        """The bytes of a file. Raises BadImage if it cannot be read, UserError if size or modification time changed."""
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
@@ -33,7 +35,7 @@ class FolderReader:
         return self._read(item, size, check=False)
 
     def _read(self, item: Input, size: int, check: bool) -> bytes:
-        try:  # O_NONBLOCK: a FIFO that has replaced the file would block the open for ever
+        try:  # without O_NONBLOCK, os.open would wait for ever if a FIFO has replaced the file
             handle = os.open(os.path.join(os.fsencode(self.root), item.path), os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
                 status = os.fstat(handle)
@@ -55,7 +57,7 @@ def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
     """List the files of class folders, or of a flat folder, sorted by name (by bytes). No file is opened.
 
     Symbolic links that lead out of `root` are refused unless `follow_links`. Names that begin with a dot are ignored.
-    Raises UserError for a folder that is empty, or holds folders and files side by side.
+    Raises UserError for a folder that is empty or contains both folders and files.
     """
     base = os.fsencode(root.resolve()) + b"/"
     entries = _list_entries(os.fsencode(root), base, follow_links)
@@ -101,10 +103,10 @@ def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
 @dataclass(frozen=True, slots=True)
 class _Entry:
     name: bytes
-    mode: int  # file type as in st_mode; 0 for an entry that is refused
+    mode: int  # stat.S_IFREG or stat.S_IFDIR; 0 for an entry that is refused
     size: int = 0
     mtime_ns: int = 0
-    reason: str = ""  # why it is refused
+    reason: str = ""  # why the entry is refused
 
 
 def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:

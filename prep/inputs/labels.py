@@ -1,7 +1,8 @@
 """Labels of images without class folders, read from a text file in one of two formats.
 
-In the first, each line is `name label`, and the label is the name of a class or its number 0..K−1 (Caffe's val.txt). In
-the second, each line is a number 1..K, and the lines are in the order of the images' names (ILSVRC's ground truth).
+In the first format, each line is `name label`, and the label is the name of a class or its number 0..K−1 (Caffe's
+val.txt). In the second format (ILSVRC's ground truth), each line is a number 1..K, and line i is for the i-th image in
+the sorted order of the names.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ from pathlib import Path
 from prep.console import UserError, say
 from prep.inputs.names import name_text
 
-LABEL_ORDERS = ("sorted", "devkit")  # meanings of number k in a ground truth; see _read_ground_truth
-MAX_CLASSES = 1_000_000  # each class gets a name and a count in memory: a larger label is taken for a mistake
+LABEL_ORDERS = ("sorted", "devkit")  # which class a number k of a ground truth means; see _read_ground_truth
+MAX_CLASSES = 1_000_000  # each class needs memory for name and count, so a larger label is treated as a mistake
 
 
 def read_labels(
     file: Path | None, names: Sequence[bytes], root: Path, label_order: str | None, store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """({name: label 0..K−1} of all `names`, the K classes).
+    """Read labels: ({name: label 0..K−1} of all `names`, names of the K classes).
 
     Without `file`, the one label file near `root` is used. `store_classes` are the classes of the store, empty if it
     has none yet. Raises UserError for labels that are missing, do not fit the names or are not classes of the store.
@@ -48,11 +49,11 @@ def _read_ground_truth(
     label_order: str | None,
     store_classes: Sequence[str],
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """Read a file with one number 1..K on each line. The devkit numbers the classes in an order of its own.
+    """Read a file with one number 1..K on each line. ILSVRC's devkit does not number the classes in sorted order.
 
-    With `label_order` "sorted", number k is the k-th class in sorted order. With "devkit", it is the class to which the
-    meta.mat next to the file assigns number k. The default is "devkit" if there is a meta.mat next to the file, as in
-    ILSVRC2012_devkit_t12/data, else "sorted".
+    With `label_order` "sorted", number k is the k-th class in sorted order. With "devkit", number k is the class with
+    ILSVRC2012_ID k in the meta.mat next to the file. The default is "devkit" if there is a meta.mat next to the file
+    (as in ILSVRC2012_devkit_t12/data), else "sorted".
     """
     if len(lines) != len(names):
         raise UserError(f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. One a line.")
@@ -98,10 +99,12 @@ def _devkit_synsets(file: Path) -> dict[int, str]:
 def _read_name_label_pairs(
     file: Path, lines: Sequence[str], names: Sequence[bytes], store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """Read a file with `name label` on each line; a name may have folders before it. Other images' lines are ignored.
+    """Read a file with `name label` on each line. Folders in front of a name are ignored.
 
-    Labels are class names if the store has a class for each of them; else numbers if all of them are numbers; else the
-    names of new classes.
+    If every label is the name of a class of the store, labels are class names. Otherwise, if every label is a number,
+    labels are numbers. Otherwise labels are the names of new classes; this is an error if the store has classes. Lines
+    for images that are not in `names` are allowed, but their labels take part in this decision, and a new class name
+    in such a line becomes a class too.
     """
     label_text: dict[bytes, str] = {}
     for line_number, line in enumerate(lines, 1):
@@ -147,9 +150,10 @@ def _read_name_label_pairs(
 
 
 def _find_label_file(root: Path) -> Path:
-    """The one label file near a flat folder or archive; raises UserError if there is none, or more than one.
+    """Find the label file of a flat folder or archive. Raises UserError if no file or more than one file matches.
 
-    It is `*ground_truth*.txt` next to `root` or in a devkit next to `root`, or `root`'s name with .txt next to `root`.
+    These files match: `*ground_truth*.txt` next to `root`, `*ground_truth*.txt` in a devkit next to `root`, and a file
+    next to `root` with the same name but the extension .txt.
     """
     resolved = root.resolve()
     folders = (resolved.parent, resolved.parent / "ILSVRC2012_devkit_t12" / "data")
@@ -172,7 +176,7 @@ def _positive_number(text: str, file: Path, line_number: int) -> int:
 
 
 def _parse_decimal(text: str) -> int:
-    """Decimal digits as a number; 10^18, which is above MAX_CLASSES, for 19 digits or more: int() refuses thousands."""
+    """Convert decimal digits to a number. From 19 digits on it is 10^18, since int() refuses thousands of digits."""
     return int(text) if len(text) < 19 else 10**18
 
 

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-OWN_FILE = -1  # `location` of an input that is a file of its own
+OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
 
 # Fields of Input other than its path, and the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
@@ -27,15 +27,15 @@ _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location"
 class Input:
     """One image to be stored."""
 
-    path: bytes  # path in the split's folder or archive: `class/name`, or `name` without class folders
+    path: bytes  # path in the split's folder or archive: `class/name`, or `name` if there are no class folders
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
-    mtime_ns: int = 0  # when the file, or the archive that holds it, was last modified
-    location: int = OWN_FILE  # byte at which its content begins in an archive, or the index of its LMDB
+    mtime_ns: int = 0  # modification time of the file or of the archive that contains it
+    location: int = OWN_FILE  # offset of the content in an archive in bytes, or index of the LMDB
 
 
 class Listing:
-    """Inputs in the order in which they were added. A million inputs take some dozens of megabytes."""
+    """Inputs in the order in which they were added. A million inputs need some tens of megabytes of memory."""
 
     def __init__(self) -> None:
         self._paths = bytearray()
@@ -59,13 +59,13 @@ class Listing:
         return (self[index] for index in range(len(self)))
 
     def path(self, index: int) -> bytes:
-        """The path of input `index`; raises IndexError for a negative index too."""
+        """The path of input `index`. Raises IndexError also for a negative index."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the paths, labels and sizes: records depend on these, on file contents and on settings."""
+        """SHA-256 (hex) of the paths, labels and sizes. Records depend on these, on file contents and on settings."""
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
             digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
@@ -74,8 +74,8 @@ class Listing:
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
         """The order of the records: indices sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of the path.
 
-        Equal hashes are sorted by path. So the order depends on paths and seed alone, neither on the order of the
-        listing nor on the version of a random generator.
+        Inputs with equal hashes are sorted by path. So the order depends only on paths and seed. The order of the
+        listing and the version of a random generator have no influence.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -97,7 +97,7 @@ class Listing:
 
     @staticmethod
     def load(path: Path) -> Listing:
-        """Read a file that `save` wrote; raises OSError or ValueError for any other."""
+        """Read a file that `save` wrote; raises OSError or ValueError if it cannot be read."""
         listing = Listing()
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -109,11 +109,14 @@ class Listing:
         return listing
 
     def same_as(self, other: Listing) -> bool:
-        """Whether all columns agree, in the same order."""
+        """Whether both listings have the same inputs in the same order."""
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
     def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
-        """(path, "has gone") or (path, "is new") for the first record that one listing lacks; None for equal paths."""
+        """Find the first path, in record order, that only one of two listings has; None if the paths are equal.
+
+        Returns (path, "has gone") if `later` lacks the path, or (path, "is new") if only `later` has it.
+        """
         before, after = self.permutation(seed).tolist(), later.permutation(seed).tolist()
         for old, new in zip_longest(before, after):
             if old is None:
@@ -125,7 +128,7 @@ class Listing:
         return None
 
     def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """{path: (before, after)} of the inputs in which two listings of the same paths differ."""
+        """{path: (before, after)} of the inputs that differ between two listings with the same paths."""
         before, after = self.permutation(seed), later.permutation(seed)
         differ = np.zeros(len(before), bool)
         for old, new in zip(self._arrays().values(), later._arrays().values(), strict=True):

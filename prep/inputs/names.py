@@ -1,8 +1,8 @@
-"""Names of inputs: bytes on a disk, and text that can be printed and stored as UTF-8 whatever the bytes are."""
+"""Converts names of inputs, which are bytes, to text that can always be printed and stored as UTF-8."""
 
 from __future__ import annotations
 
 
 def name_text(name: bytes) -> str:
-    r"""A name as text; bytes that are not UTF-8 become `\xff`."""
+    r"""A name as text; a byte that is not UTF-8 becomes an escape such as `\xff`."""
     return name.decode("utf-8", "backslashreplace")

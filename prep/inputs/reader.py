@@ -1,6 +1,6 @@
 """Interface of the input formats: the list of the images with their labels, and a reader of their contents.
 
-A format is a module with a function that lists its images, and a class that is an InputReader.
+Each format has a module with a function that lists the images and a class that implements InputReader.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ import numpy.typing as npt
 from prep.console import count_noun, say
 from prep.inputs.listing import Input, Listing
 
-Content = bytes | npt.NDArray[np.uint8]  # an encoded file, or RGB pixels (H, W, 3) where a record holds bare pixels
+Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pixels (H, W, 3) of a Caffe Datum
 
 
 class InputReader(Protocol):
-    """Reads inputs by their entry in the listing. It is pickled for worker processes, so it holds paths, not files."""
+    """Reads the content of listed inputs. It is pickled for worker processes, so it must not hold open files."""
 
     @property
     def root(self) -> Path:
         """The folder or file that holds the inputs, for messages."""
 
     def read(self, item: Input) -> Content:
-        """The content of one input. Raises BadImage if it cannot be read, UserError if it changed since the listing."""
+        """The content of one input. Raises BadImage if it cannot be read, UserError if it was changed since listing."""
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of one input, or fewer if it is shorter. Raises BadImage if it cannot be read."""
+        """The first `size` bytes of one input; all bytes of a shorter input. Raises BadImage if it cannot be read."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """All inputs of one split, sorted by class and name, and the entries that are not inputs."""
+    """All inputs of one split and the refused entries. Inputs of folders and archives are sorted by class and name."""
 
     reader: InputReader
     split: str
@@ -50,11 +50,11 @@ class FoundInputs:
 
     listing: Listing
     classes: tuple[str, ...]
-    is_flat: bool  # no class folders: all labels are 0 and `classes` is empty
+    is_flat: bool  # True if there are no class folders; then all labels are 0 and `classes` is empty
     refused: tuple[tuple[str, str], ...]  # (name, reason)
 
 
 def warn_of_empty_classes(root: Path, names: Sequence[str]) -> None:
-    """Warn about class folders without an image; the classes keep their labels."""
+    """Warn about class folders without an image. These classes still have a label."""
     if names:
         say(f"{root}: {count_noun(len(names), 'class', 'classes')} without an image (first: {names[0]}).")

@@ -1,7 +1,7 @@
 """Finds the splits of a SOURCE and lists their images: folders or tar archives, with class folders or label files.
 
-Only label files and archives are opened. A name that begins with a dot is ignored. Every other entry is either in the
-listing or, with the reason, in `refused`.
+Only label files and archives are opened. Files and folders with a name that begins with a dot are ignored. Every other
+entry is either listed as an input or added to `refused` with the reason.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from prep.store.manifest import SPLITS
 
 
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
-    """{split: folder or archive to build it from}.
+    """Find the splits of a SOURCE: {split: folder or archive with its images}.
 
-    These are SOURCE/train and SOURCE/val, or their archives, if SOURCE has at least one of them; else SOURCE itself.
-    Raises UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks `split`.
+    If SOURCE contains `train` or `val`, as a folder or an archive, these are the splits. Otherwise SOURCE itself is the
+    only split. Raises UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks `split`.
     """
     if source.is_file():
         named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
@@ -46,7 +46,7 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found, name the other folders of `source`: `train` may be the name of a class."""
+    """If only one split was found, print which folders are ignored. A folder named `train` may be a class."""
     if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:
@@ -67,10 +67,11 @@ def list_source(
 ) -> Source:
     """List one split from a folder or a tar archive.
 
-    Labels are the positions of the class folders in sorted order. Flat images need `labels`; prep.inputs.labels
-    describes `labels` and `label_order`. `store_classes` are the classes of the store, empty if it has none yet.
-    Symbolic links that lead out of the folder are refused unless `follow_links`. Raises UserError for a source without
-    images, labels that do not fit, and classes other than the store's.
+    A label is the position of the class folder in sorted order. Images without class folders need a label file: the
+    file `labels`, or a label file found next to the images (prep/inputs/labels.py, also for `label_order`).
+    `store_classes` are the classes of the store, empty if it has none yet. Symbolic links that lead out of the folder
+    are refused unless `follow_links`. Raises UserError for a source without images, for labels that do not fit the
+    images, and for classes that differ from the store's.
     """
     if path.is_file():
         reader: InputReader = TarReader(path)

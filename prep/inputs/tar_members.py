@@ -1,13 +1,13 @@
-"""Members of a tar archive, read in place: in bounded memory, and with every kind of damage reported.
+"""Reads the members of a tar archive in place, in bounded memory, and reports a damaged archive.
 
-Python's tarfile parses the headers. Three of its properties need care; none of its private methods is used:
+Python's tarfile parses the headers. This module works around three problems of tarfile:
 
--   It reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims. It
-    reads through a `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once.
--   It keeps every member in memory, a gigabyte for ImageNet. Since Python 3.13 `stream=True` turns that off. For older
-    versions this module empties the list of members after each member.
--   It takes a damaged header for the end of the archive. So the bytes at which it stopped are checked: a complete
-    archive ends in zero bytes.
+-   tarfile reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims.
+    So the file is a `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once.
+-   tarfile keeps every member in memory, a gigabyte for ImageNet. Since Python 3.13 `stream=True` prevents this. In
+    older versions of Python, this module empties the list of members after each member.
+-   tarfile treats a damaged header as the end of the archive. So this module checks that the bytes from there on are
+    zero, as they are at the end of a complete archive.
 
 Python's documentation does not list TarFile's attributes `members` and `offset`; test_tar_members.py tests both.
 """
@@ -25,20 +25,20 @@ from prep.console import Progress, UserError
 from prep.inputs.names import name_text
 
 MAX_HEADER_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # longest padding, that of tapes; more zeros are an incomplete download
+_MAX_PADDING_BYTES = 16 << 20  # longest padding (used for tapes); more zeros mean an incomplete download
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
 
 _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that is read at most MAX_HEADER_BYTES at a time."""
+    """A file that refuses to read more than MAX_HEADER_BYTES at once."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next `size` bytes, or fewer at the end; raises tarfile.ReadError for a size that no header has."""
+        """The next `size` bytes, or fewer at the end of the file; raises tarfile.ReadError for an invalid size."""
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"a header of {size:,} bytes")
         return super().read(size)
@@ -51,7 +51,7 @@ def iterate_members(
 
     `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
     members, for example to read an archive inside this one. `progress` is set to the byte that has been reached. Raises
-    UserError naming `path` for an archive that is compressed, damaged or cut short.
+    UserError, which names `path`, for an archive that is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
@@ -96,7 +96,7 @@ def _text(member: tarfile.TarInfo) -> str:
 
 
 def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
-    """Number of zero bytes from `position` on; counting stops a little above _MAX_PADDING_BYTES."""
+    """Number of consecutive zero bytes from `position` on. Counting stops soon after _MAX_PADDING_BYTES."""
     file.seek(position)
     count = 0
     while position + count < end and count <= _MAX_PADDING_BYTES:
