@@ -1,4 +1,4 @@
-"""The paper's ablations: the network with one part removed each time, and the rise in error that the authors report."""
+"""Ablations: the network with one part removed or replaced, and the rise in error that the paper's authors report."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Ablation:
-    """The network without one of its parts."""
+    """One ablation: the settings that remove or replace one part of the network."""
 
     name: str
     source: str
     settings: tuple[str, ...] = ()  # recipe overrides in the syntax of `--set`
     model: str = "alexnet"  # name of the architecture: a key of ARCHITECTURES
-    rise_top1: float | None = None  # reported rise of the top-1 error without the part, percentage points
-    rise_top5: float | None = None
+    rise_top1: float | None = None  # rise of the top-1 error that the authors report, in percentage points
+    rise_top5: float | None = None  # rise of the top-5 error that the authors report, in percentage points
 
 
 BASELINE = Ablation("baseline", "the network with all its parts")

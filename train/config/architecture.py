@@ -1,7 +1,7 @@
 """Network architectures: columns, layer widths, padding and dropout of each network that `--model` offers.
 
-An architecture decides which parameters a network has and how its layers are connected. A recipe holds the settings
-that keep the parameter shapes: learning rates, colour noise, activation, normalization.
+A recipe holds all other hyperparameters, such as learning rates, colour noise, activation and normalization. Only one
+field of a recipe, `crossing`, changes the shapes of parameters.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ class Architecture:
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: only at the right and bottom, as the last window needs.
+    # Zero padding of conv1's input, in px, on every side. None: only at the right and bottom, as far as the
+    # last window reaches.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe has one
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers with dropout on their inputs
     convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless every layer can be divided evenly among the columns."""
+        """Raise ValueError unless there are 1 or 2 columns, which divide the width of every layer evenly."""
         if self.columns not in (1, COLUMNS):
             raise ValueError(f"{self.columns} columns: expected 1 or {COLUMNS}")
         odd_widths = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
@@ -52,7 +53,7 @@ class Architecture:
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
-        """Zero padding of conv1, in px, before and after a side of the image.
+        """Zero padding of conv1 for an image side of `side_px`: (px at the left or top, px at the right or bottom).
 
         The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55). Its kernels
         read zeros beyond the edge: for 224 px, three rows at the bottom and three columns at the right. A zero stands
@@ -103,8 +104,8 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# Layer names in torchvision's state_dict, and the names here. torchvision's network expects (RGB / 255 − mean) / std,
-# with torchvision's mean and std.
+# Layer names in torchvision's state_dict, and the names of the same layers in this package. torchvision's network
+# expects (RGB / 255 − mean) / std, with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",
@@ -118,11 +119,11 @@ TORCHVISION_LAYERS = {
 
 
 def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
-    """The Architecture of which `data` is the asdict; raises TypeError, KeyError or ValueError for other data."""
+    """Inverse of asdict for an Architecture. Raises TypeError, KeyError or ValueError for other data."""
     converted = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
     return Architecture(**{**data, **converted})
 
 
 def architecture_values(architecture: Architecture) -> dict[str, Any]:
-    """The fields that decide the network: all except `source`."""
+    """The fields of an architecture by name, without `source`, which does not affect the network."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

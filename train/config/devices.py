@@ -1,4 +1,7 @@
-"""Devices of the network's columns: parses and describes the value of `--gpus`. Imports torch only to count GPUs."""
+"""Devices of the network's columns: parses and describes the value of `--gpus`.
+
+The module imports torch only to count GPUs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     `0,1`  column 0 on GPU 0, column 1 on GPU 1
     `0`    both columns on GPU 0
     `cpu`  both columns on the CPU
-    None   0,1 if the machine has two GPUs and the network two columns; 0 if it has a GPU; cpu otherwise
+    None   0,1 if the machine has two GPUs and the network has two columns; else 0 if it has a GPU; else cpu
 
     Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs if the network has
     one column.

@@ -1,7 +1,7 @@
 """Identity of a run: the settings that decide its result, and the comparison of two identities.
 
-A run continues a checkpoint only if both have the same identity. Otherwise `alextrain run` refuses and names the first
-setting that differs.
+A run continues a checkpoint only if both have the same identity. Otherwise `alextrain run` refuses to continue and
+names the first setting that differs.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ class Difference(NamedTuple):
     """One setting in which two identities differ. The field names are keys of run.json's "ancestry"."""
 
     name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
-    there: Any  # its value in the other run
-    here: Any  # its value in this run
+    there: Any  # value of the setting in the other run
+    here: Any  # value of the setting in this run
 
 
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """The identity of a run, as JSON values.
 
-    The names of recipe and architecture are used in messages only. Their settings are compared.
+    The names of recipe and architecture are used in messages only. The comparison uses the settings of both.
     """
     return {
         "store_fingerprint": store.split("train").fingerprint,
@@ -47,7 +47,7 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """All fields of a recipe except its name and its sources, as JSON values."""
+    """All fields of a recipe except `name` and `sources`, as JSON values."""
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
     return values
 
@@ -58,7 +58,10 @@ def as_json(data: Any) -> Any:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
-    """The settings in which two identities differ, in the order of `ours`, without the names of recipe and model."""
+    """The settings in which two identities differ, in the order of `ours`.
+
+    The names of recipe and architecture are not compared.
+    """
     differing = []
     for name, value in ours.items():
         if f"{name}_numbers" not in ours:
@@ -67,7 +70,10 @@ def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Diff
 
 
 def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: Path) -> None:
-    """Raise UserError if `theirs`, the identity of a checkpoint in `run_dir`, differs from `ours`, that of this run.
+    """Raise UserError if the identity of a checkpoint differs from the identity of this run.
+
+    theirs  identity of a checkpoint in `run_dir`
+    ours    identity of this run
 
     The message names the first setting that differs, with both values.
     """

@@ -1,7 +1,7 @@
-"""Recipe overrides, `--set FIELD=VALUE`: change fields of a recipe, and note the changes in its name and sources.
+"""Recipe overrides, `--set FIELD=VALUE`. The name and the sources of the changed recipe show the changes.
 
-`alextrain recipe` prints the names of the fields. A dot separates a field from the name of its part. The syntax of a
-value depends on the type of the field:
+`alextrain recipe` prints the names of the fields. A dot separates the name of a field from the name of one of its
+parts. The syntax of a value depends on the type of the field:
 
     number, true or false, word       lr=0.02   crossing=false   activation=tanh   lr_bias=none
     lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 (all parts, in their order); lrn.alpha=1e-4
@@ -10,8 +10,8 @@ value depends on the type of the field:
                                       none (a constant learning rate); 25,51,79 (a tenth after each of these epochs);
                                       25:1e-3,51:1e-4 (these learning rates); schedule.drops=2
 
-Overrides are applied in alphabetical order of their fields, so the order in which different fields are given changes
-neither the recipe nor its name. If a field is given twice, the last value counts.
+Overrides are applied in alphabetical order of their fields. The order on the command line therefore changes neither
+the recipe nor its name. If a field is given twice, the last value counts.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, Schedul
 from train.config.recipes import recipe_named
 
 OVERRIDE_SOURCE = "set on the command line"
-PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # the value of schedule=plateau
-COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # the value of schedule=cosine
+PLATEAU = Plateau(factor=0.1, patience_epochs=5, drops=3)  # the schedule that schedule=plateau sets
+COSINE = Cosine(warmup_epochs=5, start=0.1, end=0.001)  # the schedule that schedule=cosine sets
 _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", str: "a word"}
 
 
@@ -40,10 +40,10 @@ class _InvalidValue(Exception):
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
-    """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs`.
+    """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
-    epochs  length of the run; None: the recipe's. It changes the recipe only if the schedule depends on it, as a cosine
-            and `schedule=steps` do
+    epochs  number of epochs of the run; None: the recipe's `epochs`. The number changes the recipe only if the schedule
+            depends on it: a cosine, or `schedule=steps`
 
     Raises UserError where apply_overrides or recipe_named does.
     """
@@ -57,7 +57,7 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     """The recipe with each FIELD=VALUE of `settings` applied. Its name and sources show the changes.
 
-    Raises UserError with the field, the value and the expected values.
+    Raises UserError for an invalid override. The message has the field, the value and the expected values.
     """
     values = {}
     for setting in settings:
@@ -96,7 +96,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
     """`before` with one part replaced by the parsed `value`.
 
-    parts  names that lead to the part; empty: all of `before` is replaced
+    parts  path to the part: names of nested fields or of a layer; empty: `value` replaces all of `before`
     """
     if not parts:
         return _parse(hint, value)
@@ -155,8 +155,8 @@ def _parse(hint: Any, text: str) -> Any:
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """The schedule that `text` describes.
 
-    `steps`, and epochs without learning rates, use the recipe's `epochs` and `lr`. Both are set before the schedule,
-    because overrides are applied in alphabetical order.
+    `steps`, and a list of epochs without learning rates, use the recipe's `epochs` and `lr`. Overrides of `epochs` and
+    `lr` are already applied, because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()
@@ -184,7 +184,10 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """The same text for equal values: 0.02 also for 2e-2. For a value that has parts, the text is `given`."""
+    """Text of a value for the recipe's name. Equal numbers have the same text: 2e-2 gives 0.02.
+
+    For a value that has parts, the text is `given`.
+    """
     if value is None or isinstance(value, bool):
         return str(value).lower()
     return repr(value) if isinstance(value, int | float) else value if isinstance(value, str) else given

@@ -1,4 +1,7 @@
-"""The Recipe class: every hyperparameter of a training, with its source. train/config/recipes.py has the recipes."""
+"""The Recipe class: every hyperparameter of a training, with its source.
+
+train/config/recipes.py defines the recipes.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 
 @dataclass(frozen=True)
 class Lrn:
-    """Local response normalization: a · (k + alpha · Σ a²)^−beta over `size` neighbors (train/model/lrn.py)."""
+    """Local response normalization: a · (k + alpha · Σ a²)^−beta, Σ over `size` neighbors (train/model/lrn.py)."""
 
     size: int  # odd number of maps (`lrn`), or odd side of a square in px (`within_map`)
-    alpha: float  # factor of the plain sum, as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
+    alpha: float  # factor of the sum Σ a², as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
     beta: float
     k: float
 
@@ -29,23 +32,23 @@ class Lrn:
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """Change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
+    """Change of learning rates or colour noise after `after_epochs` epochs. A field that is None has no effect."""
 
-    after_epochs: float  # the colour noise changes at the end of an epoch only
-    lr: float | None = None  # learning rate of all weights, except conv1's once a change has set lr_conv1
-    lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1, biases included
+    after_epochs: float  # colour noise changes only at the end of an epoch
+    lr: float | None = None  # learning rate of the weights; not of conv1's weights after a change has set lr_conv1
+    lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
 
 @dataclass(frozen=True)
 class Plateau:
-    """Multiply the learning rate by `factor` when the validation error stops improving, `drops` times.
+    """Schedule that multiplies the learning rate by `factor` each time the validation error stops improving.
 
-    The training ends at the plateau after the last drop.
+    After `drops` such reductions, the training ends at the next plateau.
     """
 
     factor: float
-    patience_epochs: int  # number of epochs without a lower error that count as a plateau
+    patience_epochs: int  # a plateau is reached after this many epochs without a lower validation error
     drops: int
 
     def __post_init__(self) -> None:
@@ -83,32 +86,32 @@ ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # implemented by t
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of a run. `sources` has a text for each field.
+    """The hyperparameters of a run. `sources` maps the name of each field to a text that gives the value's source.
 
-    The architecture, store, seed and length of a run are not part of its recipe.
+    The architecture, store and seed of a run are not part of its recipe. `epochs` is the default length of a run.
     """
 
     name: str
 
     batch_size: int
     epochs: int
-    input_divisor: float  # divides the mean-subtracted image
+    input_divisor: float  # pixel values minus the mean are divided by this number
     augmentation: Augmentation
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, after layers 1 and 2
-    norm_before_relu: bool  # layer 1 is conv, norm, pool, ReLU (True) or conv, ReLU, norm, pool (False)
+    norm_before_relu: bool  # order in layer 1: conv, norm, pool, ReLU if True; conv, ReLU, norm, pool if False
     within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
     pool_px: int  # side of a pooling window; at stride 2, windows of 3 px overlap and windows of 2 px do not
-    crossing: bool  # False: conv3, fc6 and fc7 see their own column only; fc8 always sees both
+    crossing: bool  # False: conv3, fc6 and fc7 see only their own column; fc8 always sees both columns
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
-    dropout_scales_training: bool  # True: kept values / (1 − p) in training; False: all values × (1 − p) in evaluation
+    dropout_scales_training: bool  # True: training divides kept values by 1 − p; False: evaluation multiplies by 1 − p
 
-    init: str  # "normal": init_std below; "he": std = sqrt(2 / fan_in)
-    init_std: Mapping[str, float]  # standard deviation by layer; used by "normal" only
+    init: str  # standard deviation of the initial weights: init_std if "normal", sqrt(2 / fan_in) if "he"
+    init_std: Mapping[str, float]  # standard deviation by layer; used only if init is "normal"
     init_bias: Mapping[str, float]  # initial bias by layer; 0 in a layer that is not listed
 
-    label_smoothing: float  # share of the target that is spread over all classes
+    label_smoothing: float  # share of the target probability that is spread evenly over all classes
     lr: float
     lr_bias: float | None  # constant learning rate of the biases; None: lr_bias_factor · lr
     lr_bias_factor: float  # used only if lr_bias is None
@@ -143,7 +146,7 @@ class Recipe:
 
 
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
-    """The Recipe of which `data` is the asdict; raises TypeError, KeyError or ValueError for other data."""
+    """Inverse of asdict for a Recipe. Raises TypeError, KeyError or ValueError for other data."""
     converted = {
         "augmentation": Augmentation(**data["augmentation"]),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
@@ -161,7 +164,7 @@ def _schedule_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """Names of the fields that decide a run, in order: all except `name` and `sources`."""
+    """Names of the hyperparameters, in order: all fields except `name` and `sources`."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 

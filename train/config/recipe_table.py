@@ -10,7 +10,7 @@ from typing import Any
 
 from train.config.recipe import Recipe, ScheduleChange, recipe_fields
 
-HEADINGS = {  # the heading that is printed above each of these fields
+HEADINGS = {  # first field of each group: heading of the group
     "batch_size": "Data",
     "activation": "Network",
     "init": "Initialization",
@@ -20,7 +20,7 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as aligned lines of at most 120 characters. The names are those that `--set` accepts."""
+    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column."""
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
     name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))
@@ -36,7 +36,7 @@ def recipe_lines(recipe: Recipe) -> list[str]:
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
-    """The rows (name, value) of each field, by field. A row with an empty name continues the row above it."""
+    """The (name, value) rows of each field, by field name. A row with an empty name continues the row above it."""
     return {field: _field_rows(field, getattr(recipe, field)) for field in recipe_fields()}
 
 

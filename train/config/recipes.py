@@ -1,12 +1,12 @@
 """Recipes that `--recipe` offers: the value and the source of every hyperparameter.
 
 paper     the values that the text of the paper gives
-released  the code and parameter files behind the paper's results: net #145 of AlexNet-Source-Code
+released  the values in the code and parameter files behind the paper's results: net #145 of AlexNet-Source-Code
           (layers/layers-145.cfg and layers/layer-params-145.cfg, cited below as L145 and P145). Where the paper has
-          another value, the source names it.
-caffe     models/bvlc_alexnet of BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
+          another value, the text of the source mentions the paper's value.
+caffe     the values of models/bvlc_alexnet in BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
 modern    the same network with present-day initialization and schedule
-short     a training of a few minutes on a CPU, with small batches
+short     settings for a training of a few minutes on a CPU, with small batches
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do no
 
 
 def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
-    """A recipe from (value, source) for each field."""
+    """A recipe, given (value, source) for each field."""
     return Recipe(
         name=name,
         sources={field: source for field, (_, source) in hyperparameters.items()},
@@ -32,7 +32,7 @@ def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
 
 
 def _variant(base: Recipe, name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
-    """`base` with (value, source) of some fields replaced."""
+    """A copy of `base` with a new (value, source) for some fields."""
     sources = {field: source for field, (_, source) in hyperparameters.items()}
     values = {field: value for field, (value, _) in hyperparameters.items()}
     return replace(base, name=name, sources={**base.sources, **sources}, **values)

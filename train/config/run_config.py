@@ -26,16 +26,16 @@ class RunConfig:
     seed: int = 0
     model: Architecture = ALEXNET
     precision: str = "fp32"  # one of PRECISIONS (train/model/precision.py)
-    accumulate: int = 1  # number of equal parts in which a batch is computed, one after the other
+    accumulate: int = 1  # a batch is computed in this many equal parts, one after the other
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
     epochs: int = 1
-    steps: int | None = None  # training ends after this many steps in all, or earlier with the last epoch
+    steps: int | None = None  # training ends after this step, counted from 1, or with the last epoch if that is earlier
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
-    keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best
-    threads: int | None = None  # threads of a stream on the CPU; None: one for each core that the process may use
+    keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
+    threads: int | None = None  # number of threads of a CPU stream; None: one per core that the process may use
 
 
 def check_parts(config: RunConfig) -> None:

@@ -1,10 +1,10 @@
 """The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
-Paper: sections 3.2 and 3.5, figure 2. Each column has half of the maps or units of every layer, and its own device;
-both columns may be on one device. A column sees its own maps only, except where figure 2 has crossing arrows: before
-conv3, fc6, fc7 and fc8, `cross` gives each column the activations of both. Normalization is always within a column. A
-network of one column has no crossings. Feature maps are in channels-last layout, which makes a step on a CPU a third
-shorter: convolution, pooling and normalization across maps are all faster in this layout.
+Paper: sections 3.2 and 3.5, figure 2. Each column has half of the maps or units of every layer except fc8. Each column
+has its own device; both columns may be on one device. A column sees only its own maps, except where figure 2 has
+crossing arrows: before conv3, fc6, fc7 and fc8, `cross` joins the activations of both columns. Normalization is always
+within a column. A network of one column has no crossings. Feature maps are in channels-last layout, which makes a step
+on a CPU a third shorter: convolution, pooling and normalization across maps are all faster in this layout.
 
 Shapes, per column, for N images:
 
@@ -15,8 +15,8 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-Architecture.padding_px explains how 224 px give conv1 55 positions. The size of pooled maps is rounded down, so that
-windows of 2 px and of 3 px give maps of the same size. The comparison of section 3.4 needs equal sizes.
+Architecture.padding_px explains why conv1 has 55 positions along 224 px. The size of pooled maps is rounded down, so
+that windows of 2 px and of 3 px give maps of the same size. The comparison of section 3.4 needs equal sizes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
 POOLED_PX = 6  # side of pool5's maps for an image of 224 px
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # they change their argument in place
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # the functions change their argument in place
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
@@ -54,14 +54,14 @@ class FullyConnected(nn.Linear):
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """Shapes: see the class."""
+        """Apply the layer. The docstring of the class gives the shapes."""
         if x.dim() == 2:
             return super().forward(x)
         return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
 
 
 class Column(nn.Module):
-    """One column of every layer except fc8.
+    """The layers of one column: all layers except fc8.
 
     w        widths of this column's layers
     visible  number of columns whose activations this column sees after a crossing
@@ -86,7 +86,7 @@ class AlexNet(nn.Module):
     devices       device of column 0 and device of column 1, possibly equal; a network of one column uses the first
     architecture  columns and layer widths
 
-    Raises ValueError unless there are two devices, or as many as columns.
+    Raises ValueError unless there are two devices, or as many devices as columns.
     """
 
     def __init__(
@@ -115,8 +115,8 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) for images float32 (N, 3, 224, 224), pixels 0..255 minus the mean, on any device.
 
-        With Architecture.convolutional, images may be larger, and the result is then that of `dense`. Raises ValueError
-        for any other shape.
+        A convolutional architecture also accepts larger images; the result is then the result of `dense`. Raises
+        ValueError for any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -126,11 +126,11 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) of crops of 224 px, one every 32 px, of images (N, 3, height, width).
+        """Logits (N, classes, rows, columns) of the 224 px crops, at a stride of 32 px, of images (N, 3, H, W).
 
         Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the next pixels of the image instead of
-        zero padding, so the logits are close to those of the crop alone, but not equal. Raises ValueError for images
-        smaller than 224 px.
+        zero padding, so the logits are close but not equal to the logits of the crop alone. Raises ValueError for
+        images smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
@@ -153,11 +153,12 @@ class AlexNet(nn.Module):
         return [joined[device] for device in receivers or self.devices]
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """The parameters of both columns joined, by name, on the CPU. They do not depend on the columns' devices.
+        """The joined parameters of both columns, by name, on the CPU. The columns' devices do not change the result.
 
-        `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has (4096, 9216).
+        `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape
+        (4096, 9216).
 
-        part  function that returns the tensor to join for a parameter: itself, its gradient or its velocity
+        part  function that returns the tensor to join for a parameter: the parameter, its gradient or its velocity
         """
         by_name = self.parameters_by_joined_name()
         return {name: torch.cat([part(p).cpu() for p in parameters]) for name, parameters in by_name.items()}
@@ -167,7 +168,7 @@ class AlexNet(nn.Module):
     ) -> None:
         """Copy joined tensors into the columns, the inverse of joined_tensors.
 
-        Raises ValueError for names or shapes that do not fit.
+        Raises ValueError if a name or a shape differs from the network's.
         """
         by_name = self.parameters_by_joined_name()
         if set(by_name) != set(tensors):
@@ -184,7 +185,7 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that make up each joined tensor, by name (`conv1.weight` …): one per column; for fc8 one."""
+        """The parameters that make up each joined tensor, by name (`conv1.weight` …): one per column, one for fc8."""
         names = [name for name, _ in self._columns[0].named_parameters()]
         by_name = {name: [column.get_parameter(name) for column in self._columns] for name in names}
         return {**by_name, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
@@ -206,7 +207,10 @@ class AlexNet(nn.Module):
         return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._visible(maps), strict=True)]
 
     def _fully_connected(self, units: list[Tensor]) -> Tensor:
-        """The output of fc6 to fc8 for each column's `units`: vectors, or maps over which the layers slide."""
+        """The logits that fc6 to fc8 compute.
+
+        units  input of each column: vectors, or maps over which the layers slide
+        """
         for name in ("fc6", "fc7"):
             layers: list[nn.Module] = [column.get_submodule(name) for column in self._columns]
             inputs = self._visible(self._with_dropout(name, units))
@@ -216,7 +220,10 @@ class AlexNet(nn.Module):
         return logits
 
     def _visible(self, halves: list[Tensor]) -> list[Tensor]:
-        """Input of conv3, fc6 or fc7 for each column: both halves, or its own half if the recipe has no crossing."""
+        """Input of conv3, fc6 or fc7 for each column.
+
+        If the recipe has crossings, each column sees both halves, joined; otherwise each column sees its own half.
+        """
         return self.cross(halves) if self.recipe.crossing else halves
 
     def _inputs(self, images: Tensor) -> list[Tensor]:
@@ -232,7 +239,7 @@ class AlexNet(nn.Module):
         return [by_device[device] for device in self.devices]
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
-        """(N, 3, 227, 227) to (N, 128, 13, 13)."""
+        """Layers 1 and 2 of a column: from (N, 3, 227, 227) to (N, 128, 13, 13)."""
         norm = self._norm
         if self.recipe.norm_before_relu:
             x = self._pool(column.conv1(x), norm, active_after=True)
@@ -247,7 +254,7 @@ class AlexNet(nn.Module):
         return self._pool(within_map_norm(x, **vars(self.recipe.within_map)))
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
-        """(N, 256, 13, 13) of both columns to (N, 128, 6, 6)."""
+        """Layers 3 to 5 of a column: from the (N, 256, 13, 13) maps of both columns to (N, 128, 6, 6)."""
         x = self._activation(column.conv3(x))
         x = self._activation(column.conv4(x))
         return self._pool(column.conv5(x), active_after=True)
@@ -257,7 +264,7 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """Apply the nonlinearity in place: no layer needs its own output in the backward pass."""
+        """Apply the nonlinearity in place. The backward pass of a layer does not need the layer's output."""
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
@@ -279,7 +286,7 @@ class AlexNet(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
 
-        With recipe.dropout_scales_training, kept values are divided by 1 − p in training instead.
+        If recipe.dropout_scales_training is True, training divides kept values by 1 − p instead.
         """
         p = self.recipe.dropout
         if p == 0:
@@ -290,15 +297,16 @@ class AlexNet(nn.Module):
 
 
 def initialize(network: AlexNet) -> None:
-    """Draw all parameters from torch's CPU generator, so that they do not depend on the devices.
+    """Initialize all parameters. Random values come from torch's CPU generator, so they do not depend on the devices.
 
     recipe.init  weights                             biases
     normal       N(0, init_std[layer]²)              init_bias[layer]; 0 for a layer that init_bias does not list
-    he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same
+    he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   as for normal
 
-    Recipe `paper`: std 0.01 in every layer, biases 1 in conv2, conv4, conv5, fc6, fc7. `released`: std 0.03 in conv3,
-    conv4, conv5. Each layer is drawn complete and then divided among the columns, so that the joined parameters do not
-    depend on the number of columns.
+    The recipe `paper` has standard deviation 0.01 in every layer, and biases of 1 in conv2, conv4, conv5, fc6 and fc7.
+    The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. The joined tensor of each layer is
+    drawn first and then divided among the columns. The joined parameters therefore do not depend on the number of
+    columns.
     """
     recipe = network.recipe
     for name, parameters in network.parameters_by_joined_name().items():
@@ -315,7 +323,7 @@ def initialize(network: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """torchvision's state_dict of AlexNet under the names of load_joined_tensors, for the architecture `torchvision`.
+    """The state_dict of torchvision's AlexNet, renamed for load_joined_tensors of the architecture `torchvision`.
 
     The weights expect input (RGB / 255 − mean) / std with torchvision's mean and std of each channel; the stream serves
     RGB − mean. Raises KeyError for a name that is not in torchvision's AlexNet.

@@ -1,9 +1,9 @@
 """C kernels of a training step on a CPU (kernels.c): ReLU, normalization and pooling in one pass, parameter update.
 
-`native` holds them, or None if they could not be compiled or are switched off (prep/compiled.py). lrn.py, pooling.py
-and train/optim have equivalents in PyTorch operators. They use these without `native`, on a GPU, and for other types
-than float32. The work is divided by images or by positions among as many threads as PyTorch uses. The bits of the
-result do not depend on the number of threads.
+`native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
+lrn.py, pooling.py and train/optim fall back to equivalent PyTorch operators if `native` is None, on a GPU, and for
+types other than float32. The images, positions or parameters are divided among as many threads as PyTorch uses. The
+bits of the result do not depend on the number of threads.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
-_NORM_BLOCK = 4096  # values normalized at a time; they and their squares fit into a first-level cache
-_UPDATE_BLOCK = 1 << 16  # parameters updated at a time; the smallest share of a thread
+_NORM_BLOCK = 4096  # number of values normalized at a time; the values and their squares fit into an L1 cache
+_UPDATE_BLOCK = 1 << 16  # parameters are divided among threads in blocks of this number
 
 
 class NormParams(ctypes.Structure):
@@ -43,7 +43,7 @@ class NormParams(ctypes.Structure):
 
 
 class PoolParams(ctypes.Structure):
-    """Parameters of 3 × 3 max-pooling with stride 2. Maps (rows, columns) are normalized first if `normalize`."""
+    """Parameters of 3 × 3 max-pooling with stride 2. If `normalize`, normalization comes first."""
 
     _fields_ = (
         ("rows", ctypes.c_int64),
@@ -56,7 +56,7 @@ class PoolParams(ctypes.Structure):
 class NativeKernels:
     """The functions of the compiled library, for float32 tensors (N, C, H, W) with channels last.
 
-    Raises AttributeError if the library lacks one of them.
+    Raises AttributeError if the library lacks one of the functions.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -102,7 +102,7 @@ class NativeKernels:
         """Normalize and pool x and apply ReLU, with the parameters `pool` and `norm`.
 
         Returns the pooled maps, and a uint8 tensor of the same shape: the index 0 to 8 of each maximum in its window,
-        or 9 where ReLU lets no gradient through.
+        or 9 where the gradient of ReLU is zero.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (
@@ -154,7 +154,10 @@ class NativeKernels:
 
 
 def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
-    """Divide range(items) among as many threads as torch uses, the caller's included; each calls work(first, end)."""
+    """Divide range(items) among as many threads as torch uses; each thread calls work(first, end) for its part.
+
+    The calling thread is one of the threads.
+    """
     threads = min(torch.get_num_threads(), items)
     bounds = [items * t // threads for t in range(threads + 1)]
     others = [Thread(target=work, args=bounds[t : t + 2]) for t in range(1, threads)]
@@ -166,15 +169,15 @@ def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
 
 
 def _address(x: Tensor, position: int) -> int:
-    """The address of the first value of a position; channels are last in memory."""
+    """Memory address of the first channel at a position of x, which has channels last."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 
 def is_correct(kernels: NativeKernels) -> bool:
     """True if the kernels agree with PyTorch in float64 on small maps and on an update of a few parameters.
 
-    The two cases have windows that are clipped at the first and last map, numbers of maps that do not fill the last
-    vector, and ReLU before the normalization or after the pooling.
+    The two cases cover windows that are clipped at the first and last map, numbers of maps that are not a multiple of
+    the vector length, and ReLU before normalization or after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 
@@ -198,7 +201,7 @@ def _is_correct_for(
         gradient = grad * s**-0.75 - 1.5 * alpha * a * window_sum(grad * a * s**-1.75)
         return gradient.masked_fill(x <= 0, 0) if relu else gradient
 
-    maxima, index = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # of (2, maps, rows, columns, 9)
+    maxima, index = b.unfold(2, 3, 2).unfold(3, 3, 2).flatten(4).max(4)  # max over the 9 values of each window
     rows, columns = maxima.shape[2:]
     pooled_grad = grad[:, :, :rows, :columns].contiguous(memory_format=torch.channels_last)
     at = (2 * torch.arange(rows)[:, None] + index // 3) * area[1] + 2 * torch.arange(columns) + index % 3

@@ -5,15 +5,16 @@ Across maps, for map i of one column:
     b_i = a_i · s_i^−β        s_i = k + α Σ a_j²   over j = i − n/2 … i + n/2, clipped to the column's maps
 
 α multiplies the plain sum, as in the paper. The authors' code divides α by n (layer.py: scale / size), and so does
-torch.nn.LocalResponseNorm: its `alpha` is n times the α here.
+torch.nn.LocalResponseNorm: its `alpha` is n times the α of this module.
 
-There are three implementations. Each can apply a ReLU first, and saves only x for the backward pass:
+There are three implementations. Each implementation can apply a ReLU first, and saves only x for the backward pass:
 
-    kernels.c       for float32 on a CPU with β = ¾, where s^−¾ takes two square roots; within 6 ulp of the formula
+    kernels.c       for float32 on a CPU with β = ¾ (s^−¾ needs two square roots); results within 6 ulp of the formula
     lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
     _LrnOperators   for all other cases, with PyTorch operators; the other two are tested against it
 
-torch.export can trace neither C kernels nor additions in place (it turns these into scatters). It traces `_traceable`.
+torch.export cannot trace C kernels, and converts in-place additions to scatters. Exported networks therefore use
+`_traceable`.
 """
 
 from __future__ import annotations
@@ -32,12 +33,13 @@ from train.model import kernels
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
-    """Normalize x (N, C, H, W), or max(x, 0) if `relu`, across `size` neighboring maps; differentiable once.
+    """Normalize x (N, C, H, W), or max(x, 0) if `relu`, across `size` neighboring maps. Differentiable once.
 
     size   odd; windows are clipped at the first and last map
-    alpha  factor of the plain sum of squares
+    alpha  factor of the sum of squares; the sum is not divided by `size`
 
-    float16 and bfloat16 are squared and summed in float32. Raises ValueError for an even size, or x of another rank.
+    float16 and bfloat16 are squared and summed in float32. Raises ValueError for an even size, or if
+    x does not have four dimensions.
     """
     check_window_size(size)
     if x.dim() != 4:
@@ -57,7 +59,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
 
 
 def check_window_size(size: int) -> None:
-    """Raise ValueError for a window without a middle."""
+    """Raise ValueError unless `size` is odd and positive."""
     if size % 2 == 0 or size < 1:
         raise ValueError(f"size {size}: expected an odd number")
 
@@ -79,19 +81,17 @@ def channels_last(x: Tensor) -> Tensor:
 def triton_fault(device: torch.device) -> str | None:
     """The reason why the Triton kernel cannot be used on a GPU; None if it can.
 
-    The kernel is compiled, run and compared with PyTorch operators once in a process. Triton compiles C code to launch
-    a kernel. It needs a C compiler, Python's headers and a writable folder for that. A container image without
-    development tools may lack them; training then uses PyTorch operators.
+    The kernel is compiled, run and compared with PyTorch operators once in a process. To launch a kernel, Triton
+    compiles C code, which needs a C compiler, Python's headers and a writable folder. A container image without
+    development tools may lack one of the three; training then uses PyTorch operators.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
     try:
         from train.model import lrn_triton
 
-        with (
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):  # the first caller may be an evaluation, without gradients
+        # The first caller may be an evaluation, which disables gradients.
+        with torch.inference_mode(False), torch.enable_grad():
             x = torch.arange(-5.0, 7.0, device=device).view(1, 6, 1, 2).requires_grad_()
             outputs = [
                 norm(x, 5, 0.1, 0.75, 2.0, True) for norm in (lrn_triton.local_response_norm, _LrnOperators.apply)
@@ -139,7 +139,7 @@ class _LrnOperators(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) if i is in the window of j, hence j in the window of i
+        # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) if i is in the window of j, and so j in the window of i
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)
@@ -167,7 +167,7 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
 
 
 def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
-    """a · (k + α Σ a²)^−β by average pooling, for torch.export; Σ is over `window` (maps, rows, columns), all odd."""
+    """a · (k + α Σ a²)^−β by average pooling, for torch.export; Σ over `window` (maps, rows, columns; odd sizes)."""
     squares = F.pad((a * a).unsqueeze(1), [side // 2 for side in reversed(window) for _ in range(2)])
     mean = F.avg_pool3d(squares, window, stride=1).squeeze(1)
     return a * (mean * (alpha * math.prod(window)) + k).pow(-beta)
@@ -183,11 +183,11 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 
 
 def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map; differentiable once.
+    """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map. Differentiable once.
 
-    Beyond the edge of a map the squares are 0. The released net #145 has this layer after the second layer's
-    normalization (layers-145.cfg: cnorm2, of type rnorm); the paper does not mention it. Raises ValueError for an even
-    size. Saves only x for the backward pass.
+    Beyond the edge of a map the squares are 0. The released net #145 has this normalization after layer 2's
+    normalization across maps (layers-145.cfg: cnorm2, of type rnorm); the paper does not mention it. Saves
+    only x for the backward pass. Raises ValueError for an even size.
     """
     check_window_size(size)
     if torch.compiler.is_compiling():

@@ -1,11 +1,12 @@
-"""Triton kernels of local response normalization on a GPU: one forward, one backward, each one pass over memory.
+"""Triton kernels of local response normalization on a GPU: one for the forward pass, one for the backward pass.
 
-lrn.py imports this module only if Triton is installed. PyTorch's CUDA wheels depend on Triton. The kernels take
-contiguous tensors, channels first or channels last; others are copied. They compute in float32, from float16, bfloat16
-or float32.
+lrn.py imports this module only if Triton is installed. PyTorch's CUDA wheels depend on Triton. Each kernel
+makes one pass over memory. The kernels need contiguous tensors, channels first or channels last; other tensors are
+copied. Tensors are float16, bfloat16 or float32; the arithmetic is float32.
 
-A program instance computes up to 128 maps of some positions (row and column) of one image. It reads neighboring maps
-again from the first-level cache. The backward pass computes the sums s again from x, which is faster than storing them.
+A program instance computes up to 128 maps at several positions (row and column) of one image. Neighboring maps are read
+again from the L1 cache. The backward pass computes the sums s (see lrn.py) again from x, which is faster than storing
+the sums.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -20,7 +21,7 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
-_BLOCK_VALUES = 1024  # values that a program instance computes
+_BLOCK_VALUES = 1024  # number of values that a program instance computes
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -28,7 +29,7 @@ def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
     """The value a of map j at each position; 0 outside the maps or the image."""
     a = tl.load(pointer + offset + j * stride, mask=inside & (j >= 0) & (j < maps), other=0.0).to(tl.float32)
     if RELU:
-        a = tl.where(a < 0, 0.0, a)  # NaN stays
+        a = tl.where(a < 0, 0.0, a)  # keeps NaN
     return a
 
 

@@ -1,4 +1,4 @@
-"""Context manager for evaluation mode: no dropout and no gradients inside, the former mode afterwards."""
+"""Context manager for evaluation mode: no dropout and no gradients. On exit the former mode is restored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
     """A context in which the network is in evaluation mode and no gradients are recorded.
 
-    Afterwards, also after an exception, all modules of the network get the mode that the network had before.
+    On exit, also after an exception, all modules of the network get the mode that the network had before.
     """
     was_training = network.training
     network.eval()

@@ -1,8 +1,8 @@
-"""Max-pooling with stride 2 (section 3.4), fused on a CPU with the ReLU and the normalization around it.
+"""Max-pooling with stride 2 (section 3.4). On a CPU, ReLU, normalization and pooling are one fused operation.
 
 Windows of 3 px overlap. On a CPU memory access takes more time than arithmetic, so kernels.c computes ReLU,
-normalization and pooling in one pass. For the backward pass it saves one byte per pooled value and, if there is a
-normalization, the input. In all other cases PyTorch operators are applied one after the other.
+normalization and pooling in one pass. One byte per pooled value is saved for the backward pass; the input is saved only
+if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after the other.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def max_pool(
 ) -> Tensor:
     """ReLU if `relu_before`, normalization if `norm`, max-pooling, ReLU if `relu_after`, in this order.
 
-    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). Of equal values in
-    a window the first gets the gradient, as in PyTorch. The result of kernels.c can be differentiated once.
+    x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). If
+    several values of a window are the maximum, the first gets the gradient, as in PyTorch. A result of kernels.c can be
+    differentiated only once.
     """
     if norm is not None:
         check_window_size(norm.size)
@@ -38,7 +39,7 @@ def max_pool(
     norm_params = kernels.NormParams(
         x.shape[1], *((norm.size, norm.alpha, norm.k) if norm else (1, 0.0, 1.0)), relu_before
     )
-    # Without a normalization, ReLU before pooling equals ReLU after pooling, where there are fewer values.
+    # Without a normalization, ReLU after pooling gives the same result as ReLU before pooling, with less work.
     pool_params = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
     result: Tensor = _Pool.apply(channels_last(x), pool_params, norm_params)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return result

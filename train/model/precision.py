@@ -1,13 +1,13 @@
 """Floating-point precision of training and evaluation: the values of `--precision`.
 
     fp32    float32 throughout
-    tf32    float32, but convolutions and matrix products on a GPU round their factors to 10 bits of mantissa (TF32) and
+    tf32    float32, but convolutions and matrix products on a GPU round their inputs to 10 bits of mantissa (TF32) and
             accumulate in float32
     bf16    inputs and outputs of convolutions and matrix products are bfloat16 (torch.autocast); parameters, their
             gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
-By default PyTorch uses TF32 on a GPU for convolutions but not for matrix products. That is neither fp32 nor tf32, so
-set_precision sets both switches whenever a GPU is used. The switches are global to the process.
+By default PyTorch uses TF32 on a GPU for convolutions but not for matrix products. This default is neither fp32 nor
+tf32, so set_precision sets both switches whenever a GPU is used. The switches are global to the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from train.config.choices import PRECISIONS
 
 
 def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None:
-    """Set torch's global switches for a precision. Raises UserError for an unknown one, or if a device lacks it."""
+    """Set torch's global switches for a precision.
+
+    Raises UserError for an unknown precision, or if a device does not support the precision.
+    """
     if precision not in PRECISIONS:
         raise UserError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     for device in map(torch.device, devices):
@@ -36,13 +39,16 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0. "
                 "Pass --precision fp32."
             )
-    # Not for a CPU: torch.export fails if the newer switches were touched.
+    # The switches are left alone for a CPU, because torch.export fails after the newer switches have been set.
     if any(torch.device(device).type == "cuda" for device in devices):
         _set_tf32(precision == "tf32")
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """A context for forward pass and loss. Run the backward pass outside: it uses the dtypes of the forward pass."""
+    """Context manager for forward pass and loss.
+
+    Run the backward pass outside of the context. The backward pass uses the dtypes of the forward pass.
+    """
     if precision != "bf16":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

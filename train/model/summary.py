@@ -1,4 +1,4 @@
-"""Table of layers for `alextrain summary`: shapes, parameters and multiply-adds, measured on torch's meta device."""
+"""Table of layers for `alextrain summary`: shapes, parameters and multiply-adds, computed on torch's meta device."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer, a row of the table. All numbers except output_per_column are sums over the columns."""
+    """One row of the table: a layer. All numbers except output_per_column are sums over the columns."""
 
     layer: str
     columns: int  # 1 for fc8, which is computed on column 0's device
     output_per_column: tuple[int, ...]  # shape of one column's output, without the batch dimension
-    sees: str  # source of its input: "image", "own column" or "both columns"; "all" in a network of one column
+    sees: str  # source of the input: "image", "own column" or "both columns"; "all" in a network of one column
     neurons: int
     parameters: int
     multiply_adds: int  # for one image

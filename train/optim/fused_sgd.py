@@ -1,4 +1,4 @@
-"""SGD update of many parameters in one pass over memory: by the fused kernel of torch.optim.SGD, or else by operators.
+"""SGD update of many parameters: by the fused kernel of torch.optim.SGD if it works, else by PyTorch operators.
 
 The update rule (paper_sgd.py), with g = ∂L/∂w and lr inside the velocity:
 
@@ -8,10 +8,10 @@ torch.optim.SGD multiplies by lr when it updates w. Its functional form, torch.o
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
-With dampening = 1 + lr and lr = −1 this is the update rule. The function is public, but the class accepts no negative
-lr, and the kernel behind `fused=True` is private. The fused update is therefore tried once on small tensors for each
-device and dtype, and used only if its result follows the rule. Without it training is slower: per parameter the kernel
-reads or writes five values, the operators eleven.
+If `lr` of sgd is −1 and `dampening` is 1 + the lr of the rule, sgd computes the update rule. The class torch.optim.SGD
+accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may change. The fused
+update is therefore tried once on small tensors for each device and dtype, and used only if its result follows the rule.
+Operators are slower: per parameter the fused kernel reads or writes five values, the operators eleven.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def update(
     lr: float,
     decay: float,
 ) -> None:
-    """Apply the rule in place. All tensors have one device and dtype; those of one index have the same shape."""
+    """Apply the rule in place. All tensors have one device and dtype. Tensors of the same index have the same shape."""
     trios = list(zip(weights, velocities, gradients, strict=True))
     first = weights[0]
     fits = momentum != 0 and all(same_dense_layout(*trio) for trio in trios)
@@ -51,7 +51,7 @@ def update(
 def same_dense_layout(*tensors: Tensor) -> bool:
     """True if the tensors are contiguous, all with channels first or all with channels last.
 
-    Then elements with the same index have the same memory offset in all tensors, and one pass can update them.
+    Elements with the same index then have the same memory offset in all tensors, and one pass can update all tensors.
     """
     layouts = [torch.contiguous_format, *[torch.channels_last] * (tensors[0].dim() == 4)]
     return any(all(t.is_contiguous(memory_format=layout) for t in tensors) for layout in layouts)

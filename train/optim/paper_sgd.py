@@ -3,9 +3,9 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The learning rate ε is inside the velocity, so that the old velocity has an effect for about ten steps after ε is
-reduced. torch.optim.SGD multiplies by ε when it updates w, so that a reduction has its full effect at once. At a
-constant ε the two rules are the same.
+The learning rate ε is inside the velocity. After ε is reduced, the velocity of earlier steps therefore still has an
+effect for about ten steps. torch.optim.SGD multiplies by ε when it updates w, so that a reduction has its full effect
+at once. At a constant ε the two rules are the same.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class PaperSGD(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
-        """The velocity of a parameter: a tensor of the same shape, layout and device, at first zero."""
+        """The velocity of a parameter: a tensor of the same shape, layout and device, initially zero."""
         state = self.state[parameter]
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -38,14 +38,13 @@ class PaperSGD(torch.optim.Optimizer):
         return velocity
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure: the rule needs one gradient
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         """Update every parameter that has a gradient."""
         for group in self.param_groups:
             updated = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
             rest = [p for p in updated if not self._update_by_kernel(p, group)]
-            for kind in dict.fromkeys(
-                (p.device, p.dtype) for p in rest
-            ):  # one call per device and dtype launches few kernels
+            # One call per device and dtype launches few kernels.
+            for kind in dict.fromkeys((p.device, p.dtype) for p in rest):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -66,7 +65,7 @@ class PaperSGD(torch.optim.Optimizer):
 
 
 def make_optimizer(network: AlexNet, recipe: Recipe) -> PaperSGD:
-    """A PaperSGD with four groups: weights of conv1, biases of conv1, weights and biases of all other layers.
+    """A PaperSGD with four groups: conv1's weights, conv1's biases, all other weights, all other biases.
 
     Schedule.apply sets the learning rates.
     """

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: steps, plateau and cosine, and the colour noise that changes with them."""
+"""Learning-rate schedules (steps, plateau, cosine), and scheduled changes of the colour noise."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from train.optim.paper_sgd import PaperSGD
 def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
     """The factor of the recipe's lr after `epochs_done` of `epochs` epochs: linear warm-up, then half a cosine.
 
-    After all `epochs` it stays at `cosine.end`.
+    After `epochs` epochs the factor stays at `cosine.end`.
     """
     if epochs_done < cosine.warmup_epochs:
         return cosine.start + (1 - cosine.start) * epochs_done / cosine.warmup_epochs
@@ -28,22 +28,21 @@ def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
 class Schedule:
     """Learning rates and colour noise of a recipe, at any epoch.
 
-    Steps and cosine depend only on the epoch. A plateau schedule also depends on the state below, which is saved in
-    checkpoints.
+    Steps and cosine depend only on the epoch. A plateau schedule also depends on the validation errors so far; the
+    fields below hold that state, which is saved in checkpoints.
     """
 
     recipe: Recipe
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
-    drops: int = 0  # number of times that the rate was reduced
-    finished: bool = field(
-        default=False, init=False
-    )  # True: the error stopped improving at the last rate; the run ends
+    drops: int = 0  # number of times that the learning rate was reduced
+    # True: the validation error has stopped improving at the last learning rate, and the run ends.
+    finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
         """(lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
         recipe = self.recipe
-        lr, lr_conv1 = recipe.lr, None  # conv1 follows lr until a change gives it a rate of its own
+        lr, lr_conv1 = recipe.lr, None  # None: conv1 has the same learning rate as the other layers
         if isinstance(recipe.schedule, Plateau):
             lr *= recipe.schedule.factor**self.drops
         if isinstance(recipe.schedule, Cosine):
@@ -62,9 +61,9 @@ class Schedule:
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights.
+        """Set the learning rates of an optimizer from make_optimizer; returns the learning rate of the weights.
 
-        A rate of 0 for conv1 freezes the layer: its weights and biases get no gradient.
+        A learning rate of 0 for conv1 freezes the layer: conv1's weights and biases get no gradient.
         """
         lr, lr_conv1, lr_bias = self.learning_rates(epochs_done)
         lr_conv1_bias = lr_bias if lr_conv1 else 0.0
@@ -76,7 +75,10 @@ class Schedule:
         return lr
 
     def record_validation(self, error: float) -> None:
-        """Record an epoch's top-1 error (0..1). If it has stopped improving, reduce the rate or finish."""
+        """Record the validation top-1 error (0..1) of an epoch.
+
+        At a plateau, reduce the learning rate; at the plateau after the last reduction, set `finished`.
+        """
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):
             return
@@ -93,7 +95,7 @@ class Schedule:
             self.drops += 1
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        """The state on which the rates depend, apart from recipe and epoch; saved as "schedule" in checkpoints."""
+        """The state of the schedule, saved as "schedule" in checkpoints."""
         return {
             "best_error": self.best_error,
             "epochs_since_best": self.epochs_since_best,
@@ -102,7 +104,7 @@ class Schedule:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what `state_dict` returned."""
+        """Restore a state that `state_dict` returned."""
         for name in self.state_dict():
             setattr(self, name, state[name])
 

@@ -1,4 +1,4 @@
-"""Append-only log files without torn entries, also after a kill or while the disk was full."""
+"""Append-only log files. No entry is ever torn, even if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 class AppendLog:
     """Appends entries, which are bytes, to a file: each entry completely or not at all.
 
-    An entry is passed to the operating system before `add` returns, so kill -9 loses none. While the disk is full,
-    entries are held in memory and written with the next one.
+    An entry is passed to the operating system before `add` returns, so kill -9 loses no entry. While the disk is
+    full, entries are held in memory and written together with the next entry.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,7 +44,7 @@ class AppendLog:
                     os.fsync(file.fileno())
         except OSError as error:
             with suppress(OSError):
-                os.truncate(self.path, self._size)  # remove an entry that was written in part
+                os.truncate(self.path, self._size)  # remove a partly written entry
             return error
         self._size, self._pending = self._size + len(self._pending), b""
         return None

@@ -3,10 +3,10 @@
 `checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. All
 checkpoint files are written by `write` and read by `read`.
 
-The file is the zip archive that torch.save writes, under a temporary name until it is synced. The archive comment
-(APPNOTE 4.3.16, last field) is the SHA-256 of every byte before it, so a single altered bit is detected before anything
-is loaded. A run keeps its newest checkpoints. It also keeps the checkpoint with the lowest validation error, as
-`best.pt`, a hard link to that file.
+A checkpoint file is the zip archive that torch.save writes. The file has a temporary name until it is synced to disk.
+The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of every byte before it, so a single altered bit is
+detected before anything is loaded. A run keeps its newest checkpoints, and the checkpoint with the lowest validation
+error: `best.pt` is a hard link to that checkpoint.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Checkpoint:
     identity: Mapping[str, Any]  # identity of the run (train/config/identity.py)
     model: Mapping[str, Any]  # the Architecture, as JSON
     recipe: Mapping[str, Any]  # the Recipe with its sources, as JSON
-    classes: Sequence[str]  # names of the classes; a label is an index into them
+    classes: Sequence[str]  # names of the classes; a label is an index into this list
     environment: Mapping[str, str]  # versions of the software that wrote the checkpoint
 
     step: int  # number of steps that the run has completed
@@ -59,18 +59,16 @@ class Checkpoint:
     parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # the optimizer's velocity, joined in the same way
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    devices: Sequence[str]  # devices of the random generators; empty: the generators are seeded anew
+    devices: Sequence[str]  # devices of the saved random generators; empty: the generators are seeded anew
     random: Tensor  # state of torch's generator on the CPU
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
     stream: Mapping[str, Any]  # TrainLoader.state_dict
 
     best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the lowest validation error so far
-    ancestry: Sequence[
-        Mapping[str, Any]
-    ] = ()  # checkpoints from which the run and its ancestors were forked, the oldest first
-    digest: str = (
-        ""  # verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint; not a key of the file
-    )
+    # Checkpoints from which the run and its ancestors were forked, the oldest first.
+    ancestry: Sequence[Mapping[str, Any]] = ()
+    # Verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint. It is not a key of the file.
+    digest: str = ""
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -101,9 +99,8 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
         os.replace(temporary, path)
         sync_folder(run_dir)
     except (OSError, RuntimeError) as error:
-        cause = (
-            error.__context__ if isinstance(error, RuntimeError) else error
-        )  # torch raises a RuntimeError in place of an OSError
+        # torch raises a RuntimeError in place of an OSError.
+        cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
         raise disk_error(
@@ -117,7 +114,7 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a file that `write` wrote, with its tensors on the CPU.
+    """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
     Raises UnreadableCheckpoint if any bit differs from what was written; UserError for another format, a missing field
     or a missing read permission. If an intact file cannot be loaded, for example because memory runs out, torch's error
@@ -128,7 +125,7 @@ def read(path: Path) -> Checkpoint:
         with open(path, "rb") as file:  # opened once: a running training may replace the file under this name
             stated, actual = _digests(file)
             intact = stated == actual
-            if intact or not stated:  # a file of format 1 has no digest; it is loaded to name its format
+            if intact or not stated:  # a file of format 1 has no digest; load it to report its format
                 file.seek(0)
                 content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 if content.get("format") != FORMAT:
@@ -142,7 +139,7 @@ def read(path: Path) -> Checkpoint:
         raise
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
-    except Exception as error:  # for a torn file torch raises many types, some with advice that does not apply
+    except Exception as error:  # torch raises many error types for a torn file, some with wrong advice
         if intact and not isinstance(error, UnpicklingError):
             raise
     raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
@@ -162,7 +159,7 @@ class CheckpointKeeper:
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
         """Remove temporary files that a kill has left, and repair best.pt.
 
-        keep     number of newest checkpoints to keep, in addition to the best
+        keep     number of newest checkpoints to keep, in addition to the best checkpoint
         resumed  the checkpoint from which the run continues; None for a new run
         """
         self.run_dir, self.keep = run_dir, keep
@@ -181,7 +178,8 @@ class CheckpointKeeper:
         before   function to call first, which writes the files that a checkpoint relies on
 
         If the disk is full, a warning is printed and earlier checkpoints stay. Raises DiskFull at the third failure in
-        a row, and at the first if `is_last`, because the last steps would be lost; UserError where `write` does.
+        a row. If `is_last`, DiskFull is raised at the first failure, because the last steps would be lost. Raises
+        UserError where `write` does.
         """
         try:
             before()
@@ -203,7 +201,7 @@ class CheckpointKeeper:
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """Make best.pt a link to the newest checkpoint if that is the best, and remove surplus checkpoints."""
+        """Link best.pt to the newest checkpoint if that checkpoint is the best, and remove surplus checkpoints."""
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
@@ -228,7 +226,7 @@ class CheckpointKeeper:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`. A run that resumes from `step` has found them unreadable."""
+    """Remove the checkpoints after `step`. A run that resumes from `step` could not read these files."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()
@@ -238,7 +236,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
     A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged, or if the
-    newest intact file has another format, another step than its name, or no read permission.
+    newest intact file has an unknown format, a step that differs from its name, or no read permission.
     """
     paths = checkpoint_paths(run_dir)
     for path in reversed(paths):
@@ -261,8 +259,8 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 def load(run_dir: Path, which: str = "last") -> Checkpoint:
     """The checkpoint `which` of a run: "last", "best" or the path of a file.
 
-    The path is relative to the working directory or to the run folder. Raises UserError if the checkpoint does not
-    exist or cannot be read.
+    A relative path is searched in the working directory, then in the run folder. Raises UserError if the checkpoint
+    does not exist or cannot be read.
     """
     if which == "last":
         state = load_latest(run_dir)
@@ -297,7 +295,7 @@ def _append_digest(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """(digest in the file's comment, empty without one; digest of all bytes before the comment), in hex."""
+    """(digest in the archive comment, or "" if there is none; digest of all bytes before the comment), in hex."""
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
     while left > 0:

@@ -22,7 +22,10 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """(run folder, checkpoint) for RUN_DIR and --checkpoint; RUN_DIR may be a checkpoint file in its run folder."""
+    """(run folder, checkpoint) that the arguments RUN_DIR and --checkpoint of a command name.
+
+    RUN_DIR may also be a checkpoint file; the folder of that file is then the run folder.
+    """
     return (path.parent, str(path)) if path.is_file() else (path, which)
 
 
@@ -30,10 +33,10 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     """The network of a run's checkpoint, on `devices`.
 
     run_dir  a run folder, or a checkpoint file
-    which    "last", "best" or a file, as train.runs.checkpoint.load takes it
+    which    "last", "best" or the path of a file, as in train.runs.checkpoint.load
 
-    Architecture and recipe come from the checkpoint, even if this version of the program has others under the same
-    names. Raises UserError if there is no run, or no such checkpoint in it.
+    Architecture and recipe come from the checkpoint, even if this version of the program has other values under
+    the same names. Raises UserError if there is no run, or no such checkpoint in it.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

@@ -44,7 +44,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write mean_image.npy of the training split into the run folder, if the recipe subtracts a mean image.
 
-    An existing file is replaced if it differs: a run that ended before its first checkpoint may have had another store.
+    An existing file is replaced if its content differs: an earlier run in the folder may have used another store, and
+    have ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -80,7 +81,7 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store of images to show to a run's network, or None.
+    """The store that provides images for a run's network, or None if the training store is not available.
 
     store  folder of the store; None: the training store, if it is unchanged and still at the path in run.json
 

@@ -1,7 +1,7 @@
-"""Opens a run: its configuration and store, and the identity and length that follow from them.
+"""Opens a run: checks the configuration, opens the store, and computes the identity and the length of the run.
 
-Only `Run.open` opens a store for training and computes the identity and the length of a run. The functions below it
-make the run folder and write its run.json.
+Only `Run.open` opens a store for training and computes the identity and the length of a run. The functions below
+the class make the run folder and write run.json.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from train.runs.run_dir import DESCRIPTION
 
 @dataclass(frozen=True)
 class Run:
-    """A configuration and the store that it names. Create one with `Run.open`."""
+    """A run: its configuration and opened store, identity and length. `Run.open` creates it."""
 
     config: RunConfig
     store: Store
@@ -37,7 +37,9 @@ class Run:
 
     @staticmethod
     def open(config: RunConfig, store: Store | None = None) -> Run:
-        """Open `config.store`, unless it is given as `store`.
+        """The run of a configuration.
+
+        store  the opened store; None: opens `config.store`
 
         Raises UserError for a batch that --accumulate does not divide, StoreError for a store that is missing, damaged
         or without the split train.
@@ -58,8 +60,8 @@ class Run:
     def training_facts(self) -> dict[str, Any]:
         """Architecture, recipe with its sources, classes and software versions, as JSON values.
 
-        Checkpoints and run.json both hold them, so that each can be used without the other, and also after the recipes
-        of this program have changed.
+        Checkpoints and run.json both contain these values. Either can therefore be used without the other, and after
+        the recipes of this program have changed.
         """
         facts: dict[str, Any] = as_json(
             {
@@ -78,7 +80,7 @@ class Run:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Make the run folder, or accept one that holds a run.
+    """Make the run folder, or accept a folder that already holds a run.
 
     Raises UserError if the folder cannot be made, or if it holds files but no run.
     """

@@ -1,9 +1,11 @@
-"""Names of the files in a run folder, and functions that read them, also while another process trains in it.
+"""Names of the files in a run folder, and functions that read these files.
+
+The functions also work while another process trains in the folder.
 
 run/
   run.json                  settings, recipe, architecture, length, store and environment (train/runs/run.py)
   metrics.jsonl             a line for each interval of training and for each validation (train/monitor/metrics_log.py)
-  status.json               whether the run trains, or how it ended (train/monitor/metrics_log.py)
+  status.json               whether the run is training, or how it ended (train/monitor/metrics_log.py)
   checkpoint-00001500.pt    the state after step 1,500 (train/runs/checkpoint.py)
   best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
   mean_image.npy            the mean image, if the recipe subtracts one (train/runs/preprocessing.py)
@@ -25,8 +27,8 @@ from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# Keys of a line whose values depend on the clock or the machine. All other values of a run that was interrupted and
-# resumed are equal, to the bit, to those of an uninterrupted run.
+# Keys in lines of metrics.jsonl whose values depend on the clock or the machine. All other values are the same, to the
+# bit, in an uninterrupted run and in a run that was interrupted and resumed.
 CLOCK_DEPENDENT = (
     "images_per_s",
     "waiting_share",
@@ -42,7 +44,7 @@ _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json. Raises UserError if it is missing, cannot be read, or lacks a part."""
+    """The content of run.json. Raises UserError if it is missing, cannot be read, or lacks a required part."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
@@ -66,7 +68,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """The object on a line of metrics.jsonl; None for a line that was cut short or is damaged."""
+    """The object on a line of metrics.jsonl; None for an incomplete or damaged line."""
     try:
         line = json.loads(text)
         return dict(line) if isinstance(line["step"], int) and line["kind"] in ("train", "val") else None
@@ -90,15 +92,15 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    """The newest line of a kind, "train" or "val"; None if there is none."""
+    """The newest line of a kind, "train" or "val"; None if there is no such line."""
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
     """Predicted seconds for the steps after `step` up to `steps`, without validations.
 
-    The prediction uses the mean time per image in the last RATE_LINES training lines. None before the first interval
-    has ended.
+    The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
+    interval has ended.
     """
     images_per_s = [line["images_per_s"] for line in lines if line["kind"] == "train"][-RATE_LINES:]
     if not images_per_s:
@@ -110,7 +112,7 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
-    Nulls, which stand for numbers that are not finite, are left out.
+    A null, which stands for NaN or infinity, is left out.
     """
     scalars = {}
     for key, value in line.items():
@@ -125,7 +127,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, time of writing in seconds since 1970) of the newest checkpoint file, intact or not; None without one."""
+    """(step, time of writing in s since 1970) of the newest checkpoint file, even if damaged; None without a file."""
     by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
     for step, path in sorted(by_step, reverse=True):
         try:

@@ -1,6 +1,6 @@
 """Status of a run, read from its folder alone: training, finished, stopped, failed, crashed or new.
 
-Another process may be training in the folder; reading its status does not disturb it.
+Reading the status does not disturb a process that is training in the folder.
 """
 
 from __future__ import annotations
