@@ -1,9 +1,9 @@
 """Loads compiled C kernels: the kernels.c of a subpackage, which tools/compile_native.py compiles at installation.
 
-The kernels are optional. Without them NumPy, PyTorch or DALI computes the same, more slowly. They are not used
+The kernels are optional. Without them NumPy, PyTorch or DALI does the same work more slowly. The kernels are not used
 
 - if no C compiler was available at installation,
-- if kernels.c has changed since installation: a library's name holds a digest of its source,
+- if kernels.c has changed since installation (the library's file name contains a digest of kernels.c),
 - if a self-test on small arrays gives a wrong result, for example because the compiler has a bug,
 - if the environment has ALEXNET_NATIVE=0.
 """
@@ -21,15 +21,16 @@ Kernels = TypeVar("Kernels")
 
 
 def library_path(source: Path) -> Path:
-    """Path of the library compiled from the present text of `source`; the file need not exist."""
+    """Path of the library compiled from the current text of `source`. The library need not exist."""
     return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 
 def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callable[[Kernels], bool]) -> Kernels | None:
     """Load the library at `path` and return `wrap(library)`, or None if it cannot be used.
 
-    It cannot be used if the file is missing, if a function is missing (`wrap` raises AttributeError), if `is_correct`,
-    the self-test, returns False, or with ALEXNET_NATIVE=0. Calls into the library release the GIL.
+    The library cannot be used if its file is missing, if a function is missing (`wrap` raises AttributeError), if the
+    self-test `is_correct` returns False, or if the environment has ALEXNET_NATIVE=0. Calls into the library release the
+    GIL.
     """
     if os.environ.get("ALEXNET_NATIVE") == "0":
         return None

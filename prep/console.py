@@ -1,7 +1,7 @@
 """Command-line input and output: one-line errors, exit codes, interrupts, progress with rate and ETA, `--json`.
 
-Shared by alexprep, alexstream and alextrain. Results go to standard output, and messages, warnings and progress to
-standard error, so `command --json | jq` always works.
+alexprep, alexstream and alextrain share this module. Results go to standard output. Messages, warnings and progress go
+to standard error, so `command --json | jq` always works.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import click
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
-# Options of several commands.
+# Options that several commands have.
 store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -38,7 +38,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 class UserError(ValueError):
-    """An error that the user can correct, printed as one line: what is wrong, with both values, then what to do."""
+    """An error that the user can fix. Its one-line message says what is wrong, with both values, and what to do."""
 
     exit_code = 1
 
@@ -50,7 +50,7 @@ class DiskFull(UserError):
 
 
 def disk_error(error: OSError, text: str) -> UserError:
-    """The exception to raise for an OSError of a write: DiskFull if no space is left, else UserError."""
+    """Make the exception for a failed write, with the message `text`: DiskFull if no space is left, else UserError."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DiskFull(text) if full else UserError(text)
 
@@ -83,7 +83,7 @@ class _CommandFailed(click.ClickException):
 class Group(click.Group):
     """A command group that prints a UserError as one line and exits with 130 on Ctrl-C, 143 on SIGTERM.
 
-    `resumable` names the commands that continue from finished work when they are run again; the others start over.
+    `resumable` names the commands that continue from finished work when they are run again. Other commands start over.
     """
 
     def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -99,7 +99,7 @@ class Group(click.Group):
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
             raise  # click handles it
-        except OSError as error:  # most likely raised for a path that the user passed
+        except OSError as error:  # its path is most likely one that the user passed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
@@ -114,7 +114,7 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with control characters escaped: file names may hold newlines and terminal escape sequences."""
+    """`text` with control characters escaped, since file names may hold newlines and terminal escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -160,11 +160,11 @@ def usable_cores() -> int:
 
 
 def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
-    """Make glibc's malloc keep up to `max_bytes` of freed memory for the next arrays.
+    """Make glibc's malloc keep up to `max_bytes` of freed memory for later allocations.
 
-    By default glibc returns every large block to the kernel, which must zero fresh pages for the next allocation. That
-    took half of the time of rescaling a photograph and a quarter of the time of AlexNet's training step. With
-    `map_large_blocks`, blocks over 32 MiB are still returned at once. Does nothing if the C library is not glibc.
+    By default glibc returns every large block to the kernel, which must zero fresh pages for the next allocation.
+    Zeroing took half of the time of rescaling a photograph and a quarter of the time of AlexNet's training step. With
+    `map_large_blocks`, blocks over 32 MiB are still returned at once. Nothing changes if the C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -173,17 +173,17 @@ def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     if map_large_blocks:
         mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD
     else:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block gets a mapping of its own
-    mallopt(-1, max_bytes)  # M_TRIM_THRESHOLD: bytes kept free at the top of the heap
+        mallopt(-4, 0)  # M_MMAP_MAX: largest number of blocks that malloc may allocate with mmap
+    mallopt(-1, max_bytes)  # M_TRIM_THRESHOLD: free bytes to keep at the top of the heap
 
 
 class Progress:
-    """Count of finished work, with rate and ETA. Call `advance(n)`, or `update(done)` to set a count kept elsewhere."""
+    """Count of finished work, with rate and ETA. Call `advance(n)`, or `update(done)` if the caller keeps the count."""
 
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit, self.started = total, unit, time.monotonic()
         self.done = 0  # units finished, of `total`
-        self.skipped = 0  # part of `done` that an earlier run finished; not part of the rate
+        self.skipped = 0  # units of `done` that an earlier run finished; the rate excludes them
         self.bad = 0  # bad inputs or records that this run found
         self.size_bytes = 0  # bytes that this run wrote
 
@@ -197,7 +197,7 @@ class Progress:
         self.update(self.done + n)
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
-        """Set the totals: `done` units, skipped ones included; `bad` units and bytes written count this run only."""
+        """Set the totals: `done` includes skipped units; `bad` and `size_bytes` count only the work of this run."""
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
@@ -210,7 +210,7 @@ class Progress:
 
 
 class _JsonProgress(Progress):
-    """Progress as one JSON object a line, at most one every `every_s` seconds. Work shorter than that prints none."""
+    """Progress as lines of JSON, at most one line every `every_s` seconds. Shorter work prints no line."""
 
     def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
         super().__init__(total, unit)
@@ -244,7 +244,7 @@ class _ProgressBar(Progress):
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Show progress with rate and ETA on standard error: a bar on a terminal, else lines of JSON."""
+    """Show progress with rate and ETA on standard error: as a bar on a terminal, otherwise as lines of JSON."""
     if not sys.stderr.isatty():
         yield _JsonProgress(label, total, unit)
         return

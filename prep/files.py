@@ -1,4 +1,4 @@
-"""Atomic file writes and folder locks: a file is complete or absent, and one process works in a folder at a time."""
+"""Atomic file writes and folder locks: no file is ever half-written, and one process at a time works in a folder."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from prep.console import UserError
 
 
 def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file atomically: at every moment `path` has its old content or its new content, or does not exist."""
+    """Write a file atomically: until the new content is complete, `path` keeps its old content or does not exist."""
     with atomic_file(path) as file:
         file.write(content)
 
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that appears under its name only once it is complete.
+    """Open a file for writing. It appears at `path` only when it is complete.
 
-    It is written under a temporary name, synced and renamed; then its folder is synced.
+    The file is written under a temporary name, synced and renamed. Then the folder is synced.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -46,16 +46,17 @@ _LOCK_TRIES, _LOCK_RETRY_S = 5, 0.02
 
 @contextmanager
 def hold_lock(folder: Path, activity: str) -> Iterator[None]:
-    """Hold the folder's lock; raises UserError, naming `activity`, if another process holds it.
+    """Hold the folder's lock during a `with` block.
 
-    The kernel releases the lock when the process ends, however it ends.
+    Raises UserError, with `activity` in its message, if another process holds the lock. The kernel releases the lock
+    when the process ends, even if it crashes.
     """
     with open(folder / ".lock", "a") as handle:
         for tries_left in reversed(range(_LOCK_TRIES)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # lock_is_held() in another process takes the lock for a moment
+            except BlockingIOError:  # try again: lock_is_held() in another process takes the lock briefly
                 if not tries_left:
                     raise UserError(
                         f"{folder}: another {activity} is at work in this folder. Wait for it, or name another folder."
@@ -65,7 +66,7 @@ def hold_lock(folder: Path, activity: str) -> Iterator[None]:
 
 
 def lock_is_held(folder: Path) -> bool:
-    """Whether a process holds the folder's lock. Tests it by sharing the lock for a moment, which writes nothing.
+    """Whether a process holds the folder's lock. The test takes a shared lock briefly and writes nothing.
 
     Raises OSError if the lock file cannot be opened.
     """

@@ -1,6 +1,7 @@
-"""matplotlib style and rendering of figures, shared by alexprep and alextrain: PNG or SVG, the same bytes each time.
+"""matplotlib style and rendering of figures, shared by alexprep and alextrain.
 
-matplotlib is optional (the extra `figures`) and is imported by `render_figure` only.
+A figure is rendered as PNG or SVG, with the same bytes each time. matplotlib is optional (the extra `figures`); only
+`render_figure` imports it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ _STYLE: dict[Any, Any] = {
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
     "svg.hashsalt": "alexnet",  # otherwise the ids inside an SVG are random
-    "text.parse_math": False,  # a class name with two $ is not a formula
+    "text.parse_math": False,  # otherwise a class name with two $ would be drawn as a formula
 }
 
 DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure
@@ -39,7 +40,7 @@ def render_figure(
 ) -> bytes:
     """Call `draw` with a Figure of `size_inches`, and return the figure as the bytes of an image file.
 
-    `format` is one of FORMATS; a PNG has 150 dpi. The file has no date, and matplotlib's own settings are not changed.
+    `format` is one of FORMATS; a PNG has 150 dpi. The file has no date. matplotlib's global settings are not changed.
     Raises UserError if matplotlib is not installed.
     """
     try:
@@ -57,7 +58,7 @@ def render_figure(
 
 
 def figure_format(path: Path, option: str) -> str:
-    """The format that the extension of `path` names. Raises UserError, beginning with `option`, if it is unknown."""
+    """The format named by the extension of `path`. Raises UserError, with `option` in its message, if it is unknown."""
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)

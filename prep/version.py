@@ -1,4 +1,4 @@
-"""Version of this software: that of the installed package, or of the checkout when the package is not installed."""
+"""Version of this software, read from the installed package or, if it is not installed, from the checkout."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def package_version() -> str:
     """The version, such as `0.1.0`.
 
-    It is read from the metadata that pip wrote, else from the pyproject.toml next to the packages (a checkout that is
-    only on PYTHONPATH). It is `unknown` if the packages were copied without pyproject.toml.
+    The version is read from the metadata that pip wrote. If there is none (a checkout that is only on PYTHONPATH), the
+    version is read from the pyproject.toml next to the packages. Without either of the two it is `unknown`.
     """
-    from importlib.metadata import PackageNotFoundError, version  # the import takes 20 ms, which --help avoids
+    from importlib.metadata import PackageNotFoundError, version  # imported only when needed: it takes 20 ms
 
     try:
         return version(DISTRIBUTION)

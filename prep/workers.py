@@ -1,9 +1,10 @@
 """Process pool on this machine, with progress counters and crash detection.
 
 Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
-Ctrl-C, which the parent handles, and exit when the parent ends, even by SIGKILL. An exception in a task is raised in
-the parent. A crash of a worker becomes a result, WorkerDied, with the index of the input that the worker was
-processing; the other workers continue.
+Ctrl-C, which the parent handles, and exit when the parent ends, even if SIGKILL ends it. An exception in a task is
+raised in the parent. If a worker crashes, the result of its task is a WorkerDied, with the index of the input that the
+worker was processing, and the other workers continue. The caller decides what a crash means for the task; a build does
+so in prep/build/split.py and plan.py.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from prep.console import UserError, keep_freed_memory
 T = TypeVar("T")
 R = TypeVar("R")
 
-_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps: enough for a photograph's arrays, not for a huge image's
+_KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; the arrays of a huge image need more
 _POLL_S = 0.2
-NOT_STARTED = -1  # `index` of a worker that has not begun its task
+NOT_STARTED = -1  # TaskProgress.index of a worker that has not begun its task
 
 
 class Counts(NamedTuple):
-    """Progress of all workers together."""
+    """Progress of one worker, or of all workers together."""
 
     done: int  # inputs or records finished, bad ones included
     bad: int  # bad inputs or records
@@ -43,10 +44,10 @@ class Counts(NamedTuple):
 
 
 class TaskProgress:
-    """A worker's current input and its Counts, in memory that the worker writes and the parent reads at any time.
+    """Current input and Counts of one worker, in memory that the worker writes and the parent can read at any time.
 
-    `counters` is an array that all workers share; this worker's SIZE elements begin at index `first`. By default it is
-    a new list of SIZE elements.
+    `counters` is an array that all workers share; the SIZE elements of this worker begin at index `first`. The default
+    of `counters` is a new list of SIZE elements.
     """
 
     SIZE = 4
@@ -56,18 +57,18 @@ class TaskProgress:
         self._first = first
 
     def begin(self, index: int) -> None:
-        """Store that the worker begins input `index` of the task; the parent reports it if the worker dies."""
+        """Store that the worker begins input `index` of the task. The parent reports `index` if the worker crashes."""
         self._counters[self._first] = index
 
     def count(self, size_bytes: int = 0, bad: bool = False) -> None:
-        """Count one more finished input, of which `size_bytes` were written or read."""
+        """Count one more finished input, for which `size_bytes` bytes were written or read."""
         self._counters[self._first + 1] += 1
         self._counters[self._first + 2] += bad
         self._counters[self._first + 3] += size_bytes
 
     @property
     def index(self) -> int:
-        """Index of the input that was begun last."""
+        """Index of the input that the worker began last, or NOT_STARTED."""
         return self._counters[self._first]
 
     @property
@@ -81,10 +82,10 @@ class WorkerDied:
     """The result of a task during which the worker process ended."""
 
     index: int  # index of the input that the worker was processing (TaskProgress.index), or NOT_STARTED
-    exit_code: int  # negative: minus the number of the signal that killed it
+    exit_code: int  # exit code of the process; −n if signal n killed it
 
     def describe(self) -> str:
-        """How the process ended, as a predicate: `was killed (SIGKILL)`, `ended with code 1`."""
+        """How the process ended, as the second half of a sentence: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
         with suppress(ValueError):
@@ -100,18 +101,19 @@ class Runner(Protocol):
     def map(
         self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
-        """Run `work` on every task; yields (task, result) pairs as they finish, not in order.
+        """Run `work` on every task. Yields (task, result) pairs in the order in which the tasks finish.
 
         `on_progress` is called with the counts of this call, several times a second and at the end. The first exception
-        of `work` is raised here: a UserError unchanged, any other as a RuntimeError with the worker's traceback.
+        of `work` is raised here: a UserError unchanged, any other exception as a RuntimeError with the worker's
+        traceback.
         """
 
 
 class WorkerPool:
-    """A Runner of `jobs` local processes. They start when needed and end with the `with` block.
+    """A Runner of `jobs` local processes. The processes start when needed and end with the `with` block.
 
-    If `preload` names a module, all processes start at once and import it, so that libraries load while the parent
-    still lists its inputs.
+    If `preload` names a module, all processes start at the beginning of the block and import the module. So libraries
+    are loaded while the parent still lists the inputs.
     """
 
     def __init__(self, jobs: int, preload: str = "") -> None:
@@ -119,15 +121,15 @@ class WorkerPool:
         self._preload = preload
         self._context = multiprocessing.get_context("spawn")
         self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
-        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot
+        self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot, 0..jobs − 1
 
     def map(
         self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
-        """See Runner.map. `work` must be a module-level function. Takes a task from `tasks` only when a worker is free.
+        """See Runner.map. `work` must be a module-level function.
 
-        Workers that are still busy when the generator is closed or raises are killed, so that their results do not
-        reach a later call.
+        A task is taken from `tasks` only when a worker is free. If the generator is closed or raises, busy workers are
+        killed, so that their results do not reach a later call.
         """
         busy = dict[int, T]()
         try:
@@ -140,7 +142,7 @@ class WorkerPool:
         work: Callable[[T, TaskProgress], R],
         tasks: Iterator[T],
         on_progress: Callable[[Counts], None],
-        busy: dict[int, T],  # running tasks by slot; the caller stops their workers
+        busy: dict[int, T],  # running tasks by slot; the caller stops the workers of these tasks
     ) -> Iterator[tuple[T, R | WorkerDied]]:
         counts_before = self._counts()
         idle_slots, tasks_left = list(range(self.jobs)), True
@@ -193,7 +195,8 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            multiprocessing.resource_tracker.ensure_running()  # process.start() would start it and unblock SIGINT
+            # Start the resource tracker first: process.start() would start it and unblock SIGINT.
+            multiprocessing.resource_tracker.ensure_running()
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload
             process = self._context.Process(target=_serve, args=args, daemon=True)
@@ -237,7 +240,7 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
                 outcome = work(task, task_progress), None
             except UserError as error:
                 outcome = None, error
-            except Exception:  # a bug: pickling the exception would lose its traceback
+            except Exception:  # a bug in `work`; pickling the exception would lose its traceback
                 outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
             connection.send(outcome)
 
@@ -253,7 +256,7 @@ def _exit_with_parent() -> None:
 def _ctrl_c_blocked() -> Iterator[None]:
     """Block SIGINT in a `with` block.
 
-    Processes started there inherit the mask and never receive SIGINT. This process receives it after the block.
+    Processes started there inherit the mask and never receive SIGINT. This process receives a SIGINT after the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -264,7 +267,7 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in processes started in a `with` block: BLAS reads the environment when it is loaded."""
+    """Limit BLAS to one thread in processes started in a `with` block. BLAS reads these variables when it is loaded."""
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

@@ -16,12 +16,12 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def central_offset(length: Length, side_px: int) -> Length:
-    """First row (or column) of a central square of `side_px` in an image of `length` rows (or columns), in px."""
+    """Index of the first row of the central square of `side_px` in an image of `length` rows; the same for columns."""
     return (length - side_px) // 2
 
 
 def central_square(pixels: npt.NDArray[Number], side_px: int) -> npt.NDArray[Number]:
-    """View (side_px, side_px, ...) of the central square of `pixels` (H, W, ...); neither side may be shorter."""
+    """View (side_px, side_px, ...) of the central square of `pixels` (H, W, ...). H and W are at least `side_px`."""
     height, width = pixels.shape[:2]
     top, left = central_offset(height, side_px), central_offset(width, side_px)
     return pixels[top : top + side_px, left : left + side_px]

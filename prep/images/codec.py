@@ -1,9 +1,10 @@
 """Image decoding (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM to RGB) with limits for hostile files; JPEG and PPM encoding.
 
 The format is detected from the content, never from the file name: ILSVRC holds a PNG and 22 CMYK JPEGs named .JPEG.
-EXIF orientation is reported, not applied; the authors' data preparation did not apply it either. An alpha channel is
-dropped. Nearly all files are colour JPEGs: libjpeg-turbo (prep.images.jpeg) decodes them a quarter faster than Pillow,
-to the same pixels. Pillow decodes the other formats, and the JPEGs that libjpeg-turbo refuses or warns about.
+EXIF orientation is reported but not applied; the authors' data preparation did not apply it either. An alpha channel
+is dropped. Nearly all files are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes them a quarter faster than
+Pillow and gives the same pixels. Pillow decodes the other formats, and the JPEGs that libjpeg-turbo refuses or warns
+about.
 """
 
 from __future__ import annotations
@@ -23,17 +24,18 @@ from PIL import Image, UnidentifiedImageError
 from prep.images.jpeg import decode_jpeg, encode_jpeg
 from prep.images.rescale import rescaled_size
 
-MAX_PIXELS = 100_000_000  # largest input and largest rescaled image; a larger input may be a decompression bomb
+MAX_PIXELS = 100_000_000  # limit for inputs and for rescaled images; a larger input may be a decompression bomb
 MAX_FILE_BYTES = 256_000_000
 UNKNOWN_FORMAT = "not an image in a known format"
 
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")  # Pillow's names; without EPS: it starts Ghostscript
+# Pillow's names of the formats that are read. EPS is excluded, because Pillow starts Ghostscript to decode it.
+_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # pixels times scans: a progressive JPEG of MAX_PIXELS may have 20 scans
-_MAX_SEGMENTS = 10_000  # segments of a JPEG before its first scan; Pillow takes at least a microsecond for each
+_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # limit for pixels × scans: a progressive JPEG of MAX_PIXELS may have 20 scans
+_MAX_SEGMENTS = 10_000  # limit for a JPEG's segments before its first scan; each takes Pillow at least 1 µs
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,8 +45,8 @@ _UNDO_ORIENTATION = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_270,
 }
-_USUAL_CONTAINER = "jpeg"  # the container of ILSVRC's files; any other counts as a conversion
-_CONVERTED_MODES = {  # name in DecodedImage.converted for each of Pillow's modes
+_USUAL_CONTAINER = "jpeg"  # format of ILSVRC's files; an image in another format counts as converted
+_CONVERTED_MODES = {  # Pillow's mode -> name in DecodedImage.converted
     "L": "grey",
     "LA": "grey",
     "1": "grey",
@@ -65,7 +67,7 @@ class DecodedImage:
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
     converted: tuple[str, ...]  # conversions made: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
-    orientation: int  # EXIF orientation, not applied; 1 if the file has none
+    orientation: int  # EXIF orientation, 1..8, not applied to `pixels`; 1 if the file has none
 
 
 def decode_image(content: bytes) -> DecodedImage:
@@ -81,12 +83,15 @@ def decode_image(content: bytes) -> DecodedImage:
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file that begins with `head`, at least 4 bytes, may be in a format that decode_image reads."""
+    """Whether a file that begins with `head` (at least 4 bytes) may be in a format that decode_image reads."""
     return head.startswith(_SIGNATURES)
 
 
 def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, and if libjpeg-turbo warns."""
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, and if libjpeg-turbo warns.
+
+    Raises BadImage for too many pixels, scans or segments.
+    """
     has_exif = _has_exif(content)
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
@@ -109,7 +114,7 @@ def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
 def _has_exif(content: bytes) -> bool:
     """Whether a JPEG has an EXIF segment before its first scan. Raises BadImage for too many segments.
 
-    A segment begins with a byte FF, any number of FF as padding, a marker byte, and the segment's length.
+    A segment begins with a byte FF, any number of further FF bytes as padding, a marker byte and the segment's length.
     """
     offset = 2
     for _ in range(_MAX_SEGMENTS):
@@ -128,7 +133,7 @@ def _has_exif(content: bytes) -> bool:
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
     """Open `content` with Pillow and return `use(image)`. Raises BadImage for any exception of Pillow."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data, which is harmless, and of sizes checked here
+        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data (harmless) and of large sizes (checked here)
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 return use(image)
@@ -138,27 +143,27 @@ def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
             raise BadImage(UNKNOWN_FORMAT) from None
         except Image.DecompressionBombError:
             raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # broken bytes can make Pillow's decoders raise anything
+        except Exception as error:  # Pillow's decoders can raise any exception for broken bytes
             raise BadImage(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
 
 
 def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
     width, height = image.size
     _check_size(width, height)
-    if image.format in ("JPEG", "MPO"):  # also JPEGs of colour spaces that _decode_color_jpeg leaves to Pillow
+    if image.format in ("JPEG", "MPO"):  # a JPEG that _decode_color_jpeg left to Pillow
         _check_scans(width, height, content)
     converted = []
     container = (image.format or "unknown").lower()
     if container not in (_USUAL_CONTAINER, "mpo"):  # an MPO is a JPEG followed by more JPEGs
         converted.append(container)
     orientation = _exif_orientation(image)
-    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # only for TIFF, Pillow applies it: undo that
+    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # Pillow applies the orientation of a TIFF: undo it
         image.load()
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     mode = image.mode
     if mode in _CONVERTED_MODES:
         converted.append(_CONVERTED_MODES[mode])
-    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # the latter is a 16-bit PGM
+    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # a 16-bit PGM has the mode I
         converted += ["16-bit", "grey"]
         levels = np.asarray(image)
         pixels = np.empty((*levels.shape, 3), np.uint8)
@@ -177,7 +182,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_scans(width: int, height: int, content: bytes) -> None:
-    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # a scan takes ten bytes or more: small files pass
+    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # a scan takes at least ten bytes: small files pass
         scans = content.count(b"\xff\xda")
         if width * height * scans > _MAX_SCANNED_PIXELS:
             raise BadImage(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
@@ -194,9 +199,9 @@ def _exif_orientation(image: Image.Image) -> int:
 
 
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
-    """Raise BadImage if the whole rescaled image, which is stored with `keep_aspect`, would be too large.
+    """Raise BadImage if `keep_aspect` is set and the rescaled image would be too large.
 
-    The limits are MAX_PIXELS, and 65,000 px for a side (libjpeg's limit is 65,500).
+    The limits are MAX_PIXELS for the image and 65,000 px for a side (libjpeg's limit is 65,500 px).
     """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
@@ -205,9 +210,9 @@ def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect
 
 
 def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
-    """Encode uint8 (H, W, 3) for a record: a baseline 4:2:0 JPEG of `quality`, or with `format` "ppm" a PPM.
+    """Encode uint8 (H, W, 3) for a record: a baseline 4:2:0 JPEG of `quality`, or a PPM if `format` is "ppm".
 
-    The PPM's header fills exactly one row of pixels (see ppm_header); `quality` is then unused.
+    The header of a PPM is as long as one row of pixels (see ppm_header). A PPM does not use `quality`.
     """
     if format == "ppm":
         return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
@@ -215,11 +220,11 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """A P6 header of 3·width bytes: a comment pads it to the size of one row of pixels.
+    """A P6 header of 3·width bytes: a comment pads the header to the size of one row of pixels.
 
-    Any image library opens such a file. A reader that knows of the padding can view its bytes as uint8
-    (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is too
-    small for a header (under 11 px).
+    Any image library can open such a file. A reader that knows of the padding can view the file's bytes as uint8
+    (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is so small
+    that a header is longer than a row.
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)

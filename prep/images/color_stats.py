@@ -1,7 +1,7 @@
 """Colour statistics: exact sums over pixels, and from them the mean and the principal components of RGB.
 
-Sums of 8-bit pixels and of their products are integers and are kept as integers. So the result is the same, bit for
-bit, for any number of workers, any order and any machine, and the moments of two sets of images can be added.
+Sums of 8-bit pixels and of their products are integers and are kept as integers. So the sums are the same for any
+number of workers, any order of the images and any machine. The sums of two sets of images can be added.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_ROWS = 256  # rows whose products float32 adds exactly: 256 · 255² < 2^24, and its mantissa has 24 bits
-_MAX_PENDING = 257  # images whose 8-bit values uint16 adds without overflow: 257 · 255 < 2^16
+_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, and its mantissa has 24 bits
+_MAX_PENDING = 257  # number of 8-bit images that uint16 sums without overflow: 257 · 255 < 2^16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Pixel count and sums over pixels, as Python integers, which do not overflow. Moments can be added with +."""
+    """Pixel count and sums over pixels, as Python integers, which do not overflow. Two Moments can be added with +."""
 
     pixels: int = 0
     total: tuple[int, ...] = (0, 0, 0)  # sum of RGB
@@ -38,7 +38,7 @@ class Moments:
 
     @staticmethod
     def of(image: npt.NDArray[np.uint8]) -> Moments:
-        """Moments of one image, uint8 (H, W, 3), of at most 2^37 pixels."""
+        """Moments of one image, uint8 (H, W, 3), with at most 2^37 pixels."""
         sums = PixelSums(0)
         sums.add(image)
         return sums.moments
@@ -64,7 +64,7 @@ class Moments:
 
 
 class PixelSums:
-    """Sums over images: the moments of all their pixels, and the sum of their central squares of `side_px`."""
+    """Running sums over images: the moments of all pixels, and the sum of the central squares of `side_px`."""
 
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px
@@ -75,7 +75,7 @@ class PixelSums:
         self._pending = 0
 
     def add(self, image: npt.NDArray[np.uint8]) -> None:
-        """Add one image, uint8 (H, W, 3), of at most 2^37 pixels and with no side shorter than `side_px`."""
+        """Add one image, uint8 (H, W, 3), with at most 2^37 pixels. H and W must be at least `side_px`."""
         height, width = image.shape[:2]
         square = central_square(image, self.side_px)
         if kernels.native:
@@ -91,7 +91,7 @@ class PixelSums:
 
     @property
     def moments(self) -> Moments:
-        """Moments of all pixels added so far, which must be fewer than 2^47."""
+        """Moments of all pixels added so far. The moments are exact for fewer than 2^47 pixels."""
         r, g, b, rr, rg, rb, gg, gb, bb = self._sums.tolist()
         return Moments(self._pixels, (r, g, b), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
@@ -104,11 +104,11 @@ class PixelSums:
 
 
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
-    """The same as add_moments in kernels.c, with NumPy.
+    """Do the same as add_moments in kernels.c, with NumPy.
 
     The sum of a column of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact.
-    These sums are added in float64, which is exact up to 2^53. RGB stays interleaved: the product of a row with itself
-    shifted by one element contains R·G and G·B, and the product with itself shifted by two elements contains R·B.
+    These sums are added in float64, which is exact up to 2^53. The channels stay interleaved. The elementwise product
+    of a row and the same row shifted by one element contains R·G and G·B. With a shift of two elements it contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)
@@ -126,10 +126,10 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
 def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     """Mean, covariance (divisor pixels − 1, as in numpy.cov) and principal components of RGB, on the scale 0..255.
 
-    Eigenvalues descend. Each eigenvector has a positive red component (if red is zero, its first nonzero component is
-    positive). In natural images the red component of all three is well away from zero, so the sign does not flip from
-    one data set to the next. The covariance is formed in integers, then divided once. Raises StoreError for fewer than
-    two pixels.
+    Eigenvalues are in descending order. Each eigenvector has a positive red component (if that is zero, the first
+    nonzero component is positive). In natural images the red components of all three eigenvectors are well away from
+    zero, so the signs are the same for all such data sets. Each covariance is an exact quotient of integers, rounded
+    once. Raises StoreError for fewer than two pixels.
     """
     n = moments.pixels
     if n < 2:
@@ -157,10 +157,11 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
 
 
 def recompute_color_stats(store: Store, split: str, runner: Runner, progress: Progress) -> ColorStats:
-    """Compute the statistics of a split again from its records, which `runner` decodes, one task for each shard.
+    """Compute the statistics of a split again from its records. `runner` runs one task for each shard.
 
-    For a ppm store they equal the build's, bit for bit. For a jpeg store the last digits differ, since the build sums
-    pixels before compression. Raises StoreError, naming shard and key, for a damaged record.
+    For a ppm store the result equals the statistics of the build, bit for bit. For a jpeg store the last digits differ,
+    since the build sums the pixels before compression. Raises StoreError for a damaged record; the message names the
+    shard and the key.
     """
     moments, records = Moments(), 0
     paths = store.shard_paths(split)

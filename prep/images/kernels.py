@@ -1,6 +1,7 @@
-"""Compiled loops for rescaling and colour sums (kernels.c). `native` is None if they cannot be used.
+"""Compiled loops for rescaling and colour sums (kernels.c). `native` is None if the loops cannot be used.
 
-prep.compiled lists the reasons. Without the kernels rescale.py and color_stats.py compute the same bits with NumPy.
+prep.compiled lists the reasons. Without the compiled loops, rescale.py and color_stats.py compute the same results, bit
+for bit, with NumPy.
 """
 
 from __future__ import annotations
@@ -36,14 +37,14 @@ class FilterPass(ctypes.Structure):
     )
 
     def __init__(self, first_inputs: npt.NDArray[np.int64], weights: npt.NDArray[Any]) -> None:
-        self.first_inputs = np.ascontiguousarray(first_inputs)  # both arrays stay alive while C points to them
+        self.first_inputs = np.ascontiguousarray(first_inputs)  # attributes keep both arrays alive while C uses them
         self.weights = np.ascontiguousarray(weights)
         self.size = self.first_inputs.nbytes + self.weights.nbytes  # bytes
         super().__init__(*weights.shape, self.first_inputs.ctypes.data, self.weights.ctypes.data)
 
 
 class NativeKernels:
-    """The functions of the library. The constructor raises AttributeError if one is missing."""
+    """The functions of the library. The constructor raises AttributeError if a function is missing."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -58,11 +59,11 @@ class NativeKernels:
             function.restype = None
 
     def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
-        """Filter uint8 (H, W, 3) down the columns, then across the rows: uint8 (down.outputs, across.outputs, 3).
+        """Filter uint8 (H, W, 3) down the columns, then across the rows.
 
-        Each pass rounds to the nearest integer, halves to even; results are clipped to 0..255. The weights of both
-        passes have the same type. The result is exact if all sums fit that type's mantissa, and the values between the
-        passes need at least two bits fewer.
+        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds to the nearest integer, halves to even.
+        Results are clipped to 0..255. The weights of both passes have the same type. The result is exact if all sums
+        fit the mantissa of that type, and the values between the passes are at least two bits shorter.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -77,7 +78,7 @@ class NativeKernels:
         self._moments(pixels.ctypes.data, pixels.size // 3, sums.ctypes.data)
 
     def add_square(self, square: npt.NDArray[np.uint8], sums: npt.NDArray[np.uint16]) -> None:
-        """Add uint8 (side, side, 3), which may be a view of a larger image, to `sums`, uint16 (side, side, 3)."""
+        """Add `square`, uint8 (side, side, 3), to `sums`, uint16. `square` may be a view of a larger image."""
         if square.strides[1:] != (3, 1):
             square = np.ascontiguousarray(square)
         side = len(sums)
@@ -85,9 +86,10 @@ class NativeKernels:
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """Self-test: compare with NumPy on a small image.
+    """Self-test: compare the compiled loops with NumPy on a small image.
 
-    Both floating-point types are tested, with one to five input rows and three or four input columns for each output.
+    Both floating-point types are tested, with five taps for each output row and three or four taps for each output
+    column. Some of the weights are zero.
     """
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)

@@ -1,15 +1,16 @@
 """Rescaling: the shorter side to a given length, then the central square (the paper, section 2).
 
 The result is the same, bit for bit, on every machine. Filter weights are integers that sum to a power of two, and every
-partial sum fits the float's mantissa. So floating point is exact, whatever the order of additions, the vector width or
-the use of fused multiply-add. A compiled kernel (kernels.c) computes the sums; without it, BLAS multiplies with banded
-matrices, block by block. Only the rows and columns that the square needs are computed.
+partial sum fits the float's mantissa. So the floating-point sums are exact for any order of additions and any vector
+width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums. Without the kernel, BLAS
+multiplies the pixels by banded matrices, block by block. Only the rows and columns of the square are computed.
 
-`area` is the true area average: every source pixel counts by the share of it that lies under the output pixel, as in
-OpenCV's INTER_AREA, which made the authors' 2014 data set (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX
-differs: it counts a source pixel fully or not at all. On ILSVRC's sizes it is off by 4 grey levels on average and by
-over 100 at edges. The other filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each
-widened by the scale when shrinking) without Pillow's 8-bit rounding between the passes.
+`area` is the true area average: the weight of a source pixel is the part of its area that lies under the output pixel.
+OpenCV's INTER_AREA uses the same weights; the authors' 2014 data set was made with INTER_AREA (cuda-convnet2,
+make-data/pyext/src/pyext.cpp). Pillow's BOX differs: it counts a source pixel fully or not at all. For images of
+ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other filters are
+Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by the scale factor when
+shrinking) without Pillow's 8-bit rounding between the passes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """(width, height) in px after rescaling the shorter side to `side_px`; the longer one is rounded, halves up."""
+    """(width, height) in px after rescaling the shorter side to `side_px`; the longer side is rounded, halves up."""
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
 
@@ -41,9 +42,9 @@ def rescale(
 ) -> npt.NDArray[np.uint8]:
     """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
-    Returns uint8 (side_px, side_px, 3), or with `keep_aspect` (H', W', 3), see rescaled_size. The square begins at
-    (longer side − side_px) // 2. `filter` is one of FILTERS, else ValueError is raised. To enlarge, `area` uses
-    `bicubic`, since there is no area to average.
+    Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The square begins at
+    (longer side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, since there is no area
+    to average. Raises ValueError if `filter` is not one of FILTERS.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -65,12 +66,12 @@ def rescale(
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """Number of bits of the weights of each pass and of the values between the passes: few enough for exact sums.
+    """Bits of the weights of each pass and of the values between the passes. They are few enough for exact sums.
 
-    `area`, whose weights are not negative, needs 8 + 16 bits, then (8 + 4) + 12: both 24, the mantissa of float32.
-    Filters with negative lobes use float64, with more bits than can show in 8-bit pixels. A weight is a multiple of
-    2^-bits. The weights of the first pass are stored times 2^between_bits, so that its sums only need to be rounded to
-    integers.
+    The weights of `area` are not negative. The first pass needs 8 + 16 bits and the second (8 + 4) + 12 bits; both are
+    24 bits, the mantissa of float32. The other filters use float64, with more bits than can affect 8-bit pixels. A
+    weight is a multiple of 2^-bits. The weights of the first pass are stored times 2^between_bits, so that the sums of
+    the first pass only need to be rounded to integers.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -85,9 +86,10 @@ _ARITHMETIC = {"area": _EXACT32, "bilinear": _EXACT64, "bicubic": _EXACT64, "lan
 
 
 class _PassSpec(NamedTuple):
-    """One pass of a separable filter: rescales lines of `n_in` pixels to `n_out`; only first..last − 1 are computed.
+    """One pass of a separable filter: rescales lines of `n_in` pixels to `n_out` pixels.
 
-    `channels` is 1 for the first pass, down columns of single numbers, and 3 for the second, across rows of RGB pixels.
+    Only the output pixels first..last − 1 are computed. `channels` is 1 for the first pass, which filters columns of
+    single numbers, and 3 for the second pass, which filters rows of RGB pixels.
     """
 
     n_in: int
@@ -101,8 +103,8 @@ class _PassSpec(NamedTuple):
 class _BandedMatrix(NamedTuple):
     """The matrix of one pass for BLAS, cut into bands along its diagonal.
 
-    A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of those of an output line,
-    and a matrix. Inputs are counted from `source.start`.
+    A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of the elements of an output
+    line, and a matrix. The input slice is relative to `source.start`.
     """
 
     source: slice  # pixels of the line that the pass reads
@@ -132,7 +134,7 @@ def _matmul_passes(
     return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_CACHE_BYTES = 64_000_000  # size of all weights; for ILSVRC's sizes a pair of passes takes 10 KB, or 0.1 MB for BLAS
+_CACHE_BYTES = 64_000_000  # limit for all weights; a pair of passes for an ILSVRC image has 10 KB, or 0.1 MB for BLAS
 _cache: OrderedDict[tuple[Callable[[_PassSpec], Any], _PassSpec], Any] = OrderedDict()
 _cached_bytes = 0
 
@@ -146,7 +148,7 @@ def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
     else:
         _cache[key] = make(spec)
         _cached_bytes += _cache[key].size
-        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # the last two are in use
+        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # the last two entries are in use
             _cached_bytes -= _cache.popitem(last=False)[1].size
     result: Pass = _cache[key]
     return result
@@ -162,8 +164,8 @@ def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
         first_inputs, weights = _area_weights(n_in, n_out, outputs)
     else:
         first_inputs, weights = _kernel_weights(n_in, n_out, outputs, name)
-    # The running sum is rounded, not each weight. So the weights sum to exactly 2^bits, which keeps a flat image flat,
-    # and rounding makes no weight negative.
+    # The running sums of the weights are rounded, instead of each weight. So the weights sum to exactly 2^bits, an
+    # image of one colour keeps its colour, and rounding makes no weight negative.
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
     scaled = sums * 2.0 ** ((arithmetic.between_bits if channels == 1 else -arithmetic.between_bits) - bits)
@@ -174,14 +176,15 @@ def _native_pass(spec: _PassSpec) -> kernels.FilterPass:
     return kernels.FilterPass(*_filter_taps(spec))
 
 
-_BAND_OUTPUTS = {1: 16, 3: 4}  # outputs of a band, by channels: larger bands multiply more zeros, smaller ones are slow
+_BAND_OUTPUTS = {1: 16, 3: 4}  # channels -> outputs of a band; larger bands multiply more zeros, smaller bands are slow
 
 
 def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
     """The matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
 
-    For channels = 1 the weights of a band are (outputs, inputs), to multiply from the left. For 3 they are transposed,
-    and every weight is repeated for R, G and B: (3 inputs, 3 outputs), to multiply interleaved pixels from the right.
+    For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
+    channels = 3 they are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right; every
+    weight is repeated for R, G and B.
     """
     n_in, channels, block = spec.n_in, spec.channels, _BAND_OUTPUTS[spec.channels]
     first_inputs, tap_weights = _filter_taps(spec)
@@ -192,7 +195,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
     starts = np.minimum(starts, n_in - length)
 
     band, row = np.divmod(np.arange(outputs), block)
-    column = (first_inputs - starts[band])[:, None] + np.arange(taps)  # beyond `length` only for taps of weight zero
+    column = (first_inputs - starts[band])[:, None] + np.arange(taps)  # taps beyond `length` have weight zero
     if channels == 1:
         dense = np.zeros((len(starts), block, length + taps), tap_weights.dtype)
         dense[band[:, None], row[:, None], column] = tap_weights
@@ -230,7 +233,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 
 
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """First input of each output (outputs,), and weights (outputs, taps). When shrinking, the kernel is widened."""
+    """First input of each output (outputs,), and weights (outputs, taps). For shrinking, the kernel is widened."""
     radius, kernel = _KERNELS[name]
     scale = n_in / n_out
     width = max(scale, 1.0)
@@ -254,7 +257,7 @@ def _lanczos3(x: Floats) -> Floats:
     return np.where(x < 3.0, np.sinc(x) * np.sinc(x / 3.0), 0.0)
 
 
-_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # (radius in px when enlarging, function)
+_KERNELS: dict[str, tuple[float, Callable[[Floats], Floats]]] = {  # (radius in px when enlarging, kernel function)
     "bilinear": (1.0, _triangle),
     "bicubic": (2.0, _keys_cubic),
     "lanczos": (3.0, _lanczos3),

@@ -1,1 +1,1 @@
-"""The format of a store on disk: manifest, records in LMDB shards, and the log of inputs. Images are not processed."""
+"""The format of a store on disk: manifest, records in LMDB shards, log of inputs. prep.images processes images."""

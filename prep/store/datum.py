@@ -3,12 +3,14 @@
 The messages are simple enough to write and parse without the protobuf library. Two of the fields are always written:
 
 - The label, even if it is zero: DALI checks proto2's has_label() and silently returns an empty label if it is missing.
-- `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so every payload here is a JPEG or
-  PPM file that states its own shape.
+- `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so the data of every record is a
+  JPEG or PPM file, which states its own shape.
 
 Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
-and, last in the message, a CRC-32 of all bytes before it. Their numbers are too high to collide, and other readers skip
-them. A record can be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
+and, at the end of the message, a CRC-32 of all bytes before the CRC field. The numbers of both fields are too high to
+collide with Caffe's. Readers that do not know the fields skip them.
+
+A record can be checked without parsing it: `value[-4:]` is the little-endian zlib.crc32 of `value[:-6]`.
 """
 
 from __future__ import annotations
@@ -21,14 +23,14 @@ from typing import NamedTuple
 
 CHANNELS, HEIGHT, WIDTH, DATA, LABEL, FLOAT_DATA, ENCODED = 1, 2, 3, 4, 5, 6, 7
 SOURCE, CRC32 = 1001, 1002
-CRC32_BYTES = 6  # size of the checksum field at the end of a record: tag (2) and number (4)
+CRC32_BYTES = 6  # size of the checksum field at the end of a record: tag (2 bytes) and CRC-32 (4 bytes)
 
 _KNOWN = {CHANNELS, HEIGHT, WIDTH, DATA, LABEL, ENCODED, SOURCE}
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
 
 _VARINT_BYTES = rb"([\x80-\xff]{0,8}[\x00-\x7f])"
-_HEADER_FIELDS = re.compile(  # channels = 3, height, width, size of data
+_HEADER_FIELDS = re.compile(  # matches channels = 3, height, width and size of data
     rb"\x08\x03\x10" + _VARINT_BYTES + rb"\x18" + _VARINT_BYTES + rb"\x22" + _VARINT_BYTES, re.DOTALL
 )
 _LABEL_FIELD = re.compile(rb"\x28" + _VARINT_BYTES, re.DOTALL)
@@ -50,7 +52,7 @@ class Datum:
     channels: int = 3
 
     def encode(self) -> bytes:
-        """The record as bytes, with the checksum last."""
+        """The record as bytes, with the checksum at the end."""
         parts = [
             _varint_field(CHANNELS, self.channels),
             _varint_field(HEIGHT, self.height),
@@ -67,7 +69,7 @@ class Datum:
 
     @staticmethod
     def decode(value: bytes) -> Datum:
-        """Verify the checksum, then parse the fields. Raises DatumError if one of them is wrong."""
+        """Verify the checksum, then parse the fields. Raises DatumError if the checksum or a field is wrong."""
         verify_checksum(value)
         fields = parse_fields(value, len(value) - CRC32_BYTES)
         numbers = [fields.get(field) for field in (HEIGHT, WIDTH, LABEL, CHANNELS)]
@@ -91,7 +93,7 @@ class ImageSpan(NamedTuple):
 
 
 def locate_image(value: memoryview) -> ImageSpan:
-    """Find the image in a record without copying it. The checksum is not verified. Raises DatumError."""
+    """Find the image in a record without copying it or verifying the checksum. Raises DatumError for another format."""
     header = _HEADER_FIELDS.match(value)
     if header:
         height, width, size = (_varint_value(varint) for varint in header.groups())
@@ -109,7 +111,7 @@ def _varint_value(varint: bytes) -> int:
 
 
 def verify_checksum(value: bytes) -> None:
-    """Raise DatumError unless the record ends with the checksum of the bytes before it."""
+    """Raise DatumError unless the record ends with a correct checksum."""
     if len(value) < CRC32_BYTES or value[-6:-4] != _CRC_TAG:
         raise DatumError("no checksum at the end of the record")
     stored, computed = int.from_bytes(value[-4:], "little"), zlib.crc32(value[:-6])
@@ -163,7 +165,7 @@ def _varint(value: int) -> bytes:
 
 
 def _read_varint(value: bytes, offset: int, end: int) -> tuple[int, int]:
-    """(number, offset of the next byte). Raises DatumError if the number is cut off or too long."""
+    """Read a varint: (number, offset of the next byte). Raises DatumError if the varint is cut off or too long."""
     number = shift = 0
     while offset < end and shift < 64:
         byte = value[offset]

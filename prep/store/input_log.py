@@ -15,13 +15,14 @@ from typing import Any, BinaryIO
 
 from prep.files import atomic_file
 
-_MAX_REASONS = 20  # keeps the manifest small, however many different reasons there are
+_MAX_REASONS = 20  # keeps the manifest small if there are many different reasons
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Counts of conversions, EXIF orientations and reasons of bad inputs, as they are in Split.account.
+    """Count the conversions, the EXIF orientations and the reasons for bad inputs, in the form of Split.account.
 
-    The _MAX_REASONS most frequent reasons are counted by name, the rest together as "other reasons".
+    The _MAX_REASONS most frequent reasons are counted by name. All other reasons are counted together as "other
+    reasons".
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()
@@ -39,7 +40,7 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Write inputs.jsonl atomically, one line for each outcome; returns their totals, see summarize_outcomes."""
+    """Write inputs.jsonl atomically, one line for each outcome. Returns the totals (see summarize_outcomes)."""
     with atomic_file(path) as file:
         return summarize_outcomes(_write_each(outcomes, file))
 
@@ -51,9 +52,9 @@ def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterat
 
 
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes in an inputs.jsonl. Raises OSError if it cannot be read, ValueError if a line is not JSON.
+    """Yield the outcomes in an inputs.jsonl. Raises OSError if reading fails, ValueError if a line is not JSON.
 
-    Only \\n ends a line: a file name may hold U+2028, which str.splitlines would take for a line end.
+    Only \\n ends a line. A file name may hold U+2028, at which str.splitlines would also split.
     """
     with open(path, encoding="utf-8", newline="\n") as lines:
         for line in lines:

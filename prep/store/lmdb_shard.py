@@ -1,8 +1,8 @@
 """One shard of a split, an LMDB folder: written once in key order, then read sequentially or by index.
 
-Keys are 8 decimal digits, so that the B-tree's byte order is numeric order. The main database holds nothing but
-Datums, because DALI takes every key for a record. A shard's digest is SHA-256 over the key, the length (8 bytes,
-little-endian) and the value of each record in order.
+Keys are 8 decimal digits, so that LMDB's byte order of the keys is their numeric order. The main database holds only
+Datums, because DALI reads the value of every key as a record. The digest of a shard is SHA-256 over its records in
+order: for each record the key, the length of the value (8 bytes, little-endian) and the value.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ def record_key(index: int) -> bytes:
 def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, int, str]:
     """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
-    Returns (number of records, bytes of all values, digest). The file is synced on return. The memory map doubles as
-    needed, so there is no size to choose, and the file is no larger than its contents. Raises lmdb.Error or OSError if
-    the disk is full.
+    Returns (number of records, bytes of all values, digest). The file is synced before the return. The memory map is
+    doubled when it is full, so no size has to be given. The file grows only by the pages that are written. Raises
+    lmdb.Error or OSError if the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)
@@ -57,7 +57,7 @@ def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, in
 
 
 def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
-    """Write `records` in one transaction; if the map is too small for it, double the map and try again."""
+    """Write `records` in one transaction. If the memory map is too small, double it and try again."""
     while True:
         try:
             with env.begin(write=True) as txn:
@@ -69,13 +69,13 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
 
 
 def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
-    """Yield every (key, value) in order. Raises StoreError, ending in `advice`, if the LMDB is damaged."""
+    """Yield the (key, value) pairs in order. Raises StoreError, with `advice` in the text, if the LMDB is damaged."""
     with _opened(folder, advice) as env, env.begin(buffers=False) as txn:
         count, expected = 0, txn.stat()["entries"]  # DALI relies on this number
         for item in txn.cursor():
             count += 1
             if count > expected:
-                break  # damaged pages can form a cycle, which never ends
+                break  # damaged pages can form a cycle, in which the cursor never ends
             yield item
         if count != expected:
             more = "more than " if count > expected else ""
@@ -85,9 +85,10 @@ def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple
 
 
 class ShardReader:
-    """Random access to the records of one shard by index, 0..records − 1, as views of the mapped file without a copy.
+    """Random access to the records of one shard by index, from 0 to records − 1.
 
-    Raises StoreError, ending in `advice`, if the LMDB is damaged or does not hold `records` records.
+    A record is returned as a view of the memory-mapped file, without a copy. Raises StoreError, with `advice` in its
+    message, if the LMDB is damaged or does not hold `records` records.
     """
 
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
@@ -105,7 +106,7 @@ class ShardReader:
                 last = bytes(cursor.key()) if cursor.last() else b""
                 self._first = int(first) if first.isdigit() else 0
                 self._keys: list[bytes] | None = None
-                if last != record_key(self._first + records - 1):  # gaps: keys of inputs left out are unused
+                if last != record_key(self._first + records - 1):  # the keys have gaps where inputs were left out
                     cursor.first()
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
@@ -127,15 +128,15 @@ class ShardReader:
 
 
 _lock = threading.Lock()
-_environments: dict[str, tuple[lmdb.Environment, int]] = {}  # by real path, with the number of users
+_environments: dict[str, tuple[lmdb.Environment, int]] = {}  # real path -> (environment, number of users)
 
 
 @contextmanager
 def _opened(folder: Path, advice: str) -> Iterator[lmdb.Environment]:
-    """The LMDB at `folder`, shared by all its users in this process: LMDB forbids opening a file twice in a process.
+    """The LMDB environment of `folder`, shared in this process, since LMDB forbids opening a file twice in a process.
 
-    LMDB maps its file without checking it, and reading past the end of a truncated file kills the process (SIGBUS). So
-    the file's size is compared with the page count in its header before any page is read.
+    LMDB maps the file without checking it, and reading past the end of a truncated file kills the process (SIGBUS). So
+    the size of the file is compared with the page count in the file's header before any other page is read.
     """
     with _lmdb_errors_as_store_errors(folder, advice):
         path = os.path.realpath(folder)

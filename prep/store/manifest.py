@@ -1,15 +1,17 @@
-"""Store format: the files of a store, its manifest and the schema version. Writers and readers of a store use it.
+"""Store format: the files of a store, its manifest and the schema version. Writers and readers of a store import it.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
       train/00000/data.mdb …      one LMDB per shard: Caffe Datums under 8-digit keys, in a seeded order
       train/colour.json           mean RGB and colour PCA of the split, which the stream reads
       train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
-      train/inputs.jsonl          a line for each input that was converted, has an EXIF orientation, or was left out
+      train/inputs.jsonl          one line for each input that was converted, was left out, or has an EXIF
+                                  orientation other than 1
       val/…
 
-manifest.json is replaced by rename after a split is complete, so every file that it names exists. These files are never
-changed in place. A reader refuses a store with another schema number; the error has both numbers.
+After a split is complete, manifest.json is replaced by rename. So every file named in manifest.json exists. The files
+named there are never changed in place. A reader refuses a store with a schema number other than SCHEMA; the error
+message has both numbers.
 """
 
 from __future__ import annotations
@@ -38,12 +40,12 @@ T = TypeVar("T")
 
 
 class StoreError(UserError):
-    """The store is missing, unfinished, damaged, or of another version."""
+    """The store is missing, unfinished, damaged, or of another schema version."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that, together with the inputs, determine the bytes of the records. All splits of a store share them."""
+    """Options that, together with the inputs, determine the bytes of the records. All splits have the same options."""
 
     side_px: int  # length of the shorter side after rescaling
     keep_aspect: bool  # False: only the central square is stored (the paper, section 2); True: the whole image
@@ -74,8 +76,8 @@ class Split:
     label_counts: tuple[int, ...]  # number of records of each class
     shards: tuple[Shard, ...]
     moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
-    # Counts of inputs, and digests of SPLIT_FILES: {"inputs": n, "kept": n, "converted": {from: n},
-    # "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
+    # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES: {"plan": SHA-256, "inputs": n, "kept": n,
+    # "converted": {from: n}, "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
     account: Mapping[str, Any]
 
 
@@ -84,8 +86,8 @@ class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
     The square roots of `eigenvalues` are standard deviations in grey levels, the quantity that Krizhevsky's code
-    multiplies by N(0, 0.1). Divide `eigenvalues` by 255² for pixels in [0, 1], the scale of fb.resnet.torch's
-    constants.
+    multiplies by N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the constants of fb.resnet.torch
+    have that scale.
     """
 
     records: int  # number of records
@@ -94,12 +96,12 @@ class ColorStats:
     covariance: tuple[tuple[float, ...], ...]  # (3, 3), grey levels squared
     eigenvalues: tuple[float, ...]  # (3,), descending
     stdevs: tuple[float, ...]  # (3,), grey levels
-    eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j belongs to eigenvalue j; red component positive
+    eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j belongs to eigenvalue j; row 0 (red) is positive
     pixel_scale: int  # always 255
 
 
 def _from_json(cls: type[T], data: Any, where: str) -> T:
-    """Make a dataclass from a JSON object; raises StoreError unless names and types of all fields agree."""
+    """Make a dataclass from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         content = sorted(data) if isinstance(data, dict) else type(data).__name__
@@ -113,7 +115,7 @@ def _from_json(cls: type[T], data: Any, where: str) -> T:
     return cls(**{name: _as_tuple(data[name]) for name in names})
 
 
-_JSON_TYPES: dict[str, tuple[type, ...]] = {  # Python types that each annotation of a field allows
+_JSON_TYPES: dict[str, tuple[type, ...]] = {  # annotation of a field -> Python types that it allows
     "int": (int,),
     "str": (str,),
     "bool": (bool,),
@@ -132,13 +134,13 @@ class Store:
 
     root: Path
     settings: Settings
-    tools: Mapping[str, str]  # versions of the libraries that determine the bytes, by name
+    tools: Mapping[str, str]  # library -> version, of the libraries that determine the records' bytes
     classes: tuple[str, ...]  # names of the classes; a label is an index into them
     splits: Mapping[str, Split]  # by name
 
     @staticmethod
     def open(root: str | Path) -> Store:
-        """Read `root`/manifest.json. Raises StoreError unless it is a complete store of this schema version."""
+        """Read `root`/manifest.json. Raises StoreError unless `root` is a complete store of this schema version."""
         root = Path(root)
         path = root / "manifest.json"
         if not root.exists():
@@ -185,13 +187,13 @@ class Store:
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:
-        """Paths of the LMDB folders of a split, in order. Raises StoreError if one is missing or truncated."""
+        """Paths of the LMDB folders of a split, in order. Raises StoreError if a data.mdb is missing or truncated."""
         paths = []
         for shard in self.split(split).shards:
             file = self.root / shard.path / "data.mdb"
             if not file.is_file():
                 raise StoreError(f"{file} is missing from the store. Build the store again.")
-            if file.stat().st_size < shard.bytes:  # reading past its end would kill the process
+            if file.stat().st_size < shard.bytes:  # reading past the end of a mapped file would kill the process
                 raise StoreError(
                     f"{file} has {file.stat().st_size:,} bytes, its records {shard.bytes:,}. Build the store again."
                 )
@@ -218,7 +220,7 @@ class Store:
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except Exception as error:  # NumPy parses the header as Python: damage can raise anything
+        except Exception as error:  # NumPy parses the header as Python, so damage can raise any exception
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if mean.shape != (side_px, side_px, 3) or mean.dtype != np.float32:
             expected = f"float32 {(side_px, side_px, 3)}"
