@@ -27,7 +27,7 @@ from prep.cli import main
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
 _TRAIN, _VAL = 30, 12
-TRAIN_RECORDS, VAL_RECORDS = 37, 23  # the sizes of `numbered_store`
+TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numbered_store`
 
 
 def pytest_configure() -> None:
@@ -141,7 +141,7 @@ def caffe_datum() -> Callable[[], Any]:
         ("label", 5, field.TYPE_INT32, field.LABEL_OPTIONAL),
         ("float_data", 6, field.TYPE_FLOAT, field.LABEL_REPEATED),
         ("encoded", 7, field.TYPE_BOOL, field.LABEL_OPTIONAL),
-        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # `source` and `crc32` are this project's
+        ("source", 1001, field.TYPE_BYTES, field.LABEL_OPTIONAL),  # this project added the fields `source` and `crc32`
         ("crc32", 1002, field.TYPE_FIXED32, field.LABEL_OPTIONAL),
     ):
         message.field.add(name=name, number=number, type=kind, label=label)
@@ -154,7 +154,7 @@ def caffe_datum() -> Callable[[], Any]:
 def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
     """records_of(store, split) returns the (key, Datum) of each record, read with lmdb and protobuf alone.
 
-    They are in the order of shards, then of keys.
+    The records are in the order of shards, then of keys.
     """
 
     def read(store: Path, split: str) -> list[tuple[bytes, Any]]:
@@ -172,7 +172,7 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
 
 @pytest.fixture(scope="session")
 def c_compiler() -> str:
-    """The path of cc. A test that uses it is skipped without a C compiler."""
+    """The path of cc. A test that uses this fixture is skipped if there is no C compiler."""
     path = shutil.which("cc")
     if path is None:
         pytest.skip("no C compiler")

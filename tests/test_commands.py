@@ -132,7 +132,7 @@ def test_a_mistake_is_reported_in_one_line(
     assert code == 1 and out == ""
     *messages, error = [line for line in err.splitlines() if line]
     assert error.startswith("Error: ") and message in error and "Traceback" not in err
-    assert not messages or args[:2] == ["alextrain", "run"]  # which first describes the run
+    assert not messages or args[:2] == ["alextrain", "run"]  # `alextrain run` first prints a description of the run
     assert not Path("run").exists() and not Path("out.png").exists() and not Path("store").exists()
 
 

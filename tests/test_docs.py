@@ -31,7 +31,7 @@ def test_readme_has_only_speeds_that_the_measurements_have() -> None:
     measured = (ROOT / "docs" / "measurements.md").read_text("utf-8")
     assert section
     figures = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", section[1]))
-    rounded = {"1.7", "3.2"}  # GB; measured in MB
+    rounded = {"1.7", "3.2"}  # in GB; measurements.md has MB
     assert [figure for figure in figures if figure not in rounded and figure not in measured] == []
 
 
@@ -59,7 +59,7 @@ def test_links_resolve_to_files_and_headings(page: Path) -> None:
         name, _, anchor = address.partition("#")
         target = (page.parent / name) if name else page
         assert target.is_file(), address
-        if anchor and target.parent.name != "api":  # those anchors are made of docstrings: `make docs` checks them
+        if anchor and target.parent.name != "api":  # `make docs` checks the anchors of docs/api
             assert anchor in _anchors(target), address
 
 
@@ -91,7 +91,7 @@ def test_python_of_the_guide_to_the_stream_runs(store: Path, capsys: pytest.Capt
 
 
 def _executed(page: Path, store: Path, batch: int) -> dict[str, Any]:
-    """The names that the Python blocks of a page leave, run in turn on `store` with a small batch."""
+    """Run the Python blocks of a page in turn, on `store` with a small batch; returns the names that they define."""
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": page.stem}
     blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.S)

@@ -14,7 +14,7 @@ from tests.helpers.project import ROOT
 from tests.test_layering import ROOMS
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # the sections of Keep a Changelog 1.1.0
+SECTIONS = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}  # section names of Keep a Changelog 1.1.0
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text("utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
 

@@ -1,4 +1,4 @@
-"""Import order of packages and rooms, import cycles, size of folders, and which modules load heavy libraries.
+"""Tests of the import order of packages and rooms, import cycles, folder sizes, and imports of heavy libraries.
 
 A room is a subpackage, or a module at the top of a package.
 """
@@ -17,10 +17,10 @@ from tests.helpers.project import ROOT
 
 PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
 
-# By package, the parts of the project that it may import. `pipeline` and `train` only read stores.
+# The parts of the project that each package may import. `pipeline` and `train` only read stores.
 ALLOWED = {
     "prep": ("prep",),
-    # prep.images: a photograph that is not in a store is decoded and rescaled by the code that builds stores.
+    # prep.images: `pipeline` decodes and rescales a photograph outside of a store with the code that builds stores.
     "pipeline": (
         *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
@@ -31,7 +31,7 @@ ALLOWED = {
     ),
 }
 
-# Rooms of each package from the lowest to the highest: a room may import itself and those before it.
+# Rooms of each package from the lowest to the highest: a room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
         *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
@@ -47,7 +47,8 @@ ROOMS = {
         *("train.trainer", "train.report", "train.convert", "train.cli", "train.__main__"),
     ),
 }
-MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "tests": 14}  # Python files in a folder
+# Largest number of Python files in a folder.
+MAX_FILES = {"prep": 12, "pipeline": 12, "train": 12, "tools": 12, "tests": 14}
 FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": {"nvidia", "lmdb", "PIL"}}
 
 
@@ -58,7 +59,7 @@ def module_name(path: Path, root: Path = ROOT) -> str:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module that a file imports, also inside functions and for type checking only.
+    """Every module that a file imports, at the top, inside functions, or only for type checking.
 
     `from prep.store import manifest` imports prep.store.manifest.
     """
@@ -138,7 +139,7 @@ def test_no_folder_has_too_many_files(package: str) -> None:
 
 
 def test_peers_of_the_benchmarks_run_without_the_packages() -> None:
-    """They run with the interpreters of other environments, where the dependencies of the packages are missing."""
+    """The peers run with interpreters of other environments, where the dependencies of the packages are missing."""
     for path in python_files("tools/bench/peers"):
         project_modules = {module for module in imported_modules(path) if module.split(".")[0] in PROJECT}
         outside = [module for module in sorted(project_modules) if not is_within(module, "tools.bench.peers")]

@@ -1,6 +1,7 @@
 """Files made by revision 595f19d still open: stores, stream states, run folders, checkpoints and predictions.
 
-tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that writes works on a copy.
+tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes files
+works on a copy.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))  # the network of
 
 @pytest.fixture(scope="module")
 def unpacked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The unpacked files of the archive. Do not write into them: use the fixture `older`."""
+    """The unpacked files of the archive. Do not write into these; use the fixture `older`."""
     folder = tmp_path_factory.mktemp("older")
     with tarfile.open(FIXTURE / "files.tar.xz") as archive:
         archive.extractall(folder, filter="data")
@@ -82,7 +83,7 @@ def tensors_hash(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def open_older_run(folder: Path, epochs: int = 2, **settings: Any) -> Run:
-    """Open the older run with the settings with which it was trained; `settings` replaces some."""
+    """Open the older run with the settings with which it was trained; `settings` replaces some of these settings."""
     given = {"model": SMALL, "run_dir": folder / "run", "epochs": epochs, "log_every": 1, "threads": 1, **settings}
     return Run.open(RunConfig(folder / "store-jpeg", SHORT, 4, **given))
 
@@ -142,7 +143,7 @@ def test_a_checkpoint_loads_with_the_same_parameters_and_velocity(unpacked: Path
 def test_a_run_continues_with_the_parameters_and_metrics_of_the_older_version(older: Path) -> None:
     """Remove the last checkpoint and train steps 4 to 6 again. Revision 595f19d saved the expected results.
 
-    They are equal to the bit on the CPU that made the files, and close on others.
+    The results are equal to the bit on the CPU that made the files, and close on other CPUs.
     """
     then, lines = checkpoint.load(older / "run", "last"), read_lines(older / "run")
     checkpoint.path_of(older / "run", 6).unlink()
@@ -214,7 +215,7 @@ def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
     first, second = answer["runs"]
     for kind in ("train", "val", "best"):
         assert (first[kind]["step"], first[kind]["top1_error"]) == (second[kind]["step"], second[kind]["top1_error"])
-    # The older run was made by Python 3.11 and a CPU build of torch.
+    # The environment differs: Python 3.11 and a CPU build of torch made the older run.
     assert [name for name in answer["differences"] if not name.startswith("environment.")] == []
     assert Path("compared.png").stat().st_size > 0
 
@@ -231,7 +232,7 @@ def test_search_uses_the_existing_index(older: Path) -> None:
     written = index.stat().st_mtime_ns
     answer = alextrain("search run photograph.png --store store-jpeg --gpus cpu --count 2")
     assert index.stat().st_mtime_ns == written and list((older / "run").glob("*.npz")) == [index]
-    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}  # as found by 595f19d
+    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}  # computed by 595f19d
     assert distances == pytest.approx({"n00000001/train_06.png": 0.27885, "n00000002/train_01.png": 0.33745}, rel=1e-3)
 
 

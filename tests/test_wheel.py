@@ -18,13 +18,14 @@ from tests.fixtures import typed_program
 from tests.helpers.project import ROOT
 
 PACKAGES = ("prep", "pipeline", "train")
-SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # everything that a wheel is built from
+SOURCES = (*PACKAGES, "tools", "pyproject.toml", "README.md", "LICENSE")  # input of the wheel's build
 
 
 def copy_sources(folder: Path, *names: str) -> Path:
     """Copy files and folders of the checkout.
 
-    The build writes compiled libraries beside the sources. In the checkout other tests may be loading these.
+    The build writes compiled libraries next to the sources. In the checkout, other tests may be loading
+    these libraries.
     """
     for name in names:
         if (ROOT / name).is_dir():
@@ -46,7 +47,7 @@ def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the checkout, with files beside the packages that it must not hold."""
+    """A wheel built from a copy of the checkout, to which files were added that the wheel must not contain."""
     others = ("tests", "docs", "Makefile", "CHANGELOG.md", "constraints.txt", ".gitignore")
     return build_wheel(
         copy_sources(tmp_path_factory.mktemp("sources"), *SOURCES, *others), tmp_path_factory.mktemp("wheel")
@@ -111,7 +112,7 @@ def test_commands_run_with_the_wheel_alone(installed: Path, tmp_path: Path) -> N
 
 
 def test_a_users_program_has_the_types_of_the_wheel(installed: Path, tmp_path: Path) -> None:
-    """mypy --strict sees the packages as installed ones, so they have types only if they ship py.typed."""
+    """mypy --strict sees installed packages, and reads the types of a package only if it contains py.typed."""
     program = Path(shutil.copy(typed_program.__file__, tmp_path / "program.py"))
     interpreter = installed.parents[2] / "bin" / "python"
     command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--cache-dir", str(tmp_path / "cache")]

@@ -3,15 +3,17 @@
     python -m tools.compare_bits            # with 595f19d, the revision before the packages were divided into folders
     python -m tools.compare_bits HEAD~1
 
-Both trees are copied into a temporary folder and their C kernels are compiled there, so the working tree may be edited
-meanwhile. The demo's photographs are made once; then each tree, in processes that import its packages only, computes
+The command copies both trees into a temporary folder and compiles their C kernels there, so the working tree may be
+edited meanwhile. It makes the demo's photographs once. Then each tree computes the following results, in processes that
+import only the packages of that tree:
 
 -   the store of the demo's photographs (fingerprints of both splits, colour statistics), with and without C kernels;
 -   the first batches of the CPU stream in several settings, with C kernels and with DALI alone (ALEXNET_NATIVE=0);
--   seeded training runs: weights, velocity, metrics; the probabilities of the validation pictures.
+-   seeded training runs: weights, velocity, metrics, and the class probabilities of the validation images.
 
-Each result is hashed (tools/tree_bits.py) and the hashes are compared. Exit code 0: all are the same; 1: one differs,
-or a step failed. It takes 7 minutes of CPU time on two cores, and 3 GB of temporary space.
+Each result is hashed (tools/tree_bits.py) and the hashes are compared. The exit code is 0 if all hashes are the same,
+and 1 if a hash differs or a step failed. The comparison takes 7 minutes of CPU time on two cores, and 3 GB of disk
+space in the temporary folder.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Run:
     name: str
     options: str  # of `alextrain run`
     kernels: bool = True  # C kernels on
-    evaluate: str = ""  # options of `alextrain evaluate` afterwards; empty: none
+    evaluate: str = ""  # options of `alextrain evaluate`, run afterwards; empty: not run
 
 
 RUNS = (
@@ -68,13 +70,13 @@ class Tree:
         self.hashes: dict[str, str] = {}
 
     def compile(self) -> None:
-        """Compile the C kernels; raises UserError where that fails."""
+        """Compile the C kernels; raises UserError if this fails."""
         for source, library in self._worker("compile")["results"].items():
             if library is None:
                 raise UserError(f"{self.name}: {source} could not be compiled. Install a C compiler, or set CC.")
 
     def build_stores(self, photographs: Path) -> None:
-        """Build the demo's store as JPEG and as raw pixels, and the former a second time without C kernels."""
+        """Build the demo's store as JPEG with C kernels, as JPEG without C kernels, and as raw pixels."""
         for folder, options, kernels in (("jpeg", "", True), ("ppm", "--format ppm", True), ("again", "", False)):
             store, name = self._store(folder), folder if kernels else "jpeg without C kernels"
             with timed(f"{self.name}: store, {name}"):
@@ -96,7 +98,7 @@ class Tree:
             self.hashes |= {f"{name}{suffix}": value for name, value in result["results"].items()}
 
     def train(self, run: Run) -> None:
-        """Run one training, hash what it wrote, and remove its folder."""
+        """Run one training, hash the files that it wrote, and remove its folder."""
         run_dir, predictions = self.scratch / "run", self.scratch / "predictions.npz"
         store = f"--store {self._store('jpeg')} --gpus cpu"
         with timed(f"{self.name}: run {run.name}"):
@@ -117,7 +119,7 @@ class Tree:
         return self.scratch / f"store-{name}"
 
     def _check_kernels(self, loaded: Sequence[str], expected: Sequence[str]) -> None:
-        """Raise UserError where kernels that were compiled were not used, or were used although switched off."""
+        """Raises UserError if compiled kernels were not used, or if kernels were used that were switched off."""
         packages = sorted({library.split("/")[0] for library in loaded})
         missing = sorted(set(expected) - set(packages))
         if missing:
@@ -132,7 +134,7 @@ class Tree:
         return json.loads(self._python(*arguments, kernels=kernels).splitlines()[-1])
 
     def _python(self, *arguments: object, kernels: bool) -> str:
-        """Standard output of tools/tree_bits.py in this tree; raises UserError with the end of its errors."""
+        """Standard output of tools/tree_bits.py in this tree; a UserError quotes the end of its standard error."""
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ALEXNET_STORE", None)
         environment.pop("ALEXNET_NATIVE", None)
@@ -180,13 +182,13 @@ def copy_tree(tree: Path, folder: Path) -> None:
     if ended.returncode:
         raise UserError(f"--tree {tree}: git ls-files failed ({ended.stderr.strip()}). Name a checkout.")
     for name in filter(None, ended.stdout.split("\0")):
-        if (tree / name).is_file():  # not one that was deleted and is still in the index
+        if (tree / name).is_file():  # git ls-files also lists deleted files that are still in the index
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(tree / name, folder / name)
 
 
 def compare(revision: str, tree: Path, photographs: int | None, batches: int) -> list[dict[str, Any]]:
-    """A row for each result: its name, the hash there (`revision`), the hash here (`tree`), whether they agree."""
+    """A row for each result: its name, its hashes in `revision` ("there") and `tree` ("here"), whether they agree."""
     with tempfile.TemporaryDirectory(prefix="compare-bits-") as temporary:
         scratch = Path(temporary)
         trees = []
@@ -216,7 +218,7 @@ def compare(revision: str, tree: Path, photographs: int | None, batches: int) ->
 
 
 def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
-    """The rows, a line each, with the first 12 digits of the hashes."""
+    """The rows as text, a line each, with the first 12 digits of the hashes."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'result':<{width}}  {revision[:12]:<12}  {'here':<12}"]
     for row in rows:

@@ -1,7 +1,7 @@
 """Build hook for pip (hatchling): compiles the kernels.c of each subpackage, if a C compiler is available.
 
-The compiler is $CC or cc. If the compiler supports it, each function is compiled for two kinds of CPU. So a library
-runs on any machine of the same architecture, and on x86 it uses AVX2 if the CPU has it.
+The compiler is $CC or cc. If the compiler supports it, each function is compiled for two kinds of CPU. Therefore a
+library runs on any machine of the same architecture, and on x86 the library uses AVX2 if the CPU has it.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# Neither -fno option changes results. Without these options errno and floating-point traps, which are not used here,
-# would keep the compiler from vectorizing loops.
+# The -fno options do not change results. Without them the compiler would not vectorize loops, because it would have to
+# preserve errno and floating-point traps, which this code does not use.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
@@ -34,7 +34,7 @@ def compile_native(source: Path) -> Path | None:
     try:
         with tempfile.TemporaryDirectory(dir=source.parent) as folder:
             output = Path(folder, library.name)
-            for clones in (["-DCLONES"], []):  # target_clones is missing in some compilers
+            for clones in (["-DCLONES"], []):  # some compilers do not support target_clones
                 command = [*compiler, *FLAGS, *clones, str(source), "-o", str(output)]
                 if subprocess.run(command, capture_output=True, check=False).returncode == 0:
                     for old in source.parent.glob(f"{source.stem}-*.so"):

@@ -1,9 +1,9 @@
-"""The whole flow on the demo's data set, in minutes on two cores: photographs in, a trained and evaluated AlexNet out.
+"""Run the complete workflow on the demo's data set, from photographs to a trained and evaluated AlexNet.
 
     python -m tools.demo
 
-Runs the commands of the project as a user would type them, and prints each. After an interruption it continues where
-it stopped; after a finished run it starts from the beginning.
+The program prints and runs the commands that a user would type. After an interruption it continues where it stopped;
+after a finished run it starts from the beginning. It takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RESULTS = (
 
 
 def run_demo(folder: Path) -> None:
-    """Run the flow in `folder`; raises UserError if a command fails."""
+    """Run the workflow in `folder`; raises UserError if a command fails."""
     started = time.monotonic()
     finished = folder / ".alexnet-demo-finished"
     if finished.exists():
@@ -68,7 +68,7 @@ def _run_command(arguments: list[str]) -> dict[str, float]:
     """Run a command of this environment and show its output; returns the JSON object that it prints with --json."""
     script = Path(sys.executable).parent / arguments[0]
     as_json = "--json" in arguments
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C also reaches the command, which then saves and ends
+    before = signal.signal(signal.SIGINT, lambda *_: None)  # the command also gets Ctrl-C, saves and ends
     try:
         with subprocess.Popen(
             [str(script), *arguments[1:]], stdout=subprocess.PIPE if as_json else None, text=True

@@ -1,38 +1,43 @@
-"""Check on a machine with a GPU that stream and network compute what they compute on the CPU, and measure their speed.
+"""Check that stream and network compute the same results on a GPU as on the CPU, and measure their speed on the GPU.
 
     python -m tools.gpu_check --store STORE --ppm-store PPM_STORE --out gpu.json
 
-Run it from the root of a checkout, or with the checkout on PYTHONPATH; the project need not be installed. Triton needs
-a C compiler. Without one the table of the machine names the reason, and the normalization uses PyTorch's operators. A
-store of 3,200 records is enough, since epochs follow each other. Without --quick it takes under 6 minutes on one GPU.
+Run the command from the root of a checkout, or with the checkout on PYTHONPATH; the project need not be installed.
+Triton needs a C compiler. Without a compiler the normalization uses PyTorch's operators, and the table of the machine
+gives the reason. A store of 3,200 records is enough, because the stream starts another epoch when one ends. Without
+--quick the command takes under 6 minutes on one GPU.
 
-Each check prints ok or FAILED, the value found and the limit:
+Each check prints ok or FAILED, the measured value and the limit. The checks compare:
 
--   the stream on the GPU against the CPU, with the same records and random parameters: JPEG records may differ as two
-    decoders do (nvJPEG and libjpeg-turbo upsample chroma differently), PPM records by float32 rounding; NCHW and NHWC;
-    mean of the channel, of the image, aligned; a stream resumed from a state on the GPU, bit by bit;
--   logits and gradients of the network in each precision against float64 on the CPU, also on two GPUs if there are two;
--   local response normalization, in the implementation chosen for this device, against torch's own in float64;
--   three steps run twice from one seed; that a step never makes the host wait for the GPU.
+-   batches of the stream on the GPU and on the CPU, from the same records and random parameters, in NCHW and NHWC, with
+    each kind of mean (channel, image, aligned). Batches of JPEG records may differ because the decoders differ (nvJPEG
+    and libjpeg-turbo upsample chroma differently); batches of PPM records may differ by float32 rounding;
+-   batches of the stream on the GPU and of a stream resumed from its state, which must be equal to the bit;
+-   logits and gradients of the network in each precision with float64 on the CPU, also on two GPUs if there are two;
+-   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
+-   two runs of three steps with the same seed.
 
-The rates are medians over turns of about a second. Contestants take turns, with the devices idle before and after each
-turn; the first round is not counted (see tools/bench/harness.py):
+A further check is that a training step never makes the host wait for the GPU.
 
-    stream of jpeg       the stream alone: batches that nothing uses
+The rates are medians over turns of about a second. Contestants take turns, and the devices are idle before and after
+each turn. The first round is not counted (see tools/bench/harness.py):
+
+    stream of jpeg       the stream alone; its batches are discarded
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
     bf16 from jpeg       training steps on batches of the stream; `of ours` is the ratio to bf16, goal 0.98
-    bf16, one GPU        if two GPUs are given: the same step with both columns on the first
+    bf16, one GPU        only with two GPUs: the same step with both columns on the first GPU
 
---cudnn-benchmark lets cuDNN try its algorithms for each shape and keep the fastest, for the whole process. To compare,
-run the tool once with it and once without.
+--cudnn-benchmark lets cuDNN try its algorithms for each shape and keep the fastest one; the setting holds for
+the whole process. To compare, run the tool once with and once without this option.
 
 Further timings: the network at larger batches, the time of a step by kind of kernel (torch.profiler), the memory of its
-tensors, and the step replayed from a CUDA graph. The share of the peak counts two operations for each multiply-add and
-three times those of a forward pass, less the gradient of the image, which is not computed; the peak is the dense
-bfloat16 rate of the data sheet. The hours are those of 90 epochs of 1,281,167 images; the goal is under 2.
+tensors, and the step replayed from a CUDA graph. The share of the peak counts two operations for each multiply-add. A
+step has three times the multiply-adds of a forward pass, without the gradient of the image, which is not computed. The
+peak is the dense bfloat16 rate of the data sheet. The hours are the time of 90 epochs of 1,281,167 images; the goal is
+under 2 hours.
 
-Exit code 0: every check is ok; 1: a check failed, or there is no GPU. `--device cpu --quick` runs the same code without
-a GPU and with eight maps a layer, to try the tool; its rates mean nothing.
+The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs the
+same code without a GPU and with eight maps in each layer, to try the tool; the rates of such a trial have no meaning.
 """
 
 from __future__ import annotations
@@ -169,7 +174,7 @@ def print_machine(facts: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the tables to standard output. A part that was not measured is a text, which is printed instead."""
+    """Print the tables to standard output. A timing that failed has a text in place of its table."""
     for name in ("rates", "graph"):
         rows: Sequence[Row] | str | None = report.get(name)
         if rows is not None:

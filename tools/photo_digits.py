@@ -1,8 +1,8 @@
 """Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
-Made of two data sets in scikit-learn: the 1,797 digits of load_digits (8×8 px, 16 grey levels), each drawn large and
-bright over a darkened part of one of the two photographs of load_sample_images. As in ILSVRC, sizes and orientations
-vary, and there are some greyscale and CMYK files and two PNGs that are named .JPEG.
+The data set is made of two data sets in scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, 16 grey levels)
+is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in
+ILSVRC, sizes and orientations vary, and there are some greyscale and CMYK files and two PNGs that are named .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
@@ -10,9 +10,9 @@ vary, and there are some greyscale and CMYK files and two PNGs that are named .J
 
     python -m tools.photo_digits OUT
 
-With --hard it is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md): brighter photographs, darker
-digits of any colour, with a side of 0.6 to 1 of the central square and rotated by up to 15°; each training digit is
-drawn four times.
+With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md): the
+photographs are brighter, and the digits are darker and of any colour. A digit's side is 0.6 to 1 times the side of the
+central square, and digits are rotated by up to 15°. Each training digit is drawn four times.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CLASSES = 10
 VAL_PICTURES = 297
 SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
-_SPECIAL_EVERY = 60  # of so many images one is greyscale and one CMYK
+_SPECIAL_EVERY = 60  # among 60 images, one is greyscale and one is CMYK
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Difficulty:
     """How clearly a digit stands out from the photograph."""
 
     darken: float = 0.4  # factor on the photograph
-    tint: tuple[int, int] = (200, 255)  # range of R, G and B of the digit
-    share: tuple[float, float] = (0.8, 1.0)  # range of the digit's side, with its margin, over the shorter side
+    tint: tuple[int, int] = (200, 255)  # range of the digit's R, G and B values
+    share: tuple[float, float] = (0.8, 1.0)  # range of: digit's side with its margin / shorter side
     tilt_degrees: float = 0.0  # largest rotation, in either direction
     copies: int = 1  # drawings of each training digit
 
@@ -57,7 +57,7 @@ def draw_digit(
     rng: np.random.Generator,
     difficulty: Difficulty = EASY,
 ) -> Image.Image:
-    """Draw one digit, (8, 8) with values 0..16, over a part of a photograph.
+    """Draw one digit, an array (8, 8) with values 0..16, over a part of a photograph.
 
     Returns an RGB image whose shorter side has 200 to 500 px, in either orientation.
     """
@@ -67,13 +67,13 @@ def draw_digit(
         width, height = height, width
     picture = _random_part(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell, which keeps the edges soft
+    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell that keeps the edges soft
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
     if difficulty.tilt_degrees:
         angle = rng.uniform(-difficulty.tilt_degrees, difficulty.tilt_degrees)
         mask = mask.rotate(angle, Image.Resampling.BICUBIC)
-    max_shift = (short - size) // 2  # stays inside the central square, so that the whole digit is in the store
+    max_shift = (short - size) // 2  # keeps the digit inside the central square, which the store holds
     top = (height - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     left = (width - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     red, green, blue = (int(c) for c in rng.integers(difficulty.tint[0], difficulty.tint[1] + 1, size=3))
@@ -94,8 +94,8 @@ def _random_part(photograph: Image.Image, width: int, height: int, rng: np.rando
 def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty: Difficulty = EASY) -> tuple[int, int]:
     """Write the data set to the new folder `out`; returns the numbers of training and validation images.
 
-    `limit` takes only so many digits, for tests. The folder is written under a temporary name and renamed at the end,
-    so it is complete if it exists. Raises UserError if `out` exists already.
+    If `limit` is given, only `limit` digits are used, for tests. The folder is written under a temporary name and
+    renamed at the end, so `out` is complete if it exists. Raises UserError if `out` exists already.
     """
     if out.exists():
         raise UserError(f"{out} exists. Name a new folder, or delete this one.")
@@ -113,7 +113,7 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
     (temporary / "val").mkdir()
 
     def draw(index: int) -> int:
-        """Draw image `index` with its own generator, so that the order of threads has no effect; returns its label."""
+        """Draw image `index` with its own random generator, independent of the order of threads; returns its label."""
         label = int(digits.target[order[index]])
         path = temporary / "train" / f"n{label:08d}" / f"n{label:08d}_{index:04d}.JPEG"
         if index < val_count:

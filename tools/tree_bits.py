@@ -1,4 +1,4 @@
-"""Hash what the packages of one source tree compute. tools.compare_bits runs this program in a separate process.
+"""Hash the results of the packages of one source tree. tools.compare_bits runs this program in a separate process.
 
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py compile
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py command KERNELS.json alextrain run --store STORE …
@@ -8,8 +8,8 @@
 
 `command` runs a command of the project, and writes a list of the compiled kernels that it loaded to KERNELS.json. The
 other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}; the results of
-`compile` are {source: library or null}. Only names that exist in both trees may be used here: the three commands,
-`pipeline.loader`, `pipeline.augment.Augmentation`, and files.
+`compile` are {source: library, or null if compiling failed}. This program may use only names that
+exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def loaded_kernels(tree: Path) -> list[str]:
 
 
 def compile_kernels(tree: Path) -> dict[str, str | None]:
-    """Compile every C source of the packages; None where the compiler failed."""
+    """Compile every C source of the packages; None if the compiler failed."""
     compile_native = import_module("tools.compile_native").compile_native
     libraries = {}
     for source in sorted(path for name in PACKAGES for path in (tree / name).rglob("*.c")):
@@ -57,7 +57,7 @@ def compile_kernels(tree: Path) -> dict[str, str | None]:
 
 
 def run_command(tree: Path, args: list[str]) -> None:
-    """Run one of the project's commands in this process; it ends by SystemExit."""
+    """Run one of the project's commands in this process. The command ends by raising SystemExit."""
     kernels_file, name, *arguments = args
     try:
         import_module(COMMANDS[name]).main(arguments, prog_name=name)
@@ -98,7 +98,7 @@ def batches_hash(loader: Any, batches: int) -> str:
 def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     """Training batches of 64 and evaluation batches of 32 of the CPU stream, in several settings.
 
-    Fewer settings where the C kernels are switched off.
+    If the C kernels are switched off, there are fewer settings.
     """
     augment, loader = import_module("pipeline.augment"), import_module("pipeline.loader")
     make = augment.Augmentation
@@ -130,7 +130,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     hashes = {}
     for name, (store, settings) in training.items():
         stream = loader.train_loader(store, 64, **{"seed": 0, **settings})
-        batch_count = min(batches, len(stream) + 1)  # one batch of the next epoch where the store is small
+        batch_count = min(batches, len(stream) + 1)  # if the store is small: one epoch and a batch of the next
         hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
     for name, (store, settings) in evaluation.items():
         stream = loader.eval_loader(store, 32, **settings)
@@ -139,7 +139,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
 
 
 def run_hashes(run_dir: Path) -> dict[str, str]:
-    """Weights, velocity and the rest of the newest checkpoint of a run, and the lines of its metrics.jsonl."""
+    """Hashes of the newest checkpoint of a run (weights, velocity, generator, state) and of its metrics.jsonl."""
     import torch
 
     newest = max(run_dir.glob("checkpoint-*.pt"))
@@ -162,7 +162,7 @@ def tensors_hash(tensors: Mapping[str, Any]) -> str:
 
 
 def array_hashes(file: Path) -> dict[str, str]:
-    """Every numeric array of a file of saved predictions."""
+    """Hash of every numeric array of a file with saved predictions."""
     import numpy as np
 
     with np.load(file, allow_pickle=False) as arrays:

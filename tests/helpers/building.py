@@ -31,7 +31,7 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # limit for waits that might never end; the longest takes 8 s alone, 40 s on a busy machine
+DEADLINE_S = 240.0  # limit of waits; the longest wait takes 8 s on an idle machine, 40 s on a busy one
 
 
 class Stopped(Exception):
@@ -53,7 +53,7 @@ class InlineRunner:
 
 
 class StoppingRunner(InlineRunner):
-    """Raises Stopped once `after` shards are built; all tasks other than building a shard are run."""
+    """Runs tasks, and raises Stopped once `after` shards are built."""
 
     def __init__(self, after: int = 1) -> None:
         self.after = after
@@ -91,7 +91,7 @@ def build(
 
 
 def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
-    """Make `count` JPEGs in three class folders. To save time, only `distinct` of them differ in content."""
+    """Make `count` JPEGs in three class folders. To save time, only `distinct` files differ in content."""
     rng = np.random.default_rng(count)
     contents = []
     for _ in range(distinct):
@@ -171,7 +171,7 @@ class BuildCommand:
         return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:
-        """Send SIGKILL to the parent alone; its workers must end by themselves."""
+        """Send SIGKILL to the parent process only; its workers must end by themselves."""
         self.process.send_signal(signal.SIGKILL)
 
     def end(self) -> tuple[int, str, str]:
@@ -187,7 +187,7 @@ class BuildCommand:
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
     """Interrupt a build before its 1st, 2nd, 3rd… disk operation and repeat it; see interrupted_builds.py."""
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
-    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like a worker
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like in a worker process
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
     assert ended.returncode == 0, ended.stderr
     return [json.loads(line) for line in ended.stdout.splitlines()]

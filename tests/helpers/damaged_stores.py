@@ -20,7 +20,7 @@ from prep.store.manifest import Store
 from prep.workers import WorkerPool
 
 CLASSES = ("n0", "n1", "n2")
-PAGE_BYTES = 4096  # of LMDB
+PAGE_BYTES = 4096  # page size of LMDB
 
 Records = list[tuple[bytes, bytes]]
 MakeStore = Callable[..., Path]
@@ -31,7 +31,7 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """The only fault of the split train, whose text contains all `parts`."""
+    """The fault of the split train. Asserts that there is only one, and that its text contains all `parts`."""
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:
@@ -40,7 +40,7 @@ def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
 
 
 def change_manifest(store: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Apply a change to manifest.json, and write it with a right checksum."""
+    """Apply a change to manifest.json, and write the file with a correct checksum."""
     data = json.loads((store / "manifest.json").read_bytes())
     change(data)
     data.pop("checksum", None)
@@ -83,10 +83,11 @@ def overwrite(file: Path, position: int, content: bytes) -> None:
 
 
 def make_crashing(store: Path) -> None:
-    """Set the length of the first record to 200 MB, so that the kernel kills a process that reads it."""
+    """Set the length of the first record to 200 MB, so that the kernel kills a process that reads the record."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
-    node = content.index(b"\x08\x0000000000") + 2 - 8  # low and high half of the size, flags, length of the key, key
+    # A node of LMDB: low and high half of the size, flags, length of the key, key.
+    node = content.index(b"\x08\x0000000000") + 2 - 8
     overwrite(file, node, (200_000_000).to_bytes(4, "little"))
 
 

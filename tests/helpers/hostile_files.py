@@ -1,7 +1,7 @@
 """Image files that no camera writes, each with the outcome that a build must give it.
 
-They are damaged files, files with false sizes, and files of other kinds, made byte by byte where no library would write
-them. The order of generation is fixed, since all files use one random generator.
+The module makes damaged files, files with false sizes, and files that are not images, byte by byte if no library would
+write them. All files use one random generator, so their order must not change.
 """
 
 from __future__ import annotations
@@ -64,15 +64,15 @@ def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
 
 
 def claiming(jpeg: bytes, height: int, width: int) -> bytes:
-    """`jpeg` with another size in its frame header."""
+    """The file `jpeg` with another size in its frame header."""
     at = next(m.start() for m in re.finditer(rb"\xff[\xc0\xc2]\x00\x11\x08", jpeg))
     return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
 
 def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0x22, 0x11, 0x11)) -> bytes:
-    """A flat progressive JPEG: its DC scan, then scans of AC coefficients in which every block ends at once.
+    """A progressive JPEG of one colour: a DC scan, then AC scans in which every block ends at its first coefficient.
 
-    Each scan takes a few bytes, but a decoder must pass over all blocks of the image.
+    Each scan takes a few bytes, but a decoder must process all blocks of the image for it.
     """
     parts = len(sampling)
     across, down = max(s >> 4 for s in sampling), max(s & 15 for s in sampling)
@@ -83,7 +83,7 @@ def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0
     zeros = bytes(units // 8) + (bytes([(1 << (8 - units % 8)) - 1]) if units % 8 else b"")
     blocks = -(-width * (sampling[0] >> 4) // (8 * across)) * -(-height * (sampling[0] & 15) // (8 * down))
     bits = ""
-    while blocks > 0:  # each code is the bit 0, then 14 bits: how many blocks beyond 2^14 end
+    while blocks > 0:  # a code is the bit 0 and 14 bits: the number of ended blocks minus 2^14
         bits += "0" + format(min(max(blocks - 16384, 0), 16383), "014b")
         blocks -= 32767
     bits += "1" * (-len(bits) % 8)
@@ -159,7 +159,7 @@ def jpegs() -> Iterator[tuple[str, bytes, Expected]]:
     for name, block, orientation in exifs():
         yield f"exif {name}", with_segment(JPEG, 0xE1, block), Expected(orientation=orientation)
     yield "claims 65500x65500", claiming(JPEG, 65_500, 65_500), BOMB
-    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan ends early, about which libjpeg only warns
+    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # libjpeg only warns of a scan that ends early
     yield "claims no height", claiming(JPEG, 0, 64), UNKNOWN
     scans = Expected(bad="scans")
     yield "10 scans", many_scans(640, 480, 10), KEPT
@@ -214,7 +214,7 @@ def pngs() -> Iterator[tuple[str, bytes, Expected]]:
     yield "2^31 wide.png", png(2**31 - 1, 2**31 - 1), BOMB
     yield "no height.png", png(50, 0), UNKNOWN
     grey = Expected(converted=("png", "grey"))
-    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # of 16 KB
+    yield "99 million pixels.png", png(11_000, 9000, bytes(1376 * 9000), depth=1), grey  # a file of 16 KB
     yield "108 million pixels.png", png(12_000, 9000, bytes(1501 * 9000), depth=1), BOMB
     yield "9999x9999 without rows.png", png(9999, 9999), BROKEN
 
@@ -227,7 +227,7 @@ def gif(width: int, height: int, inner_width: int, inner_height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int, int], pixels: bytes = b"") -> bytes:
-    """A TIFF with the entries (tag, type 3 or 4, value), each with one value; the strip begins at byte 8."""
+    """A TIFF with entries (tag, type 3 or 4, value), one value in each entry. The strip begins at byte 8."""
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + body + bytes(4)
 

@@ -1,17 +1,18 @@
-"""Interrupts builds before the n-th disk operation, for n = 0, 1, 2… until one is not interrupted; repeats each build.
+"""Interrupt a build before its n-th disk operation, for n = 0, 1, 2… until a build ends, and run each build again.
 
-tests/prep/build/test_interrupted.py and test_full_disk.py run it as a program: interrupted_builds.py PHOTOS WORK MODE.
-Disk operations are: creating a folder, opening a file for writing, a rename, an fsync, a transaction of LMDB, and for
-`kill` and `restart` a removal. MODE is one of
+tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
+interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
+fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the removal of a file. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
-    restart           like kill, while the build discards an unfinished build, removing files in the order of names
-    restart-reverse   like restart, removing files in the reverse order
-    full, broken      the operation and all later ones fail, as on a full or a broken disk
+    restart           like kill, but while the build removes the files of an unfinished build, in the order of names
+    restart-reverse   like restart, but the files are removed in the reverse order
+    full, broken      this operation and all later operations fail, like on a full or a broken disk
     limit             no file may be longer than the n-th of LIMITS
 
-Prints one JSON object a line: {"at": n, "code", "error", "torn", "again", "error_again"}. `again` is the exit code of
-the same build when it is run again. The stores are WORK/NNN.
+Prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and `error` are the
+exit code and error of the interrupted build; `torn` is whether its incomplete store opens. `again` and `error_again`
+are the exit code and error of the same build when it is run again. The stores are WORK/NNN.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from tests.helpers.building import PPM, Stopped, StoppingRunner, build
 
 remaining: int | None = None  # disk operations before the interruption; None: no interruption
 mode = ""
-RESTARTS = 14  # this is more operations than discarding a build takes
+RESTARTS = 14  # discarding a build takes fewer operations
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
 LIMITS += (10_000, 12_288, 16_384, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 130_000, 1_000_000)
 
@@ -97,7 +98,7 @@ class Environment:
 
 
 def build_in_child(photos: Path, store: Path, operations: int | None, policy: BuildPolicy) -> tuple[int, str]:
-    """(exit code, error) of a build in a fork, interrupted after `operations` disk operations; never if None."""
+    """(exit code, error) of a build in a forked process, interrupted after `operations` operations (None: not)."""
     global remaining
     reader, writer = os.pipe()
     child = os.fork()

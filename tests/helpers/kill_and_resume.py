@@ -2,14 +2,14 @@
 
     kill_and_resume.py STORE RUN_DIR SEED WHEN
 
-Each attempt is a fork of this process. The process has imported all modules and started no threads. The first attempt
-trains in the folder `uninterrupted` next to RUN_DIR and is not killed. It is followed by ten attempts in RUN_DIR that
-may be killed, and by one that is not killed. WHEN is one of
+Each attempt is a fork of this process, which has imported all modules and started no threads. The first attempt
+trains in the folder `uninterrupted` next to RUN_DIR and is not killed. Then ten attempts in RUN_DIR may be
+killed, and a last attempt is not killed. WHEN is one of
 
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
-               Attempt k, of 0 to 9, is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed: a finished run that is started again performs such operations, too.
+               Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
+               attempts are killed, because a finished run that is started again also performs such operations.
     time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
                killed early, so that it cannot finish.
 
@@ -46,11 +46,11 @@ KILLS = STEPS + 1
 first_counted_step: int | None = None  # operations count once the run has made this number of steps; None: never
 operations_left = 0  # operations before the kill
 steps_done = 0  # steps of the run in all attempts
-report_fd = -1  # pipe to the parent: the attempt writes the operation at which it is killed
+report_fd = -1  # pipe to the parent, to which the attempt writes the operation at which it is killed
 
 
 def before_operation(operation: str) -> None:
-    """Count an operation; kill this process before the operation chosen for the kill."""
+    """Count an operation. Kills this process before the chosen operation."""
     global operations_left
     if first_counted_step is None or steps_done < first_counted_step:
         return
@@ -96,7 +96,7 @@ def newest_step(run_dir: Path) -> int:
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
     """Train in a forked process.
 
-    Returns the operation at which the process was killed, "any time" for a kill by the parent, or "" if it finished.
+    Returns the operation at which the process was killed, "any time" for a kill by the parent, or "" for no kill.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
     within_s  latest time of a kill by the parent, in seconds, if `when` is "time"

@@ -1,4 +1,4 @@
-"""Small folders of empty files, and the content of their listings, for tests of input formats."""
+"""Folders with empty files, and the expected content of their listings, for tests of input formats."""
 
 from __future__ import annotations
 

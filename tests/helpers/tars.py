@@ -1,4 +1,4 @@
-"""Tar archives for tests: written by tarfile, or header by header where no library would write them."""
+"""Tar archives for tests: written by tarfile, or header by header if no library would write such an archive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
 
 A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
 THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
-MEMBER_BYTES = 3 * BLOCK  # in the archive, of a member of 700 bytes
+MEMBER_BYTES = 3 * BLOCK  # bytes in the archive of a member with 700 bytes of content
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
@@ -55,7 +55,7 @@ def pax_with_size(size: str) -> bytes:
     return tar_of([first, *THREE[1:]], tarfile.PAX_FORMAT)
 
 
-# Ways to damage an archive of the members THREE, each with a part of the expected error.
+# Ways to damage an archive of the members THREE, each with a part of the expected error message.
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in a header": (lambda tar: tar[: MEMBER_BYTES + 200], "byte"),
     "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "cut short"),
@@ -69,7 +69,7 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "two blocks of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(2 * BLOCK)), "damaged"),
     "a member of zeros": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(MEMBER_BYTES)), "damaged"),
     "a header of noise": (lambda tar: overwritten(tar, MEMBER_BYTES, bytes(range(256)) * 2), "damaged"),
-    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "cut short"),  # preallocated download
+    "zeros to a far end": (lambda tar: tar[: 2 * MEMBER_BYTES] + bytes(20 << 20), "cut short"),  # preallocated file
     "another archive behind": (lambda tar: tar + tar_of([("n3/d.JPEG", A)]), "damaged"),
     "text behind": (lambda tar: tar + b"the end", "damaged"),
     "size beyond the end": (lambda tar: with_second_member(tar, header(b"n1/x.JPEG", b"77777777777\0")), "cut short"),

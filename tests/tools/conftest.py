@@ -14,7 +14,7 @@ from tools.gpu_check import parse_settings
 
 @pytest.fixture
 def global_switches() -> Iterator[None]:
-    """Restores torch's precision switches, which the GPU check sets; one thread, since the tensors are small."""
+    """Restores torch's precision switches, which the GPU check sets. Uses one thread, because the tensors are small."""
     matmul, cudnn, threads = torch.backends.cuda.matmul, torch.backends.cudnn, torch.get_num_threads()
     before = matmul.fp32_precision, cudnn.conv.fp32_precision, cudnn.benchmark
     torch.set_num_threads(1)
@@ -25,5 +25,5 @@ def global_switches() -> Iterator[None]:
 
 @pytest.fixture
 def settings(stores: dict[str, Path], global_switches: None) -> GpuCheckSettings:
-    """Settings of `--device cpu --quick --batch 2` with a store of JPEG and one of PPM records."""
+    """Settings of `--device cpu --quick --batch 2` with a store of JPEG records and a store of PPM records."""
     return parse_settings(stores["jpeg"], stores["ppm"], "cpu", None, 2, True)

@@ -1,4 +1,4 @@
-"""Parts of tools.compare_bits: how results are hashed, which files are compared, what the table and exit code say.
+"""Tests of tools.compare_bits: hashes of results, the files that are compared, the table and the exit code.
 
 The comparison itself takes minutes, so no test runs it.
 """
@@ -26,7 +26,7 @@ DIFFERENT = {"name": "velocity", "there": "a" * 64, "here": None, "same": False}
 def test_a_hash_of_tensors_depends_on_bits_dtype_shape_and_name() -> None:
     zero = torch.zeros(2, 2)
     others: list[dict[str, torch.Tensor]] = [
-        {"w": -zero},  # equal as numbers, other bits
+        {"w": -zero},  # equal numbers with different bits
         {"w": zero.int()},
         {"w": zero.reshape(4)},
         {"v": zero},

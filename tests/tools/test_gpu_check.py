@@ -1,4 +1,4 @@
-"""tools.gpu_check end to end on a CPU: its report, its exit code, and its errors."""
+"""Tests of tools.gpu_check, run completely on a CPU: report, exit code and errors."""
 
 from __future__ import annotations
 

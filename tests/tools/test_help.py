@@ -1,4 +1,4 @@
-"""Every tool has a help text, and one for each of its options."""
+"""Test that every tool and each of its options has a help text."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-The limit simulates a full disk. Do not write into `uninterrupted_run` and `small_run`: copy them first.
+The limit simulates a full disk. Do not write into `uninterrupted_run` and `small_run`; copy them first.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LimitFileSize = Callable[[int | None], None]
 
 @pytest.fixture
 def limit_file_size() -> Iterator[LimitFileSize]:
-    """limit_file_size(n) makes a write beyond n bytes of a file fail with EFBIG; None removes the limit."""
+    """After limit_file_size(n), a write beyond n bytes of a file fails with EFBIG; None removes the limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size_bytes: int | None) -> None:

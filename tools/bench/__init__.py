@@ -1,1 +1,1 @@
-"""Benchmarks of the build, the stream and the training step, each beside other libraries; `make bench` runs them."""
+"""Benchmarks of the build, the stream and the training step, compared with other libraries; run by `make bench`."""

@@ -1,27 +1,30 @@
-"""Benchmark of building a store: alexprep beside FFCV's writer, a Pillow script, libvips and a bound.
+"""Benchmark of building a store: compares alexprep with FFCV's writer, a Pillow script, libvips and an upper bound.
 
 ours    `alexprep build-lmdb` as a process of its own: decoding, area average to 256 px, central square, JPEG of quality
         90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
         everything synced to the disk.
-FFCV    its DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). It cannot rescale to a shorter side,
-        so the data set does that with Pillow's bicubic filter, as torchvision's Resize would.
-Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, the parent writes one plain LMDB in
-        one commit (tools/bench/peers/pillow_script.py).
+FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
+        side to a given length, so the data set does that with Pillow's bicubic filter, like torchvision's Resize.
+Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent writes one plain LMDB
+        in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
 bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/bench/peers/jpeg_bound.py).
 
-Every contestant has --jobs worker processes, may use as many cores, and reads the same files. The files are read before
-each turn, so that they are in the page cache. The time of ours includes starting the command, importing libraries and
-listing the folder. The others have imported and listed before they are timed and, except FFCV, started their workers:
-this favours them. Only ours and LMDB sync what they write. Deleting the output of the turn before is not timed.
+Every contestant has --jobs worker processes, may use the same number of cores, and reads the same files. All files are
+read before each turn, so that they are in the page cache.
+
+The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
+import libraries and list the folder before they are timed, and all except FFCV also start their workers before: this
+favours them. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk. Deleting
+the output of the previous turn is not timed.
 
 The photographs are repeated, by hard links where the file system allows it, until there are --pictures of them. Choose
-enough that each contestant works for ten seconds, so that the start of ours is a small share. The bound reads them
-twice for that reason. Sizes of photographs repeat, too: a contestant that caches by size gains more than it would on as
-many different photographs.
+a number with which each contestant works for ten seconds, so that starting alexprep takes a small share of the time.
+The bound is fast, so it reads all photographs twice. The sizes of the photographs repeat, too: a contestant that caches
+by size gains more than it would with the same number of different photographs.
 
---steps times the steps of our build instead, one by one on one core, in this process, with one BLAS thread, beside
-libjpeg-turbo alone. A round is one pass through at most 320 photographs, without repetition.
+--steps instead times each step of our build, and libjpeg-turbo alone, on one core, in this process, with one BLAS
+thread. A round is then one pass through at most 320 photographs, without repetition.
 """
 
 from __future__ import annotations
@@ -77,7 +80,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """`count` of the paths, evenly spread; if there are fewer, all of them, repeated from the first."""
+    """`count` paths, evenly spread over `paths`. If `paths` has fewer, they are repeated from the first."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
@@ -96,7 +99,7 @@ def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
 
 
 class BuildBenchmark:
-    """Contestants that read the folder `pictures` and write below `work_dir`, and the processes that they run in."""
+    """Collects contestants, which read the folder `pictures` and write below `work_dir`, and their processes."""
 
     def __init__(self, pictures: Path, work_dir: Path, jobs: int) -> None:
         self.pictures, self.work_dir, self.jobs = pictures, work_dir, jobs
@@ -137,7 +140,7 @@ class BuildBenchmark:
         return Contestant(name, timed(turn), _BOUND, self.reset)
 
     def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
-        """A program of tools.bench.peers run by the interpreter `python`, timed from its `go` line to its answer.
+        """A program of tools.bench.peers, run by the interpreter `python`; timed from the line `go` to its answer.
 
         Raises UserError if the program fails to start.
         """
@@ -165,7 +168,10 @@ class BuildBenchmark:
 
 
 def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
-    """All contestants whose interpreter is given. Reports the ones that are left out and why."""
+    """The contestants. FFCV and libvips take part only if an interpreter that has them is given.
+
+    `more` adds variants of FFCV and of the Pillow script. Prints each contestant that is left out, with the reason.
+    """
     contestants = [benchmark.ours("ours")]
     if ffcv is None:
         say("FFCV is left out: name an interpreter that has it with --ffcv-python")
@@ -198,7 +204,7 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
     from prep.images import codec, color_stats, rescale
     from prep.store import datum, lmdb_shard
 
-    seconds_by_step: dict[str, float] = {}  # of the current round
+    seconds_by_step: dict[str, float] = {}  # times of the current round
     sums = color_stats.PixelSums(SIDE_PX)
 
     def timed(step: str, work: Callable[[], T]) -> T:

@@ -1,9 +1,9 @@
-"""Run the contestants of a benchmark in turn and compare their rates: shared by all benchmarks.
+"""Harness of all benchmarks: runs the contestants in turn and compares their rates.
 
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
 images/s. A round is one turn of each contestant, in order: A B C, A B C, …, so that a machine whose speed drifts slows
-all contestants alike. The first round warms up and is not counted. Ratios are computed within each round, and the
-median over the rounds is reported: it may differ from the ratio of the two medians. No result is asserted.
+all contestants alike. The first round warms up and is not counted. Ratios are computed within each round. The
+reported ratio is the median over the rounds, which may differ from the ratio of the two medians. No result is asserted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parents[2]
-_PAUSE_S = 1.0  # before each turn: batches that the contestant before still prefetches are finished by then
+# Pause before each turn, in which the previous contestant finishes the batches that it still prefetches.
+_PAUSE_S = 1.0
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,17 +51,18 @@ class BenchmarkCommand(click.Command):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation that is timed. The first in the list of a benchmark is this project's."""
+    """One implementation that is timed. The first contestant of every benchmark is this project's."""
 
     name: str
     rate: Callable[[], float]  # runs one turn; returns images/s
-    bound: str | None = None  # name of the contestant whose rate is the upper bound of this one's
+    bound: str | None = None  # name of the contestant whose rate bounds this contestant's rate from above
     prepare: Callable[[], object] = lambda: None  # called before each turn, not timed
-    ours: str | None = None  # name of the project's contestant that this one is compared with; None: the first
+    # Name of the project's contestant that this contestant is compared with; None: the first contestant.
+    ours: str | None = None
 
 
 def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """A function that runs `work`, which returns the number of images it processed, and returns images/s."""
+    """A function that runs `work` and returns images/s. `work` returns the number of images that it processed."""
 
     def rate() -> float:
         started = time.perf_counter()
@@ -71,9 +73,9 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
 
 
 class LineProcess:
-    """A subprocess that is controlled by lines: commands on its standard input, answers on its standard output.
+    """A subprocess that reads commands from standard input and writes answers to standard output, a line each.
 
-    Its standard error goes to the file `errors`; the last line is quoted if the process fails.
+    Its standard error goes to the file `errors`. If the process fails, the last line of the file is quoted.
     """
 
     def __init__(
@@ -92,7 +94,7 @@ class LineProcess:
             )
 
     def read_line(self) -> str:
-        """The next line that the process prints; raises UserError if it ends instead."""
+        """The next line that the process prints; raises UserError if the process ends without a further line."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -128,19 +130,19 @@ class LineProcess:
 
 @dataclass(frozen=True)
 class Row:
-    """Rates of one contestant in images/s, and medians over the rounds of its ratios to others."""
+    """Rates of one contestant in images/s, and its ratios to other contestants (medians over the rounds)."""
 
     name: str
     images_per_s: float  # median over the rounds
     least: float
     most: float
-    ours: str  # name of the project's contestant that it is compared with
-    of_ours: float  # its rate / that contestant's
-    of_bound: float | None  # its rate / that of its bound
+    ours: str  # name of the project's contestant that this contestant is compared with
+    of_ours: float  # rate of this contestant / rate of the contestant `ours`
+    of_bound: float | None  # rate of this contestant / rate of its bound
 
 
 def import_simplejpeg() -> ModuleType:
-    """The module simplejpeg (libjpeg-turbo), which the bounds use; raises UserError where it is missing."""
+    """The module simplejpeg (libjpeg-turbo), which the bounds use; raises UserError if it is not installed."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -158,7 +160,7 @@ def make_photo_digits(folder: Path) -> Path:
 
 
 def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE_S) -> list[Row]:
-    """Run one round to warm up and `rounds` counted ones, with a pause before each turn."""
+    """Run one round to warm up, then `rounds` counted rounds, with a pause before each turn."""
     rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
     for number in range(rounds + 1):
         say(f"round {number} of {rounds}" if number else "warm-up round, not counted")
@@ -182,7 +184,7 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """This project's rate divided by that of each other contestant, by its name. JSON key: "ours_over"."""
+    """By name of each other contestant: this project's rate divided by its rate. JSON key: "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 
@@ -203,7 +205,7 @@ def print_results(rows: Sequence[Row], as_json: bool, details: dict[str, Any], n
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rates and their ratios as text, a line for each contestant."""
+    """The rates and ratios as text, a line for each contestant."""
     width = max(len(row.name) for row in rows)
     bounded = any(row.of_bound is not None for row in rows)
     head = f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}"

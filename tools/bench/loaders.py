@@ -1,7 +1,8 @@
 """Streams that tools.bench.stream measures in its own process: this project's, torch's DataLoader and DALI's.
 
-Each is a generator of endless batches, float32 (128, 3, 224, 224): random crops, mirrored with probability ½, minus the
-channel mean. The functions at the end make the files and the store that other contestants read.
+Each stream is a generator of endless batches, float32 (128, 3, 224, 224): random crops, mirrored with probability ½,
+minus the channel mean. The functions at the end of the file make the files and the store that the contestants in other
+processes read.
 """
 
 from __future__ import annotations
@@ -66,13 +67,13 @@ class LmdbDataset(Dataset[tuple[Tensor, int]]):
 def torch_batches(store: Store, threads: int, decode: Decoder) -> Batches:
     """Batches of torch's DataLoader. Workers are spawned: DALI's threads in this process make forking unsafe."""
     dataset = LmdbDataset(store, decode)
-    sampler = RandomSampler(dataset, num_samples=1 << 40)  # one permutation of the records after another
+    sampler = RandomSampler(dataset, num_samples=1 << 40)  # gives random permutations of the records without end
     for images, _ in DataLoader(dataset, BATCH, sampler=sampler, num_workers=threads, multiprocessing_context="spawn"):
         yield images
 
 
 def dali_batches(store: Store, threads: int) -> Batches:
-    """Batches of the DALI pipeline of DALI's documentation; raises UserError if DALI is not installed."""
+    """Batches of the pipeline in DALI's documentation; raises UserError if DALI is not installed."""
     try:
         dali: Any = import_module("nvidia.dali")
     except ModuleNotFoundError:
@@ -113,7 +114,7 @@ def train_records(store: Store) -> Iterator[Datum]:
 
 
 def write_files(store: Store, folder: Path, count: int | None) -> Path:
-    """Write the image files of the first `count` training records, or of all, to FOLDER/LABEL/NUMBER.jpg."""
+    """Write the images of the first `count` training records (None: all) to FOLDER/LABEL/NUMBER.jpg."""
     for number, datum in enumerate(islice(train_records(store), count)):
         path = folder / f"{datum.label:04d}" / f"{number:08d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +123,7 @@ def write_files(store: Store, folder: Path, count: int | None) -> Path:
 
 
 def build_store(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
-    """Build a store, its split train only, from the class folders in `folder`."""
+    """Build a store that has only the split train from the class folders in `folder`."""
     source = list_source(folder, "train", None, None, ())
     with WorkerPool(threads) as workers:
         return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))

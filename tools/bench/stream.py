@@ -1,29 +1,35 @@
-"""Benchmark of the training stream: images/s in batches of 128, beside other loaders and bounds, on CPU threads.
+"""Benchmark of the training stream on CPU threads: images/s in batches of 128, compared with other loaders and bounds.
 
 Every contestant gives endless batches: random crop of 224 px, random flip, channel mean subtracted, float32 NCHW, and
 labels.
 
-ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise: on JPEG records with a
-            mean for each channel and with the mean image, and on PPM records.
+ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. It is timed on JPEG
+            records, with a mean for each channel and with the mean image, and on PPM records.
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
-            prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy does the rest.
-FFCV        a .beton of the same JPEG files, and one of raw pixels (tools/bench/peers/ffcv_stream.py).
-SPDL        its threads on the same files, decoded by its FFmpeg or by simplejpeg (tools/bench/peers/spdl_stream.py).
+            prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy
+            crops, mirrors and subtracts the mean.
+FFCV        FFCV's Loader on a .beton of the same JPEG files, and on a .beton of raw pixels
+            (tools/bench/peers/ffcv_stream.py).
+SPDL        SPDL's threads on the same files, decoded by SPDL's FFmpeg or by simplejpeg
+            (tools/bench/peers/spdl_stream.py).
 WebDataset  tar archives of the same files, decoded by Pillow in the workers of a DataLoader
             (tools/bench/peers/webdataset_stream.py).
-DALI        the pipeline of its documentation: readers.caffe, decoders.image, crop_mirror_normalize at a random offset.
-            Its batches are not converted to torch tensors.
-bounds      threads that read from memory: libjpeg-turbo (simplejpeg) decodes the JPEG records and does nothing else;
-            the bytes of the PPM records are copied and nothing else.
+DALI        the pipeline of DALI's documentation: readers.caffe, decoders.image, crop_mirror_normalize at a random
+            offset. The batches are not converted to torch tensors.
+bounds      threads that read from memory and do only one thing: decode the JPEG records with libjpeg-turbo
+            (simplejpeg), or copy the bytes of the PPM records.
 
-Every contestant has --threads worker threads or processes, may use as many cores, and reads from the page cache: choose
-a store that fits into memory. FFCV, SPDL and WebDataset run in processes with interpreters of their own, which start
-each turn when they are sent a line; the others run in this process. All of them keep running between their turns. Each
-turn first takes some batches that are not counted, so that no batch prefetched during another contestant's turn counts.
-Not timed: starting, compiling, writing .beton files and archives, filling shuffle buffers. Two batches of each
-contestant are checked beforehand: dtype, shape, range of values, and that no two images or batches are equal.
+Every contestant has --threads worker threads or processes, may use the same number of cores, and reads from the page
+cache: choose a store that fits into memory. FFCV, SPDL and WebDataset run in processes with interpreters of their own.
+Such a process starts a turn when it reads a line. The other contestants run in this process. All contestants keep
+running between their turns. Each turn first takes some batches that are not counted, so that no batch prefetched during
+another contestant's turn counts.
 
-The PPM records and the .beton of pixels hold the first 2,000 records of the store. No GPU is used.
+Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Two batches of each
+contestant are checked before the first round: dtype, shape, range of values, and that no two images or batches are
+equal.
+
+The PPM records and the .beton of pixels hold the images of the first 2,000 records of the store. No GPU is used.
 """
 
 from __future__ import annotations
@@ -73,11 +79,11 @@ _IN_MEMORY_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_STOP_TIMEOUT_S = 20.0  # for a peer to end by itself after its standard input was closed
+_STOP_TIMEOUT_S = 20.0  # time in which a peer must end by itself after its standard input was closed
 
 
 class StreamBenchmark:
-    """Collects the contestants, with the store and the files that they read; close `cleanup` after the race."""
+    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` after the race."""
 
     def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float) -> None:
         self.jpeg, self.work_dir, self.threads, self.seconds = jpeg, work_dir, threads, seconds
@@ -91,7 +97,7 @@ class StreamBenchmark:
         self.ppm = build_store(self.first_files, work_dir / "ppm", replace(jpeg.settings, format="ppm"), threads)
 
     def add_stream(self, name: str, batches: Batches, bound: str = _JPEG_BOUND, ours: str | None = None) -> None:
-        """Add a stream that runs in this process; it is left out if it raises UserError."""
+        """Add a stream that runs in this process. A stream that raises UserError is left out."""
         self.cleanup.callback(batches.close)
         try:
             check_batches(batches)
@@ -105,7 +111,7 @@ class StreamBenchmark:
     def add_peer(
         self, name: str, option: str, python: Path | None, module: str, *arguments: str, raw: bool = False
     ) -> None:
-        """Add a program of tools.bench.peers run by `python`; it is left out if that is None or the program fails.
+        """Add a program of tools.bench.peers, run by the interpreter `python`.
 
         `raw` gives it only the first records, and compares it with PPM records.
         """
@@ -137,7 +143,7 @@ class StreamBenchmark:
         self.contestants.append(Contestant(name, rate, bound, ours=ours))
 
     def add_bound(self, name: str, work: Callable[[bytes], object], store: Store, ours: str | None = None) -> None:
-        """Add a bound: `work` alone, on the first records of `store`, which are held in memory."""
+        """Add a bound: `work` runs on the first records of `store`, which are held in memory."""
         contents = [datum.data for datum in islice(train_records(store), _IN_MEMORY_RECORDS)]
         pool = self.cleanup.enter_context(ThreadPoolExecutor(self.threads))
 
@@ -164,7 +170,7 @@ class StreamBenchmark:
 def add_contestants(
     benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | None, webdataset: Path | None, more: bool
 ) -> None:
-    """Add all contestants whose interpreter is given. Reports the ones that are left out and why."""
+    """Add all contestants. A peer takes part only if its interpreter is given; prints the others, with the reasons."""
     jpeg, ppm, threads = benchmark.jpeg, benchmark.ppm, benchmark.threads
     decode_jpeg = import_simplejpeg().decode_jpeg
     benchmark.add_stream("ours, JPEG", our_batches(jpeg, threads))
@@ -264,7 +270,7 @@ def main(
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         with benchmark.cleanup:
             add_contestants(benchmark, ffcv_python, spdl_python, webdataset_python, more)
-            os.sync()  # so that no turn is slowed by the writing of files made before
+            os.sync()  # writes the new files to the disk, so that this does not slow down a turn
             rows = race(benchmark.contestants, rounds)
     details = {"records": records, "batch": BATCH, "seconds": seconds, "threads": threads, "rounds": rounds}
     results = {"ours_over": speedups(rows), "versions": benchmark.versions, "left_out": benchmark.left_out}

@@ -1,22 +1,24 @@
-"""Benchmark of one training step on the CPU, beside the same network written with PyTorch's own modules.
+"""Benchmark of one training step on the CPU, compared with the same network written with PyTorch's own modules.
 
 ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, updated by train.optim.paper_sgd
         with the learning rates of that recipe.
 ours, without LRN
-        the same without local response normalization (LRN): the difference is the cost of our LRN.
+        like `ours`, without local response normalization (LRN): the difference is the cost of our LRN.
 plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout, and
-        torch.optim.SGD with the same learning rate. Each layer has as many parameters.
+        torch.optim.SGD with the same learning rate. Each layer has as many parameters as in `ours`.
 plain, without LRN
-        the same without LRN: not the network of the paper, for orientation.
+        like `plain`, without LRN. This is not the network of the paper; its rate is given for orientation.
 
-Two differences remain. The paper normalizes within the 48 and 128 maps of a column, plain across all 96 and 256, with
-as many maps in each sum. The paper scales activations at test time, nn.Dropout at training time.
+`plain` differs from the paper's network in two respects. LRN in the paper sums over maps of one column (of 48 and 128
+maps); in `plain` it sums over maps of both columns (96 and 256 maps). Both sum over five maps. Dropout in the paper
+scales activations at test time; nn.Dropout scales them at training time.
 
 A step is forward, cross-entropy, zero_grad, backward and update, in float32, on random images that are in memory. A
-turn is --steps steps. Not measured: the stream (see tools.bench.stream), the metrics of the training loop, GPUs.
+turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and GPUs are not measured.
 
-Peak memory is the resident memory of a process that runs two steps and nothing else: Python, PyTorch, parameters,
-gradients, velocities and activations. It is measured first, because a new process starts with the peak of its parent.
+Peak memory is the largest resident memory of a process that runs only two steps. It includes Python, PyTorch,
+parameters, gradients, velocities and activations. It is measured before the rates, because a new process starts with
+the peak of its parent process.
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 
 
 def training_step(name: str, batch: int) -> Callable[[], int]:
-    """The training step of one contestant, a function that returns the number of images."""
+    """The training step of one contestant: a function that makes a step and returns the number of images in it."""
     torch.manual_seed(0)
     images, labels = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module
@@ -84,9 +86,8 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
     else:
         model = plain_alexnet(with_lrn=name == PLAIN)
         for parameter in model.parameters():
-            nn.init.normal_(
-                parameter, std=PAPER.init_std["conv1"]
-            )  # with PyTorch's own the paper's learning rate diverges
+            # With PyTorch's default initialization, training diverges at the paper's learning rate.
+            nn.init.normal_(parameter, std=PAPER.init_std["conv1"])
         optimizer = torch.optim.SGD(model.parameters(), PAPER.lr, PAPER.momentum, weight_decay=PAPER.weight_decay)
     model.train()
 
@@ -101,14 +102,14 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
 
 
 def peak_memory_mb(name: str, batch: int) -> int:
-    """Peak resident memory of this process in MB (10^6 bytes), after two steps and nothing else."""
+    """Peak resident memory in MB (10^6 bytes) of this process, which runs only two steps."""
     step = training_step(name, batch)
     step(), step()
     return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6)  # ru_maxrss is in KiB on Linux
 
 
 def make_contestant(name: str, batch: int, steps: int) -> Contestant:
-    """A contestant whose turn is `steps` steps on one batch; its network is made here."""
+    """A contestant with a new network; its turn is `steps` steps on one batch."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 

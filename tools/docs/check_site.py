@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # by tag, the attributes whose address a browser fetches by itself; links of <a> are not fetched
+LOADED = {  # by tag: attributes with an address that a browser fetches by itself; a link of <a> is not fetched
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),

@@ -1,6 +1,6 @@
 """Write docs/cli.md: the --help of every command.
 
-python -m tools.docs.cli_reference            # tests/test_docs.py fails where this would change the page
+python -m tools.docs.cli_reference            # tests/test_docs.py fails if the page is not up to date
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GROUPS: dict[str, click.Group] = {
     "alexstream": pipeline.cli.main,
     "alextrain": train.cli.main,
 }
-WIDTH = 80  # characters: a code block of the site at desktop width
+WIDTH = 80  # characters in a line of a code block on the site, at desktop width
 
 INTRODUCTION = """\
 # Commands
@@ -44,7 +44,7 @@ After each of them, running the same command again continues the work.
 
 
 def page() -> str:
-    """The text of docs/cli.md: a section for each group, then one for each of its commands."""
+    """The text of docs/cli.md: a section for each group, followed by a section for each command of the group."""
     parts = [INTRODUCTION]
     for name, group in GROUPS.items():
         parts.append(f"## {name}\n\n{_block(group, name)}")

@@ -1,6 +1,6 @@
 """Draw docs/alexnet.svg: the layers of the two columns and the connections between them, from the network itself.
 
-python -m tools.docs.draw_alexnet docs/alexnet.svg        # tests/test_docs.py fails where this would change the file
+python -m tools.docs.draw_alexnet docs/alexnet.svg        # tests/test_docs.py fails if the file is not up to date
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ import click
 from train.model.summary import LayerRow, summarize
 
 WIDTH, HEIGHT = 1180, 516
-COLUMN_Y = 150, 360  # y of the middle of column 0 and column 1
+COLUMN_Y = 150, 360  # y coordinate of the middle of column 0 and of column 1
 DARK, GRAY = "#222222", "#777777"
-FILLS = ("#7fa6c9", "#e0a96d")  # of column 0 and column 1
-# Kernels, and the operations after a layer: copied from train.model.alexnet, where they cannot be read from an object.
+FILLS = ("#7fa6c9", "#e0a96d")  # fill colours of column 0 and column 1
+# Kernel sizes, and the operations after each layer. They are copied from train.model.alexnet, because no object there
+# lists them.
 KERNELS = {
     "conv1": "11×11, stride 4",
     "conv2": "5×5",
@@ -31,20 +32,20 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 class Box:
     """The maps of a layer in one column as a slab. Height stands for the side of the maps, depth for their number."""
 
-    x: float  # of the left edge of its front
-    y: float  # of its middle
+    x: float  # x coordinate of the left edge of the front
+    y: float  # y coordinate of the middle
     height: float
     depth: float  # drawn to the right and up
     fill: str
 
     @property
     def inlet(self) -> tuple[float, float]:
-        """Where connections from the layer before end."""
+        """The point where connections from the previous layer end."""
         return self.x, self.y
 
     @property
     def outlet(self) -> tuple[float, float]:
-        """Where connections to the next layer start."""
+        """The point where connections to the next layer start."""
         return self.x + 10 + self.depth, self.y - self.depth / 4
 
     def svg(self) -> str:
@@ -63,7 +64,7 @@ class Box:
 
 
 def layer_boxes(rows: list[LayerRow]) -> list[list[Box]]:
-    """For each layer, from left to right, one box for each of its columns."""
+    """The boxes of each layer, from left to right: one box for each column that the layer has."""
     layers, x = [], 160.0
     for row in rows:
         maps, *sides = row.output_per_column

@@ -1,6 +1,6 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names it; only `make docs` uses it. It turns a list of names in two columns, as in
+mkdocs.yml names the extension; only `make docs` uses it. It turns a list of names in two columns, like
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
@@ -60,7 +60,7 @@ def _row(name: str, text: str) -> str:
 
 
 def comment_of(source: list[str], first: int, last: int) -> str:
-    """The comment at the end of line `last`, else the comment lines above line `first`; lines count from 1."""
+    """The comment at the end of line `last`; without one, the comment lines above line `first`. Lines count from 1."""
     at_end = re.search(r"\s#\s(?P<text>.*)$", source[last - 1])
     if at_end:
         return at_end["text"]

@@ -1,6 +1,6 @@
-"""Write docs/recipes.md: every number of every recipe, with its source.
+"""Write docs/recipes.md: every setting of every recipe, with its source.
 
-python -m tools.docs.recipe_reference            # tests/test_docs.py fails where this would change the page
+python -m tools.docs.recipe_reference            # tests/test_docs.py fails if the page is not up to date
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def page() -> str:
 
 
 def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
-    """A row for each number that any of the recipes has, in the order of the fields."""
+    """A row for each setting that one of the recipes has, in the order of the fields."""
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }
@@ -75,7 +75,7 @@ def _sourced(recipe: Recipe) -> str:
 
 
 def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
-    """The value of each number as Markdown; rows without a name continue the one before."""
+    """The value of each setting as Markdown; a row without a name continues the previous row."""
     cells: dict[str, str] = {}
     for name, value in rows:
         if name:

@@ -1,4 +1,4 @@
-"""Checks of tools.gpu_check that a GPU computes what the CPU computes: stream, network, LRN, training step."""
+"""Correctness checks of tools.gpu_check: compare stream, network, LRN and training step on a GPU with the CPU."""
 
 from __future__ import annotations
 
@@ -23,19 +23,20 @@ from train.model.precision import autocast, set_precision
 from train.optim.paper_sgd import make_optimizer
 from train.trainer.step import TrainingStep
 
-# Grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently by one or two levels, and their
-# filters for chroma upsampling differ, which is more at coloured edges. A wrong crop, flip, mean or noise gives a mean
-# difference of 3 or more.
+# Tolerances in grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently, by one or two
+# levels. The two libraries also upsample chroma with different filters, which gives larger differences at coloured
+# edges. A wrong crop, flip, mean or noise gives a mean difference of 3 or more.
 JPEG_MEAN, JPEG_MAX = 1.0, 64.0
-PPM_MAX = 4 * 2.0**-15  # four times the distance between float32 numbers above 256
+PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
-# ‖found − wanted‖ / ‖wanted‖, where `wanted` is float64 on the CPU: of the logits, and of the gradient of the worst
-# parameter. Where rounding changes the sign of a ReLU's input or the position of a maximum, the gradient takes another
-# path; therefore the second column is wide.
-# Measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
+# Limits of ‖found − wanted‖ / ‖wanted‖, where `wanted` is float64 on the CPU: the first for the logits, the second for
+# the gradient of the parameter with the largest error. The second limit is wide: if rounding changes the sign of a
+# ReLU's input or the position of a maximum, the gradient takes another path through the network.
+# Values measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (1e-2, 0.3), "bf16": (5e-2, 0.6)}
 LRN_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
-REPEAT_TOLERANCE = 1e-2  # of two runs of three steps on a GPU, where the order of sums in gradients varies
+# Relative difference of two runs of three steps. On a GPU the order of sums in gradients varies between runs.
+REPEAT_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Check:
 
 
 def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Run all checks and yield their results one by one. A check that raises counts as failed; the others go on."""
+    """Run all checks and yield their results one by one. If a check raises, it counts as failed and the others run."""
     parts: dict[str, Callable[[], Iterator[Check]]] = {}
     for format, store in settings.stores_by_format().items():
         parts[f"stream of {format} records"] = partial(stream_checks, settings, store, format)
@@ -61,7 +62,7 @@ def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     for name, part in parts.items():
         try:
             yield from part()
-        except Exception as error:  # of a driver, a library or a kernel: report it, and check the rest
+        except Exception as error:  # from a driver, a library or a kernel: report it, and run the other checks
             yield Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0][:300], "no error")
 
 
@@ -71,7 +72,10 @@ def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 def read_batches(
     store: Path, device: str, batch: int, count: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """`count` batches of the training stream, from its start or after `state`, on the CPU; and the state after them."""
+    """`count` batches of the training stream, copied to the CPU, and the state of the stream after these batches.
+
+    The batches are the first of the stream, or the first after `state`.
+    """
     augmentation = Augmentation(mean=mean)
     with train_loader(store, batch, device, seed=2012, augmentation=augmentation, layout=layout) as loader:
         if state is not None:
@@ -86,7 +90,7 @@ def read_batches(
 
 
 def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Iterator[Check]:
-    """Compare the device with the CPU on the same records and random parameters, and a resumed stream bit by bit."""
+    """Compare batches on the device and the CPU, from the same records and random parameters; check resuming."""
     device, batch = settings.devices[0], min(settings.compared_images, Store.open(store).split("train").records)
     for layout, mean in (("NCHW", "channel"), ("NHWC", "channel"), ("NCHW", "image"), ("NCHW", "aligned")):
         wanted, _ = read_batches(store, "cpu", batch, 2, layout, mean)
@@ -119,7 +123,7 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 
 
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
-    """The network with the same parameters on every device, initialized after He.
+    """The network, initialized as by He et al., with the same parameters on every device.
 
     With the paper's own initialization gradients are much smaller than the terms that they are sums of: float32 and
     float64 then differ by up to a tenth.
@@ -131,9 +135,9 @@ def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, s
 def logits_and_gradients(
     model: AlexNet, images: Tensor, labels: Tensor, precision: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and gradients of the loss by parameter, as float64 on the CPU.
+    """Logits, and the gradient of the loss for each parameter, as float64 on the CPU.
 
-    Without dropout, whose random numbers differ between devices.
+    Dropout is off, because its random numbers differ between devices.
     """
     set_precision(precision, model.devices)
     model.eval().zero_grad()
@@ -152,7 +156,7 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare logits and gradients with float64 on the CPU, in each precision: on one device, and on two if given."""
+    """Compare logits and gradients in each precision with float64 on the CPU, on one device and on two if given."""
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
     (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")
@@ -236,7 +240,7 @@ def make_step(
 
 
 def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Run three steps with dropout twice from one seed, and compare the velocities, which are sums of gradients."""
+    """Run three steps with dropout twice with the same seed, and compare the velocities (sums of gradients)."""
     velocities = []
     for _ in range(2):
         step, images, labels = make_step(settings, "fp32", batch=settings.compared_images)
@@ -255,7 +259,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Check that a step never makes the host wait for the GPU: torch raises where one of its operations does."""
+    """Check that a step never makes the host wait for the GPU. torch is set to raise on operations that wait."""
     for precision in settings.precisions:
         step, images, labels = make_step(settings, precision, batch=settings.compared_images)
         step(images, labels)

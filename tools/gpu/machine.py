@@ -1,4 +1,4 @@
-"""Facts about the machine for tools.gpu_check: versions, GPUs, peak rates; and the time that GPU work takes."""
+"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates), and measurement of the time of GPU work."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from train.model.lrn import triton_fault
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
-# Peak rates of dense matrix products by the data sheets of the vendor, in TFLOP/s, by a pattern for the name of the
-# GPU: bfloat16; on a V100 float16.
+# (pattern for the name of a GPU, its peak rate for dense bfloat16 matrix products in TFLOP/s, from the vendor's data
+# sheet). The rate of a V100 is for float16.
 _PEAKS_TFLOPS = (
-    (r"H[12]00 NVL", 835.0),  # a card of 400 or 600 W
+    (r"H[12]00 NVL", 835.0),  # the name of cards with 400 W and with 600 W
     (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
     (r"H100.*PCIe", 756.0),
     (r"A100", 312.0),
@@ -40,10 +40,10 @@ def synchronize(devices: Devices) -> None:
 
 
 def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
-    """Time in seconds that `work` takes, with everything that it queues on the devices.
+    """Time in seconds that `work` takes, including all operations that it queues on the devices.
 
-    The devices are idle before and after. So the clock of the host measures two devices as well as one, which a CUDA
-    event on one device does not.
+    The devices are idle before and after `work`. Therefore the clock of the host measures one or two devices. A CUDA
+    event would measure only one device.
     """
     synchronize(devices)
     started = time.perf_counter()
@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
-    """Versions, cores and GPUs, by name: JSON key "machine"."""
+    """{name: value} of versions, cores and GPUs; JSON key "machine"."""
     try:
         dali_version = str(dali().__version__)
     except UserError:
@@ -81,7 +81,7 @@ def describe_machine(devices: Devices) -> dict[str, Any]:
 
 
 def peak_tflops(devices: Devices) -> float | None:
-    """Sum of the peak rates of the devices in TFLOP/s; None if one is a CPU or not in the table."""
+    """Sum of the peak rates of the devices in TFLOP/s; None if a device is a CPU or is not in the table."""
     total = 0.0
     for device in set(devices):
         if not device.startswith("cuda"):
@@ -95,12 +95,12 @@ def peak_tflops(devices: Devices) -> float | None:
 
 
 def imagenet_hours(images_per_s: float) -> float:
-    """Hours that 90 epochs of 1,281,167 images take."""
+    """Hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
     return PAPER_EPOCHS * IMAGENET_IMAGES / images_per_s / 3600
 
 
 def _triton_version(devices: Devices) -> str:
-    """Version of Triton, or why the normalization does not use it."""
+    """Version of Triton, or the reason why the normalization does not use Triton."""
     if not devices[0].startswith("cuda"):
         return "not used on a CPU"
     return triton_fault(torch.device(devices[0])) or version("triton")

@@ -14,11 +14,11 @@ from train.config.devices import Devices
 
 @dataclass(frozen=True)
 class GpuCheckSettings:
-    """What the command line chose. "The trial on a CPU" is `--device cpu --quick`, which only tries the tool."""
+    """Settings from the command line. "The trial on a CPU" means `--device cpu --quick`, which only tries the tool."""
 
     store: Path
     ppm_store: Path | None
-    devices: Devices  # of column 0, where the stream and the logits are, and of column 1
+    devices: Devices  # device of column 0, of the stream and of the logits; device of column 1
     batch: int  # images in a step
     quick: bool
 
@@ -34,7 +34,7 @@ class GpuCheckSettings:
 
     @property
     def is_cpu_trial(self) -> bool:
-        """Whether everything is as small as possible."""
+        """Whether this is the trial on a CPU, in which all amounts of work are as small as possible."""
         return self.quick and not self.on_gpu
 
     @property
@@ -46,7 +46,7 @@ class GpuCheckSettings:
 
     @property
     def architecture(self) -> Architecture:
-        """The network of the paper; in the trial on a CPU with eight maps a layer."""
+        """The network of the paper; in the trial on a CPU, a network with eight maps in each layer."""
         return replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16)) if self.is_cpu_trial else ALEXNET
 
     @property
@@ -56,7 +56,7 @@ class GpuCheckSettings:
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a turn in seconds; 0: one step."""
+        """Approximate duration of a turn in seconds; 0 means one step."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 1.0
 
     @property
@@ -66,7 +66,7 @@ class GpuCheckSettings:
 
     @property
     def compared_images(self) -> int:
-        """Number of images in a batch of the stream that is compared; the network is compared on an eighth of it."""
+        """Number of images in a batch of the stream checks; the network checks use an eighth of this number."""
         return min(self.batch, 16 if self.quick else 64)
 
     def stores_by_format(self) -> dict[str, Path]:

@@ -1,4 +1,4 @@
-"""Timings of tools.gpu_check: images/s of the stream alone, of training steps alone, and of both; time by kernel."""
+"""Timings of tools.gpu_check: images/s of the stream, of steps, and of steps fed by the stream; time by kernel."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from train.model.precision import set_precision
 from train.model.summary import summarize
 from train.trainer.step import TrainingStep
 
-MAX_PREFETCHED = 8  # batches that a stream may have ready when its turn starts: taken first, not counted
+MAX_PREFETCHED = 8  # batches that a stream may have ready when its turn starts; they are not counted
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
 PROFILED_STEPS = 3
 
-# (kind, whether callers count, pattern): the first rule that matches gives the kind of an operation. Where callers
-# count, the pattern may match the operation, its kernel or any of its callers; otherwise only the operation or its
-# kernel: a conversion of types inside a convolution is a copy. The kinds are JSON keys.
+# (kind, whether callers count, pattern): the first rule that matches gives the kind of an operation. If callers count,
+# the pattern may match the operation, its kernel or one of its callers; otherwise only the operation or its kernel. For
+# example, a type conversion that a convolution calls is of the kind "copies". The kinds are JSON keys.
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -43,7 +43,7 @@ Work = Callable[[], object]
 def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
     """Run all timings and yield (JSON key, result) one by one.
 
-    The result of one that raises is the text of its error; the others go on.
+    The result of a timing that raises is the text of its error; the other timings still run.
     """
     precisions = settings.precisions
     parts: dict[str, Callable[[], Any]] = {
@@ -53,19 +53,19 @@ def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
         "memory_gib": lambda: {precision: peak_memory_gib(settings, precision) for precision in precisions},
     }
     if settings.on_gpu and settings.devices[0] == settings.devices[1]:
-        # Last, because the state of the device after a failed capture is unknown.
+        # This timing is the last, because the state of the device after a failed capture is unknown.
         parts["graph"] = lambda: cuda_graph_rates(settings)
     for name, part in parts.items():
         try:
             yield name, part()
-        except Exception as error:  # of a driver, a library or a kernel: report it, and measure the rest
+        except Exception as error:  # from a driver, a library or a kernel: report it, and run the other timings
             yield name, f"not measured: {type(error).__name__}: {error}".splitlines()[0][:300]
 
 
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
     """Images/s of the stream, of steps on one batch on the GPU, and of steps fed by the stream ("… from …").
 
-    The latter are compared with the steps of the same precision on one batch.
+    Steps fed by the stream are compared with the steps of the same precision on one batch.
     """
     with ExitStack() as streams:
         contestants = []
@@ -126,12 +126,12 @@ def make_contestant(
     step: TrainingStep | None = None,  # the step that `work` runs; its precision is set before each turn
     ours: str | None = None,
 ) -> Contestant:
-    """A contestant whose turn calls `work` as often as fills settings.turn_s."""
-    calls: list[int] = []  # per turn; measured before the first turn
+    """A contestant. In a turn it calls `work` repeatedly for about settings.turn_s seconds."""
+    calls: list[int] = []  # [calls in a turn], measured before the first turn
 
     def prepare() -> None:
         if step is not None:
-            set_precision(step.precision, settings.devices)  # global: the contestant before may have set another
+            set_precision(step.precision, settings.devices)  # global: the previous contestant may have changed it
         if settings.turn_s:
             repeat(work, warm_up)
         if not calls:
@@ -145,7 +145,7 @@ def make_contestant(
 
 
 def _calls_per_turn(settings: GpuCheckSettings, work: Work) -> int:
-    """How often `work` can be called in settings.turn_s; at least 3."""
+    """Number of calls of `work` that take settings.turn_s seconds; at least 3."""
     repeat(work, 3)  # the first launches load kernels and choose algorithms
     return max(3, round(3 * settings.turn_s / elapsed_s(settings.devices, lambda: repeat(work, 3))))
 
@@ -194,7 +194,7 @@ def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
     """Milliseconds of a step at settings.batch by kind of kernel, largest first.
 
-    On GPUs the time of their kernels, summed over the GPUs; on a CPU that of its operations.
+    On GPUs this is the time of the kernels, summed over the GPUs; on a CPU the time of the operations.
     """
     step, images, labels = make_step(settings, precision)
     work = _step_on(step, images, labels)
@@ -213,7 +213,8 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                if kernel.name != event.name:  # else it is the span of an annotation over kernels counted elsewhere
+                # An equal name is an annotation; its time is the time of kernels that are counted elsewhere.
+                if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
         else:
@@ -224,7 +225,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """The kind of call_chain[0], whose callers follow from the innermost to the outermost."""
+    """The kind of call_chain[0]; the next entries are its callers, from the innermost to the outermost."""
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
             return kind
@@ -234,8 +235,8 @@ def kernel_kind(call_chain: list[str]) -> str:
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
     """Images/s of the step in the last precision: launched kernel by kernel, and replayed from a CUDA graph.
 
-    A recorded step has fixed learning rates and a fixed address of its batch, so this only measures the cost of
-    launching kernels.
+    A recorded step has fixed learning rates and a fixed address of its batch, so this comparison only
+    measures the cost of launching kernels.
     """
     precision = settings.precisions[-1]
     step, images, labels = make_step(settings, precision)
@@ -261,7 +262,7 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
     """
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}  # never 0: rates are rounded to tenths
     layers = [row.multiply_adds for row in summarize(1000)]
-    # Forward, gradients of weights, gradients of inputs; the gradient of the image is not computed.
+    # Three passes: forward, gradients of weights, gradients of inputs. The gradient of the image is not computed.
     multiply_adds = 3 * sum(layers) - layers[0]
     peak = peak_tflops(settings.devices) if settings.on_gpu else None
     summary: dict[str, Any] = {}

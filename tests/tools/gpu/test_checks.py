@@ -1,4 +1,4 @@
-"""Each check of tools.gpu_check fails when the device computes something else: faults are injected on a CPU."""
+"""Tests that each check of tools.gpu_check fails if the device computes a wrong result: faults injected on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_other_images_or_labels_on_the_device_fail_the_stream_checks(
     calls, read_batches = [], checks.read_batches
 
     def read_with_fault(*arguments: Any) -> Any:
-        """Of the first eight calls every second is for the device."""
+        """Calls 2, 4, 6 and 8 read batches of the device; other calls read batches of the CPU or a resumed stream."""
         calls.append(arguments)
         batches, state = read_batches(*arguments)
         is_device = len(calls) % 2 == 0 and len(calls) < 9
@@ -59,7 +59,7 @@ def test_a_stream_that_resumes_at_another_position_fails(
 def test_a_network_that_computes_something_else_fails(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    """The reference is the only network in float64; all others get the fault."""
+    """The reference is the only network in float64; all other networks get the fault."""
     inputs, max_pool, drop = AlexNet._inputs, alexnet.max_pool, AlexNet._drop
     exact = torch.float64
     if fault == "input":
@@ -68,7 +68,7 @@ def test_a_network_that_computes_something_else_fails(
         monkeypatch.setattr(
             alexnet, "max_pool", lambda x, norm, *rest: max_pool(x, norm if x.dtype == exact else None, *rest)
         )
-    else:  # the same values, a fifth of the gradient
+    else:  # the values stay the same, and the gradient is reduced to a fifth
         reduced = lambda x: x if x.dtype == exact else 0.2 * x + 0.8 * x.detach()  # noqa: E731
         monkeypatch.setattr(AlexNet, "_drop", lambda net, x: drop(net, reduced(x)))
     assert failed_checks(settings, checks.network_checks) == [
@@ -85,7 +85,7 @@ def test_tf32_in_place_of_float32_fails(settings: GpuCheckSettings, monkeypatch:
     def make_rounded_network(*arguments: Any) -> AlexNet:
         model = make_network(*arguments)
         calls.append(0)
-        if len(calls) > 1:  # the first is the reference
+        if len(calls) > 1:  # the first network is the reference
             for parameter in model.parameters():
                 bits = parameter.data.view(torch.int32)
                 bits.add_(1 << 12).bitwise_and_(~((1 << 13) - 1))

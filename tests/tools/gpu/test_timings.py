@@ -1,4 +1,4 @@
-"""Timings of tools.gpu_check: length of turns, kinds of kernels, derived figures, and errors of single parts."""
+"""Tests of the timings of tools.gpu_check: length of turns, kinds of kernels, derived figures, failed timings."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_a_timing_that_raises_is_reported_and_the_others_are_measured(
 
 
 def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call takes 10 ms by a simulated clock: 50 calls fill half a second, after 8 that are not counted."""
+    """A call takes 10 ms by a simulated clock: 50 calls fill half a second, after 8 calls that are not counted."""
     calls: list[int] = []
     settings = SimpleNamespace(devices=("cpu", "cpu"), turn_s=0.5)
 
@@ -48,7 +48,7 @@ def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkey
 
 
 def test_each_turn_sets_its_precision(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The switches are global, and contestants in between set others."""
+    """The precision switches are global, and other contestants change them between two turns."""
     calls: list[Any] = []
     monkeypatch.setattr(timings, "set_precision", lambda *arguments: calls.append(arguments))
     step = SimpleNamespace(precision="bf16")
@@ -125,7 +125,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel counts under the operation that launched it, and not again in the span of Optimizer.step."""
+    """A kernel counts for the operation that launched it. It does not count again for the annotation Optimizer.step."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

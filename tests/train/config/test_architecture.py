@@ -60,7 +60,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """With the same seed, both networks draw the same dropout masks for the same layers; both scale in training."""
+    """With the same seed, both networks draw the same dropout masks. In both, dropout scales in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -79,7 +79,7 @@ def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evalu
 
 @pytest.fixture
 def network_pair() -> tuple[AlexNet, AlexNet]:
-    """The architectures alexnet and convolutional, small, in float64, with the same parameters."""
+    """Small networks of the architectures alexnet and convolutional, in float64, with the same parameters."""
     torch.manual_seed(2)
     recipe = replace(SHORT, dropout=0.5)
     alexnet, convolutional = (
@@ -162,7 +162,7 @@ def test_dense_evaluation_refuses_images_smaller_than_a_crop(
 def test_padding_gives_conv1_the_number_of_positions_rounded_up(side_px: int) -> None:
     before, after = ALEXNET.padding_px(side_px)
     assert before == 0 and (side_px + after - 11) % 4 == 0 and after < 4
-    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004: 1 + ceil((side - 11) / 4)
+    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # 1 + ceil((side - 11) / 4) of layer.py:1004
 
 
 def test_a_network_of_one_column_has_one_device_and_crosses_nothing() -> None:

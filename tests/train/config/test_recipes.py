@@ -25,7 +25,7 @@ def test_the_recipe_paper_has_the_values_of_the_paper() -> None:
 
 
 def test_the_recipe_caffe_has_the_values_of_bvlc_alexnet() -> None:
-    """The values are in train_val.prototxt and solver.prototxt of models/bvlc_alexnet."""
+    """The expected values are from train_val.prototxt and solver.prototxt of models/bvlc_alexnet."""
     assert (CAFFE.batch_size, CAFFE.momentum, CAFFE.weight_decay, CAFFE.dropout) == (256, 0.9, 0.0005, 0.5)
     assert {layer for layer, std in CAFFE.init_std.items() if std == 0.005} == {"fc6", "fc7"}
     assert CAFFE.init_bias == {**dict.fromkeys(PAPER.init_bias, 0.1)}

@@ -80,7 +80,7 @@ def test_safetensors_load_into_a_network_built_from_their_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     make_run: MakeRun, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Networks: two columns with LRN before ReLU and within maps; one column with the paper's LRN; one without LRN."""
+    """The networks: two columns, LRN before ReLU within maps; one column, the paper's LRN; one column, no LRN."""
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
     records: list[logging.LogRecord] = []
@@ -104,7 +104,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
 
 @pytest.mark.parametrize("recipe", [PAPER, CAFFE, MODERN], ids=lambda recipe: recipe.augmentation.mean)
 def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun, store: Path, recipe: Recipe) -> None:
-    """The images are computed from the JSON with NumPy alone."""
+    """The test computes the images from the JSON, with NumPy only."""
     run_dir, _ = make_run(SMALL["joined"], recipe)
     transform = load_eval_transform(run_dir, recipe)
     exported = json.loads(json.dumps(vars(export_preprocessing(transform, recipe.input_divisor))))

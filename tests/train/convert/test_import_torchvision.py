@@ -69,7 +69,7 @@ def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1 is equal at 53 × 53 of 55 × 55 positions. The border differs, because padding is the store's mean."""
+    """conv1 is equal at 53 × 53 of 55 × 55 positions. The border differs: padding is the store's mean."""
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert state.step == 0 and network.recipe == MODERN
@@ -104,7 +104,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """The outputs also agree at the border, as the file has its own Normalize. The file's classes are checked."""
+    """The outputs also agree at the border, because the file has its own Normalize. Its classes are checked."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)

@@ -32,11 +32,11 @@ SMALL = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 12, 12))
 def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> None:
     scores = torch.tensor([[9.0, 8, 7, 6, 5, 4, 3], [1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7]])
     assert top_k_misses(scores, torch.tensor([0, 2, 1])).tolist() == [2, 1]
-    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # fewer than five classes
+    assert top_k_misses(scores[:, :3], torch.tensor([0, 2, 1])).tolist() == [1, 0]  # three classes: no top-5 misses
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """torch.topk orders equal scores arbitrarily. With it, the error rates of a constant network varied."""
+    """torch.topk orders equal scores arbitrarily. With topk, the error rates of a constant network varied."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -88,7 +88,7 @@ def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], netwo
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """A square of 256 px has 2 × 2 windows. The batches have 5, 5 and 2 images; none has as many images as windows."""
+    """A square of 256 px has 4 windows. The batches have 5, 5 and 2 images: no batch has 4 images."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():

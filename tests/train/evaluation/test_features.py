@@ -30,7 +30,7 @@ def images(store: Path) -> torch.Tensor:
 
 
 def test_activations_equal_those_of_one_network_without_columns(network: AlexNet, images: torch.Tensor) -> None:
-    """This test computes conv1 and the fully connected layers with the joined parameters."""
+    """The test computes the expected conv1 and fully connected layers from the joined parameters."""
     actual = compute_activations(network, images, ("conv1", "conv5", "fc6", "fc7", "fc8"))
     p = network.joined_tensors()
     with torch.no_grad():

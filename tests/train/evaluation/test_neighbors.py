@@ -36,7 +36,7 @@ def test_an_index_is_built_once_for_each_checkpoint_size_and_precision(
     index = load_or_build_index(trained_run, network, checkpoint, opened)
     assert index.features.shape == (30, 16) and len(set(index.keys.tolist())) == 30
     (path,) = trained_run.glob("index-*.npz")
-    monkeypatch.setattr("train.evaluation.features.eval_batch_size", lambda *_: 4)  # 7 records: 4 and 3
+    monkeypatch.setattr("train.evaluation.features.eval_batch_size", lambda *_: 4)  # batches of 4 and 3 records
     smaller = load_or_build_index(trained_run, network, checkpoint, opened, max_records=7)
     assert smaller.features.shape == (7, 16)
     np.testing.assert_allclose(smaller.features, index.features[:7], rtol=1e-4, atol=1e-5)

@@ -23,7 +23,7 @@ SMALL = replace(ALEXNET, widths=WIDTHS)
 class Grouped(nn.Module):
     """AlexNet as one network of torch modules, with one group for each column.
 
-    Layers in which a column reads only its own maps are grouped. torch's LRN is applied to each group.
+    Layers in which each column reads only its own maps are grouped. torch's LRN is applied to each group.
     """
 
     def __init__(self, classes: int, architecture: Architecture, recipe: Recipe) -> None:

@@ -27,7 +27,7 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 
 
 def test_section_3_5_neurons_of_each_layer() -> None:
-    """The paper: 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The number 253,440 is wrong.
+    """The paper gives 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The number 253,440 is wrong.
 
     96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either number, the sum is near
     the paper's 650,000. The paper's number of inputs, 150,528, is right.
@@ -64,7 +64,7 @@ def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_ma
 
 
 def test_conv1_has_55_positions_on_224_px_and_the_last_covers_3_px_of_padding() -> None:
-    """A kernel of ones on an image of ones counts the image's pixels below it: 11 rows, and 8 at the last position."""
+    """A kernel of ones on an image of ones counts the pixels under the kernel: 11 rows, but 8 at the last position."""
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
         model.columns[0].conv1.weight.fill_(1.0), model.columns[0].conv1.bias.zero_()
@@ -92,11 +92,11 @@ BELOW = {layer: below for below, layer in pairwise(LAYERS)}
 def test_figure_2_units_are_connected_to_the_maps_that_the_figure_shows(
     layer: str, recipe: Recipe, crossing: bool
 ) -> None:
-    """Connections are found by the gradient of each unit with respect to each map, through normalization and pooling.
+    """The test finds connections from gradients of each unit with respect to each map below.
 
     Every unit of conv2, conv4 and conv5 depends on all maps of its own column in the layer below, and on no map of the
-    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns; without crossing, only on those of
-    their own column. Units of fc8 depend on both columns in either case.
+    other column. Units of conv3, fc6 and fc7 depend on the maps of both columns; without crossing, they depend only
+    on the maps of their own column. Units of fc8 depend on both columns in either case.
     """
     torch.manual_seed(0)
     recipe = replace(recipe, activation="tanh", init="he", input_divisor=64.0, dropout=0.0, crossing=crossing)
@@ -178,7 +178,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Tests mean, standard deviation and biases. He et al.: deviation sqrt(2 / fan in), but 0.01 in fc8."""
+    """Tests mean, standard deviation and biases. Deviation of `he`: sqrt(2 / fan in), in fc8 0.01."""
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:
@@ -227,7 +227,7 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Parameters after 6 steps; logits of each step, then of the evaluation of the first batch.
 
-    scaled  whether dropout scales in training; initialization, lr and weight decay of fc7 and fc8 are adapted if so
+    scaled  whether dropout scales in training; if so, initialization, lr and weight decay of fc7 and fc8 are adapted
     keep    probability that a unit is kept
     """
     torch.manual_seed(6)

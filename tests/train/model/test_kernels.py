@@ -21,7 +21,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compiles in a tenth of the time that the real flags take
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # takes a tenth of the time of the real flags
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
@@ -29,7 +29,7 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Outputs and gradients of all kernels. The numbers of maps are no multiples of the vector length or block size."""
+    """Outputs and gradients of all kernels. No number of maps is a multiple of the vector or block size."""
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()
@@ -65,7 +65,7 @@ def test_run_in_threads_covers_every_item_once(items: int, threads: int, monkeyp
 
 @needs_kernel
 def test_kernels_read_and_write_only_inside_their_tensors() -> None:
-    """Each tensor ends just before a protected page, then begins just after one.
+    """Each tensor first ends just before a protected page, then begins just after a protected page.
 
     An access outside the tensor kills the process.
     """
@@ -188,7 +188,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
 
 @pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results differ in their last few bits, and by more where terms cancel."""
+    """The results differ in their last few bits; the relative difference is larger if terms cancel."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
     expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())

@@ -1,4 +1,4 @@
-"""Tests of evaluation mode for a block of code: the earlier mode is restored, also after an exception."""
+"""Tests of the context manager for evaluation mode: it restores the earlier mode, also after an exception."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def test_the_installed_torch_has_the_fused_update_and_it_follows_the_papers_rule
 
 
 def test_the_fused_update_equals_torchs_private_kernel_to_the_bit() -> None:
-    """Earlier versions called that kernel. Their runs therefore continue with the same bits."""
+    """Earlier versions called torch's private kernel. Therefore their runs continue with the same bits."""
     weights, velocities, gradients = tensors()
     constants = {"lr": -1.0, "dampening": 1.0 + LR, "nesterov": False, "maximize": False, "is_first_step": False}
     for _ in range(2):
@@ -122,7 +122,7 @@ def test_other_devices_and_a_momentum_of_zero_are_updated_by_operators() -> None
 
 
 def test_an_update_raises_the_version_of_the_tensors() -> None:
-    """Autograd compares versions, and refuses a backward pass whose saved tensors have changed in place."""
+    """Autograd compares tensor versions, and refuses a backward pass if a saved tensor was changed in place."""
     weights, velocities, gradients = tensors()
     versions = [t._version for t in (*weights, *velocities)]
     fused_sgd.update(weights, velocities, gradients, MOMENTUM, LR, DECAY)

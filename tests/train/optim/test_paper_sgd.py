@@ -52,7 +52,7 @@ def test_the_update_is_the_papers_rule_before_and_after_the_rate_drops(grads: np
 def test_several_parameters_are_updated_by_the_rule_without_compiled_kernels(
     momentum: float, same_layout: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tests the update of a GPU: one fused call for both parameters, or single operators if their layouts differ."""
+    """Tests the update on a GPU: one fused call for both parameters, or single operators if the layouts differ."""
     monkeypatch.setattr("train.model.kernels.native", None)
     layout = torch.channels_last if same_layout else torch.contiguous_format
     start = np.random.default_rng(1).normal(size=(2, 4, 3, 2, 2)).astype(np.float32)
@@ -94,7 +94,7 @@ def test_a_rate_of_zero_freezes_weights_and_velocity(grads: np.ndarray) -> None:
 
 
 def weight_decays(recipe: Recipe) -> dict[str, float]:
-    """Joined parameter name -> its weight decay."""
+    """{name of a joined parameter: its weight decay}."""
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
     decay_of = {
         parameter: group["weight_decay"]

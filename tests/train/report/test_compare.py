@@ -162,7 +162,7 @@ def test_the_figure_has_every_run_in_its_own_color(tmp_path: Path, count: int, d
 def test_a_folder_whose_name_begins_with_an_underscore_is_in_the_legend(
     tmp_path: Path, drawn: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """matplotlib leaves a label that begins with an underscore out of its legend."""
+    """matplotlib omits labels that begin with an underscore from the legend."""
     for name in ("_a", "b"):
         write_run(tmp_path / name, errors=(0.5, 0.4))
     monkeypatch.chdir(tmp_path)

@@ -52,7 +52,7 @@ def test_a_figure_has_the_same_bytes_each_time_and_ignores_an_incomplete_line(
 ) -> None:
     lines = read_metrics(trained_run)
     with open(trained_run / "metrics.jsonl", "a") as file:
-        file.write('{"kind": "val", "st')  # as a run in progress writes it
+        file.write('{"kind": "val", "st')  # a line that a run in progress has not finished
     expected = render_figure(lambda figure: draw_learning_curve(figure, lines), LEARNING_CURVE_INCHES, "svg")
     for _ in range(2):
         # The store has no split `test`: figures of images are left out.

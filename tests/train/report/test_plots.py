@@ -162,7 +162,7 @@ def test_feature_maps_with_the_highest_activation_of_each_column_are_drawn() -> 
 
 
 def test_unusual_names_are_drawn_literally_and_shortened() -> None:
-    """Names with a $ (a formula to matplotlib), a letter missing in its font, a newline, and 200 characters."""
+    """Names with a $ (begins a formula in matplotlib), a letter that the font lacks, a newline, or 200 characters."""
     names = ["$a_{b$", "猫\n", "x" * 200]
     square = np.zeros((8, 8, 3), np.uint8)
     rows = [ImageAndNeighbors(square, "$p_{1$.jpg\n", 0, [(square, k, float(k)) for k in range(3)])]

@@ -1,4 +1,4 @@
-"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time predicted from it."""
+"""Tests of reading metrics.jsonl while a run writes it, and of the remaining time predicted from this file."""
 
 from __future__ import annotations
 

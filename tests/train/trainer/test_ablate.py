@@ -1,4 +1,4 @@
-"""Tests of the paper's ablations: the change that each makes, resuming, and the arithmetic of the table."""
+"""Tests of the paper's ablations: the change that each ablation makes, resuming, and the arithmetic of the table."""
 
 from __future__ import annotations
 

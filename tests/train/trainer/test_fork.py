@@ -28,7 +28,7 @@ def test_a_fork_without_changes_has_the_result_of_the_uninterrupted_run(
     origin = fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", steps=4)))
     forked = fork(Run.open(small_config(stores["jpeg"], origin)), tmp_path / "fork")
     fit(forked)
-    lines_of_origin = 5  # 4 steps and a validation
+    lines_of_origin = 5  # lines of 4 steps and a validation
     assert metrics_without_clock(tmp_path / "fork") == metrics_without_clock(uninterrupted_run)[lines_of_origin:]
     state, expected = checkpoint.load(tmp_path / "fork"), checkpoint.load(uninterrupted_run)
     assert all(torch.equal(tensor, expected.parameters[name]) for name, tensor in state.parameters.items())
@@ -44,7 +44,7 @@ def ancestry(run_dir: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def four_steps(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run after 4 steps, which are 1 1/3 epochs. Do not write into it."""
+    """A run after 4 steps, which are 1 1/3 epochs. Do not write into its folder."""
     return fit(Run.open(small_config(stores["ppm"], tmp_path_factory.mktemp("origin") / "run", steps=4)))
 
 

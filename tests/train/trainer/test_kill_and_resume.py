@@ -1,4 +1,4 @@
-"""A run that is killed and resumed has the same result, to the bit, as a run that is not killed."""
+"""Tests that a run that is killed and resumed has the same result, to the bit, as a run that is not killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from train.trainer.loop import fit
 def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[str, Any]:
     """Kill a run up to ten times, resume it, and compare its result with that of a run that is not killed.
 
-    Returns what tests/helpers/kill_and_resume.py prints.
+    Returns the JSON object that tests/helpers/kill_and_resume.py prints.
     """
     command = [sys.executable, str(ROOT / "tests/helpers/kill_and_resume.py")]
     result = subprocess.run(
@@ -58,7 +58,7 @@ def test_a_run_killed_ten_times_has_the_same_result_and_leaves_no_temporary_file
 def test_runs_killed_a_hundred_times_in_all_have_the_same_result(
     stores: dict[str, Path], tmp_path: Path, when: str, seed: int
 ) -> None:
-    """Each run has ten attempts. With `operation` all ten are killed; with `time`, those that have not finished yet."""
+    """Each run has ten attempts. With `operation`, all are killed; with `time`, unless they finish before."""
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
     assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10
 

@@ -29,7 +29,7 @@ def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkp
 ) -> None:
     """One image of the second batch has NaN pixels. Step 2 is logged at once or, with `log_every` 3, after step 3.
 
-    Every image has its own label.
+    Every image has a different label.
     """
     iterate = TrainLoader.__iter__
     with train_loader(numbered_store, 8, "cpu", 3) as loader:

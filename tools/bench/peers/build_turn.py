@@ -1,4 +1,4 @@
-"""Shared by the programs of the build benchmark: arguments, the start signal, a process pool, writing one LMDB.
+"""Functions for the programs of the build benchmark: arguments, the start signal, a process pool, writing an LMDB.
 
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
@@ -30,7 +30,7 @@ def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
 def take_turn(versions: str, work: Callable[[], int]) -> None:
     """Print `versions`, wait for a line, run `work`, and print the number of images that it returns.
 
-    If standard input ends instead, return without doing anything: the benchmark has ended.
+    If standard input ends without a line, the benchmark has ended: return without running `work`.
     """
     print(versions, flush=True)  # noqa: T201
     if sys.stdin.readline():

@@ -1,18 +1,20 @@
-"""Stream of FFCV: its Loader on a .beton file of the records.
+"""Stream of FFCV: FFCV's Loader reads a .beton file with the records.
 
     python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
 
-jpg   The .beton holds the unchanged bytes of the JPEG files. FFCV's own field would encode their pixels once more.
-raw   The .beton holds their pixels, decoded by Pillow, in FFCV's own field.
+jpg   The .beton holds the unchanged bytes of the JPEG files. FFCV's own field would encode the images again.
+raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's own field.
 
-FFCV has no random crop of a fixed size. Its RandomResizedCropRGBImageDecoder makes one if area and aspect ratio are
-fixed to those of the crop; it then rescales 224 × 224 to 224 × 224, which OpenCV does by copying. The crops are
-distributed like those of all other contestants, but all records must be squares of one size. FFCV decodes the whole
-record, as all contestants do. RandomHorizontalFlip, NormalizeImage (a table of floats), ToTensor and ToTorchImage
-follow. The records are repeated until an epoch is as long as ImageNet's, because FFCV allocates new batches in each.
+FFCV has no random crop of a fixed size. Its RandomResizedCropRGBImageDecoder makes such a crop if its area and aspect
+ratio are fixed to those of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does by
+copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares of
+one size. FFCV decodes the full record, like all contestants. The next steps are RandomHorizontalFlip, NormalizeImage (a
+table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records are repeated until
+an epoch is as long as an epoch of ImageNet.
 
-last  Batches have channels last in memory, which is FFCV's default: NCHW by their strides only.
-first Batches have channels first in memory, as those of all other contestants. FFCV copies each batch twice for it.
+last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, with strides for NHWC memory.
+first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each batch twice to
+      make them.
 
 Needs an environment of its own: see tools.bench.peers.ffcv_writer.
 """
@@ -46,7 +48,7 @@ _EPOCH_IMAGES = 1_281_167
 
 
 class JpegField(RGBImageField):  # type: ignore[misc]
-    """RGBImageField for images that are JPEG files already."""
+    """An RGBImageField for images that are already JPEG files."""
 
     def encode(self, destination: Any, image: tuple[bytes, int, int], malloc: Callable[[int], Any]) -> None:
         """Store the bytes unchanged; `image` is (bytes of the file, width, height)."""
@@ -57,7 +59,7 @@ class JpegField(RGBImageField):  # type: ignore[misc]
 
 
 class RecordDataset:
-    """The images, raw or as (bytes, width, height), and labels that are written to the .beton."""
+    """Data set for the .beton: images, as pixels or as (bytes of the file, width, height), and labels."""
 
     def __init__(self, records: Records, raw: bool) -> None:
         self.records, self.raw = records, raw
@@ -123,5 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another method
     main()

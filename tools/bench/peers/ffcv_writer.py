@@ -1,12 +1,14 @@
-"""Build with FFCV's DatasetWriter from a data set like torchvision's ImageFolder. No checksums or moments, no sync.
+"""Build with FFCV's DatasetWriter from a data set like torchvision's ImageFolder.
+
+It computes no checksums or moments, and does not sync its output.
 
     python -m tools.bench.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
 
 jpg   Pillow decodes, rescales the shorter side to 256 px with its bicubic filter and crops the central square; FFCV's
       RGBImageField writes it as a JPEG of quality 90.
-raw   The same, written as pixels.
-own   Pillow decodes only. FFCV rescales the longer side to 341 px (OpenCV's INTER_AREA) and writes a JPEG of quality
-      90. Most photographs become 256 × 341, which is more than the square.
+raw   Like jpg, but the square is written as pixels.
+own   Pillow only decodes. FFCV rescales the longer side to 341 px (OpenCV's INTER_AREA) and writes a JPEG of quality
+      90. Most photographs become 256 × 341, which has more pixels than the square.
 
 Needs an environment of its own, because FFCV needs an older NumPy: libopencv-dev, libturbojpeg0-dev and pkg-config on
 the system; then `pip install 'numpy<2.3' torch setuptools pillow` and `pip install --no-build-isolation ffcv`.
@@ -69,5 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another method
     main()

@@ -1,9 +1,9 @@
-"""Bound of the build: libjpeg-turbo decodes every image and encodes a square of 256 px at quality 90, nothing else.
+"""Upper bound of the build: libjpeg-turbo decodes every image and encodes a square of 256 px at quality 90.
 
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
-Forked processes read the files from the page cache PASSES times, with simplejpeg; nothing is written. The squares that
-they encode are made of the same photographs beforehand; at most 1,000 of them are kept in memory. The bound uses
+Forked processes read the files from the page cache PASSES times and use simplejpeg. No file is written. The squares are
+made of the same photographs before the timing starts; at most 1,000 squares are kept in memory. The bound uses
 libjpeg-turbo's faster, less exact arithmetic, and skips the few images that simplejpeg cannot decode: CMYK and PNG.
 """
 
@@ -20,11 +20,11 @@ from tools.bench.peers.build_turn import QUALITY, SIDE_PX, Paths, parse_argument
 from tools.bench.peers.pillow_script import central_square
 
 _MAX_SQUARES = 1000
-_squares: list[Any] = []  # filled by the parent before it forks
+_squares: list[Any] = []  # filled by the parent process before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """The paths that simplejpeg decodes, and one path for each file among them, by its inode."""
+    """The paths of images that simplejpeg can decode, and {inode: path} with one path for each different file."""
     files: dict[int, str] = {}
     bad_inodes: set[int] = set()
     good_paths = []

@@ -1,4 +1,6 @@
-"""A short script as one might write it: Pillow in a pool of processes, one LMDB. No labels, checksums or moments.
+"""A short script as a user might write it: a pool of processes with Pillow, and one LMDB.
+
+It stores no labels, checksums or moments.
 
 python -m tools.bench.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
 """
@@ -16,7 +18,7 @@ from tools.bench.peers.build_turn import QUALITY, SIDE_PX, take_lmdb_turn
 
 
 def central_square(path: str, filter: str) -> Image.Image:
-    """The photograph rescaled to SIDE_PX on its shorter side, and the central square of that."""
+    """The central square of the photograph, after its shorter side was rescaled to SIDE_PX."""
     image = Image.open(path).convert("RGB")
     scale = SIDE_PX / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)

@@ -1,12 +1,12 @@
-"""Stream of SPDL: its Pipeline of threads over the JPEG files, one batch a task.
+"""Stream of SPDL: a Pipeline whose threads read the JPEG files; each task makes one batch.
 
     python -m tools.bench.peers.spdl_stream FOLDER OUT THREADS RED,GREEN,BLUE ffmpeg|simplejpeg
 
 ffmpeg      SPDL's own decoding: FFmpeg decodes, crops, mirrors and converts to RGB; NumPy converts to float32. FFmpeg
             crops before it converts to RGB, at the next lower even offset, because chroma has half the resolution.
-simplejpeg  SPDL's threads only: libjpeg-turbo decodes, NumPy does the rest.
+simplejpeg  Only the threads are SPDL's: libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
 
-The memory of the batches is reused. Nothing is written to OUT.
+The memory of the batches is reused. No file is written to OUT.
 
 Needs `pip install spdl simplejpeg numpy`, and the libraries of FFmpeg on the system (on Debian: libavdevice59).
 """
@@ -37,8 +37,8 @@ from tools.bench.peers.stream_turn import (
     take_turns,
 )
 
-_PREFETCH = 3  # finished batches in the queue before the consumer
-_IN_FLIGHT = 5  # at most so many further batches on their way to the consumer, or used by it
+_PREFETCH = 3  # size of the queue of finished batches
+_IN_FLIGHT = 5  # largest number of batches between the threads and the queue, or in use by the consumer
 
 
 def crop_with_ffmpeg(path: str) -> Any:

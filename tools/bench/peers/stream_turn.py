@@ -1,10 +1,11 @@
-"""Shared by the programs of the stream benchmark: arguments, random crops, checks of batches, and timed turns.
+"""Functions for the programs of the stream benchmark: arguments, random crops, checks of batches, timed turns.
 
     python -m tools.bench.peers.NAME FOLDER OUT THREADS RED,GREEN,BLUE ...
 
-A program lists the records in FOLDER/LABEL/, writes what its library reads to OUT, starts its stream, checks two
-batches, and prints the versions of its libraries. At each line `go SECONDS` on standard input it takes some batches
-that are not counted, then batches for so many seconds, and prints images/s. It ends when standard input ends.
+A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, starts its stream, checks
+two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input, the program takes
+some batches that are not counted, then counts batches for SECONDS seconds, and prints images/s. The program ends when
+standard input ends.
 RED,GREEN,BLUE is the mean to subtract, in grey levels.
 """
 
@@ -34,7 +35,7 @@ def parse_arguments() -> tuple[Records, Path, int, Mean, list[str]]:
 
 
 def shuffle_forever(records: Records) -> Iterator[tuple[str, int]]:
-    """One random permutation of the records after another, without end."""
+    """Random permutations of the records, one after another without end."""
     while True:
         yield from random.sample(records, len(records))
 
@@ -71,7 +72,7 @@ def check_batches(batches: Iterator[Any]) -> None:
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
-    """The rate over at least `seconds`, after discarding more batches than may have been prefetched."""
+    """Images/s over at least `seconds`. Batches that may have been prefetched are discarded first."""
     for _ in range(2 * threads + 6):
         next(batches)
     taken, started = 0, time.perf_counter()

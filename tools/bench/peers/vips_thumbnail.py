@@ -1,4 +1,6 @@
-"""libvips' thumbnail in a pool of processes with one thread each, one LMDB. No labels, checksums or moments.
+"""The short script with libvips' thumbnail: a pool of processes with one thread each, and one LMDB.
+
+It stores no labels, checksums or moments.
 
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 

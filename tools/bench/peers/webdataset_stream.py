@@ -2,8 +2,8 @@
 
     python -m tools.bench.peers.webdataset_stream FOLDER OUT THREADS RED,GREEN,BLUE
 
-As its documentation recommends: archives drawn at random without end, a shuffle buffer of 1,000 records, batches made
-in the workers.
+The settings follow WebDataset's documentation: archives are drawn at random without end, a shuffle buffer holds 1,000
+records, and the workers make the batches.
 
 Needs `pip install webdataset torch pillow`.
 """
