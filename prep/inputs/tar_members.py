@@ -2,14 +2,18 @@
 
 Python's tarfile parses the headers. This module works around three problems of tarfile:
 
--   tarfile reads a long name (GNU) or an extended header (PAX) into memory at once, whatever size the archive claims.
-    So the file is a `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once.
+-   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever size the archive claims. It reads
+    it at once, or in the newest versions of Python 1 MiB at a time. So the file is a `BoundedFile`, which refuses to
+    read more than MAX_HEADER_BYTES at once, and more than twice that for one member.
 -   tarfile keeps every member in memory, a gigabyte for ImageNet. Since Python 3.13 `stream=True` prevents this. In
     older versions of Python, this module empties the list of members after each member.
 -   tarfile treats a damaged header as the end of the archive. So this module checks that the bytes from there on are
     zero, as they are at the end of a complete archive.
+-   With a negative size in a PAX header, newer versions of Python move `offset` past the member and end the archive, or
+    return the second member in place of the first. So `offset` is compared with the end of the previous member.
 
-Python's documentation does not list TarFile's attributes `members` and `offset`; test_tar_members.py tests both.
+Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`; test_tar_members.py
+tests them.
 """
 
 from __future__ import annotations
@@ -32,15 +36,21 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that refuses to read more than MAX_HEADER_BYTES at once."""
+    """A file that refuses to read more than MAX_HEADER_BYTES at once, or twice that between calls of `allow_header`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
+        self.allow_header()
+
+    def allow_header(self) -> None:
+        """Allow the headers of another member to be read."""
+        self._bytes_left = 2 * MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
         """The next `size` bytes, or fewer at the end of the file; raises tarfile.ReadError for an invalid size."""
-        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        if size is None or not 0 <= size <= min(MAX_HEADER_BYTES, self._bytes_left):
+            raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES:,} bytes, or of a negative size")
+        self._bytes_left -= size
         return super().read(size)
 
 
@@ -55,12 +65,15 @@ def iterate_members(
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
+    file.allow_header()
     if file.read(6).startswith(_COMPRESSED):
         raise UserError(f"{path} is compressed, so nothing in it can be read in place. Decompress it first.")
     file.seek(start)
     try:
         tar = tarfile.TarFile(fileobj=file, mode="r", encoding="utf-8", errors="surrogateescape", **_NO_MEMBER_LIST)
-        while (member := tar.next()) is not None:
+        next_header = tar.offset if tar.firstmember else start  # type: ignore[attr-defined]  # read by the constructor
+        while tar.offset == next_header and (member := tar.next()) is not None:
+            next_header = tar.offset
             if not _NO_MEMBER_LIST:
                 tar.members = []  # type: ignore[attr-defined]
             if member.size < 0:
@@ -72,6 +85,9 @@ def iterate_members(
                 )
             progress.update(min(member.offset_data, progress.total))
             yield member
+            file.allow_header()
+        if tar.offset != next_header:
+            raise tarfile.ReadError(f"the header at byte {next_header:,} is damaged")
         zeros = _count_zeros(file, tar.offset, end)
     except UserError:
         raise
@@ -100,6 +116,7 @@ def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
     file.seek(position)
     count = 0
     while position + count < end and count <= _MAX_PADDING_BYTES:
+        file.allow_header()
         block = file.read(min(MAX_HEADER_BYTES, end - position - count))
         count += len(block) - len(block.lstrip(b"\0"))
         if not block or block.strip(b"\0"):

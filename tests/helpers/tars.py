@@ -50,9 +50,12 @@ def negative_size(size: int) -> bytes:
     return b"\xff" + (256**11 + size).to_bytes(11, "big")
 
 
-def pax_with_size(size: str) -> bytes:
-    first: Member = ("n1/a.JPEG", A, {"pax_headers": {"size": size}})
-    return tar_of([first, *THREE[1:]], tarfile.PAX_FORMAT)
+def pax_with_size(size: str, member: int = 0) -> bytes:
+    """An archive of THREE in which a PAX header states `size` as the size of one member."""
+    members: list[Member] = list(THREE)
+    name, content, *_ = members[member]
+    members[member] = (name, content, {"pax_headers": {"size": size}})
+    return tar_of(members, tarfile.PAX_FORMAT)
 
 
 # Ways to damage an archive of the members THREE, each with a part of the expected error message.
@@ -85,7 +88,8 @@ DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
         "damaged",
     ),
     "a name's size beyond the end": (lambda tar: with_second_member(tar, header(b"L", b"77777777777\0", b"L")), "."),
-    "pax size below zero": (lambda tar: pax_with_size("-1024"), "."),
+    "pax size below zero": (lambda tar: pax_with_size("-1024"), "damaged"),
+    "pax size below zero of the last member": (lambda tar: pax_with_size("-1024", -1), "damaged"),
     "pax size of 20 digits": (lambda tar: pax_with_size("9" * 20), "cut short"),
     "pax size of words": (lambda tar: pax_with_size("many"), "damaged"),
 }
