@@ -72,7 +72,7 @@ def summary_lines(store: Store) -> Iterator[str]:
         for reason, count in account["bad"].items():
             yield f"  left out: {count:,} {reason}"
         if account["converted"] or bad:
-            yield f"  {store.root / name / 'inputs.jsonl'} lists them"
+            yield f"  {store.root / name / 'inputs.jsonl'} lists these inputs"
 
 
 def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str, Datum]:

@@ -131,7 +131,7 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
             number = int(key) if len(key) == 8 and key.isdigit() else -1
             try:
                 if number <= last_key:
-                    raise DatumError("its key is not a number of eight digits that is above the one before")
+                    raise DatumError("its key is not a number of eight digits above that of the record before it")
                 last_key = number
                 found.keys = (number if found.keys[0] < 0 else found.keys[0], number)
                 label, pixels = _check_record(task, value)

@@ -184,7 +184,9 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 @store_option
 @split_option
 @click.option(
-    "--recompute", is_flag=True, help="Compute the statistics from the stored images and compare with the build's."
+    "--recompute",
+    is_flag=True,
+    help="Compute the statistics again from the stored images, and compare them with those of the build.",
 )
 @click.option(
     "--plot",

@@ -68,7 +68,7 @@ _RECORD_OPTIONS = (
         "--max-bad",
         type=click.IntRange(0),
         metavar="N",
-        help="Largest number of bad inputs to leave out; one more stops the build. Implies --on-bad skip.  "
+        help="Largest number of bad inputs to leave out; the build stops if there are more. Implies --on-bad skip.  "
         "[default: no limit]",
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished build of the split and start again."),

@@ -41,7 +41,7 @@ class TarReader:
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
         if len(content) < min(size, item.size):
-            raise UserError(f"{self.root} has become shorter while it was read. Get it again.")
+            raise UserError(f"{self.root} has become shorter while it was read. Download it again.")
         return content
 
 

@@ -113,7 +113,7 @@ def list_caffe_lmdbs(
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
                 if label is None:
-                    refused.append((name_text(key), "no Datum, or one without a label"))
+                    refused.append((name_text(key), "not a Datum, or a Datum without a label"))
                     continue
                 listing.add(key, label, size, 0, index)
                 numbered = _NUMBERED_KEY.fullmatch(key)

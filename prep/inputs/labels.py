@@ -183,5 +183,7 @@ def _parse_decimal(text: str) -> int:
 def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
     """Classes named 0, 1, 2…; raises UserError, naming the `origin` of the labels, for more than MAX_CLASSES."""
     if count > MAX_CLASSES:
-        raise UserError(f"{origin}: a label of {count - 1:,}; more than {MAX_CLASSES:,} classes are a mistake.")
+        raise UserError(
+            f"{origin}: its labels need {count:,} classes, at most {MAX_CLASSES:,} are allowed. Correct the largest label."
+        )
     return tuple(str(k) for k in range(count))

@@ -81,7 +81,7 @@ def iterate_members(
             member_end = member.offset_data + (member.size if member.isreg() else 0)
             if member_end > end:
                 raise UserError(
-                    f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Get it again."
+                    f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Download it again."
                 )
             progress.update(min(member.offset_data, progress.total))
             yield member
@@ -92,13 +92,13 @@ def iterate_members(
     except UserError:
         raise
     except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{damaged} {file.tell():,} ({error}). Get it again.") from None
+        raise UserError(f"{damaged} {file.tell():,} ({error}). Download it again.") from None
     if tar.offset + zeros < end and zeros <= _MAX_PADDING_BYTES:
-        raise UserError(f"{damaged} {tar.offset + zeros:,}. Get it again.")
+        raise UserError(f"{damaged} {tar.offset + zeros:,}. Download it again.")
     if not tarfile.BLOCKSIZE <= zeros <= _MAX_PADDING_BYTES:
         raise UserError(
             f"{path} is cut short: at byte {tar.offset:,} it has {zeros:,} zero bytes where a tar ends in "
-            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,}. Get it again."
+            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,}. Download it again."
         )
 
 

@@ -31,7 +31,7 @@ from train.config.recipes import RECIPES
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
     required=True,
-    help="File to write; an older one is replaced atomically.",
+    help="File to write; an existing file is replaced atomically.",
 )
 @checkpoint_option
 @json_option

@@ -1,4 +1,4 @@
-"""Converts weights between torchvision.models.alexnet and the architecture `torchvision` of this project.
+"""Converts weights, with input mean and scale, between torchvision.models.alexnet and our network `torchvision`.
 
 The converted network computes the same function of the pixels as the original network. For pixels p in 0..255, the
 subtracted mean m, and the channel c:

@@ -22,7 +22,7 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """(run folder, checkpoint) that the arguments RUN_DIR and --checkpoint of a command name.
+    """(run folder, checkpoint) for the arguments RUN_DIR and --checkpoint of a command.
 
     RUN_DIR may also be a checkpoint file; the folder of that file is then the run folder.
     """

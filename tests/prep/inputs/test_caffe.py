@@ -198,7 +198,7 @@ def test_the_same_images_as_files_give_the_same_records(
 def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
     """{key: (value, reason why it is left out)}."""
     good = {"data": jpeg(), "encoded": True}
-    label = "no Datum, or one without a label"
+    label = "not a Datum, or a Datum without a label"
     return {
         b"10_negative_label": (datum(**good, label=-1), label),
         b"11_no_label": (datum(**good), label),

@@ -255,7 +255,7 @@ def check_triton(
 
 @needs_triton
 def test_triton_kernels_in_tritons_interpreter() -> None:
-    """Triton's interpreter runs on a CPU. A subprocess selects it before it imports Triton."""
+    """Triton reads TRITON_INTERPRET when it is imported, so the cases run in a subprocess with this variable set."""
     program = "from tests.train.model import test_lrn\n"
     program += "for case in test_lrn.TRITON_CASES:\n    test_lrn.check_triton(*case)\n"
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
