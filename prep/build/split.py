@@ -168,7 +168,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
     if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
         raise UserError(
             f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,}, this "
-            f"command names {len(plan.source.inputs):,}). Choose another --store, or delete the store to build it again."
+            f"command names {len(plan.source.inputs):,}). Choose another --store, or delete the store to rebuild it."
         )
     return existing
 
