@@ -119,7 +119,7 @@ class Tree:
         return self.scratch / f"store-{name}"
 
     def _check_kernels(self, loaded: Sequence[str], expected: Sequence[str]) -> None:
-        """Raises UserError if compiled kernels were not used, or if kernels were used that were switched off."""
+        """Raises UserError if expected kernels were not loaded, or if kernels were loaded but none are expected."""
         packages = sorted({library.split("/")[0] for library in loaded})
         missing = sorted(set(expected) - set(packages))
         if missing:
@@ -134,7 +134,7 @@ class Tree:
         return json.loads(self._python(*arguments, kernels=kernels).splitlines()[-1])
 
     def _python(self, *arguments: object, kernels: bool) -> str:
-        """Standard output of tools/tree_bits.py in this tree; a UserError quotes the end of its standard error."""
+        """Standard output of tools/tree_bits.py in this tree. If the program fails, a UserError quotes its errors."""
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ALEXNET_STORE", None)
         environment.pop("ALEXNET_NATIVE", None)
@@ -188,7 +188,7 @@ def copy_tree(tree: Path, folder: Path) -> None:
 
 
 def compare(revision: str, tree: Path, photographs: int | None, batches: int) -> list[dict[str, Any]]:
-    """A row for each result: its name, its hashes in `revision` ("there") and `tree` ("here"), whether they agree."""
+    """A row for each result: name, hash in `revision` ("there"), hash in `tree` ("here"), whether the hashes agree."""
     with tempfile.TemporaryDirectory(prefix="compare-bits-") as temporary:
         scratch = Path(temporary)
         trees = []

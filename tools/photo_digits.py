@@ -34,7 +34,7 @@ CLASSES = 10
 VAL_PICTURES = 297
 SHORT_SIDE_PX = (200, 500)
 LONGEST_ASPECT = 1.5
-_SPECIAL_EVERY = 60  # among 60 images, one is greyscale and one is CMYK
+_SPECIAL_EVERY = 60  # in every 60 images, one is greyscale and one is CMYK
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Difficulty:
 
     darken: float = 0.4  # factor on the photograph
     tint: tuple[int, int] = (200, 255)  # range of the digit's R, G and B values
-    share: tuple[float, float] = (0.8, 1.0)  # range of: digit's side with its margin / shorter side
+    share: tuple[float, float] = (0.8, 1.0)  # range of the ratio of the digit's side, with margin, to the shorter side
     tilt_degrees: float = 0.0  # largest rotation, in either direction
     copies: int = 1  # drawings of each training digit
 

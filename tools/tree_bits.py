@@ -6,9 +6,9 @@
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
 
-`command` runs a command of the project, and writes to KERNELS.json which compiled kernels the command loaded. The
-other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}; the results of
-`compile` are {source: library, or null if compiling failed}. This program may use only names that
+`command` runs a command of the project. It also writes the names of the compiled kernels that the command loaded to
+KERNELS.json. The other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}. The
+results of `compile` are {source: library, or null if compiling failed}. This program may use only names that
 exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and files.
 """
 

@@ -44,7 +44,7 @@ LimitFileSize = Callable[[int | None], None]
 
 @pytest.fixture
 def limit_file_size() -> Iterator[LimitFileSize]:
-    """After limit_file_size(n), a write beyond n bytes of a file fails with EFBIG; None removes the limit."""
+    """limit_file_size(n) makes writes that extend a file beyond n bytes fail with EFBIG. None removes the limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def limit(size_bytes: int | None) -> None:

@@ -4,7 +4,7 @@ ours    `alexprep build-lmdb` as a process of its own: decoding, area average to
         90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
         everything synced to the disk.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length, so the data set does that with Pillow's bicubic filter, like torchvision's Resize.
+        side to a given length, so the data set rescales with Pillow's bicubic filter, like torchvision's Resize.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent writes one plain LMDB
         in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
@@ -14,14 +14,14 @@ Every contestant has --jobs worker processes, may use the same number of cores, 
 read before each turn, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
-import libraries and list the folder before they are timed, and all except FFCV also start their workers before: this
-favours them. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their output to the disk. Deleting
-the output of the previous turn is not timed.
+import libraries and list the folder before the timing starts. All except FFCV also start their workers before the
+timing. This favours the other contestants. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their
+output to the disk. Deleting the output of the previous turn is not timed.
 
 The photographs are repeated, by hard links where the file system allows it, until there are --pictures of them. Choose
-a number with which each contestant works for ten seconds, so that starting alexprep takes a small share of the time.
-The bound is fast, so it reads all photographs twice. The sizes of the photographs repeat, too: a contestant that caches
-by size gains more than it would with the same number of different photographs.
+a number with which each contestant works for at least ten seconds. Then starting alexprep takes a small share of the
+time. The bound is fast, so it reads all photographs twice. The sizes of the photographs repeat, too. This favours a
+contestant that caches by size.
 
 --steps instead times each step of our build, and libjpeg-turbo alone, on one core, in this process, with one BLAS
 thread. A round is then one pass through at most 320 photographs, without repetition.
@@ -87,7 +87,7 @@ def resample(paths: Sequence[Path], count: int) -> list[Path]:
 
 
 def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
-    """Link `paths` into class folders of `folder`, named after their folders below `source`; copy if linking fails."""
+    """Link files into class folders of `folder`, named like their folders in `source`. Copy if linking fails."""
     for index, path in enumerate(paths):
         parts = path.relative_to(source).parent.parts
         link = folder / ("_".join(parts) or "photographs") / f"{index:06d}_{path.name}"
@@ -99,7 +99,7 @@ def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
 
 
 class BuildBenchmark:
-    """Collects contestants, which read the folder `pictures` and write below `work_dir`, and their processes."""
+    """Collects contestants and their processes. Contestants read the folder `pictures` and write below `work_dir`."""
 
     def __init__(self, pictures: Path, work_dir: Path, jobs: int) -> None:
         self.pictures, self.work_dir, self.jobs = pictures, work_dir, jobs

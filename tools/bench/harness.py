@@ -1,8 +1,8 @@
 """Harness of all benchmarks: runs the contestants in turn and compares their rates.
 
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
-images/s. A round is one turn of each contestant, in order: A B C, A B C, …, so that a machine whose speed drifts slows
-all contestants alike. The first round warms up and is not counted. Ratios are computed within each round. The
+images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the machine's speed drifts, all
+contestants are affected alike. The first round warms up and is not counted. Ratios are computed within each round. The
 reported ratio is the median over the rounds, which may differ from the ratio of the two medians. No result is asserted.
 """
 
@@ -24,7 +24,7 @@ from prep.console import CONTEXT_SETTINGS, UserError, print_json, say
 
 INTERPRETER = click.Path(exists=True, dir_okay=False, path_type=Path)
 _ROOT = Path(__file__).parents[2]
-# Pause before each turn, in which the previous contestant finishes the batches that it still prefetches.
+# Pause before each turn. During the pause, the previous contestant finishes the batches that it is prefetching.
 _PAUSE_S = 1.0
 
 

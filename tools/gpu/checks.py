@@ -29,9 +29,10 @@ from train.trainer.step import TrainingStep
 JPEG_MEAN, JPEG_MAX = 1.0, 64.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
-# Limits of ‖found − wanted‖ / ‖wanted‖, where `wanted` is float64 on the CPU: the first for the logits, the second for
-# the gradient of the parameter with the largest error. The second limit is wide: if rounding changes the sign of a
-# ReLU's input or the position of a maximum, the gradient takes another path through the network.
+# Limits of the relative error ‖found − wanted‖ / ‖wanted‖. `wanted` is computed in float64 on the CPU. The first limit
+# is for the logits, the second for the gradient of the parameter with the largest error. The second limit is wide: if
+# rounding changes the sign of a ReLU's input or the position of a maximum, the gradient takes another path through the
+# network.
 # Values measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (1e-2, 0.3), "bf16": (5e-2, 0.6)}
 LRN_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
@@ -50,7 +51,7 @@ class Check:
 
 
 def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Run all checks and yield their results one by one. If a check raises, it counts as failed and the others run."""
+    """Run all checks and yield their results one by one. A check that raises counts as failed; the others still run."""
     parts: dict[str, Callable[[], Iterator[Check]]] = {}
     for format, store in settings.stores_by_format().items():
         parts[f"stream of {format} records"] = partial(stream_checks, settings, store, format)
@@ -125,8 +126,8 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
     """The network, initialized as by He et al., with the same parameters on every device.
 
-    With the paper's own initialization gradients are much smaller than the terms that they are sums of: float32 and
-    float64 then differ by up to a tenth.
+    With the paper's own initialization, a gradient is much smaller than the terms of its sum. The gradients in float32
+    and float64 then differ by up to 10%.
     """
     torch.manual_seed(0)
     return AlexNet(classes, replace(PAPER, init="he"), devices, settings.architecture)

@@ -21,10 +21,10 @@ from train.model.lrn import triton_fault
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
-# (pattern for the name of a GPU, its peak rate for dense bfloat16 matrix products in TFLOP/s, from the vendor's data
-# sheet). The rate of a V100 is for float16.
+# (pattern for the name of a GPU, the GPU's peak rate in TFLOP/s). The rate is for dense bfloat16 matrix products, from
+# the vendor's data sheet. The rate of a V100 is for float16.
 _PEAKS_TFLOPS = (
-    (r"H[12]00 NVL", 835.0),  # the name of cards with 400 W and with 600 W
+    (r"H[12]00 NVL", 835.0),  # cards of 400 W and of 600 W have this name
     (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
     (r"H100.*PCIe", 756.0),
     (r"A100", 312.0),
@@ -42,8 +42,8 @@ def synchronize(devices: Devices) -> None:
 def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
     """Time in seconds that `work` takes, including all operations that it queues on the devices.
 
-    The devices are idle before and after `work`. Therefore the clock of the host measures one or two devices. A CUDA
-    event would measure only one device.
+    The devices are idle before and after `work`. Therefore the clock of the host measures the work of
+    all devices. A CUDA event would measure only one device.
     """
     synchronize(devices)
     started = time.perf_counter()

@@ -14,17 +14,17 @@ from train.config.devices import Devices
 
 @dataclass(frozen=True)
 class GpuCheckSettings:
-    """Settings from the command line. "The trial on a CPU" means `--device cpu --quick`, which only tries the tool."""
+    """Settings from the command line. `--device cpu --quick` is called the trial on a CPU: it only tries the tool."""
 
     store: Path
     ppm_store: Path | None
-    devices: Devices  # device of column 0, of the stream and of the logits; device of column 1
+    devices: Devices  # (device of column 0, device of column 1)
     batch: int  # images in a step
     quick: bool
 
     @property
     def device(self) -> torch.device:
-        """The device of the stream and the logits."""
+        """The device of column 0. The stream and the logits are also on this device."""
         return torch.device(self.devices[0])
 
     @property

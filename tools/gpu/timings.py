@@ -25,8 +25,9 @@ GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
 PROFILED_STEPS = 3
 
 # (kind, whether callers count, pattern): the first rule that matches gives the kind of an operation. If callers count,
-# the pattern may match the operation, its kernel or one of its callers; otherwise only the operation or its kernel. For
-# example, a type conversion that a convolution calls is of the kind "copies". The kinds are JSON keys.
+# the pattern may match the operation, its kernel or one of its callers. If they do not count, the pattern may match
+# only the operation or its kernel. For example, a type conversion that a convolution calls is of the kind "copies".
+# The kinds are JSON keys.
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -122,16 +123,16 @@ def make_contestant(
     name: str,
     batch: int,  # images that one call of `work` processes
     work: Work,
-    warm_up: int,  # calls of `work` before each turn that are not counted
+    warm_up: int,  # uncounted calls of `work` before each turn
     step: TrainingStep | None = None,  # the step that `work` runs; its precision is set before each turn
     ours: str | None = None,
 ) -> Contestant:
     """A contestant. In a turn it calls `work` repeatedly for about settings.turn_s seconds."""
-    calls: list[int] = []  # [calls in a turn], measured before the first turn
+    calls: list[int] = []  # one entry, the number of calls in a turn; it is set before the first turn
 
     def prepare() -> None:
         if step is not None:
-            set_precision(step.precision, settings.devices)  # global: the previous contestant may have changed it
+            set_precision(step.precision, settings.devices)  # other contestants change this setting
         if settings.turn_s:
             repeat(work, warm_up)
         if not calls:
@@ -157,7 +158,10 @@ def repeat(work: Work, times: int) -> None:
 
 
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
-    """Images/s of steps on larger batches, in each precision; None for the first batch that does not fit in memory."""
+    """Images/s of steps on larger batches, in each precision.
+
+    The first batch that does not fit in memory has the value None; larger batches are not measured.
+    """
     rows: list[dict[str, Any]] = []
     factors = (2,) if settings.quick else (2, 4, 8)
     for precision in settings.precisions:

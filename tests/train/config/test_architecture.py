@@ -60,7 +60,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """With the same seed, both networks draw the same dropout masks. In both, dropout scales in training."""
+    """With the same seed, both networks draw the same dropout masks. Both scale activations in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -92,7 +92,7 @@ def network_pair() -> tuple[AlexNet, AlexNet]:
 def test_the_convolutional_network_computes_what_alexnet_computes(
     network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
-    """Compares outputs and gradients, with dropout, and loads the parameters of each network into the other."""
+    """Compares outputs and gradients with dropout. Also loads the parameters of each network into the other."""
     alexnet, convolutional = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []

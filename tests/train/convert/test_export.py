@@ -80,7 +80,7 @@ def test_safetensors_load_into_a_network_built_from_their_metadata(
 def test_onnx_gives_the_same_outputs_for_any_batch(
     make_run: MakeRun, store: Path, tmp_path: Path, name: str, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The networks: two columns, LRN before ReLU within maps; one column, the paper's LRN; one column, no LRN."""
+    """Networks: two columns with LRN within maps before ReLU; one column with the paper's LRN; one without LRN."""
     run_dir, network = make_run(SMALL[name], recipe)
     out = tmp_path / "net.onnx"
     records: list[logging.LogRecord] = []

@@ -29,8 +29,8 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 def test_section_3_5_neurons_of_each_layer() -> None:
     """The paper gives 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The number 253,440 is wrong.
 
-    96 kernels at 55 × 55 positions are 290,400 neurons; 253,440 is 96 × 55 × 48. With either number, the sum is near
-    the paper's 650,000. The paper's number of inputs, 150,528, is right.
+    96 kernels at 55 × 55 positions are 290,400 neurons, but 253,440 is 96 × 55 × 48. With either number, the sum over
+    all layers is near the paper's 650,000. The paper's number of inputs, 150,528, is right.
     """
     neurons = [row.neurons for row in summarize(1000)]
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
@@ -143,9 +143,10 @@ class RecordedMoves(TorchFunctionMode):
 
 @pytest.mark.parametrize(("crossing", "crossings"), [(True, 3), (False, 0)])
 def test_activations_move_between_devices_only_in_cross(crossing: bool, crossings: int) -> None:
-    """Column 1 is on the device `meta`: an operation on tensors of both devices raises.
+    """Column 1 is on the device `meta`. An operation that mixes tensors of both devices raises an exception.
 
-    conv3, fc6 and fc7 each move one half in either direction. fc8 moves one half to column 0. The images move once.
+    Before conv3, fc6 and fc7, each column's half moves to the other. Before fc8, column 1's half moves to column 0.
+    The images move once.
     """
     recipe = replace(RELEASED, crossing=crossing)
     model = AlexNet(5, recipe, ("cpu", "meta"), SMALL)
@@ -178,7 +179,7 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Tests mean, standard deviation and biases. Deviation of `he`: sqrt(2 / fan in), in fc8 0.01."""
+    """Tests mean, standard deviation and biases. The deviation with init `he` is sqrt(2 / fan-in), but 0.01 in fc8."""
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:
@@ -195,7 +196,7 @@ def test_initialization_of_each_layer(recipe: Recipe) -> None:
 
 
 def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None:
-    """In training, half of the inputs of fc7 and fc8 are zero, and no input of fc6 is."""
+    """In training, half of the inputs of fc7 and fc8 are zero. No input of fc6 is zero."""
     torch.manual_seed(4)
     recipe = replace(PAPER, activation="sigmoid", init="he", input_divisor=64.0)
     model = AlexNet(5, recipe, ("cpu", "cpu"), replace(SMALL, widths=replace(SMALL.widths, fc6=400, fc7=400)))
@@ -214,7 +215,7 @@ def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None
 
 
 def test_both_columns_see_the_same_dropout_mask() -> None:
-    """The authors' code copies units after dropout (L145): each unit has one draw, which both columns share."""
+    """The authors' code copies units after dropout (L145), so both columns share one random draw for each unit."""
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
     seen = []
@@ -225,7 +226,7 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 
 
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Parameters after 6 steps; logits of each step, then of the evaluation of the first batch.
+    """Parameters after 6 steps, and logits: of each step, then of an evaluation of the first batch.
 
     scaled  whether dropout scales in training; if so, initialization, lr and weight decay of fc7 and fc8 are adapted
     keep    probability that a unit is kept

@@ -21,7 +21,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # takes a tenth of the time of the real flags
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # ten times faster to compile than with the real flags
 
 
 def load(path: Path) -> kernels.NativeKernels | None:

@@ -51,7 +51,10 @@ def test_fused_pooling_equals_separate_operators(
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_equal_values_and_nan_are_treated_as_by_torch(layout: torch.memory_format, implementation: None) -> None:
-    """Of equal values, the first gets the gradient. A NaN is the maximum; of two NaN, the last gets it."""
+    """The first of several equal values gets the gradient.
+
+    A NaN counts as the maximum. If a window has several NaNs, the last one gets the gradient.
+    """
     x = torch.randint(-2, 3, (4, 10, 9, 9), generator=torch.Generator().manual_seed(1)).float()
     x[torch.rand(x.shape, generator=torch.Generator().manual_seed(2)) < 0.05] = float("nan")
     x[0, 0] = -float("inf")

@@ -30,7 +30,7 @@ def test_weight_norms_equal_those_of_numpy_on_the_checkpoint(observed_run: Obser
 
 
 def test_gradient_norms_equal_those_solved_from_two_checkpoints(observed_run: ObservedRun) -> None:
-    """Solve v' = momentum · v − decay · lr · w − lr · g for g in float64. v and w are of step 8, v' of step 9."""
+    """Solve v' = momentum · v − decay · lr · w − lr · g for g in float64. v and w are from step 8, v' from step 9."""
     before, after = (torch.load(path, weights_only=True) for path in checkpoint.checkpoint_paths(observed_run.run_dir))
     last = [line for line in read_metrics(observed_run.run_dir) if line["kind"] == "train"][-1]
     assert (before["step"], after["step"], last["step"]) == (8, 9, 9)

@@ -128,15 +128,15 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
 
 
 def browser() -> str | None:
-    """Path of Chromium, from the variable CHROMIUM, from PATH, or from Playwright; None if it is not found."""
+    """Path of Chromium from the variable CHROMIUM, PATH or Playwright's cache. None if Chromium is not found."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
     return next((path for path in named if path), None)
 
 
-# A page with the report in two frames, as wide as a desktop and a phone. A script can measure a frame of the
-# same origin.
+# A page that shows the report in two frames, one as wide as a desktop and one as wide as a phone. The script can
+# measure the frames because they have the same origin as the page.
 _WATCH = """<!DOCTYPE html><body><script>
 const frames = [];
 for (const width of [1280, 390]) {

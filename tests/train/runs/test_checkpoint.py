@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """If the checkpoint counted as torn, the run would resume from the previous checkpoint and remove this one."""
+    """A run removes a torn checkpoint and resumes from the previous one. An intact one must not be removed."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -241,7 +241,7 @@ def test_best_is_kept_on_a_file_system_without_hard_links(tmp_path: Path, monkey
 
 
 def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoint_prevented(tmp_path: Path) -> None:
-    """best.pt and the number of checkpoints are repaired although no further checkpoint is saved."""
+    """best.pt is repaired and surplus checkpoints are removed, although no further checkpoint is saved."""
     keeper = checkpoint.CheckpointKeeper(tmp_path, 3, None)
     for step in (1, 2, 3):
         keeper.save(empty_checkpoint(step), is_last=False)
@@ -261,7 +261,7 @@ def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoi
 def test_metrics_are_synced_before_a_checkpoint_and_both_before_the_previous_checkpoint_is_removed(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut at any moment, a checkpoint exists, and metrics.jsonl has every line up to that step."""
+    """After a power cut at any moment, a checkpoint exists, and metrics.jsonl has every line up to its step."""
     operations: list[str] = []
 
     def recorded(function: str, real: Any) -> Any:

@@ -28,7 +28,7 @@ def test_a_fork_without_changes_has_the_result_of_the_uninterrupted_run(
     origin = fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", steps=4)))
     forked = fork(Run.open(small_config(stores["jpeg"], origin)), tmp_path / "fork")
     fit(forked)
-    lines_of_origin = 5  # lines of 4 steps and a validation
+    lines_of_origin = 5  # four steps and one validation
     assert metrics_without_clock(tmp_path / "fork") == metrics_without_clock(uninterrupted_run)[lines_of_origin:]
     state, expected = checkpoint.load(tmp_path / "fork"), checkpoint.load(uninterrupted_run)
     assert all(torch.equal(tensor, expected.parameters[name]) for name, tensor in state.parameters.items())
@@ -77,7 +77,7 @@ def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and
     origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     forked = fork(Run.open(changed), tmp_path / "fork")
-    # The origin made 4 steps at 3 per epoch: 1 1/3 epochs. The fork has 7 steps per epoch, and makes 7 + 2.
+    # The origin made 4 steps of 3 per epoch: 1 1/3 epochs. With 7 steps per epoch, the fork begins after step 9.
     assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
     fit(fork(Run.open(changed), tmp_path / "fork"))  # running the same command again continues the fork

@@ -90,7 +90,10 @@ def test_gradients_of_two_steps_are_not_added_up() -> None:
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
-    """Makes three steps, so that momentum has an effect. Dropout is off, because parts draw other masks."""
+    """Makes three steps, so that momentum has an effect.
+
+    Dropout is off, because a batch in parts draws other masks than a whole batch.
+    """
     recipe = replace(PAPER, dropout=0.0, label_smoothing=0.1, lr=1e-3)
     (model, step), (model_of_parts, step_in_parts) = make_step(recipe), make_step(recipe, parts=parts)
     images, labels = random_batch(8)

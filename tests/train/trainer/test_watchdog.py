@@ -1,4 +1,4 @@
-"""Tests of the watchdog: NaN or infinite values end a run; a stuck loss or labels of few classes cause a warning."""
+"""Tests of the watchdog: NaN and infinite values end a run; a stuck loss or labels of few classes give a warning."""
 
 from __future__ import annotations
 

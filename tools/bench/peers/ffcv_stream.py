@@ -5,14 +5,14 @@
 jpg   The .beton holds the unchanged bytes of the JPEG files. FFCV's own field would encode the images again.
 raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's own field.
 
-FFCV has no random crop of a fixed size. Its RandomResizedCropRGBImageDecoder makes such a crop if its area and aspect
+FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes such a crop if the area and the aspect
 ratio are fixed to those of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does by
 copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares of
 one size. FFCV decodes the full record, like all contestants. The next steps are RandomHorizontalFlip, NormalizeImage (a
 table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records are repeated until
 an epoch is as long as an epoch of ImageNet.
 
-last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, with strides for NHWC memory.
+last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, but the memory order is NHWC.
 first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each batch twice to
       make them.
 
