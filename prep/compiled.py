@@ -1,6 +1,7 @@
 """Loads compiled C kernels: the kernels.c of a subpackage, which tools/compile_native.py compiles at installation.
 
-The kernels are optional. Without them NumPy, PyTorch or DALI does the same work more slowly. The kernels are not used
+The kernels are optional. Without the kernels NumPy, PyTorch or DALI does the same work more slowly. The kernels are
+not used
 
 - if no C compiler was available at installation,
 - if kernels.c has changed since installation (the library's file name contains a digest of kernels.c),

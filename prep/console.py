@@ -38,7 +38,10 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 
 
 class UserError(ValueError):
-    """An error that the user can fix. Its one-line message says what is wrong, with both values, and what to do."""
+    """An error that the user can fix.
+
+    The message is one line. It says what is wrong, with the actual and the expected value, and what to do.
+    """
 
     exit_code = 1
 
@@ -99,7 +102,7 @@ class Group(click.Group):
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
             raise  # click handles it
-        except OSError as error:  # its path is most likely one that the user passed
+        except OSError as error:  # the error's path is most likely one that the user passed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"

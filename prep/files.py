@@ -1,4 +1,4 @@
-"""Atomic file writes and folder locks: no file is ever half-written, and one process at a time works in a folder."""
+"""Atomic file writes, so that no file is ever half-written, and locks, so that one process at a time uses a folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing. It appears at `path` only when it is complete.
+    """Open a file for writing. The file appears at `path` only when it is complete.
 
     The file is written under a temporary name, synced and renamed. Then the folder is synced.
     """

@@ -58,7 +58,10 @@ def render_figure(
 
 
 def figure_format(path: Path, option: str) -> str:
-    """The format named by the extension of `path`. Raises UserError, with `option` in its message, if it is unknown."""
+    """The format named by the extension of `path`.
+
+    Raises UserError, with `option` in its message, if the format is unknown.
+    """
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)

@@ -20,9 +20,9 @@ def package_version() -> str:
     """The version, such as `0.1.0`.
 
     The version is read from the metadata that pip wrote. If there is none (a checkout that is only on PYTHONPATH), the
-    version is read from the pyproject.toml next to the packages. Without either of the two it is `unknown`.
+    version is read from the pyproject.toml next to the packages. If that is missing too, the version is `unknown`.
     """
-    from importlib.metadata import PackageNotFoundError, version  # imported only when needed: it takes 20 ms
+    from importlib.metadata import PackageNotFoundError, version  # imported only when needed: the import takes 20 ms
 
     try:
         return version(DISTRIBUTION)

@@ -1,10 +1,10 @@
 """Process pool on this machine, with progress counters and crash detection.
 
 Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
-Ctrl-C, which the parent handles, and exit when the parent ends, even if SIGKILL ends it. An exception in a task is
-raised in the parent. If a worker crashes, the result of its task is a WorkerDied, with the index of the input that the
-worker was processing, and the other workers continue. The caller decides what a crash means for the task; a build does
-so in prep/build/split.py and plan.py.
+Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the parent. An exception in a
+task is raised in the parent. If a worker crashes, the other workers continue. The result of the crashed task is a
+WorkerDied with the index of the input that the worker was processing. The caller decides what a crash means for the
+task; for a build, prep/build/split.py and plan.py decide.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Counts(NamedTuple):
 class TaskProgress:
     """Current input and Counts of one worker, in memory that the worker writes and the parent can read at any time.
 
-    `counters` is an array that all workers share; the SIZE elements of this worker begin at index `first`. The default
-    of `counters` is a new list of SIZE elements.
+    `counters` is an array that all workers share; the SIZE elements of this worker begin at index `first`. Without
+    `counters` a new list of SIZE elements is used.
     """
 
     SIZE = 4
@@ -103,9 +103,9 @@ class Runner(Protocol):
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
         """Run `work` on every task. Yields (task, result) pairs in the order in which the tasks finish.
 
-        `on_progress` is called with the counts of this call, several times a second and at the end. The first exception
-        of `work` is raised here: a UserError unchanged, any other exception as a RuntimeError with the worker's
-        traceback.
+        `on_progress` is called several times a second and at the end, with the counts since this call of `map` began.
+        The first exception of `work` is raised here: a UserError unchanged, any other exception as a RuntimeError with
+        the worker's traceback.
         """
 
 
@@ -142,7 +142,7 @@ class WorkerPool:
         work: Callable[[T, TaskProgress], R],
         tasks: Iterator[T],
         on_progress: Callable[[Counts], None],
-        busy: dict[int, T],  # running tasks by slot; the caller stops the workers of these tasks
+        busy: dict[int, T],  # slot -> running task; the caller stops the workers in these slots
     ) -> Iterator[tuple[T, R | WorkerDied]]:
         counts_before = self._counts()
         idle_slots, tasks_left = list(range(self.jobs)), True
@@ -195,7 +195,7 @@ class WorkerPool:
 
     def _connection(self, slot: int) -> Connection:
         if slot not in self._workers:
-            # Start the resource tracker first: process.start() would start it and unblock SIGINT.
+            # Start the resource tracker now: otherwise process.start() starts it and thereby unblocks SIGINT.
             multiprocessing.resource_tracker.ensure_running()
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload
@@ -267,7 +267,10 @@ def _ctrl_c_blocked() -> Iterator[None]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in processes started in a `with` block. BLAS reads these variables when it is loaded."""
+    """Limit BLAS to one thread in processes started in a `with` block.
+
+    The limits are environment variables, which BLAS reads when it is loaded.
+    """
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(dict.fromkeys(names, "1"))

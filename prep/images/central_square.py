@@ -1,7 +1,7 @@
 """Position of the central square in an image: the crop that the paper (section 2) makes after rescaling.
 
-The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. Builds, statistics,
-streams and single images all use these functions.
+The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. These functions are used
+for builds, statistics, streams and single images.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def central_offset(length: Length, side_px: int) -> Length:
-    """Index of the first row of the central square of `side_px` in an image of `length` rows; the same for columns."""
+    """Index of the first row of the central square in an image of `length` rows; the same for columns.
+
+    The square has `side_px` rows.
+    """
     return (length - side_px) // 2
 
 

@@ -31,7 +31,7 @@ UNKNOWN_FORMAT = "not an image in a known format"
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
-# Pillow's names of the formats that are read. EPS is excluded, because Pillow starts Ghostscript to decode it.
+# Pillow's names of the input formats. EPS is excluded, because Pillow starts Ghostscript to decode it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
 _MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # limit for pixels × scans: a progressive JPEG of MAX_PIXELS may have 20 scans
@@ -73,8 +73,8 @@ class DecodedImage:
 def decode_image(content: bytes) -> DecodedImage:
     """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB. Raises BadImage with the reason.
 
-    Only the first image of an animation or of a file with several images is decoded. MAX_PIXELS bounds the memory. A
-    limit on the scans of a progressive JPEG bounds the time.
+    Only the first image of an animation or of a file with several images is decoded. MAX_PIXELS limits
+    the memory. The number of scans of a progressive JPEG is limited, which limits the time.
     """
     if not content:
         raise BadImage("empty file")
@@ -131,7 +131,7 @@ def _has_exif(content: bytes) -> bool:
 
 
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
-    """Open `content` with Pillow and return `use(image)`. Raises BadImage for any exception of Pillow."""
+    """Open `content` with Pillow and return `use(image)`. Raises BadImage if Pillow raises an exception."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data (harmless) and of large sizes (checked here)
         try:

@@ -24,7 +24,7 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, and its mantissa has 24 bits
+_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, and float32 has 24 bits
 _MAX_PENDING = 257  # number of 8-bit images that uint16 sums without overflow: 257 · 255 < 2^16
 
 
@@ -64,7 +64,7 @@ class Moments:
 
 
 class PixelSums:
-    """Running sums over images: the moments of all pixels, and the sum of the central squares of `side_px`."""
+    """Running sums over images: the moments of all pixels, and the sum of the central squares."""
 
     def __init__(self, side_px: int) -> None:
         self.side_px = side_px

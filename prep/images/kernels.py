@@ -63,7 +63,8 @@ class NativeKernels:
 
         Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds to the nearest integer, halves to even.
         Results are clipped to 0..255. The weights of both passes have the same type. The result is exact if all sums
-        fit the mantissa of that type, and the values between the passes are at least two bits shorter.
+        fit the mantissa of that type, and the values between the passes are at least two bits shorter than
+        the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]

@@ -5,12 +5,12 @@ partial sum fits the float's mantissa. So the floating-point sums are exact for 
 width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums. Without the kernel, BLAS
 multiplies the pixels by banded matrices, block by block. Only the rows and columns of the square are computed.
 
-`area` is the true area average: the weight of a source pixel is the part of its area that lies under the output pixel.
-OpenCV's INTER_AREA uses the same weights; the authors' 2014 data set was made with INTER_AREA (cuda-convnet2,
-make-data/pyext/src/pyext.cpp). Pillow's BOX differs: it counts a source pixel fully or not at all. For images of
-ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other filters are
-Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by the scale factor when
-shrinking) without Pillow's 8-bit rounding between the passes.
+The filter `area` is the true area average: the weight of a source pixel is the part of its area that lies under the
+output pixel. OpenCV's INTER_AREA uses the same weights; the authors' 2014 data set was made with INTER_AREA
+(cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX differs: it counts a source pixel fully or not at all. For
+images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other
+filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by the scale factor
+when shrinking) without Pillow's 8-bit rounding between the passes.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def rescale(
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """Bits of the weights of each pass and of the values between the passes. They are few enough for exact sums.
+    """Number of bits of the weights of each pass and of the values between the passes, small enough for exact sums.
 
     The weights of `area` are not negative. The first pass needs 8 + 16 bits and the second (8 + 4) + 12 bits; both are
     24 bits, the mantissa of float32. The other filters use float64, with more bits than can affect 8-bit pixels. A
@@ -134,7 +134,7 @@ def _matmul_passes(
     return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_CACHE_BYTES = 64_000_000  # limit for all weights; a pair of passes for an ILSVRC image has 10 KB, or 0.1 MB for BLAS
+_CACHE_BYTES = 64_000_000  # limit for cached weights; an ILSVRC image needs 10 KB for two passes, or 0.1 MB for BLAS
 _cache: OrderedDict[tuple[Callable[[_PassSpec], Any], _PassSpec], Any] = OrderedDict()
 _cached_bytes = 0
 

@@ -2,9 +2,9 @@
 
 The messages are simple enough to write and parse without the protobuf library. Two of the fields are always written:
 
-- The label, even if it is zero: DALI checks proto2's has_label() and silently returns an empty label if it is missing.
+- The label, even if it is zero. If the label is missing (proto2's has_label()), DALI silently returns an empty label.
 - `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so the data of every record is a
-  JPEG or PPM file, which states its own shape.
+  JPEG or PPM file, which contains its own height and width.
 
 Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
 and, at the end of the message, a CRC-32 of all bytes before the CRC field. The numbers of both fields are too high to
@@ -30,7 +30,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
 
 _VARINT_BYTES = rb"([\x80-\xff]{0,8}[\x00-\x7f])"
-_HEADER_FIELDS = re.compile(  # matches channels = 3, height, width and size of data
+_HEADER_FIELDS = re.compile(  # matches the fields channels = 3, height and width, and the size of the field data
     rb"\x08\x03\x10" + _VARINT_BYTES + rb"\x18" + _VARINT_BYTES + rb"\x22" + _VARINT_BYTES, re.DOTALL
 )
 _LABEL_FIELD = re.compile(rb"\x28" + _VARINT_BYTES, re.DOTALL)

@@ -1,4 +1,4 @@
-"""Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and its totals for the manifest.
+"""Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and the totals for the manifest.
 
 inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. The
 line is the input's outcome, a mapping with the keys "source" and "fate" ("kept", "converted" or "bad") and, where they
@@ -54,7 +54,7 @@ def _write_each(outcomes: Iterable[Mapping[str, Any]], file: BinaryIO) -> Iterat
 def read_outcomes(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the outcomes in an inputs.jsonl. Raises OSError if reading fails, ValueError if a line is not JSON.
 
-    Only \\n ends a line. A file name may hold U+2028, at which str.splitlines would also split.
+    Only \\n ends a line. str.splitlines would also split at U+2028, which a file name may contain.
     """
     with open(path, encoding="utf-8", newline="\n") as lines:
         for line in lines:

@@ -32,8 +32,8 @@ def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, in
     """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
     Returns (number of records, bytes of all values, digest). The file is synced before the return. The memory map is
-    doubled when it is full, so no size has to be given. The file grows only by the pages that are written. Raises
-    lmdb.Error or OSError if the disk is full.
+    doubled when it is full, so the caller need not give a size. The file grows only by the pages that are written.
+    Raises lmdb.Error or OSError if the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)
@@ -123,7 +123,7 @@ class ShardReader:
         return value
 
     def close(self) -> None:
-        """Unmap the file. Views of its records must not be used afterwards."""
+        """Unmap the file. Views of records must not be used afterwards."""
         self._resources.close()
 
 

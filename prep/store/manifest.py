@@ -1,4 +1,4 @@
-"""Store format: the files of a store, its manifest and the schema version. Writers and readers of a store import it.
+"""Store format: the files of a store, its manifest and the schema version. Used to write and to read a store.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
@@ -9,9 +9,9 @@
                                   orientation other than 1
       val/…
 
-After a split is complete, manifest.json is replaced by rename. So every file named in manifest.json exists. The files
-named there are never changed in place. A reader refuses a store with a schema number other than SCHEMA; the error
-message has both numbers.
+Each time a split is complete, a new manifest.json replaces the old one by rename. So every file named in manifest.json
+exists. These files are never changed in place. A reader refuses a store with a schema number other than SCHEMA; the
+error message has both numbers.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ class Store:
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Digest of one split, over the names of the classes and the digests of its shards in order."""
+    """Digest of one split: over the names of the classes and the digests of the split's shards in order."""
     return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
 
 

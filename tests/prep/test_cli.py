@@ -53,7 +53,7 @@ STATS_KEYS = [
 
 
 def test_build_lmdb_answers_in_json(photo_folder: Path, tmp_path: Path) -> None:
-    """The command, run as a process, prints one line with a JSON object for each split and nothing else to stdout."""
+    """Run as a process, the command prints only JSON to stdout: one object for each split, each on its own line."""
     photos = Path(shutil.copytree(photo_folder, tmp_path / "photos"))
     (photos / "train" / "n00000011" / "broken.JPEG").write_bytes(b"no picture")
     store = tmp_path / "store"

@@ -35,7 +35,7 @@ def slow_square(task: float, task_progress: TaskProgress) -> tuple[float, int]:
 
 
 def wait_for(task: Path | None, task_progress: TaskProgress) -> None:
-    """Wait until the file `task` exists; return at once for None."""
+    """Wait until the file `task` exists. If `task` is None, return at once."""
     deadline = time.monotonic() + 60
     while task is not None and not task.exists():
         assert time.monotonic() < deadline, f"no {task}"
@@ -59,7 +59,7 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 
 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
-    """Take `length` steps; at `fatal_step` (-1: never) die of a signal; signal 0: end with exit code 3."""
+    """Take `length` steps. At `fatal_step` (-1: never) die of signal `signum`, or end with exit code 3 if it is 0."""
     fatal_step, signum, length = task
     for number in range(length):
         task_progress.begin(number)
@@ -125,7 +125,7 @@ def test_no_more_processes_start_than_there_are_tasks() -> None:
 
 
 def test_a_task_is_taken_only_when_a_worker_is_free() -> None:
-    """At most `jobs` tasks exist at a time, since each task holds the inputs of its shard."""
+    """At most `jobs` tasks are in memory at a time, since each task of a build holds the inputs of its shard."""
     taken, finished, max_running = 0, 0, 0
 
     def tasks() -> Iterator[int]:

@@ -98,7 +98,7 @@ def test_libjpeg_turbo_decodes_colour_jpegs_to_pillows_pixels(name: str) -> None
 
 
 def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
-    """The JPEGs have other colour spaces, or libjpeg-turbo warns about or refuses them."""
+    """Two JPEGs have other colour spaces than RGB and YCbCr. The other JPEGs are damaged."""
     noise = np.random.default_rng(3).integers(0, 256, (60, 83, 3), dtype=np.uint8)
     whole = file_of(Image.fromarray(noise), "JPEG")
     scan = whole.index(b"\xff\xda") + 14
@@ -146,7 +146,7 @@ def test_randomly_changed_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
             try:
                 image = decode_image(bytes(damaged))
             except BadImage as reason:
-                assert "more than" in str(reason)  # the changed bytes state too large a size
+                assert "more than" in str(reason)  # the changed bytes give too large a height or width
                 continue
             assert np.array_equal(image.pixels, expected)
             outcomes.add("read")

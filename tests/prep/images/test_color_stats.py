@@ -92,7 +92,7 @@ def test_moments_do_not_depend_on_strides() -> None:
 
 
 def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
-    """Of 10^13 pixels (255, 254, 200), one is a level lower in each channel. The sums of squares exceed 2^53.
+    """All of 10^13 pixels are (255, 254, 200) except one: (254, 253, 199). The sums of squares exceed 2^53.
 
     The variance is 10^-13, which would be lost in float64 sums.
     """
@@ -219,7 +219,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
     """The damaged record is not an image in one case, and has a wrong checksum in the other."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # not shorter than the shard in the manifest
+    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # at least as large as the shard was before
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"
         for file in folder.iterdir():

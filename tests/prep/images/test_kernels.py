@@ -49,7 +49,7 @@ def rescale_with_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("keep_aspect", [False, True])
 def test_kernels_rescale_to_the_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
-    """The sizes are ILSVRC's usual ones, strong reductions, narrow strips, enlargements, and random sizes."""
+    """The sizes: usual sizes of ILSVRC images, strong reductions, narrow strips, enlargements, and random sizes."""
     sizes = [(375, 500, 256), (500, 375, 256), (333, 500, 256), (257, 256, 256), (1200, 1600, 256), (300, 4000, 256)]
     sizes += [(4000, 300, 256), (64, 65, 64), (32, 1, 1), (1, 1, 1), (97, 33, 32), (2000, 1999, 33), (150, 140, 256)]
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_views_that_are_not_contiguous_are_rescaled() -> None:
 
 @needs_kernels
 def test_kernels_access_no_memory_outside_of_their_arrays() -> None:
-    """Each array ends at the end of a memory page. An access to the page before or after it kills the process."""
+    """Each array ends at the end of a memory page. Access to the page before or after the array kills the process."""
     program = """
 import ctypes, mmap, numpy as np
 from prep import compiled
@@ -155,7 +155,7 @@ def test_kernels_are_not_loaded_if_missing_broken_or_switched_off(
 
 
 def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
-    """Compile `text` with the flags of the build followed by `flags`, which override them; returns the library."""
+    """Compile `text` and return the library. `flags` override the usual compiler flags."""
     folder.mkdir(exist_ok=True)
     compiler, source = folder / "compiler", folder / "kernels.c"
     compiler.write_text(f'#!/bin/sh\nexec cc "$@" {flags}\n')
@@ -188,7 +188,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
     ],
 )
 def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """The self-test finds each of these errors. Compilation without optimization takes a ninth of the time."""
+    """The self-test finds each of these errors. With -O1 and without clones, compiling takes a ninth of the time."""
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
     library = compiled_with("-UCLONES -O1", text.replace(right, wrong), tmp_path)

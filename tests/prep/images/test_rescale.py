@@ -31,13 +31,13 @@ PILLOW = {
 
 @pytest.fixture(autouse=True)
 def one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread, like in a worker. On a busy machine, more threads slow small products down."""
+    """Limit BLAS to one thread, as in a worker. On a busy machine, small products are slower with more threads."""
     with threadpool_limits(1, "blas"):
         yield
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Uniform noise; the upper half is black or white only, the hardest case for a filter."""
+    """Uniform noise; in the upper half each value is 0 or 255, the hardest case for a filter."""
     pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     upper = pixels[: height // 2]
     upper[:] = np.where(upper < 128, 0, 255)

@@ -114,7 +114,7 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
 
 
 def test_fields_are_parsed_from_any_message(caffe_datum: Callable[[], Any]) -> None:
-    """For a record or a Caffe Datum, parse_fields returns the last value of each field before `end`, except floats."""
+    """parse_fields returns the last value of each field that lies before `end`. It skips float fields."""
     value = SMALL.encode()
     fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}
@@ -150,7 +150,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """One truncation is accepted: if only the source, the last field, is missing, the rest is a valid Datum."""
+    """The exception is a record that lacks only its last field, the source: the rest is a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):

@@ -87,7 +87,7 @@ def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) 
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB of records exceed twice the first map. One record has 80 MB. The file is not larger than its content."""
+    """150 MB of records need more than twice the first map. One record has 80 MB. The file has little unused space."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 
@@ -229,7 +229,7 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
     write(tmp_path / "s", random_records(30))
     with pytest.raises(StoreError, match=f"30 records, the manifest says {expected}. ADVICE") as refused:
         ShardReader(tmp_path / "s", expected, "ADVICE")
-    assert refused.value and open_handles(tmp_path / "s") == 0  # although the exception keeps its frames alive
+    assert refused.value and open_handles(tmp_path / "s") == 0  # although the exception still refers to the reader
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """A process may open an LMDB file only once. `read`, and readers with another path, also share the open file."""
+    """A process may open an LMDB file only once. So `read` and a reader with another path share the open file, too."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
