@@ -12,14 +12,14 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
   (width − side_px) // 2.
 
 An evaluation image has no shift and is not divided. The centre crop begins at row and column (side_px − 224) // 2. The
-ten views are the crops at top left, top right, centre, bottom left and bottom right, then the same five crops mirrored,
-in the order of convdata_jpeg.py. A network that slides over an image gets all of S as one crop of side_px × side_px.
+ten views are the crops at top left, top right, centre, bottom left and bottom right, then the same five crops mirrored.
+convdata_jpeg.py uses the same order. A network that slides over an image gets all of S as one crop.
 
 mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
     channel     the mean of M over all pixels: one value for each channel
-    image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M. It is subtracted from every crop
-                and never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
+    image       M[m + i, m + j, c] with m = (side_px − 224) // 2: the centre crop of M. This part of M is the same for
+                every crop and is never mirrored, as in convdata_jpeg.py. If the crop is all of S, m = 0
     aligned     M[y + i, x + j', c]: the part of M at the position of the crop. If the crop is mirrored, this part is
                 mirrored too, as in Caffe's data_transformer.cpp
     none        0
@@ -52,12 +52,12 @@ SQUARE = "square"  # value of `views` that serves the complete central square as
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Settings of the formula of this module. Recipes set them and name the source of each value."""
+    """Settings of the formula in this module's docstring. A recipe sets them and names the source of each value."""
 
     mean: str = "channel"  # mean to subtract, one of MEANS, which the module's docstring defines
     colour: str = "stdev"  # σ = strength·√λ on 0..255 (the authors' code); "eigenvalue": strength·λ on [0, 1]; "off"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
-    divisor: float = 1.0  # divides the finished training image; the authors' code divides by 1 + strength
+    divisor: float = 1.0  # the finished training image is divided by this number; 1 + strength in the authors' code
     shared_by: int = 1  # number of consecutive images with the same crop and flip; 32 in the authors' code (crop_chunk)
 
     def __post_init__(self) -> None:
@@ -82,8 +82,8 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 
     Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues. It does not give the
     scale of the pixels. In place of λ, the authors' code uses standard deviations of pixels in 0..255 (convdata.py:
-    color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]; their shifts are 2 to 17 times
-    smaller. `colour` chooses "stdev" (the authors' code), "eigenvalue" or "off".
+    color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]. This gives shifts that are 2 to
+    17 times smaller than in the authors' code. `colour` chooses "stdev" (the authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)

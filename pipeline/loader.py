@@ -87,7 +87,7 @@ class TrainLoader(Loader):
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutation = (-1, np.empty(0, np.int64))  # (epoch, permutation) of the last computation
+        self._permutation = (-1, np.empty(0, np.int64))  # the last permutation computed, as (epoch, permutation)
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 
@@ -110,7 +110,7 @@ class TrainLoader(Loader):
                 self._start(partial(self._read_step, epoch, step) for epoch, step in self._positions())
                 self._is_prefetching = True
             batch = self._next()
-            assert batch is not None  # the number of epochs is unlimited
+            assert batch is not None  # the jobs never end, because the number of epochs is unlimited
             self.epoch, self.step = self._after(self.epoch, self.step)
             epoch_ends = self.step == 0
             yield batch
@@ -135,11 +135,11 @@ class TrainLoader(Loader):
         return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same store, seed and settings; raises UserError with both values if they differ.
+        """Resume from a state of the same store, seed and settings. Raises UserError if one of these differs.
 
-        Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change;
-        then each rank serves batch_size records of each step of the next epoch. Within an epoch they may change if
-        their product, the number of records in a step, stays the same.
+        Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change.
+        Within an epoch, batch size and world size may change if their product, the number of records in a step, stays
+        the same.
         """
         may_differ = {"batch_size", "world_size"}
         step_records = state.get("batch_size", 0) * state.get("world_size", 0)
@@ -327,13 +327,13 @@ def eval_loader(
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
-    views         1: the centre crop. 10: the crops at four corners and centre, then the same five mirrored (section
-                  4.1). "square": the complete central square, for a network that slides over it
-    augmentation  only its `mean` is used; it is computed from the training split
-    shard         rank of this process: each of `world_size` loaders serves one contiguous range; together they serve
-                  every record
+    views         1: the centre crop. 10: the crops at four corners and centre, then the same five crops mirrored
+                  (section 4.1). "square": the complete central square, for a network that slides over it
+    augmentation  only the setting `mean` is used. The mean itself is computed from the training split
+    shard         rank of this process: each of `world_size` loaders serves one contiguous range of records.
+                  Together the loaders serve every record
 
-    The other arguments and the errors are those of train_loader.
+    train_loader describes the other arguments and the errors.
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
     (N, 10, 3, 224, 224), which takes 6 MB for each image, so choose a small batch_size; for views="square" (N, 3, side,

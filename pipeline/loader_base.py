@@ -34,7 +34,7 @@ class WaitTimes(NamedTuple):
     """Times for which a loader and its consumer waited for each other."""
 
     batches: int  # number of batches served
-    consumer_wait_s: float  # time for which the consumer waited for batches, so that training was input-bound
+    consumer_wait_s: float  # time for which the consumer (the training loop) waited for batches
     loader_wait_s: float  # time between a served batch and the consumer's next request
 
 

@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def decoder_device(self) -> str:
-        """DALI's device name for an image decoder; "mixed" means input on the CPU and output on the GPU."""
+        """The `device` argument of DALI's image decoder. "mixed": input on the CPU, output on the GPU."""
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
@@ -80,7 +80,7 @@ class Placement:
         host = torch.from_numpy(array)
         if self.device_id is None:
             return host
-        with self._current_device():  # otherwise the pinned memory would belong to GPU 0
+        with self._current_device():  # without this, the pinned memory would belong to GPU 0
             # A copy from memory that is not pinned would block the host.
             return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)
 

@@ -1,4 +1,4 @@
-"""Prefetch queue: reads records ahead of the engine, returns batches in order, and names damaged records.
+"""Prefetch queue: reads records before the engine needs them, returns batches in order, and names damaged records.
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
 (FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and finishes them while DALI decodes the next batch.
@@ -37,7 +37,7 @@ class BatchInput(NamedTuple):
 
     record_numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
-    records: Sequence[Record]  # kept until the engine has read their payloads
+    records: Sequence[Record]  # referenced here because the engine reads their payloads later
     crops: Crops
 
 
@@ -63,13 +63,13 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_dali: deque[BatchInput] = deque()
         self._finished: deque[Future[BatchOutput | None]] = deque()
-        self._error: StoreError | None = None  # every later call raises it again, because DALI cannot continue
+        self._error: StoreError | None = None  # every later call raises this error again, because DALI cannot continue
         self._closed = False
 
     def read_batch(
         self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[Sequence[Record]], Crops]
     ) -> BatchInput:
-        """Read records by number and make their crops; called by jobs. Raises StoreError for a damaged record."""
+        """Read records by number and make their crops. Jobs call this. Raises StoreError for a damaged record."""
         records = [self._records[number] for number in record_numbers.tolist()]
         labels = np.array([record.label for record in records], np.int64)
         return BatchInput(record_numbers, labels, records, make_crops(records))
@@ -102,7 +102,7 @@ class Prefetcher:
         return self._finished.popleft().result()
 
     def close(self) -> None:
-        """Stop the threads of DALI and of this object, release memory, and unmap the files."""
+        """Stop DALI's threads and the prefetcher's own threads, release memory, and unmap the files."""
         self._closed = True
         self._readers.shutdown(cancel_futures=True)
         if self._finisher is not None:
@@ -111,7 +111,7 @@ class Prefetcher:
         self._reading.clear()
         self._jobs = iter(())
         if self._pipe is not None:
-            shut_down(self._pipe)  # before the files are unmapped, because DALI's threads read them
+            shut_down(self._pipe)  # DALI's threads read the mapped files, so they stop before the files are unmapped
         self._pipe = None
         self._in_dali.clear()
         self._engine.close()
@@ -130,7 +130,7 @@ class Prefetcher:
         return None
 
     def _schedule(self) -> None:
-        """While there are jobs, keep DALI_AHEAD batches in DALI and READ_AHEAD batches being read."""
+        """While there are jobs, keep DALI_AHEAD batches in DALI, and keep reading READ_AHEAD more."""
         while len(self._in_dali) < DALI_AHEAD:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
@@ -154,7 +154,7 @@ class Prefetcher:
         return batch_input, self._engine.graph_inputs(batch_input.records, batch_input.crops)
 
     def _take_outputs(self) -> tuple[tuple[Any, ...], BatchInput]:
-        """DALI's outputs for the oldest batch in DALI, and its input. Raises StoreError if DALI has failed."""
+        """The outputs and the input of the oldest batch in DALI. Raises StoreError if DALI has failed."""
         outputs: tuple[Any, ...] = ()
         try:
             if self._pipe is not None:
@@ -162,7 +162,7 @@ class Prefetcher:
         except RuntimeError as error:
             self._error = self._explain(error)
         if self._error is not None:
-            raise self._error  # outside `except`, because a chained DALI error would keep the pipeline alive
+            raise self._error  # not raised within `except`: a chained DALI error would keep the pipeline alive
         return outputs, self._in_dali.popleft()
 
     def _explain(self, error: RuntimeError) -> StoreError:

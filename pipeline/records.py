@@ -50,7 +50,7 @@ class Records:
             if not 0 <= label < len(self.store.classes):
                 raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
             if self._is_raw:
-                start += 3 * width  # the header fills one row (prep.images.codec.ppm_header)
+                start += 3 * width  # skip the PPM header, as long as one row of pixels (prep.images.codec.ppm_header)
                 if end - start != 3 * width * height:
                     raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
             if min(height, width) != self._side_px:
@@ -123,5 +123,5 @@ class Records:
 
     @property
     def advice(self) -> str:
-        """Last sentence of messages about a damaged record: the command that checks the store."""
+        """The last sentence of a message about a damaged record. It names the command that checks the store."""
         return f"Check the store with: alexprep verify --store {self.store.root}"

@@ -36,7 +36,8 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
     This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order; then the records
     within each shuffle window of WINDOW_RECORDS are shuffled. The order of the store is itself a random permutation
-    (alexprep build-lmdb), so the classes are mixed as well as by a full shuffle. The disk reads megabytes in sequence.
+    (alexprep build-lmdb), so the classes are mixed as well as by a full shuffle. The disk reads whole
+    blocks in sequence.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))
@@ -48,7 +49,7 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
 
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
-    """Random augmentation parameters for the `images` images that all ranks together serve in a step.
+    """Random augmentation parameters for one step, in which all ranks together serve `images` images.
 
     Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
     consecutive images have the same offset and flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).

@@ -29,7 +29,7 @@ class Photograph(NamedTuple):
     """A photograph, prepared like a record of a store."""
 
     square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
-    orientation: int  # EXIF orientation, 1 if there is none; only reported, because alexprep does not apply it either
+    orientation: int  # EXIF orientation, 1 if there is none; only reported: like alexprep, this module does not rotate
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:
@@ -63,7 +63,7 @@ class EvalTransform:
     mean_image: npt.NDArray[np.float32] | None = None  # (side_px, side_px, 3); used if `mean` is "image" or "aligned"
 
     def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
-        """float32 (views, 3, 224, 224): the centre crop, or the ten views in the order of pipeline.augment.
+        """float32 (views, 3, 224, 224): the centre crop, or the ten views. pipeline.augment defines their order.
 
         `square` is (side_px, side_px, 3), the central square of an image; `views` is 1 or 10.
         """

@@ -31,7 +31,7 @@ TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numb
 
 
 def pytest_configure() -> None:
-    """Let idle OpenMP threads of torch sleep, so that other tests get their cores. Runs before torch is imported."""
+    """Let idle OpenMP threads of torch sleep, so that other tests can use the cores. Runs before torch is imported."""
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
@@ -103,7 +103,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
-    """Four stores of `photo_folder`: JPEG or PPM records, of the central square or (`-whole`) the full image."""
+    """Four stores of `photo_folder`: JPEG or PPM records. `-whole` stores hold full images, not central squares."""
     return {
         "jpeg": store,
         "jpeg-whole": build(photo_folder, "--keep-aspect"),
@@ -152,9 +152,9 @@ def caffe_datum() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
-    """records_of(store, split) returns the (key, Datum) of each record, read with lmdb and protobuf alone.
+    """records_of(store, split) returns the (key, Datum) of each record, read only with lmdb and protobuf.
 
-    The records are in the order of shards, then of keys.
+    The records are sorted by shard, then by key.
     """
 
     def read(store: Path, split: str) -> list[tuple[bytes, Any]]:

@@ -1,4 +1,4 @@
-"""README and documentation say what the commands and the code say; their links resolve and their Python runs."""
+"""Tests of README and docs: they agree with the commands and the code, links resolve, Python blocks run."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ def read_yaml(name: str) -> Any:
 
 
 def commands_of_target(target: str) -> list[str]:
-    """The programs of .venv that a target of the Makefile runs, each with its subcommand: `ruff check`."""
+    """The programs of .venv that a target of the Makefile runs, each with its subcommand, such as `ruff check`."""
     lines = re.search(rf"^{target}:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)
     assert lines
     return re.findall(r"\$\(BIN\)/([\w-]+(?: [a-z]+)*(?: --check)?)", lines[1])

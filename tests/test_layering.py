@@ -20,7 +20,7 @@ PROJECT = {"prep", "pipeline", "train", "tools", "tests"}
 # The parts of the project that each package may import. `pipeline` and `train` only read stores.
 ALLOWED = {
     "prep": ("prep",),
-    # prep.images: `pipeline` decodes and rescales a photograph outside of a store with the code that builds stores.
+    # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
     "pipeline": (
         *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
@@ -139,7 +139,7 @@ def test_no_folder_has_too_many_files(package: str) -> None:
 
 
 def test_peers_of_the_benchmarks_run_without_the_packages() -> None:
-    """The peers run with interpreters of other environments, where the dependencies of the packages are missing."""
+    """The peers run in other virtual environments, which lack the dependencies of this project's packages."""
     for path in python_files("tools/bench/peers"):
         project_modules = {module for module in imported_modules(path) if module.split(".")[0] in PROJECT}
         outside = [module for module in sorted(project_modules) if not is_within(module, "tools.bench.peers")]

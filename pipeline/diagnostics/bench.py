@@ -103,7 +103,7 @@ def bench_stream(
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """The result for --json: images/s are rounded to one decimal, the share to three decimals."""
+    """The result for --json: speeds are rounded to one decimal, `share_of_bound` to three decimals."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}

@@ -28,14 +28,14 @@ class ShuffleQuality:
 
 
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
-    """Expected number of classes among `batch` records drawn from sum(label_counts) without replacement.
+    """Expected number of classes among `batch` records drawn without replacement. Class k has label_counts[k] records.
 
     A class with n of N records is missing from the batch with probability C(N − n, batch) / C(N, batch).
     """
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]
     others = total - counts
-    others = others[others >= batch]  # only then can a batch lack the class
+    others = others[others >= batch]  # otherwise every batch has a record of the class
     log_missing = gammaln(others + 1) - gammaln(others - batch + 1) - gammaln(total + 1) + gammaln(total - batch + 1)
     return float(len(counts) - np.exp(log_missing).sum())
 

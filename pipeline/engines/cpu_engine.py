@@ -47,7 +47,7 @@ class CpuEngine:
         self._pool = ThreadPoolExecutor(threads, "alexstream-crop")
 
     def define_graph(self) -> Any:
-        """DALI nodes: uint8 HWC crops, or central squares for ten views; None for raw records."""
+        """DALI nodes of the decoded images: crops, or central squares for ten views. None for raw records."""
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
@@ -83,7 +83,7 @@ class CpuEngine:
         self._memory.close()
 
     def _kernel_jobs(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> npt.NDArray[np.void]:
-        """(N · V,) of CROP_DTYPE, the kernel's input: addresses of decoded or stored pixels and of the mean."""
+        """The kernel's input, (N · V,) of CROP_DTYPE: the address of each crop's pixels and of the mean to subtract."""
         jobs = np.zeros(crops.flip.shape, CROP_DTYPE)
         if self._is_raw:
             base = np.array([_address(record.payload) for record in records], np.int64)
@@ -125,7 +125,7 @@ class _BlockPool:
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """An uninitialized, contiguous float32 array. Its memory is not reused while a tensor refers to it."""
+        """An uninitialized, contiguous float32 array. Its memory is not reused while a tensor uses this memory."""
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None

@@ -52,17 +52,17 @@ def decode_inputs(records: Sequence[Record], start: npt.NDArray[np.int32]) -> di
 
 
 def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
-    """The records' payloads as DALI tensors on the CPU, without copies: the fastest kind of input for DALI."""
+    """The records' payloads as DALI tensors on the CPU, without copies. DALI reads such inputs fastest."""
     return [dali().tensors.TensorCPU(record.payload, layout) for record in records]
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """An input of the graph. The prefetcher feeds its values by name for each batch."""
+    """An input of the graph. For each batch, the prefetcher gives DALI the values under the input's name."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
 class DaliEngine:
-    """Computes the formula of pipeline.augment in DALI: defines the graph, its inputs and its outputs as tensors."""
+    """Computes the formula of pipeline.augment in DALI: defines the graph, makes its inputs, converts its outputs."""
 
     def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat) -> None:
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
@@ -95,8 +95,8 @@ class DaliEngine:
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         """DALI's output as a tensor that shares its memory. DALI does not reuse the memory while a tensor refers to it.
 
-        Torch converts to half precision: DALI has no bfloat16, and on a CPU, float16 in DALI takes four times as long
-        as float32.
+        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU this
+        takes four times as long as float32.
         """
         images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
         return images.to(self._dtype)

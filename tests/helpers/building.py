@@ -31,15 +31,15 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # limit of waits; the longest wait takes 8 s on an idle machine, 40 s on a busy one
+DEADLINE_S = 240.0  # limit of each wait; the longest wait takes 8 s on an idle machine, 40 s on a busy machine
 
 
 class Stopped(Exception):
-    """Raised by a runner to leave a build unfinished."""
+    """A runner raises this exception to leave a build unfinished."""
 
 
 class InlineRunner:
-    """The runner of most tests: it runs tasks in this process, with one BLAS thread like a worker."""
+    """The runner of most tests: it runs tasks in this process, with one BLAS thread, as a worker process does."""
 
     jobs = 1
 
@@ -91,7 +91,7 @@ def build(
 
 
 def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
-    """Make `count` JPEGs in three class folders. To save time, only `distinct` files differ in content."""
+    """Make `count` JPEGs in three class folders. To save time, they have only `distinct` different contents."""
     rng = np.random.default_rng(count)
     contents = []
     for _ in range(distinct):
@@ -185,7 +185,7 @@ class BuildCommand:
 
 
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
-    """Interrupt a build before its 1st, 2nd, 3rd… disk operation and repeat it; see interrupted_builds.py."""
+    """Interrupt a build before its 1st, 2nd, 3rd… disk operation, then run it again; see interrupted_builds.py."""
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like in a worker process
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)

@@ -31,7 +31,7 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """The fault of the split train. Asserts that there is only one, and that its text contains all `parts`."""
+    """The fault of the split train. Asserts that there is only one fault, and that its text contains all `parts`."""
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:
@@ -59,7 +59,7 @@ def read_records(folder: Path) -> Records:
 
 
 def replace_records(folder: Path, records: Records) -> None:
-    """Replace the LMDB at a path by a new one with the given records."""
+    """Replace the LMDB in `folder` by a new LMDB with the given records."""
     shutil.rmtree(folder)
     with lmdb.open(str(folder), map_size=1 << 26, lock=False) as env, env.begin(write=True) as txn:
         for key, value in records:
@@ -86,7 +86,7 @@ def make_crashing(store: Path) -> None:
     """Set the length of the first record to 200 MB, so that the kernel kills a process that reads the record."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
-    # A node of LMDB: low and high half of the size, flags, length of the key, key.
+    # LMDB stores a record as a node: low and high half of the size, flags, length of the key, key.
     node = content.index(b"\x08\x0000000000") + 2 - 8
     overwrite(file, node, (200_000_000).to_bytes(4, "little"))
 

@@ -1,7 +1,7 @@
 """Image files that no camera writes, each with the outcome that a build must give it.
 
-The module makes damaged files, files with false sizes, and files that are not images, byte by byte if no library would
-write them. All files use one random generator, so their order must not change.
+The files are damaged, state a false size, or are not images. If no library would write a file, the module makes it byte
+by byte. All files use one random generator, so their order must not change.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RNG = np.random.default_rng(2012)
 class Expected:
     """The expected outcome of a file: bad, or kept with its conversions and EXIF orientation."""
 
-    bad: str = ""  # a regular expression for the reason; empty for a file that is kept
+    bad: str = ""  # a regular expression that matches the reason; empty for a file that is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
     bad_if_whole: str = ""  # like `bad`, for a file that is bad only with --keep-aspect
@@ -72,7 +72,7 @@ def claiming(jpeg: bytes, height: int, width: int) -> bytes:
 def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0x22, 0x11, 0x11)) -> bytes:
     """A progressive JPEG of one colour: a DC scan, then AC scans in which every block ends at its first coefficient.
 
-    Each scan takes a few bytes, but a decoder must process all blocks of the image for it.
+    A scan has only a few bytes, but for each scan a decoder must process all blocks of the image.
     """
     parts = len(sampling)
     across, down = max(s >> 4 for s in sampling), max(s & 15 for s in sampling)
@@ -83,7 +83,7 @@ def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0
     zeros = bytes(units // 8) + (bytes([(1 << (8 - units % 8)) - 1]) if units % 8 else b"")
     blocks = -(-width * (sampling[0] >> 4) // (8 * across)) * -(-height * (sampling[0] & 15) // (8 * down))
     bits = ""
-    while blocks > 0:  # a code is the bit 0 and 14 bits: the number of ended blocks minus 2^14
+    while blocks > 0:  # a code is the bit 0, then 14 bits with the number of ended blocks minus 2^14
         bits += "0" + format(min(max(blocks - 16384, 0), 16383), "014b")
         blocks -= 32767
     bits += "1" * (-len(bits) % 8)
@@ -159,7 +159,7 @@ def jpegs() -> Iterator[tuple[str, bytes, Expected]]:
     for name, block, orientation in exifs():
         yield f"exif {name}", with_segment(JPEG, 0xE1, block), Expected(orientation=orientation)
     yield "claims 65500x65500", claiming(JPEG, 65_500, 65_500), BOMB
-    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # libjpeg only warns of a scan that ends early
+    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan is too short: libjpeg only warns
     yield "claims no height", claiming(JPEG, 0, 64), UNKNOWN
     scans = Expected(bad="scans")
     yield "10 scans", many_scans(640, 480, 10), KEPT

@@ -6,13 +6,13 @@ fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the remova
 one of
 
     kill              the process ends before the operation, without any clean-up
-    restart           like kill, but while the build removes the files of an unfinished build, in the order of names
+    restart           like kill, but while the build removes the files of an unfinished build, sorted by name
     restart-reverse   like restart, but the files are removed in the reverse order
-    full, broken      this operation and all later operations fail, like on a full or a broken disk
-    limit             no file may be longer than the n-th of LIMITS
+    full, broken      this operation and all later operations fail, as they do on a full or a broken disk
+    limit             no file may be longer than LIMITS[n]
 
 Prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and `error` are the
-exit code and error of the interrupted build; `torn` is whether its incomplete store opens. `again` and `error_again`
+exit code and error of the interrupted build; `torn` says whether the incomplete store opens. `again` and `error_again`
 are the exit code and error of the same build when it is run again. The stores are WORK/NNN.
 """
 
@@ -38,7 +38,7 @@ from tests.helpers.building import PPM, Stopped, StoppingRunner, build
 
 remaining: int | None = None  # disk operations before the interruption; None: no interruption
 mode = ""
-RESTARTS = 14  # discarding a build takes fewer operations
+RESTARTS = 14  # discarding an unfinished build takes fewer disk operations than this
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
 LIMITS += (10_000, 12_288, 16_384, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 130_000, 1_000_000)
 
@@ -99,7 +99,7 @@ class Environment:
 
 
 def build_in_child(photos: Path, store: Path, operations: int | None, policy: BuildPolicy) -> tuple[int, str]:
-    """(exit code, error) of a build in a forked process, interrupted after `operations` operations (None: not)."""
+    """(exit code, error) of a build in a forked process. None in place of `operations`: no interruption."""
     global remaining
     reader, writer = os.pipe()
     child = os.fork()

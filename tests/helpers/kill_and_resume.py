@@ -9,7 +9,7 @@ killed, and a last attempt is not killed. WHEN is one of
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed, because a finished run that is started again also performs such operations.
+               attempts are killed: a finished run that is started again also performs such operations.
     time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
                killed early, so that it cannot finish.
 
@@ -45,7 +45,7 @@ KILLS = STEPS + 1
 # State of an attempt that kills itself.
 first_counted_step: int | None = None  # operations count once the run has made this number of steps; None: never
 operations_left = 0  # operations before the kill
-steps_done = 0  # steps of the run in all attempts
+steps_done = 0  # steps that all attempts together have made
 report_fd = -1  # pipe to the parent, to which the attempt writes the operation at which it is killed
 
 

@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train.monitor.console_view import RunLength
 from train.runs.run_dir import read_metrics, tensorboard_scalars
 
-RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)  # length of the run with the example lines
+RUN_LENGTH = RunLength(steps_per_epoch=10, steps=100, batch_size=8)  # length of the run of the example lines
 
 
 def training_line(step: int, **changes: object) -> dict:
@@ -23,7 +23,7 @@ def training_line(step: int, **changes: object) -> dict:
 
 
 def validation_line(epoch: int, error: float) -> dict:
-    """The line of the validation after `epoch`, written a minute ago; `error` is the top-1 error."""
+    """The line of the validation after `epoch`, with the time of a minute ago. `error` is the top-1 error."""
     measured = {"top1_error": error, "top5_error": error / 2, "loss": 2.0, "images": 12}
     return {"kind": "val", "epoch": epoch, "step": 10 * epoch, **measured, "unix_time_s": time.time() - 60}
 

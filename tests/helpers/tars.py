@@ -12,7 +12,7 @@ Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
 
 A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
 THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
-MEMBER_BYTES = 3 * BLOCK  # bytes in the archive of a member with 700 bytes of content
+MEMBER_BYTES = 3 * BLOCK  # number of bytes that a member with 700 bytes of content takes in the archive
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
@@ -29,7 +29,7 @@ def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header block with the 12 bytes `size` as its size field."""
+    """A header block. `size` is the content of its size field: 12 bytes."""
     block = bytearray(BLOCK)
     for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
         block[at : at + len(field)] = field
@@ -46,12 +46,12 @@ def with_second_member(content: bytes, block: bytes) -> bytes:
 
 
 def negative_size(size: int) -> bytes:
-    """A negative size in base 256, as GNU tar writes large ones."""
+    """A size field with a negative number in base 256. GNU tar writes large sizes in base 256."""
     return b"\xff" + (256**11 + size).to_bytes(11, "big")
 
 
 def pax_with_size(size: str, member: int = 0) -> bytes:
-    """An archive of THREE in which a PAX header states `size` as the size of one member."""
+    """An archive of the members THREE. A PAX header states that member number `member` has size `size`."""
     members: list[Member] = list(THREE)
     name, content, *_ = members[member]
     members[member] = (name, content, {"pax_headers": {"size": size}})

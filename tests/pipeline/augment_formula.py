@@ -77,7 +77,7 @@ def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np
 def expected_training_images(
     store: Store, augmentation: Augmentation, seed: int, batch_size: int, epochs: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """(label, image) of the training stream from its first batch on."""
+    """The (label, image) pairs of the training stream, beginning with its first batch."""
     squares, max_offset_px = stored_squares(store, "train"), store.settings.side_px - 224
     for epoch in range(epochs):
         order = epoch_permutation(len(squares), seed, epoch)

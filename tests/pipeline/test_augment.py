@@ -75,7 +75,7 @@ def test_training_images_equal_the_formula(stores: dict[str, Path], kind: str, a
 @pytest.mark.parametrize(("kind", "mean"), [("jpeg", "aligned"), ("ppm", "none"), ("ppm-whole", "none")])
 @pytest.mark.usefixtures("engine")
 def test_every_crop_is_at_the_offset_that_was_drawn(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """All 33 offsets occur in each direction. DALI gets them as fractions and must restore the exact pixels."""
+    """All 33 offsets occur in each direction. DALI gets each offset as a fraction and must crop at the exact pixel."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, colour="off")
     draws = [draw_params(1, epoch, 0, 30, 32).offset for epoch in range(6)]
     assert all(set(column) == set(range(33)) for column in np.concatenate(draws).T.tolist())
@@ -117,7 +117,7 @@ def test_crops_of_stores_of_other_sides_equal_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("engine")
 def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """Images come in the order of the store. Only the mean of the augmentation is used."""
+    """Images come in the order of the store. The loader uses only `mean` of the Augmentation."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
     squares = stored_squares(store, "val")
     one = list(served(eval_loader(store.root, 5, augmentation=augmentation)))
@@ -188,7 +188,7 @@ def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores:
 
 
 def batches(store: Path, loader: str, **options) -> list[torch.Tensor]:
-    """Images of the first two batches, each with 8 images or with the ten views of one image."""
+    """Images of the first two batches. A batch has 8 images, or the ten views of one image."""
     if loader == "train":
         stream = train_loader(store, 8, seed=4, **options)
     elif loader == "centre":
@@ -217,7 +217,7 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 is rounded as by torch; float16 differs by at most one unit in the last place."""
+    """bfloat16 equals torch's rounding; float16 differs from it by at most one unit in the last place."""
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)
     brain = batches(stores["jpeg"], loader, dtype="bfloat16", **options)

@@ -26,7 +26,7 @@ def broken(numbered_store: Path, tmp_path: Path) -> Path:
 
 
 def change(store: Path, split: str, position: int, edit: Callable[[bytes], bytes]) -> tuple[str, str]:
-    """Replace the value of record `position` by edit(value); returns its key and its source."""
+    """Replace the value of record `position` by edit(value). Returns the record's key and source."""
     folder = Store.open(store).shard_paths(split)[0]
     with lmdb.open(folder, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
         key, value = list(txn.cursor())[position]

@@ -20,7 +20,7 @@ POSITIONS = [0, 1, 2, 3, 4, 7]  # number of batches served before the state was 
 
 
 def test_a_state_resumes_bit_for_bit_in_a_new_process(numbered_store: Path, tmp_path: Path) -> None:
-    """The states were taken before the first batch, within the first epoch, at its end, and in later epochs."""
+    """States are taken before the first batch, within an epoch, at the end of an epoch, and in later epochs."""
     with train_loader(numbered_store, 10, seed=2**63) as loader:
         states = [loader.state_dict()]
         served = []

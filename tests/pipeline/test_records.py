@@ -29,7 +29,7 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 
 def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
-    """A copy of a store; the shards of its training split have `sizes` records."""
+    """A copy of a store. Shard k of its training split has sizes[k] records."""
     shutil.copytree(source, target)
     store = Store.open(target)
     records = [(key, datum.encode()) for _, key, datum in stored(store, "train")]
@@ -91,7 +91,7 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 
 @pytest.fixture(scope="module")
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
-    """A store built with --on-bad skip from a source with six unreadable files; their keys are missing."""
+    """A store built with --on-bad skip from a source with six unreadable files. The keys of these files are missing."""
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
     for path in sorted((source / "train").rglob("*.JPEG"))[::5]:

@@ -52,7 +52,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """A batch has records of as many blocks as 128 records drawn at random from a shuffle window."""
+    """The records of a batch come from as many blocks as if 128 records were drawn at random from a shuffle window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -151,7 +151,7 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """All combinations of 0 to 3 are tested. Seeds that are a sum or a product of the three values would repeat."""
+    """Each value is 0 to 3. If a generator's seed were the sum or the product of the values, seeds would repeat."""
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 

@@ -1,4 +1,4 @@
-"""Tests of the demo's data set: ILSVRC's layout, unusual files as in ILSVRC, reproducible by seed, correct labels."""
+"""Tests of the demo's data set: ILSVRC's layout and unusual files, the same files for a seed, correct labels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shuffle quality: the ideal compared with random shuffles, an epoch compared with the ideal, an unshuffled store."""
+"""Shuffle quality: the ideal equals random shuffles, an epoch is close to the ideal, an unshuffled store is not."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests that each check of tools.gpu_check fails if the device computes a wrong result: faults injected on a CPU."""
+"""Tests that each check of tools.gpu_check fails if the device computes a wrong result. Runs on a CPU."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_other_images_or_labels_on_the_device_fail_the_stream_checks(
     calls, read_batches = [], checks.read_batches
 
     def read_with_fault(*arguments: Any) -> Any:
-        """Calls 2, 4, 6 and 8 read batches of the device; other calls read batches of the CPU or a resumed stream."""
+        """Calls 2, 4, 6 and 8 read batches on the device; other calls read on the CPU or from a resumed stream."""
         calls.append(arguments)
         batches, state = read_batches(*arguments)
         is_device = len(calls) % 2 == 0 and len(calls) < 9
@@ -68,7 +68,7 @@ def test_a_network_that_computes_something_else_fails(
         monkeypatch.setattr(
             alexnet, "max_pool", lambda x, norm, *rest: max_pool(x, norm if x.dtype == exact else None, *rest)
         )
-    else:  # the values stay the same, and the gradient is reduced to a fifth
+    else:  # the values of the network stay the same, but the gradient is a fifth of the correct one
         reduced = lambda x: x if x.dtype == exact else 0.2 * x + 0.8 * x.detach()  # noqa: E731
         monkeypatch.setattr(AlexNet, "_drop", lambda net, x: drop(net, reduced(x)))
     assert failed_checks(settings, checks.network_checks) == [

@@ -29,7 +29,7 @@ def test_a_timing_that_raises_is_reported_and_the_others_are_measured(
 
 
 def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A call takes 10 ms by a simulated clock: 50 calls fill half a second, after 8 calls that are not counted."""
+    """A call takes 10 ms by a simulated clock. A turn has 8 calls that are not counted, then 50 calls (0.5 s)."""
     calls: list[int] = []
     settings = SimpleNamespace(devices=("cpu", "cpu"), turn_s=0.5)
 
@@ -125,7 +125,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A kernel counts for the operation that launched it. It does not count again for the annotation Optimizer.step."""
+    """The time of a kernel counts once, for the operation that launched it, and not for the annotation around it."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]
