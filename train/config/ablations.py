@@ -1,4 +1,7 @@
-"""Ablations: the network with one part removed or replaced, and the rise in error that the paper's authors report."""
+"""Ablations: variants of the network with one part removed or replaced.
+
+Each ablation also gives the rise in error that the paper's authors report for it, if they report one.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ class Ablation:
     source: str
     settings: tuple[str, ...] = ()  # recipe overrides in the syntax of `--set`
     model: str = "alexnet"  # name of the architecture: a key of ARCHITECTURES
-    rise_top1: float | None = None  # rise of the top-1 error that the authors report, in percentage points
-    rise_top5: float | None = None  # rise of the top-5 error that the authors report, in percentage points
+    rise_top1: float | None = None  # reported rise of the top-1 error, in percentage points; None: not reported
+    rise_top5: float | None = None  # reported rise of the top-5 error, in percentage points; None: not reported
 
 
 BASELINE = Ablation("baseline", "the network with all its parts")

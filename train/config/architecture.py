@@ -35,15 +35,15 @@ class Architecture:
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: only at the right and bottom, as far as the
-    # last window reaches.
+    # Zero padding of conv1's input, in px, on every side. None: padding only at the right and bottom, up to the
+    # edge of the last window.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe has one
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers with dropout on their inputs
     convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless there are 1 or 2 columns, which divide the width of every layer evenly."""
+        """Raise ValueError unless there are 1 or 2 columns and they divide the width of every layer evenly."""
         if self.columns not in (1, COLUMNS):
             raise ValueError(f"{self.columns} columns: expected 1 or {COLUMNS}")
         odd_widths = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
@@ -53,11 +53,13 @@ class Architecture:
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
-        """Zero padding of conv1 for an image side of `side_px`: (px at the left or top, px at the right or bottom).
+        """Zero padding of conv1's input along one axis: (px at the left or top, px at the right or bottom).
 
-        The authors' code rounds the number of windows up (layer.py:1004: 1 + ceil((224 − 11) / 4) = 55). Its kernels
-        read zeros beyond the edge: for 224 px, three rows at the bottom and three columns at the right. A zero stands
-        for the mean colour, because the mean has been subtracted.
+        side_px  width or height of the image
+
+        The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The kernels
+        of that code read zeros beyond the edge: for 224 px, three rows at the bottom and three columns at the right. A
+        padding value of 0 is the mean colour, because the mean has been subtracted from the image.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -104,8 +106,8 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# Layer names in torchvision's state_dict, and the names of the same layers in this package. torchvision's network
-# expects (RGB / 255 − mean) / std, with torchvision's mean and std.
+# Layer names in torchvision's state_dict: names of the same layers in this package. torchvision's network expects
+# the input (RGB / 255 − mean) / std, with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",

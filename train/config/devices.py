@@ -12,12 +12,12 @@ Devices = tuple[str, str]  # device of column 0, device of column 1; the two may
 
 
 def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
-    """Devices for a value of `--gpus`, for a network of `columns` columns.
+    """The devices that a value of `--gpus` selects for a network of `columns` columns.
 
     `0,1`  column 0 on GPU 0, column 1 on GPU 1
     `0`    both columns on GPU 0
     `cpu`  both columns on the CPU
-    None   0,1 if the machine has two GPUs and the network has two columns; else 0 if it has a GPU; else cpu
+    None   0,1 if the machine has two GPUs and the network has two columns; else 0 if the machine has a GPU; else cpu
 
     Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs if the network has
     one column.

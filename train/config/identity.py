@@ -20,7 +20,7 @@ from train.config.run_config import RunConfig
 
 
 class Difference(NamedTuple):
-    """One setting in which two identities differ. The field names are keys of run.json's "ancestry"."""
+    """A setting that has different values in two identities. run.json stores these fields under "ancestry"."""
 
     name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
     there: Any  # value of the setting in the other run
@@ -30,7 +30,8 @@ class Difference(NamedTuple):
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """The identity of a run, as JSON values.
 
-    The names of recipe and architecture are used in messages only. The comparison uses the settings of both.
+    The names of the recipe and the architecture appear in messages only. Identities are compared by the settings of the
+    recipe and the architecture.
     """
     return {
         "store_fingerprint": store.split("train").fingerprint,
@@ -58,9 +59,9 @@ def as_json(data: Any) -> Any:
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
-    """The settings in which two identities differ, in the order of `ours`.
+    """The settings that differ between two identities, in the order of `ours`.
 
-    The names of recipe and architecture are not compared.
+    The names of the recipe and the architecture are not compared.
     """
     differing = []
     for name, value in ours.items():

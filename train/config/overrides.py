@@ -1,4 +1,6 @@
-"""Recipe overrides, `--set FIELD=VALUE`. The name and the sources of the changed recipe show the changes.
+"""Recipe overrides: `--set FIELD=VALUE` changes one field of a recipe.
+
+The `name` and the `sources` of the changed recipe list the overrides.
 
 `alextrain recipe` prints the names of the fields. A dot separates the name of a field from the name of one of its
 parts. The syntax of a value depends on the type of the field:
@@ -36,16 +38,16 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 
 
 class _InvalidValue(Exception):
-    """A value that a field cannot have. The exception's text describes the expected values."""
+    """A field was given a value that it cannot have. The text of the exception describes the expected values."""
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
     """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
-    epochs  number of epochs of the run; None: the recipe's `epochs`. The number changes the recipe only if the schedule
-            depends on it: a cosine, or `schedule=steps`
+    epochs  number of epochs of the run; None: the recipe's `epochs`. This number changes the recipe only if the
+            schedule depends on the number of epochs, which is true for a cosine and for `schedule=steps`
 
-    Raises UserError where apply_overrides or recipe_named does.
+    Raises UserError for an unknown recipe and for an invalid override.
     """
     recipe = apply_overrides(recipe_named(name), settings)
     spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
@@ -55,9 +57,9 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with each FIELD=VALUE of `settings` applied. Its name and sources show the changes.
+    """The recipe with each FIELD=VALUE of `settings` applied. Its `name` and `sources` list the overrides.
 
-    Raises UserError for an invalid override. The message has the field, the value and the expected values.
+    Raises UserError for an invalid override. The message names the field, the value and the expected values.
     """
     values = {}
     for setting in settings:
@@ -96,7 +98,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
     """`before` with one part replaced by the parsed `value`.
 
-    parts  path to the part: names of nested fields or of a layer; empty: `value` replaces all of `before`
+    parts  path to the part: names of nested fields, or the name of a layer; if empty, `value` replaces all of `before`
     """
     if not parts:
         return _parse(hint, value)
@@ -121,7 +123,7 @@ def _check_name(option: str, name: str, names: Sequence[str]) -> None:
 
 
 def _parse(hint: Any, text: str) -> Any:
-    """`text` as a value of the type `hint`; raises _InvalidValue."""
+    """Convert `text` to a value of the type `hint`. Raises _InvalidValue if that is impossible."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if NoneType in get_args(hint):
         if text == "none":
@@ -155,8 +157,8 @@ def _parse(hint: Any, text: str) -> Any:
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """The schedule that `text` describes.
 
-    `steps`, and a list of epochs without learning rates, use the recipe's `epochs` and `lr`. Overrides of `epochs` and
-    `lr` are already applied, because overrides are applied in alphabetical order.
+    The text `steps` and a list of epochs without learning rates use the recipe's `epochs` and `lr`. Any overrides of
+    `epochs` and `lr` are already in the recipe, because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()
@@ -184,9 +186,9 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """Text of a value for the recipe's name. Equal numbers have the same text: 2e-2 gives 0.02.
+    """Text of a value, as part of the recipe's name. Equal numbers have the same text: 2e-2 gives 0.02.
 
-    For a value that has parts, the text is `given`.
+    given  the text from the command line, which is returned for a value with parts, such as a schedule
     """
     if value is None or isinstance(value, bool):
         return str(value).lower()

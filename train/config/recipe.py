@@ -17,25 +17,25 @@ from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 
 @dataclass(frozen=True)
 class Lrn:
-    """Local response normalization: a · (k + alpha · Σ a²)^−beta, Σ over `size` neighbors (train/model/lrn.py)."""
+    """Local response normalization: a · (k + alpha · Σ a²)^−beta (train/model/lrn.py). The sum is over a window."""
 
-    size: int  # odd number of maps (`lrn`), or odd side of a square in px (`within_map`)
+    size: int  # odd size of the window: number of maps (field `lrn`) or side of a square in px (field `within_map`)
     alpha: float  # factor of the sum Σ a², as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
     beta: float
     k: float
 
     def __post_init__(self) -> None:
-        """Raise UserError for an even size, which has no middle, and for k of 0 or less."""
+        """Raise UserError if `size` is even or not positive, or if `k` is not positive."""
         if self.size < 1 or self.size % 2 == 0 or self.k <= 0:
             raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and k of more than 0.")
 
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """Change of learning rates or colour noise after `after_epochs` epochs. A field that is None has no effect."""
+    """A change of learning rates or colour noise after `after_epochs` epochs. None: this value does not change."""
 
     after_epochs: float  # colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of the weights; not of conv1's weights after a change has set lr_conv1
+    lr: float | None = None  # learning rate of the weights; conv1 is excluded once a change has set lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -86,7 +86,7 @@ ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # implemented by t
 
 @dataclass(frozen=True)
 class Recipe:
-    """The hyperparameters of a run. `sources` maps the name of each field to a text that gives the value's source.
+    """The hyperparameters of a run. `sources` maps the name of each field to a text about the origin of its value.
 
     The architecture, store and seed of a run are not part of its recipe. `epochs` is the default length of a run.
     """
@@ -100,14 +100,14 @@ class Recipe:
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, after layers 1 and 2
-    norm_before_relu: bool  # order in layer 1: conv, norm, pool, ReLU if True; conv, ReLU, norm, pool if False
+    norm_before_relu: bool  # layer 1: True: conv, norm, pool, activation; False: conv, activation, norm, pool
     within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
-    pool_px: int  # side of a pooling window; at stride 2, windows of 3 px overlap and windows of 2 px do not
+    pool_px: int  # side of a pooling window; the stride is 2, so windows of 3 px overlap
     crossing: bool  # False: conv3, fc6 and fc7 see only their own column; fc8 always sees both columns
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
     dropout_scales_training: bool  # True: training divides kept values by 1 − p; False: evaluation multiplies by 1 − p
 
-    init: str  # standard deviation of the initial weights: init_std if "normal", sqrt(2 / fan_in) if "he"
+    init: str  # "normal": standard deviations in init_std; "he": standard deviation sqrt(2 / fan_in)
     init_std: Mapping[str, float]  # standard deviation by layer; used only if init is "normal"
     init_bias: Mapping[str, float]  # initial bias by layer; 0 in a layer that is not listed
 

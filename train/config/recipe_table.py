@@ -20,7 +20,7 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column."""
+    """The table as aligned lines of at most 120 characters. The names in its first column are valid for `--set`."""
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
     name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))
@@ -41,7 +41,10 @@ def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
 
 
 def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
-    """(name, value) rows of one field: a row for each part of a dataclass; wrapped text for a mapping or a schedule."""
+    """The (name, value) rows of one field.
+
+    A dataclass has one row per part. The text of a mapping or a schedule may take several rows.
+    """
     if is_dataclass(value) and not isinstance(value, type):
         return [(f"{field}.{part.name}", _value_text(getattr(value, part.name))) for part in fields(value)]
     if isinstance(value, Mapping):

@@ -3,7 +3,7 @@
 paper     the values that the text of the paper gives
 released  the values in the code and parameter files behind the paper's results: net #145 of AlexNet-Source-Code
           (layers/layers-145.cfg and layers/layer-params-145.cfg, cited below as L145 and P145). Where the paper has
-          another value, the text of the source mentions the paper's value.
+          another value, the entry in `sources` mentions the paper's value.
 caffe     the values of models/bvlc_alexnet in BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
 modern    the same network with present-day initialization and schedule
 short     settings for a training of a few minutes on a CPU, with small batches
@@ -23,7 +23,7 @@ _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do no
 
 
 def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
-    """A recipe, given (value, source) for each field."""
+    """A recipe. Each keyword argument gives the (value, source) of one field."""
     return Recipe(
         name=name,
         sources={field: source for field, (_, source) in hyperparameters.items()},

@@ -17,7 +17,7 @@ class RunConfig:
     """Settings of a run.
 
     The first block of fields decides the result. The second block sets the folder, the devices, the length of the run
-    and how often it logs and writes checkpoints.
+    and the intervals between log lines and between checkpoints.
     """
 
     store: Path
@@ -31,7 +31,7 @@ class RunConfig:
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
     epochs: int = 1
-    steps: int | None = None  # training ends after this step, counted from 1, or with the last epoch if that is earlier
+    steps: int | None = None  # training ends after this step, counted from 1, unless the last epoch ends earlier
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint

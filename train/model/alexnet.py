@@ -1,10 +1,10 @@
 """The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
 Paper: sections 3.2 and 3.5, figure 2. Each column has half of the maps or units of every layer except fc8. Each column
-has its own device; both columns may be on one device. A column sees only its own maps, except where figure 2 has
+has a device, and both columns may have the same device. A column sees only its own maps, except where figure 2 has
 crossing arrows: before conv3, fc6, fc7 and fc8, `cross` joins the activations of both columns. Normalization is always
-within a column. A network of one column has no crossings. Feature maps are in channels-last layout, which makes a step
-on a CPU a third shorter: convolution, pooling and normalization across maps are all faster in this layout.
+within a column. A network of one column has no crossings. Feature maps are in channels-last layout. Convolution,
+pooling and normalization across maps are faster in this layout: a step on a CPU takes a third less time.
 
 Shapes, per column, for N images:
 
@@ -15,8 +15,8 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-Architecture.padding_px explains why conv1 has 55 positions along 224 px. The size of pooled maps is rounded down, so
-that windows of 2 px and of 3 px give maps of the same size. The comparison of section 3.4 needs equal sizes.
+Architecture.padding_px explains why conv1 has 55 positions along 224 px. The size of pooled maps is rounded down.
+Windows of 2 px and windows of 3 px therefore give maps of the same size, which the comparison in section 3.4 needs.
 """
 
 from __future__ import annotations
@@ -113,9 +113,9 @@ class AlexNet(nn.Module):
             initialize(self)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits (N, classes) for images float32 (N, 3, 224, 224), pixels 0..255 minus the mean, on any device.
+        """Logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the mean.
 
-        A convolutional architecture also accepts larger images; the result is then the result of `dense`. Raises
+        A convolutional architecture also accepts larger images, for which it returns the result of `dense`. Raises
         ValueError for any other shape.
         """
         if self.architecture.convolutional:
@@ -126,18 +126,18 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) of the 224 px crops, at a stride of 32 px, of images (N, 3, H, W).
+        """Logits (N, classes, rows, columns) of all 224 px crops, at a stride of 32 px, of the images (N, 3, H, W).
 
-        Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the next pixels of the image instead of
-        zero padding, so the logits are close but not equal to the logits of the crop alone. Raises ValueError for
-        images smaller than 224 px.
+        Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the adjacent pixels of the image instead
+        of zero padding. The logits are therefore close, but not equal, to the logits of the separate crop. Raises
+        ValueError for images smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
         return self._fully_connected(self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
-        """Both columns' activations, joined along dim 1 with column 0 first, on each receiving device.
+        """The activations of both columns, joined along dim 1 with column 0 first: one tensor for each receiver.
 
         receivers  devices that need the joined tensor; None: the device of each column
 
@@ -153,7 +153,7 @@ class AlexNet(nn.Module):
         return [joined[device] for device in receivers or self.devices]
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """The joined parameters of both columns, by name, on the CPU. The columns' devices do not change the result.
+        """The joined parameters of both columns, by name, on the CPU, whatever the devices of the columns.
 
         `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape
         (4096, 9216).
@@ -264,7 +264,7 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """Apply the nonlinearity in place. The backward pass of a layer does not need the layer's output."""
+        """Apply the nonlinearity in place. This is safe: no backward pass needs the output of the layer before it."""
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(
@@ -286,7 +286,7 @@ class AlexNet(nn.Module):
     def _drop(self, x: Tensor) -> Tensor:
         """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
 
-        If recipe.dropout_scales_training is True, training divides kept values by 1 − p instead.
+        If recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
         """
         p = self.recipe.dropout
         if p == 0:
@@ -297,11 +297,11 @@ class AlexNet(nn.Module):
 
 
 def initialize(network: AlexNet) -> None:
-    """Initialize all parameters. Random values come from torch's CPU generator, so they do not depend on the devices.
+    """Initialize all parameters. The random values come from torch's CPU generator and do not depend on the devices.
 
     recipe.init  weights                             biases
     normal       N(0, init_std[layer]²)              init_bias[layer]; 0 for a layer that init_bias does not list
-    he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   as for normal
+    he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same as for `normal`
 
     The recipe `paper` has standard deviation 0.01 in every layer, and biases of 1 in conv2, conv4, conv5, fc6 and fc7.
     The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. The joined tensor of each layer is
@@ -325,8 +325,8 @@ def initialize(network: AlexNet) -> None:
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of torchvision's AlexNet, renamed for load_joined_tensors of the architecture `torchvision`.
 
-    The weights expect input (RGB / 255 − mean) / std with torchvision's mean and std of each channel; the stream serves
-    RGB − mean. Raises KeyError for a name that is not in torchvision's AlexNet.
+    The weights expect (RGB / 255 − mean) / std as input, with torchvision's mean and std of each channel. The data
+    stream serves RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -1,9 +1,9 @@
-"""C kernels of a training step on a CPU (kernels.c): ReLU, normalization and pooling in one pass, parameter update.
+"""C kernels (kernels.c) for training on a CPU: ReLU, normalization and pooling in one pass, and the parameter update.
 
 `native` is a NativeKernels object, or None if the kernels could not be compiled or are switched off (prep/compiled.py).
 lrn.py, pooling.py and train/optim fall back to equivalent PyTorch operators if `native` is None, on a GPU, and for
-types other than float32. The images, positions or parameters are divided among as many threads as PyTorch uses. The
-bits of the result do not depend on the number of threads.
+types other than float32. The work is divided among as many threads as PyTorch uses. The result is bit-identical for any
+number of threads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from prep import compiled
 
 SOURCE = Path(__file__).with_name("kernels.c")
 _NORM_BLOCK = 4096  # number of values normalized at a time; the values and their squares fit into an L1 cache
-_UPDATE_BLOCK = 1 << 16  # parameters are divided among threads in blocks of this number
+_UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates whole blocks
 
 
 class NormParams(ctypes.Structure):
@@ -86,7 +86,10 @@ class NativeKernels:
         return out
 
     def norm_backward(self, x: Tensor, grad: Tensor, norm: NormParams) -> Tensor:
-        """The gradient of x, given `grad`, the gradient of norm(x)."""
+        """The gradient with respect to x.
+
+        grad  the gradient with respect to the output of `self.norm`
+        """
         out = torch.empty_like(x)
 
         def work(first: int, end: int) -> None:
@@ -125,9 +128,11 @@ class NativeKernels:
     def pool_backward(
         self, x: Tensor | None, grad: Tensor, argmax: Tensor, pool: PoolParams, norm: NormParams
     ) -> Tensor:
-        """The gradient of x, given `grad`, the gradient of the pooled maps, and the indices that `self.pool` returned.
+        """The gradient with respect to the input of `self.pool`.
 
-        x  the input of the forward pass; None if it was not normalized
+        x       the input of `self.pool`; None if there was no normalization
+        grad    the gradient with respect to the pooled maps
+        argmax  the indices that `self.pool` returned
         """
         images, columns = len(grad), int(pool.columns)
         shape = images, int(norm.maps), int(pool.rows), columns
@@ -142,7 +147,7 @@ class NativeKernels:
         return out
 
     def update(self, w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:
-        """v ← momentum · v − lr · decay · w − lr · g, then w ← w + v, for float32 tensors of one dense layout."""
+        """v ← momentum · v − lr · decay · w − lr · g, then w ← w + v, for float32 tensors in the same dense layout."""
 
         def work(first: int, end: int) -> None:
             pointers = (tensor.data_ptr() + 4 * _UPDATE_BLOCK * first for tensor in (w, v, g))
@@ -169,7 +174,7 @@ def run_in_threads(items: int, work: Callable[[int, int], None]) -> None:
 
 
 def _address(x: Tensor, position: int) -> int:
-    """Memory address of the first channel at a position of x, which has channels last."""
+    """Memory address of the first channel at a position of x, a tensor in channels-last layout."""
     return x.data_ptr() + 4 * position * x.shape[1]
 
 

@@ -4,14 +4,14 @@ Across maps, for map i of one column:
 
     b_i = a_i · s_i^−β        s_i = k + α Σ a_j²   over j = i − n/2 … i + n/2, clipped to the column's maps
 
-α multiplies the plain sum, as in the paper. The authors' code divides α by n (layer.py: scale / size), and so does
-torch.nn.LocalResponseNorm: its `alpha` is n times the α of this module.
+As in the paper, α is not divided by n. The authors' code (layer.py: scale / size) and torch.nn.LocalResponseNorm divide
+α by n. For the same result, the `alpha` of torch.nn.LocalResponseNorm must be n times the α of this module.
 
-There are three implementations. Each implementation can apply a ReLU first, and saves only x for the backward pass:
+There are three implementations. Each can apply a ReLU first. Each saves only x for the backward pass:
 
     kernels.c       for float32 on a CPU with β = ¾ (s^−¾ needs two square roots); results within 6 ulp of the formula
     lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
-    _LrnOperators   for all other cases, with PyTorch operators; the other two are tested against it
+    _LrnOperators   for all other cases, with PyTorch operators; also the reference in the tests of the other two
 
 torch.export cannot trace C kernels, and converts in-place additions to scatters. Exported networks therefore use
 `_traceable`.
@@ -33,13 +33,13 @@ from train.model import kernels
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
-    """Normalize x (N, C, H, W), or max(x, 0) if `relu`, across `size` neighboring maps. Differentiable once.
+    """Normalize x (N, C, H, W), or max(x, 0) if `relu`, across `size` neighboring maps.
 
     size   odd; windows are clipped at the first and last map
     alpha  factor of the sum of squares; the sum is not divided by `size`
 
-    float16 and bfloat16 are squared and summed in float32. Raises ValueError for an even size, or if
-    x does not have four dimensions.
+    Values of float16 and bfloat16 are squared and summed in float32. The result can be differentiated only once. Raises
+    ValueError for an even size, or if x does not have four dimensions.
     """
     check_window_size(size)
     if x.dim() != 4:
@@ -65,7 +65,7 @@ def check_window_size(size: int) -> None:
 
 
 def can_use_kernels(x: Tensor, beta: float) -> bool:
-    """True if kernels.c is compiled and supports x's device, x's dtype and the exponent beta."""
+    """True if kernels.c is compiled and supports the device and dtype of x and the exponent beta."""
     if torch.compiler.is_compiling():
         return False
     float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
@@ -73,17 +73,17 @@ def can_use_kernels(x: Tensor, beta: float) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x in channels-last layout, which kernels.c needs; x itself if it has that layout."""
+    """x converted to channels-last layout, which kernels.c needs. Returns x itself if it has this layout already."""
     return x.contiguous(memory_format=torch.channels_last)
 
 
 @functools.cache
 def triton_fault(device: torch.device) -> str | None:
-    """The reason why the Triton kernel cannot be used on a GPU; None if it can.
+    """The reason why the Triton kernel cannot be used on a GPU, or None if the kernel works.
 
-    The kernel is compiled, run and compared with PyTorch operators once in a process. To launch a kernel, Triton
+    The kernel is compiled, run and compared with PyTorch operators once per process. To launch a kernel, Triton
     compiles C code, which needs a C compiler, Python's headers and a writable folder. A container image without
-    development tools may lack one of the three; training then uses PyTorch operators.
+    development tools may lack one of these three things; training then uses PyTorch operators.
     """
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
@@ -153,7 +153,7 @@ class _LrnOperators(torch.autograd.Function):
 
 
 def _activations(x: Tensor, relu: bool) -> Tensor:
-    """The values a of the formula: x or max(x, 0), float16 and bfloat16 converted to float32."""
+    """The values `a` of the formula: x, or max(x, 0) if `relu`. float16 and bfloat16 are converted to float32."""
     a = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return a.relu() if relu else a
 
@@ -167,14 +167,20 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
 
 
 def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
-    """a · (k + α Σ a²)^−β by average pooling, for torch.export; Σ over `window` (maps, rows, columns; odd sizes)."""
+    """a · (k + α Σ a²)^−β, computed by average pooling, for torch.export.
+
+    window  size of the window of the sum: odd numbers of maps, rows and columns
+    """
     squares = F.pad((a * a).unsqueeze(1), [side // 2 for side in reversed(window) for _ in range(2)])
     mean = F.avg_pool3d(squares, window, stride=1).squeeze(1)
     return a * (mean * (alpha * math.prod(window)) + k).pow(-beta)
 
 
 def _window_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over `size` neighboring channels, clipped at the ends, by shifted additions without a padded copy of x."""
+    """Sum over a window of `size` neighboring channels, clipped at the first and last channel.
+
+    The sum is computed by shifted additions, which need no padded copy of x.
+    """
     total = x.clone()
     for shift in range(1, min(size // 2, x.shape[1] - 1) + 1):
         total[:, shift:] += x[:, :-shift]
@@ -183,11 +189,11 @@ def _window_sum(x: Tensor, size: int) -> Tensor:
 
 
 def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -> Tensor:
-    """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map. Differentiable once.
+    """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map.
 
     Beyond the edge of a map the squares are 0. The released net #145 has this normalization after layer 2's
-    normalization across maps (layers-145.cfg: cnorm2, of type rnorm); the paper does not mention it. Saves
-    only x for the backward pass. Raises ValueError for an even size.
+    normalization across maps (layers-145.cfg: cnorm2, of type rnorm). The paper does not mention it. Only x is saved
+    for the backward pass. The result can be differentiated only once. Raises ValueError for an even size.
     """
     check_window_size(size)
     if torch.compiler.is_compiling():
@@ -199,7 +205,8 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
 class _LrnWithinMap(torch.autograd.Function):
     """Normalization within a map by PyTorch operators.
 
-    Neighborhoods are symmetric, so the gradient has the same form as in _LrnOperators.
+    If position p is in the window of q, then q is in the window of p. The formula of the gradient is therefore the same
+    as in _LrnOperators.
     """
 
     @staticmethod
@@ -223,6 +230,6 @@ class _LrnWithinMap(torch.autograd.Function):
 
 
 def _area_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over `size` × `size` neighboring positions of a map, zero beyond its edge."""
+    """Sum over a window of `size` × `size` positions of a map. Values beyond the edge of the map count as zero."""
     down = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0), divisor_override=1)
     return F.avg_pool2d(down, (1, size), stride=1, padding=(0, size // 2), divisor_override=1)

@@ -1,8 +1,8 @@
 """Triton kernels of local response normalization on a GPU: one for the forward pass, one for the backward pass.
 
-lrn.py imports this module only if Triton is installed. PyTorch's CUDA wheels depend on Triton. Each kernel
-makes one pass over memory. The kernels need contiguous tensors, channels first or channels last; other tensors are
-copied. Tensors are float16, bfloat16 or float32; the arithmetic is float32.
+lrn.py imports this module only if Triton is installed; PyTorch's CUDA wheels install it. Each kernel makes one pass
+over memory. The kernels need contiguous tensors, channels first or channels last; other tensors are copied. Tensors are
+float16, bfloat16 or float32; the arithmetic is float32.
 
 A program instance computes up to 128 maps at several positions (row and column) of one image. Neighboring maps are read
 again from the L1 cache. The backward pass computes the sums s (see lrn.py) again from x, which is faster than storing
@@ -26,7 +26,7 @@ _BLOCK_VALUES = 1024  # number of values that a program instance computes
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
-    """The value a of map j at each position; 0 outside the maps or the image."""
+    """The value `a` (see lrn.py) of map j at each position; 0 if there is no such map or position."""
     a = tl.load(pointer + offset + j * stride, mask=inside & (j >= 0) & (j < maps), other=0.0).to(tl.float32)
     if RELU:
         a = tl.where(a < 0, 0.0, a)  # keeps NaN
@@ -35,7 +35,7 @@ def _activation(pointer, offset, maps, j, stride, inside, RELU: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _sum(pointer, offset, maps, i, stride, inside, alpha, k, REACH: tl.constexpr, RELU: tl.constexpr):
-    """The value s of map i at each position."""
+    """The value `s` (see lrn.py) of map i at each position."""
     a = _activation(pointer, offset, maps, i - REACH, stride, inside, RELU)
     total = a * a
     for t in tl.static_range(1, 2 * REACH + 1):

@@ -1,8 +1,9 @@
 """Max-pooling with stride 2 (section 3.4). On a CPU, ReLU, normalization and pooling are one fused operation.
 
-Windows of 3 px overlap. On a CPU memory access takes more time than arithmetic, so kernels.c computes ReLU,
-normalization and pooling in one pass. One byte per pooled value is saved for the backward pass; the input is saved only
-if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after the other.
+Windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore computes ReLU,
+normalization and pooling in one pass over memory. One byte per pooled value is saved for the backward
+pass; the input is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied
+one after the other.
 """
 
 from __future__ import annotations

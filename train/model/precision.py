@@ -6,8 +6,9 @@
     bf16    inputs and outputs of convolutions and matrix products are bfloat16 (torch.autocast); parameters, their
             gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
-By default PyTorch uses TF32 on a GPU for convolutions but not for matrix products. This default is neither fp32 nor
-tf32, so set_precision sets both switches whenever a GPU is used. The switches are global to the process.
+PyTorch has two switches for TF32 on a GPU: one for convolutions, on by default, and one for matrix products, off by
+default. This default is neither fp32 nor tf32. If a GPU is used, set_precision therefore sets both switches. The
+switches apply to the whole process.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Context manager for forward pass and loss.
+    """Context manager for the forward pass and the loss.
 
-    Run the backward pass outside of the context. The backward pass uses the dtypes of the forward pass.
+    Run the backward pass outside of the context. It uses the dtypes of the forward pass there too.
     """
     if precision != "bf16":
         return nullcontext()
@@ -56,7 +57,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 def _set_tf32(on: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later, which warns about the older switches
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; these versions warn if the older switches are used
         matmul.fp32_precision = mode = "tf32" if on else "ieee"
         cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]  # torch's stubs lack it
     else:

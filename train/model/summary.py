@@ -18,10 +18,10 @@ from train.model.alexnet import AlexNet
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One row of the table: a layer. All numbers except output_per_column are sums over the columns."""
+    """One row of the table, for one layer. `neurons`, `parameters` and `multiply_adds` are sums over the columns."""
 
     layer: str
-    columns: int  # 1 for fc8, which is computed on column 0's device
+    columns: int  # number of columns that share the layer; 1 for fc8, which is computed on column 0's device
     output_per_column: tuple[int, ...]  # shape of one column's output, without the batch dimension
     sees: str  # source of the input: "image", "own column" or "both columns"; "all" in a network of one column
     neurons: int
@@ -44,7 +44,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
     parameters = network.parameters_by_joined_name()
     rows = []
-    own_maps = 3  # number of maps of the previous layer in one column; the image has three
+    own_maps = 3  # number of maps of the previous layer in one column; before conv1: the channels of the image
     for name in LAYERS:
         first = network.fc8 if name == "fc8" else network.columns[0].get_submodule(name)
         assert isinstance(first, nn.Conv2d | nn.Linear)

@@ -1,17 +1,17 @@
 """SGD update of many parameters: by the fused kernel of torch.optim.SGD if it works, else by PyTorch operators.
 
-The update rule (paper_sgd.py), with g = ∂L/∂w and lr inside the velocity:
+The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in the formula of the velocity v:
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
-torch.optim.SGD multiplies by lr when it updates w. Its functional form, torch.optim.sgd.sgd, computes
+torch.optim.SGD has lr in the formula of w. The function torch.optim.sgd.sgd, which the class calls, computes
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
-If `lr` of sgd is −1 and `dampening` is 1 + the lr of the rule, sgd computes the update rule. The class torch.optim.SGD
-accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may change. The fused
-update is therefore tried once on small tensors for each device and dtype, and used only if its result follows the rule.
-Operators are slower: per parameter the fused kernel reads or writes five values, the operators eleven.
+With its argument `lr` = −1 and `dampening` = 1 + (lr of the update rule), sgd computes the update rule. The class
+torch.optim.SGD accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may
+change. The fused update is therefore tried once on small tensors for each device and dtype, and used only if the result
+is correct. PyTorch operators are slower: they read or write eleven values per parameter, the fused kernel only five.
 """
 
 from __future__ import annotations
@@ -37,7 +37,10 @@ def update(
     lr: float,
     decay: float,
 ) -> None:
-    """Apply the rule in place. All tensors have one device and dtype. Tensors of the same index have the same shape."""
+    """Apply the update rule in place.
+
+    All tensors have the same device and dtype. Tensors with the same index in the three sequences have the same shape.
+    """
     trios = list(zip(weights, velocities, gradients, strict=True))
     first = weights[0]
     fits = momentum != 0 and all(same_dense_layout(*trio) for trio in trios)
@@ -49,7 +52,7 @@ def update(
 
 
 def same_dense_layout(*tensors: Tensor) -> bool:
-    """True if the tensors are contiguous, all with channels first or all with channels last.
+    """True if all tensors are contiguous in the same layout: channels first, or channels last.
 
     Elements with the same index then have the same memory offset in all tensors, and one pass can update all tensors.
     """
@@ -59,7 +62,7 @@ def same_dense_layout(*tensors: Tensor) -> bool:
 
 @functools.cache
 def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the fused update follows the rule on small tensors of this device and dtype; tried once in a process."""
+    """True if the fused update of small tensors of this device and dtype is correct. Tried once per process."""
     if sgd is None or device.type not in ("cpu", "cuda"):
         return False
     trio = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0], [-1.0, 8.0, 2.0]], dtype=dtype, device=device)
@@ -94,7 +97,7 @@ def _update_fused(
         nesterov=False,
         maximize=False,
     )
-    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not do this
+    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not increment it
 
 
 def _update_by_operators(w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:

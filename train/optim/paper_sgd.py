@@ -3,9 +3,9 @@
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
-The learning rate ε is inside the velocity. After ε is reduced, the velocity of earlier steps therefore still has an
-effect for about ten steps. torch.optim.SGD multiplies by ε when it updates w, so that a reduction has its full effect
-at once. At a constant ε the two rules are the same.
+The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
+has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. A reduction of ε then has
+its full effect at once. If ε is constant, both rules give the same result.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from train.optim import fused_sgd
 
 
 class PaperSGD(torch.optim.Optimizer):
-    """SGD by the paper's rule. A group with lr 0 is frozen: its velocity does not change either (weights.cu:148)."""
+    """SGD by the paper's rule. In a group with lr 0, neither parameters nor velocity change (weights.cu:148)."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
-        """Each group is a dict of params, lr and weight_decay, and may have a "name" for the caller's use."""
+        """Each group is a dict of params, lr and weight_decay, and may have a "name", which this class does not use."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
@@ -43,7 +43,7 @@ class PaperSGD(torch.optim.Optimizer):
         for group in self.param_groups:
             updated = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
             rest = [p for p in updated if not self._update_by_kernel(p, group)]
-            # One call per device and dtype launches few kernels.
+            # One call per device and dtype launches fewer kernels than one call per parameter.
             for kind in dict.fromkeys((p.device, p.dtype) for p in rest):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
@@ -53,7 +53,7 @@ class PaperSGD(torch.optim.Optimizer):
         fused_sgd.update(parameters, velocities, gradients, group["momentum"], group["lr"], group["weight_decay"])
 
     def _update_by_kernel(self, parameter: nn.Parameter, group: dict[str, Any]) -> bool:
-        """Update a float32 parameter on a CPU by train/model/kernels.c; returns False if the kernel does not apply."""
+        """Update a float32 parameter on a CPU by train/model/kernels.c. Returns False if the kernel cannot be used."""
         velocity, gradient = self.velocity(parameter), parameter.grad
         if kernels.native is None or gradient is None or parameter.device.type != "cpu" or not parameter.numel():
             return False

@@ -12,8 +12,9 @@ from train.optim.paper_sgd import PaperSGD
 
 
 def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
-    """The factor of the recipe's lr after `epochs_done` of `epochs` epochs: linear warm-up, then half a cosine.
+    """Factor by which a cosine schedule multiplies the recipe's lr after `epochs_done` of `epochs` epochs.
 
+    The factor rises linearly during the warm-up, then falls along half a cosine.
     After `epochs` epochs the factor stays at `cosine.end`.
     """
     if epochs_done < cosine.warmup_epochs:
@@ -28,15 +29,15 @@ def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
 class Schedule:
     """Learning rates and colour noise of a recipe, at any epoch.
 
-    Steps and cosine depend only on the epoch. A plateau schedule also depends on the validation errors so far; the
-    fields below hold that state, which is saved in checkpoints.
+    The schedules `steps` and `cosine` depend only on the epoch. A plateau schedule also depends on the validation
+    errors so far. The fields after `recipe` summarize these errors and are saved in checkpoints.
     """
 
     recipe: Recipe
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
-    drops: int = 0  # number of times that the learning rate was reduced
-    # True: the validation error has stopped improving at the last learning rate, and the run ends.
+    drops: int = 0  # number of reductions of the learning rate so far
+    # True: at the lowest learning rate of the schedule the validation error has stopped improving; the run ends.
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:

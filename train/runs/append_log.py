@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 class AppendLog:
-    """Appends entries, which are bytes, to a file: each entry completely or not at all.
+    """Appends entries (bytes) to a file. Each entry is written completely or not at all.
 
     An entry is passed to the operating system before `add` returns, so kill -9 loses no entry. While the disk is
     full, entries are held in memory and written together with the next entry.

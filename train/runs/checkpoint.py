@@ -4,9 +4,9 @@
 checkpoint files are written by `write` and read by `read`.
 
 A checkpoint file is the zip archive that torch.save writes. The file has a temporary name until it is synced to disk.
-The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of every byte before it, so a single altered bit is
-detected before anything is loaded. A run keeps its newest checkpoints, and the checkpoint with the lowest validation
-error: `best.pt` is a hard link to that checkpoint.
+The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. A single altered
+bit is therefore detected before anything is loaded. A run keeps its newest checkpoints and the checkpoint with the
+lowest validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MAX_DISK_FULL = 3  # the run ends when this many checkpoints in a row cannot be 
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
-_END_BYTES = 22  # length of a zip archive's end record without a comment; the last two bytes are the comment's length
+_END_BYTES = 22  # bytes of a zip archive's end record; its last two bytes give the length of the comment that follows
 
 
 class UnreadableCheckpoint(UserError):
@@ -44,18 +44,18 @@ class UnreadableCheckpoint(UserError):
 class Checkpoint:
     """The state of a run after `step`: all that is needed to continue the run and to use the network.
 
-    The keys of the file are "format" and the fields, except `digest`. Tensors are on the CPU.
+    The file holds a dict with the key "format" and a key for each field except `digest`. Tensors are on the CPU.
     """
 
     identity: Mapping[str, Any]  # identity of the run (train/config/identity.py)
     model: Mapping[str, Any]  # the Architecture, as JSON
     recipe: Mapping[str, Any]  # the Recipe with its sources, as JSON
-    classes: Sequence[str]  # names of the classes; a label is an index into this list
+    classes: Sequence[str]  # names of the classes; labels are indices into this list
     environment: Mapping[str, str]  # versions of the software that wrote the checkpoint
 
     step: int  # number of steps that the run has completed
     steps_per_epoch: int
-    validation_due: bool  # True: the epoch has ended, but its validation has not been computed
+    validation_due: bool  # True: an epoch has just ended, and the validation has not been computed yet
     parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # the optimizer's velocity, joined in the same way
     schedule: Mapping[str, Any]  # Schedule.state_dict
@@ -64,10 +64,10 @@ class Checkpoint:
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
     stream: Mapping[str, Any]  # TrainLoader.state_dict
 
-    best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the lowest validation error so far
+    best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the validation with the lowest error so far
     # Checkpoints from which the run and its ancestors were forked, the oldest first.
     ancestry: Sequence[Mapping[str, Any]] = ()
-    # Verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint. It is not a key of the file.
+    # Verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint. The file does not hold this field.
     digest: str = ""
 
 
@@ -116,13 +116,13 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
 def read(path: Path) -> Checkpoint:
     """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
-    Raises UnreadableCheckpoint if any bit differs from what was written; UserError for another format, a missing field
-    or a missing read permission. If an intact file cannot be loaded, for example because memory runs out, torch's error
-    is passed on.
+    Raises UnreadableCheckpoint if any bit differs from the written file. Raises UserError for another format, a missing
+    field or a missing read permission. If an intact file cannot be loaded, for example because memory runs out, torch's
+    error is passed on.
     """
     intact = False
     try:
-        with open(path, "rb") as file:  # opened once: a running training may replace the file under this name
+        with open(path, "rb") as file:  # opened only once: a running training may replace the file by a new one
             stated, actual = _digests(file)
             intact = stated == actual
             if intact or not stated:  # a file of format 1 has no digest; load it to report its format
@@ -157,7 +157,7 @@ class CheckpointKeeper:
     """Writes the checkpoints of a run in progress, keeps the newest and the best, and removes the others."""
 
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
-        """Remove temporary files that a kill has left, and repair best.pt.
+        """Remove temporary files of a process that was killed, and repair best.pt.
 
         keep     number of newest checkpoints to keep, in addition to the best checkpoint
         resumed  the checkpoint from which the run continues; None for a new run
@@ -172,14 +172,14 @@ class CheckpointKeeper:
             self._tidy(resumed.step)
 
     def save(self, state: Checkpoint, is_last: bool, before: Callable[[], None] = lambda: None) -> None:
-        """Write the checkpoint `state`, with best step and ancestry filled in, and remove surplus checkpoints.
+        """Write `state`, with the fields `best` and `ancestry` filled in, as a checkpoint. Then remove old checkpoints.
 
         is_last  True if the run ends with this checkpoint
-        before   function to call first, which writes the files that a checkpoint relies on
+        before   function to call first; it writes the files to which a checkpoint refers
 
         If the disk is full, a warning is printed and earlier checkpoints stay. Raises DiskFull at the third failure in
         a row. If `is_last`, DiskFull is raised at the first failure, because the last steps would be lost. Raises
-        UserError where `write` does.
+        UserError for any other disk error.
         """
         try:
             before()
@@ -201,7 +201,7 @@ class CheckpointKeeper:
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """Link best.pt to the newest checkpoint if that checkpoint is the best, and remove surplus checkpoints."""
+        """Link best.pt to the newest checkpoint if it has the lowest error. Remove surplus checkpoints."""
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
@@ -259,7 +259,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 def load(run_dir: Path, which: str = "last") -> Checkpoint:
     """The checkpoint `which` of a run: "last", "best" or the path of a file.
 
-    A relative path is searched in the working directory, then in the run folder. Raises UserError if the checkpoint
+    A relative path is looked up in the working directory, then in the run folder. Raises UserError if the checkpoint
     does not exist or cannot be read.
     """
     if which == "last":
@@ -282,7 +282,7 @@ def load(run_dir: Path, which: str = "last") -> Checkpoint:
 
 
 def _append_digest(file: BufferedRandom) -> None:
-    """Append the archive comment that `read` verifies: the SHA-256 of every byte before it."""
+    """Append the archive comment that `read` verifies: the SHA-256 of all bytes before the comment."""
     file.seek(-_END_BYTES, os.SEEK_END)
     end = file.read()
     assert end.startswith(b"PK\5\6") and end.endswith(b"\0\0")
@@ -295,7 +295,10 @@ def _append_digest(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """(digest in the archive comment, or "" if there is none; digest of all bytes before the comment), in hex."""
+    """Two digests, in hex: the digest in the archive comment, and the actual digest of all bytes before the comment.
+
+    The first is "" if there is no such comment.
+    """
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES
     while left > 0:

@@ -15,28 +15,29 @@ from train.runs.checkpoint import Checkpoint
 
 
 class TrainedNetwork(NamedTuple):
-    """A network with the parameters of a checkpoint, and that checkpoint."""
+    """A checkpoint, and a network with the parameters of this checkpoint."""
 
     network: AlexNet
     checkpoint: Checkpoint
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """(run folder, checkpoint) for the arguments RUN_DIR and --checkpoint of a command.
+    """The run folder, and the name or path of the checkpoint in it.
 
-    RUN_DIR may also be a checkpoint file; the folder of that file is then the run folder.
+    path   argument RUN_DIR of a command: a run folder, or a checkpoint file in a run folder
+    which  option --checkpoint of a command; unused if `path` is a checkpoint file
     """
     return (path.parent, str(path)) if path.is_file() else (path, which)
 
 
 def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> TrainedNetwork:
-    """The network of a run's checkpoint, on `devices`.
+    """A checkpoint of a run, and its network on `devices`.
 
     run_dir  a run folder, or a checkpoint file
     which    "last", "best" or the path of a file, as in train.runs.checkpoint.load
 
-    Architecture and recipe come from the checkpoint, even if this version of the program has other values under
-    the same names. Raises UserError if there is no run, or no such checkpoint in it.
+    Architecture and recipe come from the checkpoint, even if an architecture or recipe of the same name has other
+    values in this version of the program. Raises UserError if the run or the checkpoint does not exist.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

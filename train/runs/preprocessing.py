@@ -42,10 +42,10 @@ def store_facts(store: Store) -> dict[str, Any]:
 
 
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
-    """Write mean_image.npy of the training split into the run folder, if the recipe subtracts a mean image.
+    """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file is replaced if its content differs: an earlier run in the folder may have used another store, and
-    have ended before its first checkpoint.
+    An existing file is replaced if its content differs. It may come from an earlier run in the folder that used another
+    store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -63,7 +63,7 @@ def saved_color_stats(description: Mapping[str, Any]) -> ColorStats:
 def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
     """The preprocessing of still images for a run's network.
 
-    Raises UserError if run.json or a mean image that the recipe needs cannot be read.
+    Raises UserError if run.json cannot be read, or if the recipe needs a mean image that cannot be read.
     """
     mean, description = recipe.augmentation.mean, read_description(run_dir)
     mean_image = _load_mean_image(run_dir) if mean in _NEED_MEAN_IMAGE else None
@@ -81,12 +81,12 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store that provides images for a run's network, or None if the training store is not available.
+    """The store that provides images for a run's network. None if `store` is None and the training store is missing.
 
-    store  folder of the store; None: the training store, if it is unchanged and still at the path in run.json
+    store  folder of the store; None: the training store, which must be unchanged and still at the path in run.json
 
-    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store, UserError if the
-    store's classes are not the run's.
+    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store. Raises UserError if
+    the classes of the store and of the run differ.
     """
     fingerprint = state.identity["store_fingerprint"]
     if store is None:
@@ -103,7 +103,7 @@ def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | 
 
 
 def check_classes(run_dir: Path, classes: Sequence[str], store: Store) -> None:
-    """Raise UserError if the classes of a store are not those that a run was trained for."""
+    """Raise UserError if the classes of a store differ from `classes`, the classes of a run."""
     if list(classes) != list(store.classes):
         raise UserError(
             f"{run_dir} was trained for {len(classes):,} classes ({classes[0]} …), {store.root} has "

@@ -1,7 +1,6 @@
 """Opens a run: checks the configuration, opens the store, and computes the identity and the length of the run.
 
-Only `Run.open` opens a store for training and computes the identity and the length of a run. The functions below
-the class make the run folder and write run.json.
+`Run.open` does all of this. The functions below the class make the run folder and write run.json.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from train.runs.run_dir import DESCRIPTION
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its configuration and opened store, identity and length. `Run.open` creates it."""
+    """A run: its configuration, opened store, identity and length. `Run.open` returns a Run."""
 
     config: RunConfig
     store: Store
-    identity: Mapping[str, Any]  # the run continues only a checkpoint of the same identity (train/config/identity.py)
-    steps_per_epoch: int  # number of full batches; 0 if the training split has fewer records than a batch
+    identity: Mapping[str, Any]  # the run continues a checkpoint only if that has the same identity
+    steps_per_epoch: int  # full batches in the training split; 0 if the split has fewer records than a batch
     last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
 
     @staticmethod
@@ -41,8 +40,8 @@ class Run:
 
         store  the opened store; None: opens `config.store`
 
-        Raises UserError for a batch that --accumulate does not divide, StoreError for a store that is missing, damaged
-        or without the split train.
+        Raises UserError if --accumulate does not divide the batch into equal parts. Raises StoreError if the store is
+        missing or damaged, or has no split `train`.
         """
         check_parts(config)
         store = Store.open(config.store) if store is None else store

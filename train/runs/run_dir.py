@@ -27,8 +27,8 @@ from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# Keys in lines of metrics.jsonl whose values depend on the clock or the machine. All other values are the same, to the
-# bit, in an uninterrupted run and in a run that was interrupted and resumed.
+# Keys of metrics.jsonl with values that depend on the clock or the machine. The values of all other keys are
+# bit-identical in an uninterrupted run and in a run that was interrupted and resumed.
 CLOCK_DEPENDENT = (
     "images_per_s",
     "waiting_share",
@@ -38,13 +38,13 @@ CLOCK_DEPENDENT = (
     "unix_time_s",
 )
 
-RATE_LINES = 20  # number of newest training lines from which the time left is predicted
+RATE_LINES = 20  # the remaining time is predicted from this number of training lines, the newest ones
 
 _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json. Raises UserError if it is missing, cannot be read, or lacks a required part."""
+    """The content of run.json. Raises UserError if the file is missing, cannot be read, or lacks a required part."""
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
@@ -77,7 +77,7 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 
 
 def read_raw_lines(run_dir: Path) -> list[bytes]:
-    """The lines of metrics.jsonl, damaged ones included; empty if there is no file. Raises UserError if unreadable."""
+    """The lines of metrics.jsonl, also damaged lines; empty if there is no file. Raises UserError if the read fails."""
     try:
         return (run_dir / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
@@ -97,7 +97,7 @@ def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """Predicted seconds for the steps after `step` up to `steps`, without validations.
+    """Predicted time in s for the steps after `step`, up to and including `steps`, without validations.
 
     The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
     interval has ended.
@@ -112,7 +112,7 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
-    A null, which stands for NaN or infinity, is left out.
+    Values of null are left out. They stand for NaN or infinity.
     """
     scalars = {}
     for key, value in line.items():
@@ -127,7 +127,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, time of writing in s since 1970) of the newest checkpoint file, even if damaged; None without a file."""
+    """(step, modification time in s since 1970) of the newest checkpoint file, even if damaged. None without a file."""
     by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
     for step, path in sorted(by_step, reverse=True):
         try:

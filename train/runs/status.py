@@ -32,12 +32,12 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     model, recipe      names of the architecture and the recipe
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
                        or "new" (a checkpoint by `alextrain import` or --fork, and no training yet)
-    alive, finished    whether a process is training in the folder; whether the run has finished
-    said               how the run stopped or why it failed, or ""
+    alive, finished    alive: a process is training in the folder; finished: the run has finished
+    said               reason why the run stopped or failed; "" if none is known
     process, host      id and host of the process that trained last; None if no status was written
     step, steps        steps completed, and steps in all; a plateau schedule may end the run earlier
     epoch, epochs      epochs completed (a fraction), and epochs in all
-    seconds_left       predicted time of training without validations; None before the first interval has ended
+    seconds_left       predicted time until training ends, without validations; None before the first interval has ended
     train, val         the last training line and the last validation line of metrics.jsonl, or None
     best               the validation line with the lowest top-1 error, or None
     seconds_since      seconds since the last line was written, or None
