@@ -75,7 +75,7 @@ def evaluate(
     )
 
     if out is not None:
-        check_output_path(out)  # checked before the evaluation, which takes long
+        check_output_path(out)  # now, because the evaluation takes long
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):

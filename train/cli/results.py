@@ -18,7 +18,7 @@ from train.config.choices import INDEX_RECORDS, PREDICT_VIEWS
 if TYPE_CHECKING:
     from train.evaluation.trained_run import TrainedRun
 
-MAX_SHEET_ROWS = 100  # maximum number of photographs in `search`; matplotlib fails on far larger sheets
+MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; for far more, matplotlib fails
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 image_store_option = click.option(
@@ -311,7 +311,7 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     results = find_nearest(trained, images, count, index_records)
     rows = [result.row for result in results]
-    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # not `count`: a small store has fewer images
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # there may be fewer than `count`
     save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
     for path, result in zip(images, results, strict=True):

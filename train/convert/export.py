@@ -1,11 +1,12 @@
 """Export of a trained network, with its classes and preprocessing, to one file for other programs.
 
-    safetensors   joined parameters, under the names that AlexNet.load_joined_tensors takes
+    safetensors   the joined parameters, with the names that AlexNet.load_joined_tensors expects
     torchvision   a state_dict for torchvision.models.alexnet(num_classes=…).load_state_dict
-    onnx          the test-time graph: `images` (N, 3, 224, 224), grey levels minus the mean, to `logits` (N, classes)
+    onnx          the network in evaluation mode, with the input `images` (N, 3, 224, 224), grey levels minus the mean,
+                  and the output `logits` (N, classes)
 
-Each file also contains four named JSON texts. In safetensors and onnx files they are in the metadata of the file. In
-torchvision's state_dict they are in `state._metadata[""]`, in which PyTorch stores the versions of modules:
+Each file also contains four named JSON texts. A safetensors or onnx file has the texts in its metadata. torchvision's
+state_dict has them in `state._metadata[""]`, next to the module versions that PyTorch stores there. The texts are:
 
     architecture, recipe   the same objects as in run.json
     classes                names of the classes, in the order of the logits
@@ -50,8 +51,8 @@ class Preprocessing:
     """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
     The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A crop of `window_px` is taken from
-    the central square: for one view, the centre crop. `mean` determines what is subtracted from a crop whose corner is
-    at (y, x) of the square:
+    the central square. For an evaluation with one view, this is the centre crop. If the top left corner of the crop is
+    at (y, x) in the square, the value of `mean` determines what is subtracted from the crop:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -135,11 +136,11 @@ def _safetensors(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 
 def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
-    # The std is torchvision's, so that the weights have the same magnitude as torchvision's
+    # With torchvision's std, the exported weights have the same magnitude as the weights that torchvision publishes.
     weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
     state: OrderedDict[str, Tensor] = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # in memory: with a file, torch.save raises no OSError on a full disk
+    content = io.BytesIO()  # torch.save to a file raises no OSError on a full disk
     torch.save(state, content)
     return content.getbuffer()
 

@@ -65,7 +65,7 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 
 
 def create_run(run: Run, network: AlexNet) -> None:
-    """Write the run folder with a checkpoint of `network` at step 0, from which `fit` continues.
+    """Write the run folder with a checkpoint of `network` at step 0. `fit` can continue from this checkpoint.
 
     Raises UserError if the folder already has a run, or holds other files.
     """
@@ -85,12 +85,12 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """The state_dict in a file, and the metadata of `alextrain export`; {} for a file from torchvision."""
+    """(state_dict, metadata) of a file. Only files of `alextrain export` have metadata; for others it is {}."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
-    except Exception:  # torch.load raises many types; some messages give advice that does not apply here
+    except Exception:  # torch.load raises many types of exceptions, some with wrong advice
         raise UserError(f"{file}: not a file of tensors that torch.load(weights_only=True) reads.") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{file}: not a state_dict, which is a dict of tensors by name.")

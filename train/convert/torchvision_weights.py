@@ -13,9 +13,9 @@ subtracted mean m, and the channel c:
     import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
              (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
              (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
-             This is exact for windows inside the image. In the first and the last row and column of its 55 × 55
-             outputs, conv1 reads padding, which stands for pixels of value m instead of 255 mean_c. These outputs are
-             approximate.
+             This is exact for windows inside the image. The first and the last row and column of conv1's 55 × 55
+             outputs also depend on the padding. Here the padding stands for pixels of value m, but in the original
+             network it stands for pixels of value 255 mean_c. These rows and columns are therefore approximate.
 
 If dropout scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − p in evaluation.
 torchvision's dropout does not scale in evaluation, so an export multiplies the weights of fc6 and fc7 by 1 − p, and an
@@ -63,7 +63,7 @@ def check_fits(architecture: Architecture, recipe: Recipe) -> None:
 
 
 def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
-    """torchvision's state_dict with the joined `parameters`, for images (p − m) / (255 std)."""
+    """The joined `parameters` as torchvision's state_dict; conv1's input is then (p − m) / (255 std)."""
     state = {}
     for torchvision_layer, layer in TORCHVISION_LAYERS.items():
         weight = parameters[f"{layer}.weight"].double()
@@ -77,7 +77,7 @@ def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std
 def from_torchvision_weights(
     state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """Joined parameters, for images minus `mean_rgb` (grey levels), from the weights of torchvision's state_dict.
+    """The weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
 
     `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
     is not a state_dict of torchvision's AlexNet. AlexNet.load_joined_tensors checks the remaining names and shapes.

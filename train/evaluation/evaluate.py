@@ -1,4 +1,4 @@
-"""Top-1 and top-5 error rates and loss over a split, of one network or of several whose probabilities are averaged.
+"""Error rates (top-1 and top-5) and loss over a split, for one network or the averaged probabilities of several.
 
 A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views:
 a crop every 32 px of the central square (AlexNet.dense).
@@ -88,11 +88,12 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). `probabilities`, if given, is an
-    array float32 (records, classes), which is filled. The network keeps its mode (training or evaluation).
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If the array
+    `probabilities`, float32 (records, classes), is given, the class probabilities are written into it. Afterwards the
+    network is in the same mode (training or evaluation) as before.
 
-    Raises UserError for a precision that the network's devices do not support; RuntimeError if the loader does not
-    serve exactly the images of the split, because the error rates would be wrong.
+    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loader does
+    not serve exactly the images of the split: the error rates would be wrong.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0
@@ -118,7 +119,10 @@ def evaluate(
 
 
 def log_mean_softmax(logits: Tensor) -> Tensor:
-    """float32 (N, classes): the logarithm of the mean over views of the softmax of logits (N, views, classes)."""
+    """Average the softmax of `logits` (N, views, classes) over the views.
+
+    Returns the logarithm of the average, float32 (N, classes).
+    """
     log_p = torch.log_softmax(logits.float(), dim=2)
     return log_p.logsumexp(dim=1) - math.log(log_p.shape[1])
 

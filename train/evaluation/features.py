@@ -33,9 +33,9 @@ from train.model.precision import autocast, set_precision
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """A context in which each forward pass writes the activations of `layers` into the dict that is yielded.
 
-    The dict has, for each layer, a list with one tensor per column of the network. The shape of a tensor is (N, maps,
-    height, width) in conv layers, and (N, units) in fully connected layers. Raises UserError for a layer that is not
-    one of LAYERS.
+    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. The tensor of a
+    conv layer has shape (N, maps, height, width), and the tensor of a fully connected layer has shape (N, units).
+    Raises UserError for a layer that is not one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
@@ -45,7 +45,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 
     def make_hook(layer: str, column: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            value = output.detach().clone()  # the network computes its nonlinearity in place
+            value = output.detach().clone()  # a copy: the network's nonlinearity overwrites `output`
             value = value if layer == "fc8" else nonlinearity(value)
             if column == 0:
                 captured[layer].clear()
@@ -85,7 +85,7 @@ def iter_split_activations(
     max_records: int | None = None,
     precision: str = "fp32",
 ) -> Iterator[npt.NDArray[np.float32]]:
-    """The activations of a layer for the centre crops of a split's records, in the store's order, a batch at a time.
+    """Yield a layer's activations for the centre crops of a split: one array per batch, in the order of the store.
 
     Only the first `max_records` records are used (default: all). They are a random sample, because the records of a
     store are sorted by a hash. Shows progress. Raises the errors of eval_loader and of `capture_activations`.

@@ -27,7 +27,7 @@ LAYER = "fc7"
 
 
 class NeighborIndex(NamedTuple):
-    """Features, labels and keys of the first N records of the training split."""
+    """The index: features, labels and keys of the first N records of the training split."""
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
@@ -35,7 +35,7 @@ class NeighborIndex(NamedTuple):
 
 
 class Neighbor(NamedTuple):
-    """A training record, and its distance from a query."""
+    """A record of the training split, and its distance from the image that was searched for (the query)."""
 
     record: int  # index of the record in the training split
     key: str

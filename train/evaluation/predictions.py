@@ -132,7 +132,7 @@ def predict_split(
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:
-    """Raise UserError unless all `members`, which are to be averaged, have the same images in the same order."""
+    """Raise UserError unless all `members` of an average have the same images in the same order."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
         for key in ("classes", "split", "split_fingerprint"):
@@ -151,7 +151,7 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
 
 
 def parse_weights(text: str | None, members: int) -> list[float] | None:
-    """The value of --weights, `2,1,1`, as a list of `members` numbers; raises UserError for anything else."""
+    """Parse the value of --weights, such as `2,1,1`. Raises UserError if it is not a list of `members` numbers."""
     if text is None:
         return None
     try:
@@ -178,7 +178,7 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl; of several evaluations of the same kind, only the last line.
+    """The lines of evaluations.jsonl. If there are several evaluations of the same kind, only the last one is returned.
 
     Two evaluations are of the same kind if step, content of the split (its fingerprint), views and precision are equal.
     """
@@ -189,7 +189,7 @@ def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
     for text in path.read_text().splitlines():
         try:
             line = json.loads(text)
-        except ValueError:  # an incomplete line: the process was killed while it wrote
+        except ValueError:  # the line is incomplete because the process was killed
             continue
         lines[line["step"], line["split_fingerprint"], str(line["views"]), line["precision"]] = line
     return [lines[key] for key in sorted(lines)]

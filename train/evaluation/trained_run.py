@@ -22,7 +22,7 @@ from train.runs.run_dir import read_description
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A run's network and checkpoint, and the store of images to show to it. Create one with `TrainedRun.open`."""
+    """A run's network and checkpoint, and a store of input images for the network. Created by `TrainedRun.open`."""
 
     run_dir: Path
     network: AlexNet

@@ -15,7 +15,7 @@ Line = Mapping[str, Any]  # an object of metrics.jsonl
 
 
 class RunLength(NamedTuple):
-    """Length of a run: a view computes epochs and the time left from it."""
+    """Length of a run, from which a view computes the epoch and the time left."""
 
     steps_per_epoch: int
     steps: int  # total number of steps of the run

@@ -60,7 +60,7 @@ class IntervalMetrics:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """`{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`: the norms of weights, selected from `norms`.
+    """The norms of weights among `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
     The norms of biases, which recipes initialize to 0 or 1, are left out. A frozen layer has no gradient norm.
     """

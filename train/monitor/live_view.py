@@ -64,7 +64,7 @@ class LiveView(ConsoleView):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # a hidden cursor would stay hidden after kill -9
+        self._console.show_cursor(True)  # after kill -9 a hidden cursor would stay hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns the number of steps since the last log line."""
@@ -114,7 +114,7 @@ class LiveView(ConsoleView):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if (validation := self._validation) is not None:  # read once: the training thread may set it to None
+        if (validation := self._validation) is not None:  # the training thread may set _validation to None
             label, counter = validation
             yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
@@ -124,7 +124,7 @@ class LiveView(ConsoleView):
             )
 
     def _count(self, line: Line) -> None:
-        """Store the values of a line that the display shows, so that no drawing has to read all lines again."""
+        """Store what the display shows of a log line. The display can then be drawn without reading all lines again."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -29,17 +29,17 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The log of one run: a context manager, which writes to status.json on exit how the run ended."""
+    """The log of one run. It is a context manager: on exit, it writes to status.json how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
         """Begin the log of a run that starts or resumes after `step`. Lines of later steps are removed.
 
-        validation_due  True if the validation after `step` must still be computed; an old line of it is removed
+        validation_due  True if the validation after `step` must still be computed; its old line, if any, is removed
 
         Raises the errors of `sync`.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        # A validation line follows the training line of its step, and "train" < "val".
+        # The validation line of a step comes after its training line, and as strings "train" < "val".
         newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
@@ -71,7 +71,7 @@ class MetricsLog:
                 self._write_status("failed", str(error) or type(error).__name__)
 
     def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval; returns the IntervalMetrics that compute the line of the interval."""
+        """Begin an interval; returns the IntervalMetrics from which the log line of the interval is made."""
         interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
         return interval

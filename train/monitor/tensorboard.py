@@ -63,7 +63,7 @@ class EventFile:
     def _event_of(self, line: Mapping[str, Any]) -> Any:
         scalars = tensorboard_scalars(line)
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        wall_time = line.get("unix_time_s", time.time())  # lines that version 0.1.0 wrote have no time
+        wall_time = line.get("unix_time_s", time.time())  # absent in files of version 0.1.0
         return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))
 
     def _write(self, events: Iterable[Any]) -> None:

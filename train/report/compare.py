@@ -13,7 +13,7 @@ from prep.plot_style import figure_format, render_figure
 from train.report.style import save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics
 
-# Fields that always differ between two runs, and fields that are determined by other fields.
+# Not compared: fields that always differ between two runs, and fields that follow from other fields.
 _NOT_COMPARED = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
 # Fields that do not change what is learned: they are shown in the table, but not in the legend.
 _NOT_IN_LEGEND = (
@@ -70,7 +70,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
     If no field differs, or more than _LEGEND_FIELDS do, the label is the folder.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
-    if "model.name" in rows:  # the name determines the other fields of the architecture
+    if "model.name" in rows:  # all other fields of the architecture follow from its name
         rows = {name: values for name, values in rows.items() if name == "model.name" or not _is_in(name, ("model",))}
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
@@ -104,7 +104,7 @@ def run_results(run: ComparedRun) -> dict[str, Any]:
 
 
 def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """The object that `alextrain compare --json` prints, without "out"."""
+    """The object that `alextrain compare --json` prints, except its key "out"."""
     labels = run_labels(runs)
     return {
         "runs": [
@@ -116,7 +116,7 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
-    """A table of the fields that differ and of the errors, with a column for each run."""
+    """A table with a column for each run. Its rows are the fields that differ, and the errors."""
     rows = [["", *(str(run.run_dir) for run in runs)]]
     rows += [[name, *(_value_text(name, value) for value in values)] for name, values in differing_fields(runs).items()]
     results = [run_results(run) for run in runs]
@@ -145,7 +145,7 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
     panels = figure.subplots(1, 2)
     for number, (run, label) in enumerate(zip(runs, run_labels(runs), strict=True)):
         color = f"C{number}" if len(runs) <= 10 else _shade(number / (len(runs) - 1))
-        shown = f" {label}" if label.startswith("_") else label  # matplotlib leaves labels with a leading _ out
+        shown = f" {label}" if label.startswith("_") else label  # matplotlib omits labels that begin with _
         panels[0].plot([], [], color=color, marker="o", ms=3, lw=1.4, label=shown)  # for the legend
         for kind, style in (("train", {"lw": 0.8, "alpha": 0.4}), ("val", {"marker": "o", "ms": 3, "lw": 1.4})):
             lines = [line for line in run.lines if line["kind"] == kind]

@@ -78,7 +78,7 @@ def run_figures(
 
 def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     lines = read_metrics(trained.run_dir)
-    if lines:  # the run of an imported network has no lines
+    if lines:  # an imported network has no metrics before it is trained
         yield RunFigure(
             "learning-curve",
             "Learning curves",
@@ -127,7 +127,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            queries = indices[-QUERIES:]  # not in the previous figure, if there are enough images
+            queries = indices[-QUERIES:]  # other images than in the previous figure, if there are enough
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
                 trained.run_dir, network, trained.checkpoint, store, index_records, trained.precision

@@ -13,7 +13,8 @@ from prep.store.manifest import ColorStats
 from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
 
 _KERNELS_PER_ROW = 16
-# A learning rate below this factor times the previous rate is a drop; a continuous decay has higher ratios.
+# If a learning rate is below _DROP_FACTOR times the previous rate, it is marked as a drop. A continuous decay reduces
+# the rate by less from line to line.
 _DROP_FACTOR = 0.6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # ticks of the color axes, in standard deviations
 
@@ -80,7 +81,7 @@ def draw_color_axes(figure: Any, stats: ColorStats) -> None:
     """
     strips, spectrum = figure.subplots(1, 2, width_ratios=(5.5, 2.5))
     steps = np.linspace(_STEPS[0], _STEPS[-1], 241)[:, None]
-    sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j: σ·v of component j
+    sigma_v = np.array(stats.eigenvectors) * np.array(stats.stdevs)  # column j: eigenvector j times its σ
     moved = np.stack([np.array(stats.mean_rgb) + steps * sigma_v[:, k] for k in range(3)])  # (3, 241, 3)
     image = np.clip(np.rint(moved), 0, 255).astype(np.uint8)
     strips.imshow(image, aspect="auto", extent=(_STEPS[0], _STEPS[-1], 3, 0), interpolation="nearest")

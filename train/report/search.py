@@ -18,7 +18,7 @@ from train.report.plots_images import ImageAndNeighbors
 class SearchResult(NamedTuple):
     """The neighbors of a photograph."""
 
-    row: ImageAndNeighbors  # the row to draw on the sheet
+    row: ImageAndNeighbors  # what to draw in the photograph's row of the sheet
     nearest: list[dict[str, Any]]  # key, class, source and distance of each neighbor, for `alextrain search --json`
 
 

@@ -1,8 +1,9 @@
 """The paper's ablations on one store: trains the network without one part at a time, with equal seeds and steps.
 
-Each training has a run folder of its own, `NAME-seedN`, like a training by `alextrain run`. ablation.json in the folder
-holds the errors on the split val by the centre view. A run that has an ablation.json is not trained again. A run that
-was stopped or killed resumes.
+Each training has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also has a
+file ablation.json, which holds the errors on the split val with one view (the centre crop).
+
+A run that has an ablation.json is not trained again. A run that was stopped or killed resumes.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class AblationRun:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Errors of one ablation in 0..1, one error for each seed; None stands for a training that diverged."""
+    """Errors of one ablation: for each seed, an error in 0..1, or None if the training diverged."""
 
     ablation: Ablation
     runs: tuple[RunConfig, ...]
@@ -153,14 +154,14 @@ def _errors(config: RunConfig) -> tuple[float | None, float | None]:
 def _measured(run: Run) -> tuple[float, float]:
     network, _ = load_trained(run.run_dir, run.config.devices)
     loader = validation_stream(run)
-    assert loader is not None  # not None: _errors has checked that the store has a split val
+    assert loader is not None  # _errors has checked that the store has a split val
     with loader, progress("validation", loader.records, "images") as counter:
         result = evaluate(network, loader, counter)
     return result.top1_error, result.top5_error
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each outcome, with the paper's and the measured difference from the baseline, in percentage points.
+    """A row for each outcome: its difference from the baseline, in the paper and measured, in percentage points.
 
     A positive difference means that the ablation has the higher error. A measured difference compares two runs with the
     same seed. "spread" is the standard deviation over the seeds; it is None if there is only one seed.

@@ -26,10 +26,11 @@ from train.trainer.loop import training_stream
 
 
 def fork(run: Run, new_dir: Path) -> Run:
-    """Start a run in `new_dir` from the newest checkpoint in `run`'s folder, with `run`'s settings, and return it.
+    """Start a new run in `new_dir`, and return it. The new run has the settings of `run`.
 
-    If the fork exists already, nothing is written. Raises UserError if `run`'s folder has no checkpoint, if the shape
-    of a parameter would change, or if `new_dir` holds another run or other files.
+    The new run begins with the newest checkpoint in the folder of `run`. If the fork exists already, nothing is
+    written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would change, or if
+    `new_dir` holds another run or other files.
     """
     forked = _moved_to(run, new_dir)
     make_run_dir(new_dir)
@@ -69,7 +70,8 @@ def _moved_to(run: Run, new_dir: Path) -> Run:
 def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
     """Raise UserError if the run in `new_dir` was not forked from `origin`.
 
-    It is no error if the folder from which the run was forked no longer exists: it may have been renamed to `origin`.
+    If the folder from which the run was forked no longer exists, there is no error: that folder may have been renamed
+    to `origin`.
     """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
     if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
@@ -115,7 +117,7 @@ def _begin(run: Run, origin: Path) -> None:
         steps_per_epoch=run.steps_per_epoch,
         stream=stream,
         schedule=schedule.state_dict(),
-        devices=[] if "seed" in names else parent.devices,  # empty: the generators are seeded anew
+        devices=[] if "seed" in names else parent.devices,  # []: seed the generators anew
         best=None,
         ancestry=ancestry,
     )
@@ -134,7 +136,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """The position of the fork: the same number of epochs, and the same fraction of the next epoch, as in `parent`."""
+    """The position of the fork: after the epochs of `parent`, and the same fraction of the next epoch."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

@@ -35,7 +35,7 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
     Raises the errors of the loaders; UserError if the folder holds another run, or if memory runs out; DiskFull if the
     disk is too full for checkpoints; Diverged if a loss, gradient or parameter becomes NaN or infinite. After Ctrl-C,
     SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated. During a
-    validation `fit` raises at once: the checkpoint has already been written.
+    validation `fit` raises at once, because the checkpoint was written before the validation.
     """
     make_run_dir(run.run_dir)
     with hold_lock(run.run_dir, "training"), out_of_memory(run.config), ExitStack() as streams:
@@ -53,7 +53,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
     train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
 
-    # ---- resume from the newest intact checkpoint in the run folder. A different identity is an error.
+    # ---- resume from the newest intact checkpoint in the run folder. It must have the same identity as the run.
     # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
     step, validation_due = 0, False
     resumed = checkpoint.load_latest(run.run_dir)
@@ -122,7 +122,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream after `epochs_done` epochs, with the schedule's colour noise for the next epoch."""
+    """The training stream after `epochs_done` epochs. `schedule` determines its colour noise in the next epoch."""
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:

@@ -22,15 +22,15 @@ from train.runs.run import Run
 def write_offending_batch(
     folder: Path, run: Run, step: int, augmentation: Augmentation, diagnosis: Mapping[str, Any]
 ) -> None:
-    """Write the batch of `step`, a step of the run counted from 1, into `folder`: batch.json and pictures.png.
+    """Write the batch of `step` into `folder`, as batch.json and pictures.png. The first step of a run is step 1.
 
     augmentation  the stream's augmentation at that step
     diagnosis     keys added to batch.json: the steps checked, their losses, all norms
 
-    A new stream serves the batch again: for the same store and augmentation, a batch depends only on seed, epoch and
-    step. batch.json has each record's shard, key, source and label, and the range of the pixels. In pictures.png the
-    mean colour is added to the pixels again; NaN and infinite pixels are white. Raises OSError, and the errors of
-    train_loader.
+    The batch is read again with a new stream. For the same store and augmentation, a batch depends only on seed, epoch
+    and step. batch.json has the range of the pixels, and the shard, key, source and label of each record. For
+    pictures.png the mean colour is added to the pixels again; NaN and infinite pixels are white. Raises OSError, and
+    the errors of train_loader.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)

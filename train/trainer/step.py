@@ -10,14 +10,14 @@ one thread launches both, column 0's layers first:
 -   A launch queues work on the current stream of its device and returns. No value is read back (no item(), no cpu(),
     no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.
 -   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream. CUDA
-    events make the copy wait for the receiver's stream, and the receiver's stream for the copy.
--   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. At the crossings
-    gradients are copied in the opposite direction.
--   The update is queued on each parameter's device. Learning rates are Python numbers, so none is read from a device.
+    events make the copy wait for the receiver's stream, and make the receiver's stream wait for the copy.
+-   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. Where columns
+    cross, gradients are copied in the opposite direction.
+-   The update is queued on each parameter's device. Learning rates are Python numbers and are not read from a device.
 
-GPU 1 starts some hundred microseconds after GPU 0, because its first layers are queued later. From then on the GPUs
-wait for each other only at the crossings, as in the paper (section 3.2). The host waits only when the caller reads a
-value of the result.
+GPU 1 starts a few hundred microseconds after GPU 0, because GPU 1's first layers are queued later. From then on the
+GPUs wait for each other only at the crossings, as in the paper (section 3.2). The host waits only when the caller reads
+a value of the result.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ class StopRequests:
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested = stop
-        with suppress(RuntimeError):  # the signal interrupted a print to the same stream
+        with suppress(RuntimeError):  # raised if the signal interrupted a print to the same stream
             say("Stopping after this step, with a checkpoint.")
 
 

@@ -1,4 +1,4 @@
-"""Detects NaN and infinite losses, gradients and parameters, which end a run, and warns of stuck or suspicious losses.
+"""Ends a run if a loss, gradient or parameter is NaN or infinite, and warns of stuck or suspicious losses.
 
 There is no host-device synchronization between two log lines: the values of a step stay on the device until the next
 line of metrics.jsonl is due. A NaN loss is therefore reported when that line is due, with the exact step at which it
@@ -21,9 +21,9 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
 
-# The watchdog warns after STUCK_STEPS steps at a loss of ln(classes), the loss of a random guess. The loss of the
-# paper's network on ImageNet may begin to fall only after half as many steps. In a run of fewer than 10,000 steps
-# the warning comes after half of the steps of the run, but not before MIN_STUCK_STEPS.
+# The watchdog warns if the loss stays at ln(classes), the loss of a random guess, for STUCK_STEPS steps. On ImageNet,
+# the loss of the paper's network may stay there for half of STUCK_STEPS before it falls. In a run of fewer than 10,000
+# steps, the watchdog warns after half of the run's steps, but not before MIN_STUCK_STEPS.
 STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance: a loss this close to ln(classes) counts as ln(classes)
@@ -42,7 +42,7 @@ class Watchdog:
         """`warn` prints a warning. Each kind of warning is printed once in a run."""
         self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # step after which the loss has been ln(classes)
+        self._stuck_since: int | None = None  # after this step, every loss has been ln(classes)
         self._warned: set[str] = set()
         self._begin()
 
@@ -65,8 +65,8 @@ class Watchdog:
 
         augmentation  the stream's augmentation in these steps
 
-        Raises Diverged if a loss, or the norm of a gradient or parameter, is NaN or infinite, and writes the batch of
-        that step into the run folder.
+        If a loss, or the norm of a gradient or parameter, is NaN or infinite, the batch of that step is written into
+        the run folder, and Diverged is raised.
         """
         losses: list[float] = torch.stack(self._losses).tolist()
         norms = parameter_norms(self.network)
@@ -141,9 +141,10 @@ class Watchdog:
 
 
 def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
-    """`{"conv1.weight": {"parameter": …, "gradient": …}}`: Euclidean norms by joined name. Waits for the devices.
+    """The Euclidean norms of parameters and gradients: `{"conv1.weight": {"parameter": …, "gradient": …}}`.
 
-    The key "gradient" is absent for a parameter without a gradient.
+    The keys are the joined names. A parameter without a gradient has no key "gradient". The function waits for the
+    devices.
     """
     squares: dict[tuple[str, str], float] = {}
     for device in dict.fromkeys(network.devices):
@@ -165,9 +166,9 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """The norm of a tensor, shape (), computed row by row.
+    """The norm of a tensor, as a tensor of shape (). It is computed row by row.
 
-    On a CPU, a single float32 sum over fc6's 38 million squares is wrong in the fourth digit.
+    On a CPU, a single float32 sum of the squares of fc6's 38 million weights is wrong in the fourth digit.
     """
     rows: Tensor = torch.linalg.vector_norm(tensor, dim=tuple(range(1, tensor.dim())))
     norm: Tensor = torch.linalg.vector_norm(rows)
