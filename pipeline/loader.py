@@ -277,7 +277,7 @@ def train_loader(
 
     store         store folder written by `alexprep build-lmdb`
     batch_size    number of images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
-    device        device on which images are decoded and augmented and batches are served: "cpu" or "cuda:N"
+    device        device that decodes and augments the images, and holds the batches: "cpu" or "cuda:N"
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
@@ -286,9 +286,9 @@ def train_loader(
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16"
     threads       number of CPU threads that decode and augment; None: one for each core that this process may use
-    shard         rank of this process, 0..world_size − 1; selects which batch_size records of each step are served
-    world_size    number of ranks, each with a loader, that share an epoch. Together they serve the batches of a loader
-                  with batch size batch_size · world_size
+    shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
+    world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
+                  records as one loader with batch size batch_size · world_size
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).

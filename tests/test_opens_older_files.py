@@ -1,4 +1,4 @@
-"""Files made by revision 595f19d still open: stores, stream states, run folders, checkpoints and predictions.
+"""Tests that files of revision 595f19d can be opened: stores, stream states, run folders, checkpoints, predictions.
 
 tests/fixtures/made_by_595f19d/README.md explains how the files were made. A test that changes files
 works on a copy.

@@ -33,7 +33,7 @@ from prep.store.manifest import Store
 ROUNDS = 5  # each round measures all stages in turn, so that a change of the machine's speed affects all stages
 STAGES = ("read", "decode", "augment", "hand over")
 _BOUND_RECORDS = 2000  # number of records that are decoded repeatedly to measure the upper bound
-_AHEAD_BATCHES = 8  # number of batches that may be prefetched before a measurement; they are not counted
+_AHEAD_BATCHES = 8  # number of batches taken before a measurement and not counted, because they may be prefetched
 
 Work = Callable[[], int]  # processes some images and returns their number
 

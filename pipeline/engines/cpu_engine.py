@@ -51,7 +51,7 @@ class CpuEngine:
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph by name. Each input has one value for each record."""
+        """A dict from the name of each graph input to its values, one value for each record."""
         if self._is_raw:
             return {}
         return decode_inputs(records, crops.origin + crops.offset[:, 0] if self._views == 1 else crops.origin)

@@ -75,7 +75,7 @@ class DaliEngine:
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph by name. Each input has one value for each record of the batch."""
+        """A dict from the name of each graph input to its values, one value for each record of the batch."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:

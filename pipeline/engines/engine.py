@@ -26,7 +26,7 @@ class Engine(Protocol):
         """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """Inputs of the graph by name. Each input has one value for each record."""
+        """A dict from the name of each graph input to its values, one value for each record."""
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         """The images of a batch, made from the graph's outputs."""

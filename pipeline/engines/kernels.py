@@ -1,7 +1,7 @@
 """Python interface of kernels.c, the C kernel that crops, flips and normalizes images on a CPU.
 
 `native` is None if the library could not be compiled or fails its self-test (prep/compiled.py). Streams on a CPU then
-use DALI's crop_mirror_normalize, which takes two to three times as long.
+use DALI's crop_mirror_normalize, which takes two to three times as long as the kernel.
 """
 
 from __future__ import annotations

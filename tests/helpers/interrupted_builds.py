@@ -2,8 +2,7 @@
 
 tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
 interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
-fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the removal of a file or folder. MODE is
-one of
+fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the removal of a file or folder. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
     restart           like kill, but while the build removes the files of an unfinished build, sorted by name
