@@ -25,10 +25,10 @@ _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so
 
 @dataclass(frozen=True)
 class BuildPolicy:
-    """Options of a build: treatment of bad inputs, and of an earlier unfinished build."""
+    """Options of a build: what happens to bad inputs and to an earlier, unfinished build."""
 
     skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
-    max_bad: int | None = None  # the build stops if more bad inputs than this are left out; None: no limit
+    max_bad: int | None = None  # the build stops when it has left out more bad inputs than this; None: no limit
     restart: bool = False  # discard an unfinished build
 
 
@@ -36,9 +36,9 @@ DEFAULT_POLICY = BuildPolicy()
 
 
 class BuildPlan:
-    """The inputs of a split in record order, cut into shards of nearly equal length, and the state of their build.
+    """The inputs of a split in record order, their division into shards of similar length, and the state of the build.
 
-    The state is stored in `work_dir` (files: see prep/build/split.py). Shards are numbered from 0 to `shard_count` − 1.
+    The state is stored in files in `work_dir` (see prep/build/split.py). Shards have numbers 0 to `shard_count` − 1.
     """
 
     def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
@@ -94,7 +94,7 @@ class BuildPlan:
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
-        """Tasks for a measurement: up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
+        """Tasks for a sample of up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
         if not shard_numbers:
             return []
         chosen = dict.fromkeys(shard_numbers[len(shard_numbers) * k // count] for k in range(count))
@@ -117,7 +117,7 @@ class BuildPlan:
         return summary if path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"] else None
 
     def has_finished_shards(self) -> bool:
-        """Whether `work_dir` has the summary of any shard. The summary may belong to another plan."""
+        """Whether `work_dir` has a summary of at least one shard, even if that summary belongs to another plan."""
         return any(self.work_dir.glob("[0-9]*.json"))
 
     def is_finished(self, number: int) -> bool:

@@ -22,14 +22,14 @@ from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a stored record takes whole pages
-_PROBE_S_PER_INPUT = 0.1e-3  # a few hundredths of the time that building one record takes
+_PROBE_S_PER_INPUT = 0.1e-3  # a few percent of the time to build one record
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Estimated disk space and build time of a set of inputs, extrapolated from a sample of these inputs."""
+    """Estimated disk space and build time for a set of inputs, extrapolated from a sample of these inputs."""
 
     bytes: int  # bytes on the disk
     seconds: float  # build time with all worker processes; a slow source can make the build longer
@@ -37,9 +37,9 @@ class ResourceEstimate:
 
 
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
-    """Find inputs whose size or first bytes show that they are not images: (name, reason) of each such input.
+    """Find inputs whose size or first bytes show that they are not images. Returns (name, reason) of each such input.
 
-    Nothing is decoded. The probe stops after a few hundredths of the time of the build, so on a slow source it covers
+    Nothing is decoded. The probe stops after a few percent of the build time. If the source is slow, the probe covers
     only some of the inputs. The build itself checks every input.
     """
     deadline = time.monotonic() + max(_MIN_PROBE_S, len(inputs) * _PROBE_S_PER_INPUT / jobs)
@@ -56,7 +56,7 @@ def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, st
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """The reason why size or first bytes show that an input is not an image; empty if they do not."""
+    """Why an input is not an image, judged by its size and first bytes; empty if they show no fault."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -69,9 +69,9 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
-    """Raise UserError if more inputs than `policy` allows were refused by the listing or are bad according to `probe`.
+    """Raise UserError if `policy` does not allow as many bad inputs as the listing refused and `probe` found.
 
-    These inputs are written to bad.jsonl in the plan's `work_dir`. `probe` runs only if `policy` skips no bad inputs.
+    These inputs are written to bad.jsonl in the plan's `work_dir`. If `policy` skips bad inputs, `probe` does not run.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
@@ -108,12 +108,12 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
 
 
 def _max_record_bytes(settings: Settings) -> int:
-    """Upper bound of the size of a record in bytes, for images with an aspect ratio of up to 4:1."""
+    """Upper bound for the size of a record in bytes, for images with an aspect ratio of up to 4:1."""
     return 3 * settings.side_px**2 * (4 if settings.keep_aspect else 1) + 8192
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """Message with the disk space that the `unfinished` shards need, extrapolated from the finished shards.
+    """Message about the disk space that the `unfinished` shards need, extrapolated from the finished shards.
 
     The text is empty if no record is stored yet or no shard is unfinished.
     """
@@ -127,13 +127,13 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
 
 
 def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> ResourceEstimate | None:
-    """Build the records of `tasks` in memory, and extrapolate from them to `inputs` inputs.
+    """Build the records of `tasks` in memory, and extrapolate their size and time to a build of `inputs` inputs.
 
     Returns None if no input of `tasks` is an image.
     """
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, WorkerDied):  # the build itself reports the input at which a process crashed
+        if not isinstance(result, WorkerDied):  # ignored: the build itself will report the crash
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
     if not count:
         return None

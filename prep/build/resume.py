@@ -1,8 +1,8 @@
 """Starts, resumes and discards builds, and checks which changes are allowed between two runs of a build.
 
-An unfinished build can be resumed if settings, tool versions, classes and paths of the inputs are the same. The content
-and the label of an input may change until its shard is finished. In a finished shard, only the content of a bad input
-may change, and the shard is built again. Any other change in a finished shard is an error.
+An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs are the
+same. The content and the label of an input may change until its shard is finished. In a finished shard, only the
+content of a bad input may change; then the shard is built again. Any other change in a finished shard is an error.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ _TEMPORARY = re.compile(
 
 
 def start_or_resume(plan: BuildPlan, store: Path) -> None:
-    """Write plan.json and inputs.npz of a new build, or check an unfinished build and update its inputs.npz.
+    """Begin a new build (write plan.json and inputs.npz), or check an unfinished build and update its inputs.npz.
 
-    Raises the errors of find_changed_inputs and refuse_foreign_folder.
+    Raises the same errors as find_changed_inputs and refuse_foreign_folder.
     """
     path = plan.work_dir / "plan.json"
     if not path.exists():
@@ -52,7 +52,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     changed = find_changed_inputs(plan, store)
     if changed:
         for number in range(plan.shard_count):
-            if has_changed_input(plan, number, changed):  # in a finished shard, the input was bad
+            if has_changed_input(plan, number, changed):  # a finished shard is built again: the input was bad
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
@@ -62,10 +62,10 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
 
 
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
-    """{path: (before, after)} of the inputs that changed since an unfinished build began, if it can be resumed.
+    """{path: (before, after)} of the inputs that changed since an unfinished build began.
 
-    Raises UserError for other settings, tool versions, classes or paths, for an unfinished build that cannot be read,
-    and for a changed input of a finished shard, unless the input was bad and has the same label as before.
+    Raises UserError if the build cannot be resumed: it cannot be read; settings, tool versions, classes or paths
+    differ; or an input of a finished shard changed. A bad input of a finished shard may change, but not its label.
     """
     try:
         begun = json.loads((plan.work_dir / "plan.json").read_bytes())
@@ -156,8 +156,8 @@ def refuse_foreign_folder(plan: BuildPlan) -> None:
 def discard_build(plan: BuildPlan, store: Path) -> None:
     """Remove an unfinished build.
 
-    The folder is renamed before it is deleted. So a process that is killed during the deletion leaves no
-    shard summary without its shard in the split's folder.
+    The folder is renamed before it is deleted. So even if the process is killed during the deletion, the split's folder
+    never has the summary of a shard that is already deleted.
     """
     discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
     os.rename(plan.folder, discarded)

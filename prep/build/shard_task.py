@@ -1,9 +1,9 @@
 """Builds one shard in a worker process: reads, rescales, encodes and stores its inputs.
 
-A shard is a pure function of its inputs and the settings. The shard is written to a temporary folder, synced and
-renamed. Then the two files of its summary are written atomically: store/SPLIT/.build/NNNNN.npy (sum of the central
-squares of its images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without a summary is
-built again.
+The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder, synced
+to disk and renamed. Then the two files of its summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of
+the central squares of its images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without
+a summary is built again.
 """
 
 from __future__ import annotations
@@ -32,13 +32,14 @@ from prep.store.datum import Datum
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
-# Parts of LMDB's error messages on a full disk. LMDB reports "Input/output error" if it wrote only a part of a page.
+# LMDB's error messages for a full disk contain one of these texts. If LMDB could write only a part of a page, its
+# message is "Input/output error".
 _NO_SPACE = ("Input/output error", "No space left", "quota", "File too large")
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """Everything that is needed to build one shard; it is pickled for a worker process."""
+    """Everything that is needed to build one shard. A task is pickled and sent to a worker process."""
 
     number: int
     first_index: int  # position of the first input in the split's record order; the key of a record is this position
@@ -57,7 +58,7 @@ class ShardTask:
 
 
 def summary_path(folder: Path, number: int) -> Path:
-    """The summary file of finished shard `number` of the split in `folder`."""
+    """Path of the summary file of shard `number`; `folder` is the folder of the split."""
     return folder / ".build" / f"{number:05d}.json"
 
 
@@ -73,7 +74,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # exists if an earlier build was killed before it wrote the summary
+        shutil.rmtree(final, ignore_errors=True)  # left if a build was killed before writing the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())
@@ -104,7 +105,7 @@ class ShardBuilder:
         self.outcomes: list[dict[str, Any]] = []  # lines of inputs.jsonl
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
-        """Yield the (key, value) of each record. No record has the key of an input that is left out."""
+        """Yield the (key, value) of each record. If an input is left out, its key is not used."""
         for index, item in enumerate(self.task.inputs):
             self.task_progress.begin(index)
             value = self._record(item)
@@ -154,7 +155,7 @@ class ShardBuilder:
 
 
 def read_input(task: ShardTask, item: Input) -> DecodedImage:
-    """Read and decode one input. Raises BadImage, with the reason, if it cannot be stored."""
+    """Read and decode one input. Raises BadImage, with the reason, if the input cannot be stored."""
     if item.size > MAX_FILE_BYTES:
         raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
     content = task.reader.read(item)

@@ -1,15 +1,15 @@
 """Builds a split, or estimates its build: plan, checks, shards in worker processes, assembly.
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
-fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops and counts the
-crash for the input. These files hold the state of an unfinished build:
+fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops. The crash
+is counted for the input that the process was reading. These files hold the state of an unfinished build:
 
-    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; all must be equal to resume
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; must be equal for a resume
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
     store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
-    store/train/.build/deaths.json       for each input that caused a crash: number of crashed processes
+    store/train/.build/deaths.json       {path of an input: number of worker processes that it crashed}
 
-The record order is the order of a keyed hash of the paths (prep/inputs/listing.py), so it depends only on the paths and
+Records are sorted by a keyed hash of their paths (prep/inputs/listing.py), so their order depends only on the paths and
 the seed. The hash mixes the classes well enough for a stream that reads blocks of consecutive records
 (pipeline/sampling.py).
 """
@@ -72,7 +72,7 @@ def build_split(
     progress: Progress,
     policy: BuildPolicy = DEFAULT_POLICY,
 ) -> Store:
-    """Build one split into the folder `store` and return the store. A split in the store is not built again.
+    """Build one split into the folder `store` and return the store. A finished split is not built again.
 
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
     for bad inputs that `policy` does not allow, or if a worker process crashed. Raises DiskFull if the disk is full.
@@ -160,7 +160,7 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
 
 
 def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """Open the store; None if it has no split yet. Raises UserError if its settings or inputs differ from `plan`."""
+    """Open the store; None if the store has no split yet. Raises UserError if settings or inputs differ from `plan`."""
     if not (store / "manifest.json").exists():
         return None
     existing, split = Store.open(store), plan.source.split
@@ -206,7 +206,7 @@ def _build_shards(
                 f"{too_many_bad(bad, policy.max_bad)} Correct them, or raise --max-bad: finished shards are kept."
             )
 
-    # closing() stops the workers before the lock is released, also after an error.
+    # closing() stops the workers, also after an error, before the caller releases the lock.
     with closing(runner.map(build_shard, _tasks(plan, shard_numbers), on_progress)) as results:
         for task, result in results:
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:

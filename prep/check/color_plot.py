@@ -2,8 +2,8 @@
 
 The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component
 with eigenvector v and standard deviation σ. α is drawn from N(0, 0.1), so three standard deviations of α are 0.3. A
-shift by 0.3 σ along the second or third component is hard to see. Therefore the mean colour is also shown with shifts
-of up to 3 σ, ten times as large.
+shift by 0.3 σ along the second or third component is hard to see in a photograph. Therefore the plot also shows the
+mean colour with shifts of up to 3 σ, ten times as large.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-MAX_RECORDS, MAX_PIXELS = 48, 4800  # largest numbers of records to read and of pixels to draw
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # at most this many records are read, and this many pixels drawn
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shift of a photograph in standard deviations of α; shift of the mean colour in σ
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts; unit for the photograph: standard deviation of α; for the mean colour: σ
 AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
-PHOTOGRAPH_PX = 256  # a photograph with a side of at least 2·PHOTOGRAPH_PX is reduced
+PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
-    """Draw `stats` and a sample of the split's pixels to a .png or .svg file; equal inputs give equal bytes.
+    """Draw `stats` and a sample of the split's pixels into a .png or .svg file. The same input gives the same bytes.
 
     Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
     cannot be written (an existing file is kept), and StoreError, naming shard and key, for a damaged record.
@@ -60,9 +60,9 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
-                 2·PHOTOGRAPH_PX or more. Of the records read, it is the one whose colour distribution is closest to
-                 the split's mean with half the split's standard deviations. At such low contrast small shifts are
-                 visible and few values are clipped.
+                 2·PHOTOGRAPH_PX or more. The chosen record has, of all records read, the colour distribution that is
+                 closest to the target: the split's mean and half the split's standard deviations. At such low
+                 contrast, small shifts are visible and few values are clipped.
 
     Raises StoreError, naming shard and key, for a damaged record.
     """
@@ -99,7 +99,7 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Distance of the colours of `pixels` from those of the split at half the split's contrast.
+    """Distance between the colours of `pixels` and the split's colours with their contrast halved.
 
     It is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. One squared grey level is
     added to each diagonal entry of both covariances, so that the result is finite for images without colour.
@@ -118,9 +118,9 @@ def _reduced_square(image: Pixels) -> Pixels:
 def shift_colors(
     colors: npt.ArrayLike, stats: ColorStats, component: int, stdevs: npt.ArrayLike
 ) -> npt.NDArray[np.float64]:
-    """RGB colours (..., 3) shifted by `stdevs` standard deviations along component 0, 1 or 2: grey levels, unclipped.
+    """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2. Results are not clipped.
 
-    `stdevs` is a number, or an array (n, 1) that shifts one colour n times and gives (n, 3).
+    `stdevs` is a number, or an array of shape (n, 1): then one colour is shifted n times, and the result is (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma

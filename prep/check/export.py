@@ -104,5 +104,5 @@ def _rename_to_new(old: bytes, new: bytes) -> None:
         os.link(old, new)
     except FileExistsError:
         raise
-    except OSError:  # a file system without hard links, such as FAT
+    except OSError:  # the file system has no hard links, like FAT
         os.replace(old, new)

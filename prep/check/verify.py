@@ -37,11 +37,11 @@ from prep.store.manifest import (
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 # A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds allow for the largest errors of 4:2:0 chroma subsampling, which occur in images of
-# alternating lines of two saturated colours. In hundreds of photographs at quality 50 or more, the errors are at most
-# 0.1 grey levels (mean) and 1 % (covariance). A changed moment in the manifest is found by the manifest's checksum.
-MAX_MEAN_ERROR = 64.0  # error of each channel's mean, in grey levels
-MAX_COVARIANCE_ERROR = 1.1  # error of each entry of the covariance, relative to its largest entry
+# different moments. The two bounds allow the largest errors of 4:2:0 chroma subsampling. These errors occur in images
+# of alternating lines of two saturated colours. In hundreds of photographs at quality 50 or more, the errors are at
+# most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum finds a changed moment in the manifest.
+MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
+MAX_COVARIANCE_ERROR = 1.1  # largest error of an entry of the covariance, relative to its largest entry
 _MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
 
 
@@ -85,7 +85,7 @@ class _ShardFindings:
 
 
 def verify_split(store: Store, split: str, runner: Runner, progress: Progress, decode: bool = True) -> list[Fault]:
-    """All faults of a split, sorted by file and key. Without `decode`, no image is decoded."""
+    """All faults of a split, sorted by file and key. Images are decoded only if `decode` is true."""
     shards = store.split(split).shards
     tasks = [_ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
     findings: dict[str, _ShardFindings] = {}
@@ -117,7 +117,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
 
 
 def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFindings:
-    """Check each record of one shard. If all records are undamaged, compare counts and digest with the manifest."""
+    """Check each record of one shard. If no record is damaged, compare counts and digest with the manifest."""
     found, shard, digest, size, last_key = _ShardFindings(), task.shard, sha256(), 0, -1
     sums = PixelSums(task.settings.side_px)
     try:
@@ -244,7 +244,7 @@ def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
 
 
 def _check_files(store: Store, name: str) -> Iterator[Fault]:
-    """Compare the files next to the shards with the digests in the manifest, and inputs.jsonl with the totals."""
+    """Compare the files next to the shards with the manifest's digests, and inputs.jsonl with the manifest's totals."""
     account = store.split(name).account
     for file in SPLIT_FILES:
         where = f"{name}/{file}"
@@ -290,7 +290,7 @@ def _check_pixel_statistics(
 ) -> Iterator[Fault]:
     """Compare the pixel statistics of the stored images with the statistics that the build wrote.
 
-    For ppm, moments and mean image must be equal. For jpeg, mean and covariance of RGB must agree within the bounds.
+    For ppm, moments and mean image must be equal. For jpeg, mean and covariance of RGB may differ within bounds.
     """
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)

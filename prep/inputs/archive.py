@@ -1,9 +1,9 @@
 """Images in tar archives, read in place: nothing is unpacked, and no name in an archive is used as a path.
 
 ILSVRC2012_img_train.tar contains one tar for each class. ILSVRC2012_img_val.tar is flat. Other archives may contain
-class folders. Members of a tar are stored uncompressed, also in a tar inside another tar. So an input is an offset and
-a length in one file, and every worker process opens this file and reads its inputs from it. Inputs get the same names
-as after unpacking into class folders, so the records and their order are the same.
+class folders. The members of a tar are not compressed, even in a tar inside another tar. So an input is a range of
+bytes of one file, given by offset and length, and every worker process reads its inputs from this file. Inputs have the
+same names as the files of an unpacked archive, so the records and their order are the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class TarReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a member. Raises BadImage if it cannot be read, UserError if the archive became shorter."""
+        """The bytes of a member. Raises BadImage if reading fails, UserError if the archive became shorter."""
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
@@ -51,7 +51,7 @@ def _file_descriptor(path: str) -> int:
 
 
 def list_archive(path: Path, flat: bool) -> FoundInputs:
-    """List a tar file. If `flat` is true, a single folder of images gives a flat list without classes.
+    """List a tar file. If `flat` is true and all images are in one folder, the list has no classes.
 
     A member is refused if it is not a file, if its name is unsafe, if it is in a folder inside a class folder, or if a
     later member has the same name. Raises UserError for a file that is not a tar, is compressed, is damaged or was cut
@@ -80,7 +80,7 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 
 
 class _Contents:
-    """The images, folders and refused members of an archive; the images in the order of the archive."""
+    """The images (in the order of the archive), folders and refused members of an archive."""
 
     def __init__(self, mtime_ns: int) -> None:
         self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
@@ -98,7 +98,7 @@ class _Contents:
 
 
 def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
-    """(name, reason to refuse it). Both are empty for an ignored member: the root, or a name that begins with a dot."""
+    """(name, reason to refuse it). Both are empty if the member is ignored: the root, or a name with a leading dot."""
     name = name_bytes(member)
     parts = [part for part in name.split(b"/") if part != b"."]
     if member.isdir() and not parts:
@@ -115,7 +115,7 @@ def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices of `images` sorted by class, name and offset. Returns a range for a sorted archive, to save memory."""
+    """Indices of `images` sorted by class, name and offset. If `images` is sorted, returns a range to save memory."""
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
@@ -126,7 +126,7 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Sort the images by class and name, like a folder. The last of several members with the same name is used."""
+    """Sort the images by class and name, like the files of a folder. Of members with equal names, the last is used."""
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image in it; {count_noun(len(refused), 'member')} refused.")

@@ -1,9 +1,10 @@
 """Images in LMDBs that Caffe's convert_imageset wrote: Datums with an encoded image, or with bare pixels.
 
-Bare pixels are C,H,W in the order blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The reader converts
-them to H,W,RGB. An image from an LMDB is processed like an image file: it is rescaled if its shorter side differs from
-the store's, encoded and checksummed. The key of the Caffe record becomes the source path of the new record. Worker
-processes read the LMDBs, since a damaged file can crash the process that reads it.
+Bare pixels have the layout C,H,W with the channels blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The
+reader converts them to H,W,C with the channels red, green, blue. An image from an LMDB is processed like an image file:
+it is rescaled if its shorter side differs from the store's side, then encoded and checksummed. The key of the Caffe
+record becomes the source path of the new record. Worker processes read the LMDBs, since a damaged LMDB can crash the
+process that reads it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class CaffeReader:
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first bytes of a JPEG file, for any record. So the probe before a build accepts every record."""
+        """Returns the first bytes of a JPEG file for every record, so that the probe before a build accepts it."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -94,15 +95,15 @@ def list_caffe_lmdbs(
 ) -> Source:
     """List the records of Caffe's LMDBs, in the given order, as one split.
 
-    Labels do not change. The class names come from the first of these sources that exists: the first word of each line
-    of the file `class_names` (synset_words.txt), the classes of the store, the folder names in the keys (if each label
-    has its own folder). Otherwise the labels themselves, as numbers, are the class names. Raises UserError for a folder
+    Labels do not change. The class names come from the first of these sources that is available: the first word of
+    each line of the file `class_names` (synset_words.txt); the classes of the store; the folder names in the keys, if
+    each label has its own folder; the labels themselves, written as numbers. Raises UserError for a folder
     that is not an LMDB, if no record is a Datum with a label, and for a label without a class name.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in its keys; b"" for a key without a folder
+    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records; b"": none
     for index, folder in enumerate(folders):
         on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
@@ -156,7 +157,7 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB; None as the label of a record without a label."""
+    """Keys, labels and sizes of the records of one LMDB. The label is None if the record has no label."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:

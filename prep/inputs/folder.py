@@ -14,8 +14,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-# Number of class folders given to the threads at once. Threads hide the latency of a slow file system, and the limit
-# bounds the memory for listed entries.
+# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. The limit
+# on the number of folders bounds the memory for listed entries.
 _FOLDERS_AT_ONCE = 32
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
@@ -27,7 +27,7 @@ class FolderReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a file. Raises BadImage if it cannot be read, UserError if size or modification time changed."""
+        """The bytes of a file. Raises BadImage if reading fails, UserError if size or modification time changed."""
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:

@@ -16,7 +16,7 @@ from pathlib import Path
 from prep.console import UserError, say
 from prep.inputs.names import name_text
 
-LABEL_ORDERS = ("sorted", "devkit")  # which class a number k of a ground truth means; see _read_ground_truth
+LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground truth; see _read_ground_truth
 MAX_CLASSES = 1_000_000  # each class needs memory for name and count, so a larger label is treated as a mistake
 
 
@@ -25,8 +25,8 @@ def read_labels(
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
     """Read labels: ({name: label 0..K−1} of all `names`, names of the K classes).
 
-    Without `file`, the one label file near `root` is used. `store_classes` are the classes of the store, empty if it
-    has none yet. Raises UserError for labels that are missing, do not fit the names or are not classes of the store.
+    If `file` is None, the label file near `root` is used. `store_classes` are the classes of the store, empty if it has
+    none yet. Raises UserError for labels that are missing, do not fit the names or are not classes of the store.
     """
     if file is None:
         file = _find_label_file(root)
@@ -176,12 +176,12 @@ def _positive_number(text: str, file: Path, line_number: int) -> int:
 
 
 def _parse_decimal(text: str) -> int:
-    """Convert decimal digits to a number. From 19 digits on it is 10^18, since int() refuses thousands of digits."""
+    """Convert decimal digits to an int. Returns 10^18 for 19 or more digits, since int() refuses very long numbers."""
     return int(text) if len(text) < 19 else 10**18
 
 
 def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
-    """Classes named 0, 1, 2…; raises UserError, naming the `origin` of the labels, for more than MAX_CLASSES."""
+    """Class names 0, 1, 2…. If `count` exceeds MAX_CLASSES, raises UserError with the `origin` of the labels."""
     if count > MAX_CLASSES:
         raise UserError(
             f"{origin}: its labels need {count:,} classes, at most {MAX_CLASSES:,} are allowed. Correct the largest label."

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
+OWN_FILE = -1  # `location` of an input that is a file of its own, not a part of an archive or LMDB
 
 # Fields of Input other than its path, and the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
@@ -59,7 +59,7 @@ class Listing:
         return (self[index] for index in range(len(self)))
 
     def path(self, index: int) -> bytes:
-        """The path of input `index`. Raises IndexError also for a negative index."""
+        """The path of input `index`. A negative index raises IndexError too."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
@@ -72,10 +72,10 @@ class Listing:
         return digest.hexdigest()
 
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
-        """The order of the records: indices sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of the path.
+        """The record order: indices of inputs, sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of their paths.
 
-        Inputs with equal hashes are sorted by path. So the order depends only on paths and seed. The order of the
-        listing and the version of a random generator have no influence.
+        Inputs with equal hashes are sorted by path. So the record order depends only on paths and seed, not on
+        the order of the listing or the version of a random generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -113,7 +113,7 @@ class Listing:
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
     def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
-        """Find the first path, in record order, that only one of two listings has; None if the paths are equal.
+        """Find the first path, in record order, that only one of the two listings has; None if there is no such path.
 
         Returns (path, "has gone") if `later` lacks the path, or (path, "is new") if only `later` has it.
         """

@@ -20,17 +20,17 @@ Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pix
 
 
 class InputReader(Protocol):
-    """Reads the content of listed inputs. It is pickled for worker processes, so it must not hold open files."""
+    """Reads the content of listed inputs. A reader is pickled for worker processes, so it must not hold open files."""
 
     @property
     def root(self) -> Path:
         """The folder or file that holds the inputs, for messages."""
 
     def read(self, item: Input) -> Content:
-        """The content of one input. Raises BadImage if it cannot be read, UserError if it was changed since listing."""
+        """The content of one input. Raises BadImage if reading fails, UserError if the input changed since listing."""
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of one input; all bytes of a shorter input. Raises BadImage if it cannot be read."""
+        """The first `size` bytes of one input, or fewer if the input is shorter. Raises BadImage if reading fails."""
 
 
 @dataclass(frozen=True)

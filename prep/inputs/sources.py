@@ -1,6 +1,6 @@
 """Finds the splits of a SOURCE and lists their images: folders or tar archives, with class folders or label files.
 
-Only label files and archives are opened. Files and folders with a name that begins with a dot are ignored. Every other
+Only label files and archives are opened. Files and folders whose names begin with a dot are ignored. Every other
 entry is either listed as an input or added to `refused` with the reason.
 """
 
@@ -21,7 +21,7 @@ from prep.store.manifest import SPLITS
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     """Find the splits of a SOURCE: {split: folder or archive with its images}.
 
-    If SOURCE contains `train` or `val`, as a folder or an archive, these are the splits. Otherwise SOURCE itself is the
+    If SOURCE contains a folder or an archive for `train` or `val`, these are the splits. Otherwise SOURCE itself is the
     only split. Raises UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks `split`.
     """
     if source.is_file():
@@ -46,7 +46,7 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found, print which folders are ignored. A folder named `train` may be a class."""
+    """If only one split was found, print which other folders are ignored. A folder named `train` may be a class."""
     if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:

@@ -1,16 +1,17 @@
 """Reads the members of a tar archive in place, in bounded memory, and reports a damaged archive.
 
-Python's tarfile parses the headers. This module works around three problems of tarfile:
+Python's tarfile parses the headers. This module works around these problems of tarfile:
 
--   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever size the archive claims. It reads
-    it at once, or in the newest versions of Python 1 MiB at a time. So the file is a `BoundedFile`, which refuses to
-    read more than MAX_HEADER_BYTES at once, and more than twice that for one member.
--   tarfile keeps every member in memory, a gigabyte for ImageNet. Since Python 3.13 `stream=True` prevents this. In
-    older versions of Python, this module empties the list of members after each member.
--   tarfile treats a damaged header as the end of the archive. So this module checks that the bytes from there on are
-    zero, as they are at the end of a complete archive.
--   With a negative size in a PAX header, newer versions of Python move `offset` past the member and end the archive, or
-    return the second member in place of the first. So `offset` is compared with the end of the previous member.
+-   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever size the archive claims. The
+    newest versions of Python read 1 MiB at a time, older versions read everything at once. So tarfile gets a
+    `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once or 2·MAX_HEADER_BYTES for one member.
+-   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13 `stream=True`
+    prevents this. In older versions of Python, this module empties the list after each member.
+-   tarfile treats a damaged header as the end of the archive. So this module checks that all bytes after
+    the apparent end are zero, like at the end of a complete archive.
+-   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position. Then they end the
+    archive, or return the second member in place of the first. So this module compares `offset` with the end of the
+    previous member.
 
 Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`; test_tar_members.py
 tests them.
@@ -36,7 +37,7 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that refuses to read more than MAX_HEADER_BYTES at once, or twice that between calls of `allow_header`."""
+    """A file that reads at most MAX_HEADER_BYTES at once, and 2·MAX_HEADER_BYTES between calls of `allow_header`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -60,7 +61,7 @@ def iterate_members(
     """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
 
     `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
-    members, for example to read an archive inside this one. `progress` is set to the byte that has been reached. Raises
+    members, for example to read an archive inside this one. `progress` is set to the position in bytes. Raises
     UserError, which names `path`, for an archive that is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"

@@ -227,7 +227,7 @@ def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_ba
 
 @pytest.mark.parametrize("most", [0, 1, 2, 3])
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
-    """Each run builds one shard, and the bad inputs of earlier runs count too."""
+    """Each run builds one shard. The limit applies to the bad inputs of all runs together."""
     store, runs = tmp_path / "store", 0
     with pytest.raises(UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), --max-bad {most} allowed"):
         for _ in range(4):

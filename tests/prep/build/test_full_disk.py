@@ -65,7 +65,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
 def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
     photos: Path, whole: Store, tmp_path: Path, jobs: int
 ) -> None:
-    """With two worker processes, one reaches the limit first, and the other is killed in the middle of its shard."""
+    """Of two worker processes, the first to reach the limit fails; the other is killed in the middle of its shard."""
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"
@@ -94,7 +94,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the tests above check the same with injected errors and RLIMIT_FSIZE
+    if not mounted:  # the tests above simulate a full disk by other means
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)
@@ -125,7 +125,7 @@ def test_a_build_on_a_growing_disk_resumes_until_it_is_complete(
 
 
 def test_free_space_is_that_of_the_disk_of_the_store(small_disk: Path, photos: Path) -> None:
-    """A build that does not fit is refused before it starts, and the error has the free space of the store's disk."""
+    """A build that does not fit is refused before it starts. The error states the free space of the store's disk."""
     with pytest.raises(DiskFull, match=r"270\.3 KB needed for 66 images.* [0-6]?\d\.\d KB free"):
         build(photos, small_disk / "store")
 

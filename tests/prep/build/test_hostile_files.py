@@ -38,7 +38,7 @@ def expectations() -> dict[str, Expected]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
-    """Two class folders with the files of the corpus in turn, and with entries that are not readable files."""
+    """Two class folders. The files of the corpus alternate between them; other entries are not readable files."""
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
         (root / folder).mkdir(parents=True)
@@ -78,8 +78,8 @@ def _drop_root_rights() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-# A forked process starts with the peak memory of its parent, and the test process may have trained networks. So a small
-# process runs the command. It writes the peak memory of its largest descendant to a file, in KiB.
+# The peak memory of a forked process is at least that of its parent, and the test process may use much memory. So a
+# small process in between runs the command. It writes the peak memory of its largest descendant, in KiB, to a file.
 MEASURED = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:]); "
     "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -97,7 +97,7 @@ class Ended:
 
 @pytest.fixture
 def alexprep(tmp_path: Path) -> Callable[..., Ended]:
-    """Run the command as a process. Decoys of the programs that Pillow may start write a file if they are started."""
+    """Run the command as a process. Programs that Pillow might start are replaced by decoys, which write a file."""
     programs = tmp_path / "programs"
     programs.mkdir()
     for name in ("gs", "convert", "magick", "djpeg", "inkscape", "pdftoppm"):
@@ -223,7 +223,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """The case of an odd file that can be decoded: the build does not end."""
+    """If the decoder accepts the odd file, the build must succeed instead."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

@@ -75,7 +75,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder of the stores, outcomes) of builds, each of which was killed before a different disk operation."""
+    """(folder of the stores, outcomes) of several builds. Each was killed before a different disk operation."""
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
     build(photos, work / "whole")
@@ -119,7 +119,7 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
 def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Ten builds are killed. Finishing the builds in the test process instead of by the command saves time."""
+    """Ten builds are killed. To save time, the test process finishes them itself, without running the command."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM is sent to the parent, like `kill` does; SIGINT to the process group, like a terminal does for Ctrl-C."""
+    """SIGTERM is sent to the parent only, like by `kill`. SIGINT is sent to all processes, like by Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)
@@ -212,7 +212,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends SIGINT to the workers too. They must ignore it from their start; the parent handles it."""
+    """A terminal sends SIGINT to the workers too. Even while they start, they must ignore it: the parent handles it."""
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
@@ -226,7 +226,7 @@ def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path)
 
 
 def test_a_signal_does_not_wait_for_the_shards_in_progress(start: Start, tmp_path: Path) -> None:
-    """Shards of 64 large images take seconds. SIGTERM during the first shards ends the build before one is finished."""
+    """Shards of 64 large images take seconds. SIGTERM ends the build before the first shard is finished."""
     photos = make_pictures(tmp_path / "photos", 128, (1700, 1800), distinct=1)
     command = start(photos, tmp_path / "store")
     command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))
@@ -258,12 +258,12 @@ def test_a_second_command_on_the_same_store_is_refused(
 
 
 def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """A worker gets SIGKILL, like from the out-of-memory killer. The error names the file that the worker read."""
+    """A worker gets SIGKILL, like when memory runs out. The error names the file that the worker was reading."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
     command.wait_for_shards(1)
     command.wait_for("shard in progress", lambda: any(command.work_dir.glob("*.tmp/data.mdb")))
-    time.sleep(0.03)  # the shard takes a fifth of a second
+    time.sleep(0.03)  # building the shard takes 0.2 s
     (worker,) = [pid for pid, line in process_group(command.process.pid).items() if "spawn_main" in line]
     os.kill(worker, signal.SIGKILL)
     code, _, stderr = command.end()
@@ -310,7 +310,7 @@ def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: P
 
 
 def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> None:
-    """The workers are stopped before the lock is released, although the caller keeps the pool."""
+    """The workers are stopped before the lock is released, although the caller keeps the pool open."""
     source = list_source(slow, "train", None, None, ())
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     with WorkerPool(2) as workers:
@@ -323,7 +323,7 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
-    """Orphaned workers of a killed build may write the same shard, but under temporary names of their own."""
+    """If a killed build leaves workers behind, they may write the same shard, but each uses its own temporary names."""
     source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))

@@ -67,7 +67,7 @@ def bytes_on_disk(store: Path) -> int:
     ],
 )
 def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
-    """The bytes agree with the LMDBs within a quarter. The time only has to lie between 0.01 s and 60 s."""
+    """The bytes may differ from the LMDBs' size by a quarter. The time only has to be between 0.01 s and 60 s."""
     resources = estimate(photos, tmp_path / "store", settings).resources
     assert resources is not None
     build(photos, tmp_path / "store", settings)
@@ -198,7 +198,7 @@ def test_a_build_that_does_not_fit_is_refused_before_it_starts(
 def test_a_build_that_may_just_fit_is_started(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A warning is printed, since the estimate may be too high."""
+    """A warning is printed instead of an error, since the estimate may be too high."""
     set_free_bytes(monkeypatch, 1_500_000)
     assert build(photos, tmp_path / "store").split("train").records == 400
     assert "1.5 MB free. The build starts anyway" in capsys.readouterr().err

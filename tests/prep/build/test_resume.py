@@ -44,7 +44,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def half(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of which one of four shards is finished."""
+    """A store with one finished shard of four."""
     store = tmp_path_factory.mktemp("half") / "store"
     with pytest.raises(Stopped):
         build(pictures, store, runner=StoppingRunner())
@@ -81,7 +81,7 @@ def change_time(path: Path) -> None:
 
 
 def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Path, used: list[str]) -> None:
-    """The error has the file and both values; the unfinished build is not changed."""
+    """The error has the name of the file, the old value and the new value. The unfinished build is not changed."""
     before = modification_times(store)
     path = photos / used[17]
     mtime_ns, length = path.stat().st_mtime_ns, path.stat().st_size
@@ -193,7 +193,7 @@ def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: 
 
 
 def test_a_listing_in_another_order_resumes_the_build(photos: Path, store: Path) -> None:
-    """Another kind of source may list the same inputs in another order; the fingerprint is the same."""
+    """Another kind of source may list the same inputs in another order. The fingerprint must not change."""
     source = list_source(photos, "train", None, None, ())
     reversed_listing = Listing()
     for index in reversed(range(200)):

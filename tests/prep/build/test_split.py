@@ -156,7 +156,7 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean position of each class is within five standard deviations of the middle, like in a random order."""
+    """The mean position of each class is as close to the middle as in a random order: within 5 standard deviations."""
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):
@@ -328,7 +328,7 @@ def test_a_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, resta
 
 
 def test_the_source_is_only_read(small: Path, tmp_path: Path) -> None:
-    """The folders have no write permission; the times and contents of the files do not change."""
+    """The folders are write-protected, and the times and contents of the files must not change."""
     photos = Path(shutil.copytree(small, tmp_path / "photos"))
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     for folder in (photos, *photos.glob("*")):

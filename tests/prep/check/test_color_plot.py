@@ -110,7 +110,7 @@ def decoded(records: list[tuple[bytes, Any]]) -> Pictures:
 
 
 def panels(figure: Any) -> list[Any]:
-    """The axes of the four panels: cloud, spectrum, photographs, mean colour."""
+    """The four matplotlib axes of the figure: cloud, spectrum, photographs, mean colour."""
     assert len(figure.axes) == 4
     return list(figure.axes)
 
@@ -165,7 +165,7 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """The image with half the split's contrast is chosen, not an image of another contrast, a grey or a tinted one."""
+    """The image with half the split's contrast is chosen. Images that are grey, tinted or of other contrast are not."""
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
     def drawn(spread: Sequence[float], off: Sequence[float] = (0, 0, 0)) -> npt.NDArray[np.uint8]:
@@ -180,7 +180,7 @@ def test_the_photograph_has_typical_colours_and_half_the_contrast(
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the records that lmdb_shard.read yields, by folder; the key `open` counts the open readers."""
+    """Count the records that lmdb_shard.read yields from each folder. The key `open` has the number of open readers."""
     counts: Counter[str] = Counter()
     original = lmdb_shard.read
 
@@ -221,7 +221,7 @@ def test_few_records_are_read_from_shards_all_over_the_split(
 
 
 def test_a_shard_without_records_is_skipped(make_store: Callable[..., Any]) -> None:
-    """A build with --on-bad skip can leave empty shards. If all 60 shards had records, shard 4 would not be read."""
+    """A build with --on-bad skip can leave empty shards. Of 60 shards, only shard 4 has records, so it must be read."""
     store, stats = make_store([[noise(1), noise(2)] if number == 4 else [] for number in range(60)])
     pixels, _ = take_sample(store, "train", stats)
     assert np.isin(codes_of(pixels), codes_of(np.stack([noise(1), noise(2)]))).all()
@@ -241,7 +241,7 @@ def test_the_cloud_shows_each_pixel_at_its_colour_and_axes_through_the_mean(figu
     draw_figure(figure, "train", natural, pixels, noise(1))
     cloud = panels(figure)[0]
     (points,) = cloud.collections
-    figure.draw_without_rendering()  # drawing projects the points and sorts them by depth
+    figure.draw_without_rendering()  # this projects the points and sorts them by depth
     colours = np.rint(points.get_facecolor()[:, :3] * 255).astype(np.uint8)
     assert sorted(codes_of(colours)) == sorted(codes_of(pixels))
     x, y, _ = proj_transform(*colours.T, cloud.get_proj())
@@ -275,7 +275,7 @@ def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural:
     sheet = np.asarray(axes.images[0].get_array())
     vectors, stdevs = np.array(natural.eigenvectors), natural.stdevs
     stream = noise_matrix(natural, "stdev", 0.1)
-    assert sheet.shape == (3 * 66, 7 * 66, 3)  # cells of 64 px and a margin of 2
+    assert sheet.shape == (3 * 66, 7 * 66, 3)  # cells of 64 px with a margin of 2 px
     for component in range(3):
         for column, alpha in enumerate(ALPHAS):
             cell = sheet[66 * component :, 66 * column :][:66, :66]

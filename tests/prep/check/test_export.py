@@ -113,7 +113,7 @@ def test_exported_files_have_safe_names(source: bytes, format: str, name: bytes)
 
 
 def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """If classes or sources lead out of the folder or are not file names, every record is written once, inside it."""
+    """Some names lead out of the folder or are no file names. Still each record is written once, inside the folder."""
     sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
     classes = ["..", "/etc", "a/b", "x" * 256, "n\0n", ".", "", "good"]
     plain = [(key, Datum.decode(value)) for key, value in split_records(stores["jpeg"])[: len(sources)]]
@@ -136,7 +136,7 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
 
 
 def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
-    """import-caffe makes such records from folders x/ and y/ with one label. No file may be replaced."""
+    """import-caffe makes such records if the folders x/ and y/ have the same label. No file may be replaced."""
     twins = [
         (key, replace(Datum.decode(value), source=b"x/same.jpg" if k else b"y/same.jpg", label=1).encode())
         for k, (key, value) in enumerate(split_records(stores["jpeg"])[:2])

@@ -53,7 +53,7 @@ def test_one_split_is_verified_quickly_with_an_answer_in_json(stores: dict[str, 
 
 
 def test_progress_counts_over_all_splits(stores: dict[str, Path], workers: WorkerPool) -> None:
-    """One total covers both splits: progress reaches 30 of 42, then 42 of 42, and never decreases."""
+    """Progress counts both splits together: it reaches 30 of 42 records, then 42 of 42, and never decreases."""
     counts: list[int] = []
 
     class Watched(Progress):

@@ -47,7 +47,7 @@ def test_a_file_truncated_anywhere_is_a_fault(copy_store: MakeStore, workers: Wo
 
 @pytest.mark.parametrize("content", ["zeros", "random", "of another page"])
 def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, workers: WorkerPool) -> None:
-    """One page at a time is overwritten: each page that holds records, and the second header page, which is in use."""
+    """One page at a time is overwritten: the second header page, which is in use, and some of the other pages."""
     store = copy_store(64)
     file = store / "train" / "00000" / "data.mdb"
     whole = file.read_bytes()
@@ -66,7 +66,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Offset of the header page in use. Of the two header pages, it has the higher transaction number."""
+    """Offset of the header page that is in use: of the two, the page with the higher transaction number."""
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 

@@ -33,7 +33,7 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Add 1 to field `name` of the first shard and subtract 1 in the second; the total does not change."""
+    """Add 1 to field `name` of the first shard and subtract 1 from that field of the second; the total is the same."""
     shards[0][name] += 1
     shards[1][name] -= 1
 
@@ -114,7 +114,7 @@ def set_moments(store: Path, moments: Moments) -> None:
 
 
 def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The test changes one of the 13 sums at a time."""
+    """The test changes one moment at a time: the number of pixels, 3 sums, and 9 sums of products."""
     store = copy_store(64)
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
@@ -142,7 +142,7 @@ def shifted(true: Moments, levels: int) -> Moments:
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """A jpeg store gets a wrong mean, a wrong covariance alone, or a wrong mean image alone."""
+    """The moments of a jpeg store get a wrong mean or only a wrong covariance, or only its mean image is wrong."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)

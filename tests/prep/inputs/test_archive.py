@@ -238,7 +238,7 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """The earlier members are refused by name. The program tar also keeps the last member."""
+    """The earlier members are refused by name. The program tar keeps the last member too."""
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
     assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
@@ -267,7 +267,7 @@ def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest
 
 
 def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:
-    """train/n1 and val/n1 are two splits; cats/train and dogs/train are not the same class."""
+    """train/n1 and val/n1 belong to two splits. cats/train and dogs/train are not the same class."""
     for names in (("train/n1/a.JPEG", "val/n1/b.JPEG"), ("cats/train/a.JPEG", "dogs/train/b.JPEG")):
         with pytest.raises(UserError, match=r"x\.tar"):
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
@@ -289,7 +289,7 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be missing."""
+    """A flat tar, a tar of tars, and tars with long names are cut at every 256th byte. Only padding may be missing."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
@@ -307,7 +307,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """After a change of any header byte there is an error, or the number of images and refused members is the same."""
+    """If a byte of a header changes, there is an error, or the count of images and refused members is the same."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):

@@ -1,7 +1,7 @@
 """prep.inputs.caffe on LMDBs that the tests write with lmdb and protobuf, like Caffe's convert_imageset.
 
-The stores are read back by lmdb and protobuf, and decoded by Pillow. Bare pixels of the store's size must come out of a
-ppm store unchanged.
+The stores are read back by lmdb and protobuf, and decoded by Pillow. A ppm store must hold bare pixels
+of the store's size unchanged.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
 
 
 def bare(pixels: Pixels) -> dict[str, Any]:
-    """Fields of a Datum with bare pixels, as Caffe's CVMatToDatum fills them: C,H,W, blue first."""
+    """Fields of a Datum with bare pixels, as Caffe's CVMatToDatum fills them: layout C,H,W, blue first."""
     height, width, channels = pixels.shape
     planes = [pixels[:, :, channel].tobytes() for channel in reversed(range(channels))]
     return {"channels": channels, "height": height, "width": width, "data": b"".join(planes), "encoded": False}
@@ -172,7 +172,7 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """The sources differ: a record from Caffe has its LMDB key as source. Colour moments and classes are equal."""
+    """Only the source paths differ: a record from Caffe has its LMDB key. Colour moments and classes are equal."""
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -317,7 +317,7 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """No list of class names is made for such a label: it would take all memory."""
+    """For such a label, a list of class names would take all memory. No such list is made."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
@@ -393,7 +393,7 @@ def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[
         if number < cuts or result.exit_code:
             fails(result, path)
             assert not (tmp_path / f"store{number}" / "manifest.json").exists()
-        else:  # if the noise is in images, they are counted as bad
+        else:  # images with noise are counted as bad
             answer = json.loads(result.stdout)
             assert answer["records"] + answer["skipped"] == 60
 

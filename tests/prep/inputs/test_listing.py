@@ -102,7 +102,7 @@ def test_same_as_compares_every_column(other: list[Input]) -> None:
 
 
 def test_the_digest_covers_paths_labels_and_sizes() -> None:
-    """The digest also covers where each path ends. It does not cover times and locations in an archive."""
+    """The digest depends on where each path ends too. It does not depend on times or on locations in an archive."""
     digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
     assert same == [False, False, False, True, True, False, False]
@@ -111,7 +111,7 @@ def test_the_digest_covers_paths_labels_and_sizes() -> None:
 
 
 def test_the_record_order_is_by_a_keyed_hash_of_the_path() -> None:
-    """For some seeds the order is computed from its definition. One order is a constant that must never change."""
+    """The test computes the order from its definition. The order of the letters is a constant: it must never change."""
     paths = [f"n{k % 7:08d}/n{k % 7:08d}_{k}.JPEG".encode() for k in range(500)]
     listing = listing_of([Input(path, 0) for path in paths])
     for seed in (0, 1, 2**63 - 1):

@@ -71,7 +71,7 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and a tar with long names are cut at each 256th byte. Only padding may be missing."""
+    """A flat tar, a tar of tars, and tars with long names are cut at every 256th byte. Only padding may be missing."""
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
@@ -90,7 +90,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
-    """After a change of any header byte there is an error, or the number of members is the same."""
+    """If a byte of a header changes, there is an error, or the number of members is the same."""
     rng = random.Random(3)
     content = tar_of(THREE)
     for _ in range(300):
@@ -105,7 +105,7 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """The file has the gigabyte, as a hole. tarfile reads through BoundedFile, which refuses to read that much."""
+    """The (sparse) file has that gigabyte. tarfile reads through BoundedFile, which refuses to read that much."""
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
         file.truncate(2 << 30)
@@ -125,7 +125,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Of 2,000 members, few are in memory when the last is read. All members of ImageNet would take a gigabyte."""
+    """Of 2,000 members, fewer than 10 are in memory at the end. All members of ImageNet would take a gigabyte."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size
@@ -134,7 +134,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # isinstance would read __class__, and torch.distributed.reduce_op then gives a deprecation warning.
+        # isinstance would read each object's __class__, for which torch.distributed.reduce_op gives a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 
