@@ -184,6 +184,6 @@ def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
     """Class names 0, 1, 2…. If `count` exceeds MAX_CLASSES, raises UserError with the `origin` of the labels."""
     if count > MAX_CLASSES:
         raise UserError(
-            f"{origin}: its labels need {count:,} classes, at most {MAX_CLASSES:,} are allowed. Correct the largest label."
+            f"{origin}: its labels need {count:,} classes; the limit is {MAX_CLASSES:,}. Correct the largest label."
         )
     return tuple(str(k) for k in range(count))
