@@ -1,4 +1,4 @@
-"""The device of the stream, CPU or GPU: devices of DALI's operators, CUDA streams, and conversion to torch tensors.
+"""The device of the stream, CPU or GPU: the import of DALI, devices of its operators, CUDA streams, torch tensors.
 
 Each DALI graph is written once for both devices. A Placement determines the device of each operator, the decoder of
 JPEG files, and the CUDA stream on which torch receives a finished batch.

@@ -22,7 +22,7 @@ _COMMENT = re.compile(r"\s*#\s?(?P<text>.*)")
 
 
 class ReadableDocstrings(griffe.Extension):
-    """Rewrites docstrings as griffe collects them."""
+    """Rewrites docstrings while griffe collects them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
         """Replace lists in two columns by tables."""

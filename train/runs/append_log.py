@@ -1,4 +1,7 @@
-"""Append-only log files. No entry is ever torn, even if the process is killed or the disk is full."""
+"""Append-only log files. No entry is torn if the process is killed or the disk is full.
+
+A power cut can still tear the last entry. Readers skip a torn entry (run_dir.parse_line), and MetricsLog removes it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Preprocessing metadata saved in the run folder, so that inference does not need the training store.
+"""Preprocessing metadata saved in the run folder, and the check that a store has the classes of a run.
+
+With the metadata, inference does not need the training store.
 
 run.json holds the store's settings, sizes and colour statistics under "store". The run folder also has a file
 `mean_image.npy` if the recipe subtracts a mean image.

@@ -128,7 +128,7 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
 
 
 def browser() -> str | None:
-    """Path of Chromium from the variable CHROMIUM, PATH or Playwright's cache. None if Chromium is not found."""
+    """Path of Chromium: the value of the variable CHROMIUM, or found on PATH or in Playwright's cache; else None."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
