@@ -40,7 +40,8 @@ def render_figure(
 ) -> bytes:
     """Call `draw` with a Figure of `size_inches`, and return the figure as the bytes of an image file.
 
-    `format` is one of FORMATS; a PNG has 150 dpi. The file contains no creation date. matplotlib's global settings are not changed.
+    `format` is one of FORMATS; a PNG has 150 dpi. The file contains no creation date. matplotlib's global settings are
+    not changed.
     Raises UserError if matplotlib is not installed.
     """
     try:
