@@ -26,7 +26,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     """Write the files of a finished split (all shards are built), then the manifest of the store in folder `root`.
 
     The manifest also lists the splits of the `existing` store. Raises UserError if a shard's summary is missing or
-    belongs to other inputs, if `policy` allows fewer bad inputs than were left out, or if no input is an image.
+    describes other inputs, if more bad inputs were left out than `policy` allows, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)

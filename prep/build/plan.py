@@ -19,7 +19,7 @@ from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
 
-MAX_SHARD_RECORDS = 4096  # about 100 MB of JPEG; one core builds such a shard in about ten seconds
+MAX_SHARD_RECORDS = 4096  # such a shard has about 100 MB of JPEG; one core builds it in about ten seconds
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 

@@ -22,7 +22,7 @@ from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a stored record takes whole pages
-_PROBE_S_PER_INPUT = 0.1e-3  # a few percent of the time to build one record
+_PROBE_S_PER_INPUT = 0.1e-3  # a few percent of the time that one record takes to build
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
 
@@ -56,7 +56,7 @@ def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, st
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """Why an input is not an image, judged by its size and first bytes; empty if they show no fault."""
+    """Why an input is not an image, judged by its size and first bytes; an empty text if neither shows a fault."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -69,7 +69,7 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
-    """Raise UserError if `policy` does not allow as many bad inputs as the listing refused and `probe` found.
+    """Raise UserError if the listing and `probe` together found more bad inputs than `policy` allows.
 
     These inputs are written to bad.jsonl in the plan's `work_dir`. If `policy` skips bad inputs, `probe` does not run.
     """

@@ -64,8 +64,9 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
     """{path: (before, after)} of the inputs that changed since an unfinished build began.
 
-    Raises UserError if the build cannot be resumed: it cannot be read; settings, tool versions, classes or paths
-    differ; or an input of a finished shard changed. A bad input of a finished shard may change, but not its label.
+    Raises UserError if the unfinished build cannot be read, if its settings, tool versions, classes or paths differ
+    from `plan`, or if an input of a finished shard changed. For a bad input of a finished shard, only a changed label
+    is an error.
     """
     try:
         begun = json.loads((plan.work_dir / "plan.json").read_bytes())

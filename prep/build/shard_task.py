@@ -53,7 +53,7 @@ class ShardTask:
 
     @property
     def path(self) -> str:
-        """The shard's folder, relative to the store."""
+        """The path of the shard's folder, relative to the store."""
         return f"{self.split}/{self.number:05d}"
 
 
@@ -74,7 +74,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # left if a build was killed before writing the summary
+        shutil.rmtree(final, ignore_errors=True)  # exists if a build was killed before it wrote the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())

@@ -4,10 +4,10 @@ A killed build loses only the shards that were in progress. Running the same com
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops. The crash
 is counted for the input that the process was reading. These files hold the state of an unfinished build:
 
-    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; must be equal for a resume
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: equal in a resumed build
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
     store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
-    store/train/.build/deaths.json       {path of an input: number of worker processes that it crashed}
+    store/train/.build/deaths.json       {path of an input: number of worker processes that crashed at this input}
 
 Records are sorted by a keyed hash of their paths (prep/inputs/listing.py), so their order depends only on the paths and
 the seed. The hash mixes the classes well enough for a stream that reads blocks of consecutive records

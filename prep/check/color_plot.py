@@ -27,18 +27,18 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.manifest import ColorStats, Store, StoreError
 
-MAX_RECORDS, MAX_PIXELS = 48, 4800  # at most this many records are read, and this many pixels drawn
+MAX_RECORDS, MAX_PIXELS = 48, 4800  # maximum numbers of records to read and of pixels to draw
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts; unit for the photograph: standard deviation of α; for the mean colour: σ
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts in units of: standard deviation of α (photograph), σ (mean colour)
 AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
-PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this
+PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this length
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
 
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
-    """Draw `stats` and a sample of the split's pixels into a .png or .svg file. The same input gives the same bytes.
+    """Draw `stats` and a sample of the split's pixels into a .png or .svg file. Equal input gives equal bytes.
 
     Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
     cannot be written (an existing file is kept), and StoreError, naming shard and key, for a damaged record.

@@ -1,6 +1,6 @@
 """Verifies a store: every record against its checksum and settings, every shard and file against the manifest.
 
-Each fault is reported with shard, key and source path, as far as they are known. LMDB does not check its file, so a
+A fault is reported with shard, key and source path, if these are known. LMDB does not check its file, so a
 truncated or damaged file can crash the process that reads it. Therefore worker processes read the shards.
 """
 
@@ -37,11 +37,12 @@ from prep.store.manifest import (
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 # A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds allow the largest errors of 4:2:0 chroma subsampling. These errors occur in images
-# of alternating lines of two saturated colours. In hundreds of photographs at quality 50 or more, the errors are at
-# most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum finds a changed moment in the manifest.
+# different moments. The two bounds allow the largest errors of 4:2:0 chroma subsampling. Images of
+# alternating lines of two saturated colours have these errors. In hundreds of photographs at quality 50 or more, the
+# errors are at most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum finds a changed moment
+# in the manifest.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
-MAX_COVARIANCE_ERROR = 1.1  # largest error of an entry of the covariance, relative to its largest entry
+MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
 _MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
 
 
@@ -91,7 +92,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
     findings: dict[str, _ShardFindings] = {}
     square_sum = np.zeros((store.settings.side_px, store.settings.side_px, 3), np.int64)
     faults: list[Fault] = []
-    done_before, bad_before = progress.done, progress.bad  # counts of the splits verified before
+    done_before, bad_before = progress.done, progress.bad  # counts of the splits that were verified earlier
     on_progress = lambda counts: progress.update(done_before + counts.done, bad_before + counts.bad)  # noqa: E731
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):

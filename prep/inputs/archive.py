@@ -1,9 +1,9 @@
-"""Images in tar archives, read in place: nothing is unpacked, and no name in an archive is used as a path.
+"""Images in tar archives, read in place: no archive is unpacked, and no name in an archive is used as a path.
 
 ILSVRC2012_img_train.tar contains one tar for each class. ILSVRC2012_img_val.tar is flat. Other archives may contain
 class folders. The members of a tar are not compressed, even in a tar inside another tar. So an input is a range of
 bytes of one file, given by offset and length, and every worker process reads its inputs from this file. Inputs have the
-same names as the files of an unpacked archive, so the records and their order are the same.
+same names as the files of an unpacked archive, so an archive and its files give the same records in the same order.
 """
 
 from __future__ import annotations

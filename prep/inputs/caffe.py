@@ -52,7 +52,7 @@ class CaffeReader:
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """Returns the first bytes of a JPEG file for every record, so that the probe before a build accepts it."""
+        """Returns the first bytes of a JPEG file for every record, so that the probe before a build finds no fault."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -103,7 +103,7 @@ def list_caffe_lmdbs(
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records; b"": none
+    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records; b"" for no folder
     for index, folder in enumerate(folders):
         on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):

@@ -14,8 +14,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. The limit
-# on the number of folders bounds the memory for listed entries.
+# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. Listed
+# entries need memory, so the number of folders is limited.
 _FOLDERS_AT_ONCE = 32
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 

@@ -17,7 +17,7 @@ from prep.console import UserError, say
 from prep.inputs.names import name_text
 
 LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground truth; see _read_ground_truth
-MAX_CLASSES = 1_000_000  # each class needs memory for name and count, so a larger label is treated as a mistake
+MAX_CLASSES = 1_000_000  # larger labels are treated as mistakes: each class needs memory for its name and count
 
 
 def read_labels(
@@ -152,8 +152,8 @@ def _read_name_label_pairs(
 def _find_label_file(root: Path) -> Path:
     """Find the label file of a flat folder or archive. Raises UserError if no file or more than one file matches.
 
-    These files match: `*ground_truth*.txt` next to `root`, `*ground_truth*.txt` in a devkit next to `root`, and a file
-    next to `root` with the same name but the extension .txt.
+    These files match: `*ground_truth*.txt` next to `root`, `*ground_truth*.txt` in a devkit next to `root`, and the
+    file next to `root` that has the name of `root` with the extension .txt.
     """
     resolved = root.resolve()
     folders = (resolved.parent, resolved.parent / "ILSVRC2012_devkit_t12" / "data")

@@ -35,7 +35,7 @@ class Input:
 
 
 class Listing:
-    """Inputs in the order in which they were added. A million inputs need some tens of megabytes of memory."""
+    """Inputs in the order in which they were added. A million inputs need tens of megabytes of memory."""
 
     def __init__(self) -> None:
         self._paths = bytearray()

@@ -55,6 +55,6 @@ class FoundInputs:
 
 
 def warn_of_empty_classes(root: Path, names: Sequence[str]) -> None:
-    """Warn about class folders without an image. These classes still have a label."""
+    """Warn about class folders without an image. Each of these classes still has a label."""
     if names:
         say(f"{root}: {count_noun(len(names), 'class', 'classes')} without an image (first: {names[0]}).")

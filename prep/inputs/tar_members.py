@@ -2,16 +2,16 @@
 
 Python's tarfile parses the headers. This module works around these problems of tarfile:
 
--   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever size the archive claims. The
-    newest versions of Python read 1 MiB at a time, older versions read everything at once. So tarfile gets a
+-   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever its size. The newest
+    versions of Python read 1 MiB at a time. Older versions read the whole header at once. So tarfile gets a
     `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once or 2·MAX_HEADER_BYTES for one member.
--   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13 `stream=True`
+-   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13, `stream=True`
     prevents this. In older versions of Python, this module empties the list after each member.
 -   tarfile treats a damaged header as the end of the archive. So this module checks that all bytes after
-    the apparent end are zero, like at the end of a complete archive.
--   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position. Then they end the
-    archive, or return the second member in place of the first. So this module compares `offset` with the end of the
-    previous member.
+    the apparent end are zero, as they are in a complete archive.
+-   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position.
+    Then tarfile either treats this position as the end of the archive, or returns the second member in place of the
+    first. So this module compares `offset` with the end of the previous member.
 
 Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`; test_tar_members.py
 tests them.

@@ -1,6 +1,6 @@
 """Ablations: variants of the network with one part removed or replaced.
 
-Each ablation also gives the rise in error that the paper's authors report for it, if they report one.
+If the paper's authors report how much an ablation raises the error, the ablation also gives this number.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class Architecture:
     # edge of the last window.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe has one
-    dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers with dropout on their inputs
+    dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
     convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
@@ -106,7 +106,7 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# Layer names in torchvision's state_dict: names of the same layers in this package. torchvision's network expects
+# {name of a layer in torchvision's state_dict: name of this layer in this package}. torchvision's network expects
 # the input (RGB / 255 − mean) / std, with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",

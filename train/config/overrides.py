@@ -157,8 +157,9 @@ def _parse(hint: Any, text: str) -> Any:
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """The schedule that `text` describes.
 
-    The text `steps` and a list of epochs without learning rates use the recipe's `epochs` and `lr`. Any overrides of
-    `epochs` and `lr` are already in the recipe, because overrides are applied in alphabetical order.
+    The schedules `steps` and `25,51,79` (epochs without learning rates) are computed from the recipe's `epochs` and
+    `lr`. Any overrides of `epochs` and `lr` are already in the recipe, because overrides are applied in alphabetical
+    order.
     """
     if text == "none":
         return ()

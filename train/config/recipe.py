@@ -34,7 +34,7 @@ class Lrn:
 class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. None: this value does not change."""
 
-    after_epochs: float  # colour noise changes only at the end of an epoch
+    after_epochs: float  # colour noise can change only at the end of an epoch
     lr: float | None = None  # learning rate of the weights; conv1 is excluded once a change has set lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour

@@ -43,7 +43,7 @@ def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
 def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
     """The (name, value) rows of one field.
 
-    A dataclass has one row per part. The text of a mapping or a schedule may take several rows.
+    A field whose value is a dataclass has one row per part. The text of a mapping or a schedule may take several rows.
     """
     if is_dataclass(value) and not isinstance(value, type):
         return [(f"{field}.{part.name}", _value_text(getattr(value, part.name))) for part in fields(value)]

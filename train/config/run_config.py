@@ -16,8 +16,8 @@ from train.config.recipe import Recipe
 class RunConfig:
     """Settings of a run.
 
-    The first block of fields decides the result. The second block sets the folder, the devices, the length of the run
-    and the intervals between log lines and between checkpoints.
+    The first block of fields determines the result of the run. The second block sets the folder, the devices,
+    the length of the run, the interval between log lines and the interval between checkpoints.
     """
 
     store: Path

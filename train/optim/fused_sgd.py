@@ -4,14 +4,15 @@ The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in 
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
-torch.optim.SGD has lr in the formula of w. The function torch.optim.sgd.sgd, which the class calls, computes
+torch.optim.SGD has lr in the formula of w. The class calls the function torch.optim.sgd.sgd. This function computes:
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
-With its argument `lr` = −1 and `dampening` = 1 + (lr of the update rule), sgd computes the update rule. The class
+With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), sgd computes the update rule. The class
 torch.optim.SGD accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may
 change. The fused update is therefore tried once on small tensors for each device and dtype, and used only if the result
-is correct. PyTorch operators are slower: they read or write eleven values per parameter, the fused kernel only five.
+is correct. PyTorch operators are slower: they read or write eleven values per parameter. The fused kernel reads or
+writes only five.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 try:
     from torch.optim.sgd import sgd
 except ImportError:
-    sgd = None  # type: ignore[assignment]  # without this function, _update_by_operators is used
+    sgd = None  # type: ignore[assignment]  # if sgd does not exist, _update_by_operators is used
 
 
 @torch.no_grad()
@@ -97,7 +98,7 @@ def _update_fused(
         nesterov=False,
         maximize=False,
     )
-    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not increment it
+    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not increment this tensor
 
 
 def _update_by_operators(w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:

@@ -26,7 +26,7 @@ class PaperSGD(torch.optim.Optimizer):
     """SGD by the paper's rule. In a group with lr 0, neither parameters nor velocity change (weights.cu:148)."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
-        """Each group is a dict of params, lr and weight_decay, and may have a "name", which this class does not use."""
+        """Each group is a dict of params, lr and weight_decay. It may have a "name", which this class ignores."""
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:

@@ -37,7 +37,7 @@ class Schedule:
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
     drops: int = 0  # number of reductions of the learning rate so far
-    # True: at the lowest learning rate of the schedule the validation error has stopped improving; the run ends.
+    # True: the validation error has stopped improving at the schedule's lowest learning rate, so the run ends.
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
