@@ -86,7 +86,7 @@ def make_crashing(store: Path) -> None:
     """Set the length of the first record to 200 MB, so that the kernel kills a process that reads the record."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
-    # LMDB stores a record as a node: low and high half of the size, flags, length of the key, key.
+    # LMDB stores a record as a node: low and high half of the size of the value, flags, length of the key, key, value.
     node = content.index(b"\x08\x0000000000") + 2 - 8
     overwrite(file, node, (200_000_000).to_bytes(4, "little"))
 

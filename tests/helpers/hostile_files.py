@@ -26,7 +26,7 @@ RNG = np.random.default_rng(2012)
 class Expected:
     """The expected outcome of a file: bad, or kept with its conversions and EXIF orientation."""
 
-    bad: str = ""  # a regular expression that matches the reason; empty for a file that is kept
+    bad: str = ""  # regular expression that matches the reason for a bad file; empty for a file that is kept
     converted: tuple[str, ...] = ()
     orientation: int = 1
     bad_if_whole: str = ""  # like `bad`, for a file that is bad only with --keep-aspect
@@ -83,7 +83,7 @@ def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0
     zeros = bytes(units // 8) + (bytes([(1 << (8 - units % 8)) - 1]) if units % 8 else b"")
     blocks = -(-width * (sampling[0] >> 4) // (8 * across)) * -(-height * (sampling[0] & 15) // (8 * down))
     bits = ""
-    while blocks > 0:  # a code is the bit 0, then 14 bits with the number of ended blocks minus 2^14
+    while blocks > 0:  # each code ends 2^14 + n blocks: it is the bit 0, then n in 14 bits
         bits += "0" + format(min(max(blocks - 16384, 0), 16383), "014b")
         blocks -= 32767
     bits += "1" * (-len(bits) % 8)

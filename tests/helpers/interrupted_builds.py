@@ -1,8 +1,10 @@
-"""Interrupt a build before its n-th disk operation, for n = 0, 1, 2… until a build ends, and run each build again.
+"""Interrupt a build before its n-th disk operation, for n = 0, 1, 2…, and run each build again.
 
+The last n is the first at which a build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`.
 tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
 interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
-fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the removal of a file or folder. MODE is one of
+fsync, and a transaction of LMDB. In the modes `kill`, `restart` and `restart-reverse`, the removal of a file or folder
+is also a disk operation. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
     restart           like kill, but while the build removes the files of an unfinished build, sorted by name
@@ -11,8 +13,9 @@ fsync, a transaction of LMDB, and, in the modes `kill` and `restart`, the remova
     limit             no file may be longer than LIMITS[n]
 
 Prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and `error` are the
-exit code and error of the interrupted build; `torn` says whether the incomplete store opens. `again` and `error_again`
-are the exit code and error of the same build when it is run again. The stores are WORK/NNN.
+exit code and error of the interrupted build. `torn` says whether the store has a manifest.json although it is
+incomplete. `again` and `error_again` are the exit code and error of the same build when it is run again. The stores are
+WORK/NNN.
 """
 
 from __future__ import annotations
@@ -98,7 +101,7 @@ class Environment:
 
 
 def build_in_child(photos: Path, store: Path, operations: int | None, policy: BuildPolicy) -> tuple[int, str]:
-    """(exit code, error) of a build in a forked process. None in place of `operations`: no interruption."""
+    """(exit code, error) of a build in a forked process. If `operations` is None, the build is not interrupted."""
     global remaining
     reader, writer = os.pipe()
     child = os.fork()
@@ -123,7 +126,7 @@ def build_in_child(photos: Path, store: Path, operations: int | None, policy: Bu
 
 
 def is_torn(store: Path) -> bool:
-    """Whether a store opens although it is not complete."""
+    """Whether a store has a manifest.json although it is incomplete."""
     try:
         opened = Store.open(store)
         if opened.splits:

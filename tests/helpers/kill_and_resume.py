@@ -13,7 +13,7 @@ killed, and a last attempt is not killed. WHEN is one of
     time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
                killed early, so that it cannot finish.
 
-Prints a JSON object: "kills" is the number of kills, and "at" has the number of kills for each operation. Needs
+Prints a JSON object: "kills" is the number of kills, and "at" maps each operation to its number of kills. Needs
 OMP_NUM_THREADS=1, because threads do not survive a fork.
 """
 

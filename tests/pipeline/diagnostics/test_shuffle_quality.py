@@ -1,4 +1,4 @@
-"""Shuffle quality: the ideal equals random shuffles, an epoch is close to the ideal, an unshuffled store is not."""
+"""Shuffle quality: the ideal is the mean of random shuffles, and an epoch is near it unless the store is unshuffled."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_the_bits_do_not_depend_on_the_number_of_threads(stores: dict[str, Path], threads: int) -> None:
-    """A batch has 10 images, the ten views of one record, so some of 16 threads get no image."""
+    """A batch has 10 images: the ten views of one record. With 16 threads, some threads get no image."""
 
     def views(threads: int) -> list[torch.Tensor]:
         with eval_loader(stores["jpeg-whole"], 1, views=10, threads=threads) as loader:

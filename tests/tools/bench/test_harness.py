@@ -36,7 +36,7 @@ def test_contestants_take_turns_and_ratios_are_medians_of_the_rounds() -> None:
         (100.0, 50.0, 200.0),
         (400.0, 200.0, 400.0),
     ]
-    assert [row.of_ours for row in rows] == [1.0, 0.5, 4.0]  # medians of 1/2, 1/3, 1 and of 4, 4, 2
+    assert [row.of_ours for row in rows] == [1.0, 0.5, 4.0]  # 0.5: median of 1/2, 1/3, 1; 4: median of 4, 4, 2
     assert [row.of_bound for row in rows] == [0.5, None, None]  # median of 1/2, 3/4, 1/2
     assert speedups(rows) == {"peer": 2.0, "bound": 0.25}
     assert speedup_lines(rows) == "ours / peer: 2.00\npeer / bound: 0.25"

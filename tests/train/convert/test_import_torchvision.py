@@ -89,7 +89,7 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """`alextrain run` with the same options resumes the run. The first loss is that of the imported weights."""
+    """`alextrain run` with the same options resumes the run. Its first loss is the loss of the imported weights."""
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")

@@ -1,4 +1,4 @@
-"""Tests of predictions for photographs against those for their records in a store, and of the command `predict`."""
+"""Tests of the command `predict`, and that predictions for a photograph and for its record in a store agree."""
 
 from __future__ import annotations
 

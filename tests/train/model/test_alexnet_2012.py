@@ -64,7 +64,10 @@ def test_section_3_2_the_network_on_one_gpu_has_half_the_kernels_and_about_as_ma
 
 
 def test_conv1_has_55_positions_on_224_px_and_the_last_covers_3_px_of_padding() -> None:
-    """A kernel of ones on an image of ones counts the pixels under the kernel: 11 rows, but 8 at the last position."""
+    """A kernel of ones on an image of ones counts the pixels under the kernel.
+
+    The kernel covers 11 rows of the image, but only 8 rows at the last position.
+    """
     model = AlexNet(3, PAPER, ("cpu", "cpu"), SMALL)
     with torch.no_grad():
         model.columns[0].conv1.weight.fill_(1.0), model.columns[0].conv1.bias.zero_()
@@ -145,7 +148,8 @@ class RecordedMoves(TorchFunctionMode):
 def test_activations_move_between_devices_only_in_cross(crossing: bool, crossings: int) -> None:
     """Column 1 is on the device `meta`. An operation that mixes tensors of both devices raises an exception.
 
-    Before conv3, fc6 and fc7, each column's half moves to the other. Before fc8, column 1's half moves to column 0.
+    Before conv3, fc6 and fc7, each column's maps or units move to the device of the other column. Before fc8, the
+    units of column 1 move to the device of column 0.
     The images move once.
     """
     recipe = replace(RELEASED, crossing=crossing)
@@ -226,7 +230,9 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 
 
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
-    """Parameters after 6 steps, and logits: of each step, then of an evaluation of the first batch.
+    """Train 6 steps; returns the parameters, and the logits of each step and of an evaluation.
+
+    The evaluation, after the last step, is of the first batch.
 
     scaled  whether dropout scales in training; if so, initialization, lr and weight decay of fc7 and fc8 are adapted
     keep    probability that a unit is kept

@@ -21,7 +21,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # ten times faster to compile than with the real flags
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compilation is ten times faster than with the real flags
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
@@ -188,7 +188,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
 
 @pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results differ in their last few bits; the relative difference is larger if terms cancel."""
+    """The results differ in their last few bits; where terms of a sum cancel, the relative difference is larger."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
     expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())

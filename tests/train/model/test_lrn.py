@@ -281,8 +281,9 @@ class PretendsToBeOnAGpu(Tensor):
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a container image without a C compiler, Triton is installed and cannot compile. Training then used to end at
-    the first normalization. The kernel is tried once, at the first normalization. This test disables gradients there.
+    """In a container image without a C compiler, Triton is installed and cannot compile. In earlier versions, training
+    then ended at the first normalization. Now only the first normalization tries the kernel. In this test, gradients
+    are disabled while it does so.
     """
 
     def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:

@@ -60,7 +60,7 @@ def test_logits_in_bfloat16_are_near_those_in_float32_but_not_equal(recipe: Reci
             rounded = model(images)
     assert exact.dtype == torch.float32 and rounded.dtype == torch.bfloat16
     error = float((rounded.float() - exact).norm() / exact.norm())
-    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # each of the eight layers rounds its output
+    assert BF16_STEP / 16 < error < 8 * BF16_STEP  # each of eight layers rounds its output
 
 
 def test_a_step_in_bfloat16_keeps_parameters_gradients_velocities_and_loss_in_float32() -> None:
@@ -85,7 +85,7 @@ def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
 
 @pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
 def test_normalization_of_bfloat16_sums_in_float32(norm) -> None:
-    """Only the result is rounded, which gives the error of one rounding. Rounded squares would add errors."""
+    """Only the result is rounded, so its error is the error of one rounding. Rounded squares would add errors."""
     x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).bfloat16()
     expected = norm(x.double(), 5, 1e-2, 0.75, 2.0)
     with autocast("bf16", torch.device("cpu")):

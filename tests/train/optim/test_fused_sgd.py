@@ -1,4 +1,4 @@
-"""Tests of the fused parameter update: bitwise equal to torch's private kernel, and close to it without that kernel."""
+"""Tests of the fused parameter update: same bits as torch's private kernel, and nearly the same values without it."""
 
 from __future__ import annotations
 

@@ -135,8 +135,8 @@ def browser() -> str | None:
     return next((path for path in named if path), None)
 
 
-# A page that shows the report in two frames, one as wide as a desktop and one as wide as a phone. The script can
-# measure the frames because they have the same origin as the page.
+# A page that shows the report in two frames, one as wide as a desktop and one as wide as a phone. The script may
+# read the layout of both frames, because the frames have the same origin as the page.
 _WATCH = """<!DOCTYPE html><body><script>
 const frames = [];
 for (const width of [1280, 390]) {

@@ -78,7 +78,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
 
 
 def test_loading_a_checkpoint_executes_no_code(tmp_path: Path) -> None:
-    """weights_only refuses a pickle that would run a command. The file then counts as unreadable."""
+    """torch.load with weights_only refuses a pickle that would create a folder. The file counts as unreadable."""
 
     class MakesFolder:
         def __reduce__(self):
@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes a torn checkpoint and resumes from the previous one. An intact one must not be removed."""
+    """A run removes a torn checkpoint and resumes from the previous one. It must not remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error

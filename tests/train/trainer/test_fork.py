@@ -77,7 +77,8 @@ def test_a_fork_with_other_settings_begins_at_the_same_fraction_of_the_epoch_and
     origin: Path, changed: RunConfig, tmp_path: Path
 ) -> None:
     forked = fork(Run.open(changed), tmp_path / "fork")
-    # The origin made 4 steps of 3 per epoch: 1 1/3 epochs. With 7 steps per epoch, the fork begins after step 9.
+    # The origin has 3 steps per epoch, and made 4 steps: 1 1/3 epochs. The fork has 7 steps per epoch, and begins after
+    # step 9.
     assert checkpoint.load(forked.run_dir).step == 9
     fit(Run.open(replace(forked.config, steps=12)))
     fit(fork(Run.open(changed), tmp_path / "fork"))  # running the same command again continues the fork

@@ -58,7 +58,9 @@ def test_a_run_killed_ten_times_has_the_same_result_and_leaves_no_temporary_file
 def test_runs_killed_a_hundred_times_in_all_have_the_same_result(
     stores: dict[str, Path], tmp_path: Path, when: str, seed: int
 ) -> None:
-    """Each run has ten attempts. `operation` kills every attempt. `time` kills the attempts that have not finished."""
+    """Each run has ten attempts. With `operation`, every attempt is killed. With `time`, an attempt may finish before
+    it is killed.
+    """
     kills = kill_and_resume(stores["ppm"], tmp_path / "run", seed, when)
     assert kills["kills"] == 10 if when == "operation" else 1 <= kills["kills"] <= 10
 

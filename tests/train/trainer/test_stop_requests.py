@@ -85,7 +85,7 @@ def test_a_second_signal_stops_at_once_and_the_handlers_are_restored_at_the_end(
 
 
 def test_a_signal_that_interrupts_a_blocked_print_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python raises RuntimeError if a signal handler prints to a stream while a print to it is interrupted."""
+    """Python raises RuntimeError if a signal handler interrupts a print to a stream and prints to the same stream."""
     read_fd, write_fd = os.pipe()
     main_thread = threading.get_ident()
 
