@@ -51,8 +51,8 @@ class Preprocessing:
     """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
     The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A crop of `window_px` is taken from
-    the central square. For an evaluation with one view, this is the centre crop. If the top left corner of the crop is
-    at (y, x) in the square, the value of `mean` determines what is subtracted from the crop:
+    the central square. For an evaluation with one view, this is the centre crop. The value of `mean` determines what is
+    subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -64,7 +64,8 @@ class Preprocessing:
     mean: str
     mean_rgb: tuple[float, ...]  # subtracted mean per channel; with a mean image, the average of that image
     mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype" and "base64"
-    # The difference is divided by input_divisor. The onnx graph and torchvision's weights already include the division.
+    # After the mean is subtracted, the pixels are divided by input_divisor. An onnx or torchvision file already
+    # includes this division.
     input_divisor: float
     window_px: int = CROP_PX
     # Only for torchvision: "mean" and "std" of Normalize, and "exact", which is False if they are approximate.

@@ -1,4 +1,4 @@
-"""Converts weights, with input mean and scale, between torchvision.models.alexnet and our network `torchvision`.
+"""Converts weights, and the input's mean and scale, between torchvision.models.alexnet and our network `torchvision`.
 
 The converted network computes the same function of the pixels as the original network. For pixels p in 0..255, the
 subtracted mean m, and the channel c:
@@ -9,17 +9,17 @@ subtracted mean m, and the channel c:
     export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
              multiplied by 255 std_c / input_divisor. This is exact, also at the border: both networks pad with zeros,
              which stand for pixels of value m. If m is a mean image, the weights are exact for the input
-             t = (p − m) / (255 std_c). Normalize can only subtract the average of the mean image, and is approximate.
+             t = (p − m) / (255 std_c). Normalize subtracts only the average of the mean image: this is approximate.
     import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
              (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
              (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
              This is exact for windows inside the image. The first and the last row and column of conv1's 55 × 55
-             outputs also depend on the padding. Here the padding stands for pixels of value m, but in the original
+             outputs also depend on the padding. Here, the padding stands for pixels of value m, but in the original
              network it stands for pixels of value 255 mean_c. These rows and columns are therefore approximate.
 
 If dropout scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − p in evaluation.
 torchvision's dropout does not scale in evaluation, so an export multiplies the weights of fc6 and fc7 by 1 − p, and an
-import divides them by 1 − p. Both are exact for p = ½. All conversions are computed in float64.
+import divides them by 1 − p. Both operations are exact for p = ½. All conversions are computed in float64.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ def iter_split_activations(
 def write_features(
     network: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
 ) -> tuple[int, ...]:
-    """Write a layer's activations of a split as .npy, float32 (N, …), and a text file; returns the shape.
+    """Write a layer's activations for a split to a .npy file, float32 (N, …), and a text file; returns the shape.
 
     The text file, `keys_path(out)`, has a line for each row: key, class and source path, separated by tabs. Raises
     UserError if a file cannot be written.

@@ -63,7 +63,7 @@ def load_or_build_index(
         features, filled = np.empty((records, 0), np.float32), 0
         for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
             if not filled:
-                features = np.empty((records, batch.shape[1]), np.float32)  # allocated once: it may take gigabytes
+                features = np.empty((records, batch.shape[1]), np.float32)  # allocated once: may take gigabytes
             features[filled : filled + len(batch)] = batch
             filled += len(batch)
         stored = Records(store, "train")

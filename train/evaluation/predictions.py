@@ -151,7 +151,7 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
 
 
 def parse_weights(text: str | None, members: int) -> list[float] | None:
-    """Parse the value of --weights, such as `2,1,1`. Raises UserError if it is not a list of `members` numbers."""
+    """Parse the value of --weights, such as `2,1,1`. Raises UserError unless it has `members` numbers."""
     if text is None:
         return None
     try:

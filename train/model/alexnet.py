@@ -16,7 +16,8 @@ Shapes, per column, for N images:
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
 Architecture.padding_px explains why conv1 has 55 positions along 224 px. The size of pooled maps is rounded down.
-Windows of 2 px and windows of 3 px therefore give maps of the same size, which the comparison in section 3.4 needs.
+Windows of 2 px and windows of 3 px therefore give maps of the same size. The comparison in section 3.4 needs maps of
+the same size.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ class AlexNet(nn.Module):
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
-        """Logits (N, classes, rows, columns) of all 224 px crops, at a stride of 32 px, of the images (N, 3, H, W).
+        """Logits (N, classes, rows, columns) of all crops of 224 px, at a stride of 32 px, for images (N, 3, H, W).
 
         Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the adjacent pixels of the image instead
         of zero padding. The logits are therefore close, but not equal, to the logits of the separate crop. Raises
@@ -264,7 +265,7 @@ class AlexNet(nn.Module):
         return self.recipe.lrn if self.architecture.normalised else None
 
     def _activation(self, x: Tensor) -> Tensor:
-        """Apply the nonlinearity in place. This is safe: no backward pass needs the output of the layer before it."""
+        """Apply the nonlinearity in place. This is safe: no backward pass needs the values that are overwritten."""
         return ACTIVATION_FUNCTIONS[self.recipe.activation](x)
 
     def _pool(

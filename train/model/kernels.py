@@ -181,8 +181,8 @@ def _address(x: Tensor, position: int) -> int:
 def is_correct(kernels: NativeKernels) -> bool:
     """True if the kernels agree with PyTorch in float64 on small maps and on an update of a few parameters.
 
-    The two cases cover windows that are clipped at the first and last map, numbers of maps that are not a multiple of
-    the vector length, and ReLU before normalization or after pooling.
+    The two calls of _is_correct_for test windows that are clipped at the first and last map, numbers of
+    maps that are not a multiple of the vector length, and ReLU before normalization or after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 

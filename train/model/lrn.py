@@ -11,7 +11,7 @@ There are three implementations. Each can apply a ReLU first. Each saves only x 
 
     kernels.c       for float32 on a CPU with β = ¾ (s^−¾ needs two square roots); results within 6 ulp of the formula
     lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
-    _LrnOperators   for all other cases, with PyTorch operators; also the reference in the tests of the other two
+    _LrnOperators   for all other cases, with PyTorch operators; the tests compare the others with _LrnOperators
 
 torch.export cannot trace C kernels, and converts in-place additions to scatters. Exported networks therefore use
 `_traceable`.
@@ -139,7 +139,7 @@ class _LrnOperators(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) if i is in the window of j, and so j in the window of i
+        # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) if i is in the window of j; then j is in the window of i
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)
@@ -192,8 +192,9 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
     """Normalize x (N, C, H, W) by the squares in a `size` × `size` neighborhood within each map.
 
     Beyond the edge of a map the squares are 0. The released net #145 has this normalization after layer 2's
-    normalization across maps (layers-145.cfg: cnorm2, of type rnorm). The paper does not mention it. Only x is saved
-    for the backward pass. The result can be differentiated only once. Raises ValueError for an even size.
+    normalization across maps (layers-145.cfg: cnorm2, of type rnorm). The paper does not mention this normalization.
+    Only x is saved for the backward pass. The result can be differentiated only once. Raises ValueError for an even
+    size.
     """
     check_window_size(size)
     if torch.compiler.is_compiling():

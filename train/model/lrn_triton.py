@@ -1,6 +1,6 @@
 """Triton kernels of local response normalization on a GPU: one for the forward pass, one for the backward pass.
 
-lrn.py imports this module only if Triton is installed; PyTorch's CUDA wheels install it. Each kernel makes one pass
+lrn.py imports this module only if Triton is installed; PyTorch's CUDA wheels install Triton. Each kernel makes one pass
 over memory. The kernels need contiguous tensors, channels first or channels last; other tensors are copied. Tensors are
 float16, bfloat16 or float32; the arithmetic is float32.
 
@@ -156,7 +156,7 @@ class _LrnTriton(torch.autograd.Function):
 
 
 def _launch(kernel: Any, inputs: list[Tensor], size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """Run `kernel` on `inputs`, which all have one layout. The first input is x. Returns a tensor like x."""
+    """Run `kernel` on `inputs`, which all have the same layout. The first input is x. Returns a tensor like x."""
     x = inputs[0]
     images, maps, rows, columns = x.shape
     area = rows * columns

@@ -7,7 +7,7 @@
             gradients, velocities, sums of the local response normalization, softmax and loss are float32
 
 PyTorch has two switches for TF32 on a GPU: one for convolutions, on by default, and one for matrix products, off by
-default. This default is neither fp32 nor tf32. If a GPU is used, set_precision therefore sets both switches. The
+default. These defaults match neither fp32 nor tf32. If a GPU is used, set_precision therefore sets both switches. The
 switches apply to the whole process.
 """
 
@@ -40,7 +40,7 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0. "
                 "Pass --precision fp32."
             )
-    # The switches are left alone for a CPU, because torch.export fails after the newer switches have been set.
+    # Without a GPU the switches are not set, because torch.export fails after the newer switches have been set.
     if any(torch.device(device).type == "cuda" for device in devices):
         _set_tf32(precision == "tf32")
 
@@ -48,7 +48,7 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Context manager for the forward pass and the loss.
 
-    Run the backward pass outside of the context. It uses the dtypes of the forward pass there too.
+    Run the backward pass outside of the context: autograd then uses the same dtypes as in the forward pass.
     """
     if precision != "bf16":
         return nullcontext()

@@ -29,17 +29,17 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The log of one run. It is a context manager: on exit, it writes to status.json how the run ended."""
+    """The log of one run, as a context manager. On exit, it writes to status.json how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
         """Begin the log of a run that starts or resumes after `step`. Lines of later steps are removed.
 
-        validation_due  True if the validation after `step` must still be computed; its old line, if any, is removed
+        validation_due  True if the validation after `step` must still be computed; any old line for it is removed
 
         Raises the errors of `sync`.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        # The validation line of a step comes after its training line, and as strings "train" < "val".
+        # Sorted by (step, kind): a step's training line comes before its validation line, because "train" < "val".
         newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]

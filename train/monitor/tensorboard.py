@@ -25,7 +25,7 @@ from train.runs.run_dir import tensorboard_scalars
 
 
 class NoTensorBoard(UserError):
-    """The package tensorboard is not installed. MetricsLog prints the message and continues."""
+    """The package tensorboard is not installed. MetricsLog prints the message of this exception and continues."""
 
 
 class EventFile:

@@ -37,7 +37,7 @@ class ComparedRun:
 
 
 def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
-    """Read the runs in `run_dirs`. Raises UserError for one folder, a repeated folder or a folder without a run."""
+    """Read the runs in `run_dirs`. Raises UserError for fewer than two folders, a repeated folder or a missing run."""
     if len(run_dirs) < 2:
         raise UserError(f"{len(run_dirs)} run: a comparison needs two or more. Name another RUN_DIR.")
     resolved = [path.resolve() for path in run_dirs]
@@ -67,7 +67,7 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
     """A label for each run: the fields that differ (`lr 0.02, seed 1`).
 
-    If no field differs, or more than _LEGEND_FIELDS do, the label is the folder.
+    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the folder.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
     if "model.name" in rows:  # all other fields of the architecture follow from its name

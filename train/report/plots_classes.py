@@ -41,7 +41,7 @@ class Confusion(NamedTuple):
 
 
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
-    """The confusion matrix of labels (N,) and the most probable classes in probabilities (N, classes)."""
+    """The confusion matrix for labels (N,) and probabilities (N, classes). The most probable class is predicted."""
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     return Confusion(np.bincount(cells, minlength=classes**2).reshape(classes, classes))

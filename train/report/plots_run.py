@@ -13,8 +13,8 @@ from prep.store.manifest import ColorStats
 from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
 
 _KERNELS_PER_ROW = 16
-# If a learning rate is below _DROP_FACTOR times the previous rate, it is marked as a drop. A continuous decay reduces
-# the rate by less from line to line.
+# If a learning rate is below _DROP_FACTOR times the previous rate, it is marked as a drop. A schedule that
+# lowers the rate continuously lowers it by less between two lines.
 _DROP_FACTOR = 0.6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # ticks of the color axes, in standard deviations
 

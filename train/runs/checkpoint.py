@@ -201,7 +201,7 @@ class CheckpointKeeper:
             self._keep_as_best(path)
 
     def _tidy(self, newest: int) -> None:
-        """Link best.pt to the newest checkpoint if it has the lowest error. Remove surplus checkpoints."""
+        """If the newest checkpoint has the lowest error, link best.pt to it. Remove surplus checkpoints."""
         path = path_of(self.run_dir, newest)
         if self.best is not None and self.best["step"] == newest:
             self._keep_as_best(path)
@@ -226,7 +226,7 @@ class CheckpointKeeper:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`. A run that resumes from `step` could not read these files."""
+    """Remove the checkpoints after `step`: damaged files that `load_latest` skipped when a run resumed from `step`."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()

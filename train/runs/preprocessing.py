@@ -46,8 +46,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file is replaced if its content differs. It may come from an earlier run in the folder that used another
-    store and ended before its first checkpoint.
+    An existing file is replaced if its content differs. The existing file may be from an earlier run in this folder
+    with another store, if that run ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return

@@ -1,6 +1,6 @@
 """Opens a run: checks the configuration, opens the store, and computes the identity and the length of the run.
 
-`Run.open` does all of this. The functions below the class make the run folder and write run.json.
+`Run.open` does all of this. The functions below the class Run make the run folder and write run.json.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Run:
 
     config: RunConfig
     store: Store
-    identity: Mapping[str, Any]  # the run continues a checkpoint only if that has the same identity
+    identity: Mapping[str, Any]  # the run continues a checkpoint only if the checkpoint has the same identity
     steps_per_epoch: int  # full batches in the training split; 0 if the split has fewer records than a batch
     last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
 
@@ -59,8 +59,8 @@ class Run:
     def training_facts(self) -> dict[str, Any]:
         """Architecture, recipe with its sources, classes and software versions, as JSON values.
 
-        Checkpoints and run.json both contain these values. Either can therefore be used without the other, and after
-        the recipes of this program have changed.
+        Checkpoints and run.json both contain these values. Each of them can therefore be used without the other, also
+        after the recipes of this program have changed.
         """
         facts: dict[str, Any] = as_json(
             {

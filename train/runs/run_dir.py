@@ -38,7 +38,7 @@ CLOCK_DEPENDENT = (
     "unix_time_s",
 )
 
-RATE_LINES = 20  # the remaining time is predicted from this number of training lines, the newest ones
+RATE_LINES = 20  # number of newest training lines from which the remaining time is predicted
 
 _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
@@ -112,7 +112,7 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
-    Values of null are left out. They stand for NaN or infinity.
+    Null values, which stand for NaN or infinity, are left out.
     """
     scalars = {}
     for key, value in line.items():

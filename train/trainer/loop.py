@@ -53,7 +53,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
     train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
 
-    # ---- resume from the newest intact checkpoint in the run folder. It must have the same identity as the run.
+    # ---- resume from the newest intact checkpoint in the run folder. Its identity must be the identity of the run.
     # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
     step, validation_due = 0, False
     resumed = checkpoint.load_latest(run.run_dir)
@@ -122,7 +122,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream after `epochs_done` epochs. `schedule` determines its colour noise in the next epoch."""
+    """The training stream after `epochs_done` epochs. `schedule` determines the colour noise of the next epoch."""
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:

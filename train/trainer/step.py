@@ -1,11 +1,11 @@
 """One training step: forward, cross-entropy, backward, update.
 
 With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged.
-The update is the same up to rounding, and only the activations of one part are in memory at a time. Dropout is drawn
-independently for every image, with or without --accumulate.
+Apart from rounding, the update is the same as without --accumulate, and only the activations of one part are in memory
+at a time. Dropout is drawn independently for every image, with or without --accumulate.
 
 The host never waits for a device during a step. The two columns therefore run at the same time on two GPUs, although
-one thread launches both, column 0's layers first:
+one thread launches the layers of both columns, column 0's layers first:
 
 -   A launch queues work on the current stream of its device and returns. No value is read back (no item(), no cpu(),
     no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.

@@ -42,7 +42,7 @@ class Watchdog:
         """`warn` prints a warning. Each kind of warning is printed once in a run."""
         self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # after this step, every loss has been ln(classes)
+        self._stuck_since: int | None = None  # every loss after this step has been ln(classes)
         self._warned: set[str] = set()
         self._begin()
 
@@ -166,7 +166,7 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """The norm of a tensor, as a tensor of shape (). It is computed row by row.
+    """The norm of a tensor, as a tensor of shape (). The norm is computed row by row.
 
     On a CPU, a single float32 sum of the squares of fc6's 38 million weights is wrong in the fourth digit.
     """
