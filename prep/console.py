@@ -40,7 +40,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 class UserError(ValueError):
     """An error that the user can fix.
 
-    The message is one line. It says what is wrong, with the actual and the expected value, and what to do.
+    The message is one line. The message says what is wrong, with the actual and the expected value, and what to do.
     """
 
     exit_code = 1
@@ -166,8 +166,9 @@ def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     """Make glibc's malloc keep up to `max_bytes` of freed memory for later allocations.
 
     By default glibc returns every large block to the kernel, which must zero fresh pages for the next allocation.
-    Zeroing took half of the time of rescaling a photograph and a quarter of the time of AlexNet's training step. With
-    `map_large_blocks`, blocks over 32 MiB are still returned at once. Nothing changes if the C library is not glibc.
+    Zeroing was half of the time to rescale a photograph, and a quarter of the time of AlexNet's training step. With
+    `map_large_blocks`, blocks over 32 MiB are still returned to the kernel at once. Nothing changes if the C library
+    is not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt

@@ -57,7 +57,7 @@ class TaskProgress:
         self._first = first
 
     def begin(self, index: int) -> None:
-        """Store that the worker begins input `index` of the task. The parent reports `index` if the worker crashes."""
+        """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes."""
         self._counters[self._first] = index
 
     def count(self, size_bytes: int = 0, bad: bool = False) -> None:
@@ -152,7 +152,7 @@ class WorkerPool:
             idle_slots = [slot for slot in idle_slots if slot not in new]
             busy |= new
             for slot in new:
-                self._connection(slot)  # start all processes before waiting for the first
+                self._connection(slot)  # start all processes before waiting for any of them
             for slot, task in new.items():
                 self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)

@@ -88,7 +88,7 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, and if libjpeg-turbo warns.
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, or if libjpeg-turbo warns.
 
     Raises BadImage for too many pixels, scans or segments.
     """
@@ -182,7 +182,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_scans(width: int, height: int, content: bytes) -> None:
-    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # a scan takes at least ten bytes: small files pass
+    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # small files have few scans: ten bytes each or more
         scans = content.count(b"\xff\xda")
         if width * height * scans > _MAX_SCANNED_PIXELS:
             raise BadImage(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")

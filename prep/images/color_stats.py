@@ -108,7 +108,8 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
 
     The sum of a column of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact.
     These sums are added in float64, which is exact up to 2^53. The channels stay interleaved. The elementwise product
-    of a row and the same row shifted by one element contains R·G and G·B. With a shift of two elements it contains R·B.
+    of a row and the same row shifted by one element contains R·G and G·B. With a shift of two elements
+    the product contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)

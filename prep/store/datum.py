@@ -2,7 +2,8 @@
 
 The messages are simple enough to write and parse without the protobuf library. Two of the fields are always written:
 
-- The label, even if it is zero. If the label is missing (proto2's has_label()), DALI silently returns an empty label.
+- The label, even if it is zero. If the field is missing (proto2's has_label() is false), DALI silently returns an
+  empty label.
 - `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so the data of every record is a
   JPEG or PPM file, which contains its own height and width.
 

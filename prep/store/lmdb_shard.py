@@ -31,9 +31,9 @@ def record_key(index: int) -> bytes:
 def write(folder: Path, records: Iterable[tuple[bytes, bytes]]) -> tuple[int, int, str]:
     """Write (key, value) pairs, in ascending order of keys, to a new LMDB.
 
-    Returns (number of records, bytes of all values, digest). The file is synced before the return. The memory map is
-    doubled when it is full, so the caller need not give a size. The file grows only by the pages that are written.
-    Raises lmdb.Error or OSError if the disk is full.
+    Returns (number of records, bytes of all values, digest). The file is synced before the function returns. The memory
+    map is doubled when it is full, so the caller need not give a size. The file grows only by the pages that are
+    written. Raises lmdb.Error or OSError if the disk is full.
     """
     digest, count, size = hashlib.sha256(), 0, 0
     folder.mkdir(parents=True)

@@ -32,7 +32,7 @@ from prep.files import write_atomic
 SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
-SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split whose digests are in Split.account
+SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split; Split.account has their digests
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 
@@ -86,8 +86,8 @@ class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
     The square roots of `eigenvalues` are standard deviations in grey levels, the quantity that Krizhevsky's code
-    multiplies by N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the constants of fb.resnet.torch
-    have that scale.
+    multiplies by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the constants of
+    fb.resnet.torch have that scale.
     """
 
     records: int  # number of records

@@ -59,7 +59,10 @@ def env_and_sigint_blocked(task: str, task_progress: TaskProgress) -> tuple[str 
 
 
 def die(task: tuple[int, int, int], task_progress: TaskProgress) -> int:
-    """Take `length` steps. At `fatal_step` (-1: never) die of signal `signum`, or end with exit code 3 if it is 0."""
+    """Take `length` steps.
+
+    At `fatal_step` (-1: never) die of signal `signum`, or end with exit code 3 if `signum` is 0.
+    """
     fatal_step, signum, length = task
     for number in range(length):
         task_progress.begin(number)
@@ -107,7 +110,7 @@ def test_each_task_comes_back_with_its_result(jobs: int) -> None:
 
 
 def test_results_are_yielded_as_they_finish(tmp_path: Path) -> None:
-    """The first task ends only after the results of all others have been yielded."""
+    """The first task ends only after the results of all other tasks have been yielded."""
     finished: list[Path | None] = []
     with WorkerPool(2) as workers:
         for task, _ in workers.map(wait_for, [tmp_path / "file", None, None, None, None], ignore):
@@ -184,7 +187,7 @@ def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
 
 
 def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
-    """The worker reached input 7 of its previous task. This input must not be reported."""
+    """The worker reached input 7 of its previous task. The index 7 must not be reported."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
@@ -206,7 +209,7 @@ def test_a_worker_killed_between_tasks_is_replaced() -> None:
 
 @pytest.mark.parametrize("how", ["closed", "on_progress raises", "work raises"])
 def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
-    """Abandoning a map stops its busy workers, because the next map must not receive their results."""
+    """If a caller abandons `map`, busy workers are killed, so that the next call does not receive their results."""
 
     def refuse(counts: Counts) -> None:
         raise UserError("enough")
@@ -226,7 +229,10 @@ def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
 
 
 def test_on_progress_gets_the_counts_of_all_workers() -> None:
-    """on_progress is called several times during a task, and at the end with exact totals; a second map starts at 0."""
+    """on_progress is called several times during a task, and at the end with exact totals.
+
+    A second call of `map` counts from 0 again.
+    """
     seen: list[Counts] = []
     with WorkerPool(2) as workers:
         for _ in range(2):

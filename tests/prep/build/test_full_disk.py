@@ -1,6 +1,6 @@
 """If a disk fills up or breaks during a build, the error is clear, no file is incomplete, and the build can resume.
 
-The tests inject errors at each disk operation, limit the length of files, and mount a small tmpfs if permitted.
+The tests inject errors at each disk operation, limit the size of files, and mount a small tmpfs if permitted.
 """
 
 from __future__ import annotations

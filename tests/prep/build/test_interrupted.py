@@ -75,7 +75,7 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder of the stores, outcomes) of several builds. Each was killed before a different disk operation."""
+    """(folder of the stores, outcomes) of several builds. Each build was killed before a different disk operation."""
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
     build(photos, work / "whole")
@@ -119,7 +119,7 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
 def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Ten builds are killed. To save time, the test process finishes them itself, without running the command."""
+    """Ten builds are killed. To save time, the test finishes each build in its own process, without the command."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM is sent to the parent only, like by `kill`. SIGINT is sent to all processes, like by Ctrl-C."""
+    """SIGTERM is sent to the parent only, as `kill` does. SIGINT is sent to all processes, as Ctrl-C does."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)
@@ -212,7 +212,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends SIGINT to the workers too. Even while they start, they must ignore it: the parent handles it."""
+    """A terminal sends SIGINT to the workers too. They must ignore SIGINT even while they start."""
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
@@ -258,7 +258,7 @@ def test_a_second_command_on_the_same_store_is_refused(
 
 
 def test_a_killed_worker_is_reported_in_one_line(start: Start, slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    """A worker gets SIGKILL, like when memory runs out. The error names the file that the worker was reading."""
+    """A worker gets SIGKILL, as happens when memory runs out. The error names the file that the worker was reading."""
     store = tmp_path / "store"
     command = start(slow, store, "--jobs", "1")
     command.wait_for_shards(1)
@@ -323,7 +323,10 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
-    """If a killed build leaves workers behind, they may write the same shard, but each uses its own temporary names."""
+    """If a killed build leaves workers behind, two workers may write the same shard.
+
+    Each worker uses its own temporary names.
+    """
     source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))

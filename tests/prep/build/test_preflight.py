@@ -67,7 +67,10 @@ def bytes_on_disk(store: Path) -> int:
     ],
 )
 def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
-    """The bytes may differ from the LMDBs' size by a quarter. The time only has to be between 0.01 s and 60 s."""
+    """The estimated size may differ from the size of the LMDBs by a quarter.
+
+    The estimated time only has to be between 0.01 s and 60 s.
+    """
     resources = estimate(photos, tmp_path / "store", settings).resources
     assert resources is not None
     build(photos, tmp_path / "store", settings)

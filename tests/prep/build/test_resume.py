@@ -207,7 +207,10 @@ def test_a_listing_in_another_order_resumes_the_build(photos: Path, store: Path)
 
 
 def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Path, used: list[str]) -> None:
-    """A build with --on-bad skip leaves the bad input out. The next build, with --on-bad fail or skip, stores it."""
+    """A build with --on-bad skip leaves the bad input out.
+
+    The next build, with --on-bad fail or skip, stores the corrected input.
+    """
     content = (photos / used[3]).read_bytes()
     (photos / used[3]).write_bytes(b"no picture")
     for policy in (STRICT, SKIP):

@@ -119,7 +119,7 @@ def panels(figure: Any) -> list[Any]:
 def test_pixels_and_photograph_come_from_the_records(
     kind: str, stores: dict[str, Path], records_of: Callable[[Path, str], list[tuple[bytes, Any]]]
 ) -> None:
-    """The sample is 160 pixels of each of the 30 images, and the central square of one of them."""
+    """The sample is 160 pixels of each of the 30 images, and the central square of one of the images."""
     store = Store.open(stores[kind])
     pixels, photograph = take_sample(store, "train", store.color_stats())
     pictures = decoded(records_of(stores[kind], "train"))
@@ -165,7 +165,10 @@ def test_a_large_photograph_is_averaged_to_fewer_pixels(make_store: Callable[...
 def test_the_photograph_has_typical_colours_and_half_the_contrast(
     make_store: Callable[..., Any], natural: ColorStats
 ) -> None:
-    """The image with half the split's contrast is chosen. Images that are grey, tinted or of other contrast are not."""
+    """The image with half the split's contrast is chosen.
+
+    Images that are grey, tinted or of other contrast are not chosen.
+    """
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 
     def drawn(spread: Sequence[float], off: Sequence[float] = (0, 0, 0)) -> npt.NDArray[np.uint8]:

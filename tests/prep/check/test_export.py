@@ -1,6 +1,6 @@
 """prep.check.export and `alexprep export-files`: files compared with the records as lmdb and protobuf read them.
 
-Stores with names that lead out of a folder are made by changing records and manifest: alexprep does not build them.
+alexprep builds no store with names that lead out of a folder, so the tests change the records and the manifest.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ def test_exported_files_have_safe_names(source: bytes, format: str, name: bytes)
 
 
 def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], tmp_path: Path) -> None:
-    """Some names lead out of the folder or are no file names. Still each record is written once, inside the folder."""
+    """Some names lead out of the folder or cannot be file names.
+
+    Nevertheless, each record is written once, inside the folder.
+    """
     sources = [b"n/..", b"../../../evil.jpg", b"/etc/evil.jpg", b"n/a\0b.jpg", b"n/" + b"x" * 300, b"n/.", b"", b"a\nb"]
     classes = ["..", "/etc", "a/b", "x" * 256, "n\0n", ".", "", "good"]
     plain = [(key, Datum.decode(value)) for key, value in split_records(stores["jpeg"])[: len(sources)]]
@@ -201,7 +204,10 @@ def test_a_killed_export_is_resumed(photo_folder: Path, tmp_path: Path, build: B
 def test_an_exported_ppm_store_is_rebuilt_with_the_same_records(
     photo_folder: Path, tmp_path: Path, build: Build, records_of: RecordsOf
 ) -> None:
-    """Pillow reads the pixels of the record; a store of the exported files with the same side has the same images."""
+    """Pillow reads the record's pixels from the file.
+
+    A store that is built from the exported files, with the same side length, has the same images.
+    """
     store = build(photo_folder, "--format", "ppm", "--side", "48", "--keep-aspect", "--split", "train")
     out = tmp_path / "out"
     assert alexprep("export-files", out, "--store", store, "--jobs", "1").exit_code == 0

@@ -100,7 +100,10 @@ def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
 
 
 def test_odd_names_of_inputs_are_not_faults(tmp_path: Path, build: Build, workers: WorkerPool) -> None:
-    """inputs.jsonl holds U+2028 and U+0085 unescaped. They end a line for str.splitlines, but not for JSON."""
+    """inputs.jsonl holds U+2028 and U+0085 unescaped.
+
+    str.splitlines splits at these characters, but JSON allows them in a string.
+    """
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     for name in ("a\u2028b.png", "c\u0085d.png", "e\u001cf.png", 'g"h\\.png', "é.png"):
         Image.new("RGB", (40, 32), (9, 99, 199)).save(tmp_path / "photos" / "n0" / name)

@@ -1,6 +1,6 @@
 """prep.check.verify on damaged LMDB files: truncated, overwritten, and files that crash the process that reads them.
 
-Two worker processes do all checks; a file that crashes one of them must be a fault like any other.
+Two worker processes do all checks. If a file crashes a process, the file must be reported like any other fault.
 """
 
 from __future__ import annotations

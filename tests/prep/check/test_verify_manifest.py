@@ -142,7 +142,7 @@ def shifted(true: Moments, levels: int) -> Moments:
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The moments of a jpeg store get a wrong mean or only a wrong covariance, or only its mean image is wrong."""
+    """The moments of a jpeg store have a wrong mean or a wrong covariance, or its mean image is wrong."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)

@@ -30,7 +30,10 @@ from tests.helpers.damaged_stores import (
 def test_a_flipped_bit_is_found_in_each_of_a_thousand_records(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each of the thousand faults has shard and key. It has the source too, if the flipped bit is not in the source."""
+    """Each of the thousand faults names the shard and the key.
+
+    Unless the flipped bit is in the source, the fault names the source too.
+    """
     store = copy_store(1000, format)
     rng = np.random.default_rng(7)
     flipped: dict[tuple[str, str], tuple[str, bool]] = {}

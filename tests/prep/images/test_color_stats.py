@@ -92,9 +92,9 @@ def test_moments_do_not_depend_on_strides() -> None:
 
 
 def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
-    """All of 10^13 pixels are (255, 254, 200) except one: (254, 253, 199). The sums of squares exceed 2^53.
+    """One of 10^13 pixels is (254, 253, 199), and all other pixels are (255, 254, 200).
 
-    The variance is 10^-13, which would be lost in float64 sums.
+    The sums of squares exceed 2^53. The variance is 10^-13, which would be lost in float64 sums.
     """
     n, k = 10**13, 1
     high, low = (255, 254, 200), (254, 253, 199)
@@ -249,7 +249,7 @@ def test_recompute_uses_as_many_workers_as_jobs_or_cores(
 
 
 def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
-    """130 images make three shards: three tasks, 130 records counted, and the build's sums, bit for bit."""
+    """The 130 images make three shards, so there are three tasks. The sums equal the build's sums, bit for bit."""
     rng = np.random.default_rng(6)
     (tmp_path / "photos" / "n1").mkdir(parents=True)
     for number in range(130):

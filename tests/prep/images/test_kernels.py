@@ -188,7 +188,10 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
     ],
 )
 def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """The self-test finds each of these errors. With -O1 and without clones, compiling takes a ninth of the time."""
+    """The self-test finds each of these errors.
+
+    With -O1 and without function clones, compiling takes a ninth of the time.
+    """
     text = kernels.SOURCE.read_text()
     assert text.count(right) == 1
     library = compiled_with("-UCLONES -O1", text.replace(right, wrong), tmp_path)

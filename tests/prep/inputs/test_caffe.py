@@ -317,7 +317,7 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """For such a label, a list of class names would take all memory. No such list is made."""
+    """A list with a class name for every label up to this one would take all memory. No such list is made."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 

@@ -102,7 +102,7 @@ def test_same_as_compares_every_column(other: list[Input]) -> None:
 
 
 def test_the_digest_covers_paths_labels_and_sizes() -> None:
-    """The digest depends on where each path ends too. It does not depend on times or on locations in an archive."""
+    """The digest also depends on where each path ends. It does not depend on times or on locations in an archive."""
     digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
     assert same == [False, False, False, True, True, False, False]
@@ -131,7 +131,7 @@ def test_the_record_order_does_not_depend_on_the_order_of_the_listing() -> None:
 
 
 class CollidingHash:
-    """Replaces BLAKE2b by a function that gives two thirds of all paths the same hash."""
+    """Replaces BLAKE2b with a function that gives two thirds of all paths the same hash."""
 
     def __init__(self, path: bytes, digest_size: int, key: bytes) -> None:
         self.path = path

@@ -105,7 +105,10 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """The (sparse) file has that gigabyte. tarfile reads through BoundedFile, which refuses to read that much."""
+    """The file, which is sparse, is longer than a gigabyte.
+
+    tarfile reads it through BoundedFile, which refuses to read that much.
+    """
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
         file.truncate(2 << 30)
@@ -134,7 +137,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # isinstance would read each object's __class__, for which torch.distributed.reduce_op gives a warning.
+        # isinstance would read each object's __class__; torch.distributed.reduce_op then gives a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

@@ -150,7 +150,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """The exception is a record that lacks only its last field, the source: the rest is a valid Datum."""
+    """Only a record that lacks just its last field, the source, is accepted: the rest is a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
