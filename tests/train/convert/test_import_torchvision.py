@@ -104,7 +104,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """The outputs also agree at the border, because the file has its own Normalize. Its classes are checked."""
+    """All weights are compared. Then the file is given other classes, and the import must refuse it."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)

@@ -183,7 +183,10 @@ BIASES = {"paper": 1.0, "released": 1.0, "caffe": 0.1, "modern": 0.0, "short": 0
 
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_initialization_of_each_layer(recipe: Recipe) -> None:
-    """Tests mean, standard deviation and biases. The deviation with init `he` is sqrt(2 / fan-in), but 0.01 in fc8."""
+    """Tests the mean and standard deviation of the weights, and the biases.
+
+    With init `he`, the standard deviation is sqrt(2 / fan-in), except 0.01 in fc8.
+    """
     torch.manual_seed(3)
     joined = AlexNet(20, recipe, ("cpu", "cpu"), replace(ALEXNET, widths=Widths(fc6=256, fc7=256))).joined_tensors()
     for layer in LAYERS:

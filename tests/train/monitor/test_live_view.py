@@ -23,7 +23,8 @@ def test_a_terminal_shows_a_run_and_its_cursor_is_restored(observed_run: Observe
     assert "step" in output and "of 9" in output and "images/s" in output
     assert output.count("centre view") == 3
     cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
-    assert cursor_hidden < output.index("\x1b[?25h") < first_validation  # the cursor is shown again early
+    # The cursor is shown again before the first validation, not only at the end of the run.
+    assert cursor_hidden < output.index("\x1b[?25h") < first_validation
     assert "epoch   0.33" not in output  # plain lines are not printed in addition
 
 
