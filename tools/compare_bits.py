@@ -51,7 +51,7 @@ class Run:
     name: str
     options: str  # of `alextrain run`
     kernels: bool = True  # C kernels on
-    evaluate: str = ""  # options of `alextrain evaluate`, run afterwards; empty: not run
+    evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, it does not run
 
 
 RUNS = (

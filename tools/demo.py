@@ -3,7 +3,7 @@
     python -m tools.demo
 
 The program prints and runs the commands that a user would type. After an interruption it continues where it stopped;
-after a finished run it starts from the beginning. It takes minutes on two cores.
+after a finished run it starts from the beginning. The workflow takes a few minutes on two cores.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ each turn. The first round is not counted (see tools/bench/harness.py):
     stream of jpeg       the stream alone; its batches are discarded
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
     bf16 from jpeg       training steps on batches of the stream; `of ours` is the ratio to bf16, goal 0.98
-    bf16, one GPU        only with two GPUs: the same step with both columns on the first GPU
+    bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
 --cudnn-benchmark lets cuDNN try its algorithms for each shape and keep the fastest one; the setting holds for
 the whole process. To compare, run the tool once with and once without this option.

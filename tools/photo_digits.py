@@ -1,7 +1,7 @@
 """Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
-The data set is made of two data sets in scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, 16 grey levels)
-is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in
+The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, 16 grey
+levels) is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in
 ILSVRC, sizes and orientations vary, and there are some greyscale and CMYK files and two PNGs that are named .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class

@@ -8,8 +8,9 @@
 
 `command` runs a command of the project. It also writes the names of the compiled kernels that the command loaded to
 KERNELS.json. The other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}. The
-results of `compile` are {source: library, or null if compiling failed}. This program may use only names that
-exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and files.
+results of `compile` are {source: library, or null if compiling failed}. This program may use only parts that
+exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and the files that the
+commands write.
 """
 
 from __future__ import annotations
@@ -130,7 +131,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     hashes = {}
     for name, (store, settings) in training.items():
         stream = loader.train_loader(store, 64, **{"seed": 0, **settings})
-        batch_count = min(batches, len(stream) + 1)  # if the store is small: one epoch and a batch of the next
+        batch_count = min(batches, len(stream) + 1)  # if the store is small: one epoch, and one batch of the next epoch
         hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
     for name, (store, settings) in evaluation.items():
         stream = loader.eval_loader(store, 32, **settings)

@@ -10,8 +10,8 @@ Pillow  a short script: a pool of processes rescales with Pillow's bicubic filte
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
 bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/bench/peers/jpeg_bound.py).
 
-Every contestant has --jobs worker processes, may use the same number of cores, and reads the same files. All files are
-read before each turn, so that they are in the page cache.
+Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. All files are read before
+each turn, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
 import libraries and list the folder before the timing starts. All except FFCV also start their workers before the
@@ -19,12 +19,12 @@ timing. This favours the other contestants. Only `ours` and the scripts that wri
 output to the disk. Deleting the output of the previous turn is not timed.
 
 The photographs are repeated, by hard links where the file system allows it, until there are --pictures of them. Choose
-a number with which each contestant works for at least ten seconds. Then starting alexprep takes a small share of the
-time. The bound is fast, so it reads all photographs twice. The sizes of the photographs repeat, too. This favours a
-contestant that caches by size.
+--pictures so large that each contestant works for at least ten seconds. Then starting alexprep takes a small share of
+the time. The bound is fast, so it reads all photographs twice. Repeating the photographs also repeats their sizes. This
+favours a contestant that caches data by image size.
 
---steps instead times each step of our build, and libjpeg-turbo alone, on one core, in this process, with one BLAS
-thread. A round is then one pass through at most 320 photographs, without repetition.
+With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
+with one BLAS thread. A round is then one pass through at most 320 photographs, without repetition.
 """
 
 from __future__ import annotations
@@ -87,7 +87,10 @@ def resample(paths: Sequence[Path], count: int) -> list[Path]:
 
 
 def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
-    """Link files into class folders of `folder`, named like their folders in `source`. Copy if linking fails."""
+    """Link each file into a class folder in `folder`; copy the file if linking fails.
+
+    The class folder has the same name as the file's folder in `source`.
+    """
     for index, path in enumerate(paths):
         parts = path.relative_to(source).parent.parts
         link = folder / ("_".join(parts) or "photographs") / f"{index:06d}_{path.name}"
@@ -140,9 +143,9 @@ class BuildBenchmark:
         return Contestant(name, timed(turn), _BOUND, self.reset)
 
     def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
-        """A program of tools.bench.peers, run by the interpreter `python`; timed from the line `go` to its answer.
+        """A program of tools.bench.peers, run by the interpreter `python`.
 
-        Raises UserError if the program fails to start.
+        A turn is timed from the line `go` to the program's answer. Raises UserError if the program fails to start.
         """
         command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.pictures), str(self.out), str(self.jobs), *arguments]

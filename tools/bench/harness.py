@@ -3,7 +3,8 @@
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
 images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the machine's speed drifts, all
 contestants are affected alike. The first round warms up and is not counted. Ratios are computed within each round. The
-reported ratio is the median over the rounds, which may differ from the ratio of the two medians. No result is asserted.
+reported ratio is the median over the rounds. It may differ from the ratio of the two median rates. No result is
+asserted.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ _PAUSE_S = 1.0
 
 
 def common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add --rounds and --json, which every benchmark has."""
+    """Add the options --rounds and --json, which every benchmark has."""
     command = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")(command)
     help = "Number of counted turns of each contestant."
     return click.option("--rounds", type=click.IntRange(1), default=5, show_default=True, help=help)(command)
@@ -51,7 +52,7 @@ class BenchmarkCommand(click.Command):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation that is timed. The first contestant of every benchmark is this project's."""
+    """One implementation that is timed. The first contestant of every benchmark is this project's implementation."""
 
     name: str
     rate: Callable[[], float]  # runs one turn; returns images/s
@@ -184,18 +185,18 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """By name of each other contestant: this project's rate divided by its rate. JSON key: "ours_over"."""
+    """{name of another contestant: this project's rate / that contestant's rate}. JSON key: "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 
 def speedup_lines(rows: Sequence[Row]) -> str:
-    """The speedups as text, a line each."""
+    """The speedups as text, one line for each."""
     ours = {row.name: row.ours for row in rows}
     return "\n".join(f"{ours[name]} / {name}: {ratio:.2f}" for name, ratio in speedups(rows).items())
 
 
 def print_results(rows: Sequence[Row], as_json: bool, details: dict[str, Any], note: str = "") -> None:
-    """Print the table and `note`, or one JSON object: `details`, and the rows under "contestants"."""
+    """Print the table and `note`, or one JSON object (`details`, and `rows` under the key "contestants")."""
     if as_json:
         print_json({**details, "contestants": [asdict(row) for row in rows]})
         return

@@ -79,7 +79,7 @@ _IN_MEMORY_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_STOP_TIMEOUT_S = 20.0  # time in which a peer must end by itself after its standard input was closed
+_STOP_TIMEOUT_S = 20.0  # time in which a peer must end by itself after its standard input is closed
 
 
 class StreamBenchmark:
@@ -113,7 +113,7 @@ class StreamBenchmark:
     ) -> None:
         """Add a program of tools.bench.peers, run by the interpreter `python`.
 
-        `raw` gives it only the first records, and compares it with PPM records.
+        If `raw`, the program gets only the first records, and is compared with our stream of PPM records.
         """
         if python is None:
             self._leave_out(name, f"name an interpreter that has it with {option} (how to make one: see --help)")
@@ -170,7 +170,10 @@ class StreamBenchmark:
 def add_contestants(
     benchmark: StreamBenchmark, ffcv: Path | None, spdl: Path | None, webdataset: Path | None, more: bool
 ) -> None:
-    """Add all contestants. A peer takes part only if its interpreter is given; prints the others, with the reasons."""
+    """Add all contestants. A peer takes part only if its interpreter is given.
+
+    Prints each peer that is left out, with the reason.
+    """
     jpeg, ppm, threads = benchmark.jpeg, benchmark.ppm, benchmark.threads
     decode_jpeg = import_simplejpeg().decode_jpeg
     benchmark.add_stream("ours, JPEG", our_batches(jpeg, threads))
@@ -189,7 +192,7 @@ def add_contestants(
     benchmark.add_peer("FFCV, raw", "--ffcv-python", ffcv, "ffcv_stream", "raw", "last", raw=True)
     if more:
         benchmark.add_peer("FFCV, raw, channels first", "--ffcv-python", ffcv, "ffcv_stream", "raw", "first", raw=True)
-    # NumPy releases the GIL while it copies; copying bytes or a bytearray does not.
+    # NumPy releases the GIL while it copies. Python keeps the GIL while it copies bytes or a bytearray.
     benchmark.add_bound(_PPM_BOUND, lambda record: np.frombuffer(record, np.uint8).copy(), ppm, _OURS_PPM)
     for name, versions in benchmark.versions.items():
         say(f"{name}: {versions}")

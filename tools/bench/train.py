@@ -3,22 +3,24 @@
 ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, updated by train.optim.paper_sgd
         with the learning rates of that recipe.
 ours, without LRN
-        like `ours`, without local response normalization (LRN). The difference to `ours` is the cost of our LRN.
+        like `ours`, without local response normalization (LRN). The difference from `ours` is the cost of our LRN.
 plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout, and
         torch.optim.SGD with the same learning rate. Each layer has as many parameters as in `ours`.
 plain, without LRN
-        like `plain`, without LRN. This is not the network of the paper. Its rate is given only as a reference.
+        like `plain`, without LRN. The paper's network has LRN, so this rate is only a reference.
 
-`plain` differs from the paper's network in two respects. LRN sums over five neighbouring maps. In the paper the
-neighbours are in the same column (of 48 or 128 maps). In `plain` they may be in either column (of 96 or 256 maps in
-all). Dropout in the paper scales activations at test time. nn.Dropout scales activations at training time.
+`plain` differs from the paper's network in two respects. First, LRN sums over five neighbouring maps. In the paper the
+five maps belong to one column, which has 48 or 128 maps. In `plain` they may come from any part of the layer, which has
+96 or 256 maps. Second, dropout in the paper scales activations at test time, but nn.Dropout scales activations at
+training time.
 
-A step is forward, cross-entropy, zero_grad, backward and update, in float32, on random images that are in memory. A
-turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and GPUs are not measured.
+A step consists of forward pass, cross-entropy, zero_grad, backward pass and update, in float32, on random images that
+are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and GPUs
+are not measured.
 
-Peak memory is the largest resident memory of a process that runs only two steps. This memory includes
-Python, PyTorch, parameters, gradients, velocities and activations. It is measured before the rates, because a new
-process starts with the peak of its parent process.
+Peak memory is the largest resident memory of a process that runs only two steps. This memory includes Python, PyTorch,
+parameters, gradients, velocities and activations. It is measured before the rates, because a new process starts with
+the peak of its parent process.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # by tag: attributes with an address that a browser fetches by itself; a link of <a> is not fetched
+LOADED = {  # {tag: attributes with an address that a browser fetches without a click}; so <a> is not listed
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),
@@ -48,7 +48,7 @@ class _Page(HTMLParser):
 
 
 def remote_resources(site: Path) -> Iterator[tuple[Path, str]]:
-    """Each file of the site with each remote address that a browser would load for it."""
+    """Pairs (file of the site, remote address that a browser would load for this file)."""
     for path in sorted(site.rglob("*.html")):
         page = _Page()
         page.feed(path.read_text("utf-8"))

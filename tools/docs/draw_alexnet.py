@@ -76,7 +76,7 @@ def layer_boxes(rows: list[LayerRow]) -> list[list[Box]]:
 
 
 def arrow(start: tuple[float, float], end: tuple[float, float], crossing: bool) -> str:
-    """An arrow from one box to the next, dashed if it crosses between the columns."""
+    """An arrow from a box to a box of the next layer. The arrow is dashed if the boxes are in different columns."""
     dash = ' stroke-dasharray="5 4"' if crossing else ""
     return (
         f'<line x1="{start[0] + 3:.1f}" y1="{start[1]:.1f}" x2="{end[0] - 5:.1f}" y2="{end[1]:.1f}" '

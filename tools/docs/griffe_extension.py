@@ -1,11 +1,12 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names the extension; only `make docs` uses it. It turns a list of names in two columns, like
+mkdocs.yml names the extension; only `make docs` uses it. The extension turns a list of names in two columns, like
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
 
-into a Markdown table. An attribute without a docstring gets the comment on its line or the comment lines above it.
+into a Markdown table. If an attribute has no docstring, the comment on its line becomes its docstring. If the line
+has no comment, the comment lines above it become the docstring.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def page() -> str:
 
 
 def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
-    """A row for each setting that one of the recipes has, in the order of the fields."""
+    """A row for each setting that at least one recipe has, in the order of the fields."""
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }

@@ -51,7 +51,10 @@ class Check:
 
 
 def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Run all checks and yield their results one by one. A check that raises counts as failed; the others still run."""
+    """Run all checks and yield their results one by one.
+
+    A check that raises an exception counts as failed. The other checks still run.
+    """
     parts: dict[str, Callable[[], Iterator[Check]]] = {}
     for format, store in settings.stores_by_format().items():
         parts[f"stream of {format} records"] = partial(stream_checks, settings, store, format)
@@ -63,7 +66,7 @@ def run_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     for name, part in parts.items():
         try:
             yield from part()
-        except Exception as error:  # from a driver, a library or a kernel: report it, and run the other checks
+        except Exception as error:  # a driver, library or kernel may raise any exception
             yield Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0][:300], "no error")
 
 
@@ -157,7 +160,7 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare logits and gradients in each precision with float64 on the CPU, on one device and on two if given."""
+    """Compare logits and gradients in each precision with float64 on the CPU, on one device or two."""
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
     (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")
@@ -241,7 +244,7 @@ def make_step(
 
 
 def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Run three steps with dropout twice with the same seed, and compare the velocities (sums of gradients)."""
+    """Make two runs of three steps with dropout and the same seed; compare their velocities (sums of gradients)."""
     velocities = []
     for _ in range(2):
         step, images, labels = make_step(settings, "fp32", batch=settings.compared_images)
@@ -260,7 +263,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Check that a step never makes the host wait for the GPU. torch is set to raise on operations that wait."""
+    """Check that a step never makes the host wait for the GPU. Here an operation that waits raises an error."""
     for precision in settings.precisions:
         step, images, labels = make_step(settings, precision, batch=settings.compared_images)
         step(images, labels)

@@ -14,7 +14,7 @@ from train.config.devices import Devices
 
 @dataclass(frozen=True)
 class GpuCheckSettings:
-    """Settings from the command line. `--device cpu --quick` is called the trial on a CPU: it only tries the tool."""
+    """Settings from the command line. A run with `--device cpu --quick` is called the trial on a CPU."""
 
     store: Path
     ppm_store: Path | None

@@ -1,4 +1,4 @@
-"""Timings of tools.gpu_check: images/s of the stream, of steps, and of steps fed by the stream; time by kernel."""
+"""Timings of tools.gpu_check: images/s of the stream, of steps, and of steps fed by the stream; times of kernels."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ Work = Callable[[], object]
 def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
     """Run all timings and yield (JSON key, result) one by one.
 
-    The result of a timing that raises is the text of its error; the other timings still run.
+    If a timing raises an exception, its result is the error message. The other timings still run.
     """
     precisions = settings.precisions
     parts: dict[str, Callable[[], Any]] = {
@@ -59,7 +59,7 @@ def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
     for name, part in parts.items():
         try:
             yield name, part()
-        except Exception as error:  # from a driver, a library or a kernel: report it, and run the other timings
+        except Exception as error:  # a driver, library or kernel may raise any exception
             yield name, f"not measured: {type(error).__name__}: {error}".splitlines()[0][:300]
 
 
@@ -217,7 +217,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # An equal name is an annotation; its time is the time of kernels that are counted elsewhere.
+                # A kernel named like its event is an annotation. Its time is that of kernels counted elsewhere.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration

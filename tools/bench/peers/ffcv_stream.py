@@ -125,5 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another method
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another start method
     main()

@@ -1,6 +1,6 @@
-"""Build with FFCV's DatasetWriter from a data set like torchvision's ImageFolder.
+"""Write a .beton file with FFCV's DatasetWriter, from a data set like torchvision's ImageFolder.
 
-It computes no checksums or moments, and does not sync its output.
+The writer computes no checksums or moments, and does not sync its output.
 
     python -m tools.bench.peers.ffcv_writer FOLDER OUT JOBS jpg|raw|own
 
@@ -71,5 +71,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another method
+    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another start method
     main()

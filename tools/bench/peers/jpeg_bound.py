@@ -2,9 +2,10 @@
 
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
-Forked processes read the files from the page cache PASSES times and use simplejpeg. No file is written. The squares are
-cut from the same photographs before the timing starts. At most 1,000 squares are kept in memory. The bound uses
-libjpeg-turbo's faster, less exact arithmetic, and skips the few images that simplejpeg cannot decode: CMYK and PNG.
+Forked processes read the files PASSES times from the page cache. They decode and encode with simplejpeg. No file is
+written. The squares are cut from the same photographs before the timing starts. At most 1,000 squares are kept in
+memory. The bound uses libjpeg-turbo's faster, less exact arithmetic, and skips the few images that simplejpeg cannot
+decode: CMYK and PNG.
 """
 
 from __future__ import annotations

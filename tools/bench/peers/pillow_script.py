@@ -1,6 +1,6 @@
 """A short script as a user might write it: a pool of processes with Pillow, and one LMDB.
 
-It stores no labels, checksums or moments.
+The LMDB holds no labels, checksums or moments.
 
 python -m tools.bench.peers.pillow_script FOLDER OUT JOBS BICUBIC|BOX|...
 """

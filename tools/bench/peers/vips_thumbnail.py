@@ -1,6 +1,6 @@
 """The short script with libvips' thumbnail: a pool of processes with one thread each, and one LMDB.
 
-It stores no labels, checksums or moments.
+The LMDB holds no labels, checksums or moments.
 
     python -m tools.bench.peers.vips_thumbnail FOLDER OUT JOBS
 
