@@ -209,7 +209,7 @@ def test_a_worker_killed_between_tasks_is_replaced() -> None:
 
 @pytest.mark.parametrize("how", ["closed", "on_progress raises", "work raises"])
 def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
-    """If a caller abandons `map`, busy workers are killed, so that the next call does not receive their results."""
+    """If `map` ends early, busy workers are killed, so that the next call does not receive their results."""
 
     def refuse(counts: Counts) -> None:
         raise UserError("enough")

@@ -38,7 +38,7 @@ def expectations() -> dict[str, Expected]:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory, expectations: dict[str, Expected]) -> Iterator[Path]:
-    """Two class folders that hold the files of the corpus, in turn, and some entries that are not readable files."""
+    """Two class folders, a and b. Each holds half of the corpus and some entries that are not readable files."""
     root = tmp_path_factory.mktemp("hostile") / "photos"
     for folder in ("a", "b"):
         (root / folder).mkdir(parents=True)
@@ -223,7 +223,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """If the installed decoder accepts the file, the build must succeed instead."""
+    """If the corpus does not expect the file to be bad, the build must succeed instead."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)
