@@ -78,12 +78,13 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
-    """float64 (3, 3) matrix A of the colour noise: shift = A·z, z ~ N(0, I), in grey levels 0..255.
+    """The matrix A of the colour noise, float64 (3, 3): shift = A·z with z ~ N(0, I), in grey levels 0..255.
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues. It does not give the
-    scale of the pixels. In place of λ, the authors' code uses standard deviations of pixels in 0..255 (convdata.py:
-    color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]. This gives shifts that are 2 to
-    17 times smaller than in the authors' code. `colour` chooses "stdev" (the authors' code), "eigenvalue" or "off".
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues. The paper does not
+    state the scale of the pixels. In place of λ, the authors' code uses standard deviations of pixels in 0..255
+    (convdata.py: color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]. Their shifts are 2
+    to 17 times smaller than the shifts of the authors' code. `colour` chooses "stdev" (the authors' code), "eigenvalue"
+    or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)
@@ -93,7 +94,7 @@ def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray
 
 
 class Crops(NamedTuple):
-    """Crops of N records: positions and flips of V crops of each record, and one RGB shift for each record."""
+    """Crops of N records: V positions and V flips for each record, and one RGB shift for each record."""
 
     origin: npt.NDArray[np.int32]  # (N, 2): row and column at which the central square begins
     # (N, V, 2): row and column of the crop in the square, 0..side_px − 224; 0 if the crop is the complete square
@@ -115,7 +116,7 @@ class Augmenter:
     """Makes the crops of batches; holds the means and the noise matrix of one store."""
 
     def __init__(self, store: Store, augmentation: Augmentation) -> None:
-        """Raises StoreError if the store lacks its colour statistics, UserError if its images are under 224 px."""
+        """Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px."""
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
             raise UserError(

@@ -6,9 +6,9 @@
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
 Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
-pipeline.sampling. They depend only on the seed and on the position in the stream: the epoch, and the step of the epoch,
-both from 0. A saved state therefore resumes at any batch, bit for bit. The images depend neither on the
-number of threads nor on the number of loaders that share the records of a step.
+pipeline.sampling. They depend only on the seed and on the position in the stream: the epoch, and the step within the
+epoch, both counted from 0. A stream can therefore resume from a saved state at any batch, bit for bit. The images
+depend neither on the number of threads nor on the number of loaders that share the records of a step.
 
 Threads prepare batches before they are requested. Serving a batch copies nothing. The memory of a batch is not reused
 while one of its tensors exists, so batches may be kept and changed in place. On a GPU, a batch is bound to the CUDA
@@ -46,7 +46,7 @@ class TrainLoader(Loader):
     An iteration serves the rest of the current epoch. An epoch has records // (batch_size · world_size) full batches.
     The remaining records are left out (see `left_out`); each epoch leaves out different records.
 
-    `epoch` and `step` are the position of the next batch: the epoch, and the step of the epoch, both from 0.
+    `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """
 
     def __init__(
@@ -193,7 +193,7 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Serves every image of a split, or of this rank's range of it, once in each iteration; made by eval_loader.
+    """Serves every image of a split, or of this rank's range of the split, once in each iteration; made by eval_loader.
 
     The last batch may be smaller.
     """

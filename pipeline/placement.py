@@ -1,4 +1,4 @@
-"""The device of the stream, CPU or GPU: the import of DALI, devices of its operators, CUDA streams, torch tensors.
+"""The device of the stream, a CPU or a GPU: import of DALI, devices of DALI's operators, CUDA streams, torch tensors.
 
 Each DALI graph is written once for both devices. A Placement determines the device of each operator, the decoder of
 JPEG files, and the CUDA stream on which torch receives a finished batch.
@@ -98,7 +98,7 @@ class Placement:
 
 
 def dali() -> ModuleType:
-    """The module nvidia.dali; raises UserError with the command that installs DALI if it is missing."""
+    """The module nvidia.dali. If DALI is missing, raises UserError with the command that installs it."""
     try:
         import nvidia.dali
         import nvidia.dali.fn

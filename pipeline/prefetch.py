@@ -2,8 +2,8 @@
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
 (FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and finishes them while DALI decodes the next batch.
-On a GPU, the consumer's thread does this, because DALI binds outputs to the CUDA stream that is current in the thread
-that takes them.
+On a GPU, the consumer's thread takes the outputs, because DALI binds them to the current CUDA stream of the thread that
+takes them.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Prefetcher:
         self._reading.clear()
         self._jobs = iter(())
         if self._pipe is not None:
-            shut_down(self._pipe)  # DALI's threads read the mapped files, so they stop before the files are unmapped
+            shut_down(self._pipe)  # the threads that read the mapped files must stop before the files are unmapped
         self._pipe = None
         self._in_dali.clear()
         self._engine.close()
@@ -130,7 +130,7 @@ class Prefetcher:
         return None
 
     def _schedule(self) -> None:
-        """While there are jobs, keep DALI_AHEAD batches in DALI, and keep reading READ_AHEAD more."""
+        """Keep DALI_AHEAD batches in DALI and READ_AHEAD further batches being read, until no jobs remain."""
         while len(self._in_dali) < DALI_AHEAD:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))

@@ -1,8 +1,8 @@
 """Epoch permutation and random augmentation parameters, as pure functions of seed, epoch and step.
 
-The functions keep no state, so a stream resumes from its position: the epoch, and the step of the epoch, both from 0.
-Together, `world_size` loaders of batch size B serve the same records as one loader of batch size world_size · B: in
-each step, rank r serves positions r·B to (r + 1)·B − 1.
+The functions keep no state, so a stream can resume from its position: the epoch, and the step within the epoch, both
+counted from 0. Together, `world_size` loaders of batch size B serve the same records as one loader of batch size
+world_size · B: in each step, rank r serves positions r·B to (r + 1)·B − 1.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
     This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order; then the records
     within each shuffle window of WINDOW_RECORDS are shuffled. The order of the store is itself a random permutation
-    (alexprep build-lmdb), so the classes are mixed as well as by a full shuffle. The disk reads whole
-    blocks in sequence.
+    (alexprep build-lmdb), so a block shuffle mixes the classes as well as a full shuffle does. The records of a block
+    are next to each other on the disk.
     """
     rng = _generator(_PERMUTATION, seed, epoch)
     starts = rng.permutation(np.arange(0, records, BLOCK_RECORDS))

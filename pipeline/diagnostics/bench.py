@@ -179,7 +179,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """The upper bound: only decode (JPEG) or copy (PPM) the bytes of the records, on `threads` threads."""
+    """Work that measures the upper bound: only decode (JPEG) or copy (PPM) records, on `threads` threads."""
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]

@@ -1,4 +1,4 @@
-"""Shuffle quality of an epoch: distinct classes in a batch, compared with the number expected of a perfect shuffle."""
+"""Shuffle quality of an epoch: number of distinct classes in a batch, compared with a perfect shuffle."""
 
 from __future__ import annotations
 

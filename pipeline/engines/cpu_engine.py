@@ -23,7 +23,7 @@ from pipeline.engines.kernels import CROP_DTYPE, NativeKernels
 from pipeline.placement import Placement
 from pipeline.records import Record
 
-# Number of free blocks kept for later batches. Without them, allocating memory takes a fifth of the engine's time.
+# Number of free blocks kept for later batches. Without spare blocks, allocation takes a fifth of the engine's time.
 _SPARE_BLOCKS = 3
 _ALIGNMENT_BYTES = 64
 
@@ -78,7 +78,7 @@ class CpuEngine:
         return tensor.to(self._dtype)
 
     def close(self) -> None:
-        """Stop the threads and release all memory except that of images that are still referenced."""
+        """Stop the threads and release the memory. Images that are still referenced keep their memory."""
         self._pool.shutdown()
         self._memory.close()
 
@@ -125,7 +125,7 @@ class _BlockPool:
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """An uninitialized, contiguous float32 array. Its memory is not reused while a tensor uses this memory."""
+        """An uninitialized, contiguous float32 array. The block is not reused while a tensor refers to its memory."""
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None

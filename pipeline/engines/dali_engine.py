@@ -2,7 +2,7 @@
 
 The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
 crop_mirror_normalize crops, flips and normalizes. It takes a separate mean for each image, so the colour noise is part
-of this mean (`mean − shift`) and takes no extra time. Subtracting a mean image takes one more pass.
+of this mean (`mean − shift`) and takes no extra time. Subtracting a mean image takes one more pass over the pixels.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ class DaliEngine:
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         """DALI's output as a tensor that shares its memory. DALI does not reuse the memory while a tensor refers to it.
 
-        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU this
-        takes four times as long as float32.
+        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU its
+        float16 output takes four times as long as float32.
         """
         images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
         return images.to(self._dtype)

@@ -41,10 +41,10 @@ class NativeKernels:
     ) -> None:
         """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
 
-        crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: the memory they point
-                      to must exist and be large enough
+        crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: each must point to
+                      memory that is large enough; only `mean` may be 0, which means no mean
         layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
-        mean_side_px  side of the square mean image that the field `mean` points into
+        mean_side_px  side of the square mean image; the field `mean` of a crop is an address in this image
         out           (N, 3, side, side) or (N, side, side, 3)
         """
         side = out.shape[2]

@@ -151,7 +151,7 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """Each value is 0 to 3. If a generator's seed were the sum or the product of the values, seeds would repeat."""
+    """Seed, epoch and step are 0 to 3. If generators were seeded with the sum or the product, some would be equal."""
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 
@@ -181,7 +181,7 @@ def test_an_image_of_the_size_of_a_crop_has_offset_zero() -> None:
 
 
 def test_the_bits_are_those_of_the_first_version() -> None:
-    """If this fails, NumPy's generators or their use have changed, and older stream states cannot be resumed."""
+    """If this test fails, the random numbers have changed, and older stream states cannot be resumed."""
     order, last = epoch_permutation(20_000, 0, 0), epoch_permutation(1000, 2**64 - 1, 90)
     assert digest(order) == "7a8c2849a3ed1c2a69aaf4ee5c5d5b5cff87e4e978effc2e6b241f5242fd3916"
     assert digest(last) == "fd88b008bc89ad71d1bedf409b959bf0f6a88f847367c93d41557eb54f811820"
