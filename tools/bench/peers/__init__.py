@@ -1,4 +1,4 @@
-"""Other libraries that tools.bench.build and tools.bench.stream measure, each a program of its own.
+"""Programs that tools.bench.build and tools.bench.stream run to measure other libraries: one file for each program.
 
 The programs import no module of this project from outside this folder. Some of them run with the interpreter of another
 environment, where this project's dependencies are missing.
