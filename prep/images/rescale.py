@@ -68,8 +68,9 @@ def rescale(
 class _Arithmetic:
     """Number of bits of the weights of each pass and of the values between the passes, small enough for exact sums.
 
-    The weights of `area` are not negative. The first pass needs 8 + 16 bits and the second (8 + 4) + 12 bits; both
-    sums are 24 bits, the size of float32's mantissa. The other filters use float64, with more bits than can affect
+    The weights of `area` are not negative. A weighted sum of the first pass has 8 bits of pixel and 16 bits of weight.
+    A weighted sum of the second pass has 8 + 4 bits of value and 12 bits of weight. Both have 24 bits, the size of
+    float32's mantissa. The other filters use float64, with more bits than can affect
     8-bit pixels. A weight is a multiple of 2^-bits. The weights of the first pass are stored times 2^between_bits, so
     that the sums of the first pass only need to be rounded to integers.
     """

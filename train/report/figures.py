@@ -1,4 +1,4 @@
-"""All figures of a run, in the order in which they are shown: drawn by `alextrain figures` and `alextrain report`."""
+"""All figures of a run, in the order shown. Figures of images need a store; without a store they are left out."""
 
 from __future__ import annotations
 
