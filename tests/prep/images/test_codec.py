@@ -5,7 +5,6 @@ Every file is made in memory from seeded pixels.
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -23,28 +22,9 @@ from prep.images.codec import (
     has_image_signature,
     ppm_header,
 )
+from tests.prep.images.small_images import PHOTO, file_of, pillow, smooth
 
 Pixels = npt.NDArray[np.uint8]
-
-
-def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
-    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def file_of(image: Image.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
-def pillow(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
-
-
-PHOTO = smooth(60, 83)
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"progressive": True}, {"subsampling": "4:4:4"}])

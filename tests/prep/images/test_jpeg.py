@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from typing import Any
 
 import numpy as np
@@ -10,26 +9,7 @@ import pytest
 from PIL import Image
 
 from prep.images.jpeg import decode_jpeg, encode_jpeg
-
-
-def smooth(height: int, width: int) -> Image.Image:
-    coarse = np.random.default_rng(0).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
-
-
-def file_of(image: Image.Image, format: str, **options: Any) -> bytes:
-    out = io.BytesIO()
-    image.save(out, format, **options)
-    return out.getvalue()
-
-
-def pillow(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
-    image.load()
-    return image
-
-
-PHOTO = smooth(60, 83)
+from tests.prep.images.small_images import PHOTO, file_of, pillow, smooth
 
 
 @pytest.mark.parametrize("options", [{"quality": 95}, {"progressive": True}, {"subsampling": "4:4:4"}])
