@@ -1,10 +1,11 @@
 """The AlexNet module in PyTorch: two columns on one or two devices, for every architecture of train/config.
 
-Paper: sections 3.2 and 3.5, figure 2. Each column has half of the maps or units of every layer except fc8. Each column
-has a device, and both columns may have the same device. A column sees only its own maps, except where figure 2 has
-crossing arrows: before conv3, fc6, fc7 and fc8, `cross` joins the activations of both columns. Normalization is always
-within a column. A network of one column has no crossings. Feature maps are in channels-last layout. Convolution,
-pooling and normalization across maps are faster in this layout: a step on a CPU takes a third less time.
+Paper: sections 3.2 and 3.5, figure 2. Each of the two columns has half of the maps or units of every layer except fc8.
+Each column is on one device; both columns can be on the same device. Before conv3, fc6, fc7 and fc8 (the crossing
+arrows of figure 2), `cross` joins the activations of both columns. In all other layers, and in every normalization, a
+column sees only its own maps. A network of one column has no crossings. Feature maps are in channels-last layout:
+convolution, pooling and normalization across maps are faster than in channels-first layout. A training step on a CPU
+takes a third less time.
 
 Shapes, per column, for N images:
 
@@ -15,9 +16,9 @@ Shapes, per column, for N images:
     conv5  (N, 128, 13, 13)   3×3, padding 1          pool5 (N, 128, 6, 6)
     fc6, fc7  (N, 2048)       see both columns        fc8   (N, classes), on column 0's device, sees both columns
 
-Architecture.padding_px explains why conv1 has 55 positions along 224 px. The size of pooled maps is rounded down.
-Windows of 2 px and windows of 3 px therefore give maps of the same size. The comparison in section 3.4 needs maps of
-the same size.
+Architecture.padding_px explains why conv1 has 55 output rows for an image of 224 px. Pooling rounds the size of its
+output down. Pooling windows of 2 px and of 3 px therefore give maps of the same size. The comparison of both window
+sizes in section 3.4 needs maps of the same size.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ from train.config.recipe import Lrn, Recipe
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
-POOLED_PX = 6  # side of pool5's maps for an image of 224 px
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # the functions change their argument in place
+POOLED_PX = 6  # number of rows, and of columns, of pool5's maps for an image of 224 px
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functions change their argument in place
     "relu": torch.relu_,
     "tanh": torch.tanh_,
     "sigmoid": torch.sigmoid_,
@@ -55,7 +56,7 @@ class FullyConnected(nn.Linear):
         self.side = side
 
     def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer. The docstring of the class gives the shapes."""
+        """Apply the layer to x, whose shape is given in the docstring of FullyConnected."""
         if x.dim() == 2:
             return super().forward(x)
         return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
@@ -65,7 +66,7 @@ class Column(nn.Module):
     """The layers of one column: all layers except fc8.
 
     w        widths of this column's layers
-    visible  number of columns whose activations this column sees after a crossing
+    visible  number of columns whose activations conv3, fc6 and fc7 of this column get: all, or 1 without crossings
     """
 
     def __init__(self, w: Widths, visible: int) -> None:
@@ -80,11 +81,11 @@ class Column(nn.Module):
 
 
 class AlexNet(nn.Module):
-    """The network. Its output is logits (N, classes) on column 0's device.
+    """The network. `forward` returns logits (N, classes) on column 0's device.
 
     classes       number of classes
     recipe        gives activation, normalization, pooling, crossing, dropout, initialization and input_divisor
-    devices       device of column 0 and device of column 1, possibly equal; a network of one column uses the first
+    devices       device of column 0 and device of column 1, possibly equal; a network of one column ignores the second
     architecture  columns and layer widths
 
     Raises ValueError unless there are two devices, or as many devices as columns.
@@ -108,7 +109,7 @@ class AlexNet(nn.Module):
             self.columns = nn.ModuleList(Column(share, columns if recipe.crossing else 1) for _ in range(columns))
             self.fc8 = FullyConnected(architecture.widths.fc7, classes)
         for column, device in zip(self.columns, self.devices, strict=True):
-            column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
+            column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's type stubs lack this overload
         self.fc8.to_empty(device=self.devices[0])
         if self.devices[0].type != "meta":
             initialize(self)
@@ -130,8 +131,8 @@ class AlexNet(nn.Module):
         """Logits (N, classes, rows, columns) of all crops of 224 px, at a stride of 32 px, for images (N, 3, H, W).
 
         Images of 256 px give 2 × 2 crops. At the edge of a crop the layers see the adjacent pixels of the image instead
-        of zero padding. The logits are therefore close, but not equal, to the logits of the separate crop. Raises
-        ValueError for images smaller than 224 px.
+        of zero padding. The logits are therefore close, but not equal, to the logits of `forward` for each crop
+        alone. Raises ValueError for images smaller than 224 px.
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
@@ -159,7 +160,7 @@ class AlexNet(nn.Module):
         `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape
         (4096, 9216).
 
-        part  function that returns the tensor to join for a parameter: the parameter, its gradient or its velocity
+        part  function of a parameter that returns the tensor to join: the parameter, its gradient or its velocity
         """
         by_name = self.parameters_by_joined_name()
         return {name: torch.cat([part(p).cpu() for p in parameters]) for name, parameters in by_name.items()}
@@ -167,9 +168,9 @@ class AlexNet(nn.Module):
     def load_joined_tensors(
         self, tensors: Mapping[str, Tensor], part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()
     ) -> None:
-        """Copy joined tensors into the columns, the inverse of joined_tensors.
+        """Copy joined tensors into the columns. This is the inverse of joined_tensors, with the same `part`.
 
-        Raises ValueError if a name or a shape differs from the network's.
+        Raises ValueError if a name or a shape differs from the result of joined_tensors.
         """
         by_name = self.parameters_by_joined_name()
         if set(by_name) != set(tensors):
@@ -186,7 +187,10 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that make up each joined tensor, by name (`conv1.weight` …): one per column, one for fc8."""
+        """The parameters that make up each joined tensor: one per column, or a single one for fc8.
+
+        The keys are the names of the joined tensors, such as `conv1.weight`.
+        """
         names = [name for name, _ in self._columns[0].named_parameters()]
         by_name = {name: [column.get_parameter(name) for column in self._columns] for name in names}
         return {**by_name, **{f"fc8.{name}": [parameter] for name, parameter in self.fc8.named_parameters()}}
@@ -208,9 +212,9 @@ class AlexNet(nn.Module):
         return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._visible(maps), strict=True)]
 
     def _fully_connected(self, units: list[Tensor]) -> Tensor:
-        """The logits that fc6 to fc8 compute.
+        """The logits, computed by fc6, fc7 and fc8.
 
-        units  input of each column: vectors, or maps over which the layers slide
+        units  output of pool5 in each column: vectors, or maps over which the layers slide
         """
         for name in ("fc6", "fc7"):
             layers: list[nn.Module] = [column.get_submodule(name) for column in self._columns]
@@ -271,9 +275,9 @@ class AlexNet(nn.Module):
     def _pool(
         self, x: Tensor, norm: Lrn | None = None, active_before: bool = False, active_after: bool = False
     ) -> Tensor:
-        """Activation if `active_before`, normalization if `norm`, pooling, activation if `active_after`.
+        """Activation if `active_before`, normalization if `norm`, pooling, activation if `active_after`, in this order.
 
-        max_pool computes ReLU in the same pass; other activations are computed here.
+        max_pool applies ReLU; this method applies the other activations.
         """
         relu = self.recipe.activation == "relu"
         if active_before and not relu:
@@ -305,9 +309,8 @@ def initialize(network: AlexNet) -> None:
     he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same as for `normal`
 
     The recipe `paper` has standard deviation 0.01 in every layer, and biases of 1 in conv2, conv4, conv5, fc6 and fc7.
-    The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. The joined tensor of each layer is
-    drawn first and then divided among the columns. The joined parameters therefore do not depend on the number of
-    columns.
+    The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. Each joined tensor is drawn as a
+    whole and then split between the columns.
     """
     recipe = network.recipe
     for name, parameters in network.parameters_by_joined_name().items():
@@ -327,7 +330,7 @@ def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of torchvision's AlexNet, renamed for load_joined_tensors of the architecture `torchvision`.
 
     The weights expect (RGB / 255 − mean) / std as input, with torchvision's mean and std of each channel. The data
-    stream serves RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.
+    pipeline of this project gives RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.
     """
     tensors = {}
     for name, tensor in state.items():

@@ -54,7 +54,7 @@ class PoolParams(ctypes.Structure):
 
 
 class NativeKernels:
-    """The functions of the compiled library, for float32 tensors (N, C, H, W) with channels last.
+    """The functions of the compiled library, for float32 tensors (N, C, H, W) in channels-last layout.
 
     Raises AttributeError if the library lacks one of the functions.
     """
@@ -102,10 +102,10 @@ class NativeKernels:
         return out
 
     def pool(self, x: Tensor, pool: PoolParams, norm: NormParams) -> tuple[Tensor, Tensor]:
-        """Normalize and pool x and apply ReLU, with the parameters `pool` and `norm`.
+        """Apply ReLU, normalization and max-pooling to x, as the parameters `norm` and `pool` specify.
 
         Returns the pooled maps, and a uint8 tensor of the same shape: the index 0 to 8 of each maximum in its window,
-        or 9 where the gradient of ReLU is zero.
+        or 9 where the ReLU after pooling has the gradient 0.
         """
         images, maps, rows, columns = x.shape
         out, argmax = (
@@ -179,10 +179,10 @@ def _address(x: Tensor, position: int) -> int:
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """True if the kernels agree with PyTorch in float64 on small maps and on an update of a few parameters.
+    """True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
-    The two calls of _is_correct_for test windows that are clipped at the first and last map, numbers of
-    maps that are not a multiple of the vector length, and ReLU before normalization or after pooling.
+    The two calls of _is_correct_for test every function, windows that are clipped at the first and last map, numbers of
+    maps that are not a multiple of the vector length, ReLU before normalization and ReLU after pooling.
     """
     return _is_correct_for(kernels, 44, 5, (6, 7), True, False) and _is_correct_for(kernels, 9, 7, (5, 8), False, True)
 

@@ -7,14 +7,14 @@ Across maps, for map i of one column:
 As in the paper, α is not divided by n. The authors' code (layer.py: scale / size) and torch.nn.LocalResponseNorm divide
 α by n. For the same result, the `alpha` of torch.nn.LocalResponseNorm must be n times the α of this module.
 
-There are three implementations. Each can apply a ReLU first. Each saves only x for the backward pass:
+There are three implementations. Each implementation can apply a ReLU first, and saves only x for the backward pass:
 
-    kernels.c       for float32 on a CPU with β = ¾ (s^−¾ needs two square roots); results within 6 ulp of the formula
+    kernels.c       for float32 on a CPU with β = ¾ (two square roots give s^−¾); errors of at most 6 ulp
     lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
-    _LrnOperators   for all other cases, with PyTorch operators; the tests compare the others with _LrnOperators
+    _LrnOperators   PyTorch operators, for all other cases; the tests compare the other two with this class
 
-torch.export cannot trace C kernels, and converts in-place additions to scatters. Exported networks therefore use
-`_traceable`.
+torch.export cannot trace C kernels, and converts in-place additions to scatter operations. Exported networks therefore
+use `_traceable`.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from train.model import kernels
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
     """Normalize x (N, C, H, W), or max(x, 0) if `relu`, across `size` neighboring maps.
 
-    size   odd; windows are clipped at the first and last map
+    size   number of maps in a window, odd; windows are clipped at the first and last map
     alpha  factor of the sum of squares; the sum is not divided by `size`
 
     Values of float16 and bfloat16 are squared and summed in float32. The result can be differentiated only once. Raises
-    ValueError for an even size, or if x does not have four dimensions.
+    ValueError unless `size` is odd and positive and x has four dimensions.
     """
     check_window_size(size)
     if x.dim() != 4:
@@ -48,7 +48,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     if torch.compiler.is_compiling():
         result = _traceable(_activations(x, relu), (size, 1, 1), alpha, beta, k).to(x.dtype)
     elif can_use_kernels(x, beta):
-        result = _LrnKernels.apply(channels_last(x), kernels.NormParams(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        result = _LrnKernels.apply(channels_last(x), kernels.NormParams(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch does not annotate `apply`
     elif x.is_cuda and x.dtype != torch.float64 and x.numel() and triton_fault(x.device) is None:
         from train.model import lrn_triton
 
@@ -65,7 +65,7 @@ def check_window_size(size: int) -> None:
 
 
 def can_use_kernels(x: Tensor, beta: float) -> bool:
-    """True if kernels.c is compiled and supports the device and dtype of x and the exponent beta."""
+    """True if kernels.c is compiled and supports x and beta, and PyTorch is not tracing the network for an export."""
     if torch.compiler.is_compiling():
         return False
     float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0
@@ -101,7 +101,7 @@ def triton_fault(device: torch.device) -> str | None:
         fault = None if agree else "the Triton kernel gives wrong results"
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a compiler, a driver or a disk may fail, each with its own type of error
+    except Exception as error:  # failures of the compiler, the driver and the disk have different exception types
         fault = f"the Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
     if fault is not None:
         say(f"{device}: {fault}. Local response normalization uses PyTorch operators instead, which take longer.")
@@ -139,7 +139,8 @@ class _LrnOperators(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        # db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1) if i is in the window of j; then j is in the window of i
+        # If i is in the window of j: db_j/da_i = s_j^−β [i = j] − 2αβ a_i a_j s_j^−(β+1), else 0.
+        # i is in the window of j exactly if j is in the window of i.
         (x,) = ctx.saved_tensors
         size, alpha, beta, k, relu = ctx.constants
         a = _activations(x, relu)
@@ -169,7 +170,7 @@ def _negative_power(s: Tensor, beta: float) -> Tensor:
 def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: float, k: float) -> Tensor:
     """a · (k + α Σ a²)^−β, computed by average pooling, for torch.export.
 
-    window  size of the window of the sum: odd numbers of maps, rows and columns
+    window  numbers of maps, rows and columns over which the sum extends, all odd
     """
     squares = F.pad((a * a).unsqueeze(1), [side // 2 for side in reversed(window) for _ in range(2)])
     mean = F.avg_pool3d(squares, window, stride=1).squeeze(1)
@@ -193,8 +194,8 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
 
     Beyond the edge of a map the squares are 0. The released net #145 has this normalization after layer 2's
     normalization across maps (layers-145.cfg: cnorm2, of type rnorm). The paper does not mention this normalization.
-    Only x is saved for the backward pass. The result can be differentiated only once. Raises ValueError for an even
-    size.
+    Only x is saved for the backward pass. The result can be differentiated only once. Raises ValueError unless
+    `size` is odd and positive.
     """
     check_window_size(size)
     if torch.compiler.is_compiling():
@@ -206,8 +207,8 @@ def within_map_norm(x: Tensor, size: int, alpha: float, beta: float, k: float) -
 class _LrnWithinMap(torch.autograd.Function):
     """Normalization within a map by PyTorch operators.
 
-    If position p is in the window of q, then q is in the window of p. The formula of the gradient is therefore the same
-    as in _LrnOperators.
+    If position p is in the window of position q, then q is in the window of p. The formula of the gradient is therefore
+    the same as in _LrnOperators.
     """
 
     @staticmethod

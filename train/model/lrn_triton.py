@@ -4,9 +4,9 @@ lrn.py imports this module only if Triton is installed; PyTorch's CUDA wheels in
 over memory. The kernels need contiguous tensors, channels first or channels last; other tensors are copied. Tensors are
 float16, bfloat16 or float32; the arithmetic is float32.
 
-A program instance computes up to 128 maps at several positions (row and column) of one image. Neighboring maps are read
-again from the L1 cache. The backward pass computes the sums s (see lrn.py) again from x, which is faster than storing
-the sums.
+A program instance computes up to 128 maps at several positions (row and column) of one image. Windows of neighboring
+maps overlap; values in several windows are read again from the L1 cache. The backward pass computes the sums s (see
+lrn.py) again from x, which is faster than storing the sums.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -56,7 +56,7 @@ def _negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def _block(maps, area, image_stride, position_stride, POSITIONS: tl.constexpr, MAPS: tl.constexpr):
-    """Offsets (POSITIONS, 1) of the positions, a mask of the positions inside the image, and the maps (1, MAPS)."""
+    """Offsets (POSITIONS, 1) of the positions, a mask of the positions inside the image, and map numbers (1, MAPS)."""
     blocks = tl.cdiv(area, POSITIONS)
     image = (tl.program_id(0) // blocks).to(tl.int64)
     position = (tl.program_id(0) % blocks) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
@@ -114,7 +114,7 @@ def _backward(
         s = _sum(x, offset, maps, j, stride, inside, alpha, k, REACH, RELU)
         g = _activation(grad, offset, maps, j, stride, inside, False)
         a = _activation(x, offset, maps, j, stride, inside, RELU)
-        in_maps = (j >= 0) & (j < maps)  # outside the maps s may be 0 if k = 0, and 0 / s is NaN
+        in_maps = (j >= 0) & (j < maps)  # for other j, s can be 0 (if k = 0), and 0 / 0 is NaN
         spread += tl.where(in_maps, g * _negative_power(s, beta, THREE_QUARTERS) * a / s, 0.0)
     s = _sum(x, offset, maps, i, stride, inside, alpha, k, REACH, RELU)
     g = _activation(grad, offset, maps, i, stride, inside, False)
@@ -127,8 +127,8 @@ def _backward(
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """lrn.local_response_norm for x (N, C, H, W) in float16, bfloat16 or float32, not empty, with an odd `size`."""
-    result: Tensor = _LrnTriton.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    """Like lrn.local_response_norm, for a non-empty float16, bfloat16 or float32 tensor x and an odd `size`."""
+    result: Tensor = _LrnTriton.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]  # torch does not annotate `apply`
     return result
 
 
@@ -156,7 +156,7 @@ class _LrnTriton(torch.autograd.Function):
 
 
 def _launch(kernel: Any, inputs: list[Tensor], size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-    """Run `kernel` on `inputs`, which all have the same layout. The first input is x. Returns a tensor like x."""
+    """Run `kernel` on `inputs`, which all have the same layout. The first input is x. Returns a tensor of x's shape."""
     x = inputs[0]
     images, maps, rows, columns = x.shape
     area = rows * columns
@@ -165,7 +165,7 @@ def _launch(kernel: Any, inputs: list[Tensor], size: int, alpha: float, beta: fl
     block_maps = min(128, triton.next_power_of_2(maps))
     positions = _BLOCK_VALUES // block_maps
     out = torch.empty_like(x)
-    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current device, and column 1 may be on another one
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches kernels on the current device, which can differ from x's device
         kernel[images * triton.cdiv(area, positions), triton.cdiv(maps, block_maps)](
             *inputs,
             out,

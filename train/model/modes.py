@@ -1,4 +1,4 @@
-"""Context manager for evaluation mode: no dropout and no gradients. On exit the former mode is restored."""
+"""Context manager for evaluation mode: no dropout and no gradients. On exit the previous mode is restored."""
 
 from __future__ import annotations
 

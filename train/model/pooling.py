@@ -1,9 +1,9 @@
-"""Max-pooling with stride 2 (section 3.4). On a CPU, ReLU, normalization and pooling are one fused operation.
+"""Max-pooling with stride 2 (section 3.4 of the paper). On a CPU, ReLU and normalization are fused with it.
 
 Windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore computes ReLU,
-normalization and pooling in one pass over memory. One byte per pooled value is saved for the backward
-pass; the input is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied
-one after the other.
+normalization and pooling in one pass over memory. For the backward pass, one byte per pooled value is saved; the input
+is saved only if there is a normalization. If kernels.c cannot be used, PyTorch operators are applied one after the
+other.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def max_pool(
     """ReLU if `relu_before`, normalization if `norm`, max-pooling, ReLU if `relu_after`, in this order.
 
     x (N, C, H, W) with H, W ≥ size_px gives (N, C, (H − size_px) // 2 + 1, (W − size_px) // 2 + 1). If
-    several values of a window are the maximum, the first gets the gradient, as in PyTorch. A result of kernels.c can be
-    differentiated only once.
+    several values of a window equal the maximum, the first of them gets the gradient, as in PyTorch. If kernels.c or a
+    normalization is used, the result can be differentiated only once.
     """
     if norm is not None:
         check_window_size(norm.size)
@@ -42,7 +42,7 @@ def max_pool(
     )
     # Without a normalization, ReLU after pooling gives the same result as ReLU before pooling, with less work.
     pool_params = kernels.PoolParams(*x.shape[2:], norm is not None, relu_after or (norm is None and relu_before))
-    result: Tensor = _Pool.apply(channels_last(x), pool_params, norm_params)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    result: Tensor = _Pool.apply(channels_last(x), pool_params, norm_params)  # type: ignore[no-untyped-call]  # torch does not annotate `apply`
     return result
 
 

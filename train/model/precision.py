@@ -23,7 +23,7 @@ from train.config.choices import PRECISIONS
 
 
 def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None:
-    """Set torch's global switches for a precision.
+    """Check a precision, and set torch's TF32 switches for it if a device is a GPU.
 
     Raises UserError for an unknown precision, or if a device does not support the precision.
     """
@@ -37,10 +37,10 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
         if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
             raise UserError(
                 f"--precision bf16: {torch.cuda.get_device_name(device)} has compute capability "
-                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0. "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0 or higher. "
                 "Pass --precision fp32."
             )
-    # Without a GPU the switches are not set, because torch.export fails after the newer switches have been set.
+    # Without a GPU the switches are not set, because torch.export fails after `fp32_precision` has been set.
     if any(torch.device(device).type == "cuda" for device in devices):
         _set_tf32(precision == "tf32")
 
@@ -57,8 +57,8 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[obj
 
 def _set_tf32(on: bool) -> None:
     matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later; these versions warn if the older switches are used
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later, which warn if `allow_tf32` is used
         matmul.fp32_precision = mode = "tf32" if on else "ieee"
-        cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]  # torch's stubs lack it
+        cudnn.conv.fp32_precision = mode  # type: ignore[attr-defined]  # torch's type stubs lack `conv`
     else:
         matmul.allow_tf32 = cudnn.allow_tf32 = on

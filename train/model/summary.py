@@ -44,7 +44,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
     parameters = network.parameters_by_joined_name()
     rows = []
-    own_maps = 3  # number of maps of the previous layer in one column; before conv1: the channels of the image
+    own_maps = 3  # number of maps or units of the previous layer in one column; for conv1: channels of the image
     for name in LAYERS:
         first = network.fc8 if name == "fc8" else network.columns[0].get_submodule(name)
         assert isinstance(first, nn.Conv2d | nn.Linear)
@@ -68,7 +68,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
 
 def summary_json(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> dict[str, Any]:
-    """The table and its totals, for `alextrain summary --json`."""
+    """The table and its totals as a dict, for `alextrain summary --json`."""
     rows = summarize(classes, architecture)
     return {
         "model": architecture.name,
@@ -98,6 +98,7 @@ def summary_lines(classes: int, devices: tuple[str, str], architecture: Architec
     total = sum(row.multiply_adds for row in rows)
     lines.append(f"{'total':6} {'':19}  {'':12} {neurons:9,} {parameters:12,} {total:14,}")
     lines.append(
-        "Multiply-adds are of the forward pass for one image; a training step takes about three times as many."
+        "Multiply-adds are counted in the forward pass for one image; a training step needs about three times as many "
+        "per image."
     )
     return lines

@@ -63,7 +63,7 @@ def same_dense_layout(*tensors: Tensor) -> bool:
 
 @functools.cache
 def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the fused update of small tensors of this device and dtype is correct. Tried once per process."""
+    """True if the fused update of small tensors of this device and dtype is correct. The result is cached."""
     if sgd is None or device.type not in ("cpu", "cuda"):
         return False
     trio = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0], [-1.0, 8.0, 2.0]], dtype=dtype, device=device)
@@ -98,7 +98,8 @@ def _update_fused(
         nesterov=False,
         maximize=False,
     )
-    torch.autograd.graph.increment_version((*weights, *velocities))  # the fused kernel does not increment this tensor
+    # The fused kernel does not increment the version counters of the tensors.
+    torch.autograd.graph.increment_version((*weights, *velocities))
 
 
 def _update_by_operators(w: Tensor, v: Tensor, g: Tensor, momentum: float, lr: float, decay: float) -> None:

@@ -1,11 +1,14 @@
-"""SGD by the paper's update rule (section 5), and its parameter groups.
+"""SGD by the paper's update rule (section 5), computed by the C kernel or by PyTorch, and its parameter groups.
 
     v ← momentum · v − decay · ε · w − ε · ∂L/∂w
     w ← w + v
 
 The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
-has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. A reduction of ε then has
-its full effect at once. If ε is constant, both rules give the same result.
+has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. There, a reduction of ε
+has its full effect at once. If ε is constant, both rules give the same weights.
+
+The C kernel (train/model/kernels.c) updates float32 parameters on a CPU; fused_sgd.py updates all other parameters, and
+every parameter if the kernels are not compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ class PaperSGD(torch.optim.Optimizer):
     """SGD by the paper's rule. In a group with lr 0, neither parameters nor velocity change (weights.cu:148)."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], momentum: float) -> None:
-        """Each group is a dict of params, lr and weight_decay. It may have a "name", which this class ignores."""
+        """Each group is a dict with "params" and optionally "lr", "weight_decay" and "name".
+
+        "lr" and "weight_decay" have the default 0. This class ignores "name".
+        """
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:

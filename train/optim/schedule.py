@@ -37,7 +37,7 @@ class Schedule:
     best_error: float = float("inf")  # lowest validation top-1 error so far, 0..1
     epochs_since_best: int = 0
     drops: int = 0  # number of reductions of the learning rate so far
-    # True: the validation error has stopped improving at the schedule's lowest learning rate, so the run ends.
+    # True if the run must end: the validation error no longer improves at the schedule's lowest learning rate.
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
@@ -62,7 +62,7 @@ class Schedule:
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the learning rates of an optimizer from make_optimizer; returns the learning rate of the weights.
+        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights after conv1.
 
         A learning rate of 0 for conv1 freezes the layer: conv1's weights and biases get no gradient.
         """
@@ -78,7 +78,8 @@ class Schedule:
     def record_validation(self, error: float) -> None:
         """Record the validation top-1 error (0..1) of an epoch.
 
-        At a plateau, reduce the learning rate; at the plateau after the last reduction, set `finished`.
+        After `patience_epochs` epochs without a new lowest error, a plateau schedule reduces the learning rate, or sets
+        `finished` if no reduction is left. Other schedules ignore the error.
         """
         plateau = self.recipe.schedule
         if not isinstance(plateau, Plateau):
