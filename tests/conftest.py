@@ -1,8 +1,8 @@
 """Shared fixtures: a small set of photographs in ILSVRC's layout, stores built from it, and Caffe's Datum in protobuf.
 
-`photo_folder`, `store`, `stores` and `numbered_store` are made once for all tests of a process. Do not write into them:
-copy them first. `make test` runs the tests in two processes. Therefore write only into a test's own folders, and choose
-time limits for a slow machine.
+`photo_folder`, `store`, `stores` and `numbered_store` are made once in each test process, and all tests of the process
+share them. A test must not write into these folders, only into a copy. `make test` runs two test processes at the same
+time. A test therefore writes only into its own folders, and its time limits must suit a slow machine.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(scope="session")
 def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
-    """Four stores of `photo_folder`: JPEG or PPM records. `-whole` stores hold full images, not central squares."""
+    """Four stores of `photo_folder`, with JPEG or PPM records. The stores named `-whole` hold uncropped images."""
     return {
         "jpeg": store,
         "jpeg-whole": build(photo_folder, "--keep-aspect"),
@@ -114,7 +114,7 @@ def stores(photo_folder: Path, store: Path, build: Build) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Path:
-    """A store of 37 training and 23 validation images. Image k of a split, from 0, has label k."""
+    """A store of 37 training and 23 validation images. In each split the images have the labels 0, 1, 2 and so on."""
     source = tmp_path_factory.mktemp("numbered")
     rng = np.random.default_rng(0)
     for split, n in (("train", TRAIN_RECORDS), ("val", VAL_RECORDS)):
@@ -152,7 +152,7 @@ def caffe_datum() -> Callable[[], Any]:
 
 @pytest.fixture(scope="session")
 def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tuple[bytes, Any]]]:
-    """records_of(store, split) returns the (key, Datum) of each record, read only with lmdb and protobuf.
+    """records_of(store, split) reads a split with lmdb and protobuf, and returns (key, Datum) for each record.
 
     The records are sorted by shard, then by key.
     """
@@ -181,7 +181,7 @@ def c_compiler() -> str:
 
 @pytest.fixture
 def one_minute_timeout() -> Iterator[None]:
-    """Raises TimeoutError in a test that runs for more than a minute."""
+    """A test that uses this fixture fails with TimeoutError after one minute."""
 
     def fail(signum: int, frame: FrameType | None) -> NoReturn:
         raise TimeoutError("the test has not ended within a minute")

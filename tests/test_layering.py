@@ -139,7 +139,7 @@ def test_no_folder_has_too_many_files(package: str) -> None:
 
 
 def test_peers_of_the_benchmarks_run_without_the_packages() -> None:
-    """The peers run in other virtual environments, which lack the dependencies of this project's packages."""
+    """Programs in tools/bench/peers run in other virtual environments, which lack this project's dependencies."""
     for path in python_files("tools/bench/peers"):
         project_modules = {module for module in imported_modules(path) if module.split(".")[0] in PROJECT}
         outside = [module for module in sorted(project_modules) if not is_within(module, "tools.bench.peers")]

@@ -1,7 +1,7 @@
-"""Reference of the stream: the formula of pipeline.augment in float64 NumPy, image by image.
+"""Reference images for the tests of the stream, computed by the formula of pipeline.augment in float64 NumPy.
 
-The reference reads the records from the LMDB in the order of their keys and decodes them with Pillow. Only
-the epoch permutation and the random parameters come from pipeline.sampling.
+This module reads the records from the LMDB in the order of their keys, and decodes them with Pillow. Only the epoch
+permutation and the random parameters come from pipeline.sampling.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from prep.store.manifest import Store
 
 
 def stored_squares(store: Store, split: str) -> list[tuple[int, np.ndarray]]:
-    """(label, central square) of every record, in the order of the keys."""
+    """A pair (label, central square) for each record, in the order of the keys."""
     return list(_stored_squares(store.root, split))
 
 
@@ -51,7 +51,10 @@ def formula(
     store: Store,
     divisor: float = 1.0,
 ) -> np.ndarray:
-    """float64 (3, 224, 224): (S[y + i, x + j′] + shift − mean) / divisor."""
+    """The augmented image (square[y + i, x + j′] + shift − mean) / divisor, float64 (3, 224, 224).
+
+    `offset` is (y, x). j′ is j, or 223 − j if `flip` is 1.
+    """
     (y, x), m = offset, (store.settings.side_px - 224) // 2
     crop, mirror = np.s_[y : y + 224, x : x + 224], np.s_[:, :: -1 if flip else 1]
     if mean == "image":
@@ -64,14 +67,14 @@ def formula(
 
 
 def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np.ndarray:
-    """P·diag(σ)·z, from the eigenvalues of the covariance of pixels in 0..255."""
+    """The colour noise of one image, (3,), for standard normal `z` and pixels in 0..255."""
     stats = store.color_stats()
     vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
     if augmentation.colour == "off":
         return np.zeros(3)
     if augmentation.colour == "stdev":
         return vectors @ (augmentation.strength * np.sqrt(variances) * z)
-    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))  # the paper's formula, pixels in [0, 1]
+    return 255 * (vectors @ (augmentation.strength * variances / 255**2 * z))  # the paper's formula, for pixels in 0..1
 
 
 def expected_training_images(

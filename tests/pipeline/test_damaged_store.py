@@ -1,4 +1,4 @@
-"""Streams from a damaged store: they stop with the location of the damaged record or shard."""
+"""Streams from a damaged store: each stream ends with an error that names the damaged record or shard."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_too_few_pixels_in_a_raw_record_are_reported(stores: dict[str, Path], tm
 
 
 def test_a_truncated_shard_is_reported_without_a_crash(broken: Path) -> None:
-    """Runs in a subprocess, because reading past the end of a mapped file would kill the process."""
+    """The stream runs in a subprocess, because reading past the end of a mapped file would kill the process."""
     file = broken / "val" / "00000" / "data.mdb"
     with open(file, "r+b") as handle:
         handle.truncate(file.stat().st_size // 2)

@@ -140,7 +140,7 @@ def test_several_ranks_serve_what_one_loader_with_their_total_batch_size_serves(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The loaders' clock, in seconds; only the test changes it."""
+    """A clock that replaces the clock of the loaders, in seconds. Only the test advances it."""
     now = [1000.0]
     monkeypatch.setattr("pipeline.loader_base.time", SimpleNamespace(perf_counter=lambda: now[0]))
     return now
@@ -167,7 +167,7 @@ def test_wait_times_of_consumer_and_loader_add_up_to_the_time_that_passed(
 
 
 def test_the_loader_waits_for_a_slow_consumer(numbered_store: Path) -> None:
-    """The test uses the real clock. The sum of both wait times is at most the time that has passed."""
+    """The test uses the real clock. The wait times of loader and consumer add up to at most the elapsed time."""
     with train_loader(numbered_store, 2) as loader:
         began = time.perf_counter()
         for _ in itertools.islice(loader, 5):

@@ -15,7 +15,7 @@ from pipeline.placement import Placement
 
 
 def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch is on GPU 1, but GPU 0 is current. For handle 0, DALI would use the default stream of GPU 0."""
+    """The batch is on GPU 1, but GPU 0 is torch's current device. For stream handle 0, DALI would use GPU 0."""
     current = [0]
     seen: dict[str, int] = {}
 

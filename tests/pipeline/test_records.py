@@ -1,4 +1,4 @@
-"""Records by number, compared with lmdb_shard.read and Datum.decode; several shards, missing keys, damaged records."""
+"""pipeline.records compared with lmdb_shard.read and Datum.decode, also for missing keys and damaged records."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_several_threads_may_open_a_shard_at_the_same_time(stores: dict[str, Pat
             payloads = list(threads.map(lambda number: records[number // 4].payload.tobytes(), range(120)))  # noqa: B023
             assert payloads == [data for data in expected for _ in range(4)]
             records.close()
-    # LMDB refuses to open a file twice in a process, so this call fails unless the last Records has closed its shards.
+    # LMDB refuses to open a file twice in a process. This call therefore fails if records.close() left a shard open.
     lmdb.open(str(tmp_path / "store/train/00007"), readonly=True, lock=False).close()
 
 

@@ -52,7 +52,7 @@ def test_batches_have_as_many_classes_as_with_a_perfect_shuffle_if_the_store_is_
 
 @pytest.mark.parametrize("size", [16_384, 40_000])
 def test_neighboring_records_of_the_store_are_far_apart_in_an_epoch(size: int) -> None:
-    """The records of a batch come from as many blocks as if 128 records were drawn at random from a shuffle window."""
+    """Compares the number of blocks in a batch of 128 records with random draws from a whole shuffle window."""
     blocks = WINDOW_RECORDS // BLOCK_RECORDS
     ideal = blocks * (1 - (1 - 1 / blocks) ** 128)
     mixed = epoch_permutation(size, 0, 0) // BLOCK_RECORDS
@@ -70,14 +70,14 @@ def test_a_shuffle_window_consists_of_complete_blocks(size: int) -> None:
     seen: list[set[int]] = []
     for first in range(0, size, WINDOW_RECORDS):
         blocks, counts = np.unique(order[first : first + WINDOW_RECORDS] // BLOCK_RECORDS, return_counts=True)
-        # a window may begin and end within a block, and the last block of the store is shorter
+        # a shuffle window may begin and end within a block, and the last block of the store is shorter
         assert len(blocks) <= WINDOW_RECORDS // BLOCK_RECORDS + 2
         last = (size - 1) // BLOCK_RECORDS
         assert sum(count < BLOCK_RECORDS for block, count in zip(blocks, counts, strict=True) if block != last) <= 2
         seen.append(set(blocks.tolist()))
     assert sum(map(len, seen)) <= -(-size // BLOCK_RECORDS) + len(seen)
     ends = [max(window) - min(window) for window in seen]
-    assert min(ends) > 0.9 * size / BLOCK_RECORDS  # the blocks of a window come from all parts of the store
+    assert min(ends) > 0.9 * size / BLOCK_RECORDS  # the blocks of a shuffle window come from all parts of the store
 
 
 @pytest.mark.parametrize("record", [0, 63, 64, 129])
@@ -151,7 +151,7 @@ def test_draws_differ_with_seed_epoch_and_step_and_are_reproducible(seed: int, e
 
 
 def test_no_two_combinations_of_seed_epoch_and_step_share_a_generator() -> None:
-    """Seed, epoch and step are 0 to 3. If generators were seeded with the sum or the product, some would be equal."""
+    """Seed, epoch and step are 0 to 3. A generator seeded with the sum or product of the three would repeat numbers."""
     positions = itertools.product(range(4), repeat=3)
     assert len({draw_params(*position, 4, MAX_OFFSET_PX).normal.tobytes() for position in positions}) == 64
 

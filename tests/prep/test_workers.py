@@ -187,7 +187,7 @@ def test_a_killed_worker_is_reported_and_the_other_tasks_finish() -> None:
 
 
 def test_the_reported_input_of_a_killed_worker_belongs_to_its_last_task() -> None:
-    """The worker reached input 7 of its previous task. The index 7 must not be reported."""
+    """In its previous task the worker reached input 7. For the task that kills the worker, 7 must not be reported."""
     with WorkerPool(1) as workers:
         (_, first), (_, second), (_, third) = workers.map(die_at_once, [0, 1, 0], ignore)
     assert isinstance(first, int) and isinstance(third, int) and first != third
@@ -229,7 +229,7 @@ def test_an_abandoned_map_sends_no_result_to_the_next(how: str) -> None:
 
 
 def test_on_progress_gets_the_counts_of_all_workers() -> None:
-    """on_progress is called several times during a task, and at the end with exact totals.
+    """`map` calls on_progress several times during a task, and at the end with exact totals.
 
     A second call of `map` counts from 0 again.
     """

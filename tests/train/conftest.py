@@ -1,6 +1,6 @@
 """Fixtures: runs of a small network, trained once for all tests, and a limit on the size of files.
 
-The limit simulates a full disk. Do not write into `uninterrupted_run` and `small_run`; copy them first.
+The limit simulates a full disk. A test must not write into `uninterrupted_run` or `small_run`, only into a copy.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from train.trainer.loop import fit
 
 @pytest.fixture(scope="session")
 def uninterrupted_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of `small_config` on the JPEG store that was neither stopped nor resumed."""
+    """A run of `small_config` on the JPEG store, trained in one go, without a stop."""
     return fit(Run.open(small_config(stores["jpeg"], tmp_path_factory.mktemp("uninterrupted") / "run")))
 
 
@@ -35,7 +35,7 @@ def small_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained_run(small_run: Path, tmp_path: Path) -> Path:
-    """A copy of `small_run` to write into."""
+    """A copy of `small_run`, into which a test may write."""
     return Path(shutil.copytree(small_run, tmp_path / "trained"))
 
 

@@ -22,7 +22,7 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
         sheets[kind] = np.asarray(Image.open(out)).astype(float)
     cell = 224 + 6
     assert sheets["jpeg"].shape == (34 + 3 * cell, 6 + (AUGMENTED + 2) * cell, 3)
-    assert np.abs(sheets["jpeg"] - sheets["ppm"]).mean() < 3  # the same random crops of the same images
+    assert np.abs(sheets["jpeg"] - sheets["ppm"]).mean() < 3  # both sheets show the same crops of the same images
     for row in range(3):
         cells = [
             sheets["ppm"][34 + row * cell :][:224, 6 + column * cell :][:, :224] for column in range(AUGMENTED + 2)
@@ -30,7 +30,7 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
         assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
         last, stronger = cells[AUGMENTED], cells[AUGMENTED + 1]
         inside = ((stronger > 1) & (stronger < 254)).all(2)
-        if inside.sum() > 500:  # if no pixel is clipped, the two cells differ by one RGB offset
+        if inside.sum() > 500:  # where no pixel is clipped, the two cells differ by a constant RGB offset
             assert (stronger - last)[inside].std(0).max() < 1.5
 
 

@@ -1,4 +1,4 @@
-"""Shuffle quality: the ideal is the mean of random shuffles, and an epoch is near it unless the store is unshuffled."""
+"""Shuffle quality: the ideal is the mean of random shuffles. Epochs are near the ideal if the store is shuffled."""
 
 from __future__ import annotations
 

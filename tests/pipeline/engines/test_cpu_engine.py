@@ -125,7 +125,7 @@ def test_batches_that_are_kept_are_not_overwritten(stores: dict[str, Path]) -> N
         kept = []
         for k, batch in enumerate(batch for _ in range(2) for batch in loader):
             if k % 3 == 1:
-                kept.append((k, batch.images[2:4]))  # a view keeps the memory of its batch
+                kept.append((k, batch.images[2:4]))  # this slice keeps the memory of its batch from being reused
             elif k % 3 == 2:
                 batch.images.fill_(k)
     assert all(torch.equal(part, first[k][2:4]) for k, part in kept) and len(kept) == 4
@@ -139,7 +139,7 @@ def test_a_block_is_reused_once_no_tensor_refers_to_it() -> None:
     del array
     view = tensor[1:2]
     del tensor
-    assert memory.array((4, 5)).ctypes.data != address  # a tensor still refers to the first block
+    assert memory.array((4, 5)).ctypes.data != address  # `view` still refers to the first block
     del view
     gc.collect()
     addresses = {held.ctypes.data for held in [memory.array((4, 5)), memory.array((4, 5))]}

@@ -180,7 +180,7 @@ def test_the_manifest_has_at_most_twenty_reasons_by_name(photos: Path, tmp_path:
 
 
 def test_the_counts_of_inputs_add_up(store: Path, records_of: Records) -> None:
-    """Each split of conftest.py has one grey file, one CMYK file and one PNG; train has a file with orientation 6."""
+    """Each split of `photo_folder` has a grey file, a CMYK file and a PNG file. One file of train has orientation 6."""
     splits = json.loads((store / "manifest.json").read_bytes())["splits"]
     conversions = {"grey": 1, "cmyk": 1, "png": 1}
     for split, inputs, turned in (("train", 30, {"6": 1}), ("val", 12, {})):

@@ -65,7 +65,7 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
 def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
     photos: Path, whole: Store, tmp_path: Path, jobs: int
 ) -> None:
-    """Of two worker processes, the first to reach the limit fails; the other is killed in the middle of its shard."""
+    """One of two workers reaches the limit first and fails. alexprep kills the other in the middle of its shard."""
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"
@@ -94,7 +94,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
     except OSError:
         mounted = False
-    if not mounted:  # the tests above simulate a full disk by other means
+    if not mounted:  # the tests before this fixture need no mount: they simulate a full disk
         pytest.skip("mounting a tmpfs is not permitted here")
     yield disk
     subprocess.run(["umount", str(disk)], check=True)

@@ -26,7 +26,7 @@ from PIL import Image
 from prep.store.manifest import Store
 from tests.helpers.hostile_files import JPEG, KEPT, Expected, corpus, not_images
 
-MAX_S = 60.0  # the corpus takes a few seconds; decoding one decompression bomb would take minutes
+MAX_S = 60.0  # a build of the corpus takes a few seconds; decoding one decompression bomb would take minutes
 MAX_BYTES = 2_000_000_000  # limit for each process: an image of 100 million pixels takes about one GB
 
 
@@ -78,8 +78,8 @@ def _drop_root_rights() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-# The peak memory of a forked process is at least that of its parent, and the test process may use much memory. So a
-# small process in between runs the command. It writes the peak memory of its largest descendant, in KiB, to a file.
+# The peak memory of a forked process is at least the memory of its parent, and the test process may use much memory.
+# Therefore a small process starts the command, and writes the peak memory of its largest descendant, in KiB, to a file.
 MEASURED = (
     "import resource, subprocess, sys; code = subprocess.call(sys.argv[2:]); "
     "open(sys.argv[1], 'w').write(str(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)); sys.exit(code)"
@@ -223,7 +223,7 @@ def test_a_strict_build_names_all_obviously_bad_files_before_it_starts(
 def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
     name: str, alexprep: Callable[..., Ended], tmp_path: Path
 ) -> None:
-    """If the corpus does not expect the file to be bad, the build must succeed instead."""
+    """A file that the corpus lists as kept or converted must not end the build."""
     content, expected = corpus()[name]
     for folder in ("a", "b"):
         (tmp_path / "photos" / folder).mkdir(parents=True)

@@ -45,7 +45,7 @@ def tree(store: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """320 images, five shards; a worker takes a few milliseconds for each image."""
+    """320 images, which give five shards. A worker takes a few milliseconds for each image."""
     return make_pictures(tmp_path_factory.mktemp("slow") / "photos", 320, (220, 260), distinct=6)
 
 
@@ -119,7 +119,7 @@ def kill_and_finish(start: Start, photos: Path, store: Path, delay_s: float, fin
 def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Ten builds are killed. To save time, the test process finishes each build by calling a function."""
+    """Ten build commands are killed. To save time, the test process itself finishes each build."""
     rng = np.random.default_rng(9)
     for number, delay_s in enumerate(rng.uniform(0.4, 2.2, 10)):
         store = tmp_path / str(number)
@@ -181,7 +181,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
     code, _, stderr = command.end()
     assert code == 0, stderr
     assert Store.open(store).splits == slow_store.splits
-    assert [path.stat().st_mtime_ns for path in databases] == written  # finished shards were not built again
+    assert [path.stat().st_mtime_ns for path in databases] == written  # the finished shards are unchanged
     assert tree(store) == tree(slow_store.root)
 
 
@@ -212,7 +212,7 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
-    """A terminal sends SIGINT to the workers too. They must ignore SIGINT even while they start."""
+    """A terminal sends SIGINT to the workers too. The workers must ignore SIGINT even while they start."""
     ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
@@ -319,13 +319,13 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(raised.value)  # the exception keeps the generator of the results alive
+    assert "killed" in str(raised.value)  # until here, the exception keeps the generator of the results alive
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
     """If a killed build leaves workers behind, two workers may write the same shard.
 
-    Each worker uses its own temporary names.
+    Each worker therefore uses its own temporary file names.
     """
     source = list_source(slow, "train", None, None, ())
     (tmp_path / ".build").mkdir()

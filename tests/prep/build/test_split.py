@@ -68,7 +68,7 @@ def copy_of_small(small: Path, tmp_path: Path) -> Path:
 def test_a_record_holds_the_image_of_its_source(
     split: str, photo_folder: Path, tmp_path: Path, records_of: Records
 ) -> None:
-    """Uncropped images, rescaled by the bilinear filter, equal Pillow's result for the same source within rounding."""
+    """Uncropped images, rescaled with the bilinear filter, differ from Pillow's result only by rounding."""
     settings = Settings(48, True, "ppm", 90, "bilinear", 5)
     build(photo_folder / split, tmp_path / "store", settings, split=split)
     for _, datum in records_of(tmp_path / "store", split):
@@ -156,7 +156,7 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean position of each class is as close to the middle as in a random order: within 5 standard deviations."""
+    """The mean position of a class's records is within 5 standard deviations of its expected value, the middle."""
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):
@@ -328,7 +328,7 @@ def test_a_store_in_its_own_source_is_refused(small: Path, tmp_path: Path, resta
 
 
 def test_the_source_is_only_read(small: Path, tmp_path: Path) -> None:
-    """The folders are write-protected, and the times and contents of the files must not change."""
+    """The folders of the source are write-protected. Times and contents of its files must not change."""
     photos = Path(shutil.copytree(small, tmp_path / "photos"))
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     for folder in (photos, *photos.glob("*")):

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of prep.check: small stores of noise, and worker processes."""
+"""Fixtures of the tests of prep.check: small stores of noise images, and worker processes."""
 
 from __future__ import annotations
 

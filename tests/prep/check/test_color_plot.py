@@ -73,7 +73,7 @@ def blank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def natural() -> ColorStats:
-    """ILSVRC's statistics in fb.resnet.torch, on the scale 0..255."""
+    """Colour statistics of ILSVRC, as fb.resnet.torch lists them, for pixels in 0..255."""
     vectors = np.linalg.qr([[0.5675, 0.7192, 0.4009], [0.5808, -0.0045, -0.8140], [0.5836, -0.6948, 0.4203]])[0]
     vectors *= np.sign(vectors[0])
     stdevs = 255 * np.sqrt([0.2175, 0.0188, 0.0045])
@@ -183,7 +183,7 @@ def test_the_photograph_has_typical_colours_and_half_the_contrast(
 
 
 def watch_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Count the records that lmdb_shard.read yields from each folder. The key `open` has the number of open readers."""
+    """Count the records that lmdb_shard.read yields from each folder. counts["open"] is the number of open readers."""
     counts: Counter[str] = Counter()
     original = lmdb_shard.read
 
@@ -244,7 +244,7 @@ def test_the_cloud_shows_each_pixel_at_its_colour_and_axes_through_the_mean(figu
     draw_figure(figure, "train", natural, pixels, noise(1))
     cloud = panels(figure)[0]
     (points,) = cloud.collections
-    figure.draw_without_rendering()  # this projects the points and sorts them by depth
+    figure.draw_without_rendering()  # matplotlib projects the points and sorts them by depth
     colours = np.rint(points.get_facecolor()[:, :3] * 255).astype(np.uint8)
     assert sorted(codes_of(colours)) == sorted(codes_of(pixels))
     x, y, _ = proj_transform(*colours.T, cloud.get_proj())
@@ -271,7 +271,7 @@ def test_the_spectrum_is_drawn_with_that_of_ilsvrc(figure: Any, store: Path) -> 
 
 
 def test_the_photographs_are_shifted_by_the_papers_formula(figure: Any, natural: ColorStats) -> None:
-    """[p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ is added to every pixel, one α at a time, like the stream does."""
+    """Each cell adds [p1, p2, p3][α1 σ1, α2 σ2, α3 σ3]ᵀ to all pixels, as the stream does, but two α are zero."""
     photograph = noise(2, 64, 64)
     draw_figure(figure, "train", natural, noise(1).reshape(-1, 3), photograph)
     axes = panels(figure)[2]

@@ -63,7 +63,7 @@ class OtherOs:
 def test_every_record_is_exported_byte_for_byte(
     kind: str, stores: dict[str, Path], records_of: RecordsOf, tmp_path: Path
 ) -> None:
-    """A file has the name of the record's input, with an extension that fits the content."""
+    """An exported file has the name of the record's input, with an extension that fits the content."""
     ending = {"jpeg": ".jpg", "ppm-whole": ".ppm"}[kind]
     for split in ("train", "val"):
         out = tmp_path / "deep" / split
@@ -139,7 +139,7 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
 
 
 def test_two_records_with_the_same_name_are_an_error(stores: dict[str, Path], tmp_path: Path) -> None:
-    """import-caffe makes such records if the folders x/ and y/ have the same label. No file may be replaced."""
+    """x/same.jpg and y/same.jpg have the same label, as import-caffe may store them. No file may be replaced."""
     twins = [
         (key, replace(Datum.decode(value), source=b"x/same.jpg" if k else b"y/same.jpg", label=1).encode())
         for k, (key, value) in enumerate(split_records(stores["jpeg"])[:2])

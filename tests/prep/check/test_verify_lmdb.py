@@ -1,6 +1,6 @@
-"""prep.check.verify on damaged LMDB files: truncated, overwritten, and files that crash the process that reads them.
+"""prep.check.verify on LMDB files that are truncated or overwritten, or that crash the process that reads them.
 
-Two worker processes do all checks. If a file crashes a process, the file must be reported like any other fault.
+Two worker processes do all checks. A file that crashes a worker must be reported like any other fault.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tests.helpers.damaged_stores import (
 
 
 def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
-    """The faults of a store of one shard; asserts that all of them name that shard."""
+    """The faults of a store that has one shard; asserts that each fault names this shard."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults
@@ -66,7 +66,7 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Offset of the header page that is in use: of the two, the page with the higher transaction number."""
+    """Offset of the header page with the higher transaction number. LMDB uses this page and ignores the other."""
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 

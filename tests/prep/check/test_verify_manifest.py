@@ -33,7 +33,7 @@ def alexprep(*words: object) -> Result:
 
 
 def move_one(shards: list[dict[str, Any]], name: str) -> None:
-    """Add 1 to field `name` of the first shard and subtract 1 from that field of the second; the total is the same."""
+    """Add 1 to the field `name` of shard 0 and subtract 1 from the field of shard 1, which keeps the total."""
     shards[0][name] += 1
     shards[1][name] -= 1
 
@@ -79,7 +79,7 @@ def test_a_manifest_that_does_not_agree_with_the_store_is_a_fault(
 
 
 def test_exchanged_shards_with_a_right_fingerprint_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The fault is found by the keys, which must ascend over the shards of a split."""
+    """verify compares the keys of successive shards: keys must ascend over the shards of a split."""
     store = copy_store(150)
     opened = Store.open(store)
     change_manifest(store, lambda data: train_split(data)["shards"].reverse())
@@ -135,14 +135,14 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
 
 
 def shifted(true: Moments, levels: int) -> Moments:
-    """Moments of the same images with each pixel `levels` brighter; the covariance is the same."""
+    """The moments after `levels` is added to every pixel value. The covariance does not change."""
     n, t = true.pixels, true.total
     outer = tuple(tuple(true.outer[i][j] + levels * (t[i] + t[j]) + n * levels**2 for j in range(3)) for i in range(3))
     return Moments(n, tuple(s + n * levels for s in t), outer)
 
 
 def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, workers: WorkerPool) -> None:
-    """The moments of a jpeg store have a wrong mean or a wrong covariance, or its mean image is wrong."""
+    """The manifest of a jpeg store has a wrong mean or a wrong covariance, or the store's mean image is wrong."""
     store = copy_store(150, "jpeg")
     true = Moments.from_json(Store.open(store).split("train").moments)
     set_moments(store, true)
@@ -198,7 +198,7 @@ def test_a_changed_or_missing_mean_image_is_a_fault(copy_store: MakeStore, worke
 def test_a_changed_or_missing_inputs_log_is_a_fault(
     make_store: MakeStore, tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """Lines of inputs.jsonl were removed, added or changed."""
+    """The test removes, adds or changes lines of inputs.jsonl."""
     (tmp_path / "photos" / "n0").mkdir(parents=True)
     Image.new("RGB", (40, 32), (9, 99, 199)).save(tmp_path / "photos" / "n0" / "a.png")
     (tmp_path / "photos" / "n0" / "bad.jpg").write_bytes(b"no picture")

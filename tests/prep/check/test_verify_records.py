@@ -105,7 +105,7 @@ CONTRADICTIONS: dict[str, tuple[tuple[Callable[[bytes], bytes], str], ...]] = {
 def test_a_contradiction_is_found_behind_a_right_checksum(
     format: str, copy_store: MakeStore, workers: WorkerPool
 ) -> None:
-    """Each contradiction is in a different record. The faults name these records only, and not the shard's digest."""
+    """Each contradiction is in a different record. Each fault names a changed record; no fault is about the digest."""
     store = copy_store(150, format)
     folder = store / "train" / "00001"
     records = read_records(folder)

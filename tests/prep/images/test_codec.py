@@ -95,7 +95,7 @@ def test_other_and_damaged_jpegs_are_decoded_or_refused_as_by_pillow() -> None:
     }
     kept = 0
     for name, content in files.items():
-        if name not in ("a hole", "zeros"):  # after these two changes, the scan can still be valid
+        if name not in ("a hole", "zeros"):  # in these two files, the damaged scan can still be valid
             assert _decode_color_jpeg(content) is None, name
         try:
             expected = np.asarray(pillow(content).convert("RGB"))
@@ -295,7 +295,7 @@ def test_damaged_files_give_an_image_or_bad_image() -> None:
 
 @pytest.mark.parametrize("size", [(12_000, 9_000), (20_000, 20_000)])
 def test_a_decompression_bomb_is_refused_by_its_size(size: tuple[int, int]) -> None:
-    """The file is a BMP header that states more than 100 million pixels, without the pixels."""
+    """The file is a BMP header that claims more than 100 million pixels; the pixels are missing."""
     content = bytearray(file_of(Image.new("L", (1, 1)), "BMP"))
     content[18:26] = size[0].to_bytes(4, "little") + size[1].to_bytes(4, "little")
     with pytest.raises(BadImage, match="more than 100,000,000 pixels"):
@@ -336,7 +336,7 @@ def test_a_whole_image_that_would_become_huge_is_refused() -> None:
     ribbon = np.zeros((1, 5000, 3), np.uint8)
     with pytest.raises(BadImage, match="5000×1 would become 1280000×256"):
         check_rescaled_size(ribbon, 256, True)
-    check_rescaled_size(ribbon, 256, False)  # without --keep-aspect only the square is computed
+    check_rescaled_size(ribbon, 256, False)  # without --keep-aspect, only the central square is rescaled
     check_rescaled_size(np.zeros((300, 400, 3), np.uint8), 256, True)
     check_rescaled_size(np.zeros((10, 50, 3), np.uint8), 4096, True)  # 84 million pixels
     with pytest.raises(BadImage, match="would become 32768×4096"):

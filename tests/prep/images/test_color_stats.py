@@ -107,7 +107,7 @@ def test_the_variance_of_a_huge_nearly_constant_set_is_exact() -> None:
     assert stats.mean_rgb == tuple(float(Fraction(t, n)) for t in total)
 
     in_floats = float(outer[0][0]) / n - (float(total[0]) / n) ** 2
-    assert abs(in_floats - exact) > 0.9 * exact  # with float64 sums, the test would fail
+    assert abs(in_floats - exact) > 0.9 * exact  # float64 sums would give a wrong variance
 
 
 def test_moments_beyond_53_bits_add_up() -> None:
@@ -219,7 +219,7 @@ def test_a_build_writes_the_statistics_of_its_moments(photo_folder: Path, tmp_pa
 def test_a_damaged_record_is_named_by_shard_and_key(photo_folder: Path, tmp_path: Path) -> None:
     """The damaged record is not an image in one case, and has a wrong checksum in the other."""
     store = build(photo_folder, tmp_path / "store", "jpeg")
-    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # at least as large as the shard was before
+    good = Datum(1, 1, b"not a image" * 100_000, 0, b"x").encode()  # larger than the shard that it replaces
     for value in (good, good[:-1] + bytes([good[-1] ^ 1])):
         folder = tmp_path / "store" / "train" / "00000"
         for file in folder.iterdir():

@@ -49,7 +49,7 @@ def rescale_with_numpy(pixels: Pixels, side: int, keep_aspect: bool, filter: str
 @pytest.mark.parametrize("filter", FILTERS)
 @pytest.mark.parametrize("keep_aspect", [False, True])
 def test_kernels_rescale_to_the_same_pixels_as_numpy(filter: str, keep_aspect: bool) -> None:
-    """The sizes: usual sizes of ILSVRC images, strong reductions, narrow strips, enlargements, and random sizes."""
+    """Rescales images of usual ILSVRC sizes, strong reductions, narrow strips, enlargements, and random sizes."""
     sizes = [(375, 500, 256), (500, 375, 256), (333, 500, 256), (257, 256, 256), (1200, 1600, 256), (300, 4000, 256)]
     sizes += [(4000, 300, 256), (64, 65, 64), (32, 1, 1), (1, 1, 1), (97, 33, 32), (2000, 1999, 33), (150, 140, 256)]
     rng = np.random.default_rng(0)
@@ -188,7 +188,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
     ],
 )
 def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """The self-test finds each of these errors.
+    """Each case adds an error to the C source. The self-test of the compiled library must detect it.
 
     With -O1 and without function clones, compiling takes a ninth of the time.
     """

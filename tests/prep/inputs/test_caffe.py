@@ -118,7 +118,7 @@ def by_source(records: Sequence[tuple[bytes, Any]]) -> dict[bytes, Any]:
 
 
 def test_bare_pixels_are_stored_unchanged(datum: Callable[..., bytes], records_of: Records, tmp_path: Path) -> None:
-    """The records are colour and gray images with labels 0 and 2; one image is cropped and one rescaled."""
+    """The records are colour and grey images with labels 0 to 2. One image must be cropped, another rescaled."""
     colour, wide, large = noise(SIDE, SIDE), noise(SIDE, 45, 1), noise(80, 64, 2)
     grey = noise(SIDE, SIDE, 3)[:, :, :1]
     records = [
@@ -172,7 +172,7 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """Only the source paths differ: a record from Caffe has its LMDB key. Colour moments and classes are equal."""
+    """Colour moments and classes are equal. Only the sources differ: a record from Caffe has its LMDB key as source."""
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -296,7 +296,7 @@ def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path
     store = Store.open(tmp_path / "store")
     assert store.classes == ("n01440764", "n01443537", "n01484850", "n01491361")
     assert store.split("train").label_counts == (1, 0, 1, 0)
-    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split uses the store's classes
+    val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split needs no --classes
     done(import_caffe(tmp_path / "store", val, "--split", "val"))
     assert Store.open(tmp_path / "store").split("val").label_counts == (0, 0, 0, 1)
     beyond = lmdb_of(tmp_path / "b", labelled(datum, ("x.JPEG", 4)))
@@ -317,7 +317,7 @@ def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tm
 
 @pytest.mark.parametrize("label", [2**31 - 1, 10**9])
 def test_an_absurd_label_is_a_one_line_error(label: int, datum: Callable[..., bytes], tmp_path: Path) -> None:
-    """A list with a class name for every label up to this one would take all memory. No such list is made."""
+    """A list of class names for the labels 0 to `label` would take all memory. The command must not make this list."""
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", label)))
     fails(import_caffe(tmp_path / "s", folder), folder)
 
@@ -393,7 +393,7 @@ def test_a_damaged_lmdb_is_a_one_line_error_or_a_complete_store(datum: Callable[
         if number < cuts or result.exit_code:
             fails(result, path)
             assert not (tmp_path / f"store{number}" / "manifest.json").exists()
-        else:  # images with noise are counted as bad
+        else:  # a record that cannot be read counts as skipped
             answer = json.loads(result.stdout)
             assert answer["records"] + answer["skipped"] == 60
 

@@ -111,7 +111,7 @@ def test_the_digest_covers_paths_labels_and_sizes() -> None:
 
 
 def test_the_record_order_is_by_a_keyed_hash_of_the_path() -> None:
-    """The test computes the order from its definition. The order of the letters is a constant: it must never change."""
+    """The test computes the order from its definition. The order of the letters a to h must never change."""
     paths = [f"n{k % 7:08d}/n{k % 7:08d}_{k}.JPEG".encode() for k in range(500)]
     listing = listing_of([Input(path, 0) for path in paths])
     for seed in (0, 1, 2**63 - 1):

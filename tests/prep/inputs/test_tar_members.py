@@ -44,7 +44,7 @@ def test_members_of_every_format_have_their_offsets(format: int, tmp_path: Path)
 
 
 def test_an_archive_inside_another_is_read_by_its_bytes(tmp_path: Path) -> None:
-    """The inner archive is read between two members of the outer archive. Then reading the outer archive continues."""
+    """The test reads each inner archive before it continues with the next member of the outer archive."""
     inner = tar_of(THREE)
     path = written(tar_of([("1.tar", inner), ("2.tar", inner)]), tmp_path)
     size, names = path.stat().st_size, []
@@ -105,9 +105,9 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """The file, which is sparse, is longer than a gigabyte.
+    """tarfile would read the gigabyte, but BoundedFile refuses to read a header of more than 1 MiB.
 
-    tarfile reads it through BoundedFile, which refuses to read that much.
+    The file is sparse: 2 GiB long, but almost without disk blocks.
     """
     path = written(tar_of(THREE[:1])[:MEMBER_BYTES] + header(b"x", b"%011o\0" % (1 << 30), kind), tmp_path)
     with open(path, "r+b") as file:
@@ -137,7 +137,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # isinstance would read each object's __class__; torch.distributed.reduce_op then gives a warning.
+        # type() and not isinstance(), which reads __class__: torch.distributed.reduce_op then prints a warning.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

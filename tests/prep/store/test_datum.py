@@ -150,7 +150,7 @@ def test_every_truncation_is_refused() -> None:
 
 
 def test_every_truncation_with_a_correct_checksum_is_refused() -> None:
-    """Only a record that lacks just its last field, the source, is accepted: the rest is a valid Datum."""
+    """One truncation is accepted: without its last field, the source, the record is still a valid Datum."""
     body = SMALL.encode()[:-6]
     without_source = len(body) - len(SMALL.source) - 3
     for length in range(len(body)):
@@ -171,7 +171,7 @@ def test_a_checksum_error_gives_both_values() -> None:
 
 
 def test_random_bytes_raise_only_datum_error() -> None:
-    """Random bytes are decoded without and with a correct checksum. With the checksum they reach the parser."""
+    """Decodes random bytes without and with a correct checksum. Only bytes with a correct checksum reach the parser."""
     rng = np.random.default_rng(1002)
     for _ in range(3000):
         value = rng.bytes(int(rng.integers(0, 60)))
@@ -253,7 +253,7 @@ def test_only_images_of_three_channels_are_located() -> None:
 
 
 def test_a_located_image_lies_within_the_record() -> None:
-    """For random bytes, changed records and wrong data sizes, the image is in the record, or DatumError is raised."""
+    """For random and changed bytes and wrong sizes, locate_image gives a range in the record or raises DatumError."""
     rng = np.random.default_rng(8)
     attempts = [rng.bytes(int(rng.integers(0, 60))) for _ in range(2000)]
     for _ in range(4000):

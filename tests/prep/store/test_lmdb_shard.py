@@ -229,7 +229,7 @@ def test_a_reader_refuses_a_wrong_number_of_records(tmp_path: Path, expected: in
     write(tmp_path / "s", random_records(30))
     with pytest.raises(StoreError, match=f"30 records, the manifest says {expected}. ADVICE") as refused:
         ShardReader(tmp_path / "s", expected, "ADVICE")
-    assert refused.value and open_handles(tmp_path / "s") == 0  # although the exception still refers to the reader
+    assert refused.value and open_handles(tmp_path / "s") == 0  # although `refused` still refers to the reader
 
 
 def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
@@ -245,7 +245,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """A process may open an LMDB file only once. So `read` and a reader with another path share the open file, too."""
+    """A process may open an LMDB file only once. `read` and readers with another path must share the open file."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")
@@ -296,7 +296,7 @@ def test_a_reader_names_a_folder_that_is_not_an_lmdb(not_an_lmdb: Path) -> None:
 
 
 def test_a_reader_of_damaged_pages_raises_store_error_or_nothing(tmp_path: Path) -> None:
-    """Each page except the two header pages is overwritten, one at a time. A record that is returned may be damaged."""
+    """Overwrites one page at a time, but no header page. A reader may return a damaged record without an error."""
     folder = tmp_path / "s"
     write(folder, random_records(60))
     content = (folder / "data.mdb").read_bytes()

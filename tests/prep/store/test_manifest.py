@@ -126,7 +126,7 @@ def test_a_missing_or_unknown_field_is_refused(
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}, {"a": {}}, [["a"]]])
 def test_a_part_of_another_type_raises_only_store_error(copied: Path, value: object) -> None:
-    """Store.open raises StoreError or accepts the value (an empty list of classes), and raises nothing else."""
+    """Store.open either accepts the value or raises StoreError. It must raise no other exception."""
     whole = (copied / "manifest.json").read_bytes()
     changes: list[Change] = [
         lambda data: data.update(settings=value),
@@ -225,7 +225,7 @@ def canonical_digest(data: object) -> str:
 
 
 def test_the_fingerprint_is_a_digest_of_all_records_and_class_names(store: Path) -> None:
-    """The test computes the fingerprint from the LMDB files: SHA-256 of all records, then of the digests."""
+    """The test computes the fingerprint from the LMDB files: SHA-256 of each shard's records, then of the digests."""
     written = json.loads((store / "manifest.json").read_bytes())
     splits = {}
     for name in ("train", "val"):

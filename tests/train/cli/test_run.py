@@ -42,7 +42,7 @@ def run(store: Path, run_dir: Path, *options: str) -> Result:
 
 
 def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.MonkeyPatch) -> Result:
-    """Run `alextrain run` with batches of 8 in 2 parts, and send it a signal during step 2."""
+    """Run `alextrain run` with batches of 8 images in 2 parts, and send the signal `signum` during step 2."""
     log_line = MetricsLog.train
 
     def send_signal_after_one(self: MetricsLog, line: dict[str, Any]) -> None:
@@ -64,7 +64,7 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume
     result = stopped_run(store, run_dir, signum, monkeypatch)
     assert result.exit_code == code, result.output
     assert "batch 8 in 2 parts" in result.stderr and "to continue from here" in result.stderr
-    assert checkpoint.load(run_dir).step == 2  # the run has finished the step in progress
+    assert checkpoint.load(run_dir).step == 2  # the run finished step 2 before it stopped
 
     result = run(store, run_dir, "--batch", "8", "--accumulate", "2", "--dry-run")
     assert result.exit_code == 0 and "run: would resume after step 2." in result.stderr

@@ -60,7 +60,7 @@ def test_an_architecture_is_the_same_after_a_round_trip_through_json() -> None:
 
 
 def test_torchvisions_parameters_give_torchvisions_outputs_in_training_and_evaluation() -> None:
-    """With the same seed, both networks draw the same dropout masks. Both scale activations in training."""
+    """Equal seeds give both networks equal dropout masks. Both networks scale activations in training."""
     torch.manual_seed(0)
     torchvision_net = torchvision_alexnet()
     recipe = replace(SHORT, input_divisor=1.0, dropout=0.5, dropout_scales_training=True)
@@ -92,7 +92,7 @@ def network_pair() -> tuple[AlexNet, AlexNet]:
 def test_the_convolutional_network_computes_what_alexnet_computes(
     network_pair: tuple[AlexNet, AlexNet],
 ) -> None:
-    """Compares outputs and gradients with dropout. Also loads the parameters of each network into the other."""
+    """Compares outputs and gradients with dropout. Each network must also load the parameters of the other network."""
     alexnet, convolutional = network_pair
     images = torch.randn(3, 3, 224, 224, dtype=torch.float64) * 60
     outputs = []
@@ -162,7 +162,7 @@ def test_dense_evaluation_refuses_images_smaller_than_a_crop(
 def test_padding_gives_conv1_the_number_of_positions_rounded_up(side_px: int) -> None:
     before, after = ALEXNET.padding_px(side_px)
     assert before == 0 and (side_px + after - 11) % 4 == 0 and after < 4
-    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004 has 1 + ceil((side - 11) / 4)
+    assert 1 + (side_px + after - 11) // 4 == 1 - (11 - side_px) // 4  # layer.py:1004: 1 + ceil((side - 11) / 4)
 
 
 def test_a_network_of_one_column_has_one_device_and_crosses_nothing() -> None:

@@ -126,7 +126,7 @@ def test_exported_preprocessing_gives_the_images_of_the_stream(make_run: MakeRun
 def test_torchvisions_network_computes_the_same_from_exported_weights(
     make_run: MakeRun, store: Path, tmp_path: Path, recipe: Recipe
 ) -> None:
-    """The outputs also agree at the border, and for a recipe with dropout that scales at test time."""
+    """The outputs agree, also at the border of an image, and also if the recipe's dropout scales in evaluation."""
     run_dir, network = make_run(SMALL["torchvision"], recipe)
     out = tmp_path / "net.pth"
     normalization = json_lines("export", run_dir, "--to", "torchvision", "--out", out)[0]["preprocessing"]["normalise"]

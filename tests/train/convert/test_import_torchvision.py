@@ -69,7 +69,7 @@ def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1 is equal at the inner 53 × 53 of 55 × 55 positions. The border is padded with the store's mean."""
+    """conv1's outputs are equal, except at the border: the imported network pads images with the store's mean."""
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert state.step == 0 and network.recipe == MODERN
@@ -89,7 +89,7 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """`alextrain run` with the same options resumes the run. Its first loss is the loss of the imported weights."""
+    """`alextrain run` with the options of the import resumes the run. The first loss is the imported network's."""
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")
@@ -104,7 +104,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """All weights are compared. Then the file is given other classes, and the import must refuse it."""
+    """The test compares all weights. It also gives the exported file other classes, and the import must refuse it."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)

@@ -38,7 +38,7 @@ def test_top_k_misses_counts_labels_outside_the_top_one_and_the_top_five() -> No
 
 
 def test_of_equal_scores_the_lower_class_ranks_higher_and_nan_is_a_miss() -> None:
-    """torch.topk orders equal scores arbitrarily: it gave varying error rates for a network with constant outputs."""
+    """torch.topk orders equal scores arbitrarily, so the error rates of a network with constant outputs would vary."""
     labels = torch.tensor([0, 1, 4, 5, 9])
     assert top_k_misses(torch.zeros(5, 10), labels).tolist() == [4, 2]
     assert top_k_misses(torch.full((5, 10), torch.nan), labels).tolist() == [5, 5]
@@ -90,7 +90,7 @@ def test_error_rates_and_loss_equal_a_plain_count(stores: dict[str, Path], netwo
 def test_dense_evaluation_averages_the_softmax_over_the_windows_of_a_square(
     stores: dict[str, Path], network: AlexNet
 ) -> None:
-    """A square of 256 px has 4 windows. The batches have 5, 5 and 2 images: no batch has 4 images."""
+    """A square of 256 px has 4 windows. The batches have 5, 5 and 2 images: 4 images could hide swapped dimensions."""
     with eval_loader(stores["jpeg"], 5, views="square", augmentation=Augmentation(mean="image")) as loader:
         result = evaluate(network, loader, Progress(loader.records, "images"))
         with torch.no_grad():

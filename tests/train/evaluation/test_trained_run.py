@@ -1,4 +1,4 @@
-"""Tests of the predictions for a split that a run folder caches."""
+"""Tests of the predictions that a run folder caches for a split of a store."""
 
 from __future__ import annotations
 

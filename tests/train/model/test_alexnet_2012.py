@@ -27,10 +27,11 @@ SMALL = replace(ALEXNET, widths=Widths(8, 12, 12, 16, 8, 20, 24))
 
 
 def test_section_3_5_neurons_of_each_layer() -> None:
-    """The paper gives 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000. The number 253,440 is wrong.
+    """The paper's numbers of neurons are 253,440 - 186,624 - 64,896 - 64,896 - 43,264 - 4096 - 4096 - 1000.
 
-    96 kernels at 55 × 55 positions are 290,400 neurons, but 253,440 is 96 × 55 × 48. With either number, the sum over
-    all layers is near the paper's 650,000. The paper's number of inputs, 150,528, is right.
+    The number 253,440 for conv1 is wrong: it is 96 × 55 × 48, but 96 kernels at 55 × 55 positions are 290,400 neurons.
+    With 253,440 or 290,400, the sum over all layers is near the paper's 650,000. The paper's number of inputs, 150,528,
+    is right.
     """
     neurons = [row.neurons for row in summarize(1000)]
     assert neurons == [290_400, 186_624, 64_896, 64_896, 43_264, 4096, 4096, 1000]
@@ -39,7 +40,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """The formula of a convolution: maps × (side² × maps that the column reads + 1) parameters."""
+    """A convolution has maps × (side² × maps that its column reads + 1) parameters, where side is that of a kernel."""
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),
@@ -235,7 +236,7 @@ def test_both_columns_see_the_same_dropout_mask() -> None:
 def trained_weights(scaled: bool, keep: float) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
     """Train 6 steps; returns the parameters, and the logits of each step and of an evaluation.
 
-    The evaluation, after the last step, is of the first batch.
+    The evaluation follows the last step and uses the first batch.
 
     scaled  whether dropout scales in training; if so, initialization, lr and weight decay of fc7 and fc8 are adapted
     keep    probability that a unit is kept

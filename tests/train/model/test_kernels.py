@@ -21,7 +21,7 @@ from train.optim.paper_sgd import PaperSGD
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
-FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compilation is ten times faster than with the real flags
+FAST_TO_COMPILE = ["-std=gnu11", "-O1", "-fPIC", "-shared"]  # compile ten times as fast as compiling.FLAGS
 
 
 def load(path: Path) -> kernels.NativeKernels | None:
@@ -116,7 +116,7 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
 def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Updates a convolution, a layer of more than one block, biases and an empty tensor.
+    """The tensors are those of a convolution, of a layer of more than one block, and of biases; one tensor is empty.
 
     layouts  alike      the convolution's weight and gradient are channels last
              different  only the convolution's weight is channels last
@@ -188,7 +188,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
 
 @pytest.mark.usefixtures("c_compiler")
 def test_kernels_without_vectors_or_fused_multiply_adds_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The results differ in their last few bits; where terms of a sum cancel, the relative difference is larger."""
+    """The results differ in their last few bits. If terms of a sum cancel, the relative difference is larger."""
     monkeypatch.setattr(compiling, "FLAGS", [*FAST_TO_COMPILE, "-ffp-contract=off"])
     expected, source = outputs_and_gradients(), tmp_path / "kernels.c"
     source.write_bytes(kernels.SOURCE.read_bytes())

@@ -33,7 +33,7 @@ def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Nu
 
 
 def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """The gradient of the input: for each map, the sum over the outputs whose window contains it."""
+    """The gradient of the input: for each input map, a sum over the output maps whose window contains the input map."""
     maps = a.shape[1]
     gradient = np.zeros_like(a)
     for i in range(maps):
@@ -281,9 +281,11 @@ class PretendsToBeOnAGpu(Tensor):
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In a container image without a C compiler, Triton is installed and cannot compile. In earlier versions, training
-    then ended at the first normalization. Now only the first normalization tries the kernel. In this test, gradients
-    are disabled while it does so.
+    """Triton is installed but cannot compile, as in a container image without a C compiler.
+
+    In earlier versions, the first normalization then ended the training. Now only the first normalization tries the
+    Triton kernel, and later ones use PyTorch operators. The test disables gradients, so the kernel is first tried
+    without gradients.
     """
 
     def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:

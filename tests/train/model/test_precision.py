@@ -85,7 +85,7 @@ def test_the_loss_in_bfloat16_is_the_float32_loss_of_its_logits() -> None:
 
 @pytest.mark.parametrize("norm", [local_response_norm, within_map_norm])
 def test_normalization_of_bfloat16_sums_in_float32(norm) -> None:
-    """Only the result is rounded, so its error is the error of one rounding. Rounded squares would add errors."""
+    """Only the result is rounded to bfloat16, so there is one rounding error. Rounded squares would add more errors."""
     x = torch.randn(2, 48, 9, 9, generator=torch.Generator().manual_seed(2)).mul_(50).bfloat16()
     expected = norm(x.double(), 5, 1e-2, 0.75, 2.0)
     with autocast("bf16", torch.device("cpu")):
@@ -106,7 +106,7 @@ def test_gradient_of_normalization_of_bfloat16_is_rounded_once(norm) -> None:
 
 
 def test_a_small_network_learns_in_bfloat16() -> None:
-    """The network memorizes three images, and its loss is near the loss in float32 at every step."""
+    """The network memorizes three images. At every step, the loss in bfloat16 is near the loss in float32."""
     images, labels, lines = random_images(3), torch.arange(3), []
     for precision in ("fp32", "bf16"):
         model = small(replace(SHORT, dropout=0.0, lr=0.02))

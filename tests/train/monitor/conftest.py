@@ -48,7 +48,7 @@ def observed_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Obser
         try:
             while part := os.read(terminal_fd, 65536):
                 output.append(part)
-        except OSError:  # EIO: the other end is closed
+        except OSError:  # EIO: `terminal` is closed
             pass
 
     reader = threading.Thread(target=read_terminal, daemon=True)

@@ -24,9 +24,9 @@ def test_tensorboard_reads_every_value_of_metrics_jsonl_once(observed_run: Obser
 
 
 def test_a_resumed_run_has_no_point_and_no_line_twice(tmp_path: Path) -> None:
-    """The run is killed twice: after it logged steps later than its last checkpoint, and before a validation.
+    """The run is killed twice: after it logged step 5, which its last checkpoint lacks, and before a validation.
 
-    No event file has the first line of metrics.jsonl yet.
+    Line 1 of metrics.jsonl is in no event file when the run starts.
     """
     result = EvalResult(0.5, 0.25, 2.0, 12)
     (tmp_path / "metrics.jsonl").write_text(json.dumps({**training_line(1), "unix_time_s": 5.0}) + "\n")

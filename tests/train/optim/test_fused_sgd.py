@@ -1,4 +1,4 @@
-"""Tests of the fused parameter update: same bits as torch's private kernel, and nearly the same values without it."""
+"""Tests of the fused parameter update: same bits as torch's private kernel, nearly the same values in the fallback."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_installed_torch_has_the_fused_update_and_it_follows_the_papers_rule
 
 
 def test_the_fused_update_equals_torchs_private_kernel_to_the_bit() -> None:
-    """Earlier versions called torch's private kernel. Runs of those versions therefore continue with the same bits."""
+    """Earlier versions of this project called torch's private kernel. Their runs must continue with the same bits."""
     weights, velocities, gradients = tensors()
     constants = {"lr": -1.0, "dampening": 1.0 + LR, "nesterov": False, "maximize": False, "is_first_step": False}
     for _ in range(2):
@@ -87,7 +87,7 @@ def renamed(*args: object, **kwargs: object) -> None:
 
 
 def without_lr(weights: list[Tensor], gradients: list[Tensor], velocities: list[Tensor], **kwargs: object) -> None:
-    """Stands in for a kernel of a later torch that ignores a negative learning rate."""
+    """Replaces torch's kernel by a kernel that ignores a negative learning rate, as a later torch might."""
     for velocity in velocities:
         velocity.mul_(0.5)
 

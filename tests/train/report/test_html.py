@@ -128,14 +128,14 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
 
 
 def browser() -> str | None:
-    """Path of Chromium: the value of the variable CHROMIUM, or found on PATH or in Playwright's cache; else None."""
+    """Path of Chromium from the variable CHROMIUM, from PATH or from Playwright's cache; None if all three lack it."""
     named = [os.environ.get("CHROMIUM"), *map(shutil.which, _BROWSERS)]
     cached = Path.home().glob(".cache/ms-playwright/chromium*/*/*")
     named += [str(path) for path in cached if path.name in ("chrome", "headless_shell", "chrome-headless-shell")]
     return next((path for path in named if path), None)
 
 
-# A page that shows the report in two frames, one as wide as a desktop and one as wide as a phone. The script may
+# A page that shows the report in two frames, one as wide as a desktop and one as wide as a phone. The script can
 # read the layout of both frames, because the frames have the same origin as the page.
 _WATCH = """<!DOCTYPE html><body><script>
 const frames = [];

@@ -63,8 +63,8 @@ def test_tiles_are_in_reading_order_and_each_is_scaled_to_its_own_range() -> Non
 
 def test_kernels_of_column_0_are_above_the_kernels_of_column_1() -> None:
     weights = torch.zeros(8, 3, 11, 11)
-    weights[:4, 0, 0, 0] = 1.0  # red in the upper left corner
-    weights[4:, 2, 10, 10] = 1.0  # blue in the lower right corner
+    weights[:4, 0, 0, 0] = 1.0  # column 0: red in the upper left corner
+    weights[4:, 2, 10, 10] = 1.0  # column 1: blue in the lower right corner
     figure = Figure()
     draw_kernels(figure, {"conv1.weight": weights}, columns=2)
     above, below = (np.asarray(axes.images[0].get_array()) for axes in figure.axes)
@@ -162,7 +162,7 @@ def test_feature_maps_with_the_highest_activation_of_each_column_are_drawn() -> 
 
 
 def test_unusual_names_are_drawn_literally_and_shortened() -> None:
-    """Names with a $ (begins a formula in matplotlib), a letter that the font lacks, a newline, or 200 characters."""
+    """Names with a $ (matplotlib begins a formula at $), a letter that the font lacks, a newline, or 200 characters."""
     names = ["$a_{b$", "猫\n", "x" * 200]
     square = np.zeros((8, 8, 3), np.uint8)
     rows = [ImageAndNeighbors(square, "$p_{1$.jpg\n", 0, [(square, k, float(k)) for k in range(3)])]

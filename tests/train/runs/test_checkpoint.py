@@ -151,7 +151,7 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
 def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_torn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes a torn checkpoint and resumes from the previous one. It must not remove an intact checkpoint."""
+    """A run removes torn checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
@@ -202,7 +202,7 @@ def test_the_newest_checkpoints_and_the_best_are_kept(stores: dict[str, Path], t
     run_dir = fit(Run.open(small_config(stores["ppm"], tmp_path / "run", keep=keep, epochs=4)))
     assert steps_of(run_dir) == [9, 10, 12][-keep:]
     errors = {line["step"]: line["top1_error"] for line in metrics_without_clock(run_dir) if line["kind"] == "val"}
-    best = min(errors, key=errors.__getitem__)  # the first of the checkpoints with equal error
+    best = min(errors, key=errors.__getitem__)  # min takes the first of several checkpoints with equal errors
     for state in (checkpoint.load(run_dir, "best"), load_trained(run_dir, ("cpu", "cpu"), "best").checkpoint):
         assert state.step == best
     assert checkpoint.load(run_dir).best == {"step": best, "top1_error": errors[best]}
@@ -241,7 +241,7 @@ def test_best_is_kept_on_a_file_system_without_hard_links(tmp_path: Path, monkey
 
 
 def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoint_prevented(tmp_path: Path) -> None:
-    """best.pt is repaired and surplus checkpoints are removed, although no further checkpoint is saved."""
+    """The next start repairs best.pt and removes surplus checkpoints. It need not save another checkpoint for this."""
     keeper = checkpoint.CheckpointKeeper(tmp_path, 3, None)
     for step in (1, 2, 3):
         keeper.save(empty_checkpoint(step), is_last=False)

@@ -76,7 +76,7 @@ def test_a_run_that_never_reached_a_checkpoint_may_be_started_with_other_setting
 ) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
-    (run_dir / ".run.json.77.tmp").write_text("{")  # left by a run that was killed at its start
+    (run_dir / ".run.json.77.tmp").write_text("{")  # a temporary file of a run that was killed at its start
     with pytest.raises(UserError, match="a batch takes 64"):
         fit(Run.open(small_config(stores["jpeg"], run_dir, batch_size=64)))
     fit(Run.open(small_config(stores["jpeg"], run_dir, steps=1)))

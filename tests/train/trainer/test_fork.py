@@ -38,19 +38,19 @@ def test_a_fork_without_changes_has_the_result_of_the_uninterrupted_run(
 
 
 def ancestry(run_dir: Path) -> list[dict[str, Any]]:
-    """The chain of checkpoints that a run was forked from, oldest first, as run.json lists them."""
+    """The checkpoints from which a run and its ancestors were forked, oldest first, as run.json lists them."""
     return json.loads((run_dir / "run.json").read_text())["ancestry"]
 
 
 @pytest.fixture(scope="module")
 def four_steps(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run after 4 steps, which are 1 1/3 epochs. Do not write into its folder."""
+    """A run after 4 steps, which are 1 1/3 epochs. A test must not write into the folder of this run."""
     return fit(Run.open(small_config(stores["ppm"], tmp_path_factory.mktemp("origin") / "run", steps=4)))
 
 
 @pytest.fixture
 def origin(four_steps: Path, tmp_path: Path) -> Path:
-    """A copy of `four_steps`. The schedule in its checkpoint has already dropped the rate twice."""
+    """A copy of `four_steps`. According to the copy's checkpoint, the schedule has already lowered the rate twice."""
     run_dir = Path(shutil.copytree(four_steps, tmp_path / "run"))
     state = checkpoint.load(run_dir)
     checkpoint.write(run_dir, replace(state, schedule={**state.schedule, "drops": 2}))

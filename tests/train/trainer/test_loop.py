@@ -87,7 +87,7 @@ def test_a_plateau_reduces_the_rate_and_ends_a_run_also_after_resuming(
 def test_another_architecture_with_overridden_recipe_fields_trains_resumes_and_is_loaded(
     stores: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Trains one column with non-overlapping pooling and tanh. run.json lists these settings; others are refused."""
+    """Trains one column with tanh and pooling without overlap. run.json lists both settings; a resume requires them."""
     half = replace(HALF, widths=Widths(6, 7, 8, 8, 8, 16, 16))
     recipe = apply_overrides(replace(SHORT, schedule=()), ["activation=tanh", "pool_px=2", "dropout=0.5"])
     config = small_config(stores["jpeg"], tmp_path / "a", recipe=recipe, model=half, epochs=2)
@@ -128,7 +128,7 @@ def test_label_smoothing_and_a_cosine_with_warm_up_follow_their_formulas(
 def test_both_streams_are_closed_when_a_run_ends(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, outcome: str
 ) -> None:
-    """Both the training and the validation stream are closed, even if a traceback still refers to them."""
+    """The training stream and the validation stream are closed, even if a traceback still refers to the streams."""
     loaders: list[TrainLoader | EvalLoader] = []
     for loader_class in (TrainLoader, EvalLoader):
         start = loader_class._start

@@ -27,7 +27,7 @@ from train.trainer.watchdog import Diverged
 def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkpoint(
     numbered_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log_every: int
 ) -> None:
-    """One image of the second batch has NaN pixels. Step 2 is logged at once or, if `log_every` is 3, after step 3.
+    """One image of the second batch has NaN pixels. Step 2 is logged at once, or after step 3 if `log_every` is 3.
 
     Every image has a different label.
     """

@@ -90,9 +90,9 @@ def test_gradients_of_two_steps_are_not_added_up() -> None:
 
 @pytest.mark.parametrize("parts", [2, 4])
 def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
-    """Makes three steps, so that momentum has an effect.
+    """The test makes three steps, so that momentum has an effect.
 
-    Dropout is off, because a batch in parts draws other masks than a whole batch.
+    Dropout is off, because the masks of a batch in parts differ from the masks of the same batch as a whole.
     """
     recipe = replace(PAPER, dropout=0.0, label_smoothing=0.1, lr=1e-3)
     (model, step), (model_of_parts, step_in_parts) = make_step(recipe), make_step(recipe, parts=parts)
@@ -110,7 +110,7 @@ def test_a_batch_in_parts_gives_the_same_update(parts: int) -> None:
 
 
 def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
-    """Compares the peak number of bytes that autograd saves for the backward pass, apart from the parameters."""
+    """Compares the peak number of bytes that autograd saves for the backward pass. Parameters are not counted."""
     peaks_bytes = []
     for parts in (1, 4):
         model, step = make_step(PAPER, parts=parts)

@@ -40,7 +40,7 @@ def test_a_signal_during_a_step_leaves_a_checkpoint_of_that_step_from_which_the_
     with pytest.raises(BaseException) as raised:
         fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert raised.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
-    assert checkpoint.load(run_dir).step == 6  # the run has finished the step in progress
+    assert checkpoint.load(run_dir).step == 6  # the run finished step 6 before it stopped
     monkeypatch.undo()
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     assert_same_result(run_dir, uninterrupted_run)
@@ -67,7 +67,7 @@ def test_a_signal_during_a_validation_stops_at_once_and_the_resumed_run_validate
 
 
 def test_a_signal_just_before_a_validation_stops_before_it_begins() -> None:
-    """The signal arrives between the loop's check and the validation, which takes minutes on ImageNet."""
+    """The signal arrives after the loop's check and before the validation. Validations of ImageNet take minutes."""
     with stop_requests() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
         with pytest.raises(Terminated), stop.raised_at_once():
