@@ -1,1 +1,4 @@
-"""alexprep: builds LMDB stores of rescaled photographs with exact colour statistics. Imports neither torch nor DALI."""
+"""alexprep: builds LMDB stores of rescaled photographs with exact colour statistics.
+
+The package imports neither torch nor DALI.
+"""

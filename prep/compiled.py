@@ -1,7 +1,7 @@
-"""Loads compiled C kernels: the kernels.c of a subpackage, which tools/compile_native.py compiles at installation.
+"""Loads compiled C kernels. At installation tools/compile_native.py compiles the kernels.c of each subpackage.
 
-The kernels are optional. Without the kernels NumPy, PyTorch or DALI does the same work more slowly. The kernels are
-not used
+The kernels are optional: NumPy, PyTorch or DALI can do the work of the kernels, but more slowly. The kernels are not
+used
 
 - if no C compiler was available at installation,
 - if kernels.c has changed since installation (the library's file name contains a digest of kernels.c),
@@ -27,7 +27,7 @@ def library_path(source: Path) -> Path:
 
 
 def load(path: Path, wrap: Callable[[ctypes.CDLL], Kernels], is_correct: Callable[[Kernels], bool]) -> Kernels | None:
-    """Load the library at `path` and return `wrap(library)`, or None if it cannot be used.
+    """Load the library at `path` and return `wrap(library)`, or None if the library cannot be used.
 
     The library cannot be used if its file is missing, if a function is missing (`wrap` raises AttributeError), if the
     self-test `is_correct` returns False, or if the environment has ALEXNET_NATIVE=0. Calls into the library release the

@@ -40,7 +40,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print the re
 class UserError(ValueError):
     """An error that the user can fix.
 
-    The message is one line. The message says what is wrong, with the actual and the expected value, and what to do.
+    The message is one line. The message says what is wrong, with the actual and the expected value, and what the user
+    can do.
     """
 
     exit_code = 1
@@ -59,7 +60,7 @@ def disk_error(error: OSError, text: str) -> UserError:
 
 
 class Terminated(BaseException):
-    """SIGTERM or another terminating signal, raised as an exception so that clean-up runs as it does for Ctrl-C."""
+    """SIGTERM or another terminating signal as an exception, so that clean-up code runs as it does after Ctrl-C."""
 
     def __init__(self, signum: int = signal.SIGTERM) -> None:
         super().__init__()
@@ -75,7 +76,7 @@ class _CommandFailed(click.ClickException):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(one_line(message))
-        self.exit_code = exit_code  # type: ignore[misc]  # click reads it from the instance
+        self.exit_code = exit_code  # type: ignore[misc]  # click reads exit_code from the instance
 
     def show(self, file: IO[Any] | None = None) -> None:
         """Print the line. If standard error cannot be written to (full disk), only the exit code reports the error."""
@@ -84,9 +85,10 @@ class _CommandFailed(click.ClickException):
 
 
 class Group(click.Group):
-    """A command group that prints a UserError as one line and exits with 130 on Ctrl-C, 143 on SIGTERM.
+    """A command group that prints a UserError as one line. The exit code after signal n is 128 + n (Ctrl-C: 130).
 
-    `resumable` names the commands that continue from finished work when they are run again. Other commands start over.
+    `resumable` names the commands that, when run again, continue where the interrupted run stopped. Other commands
+    start over.
     """
 
     def __init__(self, *args: Any, resumable: tuple[str, ...] = (), **kwargs: Any) -> None:
@@ -94,7 +96,7 @@ class Group(click.Group):
         self.resumable = resumable
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command. Raises click.ClickException for UserError or OSError; exits with 130 or 143 on a signal."""
+        """Run the command. Raises click.ClickException for UserError or OSError. Exits with 128 + n on signal n."""
         signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return super().invoke(ctx)
@@ -102,7 +104,7 @@ class Group(click.Group):
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
             raise  # click handles it
-        except OSError as error:  # the error's path is most likely one that the user passed
+        except OSError as error:  # most likely the user passed the path that failed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:
             effect = "continue from here" if ctx.invoked_subcommand in self.resumable else "start over"
@@ -156,7 +158,7 @@ def bytes_text(n: float) -> str:
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may use; a container or taskset can allow fewer than the machine has."""
+    """Number of CPU cores that this process may use: a container or taskset can allow fewer cores than exist."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -165,10 +167,10 @@ def usable_cores() -> int:
 def keep_freed_memory(max_bytes: int, map_large_blocks: bool) -> None:
     """Make glibc's malloc keep up to `max_bytes` of freed memory for later allocations.
 
-    By default glibc returns every large block to the kernel, which must zero fresh pages for the next allocation.
-    Zeroing was half of the time to rescale a photograph, and a quarter of the time of AlexNet's training step. With
-    `map_large_blocks`, blocks over 32 MiB are still returned to the kernel at once. Nothing changes if the C library
-    is not glibc.
+    By default glibc returns every large freed block to the kernel, and the kernel must zero new pages for the next
+    allocation. Zeroing took half of the time to rescale a photograph, and a quarter of the time of AlexNet's training
+    step. With `map_large_blocks`, blocks over 32 MiB are still returned to the kernel at once. Nothing changes if the
+    C library is not glibc.
     """
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
@@ -205,16 +207,16 @@ class Progress:
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
-        """Units per second since the start of this run."""
+        """Units that this run has finished per second, on average since its start."""
         return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
 
     def eta_s(self) -> float:
-        """Seconds left at the present rate."""
+        """Seconds left at the average rate of this run."""
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
 
 class _JsonProgress(Progress):
-    """Progress as lines of JSON, at most one line every `every_s` seconds. Shorter work prints no line."""
+    """Progress as lines of JSON, at most one line every `every_s` seconds. Work that ends sooner prints no line."""
 
     def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
         super().__init__(total, unit)

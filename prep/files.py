@@ -49,24 +49,25 @@ def hold_lock(folder: Path, activity: str) -> Iterator[None]:
     """Hold the folder's lock during a `with` block.
 
     Raises UserError, with `activity` in its message, if another process holds the lock. The kernel releases the lock
-    when the process ends, even if it crashes.
+    when the process ends, even after a crash.
     """
     with open(folder / ".lock", "a") as handle:
         for tries_left in reversed(range(_LOCK_TRIES)):
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
-            except BlockingIOError:  # try again: lock_is_held() in another process takes the lock briefly
+            except BlockingIOError:  # lock_is_held() in another process may hold the lock briefly: try again
                 if not tries_left:
                     raise UserError(
-                        f"{folder}: another {activity} is at work in this folder. Wait for it, or name another folder."
+                        f"{folder}: another {activity} is at work in this folder. "
+                        "Wait until it ends, or name another folder."
                     ) from None
                 time.sleep(_LOCK_RETRY_S)
         yield
 
 
 def lock_is_held(folder: Path) -> bool:
-    """Whether a process holds the folder's lock. The test takes a shared lock briefly and writes nothing.
+    """Whether a process holds the folder's lock. The function takes a shared lock briefly and writes nothing.
 
     Raises OSError if the lock file cannot be opened.
     """

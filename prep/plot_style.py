@@ -1,7 +1,7 @@
 """matplotlib style and rendering of figures, shared by alexprep and alextrain.
 
-A figure is rendered as PNG or SVG, with the same bytes each time. matplotlib is optional (the extra `figures`); only
-`render_figure` imports it.
+A figure is rendered as PNG or SVG. Rendering a figure again gives the same bytes. matplotlib is optional (the extra
+`figures`); only `render_figure` imports matplotlib.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ def render_figure(
     """Call `draw` with a Figure of `size_inches`, and return the figure as the bytes of an image file.
 
     `format` is one of FORMATS; a PNG has 150 dpi. The file contains no creation date. matplotlib's global settings are
-    not changed.
-    Raises UserError if matplotlib is not installed.
+    not changed. Raises UserError if matplotlib is not installed.
     """
     try:
         from matplotlib import rc_context

@@ -19,8 +19,9 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 def package_version() -> str:
     """The version, such as `0.1.0`.
 
-    The version is read from the metadata that pip wrote. If there is none (a checkout that is only on PYTHONPATH), the
-    version is read from the pyproject.toml next to the packages. If that is missing too, the version is `unknown`.
+    The version is read from the metadata that pip wrote. If there is no metadata (a checkout that is only on
+    PYTHONPATH), the version is read from the pyproject.toml next to the packages. If pyproject.toml is missing too, the
+    version is `unknown`.
     """
     from importlib.metadata import PackageNotFoundError, version  # imported only when needed: the import takes 20 ms
 
@@ -31,7 +32,7 @@ def package_version() -> str:
 
 
 def checkout_version(root: Path) -> str:
-    """The version in `root`/pyproject.toml, or `unknown` if that file is missing or belongs to another project."""
+    """The version in `root`/pyproject.toml, or `unknown` if the file is missing or of another project."""
     import tomllib
 
     try:

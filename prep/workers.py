@@ -1,10 +1,10 @@
-"""Process pool on this machine, with progress counters and crash detection.
+"""Pool of worker processes on this machine, with progress counters and crash detection.
 
 Every worker is a fresh interpreter (an LMDB environment must not cross a fork) with one BLAS thread. Workers ignore
-Ctrl-C, which the parent handles. Workers exit when the parent ends, even if SIGKILL ends the parent. An exception in a
-task is raised in the parent. If a worker crashes, the other workers continue. The result of the crashed task is a
-WorkerDied with the index of the input that the worker was processing. The caller decides what a crash means for the
-task; for a build, prep/build/split.py and plan.py decide.
+Ctrl-C; the parent handles Ctrl-C. Workers exit when the parent ends, even if SIGKILL ends the parent. An exception in a
+task is raised again in the parent. If a worker crashes, the other workers continue. The result of the crashed task is a
+WorkerDied with the index of the input that the worker was processing. The caller decides whether to try the task again.
+In a build, prep/build/split.py and plan.py decide.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class WorkerDied:
     exit_code: int  # exit code of the process; −n if signal n killed it
 
     def describe(self) -> str:
-        """How the process ended, as the second half of a sentence: `was killed (SIGKILL)`, `ended with code 1`."""
+        """How the process ended, as a predicate for an error text: `was killed (SIGKILL)`, `ended with code 1`."""
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
         with suppress(ValueError):
@@ -104,7 +104,7 @@ class Runner(Protocol):
         """Run `work` on every task. Yields (task, result) pairs in the order in which the tasks finish.
 
         `on_progress` is called several times a second and at the end, with the counts since this call of `map` began.
-        The first exception of `work` is raised here: a UserError unchanged, any other exception as a RuntimeError with
+        `map` raises the first exception of `work`: a UserError unchanged, any other exception as a RuntimeError with
         the worker's traceback.
         """
 
@@ -112,8 +112,8 @@ class Runner(Protocol):
 class WorkerPool:
     """A Runner of `jobs` local processes. The processes start when needed and end with the `with` block.
 
-    If `preload` names a module, all processes start at the beginning of the block and import the module. So libraries
-    are loaded while the parent still lists the inputs.
+    If `preload` names a module, all processes start at the beginning of the block and import the module. Then the
+    parent can list the inputs while the workers load the libraries.
     """
 
     def __init__(self, jobs: int, preload: str = "") -> None:
@@ -256,7 +256,8 @@ def _exit_with_parent() -> None:
 def _ctrl_c_blocked() -> Iterator[None]:
     """Block SIGINT in a `with` block.
 
-    Processes started there inherit the mask and never receive SIGINT. This process receives a SIGINT after the block.
+    Processes started in the block inherit the signal mask and never receive SIGINT. This process receives a SIGINT that
+    was blocked when the block ends.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
@@ -269,7 +270,7 @@ def _ctrl_c_blocked() -> Iterator[None]:
 def _one_blas_thread() -> Iterator[None]:
     """Limit BLAS to one thread in processes started in a `with` block.
 
-    The limits are environment variables, which BLAS reads when it is loaded.
+    A BLAS library reads the limit from environment variables when the library is loaded.
     """
     names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
     before = {name: os.environ.get(name) for name in names}

@@ -1,1 +1,1 @@
-"""Operations on one image: decode, rescale, crop to the central square, encode, and sum its colours."""
+"""Operations on images: decode, rescale, crop to the central square, encode, and compute colour statistics."""

@@ -1,7 +1,7 @@
 """Position of the central square in an image: the crop that the paper (section 2) makes after rescaling.
 
-The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. These functions are used
-for builds, statistics, streams and single images.
+The offset is rounded down: if the margin is odd, the top and left sides get the smaller half. Builds, colour
+statistics, streams and inference on single images all use this position.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Number = TypeVar("Number", bound=np.generic)
 def central_offset(length: Length, side_px: int) -> Length:
     """Index of the first row (column) of the central square in an image of `length` rows (columns).
 
-    The square has `side_px` rows.
+    The square has `side_px` rows and columns.
     """
     return (length - side_px) // 2
 

@@ -1,10 +1,10 @@
 """Image decoding (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM to RGB) with limits for hostile files; JPEG and PPM encoding.
 
-The format is detected from the content, never from the file name: ILSVRC holds a PNG and 22 CMYK JPEGs named .JPEG.
-EXIF orientation is reported but not applied; the authors' data preparation did not apply it either. An alpha channel
-is dropped. Nearly all files are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes them a quarter faster than
-Pillow and gives the same pixels. Pillow decodes the other formats, and the JPEGs that libjpeg-turbo refuses or warns
-about.
+The format is detected from the content, never from the file name: ILSVRC has one PNG file that is named .JPEG. 22 of
+ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
+preparation did not apply it either. An alpha channel is dropped. Nearly all files of ILSVRC are colour JPEGs.
+libjpeg-turbo (prep.images.jpeg) decodes colour JPEGs a quarter faster than Pillow and gives the same pixels. Pillow
+decodes the other formats, and the JPEGs that libjpeg-turbo cannot decode or warns about.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _EXIF_ORIENTATION = 0x0112
 # Pillow's names of the input formats. EPS is excluded, because Pillow starts Ghostscript to decode it.
 _FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
 _SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # limit for pixels × scans: a progressive JPEG of MAX_PIXELS may have 20 scans
-_MAX_SEGMENTS = 10_000  # limit for a JPEG's segments before its first scan; each takes Pillow at least 1 µs
+_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # limit for pixels × scans: 20 scans for a progressive JPEG of MAX_PIXELS
+_MAX_SEGMENTS = 10_000  # limit for a JPEG's segments before its first scan; Pillow needs at least 1 µs for each segment
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -74,7 +74,7 @@ def decode_image(content: bytes) -> DecodedImage:
     """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB. Raises BadImage with the reason.
 
     Only the first image of an animation or of a file with several images is decoded. MAX_PIXELS limits
-    the memory. The number of scans of a progressive JPEG is limited, which limits the time.
+    the memory. A limit on the scans of a progressive JPEG limits the decoding time.
     """
     if not content:
         raise BadImage("empty file")
@@ -88,9 +88,9 @@ def has_image_signature(head: bytes) -> bool:
 
 
 def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Returns None for any other file, or if libjpeg-turbo warns.
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Raises BadImage for too many pixels, scans or segments.
 
-    Raises BadImage for too many pixels, scans or segments.
+    Returns None for another colour space, or if libjpeg-turbo cannot decode the file or warns about it.
     """
     has_exif = _has_exif(content)
     try:
@@ -106,7 +106,7 @@ def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
         return None
     orientation = 1
     if has_exif:
-        with suppress(BadImage):  # a broken EXIF block is ignored: the pixels are good
+        with suppress(BadImage):  # ignore a broken EXIF block: the pixels are good
             orientation = _with_pillow(content, _exif_orientation)
     return DecodedImage(pixels, (), orientation)
 
@@ -133,7 +133,7 @@ def _has_exif(content: bytes) -> bool:
 def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
     """Open `content` with Pillow and return `use(image)`. Raises BadImage if Pillow raises an exception."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data (harmless) and of large sizes (checked here)
+        warnings.simplefilter("ignore")  # Pillow warns about odd EXIF data (harmless) and large sizes (checked here)
         try:
             with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
                 return use(image)
@@ -163,7 +163,7 @@ def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
     mode = image.mode
     if mode in _CONVERTED_MODES:
         converted.append(_CONVERTED_MODES[mode])
-    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # a 16-bit PGM has the mode I
+    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # Pillow gives a 16-bit PGM the mode I
         converted += ["16-bit", "grey"]
         levels = np.asarray(image)
         pixels = np.empty((*levels.shape, 3), np.uint8)
@@ -182,10 +182,11 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _check_scans(width: int, height: int, content: bytes) -> None:
-    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:  # small files have few scans: ten bytes each or more
+    # Count no scans in small files: a scan has at least ten bytes, so a small file has few scans.
+    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:
         scans = content.count(b"\xff\xda")
         if width * height * scans > _MAX_SCANNED_PIXELS:
-            raise BadImage(f"{width}×{height} px in {scans:,} scans: would take minutes to decode")
+            raise BadImage(f"{width}×{height} px in {scans:,} scans: decoding would take minutes")
 
 
 def _exif_orientation(image: Image.Image) -> int:
@@ -193,7 +194,7 @@ def _exif_orientation(image: Image.Image) -> int:
         return 1
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    except Exception:  # a broken EXIF block is ignored: the pixels may be good
+    except Exception:  # ignore a broken EXIF block: the pixels may be good
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
@@ -210,9 +211,9 @@ def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect
 
 
 def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> bytes:
-    """Encode uint8 (H, W, 3) for a record: a baseline 4:2:0 JPEG of `quality`, or a PPM if `format` is "ppm".
+    """Encode an image, uint8 (H, W, 3), for a record: as a baseline 4:2:0 JPEG, or as a PPM if `format` is "ppm".
 
-    The header of a PPM is as long as one row of pixels (see ppm_header). A PPM does not use `quality`.
+    The header of a PPM is as long as one row of pixels (see ppm_header). `quality` is used for JPEG only.
     """
     if format == "ppm":
         return ppm_header(*pixels.shape[:2]) + pixels.tobytes()
@@ -222,12 +223,12 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
 def ppm_header(height: int, width: int) -> bytes:
     """A P6 header of 3·width bytes: a comment pads the header to the size of one row of pixels.
 
-    Any image library can open such a file. A reader that knows of the padding can view the file's bytes as uint8
-    (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is so small
-    that a header is longer than a row.
+    Any image library can open a PPM with this header. Code that knows the header's size can view the file's bytes as
+    uint8 (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is so
+    small that the header would be longer than a row.
     """
     head, tail = b"P6\n#", f"\n{width} {height}\n255\n".encode()
     padding = 3 * width - len(head) - len(tail)
     if padding < 0:
-        raise ValueError(f"width {width} px is too small for a header of one row")
+        raise ValueError(f"width {width} px: a row of pixels is shorter than a PPM header")
     return head + b" " * padding + tail

@@ -104,12 +104,12 @@ class PixelSums:
 
 
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
-    """Do the same as add_moments in kernels.c, with NumPy.
+    """Add the sums over `image` to `sums` with NumPy. The result is the same as that of add_moments in kernels.c.
 
-    The sum of a column of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact.
-    These sums are added in float64, which is exact up to 2^53. The channels stay interleaved. The elementwise product
-    of a row and the same row shifted by one element contains R·G and G·B. With a shift of two elements
-    the product contains R·B.
+    A sum of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact for 256 rows. The
+    sums over blocks of 256 rows are added in float64, which is exact up to 2^53. The channels stay interleaved. The
+    elementwise product of a row and the same row shifted by one element contains R·G and G·B. With a shift of two
+    elements the product contains R·B.
     """
     height, width = image.shape[:2]
     rows = image.reshape(height, 3 * width)
@@ -127,10 +127,10 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
 def compute_color_stats(records: int, moments: Moments) -> ColorStats:
     """Mean, covariance (divisor pixels − 1, as in numpy.cov) and principal components of RGB, on the scale 0..255.
 
-    Eigenvalues are in descending order. Each eigenvector has a positive red component (if that is zero, the first
-    nonzero component is positive). In natural images the red components of all three eigenvectors are well away from
-    zero, so the signs are the same for all such data sets. Each covariance is an exact quotient of integers, rounded
-    once. Raises StoreError for fewer than two pixels.
+    Eigenvalues are in descending order. The first nonzero component of each eigenvector, normally red, is positive. In
+    natural images the red components of all three eigenvectors are well away from zero, so different sets of natural
+    images give the same signs. Each covariance is an exact quotient of integers, rounded once to float64. Raises
+    StoreError for fewer than two pixels.
     """
     n = moments.pixels
     if n < 2:
@@ -158,10 +158,10 @@ def compute_color_stats(records: int, moments: Moments) -> ColorStats:
 
 
 def recompute_color_stats(store: Store, split: str, runner: Runner, progress: Progress) -> ColorStats:
-    """Compute the statistics of a split again from its records. `runner` runs one task for each shard.
+    """Compute the colour statistics again from the records of a split. `runner` runs one task for each shard.
 
     For a ppm store the result equals the statistics of the build, bit for bit. For a jpeg store the last digits differ,
-    since the build sums the pixels before compression. Raises StoreError for a damaged record; the message names the
+    because the build sums the pixels before compression. Raises StoreError for a damaged record; the message names the
     shard and the key.
     """
     moments, records = Moments(), 0

@@ -1,13 +1,13 @@
-/* Inner loops of a build: rescaling and colour sums. kernels.py calls them. They are compiled at installation if a C
- * compiler is available; without them rescale.py and color_stats.py compute the same with NumPy. All sums are exact, so
- * both give the same bits. */
+/* Inner loops of a build: rescaling and colour sums. kernels.py calls the loops. The loops are compiled at installation
+ * if a C compiler is available. Otherwise rescale.py and color_stats.py compute the same results with NumPy. All sums
+ * are exact, so the results of C and NumPy agree bit for bit. */
 
 #ifndef NUMBER
 
 #include <stdint.h>
 #include <string.h>
 
-#ifdef CLONES /* each function is compiled twice; the loader picks the better one for this CPU */
+#ifdef CLONES /* each function is compiled twice; the loader picks the version for this CPU */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define EACH_CPU
@@ -23,9 +23,9 @@ typedef struct {
     const void *weights;
 } pass;
 
-/* This file includes itself once for floats and once for doubles: see the part after #else. x + ROUNDING - ROUNDING
- * rounds x to the nearest integer, halves to even: ROUNDING is 1.5 * 2^(bits of the mantissa), which leaves no bits for
- * a fraction. */
+/* This file includes itself once for floats and once for doubles, to compile the part after #else. x + ROUNDING -
+ * ROUNDING is x rounded to the nearest integer, halves to even: ROUNDING is 1.5 * 2^23 for floats and 1.5 * 2^52 for
+ * doubles, and numbers of that size have no bits for a fraction. */
 #define NUMBER float
 #define ROUNDING 12582912.0f
 #define NAME(name) name##_float
@@ -41,7 +41,7 @@ typedef struct {
 /* Adds the sums of R, G, B, RR, RG, RB, GG, GB, BB over the `count` pixels of an RGB image to `sums` (9 numbers). */
 EACH_CPU void add_moments(const uint8_t *pixels, int64_t count, int64_t *sums) {
     while (count > 0) {
-        const int64_t block = count < 16384 ? count : 16384; /* 16384 * 255 * 255 < 2^31 */
+        const int64_t block = count < 16384 ? count : 16384; /* int32 suffices: 16384 * 255 * 255 < 2^31 */
         int32_t r = 0, g = 0, b = 0, rr = 0, rg = 0, rb = 0, gg = 0, gb = 0, bb = 0;
         for (int64_t k = 0; k < block; k++) {
             const int32_t red = pixels[3 * k], green = pixels[3 * k + 1], blue = pixels[3 * k + 2];
@@ -69,11 +69,11 @@ EACH_CPU void add_lines(const uint8_t *restrict lines, int64_t stride, int64_t r
 typedef NUMBER NAME(four) __attribute__((vector_size(4 * sizeof(NUMBER)), aligned(sizeof(NUMBER))));
 
 /* Vertical pass, one row of outputs: out[j] = round(sum over t < taps of weights[t] * rows[t * stride + j]), j < count.
- * One to three taps, the usual counts, are summed in one loop. */
+ * For one to three taps, the usual numbers, a single loop computes the whole sum. */
 INLINE void NAME(down_rows)(const uint8_t *restrict rows, int64_t stride, int64_t taps, const NUMBER *restrict weights,
                             int64_t count, NUMBER *restrict out) {
     while (taps > 1 && weights[taps - 1] == 0)
-        taps--; /* a row of weight zero may lie beyond the image */
+        taps--; /* do not read this row: it has weight zero and may lie beyond the image */
     const uint8_t *restrict second = rows + stride, *restrict third = second + stride;
     if (taps == 1)
         for (int64_t j = 0; j < count; j++)
@@ -114,13 +114,14 @@ EACH_CPU void NAME(rescale)(const uint8_t *restrict pixels, int64_t width, pass 
                             uint8_t *restrict out, NUMBER *restrict scratch) {
     const int64_t left = across.first_inputs[0];
     const int64_t right = across.first_inputs[across.outputs - 1] + across.taps;
-    const int64_t columns = (right < width ? right : width) - left; /* columns that the square needs */
+    const int64_t columns = (right < width ? right : width) - left; /* columns that the output needs */
     NUMBER *restrict between = scratch, *restrict sums = scratch + 3 * (columns + across.taps) + 4;
-    memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between); /* inputs beyond the image: weight zero */
+    /* across_pixel multiplies numbers after the last column by zero weights. Clear these: zero times NaN is NaN. */
+    memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between);
     for (int64_t row = 0; row < down.outputs; row++, out += 3 * across.outputs) {
         NAME(down_rows)(pixels + 3 * (down.first_inputs[row] * width + left), 3 * width, down.taps,
                         (const NUMBER *)down.weights + row * down.taps, 3 * columns, between);
-        if (across.taps == 3) /* most photographs; the compiler unrolls the loop for a constant */
+        if (across.taps == 3) /* most photographs; for a constant, the compiler unrolls the loop */
             NAME(across_row)(between, across, 3, sums);
         else
             NAME(across_row)(between, across, across.taps, sums);

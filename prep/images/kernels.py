@@ -1,7 +1,7 @@
 """Compiled loops for rescaling and colour sums (kernels.c). `native` is None if the loops cannot be used.
 
-prep.compiled lists the reasons. Without the compiled loops, rescale.py and color_stats.py compute the same results, bit
-for bit, with NumPy.
+The docstring of prep.compiled says when the loops cannot be used. Then rescale.py and color_stats.py compute the same
+results, bit for bit, with NumPy.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class FilterPass(ctypes.Structure):
     )
 
     def __init__(self, first_inputs: npt.NDArray[np.int64], weights: npt.NDArray[Any]) -> None:
-        self.first_inputs = np.ascontiguousarray(first_inputs)  # attributes keep both arrays alive while C uses them
+        self.first_inputs = np.ascontiguousarray(first_inputs)  # attributes keep both arrays alive for the C code
         self.weights = np.ascontiguousarray(weights)
         self.size = self.first_inputs.nbytes + self.weights.nbytes  # bytes
         super().__init__(*weights.shape, self.first_inputs.ctypes.data, self.weights.ctypes.data)
 
 
 class NativeKernels:
-    """The functions of the library. The constructor raises AttributeError if a function is missing."""
+    """The functions of the compiled kernels.c. The constructor raises AttributeError if a function is missing."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -61,10 +61,10 @@ class NativeKernels:
     def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
         """Filter uint8 (H, W, 3) down the columns, then across the rows.
 
-        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds to the nearest integer, halves to even.
-        Results are clipped to 0..255. The weights of both passes have the same type. The result is exact if all sums
-        fit the mantissa of that type, and the values between the passes are at least two bits shorter than
-        the mantissa.
+        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest
+        integer, halves to even. Results are clipped to 0..255. The weights of both passes have the same type. The
+        result is exact if all sums fit the mantissa of that type, and the values between the passes are at least two
+        bits shorter than the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -79,7 +79,7 @@ class NativeKernels:
         self._moments(pixels.ctypes.data, pixels.size // 3, sums.ctypes.data)
 
     def add_square(self, square: npt.NDArray[np.uint8], sums: npt.NDArray[np.uint16]) -> None:
-        """Add `square`, uint8 (side, side, 3), to `sums`, uint16. `square` may be a view of a larger image."""
+        """Add `square`, uint8 (side, side, 3), to `sums`, uint16 (side, side, 3). `square` may be a view."""
         if square.strides[1:] != (3, 1):
             square = np.ascontiguousarray(square)
         side = len(sums)
@@ -96,7 +96,7 @@ def is_correct(kernels: NativeKernels) -> bool:
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
     def random_pass(n_in: int, n_out: int, taps: int, denominator: int) -> tuple[Integers, Floats, Floats]:
-        """First inputs, weights of both signs in units of 1/denominator, and the same weights as a dense matrix."""
+        """First inputs, weights (multiples of 1/denominator, of both signs), and a dense matrix of the weights."""
         first_inputs, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
         weights = (
             4 * rng.multinomial(denominator, np.ones(taps) / taps, n_out) - 3 * denominator // taps

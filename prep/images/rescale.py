@@ -1,16 +1,18 @@
-"""Rescaling: the shorter side to a given length, then the central square (the paper, section 2).
+"""Rescales the shorter side of an image to a given length and crops to the central square (the paper, section 2).
 
-The result is the same, bit for bit, on every machine. Filter weights are integers that sum to a power of two, and every
-partial sum fits the float's mantissa. So the floating-point sums are exact for any order of additions and any vector
-width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums. Without the kernel, BLAS
-multiplies the pixels by banded matrices, block by block. Only the rows and columns of the square are computed.
+The result is the same, bit for bit, on every machine. Filter weights are fixed-point numbers that sum to a power of
+two, and every partial sum fits the float's mantissa. So the floating-point sums are exact for any order of additions
+and any vector width, with or without fused multiply-add. A compiled kernel (kernels.c) computes the sums. Without the
+kernel, BLAS multiplies the pixels by banded matrices, block by block. Pixels outside the central square are computed
+only if `keep_aspect` is set.
 
-The filter `area` is the true area average: the weight of a source pixel is the part of its area that lies under the
-output pixel. OpenCV's INTER_AREA uses the same weights; the authors' 2014 data set was made with INTER_AREA
-(cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX differs: it counts a source pixel fully or not at all. For
-images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other
-filters are Pillow's (triangle, Keys' cubic with a = −0.5, Lanczos with three lobes, each widened by the scale factor
-when shrinking) without Pillow's 8-bit rounding between the passes.
+The filter `area` is the true area average: the weight of a source pixel is proportional to the area that the source
+pixel and the output pixel share. OpenCV's INTER_AREA uses the same weights. The authors made their data set of 2014
+with INTER_AREA (cuda-convnet2, make-data/pyext/src/pyext.cpp). Pillow's BOX counts a source pixel fully or not at all.
+For images of ILSVRC's sizes, BOX differs from `area` by 4 grey levels on average and by over 100 at edges. The other
+filters are Pillow's: triangle (`bilinear`), Keys' cubic with a = −0.5, and Lanczos with three lobes. When an image
+shrinks, these filters are widened by the scale factor. Unlike Pillow, this module does not round to 8 bits between the
+passes.
 """
 
 from __future__ import annotations
@@ -43,8 +45,8 @@ def rescale(
     """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
     Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The square begins at
-    (longer side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, since there is no area
-    to average. Raises ValueError if `filter` is not one of FILTERS.
+    (longer side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, because an output
+    pixel then covers less than one source pixel. Raises ValueError if `filter` is not one of FILTERS.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -66,13 +68,16 @@ def rescale(
 
 @dataclass(frozen=True)
 class _Arithmetic:
-    """Number of bits of the weights of each pass and of the values between the passes, small enough for exact sums.
+    """Numbers of bits of the weights and of the values between the passes, small enough that all sums are exact.
 
-    The weights of `area` are not negative. A weighted sum of the first pass has 8 bits of pixel and 16 bits of weight.
-    A weighted sum of the second pass has 8 + 4 bits of value and 12 bits of weight. Both have 24 bits, the size of
-    float32's mantissa. The other filters use float64, with more bits than can affect
-    8-bit pixels. A weight is a multiple of 2^-bits. The weights of the first pass are stored times 2^between_bits, so
-    that the sums of the first pass only need to be rounded to integers.
+    The weights of `area` are not negative. A sum of the first pass needs 24 bits: 8 for the pixels and 16 for the
+    weights. A sum of the second pass also needs 24 bits: 8 + 4 for the values between the passes and 12 for the
+    weights. float32's mantissa has 24 bits. The other filters use float64 and so many bits that more bits would rarely
+    change an 8-bit pixel.
+
+    The weights of the first pass are multiples of 2^-first_bits and are stored times 2^between_bits, so that the sums
+    of the first pass only need to be rounded to integers. The weights of the second pass are multiples of
+    2^-second_bits and are stored times 2^-between_bits.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -105,7 +110,7 @@ class _BandedMatrix(NamedTuple):
     """The matrix of one pass for BLAS, cut into bands along its diagonal.
 
     A band is (inputs, outputs, weights): a slice of the elements of an input line, a slice of the elements of an output
-    line, and a matrix. The input slice is relative to `source.start`.
+    line, and a matrix. Input slices are relative to the first element of pixel `source.start`.
     """
 
     source: slice  # pixels of the line that the pass reads
@@ -135,13 +140,13 @@ def _matmul_passes(
     return result.astype(np.uint8).reshape(down.length, -1, 3)
 
 
-_CACHE_BYTES = 64_000_000  # limit for cached weights; an ILSVRC image needs 10 KB for two passes, or 0.1 MB for BLAS
+_CACHE_BYTES = 64_000_000  # limit for cached weights; the two passes of an ILSVRC image need 10 KB (0.1 MB with BLAS)
 _cache: OrderedDict[tuple[Callable[[_PassSpec], Any], _PassSpec], Any] = OrderedDict()
 _cached_bytes = 0
 
 
 def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
-    """Return make(spec), from a cache of the most recently used results."""
+    """Return make(spec), cached. Over _CACHE_BYTES the least recently used results are dropped from the cache."""
     global _cached_bytes
     key = make, spec
     if key in _cache:
@@ -149,14 +154,14 @@ def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
     else:
         _cache[key] = make(spec)
         _cached_bytes += _cache[key].size
-        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # the last two entries are in use
+        while _cached_bytes > _CACHE_BYTES and len(_cache) > 2:  # the two newest entries are in use
             _cached_bytes -= _cache.popitem(last=False)[1].size
     result: Pass = _cache[key]
     return result
 
 
 def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
-    """First input of each output (outputs,), and weights (outputs, taps), scaled as described in _Arithmetic."""
+    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), scaled as in _Arithmetic."""
     n_in, n_out, first, last, name, channels = spec
     arithmetic = _ARITHMETIC[name]
     bits = arithmetic.first_bits if channels == 1 else arithmetic.second_bits
@@ -165,7 +170,7 @@ def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
         first_inputs, weights = _area_weights(n_in, n_out, outputs)
     else:
         first_inputs, weights = _kernel_weights(n_in, n_out, outputs, name)
-    # The running sums of the weights are rounded, instead of each weight. So the weights sum to exactly 2^bits, an
+    # Round the running sums of the weights, not each weight. So the weights of an output sum to exactly 2^bits, an
     # image of one colour keeps its colour, and rounding makes no weight negative.
     sums = np.rint(np.cumsum(weights, axis=1) * 2.0**bits)
     sums[:, 1:] -= sums[:, :-1].copy()
@@ -184,8 +189,8 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
     """The matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
 
     For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
-    channels = 3 they are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right; every
-    weight is repeated for R, G and B.
+    channels = 3 the weights are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right.
+    This matrix contains every weight three times, for R, G and B.
     """
     n_in, channels, block = spec.n_in, spec.channels, _BAND_OUTPUTS[spec.channels]
     first_inputs, tap_weights = _filter_taps(spec)
@@ -221,10 +226,10 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
 
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
-    """First input of each output (outputs,), and weights (outputs, taps), for the area filter.
+    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
 
-    A weight is the overlap of output pixel i, [i, i + 1)·n_in/n_out, with input pixel j, [j, j + 1), divided by
-    n_in/n_out.
+    Output pixel i covers the interval [i, i + 1)·n_in/n_out, input pixel j the interval [j, j + 1). A weight is the
+    length of the overlap of two such intervals, divided by n_in/n_out.
     """
     first_inputs = outputs * n_in // n_out
     inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)
@@ -234,7 +239,10 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 
 
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """First input of each output (outputs,), and weights (outputs, taps). For shrinking, the kernel is widened."""
+    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), of a filter in _KERNELS.
+
+    If the line shrinks, the kernel is widened by n_in/n_out.
+    """
     radius, kernel = _KERNELS[name]
     scale = n_in / n_out
     width = max(scale, 1.0)

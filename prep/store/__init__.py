@@ -1,1 +1,1 @@
-"""The format of a store on disk: manifest, records in LMDB shards, log of inputs. prep.images processes images."""
+"""Format of a store on disk: manifest, records in LMDB shards, and log of inputs."""

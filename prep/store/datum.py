@@ -1,11 +1,12 @@
 """Format of one record: a Caffe Datum (protobuf message) with a source path and a CRC-32, encoded and decoded here.
 
-The messages are simple enough to write and parse without the protobuf library. Two of the fields are always written:
+Datums are so simple that this module writes and parses them without the protobuf library. Two optional fields are
+always written:
 
-- The label, even if it is zero. If the field is missing (proto2's has_label() is false), DALI silently returns an
-  empty label.
-- `encoded`, always 1. Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C, so the data of every record is a
-  JPEG or PPM file, which contains its own height and width.
+- The label, even if the label is zero. If the field is missing (proto2's has_label() is false), DALI silently returns
+  an empty label.
+- `encoded`, always 1: the data of every record is a JPEG or PPM file, which contains its own height and width. Raw
+  pixels are not stored, because Caffe reads raw Datums as C,H,W and DALI reads them as H,W,C.
 
 Field numbers 1 to 7 are Caffe's (src/caffe/proto/caffe.proto). This project adds two fields: the path of the source
 and, at the end of the message, a CRC-32 of all bytes before the CRC field. The numbers of both fields are too high to
@@ -31,7 +32,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _CRC_TAG = bytes([(CRC32 << 3 | _FIXED32) & 0x7F | 0x80, (CRC32 << 3 | _FIXED32) >> 7])
 
 _VARINT_BYTES = rb"([\x80-\xff]{0,8}[\x00-\x7f])"
-_HEADER_FIELDS = re.compile(  # matches the fields channels = 3, height and width, and the size of the field data
+_HEADER_FIELDS = re.compile(  # matches channels = 3, height, width and the size of `data`
     rb"\x08\x03\x10" + _VARINT_BYTES + rb"\x18" + _VARINT_BYTES + rb"\x22" + _VARINT_BYTES, re.DOTALL
 )
 _LABEL_FIELD = re.compile(rb"\x28" + _VARINT_BYTES, re.DOTALL)
@@ -118,14 +119,14 @@ def verify_checksum(value: bytes) -> None:
     stored, computed = int.from_bytes(value[-4:], "little"), zlib.crc32(value[:-6])
     if stored != computed:
         raise DatumError(
-            f"checksum {computed:08x}, the record says {stored:08x}: bytes have changed since it was written"
+            f"checksum {computed:08x}, the record says {stored:08x}: the record has changed since it was written"
         )
 
 
 def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
     """Known fields of the message in `value[:end]`, by field number: varints as int, strings as bytes.
 
-    If a field is repeated, its last value counts. Unknown and fixed-width fields are skipped. Raises DatumError if the
+    If a field is repeated, the last value is used. Unknown and fixed-width fields are skipped. Raises DatumError if the
     bytes are not a protobuf message.
     """
     fields: dict[int, int | bytes] = {}
@@ -147,7 +148,7 @@ def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
         else:
             raise DatumError(f"wire type {wire_type} at byte {offset}, which a Datum never has")
         if offset > end:
-            raise DatumError(f"field {number} ends at byte {offset} of {end}")
+            raise DatumError(f"field {number} ends at byte {offset}, the message at byte {end}")
     return fields
 
 

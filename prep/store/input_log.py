@@ -1,8 +1,9 @@
 """Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and the totals for the manifest.
 
-inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. The
-line is the input's outcome, a mapping with the keys "source" and "fate" ("kept", "converted" or "bad") and, where they
-apply, "how", "exif_orientation" and "why". Outcomes are streamed: they are never all in memory.
+inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. A
+line is the outcome of one input, a JSON object. Every outcome has the keys "source" and "fate" ("kept", "converted" or
+"bad"). "how" (the conversions), "exif_orientation" and "why" (the reason for a bad input) are written only if they
+apply. Outcomes are streamed, so memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ _MAX_REASONS = 20  # keeps the manifest small if there are many different reason
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count the conversions, the EXIF orientations and the reasons for bad inputs, in the form of Split.account.
+    """Count the conversions, the EXIF orientations and the reasons for bad inputs, as in Split.account.
 
     The _MAX_REASONS most frequent reasons are counted by name. All other reasons are counted together as "other
     reasons".

@@ -1,8 +1,8 @@
 """One shard of a split, an LMDB folder: written once in key order, then read sequentially or by index.
 
-Keys are 8 decimal digits, so that LMDB's byte order of the keys is their numeric order. The main database holds only
-Datums, because DALI reads the value of every key as a record. The digest of a shard is SHA-256 over its records in
-order: for each record the key, the length of the value (8 bytes, little-endian) and the value.
+LMDB sorts keys by their bytes. Keys are 8 decimal digits, so that this order is the numeric order. The main database
+holds only Datums, because DALI reads the value of every key as a record. The digest of a shard is SHA-256 over the
+shard's records in order: for each record the key, the length of the value (8 bytes, little-endian) and the value.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple
         for item in txn.cursor():
             count += 1
             if count > expected:
-                break  # damaged pages can form a cycle, in which the cursor never ends
+                break  # damaged pages can form a cycle, so that the cursor never ends
             yield item
         if count != expected:
             more = "more than " if count > expected else ""
             raise StoreError(
-                f"{folder}: {more}{min(count, expected):,} records, its header says {expected:,}. {advice}"
+                f"{folder}: {more}{min(count, expected):,} records, the LMDB header says {expected:,}. {advice}"
             )
 
 
@@ -133,7 +133,9 @@ _environments: dict[str, tuple[lmdb.Environment, int]] = {}  # real path -> (env
 
 @contextmanager
 def _opened(folder: Path, advice: str) -> Iterator[lmdb.Environment]:
-    """The LMDB environment of `folder`, shared in this process, since LMDB forbids opening a file twice in a process.
+    """Open the LMDB environment of `folder`, or share the environment that this process has already opened.
+
+    The environment is shared because LMDB forbids opening a file twice in a process.
 
     LMDB maps the file without checking it, and reading past the end of a truncated file kills the process (SIGBUS). So
     the size of the file is compared with the page count in the file's header before any other page is read.

@@ -1,4 +1,4 @@
-"""Store format: the files of a store, its manifest and the schema version. Used to write and to read a store.
+"""Store format: the files of a store, its manifest and the schema version. Builds and readers use this module.
 
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
@@ -9,9 +9,9 @@
                                   orientation other than 1
       val/…
 
-Each time a split is complete, a new manifest.json replaces the old one by rename. So every file named in manifest.json
-exists. These files are never changed in place. A reader refuses a store with a schema number other than SCHEMA; the
-error message has both numbers.
+Each time a split is complete, a new manifest.json replaces the old manifest.json by rename. So every file named in
+manifest.json exists. The named files are never changed in place. Store.open raises StoreError for a store with a schema
+number other than SCHEMA; the error message has both numbers.
 """
 
 from __future__ import annotations
@@ -85,9 +85,9 @@ class Split:
 class ColorStats:
     """Mean and principal components of the RGB pixels of a split, on the scale 0..255.
 
-    The square roots of `eigenvalues` are standard deviations in grey levels, the quantity that Krizhevsky's code
-    multiplies by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the constants of
-    fb.resnet.torch have that scale.
+    The square roots of `eigenvalues` are standard deviations in grey levels. Krizhevsky's code multiplies each standard
+    deviation by a draw from N(0, 0.1). For pixels in [0, 1], divide `eigenvalues` by 255²; the eigenvalues in
+    fb.resnet.torch are for pixels in [0, 1].
     """
 
     records: int  # number of records
@@ -134,7 +134,7 @@ class Store:
 
     root: Path
     settings: Settings
-    tools: Mapping[str, str]  # library -> version, of the libraries that determine the records' bytes
+    tools: Mapping[str, str]  # library -> version, for the libraries that determine the records' bytes
     classes: tuple[str, ...]  # names of the classes; a label is an index into them
     splits: Mapping[str, Split]  # by name
 
@@ -160,7 +160,7 @@ class Store:
         if data.get("schema") != SCHEMA:
             raise StoreError(
                 f"{root} was built with store version {data.get('schema')}; this program reads version {SCHEMA}. "
-                "Build it again, or install the alexnet release that wrote it."
+                "Build the store again, or install the alexnet release that wrote it."
             )
         try:
             splits = {}
@@ -195,7 +195,8 @@ class Store:
                 raise StoreError(f"{file} is missing from the store. Build the store again.")
             if file.stat().st_size < shard.bytes:  # reading past the end of a mapped file would kill the process
                 raise StoreError(
-                    f"{file} has {file.stat().st_size:,} bytes, its records {shard.bytes:,}. Build the store again."
+                    f"{file} has {file.stat().st_size:,} bytes, its records need {shard.bytes:,}. "
+                    "Build the store again."
                 )
             paths.append(str(file.parent))
         return paths
@@ -220,7 +221,7 @@ class Store:
         path = self.root / split / "mean_image.npy"
         try:
             mean: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-        except Exception as error:  # NumPy parses the header as Python, so damage can raise any exception
+        except Exception as error:  # NumPy parses the header as Python code: damage can raise any exception
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if mean.shape != (side_px, side_px, 3) or mean.dtype != np.float32:
             expected = f"float32 {(side_px, side_px, 3)}"
