@@ -1,9 +1,10 @@
-"""Images in tar archives, read in place: no archive is unpacked, and no name in an archive is used as a path.
+"""Images in tar archives, read in place: no archive is unpacked.
 
-ILSVRC2012_img_train.tar contains one tar for each class. ILSVRC2012_img_val.tar is flat. Other archives may contain
-class folders. The members of a tar are not compressed, even in a tar inside another tar. So an input is a range of
-bytes of one file, given by offset and length, and every worker process reads its inputs from this file. Inputs have the
-same names as the files of an unpacked archive, so an archive and its files give the same records in the same order.
+A name in an archive is never used as a path on the disk. ILSVRC2012_img_train.tar contains one tar for each class.
+ILSVRC2012_img_val.tar is flat. Other archives may contain class folders. The members of a tar are not compressed, even
+in a tar inside another tar. So each input is a byte range of the archive file, given by offset and length, and every
+worker process reads its inputs from the archive file. An input has the name that its file has in the unpacked archive.
+So an archive and the folder unpacked from it give the same records in the same order.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ class TarReader:
         except OSError as error:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
         if len(content) < min(size, item.size):
-            raise UserError(f"{self.root} has become shorter while it was read. Download it again.")
+            raise UserError(f"{self.root} became shorter during reading. Download the archive again.")
         return content
 
 
@@ -51,11 +52,12 @@ def _file_descriptor(path: str) -> int:
 
 
 def list_archive(path: Path, flat: bool) -> FoundInputs:
-    """List a tar file. If `flat` is true and all images are in one folder, the list has no classes.
+    """List the images of a tar file.
 
-    A member is refused if it is not a file, if its name is unsafe, if it is in a folder inside a class folder, or if a
-    later member has the same name. Raises UserError for a file that is not a tar, is compressed, is damaged or was cut
-    short.
+    If no image is in a folder, the list has no classes. The same is true if `flat` is true and all images are in one
+    folder. A member is refused if it is neither a plain file nor a folder, or if its name leads out of the archive. An
+    image is refused if it is in a folder inside a class folder, or if a later member has the same name. Raises
+    UserError for a file that is not a tar, is compressed, is damaged or was cut short.
     """
     size = path.stat().st_size
     contents = _Contents(path.stat().st_mtime_ns)
@@ -98,7 +100,7 @@ class _Contents:
 
 
 def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
-    """(name, reason to refuse it). Both are empty if the member is ignored: the root, or a name with a leading dot."""
+    """(name, reason to refuse it). Both are empty for ignored members: the root, and names with a leading dot."""
     name = name_bytes(member)
     parts = [part for part in name.split(b"/") if part != b"."]
     if member.isdir() and not parts:
@@ -115,7 +117,7 @@ def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices of `images` sorted by class, name and offset. If `images` is sorted, returns a range to save memory."""
+    """Indices of `images` sorted by class, name and offset. For sorted `images` this is a range, which saves memory."""
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
@@ -126,22 +128,22 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Sort the images by class and name, like the files of a folder. Of members with equal names, the last is used."""
+    """Sort the images by class and name, like the files of a folder. Drop all but the last member of each name."""
     images, refused = contents.images, contents.refused
     if not len(images):
-        raise UserError(f"{path}: no image in it; {count_noun(len(refused), 'member')} refused.")
+        raise UserError(f"{path}: no image found; {count_noun(len(refused), 'member')} refused.")
     order = _sorted_indices(images)
     unfiled = next((images.path(i) for i in order if b"/" not in images.path(i)), None)
     if unfiled and contents.folders:
         raise UserError(
-            f"{path}: {count_noun(len(contents.folders), 'folder')} and images side by side (first: "
+            f"{path}: {count_noun(len(contents.folders), 'folder')} and images side by side (first image: "
             f"{name_text(unfiled)}). Expected class folders alone, or images alone with --labels."
         )
     depth = min((images.path(i).count(b"/") for i in order), default=0) - 1  # folder levels above the class folders
     parents = {tuple(images.path(i).split(b"/")[:depth]) for i in order} if depth > 0 else {()}
     if len(parents) > 1:
         first, second = (name_text(b"/".join(parts)) for parts in sorted(parents)[:2])
-        raise UserError(f"{path}: class folders in {first} and in {second}. Expected those of one split.")
+        raise UserError(f"{path}: class folders in {first} and in {second}. Expected the class folders of one split.")
     prefix_bytes = sum(len(part) + 1 for part in next(iter(parents)))
     class_folders = {name[prefix_bytes:] for name in contents.folders if name.count(b"/") == depth}
     is_flat = unfiled is not None or (flat and len(class_folders) == 1)

@@ -1,9 +1,8 @@
-"""Images in LMDBs that Caffe's convert_imageset wrote: Datums with an encoded image, or with bare pixels.
-
+"""Images in LMDBs that Caffe's convert_imageset wrote: each record is a Datum with an encoded image or bare pixels.
 Bare pixels have the layout C,H,W with the channels blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The
 reader converts them to H,W,C with the channels red, green, blue. An image from an LMDB is processed like an image file:
 it is rescaled if its shorter side differs from the store's side, then encoded and checksummed. The key of the Caffe
-record becomes the source path of the new record. Worker processes read the LMDBs, since a damaged LMDB can crash the
+record becomes the source path of the new record. Worker processes read the LMDBs, because a damaged LMDB can crash the
 process that reads it.
 """
 
@@ -44,15 +43,15 @@ class CaffeReader:
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if the record has neither."""
+        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if both are missing."""
         with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
-            raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} was removed while it was read.")
+            raise UserError(f"{self.folders[item.location]}: key {name_text(item.path)} was removed during reading.")
         return _decode_datum(value)
 
     def head(self, item: Input, size: int) -> bytes:
-        """Returns the first bytes of a JPEG file for every record, so that the probe before a build finds no fault."""
+        """Returns a JPEG signature for every record, so that the check before a build (`probe`) reads no record."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -77,10 +76,13 @@ def _decode_datum(value: bytes) -> Content:
 
 
 def _bare_pixels(data: bytes, shape: Sequence[int | bytes | None]) -> npt.NDArray[np.uint8]:
-    """Convert C,H,W bytes in the order blue, green, red to uint8 (H, W, RGB). A single channel is repeated for RGB."""
+    """Convert C,H,W bytes in the order blue, green, red to uint8 (H, W, RGB). A single channel becomes R, G and B."""
     channels, height, width = (n if isinstance(n, int) else 0 for n in shape)
     if channels not in (1, 3) or not 0 < height * width <= MAX_PIXELS or channels * height * width != len(data):
-        raise BadImage(f"{len(data):,} bytes for {channels} channels of {height}×{width} px")
+        raise BadImage(
+            f"{len(data):,} bytes for {channels} channels of {height}×{width} px; "
+            "expected 1 or 3 channels, and 1 byte for each channel of a pixel"
+        )
     planes = np.frombuffer(data, np.uint8).reshape(channels, height, width)
     return np.ascontiguousarray(np.broadcast_to(planes[::-1], (3, height, width)).transpose(1, 2, 0))
 
@@ -93,23 +95,27 @@ def list_caffe_lmdbs(
     runner: Runner,
     progress: Progress,
 ) -> Source:
-    """List the records of Caffe's LMDBs, in the given order, as one split.
+    """List the records of Caffe's LMDBs `folders`, one LMDB after another, as one split.
 
-    Labels do not change. The class names come from the first of these sources that is available: the first word of
-    each line of the file `class_names` (synset_words.txt); the classes of the store; the folder names in the keys, if
-    each label has its own folder; the labels themselves, written as numbers. Raises UserError for a folder
-    that is not an LMDB, if no record is a Datum with a label, and for a label without a class name.
+    Each record keeps the label from Caffe. The class names come from the first available of these sources:
+
+    -   the first word of each line of the file `class_names` (synset_words.txt)
+    -   the classes of the store
+    -   the folder names in the keys, if every label has exactly one folder and no two labels share a folder
+    -   the labels, written as decimal numbers
+
+    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, or if a label has no class name.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
     listing, refused = Listing(), []
-    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records; b"" for no folder
+    key_folders: dict[int, set[bytes]] = {}  # label -> folder names in the keys of its records, b"" for no folder
     for index, folder in enumerate(folders):
         on_progress = partial(_advance, progress, progress.done)
         for _, result in runner.map(_list_lmdb, [str(folder)], on_progress):
             if isinstance(result, WorkerDied):
                 raise UserError(
-                    f"{folder}: the process that read it {result.describe()}: the LMDB is damaged or cut short."
+                    f"{folder}: the process that read this LMDB {result.describe()}: the LMDB is damaged or cut short."
                 )
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
@@ -142,12 +148,14 @@ def _class_names(
             raise UserError(f"--classes {file}: {error.strerror or error}.") from None
         names = [line.split()[0] for line in lines]
         if len(set(names)) != len(names):
-            raise UserError(f"--classes {file}: a name occurs twice. One class a line, in the order of the labels.")
+            raise UserError(
+                f"--classes {file}: a name occurs twice. Expected one class on each line, in the order of the labels."
+            )
     if names:
         if count > len(names):
             raise UserError(
                 f"{folder}: label {count - 1}, but {file or 'the store'} has {len(names)} classes, "
-                f"0 to {len(names) - 1}."
+                f"with the labels 0 to {len(names) - 1}."
             )
         return tuple(names)
     owners = [next(iter(found)) if len(found) == 1 else b"" for found in key_folders.values()]
@@ -157,7 +165,7 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB. The label is None if the record has no label."""
+    """Keys, labels and sizes of the records of one LMDB. The label is None if a record has no label."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:

@@ -14,8 +14,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. Listed
-# entries need memory, so the number of folders is limited.
+# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. The
+# number is limited because the listed files of these folders are held in memory.
 _FOLDERS_AT_ONCE = 32
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
@@ -31,11 +31,11 @@ class FolderReader:
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a file. Raises BadImage if it cannot be read."""
+        """The first `size` bytes of a file. Raises BadImage if the file cannot be read."""
         return self._read(item, size, check=False)
 
     def _read(self, item: Input, size: int, check: bool) -> bytes:
-        try:  # without O_NONBLOCK, os.open would wait for ever if a FIFO has replaced the file
+        try:  # without O_NONBLOCK, os.open would block forever if a FIFO has replaced the file
             handle = os.open(os.path.join(os.fsencode(self.root), item.path), os.O_RDONLY | os.O_NONBLOCK)
             with open(handle, "rb") as file:
                 status = os.fstat(handle)
@@ -44,7 +44,7 @@ class FolderReader:
                         f"{name_text(item.path)} was changed after it was listed: {item.size:,} bytes then, "
                         f"{status.st_size:,} now, modified at {item.mtime_ns / 1e9:.3f} then, "
                         f"{status.st_mtime_ns / 1e9:.3f} now (seconds since 1970). "
-                        "Run the same command again once no program writes to the source."
+                        "Run the same command again when no program writes to the source."
                     )
                 if not stat.S_ISREG(status.st_mode):
                     raise BadImage(f"a {_kind(status.st_mode)}, not a file")
@@ -54,10 +54,10 @@ class FolderReader:
 
 
 def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
-    """List the files of class folders, or of a flat folder, sorted by name (by bytes). No file is opened.
+    """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
-    Symbolic links that lead out of `root` are refused unless `follow_links`. Names that begin with a dot are ignored.
-    Raises UserError for a folder that is empty or contains both folders and files.
+    Symbolic links that lead out of `root` are refused unless `follow_links` is true. Names that begin with a dot are
+    ignored. Raises UserError if `root` contains no files, or both folders and files.
     """
     base = os.fsencode(root.resolve()) + b"/"
     entries = _list_entries(os.fsencode(root), base, follow_links)
@@ -95,7 +95,7 @@ def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
                     empty_classes.append(classes[label])
                 listing_progress.advance()
     if not len(listing):
-        raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} and not one file in them.")
+        raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} without any file.")
     warn_of_empty_classes(root, empty_classes)
     return FoundInputs(listing, classes, False, tuple(refused))
 
@@ -110,7 +110,7 @@ class _Entry:
 
 
 def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
-    """Entries of a folder, sorted by name. Links that lead out of `base` are refused unless `follow_links`."""
+    """Entries of a folder, sorted by name. Links out of `base` are refused unless `follow_links` is true."""
     found = []
     try:
         scan = os.scandir(folder)

@@ -1,8 +1,8 @@
 """Labels of images without class folders, read from a text file in one of two formats.
 
 In the first format, each line is `name label`, and the label is the name of a class or its number 0..K−1 (Caffe's
-val.txt). In the second format (ILSVRC's ground truth), each line is a number 1..K, and line i is for the i-th image in
-the sorted order of the names.
+val.txt). In the second format (ILSVRC's ground truth), each line is a number 1..K, and line i belongs to the i-th
+image in the sorted order of the names.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ from pathlib import Path
 from prep.console import UserError, say
 from prep.inputs.names import name_text
 
-LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground truth; see _read_ground_truth
-MAX_CLASSES = 1_000_000  # larger labels are treated as mistakes: each class needs memory for its name and count
+LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground-truth file; see _read_ground_truth
+MAX_CLASSES = 1_000_000  # a label beyond this is treated as a mistake: each class needs memory
 
 
 def read_labels(
     file: Path | None, names: Sequence[bytes], root: Path, label_order: str | None, store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """Read labels: ({name: label 0..K−1} of all `names`, names of the K classes).
+    """Read the labels of all `names`. Returns ({name: label 0..K−1}, names of the K classes).
 
-    If `file` is None, the label file near `root` is used. `store_classes` are the classes of the store, empty if it has
-    none yet. Raises UserError for labels that are missing, do not fit the names or are not classes of the store.
+    If `file` is None, the label file next to `root` is used. `store_classes` are the classes of the store, empty if
+    the store has none yet. Raises UserError if labels are missing, do not fit the names or are not classes of the
+    store.
     """
     if file is None:
         file = _find_label_file(root)
@@ -56,7 +57,9 @@ def _read_ground_truth(
     (as in ILSVRC2012_devkit_t12/data), else "sorted".
     """
     if len(lines) != len(names):
-        raise UserError(f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. One a line.")
+        raise UserError(
+            f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. Expected a line for each."
+        )
     meta = file.with_name("meta.mat")
     if label_order is None:
         label_order = "devkit" if meta.is_file() else "sorted"
@@ -93,18 +96,18 @@ def _devkit_synsets(file: Path) -> dict[int, str]:
             f"--label-order devkit: {file} is missing. Put the devkit's meta.mat next to the label file."
         ) from None
     except Exception as error:  # loadmat raises many kinds of errors for a broken file
-        raise UserError(f"{file}: not the devkit's meta.mat ({error}).") from None
+        raise UserError(f"{file} is not the devkit's meta.mat ({error}).") from None
 
 
 def _read_name_label_pairs(
     file: Path, lines: Sequence[str], names: Sequence[bytes], store_classes: Sequence[str]
 ) -> tuple[dict[bytes, int], tuple[str, ...]]:
-    """Read a file with `name label` on each line. Folders in front of a name are ignored.
+    """Read a file with `name label` on each line. If `name` is a path, its folders are ignored.
 
     If every label is the name of a class of the store, labels are class names. Otherwise, if every label is a number,
-    labels are numbers. Otherwise labels are the names of new classes; this is an error if the store has classes. Lines
-    for images that are not in `names` are allowed, but their labels take part in this decision, and a new class name
-    in such a line becomes a class too.
+    labels are numbers. Otherwise labels are the names of new classes; new classes are an error if the store has
+    classes. Lines for images that are not in `names` are allowed. The labels in these lines also decide whether labels
+    are class names or numbers, and a new class name in these lines becomes a class too.
     """
     label_text: dict[bytes, str] = {}
     for line_number, line in enumerate(lines, 1):
@@ -143,8 +146,8 @@ def _read_name_label_pairs(
     classes = tuple(store_classes) or numbered_classes(max(numbers.values()) + 1, f"--labels {file}")
     if max(numbers.values()) >= len(classes):
         raise UserError(
-            f"--labels {file}: label {max(numbers.values())}, but labels of {len(classes)} classes end at "
-            f"{len(classes) - 1}."
+            f"--labels {file}: label {max(numbers.values())}, but the store's {len(classes)} classes have "
+            f"labels 0 to {len(classes) - 1}."
         )
     return numbers, classes
 
@@ -152,8 +155,8 @@ def _read_name_label_pairs(
 def _find_label_file(root: Path) -> Path:
     """Find the label file of a flat folder or archive. Raises UserError if no file or more than one file matches.
 
-    These files match: `*ground_truth*.txt` next to `root`, `*ground_truth*.txt` in a devkit next to `root`, and the
-    file next to `root` that has the name of `root` with the extension .txt.
+    The name of a matching file next to `root` is `*ground_truth*.txt`, or the name of `root` with the extension .txt.
+    The name of a matching file in a devkit next to `root` is `*ground_truth*.txt`.
     """
     resolved = root.resolve()
     folders = (resolved.parent, resolved.parent / "ILSVRC2012_devkit_t12" / "data")
@@ -162,8 +165,8 @@ def _find_label_file(root: Path) -> Path:
         | set(resolved.parent.glob(f"{glob.escape(resolved.stem)}.txt"))
     )
     if len(candidates) != 1:
-        fault = f"{len(candidates)} files next to it look like labels" if candidates else "no label file is next to it"
-        raise UserError(f"{root}: images without class folders, and {fault}. Name one with --labels FILE.")
+        fault = f"{len(candidates)} files look like label files" if candidates else "no label file is next to this path"
+        raise UserError(f"{root}: the images have no class folders, and {fault}. Name the file with --labels FILE.")
     say(f"{root}: labels from {candidates[0]}.")
     return candidates[0]
 
@@ -181,9 +184,9 @@ def _parse_decimal(text: str) -> int:
 
 
 def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
-    """Class names 0, 1, 2…. If `count` exceeds MAX_CLASSES, raises UserError with the `origin` of the labels."""
+    """Class names 0, 1, 2…. Raises UserError, which names `origin`, if `count` exceeds MAX_CLASSES."""
     if count > MAX_CLASSES:
         raise UserError(
-            f"{origin}: its labels need {count:,} classes; the limit is {MAX_CLASSES:,}. Correct the largest label."
+            f"{origin}: the labels need {count:,} classes; the limit is {MAX_CLASSES:,}. Correct the largest label."
         )
     return tuple(str(k) for k in range(count))

@@ -1,4 +1,4 @@
-"""List of the inputs of a split, and their record order. The list is stored in columns to save memory."""
+"""List of the inputs of a split, and their record order. The list is one array per field to save memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from prep.files import atomic_file
 
-OWN_FILE = -1  # `location` of an input that is a file of its own, not a part of an archive or LMDB
+OWN_FILE = -1  # `location` of an input that is a separate file, not a part of an archive or LMDB
 
 # Fields of Input other than its path, and the names of their columns in a saved listing.
 _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location": "at"}
@@ -30,12 +30,12 @@ class Input:
     path: bytes  # path in the split's folder or archive: `class/name`, or `name` if there are no class folders
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
-    mtime_ns: int = 0  # modification time of the file or of the archive that contains it
-    location: int = OWN_FILE  # offset of the content in an archive in bytes, or index of the LMDB
+    mtime_ns: int = 0  # modification time of the file or of the archive around it; 0 for an LMDB
+    location: int = OWN_FILE  # byte offset of the content in an archive, or index of the LMDB
 
 
 class Listing:
-    """Inputs in the order in which they were added. A million inputs need tens of megabytes of memory."""
+    """Inputs in the order in which they were added. A list of a million inputs needs tens of megabytes of memory."""
 
     def __init__(self) -> None:
         self._paths = bytearray()
@@ -59,13 +59,13 @@ class Listing:
         return (self[index] for index in range(len(self)))
 
     def path(self, index: int) -> bytes:
-        """The path of input `index`. A negative index raises IndexError too."""
+        """The path of input `index`. Raises IndexError if `index` is negative or too large."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of the paths, labels and sizes. Records depend on these, on file contents and on settings."""
+        """SHA-256 (hex) of paths, labels and sizes. Records also depend on file contents and settings."""
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
             digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")
@@ -74,8 +74,8 @@ class Listing:
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
         """The record order: indices of inputs, sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of their paths.
 
-        Inputs with equal hashes are sorted by path. So the record order depends only on paths and seed, not on
-        the order of the listing or the version of a random generator.
+        Inputs with equal hashes are sorted by path, then by location. So the record order depends only on paths and
+        seed, not on the order of the listing or the version of a random number generator.
         """
         key = seed.to_bytes(8, "little")
         hashes = array("Q")
@@ -97,7 +97,7 @@ class Listing:
 
     @staticmethod
     def load(path: Path) -> Listing:
-        """Read a file that `save` wrote; raises OSError or ValueError if it cannot be read."""
+        """Read a file that `save` wrote; raises OSError or ValueError if the file cannot be read."""
         listing = Listing()
         try:
             with open(path, "rb") as file, np.load(file, allow_pickle=False) as saved:
@@ -113,9 +113,9 @@ class Listing:
         return (self._paths, self._ends, self._columns) == (other._paths, other._ends, other._columns)
 
     def first_path_difference(self, later: Listing, seed: int) -> tuple[bytes, str] | None:
-        """Find the first path, in record order, that only one of the two listings has; None if there is no such path.
+        """Find the first path, in record order, that only this listing or only `later` has; None if no path differs.
 
-        Returns (path, "has gone") if `later` lacks the path, or (path, "is new") if only `later` has it.
+        Returns (path, "has gone") if `later` lacks the path, and (path, "is new") if this listing lacks the path.
         """
         before, after = self.permutation(seed).tolist(), later.permutation(seed).tolist()
         for old, new in zip_longest(before, after):
@@ -128,7 +128,7 @@ class Listing:
         return None
 
     def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """{path: (before, after)} of the inputs that differ between two listings with the same paths."""
+        """{path: (before, after)} of the inputs that differ from `later`, a listing with the same paths."""
         before, after = self.permutation(seed), later.permutation(seed)
         differ = np.zeros(len(before), bool)
         for old, new in zip(self._arrays().values(), later._arrays().values(), strict=True):

@@ -1,4 +1,4 @@
-"""Converts names of inputs, which are bytes, to text that can always be printed and stored as UTF-8."""
+"""Converts the name of an input from bytes to text that can always be printed and stored as UTF-8."""
 
 from __future__ import annotations
 

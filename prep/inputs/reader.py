@@ -1,4 +1,4 @@
-"""Interface of the input formats: the list of the images with their labels, and a reader of their contents.
+"""Interface of the input formats: a list of the images with their labels, and a reader of the image contents.
 
 Each format has a module with a function that lists the images and a class that implements InputReader.
 """
@@ -20,7 +20,7 @@ Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pix
 
 
 class InputReader(Protocol):
-    """Reads the content of listed inputs. A reader is pickled for worker processes, so it must not hold open files."""
+    """Reads the content of listed inputs. Readers are pickled for worker processes and must not hold open files."""
 
     @property
     def root(self) -> Path:
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class FoundInputs:
-    """Images found in a folder or an archive, labelled by their class folders if they have any."""
+    """Images found in a folder or an archive. If there are class folders, they give the labels."""
 
     listing: Listing
     classes: tuple[str, ...]

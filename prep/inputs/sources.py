@@ -1,7 +1,8 @@
-"""Finds the splits of a SOURCE and lists their images: folders or tar archives, with class folders or label files.
+"""Finds the splits in SOURCE, the argument of `alexprep build-lmdb`, and lists their images.
 
-Only label files and archives are opened. Files and folders whose names begin with a dot are ignored. Every other
-entry is either listed as an input or added to `refused` with the reason.
+A split is a folder or a tar archive. Class folders or a label file give the labels. Image files are not opened. Files
+and folders whose names begin with a dot are ignored. Every other entry is either listed as an input or added to
+`Source.refused` with the reason.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from prep.store.manifest import SPLITS
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     """Find the splits of a SOURCE: {split: folder or archive with its images}.
 
-    If SOURCE contains a folder or an archive for `train` or `val`, these are the splits. Otherwise SOURCE itself is the
-    only split. Raises UserError for a SOURCE that is missing, is neither a folder nor a file, or lacks `split`.
+    If SOURCE contains a folder or archive of `train`, of `val` or of both, each of them is a split. Otherwise SOURCE is
+    the only split. Raises UserError if SOURCE is missing, is neither a folder nor a file, or lacks the wanted `split`.
     """
     if source.is_file():
         named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
@@ -46,7 +47,7 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found, print which other folders are ignored. A folder named `train` may be a class."""
+    """If only one split was found, print which other folders are ignored. The folder `train` might be a class."""
     if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:
@@ -67,11 +68,11 @@ def list_source(
 ) -> Source:
     """List one split from a folder or a tar archive.
 
-    A label is the position of the class folder in sorted order. Images without class folders need a label file: the
-    file `labels`, or a label file found next to the images (prep/inputs/labels.py, also for `label_order`).
-    `store_classes` are the classes of the store, empty if it has none yet. Symbolic links that lead out of the folder
-    are refused unless `follow_links`. Raises UserError for a source without images, for labels that do not fit the
-    images, and for classes that differ from the store's.
+    A label is the position of the class folder in sorted order. Images without class folders need a label file. This is
+    the file `labels`, or, if `labels` is None, the label file next to `path`. prep/inputs/labels.py explains
+    `label_order`. `store_classes` are the classes of the store, empty if the store has none yet. Symbolic links that
+    lead out of the folder are refused unless `follow_links` is true. Raises UserError if no image is found, if labels
+    do not fit the images, or if the classes are not those of the store.
     """
     if path.is_file():
         reader: InputReader = TarReader(path)

@@ -5,16 +5,16 @@ Python's tarfile parses the headers. This module works around these problems of 
 -   tarfile reads a long name (GNU) or an extended header (PAX) into memory, whatever its size. The newest
     versions of Python read 1 MiB at a time. Older versions read the whole header at once. So tarfile gets a
     `BoundedFile`, which refuses to read more than MAX_HEADER_BYTES at once or 2·MAX_HEADER_BYTES for one member.
--   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13, `stream=True`
-    prevents this. In older versions of Python, this module empties the list after each member.
+-   tarfile keeps a list of all members in memory, which takes a gigabyte for ImageNet. Since Python 3.13,
+    tarfile keeps no list if `stream` is true. In older versions, this module empties the list after each member.
 -   tarfile treats a damaged header as the end of the archive. So this module checks that all bytes after
     the apparent end are zero, as they are in a complete archive.
 -   If a PAX header has a negative size, newer versions of Python set `offset` to a wrong position.
     Then tarfile either treats this position as the end of the archive, or returns the second member in place of the
     first. So this module compares `offset` with the end of the previous member.
 
-Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`; test_tar_members.py
-tests them.
+Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`. The tests
+in test_tar_members.py fail if a version of Python changes them.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from prep.console import Progress, UserError
 from prep.inputs.names import name_text
 
 MAX_HEADER_BYTES = 1 << 20
-_MAX_PADDING_BYTES = 16 << 20  # longest padding (used for tapes); more zeros mean an incomplete download
+_MAX_PADDING_BYTES = 16 << 20  # longest padding with zeros (for tapes); more zeros mean an incomplete download
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # first bytes of gzip, bzip2, xz, zstd
 
 _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13) else {}
 
 
 class BoundedFile(io.BufferedReader):
-    """A file that reads at most MAX_HEADER_BYTES at once, and 2·MAX_HEADER_BYTES between calls of `allow_header`."""
+    """File that limits reads to MAX_HEADER_BYTES each, and to 2·MAX_HEADER_BYTES between calls of `allow_header`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
         self.allow_header()
 
     def allow_header(self) -> None:
-        """Allow the headers of another member to be read."""
+        """Allow another 2·MAX_HEADER_BYTES to be read, for the headers of the next member."""
         self._bytes_left = 2 * MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
@@ -61,8 +61,8 @@ def iterate_members(
     """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
 
     `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
-    members, for example to read an archive inside this one. `progress` is set to the position in bytes. Raises
-    UserError, which names `path`, for an archive that is compressed, damaged or cut short.
+    members, for example to read an archive inside this one. `progress` is set to the position in
+    `file`, in bytes. Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
@@ -98,8 +98,8 @@ def iterate_members(
         raise UserError(f"{damaged} {tar.offset + zeros:,}. Download it again.")
     if not tarfile.BLOCKSIZE <= zeros <= _MAX_PADDING_BYTES:
         raise UserError(
-            f"{path} is cut short: at byte {tar.offset:,} it has {zeros:,} zero bytes where a tar ends in "
-            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,}. Download it again."
+            f"{path} is cut short: {zeros:,} zero bytes follow byte {tar.offset:,}; a complete archive ends with "
+            f"{2 * tarfile.BLOCKSIZE:,} to {_MAX_PADDING_BYTES:,} zero bytes. Download it again."
         )
 
 

@@ -219,7 +219,7 @@ ODD: dict[str, tuple[Member, str]] = {
 @pytest.mark.parametrize("name", list(ODD))
 def test_unsafe_and_special_members_are_refused_by_name(name: str, tmp_path: Path) -> None:
     member, reason = ODD[name]
-    for position in range(4):  # for any position of the refused member, the other members are listed
+    for position in range(4):  # wherever the refused member is, all other members are listed
         found = list_tar(tar_of([*THREE[:position], member, *THREE[position:]]), tmp_path / "x.tar")
         assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
         assert found.classes == ("n1", "n2")
@@ -238,9 +238,9 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """The earlier members are refused by name.
+    """Of several members with the same name, only the last is listed. The others are refused by name.
 
-    When the program tar extracts such an archive, it also keeps the last member.
+    The program tar, too, leaves only the last member after it extracts such an archive.
     """
     members: list[Member] = [*THREE, ("./n1/a.JPEG", b"newer"), ("n1/a.JPEG", b"newest")]
     found = list_tar(tar_of(members), tmp_path / "x.tar")
@@ -270,14 +270,14 @@ def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest
 
 
 def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:
-    """train/n1 and val/n1 belong to two splits. cats/train and dogs/train are not the same class."""
+    """train/n1 and val/n1 belong to two splits. cats/train and dogs/train have one name, but are not one class."""
     for names in (("train/n1/a.JPEG", "val/n1/b.JPEG"), ("cats/train/a.JPEG", "dogs/train/b.JPEG")):
         with pytest.raises(UserError, match=r"x\.tar"):
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
 
 
 def test_images_next_to_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 folders and images side by side \(first: README\)"):
+    with pytest.raises(UserError, match=r"2 folders and images side by side \(first image: README\)"):
         list_tar(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
 
 
@@ -325,9 +325,9 @@ def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
 
 NOT_TARS: dict[str, tuple[bytes, str]] = {
     "empty file": (b"", "not a tar archive"),
-    "empty tar": (tar_of([]), "no image in it"),
-    "folders alone": (tar_of([("n1", b"", {"type": tarfile.DIRTYPE})]), "no image in it"),
-    "links alone": (tar_of([("n1/x", b"", {"type": tarfile.SYMTYPE, "linkname": "y"})]), "no image in it"),
+    "empty tar": (tar_of([]), "no image found"),
+    "folders alone": (tar_of([("n1", b"", {"type": tarfile.DIRTYPE})]), "no image found"),
+    "links alone": (tar_of([("n1/x", b"", {"type": tarfile.SYMTYPE, "linkname": "y"})]), "no image found"),
     "text": (b"hello, world\n", "not a tar archive"),
     "long text": (b"hello, world\n" * 999, "not a tar archive"),
     "gzip": (b"\x1f\x8b\x08" + bytes(900), "compressed"),
@@ -354,7 +354,7 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
     if part == "compressed":
         assert "Decompress" in lines[-1]
     assert not (tmp_path / "store" / "manifest.json").exists()
-    if what not in ("empty tar", "folders alone", "links alone"):  # the file is refused inside another tar too
+    if what not in ("empty tar", "folders alone", "links alone"):  # inside another tar, the same file is refused too
         inner: list[Member] = [("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", content)]
         with pytest.raises(UserError, match=part if content else r"x\.tar"):
             list_tar(tar_of(inner), tmp_path / "x.tar")

@@ -1,7 +1,7 @@
 """prep.inputs.folder on small folders with a known listing, and on files that change after the listing.
 
-Most images are empty files, since listing opens none. The tests create real links, FIFOs, sockets and odd names. An
-entry that is not listed must be in `refused`, with the reason.
+Most images are empty files, since prep.inputs.folder lists files without opening them. The tests create real links,
+FIFOs, sockets and odd names. An entry that is not listed must be in `refused`, with the reason.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
 def test_class_folders_without_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "t" / "n1").mkdir(parents=True)
     (tmp_path / "t" / "n2").mkdir()
-    with pytest.raises(UserError, match="2 class folders and not one file"):
+    with pytest.raises(UserError, match="2 class folders without any file"):
         list_images(tmp_path / "t")
 
 
@@ -258,7 +258,7 @@ def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="was changed"):
         reader.read(item)
     os.utime(path, ns=(0, item.mtime_ns))
-    assert reader.read(item) == b"content of b"  # a file of the same size and time counts as unchanged
+    assert reader.read(item) == b"content of b"  # size and modification time are equal, so the change is not detected
 
 
 def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as if the file system had no times
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as if file systems stored no times
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)
         if kind == "FIFO":

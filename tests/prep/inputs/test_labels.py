@@ -177,7 +177,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
         list_images(flat)
     label_file(tmp_path, "2\n1\n2\n1\n", "photos.txt")
     label_file(tmp_path, "2\n1\n2\n1\n", "my_ground_truth.txt")
-    with pytest.raises(UserError, match="2 files next to it"):
+    with pytest.raises(UserError, match="2 files look like label files"):
         list_images(flat)
 
 
@@ -249,12 +249,12 @@ def test_labels_of_a_tar_are_found_next_to_it_or_in_the_devkit(tmp_path: Path) -
     labels, classes = read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
     assert (labels, classes) == (dict(zip(names, [0, 1, 0], strict=True)), ("n3", "n5"))
     label_file(tmp_path, "1\n1\n1\n", "ILSVRC2012_img_val.txt")
-    with pytest.raises(UserError, match="2 files next to it"):
+    with pytest.raises(UserError, match="2 files look like label files"):
         read_labels(None, names, tmp_path / "ILSVRC2012_img_val.tar", None, ())
 
 
 def test_the_same_name_in_two_folders_of_the_label_file_is_refused(flat: Path, tmp_path: Path) -> None:
-    """Only the last part of a path counts, so the image has two labels although the folders differ."""
+    """A label file's folders are ignored: x/a.JPEG and y/a.JPEG give the image a.JPEG two labels."""
     text = "x/a.JPEG 1\ny/a.JPEG 2\nb.JPEG 0\nc.JPEG 0\nB.JPEG 0\n"
     with pytest.raises(UserError, match=r"line 2: a\.JPEG has two labels, 1 and 2"):
         list_images(flat, label_file(tmp_path, text))
