@@ -47,7 +47,7 @@ def build_wheel(sources: Path, out: Path, **environment: str) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the checkout, to which files were added that the wheel must not contain."""
+    """A wheel built from a copy of the checkout. The copy also has files that the wheel must not contain."""
     others = ("tests", "docs", "Makefile", "CHANGELOG.md", "constraints.txt", ".gitignore")
     return build_wheel(
         copy_sources(tmp_path_factory.mktemp("sources"), *SOURCES, *others), tmp_path_factory.mktemp("wheel")

@@ -19,7 +19,7 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.soak)])
 def test_closed_loaders_leave_no_files_threads_or_memory(numbered_store: Path, times: int) -> None:
-    """Loaders are closed after 0 to 2 batches, while more are prefetched. Twenty batches take 24 MB."""
+    """The test closes loaders after 0 to 2 batches, while they prefetch more batches. Twenty batches take 24 MB."""
     script = (
         "import gc, os, sys, threading\n"
         "from pipeline.loader import eval_loader, train_loader\n"

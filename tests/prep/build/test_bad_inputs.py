@@ -100,9 +100,9 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
 
 
 def test_all_obviously_bad_inputs_are_named_before_the_build(with_bad: Path, tmp_path: Path) -> None:
-    """The error counts the files that the probe finds and the entries that are not files.
+    """The error counts the bad files that the probe finds, and the entries that are not files.
 
-    It does not count the truncated file, which only decoding finds.
+    The error does not count the truncated file, which only decoding shows to be bad.
     """
     (with_bad / "n2" / "folder").mkdir()
     (with_bad / "n2" / "link").symlink_to("/etc/hostname")

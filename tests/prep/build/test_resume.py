@@ -1,4 +1,4 @@
-"""prep.build.resume: what may change in the source while a build is unfinished.
+"""prep.build.resume: which changes of its source an unfinished build accepts or refuses.
 
 A build is stopped after one of its four shards of 50 images. Then the source is changed, and the same build runs again.
 Either the store holds the contents that the files had when they were read, or the build is refused.

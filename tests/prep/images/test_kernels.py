@@ -213,7 +213,7 @@ def test_compiling_replaces_libraries_of_earlier_sources(tmp_path: Path, monkeyp
 
 @pytest.mark.usefixtures("c_compiler")
 def test_every_kind_of_cpu_gives_the_same_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The kernels are compiled as usual, without optimization, without fused multiply-add, and for this CPU."""
+    """Compiles the kernels in four ways: as usual, unoptimized, without fused multiply-add, and for this CPU only."""
     images = [noise(375, 500), noise(257, 300), noise(900, 700)]
     expected = [rescale_with_numpy(image, 256, False) for image in images]
     for number, flags in enumerate(("", "-UCLONES -O0", "-UCLONES -O1 -ffp-contract=off", "-UCLONES -march=native")):

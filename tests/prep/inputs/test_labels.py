@@ -219,7 +219,7 @@ def test_a_label_file_may_have_windows_line_ends(flat: Path, tmp_path: Path) -> 
 
 
 def test_a_label_file_may_hold_bytes_that_are_not_utf_8(tmp_path: Path) -> None:
-    """An image gets the label whose name in the label file has the same bytes."""
+    """File names and names in a label file are compared as bytes."""
     folder = tmp_path / "photos"
     folder.mkdir()
     for name in (b"\xff.JPEG", b"b.JPEG"):

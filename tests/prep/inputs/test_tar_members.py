@@ -105,7 +105,7 @@ def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", [tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE])
 def test_a_header_that_claims_a_gigabyte_is_not_read(kind: bytes, tmp_path: Path) -> None:
-    """tarfile would read the gigabyte, but BoundedFile refuses to read a header of more than 1 MiB.
+    """tarfile tries to read the gigabyte, but BoundedFile refuses to read a header of more than 1 MiB.
 
     The file is sparse: 2 GiB long, but almost without disk blocks.
     """

@@ -114,7 +114,7 @@ def test_raw_pixels_are_refused(caffe_datum: Callable[[], Any]) -> None:
 
 
 def test_fields_are_parsed_from_any_message(caffe_datum: Callable[[], Any]) -> None:
-    """parse_fields returns the last value of each field that lies before `end`. It skips float fields."""
+    """If a message repeats a field, parse_fields returns the last value before `end`. Float fields are skipped."""
     value = SMALL.encode()
     fields = parse_fields(value, len(value) - CRC32_BYTES)
     assert fields == {1: 3, HEIGHT: 3, WIDTH: 5, DATA: SMALL.data, LABEL: 7, ENCODED: 1, SOURCE: SMALL.source}

@@ -69,7 +69,7 @@ def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1's outputs are equal, except at the border: the imported network pads images with the store's mean."""
+    """conv1's outputs are equal at the inner 53 × 53 of 55 × 55 positions. Outside, the store's mean is the padding."""
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert state.step == 0 and network.recipe == MODERN

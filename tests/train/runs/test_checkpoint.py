@@ -261,7 +261,7 @@ def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoi
 def test_metrics_are_synced_before_a_checkpoint_and_both_before_the_previous_checkpoint_is_removed(
     stores: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """After a power cut at any moment, a checkpoint exists, and metrics.jsonl has every line up to its step."""
+    """After a power cut at any moment, there is a checkpoint, and metrics.jsonl has all lines up to that checkpoint."""
     operations: list[str] = []
 
     def recorded(function: str, real: Any) -> Any:

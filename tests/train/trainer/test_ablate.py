@@ -33,7 +33,7 @@ def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
 
 
 def test_each_ablation_changes_one_part_of_the_recipe_or_the_network(tmp_path: Path) -> None:
-    """Compares network and recipe of each ablation with the recipe `released`, which has every part that is removed."""
+    """Compares each ablation with the baseline of the recipe `released`, which has every part that ablations remove."""
     runs = plan_runs(tmp_path, tmp_path, "released", gpus="cpu")
     assert [run.ablation for run in runs] == list(ABLATIONS)
     base = asdict(RELEASED)
