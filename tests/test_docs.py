@@ -1,4 +1,4 @@
-"""Tests of README and docs: they agree with the commands and the code, links resolve, Python blocks run."""
+"""Tests of README and docs: agreement with the commands and the code, links, and Python blocks."""
 
 from __future__ import annotations
 

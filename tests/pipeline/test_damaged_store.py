@@ -21,7 +21,7 @@ from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
 
 @pytest.fixture
 def broken(numbered_store: Path, tmp_path: Path) -> Path:
-    """A copy of the store `numbered_store`, to be damaged."""
+    """A copy of the store `numbered_store`, which a test may damage."""
     return Path(shutil.copytree(numbered_store, tmp_path / "store"))
 
 

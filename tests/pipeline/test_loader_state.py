@@ -1,4 +1,4 @@
-"""Stream states resume bit for bit in a new process or with another world size. Other states are refused."""
+"""Streams resume from a state bit for bit, in a new process or with another world size. Other states are refused."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """prep.version, and the three commands run from a checkout that is not installed.
 
-`not_installed` holds the environment variables for such a checkout. PYTHONPATH has two folders: one with the packages
-and pyproject.toml, and one with links to all installed packages except alexnet. `python -S` ignores site-packages.
+`not_installed` holds the environment variables for commands in a checkout that is not installed. PYTHONPATH has two
+folders: one with the packages and pyproject.toml, and one with links to all installed packages except alexnet.
+`python -S` ignores site-packages.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """prep.workers: tasks in worker processes, progress counts, errors, killed workers, end of the parent.
 
-Workers import this module and run the functions at its top.
+Workers import this module and run its top-level functions.
 """
 
 from __future__ import annotations

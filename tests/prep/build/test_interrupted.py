@@ -132,7 +132,7 @@ def test_a_build_killed_at_random_moments_is_finished_by_the_same_command(
 def test_a_build_killed_at_two_hundred_random_moments_is_finished(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path
 ) -> None:
-    """Every build runs as a command in its own process. Every tenth build is killed five times before it may finish."""
+    """Every build runs as a command in its own process. Every tenth build is killed five times, all others once."""
     rng = np.random.default_rng(200)
 
     def finish(store: Path) -> Store:

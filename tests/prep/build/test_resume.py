@@ -247,7 +247,7 @@ def test_a_file_that_changed_after_the_listing_is_named(photos: Path, tmp_path: 
 
 
 def test_anything_may_change_before_the_first_shard_is_finished(photos: Path, tmp_path: Path) -> None:
-    """After a build that was refused or stopped before its first shard, settings and inputs may still change."""
+    """After a build that was refused or stopped before its first shard, settings and inputs can still be changed."""
     store = tmp_path / "store"
     (photos / "n1" / "bad.JPEG").write_bytes(b"no picture")
     with pytest.raises(UserError, match="not an image"):

@@ -45,7 +45,7 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after rescaling; the longer side is rounded to the nearest integer, halves up."""
+    """(height, width) after rescaling; the longer side is rounded to the nearest integer, and .5 up."""
     scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
     return math.floor(height * scale + half), math.floor(width * scale + half)
 
@@ -198,7 +198,7 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
-    """The arithmetic is exact, so a pixel is the same in the square and in the complete image."""
+    """The arithmetic is exact, so each pixel of the square equals the pixel of the complete image."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)

@@ -361,7 +361,7 @@ def test_a_file_without_images_or_not_a_tar_is_one_line(what: str, tmp_path: Pat
 
 
 def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_path: Path) -> None:
-    """With --on-bad fail, the error names one refused member; with skip, inputs.jsonl lists all of them."""
+    """With --on-bad fail, the error names one refused member; with skip, inputs.jsonl lists every refused member."""
     members = train_members(photo_folder)
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")

@@ -1,7 +1,7 @@
 """prep.inputs.caffe on LMDBs that the tests write with lmdb and protobuf, like Caffe's convert_imageset.
 
-The stores are read back by lmdb and protobuf, and decoded by Pillow. A ppm store must hold bare pixels
-of the store's size unchanged.
+The stores are read back by lmdb and protobuf, and decoded by Pillow. If bare pixels have the store's size, a ppm store
+must contain them unchanged.
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def test_the_same_images_as_files_give_the_same_records(
 
 
 def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
-    """{key: (value, reason why it is left out)}."""
+    """{key: (value, reason why the record is left out)}."""
     good = {"data": jpeg(), "encoded": True}
     label = "not a Datum, or a Datum without a label"
     return {

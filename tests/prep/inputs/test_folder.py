@@ -36,7 +36,7 @@ def test_classes_and_images_are_sorted_by_the_bytes_of_their_names(tmp_path: Pat
 
 
 def test_images_are_sorted_by_class_before_name(tmp_path: Path) -> None:
-    """`n1-x/` sorts before `n1/` as a path but after it as a name."""
+    """The path `n1-x/` sorts before the path `n1/`, but the name `n1-x` sorts after the name `n1`."""
     root = touch(tmp_path / "t", "n1/a.JPEG", "n1-x/a.JPEG")
     source = list_images(root)
     assert source.classes == ("n1", "n1-x")

@@ -1,7 +1,8 @@
 """prep.inputs.labels on label files with known labels, which the tests write.
 
-The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since they
-are not opened. Labels that do not fit give a one-line error that names the file and the fault.
+The devkit's order of classes comes from a meta.mat that scipy.io.savemat writes. The images are empty files, since
+prep.inputs.labels does not open images. Labels that do not fit the images give a one-line error that names the file
+and the fault.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def test_ground_truth_without_classes_of_a_store_numbers_them(flat: Path, tmp_pa
 
 
 def test_ground_truth_numbers_are_read_in_the_devkits_order(flat: Path, tmp_path: Path) -> None:
-    """In the devkit, number 1 is n3, 2 is n1 and 3 is n2. The labels are positions in the sorted class names."""
+    """In the devkit, classes 1, 2 and 3 are n3, n1 and n2. The labels are positions in the sorted class names."""
     labels = label_file(tmp_path, "3\n1\n2\n1\n")
     write_devkit(tmp_path / "meta.mat", {1: "n3", 2: "n1", 3: "n2", 4: "n9", 5: "n0 is an inner node"})
     expected = list(zip(SORTED_NAMES, [1, 2, 0, 2], strict=True))  # n2, n3, n1, n3
@@ -201,7 +202,7 @@ def test_none_or_two_label_files_next_to_the_folder_are_refused(flat: Path, tmp_
 def test_labels_that_cannot_be_classes_are_refused(
     flat: Path, tmp_path: Path, text: str, store_classes: tuple[str, ...], parts: list[str]
 ) -> None:
-    """An absurd number is refused before a list with that number of class names is made."""
+    """A huge label is refused before a list with that many class names is made."""
     test_labels_that_do_not_fit_are_one_line_with_the_fault(flat, tmp_path, text, store_classes, parts)
 
 

@@ -102,7 +102,7 @@ def test_same_as_compares_every_column(other: list[Input]) -> None:
 
 
 def test_the_digest_covers_paths_labels_and_sizes() -> None:
-    """The digest also depends on where each path ends. It does not depend on times or on locations in an archive."""
+    """The digest also depends on where each path ends. The digest does not depend on times or offsets in an archive."""
     digest = listing_of(INPUTS).digest()
     same = [listing_of(other).digest() == digest for other in OTHERS]
     assert same == [False, False, False, True, True, False, False]

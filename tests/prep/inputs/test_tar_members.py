@@ -128,7 +128,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Of 2,000 members, fewer than 10 are in memory at the end. All members of ImageNet would take a gigabyte."""
+    """Of 2,000 members, fewer than 10 are in memory at the end. All members of ImageNet take a gigabyte."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size

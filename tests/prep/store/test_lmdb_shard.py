@@ -87,7 +87,7 @@ def test_the_digest_depends_on_order_keys_and_record_boundaries(tmp_path: Path) 
 
 
 def test_the_map_grows_with_the_records(tmp_path: Path) -> None:
-    """150 MB of records need more than twice the first map. One record has 80 MB. The file has little unused space."""
+    """150 MB of records exceed twice the initial map size. One record has 80 MB. The file has little unused space."""
     sizes = [1_000_000] * 30 + [80_000_000] + [4_000_000] * 10
     filler = np.random.default_rng(3).bytes(1_000_003)
 

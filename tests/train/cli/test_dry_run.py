@@ -1,4 +1,4 @@
-"""Tests of `alextrain run --dry-run`: its description of the run, and that it writes no file."""
+"""Tests of `alextrain run --dry-run`: the printed description of the run, and that no file is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of exported networks: other libraries load them and compute the same outputs as the run's network.
+"""Tests of exported networks: other libraries load the files and compute the same outputs as the run's network.
 
 safetensors loads safetensors files, onnxruntime runs ONNX graphs, and torchvision's network, as
 tests/helpers/torchvision_alexnet.py defines it, loads the state_dict.

@@ -223,7 +223,7 @@ def test_section_4_2_the_first_two_fully_connected_layers_have_dropout() -> None
 
 
 def test_both_columns_see_the_same_dropout_mask() -> None:
-    """The authors' code copies units after dropout (L145), so both columns share one random draw for each unit."""
+    """In the authors' layers-145.cfg, units are copied after dropout, so both columns share one draw per unit."""
     torch.manual_seed(5)
     model = AlexNet(5, replace(SHORT, dropout=0.5), ("cpu", "cpu"), SMALL)
     seen = []

@@ -1,4 +1,4 @@
-"""Tests of the context manager for evaluation mode: it restores the earlier mode, also after an exception."""
+"""Tests that the context manager for evaluation mode restores the earlier mode, also after an exception."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ def test_a_terminal_shows_a_run_and_its_cursor_is_restored(observed_run: Observe
     cursor_hidden, first_validation = output.rindex("\x1b[?25l"), output.index("centre view")
     # The cursor is shown again before the first validation, not only at the end of the run.
     assert cursor_hidden < output.index("\x1b[?25h") < first_validation
-    assert "epoch   0.33" not in output  # plain lines are not printed in addition
+    assert "epoch   0.33" not in output  # no plain lines are printed besides the live view
 
 
 def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:

@@ -32,7 +32,7 @@ _BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome", "chrome-
 
 
 class Page(HTMLParser):
-    """An HTML parser that collects elements with their attributes, and the text. It asserts that tags are balanced."""
+    """An HTML parser that collects elements, attributes and text, and asserts that tags are balanced."""
 
     def __init__(self, source: str) -> None:
         super().__init__()

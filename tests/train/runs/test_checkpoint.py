@@ -42,7 +42,7 @@ def steps_of(run_dir: Path) -> list[int]:
 
 
 def test_a_checkpoint_is_a_zip_whose_comment_is_the_sha256_of_the_bytes_before_it(uninterrupted_run: Path) -> None:
-    """Checks the file with only zipfile and hashlib. torch.load also reads the file with weights_only."""
+    """The test checks the file with zipfile and hashlib, and then reads it with torch.load and weights_only."""
     path = checkpoint_paths(uninterrupted_run)[-1]
     with zipfile.ZipFile(path) as archive:
         comment = archive.comment
