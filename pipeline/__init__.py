@@ -2,7 +2,7 @@
 
     from pipeline import train_loader, eval_loader
 
-Importing these names loads torch and DALI. `import pipeline` alone does not, so `alexstream --help` stays fast.
+Importing these names loads torch and DALI. `import pipeline` alone loads neither, so `alexstream --help` stays fast.
 """
 
 from __future__ import annotations

@@ -8,12 +8,12 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
   the paper counts 32 × 32 positions and 2 flips; the released code, convdata_jpeg.py, draws from 33 × 33 positions.)
 - An image is flipped with probability one half.
 - shift = P·diag(σ)·z with z ~ N(0, I): one RGB offset for each image, the same for all its pixels.
-- If a record is not square (--keep-aspect), S begins at its row (height − side_px) // 2 and its column
-  (width − side_px) // 2.
+- If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
+  (width − side_px) // 2 of the record.
 
 An evaluation image has no shift and is not divided. The centre crop begins at row and column (side_px − 224) // 2. The
 ten views are the crops at top left, top right, centre, bottom left and bottom right, then the same five crops mirrored.
-convdata_jpeg.py uses the same order. A network that slides over an image gets all of S as one crop.
+convdata_jpeg.py uses the same order. With views="square", S is the only crop, for a network that slides over S.
 
 mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
@@ -52,10 +52,12 @@ SQUARE = "square"  # value of `views` that serves the complete central square as
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Settings of the formula in this module's docstring. A recipe sets them and names the source of each value."""
+    """Settings of the formula in this module's docstring. A recipe (train/config) gives each setting and its source."""
 
     mean: str = "channel"  # mean to subtract, one of MEANS, which the module's docstring defines
-    colour: str = "stdev"  # σ = strength·√λ on 0..255 (the authors' code); "eigenvalue": strength·λ on [0, 1]; "off"
+    # "stdev": σ = strength·√λ for pixels in 0..255 (the authors' code); "eigenvalue": σ = strength·λ for pixels in
+    # [0, 1]; "off": no colour noise
+    colour: str = "stdev"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
     divisor: float = 1.0  # the finished training image is divided by this number; 1 + strength in the authors' code
     shared_by: int = 1  # number of consecutive images with the same crop and flip; 32 in the authors' code (crop_chunk)
@@ -80,11 +82,10 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
     """The matrix A of the colour noise, float64 (3, 3): shift = A·z with z ~ N(0, I), in grey levels 0..255.
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, α ~ N(0, 0.1), and calls λ eigenvalues. The paper does not
-    state the scale of the pixels. In place of λ, the authors' code uses standard deviations of pixels in 0..255
-    (convdata.py: color_pca). fb.resnet.torch and its successors use eigenvalues of pixels in [0, 1]. Their shifts are 2
-    to 17 times smaller than the shifts of the authors' code. `colour` chooses "stdev" (the authors' code), "eigenvalue"
-    or "off".
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ with α ~ N(0, 0.1), and calls λ eigenvalues. The paper does not
+    state the scale of the pixels. The authors' code uses the standard deviations of pixels in 0..255 instead of λ
+    (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of pixels in [0, 1], which gives
+    shifts 2 to 17 times smaller than the authors' code. `colour` is "stdev" (the authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)
@@ -100,7 +101,7 @@ class Crops(NamedTuple):
     # (N, V, 2): row and column of the crop in the square, 0..side_px − 224; 0 if the crop is the complete square
     offset: npt.NDArray[np.int32]
     flip: npt.NDArray[np.int32]  # (N, V): 0 or 1
-    shift: npt.NDArray[np.float32]  # (N, 3): colour noise; the channel means are subtracted if mean is "channel"
+    shift: npt.NDArray[np.float32]  # (N, 3): colour noise, minus the channel means if `mean` is "channel"
 
 
 def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
@@ -113,14 +114,14 @@ def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.i
 
 
 class Augmenter:
-    """Makes the crops of batches; holds the means and the noise matrix of one store."""
+    """Computes the Crops of batches from the means and the noise matrix of one store."""
 
     def __init__(self, store: Store, augmentation: Augmentation) -> None:
         """Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px."""
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
             raise UserError(
-                f"{store.root} holds images of {self.side_px} px, a crop is {CROP_PX} px. "
+                f"{store.root} has images of {self.side_px} px, which is less than a crop of {CROP_PX} px. "
                 "Build the store with --side 256."
             )
         self.augmentation = augmentation

@@ -47,7 +47,7 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
         type=click.IntRange(0, max_seed),
         default=0,
         show_default=True,
-        help="Seed of the order and the random augmentations.",
+        help="Seed of the record order and the random augmentations.",
     )
 
 
@@ -61,7 +61,8 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
-    Each row shows a stored image, eight random augmentations, and the eighth again with ten times the colour noise.
+    Each row shows a stored image, eight random augmentations, and the eighth augmentation again with ten times the
+    colour noise.
 
     \b
     Example:
@@ -100,7 +101,8 @@ def inspect(
 ) -> None:
     """Print the number of batches and the shuffle quality of an epoch.
 
-    Shuffle quality is the mean number of distinct classes in a batch, compared with a perfect shuffle.
+    Shuffle quality is the mean number of distinct classes in a step (one batch of every loader), compared with a
+    perfect shuffle.
 
     \b
     Example:
@@ -174,8 +176,8 @@ def inspect(
 def bench(store: Path, batch: int, threads: int | None, device: str, seconds: float, as_json: bool) -> None:
     """Measure the speed of the stream, stage by stage.
 
-    The upper bound is the speed of decoding the same records with libjpeg-turbo (JPEG stores) or of copying them (PPM
-    stores), with the same number of threads.
+    The upper bound is the speed at which libjpeg-turbo decodes records (JPEG stores) or at which records are copied
+    (PPM stores), with the same number of threads.
 
     \b
     Example:

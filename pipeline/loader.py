@@ -6,13 +6,13 @@
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
 Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
-pipeline.sampling. They depend only on the seed and on the position in the stream: the epoch, and the step within the
-epoch, both counted from 0. A stream can therefore resume from a saved state at any batch, bit for bit. The images
-depend neither on the number of threads nor on the number of loaders that share the records of a step.
+pipeline.sampling. For given settings, they depend only on the seed and on the position in the stream: the epoch, and
+the step within the epoch, both counted from 0. A stream can therefore resume from a saved state at any batch, bit for
+bit. The images depend neither on the number of threads nor on the number of loaders that share the records of a step.
 
-Threads prepare batches before they are requested. Serving a batch copies nothing. The memory of a batch is not reused
-while one of its tensors exists, so batches may be kept and changed in place. On a GPU, a batch is bound to the CUDA
-stream that is torch's current stream when the batch is served.
+Threads prepare batches before the training loop requests them. float32 images are served without a copy. The memory of
+a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in place. On
+a GPU, a batch is bound to the CUDA stream that is torch's current stream when the batch is served.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ STREAM_VERSION = 3
 class TrainLoader(Loader):
     """Serves randomly augmented batches, epoch after epoch; made by train_loader.
 
-    An iteration serves the rest of the current epoch. An epoch has records // (batch_size · world_size) full batches.
-    The remaining records are left out (see `left_out`); each epoch leaves out different records.
+    One iteration over the loader serves the rest of the current epoch. An epoch has
+    records // (batch_size · world_size) full batches. The remaining records are left out (see `left_out`); each epoch
+    leaves out different records.
 
     `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """
@@ -64,7 +65,7 @@ class TrainLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Takes the arguments and raises the errors of train_loader."""
+        """For arguments and errors see train_loader."""
         super().__init__(
             store,
             split,
@@ -129,13 +130,13 @@ class TrainLoader(Loader):
     def state_dict(self) -> dict[str, Any]:
         """The position of the stream and the settings of this loader: a JSON-serializable dict of a few hundred bytes.
 
-        A loader that loads this state continues with the next batch, bit for bit. The states of all ranks are equal
+        A loader that loads this state continues at this position, bit for bit. The states of all ranks are equal
         except for `shard`.
         """
         return {**self._identity(), "shard": self.shard, "epoch": self.epoch, "step": self.step}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a state of the same store, seed and settings. Raises UserError if one of these differs.
+        """Resume from a state of the same store, seed and settings. Raises UserError for any other state.
 
         Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change.
         Within an epoch, batch size and world size may change if their product, the number of records in a step, stays
@@ -150,12 +151,12 @@ class TrainLoader(Loader):
                 within = " within an epoch" if name in ("batch_size", "world_size") else ""
                 raise UserError(
                     f"stream state with another {name.replace('_', ' ')}{within}: {state.get(name)}, this loader has "
-                    f"{value}. Load it into a loader with the store and the arguments of the one that saved it."
+                    f"{value}. Load the state into a loader with the store and arguments of the loader that saved it."
                 )
         self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
-        """Fields that must be equal in a state and in this loader. Their names are part of the format of states."""
+        """Settings that load_state_dict compares with a state. The names are part of the format of states."""
         return {
             "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
@@ -193,9 +194,9 @@ class TrainLoader(Loader):
 
 
 class EvalLoader(Loader):
-    """Serves every image of a split, or of this rank's range of the split, once in each iteration; made by eval_loader.
+    """Serves every image of a split once in each iteration; made by eval_loader.
 
-    The last batch may be smaller.
+    If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
     """
 
     def __init__(
@@ -213,7 +214,7 @@ class EvalLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Takes the arguments and raises the errors of eval_loader."""
+        """For arguments and errors see eval_loader."""
         super().__init__(
             store,
             split,
@@ -285,7 +286,7 @@ def train_loader(
                   with the colour noise of the authors' code
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16"
-    threads       number of CPU threads that decode and augment; None: one for each core that this process may use
+    threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
@@ -336,8 +337,8 @@ def eval_loader(
     train_loader describes the other arguments and the errors.
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
-    (N, 10, 3, 224, 224), which takes 6 MB for each image, so choose a small batch_size; for views="square" (N, 3, side,
-    side) with the side of the store's images. Labels are int64 (N,). The last batch may be smaller.
+    (N, 10, 3, 224, 224); for views="square" (N, 3, side, side) with the side of the store's images. The ten views of an
+    image take 6 MB in float32, so choose a small batch_size. Labels are int64 (N,). The last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

@@ -74,18 +74,22 @@ class Loader:
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Names of the classes; a label is an index into them."""
+        """Names of the classes. A label is an index into this tuple."""
         return self.store.classes
 
     def wait_times(self) -> WaitTimes:
-        """Number of batches served, and wait times of loader and consumer, since the last call."""
+        """Number of batches served, and wait times of loader and consumer, since the previous call."""
         now, waits = time.perf_counter(), self._waits
         since_served_s = 0.0 if self._served_at is None else now - self._served_at
         self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def close(self) -> None:
-        """Stop the threads, release memory and unmap the files. Batches already served stay valid."""
+        """Stop the threads, release memory and unmap the files. Batches already served stay valid.
+
+        The engines keep the memory of served batches that are still referenced (see CpuEngine.close and
+        DaliEngine.finish).
+        """
         self._prefetcher.close()
 
     def __enter__(self) -> Self:
@@ -101,12 +105,12 @@ class Loader:
         self._prefetcher = Prefetcher(engine, self.placement, self._records, self.batch_size, self.threads)
 
     def _start(self, jobs: Iterator[Job]) -> None:
-        """Start to serve the batches of `jobs`."""
+        """Start to prefetch the batches of `jobs`."""
         self._prefetcher.start(jobs)
         self._served_at = None
 
     def _next(self) -> Batch | None:
-        """The next batch; None after the last. Raises StoreError for a damaged record."""
+        """The next batch; None after the last batch. Raises StoreError for a damaged record."""
         requested = time.perf_counter()
         since_served_s = 0.0 if self._served_at is None else requested - self._served_at
         output = self._prefetcher.next()

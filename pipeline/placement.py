@@ -40,7 +40,7 @@ class Placement:
 
     @property
     def decoder_device(self) -> str:
-        """The `device` argument of DALI's image decoder. "mixed": input on the CPU, output on the GPU."""
+        """The `device` argument of DALI's image decoder. "mixed" means input on the CPU and output on the GPU."""
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
@@ -54,8 +54,8 @@ class Placement:
     def outputs(self, pipe: Any) -> tuple[Any, ...]:
         """The next outputs of a DALI pipeline.
 
-        On a GPU the outputs are bound to torch's current CUDA stream: DALI and torch synchronize without the host, and
-        DALI reuses the memory of the outputs only after torch has finished with it.
+        On a GPU the outputs are bound to torch's current CUDA stream: DALI and torch synchronize on the GPU, and the
+        host does not wait. DALI reuses the memory of the outputs only after torch has finished with it.
         """
         if self.device_id is None:
             outputs: tuple[Any, ...] = pipe.outputs()
@@ -67,7 +67,7 @@ class Placement:
         return outputs
 
     def tensor_from_dali(self, output: Any) -> Any:
-        """Convert an output of DALI to a torch tensor that shares its memory."""
+        """Convert an output of DALI to a torch tensor that shares the output's memory."""
         from torch.utils.dlpack import from_dlpack
 
         with self._current_device():

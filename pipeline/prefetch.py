@@ -1,9 +1,9 @@
-"""Prefetch queue: reads records before the engine needs them, returns batches in order, and names damaged records.
+"""Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
-(FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and finishes them while DALI decodes the next batch.
-On a GPU, the consumer's thread takes the outputs, because DALI binds them to the current CUDA stream of the thread that
-takes them.
+(FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and calls Engine.finish while DALI decodes the next
+batch. On a GPU, the consumer's thread takes the outputs, because DALI binds outputs to the current CUDA stream of the
+thread that takes them.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class BatchInput(NamedTuple):
 
     record_numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
-    records: Sequence[Record]  # referenced here because the engine reads their payloads later
+    records: Sequence[Record]  # kept alive until the engine has read their payloads
     crops: Crops
 
 
 class BatchOutput(NamedTuple):
-    """Images of one batch, and the input from which the engine made them."""
+    """Images of one batch, and the input from which the engine made the images."""
 
     images: torch.Tensor
     batch_input: BatchInput
@@ -63,7 +63,8 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_dali: deque[BatchInput] = deque()
         self._finished: deque[Future[BatchOutput | None]] = deque()
-        self._error: StoreError | None = None  # every later call raises this error again, because DALI cannot continue
+        # Every later call of `next` raises this error again, because DALI cannot continue.
+        self._error: StoreError | None = None
         self._closed = False
 
     def read_batch(
@@ -81,7 +82,7 @@ class Prefetcher:
         wait(self._finished)
         self._finished.clear()
         self._reading.clear()
-        with suppress(StoreError):  # `next` will raise it
+        with suppress(StoreError):  # `next` raises the error later
             while self._in_dali and self._error is None:
                 self._take_outputs()
         self._jobs = jobs
@@ -184,7 +185,7 @@ def _build_pipeline(define_graph: Callable[[], Any], batch_size: int, placement:
         batch_size=batch_size,
         num_threads=threads,
         device_id=placement.device_id,
-        exec_dynamic=True,  # gives every batch separate memory
+        exec_dynamic=True,  # every batch gets separate memory
         prefetch_queue_depth=1,  # the Prefetcher schedules ahead itself
     )
     with pipe:

@@ -17,7 +17,7 @@ from prep.store.manifest import Store, StoreError
 
 
 class Record(NamedTuple):
-    """One stored image and its label. The payload is valid until its Records object is closed."""
+    """One stored image and its label. The payload is valid until Records.close is called."""
 
     payload: npt.NDArray[np.uint8]  # JPEG stores: bytes of the JPEG file, (n,); PPM stores: RGB, (height, width, 3)
     height: int
@@ -42,7 +42,7 @@ class Records:
     def __getitem__(self, number: int) -> Record:
         """Record `number`. Raises StoreError with the location of the record if a field is invalid.
 
-        The checksum is not verified here, because that takes time; find_damage verifies it.
+        The checksum is not verified here, because verification takes time; find_damage verifies the checksum.
         """
         value = self._value(number)
         try:
@@ -50,7 +50,7 @@ class Records:
             if not 0 <= label < len(self.store.classes):
                 raise DatumError(f"label {label}, the store has {len(self.store.classes):,} classes")
             if self._is_raw:
-                start += 3 * width  # skip the PPM header, as long as one row of pixels (prep.images.codec.ppm_header)
+                start += 3 * width  # skip the PPM header, which has the length of a row of pixels (codec.ppm_header)
                 if end - start != 3 * width * height:
                     raise DatumError(f"{end - start:,} bytes of pixels, expected {width}×{height}×3")
             if min(height, width) != self._side_px:
@@ -73,7 +73,7 @@ class Records:
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """The input file of record `number`, relative to the split's input folder; empty if it cannot be read."""
+        """The input file of record `number`, relative to the split's input folder; empty if unknown."""
         value = bytes(self._value(number))
         with suppress(DatumError):
             source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
@@ -123,5 +123,5 @@ class Records:
 
     @property
     def advice(self) -> str:
-        """The last sentence of a message about a damaged record. It names the command that checks the store."""
+        """The last sentence of a message about a damaged record: the command that checks the store."""
         return f"Check the store with: alexprep verify --store {self.store.root}"

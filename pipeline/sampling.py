@@ -2,7 +2,7 @@
 
 The functions keep no state, so a stream can resume from its position: the epoch, and the step within the epoch, both
 counted from 0. Together, `world_size` loaders of batch size B serve the same records as one loader of batch size
-world_size · B: in each step, rank r serves positions r·B to (r + 1)·B − 1.
+world_size · B: rank r serves records r·B to (r + 1)·B − 1 of each step.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_RECORDS = 64  # number of consecutive records that are moved as one block: 2 MB of JPEG, read in sequence
+BLOCK_RECORDS = 64  # number of consecutive records moved as one block: 2 MB of JPEG, read in sequence
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
-_PERMUTATION, _DRAWS = 0, 1  # purpose of a random generator, the first integer of its seed
+_PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator; the purpose is the first integer of the generator's seed
 
 Integers = npt.NDArray[np.int64]
 
@@ -34,8 +34,8 @@ class Draws(NamedTuple):
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
     """Order in which an epoch serves the records: int64 (records,), record numbers.
 
-    This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order; then the records
-    within each shuffle window of WINDOW_RECORDS are shuffled. The order of the store is itself a random permutation
+    This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order. Then the records
+    within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a random permutation
     (alexprep build-lmdb), so a block shuffle mixes the classes as well as a full shuffle does. The records of a block
     are next to each other on the disk.
     """

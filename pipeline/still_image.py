@@ -1,7 +1,8 @@
 """Evaluation preprocessing of single images in NumPy: load a photograph or a record, crop it, subtract the mean.
 
-The results equal the images of an EvalLoader on a CPU, bit for bit: photographs are rescaled, encoded and decoded in
-the same way, and the formula of pipeline.augment applies. EvalTransform needs only a store's settings and its mean.
+The results equal the images of an EvalLoader on a CPU, bit for bit. Photographs are rescaled like the images of a
+store; if the store has JPEG records, photographs are also encoded and decoded. The formula of pipeline.augment then
+gives the result. EvalTransform needs only the settings and the mean of a store.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class Photograph(NamedTuple):
     """A photograph, prepared like a record of a store."""
 
     square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
-    orientation: int  # EXIF orientation, 1 if there is none; only reported: like alexprep, this module does not rotate
+    orientation: int  # EXIF orientation, 1 if there is none; not applied, because alexprep does not rotate either
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:

@@ -30,17 +30,20 @@ from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store
 
-ROUNDS = 5  # each round measures all stages in turn, so that a change of the machine's speed affects all stages
+ROUNDS = 5  # a round measures all stages one after another, so that a change of the machine's speed affects all
 STAGES = ("read", "decode", "augment", "hand over")
 _BOUND_RECORDS = 2000  # number of records that are decoded repeatedly to measure the upper bound
-_AHEAD_BATCHES = 8  # number of batches taken before a measurement and not counted, because they may be prefetched
+_AHEAD_BATCHES = 8  # number of batches taken before each measurement and not counted; some are already prefetched
 
 Work = Callable[[], int]  # processes some images and returns their number
 
 
 @dataclass(frozen=True)
 class BenchResult:
-    """Speeds in images/s, medians over the rounds. The fields are the keys of `alexstream bench --json`."""
+    """Result of a benchmark: medians over the rounds, and the settings of the measurement.
+
+    Speeds are in images/s. The fields are the keys of `alexstream bench --json`.
+    """
 
     images_per_s: float
     bound_images_per_s: float
@@ -57,7 +60,7 @@ class BenchResult:
 def bench_stream(
     store: Store, batch: int, threads: int, device: str, seconds: float, progress: Progress, split: str = "train"
 ) -> BenchResult:
-    """Measure each stage of the stream, and the upper bound, for `seconds`. Raises the errors of train_loader."""
+    """Measure each stage of the stream, and the upper bound, for `seconds` each. Raises the errors of train_loader."""
     placement = Placement.parse(device)
     batch = min(batch, store.split(split).records)
     is_jpeg = store.settings.format == "jpeg"
@@ -82,7 +85,7 @@ def bench_stream(
         rates: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
             for name, run in work.items():
-                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # possibly prefetched during other stages
+                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # some are already prefetched
                     run()
                 rates[name].append(_images_per_s(run, seconds / ROUNDS))
             progress.advance()
@@ -119,7 +122,7 @@ def _images_per_s(run: Work, seconds: float) -> float:
 
 
 def _read_work(records: Records, batch: int) -> Work:
-    """Read records as the stream does, but on one thread."""
+    """Work that reads records like the stream, but on one thread."""
     starts = itertools.cycle(range(0, len(records) - batch + 1, batch))
 
     def run() -> int:
@@ -130,7 +133,7 @@ def _read_work(records: Records, batch: int) -> Work:
 
 
 def _stream_work(loader: TrainLoader) -> Work:
-    """Take batches from the loader; on a GPU, wait until each batch is finished."""
+    """Work that takes a batch from the loader and, on a GPU, waits until the batch is finished."""
     batches = (batch for _ in itertools.count() for batch in loader)
 
     def run() -> int:
@@ -143,7 +146,7 @@ def _stream_work(loader: TrainLoader) -> Work:
 
 
 class _DecodeEngine:
-    """An engine that only decodes crops."""
+    """An engine that decodes crops and does nothing else."""
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement

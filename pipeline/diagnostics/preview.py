@@ -1,4 +1,4 @@
-"""Contact sheets as image files: random augmentations of stored images, and images in a grid."""
+"""Image files that show many images: random augmentations of stored images, and images in a grid."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ _GAP_PX, _HEADER_PX = 6, 34
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
-    """Draw one row for each of `rows` images.
+    """Draw the first `rows` images of a split, one in each row.
 
-    A row shows the stored image, eight random augmentations, and the eighth again with ten times the colour noise.
+    A row shows the stored image, eight random augmentations, and the eighth augmentation again with ten times the
+    colour noise.
 
     Raises UserError if the file cannot be written, StoreError for a damaged record.
     """
@@ -58,7 +59,7 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
 
 
 def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
-    """Save images uint8 (N, height, width, 3) as one image file, 16 images in a row, at half their size.
+    """Save images uint8 (N, height, width, 3) as one image file, 16 images in a row, at half the width and height.
 
     Raises OSError if the file cannot be written.
     """

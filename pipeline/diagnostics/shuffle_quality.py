@@ -14,16 +14,16 @@ from pipeline.sampling import epoch_permutation
 from prep.console import Progress
 from prep.store.manifest import Store
 
-LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below this
+LEAST_SHARE = 0.95  # `alexstream inspect` warns if `share_of_ideal` is below this value
 
 
 @dataclass(frozen=True)
 class ShuffleQuality:
-    """Number of distinct classes in the batches of one epoch, measured and ideal."""
+    """Number of distinct classes in a batch of one epoch: measured, and expected for a perfect shuffle."""
 
     batches: int  # number of batches counted
     distinct_classes: float  # number of distinct classes in a batch, mean over the batches counted
-    ideal_distinct_classes: float  # expected number if the records of a batch were drawn at random
+    ideal_distinct_classes: float  # expected number of distinct classes if a batch were drawn at random
     share_of_ideal: float
 
 
@@ -35,7 +35,7 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]
     others = total - counts
-    others = others[others >= batch]  # otherwise every batch has a record of the class
+    others = others[others >= batch]  # with fewer other records, every batch has a record of the class
     log_missing = gammaln(others + 1) - gammaln(others - batch + 1) - gammaln(total + 1) + gammaln(total - batch + 1)
     return float(len(counts) - np.exp(log_missing).sum())
 

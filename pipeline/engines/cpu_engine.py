@@ -1,7 +1,7 @@
 """Augmentation on a CPU: DALI decodes JPEG files; the C kernel crops, flips and normalizes in one pass.
 
 Raw records are cropped directly from the mapped store, without DALI. With DALI's crop_mirror_normalize instead of the
-kernel, an image takes 0.1 to 0.2 ms longer. If a mean image is subtracted, this extra time doubles
+kernel, an image takes 0.1 to 0.2 ms longer. If a mean image is subtracted, the extra time doubles
 (docs/measurements.md).
 """
 
@@ -51,7 +51,7 @@ class CpuEngine:
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """A dict from the name of each graph input to its values, one value for each record."""
+        """The values of the graph inputs, by name of the input. Each input has one value for each record."""
         if self._is_raw:
             return {}
         return decode_inputs(records, crops.origin + crops.offset[:, 0] if self._views == 1 else crops.origin)
@@ -83,7 +83,7 @@ class CpuEngine:
         self._memory.close()
 
     def _kernel_jobs(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> npt.NDArray[np.void]:
-        """The kernel's input, (N · V,) of CROP_DTYPE: the address of each crop's pixels and of the mean to subtract."""
+        """The kernel's input, (N · V,) of CROP_DTYPE: for each crop, its pixels, shift, flip and mean to subtract."""
         jobs = np.zeros(crops.flip.shape, CROP_DTYPE)
         if self._is_raw:
             base = np.array([_address(record.payload) for record in records], np.int64)
@@ -102,7 +102,7 @@ class CpuEngine:
         return jobs.reshape(-1)
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.int64]:
-        """(N, V): for each crop, the address of the upper left pixel of the mean to subtract.
+        """Addresses (N, V): for each crop, the upper left pixel of the part of the mean image to subtract.
 
         If the mean is "aligned", a mirrored crop gets the mirrored mean.
         """
@@ -118,7 +118,7 @@ class CpuEngine:
 
 
 class _BlockPool:
-    """Pool of memory blocks for batches; a block is reused once no tensor refers to it."""
+    """Pool of memory blocks for batches. A block is reused only when no tensor refers to its memory."""
 
     def __init__(self) -> None:
         self._free: list[npt.NDArray[np.float32]] = []
@@ -129,7 +129,7 @@ class _BlockPool:
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None
-        if block is None or len(block) != size + spare:  # an epoch's last batch may be smaller
+        if block is None or len(block) != size + spare:  # the last batch of an epoch can be smaller
             block = np.empty(size + spare, np.float32)
         first = -_address(block) % _ALIGNMENT_BYTES // 4
         array = block[first : first + size].reshape(shape)

@@ -1,8 +1,9 @@
 """Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel could not be compiled.
 
 The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
-crop_mirror_normalize crops, flips and normalizes. It takes a separate mean for each image, so the colour noise is part
-of this mean (`mean − shift`) and takes no extra time. Subtracting a mean image takes one more pass over the pixels.
+crop_mirror_normalize crops, flips and normalizes. The operator takes a separate mean for each image. The colour noise
+is part of this mean (`mean − shift`), so the noise takes no extra time. Subtracting a mean image takes one more pass
+over the pixels.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ class OutputFormat(NamedTuple):
 
     views: int = 1  # number of crops of each record: 1 or 10
     layout: str = "NCHW"  # one of pipeline.augment.LAYOUTS
-    divisor: float = 1.0  # divides the finished image
+    divisor: float = 1.0  # the finished image is divided by this number
     dtype: torch.dtype = torch.float32
     crop_px: int = CROP_PX  # side of the crops; for views="square", side of the central square
 
 
 def decode_crop(placement: Placement, size_px: int) -> Node:
-    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs makes the inputs of the decoder."""
+    """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs gives the inputs of the decoder."""
     fn, types = dali().fn, dali().types
     return fn.decoders.image_slice(  # the decoder stops after the last row of the square
         external_source("jpeg", types.UINT8, 1),
@@ -57,7 +58,7 @@ def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """An input of the graph. For each batch, the prefetcher gives DALI the values under the input's name."""
+    """An input of the graph. For each batch, the prefetcher passes the input's values to DALI by name."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
@@ -71,11 +72,11 @@ class DaliEngine:
         self._fn, self._types = dali().fn, dali().types
 
     def define_graph(self) -> Node:
-        """The DALI nodes: one crop or ten views of each record."""
+        """The DALI node of the images: one crop or ten views of each record."""
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """A dict from the name of each graph input to its values, one value for each record of the batch."""
+        """The values of the graph inputs, by name of the input. Each input has one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
@@ -93,10 +94,10 @@ class DaliEngine:
         return inputs
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """DALI's output as a tensor that shares its memory. DALI does not reuse the memory while a tensor refers to it.
+        """The images as a tensor. DALI does not reuse the memory of its output while a tensor refers to that memory.
 
-        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU its
-        float16 output takes four times as long as float32.
+        float32 images share the memory of DALI's output. Torch converts the images to half precision, because DALI has
+        no bfloat16. DALI has float16, but on a CPU its float16 output takes four times as long as float32.
         """
         images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
         return images.to(self._dtype)
@@ -134,7 +135,7 @@ class DaliEngine:
         return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """The ten views (10, …) of each record. The positions in the central square are equal for all records."""
+        """The ten views (10, …) of each record. All records have the same positions in the central square."""
         square, views = self._image(self._augmenter.side_px), []
         offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
@@ -149,7 +150,7 @@ class DaliEngine:
         return self._fn.stack(*views)
 
     def _normalize(self, image: Node, flip: Any, mean: Any, position: tuple[Any, Any] | None = None) -> Node:
-        """Crop `image`, mirror it if `flip` is 1, and normalize it. `position`: (y, x) in 0..1; None: do not crop."""
+        """Crop `image`, mirror it if `flip` is 1, and normalize it. `position`: (y, x) in 0..1, or None for no crop."""
         crop = {}
         if position is not None:
             crop = {"crop": [self._crop_px] * 2, "crop_pos_y": position[0], "crop_pos_x": position[1]}

@@ -1,14 +1,13 @@
 """Stop a DALI pipeline and its threads at a known time, with DALI's private method `Pipeline._shutdown`.
 
-The project calls no other private method of DALI. A loader unmaps the store's files when it is closed. DALI's threads
-read these files, so the threads must end first. DALI 2.4 has no public method that stops them: leaving a
-`with pipeline:` block only ends the definition of its graph, and `release_outputs` stops no thread. Dropping the last
-reference does stop them (`Pipeline.__del__` calls `_shutdown`), but an exception's traceback can keep the pipeline
-alive. DALI itself calls `_shutdown` when the interpreter exits.
+The project calls no other private method of DALI. Closing a loader unmaps the store's files. DALI's threads read these
+files, so the threads must end first. DALI 2.4 has no public method that stops the threads: leaving a `with pipeline:`
+block only ends the definition of the graph, and `release_outputs` stops no thread. Dropping the last reference to the
+pipeline does stop its threads (`Pipeline.__del__` calls `_shutdown`), but an exception's traceback can keep the
+pipeline alive. DALI itself calls `_shutdown` when the interpreter exits.
 
-A private method may change with the next major version of DALI, so pyproject.toml requires an earlier version. The
-tests in test_dali_shutdown.py fail if DALI lacks the private method, and also if DALI has a public method to use
-instead.
+The next major version of DALI can change private methods, so pyproject.toml requires an earlier version. The tests in
+test_dali_shutdown.py fail if DALI lacks the private method, and also if DALI has a public method to use instead.
 """
 
 from __future__ import annotations
@@ -19,6 +18,6 @@ from typing import Any
 def shut_down(pipe: Any) -> None:
     """Stop the threads of a built `nvidia.dali.Pipeline` and release its memory; its outputs stay valid.
 
-    The pipeline cannot be used afterwards. Calling this twice is harmless.
+    The pipeline cannot be used afterwards. A second call is harmless.
     """
     pipe._shutdown()

@@ -26,7 +26,7 @@ class Engine(Protocol):
         """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
-        """A dict from the name of each graph input to its values, one value for each record."""
+        """The values of the graph inputs, by name of the input. Each input has one value for each record."""
 
     def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
         """The images of a batch, made from the graph's outputs."""
@@ -36,7 +36,7 @@ class Engine(Protocol):
 
 
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
-    """A CpuEngine for a CPU if the kernel could be compiled; otherwise a DaliEngine."""
+    """A CpuEngine for a CPU if the C kernel is available (kernels.native); otherwise a DaliEngine."""
     if placement.device_id is None and kernels.native is not None:
         return CpuEngine(augmenter, kernels.native, output, threads)
     return DaliEngine(augmenter, placement, output)

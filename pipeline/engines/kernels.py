@@ -1,7 +1,7 @@
 """Python interface of kernels.c, the C kernel that crops, flips and normalizes images on a CPU.
 
-`native` is None if the library could not be compiled or fails its self-test (prep/compiled.py). Streams on a CPU then
-use DALI's crop_mirror_normalize, which takes two to three times as long as the kernel.
+`native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
+CPU then use DALI's crop_mirror_normalize, which takes two to three times as long as the kernel.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class NativeKernels:
         """Write (pixel + shift − mean) · scale for the pixels of each crop to `out`.
 
         crops         (N,) of CROP_DTYPE, contiguous. The addresses in this array are not checked: each must point to
-                      memory that is large enough; only `mean` may be 0, which means no mean
+                      memory that is large enough. Only `mean` can be 0, which means that no mean is subtracted
         layout        layout of `out` and of the mean image: "NCHW" or "NHWC"
         mean_side_px  side of the square mean image; the field `mean` of a crop is an address in this image
         out           (N, 3, side, side) or (N, side, side, 3)
@@ -52,7 +52,7 @@ class NativeKernels:
 
 
 def is_correct(kernel: NativeKernels) -> bool:
-    """Whether the library computes a few small crops correctly."""
+    """True if the library computes a few small crops correctly."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (47, 53, 3), dtype=np.uint8)
     side, mean = 37, (255 * rng.random((41, 41, 3))).astype(np.float32)

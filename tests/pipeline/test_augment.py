@@ -277,5 +277,5 @@ def test_an_unknown_layout_or_dtype_is_refused(stores: dict[str, Path], argument
 
 def test_images_smaller_than_a_crop_are_refused(photo_folder: Path, build: Build) -> None:
     small = build(photo_folder, "--side", "200", "--split", "train")
-    with pytest.raises(UserError, match="200 px, a crop is 224 px"):
+    with pytest.raises(UserError, match="200 px, which is less than a crop of 224 px"):
         train_loader(small, 4)
