@@ -189,7 +189,7 @@ class Progress:
     def __init__(self, total: int, unit: str) -> None:
         self.total, self.unit, self.started = total, unit, time.monotonic()
         self.done = 0  # units finished, of `total`
-        self.skipped = 0  # units of `done` that an earlier run finished; the rate excludes them
+        self.skipped = 0  # units of `done` that an earlier run finished; not counted in the rate
         self.bad = 0  # bad inputs or records that this run found
         self.size_bytes = 0  # bytes that this run wrote
 

@@ -82,7 +82,7 @@ def lock_is_held(folder: Path) -> bool:
 
 
 def sync_folder(path: Path) -> None:
-    """Sync a folder, so that a rename inside it survives a power cut."""
+    """Sync a folder, so that a rename in the folder survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

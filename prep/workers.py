@@ -82,7 +82,7 @@ class WorkerDied:
     """The result of a task during which the worker process ended."""
 
     index: int  # index of the input that the worker was processing (TaskProgress.index), or NOT_STARTED
-    exit_code: int  # exit code of the process; −n if signal n killed it
+    exit_code: int  # exit code of the process; −n if signal n killed the process
 
     def describe(self) -> str:
         """How the process ended, as a predicate for an error text: `was killed (SIGKILL)`, `ended with code 1`."""
@@ -152,7 +152,7 @@ class WorkerPool:
             idle_slots = [slot for slot in idle_slots if slot not in new]
             busy |= new
             for slot in new:
-                self._connection(slot)  # start all processes before waiting for any of them
+                self._connection(slot)  # start all processes before waiting for any process
             for slot, task in new.items():
                 self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
@@ -166,7 +166,7 @@ class WorkerPool:
         TaskProgress(self._counters, TaskProgress.SIZE * slot).begin(NOT_STARTED)
         try:
             self._connection(slot).send(message)
-        except ConnectionError:  # the worker died while it was idle: start another
+        except ConnectionError:  # the worker died while it was idle: start another worker
             self._stop([slot])
             try:
                 self._connection(slot).send(message)
@@ -240,7 +240,7 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
                 outcome = work(task, task_progress), None
             except UserError as error:
                 outcome = None, error
-            except Exception:  # a bug in `work`; pickling the exception would lose its traceback
+            except Exception:  # a bug in `work`; a pickled exception has no traceback
                 outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
             connection.send(outcome)
 

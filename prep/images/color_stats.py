@@ -24,7 +24,7 @@ from prep.store.manifest import ColorStats, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 PIXEL_SCALE = 255
-_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, and float32 has 24 bits
+_EXACT_ROWS = 256  # number of products that float32 sums exactly: 256 · 255² < 2^24, the limit for exact integers
 _MAX_PENDING = 257  # number of 8-bit images that uint16 sums without overflow: 257 · 255 < 2^16
 
 

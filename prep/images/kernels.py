@@ -59,7 +59,7 @@ class NativeKernels:
             function.restype = None
 
     def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
-        """Filter uint8 (H, W, 3) down the columns, then across the rows.
+        """Filter an image, uint8 (H, W, 3), down the columns, then across the rows.
 
         Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest
         integer, halves to even. Results are clipped to 0..255. The weights of both passes have the same type. The

@@ -113,7 +113,7 @@ class _BandedMatrix(NamedTuple):
     line, and a matrix. Input slices are relative to the first element of pixel `source.start`.
     """
 
-    source: slice  # pixels of the line that the pass reads
+    source: slice  # pixels that the pass reads from each line
     length: int  # elements of an output line
     bands: tuple[tuple[slice, slice, npt.NDArray[Any]], ...]
     size: int  # bytes of all weights

@@ -95,7 +95,7 @@ class ImageSpan(NamedTuple):
 
 
 def locate_image(value: memoryview) -> ImageSpan:
-    """Find the image in a record without copying it or verifying the checksum. Raises DatumError for another format."""
+    """Find the image in a record; nothing is copied or verified. Raises DatumError if the record has another format."""
     header = _HEADER_FIELDS.match(value)
     if header:
         height, width, size = (_varint_value(varint) for varint in header.groups())
@@ -146,7 +146,7 @@ def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
         elif wire_type in (_FIXED32, _FIXED64):
             offset += 4 if wire_type == _FIXED32 else 8
         else:
-            raise DatumError(f"wire type {wire_type} at byte {offset}, which a Datum never has")
+            raise DatumError(f"wire type {wire_type} at byte {offset}: no field of a Datum has this type")
         if offset > end:
             raise DatumError(f"field {number} ends at byte {offset}, the message at byte {end}")
     return fields

@@ -135,7 +135,7 @@ class Store:
     root: Path
     settings: Settings
     tools: Mapping[str, str]  # library -> version, for the libraries that determine the records' bytes
-    classes: tuple[str, ...]  # names of the classes; a label is an index into them
+    classes: tuple[str, ...]  # names of the classes; a label is an index into `classes`
     splits: Mapping[str, Split]  # by name
 
     @staticmethod
@@ -234,7 +234,7 @@ class Store:
         return digest_json({name: split.fingerprint for name, split in self.splits.items()})
 
     def save(self) -> None:
-        """Replace manifest.json atomically: readers see the old store or the new one."""
+        """Replace manifest.json atomically: readers see either the old manifest or the new manifest."""
         data = {
             "kind": KIND,
             "schema": SCHEMA,
@@ -249,7 +249,7 @@ class Store:
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """Digest of one split: over the names of the classes and the digests of the split's shards in order."""
+    """SHA-256 (hex) of one split, over the names of the classes and the digests of the split's shards in order."""
     return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
 
 
