@@ -1,18 +1,18 @@
 """Check that this working tree computes the same bits as another revision of the repository.
 
-    python -m tools.compare_bits            # with 595f19d, the revision before the packages were divided into folders
+    python -m tools.compare_bits            # with 595f19d, before the packages were divided into subpackages
     python -m tools.compare_bits HEAD~1
 
-The command copies both trees into a temporary folder and compiles their C kernels there, so the working tree may be
-edited meanwhile. It makes the demo's photographs once. Then each tree computes the following results, in processes that
+The tool copies both trees into a temporary folder and compiles their C kernels there, so you can edit the working tree
+meanwhile. The tool makes the demo's photographs once. Then each tree computes the following results, in processes that
 import only the packages of that tree:
 
 -   the store of the demo's photographs (fingerprints of both splits, colour statistics), with and without C kernels;
 -   the first batches of the CPU stream in several settings, with C kernels and with DALI alone (ALEXNET_NATIVE=0);
 -   seeded training runs: weights, velocity, metrics, and the class probabilities of the validation images.
 
-Each result is hashed (tools/tree_bits.py) and the hashes are compared. The exit code is 0 if all hashes are the same,
-and 1 if a hash differs or a step failed. The comparison takes 7 minutes of CPU time on two cores, and 3 GB of disk
+tools/tree_bits.py hashes each result of each tree, and this tool compares the hashes. The exit code is 0 if all hashes
+are the same, and 1 if a hash differs or a command failed. The comparison takes 7 minutes on two cores, and 3 GB of disk
 space in the temporary folder.
 """
 
@@ -39,7 +39,7 @@ from prep.console import CONTEXT_SETTINGS, UserError, duration_text, print_json,
 from tools.photo_digits import make_dataset
 
 ROOT = Path(__file__).parent.parent
-BASE = "595f19d"  # the last revision before the packages were divided into folders
+BASE = "595f19d"  # the last revision before the packages were divided into subpackages
 WORKER = Path(__file__).with_name("tree_bits.py")
 COMPARED = ("prep", "pipeline", "train", "tools")
 
@@ -51,7 +51,7 @@ class Run:
     name: str
     options: str  # of `alextrain run`
     kernels: bool = True  # C kernels on
-    evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, it does not run
+    evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, nothing is evaluated
 
 
 RUNS = (
@@ -63,7 +63,7 @@ RUNS = (
 
 
 class Tree:
-    """A copy of one revision or folder, and the results that its packages compute."""
+    """A copy of one revision or checkout, and the hashes of the results that its packages compute."""
 
     def __init__(self, name: str, folder: Path, scratch: Path) -> None:
         self.name, self.folder, self.scratch = name, folder.resolve(), scratch.resolve()
@@ -76,7 +76,7 @@ class Tree:
                 raise UserError(f"{self.name}: {source} could not be compiled. Install a C compiler, or set CC.")
 
     def build_stores(self, photographs: Path) -> None:
-        """Build the demo's store as JPEG with C kernels, as JPEG without C kernels, and as raw pixels."""
+        """Build three stores of the demo's photographs: JPEG with C kernels, raw pixels, and JPEG without C kernels."""
         for folder, options, kernels in (("jpeg", "", True), ("ppm", "--format ppm", True), ("again", "", False)):
             store, name = self._store(folder), folder if kernels else "jpeg without C kernels"
             with timed(f"{self.name}: store, {name}"):
@@ -98,7 +98,7 @@ class Tree:
             self.hashes |= {f"{name}{suffix}": value for name, value in result["results"].items()}
 
     def train(self, run: Run) -> None:
-        """Run one training, hash the files that it wrote, and remove its folder."""
+        """Run one training, hash the files that the run wrote, and remove the run folder."""
         run_dir, predictions = self.scratch / "run", self.scratch / "predictions.npz"
         store = f"--store {self._store('jpeg')} --gpus cpu"
         with timed(f"{self.name}: run {run.name}"):
@@ -149,7 +149,7 @@ class Tree:
 
 @contextmanager
 def timed(step: str) -> Iterator[None]:
-    """Report a step and how long it took."""
+    """Print the name of a step, and how long the step took."""
     started = time.monotonic()
     yield
     say(f"{step} ({duration_text(time.monotonic() - started)})")
@@ -180,7 +180,7 @@ def copy_tree(tree: Path, folder: Path) -> None:
     command = ["git", "-C", str(tree), "ls-files", "-z", "--cached", "--others", "--exclude-standard", *COMPARED]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
-        raise UserError(f"--tree {tree}: git ls-files failed ({ended.stderr.strip()}). Name a checkout.")
+        raise UserError(f"--tree {tree}: git ls-files failed ({ended.stderr.strip()}). Name a git checkout.")
     for name in filter(None, ended.stdout.split("\0")):
         if (tree / name).is_file():  # git ls-files also lists deleted files that are still in the index
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -234,13 +234,13 @@ def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
     "--tree",
     type=click.Path(exists=True, file_okay=False, path_type=Path),
     default=ROOT,
-    help="Checkout to compare with REVISION.  [default: the one that this program is in]",
+    help="Checkout to compare with REVISION.  [default: the checkout of this program]",
 )
 @click.option(
     "--photographs",
     type=click.IntRange(200),
     metavar="N",
-    help="Number of photographs to make, for a quick check.  [default: the demo's 1,797]",
+    help="Number of photographs to make; fewer are quicker.  [default: 1,797, as in the demo]",
 )
 @click.option(
     "--batches",
@@ -248,14 +248,14 @@ def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
     default=4,
     show_default=True,
     metavar="N",
-    help="Batches to hash of each stream.",
+    help="Number of batches of each stream to hash.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(revision: str, tree: Path, photographs: int | None, batches: int, as_json: bool) -> None:
     """Check that the working tree computes the same bits as REVISION (default 595f19d) of this repository.
 
-    It compares the demo's store, the batches of the CPU stream, and the weights of short seeded training runs. The exit
-    code is 0 where all hashes are the same.
+    The results are the demo's store, batches of the CPU stream, and short seeded training runs. The exit code is 0 if
+    the hashes of all results are the same.
 
     \b
     Example:

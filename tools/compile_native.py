@@ -1,7 +1,7 @@
 """Build hook for pip (hatchling): compiles the kernels.c of each subpackage, if a C compiler is available.
 
-The compiler is $CC or cc. If the compiler supports it, each function is compiled for two kinds of CPU. Therefore a
-library runs on any machine of the same architecture, and on x86 the library uses AVX2 if the CPU has it.
+The compiler is $CC or cc. A library runs on any machine of the same architecture. On x86, if the compiler supports
+target_clones, each function is compiled twice, so that the library uses AVX2 if the CPU has AVX2.
 """
 
 from __future__ import annotations
@@ -17,17 +17,16 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-# The -fno options do not change results. Without them the compiler would not vectorize loops, because it would have to
-# preserve errno and floating-point traps, which this code does not use.
+# The -fno options do not change results. Without these options the compiler would have to preserve errno and
+# floating-point traps, which this code does not use, and therefore would not vectorize loops.
 FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared"]
 
 
 def compile_native(source: Path) -> Path | None:
     """Compile `source` to a library in the same folder. Returns the library's path, or None on failure.
 
-    The library has the name that prep.compiled.library_path gives. That function cannot be imported here, because pip
-    builds before the package is installed.
-    Libraries of earlier versions of `source` are removed.
+    The library has the name that prep.compiled.library_path returns. That function cannot be imported here, because the
+    package is not installed yet when pip runs this hook. Libraries of earlier versions of `source` are removed.
     """
     library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
     compiler = shlex.split(os.environ.get("CC", "cc"))
@@ -41,7 +40,7 @@ def compile_native(source: Path) -> Path | None:
                         old.unlink()
                     output.replace(library)
                     return library
-    except OSError:  # the compiler does not exist, or the folder is read-only
+    except OSError:  # for example, there is no compiler, or the folder is read-only
         pass
     return None
 

@@ -2,8 +2,9 @@
 
     python -m tools.demo
 
-The program prints and runs the commands that a user would type. After an interruption it continues where it stopped;
-after a finished run it starts from the beginning. The workflow takes a few minutes on two cores.
+The program prints and runs the commands that a user would type. Run the program again after an interruption to continue
+the workflow; after a finished workflow, the program starts from the beginning. The workflow takes a few minutes on two
+cores.
 """
 
 from __future__ import annotations
@@ -65,10 +66,11 @@ def run_demo(folder: Path) -> None:
 
 
 def _run_command(arguments: list[str]) -> dict[str, float]:
-    """Run a command of this environment and show its output; returns the JSON object that it prints with --json."""
+    """Run a command of this environment and show its output; returns the JSON object if the command prints JSON."""
     script = Path(sys.executable).parent / arguments[0]
     as_json = "--json" in arguments
-    before = signal.signal(signal.SIGINT, lambda *_: None)  # the command also gets Ctrl-C, saves and ends
+    # Ctrl-C also reaches the command, which saves its state and ends.
+    before = signal.signal(signal.SIGINT, lambda *_: None)
     try:
         with subprocess.Popen(
             [str(script), *arguments[1:]], stdout=subprocess.PIPE if as_json else None, text=True

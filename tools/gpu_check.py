@@ -10,9 +10,9 @@ gives the reason. A store of 3,200 records is enough, because the stream starts 
 Each check prints ok or FAILED, the measured value and the limit. The checks compare:
 
 -   batches of the stream on the GPU and on the CPU, from the same records and random parameters, in NCHW and NHWC, with
-    each kind of mean (channel, image, aligned). Batches of JPEG records may differ because the decoders differ (nvJPEG
-    and libjpeg-turbo upsample chroma differently); batches of PPM records may differ by float32 rounding;
--   batches of the stream on the GPU and of a stream resumed from its state, which must be equal to the bit;
+    each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because nvJPEG and
+    libjpeg-turbo upsample chroma differently; for PPM records only the rounding of float32 is allowed;
+-   batches of the stream on the GPU and batches of a stream resumed from its state, which must be equal to the bit;
 -   logits and gradients of the network in each precision with float64 on the CPU, also on two GPUs if there are two;
 -   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
 -   two runs of three steps with the same seed.
@@ -24,20 +24,20 @@ each turn. The first round is not counted (see tools/bench/harness.py):
 
     stream of jpeg       the stream alone; its batches are discarded
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
-    bf16 from jpeg       training steps on batches of the stream; `of ours` is the ratio to bf16, goal 0.98
+    bf16 from jpeg       training steps on batches of the stream; `of ours` is the ratio to bf16, goal 0.98 or more
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
---cudnn-benchmark lets cuDNN try its algorithms for each shape and keep the fastest one; the setting holds for
-the whole process. To compare, run the tool once with and once without this option.
+With --cudnn-benchmark, cuDNN tries its algorithms for each shape and keeps the fastest one, during the whole run. To
+measure the effect, run the tool once with and once without this option.
 
-Further timings: the network at larger batches, the time of a step by kind of kernel (torch.profiler), the memory of its
-tensors, and the step replayed from a CUDA graph. The share of the peak counts two operations for each multiply-add. A
-step has three times the multiply-adds of a forward pass, less those of the image's gradient, which is not computed. The
-peak is the dense bfloat16 rate of the data sheet. The hours are the time of 90 epochs of 1,281,167 images; the goal is
-under 2 hours.
+The tool also measures steps on larger batches, the time of a step by kind of kernel (torch.profiler), the memory of a
+step's tensors, and a step replayed from a CUDA graph. The share of the peak counts two operations for each
+multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the image's
+gradient, which is not computed. The peak is the data sheet's rate for dense bfloat16. The hours are the time of 90
+epochs of 1,281,167 images; the goal is under 2 hours.
 
 The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs the
-same code without a GPU and with eight maps in each layer, to try the tool; the rates of such a trial have no meaning.
+same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ def parse_settings(
     """The settings for the options; raises UserError if no GPU is available or a store is unsuitable."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            f"torch {torch.__version__} sees no GPU on this machine. Run this where there is one; "
-            "--device cpu --quick tries the tool itself."
+            f"torch {torch.__version__} sees no GPU on this machine. Run the tool on a machine with a GPU, "
+            "or try the tool on a CPU with --device cpu --quick."
         )
     devices = parse_devices("cpu" if device == "cpu" else gpus)
     records = Store.open(store).split("train").records
@@ -85,26 +85,26 @@ def parse_settings(
 @click.option(
     "--ppm-store",
     type=click.Path(path_type=Path),
-    help="Store of PPM records to check and measure, too.  [default: none]",
+    help="Store of PPM records, which is also checked and measured.  [default: none]",
 )
 @click.option(
     "--device",
     type=click.Choice(["cuda", "cpu"]),
     default="cuda",
     show_default=True,
-    help="Kind of device; cpu is for trying the tool.",
+    help="Kind of device to check; `cpu` is only for trying the tool.",
 )
 @click.option(
     "--gpus", metavar="0|0,1", help="GPUs of the two columns of the network.  [default: 0,1 if there are two, else 0]"
 )
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a step.")
-@click.option("--quick", is_flag=True, help="Use fewer images and turns; it then takes under a minute.")
+@click.option("--quick", is_flag=True, help="Use fewer images and turns, to end within a minute.")
 @click.option("--cudnn-benchmark", is_flag=True, help="Let cuDNN search for its fastest algorithms.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of tables.")
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="File for the JSON object, written anew after each part.  [default: none]",
+    help="File for the JSON object, rewritten after each check and timing.  [default: none]",
 )
 def main(
     store: Path,
@@ -117,7 +117,7 @@ def main(
     as_json: bool,
     out: Path | None,
 ) -> None:
-    """Check and measure stream and training step on a GPU.
+    """Check the stream and the training step on a GPU, and measure their speed.
 
     \b
     Example:
@@ -174,7 +174,7 @@ def print_machine(facts: dict[str, Any]) -> None:
 
 
 def print_report(report: dict[str, Any]) -> None:
-    """Print the tables to standard output. A timing that failed has a text in place of its table."""
+    """Print the tables to standard output. For a timing that failed, print its error message."""
     for name in ("rates", "graph"):
         rows: Sequence[Row] | str | None = report.get(name)
         if rows is not None:

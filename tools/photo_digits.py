@@ -2,7 +2,7 @@
 
 The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, 16 grey
 levels) is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in
-ILSVRC, sizes and orientations vary, and there are some greyscale and CMYK files and two PNGs that are named .JPEG.
+ILSVRC, sizes and orientations vary, some files are greyscale or CMYK, and two PNG files have names in .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
@@ -10,9 +10,10 @@ ILSVRC, sizes and orientations vary, and there are some greyscale and CMYK files
 
     python -m tools.photo_digits OUT
 
-With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md): the
-photographs are brighter, and the digits are darker and of any colour. A digit's side is 0.6 to 1 times the side of the
-central square, and digits are rotated by up to 15°. Each training digit is drawn four times.
+With --hard the data set is about as hard as CIFAR-10 for a linear classifier (docs/measurements.md). The photographs
+are brighter than without --hard, and the digits are darker and more colourful. A digit's side is 0.6 to 1 times
+(without --hard: 0.8 to 1 times) the side of the central square. Digits are rotated by up to 15°. Each training digit is
+drawn four times.
 """
 
 from __future__ import annotations
@@ -41,11 +42,11 @@ _SPECIAL_EVERY = 60  # in every 60 images, one is greyscale and one is CMYK
 class Difficulty:
     """How clearly a digit stands out from the photograph."""
 
-    darken: float = 0.4  # factor on the photograph
+    darken: float = 0.4  # factor by which the photograph's values are multiplied
     tint: tuple[int, int] = (200, 255)  # range of the digit's R, G and B values
-    share: tuple[float, float] = (0.8, 1.0)  # range of the ratio of the digit's side, with margin, to the shorter side
+    share: tuple[float, float] = (0.8, 1.0)  # range of digit's side with margin / image's shorter side
     tilt_degrees: float = 0.0  # largest rotation, in either direction
-    copies: int = 1  # drawings of each training digit
+    copies: int = 1  # number of images of each training digit
 
 
 EASY, HARD = Difficulty(), Difficulty(0.7, (100, 255), (0.6, 1.0), 15.0, 4)
@@ -59,7 +60,7 @@ def draw_digit(
 ) -> Image.Image:
     """Draw one digit, an array (8, 8) with values 0..16, over a part of a photograph.
 
-    Returns an RGB image whose shorter side has 200 to 500 px, in either orientation.
+    Returns an RGB image, landscape or portrait, whose shorter side has 200 to 500 px.
     """
     short = int(rng.integers(SHORT_SIDE_PX[0], SHORT_SIDE_PX[1] + 1))
     width, height = short, round(short * rng.uniform(1.0, LONGEST_ASPECT))
@@ -67,13 +68,13 @@ def draw_digit(
         width, height = height, width
     picture = _random_part(photographs[rng.integers(len(photographs))], width, height, rng)
 
-    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell that keeps the edges soft
+    size = round(short * rng.uniform(*difficulty.share))  # px, with a margin of one cell for soft edges
     cells = np.pad((digit * (255 / 16)).astype(np.uint8), 1)
     mask = Image.fromarray(cells).resize((size, size), Image.Resampling.BICUBIC)
     if difficulty.tilt_degrees:
         angle = rng.uniform(-difficulty.tilt_degrees, difficulty.tilt_degrees)
         mask = mask.rotate(angle, Image.Resampling.BICUBIC)
-    max_shift = (short - size) // 2  # keeps the digit inside the central square, which the store holds
+    max_shift = (short - size) // 2  # keeps the digit inside the central square: the store keeps only this square
     top = (height - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     left = (width - size) // 2 + int(rng.integers(-max_shift, max_shift + 1))
     red, green, blue = (int(c) for c in rng.integers(difficulty.tint[0], difficulty.tint[1] + 1, size=3))
@@ -82,7 +83,7 @@ def draw_digit(
 
 
 def _random_part(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of a photograph with the given aspect ratio, resized to (width, height)."""
+    """A random part of a photograph, resized to (width, height). The part has the same aspect ratio."""
     columns, rows = photograph.size
     scale = rng.uniform(0.5, 1.0) * min(columns / width, rows / height)
     part_width, part_height = width * scale, height * scale
@@ -95,10 +96,10 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
     """Write the data set to the new folder `out`; returns the numbers of training and validation images.
 
     If `limit` is given, only `limit` digits are used, for tests. The folder is written under a temporary name and
-    renamed at the end, so `out` is complete if it exists. Raises UserError if `out` exists already.
+    renamed at the end, so an existing `out` is complete. Raises UserError if `out` exists already.
     """
     if out.exists():
-        raise UserError(f"{out} exists. Name a new folder, or delete this one.")
+        raise UserError(f"{out} exists. Name a new folder, or delete this folder.")
     digits = load_digits()
     photographs = [
         Image.fromarray((photo * difficulty.darken).astype(np.uint8)) for photo in load_sample_images().images
@@ -113,7 +114,7 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
     (temporary / "val").mkdir()
 
     def draw(index: int) -> int:
-        """Draw image `index` with its own random generator, independent of the order of threads; returns its label."""
+        """Draw image `index` with a separate random generator, so thread order has no effect; returns the label."""
         label = int(digits.target[order[index]])
         path = temporary / "train" / f"n{label:08d}" / f"n{label:08d}_{index:04d}.JPEG"
         if index < val_count:
@@ -135,7 +136,7 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
 
 
 def _save(picture: Image.Image, path: Path, index: int, quality: int) -> None:
-    """Save as an RGB JPEG; a few images as greyscale or CMYK JPEG, two as PNG."""
+    """Save an image as an RGB JPEG. A few images become greyscale or CMYK JPEGs, and two become PNGs."""
     if index % _SPECIAL_EVERY == 10:
         picture = picture.convert("L")
     elif index % _SPECIAL_EVERY == 40:
@@ -150,7 +151,7 @@ def _save(picture: Image.Image, path: Path, index: int, quality: int) -> None:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Seed of all random choices.")
 @click.option(
-    "--hard", is_flag=True, help="Make it about as hard as CIFAR-10, with four training images of each digit."
+    "--hard", is_flag=True, help="Make a data set about as hard as CIFAR-10, with four images of each training digit."
 )
 def main(out: Path, seed: int, hard: bool) -> None:
     """Make the data set of the demo, digits over photographs in ILSVRC's layout, in the new folder OUT."""

@@ -6,11 +6,11 @@
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py run RUN_DIR
     cd TREE && PYTHONPATH=TREE python -P tree_bits.py probabilities FILE.npz
 
-`command` runs a command of the project. It also writes the names of the compiled kernels that the command loaded to
-KERNELS.json. The other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}. The
-results of `compile` are {source: library, or null if compiling failed}. This program may use only parts that
-exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and the files that the
-commands write.
+The action `command` runs a command of the project, and writes the names of the compiled kernels that the command loaded
+to KERNELS.json. The other actions print one JSON object: {"results": {name: SHA-256}, "kernels": [loaded libraries]}.
+The results of `compile` are {source: library, or null if compiling failed}. This program must use only the parts of the
+project that exist in both trees: the three commands, `pipeline.loader`, `pipeline.augment.Augmentation`, and the files
+that the commands write.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def check_imports(tree: Path) -> None:
 
 
 def loaded_kernels(tree: Path) -> list[str]:
-    """The compiled C libraries of `tree` that this process has loaded, as Linux lists them."""
+    """The compiled C libraries of `tree` that this process has loaded, from /proc/self/maps."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in maps if line.endswith(".so") and str(tree) in line}
     return sorted(str(Path(path).relative_to(tree)) for path in paths)
 
 
 def compile_kernels(tree: Path) -> dict[str, str | None]:
-    """Compile every C source of the packages; None if the compiler failed."""
+    """Compile every C source of the packages: {source: library, or None if the compiler failed}."""
     compile_native = import_module("tools.compile_native").compile_native
     libraries = {}
     for source in sorted(path for name in PACKAGES for path in (tree / name).rglob("*.c")):
@@ -99,7 +99,7 @@ def batches_hash(loader: Any, batches: int) -> str:
 def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     """Training batches of 64 and evaluation batches of 32 of the CPU stream, in several settings.
 
-    If the C kernels are switched off, there are fewer settings.
+    If the C kernels are switched off, only some of the settings are used.
     """
     augment, loader = import_module("pipeline.augment"), import_module("pipeline.loader")
     make = augment.Augmentation
@@ -131,7 +131,7 @@ def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
     hashes = {}
     for name, (store, settings) in training.items():
         stream = loader.train_loader(store, 64, **{"seed": 0, **settings})
-        batch_count = min(batches, len(stream) + 1)  # if the store is small: one epoch, and one batch of the next epoch
+        batch_count = min(batches, len(stream) + 1)  # at most one epoch and one batch of the next
         hashes[f"training batches: {name}"] = batches_hash(stream, batch_count)
     for name, (store, settings) in evaluation.items():
         stream = loader.eval_loader(store, 32, **settings)
@@ -163,7 +163,7 @@ def tensors_hash(tensors: Mapping[str, Any]) -> str:
 
 
 def array_hashes(file: Path) -> dict[str, str]:
-    """Hash of every numeric array of a file with saved predictions."""
+    """{name: hash} of the numeric arrays in a file of saved predictions."""
     import numpy as np
 
     with np.load(file, allow_pickle=False) as arrays:
@@ -172,7 +172,7 @@ def array_hashes(file: Path) -> dict[str, str]:
 
 
 def main() -> None:
-    """Run the action that the first argument names; the working directory is the root of the tree."""
+    """Run the action that the first argument names. The working directory must be the root of the tree."""
     tree = Path.cwd().resolve()
     check_imports(tree)
     action, *args = sys.argv[1:]

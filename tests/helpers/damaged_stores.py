@@ -1,4 +1,4 @@
-"""Stores of noise that are damaged on purpose, for the tests of prep.check.verify."""
+"""Stores of random images that are damaged on purpose, for the tests of prep.check.verify."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """The only fault that verification finds in the split `train`. Its text must contain all `parts`."""
+    """The only fault that verification finds in the split `train`. Asserts that its text contains all `parts`."""
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:
@@ -83,7 +83,7 @@ def overwrite(file: Path, position: int, content: bytes) -> None:
 
 
 def make_crashing(store: Path) -> None:
-    """Set the length of the first record to 200 MB, so that the kernel kills a process that reads the record."""
+    """Set the length of the first record to 200 MB, so that Linux kills a process that reads the record."""
     file = store / "train" / "00000" / "data.mdb"
     content = file.read_bytes()
     # LMDB stores a record as a node: low and high half of the size of the value, flags, length of the key, key, value.

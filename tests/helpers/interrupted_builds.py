@@ -1,6 +1,6 @@
 """Interrupt a build before its n-th disk operation, for n = 0, 1, 2…, and run each build again.
 
-The last n is the first at which a build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`.
+The last n is the first n at which the build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`.
 tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
 interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
 fsync, and a transaction of LMDB. In the modes `kill`, `restart` and `restart-reverse`, the removal of a file or folder
@@ -40,7 +40,7 @@ from tests.helpers.building import PPM, Stopped, StoppingRunner, build
 
 remaining: int | None = None  # disk operations before the interruption; None: no interruption
 mode = ""
-RESTARTS = 14  # discarding an unfinished build takes fewer disk operations than this
+RESTARTS = 14  # more than the disk operations that discarding an unfinished build takes
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
 LIMITS += (10_000, 12_288, 16_384, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 130_000, 1_000_000)
 

@@ -3,13 +3,13 @@
     kill_and_resume.py STORE RUN_DIR SEED WHEN
 
 Each attempt is a fork of this process, which has imported all modules and started no threads. The first attempt
-trains in the folder `uninterrupted` next to RUN_DIR and is not killed. Then ten attempts in RUN_DIR may be
-killed, and a last attempt is not killed. WHEN is one of
+trains in the folder `uninterrupted` next to RUN_DIR and is not killed. The next ten attempts train in RUN_DIR and are
+killed as WHEN says. The last attempt finishes the run in RUN_DIR and is not killed. WHEN is one of
 
     operation  The attempt kills itself with SIGKILL just before an operation. Operations are: opening a file for
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
-               attempts are killed: a finished run that is started again also performs such operations.
+               attempts are killed, because a finished run that is started again also performs these operations.
     time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
                killed early, so that it cannot finish.
 
@@ -43,10 +43,10 @@ STEPS = 9  # steps of the run
 KILLS = STEPS + 1
 
 # State of an attempt that kills itself.
-first_counted_step: int | None = None  # operations count once the run has made this number of steps; None: never
+first_counted_step: int | None = None  # steps of the run after which operations are counted; None: never
 operations_left = 0  # operations before the kill
-steps_done = 0  # steps that all attempts together have made
-report_fd = -1  # pipe to the parent, to which the attempt writes the operation at which it is killed
+steps_done = 0  # steps that the run has made so far, over all attempts
+report_fd = -1  # pipe to the parent, to which the attempt writes the operation before its kill
 
 
 def before_operation(operation: str) -> None:
@@ -96,7 +96,7 @@ def newest_step(run_dir: Path) -> int:
 def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: int | None, within_s: float) -> str:
     """Train in a forked process.
 
-    Returns the operation at which the process was killed, "any time" for a kill by the parent, or "" for no kill.
+    Returns the operation before which the process was killed, "any time" for a kill by the parent, or "" for no kill.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
     within_s  latest time of a kill by the parent, in seconds, if `when` is "time"
@@ -136,7 +136,7 @@ def main(store: Path, run_dir: Path, seed: int, when: str) -> None:
     kills = Counter(filter(None, ends))
     sys.stdout.write(json.dumps({"kills": kills.total(), "at": dict(kills)}) + "\n")
     sys.stdout.flush()
-    os._exit(0)  # skips the exit handlers of libraries, which are not needed
+    os._exit(0)  # skips the exit handlers of libraries: this process has no use for them
 
 
 if __name__ == "__main__":

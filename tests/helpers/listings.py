@@ -9,7 +9,7 @@ from prep.inputs.sources import list_source
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Create empty files below `folder`, and return it."""
+    """Create empty files below `folder`; returns `folder`."""
     for name in names:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -31,7 +31,7 @@ def eval_images(store: Path, mean: str) -> torch.Tensor:
 def are_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float) -> bool:
     """Whether outputs differ by less than `tolerance` times the largest expected output.
 
-    Asserts that the expected outputs vary: constant outputs would hide an error.
+    Asserts that the expected outputs vary, because constant outputs would hide an error.
     """
     assert expected.std() > 0.01
     return actual.shape == expected.shape and bool((actual - expected).abs().max() < tolerance * expected.abs().max())

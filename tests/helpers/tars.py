@@ -12,7 +12,7 @@ Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
 
 A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
 THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
-MEMBER_BYTES = 3 * BLOCK  # number of bytes that a member with 700 bytes of content takes in the archive
+MEMBER_BYTES = 3 * BLOCK  # bytes of the archive that a member with 700 bytes of content takes
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
@@ -29,7 +29,7 @@ def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header block. `size` is the content of its size field: 12 bytes."""
+    """A header block of a tar file. `size` gives the 12 bytes of the size field."""
     block = bytearray(BLOCK)
     for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
         block[at : at + len(field)] = field
@@ -51,14 +51,14 @@ def negative_size(size: int) -> bytes:
 
 
 def pax_with_size(size: str, member: int = 0) -> bytes:
-    """An archive of the members THREE. A PAX header states that member number `member` has size `size`."""
+    """An archive with the members THREE, in which a PAX header states `size` as the size of member number `member`."""
     members: list[Member] = list(THREE)
     name, content, *_ = members[member]
     members[member] = (name, content, {"pax_headers": {"size": size}})
     return tar_of(members, tarfile.PAX_FORMAT)
 
 
-# Ways to damage an archive of the members THREE, each with a part of the expected error message.
+# Ways to damage an archive with the members THREE, each with a part of the expected error message.
 DAMAGED: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "cut in a header": (lambda tar: tar[: MEMBER_BYTES + 200], "byte"),
     "cut after a header": (lambda tar: tar[: MEMBER_BYTES + BLOCK], "cut short"),

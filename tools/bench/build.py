@@ -1,14 +1,14 @@
 """Benchmark of building a store: compares alexprep with FFCV's writer, a Pillow script, libvips and an upper bound.
 
-ours    `alexprep build-lmdb` as a process of its own: decoding, area average to 256 px, central square, JPEG of quality
+ours    `alexprep build-lmdb` in a separate process: decoding, area average to 256 px, central square, JPEG of quality
         90, Datums with a CRC-32, sharded LMDB with SHA-256 digests, exact colour moments, mean image, manifest, and
         everything synced to the disk.
 FFCV    FFCV's DatasetWriter, JPEG of quality 90 (tools/bench/peers/ffcv_writer.py). FFCV cannot rescale the shorter
-        side to a given length, so the data set rescales with Pillow's bicubic filter, like torchvision's Resize.
+        side to a given length, so the data set class rescales with Pillow's bicubic filter, like torchvision's Resize.
 Pillow  a short script: a pool of processes rescales with Pillow's bicubic filter, and the parent writes one plain LMDB
         in one commit (tools/bench/peers/pillow_script.py).
 libvips the same script with libvips' thumbnail (tools/bench/peers/vips_thumbnail.py).
-bound   libjpeg-turbo decodes each photograph and encodes a square, and nothing else (tools/bench/peers/jpeg_bound.py).
+bound   libjpeg-turbo only decodes each photograph and encodes a square (tools/bench/peers/jpeg_bound.py).
 
 Every contestant has --jobs worker processes, may use --jobs cores, and reads the same files. All files are read before
 each turn, so that they are in the page cache.
@@ -18,13 +18,13 @@ import libraries and list the folder before the timing starts. All except FFCV a
 timing. This favours the other contestants. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their
 output to the disk. Deleting the output of the previous turn is not timed.
 
-The photographs are repeated, by hard links where the file system allows it, until there are --pictures of them. Choose
---pictures so large that each contestant works for at least ten seconds. Then starting alexprep takes a small share of
-the time. The bound is fast, so it reads all photographs twice. Repeating the photographs also repeats their sizes. This
-favours a contestant that caches data by image size.
+--pictures N sets the number of images in a turn. If the source has fewer photographs, they are repeated by hard links,
+or by copies if hard links fail. Choose N so large that each contestant works for at least ten seconds. Then starting
+alexprep takes a small share of the time. The bound is fast, so it processes the N images twice. Repeated photographs
+have the same sizes, which favours a contestant that caches data by image size.
 
 With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
-with one BLAS thread. A round is then one pass through at most 320 photographs, without repetition.
+with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without repetition.
 """
 
 from __future__ import annotations
@@ -75,12 +75,12 @@ def find_photographs(folder: Path) -> list[Path]:
     """The image files below `folder`, sorted; recognized by their suffixes. Raises UserError if there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
-        raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in it. Name a folder of photographs.")
+        raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name a folder of photographs.")
     return paths
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """`count` paths, evenly spread over `paths`. If `paths` has fewer, they are repeated from the first."""
+    """`count` paths, evenly spread over `paths`. If `count` is larger than their number, `paths` is repeated."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
@@ -97,7 +97,7 @@ def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
         link.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(path.resolve(), link)
-        except OSError:  # another file system, or linking is not permitted
+        except OSError:  # the folders are on different file systems, or links are not permitted
             shutil.copyfile(path, link)
 
 
@@ -171,7 +171,7 @@ class BuildBenchmark:
 
 
 def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
-    """The contestants. FFCV and libvips take part only if an interpreter that has them is given.
+    """The contestants. FFCV takes part only if `ffcv`, an interpreter that has FFCV, is given; libvips likewise.
 
     `more` adds variants of FFCV and of the Pillow script. Prints each contestant that is left out, with the reason.
     """
@@ -199,7 +199,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
     """Milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
 
-    `out` is a new folder for the shards that are written.
+    `out` is a new folder, to which the shards are written.
     """
     import simplejpeg
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
@@ -265,15 +265,15 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     default=8000,
     show_default=True,
     metavar="N",
-    help="Number of images that each contestant processes in a turn. The photographs are repeated, or a part is taken. "
-    "Choose N so that a turn takes ten seconds or more: then starting is a small share.",
+    help="Number of images that each contestant processes in a turn. A smaller set of photographs is repeated; "
+    "of a larger set, a part is used. Choose N so large that a turn takes ten seconds or more.",
 )
 @click.option(
     "--jobs",
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Number of worker processes, and of cores, of each contestant.",
+    help="Number of worker processes, and largest number of cores, of each contestant.",
 )
 @click.option(
     "--ffcv-python", type=INTERPRETER, metavar="PATH", help="Python interpreter with FFCV.  [default: no FFCV]"
@@ -284,8 +284,8 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     metavar="PATH",
     help="Python interpreter with pyvips and lmdb.  [default: no libvips]",
 )
-@click.option("--more", is_flag=True, help="Add Pillow's BOX filter, FFCV's own rescaling and FFCV's raw records.")
-@click.option("--steps", is_flag=True, help="Time each step of our build on one core instead.")
+@click.option("--more", is_flag=True, help="Also measure Pillow's BOX filter, FFCV's rescaling and FFCV's raw records.")
+@click.option("--steps", is_flag=True, help="Time each step of our build on one core, instead of comparing programs.")
 @common_options
 def main(
     source: Path | None,
@@ -300,9 +300,9 @@ def main(
 ) -> None:
     """Measure how fast a store is built, beside FFCV's writer, a Pillow script, libvips and libjpeg-turbo alone.
 
-    FFCV needs an environment of its own. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
+    FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
     in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and
-    `pip install --no-build-isolation ffcv`. This environment serves libvips, too.
+    `pip install --no-build-isolation ffcv`. This environment also has pyvips, for libvips.
 
     \b
     Example:

@@ -2,9 +2,9 @@
 
 A contestant is one implementation that is timed. A turn is one timed run of one contestant, which gives its rate in
 images/s. A round is one turn of each contestant, in order: A B C, A B C, … If the machine's speed drifts, all
-contestants are affected alike. The first round warms up and is not counted. Ratios are computed within each round. The
-reported ratio is the median over the rounds. It may differ from the ratio of the two median rates. No result is
-asserted.
+contestants are affected alike. The first round warms up and is not counted. The ratio of two rates is computed in each
+round, and the median of these ratios is reported. This median can differ from the ratio of the two median rates. No
+result is asserted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class BenchmarkCommand(click.Command):
 
 @dataclass(frozen=True)
 class Contestant:
-    """One implementation that is timed. The first contestant of every benchmark is this project's implementation."""
+    """One implementation that is timed. In every benchmark the first contestant belongs to this project."""
 
     name: str
     rate: Callable[[], float]  # runs one turn; returns images/s
@@ -63,7 +63,7 @@ class Contestant:
 
 
 def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """A function that runs `work` and returns images/s. `work` returns the number of images that it processed."""
+    """A function that runs `work` and returns its rate in images/s. `work` returns the number of images."""
 
     def rate() -> float:
         started = time.perf_counter()
@@ -76,7 +76,7 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
 class LineProcess:
     """A subprocess that reads commands from standard input and writes answers to standard output, a line each.
 
-    Its standard error goes to the file `errors`. If the process fails, the last line of the file is quoted.
+    Its standard error goes to the file `errors`. If the process fails, the error quotes the last line of the file.
     """
 
     def __init__(
@@ -95,7 +95,7 @@ class LineProcess:
             )
 
     def read_line(self) -> str:
-        """The next line that the process prints; raises UserError if the process ends without a further line."""
+        """The next line that the process prints; raises UserError if the process ends without printing one."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -111,7 +111,7 @@ class LineProcess:
         self.process.stdin.flush()
 
     def wait(self) -> None:
-        """Wait until the process ends, if it was started; raises UserError if its exit code is not 0."""
+        """Wait until a process that was started ends; raises UserError if the exit code is not 0."""
         if self.process is not None:
             self.process.communicate()
             ended, self.process = self.process, None
@@ -143,7 +143,7 @@ class Row:
 
 
 def import_simplejpeg() -> ModuleType:
-    """The module simplejpeg (libjpeg-turbo), which the bounds use; raises UserError if it is not installed."""
+    """The module simplejpeg, which wraps libjpeg-turbo; raises UserError if simplejpeg is not installed."""
     try:
         import simplejpeg
     except ModuleNotFoundError:

@@ -1,8 +1,8 @@
 """Streams that tools.bench.stream measures in its own process: this project's, torch's DataLoader and DALI's.
 
-Each stream is a generator of endless batches, float32 (128, 3, 224, 224): random crops, mirrored with probability ½,
-minus the channel mean. The functions at the end of the file make the files and the store that the contestants in other
-processes read.
+Each stream is a generator that yields batches without end, float32 (128, 3, 224, 224): random crops, mirrored with
+probability ½, minus the channel mean. The functions at the end of this module make the files and the store that the
+contestants in other processes read.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def decode_with_pillow(content: bytes) -> npt.NDArray[np.uint8]:
 
 
 class LmdbDataset(Dataset[tuple[Tensor, int]]):
-    """Training records of a store for torch's DataLoader; each worker process opens the LMDB itself."""
+    """Training records of a store for torch's DataLoader. Each worker process opens the LMDB separately."""
 
     def __init__(self, store: Store, decode: Decoder) -> None:
         self.keys = [(path, key) for path in store.shard_paths("train") for key, _ in lmdb_shard.read(Path(path))]

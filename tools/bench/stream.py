@@ -1,13 +1,13 @@
 """Benchmark of the training stream on CPU threads: images/s in batches of 128, compared with other loaders and bounds.
 
-Every contestant gives endless batches: random crop of 224 px, random flip, channel mean subtracted, float32 NCHW, and
-labels.
+Every contestant yields batches without end: random crops of 224 px, flipped at random, minus the channel mean, float32
+NCHW, and labels.
 
-ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. It is timed on JPEG
-            records, with a mean for each channel and with the mean image, and on PPM records.
+ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. Timed on JPEG
+            records, with the channel mean and with the mean image, and on PPM records.
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
-            prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy
-            crops, mirrors and subtracts the mean.
+            prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy crops, mirrors and
+            subtracts the mean.
 FFCV        FFCV's Loader on a .beton of the same JPEG files, and on a .beton of raw pixels
             (tools/bench/peers/ffcv_stream.py).
 SPDL        SPDL's threads on the same files, decoded by SPDL's FFmpeg or by simplejpeg
@@ -20,10 +20,10 @@ bounds      threads that read from memory and do only one thing: decode the JPEG
             (simplejpeg), or copy the bytes of the PPM records.
 
 Every contestant has --threads worker threads or processes, may use the same number of cores, and reads from the page
-cache: choose a store that fits into memory. FFCV, SPDL and WebDataset run in processes with interpreters of their own.
-Such a process starts a turn when it reads a line. The other contestants run in this process. All contestants keep
-running between their turns. Each turn first takes some batches that are not counted, so that no batch prefetched during
-another contestant's turn counts.
+cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
+Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
+contestants keep running between their turns. Each turn first discards some batches, so that batches that were
+prefetched during another contestant's turn are not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Two batches of each
 contestant are checked before the first round: dtype, shape, range of values, and that no two images or batches are
@@ -79,11 +79,11 @@ _IN_MEMORY_RECORDS = 2000
 _OURS_PPM = "ours, PPM"
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
 _THREAD_VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
-_STOP_TIMEOUT_S = 20.0  # time in which a peer must end by itself after its standard input is closed
+_STOP_TIMEOUT_S = 20.0  # a peer that still runs this long after its standard input was closed is terminated
 
 
 class StreamBenchmark:
-    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` after the race."""
+    """Collects the contestants, and the store and files that they read. The caller closes `cleanup` at the end."""
 
     def __init__(self, jpeg: Store, work_dir: Path, threads: int, seconds: float) -> None:
         self.jpeg, self.work_dir, self.threads, self.seconds = jpeg, work_dir, threads, seconds
@@ -143,7 +143,7 @@ class StreamBenchmark:
         self.contestants.append(Contestant(name, rate, bound, ours=ours))
 
     def add_bound(self, name: str, work: Callable[[bytes], object], store: Store, ours: str | None = None) -> None:
-        """Add a bound: `work` runs on the first records of `store`, which are held in memory."""
+        """Add a bound, which calls `work` on each of the first records of `store`. The records are held in memory."""
         contents = [datum.data for datum in islice(train_records(store), _IN_MEMORY_RECORDS)]
         pool = self.cleanup.enter_context(ThreadPoolExecutor(self.threads))
 
@@ -209,7 +209,7 @@ def add_contestants(
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Number of worker threads or processes, and of cores, of each contestant.",
+    help="Number of worker threads or processes, and largest number of cores, of each contestant.",
 )
 @click.option(
     "--seconds",
@@ -230,7 +230,7 @@ def add_contestants(
     metavar="PATH",
     help="Python interpreter with WebDataset.  [default: no WebDataset]",
 )
-@click.option("--more", is_flag=True, help="Add FFCV with channels first in memory.")
+@click.option("--more", is_flag=True, help="Also measure FFCV with channels first in memory.")
 @common_options
 def main(
     store: Path | None,
@@ -245,7 +245,7 @@ def main(
 ) -> None:
     """Measure the training stream in batches of 128, beside FFCV, SPDL, WebDataset, torch, DALI and decoding alone.
 
-    FFCV needs an environment of its own. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
+    FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
     in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow` and `pip install
     --no-build-isolation ffcv`. SPDL needs the libraries of FFmpeg on the system (on Debian: libavdevice59) and `pip
     install spdl simplejpeg numpy`. WebDataset needs `pip install webdataset torch pillow`. SPDL and WebDataset can
@@ -273,7 +273,7 @@ def main(
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         with benchmark.cleanup:
             add_contestants(benchmark, ffcv_python, spdl_python, webdataset_python, more)
-            os.sync()  # writes the new files to the disk, so that this does not slow down a turn
+            os.sync()  # writes the new files to the disk now, so that no turn is slowed down by these writes
             rows = race(benchmark.contestants, rounds)
     details = {"records": records, "batch": BATCH, "seconds": seconds, "threads": threads, "rounds": rounds}
     results = {"ours_over": speedups(rows), "versions": benchmark.versions, "left_out": benchmark.left_out}

@@ -1,26 +1,27 @@
 """Benchmark of one training step on the CPU, compared with the same network written with PyTorch's own modules.
 
 ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the CPU, updated by train.optim.paper_sgd
-        with the learning rates of that recipe.
+        with the recipe's learning rates.
 ours, without LRN
         like `ours`, without local response normalization (LRN). The difference from `ours` is the cost of our LRN.
-plain   one column: Conv2d with two groups where the paper has two columns, nn.LocalResponseNorm, nn.Dropout, and
-        torch.optim.SGD with the same learning rate. Each layer has as many parameters as in `ours`.
+plain   one column of PyTorch's modules, with torch.optim.SGD and the same learning rate. conv2, conv4 and conv5 have
+        two groups, because in the paper each of their columns reads only one column. Each layer has as many
+        parameters as in `ours`.
 plain, without LRN
         like `plain`, without LRN. The paper's network has LRN, so this rate is only a reference.
 
 `plain` differs from the paper's network in two respects. First, LRN sums over five neighbouring maps. In the paper the
-five maps belong to one column, which has 48 or 128 maps. In `plain` they may come from any part of the layer, which has
-96 or 256 maps. Second, dropout in the paper scales activations at test time, but nn.Dropout scales activations at
-training time.
+five maps belong to one column, which has 48 or 128 maps. In `plain` the five maps can come from both halves of the
+layer, which has 96 or 256 maps. Second, dropout in the paper scales activations at test time, but nn.Dropout scales
+activations at training time.
 
 A step consists of forward pass, cross-entropy, zero_grad, backward pass and update, in float32, on random images that
 are in memory. A turn is --steps steps. The stream (see tools.bench.stream), the metrics of the training loop, and GPUs
 are not measured.
 
 Peak memory is the largest resident memory of a process that runs only two steps. This memory includes Python, PyTorch,
-parameters, gradients, velocities and activations. It is measured before the rates, because a new process starts with
-the peak of its parent process.
+parameters, gradients, velocities and activations. Peak memory is measured before the rates, because the peak that
+Linux reports for a new process includes the peak of the parent process.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
     """The network of the paper in one column, made of PyTorch's modules."""
 
     def norm() -> nn.Module:
-        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum
+        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum, so alpha is multiplied by it
         assert lrn
         return nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k) if with_lrn else nn.Identity()
 
@@ -111,7 +112,7 @@ def peak_memory_mb(name: str, batch: int) -> int:
 
 
 def make_contestant(name: str, batch: int, steps: int) -> Contestant:
-    """A contestant with a new network; its turn is `steps` steps on one batch."""
+    """A contestant with a new network. A turn makes `steps` training steps on one batch."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 

@@ -1,1 +1,1 @@
-"""Programs that write or check parts of the documentation: generated pages, the drawing of the network, the site."""
+"""Programs that generate pages of the documentation, draw the network, and check the documentation site."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # {tag: attributes with an address that a browser fetches without a click}; so <a> is not listed
+LOADED = {  # {tag: attributes with an address that a browser fetches without a click}; <a> needs a click
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),
@@ -60,7 +60,7 @@ def remote_resources(site: Path) -> Iterator[tuple[Path, str]]:
 @click.command()
 @click.argument("site", type=click.Path(path_type=Path, exists=True, file_okay=False))
 def main(site: Path) -> None:
-    """Fail where a page or style sheet of SITE loads anything from a network."""
+    """Fail if a page or style sheet of SITE loads anything from a network."""
     remote = list(remote_resources(site))
     for path, address in remote:
         click.echo(f"{path}: loads {address}", err=True)

@@ -28,18 +28,21 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m tools.docs.cli_reference`; tests/test_docs.py compares it with the commands. -->
 
-Three commands, one for each stage. Every subcommand has `--help` with an example; `-h` is the same. `--store` may come
-from the environment variable `ALEXNET_STORE`. Every command that prints figures prints JSON with `--json`.
+The project has three commands, one for each stage. Every subcommand has `--help` with an example; `-h` is short for
+`--help`. The environment variable `ALEXNET_STORE` gives the default of `--store`. Every command that prints numbers
+also has `--json`, to print JSON instead.
 
 | exit code | meaning |
 | --- | --- |
 | 0 | done |
-| 1 | there is something to fix; the error says what, and what to type next |
+| 1 | an error that the user can correct; the message names the error and the next command to type |
 | 2 | the command line is wrong |
 | 3 | the disk is full |
-| 129, 130, 143 | interrupted by a closed terminal, by Ctrl-C, by SIGTERM |
+| 129, 130, 143 | interrupted by a closed terminal (129), by Ctrl-C (130) or by SIGTERM (143) |
 
-After each of them, running the same command again continues the work.
+After an error is corrected, or after an interruption, run the same command again. `alexprep build-lmdb`, `import-caffe`
+and `export-files` and `alextrain run` and `ablate` then continue the work; every other command starts from the
+beginning.
 """
 
 

@@ -1,4 +1,4 @@
-"""Draw docs/alexnet.svg: the layers of the two columns and the connections between them, from the network itself.
+"""Draw docs/alexnet.svg: the layers of the two columns and the connections between layers, read from the network.
 
 python -m tools.docs.draw_alexnet docs/alexnet.svg        # tests/test_docs.py fails if the file is not up to date
 """
@@ -16,8 +16,8 @@ WIDTH, HEIGHT = 1180, 516
 COLUMN_Y = 150, 360  # y coordinate of the middle of column 0 and of column 1
 DARK, GRAY = "#222222", "#777777"
 FILLS = ("#7fa6c9", "#e0a96d")  # fill colours of column 0 and column 1
-# Kernel sizes, and the operations after each layer. They are copied from train.model.alexnet, because no object there
-# lists them.
+# Kernel sizes, and the operations after each layer. Both are copied from train.model.alexnet, because no object of that
+# module lists them.
 KERNELS = {
     "conv1": "11×11, stride 4",
     "conv2": "5×5",
@@ -30,12 +30,15 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 
 @dataclass(frozen=True)
 class Box:
-    """The maps of a layer in one column as a slab. Height stands for the side of the maps, depth for their number."""
+    """A slab that shows one column of a layer. Its height grows with the side of the maps, its depth with their number.
+
+    For a fully connected layer, the height grows with the number of units and the depth is 0.
+    """
 
     x: float  # x coordinate of the left edge of the front
     y: float  # y coordinate of the middle
     height: float
-    depth: float  # drawn to the right and up
+    depth: float  # length of the edges that go to the right and up
     fill: str
 
     @property
@@ -131,7 +134,7 @@ def draw_network(classes: int = 1000) -> str:
 @click.command()
 @click.argument("out", type=click.Path(path_type=Path))
 def main(out: Path) -> None:
-    """Draw the two columns of the network into OUT, an SVG file."""
+    """Draw the two columns of the network, and write the drawing to OUT, an SVG file."""
     out.write_text(draw_network())
 
 

@@ -5,8 +5,8 @@ mkdocs.yml names the extension; only `make docs` uses it. The extension turns a 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
 
-into a Markdown table. If an attribute has no docstring, the comment on its line becomes its docstring. If the line
-has no comment, the comment lines above it become the docstring.
+into a Markdown table. If an attribute has no docstring, the comment on the attribute's line becomes its docstring. If
+that line has no comment, the comment lines above it become the docstring.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def _row(name: str, text: str) -> str:
 
 
 def comment_of(source: list[str], first: int, last: int) -> str:
-    """The comment at the end of line `last`; without one, the comment lines above line `first`. Lines count from 1."""
+    """The comment at the end of line `last`, or else the comment lines above line `first`. Lines are counted from 1."""
     at_end = re.search(r"\s#\s(?P<text>.*)$", source[last - 1])
     if at_end:
         return at_end["text"]

@@ -22,22 +22,23 @@ INTRODUCTION = """\
 
 <!-- Written by `python -m tools.docs.recipe_reference`; tests/test_docs.py compares it with the code. -->
 
-A recipe is every number of a training run, each with its source. `alextrain run --recipe NAME` trains with one;
-`alextrain recipe NAME` prints it. `--set FIELD=VALUE` changes any number, under the names of the first column, as in
-`--set lr=0.02 --set lrn.k=1`. The network (`--model`) and the recipe may be combined freely.
+A recipe is the list of all hyperparameters of a training run, each with its source. `alextrain run --recipe NAME`
+trains with a recipe; `alextrain recipe NAME` prints the recipe. `--set FIELD=VALUE` changes one hyperparameter, for
+example `--set lr=0.02 --set lrn.k=1`; the first column of the tables has the names of the fields. Every network
+(`--model`) can be trained with every recipe.
 
 | recipe | what it is |
 | --- | --- |
-| `paper` | the text of 2012, to the letter. It starts slowly: see [Measurements](measurements.md) |
-| `released` | the default: the authors' code and parameter files, net #145 of AlexNet-Source-Code |
-| `caffe` | models/bvlc_alexnet of BVLC's Caffe |
-| `modern` | the same network, trained as one would train it today |
-| `short` | for minutes on a CPU, and for small batches |
+| `paper` | the values that the text of the paper gives; training starts slowly (see [Measurements](measurements.md)) |
+| `released` | the default: the values in the authors' code and parameter files, net #145 of AlexNet-Source-Code |
+| `caffe` | the values of models/bvlc_alexnet in BVLC's Caffe |
+| `modern` | the same network with present-day initialization and schedule |
+| `short` | for a training of a few minutes on a CPU, with small batches |
 
 In the sources, "section" is a section of the paper. L145 and P145 are layers/layers-145.cfg and
-layers/layer-params-145.cfg of the authors' code, with line numbers; other files with line numbers are of the same
-repository, of Caffe for `caffe`, or of fb.resnet.torch where it is named. "ours" marks a choice of this project.
-Epochs are counted from the start of the training.
+layers/layer-params-145.cfg of the authors' code, followed by line numbers. Other files with line numbers belong to the
+authors' code or, in the recipe `caffe`, to Caffe. Files of fb.resnet.torch are named with their repository. "ours"
+marks a choice of this project. Epochs are counted from the start of the training.
 """
 
 
@@ -54,7 +55,7 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }
-    lines = [_row("number", *(f"`{name}`" for name in recipes)), _row(*["---"] * (len(recipes) + 1))]
+    lines = [_row("field", *(f"`{name}`" for name in recipes)), _row(*["---"] * (len(recipes) + 1))]
     for field in recipe_fields():
         cells = [fields[field] for fields in by_recipe.values()]
         for name in dict.fromkeys(name for values in cells for name in values):
@@ -63,8 +64,8 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """A row for each field, with its source; the headings of `alextrain recipe` are rows of their own."""
-    lines = [_row("number", "value", "source"), _row("---", "---", "---")]
+    """A row for each field, with its source, and a row for each heading that `alextrain recipe` prints."""
+    lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:
             lines.append(_row(f"**{HEADINGS[field]}**", "", ""))

@@ -1,4 +1,4 @@
-"""Correctness checks of tools.gpu_check: compare stream, network, LRN and training step on a GPU with the CPU."""
+"""Correctness checks of tools.gpu_check, for the stream, the network, LRN and the training step on a GPU."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from train.trainer.step import TrainingStep
 
 # Tolerances in grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently, by one or two
 # levels. The two libraries also upsample chroma with different filters, which gives larger differences at coloured
-# edges. A wrong crop, flip, mean or noise gives a mean difference of 3 or more.
+# edges. A wrong crop, flip, mean or noise gives a mean difference of 3 levels or more.
 JPEG_MEAN, JPEG_MAX = 1.0, 64.0
 PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 numbers above 256
 
 # Limits of the relative error ‖found − wanted‖ / ‖wanted‖. `wanted` is computed in float64 on the CPU. The first limit
-# is for the logits, the second for the gradient of the parameter with the largest error. The second limit is wide: if
-# rounding changes the sign of a ReLU's input or the position of a maximum, the gradient takes another path through the
-# network.
-# Values measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
+# is for the logits, the second for the gradient of the parameter with the largest error. The second limit is wide
+# because rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then takes another
+# path through the network.
+# Errors measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (1e-2, 0.3), "bf16": (5e-2, 0.6)}
 LRN_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
-# Relative difference of two runs of three steps. On a GPU the order of sums in gradients varies between runs.
+# Limit of the relative difference between two runs of three steps. On a GPU the order of additions in gradients varies.
 REPEAT_TOLERANCE = 1e-2
 
 
@@ -94,7 +94,7 @@ def read_batches(
 
 
 def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Iterator[Check]:
-    """Compare batches on the device and the CPU, from the same records and random parameters; check resuming."""
+    """Compare batches made on the device with batches made on the CPU from the same records; check resuming."""
     device, batch = settings.devices[0], min(settings.compared_images, Store.open(store).split("train").records)
     for layout, mean in (("NCHW", "channel"), ("NHWC", "channel"), ("NCHW", "image"), ("NCHW", "aligned")):
         wanted, _ = read_batches(store, "cpu", batch, 2, layout, mean)
@@ -127,10 +127,10 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 
 
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
-    """The network, initialized as by He et al., with the same parameters on every device.
+    """The network with the initialization of He et al., and with the same parameters on every device.
 
-    With the paper's own initialization, a gradient is much smaller than the terms of its sum. The gradients in float32
-    and float64 then differ by up to 10%.
+    With the paper's initialization, each gradient is a sum of terms that are much larger than the sum. The gradients in
+    float32 and float64 then differ by up to 10%.
     """
     torch.manual_seed(0)
     return AlexNet(classes, replace(PAPER, init="he"), devices, settings.architecture)
@@ -160,7 +160,7 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare logits and gradients in each precision with float64 on the CPU, on one device or two."""
+    """Compare logits and gradients in each precision, on one device and on two, with float64 on the CPU."""
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
     (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")
@@ -230,7 +230,7 @@ def make_step(
 ) -> tuple[TrainingStep, Tensor, Tensor]:
     """A training step with a network of 1,000 classes, and random images and labels on the device of column 0.
 
-    The learning rate is so small that parameters stay finite for any number of steps.
+    The learning rate is so small that the parameters stay finite, however many steps are made.
     """
     devices, batch = devices or settings.devices, batch or settings.batch
     model = make_network(settings, 1000, devices).train()
@@ -244,7 +244,7 @@ def make_step(
 
 
 def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Make two runs of three steps with dropout and the same seed; compare their velocities (sums of gradients)."""
+    """Compare the velocities (sums of gradients) of two runs of three steps, with dropout and the same seed."""
     velocities = []
     for _ in range(2):
         step, images, labels = make_step(settings, "fp32", batch=settings.compared_images)
@@ -263,7 +263,7 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 
 
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Check that a step never makes the host wait for the GPU. Here an operation that waits raises an error."""
+    """Check that a step never makes the host wait for the GPU: torch raises an error for an operation that waits."""
     for precision in settings.precisions:
         step, images, labels = make_step(settings, precision, batch=settings.compared_images)
         step(images, labels)

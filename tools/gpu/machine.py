@@ -1,4 +1,4 @@
-"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates), and measurement of the time of GPU work."""
+"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates), and a timer for work on GPUs."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from train.model.lrn import triton_fault
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
 
-# (pattern for the name of a GPU, the GPU's peak rate in TFLOP/s). The rate is for dense bfloat16 matrix products, from
-# the vendor's data sheet. The rate of a V100 is for float16.
+# (pattern for the name of a GPU, the GPU's peak rate in TFLOP/s). The vendor's data sheet gives this rate for dense
+# matrix products in bfloat16; the rate of a V100 is for float16.
 _PEAKS_TFLOPS = (
-    (r"H[12]00 NVL", 835.0),  # cards of 400 W and of 600 W have this name
+    (r"H[12]00 NVL", 835.0),  # H100 NVL (400 W) and H200 NVL (600 W)
     (r"GH200|H200|H100.*HBM3|H100 SXM", 989.0),
     (r"H100.*PCIe", 756.0),
     (r"A100", 312.0),
@@ -53,7 +53,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
-    """{name: value} of versions, cores and GPUs; JSON key "machine"."""
+    """{name: value} of versions, cores and GPUs, for the JSON key "machine"."""
     try:
         dali_version = str(dali().__version__)
     except UserError:

@@ -1,4 +1,4 @@
-"""Settings of one run of tools.gpu_check, and the amounts of work that follow from them."""
+"""Settings of one run of tools.gpu_check, and the amounts of work that are derived from the settings."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class GpuCheckSettings:
 
     @property
     def device(self) -> torch.device:
-        """The device of column 0. The stream and the logits are also on this device."""
+        """The device of column 0, which also makes the batches of the stream and the logits."""
         return torch.device(self.devices[0])
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the stream and the logits are on a GPU."""
+        """Whether `device` is a GPU."""
         return self.device.type == "cuda"
 
     @property
@@ -56,7 +56,7 @@ class GpuCheckSettings:
 
     @property
     def turn_s(self) -> float:
-        """Approximate duration of a turn in seconds; 0 means one step."""
+        """Approximate duration of a turn in seconds; 0: a turn is one step or one batch."""
         return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 1.0
 
     @property
@@ -66,11 +66,11 @@ class GpuCheckSettings:
 
     @property
     def compared_images(self) -> int:
-        """Number of images in a batch of the stream checks; the network checks use an eighth of this number."""
+        """Number of images in a batch of the stream and step checks. Network checks use an eighth of it, at least 2."""
         return min(self.batch, 16 if self.quick else 64)
 
     def stores_by_format(self) -> dict[str, Path]:
-        """The stores by the format of their records, jpeg or ppm."""
+        """{format of the records, jpeg or ppm: path of the store}."""
         stores = {Store.open(self.store).settings.format: self.store}
         if self.ppm_store is not None:
             stores.setdefault(Store.open(self.ppm_store).settings.format, self.ppm_store)

@@ -1,4 +1,4 @@
-"""Timings of tools.gpu_check: images/s of the stream, of steps, and of steps fed by the stream; times of kernels."""
+"""Timings of tools.gpu_check: rates of the stream, of steps, and of steps that the stream feeds; times of kernels."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from train.model.precision import set_precision
 from train.model.summary import summarize
 from train.trainer.step import TrainingStep
 
-MAX_PREFETCHED = 8  # batches that a stream may have ready when its turn starts; they are not counted
+MAX_PREFETCHED = 8  # batches that are discarded when a turn starts, because the stream may have prefetched them
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
 PROFILED_STEPS = 3
 
-# (kind, whether callers count, pattern): the first rule that matches gives the kind of an operation. If callers count,
-# the pattern may match the operation, its kernel or one of its callers. If they do not count, the pattern may match
-# only the operation or its kernel. For example, a type conversion that a convolution calls is of the kind "copies".
-# The kinds are JSON keys.
+# Rules (kind, whether all callers count, pattern). The first rule whose pattern occurs in a name of the call chain
+# gives the kind, which is a JSON key. The call chain is an operation, preceded by its kernel on a GPU and followed by
+# its callers. If not all callers count, only the first two names are searched. For example, a type conversion that a
+# convolution calls is of the kind "copies".
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),
@@ -64,9 +64,9 @@ def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
 
 
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Images/s of the stream, of steps on one batch on the GPU, and of steps fed by the stream ("… from …").
+    """Images/s of the stream, of steps on one batch on the GPU, and of steps on batches of the stream ("… from …").
 
-    Steps fed by the stream are compared with the steps of the same precision on one batch.
+    Steps on batches of the stream are compared with steps of the same precision on one batch.
     """
     with ExitStack() as streams:
         contestants = []
@@ -127,8 +127,8 @@ def make_contestant(
     step: TrainingStep | None = None,  # the step that `work` runs; its precision is set before each turn
     ours: str | None = None,
 ) -> Contestant:
-    """A contestant. In a turn it calls `work` repeatedly for about settings.turn_s seconds."""
-    calls: list[int] = []  # one entry, the number of calls in a turn; it is set before the first turn
+    """A contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
+    calls: list[int] = []  # empty, or one entry: the number of calls in a turn, found before the first turn
 
     def prepare() -> None:
         if step is not None:
@@ -147,7 +147,7 @@ def make_contestant(
 
 def _calls_per_turn(settings: GpuCheckSettings, work: Work) -> int:
     """Number of calls of `work` that take settings.turn_s seconds; at least 3."""
-    repeat(work, 3)  # the first launches load kernels and choose algorithms
+    repeat(work, 3)  # the first calls are slow: they load kernels and choose algorithms
     return max(3, round(3 * settings.turn_s / elapsed_s(settings.devices, lambda: repeat(work, 3))))
 
 
@@ -160,7 +160,7 @@ def repeat(work: Work, times: int) -> None:
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
     """Images/s of steps on larger batches, in each precision.
 
-    The first batch that does not fit in memory has the value None; larger batches are not measured.
+    The first batch size that does not fit in memory has the value None; larger batches are not measured.
     """
     rows: list[dict[str, Any]] = []
     factors = (2,) if settings.quick else (2, 4, 8)
@@ -186,7 +186,7 @@ def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
 
 
 def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
-    """Peak memory of the tensors of three steps at settings.batch in GiB, by GPU; empty on a CPU."""
+    """{GPU: peak memory of tensors in GiB} for steps on settings.batch images; empty on a CPU."""
     gpus = [device for device in dict.fromkeys(settings.devices) if settings.on_gpu]
     for device in gpus:
         torch.cuda.empty_cache()
@@ -196,9 +196,9 @@ def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
-    """Milliseconds of a step at settings.batch by kind of kernel, largest first.
+    """{kind of kernel: milliseconds in a step on settings.batch images}, largest first.
 
-    On GPUs this is the time of the kernels, summed over the GPUs; on a CPU the time of the operations.
+    On GPUs the times of kernels are summed over all GPUs. On a CPU the times of operations are summed.
     """
     step, images, labels = make_step(settings, precision)
     work = _step_on(step, images, labels)
@@ -217,7 +217,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel named like its event is an annotation. Its time is that of kernels counted elsewhere.
+                # A kernel with the name of its event is an annotation, whose time is the time of other kernels.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
@@ -229,7 +229,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """The kind of call_chain[0]; the next entries are its callers, from the innermost to the outermost."""
+    """The kind of a kernel or operation, call_chain[0]. Its callers follow, from the innermost to the outermost."""
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
             return kind
@@ -239,8 +239,8 @@ def kernel_kind(call_chain: list[str]) -> str:
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
     """Images/s of the step in the last precision: launched kernel by kernel, and replayed from a CUDA graph.
 
-    A recorded step has fixed learning rates and a fixed address of its batch, so this comparison only
-    measures the cost of launching kernels.
+    A recorded step cannot change its learning rates or the address of its batch, so training cannot use it. The
+    comparison only shows the cost of launching kernels.
     """
     precision = settings.precisions[-1]
     step, images, labels = make_step(settings, precision)
@@ -260,13 +260,13 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, Any]:
-    """By precision: TFLOP/s and share of the peak for the step alone; ratios and hours for the step fed by a stream.
+    """{precision: figures}, for the JSON key "conclusions".
 
-    JSON key "conclusions".
+    The figures are TFLOP/s and share of the peak for steps alone, and ratios and hours for steps fed by a stream.
     """
     rate = {row.name: max(row.images_per_s, 0.1) for row in rows}  # never 0: rates are rounded to tenths
     layers = [row.multiply_adds for row in summarize(1000)]
-    # Three passes: forward, gradients of weights, gradients of inputs. The gradient of the image is not computed.
+    # A step has three passes: forward, gradients of weights, gradients of inputs. The image needs no gradient.
     multiply_adds = 3 * sum(layers) - layers[0]
     peak = peak_tflops(settings.devices) if settings.on_gpu else None
     summary: dict[str, Any] = {}

@@ -68,7 +68,7 @@ def test_a_network_that_computes_something_else_fails(
         monkeypatch.setattr(
             alexnet, "max_pool", lambda x, norm, *rest: max_pool(x, norm if x.dtype == exact else None, *rest)
         )
-    else:  # the values of the network stay the same, but the gradient is a fifth of the correct one
+    else:  # the outputs stay correct, but the gradient is a fifth of the correct gradient
         reduced = lambda x: x if x.dtype == exact else 0.2 * x + 0.8 * x.detach()  # noqa: E731
         monkeypatch.setattr(AlexNet, "_drop", lambda net, x: drop(net, reduced(x)))
     assert failed_checks(settings, checks.network_checks) == [

@@ -1,4 +1,4 @@
-"""Tests of the figures that tools.gpu_check derives from the machine: peak rates of GPUs, hours of ImageNet."""
+"""Tests of the figures that tools.gpu_check derives from the machine: peak rates of GPUs, hours of training."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def test_a_turn_is_as_long_as_asked_and_does_not_count_prefetched_batches(monkey
 
 
 def test_each_turn_sets_its_precision(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The precision switches are global, and other contestants change them between two turns."""
+    """The precision switches are global, and other contestants change the switches between two turns."""
     calls: list[Any] = []
     monkeypatch.setattr(timings, "set_precision", lambda *arguments: calls.append(arguments))
     step = SimpleNamespace(precision="bf16")
@@ -125,7 +125,7 @@ def test_kernels_are_sorted_into_kinds_by_their_names_and_callers(call_chain: li
 def test_a_kernel_counts_once_and_the_span_of_an_annotation_does_not(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The time of a kernel counts once, for the operation that launched it, and not for the annotation around it."""
+    """The time of a kernel counts once: for the operation that launched it, not for an annotation."""
 
     def event(name: str, parent: Any = None, kernels: Any = ()) -> SimpleNamespace:
         launched = [SimpleNamespace(name=kernel, duration=time_us) for kernel, time_us in kernels]

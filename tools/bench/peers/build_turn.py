@@ -30,7 +30,7 @@ def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
 def take_turn(versions: str, work: Callable[[], int]) -> None:
     """Print `versions`, wait for a line, run `work`, and print the number of images that it returns.
 
-    If standard input ends without a line, the benchmark has ended: return without running `work`.
+    If standard input ends without a line, the benchmark has ended, and `work` is not run.
     """
     print(versions, flush=True)  # noqa: T201
     if sys.stdin.readline():
@@ -38,7 +38,7 @@ def take_turn(versions: str, work: Callable[[], int]) -> None:
 
 
 def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
-    """A pool of forked processes; returns when each of them has called `initialize`."""
+    """A pool of `jobs` forked processes, returned when every process has called `initialize`."""
     context = multiprocessing.get_context("fork")
     ready = context.Semaphore(0)
 
@@ -55,7 +55,7 @@ def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> Ab
 def take_lmdb_turn(
     versions: str, make_jpeg: Callable[[str], bytes], initialize: Callable[[], object] = lambda: None
 ) -> None:
-    """One turn of a program that writes `make_jpeg(path)` of every image to one plain LMDB, in one commit."""
+    """Take one turn: write `make_jpeg(path)` for every image to one plain LMDB, in one commit."""
     import lmdb
 
     paths, out, jobs, _ = parse_arguments()

@@ -2,21 +2,21 @@
 
     python -m tools.bench.peers.ffcv_stream FOLDER OUT THREADS RED,GREEN,BLUE jpg|raw last|first
 
-jpg   The .beton holds the unchanged bytes of the JPEG files. FFCV's own field would encode the images again.
-raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's own field.
+jpg   The .beton holds the unchanged bytes of the JPEG files. (FFCV's RGBImageField would encode the images again.)
+raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RGBImageField.
 
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes such a crop if the area and the aspect
-ratio are fixed to those of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does by
-copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares of
-one size. FFCV decodes the full record, like all contestants. The next steps are RandomHorizontalFlip, NormalizeImage (a
-table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records are repeated until
-an epoch is as long as an epoch of ImageNet.
+ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does
+by copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares
+of one size. FFCV decodes the full record, like all contestants. The next steps are RandomHorizontalFlip, NormalizeImage
+(a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records are repeated
+until an epoch is as long as an epoch of ImageNet.
 
 last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, but the memory order is NHWC.
 first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each batch twice to
-      make them.
+      reorder it.
 
-Needs an environment of its own: see tools.bench.peers.ffcv_writer.
+Needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class JpegField(RGBImageField):  # type: ignore[misc]
 
 
 class RecordDataset:
-    """Data set for the .beton: images, as pixels or as (bytes of the file, width, height), and labels."""
+    """Data set for the .beton: pairs of image and label. An image is pixels, or (bytes of the file, width, height)."""
 
     def __init__(self, records: Records, raw: bool) -> None:
         self.records, self.raw = records, raw
@@ -76,7 +76,7 @@ class RecordDataset:
 
 
 def side_px(records: Records) -> int:
-    """Side of the records; exits with a message unless all of them are squares of one size."""
+    """Side of the images in pixels; exits with a message if the images are not squares of one size."""
     sizes = set()
     for path, _ in records:
         with Image.open(path) as image:
@@ -125,5 +125,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # an imported library has set another start method
+    multiprocessing.set_start_method("fork", force=True)  # force, because an imported library sets another start method
     main()

@@ -3,9 +3,9 @@
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
 Forked processes read the files PASSES times from the page cache. They decode and encode with simplejpeg. No file is
-written. The squares are cut from the same photographs before the timing starts. At most 1,000 squares are kept in
-memory. The bound uses libjpeg-turbo's faster, less exact arithmetic, and skips the few images that simplejpeg cannot
-decode: CMYK and PNG.
+written. The squares to encode are cut from the same photographs before the timing starts. At most 1,000 squares are
+kept in memory. simplejpeg uses libjpeg-turbo's faster, less exact arithmetic. The few images that simplejpeg cannot
+decode (CMYK and PNG) are skipped.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _squares: list[Any] = []  # filled by the parent process before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """The paths of images that simplejpeg can decode, and {inode: path} with one path for each different file."""
+    """The paths of the images that simplejpeg can decode, and {inode: path} with one of the paths of each file."""
     files: dict[int, str] = {}
     bad_inodes: set[int] = set()
     good_paths = []

@@ -1,4 +1,4 @@
-"""A short script as a user might write it: a pool of processes with Pillow, and one LMDB.
+"""A short script as a user might write it: a pool of processes rescales with Pillow, and the parent fills one LMDB.
 
 The LMDB holds no labels, checksums or moments.
 
@@ -18,7 +18,7 @@ from tools.bench.peers.build_turn import QUALITY, SIDE_PX, take_lmdb_turn
 
 
 def central_square(path: str, filter: str) -> Image.Image:
-    """The central square of the photograph, after its shorter side was rescaled to SIDE_PX."""
+    """The photograph with its shorter side rescaled to SIDE_PX, cropped to the central square."""
     image = Image.open(path).convert("RGB")
     scale = SIDE_PX / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)

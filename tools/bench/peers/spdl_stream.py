@@ -4,7 +4,7 @@
 
 ffmpeg      SPDL's own decoding: FFmpeg decodes, crops, mirrors and converts to RGB; NumPy converts to float32. FFmpeg
             crops before it converts to RGB, at the next lower even offset, because chroma has half the resolution.
-simplejpeg  Only the threads are SPDL's: libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
+simplejpeg  SPDL gives only the threads. libjpeg-turbo decodes; NumPy crops, mirrors and converts to float32.
 
 The memory of the batches is reused. No file is written to OUT.
 
@@ -37,8 +37,8 @@ from tools.bench.peers.stream_turn import (
     take_turns,
 )
 
-_PREFETCH = 3  # size of the queue of finished batches
-_IN_FLIGHT = 5  # largest number of batches between the threads and the queue, or in use by the consumer
+_PREFETCH = 3  # largest number of batches in the queue of finished batches
+_IN_FLIGHT = 5  # largest number of finished batches outside the queue: not yet in it, or in use by the consumer
 
 
 def crop_with_ffmpeg(path: str) -> Any:
@@ -65,7 +65,7 @@ def fill_with_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
 
 
 def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
-    """Batches of images without end; `fill` is one of the two functions above."""
+    """Batches of images without end; `fill` is fill_with_ffmpeg or fill_with_simplejpeg."""
     buffers = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _IN_FLIGHT + _PREFETCH)]
     next_buffer = cycle(buffers)
 

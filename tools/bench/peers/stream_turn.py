@@ -5,8 +5,7 @@
 A program lists the records in FOLDER/LABEL/, writes the files that its library reads to OUT, starts its stream, checks
 two batches, and prints the versions of its libraries. For each line `go SECONDS` on standard input, the program takes
 some batches that are not counted, then counts batches for SECONDS seconds, and prints images/s. The program ends when
-standard input ends.
-RED,GREEN,BLUE is the mean to subtract, in grey levels.
+standard input ends. RED,GREEN,BLUE is the mean to subtract, in grey levels.
 """
 
 from __future__ import annotations
@@ -57,14 +56,14 @@ def random_crop(pixels: npt.NDArray[np.uint8], mean: Mean, out: Any = None) -> n
 
 
 def check_batches(batches: Iterator[Any]) -> None:
-    """Take two batches and check dtype, shape, range, and that images differ; raises ValueError if a check fails."""
+    """Check dtype, shape and range of two batches, and that images differ; raises ValueError if a check fails."""
     first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # their memory may be reused
     for images in (first, second):
         if images.shape != (BATCH, 3, CROP_PX, CROP_PX) or images.dtype != np.float32:
             raise ValueError(f"a batch is {images.dtype} {images.shape}, not float32 {(BATCH, 3, CROP_PX, CROP_PX)}")
         least, most = float(images.min()), float(images.max())
         if not (-512 < least < -64 and 64 < most < 512):  # grey levels minus the mean, perhaps with colour noise
-            raise ValueError(f"values of a batch range from {least} to {most}, which are not grey levels minus a mean")
+            raise ValueError(f"values of a batch range from {least} to {most}, but should be grey levels minus a mean")
         if np.array_equal(images[0], images[1]):
             raise ValueError("two images of a batch are equal")
     if np.array_equal(first, second):
@@ -72,7 +71,7 @@ def check_batches(batches: Iterator[Any]) -> None:
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
-    """Images/s over at least `seconds`. Batches that may have been prefetched are discarded first."""
+    """Images/s over at least `seconds`. First discards as many batches as the stream can have prefetched."""
     for _ in range(2 * threads + 6):
         next(batches)
     taken, started = 0, time.perf_counter()

@@ -1,4 +1,4 @@
-"""The short script with libvips' thumbnail: a pool of processes with one thread each, and one LMDB.
+"""The script of pillow_script.py with libvips' thumbnail: a pool of processes with one thread each, and one LMDB.
 
 The LMDB holds no labels, checksums or moments.
 
@@ -21,7 +21,7 @@ _vips: Any = None
 
 
 def load_vips() -> None:
-    """Import pyvips, and switch its cache off."""
+    """Import pyvips, and switch off the cache of libvips."""
     global _vips
     import pyvips  # type: ignore[import-not-found]
 

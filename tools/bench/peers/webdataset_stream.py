@@ -30,7 +30,7 @@ _SHUFFLE_BUFFER = 1000
 
 
 def write_archives(records: Records, out: Path, archives: int) -> list[str]:
-    """Write the records in random order to about `archives` tar files; returns their paths."""
+    """Write the records in random order to about `archives` tar files; returns the paths of the files."""
     out.mkdir()
     pattern, archive_size = str(out / "train-%06d.tar"), -(-len(records) // archives)
     with webdataset.ShardWriter(pattern, maxcount=archive_size, verbose=0) as writer:
