@@ -115,7 +115,8 @@ def inspect(
     records, step_records = opened.split(split).records, batch * world_size
     if records < step_records:
         raise UserError(
-            f"{store} has {records:,} records in {split}, a step takes {step_records:,}. Choose a smaller --batch."
+            f"{store} has {records:,} records in {split}, a step takes {step_records:,} records. Choose a smaller "
+            "--batch."
         )
     steps, left_out = divmod(records, step_records)
     with progress("inspecting", min(batches, steps), "batches") as counter:

@@ -6,9 +6,10 @@
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
 Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
-pipeline.sampling. For given settings, they depend only on the seed and on the position in the stream: the epoch, and
-the step within the epoch, both counted from 0. A stream can therefore resume from a saved state at any batch, bit for
-bit. The images depend neither on the number of threads nor on the number of loaders that share the records of a step.
+pipeline.sampling. For given settings, this order and these numbers depend only on the seed and on the position in the
+stream: the epoch, and the step within the epoch, both counted from 0. A stream can therefore resume from a saved state
+at any batch, bit for bit. The images depend neither on the number of threads nor on the number of loaders that share
+the records of a step.
 
 Threads prepare batches before the training loop requests them. float32 images are served without a copy. The memory of
 a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in place. On
@@ -65,7 +66,7 @@ class TrainLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """For arguments and errors see train_loader."""
+        """train_loader describes the arguments and the errors."""
         super().__init__(
             store,
             split,
@@ -138,8 +139,8 @@ class TrainLoader(Loader):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Resume from a state of the same store, seed and settings. Raises UserError for any other state.
 
-        Any rank may load the state of any other rank. Between epochs (step 0), batch size and world size may change.
-        Within an epoch, batch size and world size may change if their product, the number of records in a step, stays
+        Any rank can load the state of any other rank. Between epochs (step 0), batch size and world size can change.
+        Within an epoch, batch size and world size can change if their product, the number of records in a step, stays
         the same.
         """
         may_differ = {"batch_size", "world_size"}
@@ -214,7 +215,7 @@ class EvalLoader(Loader):
         shard: int = 0,
         world_size: int = 1,
     ) -> None:
-        """For arguments and errors see eval_loader."""
+        """eval_loader describes the arguments and the errors."""
         super().__init__(
             store,
             split,

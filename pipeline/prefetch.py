@@ -29,7 +29,7 @@ from prep.store.manifest import StoreError
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
 DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
 FINISHED_AHEAD = 2  # number of batches finished before they are requested (CPU only)
-_READER_THREADS = 2  # number of threads that read records; most of the time they wait for the disk
+_READER_THREADS = 2  # number of threads that read records; these threads mostly wait for the disk
 
 
 class BatchInput(NamedTuple):
@@ -52,7 +52,7 @@ Job = Callable[[], BatchInput]  # reads the records of one batch; runs on a read
 
 
 class Prefetcher:
-    """Runs jobs ahead of the consumer and returns their images in the order of the jobs."""
+    """Runs jobs before the consumer needs the images, and returns the images in the order of the jobs."""
 
     def __init__(self, engine: Engine, placement: Placement, records: Records, batch_size: int, threads: int) -> None:
         self._engine, self._placement, self._records = engine, placement, records

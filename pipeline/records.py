@@ -111,7 +111,7 @@ class Records:
         return self._reader(shard)[index]
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Position of record `number`: (number of its shard, index in this shard)."""
+        """Position of record `number`: (index of the shard, index of the record in the shard)."""
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 

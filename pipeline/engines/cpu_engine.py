@@ -47,7 +47,7 @@ class CpuEngine:
         self._pool = ThreadPoolExecutor(threads, "alexstream-crop")
 
     def define_graph(self) -> Any:
-        """DALI nodes of the decoded images: crops, or central squares for ten views. None for raw records."""
+        """The DALI node of the decoded images: crops, or central squares for ten views. None for raw records."""
         return None if self._is_raw else decode_crop(Placement.parse("cpu"), self._decoded_px)
 
     def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
