@@ -23,10 +23,10 @@ from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerpr
 
 
 def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: BuildPolicy) -> Store:
-    """Write the files of a finished split (all shards are built), then the manifest of the store in folder `root`.
+    """Write the files of a split whose shards are all built, then the manifest of the store in the folder `root`.
 
     The manifest also lists the splits of the `existing` store. Raises UserError if a shard's summary is missing or
-    describes other inputs, if more bad inputs were left out than `policy` allows, or if no input is an image.
+    has a wrong number of inputs, if more bad inputs were left out than `policy` allows, or if no input is an image.
     """
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
@@ -47,7 +47,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         if summary["shard"]["records"]:  # DALI cannot open an LMDB without records
             shards.append(Shard(**summary["shard"]))
     if policy.max_bad is not None and bad > policy.max_bad:
-        raise UserError(f"{too_many_bad(bad, policy.max_bad)} Raise --max-bad to finish.")
+        raise UserError(f"{too_many_bad(bad, policy.max_bad)} Raise --max-bad to finish the build.")
     inputs, records = len(source.inputs) + len(source.refused), sum(shard.records for shard in shards)
     if not records:
         first = next(_outcomes(plan))
@@ -87,11 +87,11 @@ def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
 
 
 def too_many_bad(bad: int, max_bad: int) -> str:
-    """First sentence of the error message if a build has more than `max_bad` bad inputs."""
-    return f"{not_images(bad)}, --max-bad {max_bad} allowed."
+    """First sentence of the error message for a build with more than `max_bad` bad inputs."""
+    return f"{not_images(bad)}, more than --max-bad {max_bad} allows."
 
 
 def write_color_stats(folder: Path, split: Split) -> None:
-    """Compute a split's colour statistics from its exact moments, and store them in colour.json for the stream."""
+    """Compute a split's colour statistics from its exact moments, and write them to colour.json for training."""
     stats = compute_color_stats(split.records, Moments.from_json(split.moments))
     write_atomic(folder / "colour.json", json.dumps(asdict(stats)).encode())

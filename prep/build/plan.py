@@ -19,7 +19,7 @@ from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
 
-MAX_SHARD_RECORDS = 4096  # such a shard has about 100 MB of JPEG; one core builds it in about ten seconds
+MAX_SHARD_RECORDS = 4096  # a shard of this length has about 100 MB of JPEG; one core builds it in about 10 s
 _MIN_SHARD_RECORDS, _MIN_SHARDS = 64, 32  # a small split has shorter shards, so that all cores have work
 
 
@@ -28,7 +28,7 @@ class BuildPolicy:
     """Options of a build: what happens to bad inputs and to an earlier, unfinished build."""
 
     skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
-    max_bad: int | None = None  # the build stops when it has left out more bad inputs than this; None: no limit
+    max_bad: int | None = None  # the build stops after more than `max_bad` bad inputs; None: no limit
     restart: bool = False  # discard an unfinished build
 
 
@@ -107,7 +107,7 @@ class BuildPlan:
         return tasks
 
     def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """The summary of shard `number` (prep.build.shard_task); None if the shard is unfinished or incomplete."""
+        """The summary of shard `number` (prep.build.shard_task); None if a file is missing or cut short."""
         path = summary_path(self.folder, number)
         try:
             summary: dict[str, Any] = json.loads(path.read_bytes())
@@ -123,13 +123,13 @@ class BuildPlan:
     def is_finished(self, number: int) -> bool:
         """Whether shard `number` is finished and need not be built again.
 
-        Without `skip_bad`, a shard that left out a bad input is built again, since the input may have been corrected.
+        Without `skip_bad`, a shard that lacks a bad input is built again, since the input may have been corrected.
         """
         summary = self.shard_summary(number)
         return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
 
     def count_bad_inputs(self) -> int:
-        """Number of inputs that the finished shards left out."""
+        """Number of bad inputs that were left out of the finished shards."""
         summaries = [self.shard_summary(number) for number in range(self.shard_count) if self.is_finished(number)]
         return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
 

@@ -1,4 +1,4 @@
-"""Checks before a long build: inputs that are not images, disk space, and an estimate of the build time."""
+"""Checks before a long build: inputs that are not images, disk space and estimated build time."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from prep.inputs.reader import InputReader
 from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
-_PAGE_BYTES = 4096  # size of an LMDB page; a stored record takes whole pages
-_PROBE_S_PER_INPUT = 0.1e-3  # a few percent of the time that one record takes to build
+_PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
+_PROBE_S_PER_INPUT = 0.1e-3  # probe time per input: a few percent of the build time of a record
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
 
@@ -39,8 +39,8 @@ class ResourceEstimate:
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
     """Find inputs whose size or first bytes show that they are not images. Returns (name, reason) of each such input.
 
-    Nothing is decoded. The probe stops after a few percent of the build time. If the source is slow, the probe covers
-    only some of the inputs. The build itself checks every input.
+    Nothing is decoded. After a few percent of the build time, `probe` stops. If the source is slow, `probe` therefore
+    checks only some of the inputs. The build itself checks every input.
     """
     deadline = time.monotonic() + max(_MIN_PROBE_S, len(inputs) * _PROBE_S_PER_INPUT / jobs)
 
@@ -71,7 +71,8 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
     """Raise UserError if the listing and `probe` together found more bad inputs than `policy` allows.
 
-    These inputs are written to bad.jsonl in the plan's `work_dir`. If `policy` skips bad inputs, `probe` does not run.
+    The bad inputs are then listed in bad.jsonl in the plan's `work_dir`. If `policy` skips bad inputs, `probe` does not
+    run.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
@@ -80,21 +81,22 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
         return
     lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]
     write_atomic(plan.work_dir / "bad.jsonl", "".join(lines).encode())
-    allowed = f" (--max-bad {policy.max_bad} allowed)" if policy.skip_bad else ""
+    allowed = f", more than --max-bad {policy.max_bad} allows" if policy.skip_bad else ""
     raise UserError(
         f"{count_noun(len(bad), 'input')} of {len(plan.source.inputs) + len(plan.source.refused):,} "
         f"{'is not an image' if len(bad) == 1 else 'are not images'}{allowed}, found before building "
         f"(first: {bad[0][0]}: {bad[0][1]}). "
-        f"{plan.work_dir / 'bad.jsonl'} lists all. Correct them, or leave them out with --on-bad skip."
+        f"{plan.work_dir / 'bad.jsonl'} lists all of them. "
+        "Correct the bad inputs, or pass --on-bad skip to leave them out."
     )
 
 
 def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner) -> None:
-    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk; warn if they may not fit."""
+    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk. Print a warning if they may not fit."""
     free = free_bytes(plan.folder)
     count = plan.count_inputs(unfinished)
     if count * _max_record_bytes(plan.settings) < free:
-        return  # even records of the largest expected size fit, so nothing is measured
+        return  # even records of the largest expected size fit, so no sample is measured
     estimate = estimate_resources(plan.sample(unfinished), count, runner)
     if estimate is None or estimate.bytes <= free:
         return
@@ -113,7 +115,7 @@ def _max_record_bytes(settings: Settings) -> int:
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """Message about the disk space that the `unfinished` shards need, extrapolated from the finished shards.
+    """First part of a message: the disk space that the `unfinished` shards need, extrapolated from finished shards.
 
     The text is empty if no record is stored yet or no shard is unfinished.
     """
@@ -127,13 +129,13 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
 
 
 def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> ResourceEstimate | None:
-    """Build the records of `tasks` in memory, and extrapolate their size and time to a build of `inputs` inputs.
+    """Build the records of `tasks` in memory, and extrapolate size and build time to `inputs` inputs.
 
     Returns None if no input of `tasks` is an image.
     """
     count, size, seconds = 0, 0, 0.0
     for _, result in runner.map(_measure, tasks, lambda counts: None):
-        if not isinstance(result, WorkerDied):  # ignored: the build itself will report the crash
+        if not isinstance(result, WorkerDied):  # a crash is ignored here; the build itself will report it
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
     if not count:
         return None

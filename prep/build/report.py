@@ -13,13 +13,13 @@ from prep.store.input_log import read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
-    from prep.build.split import BuildEstimate  # at run time this would load LMDB and Pillow, even for --help
+    from prep.build.split import BuildEstimate  # a run-time import would load LMDB and Pillow, even for --help
 
 _ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 
 
 def report_build(store: Store, name: str, done: int, seconds: float, as_json: bool) -> None:
-    """Print the result of the build of split `name`; this run processed `done` of its inputs in `seconds`."""
+    """Print the result of the build of split `name`; this run processed `done` of the split's inputs."""
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
     if as_json:

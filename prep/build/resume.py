@@ -1,8 +1,9 @@
 """Starts, resumes and discards builds, and checks which changes are allowed between two runs of a build.
 
 An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs are the
-same. The content and the label of an input may change until its shard is finished. In a finished shard, only the
-content of a bad input may change; then the shard is built again. Any other change in a finished shard is an error.
+same. The content and the label of an input may change until the shard of the input is finished. In a finished shard,
+only the content of a bad input may change; then the shard is built again. Any other change in a finished shard is an
+error.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     changed = find_changed_inputs(plan, store)
     if changed:
         for number in range(plan.shard_count):
-            if has_changed_input(plan, number, changed):  # a finished shard is built again: the input was bad
+            if has_changed_input(plan, number, changed):  # if the shard was finished, the input was bad
                 summary_path(plan.folder, number).unlink(missing_ok=True)
         say(
             f"{plan.source.split}: {count_noun(len(changed), 'input')} changed since this build began; "
@@ -84,10 +85,10 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
         if tools.get(tool) != present:
             raise UserError(
                 f"{store} holds an unfinished build by {tool} {tools.get(tool)}, but {present} is installed. "
-                "Finish it with that version, or pass --restart to discard what was built."
+                "Finish the build with that version, or pass --restart to discard the build."
             )
     after = plan.source.inputs
-    advice = "Put it back to resume the build, pass --restart to discard what was built, or choose another --store."
+    advice = "Undo this change to resume the build, pass --restart to discard the build, or choose another --store."
     if classes != list(plan.source.classes):
         raise UserError(
             f"{store} holds an unfinished build of {len(classes)} classes, this command has "
@@ -123,7 +124,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
 
 
 def has_changed_input(plan: BuildPlan, number: int, changed: Mapping[bytes, Any]) -> bool:
-    """Whether shard `number` has any of the inputs whose paths are in `changed`."""
+    """Whether any input of shard `number` has its path in `changed`."""
     return bool(changed) and any(plan.source.inputs.path(index) in changed for index in plan.input_indices(number))
 
 
@@ -135,7 +136,7 @@ def _difference(before: Input, after: Input) -> str:
 
 
 def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
-    """Raise UserError for the first of the `requested` settings that differs from the setting in `begun`."""
+    """Raise UserError for the first of the `requested` settings that differs from the store's setting in `begun`."""
     for field in fields(Settings):
         new, old = getattr(requested, field.name), begun[field.name]
         if new != old:
@@ -147,7 +148,7 @@ def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Pa
 
 
 def refuse_foreign_folder(plan: BuildPlan) -> None:
-    """Raise StoreError if the folder of a new split contains anything other than its work folder."""
+    """Raise StoreError if the folder of a new split contains anything other than the work folder `.build`."""
     if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work_dir.name}:
         raise StoreError(
             f"{plan.folder} exists but was not begun by alexprep. Choose another --store, or remove the folder."
@@ -158,7 +159,7 @@ def discard_build(plan: BuildPlan, store: Path) -> None:
     """Remove an unfinished build.
 
     The folder is renamed before it is deleted. So even if the process is killed during the deletion, the split's folder
-    never has the summary of a shard that is already deleted.
+    never contains the summary of a deleted shard.
     """
     discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
     os.rename(plan.folder, discarded)

@@ -2,7 +2,7 @@
 
 The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder, synced
 to disk and renamed. Then the two files of its summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of
-the central squares of its images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without
+the central squares of the images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without
 a summary is built again.
 """
 
@@ -74,7 +74,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # exists if a build was killed before it wrote the summary
+        shutil.rmtree(final, ignore_errors=True)  # exists if a build was killed before writing the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())
@@ -83,20 +83,20 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     except lmdb.Error as error:
         if any(text in str(error) for text in _NO_SPACE):
             raise DiskFull(f"{task.folder}: {error}") from error
-        raise UserError(f"{task.folder}: {error}. Correct that, then run the same command again.") from error
+        raise UserError(f"{task.folder}: {error}. Correct this error, then run the same command again.") from error
     except OSError as error:
         reported = disk_error(error, f"{task.folder}: {error.strerror or error}")
         if isinstance(reported, DiskFull):  # the parent process adds the needed disk space to the message
             raise reported from error
         raise UserError(
-            f"{reported}. Correct that, then run the same command again: finished shards are kept."
+            f"{reported}. Correct this error, then run the same command again: finished shards are kept."
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 class ShardBuilder:
-    """Builds the records of one shard in order, and sums up their pixels, labels and outcomes."""
+    """Builds the records of one shard in order. Sums pixels, counts labels and collects the outcomes of inputs."""
 
     def __init__(self, task: ShardTask, task_progress: TaskProgress) -> None:
         self.task, self.task_progress = task, task_progress
@@ -122,7 +122,7 @@ class ShardBuilder:
         except BadImage as reason:
             if not self.task.skip_bad:
                 raise UserError(
-                    f"{name_text(item.path)}: {reason}. Correct it, or pass --on-bad skip to leave it out; "
+                    f"{name_text(item.path)}: {reason}. Correct this input, or pass --on-bad skip to leave it out; "
                     "finished shards are kept."
                 ) from None
             self.outcomes.append({"source": name_text(item.path), "fate": "bad", "why": str(reason)})

@@ -1,16 +1,16 @@
-"""Builds a split, or estimates its build: plan, checks, shards in worker processes, assembly.
+"""Builds a split, or estimates a build: plan, checks, shards in worker processes, assembly.
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops. The crash
 is counted for the input that the process was reading. These files hold the state of an unfinished build:
 
-    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: equal in a resumed build
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; equal in a resumed build
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
     store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
     store/train/.build/deaths.json       {path of an input: number of worker processes that crashed at this input}
 
-Records are sorted by a keyed hash of their paths (prep/inputs/listing.py), so their order depends only on the paths and
-the seed. The hash mixes the classes well enough for a stream that reads blocks of consecutive records
+Records are sorted by a keyed hash of their paths (prep/inputs/listing.py), so the record order depends only on paths
+and seed. The hash mixes the classes well enough for training, which reads blocks of consecutive records
 (pipeline/sampling.py).
 """
 
@@ -59,7 +59,7 @@ class BuildEstimate:
     classes: int
     bad: tuple[tuple[str, str], ...]  # (name, reason) of inputs that were refused by the listing or found by `probe`
     done: int  # inputs in finished shards
-    is_built: bool  # the split is in the store already, with the same inputs and settings
+    is_built: bool  # the store already has the split, built from the same inputs and settings
     resources: ResourceEstimate | None  # for the remaining inputs; None if no inputs remain or the sample has no image
     free_bytes: int
 
@@ -75,7 +75,7 @@ def build_split(
     """Build one split into the folder `store` and return the store. A finished split is not built again.
 
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
-    for bad inputs that `policy` does not allow, or if a worker process crashed. Raises DiskFull if the disk is full.
+    if `policy` does not allow the bad inputs, or if a worker process crashed. Raises DiskFull if the disk is full.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     _refuse_store_in_source(source, store)
@@ -114,14 +114,14 @@ def build_split(
         if isinstance(reported, DiskFull):
             raise _disk_full(reported, store) from error
         raise UserError(
-            f"{reported}. Correct that, then run the same command again: finished shards are kept."
+            f"{reported}. Correct this error, then run the same command again: finished shards are kept."
         ) from error
 
 
 def estimate_build(
     source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy = DEFAULT_POLICY
 ) -> BuildEstimate:
-    """Estimate a build without writing anything. Raises UserError if build_split would refuse to start."""
+    """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`."""
     _refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     existing = _open_existing(store, plan)
@@ -160,7 +160,7 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
 
 
 def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
-    """Open the store; None if the store has no split yet. Raises UserError if settings or inputs differ from `plan`."""
+    """Open the store; None if there is no split yet. Raises UserError if settings or inputs differ from `plan`."""
     if not (store / "manifest.json").exists():
         return None
     existing, split = Store.open(store), plan.source.split
@@ -174,7 +174,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError for a store inside its own source, since the next build would list the store as a class."""
+    """Raise UserError if the store would write into its own source. The next build would list these files as inputs."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split
@@ -182,7 +182,7 @@ def _refuse_store_in_source(source: Source, store: Path) -> None:
         is_inside = store_path == root.parent
     if is_inside:
         raise UserError(
-            f"--store {store}: that is inside the source, {source.reader.root}. Choose a folder outside of it."
+            f"--store {store} would write into the source, {source.reader.root}. Choose a folder outside of the source."
         )
 
 
@@ -194,7 +194,7 @@ def _build_shards(
     policy: BuildPolicy,
     bad_before: int,
 ) -> None:
-    """Build the shards `shard_numbers`. Raises UserError for too many bad inputs or if a worker process crashed."""
+    """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad or a worker process crashed."""
     done_before = progress.done
     refused = len(plan.source.refused)
 
@@ -203,21 +203,23 @@ def _build_shards(
         progress.update(done_before + counts.done, bad=bad, size_bytes=counts.bytes)
         if policy.skip_bad and policy.max_bad is not None and bad > policy.max_bad:
             raise UserError(
-                f"{too_many_bad(bad, policy.max_bad)} Correct them, or raise --max-bad: finished shards are kept."
+                f"{too_many_bad(bad, policy.max_bad)} Correct the inputs, or raise --max-bad: finished shards are kept."
             )
 
-    # closing() stops the workers, also after an error, before the caller releases the lock.
+    # closing() stops the workers before the caller releases the lock, even after an error.
     with closing(runner.map(build_shard, _tasks(plan, shard_numbers), on_progress)) as results:
         for task, result in results:
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
-                raise UserError(f"A worker process {result.describe()} before it began. Run the same command again.")
+                raise UserError(
+                    f"A worker process {result.describe()} before it read an input. Run the same command again."
+                )
             if isinstance(result, WorkerDied):
                 name = name_text(task.inputs[result.index].path)
                 plan.record_crash(name)
                 raise UserError(
                     f"{name}: a worker process {result.describe()} at this file. If memory ran "
                     "out, run the same command again with fewer --jobs: finished shards are kept. "
-                    "With --on-bad skip a file at which worker processes died twice is left out."
+                    "With --on-bad skip, a file is left out after two worker processes have crashed at it."
                 )
 
 

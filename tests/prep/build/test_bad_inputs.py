@@ -1,4 +1,4 @@
-"""Inputs that are not images are found before or during the build, refused or left out, and counted."""
+"""Builds find inputs that are not images before or during the work, refuse them or leave them out, and count them."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_ba
     base = ["build-lmdb", str(with_bad), "--store", str(tmp_path / "store"), "--side", "32", "--jobs", "1"]
     result = CliRunner().invoke(main, [*base, *words])
     assert result.exit_code == 1
-    assert f"--max-bad {words[-1]} allowed" in result.stderr
+    assert f"more than --max-bad {words[-1]} allows" in result.stderr
     assert not (tmp_path / "store" / "manifest.json").exists()
     enough = CliRunner().invoke(main, [*base, "--max-bad", "4"])
     assert enough.exit_code == 0, enough.stderr
@@ -229,7 +229,9 @@ def test_more_bad_inputs_than_max_bad_stop_the_command(words: list[str], with_ba
 def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: Path) -> None:
     """Each run builds one shard. The limit applies to the bad inputs of all runs together."""
     store, runs = tmp_path / "store", 0
-    with pytest.raises(UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), --max-bad {most} allowed"):
+    with pytest.raises(
+        UserError, match=rf"^[1-4] inputs? (is|are) not (an image|images), more than --max-bad {most} allows"
+    ):
         for _ in range(4):
             try:
                 build(with_bad, store, policy=BuildPolicy(True, most), runner=StoppingRunner())
@@ -243,7 +245,7 @@ def test_max_bad_counts_over_several_runs(most: int, with_bad: Path, tmp_path: P
 def test_max_bad_counts_finished_shards(with_bad: Path, tmp_path: Path) -> None:
     with pytest.raises(Stopped):
         build(with_bad, tmp_path / "store", policy=SKIP, runner=StoppingRunner(4))
-    with pytest.raises(UserError, match="4 inputs are not images, --max-bad 3 allowed"):
+    with pytest.raises(UserError, match="4 inputs are not images, more than --max-bad 3 allows"):
         build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 3))
     assert build(with_bad, tmp_path / "store", policy=BuildPolicy(True, 4)).split("train").records == 200
 
@@ -251,7 +253,7 @@ def test_max_bad_counts_finished_shards(with_bad: Path, tmp_path: Path) -> None:
 def test_entries_that_are_not_files_count_for_max_bad_before_the_build(photos: Path, tmp_path: Path) -> None:
     for name in "abc":
         (photos / "n1" / name).mkdir()
-    with pytest.raises(UserError, match="--max-bad 2 allowed"):
+    with pytest.raises(UserError, match="more than --max-bad 2 allows"):
         build(photos, tmp_path / "store", policy=BuildPolicy(True, 2), runner=UnusedRunner())
     assert build(photos, tmp_path / "store", policy=BuildPolicy(True, 3)).split("train").account["inputs"] == 203
 
@@ -274,7 +276,7 @@ def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, 
         (with_bad / name).unlink()
     with pytest.raises(Stopped):
         build(with_bad, tmp_path / "store", policy=SKIP, runner=StoppingRunner(4))
-    with pytest.raises(UserError, match=r"bad_.*Correct it"):
+    with pytest.raises(UserError, match=r"bad_.*Correct this input"):
         build(with_bad, tmp_path / "store")
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert build(with_bad, tmp_path / "store", policy=SKIP).split("train").records == 200

@@ -1,4 +1,4 @@
-"""Damaged, misleading and oversized files (tests/helpers/hostile_files.py), built by the command as a process.
+"""Damaged, misleading and oversized files (tests/helpers/hostile_files.py), read by an alexprep process.
 
 Each file must have its expected outcome: kept, converted or bad. The command must end by itself with exit code
 0, within bounds of time and memory, with consistent counts, and without starting any other program.
@@ -235,6 +235,6 @@ def test_a_file_that_only_decoding_shows_to_be_bad_ends_a_strict_build(
         return
     assert ended.code == 1
     assert len(ended.stderr.splitlines()) == 1
-    reason = re.fullmatch(r"Error: b/odd\.JPEG: (.+?)\. Correct it, or .*", ended.stderr.strip())
+    reason = re.fullmatch(r"Error: b/odd\.JPEG: (.+?)\. Correct this input, or .*", ended.stderr.strip())
     assert reason is not None, ended.stderr
     assert re.search(expected.bad, reason[1])

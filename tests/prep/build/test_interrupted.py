@@ -319,7 +319,7 @@ def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> N
         before = tree(tmp_path / "store")
         time.sleep(1)
         assert tree(tmp_path / "store") == before
-    assert "killed" in str(raised.value)  # until here, the exception keeps the generator of the results alive
+    assert "killed" in str(raised.value)  # until here, `raised` keeps the generator of the results alive
 
 
 def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> None:
