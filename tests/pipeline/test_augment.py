@@ -174,7 +174,7 @@ def test_evaluation_subtracts_the_mean_of_the_training_split(stores: dict[str, P
 
 @pytest.mark.parametrize("mean", ["image", "aligned"])
 def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores: dict[str, Path], mean: str) -> None:
-    """Views 6 to 10 are views 1 to 5 mirrored. The test compares view 3 with view 8."""
+    """Views 6 to 10 are the mirror images of views 1 to 5. The test compares view 3 with view 8."""
     store = Store.open(stores["ppm"])
     m = store.mean_image()[16:240, 16:240].transpose(2, 0, 1)
     assert np.abs(m - m[:, :, ::-1]).max() > 1

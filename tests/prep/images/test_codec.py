@@ -266,7 +266,7 @@ def test_a_file_that_is_not_an_image_is_refused(content: bytes, reason: str) -> 
 
 
 def test_random_bytes_are_refused() -> None:
-    """Some files are only random bytes. Others begin with the signature of a usual format, so they reach a decoder."""
+    """Some files are only random bytes. Other files begin with a usual signature, so that a decoder reads them."""
     rng = np.random.default_rng(5)
     starts = [file_of(PHOTO, format)[:30] for format in ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP")]
     for start in [b"", *starts]:

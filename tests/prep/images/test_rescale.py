@@ -45,7 +45,7 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after rescaling; the longer side is rounded to the nearest integer, and .5 up."""
+    """(height, width) after rescaling; the longer side is rounded to the nearest integer; 0.5 rounds up."""
     scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
     return math.floor(height * scale + half), math.floor(width * scale + half)
 

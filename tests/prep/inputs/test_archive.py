@@ -238,7 +238,7 @@ def test_sparse_members_are_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_of_members_with_the_same_name_the_last_counts(tmp_path: Path) -> None:
-    """Of several members with the same name, only the last is listed. The others are refused by name.
+    """Of several members with the same name, only the last is listed. Earlier members are refused by name.
 
     The program tar, too, leaves only the last member after it extracts such an archive.
     """
