@@ -1,6 +1,6 @@
 """Ablations: variants of the network with one part removed or replaced.
 
-If the paper's authors report how much an ablation raises the error, the ablation also gives this number.
+`rise_top1` and `rise_top5` are the increases of the error that the paper's authors report for an ablation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class Ablation:
     source: str
     settings: tuple[str, ...] = ()  # recipe overrides in the syntax of `--set`
     model: str = "alexnet"  # name of the architecture: a key of ARCHITECTURES
-    rise_top1: float | None = None  # reported rise of the top-1 error, in percentage points; None: not reported
-    rise_top5: float | None = None  # reported rise of the top-5 error, in percentage points; None: not reported
+    rise_top1: float | None = None  # reported increase of the top-1 error, in percentage points; None: not reported
+    rise_top5: float | None = None  # reported increase of the top-5 error, in percentage points; None: not reported
 
 
 BASELINE = Ablation("baseline", "the network with all its parts")

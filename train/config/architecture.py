@@ -1,7 +1,7 @@
 """Network architectures: columns, layer widths, padding and dropout of each network that `--model` offers.
 
-A recipe holds all other hyperparameters, such as learning rates, colour noise, activation and normalization. Only one
-field of a recipe, `crossing`, changes the shapes of parameters.
+All other hyperparameters, such as learning rates, colour noise, activation and normalization, are fields of a recipe
+(train/config/recipe.py). `crossing` is the only field of a recipe that changes the shapes of parameters.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = 2  # number of columns of the paper's network; also the maximum
+COLUMNS = 2  # number of columns of the paper's network; no network may have more
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Number of maps or units of each layer, summed over the columns. The defaults are those of the paper's network."""
+    """Number of maps or units of each layer, summed over the columns. The defaults give the paper's network."""
 
     conv1: int = 96
     conv2: int = 256
@@ -29,27 +29,27 @@ class Widths:
 
 @dataclass(frozen=True)
 class Architecture:
-    """One network architecture. The defaults are those of the paper's network."""
+    """One network architecture. The defaults give the paper's network."""
 
     name: str
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: padding only at the right and bottom, up to the
-    # edge of the last window.
+    # Zero padding of conv1's input, in px, on every side. None: padding only at the right and bottom, as much as
+    # the last window needs.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe has one
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
     convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 
     def __post_init__(self) -> None:
-        """Raise ValueError unless there are 1 or 2 columns and they divide the width of every layer evenly."""
+        """Raise ValueError if the number of columns is not 1 or 2, or does not divide the width of every layer."""
         if self.columns not in (1, COLUMNS):
             raise ValueError(f"{self.columns} columns: expected 1 or {COLUMNS}")
         odd_widths = [f"{name} = {n}" for name, n in vars(self.widths).items() if n % self.columns]
         if odd_widths:
             raise ValueError(
-                f"{', '.join(odd_widths)}: {self.columns} columns share every layer, expected even numbers"
+                f"{', '.join(odd_widths)}: expected even numbers, because {self.columns} columns share every layer"
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
@@ -57,9 +57,10 @@ class Architecture:
 
         side_px  width or height of the image
 
-        The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The kernels
-        of that code read zeros beyond the edge: for 224 px, three rows at the bottom and three columns at the right. A
-        padding value of 0 is the mean colour, because the mean has been subtracted from the image.
+        The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The authors'
+        CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, these are three rows at the bottom
+        and three columns at the right. The value 0 is the mean colour, because the mean has been subtracted from the
+        image.
         """
         if self.conv1_padding is None:
             return 0, (11 - side_px) % 4
@@ -106,7 +107,7 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# {name of a layer in torchvision's state_dict: name of this layer in this package}. torchvision's network expects
+# {name of a layer in torchvision's state_dict: name of the same layer in this package}. torchvision's network expects
 # the input (RGB / 255 − mean) / std, with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
@@ -121,11 +122,11 @@ TORCHVISION_LAYERS = {
 
 
 def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
-    """Inverse of asdict for an Architecture. Raises TypeError, KeyError or ValueError for other data."""
+    """Convert the result of asdict back to an Architecture. Raises TypeError, KeyError or ValueError for other data."""
     converted = {"widths": Widths(**data["widths"]), "dropout_before": tuple(data["dropout_before"])}
     return Architecture(**{**data, **converted})
 
 
 def architecture_values(architecture: Architecture) -> dict[str, Any]:
-    """The fields of an architecture by name, without `source`, which does not affect the network."""
+    """The fields of an architecture by name. `source` is left out, because it does not affect the network."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

@@ -12,7 +12,7 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # explained in train/model/precision.py
 EXPORT_FORMATS = ("safetensors", "torchvision", "onnx")  # explained in train/convert/export.py
 
 PREDICT_VIEWS = ("1", "10")  # 1: the centre crop; 10: the ten crops of section 4.1
-EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: all crops of the central square at a stride of 32 px, in one pass
+EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop at every 32 px of the central square, in one pass
 
 CHECKPOINTS_KEPT = 2  # default number of newest checkpoints that a run keeps, in addition to the best checkpoint
-INDEX_RECORDS = 50_000  # default number of images in the nearest-neighbor index: 0.8 GB at 4096 units per image
+INDEX_RECORDS = 50_000  # default number of images in the nearest-neighbor index: it takes 0.8 GB for 4096 units

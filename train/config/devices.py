@@ -17,10 +17,11 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
     `0,1`  column 0 on GPU 0, column 1 on GPU 1
     `0`    both columns on GPU 0
     `cpu`  both columns on the CPU
-    None   0,1 if the machine has two GPUs and the network has two columns; else 0 if the machine has a GPU; else cpu
+    None   0,1 if the machine has at least two GPUs and the network has two columns; else 0 if the machine has a GPU;
+           else cpu
 
-    Raises UserError for any other value, for a GPU that the machine does not have, and for two GPUs if the network has
-    one column.
+    `0,1` and `0` are examples: other GPU numbers are valid too. Raises UserError for a value of another form, for a
+    GPU that the machine does not have, and for two GPUs if the network has one column.
     """
     import torch
 
@@ -31,14 +32,14 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
         return "cpu", "cpu"
     indices = gpus.split(",")
     if not all(index.strip().isdecimal() for index in indices):
-        raise UserError(f"--gpus {gpus}: expected two GPUs (0,1), one for both columns (0), or cpu.")
+        raise UserError(f"--gpus {gpus}: expected two GPUs (0,1), one GPU for both columns (0), or cpu.")
     check_device_count(gpus)
     if len(indices) > columns:
         raise UserError(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
     missing = [index.strip() for index in indices if int(index) >= count]
     if missing:
         raise UserError(
-            f"--gpus {gpus}: there is no GPU {missing[0]}, this machine has {count}. "
+            f"--gpus {gpus}: there is no GPU {missing[0]}: this machine has {console.count_noun(count, 'GPU')}. "
             + (f"Name a number below {count}, or cpu." if count else "Pass --gpus cpu.")
         )
     return f"cuda:{int(indices[0])}", f"cuda:{int(indices[-1])}"
@@ -47,7 +48,9 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
 def check_device_count(gpus: str) -> None:
     """Raise UserError if a value of `--gpus` names more than two devices."""
     if gpus.count(",") > 1:
-        raise UserError(f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one for both (0), or cpu.")
+        raise UserError(
+            f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one device for both columns (0), or cpu."
+        )
 
 
 def describe_devices(devices: Devices, columns: int = 2) -> str:

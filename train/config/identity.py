@@ -1,7 +1,7 @@
-"""Identity of a run: the settings that decide its result, and the comparison of two identities.
+"""Identity of a run: the settings that must be unchanged when the run continues from a checkpoint.
 
-A run continues a checkpoint only if both have the same identity. Otherwise `alextrain run` refuses to continue and
-names the first setting that differs.
+If the identity of the run differs from the identity of the checkpoint, `alextrain run` fails. The error names the first
+setting that differs.
 """
 
 from __future__ import annotations
@@ -20,18 +20,21 @@ from train.config.run_config import RunConfig
 
 
 class Difference(NamedTuple):
-    """A setting that has different values in two identities. run.json stores these fields under "ancestry"."""
+    """A setting that has different values in two identities.
+
+    In run.json, the key "ancestry" holds the differences between a forked run and the run from which it was forked.
+    """
 
     name: str  # `batch_size`, `recipe.lrn.alpha`, `model.widths.fc7`
-    there: Any  # value of the setting in the other run
-    here: Any  # value of the setting in this run
+    there: Any  # value of the setting in `theirs`, the other identity
+    here: Any  # value of the setting in `ours`, the identity of this run
 
 
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """The identity of a run, as JSON values.
 
-    The names of the recipe and the architecture appear in messages only. Identities are compared by the settings of the
-    recipe and the architecture.
+    The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
+    settings of the recipe and the architecture, and ignores these names.
     """
     return {
         "store_fingerprint": store.split("train").fingerprint,
@@ -90,8 +93,8 @@ def check_identity(theirs: Mapping[str, Any], ours: Mapping[str, Any], run_dir: 
     else:
         what = f"{part.replace('_', ' ')} ({values})"
     raise UserError(
-        f"{run_dir} was trained with another {what}. Pass the settings it began with, name a new --run-dir, or begin "
-        "a new run from its newest checkpoint with --fork NEW_DIR."
+        f"{run_dir} was trained with another {what}. Pass the original settings, name a new --run-dir, or begin "
+        "a new run from the newest checkpoint with --fork NEW_DIR."
     )
 
 

@@ -1,6 +1,6 @@
 """Recipe overrides: `--set FIELD=VALUE` changes one field of a recipe.
 
-The `name` and the `sources` of the changed recipe list the overrides.
+The fields `name` and `sources` of the changed recipe list the overrides.
 
 `alextrain recipe` prints the names of the fields. A dot separates the name of a field from the name of one of its
 parts. The syntax of a value depends on the type of the field:
@@ -8,12 +8,12 @@ parts. The syntax of a value depends on the type of the field:
     number, true or false, word       lr=0.02   crossing=false   activation=tanh   lr_bias=none
     lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 (all parts, in their order); lrn.alpha=1e-4
     init_std, init_bias               a number for all layers; none for no biases; init_std.conv3=0.01 for one layer
-    schedule                          plateau; cosine; steps (a tenth after each third of the epochs);
-                                      none (a constant learning rate); 25,51,79 (a tenth after each of these epochs);
-                                      25:1e-3,51:1e-4 (these learning rates); schedule.drops=2
+    schedule                          plateau; cosine; steps (lr divided by 10 after 1/3 and after 2/3 of the epochs);
+                                      none (constant lr); 25,51,79 (lr divided by 10 after each of these epochs);
+                                      25:1e-3,51:1e-4 (lr 1e-3 after epoch 25, 1e-4 after epoch 51); schedule.drops=2
 
 Overrides are applied in alphabetical order of their fields. The order on the command line therefore changes neither
-the recipe nor its name. If a field is given twice, the last value counts.
+the recipe nor its name. If a field has two overrides, the last one is used.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _EXPECTED = {int: "a whole number", float: "a number", bool: "true or false", st
 
 
 class _InvalidValue(Exception):
-    """A field was given a value that it cannot have. The text of the exception describes the expected values."""
+    """Raised for a value that is invalid for its field. The text of the exception describes the valid values."""
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
     """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
-    epochs  number of epochs of the run; None: the recipe's `epochs`. This number changes the recipe only if the
-            schedule depends on the number of epochs, which is true for a cosine and for `schedule=steps`
+    epochs  number of epochs of the run; None: the recipe's `epochs`. `epochs` changes the recipe only if the schedule
+            is a cosine or `schedule=steps`, because only these schedules depend on the number of epochs
 
     Raises UserError for an unknown recipe and for an invalid override.
     """
@@ -57,7 +57,7 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with each FIELD=VALUE of `settings` applied. Its `name` and `sources` list the overrides.
+    """The recipe with each FIELD=VALUE of `settings` applied. The new `name` and `sources` list the overrides.
 
     Raises UserError for an invalid override. The message names the field, the value and the expected values.
     """
@@ -98,7 +98,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
     """`before` with one part replaced by the parsed `value`.
 
-    parts  path to the part: names of nested fields, or the name of a layer; if empty, `value` replaces all of `before`
+    parts  path to the part: names of nested fields, or the name of a layer; empty: `value` replaces all of `before`
     """
     if not parts:
         return _parse(hint, value)
@@ -123,7 +123,7 @@ def _check_name(option: str, name: str, names: Sequence[str]) -> None:
 
 
 def _parse(hint: Any, text: str) -> Any:
-    """Convert `text` to a value of the type `hint`. Raises _InvalidValue if that is impossible."""
+    """Convert `text` to a value of the type `hint`. Raises _InvalidValue if `text` is not valid for this type."""
     kinds = [kind for kind in get_args(hint) if kind is not NoneType]
     if NoneType in get_args(hint):
         if text == "none":
@@ -158,8 +158,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """The schedule that `text` describes.
 
     The schedules `steps` and `25,51,79` (epochs without learning rates) are computed from the recipe's `epochs` and
-    `lr`. Any overrides of `epochs` and `lr` are already in the recipe, because overrides are applied in alphabetical
-    order.
+    `lr`. `recipe` already has the overrides of `epochs` and `lr`, because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()
@@ -187,9 +186,9 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """Text of a value, as part of the recipe's name. Equal numbers have the same text: 2e-2 gives 0.02.
+    """Text of a value in the recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
 
-    given  the text from the command line, which is returned for a value with parts, such as a schedule
+    given  the text from the command line; it is returned for a value with parts, such as a schedule
     """
     if value is None or isinstance(value, bool):
         return str(value).lower()

@@ -17,7 +17,10 @@ from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 
 @dataclass(frozen=True)
 class Lrn:
-    """Local response normalization: a · (k + alpha · Σ a²)^−beta (train/model/lrn.py). The sum is over a window."""
+    """Parameters of local response normalization: a · (k + alpha · Σ a²)^−beta (train/model/lrn.py).
+
+    The sum Σ is over a window around the activation a.
+    """
 
     size: int  # odd size of the window: number of maps (field `lrn`) or side of a square in px (field `within_map`)
     alpha: float  # factor of the sum Σ a², as in the paper; torch.nn.LocalResponseNorm divides its alpha by `size`
@@ -27,15 +30,15 @@ class Lrn:
     def __post_init__(self) -> None:
         """Raise UserError if `size` is even or not positive, or if `k` is not positive."""
         if self.size < 1 or self.size % 2 == 0 or self.k <= 0:
-            raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and k of more than 0.")
+            raise UserError(f"size {self.size}, k {self.k}: expected an odd size, and a k of more than 0.")
 
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """A change of learning rates or colour noise after `after_epochs` epochs. None: this value does not change."""
+    """A change of learning rates or colour noise after `after_epochs` epochs. A field of None changes nothing."""
 
-    after_epochs: float  # colour noise can change only at the end of an epoch
-    lr: float | None = None  # learning rate of the weights; conv1 is excluded once a change has set lr_conv1
+    after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
+    lr: float | None = None  # learning rate of the weights, except conv1's if a change has set lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -44,28 +47,28 @@ class ScheduleChange:
 class Plateau:
     """Schedule that multiplies the learning rate by `factor` each time the validation error stops improving.
 
-    After `drops` such reductions, the training ends at the next plateau.
+    After `drops` multiplications, the training ends at the next plateau.
     """
 
     factor: float
-    patience_epochs: int  # a plateau is reached after this many epochs without a lower validation error
+    patience_epochs: int  # a plateau is this many epochs without a new lowest validation error
     drops: int
 
     def __post_init__(self) -> None:
         """Raise UserError if a value is out of range."""
         if not 0 < self.factor < 1 or self.patience_epochs < 1 or self.drops < 0:
             raise UserError(
-                f"factor {self.factor}, patience_epochs {self.patience_epochs}, drops {self.drops}: expected between 0 "
-                "and 1, at least 1, at least 0."
+                f"factor {self.factor}, patience_epochs {self.patience_epochs}, drops {self.drops}: expected a "
+                "factor between 0 and 1, patience_epochs of at least 1, and drops of at least 0."
             )
 
 
 @dataclass(frozen=True)
 class Cosine:
-    """Linear warm-up from `start` · lr over `warmup_epochs`, then half a cosine down to `end` · lr at the last epoch.
+    """Schedule: linear warm-up from `start` · lr to lr, then half a cosine from lr to `end` · lr.
 
-    The number of epochs is the recipe's `epochs`. `start` and `end` are above 0, because a learning rate of 0 would
-    freeze the network.
+    The warm-up takes `warmup_epochs`. The cosine ends with the last of the recipe's `epochs`. `start` and `end` must be
+    above 0, because a learning rate of 0 would freeze the network.
     """
 
     warmup_epochs: float
@@ -76,8 +79,8 @@ class Cosine:
         """Raise UserError if a value is out of range."""
         if self.warmup_epochs < 0 or not 0 < self.start <= 1 or not 0 < self.end <= 1:
             raise UserError(
-                f"warmup_epochs {self.warmup_epochs}, start {self.start}, end {self.end}: expected at least 0, and "
-                "shares of lr above 0, up to 1."
+                f"warmup_epochs {self.warmup_epochs}, start {self.start}, end {self.end}: expected "
+                "warmup_epochs of at least 0, and start and end as shares of lr above 0, at most 1."
             )
 
 
@@ -88,7 +91,8 @@ ScheduleSpec = tuple[ScheduleChange, ...] | Plateau | Cosine  # implemented by t
 class Recipe:
     """The hyperparameters of a run. `sources` maps the name of each field to a text about the origin of its value.
 
-    The architecture, store and seed of a run are not part of its recipe. `epochs` is the default length of a run.
+    The architecture, store and seed of a run are not part of its recipe. `epochs` is a default: a run can have another
+    number of epochs.
     """
 
     name: str
@@ -99,13 +103,13 @@ class Recipe:
     augmentation: Augmentation
 
     activation: str  # one of ACTIVATIONS
-    lrn: Lrn | None  # normalization across maps, after layers 1 and 2
+    lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
     norm_before_relu: bool  # layer 1: True: conv, norm, pool, activation; False: conv, activation, norm, pool
     within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
-    pool_px: int  # side of a pooling window; the stride is 2, so windows of 3 px overlap
-    crossing: bool  # False: conv3, fc6 and fc7 see only their own column; fc8 always sees both columns
+    pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
+    crossing: bool  # False: conv3, fc6 and fc7 get inputs from one column only; fc8 always gets both columns
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
-    dropout_scales_training: bool  # True: training divides kept values by 1 − p; False: evaluation multiplies by 1 − p
+    dropout_scales_training: bool  # True: training divides by 1 − dropout; False: evaluation multiplies by 1 − dropout
 
     init: str  # "normal": standard deviations in init_std; "he": standard deviation sqrt(2 / fan_in)
     init_std: Mapping[str, float]  # standard deviation by layer; used only if init is "normal"
@@ -146,7 +150,7 @@ class Recipe:
 
 
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
-    """Inverse of asdict for a Recipe. Raises TypeError, KeyError or ValueError for other data."""
+    """Convert the result of asdict back to a Recipe. Raises TypeError, KeyError or ValueError for other data."""
     converted = {
         "augmentation": Augmentation(**data["augmentation"]),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
@@ -169,10 +173,10 @@ def recipe_fields() -> list[str]:
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """True if the logits of a newly initialized network hardly depend on the image, which delays learning.
+    """True if the logits of a newly initialized network hardly depend on the image, so that learning is delayed.
 
-    The paper's own initialization has this effect: standard deviation 0.01 and biases of 1 in conv3 to conv5
-    (measured: docs/measurements.md).
+    The paper's own initialization has this effect: standard deviation 0.01 in conv3 to conv5, and biases of 1 in conv4
+    and conv5 (measured: docs/measurements.md).
     """
     middle = ("conv3", "conv4", "conv5")
     small = all(recipe.init_std[layer] <= 0.01 for layer in middle)

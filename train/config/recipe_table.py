@@ -10,7 +10,7 @@ from typing import Any
 
 from train.config.recipe import Recipe, ScheduleChange, recipe_fields
 
-HEADINGS = {  # first field of each group: heading of the group
+HEADINGS = {  # {first field of a group: heading of the group}
     "batch_size": "Data",
     "activation": "Network",
     "init": "Initialization",
@@ -20,7 +20,7 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as aligned lines of at most 120 characters. The names in its first column are valid for `--set`."""
+    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column."""
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
     name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))

@@ -2,7 +2,7 @@
 
 paper     the values that the text of the paper gives
 released  the values in the code and parameter files that gave the paper's results: net #145 of AlexNet-Source-Code
-          (layers/layers-145.cfg and layers/layer-params-145.cfg, cited below as L145 and P145). Where the paper has
+          (layers/layers-145.cfg and layers/layer-params-145.cfg, cited below as L145 and P145). If the paper has
           another value, the entry in `sources` mentions the paper's value.
 caffe     the values of models/bvlc_alexnet in BVLC's Caffe (train_val.prototxt, solver.prototxt, readme.md)
 modern    the same network with present-day initialization and schedule

@@ -16,8 +16,9 @@ from train.config.recipe import Recipe
 class RunConfig:
     """Settings of a run.
 
-    The first block of fields determines the result of the run. The second block sets the folder, the devices,
-    the length of the run, the interval between log lines and the interval between checkpoints.
+    The fields of the first block must be unchanged when the run continues from a checkpoint (train/config/identity.py).
+    The second block sets the folder, the devices, the length of the run, and the intervals between log lines and
+    between checkpoints.
     """
 
     store: Path
@@ -26,7 +27,7 @@ class RunConfig:
     seed: int = 0
     model: Architecture = ALEXNET
     precision: str = "fp32"  # one of PRECISIONS (train/model/precision.py)
-    accumulate: int = 1  # a batch is computed in this many equal parts, one after the other
+    accumulate: int = 1  # number of equal parts of a batch, which are computed one after the other
 
     run_dir: Path = Path("run")
     devices: Devices = ("cpu", "cpu")  # device of column 0, device of column 1
@@ -35,11 +36,11 @@ class RunConfig:
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
-    threads: int | None = None  # number of threads of a CPU stream; None: one per core that the process may use
+    threads: int | None = None  # CPU threads that decode and augment; None: one per core that the process may use
 
 
 def check_parts(config: RunConfig) -> None:
-    """Raise UserError if `accumulate` does not divide the batch into equal parts."""
+    """Raise UserError if the batch cannot be divided into `accumulate` equal parts."""
     if config.batch_size % config.accumulate:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
         raise UserError(

@@ -1,7 +1,7 @@
-"""Error rates (top-1 and top-5) and loss over a split, for one network or the averaged probabilities of several.
+"""Top-1 error, top-5 error and loss over a split, of one network or of the averaged probabilities of several networks.
 
 A view is a crop of 224 px. An image has one view (the centre crop), ten views (section 4.1), or a dense grid of views:
-a crop every 32 px of the central square (AlexNet.dense).
+a crop at every 32 px of the central square (AlexNet.dense).
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
 def eval_batch_size(records: int, views: int, device: str) -> int:
-    """Number of images in an evaluation batch, at most `records`. A batch has 32 views on a CPU and 256 on a GPU.
+    """Number of images in an evaluation batch, at most `records`.
 
-    32 views fit into a CPU's caches: an evaluation was measured to be 1.3 times as fast as with 160 views. A GPU needs
-    more views for full speed.
+    `views` is the number of views per image. A batch has at most 32 views on a CPU and 256 views on a GPU. 32 views fit
+    into a CPU's caches: an evaluation was 1.3 times as fast as with batches of 160 views. A GPU needs larger batches
+    for full speed.
     """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 
@@ -48,7 +49,11 @@ def wilson_interval(misses: int, images: int) -> tuple[float, float]:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Error rates in 0..1, and the loss in nats: the mean of −log p for the (averaged) probability p of the label."""
+    """Error rates in 0..1, and the loss in nats.
+
+    The loss is the mean of −log p over the images. p is the probability of an image's label, averaged over views and
+    networks.
+    """
 
     top1_error: float
     top5_error: float
@@ -57,12 +62,12 @@ class EvalResult:
 
     @property
     def misses(self) -> tuple[int, int]:
-        """(top-1 misses, top-5 misses): numbers of images whose label is not among the 1 or 5 most probable classes."""
+        """Numbers of top-1 and top-5 misses: images whose label is not among the 1 (or 5) most probable classes."""
         return round(self.top1_error * self.images), round(self.top5_error * self.images)
 
     @property
     def intervals(self) -> tuple[tuple[float, float], tuple[float, float]]:
-        """The 95 % intervals of the top-1 and the top-5 error."""
+        """The 95 % score intervals of the top-1 error and of the top-5 error."""
         top1, top5 = self.misses
         return wilson_interval(top1, self.images), wilson_interval(top5, self.images)
 
@@ -88,9 +93,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If the array
-    `probabilities`, float32 (records, classes), is given, the class probabilities are written into it. Afterwards the
-    network is in the same mode (training or evaluation) as before.
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). The class
+    probabilities are written into the array `probabilities`, float32 (records, classes), unless it is None. Afterwards
+    the network is in the same mode (training or evaluation) as before.
 
     Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loader does
     not serve exactly the images of the split: the error rates would be wrong.
@@ -114,7 +119,7 @@ def evaluate(
             images += len(labels)
             progress.advance(len(labels))
     if images != loader.records:
-        raise RuntimeError(f"{images} images were served, the split has {loader.records}")
+        raise RuntimeError(f"{images} images were served, but the split has {loader.records} images")
     return EvalResult(int(misses[0]) / images, int(misses[1]) / images, loss / images, images)
 
 
@@ -130,9 +135,9 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of several networks' probabilities; the paper averages five and seven networks.
+    """The weighted mean (N, classes) of several networks' probabilities.
 
-    Weights (default: equal) are divided by their sum.
+    The weights are divided by their sum. By default, all weights are equal. The paper averages 5 networks, and 7.
     """
     shares = np.ones(len(probabilities)) if weights is None else np.asarray(weights, np.float64)
     mean = np.zeros(probabilities[0].shape)
@@ -142,7 +147,7 @@ def average_probabilities(
 
 
 def error_rates(probabilities: npt.NDArray[np.float64], labels: npt.NDArray[np.int64]) -> EvalResult:
-    """Error rates and loss of probabilities (N, classes).
+    """Error rates and loss, computed from probabilities (N, classes).
 
     For the loss, a probability below the smallest positive float32 is replaced by the smallest positive float32.
     """

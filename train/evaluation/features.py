@@ -1,8 +1,8 @@
 """Activations of any layer: captured in a forward pass, computed for all images of a split, or written to a .npy file.
 
-For conv1 to fc7, the activations are the outputs of the nonlinearity, before normalization, pooling and the scaling of
-dropout. For fc8, the activations are the logits. The activations of both columns are concatenated, column 0 first, like
-the parameters in AlexNet.joined_tensors.
+For conv1 to fc7, the activations are the layer's output after the nonlinearity, but before normalization, pooling and
+the scaling of dropout. For fc8, the activations are the logits. `compute_activations` concatenates the activations of
+both columns, column 0 first, like the parameters in AlexNet.joined_tensors.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from train.model.precision import autocast, set_precision
 
 @contextmanager
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
-    """A context in which each forward pass writes the activations of `layers` into the dict that is yielded.
+    """A context in which each forward pass writes the activations of `layers` into the yielded dict.
 
-    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. The tensor of a
-    conv layer has shape (N, maps, height, width), and the tensor of a fully connected layer has shape (N, units).
-    Raises UserError for a layer that is not one of LAYERS.
+    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. The list of fc8
+    has one tensor in all. The tensor of a conv layer has shape (N, maps, height, width), and the tensor of a fully
+    connected layer has shape (N, units). Raises UserError for a layer that is not one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
@@ -45,7 +45,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 
     def make_hook(layer: str, column: int) -> Callable[[Any, Any, Tensor], None]:
         def hook(module: Any, inputs: Any, output: Tensor) -> None:
-            value = output.detach().clone()  # a copy: the network's nonlinearity overwrites `output`
+            value = output.detach().clone()  # a copy, because the network's nonlinearity overwrites `output`
             value = value if layer == "fc8" else nonlinearity(value)
             if column == 0:
                 captured[layer].clear()
@@ -67,7 +67,10 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 def compute_activations(
     network: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """The activations of `images` by layer: float32 (N, …) on the CPU, in evaluation mode, columns concatenated."""
+    """The activations of `images` by layer, computed in evaluation mode.
+
+    The tensor of a layer is float32 (N, …), on the CPU, with the columns concatenated.
+    """
     with (
         evaluation_mode(network),
         capture_activations(network, layers) as captured,
@@ -87,7 +90,7 @@ def iter_split_activations(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield a layer's activations for the centre crops of a split: one array per batch, in the order of the store.
 
-    Only the first `max_records` records are used (default: all). They are a random sample, because the records of a
+    Only the first `max_records` records are used (default: all). These are a random sample, because the records of a
     store are sorted by a hash. Shows progress. Raises the errors of eval_loader and of `capture_activations`.
     """
     device = str(network.devices[0])
@@ -109,13 +112,13 @@ def iter_split_activations(
 def write_features(
     network: AlexNet, store: Store, split: str, layer: str, out: Path, precision: str = "fp32"
 ) -> tuple[int, ...]:
-    """Write a layer's activations for a split to a .npy file, float32 (N, …), and a text file; returns the shape.
+    """Write a layer's activations for a split to the .npy file `out`, float32 (N, …); returns the shape of the array.
 
-    The text file, `keys_path(out)`, has a line for each row: key, class and source path, separated by tabs. Raises
-    UserError if a file cannot be written.
+    The text file `keys_path(out)` gets a line for each row of the array: key, class and source path, separated by tabs.
+    Raises UserError if a file cannot be written, and the errors of `iter_split_activations`.
     """
     if out.suffix != ".npy":
-        raise UserError(f"--out {out}: features are written as .npy. Name it {out.with_suffix('.npy')}.")
+        raise UserError(f"--out {out}: features are written as .npy. Name the file {out.with_suffix('.npy')}.")
     records, stored = store.split(split).records, Records(store, split)
     shape: tuple[int, ...] = ()
     try:

@@ -1,8 +1,8 @@
-"""Nearest neighbors: finds the training images that are closest to an image in the space of fc7 (figure 4, right).
+"""Nearest neighbors: the training images whose fc7 activations are closest to those of an image (figure 4, right).
 
 An index holds the fc7 activations of the centre crops of the training split, with keys and labels. The index for the
-checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if the
-checkpoint, the store, the number of records and the precision are the same; otherwise it is replaced.
+checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it
+was made from the same checkpoint and records with the same precision. Otherwise a new index replaces the saved index.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ LAYER = "fc7"
 
 
 class NeighborIndex(NamedTuple):
-    """The index: features, labels and keys of the first N records of the training split."""
+    """The index: fc7 activations, labels and keys of the first N records of the training split."""
 
     features: npt.NDArray[np.float32]  # (N, units)
     labels: npt.NDArray[np.int64]  # (N,)
@@ -35,7 +35,7 @@ class NeighborIndex(NamedTuple):
 
 
 class Neighbor(NamedTuple):
-    """A record of the training split, and its distance from the image that was searched for (the query)."""
+    """A record of the training split, and the distance between this record and the query image."""
 
     record: int  # index of the record in the training split
     key: str
@@ -63,7 +63,7 @@ def load_or_build_index(
         features, filled = np.empty((records, 0), np.float32), 0
         for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
             if not filled:
-                features = np.empty((records, batch.shape[1]), np.float32)  # allocated once: may take gigabytes
+                features = np.empty((records, batch.shape[1]), np.float32)  # allocated only once: can take gigabytes
             features[filled : filled + len(batch)] = batch
             filled += len(batch)
         stored = Records(store, "train")
@@ -81,7 +81,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index; None if the file is missing or damaged, or if the file has a different `about`."""
+    """The saved index; None if the file is missing, damaged, or has another value of `about`."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:

@@ -34,9 +34,9 @@ def top_predictions(
     count: int = 5,
     precision: str = "fp32",
 ) -> TopPredictions:
-    """The `count` most probable classes of an image; the softmax is averaged over 1 or 10 views.
+    """The `count` most probable classes of an image. The softmax is averaged over `views` (1 or 10) crops.
 
-    `square` is uint8 (side_px, side_px, 3), the central square of the image.
+    square  the central square of the image, uint8 (side_px, side_px, 3)
     """
     set_precision(precision, network.devices)
     images = torch.from_numpy(transform.crops(square, views))
@@ -60,7 +60,7 @@ def load_photograph(path: Path, transform: EvalTransform) -> Pixels:
     """The central square of a photograph, prepared like the images of the training store.
 
     Prints a message if the file has an EXIF orientation other than 1. The orientation is not applied, because alexprep
-    does not apply it either.
+    does not apply the orientation of training images either.
     """
     photograph = read_photograph(path, transform.settings)
     if photograph.orientation != 1:

@@ -1,8 +1,8 @@
-"""Predictions for a split: the class probabilities of every image, saved as .npz, and the log of evaluations.
+"""Class probabilities of all images of a split, saved as .npz. Also the log of evaluations.
 
-A saved file is a NumPy .npz file without pickles. Its rows are in the store's order: `probabilities` float32
-(N, classes), `labels` int64 (N,), and `keys` (N,), 8 digits each. `about` is a JSON text with the keys run, step,
-checkpoint (its SHA-256), split, split_fingerprint, views, precision and classes.
+A saved file is a NumPy .npz file without pickles. The arrays `probabilities` float32 (N, classes), `labels` int64 (N,),
+and `keys` (N,), 8 digits each, have one row per image, in the order of the store. `about` is a JSON text with the keys
+run, step, checkpoint (the checkpoint's digest, a SHA-256), split, split_fingerprint, views, precision and classes.
 
 `evaluations.jsonl` in the run folder has one line for each evaluation.
 """
@@ -31,14 +31,14 @@ from train.model.precision import set_precision
 from train.runs.append_log import AppendLog
 from train.runs.checkpoint import Checkpoint
 
-DENSE = "dense"  # value of `views` for a crop every 32 px of the central square
+DENSE = "dense"  # value of `views` for a crop at every 32 px of the central square
 _EVALUATIONS = "evaluations.jsonl"
 _ARRAYS = ("probabilities", "labels", "keys", "about")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities for every image of a split, by one network or averaged over several."""
+    """Class probabilities for every image of a split, computed by one network or averaged over several networks."""
 
     probabilities: npt.NDArray[np.float32]  # (N, classes)
     labels: npt.NDArray[np.int64]  # (N,)
@@ -57,15 +57,15 @@ class Predictions:
 
 
 def check_output_path(out: Path) -> None:
-    """Raise UserError if the name `out` does not end in .npz, or if its folder does not exist."""
+    """Raise UserError if the name `out` does not end in .npz, or if the folder of `out` does not exist."""
     if out.suffix != ".npz":
-        raise UserError(f"--out {out}: probabilities are saved as .npz. Name it {out.with_suffix('.npz')}.")
+        raise UserError(f"--out {out}: probabilities are saved as .npz. Name the file {out.with_suffix('.npz')}.")
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another.")
+        raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another folder.")
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a file that Predictions.save wrote. Raises UserError if the file is missing, damaged or of another kind."""
+    """Read a file that Predictions.save wrote. Raises UserError if the file is missing, damaged or not such a file."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if set(arrays.files) != set(_ARRAYS):
@@ -76,11 +76,13 @@ def load_predictions(path: Path) -> Predictions:
         raise
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"{path}: not a file of saved probabilities ({error}). Write one with: alextrain evaluate --out"
+            f"{path}: not a file of saved probabilities ({error}). Save probabilities with: alextrain evaluate --out"
         ) from None
     images, shape = len(predictions.labels), predictions.probabilities.shape
     if len(shape) != 2 or shape[0] != images or len(predictions.keys) != images:
-        raise UserError(f"{path}: {shape} probabilities for {images} images. Rewrite it with: alextrain evaluate --out")
+        raise UserError(
+            f"{path}: probabilities of shape {shape} for {images} images. Save again with: alextrain evaluate --out"
+        )
     return predictions
 
 
@@ -132,7 +134,7 @@ def predict_split(
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:
-    """Raise UserError unless all `members` of an average have the same images in the same order."""
+    """Raise UserError if the `members` of an average differ in their images, or in the order of these images."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
         for key in ("classes", "split", "split_fingerprint"):
@@ -151,7 +153,7 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
 
 
 def parse_weights(text: str | None, members: int) -> list[float] | None:
-    """Parse the value of --weights, such as `2,1,1`. Raises UserError unless it has `members` numbers."""
+    """Parse the value of --weights, such as `2,1,1`. Raises UserError if the value is not `members` numbers."""
     if text is None:
         return None
     try:
@@ -159,17 +161,19 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
     except ValueError:
         weights = []
     if len(weights) != members or min(weights, default=0) < 0 or not 0 < sum(weights) < float("inf"):
-        raise UserError(f"--weights {text}: expected {members} numbers of at least 0, one for each run, as in 2,1,1.")
+        raise UserError(
+            f"--weights {text}: expected {members} numbers of at least 0, one for each run, not all 0, as in 2,1,1."
+        )
     return weights
 
 
 def views_text(views: int | str | None) -> str:
-    """Text for a value of `about["views"]`; None stands for an average over networks with different views."""
+    """Text for a value of `about["views"]`; None: an average over networks with different views."""
     return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
 
 
 def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResult) -> None:
-    """Append a line to the run's evaluations.jsonl, which the report shows. Raises UserError for a disk error."""
+    """Append a line to the run's evaluations.jsonl, for the report. Raises UserError for a disk error."""
     line = {name: about[name] for name in ("step", "split", "split_fingerprint", "views", "precision")}
     path = run_dir / _EVALUATIONS
     error = AppendLog(path).add(f"{json.dumps(line | vars(result))}\n".encode())
@@ -178,7 +182,7 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl. If there are several evaluations of the same kind, only the last one is returned.
+    """The lines of evaluations.jsonl. Of several evaluations of the same kind, only the last is returned.
 
     Two evaluations are of the same kind if step, content of the split (its fingerprint), views and precision are equal.
     """

@@ -48,7 +48,7 @@ class TrainedRun:
 
     @property
     def classes(self) -> Sequence[str]:
-        """Names of the classes; a label is an index into them."""
+        """Names of the classes. A label is an index into this list."""
         return self.checkpoint.classes
 
     @cached_property
@@ -58,21 +58,24 @@ class TrainedRun:
 
     @cached_property
     def transform(self) -> EvalTransform:
-        """The evaluation preprocessing of this network for single images."""
+        """The preprocessing of single images for evaluation with this network."""
         return load_eval_transform(self.run_dir, self.network.recipe)
 
     def require_store(self, split: str) -> Store:
-        """The store. Raises UserError if there is no store, or if the store does not have the split."""
+        """The store. Raises UserError if the run has no store, or if the store has no split of the name `split`."""
         if self.store is None:
-            raise UserError(f"{self.run_dir}: its training store was moved, removed or rebuilt. Name one with --store.")
+            raise UserError(
+                f"{self.run_dir}: the run's training store was moved, removed or rebuilt. Name a store with --store."
+            )
         self.store.split(split)
         return self.store
 
     def predictions(self, split: str) -> Predictions:
-        """Class probabilities for the centre crops of a split: read from the run folder, or computed and saved there.
+        """Class probabilities for the centre crops of a split, from a file in the run folder.
 
-        For step 232 and the split val, the file is `scores-val-00000232.npz`. The file is replaced if it was computed
-        with another checkpoint, split or precision.
+        For step 232 and the split val, the file is `scores-val-00000232.npz`. If the file is missing, or was computed
+        with another checkpoint, other records or another precision, the probabilities are computed and saved. The
+        evaluation is then also added to evaluations.jsonl.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"
@@ -86,7 +89,7 @@ class TrainedRun:
             if all(saved.about.get(key) == value for key, value in expected.items()):
                 return saved
         except UserError:
-            pass  # the file is missing or damaged: predictions are computed again
+            pass  # the file is missing or damaged: the predictions are computed below
         result, predictions = predict_split(
             self.network, self.checkpoint, store, split, 1, self.precision, str(self.run_dir)
         )

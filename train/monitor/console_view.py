@@ -40,7 +40,7 @@ class ConsoleView:
         """Set the function that returns, at any time, the number of steps since the last log line."""
 
     def train(self, line: Line) -> None:
-        """Show the line of an interval that has ended."""
+        """Show the log line of an interval that has ended."""
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
             f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
@@ -49,12 +49,12 @@ class ConsoleView:
         )
 
     def validation(self, line: Line) -> None:
-        """Show the line of a validation that has ended."""
+        """Show the log line of a validation that has ended."""
         say(validation_text(line))
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
-        """Show the progress of a validation, as prep.console.progress does."""
+        """Show the progress of a validation with prep.console.progress."""
         with progress(label, total, unit) as counter:
             yield counter
 
@@ -63,7 +63,7 @@ class ConsoleView:
 
 
 class QuietView(ConsoleView):
-    """Prints warnings only. Errors and the last line of the command are printed without a view."""
+    """Prints warnings only. Errors and the last line of the command are printed directly, not by a view."""
 
     def note(self, text: str) -> None:
         """Print nothing."""

@@ -1,6 +1,6 @@
-"""Metrics of an interval, the steps between two log lines: loss, errors, speed, norms and memory.
+"""Metrics of an interval: loss, errors, speed, norms and memory. An interval is the steps between two log lines.
 
-The sums stay on the device: there is no host-device synchronization between two log lines.
+The sums of loss and errors stay on the device, so that `IntervalMetrics.add` needs no host-device synchronization.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class IntervalMetrics:
         self.loss, self.misses = self.loss + loss, self.misses + top_k_misses(logits, labels)
 
     def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
+        """The metrics of the interval, by key of metrics.jsonl. Begins the next interval.
 
         norms  the result of train.trainer.watchdog.parameter_norms
         """
@@ -60,9 +60,9 @@ class IntervalMetrics:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The norms of weights among `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
+    """The norms of weights in `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
-    The norms of biases, which recipes initialize to 0 or 1, are left out. A frozen layer has no gradient norm.
+    The norms of biases are left out, because biases start as a constant. A frozen layer has no gradient norm.
     """
     weights = {name.removesuffix(".weight"): kinds for name, kinds in norms.items() if name.endswith(".weight")}
     return {
@@ -74,8 +74,8 @@ def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
     """Peak memory since the process began, in units of 10⁶ bytes.
 
-    `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists the memory allocated for
-    tensors on each GPU; without a GPU the key is absent.
+    `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists, for each GPU,
+    the memory that torch allocated for tensors. Without a GPU the key is absent.
     """
     status = Path("/proc/self/status").read_text()
     kibibytes = int(status.partition("VmHWM:")[2].split()[0])

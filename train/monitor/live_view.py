@@ -29,7 +29,7 @@ _CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "t
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
     """A curve of at most `width` block characters. Each character shows the mean of an equal part of `values`.
 
-    The lowest mean is drawn as the lowest block, the highest mean as the highest block.
+    The lowest block shows the lowest mean, and the highest block shows the highest mean.
     """
     if not values:
         return ""
@@ -44,7 +44,7 @@ class LiveView(ConsoleView):
     """The live display of a run."""
 
     def __init__(self, console: Console | None = None) -> None:
-        """`console` is the terminal to draw on; by default standard error."""
+        """`console` is the terminal to draw on. None: standard error."""
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
         self._length = RunLength(1, 1, 1)
@@ -64,20 +64,20 @@ class LiveView(ConsoleView):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # after kill -9 a hidden cursor would stay hidden
+        self._console.show_cursor(True)  # rich hides the cursor, and kill -9 would leave it hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns the number of steps since the last log line."""
         self._steps_since = steps_since_line
 
     def train(self, line: Line) -> None:
-        """Show the line of an interval in the display."""
+        """Show the log line of an interval in the display."""
         self._count(line)
         self._draw_curves()
         self._step = line["step"]
 
     def validation(self, line: Line) -> None:
-        """Print the line of a validation above the display."""
+        """Print the log line of a validation above the display."""
         self._count(line)
         with suppress(OSError):  # the terminal was closed
             self._console.print(validation_text(line), highlight=False)
@@ -114,7 +114,7 @@ class LiveView(ConsoleView):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
-        if (validation := self._validation) is not None:  # the training thread may set _validation to None
+        if (validation := self._validation) is not None:  # the training thread can set _validation to None at any time
             label, counter = validation
             yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
@@ -124,7 +124,7 @@ class LiveView(ConsoleView):
             )
 
     def _count(self, line: Line) -> None:
-        """Store what the display shows of a log line. The display can then be drawn without reading all lines again."""
+        """Store the values of a log line that the display shows, so that drawing need not read the line again."""
         if line["kind"] == "train":
             self._recent = [*self._recent, line][-RATE_LINES:]
             for key, values in self._values.items():

@@ -1,7 +1,8 @@
 """The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
-metrics.jsonl has all metrics; the event files and the view show the same numbers. A resumed run removes the lines of
-the steps after its checkpoint, because it trains these steps again. While the disk is full, lines are held in memory.
+metrics.jsonl has all metrics. The event files and the view show values from metrics.jsonl. A resumed run first removes
+the lines of all steps after the checkpoint, because the run trains these steps again. While the disk is full, lines are
+held in memory.
 """
 
 from __future__ import annotations
@@ -29,17 +30,17 @@ from train.runs.run_dir import EVENTS, METRICS, STATUS, parse_line, read_raw_lin
 
 
 class MetricsLog:
-    """The log of one run, as a context manager. On exit, it writes to status.json how the run ended."""
+    """The log of one run, as a context manager. On exit, the log writes to status.json how the run ended."""
 
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
-        """Begin the log of a run that starts or resumes after `step`. Lines of later steps are removed.
+        """Begin the log of a run that starts or resumes after `step`. Removes the lines of later steps.
 
-        validation_due  True if the validation after `step` must still be computed; any old line for it is removed
+        validation_due  True if the validation after `step` must still be computed; then its old line is removed
 
-        Raises the errors of `sync`.
+        Raises DiskFull if there is no disk space, UserError for any other disk error.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        # Sorted by (step, kind): a step's training line comes before its validation line, because "train" < "val".
+        # Lines are in the order of (step, kind). "train" < "val": a step's training line precedes its validation line.
         newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
@@ -71,18 +72,18 @@ class MetricsLog:
                 self._write_status("failed", str(error) or type(error).__name__)
 
     def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval; returns the IntervalMetrics from which the log line of the interval is made."""
+        """Begin an interval. Returns its IntervalMetrics, from which the caller makes the log line."""
         interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:
-        """Write the line of an interval: kind, epoch, step, lr, and the metrics of IntervalMetrics.read."""
+        """Write the log line of an interval: kind, epoch, step, lr, and the metrics of IntervalMetrics.read."""
         self._write(line)
         self.view.train(line)
 
     def validation(self, epoch: int, step: int, result: EvalResult) -> None:
-        """Write the line of the validation after `step`."""
+        """Write the log line of the validation after `step`."""
         line = {"kind": "val", "epoch": epoch, "step": step, **vars(result)}
         self._write(line)
         self.view.validation(line)

@@ -1,12 +1,12 @@
 """TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's record writer.
 
-A resumed run writes a new file. The new file begins with SessionLog.START, which TensorFlow also writes after a
-restart. SessionLog.START makes TensorBoard discard the points of the resumed step and of all later steps. The new file
-therefore repeats the lines of the resumed step. Each point is shown once. The first file of a folder begins with all
-lines that metrics.jsonl has at that time.
+A resumed run writes a new file. An event SessionLog.START precedes the points of the new file, as after a restart of
+TensorFlow. SessionLog.START makes TensorBoard discard the points of the resumed step and of all later steps. The new
+file therefore repeats the points of the resumed step. TensorBoard then shows each point once. The first event file in a
+folder begins with the lines that metrics.jsonl already has.
 
-TensorBoard's EventFileWriter is not used: its thread delays lines by up to two minutes, and fails with a traceback if
-the disk is full.
+TensorBoard's EventFileWriter is not used, because its thread delays events by up to two minutes, and fails with a
+traceback if the disk is full.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from train.runs.run_dir import tensorboard_scalars
 
 
 class NoTensorBoard(UserError):
-    """The package tensorboard is not installed. MetricsLog prints the message of this exception and continues."""
+    """Raised if the package tensorboard is not installed. MetricsLog prints the message and writes no event files."""
 
 
 class EventFile:
-    """A new event file in a folder."""
+    """A new TensorBoard event file of a run."""
 
     def __init__(self, folder: Path, lines: Iterable[Mapping[str, Any]], step: int) -> None:
         """Create the file of a run that starts or resumes after `step`.
@@ -63,7 +63,7 @@ class EventFile:
     def _event_of(self, line: Mapping[str, Any]) -> Any:
         scalars = tensorboard_scalars(line)
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        wall_time = line.get("unix_time_s", time.time())  # absent in files of version 0.1.0
+        wall_time = line.get("unix_time_s", time.time())  # files of version 0.1.0 have no unix_time_s
         return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))
 
     def _write(self, events: Iterable[Any]) -> None:
@@ -77,7 +77,7 @@ class EventFile:
 def _next_path(folder: Path) -> tuple[Path, bool]:
     """(path of the next event file, True if the folder has no event file yet).
 
-    TensorBoard reads files in the order of their names.
+    The name of the next file sorts after the earlier names, because TensorBoard reads files in the order of the names.
     """
     seconds = [int(path.name.split(".")[3]) for path in folder.glob("events.out.tfevents.[0-9]*.*")]
     second = max([int(time.time()), *(earlier + 1 for earlier in seconds)])

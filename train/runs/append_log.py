@@ -1,6 +1,7 @@
-"""Append-only log files. No entry is torn if the process is killed or the disk is full.
+"""Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can still tear the last entry. Readers skip a torn entry (run_dir.parse_line), and MetricsLog removes it.
+A power cut can leave a partly written last entry. Readers skip this entry (run_dir.parse_line), and MetricsLog removes
+it from the file.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ class AppendLog:
     """
 
     def __init__(self, path: Path) -> None:
-        """The first entry creates the file at `path` if it does not exist."""
+        """The first entry creates the file `path`, if there is no such file."""
         self.path = path
         self._size = path.stat().st_size if path.exists() else 0
         self._pending = b""
@@ -33,7 +34,7 @@ class AppendLog:
         return error if nothing_was_pending else None
 
     def sync(self) -> None:
-        """Write all pending entries and fsync; raises OSError if that fails."""
+        """Write all pending entries and fsync the file. Raises OSError for a disk error."""
         error = self._write(synced=True)
         if error is not None:
             raise error

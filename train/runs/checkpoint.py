@@ -1,12 +1,13 @@
 """Checkpoint files: written atomically, verified by a digest, loaded without executing code.
 
-`checkpoint-00001500.pt` in the run folder is the state of a run after step 1,500; `Checkpoint` lists its fields. All
-checkpoint files are written by `write` and read by `read`.
+`checkpoint-00001500.pt` in the run folder holds the state of a run after step 1,500. `Checkpoint` lists the fields of
+the state. All checkpoint files are written by `write` and read by `read`.
 
 A checkpoint file is the zip archive that torch.save writes. The file has a temporary name until it is synced to disk.
-The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. A single altered
-bit is therefore detected before anything is loaded. A run keeps its newest checkpoints and the checkpoint with the
-lowest validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error.
+The archive comment (APPNOTE 4.3.16, last field) is the SHA-256 of all bytes before the comment. `read` therefore
+rejects a file with a single altered bit. A run keeps its newest checkpoints and the checkpoint with the lowest
+validation error. `best.pt` is a hard link to the checkpoint with the lowest validation error, or a copy if the file
+system has no hard links.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _END_BYTES = 22  # bytes of a zip archive's end record; its last two bytes give 
 
 
 class UnreadableCheckpoint(UserError):
-    """A file that is torn, altered, or not a checkpoint."""
+    """Raised for a file that is incomplete, altered, or not a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +58,19 @@ class Checkpoint:
     steps_per_epoch: int
     validation_due: bool  # True: an epoch has just ended, and the validation has not been computed yet
     parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
-    velocity: Mapping[str, Tensor]  # the optimizer's velocity, joined in the same way
+    velocity: Mapping[str, Tensor]  # the optimizer's velocity by name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    devices: Sequence[str]  # devices of the saved random generators; empty: the generators are seeded anew
+    # Devices of the columns. If the run has other devices, or if this list is empty, the random generators are seeded
+    # anew.
+    devices: Sequence[str]
     random: Tensor  # state of torch's generator on the CPU
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
     stream: Mapping[str, Any]  # TrainLoader.state_dict
 
-    best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the validation with the lowest error so far
+    best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the validation with the lowest top-1 error
     # Checkpoints from which the run and its ancestors were forked, the oldest first.
     ancestry: Sequence[Mapping[str, Any]] = ()
-    # Verified SHA-256 (hex) of the file that was read; empty in a new Checkpoint. The file does not hold this field.
+    # Verified SHA-256 (hex) of the file that was read; "" in a new Checkpoint. This field is not in the file's dict.
     digest: str = ""
 
 
@@ -82,7 +85,7 @@ def checkpoint_paths(run_dir: Path) -> list[Path]:
 
 
 def write(run_dir: Path, state: Checkpoint) -> Path:
-    """Write the checkpoint of `state.step` into a run folder; returns its path.
+    """Write `state` as a checkpoint file in a run folder; returns the path of the file.
 
     Raises DiskFull if there is no disk space, UserError for any other disk error. Earlier checkpoints stay intact.
     """
@@ -99,7 +102,7 @@ def write(run_dir: Path, state: Checkpoint) -> Path:
         os.replace(temporary, path)
         sync_folder(run_dir)
     except (OSError, RuntimeError) as error:
-        # torch raises a RuntimeError in place of an OSError.
+        # If a write fails, torch.save raises a RuntimeError whose context is the OSError.
         cause = error.__context__ if isinstance(error, RuntimeError) else error
         if not isinstance(cause, OSError):
             raise
@@ -117,12 +120,12 @@ def read(path: Path) -> Checkpoint:
     """Read a checkpoint file that `write` wrote. The tensors are on the CPU.
 
     Raises UnreadableCheckpoint if any bit differs from the written file. Raises UserError for another format, a missing
-    field or a missing read permission. If an intact file cannot be loaded, for example because memory runs out, torch's
-    error is passed on.
+    field or a missing read permission. If torch cannot load an intact file, for example because memory runs out,
+    torch's error is raised.
     """
     intact = False
     try:
-        with open(path, "rb") as file:  # opened only once: a running training may replace the file by a new one
+        with open(path, "rb") as file:  # opened only once, because a training process can replace the file
             stated, actual = _digests(file)
             intact = stated == actual
             if intact or not stated:  # a file of format 1 has no digest; load it to report its format
@@ -130,16 +133,16 @@ def read(path: Path) -> Checkpoint:
                 content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
                 if content.get("format") != FORMAT:
                     raise UserError(
-                        f"{path}: checkpoint format {content.get('format')}, this program reads {FORMAT}. Read it with "
-                        "the alexnet release that wrote it."
+                        f"{path}: checkpoint format {content.get('format')}, this program reads {FORMAT}. Read the "
+                        "file with the alexnet release that wrote the file."
                     )
                 if intact:
                     return _checkpoint(path, content, actual)
     except UserError:
         raise
     except PermissionError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}). Ask its owner.") from None
-    except Exception as error:  # torch raises many error types for a torn file, some with wrong advice
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Ask the owner of the file.") from None
+    except Exception as error:  # for a torn file torch raises many types of errors, some with wrong advice
         if intact and not isinstance(error, UnpicklingError):
             raise
     raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
@@ -149,7 +152,9 @@ def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoi
     names = {field.name for field in fields(Checkpoint)} - {"digest"}
     missing = sorted(names - set(content))
     if missing:
-        raise UserError(f"{path}: the checkpoint has no {', '.join(missing)}. Read it with the release that wrote it.")
+        raise UserError(
+            f"{path}: the checkpoint has no {', '.join(missing)}. Read the checkpoint with the release that wrote it."
+        )
     return Checkpoint(**{name: content[name] for name in names}, digest=digest)
 
 
@@ -157,7 +162,7 @@ class CheckpointKeeper:
     """Writes the checkpoints of a run in progress, keeps the newest and the best, and removes the others."""
 
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
-        """Remove temporary files of a process that was killed, and repair best.pt.
+        """Remove the temporary files of a killed process, and repair best.pt.
 
         keep     number of newest checkpoints to keep, in addition to the best checkpoint
         resumed  the checkpoint from which the run continues; None for a new run
@@ -175,7 +180,7 @@ class CheckpointKeeper:
         """Write `state`, with the fields `best` and `ancestry` filled in, as a checkpoint. Then remove old checkpoints.
 
         is_last  True if the run ends with this checkpoint
-        before   function to call first; it writes the files to which a checkpoint refers
+        before   function that is called before the checkpoint is written, such as MetricsLog.sync
 
         If the disk is full, a warning is printed and earlier checkpoints stay. Raises DiskFull at the third failure in
         a row. If `is_last`, DiskFull is raised at the first failure, because the last steps would be lost. Raises
@@ -194,7 +199,7 @@ class CheckpointKeeper:
         self._tidy(state.step)
 
     def record_validation(self, step: int, top1_error: float) -> None:
-        """Keep the checkpoint of `step` as best.pt if its top-1 error (0..1) is the lowest so far."""
+        """Keep the checkpoint of `step` as best.pt if `top1_error` (0..1) is the lowest of the run so far."""
         path = path_of(self.run_dir, step)
         if path.exists() and (self.best is None or top1_error < self.best["top1_error"]):
             self.best = {"step": step, "top1_error": top1_error}
@@ -216,17 +221,17 @@ class CheckpointKeeper:
                 os.link(path, temporary)
                 os.replace(temporary, best)
                 sync_folder(self.run_dir)
-            except OSError:  # a file system without hard links
+            except OSError:  # the file system has no hard links
                 with open(path, "rb") as source, atomic_file(best) as file:
                     shutil.copyfileobj(source, file)
         except OSError as error:
             say(f"Warning: {best}: cannot be written ({error.strerror or error}). An earlier best.pt stays, if any.")
         finally:
-            temporary.unlink(missing_ok=True)  # os.replace does nothing if both names are links to one file
+            temporary.unlink(missing_ok=True)  # os.replace keeps `temporary` if both names are links to one file
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`: damaged files that `load_latest` skipped when a run resumed from `step`."""
+    """Remove the checkpoints after `step`. `load_latest` skipped these files, because they are damaged."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()
@@ -235,15 +240,16 @@ def drop_after(run_dir: Path, step: int) -> None:
 def load_latest(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
-    A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged, or if the
-    newest intact file has an unknown format, a step that differs from its name, or no read permission.
+    A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged. Raises
+    UserError if the newest intact file has an unknown format, has a step that differs from the step in the file name,
+    or cannot be read without more permissions.
     """
     paths = checkpoint_paths(run_dir)
     for path in reversed(paths):
         try:
             state = read(path)
         except UnreadableCheckpoint as error:
-            if path not in checkpoint_paths(run_dir):  # a running training has replaced the file by a newer one
+            if path not in checkpoint_paths(run_dir):  # the training process has replaced the file by a newer one
                 return load_latest(run_dir)
             say(str(error) if path == paths[0] else f"{error} The previous checkpoint is used.")
             continue
@@ -252,7 +258,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
             raise UserError(f"{path}: holds step {state.step:,}. Rename it to {expected.name}, or move it away.")
         return state
     if paths:
-        raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read. Start a new --run-dir.")
+        raise UserError(f"{run_dir}: none of its {len(paths)} checkpoints can be read. Name a new --run-dir.")
     return None
 
 
@@ -271,7 +277,9 @@ def load(run_dir: Path, which: str = "last") -> Checkpoint:
         return state
     path = run_dir / BEST if which == "best" else Path(which)
     if which == "best" and not path.exists():
-        raise UserError(f"{path}: does not exist: no checkpoint of the run has been validated. Pass --checkpoint last.")
+        raise UserError(
+            f"{path}: no such file, because no checkpoint of the run has been validated. Pass --checkpoint last."
+        )
     if not path.is_file() and (run_dir / path).is_file():
         path = run_dir / path
     if not path.is_file():
@@ -297,7 +305,7 @@ def _append_digest(file: BufferedRandom) -> None:
 def _digests(file: BinaryIO) -> tuple[str, str]:
     """Two digests, in hex: the digest in the archive comment, and the actual digest of all bytes before the comment.
 
-    The first is "" if there is no such comment.
+    The first digest is "" if the file has no digest comment.
     """
     digest = hashlib.sha256()
     left = os.fstat(file.fileno()).st_size - _COMMENT_BYTES

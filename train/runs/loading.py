@@ -22,10 +22,10 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """The run folder, and the name or path of the checkpoint in it.
+    """(run folder, checkpoint): the checkpoint is "last", "best" or the path of a file.
 
     path   argument RUN_DIR of a command: a run folder, or a checkpoint file in a run folder
-    which  option --checkpoint of a command; unused if `path` is a checkpoint file
+    which  option --checkpoint of a command; ignored if `path` is a checkpoint file
     """
     return (path.parent, str(path)) if path.is_file() else (path, which)
 
@@ -34,10 +34,10 @@ def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> Traine
     """A checkpoint of a run, and its network on `devices`.
 
     run_dir  a run folder, or a checkpoint file
-    which    "last", "best" or the path of a file, as in train.runs.checkpoint.load
+    which    "last", "best" or the path of a file; ignored if `run_dir` is a checkpoint file
 
-    Architecture and recipe come from the checkpoint, even if an architecture or recipe of the same name has other
-    values in this version of the program. Raises UserError if the run or the checkpoint does not exist.
+    Architecture and recipe come from the checkpoint, even if the program now has other values under the same names.
+    Raises UserError if the run or the checkpoint does not exist or cannot be read.
     """
     if devices[0] == "cpu":
         keep_freed_memory()

@@ -46,8 +46,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    An existing file is replaced if its content differs. The existing file may be from an earlier run in this folder
-    with another store, if that run ended before its first checkpoint.
+    A file with other content is replaced. The folder has such a file if an earlier run in this folder used another
+    store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -63,7 +63,7 @@ def saved_color_stats(description: Mapping[str, Any]) -> ColorStats:
 
 
 def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
-    """The preprocessing of still images for a run's network.
+    """The preprocessing of single images for evaluation with a run's network.
 
     Raises UserError if run.json cannot be read, or if the recipe needs a mean image that cannot be read.
     """
@@ -83,12 +83,12 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store that provides images for a run's network. None if `store` is None and the training store is missing.
+    """The store that provides images for a run's network. None if there is no such store.
 
-    store  folder of the store; None: the training store, which must be unchanged and still at the path in run.json
+    store  folder of a store; None: the training store, if it is unchanged and still at the path in run.json
 
-    Prints a line if `store` is not the training store. Raises StoreError if `store` is not a store. Raises UserError if
-    the classes of the store and of the run differ.
+    Prints a message if `store` is not the training store. Raises StoreError if `store` is not a store. Raises UserError
+    if the classes of `store` differ from the classes of the run.
     """
     fingerprint = state.identity["store_fingerprint"]
     if store is None:
@@ -108,6 +108,6 @@ def check_classes(run_dir: Path, classes: Sequence[str], store: Store) -> None:
     """Raise UserError if the classes of a store differ from `classes`, the classes of a run."""
     if list(classes) != list(store.classes):
         raise UserError(
-            f"{run_dir} was trained for {len(classes):,} classes ({classes[0]} …), {store.root} has "
-            f"{len(store.classes):,} ({store.classes[0]} …), not the same. Point --store at the training store."
+            f"{store.root} has {len(store.classes):,} classes ({store.classes[0]} …), not the same as the "
+            f"{len(classes):,} classes ({classes[0]} …) of {run_dir}. Name the training store with --store."
         )

@@ -30,8 +30,8 @@ class Run:
 
     config: RunConfig
     store: Store
-    identity: Mapping[str, Any]  # the run continues a checkpoint only if the checkpoint has the same identity
-    steps_per_epoch: int  # full batches in the training split; 0 if the split has fewer records than a batch
+    identity: Mapping[str, Any]  # the run continues only from a checkpoint of equal identity
+    steps_per_epoch: int  # full batches in the training split; 0 if the records do not fill a batch
     last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
 
     @staticmethod
@@ -40,7 +40,7 @@ class Run:
 
         store  the opened store; None: opens `config.store`
 
-        Raises UserError if --accumulate does not divide the batch into equal parts. Raises StoreError if the store is
+        Raises UserError if the batch cannot be divided into --accumulate equal parts. Raises StoreError if the store is
         missing or damaged, or has no split `train`.
         """
         check_parts(config)
@@ -59,8 +59,8 @@ class Run:
     def training_facts(self) -> dict[str, Any]:
         """Architecture, recipe with its sources, classes and software versions, as JSON values.
 
-        Checkpoints and run.json both contain these values. Each of them can therefore be used without the other, also
-        after the recipes of this program have changed.
+        Both run.json and every checkpoint contain these values. A checkpoint is therefore usable without run.json, and
+        after the recipes in the program have changed.
         """
         facts: dict[str, Any] = as_json(
             {
@@ -79,16 +79,16 @@ class Run:
 
 
 def make_run_dir(run_dir: Path) -> None:
-    """Make the run folder, or accept a folder that already holds a run.
+    """Make the run folder, or accept a folder that is empty or already holds a run.
 
-    Raises UserError if the folder cannot be made, or if it holds files but no run.
+    Raises UserError if the folder cannot be made, or if the folder holds files but no run.
     """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         names = [path.name for path in run_dir.iterdir() if path.name != ".lock"]
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: {error.strerror or error}. Name another.") from None
-    names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]  # left by a kill
+    names = [name for name in names if not (name.startswith(".") and name.endswith(".tmp"))]  # left by a killed process
     if names and DESCRIPTION not in names:
         raise UserError(f"{run_dir}: the folder holds files but no run. Name another --run-dir.")
 

@@ -8,8 +8,10 @@ run/
   status.json               whether the run is training, or how it ended (train/monitor/metrics_log.py)
   checkpoint-00001500.pt    the state after step 1,500 (train/runs/checkpoint.py)
   best.pt                   the checkpoint with the lowest validation error (train/runs/checkpoint.py)
-  mean_image.npy            the mean image, if the recipe subtracts one (train/runs/preprocessing.py)
-  evaluations.jsonl         a line for each `alextrain evaluate` (train/evaluation/predictions.py)
+  mean_image.npy            the mean image, if the recipe subtracts a mean image (train/runs/preprocessing.py)
+  evaluations.jsonl         a line for each evaluation of a split (train/evaluation/predictions.py)
+  scores-*.npz              class probabilities of a split (train/evaluation/trained_run.py)
+  index-fc7-*.npz           fc7 activations for the search of nearest neighbors (train/evaluation/neighbors.py)
   tensorboard/              the numbers of metrics.jsonl as TensorBoard's event files (train/monitor/tensorboard.py)
 
 This module does not import torch, so that `alextrain status` starts quickly.
@@ -51,18 +53,18 @@ def read_description(run_dir: Path) -> dict[str, Any]:
     try:
         description = json.loads(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name the folder of a run.") from None
+        raise UserError(f"{run_dir}: not a run, there is no {DESCRIPTION} in it. Name a run folder.") from None
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{path}: cannot be read ({error}). Run the same alextrain run command to rewrite it."
+            f"{path}: cannot be read ({error}). Repeat the alextrain run command to rewrite the file."
         ) from None
     parts = ("identity", "settings", "model", "recipe", "length", "store")
     is_object = isinstance(description, dict)
     missing = [part for part in parts if not is_object or not isinstance(description.get(part), dict)]
     if missing:
         raise UserError(
-            f"{path}: has no {', '.join(missing)}, which this version needs. Run the same alextrain run command to "
-            "rewrite it."
+            f"{path}: has no {', '.join(missing)}, which this version needs. Repeat the alextrain run command to "
+            "rewrite the file."
         )
     return dict(description)
 
@@ -77,7 +79,10 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 
 
 def read_raw_lines(run_dir: Path) -> list[bytes]:
-    """The lines of metrics.jsonl, also damaged lines; empty if there is no file. Raises UserError if the read fails."""
+    """All lines of metrics.jsonl, including damaged lines; empty if the file does not exist.
+
+    Raises UserError if the file cannot be read.
+    """
     try:
         return (run_dir / METRICS).read_bytes().splitlines()
     except FileNotFoundError:
@@ -92,7 +97,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    """The newest line of a kind, "train" or "val"; None if there is no such line."""
+    """The newest line whose kind is `kind` ("train" or "val"); None if no line has this kind."""
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
 
@@ -112,7 +117,7 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
-    Null values, which stand for NaN or infinity, are left out.
+    Values that are not numbers, such as null, are left out.
     """
     scalars = {}
     for key, value in line.items():
@@ -127,11 +132,11 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, modification time in s since 1970) of the newest checkpoint file, even if damaged. None without a file."""
+    """(step, modification time in s since 1970) of the newest checkpoint file, or None. The file may be damaged."""
     by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
     for step, path in sorted(by_step, reverse=True):
         try:
             return step, path.stat().st_mtime
-        except FileNotFoundError:  # a running training has just removed it
+        except FileNotFoundError:  # the training process has just removed the file
             continue
     return None

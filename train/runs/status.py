@@ -1,4 +1,4 @@
-"""Status of a run, read from its folder alone: training, finished, stopped, failed, crashed or new.
+"""Status of a run, read from the run folder: training, finished, stopped, failed, crashed ("dead") or new.
 
 Reading the status does not disturb a process that is training in the folder.
 """
@@ -31,16 +31,16 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     run_dir            the folder, as given
     model, recipe      names of the architecture and the recipe
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
-                       or "new" (a checkpoint by `alextrain import` or --fork, and no training yet)
+                       or "new" (`alextrain import` or --fork wrote a checkpoint, and no training has begun)
     alive, finished    alive: a process is training in the folder; finished: the run has finished
-    said               reason why the run stopped or failed; "" if none is known
+    said               reason why the run stopped or failed; "" if there is no reason
     process, host      id and host of the process that trained last; None if no status was written
     step, steps        steps completed, and steps in all; a plateau schedule may end the run earlier
-    epoch, epochs      epochs completed (a fraction), and epochs in all
+    epoch, epochs      epochs completed (can be a fraction), and epochs in all
     seconds_left       predicted time until training ends, without validations; None before the first interval has ended
     train, val         the last training line and the last validation line of metrics.jsonl, or None
     best               the validation line with the lowest top-1 error, or None
-    seconds_since      seconds since the last line was written, or None
+    seconds_since      seconds since the last line of metrics.jsonl was written, or None
     checkpoint         {"step", "seconds_since"} of the newest checkpoint, or None
 
     Raises UserError for a folder that is not a run.
