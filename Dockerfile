@@ -1,4 +1,4 @@
-# alexprep, alexstream and alextrain as an image. The volume /data holds photographs, stores and run folders:
+# Container image with alexprep, alexstream and alextrain. The volume /data holds photographs, stores and run folders:
 #
 #   docker build --tag alexnet .
 #   docker run --rm --init --volume "$PWD:/data" --user "$(id -u):$(id -g)" alexnet alexprep build-lmdb photographs
@@ -6,9 +6,12 @@
 #   docker build --tag alexnet:cuda13 --build-arg VARIANT=cuda13 .
 #   docker run --rm --init --gpus all --volume "$PWD:/data" --user "$(id -u):$(id -g)" alexnet:cuda13 alextrain run
 #
-# VARIANT=cpu has no compiler and sees no GPU. VARIANT=cuda13 needs a driver for CUDA 13 and NVIDIA's container toolkit.
-# On Linux the default package index has only the CUDA build of torch, which also runs on a CPU but makes the CPU image
-# 6 GB large. --build-arg PIP_EXTRA_INDEX_URL=URL adds an index with CPU builds; pip prefers those of the same version.
+# VARIANT=cpu, the default, makes an image that contains no compiler and cannot use a GPU. VARIANT=cuda13 makes an image
+# that needs a driver for CUDA 13 and NVIDIA's container toolkit.
+#
+# For Linux, PyPI has only the CUDA build of torch. The CUDA build also runs on a CPU, but makes the CPU image 6 GB
+# large. For a smaller image, add --build-arg PIP_EXTRA_INDEX_URL=URL, the URL of a package index with CPU builds of
+# torch. If both indexes have the same version of torch, pip prefers the CPU build.
 
 ARG PYTHON=3.13
 ARG VARIANT=cpu
@@ -27,7 +30,7 @@ COPY tools/compile_native.py tools/
 COPY prep prep/
 COPY pipeline pipeline/
 COPY train train/
-# The extra cuda13 is DALI, which also runs on a CPU. The test fails if a kernels.c was not compiled.
+# The extra cuda13 installs DALI, which also runs on a CPU. `test` fails if one of the kernels.c files was not compiled.
 RUN --mount=type=cache,target=/var/cache/pip \
     python -m venv /opt/alexnet \
     && /opt/alexnet/bin/python -m pip install --constraint constraints.txt '.[cuda13,export,figures,tensorboard]' \
@@ -39,7 +42,7 @@ LABEL org.opencontainers.image.title="alexnet" \
       org.opencontainers.image.description="Photographs in, a trained AlexNet out" \
       org.opencontainers.image.version="0.1.0" \
       org.opencontainers.image.licenses="Apache-2.0"
-# Any user that --user names can write to the home: Triton and matplotlib keep caches there.
+# Every user may write to /home/alexnet, because Triton and matplotlib keep caches there, and --user may name any user.
 RUN useradd --uid 10001 --user-group --create-home --no-log-init alexnet \
     && chmod 1777 /home/alexnet \
     && install --directory --owner=10001 --group=10001 /data
@@ -48,7 +51,7 @@ ENV HOME=/home/alexnet \
     PATH="/opt/alexnet/bin:${PATH}"
 WORKDIR /data
 
-# Triton compiles the code that launches its kernels when it first runs them, so this variant keeps a compiler.
+# Triton needs a C compiler: when a kernel first runs, Triton compiles the code that launches the kernel.
 FROM runtime-cpu AS runtime-cuda13
 # hadolint ignore=DL3008
 RUN apt-get update \
@@ -61,5 +64,5 @@ ENV NVIDIA_VISIBLE_DEVICES=all \
 FROM runtime-${VARIANT}
 USER 10001:10001
 HEALTHCHECK --interval=60s --timeout=10s CMD ["alexprep", "--version"]
-# There is no entry point: the command line of the container begins with one of the three commands.
+# The image has no entry point, so begin the container's command line with alexprep, alexstream or alextrain.
 CMD ["alexprep", "--help"]

@@ -1,41 +1,41 @@
-# Two commands matter on a fresh machine: `make demo` and `make test`. Each sets up what it needs.
+# On a new machine, run `make demo` or `make test`. Each command first sets up a virtual environment in .venv.
 
 PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test soak lint docs bench help clean
 
-help:  ## Say what can be made
+help:  ## Print this list of targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "make %-6s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-demo: .venv/ready  ## Photographs in, a trained AlexNet out, in a few minutes
+demo: .venv/ready  ## Make photographs, build a store, train AlexNet, in a few minutes
 	@$(BIN)/python -m tools.demo
 
-test: .venv/ready  ## Every test, in two processes, with warnings as errors
+test: .venv/ready  ## Run the tests in two processes; warnings are errors
 	@$(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: .venv/ready  ## The long tests: hundreds of kills, ten minutes
+soak: .venv/ready  ## Run the long tests, with hundreds of kills: ten minutes
 	@$(BIN)/python -m pytest -m soak
 
-lint: .venv/ready  ## Style and types
+lint: .venv/ready  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: .venv/ready  ## The documentation site, in site/; any warning is an error
+docs: .venv/ready  ## Build the documentation site in site/; warnings are errors
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@$(BIN)/python -m tools.docs.check_site site
 
-bench: .venv/ready  ## Build, stream and training step beside their peers and bounds
+bench: .venv/ready  ## Measure build, stream and training step, and other programs
 	$(BIN)/python -m tools.bench.build --rounds 3
 	$(BIN)/python -m tools.bench.stream
 	$(BIN)/python -m tools.bench.train
 
-clean:  ## Remove the environment, the demo and the site
+clean:  ## Remove .venv, demo and site
 	rm -rf .venv demo site
 
 .venv/ready: pyproject.toml constraints.txt $(wildcard */*/kernels.c) tools/compile_native.py
-	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name one: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or later is needed; this is " + sys.version.split()[0] + ". Name a later Python: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,figures,dev,docs]'
 	@touch $@
