@@ -33,8 +33,8 @@ measure the effect, run the tool once with and once without this option.
 The tool also measures steps on larger batches, the time of a step by kind of kernel (torch.profiler), the memory of a
 step's tensors, and a step replayed from a CUDA graph. The share of the peak counts two operations for each
 multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the image's
-gradient, which is not computed. The peak is the data sheet's rate for dense bfloat16. The hours are the time of 90
-epochs of 1,281,167 images; the goal is under 2 hours.
+gradient, which is not computed. The peak is the data sheet's rate for dense matrix products in bfloat16. The hours are
+the time of 90 epochs of 1,281,167 images; the goal is under 2 hours.
 
 The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs the
 same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.

@@ -1,4 +1,4 @@
-"""Builds for tests: runners that work in the test's own process, images that are made quickly, and builds to kill."""
+"""Builds for tests: runners that work in the test's own process, images that are made quickly, builds to kill."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Records = Callable[[Path, str], list[tuple[bytes, Any]]]
 PPM = Settings(32, False, "ppm", 90, "area", 0)
 STRICT, SKIP = BuildPolicy(), BuildPolicy(skip_bad=True)
 CLASSES = ("n1", "n2", "n3")
-DEADLINE_S = 240.0  # limit of each wait for processes; the longest takes 8 s on an idle machine, 40 s on a busy one
+DEADLINE_S = 240.0  # limit of each wait; the longest wait takes 8 s on an idle machine, 40 s on a busy machine
 
 
 class Stopped(Exception):
@@ -91,7 +91,7 @@ def build(
 
 
 def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: int = 24) -> Path:
-    """Make `count` JPEGs in three class folders. To save time, only `distinct` of the JPEGs have different contents."""
+    """Make `count` JPEGs in three class folders. To save time, the JPEGs are copies of `distinct` images."""
     rng = np.random.default_rng(count)
     contents = []
     for _ in range(distinct):

@@ -31,7 +31,7 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """The only fault that verification finds in the split `train`. Asserts that its text contains all `parts`."""
+    """The only fault that verification finds in the split `train`. Asserts that the fault's text has all `parts`."""
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:

@@ -83,7 +83,7 @@ def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0
     zeros = bytes(units // 8) + (bytes([(1 << (8 - units % 8)) - 1]) if units % 8 else b"")
     blocks = -(-width * (sampling[0] >> 4) // (8 * across)) * -(-height * (sampling[0] & 15) // (8 * down))
     bits = ""
-    while blocks > 0:  # a code ends a run of 2^14 + n blocks: the bit 0, then n in 14 bits
+    while blocks > 0:  # the 15-bit code (0, then n in 14 bits) ends 2^14 + n blocks
         bits += "0" + format(min(max(blocks - 16384, 0), 16383), "014b")
         blocks -= 32767
     bits += "1" * (-len(bits) % 8)
@@ -159,7 +159,7 @@ def jpegs() -> Iterator[tuple[str, bytes, Expected]]:
     for name, block, orientation in exifs():
         yield f"exif {name}", with_segment(JPEG, 0xE1, block), Expected(orientation=orientation)
     yield "claims 65500x65500", claiming(JPEG, 65_500, 65_500), BOMB
-    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan is too short, for which libjpeg only warns
+    yield "claims 9000x9000", claiming(JPEG, 9000, 9000), KEPT  # the scan is too short, but libjpeg only warns
     yield "claims no height", claiming(JPEG, 0, 64), UNKNOWN
     scans = Expected(bad="scans")
     yield "10 scans", many_scans(640, 480, 10), KEPT
@@ -227,7 +227,7 @@ def gif(width: int, height: int, inner_width: int, inner_height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int, int], pixels: bytes = b"") -> bytes:
-    """A TIFF with entries (tag, type 3 or 4, value), one value in each entry. The pixels begin at byte 8."""
+    """A TIFF with entries (tag, type 3 or 4, value), one value in each entry. The pixels are at byte 8."""
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + body + bytes(4)
 

@@ -40,7 +40,7 @@ from tests.helpers.building import PPM, Stopped, StoppingRunner, build
 
 remaining: int | None = None  # disk operations before the interruption; None: no interruption
 mode = ""
-RESTARTS = 14  # more than the disk operations that discarding an unfinished build takes
+RESTARTS = 14  # larger than the number of disk operations in discarding an unfinished build
 LIMITS = (0, 1, 100, 500, 900, 1000, 1200, 2000, 4096, 5000, 8192)  # bytes
 LIMITS += (10_000, 12_288, 16_384, 20_000, 40_000, 60_000, 80_000, 100_000, 120_000, 130_000, 1_000_000)
 

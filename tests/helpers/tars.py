@@ -12,7 +12,7 @@ Member = tuple[str, bytes] | tuple[str, bytes, dict[str, Any]]
 
 A, B, C = b"a" * 700, b"b" * 700, b"c" * 700
 THREE: list[Member] = [("n1/a.JPEG", A), ("n1/b.JPEG", B), ("n2/c.JPEG", C)]
-MEMBER_BYTES = 3 * BLOCK  # bytes of the archive that a member with 700 bytes of content takes
+MEMBER_BYTES = 3 * BLOCK  # number of bytes in the archive for a member with 700 bytes of content
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:

@@ -18,10 +18,10 @@ import libraries and list the folder before the timing starts. All except FFCV a
 timing. This favours the other contestants. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their
 output to the disk. Deleting the output of the previous turn is not timed.
 
---pictures N sets the number of images in a turn. If the source has fewer photographs, they are repeated by hard links,
-or by copies if hard links fail. Choose N so large that each contestant works for at least ten seconds. Then starting
-alexprep takes a small share of the time. The bound is fast, so it processes the N images twice. Repeated photographs
-have the same sizes, which favours a contestant that caches data by image size.
+--pictures N sets the number of images in a turn. If the source has fewer than N photographs, the photographs are
+repeated by hard links, or by copies if hard links fail. Choose N so large that each contestant works for at least ten
+seconds. Then starting alexprep takes a small share of the time. The bound is fast, so it processes the N images twice.
+Repeated photographs have the same sizes, which favours a contestant that caches data by image size.
 
 With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
 with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without repetition.
@@ -75,12 +75,12 @@ def find_photographs(folder: Path) -> list[Path]:
     """The image files below `folder`, sorted; recognized by their suffixes. Raises UserError if there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
-        raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name a folder of photographs.")
+        raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name another folder.")
     return paths
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """`count` paths, evenly spread over `paths`. If `count` is larger than their number, `paths` is repeated."""
+    """`count` paths, evenly spread over `paths`. If `count` is larger than len(paths), paths are repeated."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
@@ -171,7 +171,7 @@ class BuildBenchmark:
 
 
 def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
-    """The contestants. FFCV takes part only if `ffcv`, an interpreter that has FFCV, is given; libvips likewise.
+    """The contestants. FFCV and libvips take part only if their Python interpreters are given.
 
     `more` adds variants of FFCV and of the Pillow script. Prints each contestant that is left out, with the reason.
     """
@@ -302,7 +302,7 @@ def main(
 
     FFCV needs a separate environment. Install libopencv-dev, libturbojpeg0-dev and pkg-config on the system; then,
     in a new virtual environment, `pip install 'numpy<2.3' torch setuptools wheel pillow lmdb 'pyvips[binary]'` and
-    `pip install --no-build-isolation ffcv`. This environment also has pyvips, for libvips.
+    `pip install --no-build-isolation ffcv`. `--vips-python` can name the same environment.
 
     \b
     Example:

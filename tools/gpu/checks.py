@@ -160,7 +160,7 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare logits and gradients in each precision, on one device and on two, with float64 on the CPU."""
+    """Compare logits and gradients in each precision, on one device and on two, with those in float64 on the CPU."""
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
     (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")

@@ -66,7 +66,7 @@ class GpuCheckSettings:
 
     @property
     def compared_images(self) -> int:
-        """Number of images in a batch of the stream and step checks. Network checks use an eighth of it, at least 2."""
+        """Number of images in a batch of the stream and step checks. Network checks use an eighth, at least 2."""
         return min(self.batch, 16 if self.quick else 64)
 
     def stores_by_format(self) -> dict[str, Path]:

@@ -217,7 +217,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel with the name of its event is an annotation, whose time is the time of other kernels.
+                # A kernel with the name of its event is an annotation. Its time repeats the time of other kernels.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
@@ -229,7 +229,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """The kind of a kernel or operation, call_chain[0]. Its callers follow, from the innermost to the outermost."""
+    """The kind of a kernel or operation, call_chain[0]. The callers follow, from the innermost to the outermost."""
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
             return kind

@@ -72,5 +72,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    multiprocessing.set_start_method("fork", force=True)  # force, because an imported library sets another start method
+    multiprocessing.set_start_method("fork", force=True)  # imported libraries set another start method
     main()

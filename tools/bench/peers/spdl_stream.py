@@ -38,7 +38,7 @@ from tools.bench.peers.stream_turn import (
 )
 
 _PREFETCH = 3  # largest number of batches in the queue of finished batches
-_IN_FLIGHT = 5  # largest number of finished batches outside the queue: not yet in it, or in use by the consumer
+_IN_FLIGHT = 5  # largest number of batches that wait for the queue, or are in use by the consumer
 
 
 def crop_with_ffmpeg(path: str) -> Any:
