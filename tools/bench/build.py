@@ -202,7 +202,7 @@ def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str,
     `out` is a new folder, to which the shards are written.
     """
     import simplejpeg
-    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # comes with scikit-learn
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]  # installed with scikit-learn
 
     from prep.images import codec, color_stats, rescale
     from prep.store import datum, lmdb_shard

@@ -97,7 +97,7 @@ def training_step(name: str, batch: int) -> Callable[[], int]:
     def step() -> int:
         loss = F.cross_entropy(model(images), labels)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
         optimizer.step()
         return batch
 

@@ -149,7 +149,7 @@ def logits_and_gradients(
         logits = model(images)
         logits = logits.float() if logits.dtype == torch.bfloat16 else logits
         loss = F.cross_entropy(logits, labels.to(logits.device))
-    loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    loss.backward()  # type: ignore[no-untyped-call]  # untyped in torch
     gradients = model.joined_tensors(lambda p: p.grad if p.grad is not None else torch.zeros_like(p))
     return logits.detach().double().cpu(), {name: gradient.double() for name, gradient in gradients.items()}
 

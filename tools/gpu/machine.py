@@ -62,7 +62,7 @@ def describe_machine(devices: Devices) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]  # untyped in torch
         "dali": dali_version,
         "triton": _triton_version(devices),
         "driver": _driver_version(),

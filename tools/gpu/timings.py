@@ -246,7 +246,7 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
     step, images, labels = make_step(settings, precision)
     recorded_step, *batch = make_step(settings, precision)
     device = settings.device
-    side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
     side_stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(side_stream):
         repeat(_step_on(recorded_step, *batch), 3)
