@@ -36,7 +36,7 @@ from train.config.recipes import RECIPES
 @checkpoint_option
 @json_option
 def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool) -> None:
-    """Write a run's network as a file for other programs, with its classes and its preprocessing.
+    """Write a run's network, class names and preprocessing to one file for other programs.
 
     \b
     Example:
@@ -54,7 +54,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
         normalization = result["preprocessing"]["normalise"]
         mean, std = (tuple(round(level, 6) for level in normalization[name]) for name in ("mean", "std"))
         approximate = "" if normalization["exact"] else ", approximately: the exact mean image is in the file"
-        say(f"It expects images normalized by transforms.Normalize(mean={mean}, std={std}){approximate}.")
+        say(f"The network expects images normalized by transforms.Normalize(mean={mean}, std={std}){approximate}.")
 
 
 @click.command(name="import")
@@ -65,7 +65,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     type=click.Choice(["torchvision"]),
     default="torchvision",
     show_default=True,
-    help="Library that the weights come from.",
+    help="Format of FILE: a state_dict of this library's AlexNet.",
 )
 @store_option
 @run_dir_option
@@ -74,7 +74,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     type=click.Choice(list(RECIPES)),
     default="modern",
     show_default=True,
-    help="Hyperparameters of further training; the recipe may not subtract a mean image.",
+    help="Hyperparameters of further training; a recipe that subtracts a mean image is refused.",
 )
 @recipe_settings
 @batch_option
@@ -82,14 +82,14 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
 @seed_option
 @precision_option
 @click.option(
-    "--new-fc8", is_flag=True, help="Initialize the last layer anew, for a store of other classes than the file's."
+    "--new-fc8", is_flag=True, help="Initialize the last layer anew. Required if FILE and the store differ in classes."
 )
 @json_option
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
-    """Make a run, at step 0, from torchvision's weights of AlexNet: a state_dict, FILE.pth.
+    """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.
 
-    `alextrain evaluate` accepts the run. To train it further, use `alextrain run` with --model torchvision and the same
-    --recipe, --set, --batch, --epochs, --seed and --precision.
+    `alextrain evaluate` accepts the run. To train the run further, use `alextrain run` with --model torchvision and
+    with the --recipe, --set, --batch, --epochs, --seed and --precision of this command.
 
     \b
     Example:

@@ -17,18 +17,18 @@ from train.config.recipes import RECIPES
     type=click.IntRange(1),
     default=1000,
     show_default=True,
-    help="Number of classes: units of the last layer, fc8.",
+    help="Number of classes, which is the number of units of the last layer (fc8).",
 )
 @click.option(
     "--gpus",
     metavar="0,1|0|cpu",
     default="0,1",
     show_default=True,
-    help="Devices to name in the table: 0,1, 0 or cpu. They need not exist.",
+    help="Devices to name in the table: 0,1, 0 or cpu. The devices need not exist.",
 )
 @json_option
 def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
-    """Print the layers of a network: output, parameters, multiply-adds, column, inputs from the other column.
+    """Print the layers of a network: output shape, input columns, neurons, parameters, multiply-adds, devices.
 
     \b
     Example:
@@ -53,7 +53,7 @@ def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:
 @recipe_settings
 @json_option
 def recipe(name: str, settings: list[str], as_json: bool) -> None:
-    """Print every hyperparameter of a recipe with its source, by the name that --set takes.
+    """Print the hyperparameters of a recipe: name (FIELD of --set), value and source.
 
     \b
     Example:

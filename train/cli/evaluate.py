@@ -1,6 +1,6 @@
 """`alextrain evaluate`: error rates of a run, or of the averaged probabilities of several runs.
 
-check_same_images in train/evaluation/predictions.py checks which predictions may be averaged.
+check_same_images in train/evaluation/predictions.py refuses to average predictions for different images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @checkpoint_option
 @click.option("--split", default="val", show_default=True, help="Split of the store to evaluate on.")
 @click.option(
-    "--weights", metavar="W,W,…", help="Weight of each run in the average, in their order.  [default: equal weights]"
+    "--weights", metavar="W,W,…", help="Weights of the runs in the average, in the order of the runs.  [default: equal]"
 )
 @click.option(
     "--out",
@@ -52,8 +52,8 @@ def evaluate(
 ) -> None:
     """Measure the error rates of a run's newest checkpoint on a split, each image exactly once.
 
-    For several runs, or files that --out saved, it prints the errors of each and of the (weighted) average of their
-    probabilities, as the paper does for five and seven networks.
+    An argument can also be a file that --out saved. For several arguments, print the errors of each argument, and the
+    errors of the (weighted) average of all probabilities. The paper averages five and seven networks in this way.
 
     \b
     Example:
@@ -75,7 +75,7 @@ def evaluate(
     )
 
     if out is not None:
-        check_output_path(out)  # now, because the evaluation takes long
+        check_output_path(out)  # before the evaluation, which takes long
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):
@@ -120,24 +120,24 @@ def _evaluate_run(
     from train.runs.run_dir import DESCRIPTION
 
     devices = parse_devices(gpus)
-    set_precision(precision, devices)  # checked before the network is loaded
+    set_precision(precision, devices)  # refuses an unsupported precision before the network is loaded
     run_dir, which = run_and_checkpoint(path, checkpoint)
     network, loaded = load_trained(run_dir, devices, which)
     check_classes(run_dir, loaded.classes, store)
     if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
         say(
             f"{store.root} is not the store that {run_dir} was trained on: the mean of {store.root} is subtracted, not "
-            "that of the training store."
+            "the mean of the training store."
         )
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(network, loaded, store, split, count, precision, str(path))
-    if (run_dir / DESCRIPTION).exists():  # without a run folder there is no log of evaluations
+    if (run_dir / DESCRIPTION).exists():  # False for a checkpoint file outside a run folder
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
 
 
 def _common_value(members: list[Predictions], key: str) -> Any:
-    """The value of `about[key]` if it is the same for all members, else None."""
+    """The value of `about[key]` if all members have the same value, else None."""
     values = {member.about[key] for member in members}
     return values.pop() if len(values) == 1 else None
 

@@ -25,21 +25,22 @@ run_dir_option = click.option(
 gpus_option = click.option(
     "--gpus",
     metavar="0,1|0|cpu",
-    help="Devices: 0,1 (a column on each GPU), 0 (all on one GPU) or cpu.  [default: the machine's GPUs, else cpu]",
+    help="Devices: 0,1 (one column on each GPU), 0 (both columns on one GPU) or cpu.  [default: the machine's GPUs, "
+    "else cpu]",
 )
 model_option = click.option(
     "--model",
     type=click.Choice(list(ARCHITECTURES)),
     default="alexnet",
     show_default=True,
-    help="Network architecture; `alextrain summary --model` prints its layers.",
+    help="Network architecture; `alextrain summary --model NAME` prints the layers of an architecture.",
 )
 recipe_option = click.option(
     "--recipe",
     type=click.Choice(list(RECIPES)),
     default="released",
     show_default=True,
-    help="Hyperparameters of the training; `alextrain recipe` prints them.",
+    help="Hyperparameters of the training; `alextrain recipe NAME` prints the hyperparameters of a recipe.",
 )
 
 batch_option = click.option(
@@ -49,13 +50,13 @@ epochs_option = click.option(
     "--epochs",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of passes over the training images in all.  [default: the recipe's]",
+    help="Total number of passes over the training images.  [default: the recipe's]",
 )
 steps_option = click.option(
     "--steps",
     type=click.IntRange(1),
     metavar="N",
-    help="Number of batches in all after which training ends, even within an epoch.  [default: no limit]",
+    help="Total number of batches after which training ends, even within an epoch.  [default: no limit]",
 )
 seed_option = click.option(
     "--seed",
@@ -78,7 +79,8 @@ accumulate_option = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="Number of equal parts in which a batch is computed, one after the other: the same update in less memory.",
+    help="Number of equal parts in which a batch is computed, one part after another. More parts need less memory and "
+    "give the same update.",
 )
 keep_option = click.option(
     "--keep",
@@ -86,7 +88,7 @@ keep_option = click.option(
     default=CHECKPOINTS_KEPT,
     show_default=True,
     metavar="K",
-    help="Number of newest checkpoints to keep, in addition to the one with the lowest validation error.",
+    help="Number of newest checkpoints to keep, in addition to the checkpoint with the lowest validation error.",
 )
 fork_option = click.option(
     "--fork",
@@ -114,8 +116,8 @@ set_option = click.option(
     "settings",
     metavar="FIELD=VALUE",
     multiple=True,
-    help="Field of the recipe to override, as in lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints all fields. May "
-    "be repeated.",
+    help="Field of the recipe and its new value, as in lr=0.02 or lrn.alpha=1e-4; `alextrain recipe` prints all "
+    "fields. Repeat the option for several fields.",
 )
 
 _SHORTHANDS = (
@@ -154,7 +156,7 @@ _SHORTHANDS = (
 
 
 def recipe_settings(command: Command) -> Command:
-    """Add --set and its shorthands to a command, which receives them together as `settings`, a list of FIELD=VALUE."""
+    """Add --set and its shorthands to a command, and pass them all to the command as `settings`: a FIELD=VALUE list."""
 
     @wraps(command)
     def with_settings(

@@ -18,7 +18,7 @@ from train.config.choices import INDEX_RECORDS, PREDICT_VIEWS
 if TYPE_CHECKING:
     from train.evaluation.trained_run import TrainedRun
 
-MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; for far more, matplotlib fails
+MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; matplotlib cannot draw a sheet with far more rows
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
 image_store_option = click.option(
@@ -46,7 +46,7 @@ image_seed_option = click.option(
 
 
 def _figure_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the argument and the options that `figures` and `report` share."""
+    """Add to `command` the argument and the options that `figures` and `report` share."""
     options = (run_argument, image_store_option, image_split_option, image_seed_option, index_option)
     for option in reversed((*options, checkpoint_option, gpus_option, precision_option)):
         command = option(command)
@@ -75,7 +75,7 @@ def figures(
     format: str,
     as_json: bool,
 ) -> None:
-    """Draw a run: learning curves, kernels, predictions, nearest images, feature maps, errors per class, colour axes.
+    """Draw figures of a run: learning curves, kernels, colour axes, predictions, nearest images, feature maps, errors.
 
     Without a store, the figures that need images are left out.
 
@@ -116,7 +116,7 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--out {folder}: {error.strerror}. Name another.") from None
+        raise UserError(f"--out {folder}: {error.strerror}. Name another folder.") from None
 
 
 @click.command()
@@ -188,7 +188,9 @@ def predict(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Print the most probable classes of photographs, which are prepared like the images of the training store.
+    """Print the most probable classes of photographs.
+
+    The photographs are prepared like the images of the training store.
 
     \b
     Example:
@@ -236,9 +238,10 @@ def features(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Write a layer's activations for every image of a split: float32 .npy, and .keys.txt with a line for each row.
+    """Write a layer's activations for every image of a split to a float32 .npy file, with one row per image.
 
-    The activations are those of the centre crop, after the nonlinearity (fc8: the logits), column 0 before column 1.
+    A second file, .keys.txt, has a line for each row: key, class and source path of the image. The activations are
+    computed for the centre crop, and taken after the nonlinearity (fc8: the logits). Column 0 comes before column 1.
 
     \b
     Example:
@@ -291,7 +294,7 @@ def search(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Find the training images nearest to photographs in the space of fc7, and draw them on a sheet.
+    """For each photograph, find the training images with the nearest fc7 activations, and draw them on a sheet.
 
     \b
     Example:
@@ -306,12 +309,12 @@ def search(
 
     format = "png" if out is None else figure_format(out, "--out")
     if len(images) > MAX_SHEET_ROWS:
-        raise UserError(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer at a time.")
+        raise UserError(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer photographs.")
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     sheet = out or trained.run_dir / "search.png"
     results = find_nearest(trained, images, count, index_records)
     rows = [result.row for result in results]
-    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # there may be fewer than `count`
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # fewer than `count` in a small index
     save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
     for path, result in zip(images, results, strict=True):

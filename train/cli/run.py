@@ -107,7 +107,7 @@ def run(
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
-    set_precision(precision, devices)  # checked before the run starts
+    set_precision(precision, devices)  # refuses an unsupported precision before the run starts
     config = RunConfig(
         store=store,
         recipe=chosen,
@@ -127,8 +127,8 @@ def run(
     training = Run.open(config, opened)
     if insensitive_at_init(chosen):
         say(
-            f"recipe {chosen.name}: with weights of 0.01 and biases of 1 the output hardly depends on the image at "
-            "first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
+            f"recipe {chosen.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
+            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
         )
     for line in _description_lines(training, fork or run_dir):
         if not quiet or dry_run:
@@ -164,7 +164,7 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
     if not training.steps_per_epoch:
         raise UserError(
-            f"--batch {config.batch_size}: {config.store} has {records:,} training records. "
+            f"--batch {config.batch_size}: {config.store} has only {records:,} training records. "
             f"Pass --batch {records} or less."
         )
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
@@ -201,13 +201,13 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
     type=click.Path(path_type=Path),
     default="ablations",
     show_default=True,
-    help="Folder in which to make the run folders.",
+    help="Folder in which the run folders are made.",
 )
 @click.option(
     "--only",
     type=click.Choice([ablation.name for ablation in ABLATIONS]),
     multiple=True,
-    help="Ablation to train, in addition to the baseline. May be repeated.  [default: all]",
+    help="Ablation to train, in addition to the baseline. Repeat the option for several ablations.  [default: all]",
 )
 @recipe_option
 @set_option
@@ -221,16 +221,17 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
     default=1,
     show_default=True,
     metavar="N",
-    help="Number of runs of each ablation, with consecutive seeds from --seed.",
+    help="Number of runs of each ablation. The first run has the seed --seed, the second --seed + 1, and so on.",
 )
 @gpus_option
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train the network without one part at a time, and print the errors next to the paper's.
+    """Train networks with one part removed or replaced, and print how the errors rise, measured and in the paper.
 
-    An ablation that is trained already is not trained again. To resume after a stop or a kill, run the same command
-    again. All ablations have the same seeds, so they start with equal parameters, record order and crops.
+    An ablation that was trained before is not trained again. To resume after a stop or a kill, run the same command
+    again. All ablations have the same seeds, so they have the same record order and crops. Ablations with the same
+    parameter shapes also start with the same parameters.
 
     \b
     Example:

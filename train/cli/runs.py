@@ -1,4 +1,4 @@
-"""`alextrain status` and `compare`: read run folders, also while other processes train in them."""
+"""`alextrain status` and `compare`: read run folders, even while other processes train the runs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from train.cli.options import run_argument
 @run_argument
 @json_option
 def status(run_dir: Path, as_json: bool) -> None:
-    """Print the state of a run: steps, time left, errors, newest checkpoint, whether it is alive or how it ended.
+    """Print the state of a run: steps, time left, errors, newest checkpoint, whether its process is alive.
 
-    Another process may be training it. The exit code is 0 for every run, also for one that crashed.
+    The command also works while another process trains the run. For a run that has ended, the command prints how the
+    run ended. The exit code is 0 for every run, even for a run that crashed.
 
     \b
     Example:

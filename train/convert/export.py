@@ -6,11 +6,11 @@
                   and the output `logits` (N, classes)
 
 Each file also contains four named JSON texts. A safetensors or onnx file has the texts in its metadata. torchvision's
-state_dict has them in `state._metadata[""]`, next to the module versions that PyTorch stores there. The texts are:
+state_dict has the texts in `state._metadata[""]`, where PyTorch also stores module versions. The texts are:
 
     architecture, recipe   the same objects as in run.json
     classes                names of the classes, in the order of the logits
-    preprocessing          the fields of `Preprocessing`, which turns an image into the input
+    preprocessing          the fields of `Preprocessing`: how an image becomes the network's input
 
 A mean image is stored as float32, little-endian, in row-major order, encoded in base64.
 """
@@ -50,9 +50,9 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 class Preprocessing:
     """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
-    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A crop of `window_px` is taken from
-    the central square. For an evaluation with one view, this is the centre crop. The value of `mean` determines what is
-    subtracted from a crop whose top left corner is at (y, x) in the square:
+    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A square crop with a side of
+    `window_px` is taken from the central square. An evaluation with one view takes the centre crop. The value of `mean`
+    determines what is subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -64,16 +64,17 @@ class Preprocessing:
     mean: str
     mean_rgb: tuple[float, ...]  # subtracted mean per channel; with a mean image, the average of that image
     mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype" and "base64"
-    # After the mean is subtracted, the pixels are divided by input_divisor. An onnx or torchvision file already
-    # includes this division.
+    # After the mean is subtracted, the pixels are divided by input_divisor. The network in an onnx or torchvision file
+    # already includes this division.
     input_divisor: float
     window_px: int = CROP_PX
-    # Only for torchvision: "mean" and "std" of Normalize, and "exact", which is False if they are approximate.
+    # Only for torchvision: "mean" and "std" of Normalize, and "exact". "exact" is False if the network subtracts a mean
+    # image, because "mean" is then only the average of this image.
     normalise: Mapping[str, Any] | None = None
 
 
 def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Preprocessing:
-    """The evaluation preprocessing of a network, as the fields that are exported."""
+    """The `Preprocessing` to export for a network with this evaluation transform and this input divisor."""
     mean_rgb = tuple(transform.mean_rgb if transform.mean == "channel" else (0.0, 0.0, 0.0))
     mean_image, image = transform.mean_image, None
     if mean_image is not None:
@@ -141,7 +142,7 @@ def _torchvision(network: AlexNet, metadata: dict[str, str]) -> memoryview:
     weights = to_torchvision_weights(network.joined_tensors(), network.recipe, IMAGENET_NORMALIZATION.std)
     state: OrderedDict[str, Tensor] = OrderedDict(weights)
     state._metadata = OrderedDict({"": {"version": 1, **metadata}})  # type: ignore[attr-defined]
-    content = io.BytesIO()  # torch.save to a file raises no OSError on a full disk
+    content = io.BytesIO()  # in memory, because torch.save to a file raises no OSError on a full disk
     torch.save(state, content)
     return content.getbuffer()
 

@@ -35,13 +35,13 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 
     file     a state_dict of torchvision.models.alexnet, or a file of `alextrain export --to torchvision`, which also
              contains the arguments of Normalize and the classes
-    config   a configuration with the architecture `torchvision` and a recipe that subtracts a mean per channel, or no
-             mean
-    new_fc8  True: initialize the last layer as the recipe says, because the store has other classes than the file
+    config   a configuration with the architecture `torchvision`, and with a recipe that does not subtract a mean image
+    new_fc8  True: initialize the last layer as the recipe says. False: take it from `file`, which must then have the
+             classes of the store
 
-    train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if the file is not such
-    a state_dict or has other classes, if the recipe or the architecture does not fit, or if the run folder already has
-    a run.
+    train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
+    state_dict of torchvision's AlexNet, if its classes differ from the store's (new_fc8 False), if the recipe or the
+    architecture does not fit, or if the run folder already holds a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe
@@ -67,7 +67,7 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 def create_run(run: Run, network: AlexNet) -> None:
     """Write the run folder with a checkpoint of `network` at step 0. `fit` can continue from this checkpoint.
 
-    Raises UserError if the folder already has a run, or holds other files.
+    Raises UserError if the folder already holds a run or other files.
     """
     make_run_dir(run.run_dir)
     config = run.config
@@ -85,15 +85,15 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """(state_dict, metadata) of a file. Only files of `alextrain export` have metadata; for others it is {}."""
+    """(state_dict, metadata) of a file. The metadata is {} if `alextrain export` did not write the file."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
-    except Exception:  # torch.load raises many types of exceptions, some with wrong advice
+    except Exception:  # torch.load raises many types of exceptions, some of which give wrong advice
         raise UserError(f"{file}: not a file of tensors that torch.load(weights_only=True) reads.") from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{file}: not a state_dict, which is a dict of tensors by name.")
+        raise UserError(f"{file}: not a state_dict (a dict from names to tensors).")
     metadata = getattr(state, "_metadata", {}).get("", {})
     return state, metadata if "preprocessing" in metadata else {}
 
@@ -103,7 +103,7 @@ def _normalization(metadata: Mapping[str, Any]) -> Normalization:
         return IMAGENET_NORMALIZATION
     normalization = json.loads(metadata["preprocessing"])["normalise"]
     if not normalization["exact"]:
-        say("The network was trained with a mean image; the mean over that image is used in its place.")
+        say("The network was trained with a mean image. The import uses only the average color of this image.")
     return Normalization(tuple(normalization["mean"]), tuple(normalization["std"]))
 
 
@@ -123,6 +123,7 @@ def _check_classes(file: Path, parameters: Mapping[str, Tensor], metadata: Mappi
     if in_file != in_store or names not in (None, list(store.classes)):
         first = f" ({names[0]} …)" if names else ""
         raise UserError(
-            f"{file} has {count_noun(in_file, 'class', 'classes')}{first}, {store.root} has {in_store:,} "
-            f"({store.classes[0]} …), not the same. Point --store at a store of the same classes, or pass --new-fc8."
+            f"{file} has {count_noun(in_file, 'class', 'classes')}{first}, but {store.root} has other "
+            f"classes: {in_store:,} ({store.classes[0]} …). Point --store at a store with the file's classes, or pass "
+            "--new-fc8."
         )

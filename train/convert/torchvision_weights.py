@@ -1,25 +1,28 @@
-"""Converts weights, and the input's mean and scale, between torchvision.models.alexnet and our network `torchvision`.
+"""Converts weights between torchvision.models.alexnet and our network `torchvision`, and checks what can be converted.
 
-The converted network computes the same function of the pixels as the original network. For pixels p in 0..255, the
-subtracted mean m, and the channel c:
+`check_fits` refuses networks that torchvision's AlexNet cannot represent. The converted network computes the same
+function of the pixels as the original network, although the two networks take inputs with another mean and scale. In
+the formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
     this project's conv1 takes   u = (p − m_c) / input_divisor
 
     export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
-             multiplied by 255 std_c / input_divisor. This is exact, also at the border: both networks pad with zeros,
-             which stand for pixels of value m. If m is a mean image, the weights are exact for the input
-             t = (p − m) / (255 std_c). Normalize subtracts only the average of the mean image: this is approximate.
+             multiplied by 255 std_c / input_divisor. The result is exact, also at the border: both networks pad the
+             input with zeros, and an input of zero is a pixel of value m. If m is a mean image, the weights are exact
+             for the input t = (p − m) / (255 std_c). But Normalize can subtract only one value per channel, the
+             average of the mean image, so the input from Normalize is approximate.
     import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
              (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
              (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
-             This is exact for windows inside the image. The first and the last row and column of conv1's 55 × 55
-             outputs also depend on the padding. Here, the padding stands for pixels of value m, but in the original
-             network it stands for pixels of value 255 mean_c. These rows and columns are therefore approximate.
+             The result is exact for conv1's windows inside the image. The first and the last row and column of conv1's
+             55 × 55 outputs also depend on the padding, and are approximate: a zero of the padding is a pixel of value
+             m in our network, but a pixel of value 255 mean_c in the original network.
 
-If dropout scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − p in evaluation.
-torchvision's dropout does not scale in evaluation, so an export multiplies the weights of fc6 and fc7 by 1 − p, and an
-import divides them by 1 − p. Both operations are exact for p = ½. All conversions are computed in float64.
+If dropout with probability d scales in evaluation (section 4.2), the inputs of fc6 and fc7 are multiplied by 1 − d in
+evaluation. torchvision's dropout does not scale in evaluation. An export therefore multiplies the weights of fc6 and
+fc7 by 1 − d, and an import divides these weights by 1 − d. Both operations are exact for d = ½. All conversions are
+computed in float64.
 """
 
 from __future__ import annotations
@@ -52,18 +55,18 @@ def check_fits(architecture: Architecture, recipe: Recipe) -> None:
     """Raise UserError, with the reason, for a network that torchvision.models.alexnet cannot represent."""
     if architecture.name != TORCHVISION.name:
         raise UserError(
-            f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no normalization. "
-            "Only --model torchvision fits; --to safetensors and --to onnx take every network."
+            f"network {architecture.name}: torchvision's AlexNet has one column, other widths and no LRN. "
+            "Only --model torchvision fits. --to safetensors and --to onnx fit every network."
         )
     if recipe.activation != "relu" or recipe.pool_px != 3:
         raise UserError(
             f"network with activation {recipe.activation} and pooling windows of {recipe.pool_px} px: torchvision's "
-            "AlexNet has relu and 3 px. Only such a network fits; --to safetensors and --to onnx take every network."
+            "AlexNet has relu and 3 px. --to safetensors and --to onnx fit every network."
         )
 
 
 def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
-    """The joined `parameters` as torchvision's state_dict; conv1's input is then (p − m) / (255 std)."""
+    """The joined `parameters` as torchvision's state_dict, which expects the input (p − m) / (255 std)."""
     state = {}
     for torchvision_layer, layer in TORCHVISION_LAYERS.items():
         weight = parameters[f"{layer}.weight"].double()
@@ -80,7 +83,8 @@ def from_torchvision_weights(
     """The weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
 
     `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
-    is not a state_dict of torchvision's AlexNet. AlexNet.load_joined_tensors checks the remaining names and shapes.
+    has a name that torchvision's AlexNet does not have, no conv1, or a conv1 without 3 input channels. The caller
+    checks all other names and shapes with AlexNet.load_joined_tensors.
     """
     tensors = {name: tensor.double() for name, tensor in from_torchvision(state).items()}
     weight = tensors["conv1.weight"]

@@ -13,9 +13,9 @@ from prep.plot_style import figure_format, render_figure
 from train.report.style import save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics
 
-# Not compared: fields that always differ between two runs, and fields that follow from other fields.
+# Fields that are not compared, because they differ between any two runs or follow from other fields.
 _NOT_COMPARED = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
-# Fields that do not change what is learned: they are shown in the table, but not in the legend.
+# Fields that do not change what is learned. The table shows these fields, the legend does not.
 _NOT_IN_LEGEND = (
     "settings.log_every",
     "settings.checkpoint_every",
@@ -23,13 +23,13 @@ _NOT_IN_LEGEND = (
     "settings.devices",
     "environment",
 )
-_LEGEND_FIELDS = 4  # maximum number of fields in a label of the legend; if more differ, the label is the folder
+_LEGEND_FIELDS = 4  # maximum number of fields in a label; if more fields differ, the label is the folder
 _CELL_CHARS = 40
 
 
 @dataclass(frozen=True)
 class ComparedRun:
-    """A run to compare: its fields by dotted names, and the lines of its metrics.jsonl."""
+    """A run to compare: the fields of its run.json by dotted names, and the lines of its metrics.jsonl."""
 
     run_dir: Path
     fields: Mapping[str, Any]
@@ -39,7 +39,7 @@ class ComparedRun:
 def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
     """Read the runs in `run_dirs`. Raises UserError for fewer than two folders, a repeated folder or a missing run."""
     if len(run_dirs) < 2:
-        raise UserError(f"{len(run_dirs)} run: a comparison needs two or more. Name another RUN_DIR.")
+        raise UserError(f"{len(run_dirs)} run: a comparison needs two or more runs. Name another RUN_DIR.")
     resolved = [path.resolve() for path in run_dirs]
     repeated = [path for k, path in enumerate(run_dirs) if resolved[k] in resolved[:k]]
     if repeated:
@@ -58,24 +58,24 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """The fields that are not equal in all runs, with a value for each run; None for a run without the field."""
+    """The fields that are not equal in all runs, each with a list of one value per run (None: no such field)."""
     names = dict.fromkeys(name for run in runs for name in run.fields)
     rows = {name: [run.fields.get(name) for run in runs] for name in names}
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """A label for each run: the fields that differ (`lr 0.02, seed 1`).
+    """A label for each run: the run's values of the fields that differ (`lr 0.02, seed 1`).
 
-    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the folder.
+    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the run folder.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
-    if "model.name" in rows:  # all other fields of the architecture follow from its name
+    if "model.name" in rows:  # the name determines all other fields of the architecture
         rows = {name: values for name, values in rows.items() if name == "model.name" or not _is_in(name, ("model",))}
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
-        rows.pop("recipe.name", None)  # all runs have the same recipe; overrides have rows of their own
+        rows.pop("recipe.name", None)  # the same for all runs, apart from overrides, which have their own rows
     folders = [str(run.run_dir) for run in runs]
     if not rows or len(rows) > _LEGEND_FIELDS:
         return folders
@@ -93,7 +93,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
 def run_results(run: ComparedRun) -> dict[str, Any]:
     """The last training line ("train"), the last validation line ("val"), and the best validation line ("best").
 
-    "best" has the lowest top-1 error. None stands for a line that does not exist.
+    "best" has the lowest top-1 error. The value is None for a line that does not exist.
     """
     validations = [line for line in run.lines if line["kind"] == "val"]
     return {
@@ -131,7 +131,7 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def draw_comparison(runs: Sequence[ComparedRun], out: Path) -> None:
-    """Draw the loss and top-1 error of all runs over epochs: training as thin lines, validation with dots.
+    """Draw the loss and top-1 error of all runs over epochs: training as thin lines, validation as lines with dots.
 
     `out` is a .png or a .svg file. Raises UserError for another extension, if matplotlib is not installed, or if `out`
     cannot be written.

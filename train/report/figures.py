@@ -1,4 +1,4 @@
-"""All figures of a run, in the order shown. Figures of images need a store; without a store they are left out."""
+"""All figures of a run, in display order. Without a store, the figures that need images are left out."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from train.report.plots_run import (
 from train.runs.preprocessing import saved_color_stats
 from train.runs.run_dir import read_metrics
 
-PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # numbers of images, as in the paper's figure 4
+PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # images with predictions, query images, neighbors per query: as in figure 4
 _CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 
@@ -63,9 +63,9 @@ class RunFigure(NamedTuple):
 def run_figures(
     trained: TrainedRun, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
 ) -> Iterator[RunFigure]:
-    """The figures of a run. Figures that need images are left out if there is no store, or if the store has no `split`.
+    """The figures of a run. Figures that need images are left out if there is no store, or no `split` in the store.
 
-    seed           random seed for the choice of the images of `split` to show
+    seed           random seed for choosing the images of `split` that are shown
     index_records  maximum number of training records to search for nearest neighbors
 
     Raises the errors of the functions of train/evaluation.
@@ -78,7 +78,7 @@ def run_figures(
 
 def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
     lines = read_metrics(trained.run_dir)
-    if lines:  # an imported network has no metrics before it is trained
+    if lines:  # an imported run has no metrics before it is trained
         yield RunFigure(
             "learning-curve",
             "Learning curves",
@@ -122,12 +122,12 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
             "guesses",
             "Test images and their five most probable labels",
             f"{len(predicted)} images of {split}, drawn at random, with the five most probable labels by ten views; "
-            "the correct one in orange. The paper's figure 4, left.",
+            "the correct label in orange. The paper's figure 4, left.",
             predictions_inches(len(predicted)),
             lambda figure: draw_predictions(figure, predicted, names),
         )
         if "train" in store.splits:
-            queries = indices[-QUERIES:]  # other images than in the previous figure, if there are enough
+            queries = indices[-QUERIES:]  # not the images of the previous figure, if `split` has enough images
             training_images = stack.enter_context(StoredImages(store, "train"))
             neighbor_index = load_or_build_index(
                 trained.run_dir, network, trained.checkpoint, store, index_records, trained.precision
@@ -145,8 +145,8 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
                 "Nearest training images",
                 f"Left: images of {split}. Right: for each image, the {len(rows[0].neighbors)} of "
                 f"{len(neighbor_index.labels):,} training images with the nearest {LAYER} activations "
-                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. Classes equal to "
-                "the image's are in orange. The paper's figure 4, right.",
+                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. The class is "
+                "orange if the image has the same class. The paper's figure 4, right.",
                 neighbors_inches(len(rows), len(rows[0].neighbors)),
                 lambda figure: draw_neighbors(figure, rows, names),
             )

@@ -238,7 +238,7 @@ def _environment(trained: TrainedRun) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
-    """HTML that shows facts in large type; each fact is (name, value, note)."""
+    """HTML that shows facts in large type. Each item of `facts` is (name, value, note)."""
     cells = (
         f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
     )

@@ -19,7 +19,7 @@ CONFUSION_INCHES = (8.0, 5.0)
 
 
 class Confusion(NamedTuple):
-    """Numbers of images by class and predicted class."""
+    """A confusion matrix: numbers of images by class and predicted class."""
 
     counts: npt.NDArray[np.int64]  # (classes, classes): [class, predicted class]
 
@@ -41,7 +41,7 @@ class Confusion(NamedTuple):
 
 
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
-    """The confusion matrix for labels (N,) and probabilities (N, classes). The most probable class is predicted."""
+    """The confusion matrix for labels (N,) and probabilities (N, classes). The predicted class is the most probable."""
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     return Confusion(np.bincount(cells, minlength=classes**2).reshape(classes, classes))
@@ -81,9 +81,9 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. A cell is shaded by the share of the
-    row's images for which the column's class is predicted. The columns are the worst classes, and the classes that are
-    most often predicted wrongly for images of the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell shows for which
+    share of the row's images the column's class is predicted. The columns are the worst classes, and the classes that
+    are most often predicted wrongly for images of the worst classes.
     """
     from matplotlib.patches import Rectangle
 

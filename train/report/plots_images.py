@@ -31,7 +31,7 @@ class ImageAndPredictions(NamedTuple):
 
 
 class ImageAndNeighbors(NamedTuple):
-    """An image and the training images nearest to it: a row of draw_neighbors."""
+    """An image and the training images nearest to this image: a row of draw_neighbors."""
 
     square: Pixels
     title: str
@@ -45,7 +45,7 @@ def predictions_inches(images: int) -> tuple[float, float]:
 
 
 def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
-    """Draw images with their five most probable classes as bars, the correct class in orange (figure 4, left)."""
+    """Draw images with bars for their five most probable classes, the correct class in orange (figure 4, left)."""
     rows = -(-len(images) // IMAGES_PER_ROW)
     grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)
     for axes in grid.flat:
@@ -68,7 +68,7 @@ def neighbors_inches(rows: int, neighbors: int) -> tuple[float, float]:
 
 
 def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequence[str]) -> None:
-    """Draw a row for each image: the image at the left, then the training images nearest to it (figure 4, right).
+    """Draw a row for each image: at the left the image, then its nearest training images (figure 4, right).
 
     The class name of a neighbor is orange if the neighbor has the same class as the image.
     """
@@ -87,10 +87,10 @@ def draw_neighbors(figure: Any, rows: Sequence[ImageAndNeighbors], names: Sequen
 
 
 def draw_feature_maps(figure: Any, square: Pixels, maps: dict[str, list[npt.NDArray[np.float32]]]) -> None:
-    """Draw the feature maps with the highest activations for one image, in each convolutional layer and column.
+    """For one image, draw the feature maps with the highest activations in each convolutional layer and column.
 
     For each layer, `maps` has a list with one array (maps, height, width) per column of the network. Each map is scaled
-    to its own range. The map with the highest activation comes first.
+    by its own minimum and maximum. The map with the highest activation comes first.
     """
     network_columns = max(len(parts) for parts in maps.values())
     top, bottom = figure.subfigures(2, 1, height_ratios=(1.4, 3.6))

@@ -13,8 +13,8 @@ from prep.store.manifest import ColorStats
 from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
 
 _KERNELS_PER_ROW = 16
-# If a learning rate is below _DROP_FACTOR times the previous rate, it is marked as a drop. A schedule that
-# lowers the rate continuously lowers it by less between two lines.
+# If a learning rate is below _DROP_FACTOR times the rate of the previous training line, the change is marked as a drop.
+# A schedule that lowers the rate continuously changes it less between two lines.
 _DROP_FACTOR = 0.6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # ticks of the color axes, in standard deviations
 
@@ -49,7 +49,7 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None
 
 
 def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(epoch, new rate) of each sudden drop of the learning rate in the training lines of metrics.jsonl."""
+    """For each sudden drop of the learning rate in training lines: the epoch of the line before, and the new rate."""
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
     return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
 
@@ -61,9 +61,9 @@ def kernels_inches(parameters: Mapping[str, Tensor], columns: int) -> tuple[floa
 
 
 def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) -> None:
-    """Draw the 11×11×3 kernels of conv1, each scaled to its own range (figure 3). Column 0 is above column 1.
+    """Draw the 11×11×3 kernels of conv1 (figure 3), each scaled by its own minimum and maximum.
 
-    `parameters` are the joined parameters (AlexNet.joined_tensors) by name.
+    Column 0 is drawn above column 1. `parameters` are the joined parameters (AlexNet.joined_tensors) by name.
     """
     images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # (96, 11, 11, 3)
     kernels = len(images) // columns  # number of kernels per column

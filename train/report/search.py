@@ -1,4 +1,4 @@
-"""Image search: the training images nearest to given photographs, in the space of fc7."""
+"""Image search: the training images whose fc7 activations are nearest to the activations of given photographs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SearchResult(NamedTuple):
 def search(trained: TrainedRun, images: Sequence[Path], count: int, index_records: int) -> list[SearchResult]:
     """Find the `count` training images nearest to each photograph, among at most `index_records` images.
 
-    Raises UserError if there is no store, or if a file is not an image; StoreError if a record is damaged.
+    Raises UserError if there is no store or if a file is not an image, and StoreError if a record is damaged.
     """
     store = trained.require_store("train")
     squares = [load_photograph(path, trained.transform) for path in images]

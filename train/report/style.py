@@ -25,11 +25,11 @@ def save_figure(content: bytes, out: Path) -> None:
     try:
         write_atomic(out, content)
     except OSError as error:
-        raise disk_error(error, f"{out}: {error.strerror or error}. Name a folder that you may write to.") from None
+        raise disk_error(error, f"{out}: {error.strerror or error}. Name a folder in which you can write.") from None
 
 
 def shorten(name: str, max_chars: int) -> str:
-    """`name` for a figure: control characters are escaped, and the end of a name that is too long is replaced by …."""
+    """`name` with control characters escaped, cut to `max_chars` characters; a name that was cut ends with …."""
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
@@ -53,7 +53,7 @@ def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def tile_images(images: npt.NDArray[np.float64], per_row: int, scale: int, gap_px: int = 2) -> npt.NDArray[np.float64]:
-    """A white sheet with N images in rows: (N, H, W) or (N, H, W, 3), in 0..1, each image enlarged by `scale`."""
+    """A white sheet that shows images (N, H, W) or (N, H, W, 3), in 0..1, in rows, each enlarged by `scale`."""
     count, height, width, *rest = images.shape
     rows = -(-count // per_row)
     cell_h, cell_w = height * scale + gap_px, width * scale + gap_px

@@ -1,9 +1,10 @@
-"""The paper's ablations on one store: trains the network without one part at a time, with equal seeds and steps.
+"""Trains the ablations: networks with one part removed or replaced, on one store, with equal seeds and steps.
 
 Each training has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also has a
 file ablation.json, which holds the errors on the split val with one view (the centre crop).
 
-A run that has an ablation.json is not trained again. A run that was stopped or killed resumes.
+A run that has an ablation.json for the same number of steps is not trained again. A run that was stopped or killed
+resumes.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def plan_runs(
     gpus: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
-    """The runs to train, in the order of ABLATIONS. An ablation that does not change the recipe is left out.
+    """The runs to train, in the order of ABLATIONS. An ablation that changes neither recipe nor model is left out.
 
     Raises the errors of recipe_with_overrides and parse_devices.
     """
@@ -97,9 +98,9 @@ def plan_runs(
 
 
 def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
-    """Train and evaluate the runs that have no errors yet; returns an outcome for each ablation.
+    """Train and evaluate the runs that have no ablation.json yet; returns an outcome for each ablation.
 
-    Raises the errors of train.trainer.loop.fit, except Diverged, and UserError if the store has no split val.
+    Raises UserError if the store has no split val, and the errors of train.trainer.loop.fit except Diverged.
     """
     errors = [_errors(run.config) for run in runs]
     outcomes = []
@@ -111,9 +112,10 @@ def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """(top-1, top-5) errors in 0..1 of a run that was trained and evaluated before; None for a new run.
+    """The errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
 
-    Raises UserError if the folder holds another run.
+    Returns None if there is no ablation.json, or if it has another number of steps. Raises UserError if the folder
+    holds another run.
     """
     try:
         result = json.loads((run.run_dir / RESULT).read_bytes())
@@ -161,10 +163,11 @@ def _measured(run: Run) -> tuple[float, float]:
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each outcome: its difference from the baseline, in the paper and measured, in percentage points.
+    """A row for each outcome: the errors in %, and the differences from the baseline's errors in percentage points.
 
-    A positive difference means that the ablation has the higher error. A measured difference compares two runs with the
-    same seed. "spread" is the standard deviation over the seeds; it is None if there is only one seed.
+    A positive difference means that the ablation has the higher error. Differences are measured ("top1_difference") and
+    from the paper ("paper_top1"). A measured difference compares two runs with the same seed. "spread" is the standard
+    deviation over the seeds, and None if there is only one seed.
     """
     base = outcomes[0]
     return [
@@ -188,7 +191,7 @@ def _differences(errors: Sequence[float | None], base: Sequence[float | None]) -
 
 
 def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and spread in percent; None if a run diverged."""
+    """Mean and spread in percent; both are None if a run diverged."""
     percents = [100 * share for share in shares if share is not None]
     if len(percents) < len(shares):
         return {"mean": None, "spread": None}
@@ -196,7 +199,7 @@ def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `outcome_rows` as a text table, with the sources of the paper's differences below it."""
+    """The rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table."""
     lines = [
         f"{'':12}{'paper, points':>14}  {'measured error, %':>26}  {'difference, points':>26}",
         f"{'':12}{'top-1':>7}{'top-5':>7}" + 2 * f"  {'top-1':>13}{'top-5':>13}",

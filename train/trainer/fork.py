@@ -1,11 +1,12 @@
-"""A new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
+"""Starts a new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
-A fork may change any setting that keeps the parameter shapes. The fork copies parameters and velocity of the
-checkpoint. The fork begins at the same position in the data: after the same number of epochs and the same fraction of
-the next epoch. If the batch size differs, the number of steps at this position also differs. An unchanged schedule
-continues; a changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork` writes the
-first checkpoint of the new run, which is then trained like any other run. The key "ancestry" in run.json and in the
-checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
+A fork can change any setting that does not change the shape of a parameter. The fork copies the parameters and the
+velocity from the checkpoint. The fork begins at the same position in the data: after the same number of epochs and the
+same fraction of the next epoch. If the batch size changes, the step number at this position also changes. An unchanged
+schedule continues; a changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork`
+writes the first checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in
+run.json and in the checkpoints lists the checkpoint from which the run was forked, and the ancestors of that
+checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +29,9 @@ from train.trainer.loop import training_stream
 def fork(run: Run, new_dir: Path) -> Run:
     """Start a new run in `new_dir`, and return it. The new run has the settings of `run`.
 
-    The new run begins with the newest checkpoint in the folder of `run`. If the fork exists already, nothing is
-    written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would change, or if
-    `new_dir` holds another run or other files.
+    The new run begins with the newest checkpoint in the folder of `run`. If `new_dir` already holds this fork,
+    nothing is written. Raises UserError if the folder of `run` has no checkpoint, if the shape of a parameter would
+    change, or if `new_dir` holds another run or other files.
     """
     forked = _moved_to(run, new_dir)
     make_run_dir(new_dir)
@@ -42,7 +43,7 @@ def fork(run: Run, new_dir: Path) -> Run:
 def preview_fork(run: Run, new_dir: Path | None) -> str:
     """The message of `alextrain run --dry-run`: the step after which the run, or its fork into `new_dir`, would begin.
 
-    Writes nothing. Raises UserError if `alextrain run` would refuse to train because of the content of its folders.
+    Writes nothing. Raises UserError if `alextrain run` would refuse to train because of the content of a run folder.
     """
     planned = _moved_to(run, new_dir) if new_dir else run
     resumed = None
@@ -56,7 +57,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
         return f"{planned.run_dir}: would resume after step {resumed.step:,}."
     if new_dir:
         origin = _load_origin(planned, run.run_dir)
-        return f"{new_dir}: would begin with {run.run_dir} after step {origin.step:,}."
+        return f"{new_dir}: would begin with the checkpoint of {run.run_dir} after step {origin.step:,}."
     return f"{planned.run_dir}: would begin at step 0."
 
 
@@ -70,12 +71,12 @@ def _moved_to(run: Run, new_dir: Path) -> Run:
 def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
     """Raise UserError if the run in `new_dir` was not forked from `origin`.
 
-    If the folder from which the run was forked no longer exists, there is no error: that folder may have been renamed
-    to `origin`.
+    There is no error if the folder from which the run was forked no longer exists, because that folder may have been
+    renamed to `origin`.
     """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
     if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
-        raise UserError(f"--fork {new_dir}: holds a run that began with {parent or 'nothing'}, not with {origin}.")
+        raise UserError(f"--fork {new_dir}: holds a run that was forked from {parent or 'no run'}, not from {origin}.")
 
 
 def _load_origin(run: Run, origin: Path) -> Checkpoint:
@@ -124,8 +125,8 @@ def _begin(run: Run, origin: Path) -> None:
     write_description(run, ancestry)
     checkpoint.write(run.run_dir, first)
     say(
-        f"{run.run_dir}: begins with {origin} after step {parent.step:,}, as step {position.step:,}; "
-        f"{count_noun(len(changed), 'difference')}{': ' if names else ''}{', '.join(sorted(names))}"
+        f"{run.run_dir}: begins with the checkpoint of {origin} after step {parent.step:,}, here step "
+        f"{position.step:,}; {count_noun(len(changed), 'difference')}{': ' if names else ''}{', '.join(sorted(names))}"
     )
 
 
@@ -136,7 +137,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """The position of the fork: after the epochs of `parent`, and the same fraction of the next epoch."""
+    """The position of the fork: after as many epochs as `parent`, and the same fraction of the next epoch."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)
@@ -153,6 +154,6 @@ def _check_shapes(run: Run, state: Checkpoint) -> None:
         if tuple(tensor.shape) != shapes[name]:
             raise UserError(
                 f"--fork {config.run_dir}: {name} has shape {tuple(tensor.shape)} in the checkpoint, {shapes[name]} in "
-                "this network. A fork may change any setting that keeps the parameter shapes: use the same --model, "
-                "crossings and number of classes."
+                "this network. A fork cannot change the shapes of parameters: use the same --model, crossings and "
+                "number of classes."
             )

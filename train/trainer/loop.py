@@ -32,10 +32,10 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
 
     view  console output; by default a live display on a terminal and plain lines elsewhere
 
-    Raises the errors of the loaders; UserError if the folder holds another run, or if memory runs out; DiskFull if the
-    disk is too full for checkpoints; Diverged if a loss, gradient or parameter becomes NaN or infinite. After Ctrl-C,
-    SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated. During a
-    validation `fit` raises at once, because the checkpoint was written before the validation.
+    Raises UserError if the folder holds another run or if memory runs out, DiskFull if the disk is too full for
+    checkpoints, Diverged if a loss, gradient or parameter becomes NaN or infinite, and the errors of the loaders. After
+    Ctrl-C, SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
+    During a validation, `fit` raises at once, because the checkpoint was written before the validation.
     """
     make_run_dir(run.run_dir)
     with hold_lock(run.run_dir, "training"), out_of_memory(run.config), ExitStack() as streams:
@@ -53,7 +53,8 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)
     train_step = TrainingStep(network, optimizer, config.precision, config.accumulate)
 
-    # ---- resume from the newest intact checkpoint in the run folder. Its identity must be the identity of the run.
+    # ---- resume from the newest intact checkpoint in the run folder. The checkpoint must have the
+    # ---- identity of the run.
     # ---- Without a checkpoint the run begins at step 0, with parameters drawn from the seed.
     step, validation_due = 0, False
     resumed = checkpoint.load_latest(run.run_dir)
@@ -141,7 +142,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
 
 
 def validation_stream(run: Run) -> EvalLoader | None:
-    """The loader for the centre views of the split val; None, with a message, if the store has no such split."""
+    """The loader for the centre views of the split val; None, after a message, if the store has no split val."""
     config = run.config
     if "val" not in run.store.splits:
         say(

@@ -11,8 +11,8 @@ from prep.console import UserError
 from train.config.run_config import RunConfig
 from train.runs import checkpoint
 
-# Some out-of-memory errors are a plain RuntimeError and are recognized by a part of their message. In order, the parts
-# come from torch's CPU allocator, from the CUDA driver and DALI, and from cuBLAS.
+# Some out-of-memory errors are a plain RuntimeError and are recognized by a part of their message. The first part comes
+# from torch's CPU allocator, the second from the CUDA driver and from DALI, the third from cuBLAS.
 _MESSAGES = ("can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 

@@ -28,7 +28,7 @@ def capture_state(
 ) -> Checkpoint:
     """The checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
 
-    validation_due  True if the epoch has ended, and the validation after it has not been computed
+    validation_due  True if an epoch ended at `step`, and the validation of this epoch has not been computed
     """
     return Checkpoint(
         identity=run.identity,
@@ -68,7 +68,8 @@ def restore_state(
 def seed_generators(config: RunConfig, step: int) -> None:
     """Seed every random generator.
 
-    Column 1's GPU has its own seed. With equal seeds dropout would select the same units in both columns.
+    If column 1 is on a second GPU, this GPU has another seed. With equal seeds, dropout would select the same units in
+    both columns.
     """
     torch.manual_seed(config.seed + step)
     if config.devices[0] != config.devices[1]:

@@ -1,18 +1,19 @@
 """One training step: forward, cross-entropy, backward, update.
 
 With --accumulate a batch is computed in equal parts, one after the other, and the gradients of the parts are averaged.
-Apart from rounding, the update is the same as without --accumulate, and only the activations of one part are in memory
-at a time. Dropout is drawn independently for every image, with or without --accumulate.
+Apart from rounding, the update is the same as without --accumulate. Only the activations of one part are in memory at
+any time. Dropout is drawn independently for every image, with or without --accumulate.
 
 The host never waits for a device during a step. The two columns therefore run at the same time on two GPUs, although
 one thread launches the layers of both columns, column 0's layers first:
 
--   A launch queues work on the current stream of its device and returns. No value is read back (no item(), no cpu(),
-    no shape that depends on data): tests/train/trainer/test_step.py runs the step on tensors that hold no values.
--   Where columns cross (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's stream. CUDA
-    events make the copy wait for the receiver's stream, and make the receiver's stream wait for the copy.
--   In the backward pass autograd has a thread for each GPU, which launches that GPU's part. Where columns
-    cross, gradients are copied in the opposite direction.
+-   A launch queues work on the current stream of its device and returns. The step reads no value back from a device
+    (no item(), no cpu(), no shape that depends on data). tests/train/trainer/test_step.py can therefore run the step on
+    tensors without values.
+-   At a crossing of the columns (AlexNet.cross), `to(device, non_blocking=True)` queues the copy on the sender's
+    stream. CUDA events make the copy wait for the receiver's stream, and make the receiver's stream wait for the copy.
+-   In the backward pass, autograd has a thread for each GPU. Each thread launches the work of its GPU. At a crossing,
+    gradients are copied in the opposite direction.
 -   The update is queued on each parameter's device. Learning rates are Python numbers and are not read from a device.
 
 GPU 1 starts a few hundred microseconds after GPU 0, because GPU 1's first layers are queued later. From then on the
@@ -53,7 +54,7 @@ class TrainingStep:
         self.network, self.optimizer, self.precision, self.parts = network, optimizer, precision, parts
 
     def __call__(self, images: Tensor, labels: Tensor) -> StepResult:
-        """Update the parameters once. The tensors may be on any device.
+        """Update the parameters once. `images` and `labels` can be on any device.
 
         images  float32 (N, 3, 224, 224), grey levels minus the mean
         labels  int64 (N,)
@@ -71,7 +72,7 @@ class TrainingStep:
                 scores = self.network(part).float()
                 loss = F.cross_entropy(scores, part_labels, label_smoothing=self.network.recipe.label_smoothing)
                 loss = loss / self.parts
-            loss.backward()  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            loss.backward()  # type: ignore[no-untyped-call]  # torch has no type hints here
             losses.append(loss.detach())
             logits.append(scores.detach())
         self.optimizer.step()

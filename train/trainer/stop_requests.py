@@ -19,7 +19,7 @@ class StopRequests:
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """A context that may be interrupted: a signal raises at once, and a stop requested earlier raises on entry."""
+        """A context in which a signal raises at once. If a stop was requested earlier, entering the context raises."""
         self._deferred = False
         try:
             if self.requested is not None:
@@ -29,12 +29,12 @@ class StopRequests:
             self._deferred = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first signal requests a stop, a second signal raises at once."""
+        """Handle a signal: the first signal requests a stop, a second raises. In `raised_at_once`, all signals raise."""
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested = stop
-        with suppress(RuntimeError):  # raised if the signal interrupted a print to the same stream
+        with suppress(RuntimeError):  # Python's error if the signal interrupted a print to the same stream
             say("Stopping after this step, with a checkpoint.")
 
 

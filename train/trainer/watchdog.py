@@ -1,8 +1,8 @@
-"""Ends a run if a loss, gradient or parameter is NaN or infinite, and warns of stuck or suspicious losses.
+"""Ends a run if a loss, gradient or parameter is NaN or infinite, and warns of stuck or zero losses and equal labels.
 
 There is no host-device synchronization between two log lines: the values of a step stay on the device until the next
-line of metrics.jsonl is due. A NaN loss is therefore reported when that line is due, with the exact step at which it
-occurred.
+training line of metrics.jsonl is due. A NaN loss is therefore reported when this line is due, with the exact step at
+which the loss was NaN.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
 
 # The watchdog warns if the loss stays at ln(classes), the loss of a random guess, for STUCK_STEPS steps. On ImageNet,
-# the loss of the paper's network may stay there for half of STUCK_STEPS before it falls. In a run of fewer than 10,000
-# steps, the watchdog warns after half of the run's steps, but not before MIN_STUCK_STEPS.
+# the loss of the paper's network can stay at ln(classes) for half of STUCK_STEPS before it falls. In a run of fewer
+# than 2 · STUCK_STEPS steps, the watchdog warns after half of the run's steps, but not before MIN_STUCK_STEPS steps.
 STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
 STUCK_SHARE = 0.01  # relative tolerance: a loss this close to ln(classes) counts as ln(classes)
-ZERO_LOSS_NATS = 1e-6  # a smaller loss counts as zero
-ONE_CLASS_IMAGES = 32  # minimum number of images: in fewer images, equal labels may be a coincidence
+ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
+ONE_CLASS_IMAGES = 32  # equal labels in fewer images than this may be a coincidence
 
 
 class Diverged(UserError):
@@ -42,13 +42,13 @@ class Watchdog:
         """`warn` prints a warning. Each kind of warning is printed once in a run."""
         self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
-        self._stuck_since: int | None = None  # every loss after this step has been ln(classes)
+        self._stuck_since: int | None = None  # the mean loss of every interval after this step was ln(classes)
         self._warned: set[str] = set()
         self._begin()
 
     def _begin(self) -> None:
         self._losses: list[Tensor] = []
-        self._labels: tuple[Tensor, Tensor] | None = None  # smallest and largest label of the interval
+        self._labels: tuple[Tensor, Tensor] | None = None  # smallest and largest label since the last check
         self._images = 0
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
@@ -65,8 +65,8 @@ class Watchdog:
 
         augmentation  the stream's augmentation in these steps
 
-        If a loss, or the norm of a gradient or parameter, is NaN or infinite, the batch of that step is written into
-        the run folder, and Diverged is raised.
+        If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
+        of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.
         """
         losses: list[float] = torch.stack(self._losses).tolist()
         norms = parameter_norms(self.network)

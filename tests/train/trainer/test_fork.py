@@ -105,7 +105,7 @@ def test_run_json_and_checkpoint_of_a_fork_name_its_ancestors_and_the_difference
     fork(Run.open(replace(changed, run_dir=forked.run_dir)), tmp_path / "second")
     paths = [ancestor["path"] for ancestor in ancestry(tmp_path / "second")]
     assert paths == [str(origin), str(forked.run_dir)]
-    with pytest.raises(UserError, match=rf"a run that began with {origin}, not with {tmp_path / 'second'}"):
+    with pytest.raises(UserError, match=rf"a run that was forked from {origin}, not from {tmp_path / 'second'}"):
         fork(Run.open(replace(changed, run_dir=tmp_path / "second")), forked.run_dir)
 
 
