@@ -3,7 +3,7 @@
 The colour noise of the paper (section 4.1) adds α·σ·v to every pixel of a training image, for each principal component
 with eigenvector v and standard deviation σ. α is drawn from N(0, 0.1), so three standard deviations of α are 0.3. A
 shift by 0.3 σ along the second or third component is hard to see in a photograph. Therefore the plot also shows the
-mean colour with shifts of up to 3 σ, ten times as large.
+mean colour with shifts of up to 3 σ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from prep.store.manifest import ColorStats, Store, StoreError
 
 MAX_RECORDS, MAX_PIXELS = 48, 4800  # maximum numbers of records to read and of pixels to draw
 ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
-STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts in units of: standard deviation of α (photograph), σ (mean colour)
+STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts, in standard deviations of α (photograph) or in σ (mean colour)
 AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
 PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this length
 ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
@@ -40,8 +40,9 @@ Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     """Draw `stats` and a sample of the split's pixels into a .png or .svg file. Equal input gives equal bytes.
 
-    Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, the extension is unknown or the file
-    cannot be written (an existing file is kept), and StoreError, naming shard and key, for a damaged record.
+    Reads at most MAX_RECORDS records. Raises UserError if matplotlib is missing, if the extension is unknown or if the
+    file cannot be written; an existing file is then kept. Raises StoreError, which names shard and key, if a record is
+    damaged.
     """
     format = figure_format(out, "--plot")
 
@@ -52,7 +53,7 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
     try:
         write_atomic(out, content)
     except OSError as error:
-        raise UserError(f"--plot {out}: {error.strerror}. Name a file in a folder that you may write to.") from None
+        raise UserError(f"--plot {out}: {error.strerror}. Name a file in a folder with write permission.") from None
 
 
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
@@ -60,11 +61,11 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
-                 2·PHOTOGRAPH_PX or more. The chosen record has, of all records read, the colour distribution that is
-                 closest to the target: the split's mean and half the split's standard deviations. At such low
-                 contrast, small shifts are visible and few values are clipped.
+                 2·PHOTOGRAPH_PX or more. Of all records read, this record has the colour distribution closest to a
+                 distribution with the split's mean and half the split's standard deviations. In an image of such
+                 low contrast, small colour shifts are visible and few shifted values are clipped.
 
-    Raises StoreError, naming shard and key, for a damaged record.
+    Raises StoreError, which names shard and key, if a record is damaged.
     """
     rng, share = np.random.default_rng(seed), MAX_PIXELS // min(MAX_RECORDS, store.split(split).records)
     pixels, photograph, smallest = [], np.empty(0, np.uint8), np.inf
@@ -80,7 +81,7 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
 def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
     """Yield at most MAX_RECORDS images, uint8 (H, W, 3): the first records of shards spread evenly over the split.
 
-    Records are in the order of a hash of their paths, so the first records of a shard are a random sample.
+    Records are sorted by a hash of their paths, so the first records of a shard are a random sample.
     """
     both = zip(store.shard_paths(split), store.split(split).shards, strict=True)
     shards = [(path, shard) for path, shard in both if shard.records]
@@ -99,10 +100,10 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Distance between the colours of `pixels` and the split's colours with their contrast halved.
+    """Distance between the colours of `pixels` and the split's colours at half contrast.
 
-    It is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. One squared grey level is
-    added to each diagonal entry of both covariances, so that the result is finite for images without colour.
+    The distance is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. One squared grey
+    level is added to each diagonal entry of both covariances. So the distance is finite for images without colour.
     """
     inverse = np.linalg.inv(np.array(stats.covariance) / 4 + np.eye(3))
     covariance, offset = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
@@ -120,7 +121,7 @@ def shift_colors(
 ) -> npt.NDArray[np.float64]:
     """Shift RGB colours (..., 3) by `stdevs` standard deviations along component 0, 1 or 2. Results are not clipped.
 
-    `stdevs` is a number, or an array of shape (n, 1): then one colour is shifted n times, and the result is (n, 3).
+    `stdevs` is a number or an array. An array of shape (n, 1) shifts one colour n times; the result has shape (n, 3).
     """
     sigma: npt.NDArray[np.float64] = stats.stdevs[component] * np.array(stats.eigenvectors)[:, component]
     return np.asarray(colors) + np.asarray(stdevs) * sigma
@@ -209,7 +210,7 @@ def _set_title(panel: Any, title: str) -> None:
 
 
 def _signed(template: str, value: float, zero: str) -> str:
-    """`value` formatted by `template` with a typographic minus sign; the text `zero` if `value` is 0."""
+    """Format `value` by `template` with a typographic minus sign. Returns `zero` if `value` is 0."""
     return template.format(value).replace("-", "−") if value else zero
 
 

@@ -29,17 +29,18 @@ class _ExportTask:
 
 
 def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
-    """Write the image of every record of a split to `out`/CLASS/NAME, under the name of its input.
+    """Write the image of every record of a split to `out`/CLASS/NAME, named after the record's input.
 
-    A file that already has the same bytes is not written again, so a second call resumes an interrupted export. Raises
-    UserError if a file of the same name exists with other bytes, and StoreError if a record is damaged.
+    An existing file with the bytes of the record is not written again, so a second call resumes an interrupted export.
+    Raises UserError if an existing file of that name has other bytes, and StoreError if a record is damaged.
     """
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731
     for task, result in runner.map(_export_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             raise StoreError(
-                f"{task.path}: the process that read it {result.describe()}. Check the store with: alexprep verify"
+                f"{task.path}: the process that read this shard {result.describe()}. "
+                "Check the store with: alexprep verify"
             )
 
 
@@ -63,7 +64,7 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """File name of an exported record: the input's name with an extension of `format`; the key for an unsafe name."""
+    """File name of an exported record: the input's name with an extension of `format`, or the key if unsafe."""
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
     if extension not in _EXTENSIONS[format]:
@@ -99,10 +100,10 @@ def _write_new_file(path: bytes, content: bytes) -> None:
 
 
 def _rename_to_new(old: bytes, new: bytes) -> None:
-    """Rename a file. On a file system with hard links, raises FileExistsError if `new` exists already."""
+    """Rename a file. Raises FileExistsError if `new` exists, but only on a file system with hard links."""
     try:
         os.link(old, new)
     except FileExistsError:
         raise
-    except OSError:  # the file system has no hard links, like FAT
+    except OSError:  # the file system (for example FAT) has no hard links
         os.replace(old, new)

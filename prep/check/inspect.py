@@ -47,7 +47,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
 
 
 def summary_lines(store: Store) -> Iterator[str]:
-    """A summary of `describe_store` as lines of text."""
+    """The main facts of `describe_store` as lines of text."""
     settings = store.settings
     format = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
     shape = "whole images" if settings.keep_aspect else "central squares"
@@ -87,7 +87,7 @@ def find_record(store: Store, split: str, key: str, runner: Runner) -> tuple[str
     for (path, _), result in runner.map(_read_record, tasks, lambda counts: None):
         if isinstance(result, WorkerDied):
             raise StoreError(
-                f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify"
+                f"{path}: the process that read this shard {result.describe()}. Check the store with: alexprep verify"
             )
         if result is not None:
             return path, result

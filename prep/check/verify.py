@@ -1,7 +1,8 @@
-"""Verifies a store: every record against its checksum and settings, every shard and file against the manifest.
+"""Verifies a store: checks every record, and compares every shard and file with the manifest.
 
-A fault is reported with shard, key and source path, if these are known. LMDB does not check its file, so a
-truncated or damaged file can crash the process that reads it. Therefore worker processes read the shards.
+A record is checked against its own checksum and the store's settings. A fault is reported with shard, key and source
+path, if these are known. LMDB does not check its data file for damage, so a truncated or damaged file can crash the
+process that reads the file. Therefore worker processes read the shards.
 """
 
 from __future__ import annotations
@@ -37,10 +38,10 @@ from prep.store.manifest import (
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 # A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds allow the largest errors of 4:2:0 chroma subsampling. Images of
+# different moments. The two bounds below allow the largest errors of 4:2:0 chroma subsampling. Images of
 # alternating lines of two saturated colours have these errors. In hundreds of photographs at quality 50 or more, the
-# errors are at most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum finds a changed moment
-# in the manifest.
+# errors are at most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum shows later
+# changes of the manifest's moments.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
 _MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
@@ -97,7 +98,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
     for task, result in runner.map(check_shard, tasks, on_progress):
         if isinstance(result, WorkerDied):
             what = (
-                f"the process that read it {result.describe()} at record {result.index}: "
+                f"the process that read this shard {result.describe()} at record {result.index}: "
                 "the file is damaged or cut short"
             )
             faults.append(Fault(task.shard.path, "", "", what))
@@ -110,7 +111,7 @@ def verify_split(store: Store, split: str, runner: Runner, progress: Progress, d
     try:
         faults += _check_manifest(store, split)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
-        faults.append(Fault("manifest.json", "", "", f"split {split}: {error!r} where a field should be"))
+        faults.append(Fault("manifest.json", "", "", f"split {split}: a field is missing or wrong ({error!r})"))
     if not faults:
         in_order = [findings[shard.path] for shard in shards]
         faults += _check_totals(store, split, in_order, square_sum if decode else None)
@@ -159,11 +160,13 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
 
 
 def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """(label, pixels) of a record; raises DatumError or BadImage if it is damaged or does not match the settings."""
+    """(label, pixels) of a record. Raises DatumError or BadImage if the record is damaged or has other settings."""
     datum = Datum.decode(value)
     side, shape = task.settings.side_px, (datum.height, datum.width)
     if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):
-        raise DatumError(f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}")
+        raise DatumError(
+            f"{shape[1]}×{shape[0]} px, the store's shorter side is {side}; only --keep-aspect allows a longer side"
+        )
     if not 0 <= datum.label < task.classes:
         raise DatumError(f"label {datum.label}, the store has {task.classes} classes")
     if not task.decode:
@@ -176,7 +179,10 @@ def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.
         return datum.label, pixels
     image = decode_image(datum.data)
     if image.pixels.shape[:2] != shape or image.converted:
-        raise DatumError(f"decodes to {image.pixels.shape}, {image.converted}; expected an RGB JPEG of {shape}")
+        raise DatumError(
+            f"decodes to shape {image.pixels.shape}, conversions {image.converted}; "
+            f"expected an RGB JPEG of shape {(*shape, 3)} without conversion"
+        )
     return datum.label, image.pixels
 
 
@@ -196,12 +202,12 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
 
     def compare(what: str, actual: object, stated: object) -> Iterator[Fault]:
         if actual != stated:
-            yield Fault(where, "", "", f"split {name}: {what} {actual}, it says {stated}")
+            yield Fault(where, "", "", f"split {name}: {what} {actual}, the manifest says {stated}")
 
     written = json.loads((store.root / where).read_bytes())
     checksum = written.pop("checksum", None)
     if checksum != digest_json(written):
-        yield Fault(where, "", "", f"checksum {digest_json(written)}, it says {checksum}: changed after it was written")
+        yield Fault(where, "", "", f"was changed: checksum {digest_json(written)}, the manifest says {checksum}")
     yield from compare("fingerprint of the store", store.fingerprint, written.get("fingerprint"))
     yield from compare("fingerprint", split_fingerprint(store.classes, split.shards), split.fingerprint)
     yield from compare("records of all shards", sum(shard.records for shard in split.shards), split.records)
@@ -279,7 +285,7 @@ def _check_totals(
     counts = tuple(labels[label] for label in range(len(store.classes)))
     if counts != split.label_counts:
         label = next(k for k, (a, b) in enumerate(zip(counts, split.label_counts, strict=True)) if a != b)
-        what = f"{counts[label]} records of {store.classes[label]}, it says {split.label_counts[label]}"
+        what = f"{counts[label]} records of {store.classes[label]}, the manifest says {split.label_counts[label]}"
         yield Fault(where, "", "", f"split {name}: {what}")
     if square_sum is not None:
         moments = sum((found.moments for found in findings), Moments())
@@ -296,10 +302,10 @@ def _check_pixel_statistics(
     where, exact = "manifest.json", store.settings.format == "ppm"
     stated = Moments.from_json(split.moments)
     for pixels in {stated.pixels, split.pixels} - {moments.pixels}:
-        yield Fault(where, "", "", f"split {name}: {moments.pixels} pixels, it says {pixels}")
+        yield Fault(where, "", "", f"split {name}: {moments.pixels} pixels, the manifest says {pixels}")
         return
     if exact and moments != stated:
-        yield Fault(where, "", "", f"split {name}: moments {moments.to_json()}, it says {stated.to_json()}")
+        yield Fault(where, "", "", f"split {name}: moments {moments.to_json()}, the manifest says {stated.to_json()}")
     try:
         mean_image = store.mean_image(name)
     except StoreError as error:
@@ -312,11 +318,11 @@ def _check_pixel_statistics(
     actual, expected = compute_color_stats(split.records, moments), compute_color_stats(split.records, stated)
     mean_error = float(np.abs(np.subtract(actual.mean_rgb, expected.mean_rgb)).max())
     if mean_error > MAX_MEAN_ERROR:
-        what = f"mean RGB is off by {mean_error:.2f} grey levels, JPEG explains up to {MAX_MEAN_ERROR}"
+        what = f"mean RGB is off by {mean_error:.2f} grey levels, JPEG explains at most {MAX_MEAN_ERROR}"
         yield Fault(where, "", "", f"split {name}: {what}")
     covariance = np.array(expected.covariance)
     largest = max(np.abs(covariance).max(), 1.0)
     covariance_error = float(np.abs(np.array(actual.covariance) - covariance).max() / largest)
     if covariance_error > MAX_COVARIANCE_ERROR:
-        what = f"covariance is off by {covariance_error:.1%}, JPEG explains up to {MAX_COVARIANCE_ERROR:.0%}"
+        what = f"covariance is off by {covariance_error:.1%}, JPEG explains at most {MAX_COVARIANCE_ERROR:.0%}"
         yield Fault(where, "", "", f"split {name}: {what}")

@@ -14,7 +14,7 @@ from prep.console import progress, store_option, usable_cores
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
-if TYPE_CHECKING:  # at run time these would load LMDB and Pillow, even for --help
+if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
     from prep.build.plan import BuildPolicy
     from prep.inputs.reader import Source
     from prep.workers import Runner
@@ -33,12 +33,12 @@ if TYPE_CHECKING:  # at run time these would load LMDB and Pillow, even for --he
 @click.option(
     "--label-order",
     type=click.Choice(LABEL_ORDERS),
-    help="Meaning of number k in a ground truth: the k-th class in sorted order (sorted), or the class whose "
+    help="Meaning of number k in a ground-truth file: the k-th class in sorted order (sorted), or the class whose "
     "ILSVRC2012_ID is k in the devkit's meta.mat (devkit).  [default: devkit if meta.mat is next to the label file, "
     "else sorted]",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
-@click.option("--dry-run", is_flag=True, help="Report bad inputs, disk space and time; build nothing.")
+@click.option("--dry-run", is_flag=True, help="Print bad inputs, needed disk space and build time, but build nothing.")
 @record_options
 def build_lmdb(
     source: Path,
@@ -54,9 +54,9 @@ def build_lmdb(
 ) -> None:
     """Rescale the images of SOURCE and write them to a sharded LMDB store.
 
-    SOURCE is a folder with one folder for each class, a flat folder of images with --labels, a tar archive of either
-    (such as ILSVRC2012_img_train.tar), or a folder that holds train and val as such folders or archives. Nothing in
-    SOURCE is changed. After an interruption the same command resumes the build.
+    A split is a folder with one folder for each class, a flat folder of images with a label file, or a tar archive of
+    such a folder (for example ILSVRC2012_img_train.tar). SOURCE is one split, or a folder that contains the splits
+    train and val. Nothing in SOURCE is changed. After an interruption the same command resumes the build.
 
     \b
     Example:
@@ -117,7 +117,7 @@ def _build(source: Source, store: Path, settings: Settings, runner: Runner, poli
     "--classes",
     type=click.Path(path_type=Path, dir_okay=False),
     help="File with the names of the classes, one on each line in the order of the labels (synset_words.txt).  "
-    "[default: the classes of the store, else the folders in the keys, else numbers]",
+    "[default: the classes of the store, else the folder names in the keys, else numbers]",
 )
 @record_options
 def import_caffe(
@@ -132,7 +132,7 @@ def import_caffe(
     """Build a split from LMDBs that Caffe's convert_imageset wrote.
 
     Encoded images and bare pixels (C,H,W, blue first) go through the same steps as image files. Labels do not change.
-    The resizing and compression of convert_imageset cannot be undone: prefer the original images to its LMDBs.
+    Prefer the original images to such LMDBs: the resizing and compression of convert_imageset cannot be undone.
 
     \b
     Example:

@@ -34,10 +34,10 @@ from prep.store.manifest import SPLITS, Store
 @jobs_option
 @json_option
 def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_json: bool) -> None:
-    """Verify every record of a store against its checksum and the manifest, and name each fault.
+    """Verify every record of a store against its checksum and the manifest, and print each fault.
 
-    Images are decoded, and their colour sums are compared with those of the build: exactly for ppm, within JPEG's
-    error for jpeg. The exit code is 1 if there is a fault.
+    Images are decoded, and their colour sums are compared with the sums of the build. For ppm, the sums must be equal.
+    For jpeg, the sums may differ by the error of JPEG compression. The exit code is 1 if there is a fault.
 
     \b
     Example:
@@ -95,7 +95,7 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
 )
 @json_option
 def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json: bool) -> None:
-    """Describe a store (splits, classes, settings, outcomes of its inputs) or, with --key, one of its records.
+    """Describe a store (splits, classes, settings, outcomes of inputs) or, with --key, one record.
 
     \b
     Example:
@@ -186,22 +186,22 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
 @click.option(
     "--recompute",
     is_flag=True,
-    help="Compute the statistics again from the stored images, and compare them with those of the build.",
+    help="Compute the statistics again from the stored images, and compare them with the statistics of the build.",
 )
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE.png|.svg",
-    help="File to draw the colours and their components to.",
+    help="File for a plot of the colours and their principal components.",
 )
 @jobs_option
 @json_option
 def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs: int | None, as_json: bool) -> None:
     """Print mean, covariance and principal components of the RGB pixels of a split.
 
-    They are computed from the exact sums of the build and written to SPLIT/colour.json, which the stream reads. With
-    --recompute they are computed from the stored images; the largest difference is printed, and colour.json is not
-    changed.
+    The statistics are computed from the exact sums of the build and written to SPLIT/colour.json, which training reads.
+    With --recompute the statistics are computed from the stored images. Then the largest difference from the build's
+    standard deviations is printed, and colour.json is not changed.
 
     \b
     Example:

@@ -48,7 +48,7 @@ _RECORD_OPTIONS = (
         type=click.Choice(FILTERS),
         default="area",
         show_default=True,
-        help="Rescaling filter; to enlarge, area uses bicubic.",
+        help="Rescaling filter; with area, small images are enlarged by bicubic.",
     ),
     click.option(
         "--seed",
@@ -68,7 +68,7 @@ _RECORD_OPTIONS = (
         "--max-bad",
         type=click.IntRange(0),
         metavar="N",
-        help="Largest number of bad inputs to leave out; the build stops if there are more. Implies --on-bad skip.  "
+        help="Largest number of bad inputs to leave out; with more bad inputs the build stops. Implies --on-bad skip.  "
         "[default: no limit]",
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished build of the split and start again."),
@@ -78,7 +78,7 @@ _RECORD_OPTIONS = (
 
 
 def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of the commands that build a split: record format, treatment of bad inputs, jobs, JSON."""
+    """Add the options of the commands that build a split: record format, bad inputs, worker processes, JSON."""
     for option in reversed(_RECORD_OPTIONS):
         command = option(command)
     return command

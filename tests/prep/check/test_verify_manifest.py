@@ -44,7 +44,10 @@ MANIFEST: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "records": (lambda d: train_split(d).update(records=151), "151"),
     "bytes": (lambda d: train_split(d).update(bytes=1), "bytes of all shards"),
     "label_counts": (lambda d: train_split(d).update(label_counts=[50, 50, 51]), "records of all classes"),
-    "label_counts moved": (lambda d: train_split(d).update(label_counts=[51, 49, 50]), "50 records of n0, it says 51"),
+    "label_counts moved": (
+        lambda d: train_split(d).update(label_counts=[51, 49, 50]),
+        "50 records of n0, the manifest says 51",
+    ),
     "label_counts of a class more": (lambda d: train_split(d)["label_counts"].append(0), "classes with a count"),
     "kept": (lambda d: train_split(d)["account"].update(kept=149), "inputs kept"),
     "inputs": (lambda d: train_split(d)["account"].update(inputs=151), "inputs kept or bad"),
@@ -74,7 +77,7 @@ def test_a_manifest_that_does_not_agree_with_the_store_is_a_fault(
     faults = faults_of(store, workers)
     assert any(what in fault.text() for fault in faults), faults
     for fault in faults:
-        if found := re.search(r"(\S+) pixels, it says (\S+)", fault.what):
+        if found := re.search(r"(\S+) pixels, the manifest says (\S+)", fault.what):
             assert found[1] != found[2]  # the two values differ
 
 
