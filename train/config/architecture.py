@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-COLUMNS = 2  # number of columns of the paper's network; no network may have more
+COLUMNS = 2  # number of columns of the paper's network, and the largest possible number
 LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5", "fc6", "fc7", "fc8")
 
 
@@ -35,8 +35,8 @@ class Architecture:
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side. None: padding only at the right and bottom, as much as
-    # the last window needs.
+    # Zero padding of conv1's input, in px, on every side.
+    # None: only the right and the bottom are padded, as far as the last window reaches.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe has one
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
@@ -58,8 +58,8 @@ class Architecture:
         side_px  width or height of the image
 
         The authors' code rounds the number of windows up: 1 + ceil((224 − 11) / 4) = 55 (layer.py:1004). The authors'
-        CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, these are three rows at the bottom
-        and three columns at the right. The value 0 is the mean colour, because the mean has been subtracted from the
+        CUDA kernels read zeros beyond the edge of the image. For an image of 224 px, the zeros fill three rows at the
+        bottom and three columns at the right. A zero is the mean colour, because the mean has been subtracted from the
         image.
         """
         if self.conv1_padding is None:
@@ -107,8 +107,8 @@ CONVOLUTIONAL = Architecture(
 
 ARCHITECTURES = {a.name: a for a in (ALEXNET, JOINED, HALF, ONE_GPU, TORCHVISION, CONVOLUTIONAL)}
 
-# {name of a layer in torchvision's state_dict: name of the same layer in this package}. torchvision's network expects
-# the input (RGB / 255 − mean) / std, with torchvision's mean and std.
+# {name of a layer in torchvision's state_dict: name of the same layer in this package}.
+# torchvision's network expects the input (RGB / 255 − mean) / std, with torchvision's mean and std.
 TORCHVISION_LAYERS = {
     "features.0": "conv1",
     "features.3": "conv2",

@@ -15,4 +15,4 @@ PREDICT_VIEWS = ("1", "10")  # 1: the centre crop; 10: the ten crops of section 
 EVAL_VIEWS = (*PREDICT_VIEWS, "dense")  # dense: a crop at every 32 px of the central square, in one pass
 
 CHECKPOINTS_KEPT = 2  # default number of newest checkpoints that a run keeps, in addition to the best checkpoint
-INDEX_RECORDS = 50_000  # default number of images in the nearest-neighbor index: it takes 0.8 GB for 4096 units
+INDEX_RECORDS = 50_000  # default number of images in the nearest-neighbor index: 0.8 GB if the layer has 4096 units

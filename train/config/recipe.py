@@ -19,7 +19,7 @@ from train.config.choices import ACTIVATIONS, INITS, POOLS_PX
 class Lrn:
     """Parameters of local response normalization: a · (k + alpha · Σ a²)^−beta (train/model/lrn.py).
 
-    The sum Σ is over a window around the activation a.
+    Σ a² is the sum of the squared activations in a window around the activation a.
     """
 
     size: int  # odd size of the window: number of maps (field `lrn`) or side of a square in px (field `within_map`)
@@ -35,10 +35,10 @@ class Lrn:
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """A change of learning rates or colour noise after `after_epochs` epochs. A field of None changes nothing."""
+    """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of the weights, except conv1's if a change has set lr_conv1
+    lr: float | None = None  # learning rate of all weights; without conv1's after a change has set lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -67,7 +67,7 @@ class Plateau:
 class Cosine:
     """Schedule: linear warm-up from `start` · lr to lr, then half a cosine from lr to `end` · lr.
 
-    The warm-up takes `warmup_epochs`. The cosine ends with the last of the recipe's `epochs`. `start` and `end` must be
+    The warm-up takes `warmup_epochs`. The cosine ends after `Recipe.epochs` epochs. `start` and `end` must be
     above 0, because a learning rate of 0 would freeze the network.
     """
 
@@ -109,7 +109,9 @@ class Recipe:
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
     crossing: bool  # False: conv3, fc6 and fc7 get inputs from one column only; fc8 always gets both columns
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
-    dropout_scales_training: bool  # True: training divides by 1 − dropout; False: evaluation multiplies by 1 − dropout
+    # True: training divides activations by 1 − dropout.
+    # False: evaluation multiplies activations by 1 − dropout.
+    dropout_scales_training: bool
 
     init: str  # "normal": standard deviations in init_std; "he": standard deviation sqrt(2 / fan_in)
     init_std: Mapping[str, float]  # standard deviation by layer; used only if init is "normal"

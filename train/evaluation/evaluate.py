@@ -93,9 +93,9 @@ def evaluate(
 ) -> EvalResult:
     """Evaluate `network` on all images of `loader`.
 
-    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). The class
-    probabilities are written into the array `probabilities`, float32 (records, classes), unless it is None. Afterwards
-    the network is in the same mode (training or evaluation) as before.
+    The softmax is averaged over the views of an image (layer.cu:1809, section 4.1). If `probabilities`
+    is an array, float32 (records, classes), the class probabilities are written into this array. Afterwards the network
+    is in the same mode (training or evaluation) as before.
 
     Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loader does
     not serve exactly the images of the split: the error rates would be wrong.
@@ -135,9 +135,9 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of several networks' probabilities.
+    """The weighted mean (N, classes) of the probabilities of several networks (in the paper, of 5 or 7 networks).
 
-    The weights are divided by their sum. By default, all weights are equal. The paper averages 5 networks, and 7.
+    The weights are divided by their sum. By default, all weights are equal.
     """
     shares = np.ones(len(probabilities)) if weights is None else np.asarray(weights, np.float64)
     mean = np.zeros(probabilities[0].shape)

@@ -33,8 +33,8 @@ from train.model.precision import autocast, set_precision
 def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dict[str, list[Tensor]]]:
     """A context in which each forward pass writes the activations of `layers` into the yielded dict.
 
-    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. The list of fc8
-    has one tensor in all. The tensor of a conv layer has shape (N, maps, height, width), and the tensor of a fully
+    The keys of the dict are the layers. Each value is a list with one tensor per column of the network. For fc8, the
+    list has only one tensor. The tensor of a conv layer has shape (N, maps, height, width), and the tensor of a fully
     connected layer has shape (N, units). Raises UserError for a layer that is not one of LAYERS.
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
@@ -90,8 +90,9 @@ def iter_split_activations(
 ) -> Iterator[npt.NDArray[np.float32]]:
     """Yield a layer's activations for the centre crops of a split: one array per batch, in the order of the store.
 
-    Only the first `max_records` records are used (default: all). These are a random sample, because the records of a
-    store are sorted by a hash. Shows progress. Raises the errors of eval_loader and of `capture_activations`.
+    Only the first `max_records` records are used (default: all). The first records are a random sample, because the
+    records of a store are sorted by a hash. Shows progress. Raises the errors of set_precision, eval_loader and
+    `capture_activations`.
     """
     device = str(network.devices[0])
     set_precision(precision, network.devices)

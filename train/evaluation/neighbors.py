@@ -1,4 +1,4 @@
-"""Nearest neighbors: the training images whose fc7 activations are closest to those of an image (figure 4, right).
+"""Nearest neighbors: the training images with the smallest distance of fc7 activations from an image (figure 4, right).
 
 An index holds the fc7 activations of the centre crops of the training split, with keys and labels. The index for the
 checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it
@@ -63,7 +63,7 @@ def load_or_build_index(
         features, filled = np.empty((records, 0), np.float32), 0
         for batch in iter_split_activations(network, store, "train", LAYER, records, precision):
             if not filled:
-                features = np.empty((records, batch.shape[1]), np.float32)  # allocated only once: can take gigabytes
+                features = np.empty((records, batch.shape[1]), np.float32)  # allocated only once, to save memory
             features[filled : filled + len(batch)] = batch
             filled += len(batch)
         stored = Records(store, "train")
@@ -81,7 +81,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index; None if the file is missing, damaged, or has another value of `about`."""
+    """The saved index. None if the file is missing or damaged, or holds another `about` text."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:

@@ -65,7 +65,10 @@ def check_output_path(out: Path) -> None:
 
 
 def load_predictions(path: Path) -> Predictions:
-    """Read a file that Predictions.save wrote. Raises UserError if the file is missing, damaged or not such a file."""
+    """Read a file that Predictions.save wrote.
+
+    Raises UserError for a missing or damaged file, and for a file of another kind.
+    """
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if set(arrays.files) != set(_ARRAYS):
@@ -81,7 +84,8 @@ def load_predictions(path: Path) -> Predictions:
     images, shape = len(predictions.labels), predictions.probabilities.shape
     if len(shape) != 2 or shape[0] != images or len(predictions.keys) != images:
         raise UserError(
-            f"{path}: probabilities of shape {shape} for {images} images. Save again with: alextrain evaluate --out"
+            f"{path}: probabilities of shape {shape} for {images} images. Save the probabilities again with: alextrain "
+            "evaluate --out"
         )
     return predictions
 
@@ -134,7 +138,7 @@ def predict_split(
 
 
 def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> None:
-    """Raise UserError if the `members` of an average differ in their images, or in the order of these images."""
+    """Raise UserError if the `members` of an average differ in their images, or in the order of the images."""
     first = members[0]
     for name, member in zip(names[1:], members[1:], strict=True):
         for key in ("classes", "split", "split_fingerprint"):
@@ -153,7 +157,10 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
 
 
 def parse_weights(text: str | None, members: int) -> list[float] | None:
-    """Parse the value of --weights, such as `2,1,1`. Raises UserError if the value is not `members` numbers."""
+    """Parse the value of --weights, such as `2,1,1`.
+
+    Raises UserError if the number of weights is not `members`, if a weight is negative, or if all weights are 0.
+    """
     if text is None:
         return None
     try:

@@ -73,9 +73,9 @@ class TrainedRun:
     def predictions(self, split: str) -> Predictions:
         """Class probabilities for the centre crops of a split, from a file in the run folder.
 
-        For step 232 and the split val, the file is `scores-val-00000232.npz`. If the file is missing, or was computed
-        with another checkpoint, other records or another precision, the probabilities are computed and saved. The
-        evaluation is then also added to evaluations.jsonl.
+        For step 232 and the split val, the file is `scores-val-00000232.npz`. If no file for this checkpoint,
+        split and precision exists, the probabilities are computed and saved, and the result is added to
+        evaluations.jsonl. The new file replaces all older files for the split.
         """
         store = self.require_store(split)
         path = self.run_dir / f"scores-{split}-{self.checkpoint.step:08d}.npz"

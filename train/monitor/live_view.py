@@ -27,9 +27,10 @@ _CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "t
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve of at most `width` block characters. Each character shows the mean of an equal part of `values`.
+    """A curve of at most `width` block characters, each for an equal part of `values`.
 
-    The lowest block shows the lowest mean, and the highest block shows the highest mean.
+    The height of a character shows the mean of the part. The lowest mean has the lowest
+    block, and the highest mean has the highest block.
     """
     if not values:
         return ""
@@ -64,7 +65,7 @@ class LiveView(ConsoleView):
             self._count(line)
         self._draw_curves()
         self._live.start(refresh=True)
-        self._console.show_cursor(True)  # rich hides the cursor, and kill -9 would leave it hidden
+        self._console.show_cursor(True)  # rich hides the cursor, and kill -9 would leave the cursor hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns the number of steps since the last log line."""

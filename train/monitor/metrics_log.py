@@ -35,12 +35,13 @@ class MetricsLog:
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
         """Begin the log of a run that starts or resumes after `step`. Removes the lines of later steps.
 
-        validation_due  True if the validation after `step` must still be computed; then its old line is removed
+        validation_due  True if the validation after `step` must still be computed. An old line of this validation is
+                        then removed too
 
         Raises DiskFull if there is no disk space, UserError for any other disk error.
         """
         self.path, self.view, self.step = run_dir / METRICS, view, step
-        # Lines are in the order of (step, kind). "train" < "val": a step's training line precedes its validation line.
+        # Order of lines: (step, kind). "train" < "val", so the training line of a step precedes the validation line.
         newest = step, "train" if validation_due else "val"
         raw_lines = [(raw, line) for raw in read_raw_lines(run_dir) if (line := parse_line(raw)) is not None]
         kept = [(raw, line) for raw, line in raw_lines if (line["step"], line["kind"]) <= newest]
@@ -72,7 +73,7 @@ class MetricsLog:
                 self._write_status("failed", str(error) or type(error).__name__)
 
     def interval(self, loader: TrainLoader, network: AlexNet) -> IntervalMetrics:
-        """Begin an interval. Returns its IntervalMetrics, from which the caller makes the log line."""
+        """Begin an interval. Returns the IntervalMetrics that collects the values of the log line."""
         interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
         return interval
@@ -89,7 +90,7 @@ class MetricsLog:
         self.view.validation(line)
 
     def sync(self) -> None:
-        """Write all lines to the disk and fsync the file. Called before a checkpoint is saved.
+        """Write all lines to the disk and fsync the file. `sync` is called before a checkpoint is saved.
 
         Raises DiskFull if there is no disk space, UserError for any other disk error.
         """

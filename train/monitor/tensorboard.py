@@ -1,12 +1,12 @@
-"""TensorBoard event files with the numbers of metrics.jsonl, written with TensorBoard's record writer.
+"""TensorBoard event files with the numbers of metrics.jsonl. TensorBoard's RecordWriter encodes the events.
 
-A resumed run writes a new file. An event SessionLog.START precedes the points of the new file, as after a restart of
-TensorFlow. SessionLog.START makes TensorBoard discard the points of the resumed step and of all later steps. The new
-file therefore repeats the points of the resumed step. TensorBoard then shows each point once. The first event file in a
-folder begins with the lines that metrics.jsonl already has.
+A resumed run writes a new file. In the new file, the event SessionLog.START comes before all points. TensorFlow
+writes this event after a restart too. SessionLog.START makes TensorBoard discard the points of the resumed step and of
+all later steps. The new file therefore repeats the points of the resumed step. TensorBoard then shows each point once.
+The first event file in a folder begins with the lines that metrics.jsonl already has.
 
-TensorBoard's EventFileWriter is not used, because its thread delays events by up to two minutes, and fails with a
-traceback if the disk is full.
+TensorBoard's EventFileWriter is not used, because the thread of an EventFileWriter delays events by up to two
+minutes, and fails with a traceback if the disk is full.
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ MAX_DISK_FULL = 3  # the run ends when this many checkpoints in a row cannot be 
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
-_END_BYTES = 22  # bytes of a zip archive's end record; its last two bytes give the length of the comment that follows
+_END_BYTES = 22  # bytes of a zip archive's end record; the last two are the length of the archive comment
 
 
 class UnreadableCheckpoint(UserError):
@@ -60,8 +60,8 @@ class Checkpoint:
     parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # the optimizer's velocity by name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    # Devices of the columns. If the run has other devices, or if this list is empty, the random generators are seeded
-    # anew.
+    # Devices of the columns.
+    # The random generators are seeded anew if the run has other devices, or if `devices` is empty.
     devices: Sequence[str]
     random: Tensor  # state of torch's generator on the CPU
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
@@ -70,7 +70,7 @@ class Checkpoint:
     best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the validation with the lowest top-1 error
     # Checkpoints from which the run and its ancestors were forked, the oldest first.
     ancestry: Sequence[Mapping[str, Any]] = ()
-    # Verified SHA-256 (hex) of the file that was read; "" in a new Checkpoint. This field is not in the file's dict.
+    # Verified SHA-256 (hex) of the file that was read; "" in a new Checkpoint. The file does not hold `digest`.
     digest: str = ""
 
 
@@ -142,7 +142,7 @@ def read(path: Path) -> Checkpoint:
         raise
     except PermissionError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Ask the owner of the file.") from None
-    except Exception as error:  # for a torn file torch raises many types of errors, some with wrong advice
+    except Exception as error:  # torch raises many error types for an incomplete file, some with wrong advice
         if intact and not isinstance(error, UnpicklingError):
             raise
     raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
@@ -241,15 +241,15 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
     """The newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
     A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged. Raises
-    UserError if the newest intact file has an unknown format, has a step that differs from the step in the file name,
-    or cannot be read without more permissions.
+    UserError if the newest intact file has an unknown format, or another step than its file name. Raises UserError if
+    a file cannot be opened for lack of read permission.
     """
     paths = checkpoint_paths(run_dir)
     for path in reversed(paths):
         try:
             state = read(path)
         except UnreadableCheckpoint as error:
-            if path not in checkpoint_paths(run_dir):  # the training process has replaced the file by a newer one
+            if path not in checkpoint_paths(run_dir):  # the training process has replaced the file by a newer file
                 return load_latest(run_dir)
             say(str(error) if path == paths[0] else f"{error} The previous checkpoint is used.")
             continue

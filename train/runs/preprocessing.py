@@ -46,8 +46,8 @@ def store_facts(store: Store) -> dict[str, Any]:
 def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
     """Write the mean image of the training split to mean_image.npy, if the recipe subtracts a mean image.
 
-    A file with other content is replaced. The folder has such a file if an earlier run in this folder used another
-    store and ended before its first checkpoint.
+    An existing file with other content is replaced. The old file is from an earlier run in this folder, which used
+    another store and ended before its first checkpoint.
     """
     if recipe.augmentation.mean not in _NEED_MEAN_IMAGE:
         return
@@ -83,9 +83,11 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store that provides images for a run's network. None if there is no such store.
+    """The store that provides images for a run's network.
 
-    store  folder of a store; None: the training store, if it is unchanged and still at the path in run.json
+    store  folder of a store; None: the training store at the path in run.json
+
+    Returns None if `store` is None and the training store is missing or has changed.
 
     Prints a message if `store` is not the training store. Raises StoreError if `store` is not a store. Raises UserError
     if the classes of `store` differ from the classes of the run.

@@ -32,7 +32,7 @@ class Run:
     store: Store
     identity: Mapping[str, Any]  # the run continues only from a checkpoint of equal identity
     steps_per_epoch: int  # full batches in the training split; 0 if the records do not fill a batch
-    last_step: int  # the run ends after this step, counted from 1; a plateau schedule may end it earlier
+    last_step: int  # the run ends after this step, counted from 1; a plateau schedule can end the run earlier
 
     @staticmethod
     def open(config: RunConfig, store: Store | None = None) -> Run:

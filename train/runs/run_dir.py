@@ -29,8 +29,8 @@ from prep.console import UserError, shell_quoted
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
-# Keys of metrics.jsonl with values that depend on the clock or the machine. The values of all other keys are
-# bit-identical in an uninterrupted run and in a run that was interrupted and resumed.
+# Keys of metrics.jsonl with values that depend on the clock or the machine.
+# All other values are bit-identical in an uninterrupted run and in a run that was interrupted and resumed.
 CLOCK_DEPENDENT = (
     "images_per_s",
     "waiting_share",
@@ -102,7 +102,7 @@ def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """Predicted time in s for the steps after `step`, up to and including `steps`, without validations.
+    """Predicted time in seconds for training from step `step` to step `steps`, without validations.
 
     The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
     interval has ended.
@@ -132,7 +132,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, modification time in s since 1970) of the newest checkpoint file, or None. The file may be damaged."""
+    """(step, modification time in s since 1970) of the newest checkpoint file, even if damaged, or None."""
     by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
     for step, path in sorted(by_step, reverse=True):
         try:

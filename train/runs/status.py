@@ -35,7 +35,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     alive, finished    alive: a process is training in the folder; finished: the run has finished
     said               reason why the run stopped or failed; "" if there is no reason
     process, host      id and host of the process that trained last; None if no status was written
-    step, steps        steps completed, and steps in all; a plateau schedule may end the run earlier
+    step, steps        steps completed, and steps in all; a plateau schedule can end the run earlier
     epoch, epochs      epochs completed (can be a fraction), and epochs in all
     seconds_left       predicted time until training ends, without validations; None before the first interval has ended
     train, val         the last training line and the last validation line of metrics.jsonl, or None
