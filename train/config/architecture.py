@@ -38,7 +38,7 @@ class Architecture:
     # Zero padding of conv1's input, in px, on every side.
     # None: only the right and the bottom are padded, as far as the last window reaches.
     conv1_padding: int | None = None
-    normalised: bool = True  # False: no normalization, even if the recipe has one
+    normalised: bool = True  # False: no normalization, even if the recipe sets `lrn` or `within_map`
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout
     convolutional: bool = False  # True: fc6 to fc8 are convolutions; an image larger than 224 px gives a map of logits
 

@@ -38,7 +38,7 @@ class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of all weights; without conv1's after a change has set lr_conv1
+    lr: float | None = None  # learning rate of the weights; conv1 keeps lr_conv1 if a change has set it
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 

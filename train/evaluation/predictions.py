@@ -72,7 +72,7 @@ def load_predictions(path: Path) -> Predictions:
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if set(arrays.files) != set(_ARRAYS):
-                raise UserError(f"{path} holds {', '.join(arrays.files)}; expected {', '.join(_ARRAYS)}.")
+                raise UserError(f"{path} has arrays {', '.join(arrays.files)}; expected {', '.join(_ARRAYS)}.")
             about = json.loads(str(arrays["about"]))
             predictions = Predictions(arrays["probabilities"], arrays["labels"], arrays["keys"], about)
     except UserError:

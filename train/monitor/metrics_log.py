@@ -35,8 +35,8 @@ class MetricsLog:
     def __init__(self, run_dir: Path, length: RunLength, step: int, validation_due: bool, view: ConsoleView) -> None:
         """Begin the log of a run that starts or resumes after `step`. Removes the lines of later steps.
 
-        validation_due  True if the validation after `step` must still be computed. An old line of this validation is
-                        then removed too
+        validation_due  True if the validation after `step` must still be computed. In this case, an old line of this
+                        validation is removed
 
         Raises DiskFull if there is no disk space, UserError for any other disk error.
         """
