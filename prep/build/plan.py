@@ -107,7 +107,7 @@ class BuildPlan:
         return tasks
 
     def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """The summary of shard `number` (prep.build.shard_task); None if a file is missing or cut short."""
+        """The summary of shard `number`, or None if a file of the shard is missing or cut short."""
         path = summary_path(self.folder, number)
         try:
             summary: dict[str, Any] = json.loads(path.read_bytes())

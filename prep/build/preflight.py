@@ -92,7 +92,10 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 
 
 def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner) -> None:
-    """Raise DiskFull if the `unfinished` shards clearly do not fit on the disk. Print a warning if they may not fit."""
+    """Raise DiskFull if the estimated size of the `unfinished` shards is more than 1.25 times the free disk space.
+
+    Print a warning if the estimated size is 1 to 1.25 times the free disk space.
+    """
     free = free_bytes(plan.folder)
     count = plan.count_inputs(unfinished)
     if count * _max_record_bytes(plan.settings) < free:

@@ -49,7 +49,7 @@ class ShardTask:
     folder: Path  # the split's folder in the store
     settings: Settings
     skip_bad: bool
-    crashing: frozenset[str] = frozenset()  # paths of inputs that crashed two or more worker processes; left out
+    crashing: frozenset[str] = frozenset()  # inputs that crashed two or more worker processes; not read again
 
     @property
     def path(self) -> str:
@@ -74,7 +74,7 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # exists if a build was killed before writing the summary
+        shutil.rmtree(final, ignore_errors=True)  # `final` exists if a build was killed before writing the summary
         os.rename(temporary, final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())

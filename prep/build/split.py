@@ -174,7 +174,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
 
 
 def _refuse_store_in_source(source: Source, store: Path) -> None:
-    """Raise UserError if the store would write into its own source. The next build would list these files as inputs."""
+    """Raise UserError if the build would write into the source: the next build would list the new files as inputs."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
         is_inside = store_path.is_relative_to(root) or root == store_path / source.split
@@ -182,7 +182,7 @@ def _refuse_store_in_source(source: Source, store: Path) -> None:
         is_inside = store_path == root.parent
     if is_inside:
         raise UserError(
-            f"--store {store} would write into the source, {source.reader.root}. Choose a folder outside of the source."
+            f"--store {store}: the build would write into the source, {source.reader.root}. Choose another folder."
         )
 
 

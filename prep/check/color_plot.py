@@ -62,8 +62,8 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
                  2·PHOTOGRAPH_PX or more. Of all records read, this record has the colour distribution closest to a
-                 distribution with the split's mean and half the split's standard deviations. In an image of such
-                 low contrast, small colour shifts are visible and few shifted values are clipped.
+                 distribution with the split's mean and half the split's standard deviations. In an image of
+                 half contrast, small colour shifts are visible and few shifted values are clipped.
 
     Raises StoreError, which names shard and key, if a record is damaged.
     """

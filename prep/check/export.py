@@ -64,7 +64,10 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
 
 
 def file_name(source: bytes, key: bytes, format: str) -> bytes:
-    """File name of an exported record: the input's name with an extension of `format`, or the key if unsafe."""
+    """File name of an exported record: the input's name with an extension of `format`.
+
+    If this name is not a valid file name, the record's key replaces the input's name.
+    """
     name = source.rsplit(b"/", 1)[-1]
     extension = os.path.splitext(name)[1].lower().decode("ascii", "replace")
     if extension not in _EXTENSIONS[format]:

@@ -13,7 +13,7 @@ from prep.version import version_option
 @click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files"))
 @version_option
 def main() -> None:
-    """Prepare images for training: a store of rescaled, checksummed records in a seeded order.
+    """Prepare images for training: build a store of rescaled, checksummed records in a seeded order.
 
     \b
     Example:

@@ -1,9 +1,10 @@
 """Images in LMDBs that Caffe's convert_imageset wrote: each record is a Datum with an encoded image or bare pixels.
+
 Bare pixels have the layout C,H,W with the channels blue, green, red (caffe/src/caffe/util/io.cpp, CVMatToDatum). The
-reader converts them to H,W,C with the channels red, green, blue. An image from an LMDB is processed like an image file:
-it is rescaled if its shorter side differs from the store's side, then encoded and checksummed. The key of the Caffe
-record becomes the source path of the new record. Worker processes read the LMDBs, because a damaged LMDB can crash the
-process that reads it.
+reader converts bare pixels to H,W,C with the channels red, green, blue. An image from an LMDB is processed like an
+image file: it is rescaled if its shorter side differs from the store's side, then encoded and checksummed. The key of
+the Caffe record becomes the source path of the new record. Worker processes read the LMDBs, because a damaged LMDB can
+crash the process that reads it.
 """
 
 from __future__ import annotations

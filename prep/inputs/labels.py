@@ -17,7 +17,7 @@ from prep.console import UserError, say
 from prep.inputs.names import name_text
 
 LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground-truth file; see _read_ground_truth
-MAX_CLASSES = 1_000_000  # a label beyond this is treated as a mistake: each class needs memory
+MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: each class needs memory
 
 
 def read_labels(

@@ -22,7 +22,7 @@ from prep.store.manifest import SPLITS
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     """Find the splits of a SOURCE: {split: folder or archive with its images}.
 
-    If SOURCE contains a folder or archive of `train`, of `val` or of both, each of them is a split. Otherwise SOURCE is
+    If SOURCE contains folders or archives named after `train` or `val`, they are the splits. Otherwise SOURCE itself is
     the only split. Raises UserError if SOURCE is missing, is neither a folder nor a file, or lacks the wanted `split`.
     """
     if source.is_file():
@@ -47,7 +47,7 @@ def find_splits(source: Path, split: str | None) -> dict[str, Path]:
 
 
 def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found, print which other folders are ignored. The folder `train` might be a class."""
+    """If only one split was found, print which other folders are ignored: `train` may be the name of a class."""
     if found and len(found) < len(SPLITS):
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
         if others:
@@ -68,11 +68,11 @@ def list_source(
 ) -> Source:
     """List one split from a folder or a tar archive.
 
-    A label is the position of the class folder in sorted order. Images without class folders need a label file. This is
-    the file `labels`, or, if `labels` is None, the label file next to `path`. prep/inputs/labels.py explains
-    `label_order`. `store_classes` are the classes of the store, empty if the store has none yet. Symbolic links that
-    lead out of the folder are refused unless `follow_links` is true. Raises UserError if no image is found, if labels
-    do not fit the images, or if the classes are not those of the store.
+    A label is the position of the class folder in sorted order. Images without class folders need a label file. The
+    label file is `labels`, or, if `labels` is None, the label file next to `path`. `label_order` is explained in
+    prep/inputs/labels.py. `store_classes` are the classes of the store, empty if the store has none yet. Symbolic links
+    that lead out of the folder are refused unless `follow_links` is true. Raises UserError if no image is found, if
+    labels do not fit the images, or if the classes are not those of the store.
     """
     if path.is_file():
         reader: InputReader = TarReader(path)

@@ -14,7 +14,7 @@ Python's tarfile parses the headers. This module works around these problems of 
     first. So this module compares `offset` with the end of the previous member.
 
 Python's documentation does not list TarFile's attributes `firstmember`, `members` and `offset`. The tests
-in test_tar_members.py fail if a version of Python changes them.
+in test_tar_members.py fail if a version of Python changes these attributes.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 
 
 class BoundedFile(io.BufferedReader):
-    """File that limits reads to MAX_HEADER_BYTES each, and to 2·MAX_HEADER_BYTES between calls of `allow_header`."""
+    """A file with limited reads: MAX_HEADER_BYTES at once, 2·MAX_HEADER_BYTES between calls of `allow_header`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))
@@ -61,8 +61,8 @@ def iterate_members(
     """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
 
     `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
-    members, for example to read an archive inside this one. `progress` is set to the position in
-    `file`, in bytes. Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
+    members, for example to read an archive inside this one. `progress` is set to the position in `file`, in bytes.
+    Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
