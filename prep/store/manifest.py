@@ -100,6 +100,13 @@ class ColorStats:
     pixel_scale: int  # always 255
 
 
+def _class_names(value: object) -> tuple[str, ...]:
+    """The classes of a manifest. Raises TypeError unless the value is a list of strings."""
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise TypeError(f"classes: {value!r:.60}, expected a list of strings")
+    return tuple(value)
+
+
 def _from_json(cls: type[T], data: Any, where: str) -> T:
     """Make a dataclass from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
@@ -169,7 +176,7 @@ class Store:
                 shards = tuple(_from_json(Shard, s, f"{where}: shard") for s in raw["shards"])
                 splits[name] = _from_json(Split, {**raw, "shards": shards}, where)
             settings = _from_json(Settings, data["settings"], f"{path}: settings")
-            return Store(root, settings, dict(data["tools"]), tuple(data["classes"]), splits)
+            return Store(root, settings, dict(data["tools"]), _class_names(data["classes"]), splits)
         except StoreError:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:

@@ -145,6 +145,13 @@ def test_a_part_of_another_type_raises_only_store_error(copied: Path, value: obj
             assert "manifest.json" in str(error)
 
 
+@pytest.mark.parametrize("value", [None, "text", [1], {"a": 1}, [["a"]]])
+def test_classes_that_are_not_a_list_of_strings_are_refused(copied: Path, value: object) -> None:
+    change_manifest(copied, lambda data: data.update(classes=value))
+    with pytest.raises(StoreError, match="classes"):
+        Store.open(copied)
+
+
 def test_a_missing_shard_is_named(copied: Path) -> None:
     opened = Store.open(copied)
     assert opened.shard_paths("train") == [str(copied / "train" / "00000")]
