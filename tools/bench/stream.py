@@ -19,8 +19,8 @@ DALI        the pipeline of DALI's documentation: readers.caffe, decoders.image,
 bounds      threads that read from memory and do only one thing: decode the JPEG records with libjpeg-turbo
             (simplejpeg), or copy the bytes of the PPM records.
 
-Every contestant has --threads worker threads or processes, may use the same number of cores, and reads from the page
-cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
+Every contestant has --threads worker threads or processes and may use --threads cores. It reads from the page cache,
+so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
 Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
 contestants keep running between their turns. Each turn first discards some batches, so that batches that were
 prefetched during another contestant's turn are not counted.

@@ -24,7 +24,10 @@ _UPDATE_BLOCK = 1 << 16  # number of parameters in a block; each thread updates 
 
 
 class NormParams(ctypes.Structure):
-    """Parameters of b = a · (k + α Σ a²)^−¾ over `reach` maps on either side; a is max(x, 0) if `relu`, else x."""
+    """Parameters of b = a · (k + α Σ a²)^−¾, with a = max(x, 0) if `relu`, else a = x.
+
+    The sum is over a map and the `reach` maps on either side of it.
+    """
 
     _fields_ = (
         ("maps", ctypes.c_int64),
