@@ -102,8 +102,9 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
     """Distance between the colours of `pixels` and the split's colours at half contrast.
 
-    The distance is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. One squared grey
-    level is added to each diagonal entry of both covariances. So the distance is finite for images without colour.
+    The distance is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. 1 (in
+    grey levels²) is added to each diagonal entry of both covariances, so that the distance is finite for images without
+    colour.
     """
     inverse = np.linalg.inv(np.array(stats.covariance) / 4 + np.eye(3))
     covariance, offset = np.cov(pixels, rowvar=False) + np.eye(3), pixels.mean(axis=0) - stats.mean_rgb
