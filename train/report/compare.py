@@ -67,7 +67,8 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
     """A label for each run: the run's values of the fields that differ (`lr 0.02, seed 1`).
 
-    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the run folder.
+    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the run folder. Fields in
+    _NOT_IN_LEGEND do not count. If the labels of two runs are equal, the run folder is added to each label.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
     if "model.name" in rows:  # the name determines all other fields of the architecture
@@ -75,7 +76,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
     if len({str(run.fields["recipe.name"]).partition(",")[0] for run in runs}) > 1:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
-        rows.pop("recipe.name", None)  # the same for all runs, apart from overrides, which have their own rows
+        rows.pop("recipe.name", None)  # all runs have this recipe; its overrides have their own rows
     folders = [str(run.run_dir) for run in runs]
     if not rows or len(rows) > _LEGEND_FIELDS:
         return folders
@@ -116,7 +117,7 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
-    """A table with a column for each run. Its rows are the fields that differ, and the errors."""
+    """A table with a column for each run. The rows are the fields that differ, the step, the loss and the errors."""
     rows = [["", *(str(run.run_dir) for run in runs)]]
     rows += [[name, *(_value_text(name, value) for value in values)] for name, values in differing_fields(runs).items()]
     results = [run_results(run) for run in runs]

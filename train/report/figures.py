@@ -46,7 +46,7 @@ from train.report.plots_run import (
 from train.runs.preprocessing import saved_color_stats
 from train.runs.run_dir import read_metrics
 
-PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # images with predictions, query images, neighbors per query: as in figure 4
+PREDICTED, QUERIES, NEIGHBORS = 8, 5, 6  # images with predictions, query images, neighbors per query (paper's figure 4)
 _CONV_LAYERS = ("conv1", "conv2", "conv3", "conv4", "conv5")
 
 

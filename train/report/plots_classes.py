@@ -81,9 +81,9 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell shows for which
-    share of the row's images the column's class is predicted. The columns are the worst classes, and the classes that
-    are most often predicted wrongly for images of the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell shows the share
+    of the row's images for which the column's class is predicted. The columns are the worst classes, and the classes
+    that are most often predicted wrongly for images of the worst classes.
     """
     from matplotlib.patches import Rectangle
 

@@ -15,7 +15,7 @@ from train.report.style import BLUE, ORANGE, scale_to_unit_range, shorten, show_
 
 IMAGES_PER_ROW = 4  # number of images in a row of draw_predictions
 FEATURE_MAPS_INCHES = (8.0, 5.0)
-FEATURE_MAPS = 8  # number of maps per column and layer
+FEATURE_MAPS = 8  # number of maps that are drawn for each column and layer
 
 _CLASS_CHARS = 26  # maximum length of a class name in draw_predictions
 _QUERY_CHARS = 22  # maximum length of the title of the left image in draw_neighbors

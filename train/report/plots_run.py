@@ -14,7 +14,7 @@ from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_ima
 
 _KERNELS_PER_ROW = 16
 # If a learning rate is below _DROP_FACTOR times the rate of the previous training line, the change is marked as a drop.
-# A schedule that lowers the rate continuously changes it less between two lines.
+# Between two training lines, a cosine schedule lowers the rate too little to be marked.
 _DROP_FACTOR = 0.6
 _STEPS = (-3, -2, -1, 0, 1, 2, 3)  # ticks of the color axes, in standard deviations
 

@@ -3,7 +3,7 @@
 Each training has its own run folder, `NAME-seedN`, with the same files as after `alextrain run`. The folder also has a
 file ablation.json, which holds the errors on the split val with one view (the centre crop).
 
-A run that has an ablation.json for the same number of steps is not trained again. A run that was stopped or killed
+A run is not trained again if its ablation.json is for the requested number of steps. A run that was stopped or killed
 resumes.
 """
 
@@ -98,7 +98,7 @@ def plan_runs(
 
 
 def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
-    """Train and evaluate the runs that have no ablation.json yet; returns an outcome for each ablation.
+    """Train and evaluate the runs for which known_errors returns None; returns an outcome for each ablation.
 
     Raises UserError if the store has no split val, and the errors of train.trainer.loop.fit except Diverged.
     """
@@ -114,8 +114,8 @@ def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
     """The errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
 
-    Returns None if there is no ablation.json, or if it has another number of steps. Raises UserError if the folder
-    holds another run.
+    Returns None if ablation.json is missing, unreadable, or for a number of steps other than run.last_step. Raises
+    UserError if the folder holds another run.
     """
     try:
         result = json.loads((run.run_dir / RESULT).read_bytes())
@@ -165,9 +165,9 @@ def _measured(run: Run) -> tuple[float, float]:
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """A row for each outcome: the errors in %, and the differences from the baseline's errors in percentage points.
 
-    A positive difference means that the ablation has the higher error. Differences are measured ("top1_difference") and
-    from the paper ("paper_top1"). A measured difference compares two runs with the same seed. "spread" is the standard
-    deviation over the seeds, and None if there is only one seed.
+    A positive difference means that the ablation has the higher error. "paper_top1" is the paper's difference, and
+    "top1_difference" the measured difference between runs with the same seed. Each measured value has a "mean" and a
+    "spread" over the seeds: the standard deviation, or None if there is only one seed.
     """
     base = outcomes[0]
     return [

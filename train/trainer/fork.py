@@ -1,12 +1,12 @@
 """Starts a new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
 A fork can change any setting that does not change the shape of a parameter. The fork copies the parameters and the
-velocity from the checkpoint. The fork begins at the same position in the data: after the same number of epochs and the
-same fraction of the next epoch. If the batch size changes, the step number at this position also changes. An unchanged
-schedule continues; a changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork`
-writes the first checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in
-run.json and in the checkpoints lists the checkpoint from which the run was forked, and the ancestors of that
-checkpoint.
+velocity from the checkpoint. The fork begins at the checkpoint's position in the data: a number of whole epochs and a
+fraction of the next epoch, which is rounded down to a whole step of the fork. If the batch size changes, the step
+number at this position also changes. An unchanged schedule continues; a changed schedule begins anew. If the seed
+changes, the random generators are seeded anew. `fork` writes the first checkpoint of the new run. The new run is then
+trained like any other run. The key "ancestry" in run.json and in the checkpoints lists the checkpoint from which the
+run was forked, and the ancestors of that checkpoint.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
 
 
 def _moved_to(run: Run, new_dir: Path) -> Run:
-    """The same run with `new_dir` as its folder."""
+    """`run` with its folder replaced by `new_dir`."""
     if run.run_dir.resolve() == new_dir.resolve():
         raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
     return replace(run, config=replace(run.config, run_dir=new_dir))
@@ -137,7 +137,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """The position of the fork: after as many epochs as `parent`, and the same fraction of the next epoch."""
+    """The position of the fork: the epochs of `parent`, and its fraction of the next epoch, rounded down to a step."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

@@ -68,8 +68,8 @@ def restore_state(
 def seed_generators(config: RunConfig, step: int) -> None:
     """Seed every random generator.
 
-    If column 1 is on a second GPU, this GPU has another seed. With equal seeds, dropout would select the same units in
-    both columns.
+    If column 1 is on a second GPU, the two GPUs get different seeds. With equal seeds, dropout would select the same
+    units in both columns.
     """
     torch.manual_seed(config.seed + step)
     if config.devices[0] != config.devices[1]:

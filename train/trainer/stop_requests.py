@@ -40,7 +40,7 @@ class StopRequests:
 
 @contextmanager
 def stop_requests() -> Iterator[StopRequests]:
-    """A context in which StopRequests handles the signals. An ignored SIGHUP, as under nohup, stays ignored."""
+    """A context in which StopRequests handles SIGINT, SIGTERM and SIGHUP. An ignored SIGHUP (nohup) stays ignored."""
     stop, signals = StopRequests(), [signal.SIGINT, signal.SIGTERM]
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)

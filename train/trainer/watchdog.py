@@ -39,7 +39,7 @@ class Watchdog:
     """Collects loss and labels of every step, and checks them before each training line of metrics.jsonl."""
 
     def __init__(self, run: Run, network: AlexNet, warn: Callable[[str], None] = say) -> None:
-        """`warn` prints a warning. Each kind of warning is printed once in a run."""
+        """`warn` prints a warning. Each kind of warning is printed at most once."""
         self.run, self.network, self._print_warning = run, network, warn
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
         self._stuck_since: int | None = None  # the mean loss of every interval after this step was ln(classes)

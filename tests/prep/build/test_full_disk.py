@@ -65,7 +65,10 @@ def test_a_disk_that_fails_at_any_operation_leaves_a_build_that_can_be_finished(
 def test_the_command_reports_a_full_disk_in_one_line_with_exit_code_3(
     photos: Path, whole: Store, tmp_path: Path, jobs: int
 ) -> None:
-    """One of two workers reaches the limit first and fails. alexprep kills the other in the middle of its shard."""
+    """A limit on file sizes simulates the full disk.
+
+    One of two workers reaches the limit first and fails. alexprep kills the other worker in the middle of a shard.
+    """
     store = tmp_path / "store"
     limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))\n"
     program = limited + "from prep.cli import main\nmain()"

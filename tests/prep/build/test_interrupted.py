@@ -1,7 +1,7 @@
 """Interrupted builds: killed at any disk operation or moment, stopped by signals, or with a worker that dies.
 
-The same command must finish each build with the fingerprint of an uninterrupted build. No process and no temporary file
-may be left.
+Repeating the command must finish the build with the fingerprint of an uninterrupted build. No process and no temporary
+file may be left.
 """
 
 from __future__ import annotations

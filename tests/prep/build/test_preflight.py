@@ -67,7 +67,7 @@ def bytes_on_disk(store: Path) -> int:
     ],
 )
 def test_the_estimate_of_disk_space_is_close_to_the_build(settings: Settings, photos: Path, tmp_path: Path) -> None:
-    """The estimated size may differ from the size of the LMDBs by a quarter.
+    """The estimated size may differ from the size of the LMDBs by up to a quarter.
 
     The estimated time only has to be between 0.01 s and 60 s.
     """

@@ -156,7 +156,7 @@ def test_the_record_order_is_a_permutation_that_depends_on_the_seed_alone(
 
 
 def test_the_record_order_mixes_the_classes(small_store: Path, records_of: Records) -> None:
-    """The mean position of a class's records is within 5 standard deviations of its expected value, the middle."""
+    """The mean position of a class's records is within 5 standard deviations of the middle, its expected value."""
     labels = np.array([datum.label for _, datum in records_of(small_store, "train")])
     n = len(labels)
     for label in range(3):

@@ -167,7 +167,7 @@ def test_the_photograph_has_typical_colours_and_half_the_contrast(
 ) -> None:
     """The image with half the split's contrast is chosen.
 
-    Images that are grey, tinted or of other contrast are not chosen.
+    Images with one component only, with a tint, or with more or less contrast are not chosen.
     """
     rng, vectors = np.random.default_rng(3), np.array(natural.eigenvectors)
 

@@ -82,9 +82,9 @@ def test_a_jpeg_store_of_a_single_photograph_passes(
 def test_a_jpeg_store_of_images_that_jpeg_changes_most_passes(
     tmp_path: Path, build: Build, workers: WorkerPool
 ) -> None:
-    """The images are flat colour, noise, and lines whose colours are mixed by 4:2:0 subsampling.
+    """One image has a single colour, one is noise, and two have lines whose colours are mixed by 4:2:0 subsampling.
 
-    The mean changes by up to 57 grey levels, and a pixel by up to 135 grey levels.
+    JPEG changes a channel's mean by up to 56 grey levels, and single channel values by more than 200 grey levels.
     """
     lines = np.full((64, 64, 3), (0, 0, 255), np.uint8)
     lines[1::2] = 255

@@ -1,6 +1,6 @@
 """prep.check.verify on damaged, contradictory and exchanged records: faults are named, and all records are checked.
 
-The tests damage records in the file itself, or replace records with the lmdb library. `with_checksum` and
+The tests damage records in the file itself, or use the lmdb library to replace records. `with_checksum` and
 `changed_record` give a changed record a correct checksum, so that the other checks are tested too.
 """
 
@@ -32,7 +32,7 @@ def test_a_flipped_bit_is_found_in_each_of_a_thousand_records(
 ) -> None:
     """Each of the thousand faults names the shard and the key.
 
-    Unless the flipped bit is in the source, the fault names the source too.
+    If the flipped bit is in the image data or the checksum, the fault names the source too.
     """
     store = copy_store(1000, format)
     rng = np.random.default_rng(7)

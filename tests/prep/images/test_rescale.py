@@ -198,7 +198,7 @@ def test_rescaled_size_rounds_halves_up() -> None:
 
 @pytest.mark.parametrize("name", FILTERS)
 def test_the_square_is_the_middle_of_the_whole_image(name: str) -> None:
-    """The arithmetic is exact, so each pixel of the square equals the pixel of the complete image."""
+    """The arithmetic is exact, so the square has the same pixels as the middle of the complete rescaled image."""
     for height, width in ((375, 500), (500, 375), (130, 77), (91, 264)):
         pixels = noise(height, width)
         whole = rescale(pixels, 91, True, name)

@@ -292,7 +292,10 @@ def test_a_damaged_inner_tar_is_one_line_that_names_the_archive(damage: str, tmp
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and tars with long names are cut at every 256th byte. Only padding may be missing."""
+    """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
+
+    A truncated tar is listed only if nothing but padding is missing.
+    """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
@@ -310,7 +313,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_an_image(tmp_path: Path) -> None:
-    """If a byte of a header changes, there is an error, or the count of images and refused members is the same."""
+    """If one byte changes, there is an error, or the count of images and refused members stays the same."""
     rng = np.random.default_rng(3)
     for content in (tar_of(THREE), tar_of([("n1.tar", tar_of(THREE[:2])), ("n2.tar", tar_of(THREE[2:]))])):
         for _ in range(300):

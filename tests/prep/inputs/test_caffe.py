@@ -172,7 +172,10 @@ def test_encoded_images_of_any_format_are_decoded(
 def test_the_same_images_as_files_give_the_same_records(
     photo_folder: Path, datum: Callable[..., bytes], records_of: Records, tmp_path: Path
 ) -> None:
-    """Colour moments and classes are equal. Only the sources differ: a record from Caffe has its LMDB key as source."""
+    """Colour moments and classes of the two stores are equal.
+
+    The sources of the records differ: a record from Caffe has its LMDB key as source, a record from a file its path.
+    """
     paths = sorted((photo_folder / "train").glob("*/*"))
     classes = sorted({path.parent.name for path in paths})
     records = [
@@ -268,7 +271,7 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
     ("names", "classes"),
     [
         ((("n2/a.JPEG", 1), ("n1/b.JPEG", 0), ("n2/c.JPEG", 1)), ("n1", "n2")),
-        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # labels are kept although the folders are not sorted
+        ((("n1/a.JPEG", 1), ("n2/b.JPEG", 0)), ("n2", "n1")),  # the labels do not follow the order of the names
         ((("train/n1/a.JPEG", 0), ("train/n2/b.JPEG", 1)), ("n1", "n2")),
         ((("a.JPEG", 2), ("b.JPEG", 0)), ("0", "1", "2")),
         ((("n1/a.JPEG", 0), ("n2/b.JPEG", 0)), ("0",)),  # two folders of one label

@@ -258,7 +258,7 @@ def test_a_file_that_changed_after_the_listing_is_an_error(tmp_path: Path) -> No
     with pytest.raises(UserError, match="was changed"):
         reader.read(item)
     os.utime(path, ns=(0, item.mtime_ns))
-    assert reader.read(item) == b"content of b"  # size and modification time are equal, so the change is not detected
+    assert reader.read(item) == b"content of b"  # size and modification time are as listed: no error
 
 
 def test_a_removed_file_is_a_bad_image(tmp_path: Path) -> None:

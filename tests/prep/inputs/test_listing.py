@@ -188,7 +188,7 @@ print(before, peak_mb())
 
 
 def peak_mb(count: int, folder: Path) -> tuple[float, float]:
-    """(MB after the imports, peak MB) of a process that lists `count` inputs and cuts them into shards."""
+    """(memory after the imports, peak memory) in MB of a process that lists `count` inputs and plans their shards."""
     ended = subprocess.run(
         [sys.executable, "-c", MEMORY, str(count), str(folder)], capture_output=True, text=True, timeout=120
     )

@@ -71,7 +71,10 @@ def test_a_damaged_archive_is_one_line_that_names_it(damage: str, tmp_path: Path
 
 
 def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
-    """A flat tar, a tar of tars, and tars with long names are cut at every 256th byte. Only padding may be missing."""
+    """A flat tar, a tar of tars, and tars with long names are truncated to each multiple of 256 bytes.
+
+    A truncated tar is read only if nothing but padding is missing.
+    """
     long = [("n1/" + "x" * 150 + name.split("/")[1], content) for name, content, *_ in THREE]
     tars = [("n1.tar", tar_of([("a.JPEG", A), ("b.JPEG", B)])), ("n2.tar", tar_of([("c.JPEG", C)]))]
     for content in (tar_of(THREE), tar_of(tars), tar_of(long), tar_of(long, tarfile.PAX_FORMAT)):
@@ -90,7 +93,7 @@ def test_every_cut_of_an_archive_is_an_error(tmp_path: Path) -> None:
 
 
 def test_one_changed_byte_never_loses_a_member(tmp_path: Path) -> None:
-    """If a byte of a header changes, there is an error, or the number of members is the same."""
+    """If one byte changes, there is an error, or the number of members stays the same."""
     rng = random.Random(3)
     content = tar_of(THREE)
     for _ in range(300):
@@ -128,7 +131,7 @@ def test_a_long_name_below_the_bound_is_read(tmp_path: Path) -> None:
 
 
 def test_members_are_not_kept(tmp_path: Path) -> None:
-    """Of 2,000 members, fewer than 10 are in memory at the end. All members of ImageNet take a gigabyte."""
+    """Of 2,000 members, fewer than 10 are in memory at the end. The TarInfo objects of ImageNet would take 1 GB."""
     members: list[Member] = [(f"n1/{number}.JPEG", b"") for number in range(2000)]
     path = written(tar_of(members), tmp_path)
     size = path.stat().st_size
@@ -137,7 +140,7 @@ def test_members_are_not_kept(tmp_path: Path) -> None:
         for member in iterate_members(file, path, 0, size, Progress(size, "bytes")):
             if member.name == "n1/1999.JPEG":
                 break
-        # type() and not isinstance(), which reads __class__: torch.distributed.reduce_op then prints a warning.
+        # type() instead of isinstance(): isinstance() reads __class__, and torch.distributed.reduce_op then warns.
         alive = sum(type(each) is tarfile.TarInfo for each in gc.get_objects())
     assert 1 <= alive < 10
 

@@ -245,7 +245,7 @@ def test_a_missing_key_between_others_is_named(tmp_path: Path) -> None:
 
 
 def test_readers_of_one_shard_share_the_open_file_until_the_last_is_closed(tmp_path: Path) -> None:
-    """A process may open an LMDB file only once. `read` and readers with another path must share the open file."""
+    """A process may open an LMDB file only once: `read` and readers share the open file, even through a symlink."""
     records = random_records(40)
     write(tmp_path / "s", records)
     (tmp_path / "link").symlink_to(tmp_path / "s")

@@ -88,7 +88,7 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
     handler.emit = records.append
     monkeypatch.setattr(logging.getLogger("torch.onnx"), "handlers", [handler])
     json_lines("export", run_dir, "--to", "onnx", "--out", out)
-    assert not records  # hides torch's warning that torchvision is missing
+    assert not records  # the export hides torch's warning that torchvision is missing
     session = onnxruntime.InferenceSession(out)
     metadata = session.get_modelmeta().custom_metadata_map
     preprocessing = json.loads(metadata["preprocessing"])

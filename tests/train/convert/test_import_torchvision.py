@@ -69,7 +69,10 @@ def test_imported_weights_give_the_same_outputs_if_the_means_are_equal(
 def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
     torchvision_net: torch.nn.Module, weights: Path, store: Path, tmp_path: Path
 ) -> None:
-    """conv1's outputs are equal at the inner 53 × 53 of 55 × 55 positions. Outside, the store's mean is the padding."""
+    """conv1's outputs are equal at the inner 53 × 53 of 55 × 55 positions.
+
+    At the border, the imported network pads with the store's mean, and torchvision's network with ImageNet's mean.
+    """
     json_lines("import", weights, "--store", store, "--run-dir", tmp_path / "run", "--batch", 8)
     network, state = load_trained(tmp_path / "run", ("cpu", "cpu"))
     assert state.step == 0 and network.recipe == MODERN
@@ -104,7 +107,7 @@ def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_
 
 
 def test_exported_weights_are_the_same_after_import(make_run: MakeRun, store: Path, tmp_path: Path) -> None:
-    """The test compares all weights. It also gives the exported file other classes, and the import must refuse it."""
+    """The test compares all weights. If the classes in the exported file are changed, the import refuses the file."""
     run_dir, network = make_run(SMALL["torchvision"], MODERN_SCALED_AT_TEST_TIME)
     out = tmp_path / "net.pth"
     json_lines("export", run_dir, "--to", "torchvision", "--out", out)

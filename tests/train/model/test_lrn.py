@@ -281,10 +281,10 @@ class PretendsToBeOnAGpu(Tensor):
 def test_operators_replace_a_triton_kernel_that_fails(
     wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Triton is installed but cannot compile, as in a container image without a C compiler.
+    """The Triton kernel raises, as in a container image without a C compiler, or gives wrong results.
 
-    In earlier versions, the first normalization then ended the training. Now only the first normalization tries the
-    Triton kernel, and later ones use PyTorch operators. The test disables gradients, so the kernel is first tried
+    In earlier versions, an exception of the kernel ended the training. Now only the first normalization tries the
+    kernel, and every normalization uses PyTorch operators. The test disables gradients, so the kernel is first tried
     without gradients.
     """
 

@@ -156,7 +156,7 @@ def test_feature_maps_with_the_highest_activation_of_each_column_are_drawn() -> 
     assert [axes.get_title() for axes in panels] == ["column 0", "column 1", "", ""]
     assert [axes.get_ylabel() for axes in panels] == ["conv1\n13×13", "", "conv2\n13×13", ""]
     image = np.asarray(panels[0].images[0].get_array())
-    scale = 9  # the smallest integer that enlarges 13 px to at least 110 px
+    scale = 9  # the smallest integer factor that enlarges 13 px to at least 110 px
     assert image[3 * scale, 4 * scale] == 1 and image[:, 13 * scale + 6 :][0, 0] == 1 and image[0, 0] == 0
     assert np.asarray(panels[1].images[0].get_array())[: 13 * scale, : 13 * scale].max() == 0
 

@@ -29,7 +29,10 @@ def test_a_run_trains_on_while_the_disk_is_full_and_has_the_same_result(
     capsys: pytest.CaptureFixture[str],
     limit_file_size: LimitFileSize,
 ) -> None:
-    """From step 3 to step 5, a file may be 30 bytes longer than metrics.jsonl: no line and no checkpoint fits."""
+    """From step 3 to step 5, a file may exceed the size of metrics.jsonl by 30 bytes.
+
+    No line and no checkpoint fits.
+    """
     run_dir, log_line = tmp_path / "run", MetricsLog.train
 
     def fill_disk(self: MetricsLog, line: dict[str, Any]) -> None:
