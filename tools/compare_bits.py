@@ -49,7 +49,7 @@ class Run:
     """A short seeded training run on the CPU."""
 
     name: str
-    options: str  # of `alextrain run`
+    options: str  # options of `alextrain run`
     kernels: bool = True  # C kernels on
     evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, nothing is evaluated
 

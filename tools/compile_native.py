@@ -1,7 +1,7 @@
-"""Build hook for pip (hatchling): compiles the kernels.c of each subpackage, if a C compiler is available.
+"""Build hook for pip (hatchling): compiles each kernels.c of the packages, if a C compiler is available.
 
-The compiler is $CC or cc. A library runs on any machine of the same architecture. On x86, if the compiler supports
-target_clones, each function is compiled twice, so that the library uses AVX2 if the CPU has AVX2.
+The compiler is $CC or cc. A library runs on any machine with the architecture of the build machine. On x86, if
+the compiler supports target_clones, each function is compiled twice, so that the library uses AVX2 if the CPU has AVX2.
 """
 
 from __future__ import annotations

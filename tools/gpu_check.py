@@ -3,7 +3,7 @@
     python -m tools.gpu_check --store STORE --ppm-store PPM_STORE --out gpu.json
 
 Run the command from the root of a checkout, or with the checkout on PYTHONPATH; the project need not be installed.
-Triton needs a C compiler. Without a compiler the normalization uses PyTorch's operators, and the table of the machine
+Triton needs a C compiler. Without a compiler the normalization uses PyTorch's operators, and the printed line `triton`
 gives the reason. A store of 3,200 records is enough, because the stream starts another epoch when one ends. Without
 --quick the command takes under 6 minutes on one GPU.
 
@@ -13,7 +13,8 @@ Each check prints ok or FAILED, the measured value and the limit. The checks com
     each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because nvJPEG and
     libjpeg-turbo upsample chroma differently; for PPM records only the rounding of float32 is allowed;
 -   batches of the stream on the GPU and batches of a stream resumed from its state, which must be equal to the bit;
--   logits and gradients of the network in each precision with float64 on the CPU, also on two GPUs if there are two;
+-   logits and gradients of the network in each precision on one GPU, and on two if there are two, with logits and
+    gradients in float64 on the CPU;
 -   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
 -   two runs of three steps with the same seed.
 
@@ -24,11 +25,11 @@ each turn. The first round is not counted (see tools/bench/harness.py):
 
     stream of jpeg       the stream alone; its batches are discarded
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
-    bf16 from jpeg       training steps on batches of the stream; `of ours` is the ratio to bf16, goal 0.98 or more
+    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16, goal 0.98 or more
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
-With --cudnn-benchmark, cuDNN tries its algorithms for each shape and keeps the fastest one, during the whole run. To
-measure the effect, run the tool once with and once without this option.
+With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
+To measure the effect, run the tool once with and once without this option.
 
 The tool also measures steps on larger batches, the time of a step by kind of kernel (torch.profiler), the memory of a
 step's tensors, and a step replayed from a CUDA graph. The share of the peak counts two operations for each

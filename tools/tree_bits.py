@@ -97,9 +97,9 @@ def batches_hash(loader: Any, batches: int) -> str:
 
 
 def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
-    """Training batches of 64 and evaluation batches of 32 of the CPU stream, in several settings.
+    """Hashes of training batches (batch size 64) and evaluation batches (batch size 32) of the CPU stream.
 
-    If the C kernels are switched off, only some of the settings are used.
+    The batches are made with several settings. If the C kernels are switched off, only some of the settings are used.
     """
     augment, loader = import_module("pipeline.augment"), import_module("pipeline.loader")
     make = augment.Augmentation

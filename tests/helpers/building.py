@@ -39,7 +39,7 @@ class Stopped(Exception):
 
 
 class InlineRunner:
-    """The runner of most tests: it runs tasks in this process, with one BLAS thread, as a worker process does."""
+    """The runner of most tests: it runs tasks in this process. Like a worker process, it uses one BLAS thread."""
 
     jobs = 1
 
@@ -66,7 +66,7 @@ class StoppingRunner(InlineRunner):
 
 
 class UnusedRunner(InlineRunner):
-    """A runner that fails the test if a shard is built."""
+    """A runner that fails the test if it gets a task."""
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         for task in tasks:
@@ -109,7 +109,7 @@ def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: in
 
 
 def image_paths(folder: Path) -> list[str]:
-    """The path of every file below `folder`, sorted by bytes."""
+    """CLASS/FILE for each file in the subfolders of `folder`, sorted."""
     return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*"))
 
 
@@ -185,7 +185,7 @@ class BuildCommand:
 
 
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
-    """Interrupt a build before its 1st, 2nd, 3rd… disk operation, then run it again; see interrupted_builds.py."""
+    """Interrupt build n before its disk operation n, for n = 0, 1, 2…, and run it again; see interrupted_builds.py."""
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like in a worker process
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)

@@ -1,13 +1,13 @@
-"""Interrupt a build before its n-th disk operation, for n = 0, 1, 2…, and run each build again.
+"""Interrupt build n before its disk operation n, for n = 0, 1, 2…, and run each build again.
 
-The last n is the first n at which the build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`.
-tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
+The last n is the first n at which the build succeeds, or RESTARTS - 1 in the modes `restart` and `restart-reverse`. The
+mode `broken` uses only even n. tests/prep/build/test_interrupted.py and test_full_disk.py run this file as a program:
 interrupted_builds.py PHOTOS WORK MODE. Disk operations are: creating a folder, opening a file for writing, a rename, an
 fsync, and a transaction of LMDB. In the modes `kill`, `restart` and `restart-reverse`, the removal of a file or folder
 is also a disk operation. MODE is one of
 
     kill              the process ends before the operation, without any clean-up
-    restart           like kill, but while the build removes the files of an unfinished build, sorted by name
+    restart           like kill, but in a build that first removes the files of an unfinished build, sorted by name
     restart-reverse   like restart, but the files are removed in the reverse order
     full, broken      this operation and all later operations fail, as they do on a full or a broken disk
     limit             no file may be longer than LIMITS[n]

@@ -10,8 +10,8 @@ killed as WHEN says. The last attempt finishes the run in RUN_DIR and is not kil
                writing, computing a digest, fsync, rename, link, removal of a file, and the end of a training step.
                Attempt k (0 to 9) is killed 0 to 7 operations after the run has made k of its nine steps. All ten
                attempts are killed, because a finished run that is started again also performs these operations.
-    time       The parent kills the attempt after a random time, unless the attempt has finished. The first attempt is
-               killed early, so that it cannot finish.
+    time       The parent kills the attempt after a random time, unless the attempt has finished. Attempt 0 is killed
+               early, so that it cannot finish.
 
 Prints a JSON object: "kills" is the number of kills, and "at" maps each operation to its number of kills. Needs
 OMP_NUM_THREADS=1, because threads do not survive a fork.
@@ -99,7 +99,7 @@ def attempt(store: Path, run_dir: Path, when: str, rng: random.Random, number: i
     Returns the operation before which the process was killed, "any time" for a kill by the parent, or "" for no kill.
 
     number    number of the attempt, 0 to 9; None: the attempt is not killed
-    within_s  latest time of a kill by the parent, in seconds, if `when` is "time"
+    within_s  longest time from the start to a kill by the parent, in seconds, if `when` is "time"
     """
     global first_counted_step, operations_left, steps_done, report_fd
     parent_fd, report_fd = os.pipe()

@@ -51,9 +51,10 @@ def formula(
     store: Store,
     divisor: float = 1.0,
 ) -> np.ndarray:
-    """The augmented image (square[y + i, x + j′] + shift − mean) / divisor, float64 (3, 224, 224).
+    """The augmented image, float64 (3, 224, 224).
 
-    `offset` is (y, x). j′ is j, or 223 − j if `flip` is 1.
+    Pixel (i, j) is (square[y + i, x + j′] + shift − mean) / divisor. `offset` is (y, x). j′ is j, or 223 − j if `flip`
+    is 1.
     """
     (y, x), m = offset, (store.settings.side_px - 224) // 2
     crop, mirror = np.s_[y : y + 224, x : x + 224], np.s_[:, :: -1 if flip else 1]

@@ -15,7 +15,10 @@ from pipeline.placement import Placement
 
 
 def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The batch is on GPU 1, but GPU 0 is torch's current device. For stream handle 0, DALI would use GPU 0."""
+    """The batch is on GPU 1, but GPU 0 is torch's current device.
+
+    DALI interprets stream handle 0 as the default stream of the current device.
+    """
     current = [0]
     seen: dict[str, int] = {}
 

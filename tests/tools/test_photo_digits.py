@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_bytes(dataset: Path, tmp_path: Path) -> No
 
 
 def test_the_label_is_the_digit_that_is_drawn(dataset: Path) -> None:
-    """The bright part of an image, shrunk to 8×8, correlates best with digits of its own label."""
+    """In most images the central square, shrunk to 8×8, correlates best with the mean digit of the image's label."""
     digits = load_digits()
     prototypes = np.stack([digits.images[digits.target == k].mean(0) for k in range(10)])
     correct = 0

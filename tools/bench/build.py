@@ -14,14 +14,14 @@ Every contestant has --jobs worker processes, may use --jobs cores, and reads th
 each turn, so that they are in the page cache.
 
 The time of `ours` includes starting the command, importing libraries and listing the folder. The other contestants
-import libraries and list the folder before the timing starts. All except FFCV also start their workers before the
-timing. This favours the other contestants. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync their
-output to the disk. Deleting the output of the previous turn is not timed.
+import libraries and list the folder before the timing starts. All of them except FFCV also start their workers before
+the timing. This favours the other contestants. Only `ours` and the scripts that write an LMDB (Pillow, libvips) sync
+their output to the disk. Deleting the output of the previous turn is not timed.
 
 --pictures N sets the number of images in a turn. If the source has fewer than N photographs, the photographs are
 repeated by hard links, or by copies if hard links fail. Choose N so large that each contestant works for at least ten
 seconds. Then starting alexprep takes a small share of the time. The bound is fast, so it processes the N images twice.
-Repeated photographs have the same sizes, which favours a contestant that caches data by image size.
+All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
 With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
 with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without repetition.
@@ -89,7 +89,8 @@ def resample(paths: Sequence[Path], count: int) -> list[Path]:
 def link_photographs(paths: Sequence[Path], source: Path, folder: Path) -> None:
     """Link each file into a class folder in `folder`; copy the file if linking fails.
 
-    The class folder has the same name as the file's folder in `source`.
+    The name of the class folder is the path of the file's folder relative to `source`, with _ between the parts. For
+    files directly in `source`, the name is `photographs`.
     """
     for index, path in enumerate(paths):
         parts = path.relative_to(source).parent.parts
@@ -177,7 +178,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
     """
     contestants = [benchmark.ours("ours")]
     if ffcv is None:
-        say("FFCV is left out: name an interpreter that has it with --ffcv-python")
+        say("FFCV is left out: --ffcv-python must name an interpreter that has FFCV")
     else:
         contestants.append(benchmark.peer("FFCV, Pillow bicubic", ffcv, "ffcv_writer", "jpg"))
         if more:
@@ -187,7 +188,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
     if more:
         contestants.append(benchmark.peer("Pillow script, BOX", sys.executable, "pillow_script", "BOX"))
     if vips is None:
-        say("libvips is left out: name an interpreter that has pyvips and lmdb with --vips-python")
+        say("libvips is left out: --vips-python must name an interpreter that has pyvips and lmdb")
     else:
         contestants.append(benchmark.peer("libvips thumbnail", vips, "vips_thumbnail"))
     contestants.append(benchmark.peer(_BOUND, sys.executable, "jpeg_bound", str(_BOUND_PASSES)))
@@ -265,8 +266,9 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
     default=8000,
     show_default=True,
     metavar="N",
-    help="Number of images that each contestant processes in a turn. A smaller set of photographs is repeated; "
-    "of a larger set, a part is used. Choose N so large that a turn takes ten seconds or more.",
+    help="Number of images that each contestant processes in a turn. If the folder has fewer than N photographs, "
+    "photographs are repeated; of more than N photographs, N are used. Choose N so large that a turn "
+    "takes ten seconds or more.",
 )
 @click.option(
     "--jobs",

@@ -1,4 +1,4 @@
-"""Streams that tools.bench.stream measures in its own process: this project's, torch's DataLoader and DALI's.
+"""Streams that tools.bench.stream measures in its own process: this project's stream, torch's DataLoader and DALI.
 
 Each stream is a generator that yields batches without end, float32 (128, 3, 224, 224): random crops, mirrored with
 probability ½, minus the channel mean. The functions at the end of this module make the files and the store that the

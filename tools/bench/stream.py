@@ -1,33 +1,33 @@
-"""Benchmark of the training stream on CPU threads: images/s in batches of 128, compared with other loaders and bounds.
+"""Benchmark of the training stream on CPU threads: images/s in batches of 128, beside other loaders and upper bounds.
 
-Every contestant yields batches without end: random crops of 224 px, flipped at random, minus the channel mean, float32
-NCHW, and labels.
+Every contestant except the bounds is a stream. A stream yields batches without end: random crops of 224 px, flipped at
+random, minus the channel mean, float32 NCHW, and labels.
 
 ours        pipeline.loader.train_loader with its default augmentation, which adds colour noise. Timed on JPEG
             records, with the channel mean and with the mean image, and on PPM records.
 torch       torch.utils.data.DataLoader whose workers each open the LMDB with py-lmdb, parse records with
             prep.store.datum.Datum, and decode with Pillow or with simplejpeg (libjpeg-turbo). NumPy crops, mirrors and
             subtracts the mean.
-FFCV        FFCV's Loader on a .beton of the same JPEG files, and on a .beton of raw pixels
+FFCV        FFCV's Loader on a .beton of the store's JPEG files, and on a .beton of raw pixels
             (tools/bench/peers/ffcv_stream.py).
-SPDL        SPDL's threads on the same files, decoded by SPDL's FFmpeg or by simplejpeg
+SPDL        SPDL's threads on the store's JPEG files, decoded by SPDL's FFmpeg or by simplejpeg
             (tools/bench/peers/spdl_stream.py).
-WebDataset  tar archives of the same files, decoded by Pillow in the workers of a DataLoader
+WebDataset  tar archives of the store's JPEG files, decoded by Pillow in the workers of a DataLoader
             (tools/bench/peers/webdataset_stream.py).
 DALI        the pipeline of DALI's documentation: readers.caffe, decoders.image, crop_mirror_normalize at a random
             offset. The batches are not converted to torch tensors.
 bounds      threads that read from memory and do only one thing: decode the JPEG records with libjpeg-turbo
             (simplejpeg), or copy the bytes of the PPM records.
 
-Every contestant has --threads worker threads or processes and may use --threads cores. It reads from the page cache,
-so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
+Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
+cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
 Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
-contestants keep running between their turns. Each turn first discards some batches, so that batches that were
+streams keep running between their turns. Each turn of a stream first discards some batches, so that batches that were
 prefetched during another contestant's turn are not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Two batches of each
-contestant are checked before the first round: dtype, shape, range of values, and that no two images or batches are
-equal.
+stream are checked before the first round: dtype, shape, range of values, that the two batches differ, and that the
+first two images of a batch differ.
 
 The PPM records and the .beton of pixels hold the images of the first 2,000 records of the store. No GPU is used.
 """
@@ -113,10 +113,10 @@ class StreamBenchmark:
     ) -> None:
         """Add a program of tools.bench.peers, run by the interpreter `python`.
 
-        If `raw`, the program gets only the first records, and is compared with our stream of PPM records.
+        If `raw`, the program gets only the first 2,000 records, and is compared with our stream of PPM records.
         """
         if python is None:
-            self._leave_out(name, f"name an interpreter that has it with {option} (how to make one: see --help)")
+            self._leave_out(name, f"{option} must name an interpreter that has the library (to install it: see --help)")
             return
         if not raw and self.all_files is None:
             self.all_files = write_files(self.jpeg, self.work_dir / "all", None)
@@ -143,7 +143,7 @@ class StreamBenchmark:
         self.contestants.append(Contestant(name, rate, bound, ours=ours))
 
     def add_bound(self, name: str, work: Callable[[bytes], object], store: Store, ours: str | None = None) -> None:
-        """Add a bound, which calls `work` on each of the first records of `store`. The records are held in memory."""
+        """Add a bound, which calls `work` on each of the first 2,000 records of `store`. The records are in memory."""
         contents = [datum.data for datum in islice(train_records(store), _IN_MEMORY_RECORDS)]
         pool = self.cleanup.enter_context(ThreadPoolExecutor(self.threads))
 

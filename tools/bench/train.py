@@ -4,11 +4,11 @@ ours    train.model.alexnet.AlexNet with the recipe `paper`, both columns on the
         with the recipe's learning rates.
 ours, without LRN
         like `ours`, without local response normalization (LRN). The difference from `ours` is the cost of our LRN.
-plain   one column of PyTorch's modules, with torch.optim.SGD and the same learning rate. conv2, conv4 and conv5 have
-        two groups, because in the paper each of their columns reads only one column. Each layer has as many
-        parameters as in `ours`.
+plain   one column of PyTorch's modules, with torch.optim.SGD and the recipe's learning rate for weights. conv2, conv4
+        and conv5 have two groups, because in the paper each column of these layers reads only one column of the
+        previous layer. Each layer has as many parameters as in `ours`.
 plain, without LRN
-        like `plain`, without LRN. The paper's network has LRN, so this rate is only a reference.
+        like `plain`, without LRN. The paper's network has LRN, so the rate of this contestant is only a reference.
 
 `plain` differs from the paper's network in two respects. First, LRN sums over five neighbouring maps. In the paper the
 five maps belong to one column, which has 48 or 128 maps. In `plain` the five maps can come from both halves of the
@@ -55,7 +55,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
     """The network of the paper in one column, made of PyTorch's modules."""
 
     def norm() -> nn.Module:
-        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum, so alpha is multiplied by it
+        lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum, so alpha is multiplied by this number
         assert lrn
         return nn.LocalResponseNorm(lrn.size, lrn.size * lrn.alpha, lrn.beta, lrn.k) if with_lrn else nn.Identity()
 

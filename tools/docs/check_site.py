@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-LOADED = {  # {tag: attributes with an address that a browser fetches without a click}, so without <a>
+LOADED = {  # {tag: attributes with an address that a browser fetches without a click}; <a> needs a click
     "audio": ("src",),
     "embed": ("src",),
     "iframe": ("src",),

@@ -1,6 +1,6 @@
 """Griffe extension that adapts docstrings and comments of this project to the documentation site.
 
-mkdocs.yml names the extension; only `make docs` uses it. The extension turns a list of names in two columns, like
+mkdocs.yml names the extension; only `make docs` uses it. The extension turns a list of names and meanings, like
 
     store         folder that `alexprep build-lmdb` wrote
     batch_size    images in a batch of this loader
@@ -26,7 +26,7 @@ class ReadableDocstrings(griffe.Extension):
     """Rewrites docstrings while griffe collects them."""
 
     def on_instance(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Replace lists in two columns by tables."""
+        """Replace lists of names and meanings by tables."""
         if obj.docstring:
             obj.docstring.value = with_tables(obj.docstring.value)
 
@@ -39,7 +39,7 @@ class ReadableDocstrings(griffe.Extension):
 
 
 def with_tables(text: str) -> str:
-    """The docstring with each list of names in two columns as a Markdown table."""
+    """The docstring with each list of names and meanings as a Markdown table."""
     lines: list[str] = []
     rows: list[list[str]] = []
     for line in [*text.splitlines(), ""]:

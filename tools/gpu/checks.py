@@ -33,7 +33,7 @@ PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 n
 # is for the logits, the second for the gradient of the parameter with the largest error. The second limit is wide
 # because rounding can change the sign of a ReLU's input or the position of a maximum. The gradient then takes another
 # path through the network.
-# Errors measured on a CPU, with 4 photographs and the paper's widths: 9e-7 and 1e-6 in fp32, 5e-3 and 0.2 in bf16.
+# Errors (logits, gradient) on a CPU, with 4 photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
 TOLERANCES = {"fp32": (1e-4, 1e-2), "tf32": (1e-2, 0.3), "bf16": (5e-2, 0.6)}
 LRN_TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2.0**-8}
 # Limit of the relative difference between two runs of three steps. On a GPU the order of additions in gradients varies.
@@ -160,7 +160,10 @@ def relative_distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def network_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare logits and gradients in each precision, on one device and on two, with those in float64 on the CPU."""
+    """Compare logits and gradients in each precision with logits and gradients in float64 on the CPU.
+
+    The network runs on the first device, then on both devices if the settings name two.
+    """
     store = Store.open(settings.store)
     classes, images = len(store.classes), max(2, settings.compared_images // 8)
     (batch,), _ = read_batches(settings.store, "cpu", images, 1, "NCHW", "channel")

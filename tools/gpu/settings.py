@@ -24,7 +24,7 @@ class GpuCheckSettings:
 
     @property
     def device(self) -> torch.device:
-        """The device of column 0, which also makes the batches of the stream and the logits."""
+        """The device of column 0. Batches of the stream and logits are also computed on this device."""
         return torch.device(self.devices[0])
 
     @property
@@ -66,7 +66,10 @@ class GpuCheckSettings:
 
     @property
     def compared_images(self) -> int:
-        """Number of images in a batch of the stream and step checks. Network checks use an eighth, at least 2."""
+        """Number of images in a batch of the stream and step checks.
+
+        Network checks use an eighth of this number, but at least 2 images.
+        """
         return min(self.batch, 16 if self.quick else 64)
 
     def stores_by_format(self) -> dict[str, Path]:

@@ -160,7 +160,7 @@ def repeat(work: Work, times: int) -> None:
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
     """Images/s of steps on larger batches, in each precision.
 
-    The first batch size that does not fit in memory has the value None; larger batches are not measured.
+    For the first batch size that does not fit in memory, images_per_s is None; larger batches are not measured.
     """
     rows: list[dict[str, Any]] = []
     factors = (2,) if settings.quick else (2, 4, 8)

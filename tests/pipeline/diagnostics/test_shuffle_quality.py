@@ -1,4 +1,7 @@
-"""Shuffle quality: the ideal is the mean of random shuffles. Epochs are near the ideal if the store is shuffled."""
+"""Shuffle quality: the ideal number of classes in a batch is the mean over random shuffles.
+
+Epochs are near this ideal if the store is shuffled.
+"""
 
 from __future__ import annotations
 

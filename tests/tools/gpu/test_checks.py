@@ -78,7 +78,7 @@ def test_a_network_that_computes_something_else_fails(
 
 
 def test_tf32_in_place_of_float32_fails(settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights are rounded to TF32's 10 bits, as PyTorch's convolutions on a GPU do by default."""
+    """Weights are rounded to the 10 mantissa bits of TF32, as in PyTorch's convolutions on a GPU by default."""
     make_network = checks.make_network
     calls: list[int] = []
 

@@ -8,9 +8,9 @@ raw   The .beton holds the pixels of the images, decoded by Pillow, in FFCV's RG
 FFCV has no random crop of a fixed size. RandomResizedCropRGBImageDecoder makes such a crop if the area and the aspect
 ratio are fixed to the values of 224 × 224 pixels. The decoder then rescales 224 × 224 to 224 × 224, which OpenCV does
 by copying. The crops have the same distribution as the crops of all other contestants, but all records must be squares
-of one size. FFCV decodes the full record, like all contestants. The next steps are RandomHorizontalFlip, NormalizeImage
-(a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records are repeated
-until an epoch is as long as an epoch of ImageNet.
+of one size. Like all other contestants, FFCV decodes the full record. The next steps are RandomHorizontalFlip,
+NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records
+are repeated until an epoch is as long as an epoch of ImageNet.
 
 last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, but the memory order is NHWC.
 first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each batch twice to
