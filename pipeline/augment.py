@@ -7,7 +7,8 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 - y and x are uniform over 0..side_px − 224 inclusive. For side_px = 256 there are 33 × 33 positions. (Section 4.1 of
   the paper counts 32 × 32 positions and 2 flips; the released code, convdata_jpeg.py, draws from 33 × 33 positions.)
 - An image is flipped with probability one half.
-- shift = P·diag(σ)·z with z ~ N(0, I): one RGB offset for each image, the same for all its pixels.
+- shift = P·diag(σ)·z with z ~ N(0, I): one RGB offset for all pixels of an image. The columns of P are the eigenvectors
+  of the covariance matrix of the RGB values. Augmentation.colour gives σ.
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
 
@@ -55,12 +56,12 @@ class Augmentation:
     """Settings of the formula in this module's docstring. A recipe (train/config) gives each setting and its source."""
 
     mean: str = "channel"  # mean to subtract, one of MEANS, which the module's docstring defines
-    # "stdev": σ = strength·√λ for pixels in 0..255 (the authors' code); "eigenvalue": σ = strength·λ for pixels in
-    # [0, 1]; "off": no colour noise
+    # σ in grey levels, from the eigenvalues λ of the covariance matrix of the RGB values. "stdev": strength·√λ, with λ
+    # of pixels in 0..255 (the authors' code); "eigenvalue": 255·strength·λ, with λ of pixels in [0, 1]; "off": 0
     colour: str = "stdev"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
     divisor: float = 1.0  # the finished training image is divided by this number; 1 + strength in the authors' code
-    shared_by: int = 1  # number of consecutive images with the same crop and flip; 32 in the authors' code (crop_chunk)
+    shared_by: int = 1  # number of consecutive images that share crop and flip; 32 in the authors' code (crop_chunk)
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that is not allowed."""
@@ -80,13 +81,13 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
-    """The matrix A of the colour noise, float64 (3, 3): shift = A·z with z ~ N(0, I), in grey levels 0..255.
+    """The matrix A of the colour noise, float64 (3, 3): shift = A·z in grey levels, with z ~ N(0, I).
 
-    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ with α ~ N(0, 0.1), and calls λ eigenvalues. The paper does not
-    state the scale of the pixels. The authors' code uses the standard deviations of pixels in 0..255 instead of λ
-    (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of pixels in [0, 1], which gives
-    shifts 2 to 17 times smaller than the shifts of the authors' code. `colour` is "stdev" (the authors' code),
-    "eigenvalue" or "off".
+    Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, with eigenvectors p, eigenvalues λ, and α of standard deviation
+    0.1. The paper does not state the scale of the pixels. The authors' code uses the standard deviations √λ of pixels
+    in 0..255 instead of λ (convdata.py: color_pca). fb.resnet.torch and its successors use the eigenvalues of pixels in
+    [0, 1]. Their shifts are 2 to 17 times smaller than the shifts of the authors' code. `colour` is "stdev" (the
+    authors' code), "eigenvalue" or "off".
     """
     vectors, stdevs = np.array(stats.eigenvectors), np.array(stats.stdevs)
     scale = float(stats.pixel_scale)

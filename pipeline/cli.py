@@ -178,7 +178,7 @@ def bench(store: Path, batch: int, threads: int | None, device: str, seconds: fl
     """Measure the speed of the stream, stage by stage.
 
     The upper bound is the speed at which libjpeg-turbo decodes records (JPEG stores) or at which records are copied
-    (PPM stores), with the same number of threads.
+    (PPM stores), on --threads threads.
 
     \b
     Example:

@@ -283,8 +283,8 @@ def train_loader(
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
-    augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the settings of the paper,
-                  with the colour noise of the authors' code
+    augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
+                  and the colour noise of the authors' code
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16"
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use

@@ -52,7 +52,7 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
     """Random augmentation parameters for one step, in which all ranks together serve `images` images.
 
     Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
-    consecutive images have the same offset and flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).
+    consecutive images share one offset and one flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).
     """
     rng = _generator(_DRAWS, seed, epoch, step)
     groups = -(-images // shared_by)

@@ -49,7 +49,7 @@ class BenchResult:
     bound_images_per_s: float
     share_of_bound: float
     stages: dict[str, float]  # images/s of each stage together with all stages before it
-    bound: str  # description of the upper bound, with the version of the library
+    bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
     batch: int
     threads: int
     device: str
@@ -96,7 +96,7 @@ def bench_stream(
         bound_images_per_s=median["bound"],
         share_of_bound=float(np.median(np.array(rates["hand over"]) / np.array(rates["bound"]))),
         stages={name: median[name] for name in STAGES if name in median},
-        bound=jpeg_bound if is_jpeg else "copy of the same bytes",
+        bound=jpeg_bound if is_jpeg else "copy of the records",
         batch=batch,
         threads=threads,
         device=device,

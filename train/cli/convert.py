@@ -65,7 +65,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     type=click.Choice(["torchvision"]),
     default="torchvision",
     show_default=True,
-    help="Format of FILE: a state_dict of this library's AlexNet.",
+    help="Format of FILE: torchvision, a state_dict of torchvision's AlexNet.",
 )
 @store_option
 @run_dir_option
@@ -82,7 +82,9 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
 @seed_option
 @precision_option
 @click.option(
-    "--new-fc8", is_flag=True, help="Initialize the last layer anew. Required if FILE and the store differ in classes."
+    "--new-fc8",
+    is_flag=True,
+    help="Initialize the last layer anew. Required if FILE and the store have different classes.",
 )
 @json_option
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:

@@ -24,7 +24,7 @@ from train.config.recipes import RECIPES
     metavar="0,1|0|cpu",
     default="0,1",
     show_default=True,
-    help="Devices to name in the table: 0,1, 0 or cpu. The devices need not exist.",
+    help="Devices to name in the table: 0,1 (two GPUs), 0 (one GPU) or cpu. The devices need not exist.",
 )
 @json_option
 def summary(model: str, classes: int, gpus: str, as_json: bool) -> None:

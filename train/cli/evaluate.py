@@ -50,7 +50,7 @@ def evaluate(
     precision: str,
     as_json: bool,
 ) -> None:
-    """Measure the error rates of a run's newest checkpoint on a split, each image exactly once.
+    """Measure the error rates of a run on a split. Every image is counted exactly once.
 
     An argument can also be a file that --out saved. For several arguments, print the errors of each argument, and the
     errors of the (weighted) average of all probabilities. The paper averages five and seven networks in this way.

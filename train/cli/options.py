@@ -79,8 +79,8 @@ accumulate_option = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="Number of equal parts in which a batch is computed, one part after another. More parts need less memory and "
-    "give the same update.",
+    help="Number of equal parts in which a batch is computed, one part after another. More parts need less memory. "
+    "Apart from rounding, the update does not depend on the number of parts.",
 )
 keep_option = click.option(
     "--keep",
@@ -156,7 +156,7 @@ _SHORTHANDS = (
 
 
 def recipe_settings(command: Command) -> Command:
-    """Add --set and its shorthands to a command, and pass them all to the command as `settings`: a FIELD=VALUE list."""
+    """Add --set and its shorthands to a command. The command gets their values as `settings`, a list of FIELD=VALUE."""
 
     @wraps(command)
     def with_settings(

@@ -241,7 +241,8 @@ def features(
     """Write a layer's activations for every image of a split to a float32 .npy file, with one row per image.
 
     A second file, .keys.txt, has a line for each row: key, class and source path of the image. The activations are
-    computed for the centre crop, and taken after the nonlinearity (fc8: the logits). Column 0 comes before column 1.
+    computed for the centre crop, and taken after the nonlinearity (fc8: the logits). In a row, the network's column 0
+    comes before column 1.
 
     \b
     Example:

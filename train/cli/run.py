@@ -227,7 +227,7 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
-    """Train networks with one part removed or replaced, and print how the errors rise, measured and in the paper.
+    """Train networks with one part removed or replaced; print the measured and the reported increase of the errors.
 
     An ablation that was trained before is not trained again. To resume after a stop or a kill, run the same command
     again. All ablations have the same seeds, so they have the same record order and crops. Ablations with the same

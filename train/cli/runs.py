@@ -14,7 +14,7 @@ from train.cli.options import run_argument
 @run_argument
 @json_option
 def status(run_dir: Path, as_json: bool) -> None:
-    """Print the state of a run: steps, time left, errors, newest checkpoint, whether its process is alive.
+    """Print the state of a run: steps, time left, errors, newest checkpoint, whether the run's process is alive.
 
     The command also works while another process trains the run. For a run that has ended, the command prints how the
     run ended. The exit code is 0 for every run, even for a run that crashed.

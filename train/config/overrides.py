@@ -7,13 +7,14 @@ parts. The syntax of a value depends on the type of the field:
 
     number, true or false, word       lr=0.02   crossing=false   activation=tanh   lr_bias=none
     lrn, within_map, augmentation     lrn=none; lrn=5,1e-4,0.75,2 (all parts, in their order); lrn.alpha=1e-4
-    init_std, init_bias               a number for all layers; none for no biases; init_std.conv3=0.01 for one layer
+    init_std, init_bias               a number for all layers; init_std.conv3=0.01 for one layer;
+                                      init_bias=none (all biases start at 0)
     schedule                          plateau; cosine; steps (lr divided by 10 after 1/3 and after 2/3 of the epochs);
                                       none (constant lr); 25,51,79 (lr divided by 10 after each of these epochs);
                                       25:1e-3,51:1e-4 (lr 1e-3 after epoch 25, 1e-4 after epoch 51); schedule.drops=2
 
-Overrides are applied in alphabetical order of their fields. The order on the command line therefore changes neither
-the recipe nor its name. If a field has two overrides, the last one is used.
+Overrides are applied in alphabetical order of their fields. The order of the fields on the command line therefore
+changes neither the recipe nor its name. If a field has two overrides, the last on the command line is used.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of the weights; conv1 keeps lr_conv1 if a change has set it
+    lr: float | None = None  # learning rate of the weights; not of conv1 if this or an earlier change sets lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -80,7 +80,7 @@ class Cosine:
         if self.warmup_epochs < 0 or not 0 < self.start <= 1 or not 0 < self.end <= 1:
             raise UserError(
                 f"warmup_epochs {self.warmup_epochs}, start {self.start}, end {self.end}: expected "
-                "warmup_epochs of at least 0, and start and end as shares of lr above 0, at most 1."
+                "warmup_epochs of at least 0, and start and end (shares of lr) above 0 and at most 1."
             )
 
 
@@ -107,7 +107,7 @@ class Recipe:
     norm_before_relu: bool  # layer 1: True: conv, norm, pool, activation; False: conv, activation, norm, pool
     within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
-    crossing: bool  # False: conv3, fc6 and fc7 get inputs from one column only; fc8 always gets both columns
+    crossing: bool  # False: conv3, fc6 and fc7 do not connect the columns; fc8 always connects the columns
     dropout: float  # probability of zeroing an input of the layers in Architecture.dropout_before
     # True: training divides activations by 1 − dropout.
     # False: evaluation multiplies activations by 1 − dropout.

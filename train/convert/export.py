@@ -166,7 +166,7 @@ def _onnx(network: AlexNet, metadata: dict[str, str]) -> bytes:
 
 @contextmanager
 def _exporter_silenced() -> Iterator[None]:
-    """A context that silences the ONNX exporter's warnings about deprecated functions in torch and unused operators."""
+    """A context that silences the ONNX exporter's warnings about unused operators and deprecated torch functions."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

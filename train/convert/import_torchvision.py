@@ -36,12 +36,12 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     file     a state_dict of torchvision.models.alexnet, or a file of `alextrain export --to torchvision`, which also
              contains the arguments of Normalize and the classes
     config   a configuration with the architecture `torchvision`, and with a recipe that does not subtract a mean image
-    new_fc8  True: initialize the last layer as the recipe says. False: take it from `file`, which must then have the
-             classes of the store
+    new_fc8  True: initialize the last layer as the recipe says. False: take the last layer from `file`, which must
+             then have the classes of the store
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
-    state_dict of torchvision's AlexNet, if its classes differ from the store's (new_fc8 False), if the recipe or the
-    architecture does not fit, or if the run folder already holds a run.
+    state_dict of torchvision's AlexNet, if `new_fc8` is False and the classes of `file` and store differ, if the
+    recipe or the architecture does not fit, or if the run folder already holds a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe

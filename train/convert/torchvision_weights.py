@@ -1,8 +1,8 @@
 """Converts weights between torchvision.models.alexnet and our network `torchvision`, and checks what can be converted.
 
 `check_fits` refuses networks that torchvision's AlexNet cannot represent. The converted network computes the same
-function of the pixels as the original network, although the two networks take inputs with another mean and scale. In
-the formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
+function of the pixels as the original network, although the inputs of the two networks differ in mean and scale. In the
+formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
     this project's conv1 takes   u = (p − m_c) / input_divisor

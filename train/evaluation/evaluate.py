@@ -38,8 +38,8 @@ def eval_batch_size(records: int, views: int, device: str) -> int:
 def wilson_interval(misses: int, images: int) -> tuple[float, float]:
     """The 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
-    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/n), the score interval is
-    also valid for error rates near 0.
+    The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/images) with
+    p = misses / images, the score interval is also valid for error rates near 0.
     """
     p, zz = misses / images, Z_95**2
     middle = (p + zz / (2 * images)) / (1 + zz / images)
@@ -97,8 +97,9 @@ def evaluate(
     is an array, float32 (records, classes), the class probabilities are written into this array. Afterwards the network
     is in the same mode (training or evaluation) as before.
 
-    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the loader does
-    not serve exactly the images of the split: the error rates would be wrong.
+    Raises UserError for a precision that the network's devices do not support. Raises RuntimeError if the
+    number of images that the loader serves is not the number of images in the split, because the error rates would be
+    wrong.
     """
     set_precision(precision, network.devices)
     misses, loss, images = torch.zeros(2, dtype=torch.int64), 0.0, 0

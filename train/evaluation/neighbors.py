@@ -1,8 +1,8 @@
-"""Nearest neighbors: the training images with the smallest distance of fc7 activations from an image (figure 4, right).
+"""Nearest neighbors of an image: the training images with the nearest fc7 activations (figure 4, right).
 
 An index holds keys, labels and fc7 activations (of the centre crops) of the training images. The index for the
-checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if it
-was made from the same checkpoint and records with the same precision. Otherwise a new index replaces the saved index.
+checkpoint of step 232 is saved as `index-fc7-00000232.npz` in the run folder. A saved index is reused if checkpoint,
+training split, number of records and precision are as requested. Otherwise a new index replaces the saved index.
 """
 
 from __future__ import annotations

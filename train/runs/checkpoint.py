@@ -60,8 +60,8 @@ class Checkpoint:
     parameters: Mapping[str, Tensor]  # joined parameters by name (AlexNet.joined_tensors)
     velocity: Mapping[str, Tensor]  # the optimizer's velocity by name, joined like the parameters
     schedule: Mapping[str, Any]  # Schedule.state_dict
-    # Devices of the columns.
-    # The random generators are seeded anew if the run has other devices, or if `devices` is empty.
+    # Devices of the columns. The random generators are seeded anew if the run resumes on other devices, or if `devices`
+    # is empty.
     devices: Sequence[str]
     random: Tensor  # state of torch's generator on the CPU
     random_cuda: Sequence[Tensor]  # states of the generators of the GPUs, in the order of the columns
@@ -70,7 +70,7 @@ class Checkpoint:
     best: Mapping[str, Any] | None = None  # {"step", "top1_error"} of the validation with the lowest top-1 error
     # Checkpoints from which the run and its ancestors were forked, the oldest first.
     ancestry: Sequence[Mapping[str, Any]] = ()
-    # Verified SHA-256 (hex) of the file that was read; "" in a new Checkpoint. The file does not hold `digest`.
+    # Verified SHA-256 (hex) from the archive comment of the file that was read; "" in a new Checkpoint.
     digest: str = ""
 
 
