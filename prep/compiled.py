@@ -1,4 +1,4 @@
-"""Loads compiled C kernels. At installation tools/compile_native.py compiles the kernels.c of each subpackage.
+"""Loads compiled C kernels. At installation tools/compile_native.py compiles every kernels.c.
 
 The kernels are optional: NumPy, PyTorch or DALI can do the work of the kernels, but more slowly. The kernels are not
 used

@@ -54,7 +54,7 @@ class DiskFull(UserError):
 
 
 def disk_error(error: OSError, text: str) -> UserError:
-    """Make the exception for a failed write, with the message `text`: DiskFull if no space is left, else UserError."""
+    """Make the exception for a failed write, with message `text`: DiskFull if the file cannot grow, else UserError."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return DiskFull(text) if full else UserError(text)
 
@@ -190,7 +190,7 @@ class Progress:
         self.total, self.unit, self.started = total, unit, time.monotonic()
         self.done = 0  # units finished, of `total`
         self.skipped = 0  # units of `done` that an earlier run finished; not counted in the rate
-        self.bad = 0  # bad inputs or records that this run found
+        self.bad = 0  # bad inputs or records, including those that earlier runs found
         self.size_bytes = 0  # bytes that this run wrote
 
     def skip(self, n: int) -> None:
@@ -203,7 +203,7 @@ class Progress:
         self.update(self.done + n)
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
-        """Set the totals: `done` includes skipped units; `bad` and `size_bytes` count only the work of this run."""
+        """Set the totals: `done` and `bad` include the work of earlier runs; `size_bytes` counts only this run."""
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
@@ -216,7 +216,7 @@ class Progress:
 
 
 class _JsonProgress(Progress):
-    """Progress as lines of JSON, at most one line every `every_s` seconds. Work that ends sooner prints no line."""
+    """Progress as lines of JSON, at most one line every `every_s` seconds. The first line comes after `every_s`."""
 
     def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
         super().__init__(total, unit)

@@ -1,4 +1,4 @@
-"""Atomic file writes, so that no file is ever half-written, and locks, so that one process at a time uses a folder."""
+"""Atomic file writes, so that no file is ever half-written, and locks, so that only one process uses a folder."""
 
 from __future__ import annotations
 

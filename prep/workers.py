@@ -73,7 +73,7 @@ class TaskProgress:
 
     @property
     def counts(self) -> Counts:
-        """Counts since the worker started."""
+        """Counts of all tasks so far."""
         return Counts(*self._counters[self._first + 1 : self._first + self.SIZE])
 
 
@@ -240,7 +240,7 @@ def _serve(connection: Connection, counters: MutableSequence[int], slot: int, pr
                 outcome = work(task, task_progress), None
             except UserError as error:
                 outcome = None, error
-            except Exception:  # a bug in `work`; a pickled exception has no traceback
+            except Exception:  # a bug in `work`; send the traceback as text, because pickling drops it
                 outcome = None, RuntimeError("in a worker process:\n" + traceback.format_exc())
             connection.send(outcome)
 
@@ -256,8 +256,8 @@ def _exit_with_parent() -> None:
 def _ctrl_c_blocked() -> Iterator[None]:
     """Block SIGINT in a `with` block.
 
-    Processes started in the block inherit the signal mask and never receive SIGINT. This process receives a SIGINT that
-    was blocked when the block ends.
+    Processes started in the block inherit the signal mask and never receive SIGINT. If SIGINT is sent to this process
+    during the block, this process receives it at the end of the block.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:

@@ -123,7 +123,7 @@ class BuildPlan:
     def is_finished(self, number: int) -> bool:
         """Whether shard `number` is finished and need not be built again.
 
-        Without `skip_bad`, a shard that lacks a bad input is built again, since the input may have been corrected.
+        Without `skip_bad`, a shard is built again if a bad input was left out, since the input may have been corrected.
         """
         summary = self.shard_summary(number)
         return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))

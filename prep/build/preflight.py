@@ -22,7 +22,7 @@ from prep.store.manifest import Settings
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 _PAGE_BYTES = 4096  # size of an LMDB page; a record of more than half a page takes whole pages
-_PROBE_S_PER_INPUT = 0.1e-3  # probe time per input: a few percent of the build time of a record
+_PROBE_S_PER_INPUT = 0.1e-3  # probe time per input with one worker process: a few percent of the build time of a record
 _MIN_PROBE_S = 2.0
 _PROBE_CHUNK = 256
 
@@ -33,7 +33,7 @@ class ResourceEstimate:
 
     bytes: int  # bytes on the disk
     seconds: float  # build time with all worker processes; a slow source can make the build longer
-    sampled: int  # number of inputs in the sample
+    sampled: int  # number of sampled inputs that are images
 
 
 def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
@@ -146,7 +146,7 @@ def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) 
 
 
 def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
-    """Build the inputs of a task in memory: (number of records, bytes of their LMDB pages, seconds)."""
+    """Build the records of a task in memory: (number of records, bytes of their LMDB pages, seconds)."""
     warm_up = replace(task, inputs=task.inputs[:1])
     list(ShardBuilder(warm_up, TaskProgress()).records())  # loads the libraries before the measurement starts
     started = time.monotonic()

@@ -1,7 +1,7 @@
 """Starts, resumes and discards builds, and checks which changes are allowed between two runs of a build.
 
-An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs are the
-same. The content and the label of an input may change until the shard of the input is finished. In a finished shard,
+An unfinished build can be resumed if the settings, the tool versions, the classes and the paths of the inputs have not
+changed. The content and the label of an input may change until the shard of the input is finished. In a finished shard,
 only the content of a bad input may change; then the shard is built again. Any other change in a finished shard is an
 error.
 """

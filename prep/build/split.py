@@ -4,7 +4,7 @@ A killed build loses only the shards that were in progress. Running the same com
 fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops. The crash
 is counted for the input that the process was reading. These files hold the state of an unfinished build:
 
-    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries; equal in a resumed build
+    store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: no run may change these
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
     store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
     store/train/.build/deaths.json       {path of an input: number of worker processes that crashed at this input}
@@ -167,8 +167,8 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
     check_same_settings(plan.settings, asdict(existing.settings), store)
     if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
         raise UserError(
-            f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,}, this "
-            f"command names {len(plan.source.inputs):,}). Choose another --store, or delete the store to rebuild it."
+            f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "
+            f"inputs then, {len(plan.source.inputs):,} now). Choose another --store, or delete the store to rebuild it."
         )
     return existing
 

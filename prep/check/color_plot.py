@@ -32,7 +32,7 @@ ALPHA_STDEV = 0.1  # standard deviation of α (section 4.1)
 STEPS = (-3, -2, -1, 0, 1, 2, 3)  # shifts, in standard deviations of α (photograph) or in σ (mean colour)
 AXIS_STDEVS = 2  # half length of a drawn principal axis, in standard deviations of the pixels
 PHOTOGRAPH_PX = 256  # a photograph is reduced if its side is at least twice this length
-ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # grey levels, from fb.resnet.torch
+ILSVRC = tuple(255 * value**0.5 for value in (0.2175, 0.0188, 0.0045))  # σ in grey levels, from fb.resnet.torch
 
 Pixels = npt.NDArray[np.uint8]  # (..., 3) RGB
 
@@ -59,7 +59,7 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
     """Draw a random sample of a split: (pixels, photograph).
 
-    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, the same number from each of at most MAX_RECORDS records
+    pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
                  2·PHOTOGRAPH_PX or more. Of all records read, this record has the colour distribution closest to a
                  distribution with the split's mean and half the split's standard deviations. In an image of

@@ -29,10 +29,10 @@ class _ExportTask:
 
 
 def export_split(store: Store, split: str, out: Path, runner: Runner, progress: Progress) -> None:
-    """Write the image of every record of a split to `out`/CLASS/NAME, named after the record's input.
+    """Write the image of every record of a split to `out`/CLASS/NAME (for NAME see `file_name`).
 
     An existing file with the bytes of the record is not written again, so a second call resumes an interrupted export.
-    Raises UserError if an existing file of that name has other bytes, and StoreError if a record is damaged.
+    Raises UserError if an existing file at that path has other bytes, and StoreError if a record is damaged.
     """
     tasks = [_ExportTask(path, out, store.classes, store.settings.format) for path in store.shard_paths(split)]
     on_progress = lambda counts: progress.update(counts.done, size_bytes=counts.bytes)  # noqa: E731

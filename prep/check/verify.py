@@ -38,10 +38,10 @@ from prep.store.manifest import (
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 # A jpeg store's manifest has the colour moments of the pixels before compression. The stored images have slightly
-# different moments. The two bounds below allow the largest errors of 4:2:0 chroma subsampling. Images of
-# alternating lines of two saturated colours have these errors. In hundreds of photographs at quality 50 or more, the
-# errors are at most 0.1 grey levels (mean) and 1 % (covariance). The manifest's checksum shows later
-# changes of the manifest's moments.
+# different moments. The two bounds below allow the largest errors that 4:2:0 chroma subsampling can cause. Images
+# of alternating lines of two saturated colours have these errors. In stores of hundreds of photographs at quality 50 or
+# more, the errors are at most 0.1 grey levels (mean) and 1 % (covariance). If the moments in the manifest are changed
+# later, the manifest's checksum is wrong.
 MAX_MEAN_ERROR = 64.0  # largest error of a channel's mean, in grey levels
 MAX_COVARIANCE_ERROR = 1.1  # largest error of a covariance entry, relative to the largest entry of the covariance
 _MIN_QUALITY = 50  # mean and covariance are not compared at a lower quality
@@ -65,7 +65,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class _ShardCheck:
-    """One shard to verify; it is pickled for a worker process."""
+    """The task to verify one shard. A task is pickled for a worker process."""
 
     root: Path
     shard: Shard
@@ -133,7 +133,7 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
             number = int(key) if len(key) == 8 and key.isdigit() else -1
             try:
                 if number <= last_key:
-                    raise DatumError("its key is not a number of eight digits above that of the record before it")
+                    raise DatumError("its key is not a number of eight digits greater than the previous key")
                 last_key = number
                 found.keys = (number if found.keys[0] < 0 else found.keys[0], number)
                 label, pixels = _check_record(task, value)
@@ -240,8 +240,8 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
 def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
     """Whether two statistics agree.
 
-    Counts, mean and covariance must be equal. Eigenvalues, standard deviations and eigenvectors may differ by 1e-9,
-    since their last digits vary between machines.
+    Counts, mean and covariance must be equal. Eigenvalues, standard deviations and eigenvectors may differ by
+    1e-9·(1 + |value|), since their last digits vary between machines.
     """
     exact = ("records", "pixels", "mean_rgb", "covariance", "pixel_scale")
     close = ("eigenvalues", "stdevs", "eigenvectors")

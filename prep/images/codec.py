@@ -4,7 +4,7 @@ The format is detected from the content, never from the file name: ILSVRC has on
 ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
 preparation did not apply it either. An alpha channel is dropped. Nearly all files of ILSVRC are colour JPEGs.
 libjpeg-turbo (prep.images.jpeg) decodes colour JPEGs a quarter faster than Pillow and gives the same pixels. Pillow
-decodes the other formats, and the JPEGs that libjpeg-turbo cannot decode or warns about.
+decodes the other formats, the grey and CMYK JPEGs, and the JPEGs that libjpeg-turbo cannot decode or warns about.
 """
 
 from __future__ import annotations

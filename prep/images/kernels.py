@@ -23,7 +23,7 @@ SOURCE = Path(__file__).with_name("kernels.c")
 
 
 class FilterPass(ctypes.Structure):
-    """One pass of a separable filter: output k is the sum over t of weights[k, t] · input[first_inputs[k] + t].
+    """One pass of a separable filter: output k is the sum over t < taps of weights[k, t] · input[first_inputs[k] + t].
 
     `first_inputs` is int64 (outputs,). `weights` is float32 or float64 (outputs, taps) with at least two taps. The
     weight of an input beyond the image is zero.
@@ -62,9 +62,9 @@ class NativeKernels:
         """Filter an image, uint8 (H, W, 3), down the columns, then across the rows.
 
         Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest
-        integer, halves to even. Results are clipped to 0..255. The weights of both passes have the same type. The
-        result is exact if all sums fit the mantissa of that type, and the values between the passes are at least two
-        bits shorter than the mantissa.
+        integer, halves to even. Results are clipped to 0..255. The weights of the two passes are both float32 or both
+        float64. The result is exact if all sums fit the mantissa of this type, and the values between the passes are at
+        least two bits shorter than the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]
@@ -74,7 +74,7 @@ class NativeKernels:
         return out
 
     def add_moments(self, pixels: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
-        """Add R, G, B, RR, RG, RB, GG, GB, BB over all pixels of uint8 (H, W, 3) to `sums`, int64 (9,)."""
+        """Add the sums of R, G, B, RR, RG, RB, GG, GB, BB over `pixels`, uint8 (H, W, 3), to `sums`, int64 (9,)."""
         pixels = np.ascontiguousarray(pixels)
         self._moments(pixels.ctypes.data, pixels.size // 3, sums.ctypes.data)
 

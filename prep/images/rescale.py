@@ -45,8 +45,8 @@ def rescale(
     """Rescale uint8 (H, W, 3) to `side_px` on the shorter side, and cut out the central square unless `keep_aspect`.
 
     Returns uint8 (side_px, side_px, 3), or (H', W', 3) with `keep_aspect` (see rescaled_size). The square begins at
-    (longer side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, because an output
-    pixel then covers less than one source pixel. Raises ValueError if `filter` is not one of FILTERS.
+    (longer rescaled side − side_px) // 2. If the image must be enlarged, `area` uses the bicubic filter, because an
+    output pixel then covers less than one source pixel. Raises ValueError if `filter` is not one of FILTERS.
     """
     if filter not in FILTERS:
         raise ValueError(f"filter {filter!r}: expected one of {', '.join(FILTERS)}")
@@ -75,9 +75,9 @@ class _Arithmetic:
     weights. float32's mantissa has 24 bits. The other filters use float64 and so many bits that more bits would rarely
     change an 8-bit pixel.
 
-    The weights of the first pass are multiples of 2^-first_bits and are stored times 2^between_bits, so that the sums
-    of the first pass only need to be rounded to integers. The weights of the second pass are multiples of
-    2^-second_bits and are stored times 2^-between_bits.
+    The weights of the first pass are multiples of 2^-first_bits and are stored multiplied by 2^between_bits, so that
+    the sums of the first pass only need to be rounded to integers. The weights of the second pass are multiples of
+    2^-second_bits and are stored multiplied by 2^-between_bits.
     """
 
     dtype: type[np.float32] | type[np.float64]
@@ -126,7 +126,7 @@ def _matmul_passes(
     pixels: npt.NDArray[np.uint8], down: _BandedMatrix, across: _BandedMatrix, arithmetic: _Arithmetic
 ) -> npt.NDArray[np.uint8]:
     strip = np.ascontiguousarray(pixels[down.source, across.source])
-    strip = strip.reshape(len(strip), -1)  # (rows, 3 columns): RGB interleaved
+    strip = strip.reshape(len(strip), -1)  # (rows, 3 · columns): RGB interleaved
     between = np.empty((down.length, strip.shape[1]), arithmetic.dtype)
     for inputs, outputs, weights in down.bands:
         np.matmul(weights, strip[inputs].astype(arithmetic.dtype), out=between[outputs])
@@ -228,8 +228,8 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
     """Index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
 
-    Output pixel i covers the interval [i, i + 1)·n_in/n_out, input pixel j the interval [j, j + 1). A weight is the
-    length of the overlap of two such intervals, divided by n_in/n_out.
+    Output pixel i covers the interval [i, i + 1)·n_in/n_out, input pixel j the interval [j, j + 1). The weight of
+    input j for output i is the length of the overlap of these two intervals, divided by n_in/n_out.
     """
     first_inputs = outputs * n_in // n_out
     inputs = first_inputs[:, None] + np.arange(-(-n_in // n_out) + 1)

@@ -54,10 +54,10 @@ def _file_descriptor(path: str) -> int:
 def list_archive(path: Path, flat: bool) -> FoundInputs:
     """List the images of a tar file.
 
-    If no image is in a folder, the list has no classes. It also has no classes if `flat` is true and all images are in
-    one folder. A member is refused if it is neither a plain file nor a folder, or if its name leads out of the archive.
-    An image is refused if it is in a folder inside a class folder, or if a later member has the same name. Raises
-    UserError for a file that is not a tar, is compressed, is damaged or was cut short.
+    If no image is in a folder, the list has no classes. The list also has no classes if `flat` is true and all images
+    are in one folder. A member is refused if it is neither a plain file nor a folder, or if its name leads out of the
+    archive. An image is refused if it is in a folder inside a class folder, or if a later member has the same name.
+    Raises UserError for a file that is not a tar, is compressed, is damaged or was cut short.
     """
     size = path.stat().st_size
     contents = _Contents(path.stat().st_mtime_ns)
@@ -100,7 +100,7 @@ class _Contents:
 
 
 def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
-    """(name, reason to refuse it). Both are empty for ignored members: the root, and names with a leading dot."""
+    """(name, reason to refuse). Both are empty for ignored members: the root, and names with a part such as `.git`."""
     name = name_bytes(member)
     parts = [part for part in name.split(b"/") if part != b"."]
     if member.isdir() and not parts:
@@ -128,7 +128,7 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
 
 
 def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Sort the images by class and name, like the files of a folder. Of members with one name, keep the last."""
+    """Sort the images by class and name, like the files of a folder. Of members with equal names, keep the last."""
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image found; {count_noun(len(refused), 'member')} refused.")

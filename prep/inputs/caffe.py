@@ -166,7 +166,7 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB. The label is None if a record has no label."""
+    """Keys, labels and sizes of the records of one LMDB. A label is None unless the record is a Datum with a label."""
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:

@@ -14,8 +14,8 @@ from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, warn_of_empty_classes
 
-# Number of class folders that threads list at the same time. Threads hide the latency of a slow file system. The
-# number is limited because the listed files of these folders are held in memory.
+# Number of class folders in a batch that eight threads list. Threads hide the latency of a slow file system. The
+# number is limited because the listed files of a batch are held in memory.
 _FOLDERS_AT_ONCE = 32
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 

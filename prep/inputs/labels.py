@@ -58,7 +58,7 @@ def _read_ground_truth(
     """
     if len(lines) != len(names):
         raise UserError(
-            f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. Expected a line for each."
+            f"--labels {file}: {len(lines):,} lines for {len(names):,} images in {root}. Expected one line per image."
         )
     meta = file.with_name("meta.mat")
     if label_order is None:
@@ -79,7 +79,8 @@ def _read_ground_truth(
             raise UserError(f"--labels {file}: number {max(numbers)}, but the store has {len(classes)} classes.")
         labels = [k - 1 for k in numbers]
         say(
-            f"{root}: label number k is read as the k-th class in sorted order (--label-order devkit for ILSVRC's own)."
+            f"{root}: label number k is read as the k-th class in sorted order. "
+            "For ILSVRC's own numbers pass --label-order devkit."
         )
     return dict(zip(names, labels, strict=True)), classes
 

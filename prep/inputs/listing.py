@@ -27,7 +27,7 @@ _COLUMNS = {"label": "label", "size": "size", "mtime_ns": "stamp_ns", "location"
 class Input:
     """One image to be stored."""
 
-    path: bytes  # path in the split's folder or archive: `class/name`, or `name` if there are no class folders
+    path: bytes  # `class/name` in the folder or archive (`name` if there are no class folders), or key in a Caffe LMDB
     label: int  # 0..K−1
     size: int = 0  # bytes, as listed
     mtime_ns: int = 0  # modification time of the file or of the archive around it; 0 for an LMDB

@@ -54,7 +54,7 @@ def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
             taken = " and ".join(path.name for path in found.values())
             say(
                 f"{source}: building from {taken}; ignoring {count_noun(len(others), 'other folder')} (first: "
-                f"{others[0]}). If all of them are classes, move them into one folder named train."
+                f"{others[0]}). If all of these folders are classes, move them into one folder named train."
             )
 
 

@@ -37,7 +37,7 @@ _NO_MEMBER_LIST: dict[str, Any] = {"stream": True} if sys.version_info >= (3, 13
 
 
 class BoundedFile(io.BufferedReader):
-    """A file with limited reads: MAX_HEADER_BYTES at once, 2·MAX_HEADER_BYTES between calls of `allow_header`."""
+    """A file that limits reads: MAX_HEADER_BYTES at once, 2·MAX_HEADER_BYTES between two calls of `allow_header`."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(io.FileIO(path))

@@ -85,7 +85,7 @@ class Datum:
 
 
 class ImageSpan(NamedTuple):
-    """Position of the image file in a record, with the record's size and label."""
+    """Position of the image file in a record, with the height, width and label of the image."""
 
     start: int  # value[start:end] is the JPEG or PPM file
     end: int

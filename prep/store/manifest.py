@@ -3,7 +3,7 @@
     store/
       manifest.json               settings, tool versions, classes, splits with their shards, digests, moments
       train/00000/data.mdb …      one LMDB per shard: Caffe Datums under 8-digit keys, in a seeded order
-      train/colour.json           mean RGB and colour PCA of the split, which the stream reads
+      train/colour.json           mean RGB and colour PCA of the split; the stream reads this file
       train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
       train/inputs.jsonl          one line for each input that was converted, was left out, or has an EXIF
                                   orientation other than 1
@@ -45,7 +45,7 @@ class StoreError(UserError):
 
 @dataclass(frozen=True)
 class Settings:
-    """Options that, together with the inputs, determine the bytes of the records. All splits have the same options."""
+    """Options that, together with the inputs, determine the bytes of the records; equal for all splits of a store."""
 
     side_px: int  # length of the shorter side after rescaling
     keep_aspect: bool  # False: only the central square is stored (the paper, section 2); True: the whole image
@@ -77,7 +77,7 @@ class Split:
     shards: tuple[Shard, ...]
     moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
     # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES: {"plan": SHA-256, "inputs": n, "kept": n,
-    # "converted": {from: n}, "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
+    # "converted": {conversion: n}, "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
     account: Mapping[str, Any]
 
 
@@ -96,7 +96,7 @@ class ColorStats:
     covariance: tuple[tuple[float, ...], ...]  # (3, 3), grey levels squared
     eigenvalues: tuple[float, ...]  # (3,), descending
     stdevs: tuple[float, ...]  # (3,), grey levels
-    eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j belongs to eigenvalue j; row 0 (red) is positive
+    eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j for eigenvalue j, with first nonzero entry > 0
     pixel_scale: int  # always 255
 
 
@@ -108,7 +108,7 @@ def _class_names(value: object) -> tuple[str, ...]:
 
 
 def _from_json(cls: type[T], data: Any, where: str) -> T:
-    """Make a dataclass from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
+    """Make a `cls` object from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         content = sorted(data) if isinstance(data, dict) else type(data).__name__
@@ -137,7 +137,7 @@ def _as_tuple(value: Any) -> Any:
 
 @dataclass(frozen=True)
 class Store:
-    """A store on disk, open for reading. `Store.open` returns one."""
+    """A store on disk, open for reading. `Store.open` returns a Store."""
 
     root: Path
     settings: Settings

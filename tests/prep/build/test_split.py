@@ -242,7 +242,7 @@ def test_a_finished_split_refuses_other_inputs(small: Path, copy_of_small: Path,
     build(small, tmp_path / "whole")
     before = modification_times(tmp_path / "whole")
     (copy_of_small / image_paths(copy_of_small)[0]).unlink()
-    with pytest.raises(UserError, match=r"a split train of other inputs \(200, this command names 199\)"):
+    with pytest.raises(UserError, match=r"a split train of other inputs \(200 inputs then, 199 now\)"):
         build(copy_of_small, tmp_path / "whole")
     assert modification_times(tmp_path / "whole") == before
 
