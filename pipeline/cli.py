@@ -146,7 +146,7 @@ def inspect(
     if quality.share_of_ideal < LEAST_SHARE:
         say(
             f"Warning: batches have {quality.share_of_ideal:.2f} of a perfect shuffle's classes, below {LEAST_SHARE}. "
-            "The records may be in the order of their classes. Build the store with alexprep, which shuffles them."
+            "The records may be in the order of their classes. Build the store with alexprep, which shuffles records."
         )
 
 

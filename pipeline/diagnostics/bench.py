@@ -32,7 +32,7 @@ from prep.store.manifest import Store
 
 ROUNDS = 5  # every round measures all stages, so that a change of the machine's speed affects every stage
 STAGES = ("read", "decode", "augment", "hand over")
-_BOUND_RECORDS = 2000  # number of records that are decoded repeatedly to measure the upper bound
+_BOUND_RECORDS = 2000  # number of records that are repeatedly decoded or copied to measure the upper bound
 _AHEAD_BATCHES = 8  # number of batches taken before each measurement and not counted; some are already prefetched
 
 Work = Callable[[], int]  # processes some images and returns their number

@@ -67,7 +67,7 @@ class Plateau:
 class Cosine:
     """Schedule: linear warm-up from `start` · lr to lr, then half a cosine from lr to `end` · lr.
 
-    The warm-up takes `warmup_epochs`. The cosine ends after `Recipe.epochs` epochs. `start` and `end` must be
+    The warm-up takes `warmup_epochs` epochs. The cosine ends after `Recipe.epochs` epochs. `start` and `end` must be
     above 0, because a learning rate of 0 would freeze the network.
     """
 
