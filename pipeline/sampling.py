@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-BLOCK_RECORDS = 64  # number of consecutive records moved as one block: 2 MB of JPEG, read in sequence
+BLOCK_RECORDS = 64  # number of consecutive records moved as one block: 1.5 MB of JPEG, read in sequence
 WINDOW_RECORDS = 16_384  # number of records in a shuffle window: 0.5 GB of JPEG, which should fit in the page cache
 _PERMUTATION, _DRAWS = 0, 1  # purposes of a random generator; the purpose is the first integer of the generator's seed
 
