@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import threading
 from bisect import bisect_right
 from contextlib import suppress
 from itertools import accumulate
@@ -11,9 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.images.jpeg import decode_jpeg
+from prep.store import kernels
 from prep.store.datum import CRC32_BYTES, SOURCE, DatumError, locate_image, parse_fields, verify_checksum
 from prep.store.lmdb_shard import ShardReader
 from prep.store.manifest import Store, StoreError
+
+_MAX_SIDE_PX = 2**31 - 1
+_READ_ONLY = 0x100  # PyBUF_READ
+_view = ctypes.pythonapi.PyMemoryView_FromMemory
+_view.argtypes = [ctypes.c_void_p, ctypes.c_ssize_t, ctypes.c_int]
+_view.restype = ctypes.py_object
 
 
 class Record(NamedTuple):
@@ -23,6 +32,27 @@ class Record(NamedTuple):
     height: int
     width: int
     label: int
+
+
+class RecordBatch(NamedTuple):
+    """N records, described by arrays. The addresses are valid until Records.close is called."""
+
+    numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
+    labels: npt.NDArray[np.int64]  # (N,)
+    sizes: npt.NDArray[np.int32]  # (N, 2): height and width of the images in px
+    # (N,): addresses of the payloads in mapped files; JPEG stores: of the JPEG files; PPM stores: of the first pixels
+    addresses: npt.NDArray[np.uint64]
+    payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
+    is_raw: bool  # True for PPM stores
+
+    def payloads(self) -> list[npt.NDArray[np.uint8]]:
+        """The payloads as in Record.payload, without copies: (n,) each, or (height, width, 3) of raw records."""
+        parts = zip(self.addresses.tolist(), self.payload_bytes.tolist(), strict=True)
+        payloads = [np.frombuffer(_view(address, size, _READ_ONLY), np.uint8) for address, size in parts]
+        if not self.is_raw:
+            return payloads
+        sizes = self.sizes.tolist()
+        return [payload.reshape(*size, 3) for payload, size in zip(payloads, sizes, strict=True)]
 
 
 class Records:
@@ -35,6 +65,9 @@ class Records:
         self._ends = list(accumulate(shard.records for shard in self._shards))
         self._readers: dict[int, ShardReader] = {}
         self._is_raw, self._side_px = store.settings.format == "ppm", store.settings.side_px
+        self._last_numbers = np.array(self._ends, np.int64) - 1  # (S,): the last record of each shard
+        self._clear_index()
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -59,6 +92,35 @@ class Records:
             raise StoreError(f"{self.location(number)}: {error}. {self.advice}") from None
         payload = np.frombuffer(value, np.uint8, end - start, start)
         return Record(payload.reshape(height, width, 3) if self._is_raw else payload, height, width, label)
+
+    def batch(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
+        """The records `numbers` (N,), in this order. Raises the StoreError of `self[number]` for the first bad record.
+
+        With the C library, all records are found in one call, without the GIL, and checked with NumPy. A record that
+        the library does not find, or whose fields are not valid, is read with `self[number]`, which explains the error.
+        """
+        if numbers.size and not 0 <= numbers.min() <= numbers.max() < len(self):
+            raise IndexError(f"records {numbers.min()} to {numbers.max()}: expected 0 to {len(self) - 1}")
+        count = len(numbers)
+        found = np.zeros(count, kernels.FOUND_DTYPE)
+        if kernels.native is not None:
+            shard_of = np.searchsorted(self._last_numbers, numbers)
+            if not self._is_indexed[shard_of].all():
+                self._index_shards(np.unique(shard_of).tolist())
+            found = kernels.native.find_records(self._maps, shard_of, self._key_numbers[numbers])
+        height, width, size = found["height"], found["width"], found["bytes"]
+        labels = np.ascontiguousarray(found["label"])
+        valid = (found["image"] != 0) & (np.minimum(height, width) == self._side_px)
+        valid &= (labels < len(self.store.classes)) & (np.maximum(height, width) <= _MAX_SIDE_PX)
+        header_bytes = 3 * width if self._is_raw else np.zeros(count, np.int64)  # of PPM headers, see __getitem__
+        if self._is_raw:
+            valid &= size - header_bytes == 3 * width * height
+        sizes = np.stack([height, width], axis=1).astype(np.int32)
+        addresses, payload_bytes = found["image"] + header_bytes.astype(np.uint64), size - header_bytes
+        for k in np.flatnonzero(~valid).tolist():
+            payload, *size_px, labels[k] = self[int(numbers[k])]
+            sizes[k], addresses[k], payload_bytes[k] = size_px, payload.ctypes.data, payload.size
+        return RecordBatch(numbers, labels, sizes, addresses, payload_bytes, self._is_raw)
 
     def location(self, number: int) -> str:
         """Shard folder, key and source file of record `number`, for messages."""
@@ -101,9 +163,28 @@ class Records:
 
     def close(self) -> None:
         """Unmap all files. Payloads must not be used afterwards, even if they are still referenced."""
-        for reader in self._readers.values():
-            reader.close()
-        self._readers.clear()
+        with self._lock:
+            for reader in self._readers.values():
+                reader.close()
+            self._readers.clear()
+            self._clear_index()
+
+    def _clear_index(self) -> None:
+        shards, records = len(self._shards), len(self)
+        self._is_indexed = np.zeros(shards, np.bool_)
+        self._maps = np.zeros(shards, kernels.SHARD_DTYPE)  # the maps of the shards that are indexed
+        self._key_numbers = np.empty(records, np.int64)  # the keys of the records of these shards, as numbers
+
+    def _index_shards(self, shards: list[int]) -> None:
+        """Open and map the shards that `batch` needs."""
+        for shard in shards:
+            reader = self._reader(shard)
+            with self._lock:
+                if not self._is_indexed[shard]:
+                    end, count = self._ends[shard], self._shards[shard].records
+                    self._maps[shard] = reader.map_file()
+                    self._key_numbers[end - count : end] = reader.key_numbers(np.arange(count))
+                    self._is_indexed[shard] = True
 
     def _value(self, number: int) -> memoryview:
         """The bytes of record `number` as a view of the mapped file."""
@@ -116,10 +197,14 @@ class Records:
         return shard, number - (self._ends[shard - 1] if shard else 0)
 
     def _reader(self, shard: int) -> ShardReader:
-        if shard not in self._readers:
-            entry = self._shards[shard]
-            self._readers[shard] = ShardReader(self.store.root / entry.path, entry.records, self.advice)
-        return self._readers[shard]
+        reader = self._readers.get(shard)
+        if reader is None:
+            with self._lock:
+                if shard not in self._readers:
+                    entry = self._shards[shard]
+                    self._readers[shard] = ShardReader(self.store.root / entry.path, entry.records, self.advice)
+                reader = self._readers[shard]
+        return reader
 
     @property
     def advice(self) -> str:

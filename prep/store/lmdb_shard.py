@@ -7,7 +7,9 @@ shard's records in order: for each record the key, the length of the value (8 by
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
+import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator
@@ -16,7 +18,10 @@ from itertools import islice
 from pathlib import Path
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
 
+from prep.store import kernels
 from prep.store.manifest import StoreError
 
 _COMMIT_BYTES = 64_000_000
@@ -94,6 +99,8 @@ class ShardReader:
     def __init__(self, folder: Path, records: int, advice: str = "Check the store with: alexprep verify") -> None:
         self.folder, self._advice = folder, advice
         self._resources = ExitStack()
+        self._map: tuple[int, int, int, int] | None = None
+        self._numbers: npt.NDArray[np.int64] | None = None  # the keys as numbers, if the keys have gaps
         with _lmdb_errors_as_store_errors(folder, advice):
             env = self._resources.enter_context(_opened(folder, advice))
             self._txn = self._resources.enter_context(env.begin(buffers=True))
@@ -122,9 +129,53 @@ class ShardReader:
             raise StoreError(f"{self.folder}: there is no key {self.key(index).decode()}. {self._advice}")
         return value
 
+    def key_numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The keys (N,) of the records at `indices` (N,), as numbers."""
+        if self._keys is None:
+            return indices + self._first
+        if self._numbers is None:
+            self._numbers = np.array([int(key) if key.isdigit() else -1 for key in self._keys], np.int64)
+        return self._numbers[indices]
+
+    def map_file(self) -> tuple[int, int, int, int]:
+        """Map the file for kernels.NativeKernels.find_records: the values of one item of kernels.SHARD_DTYPE.
+
+        The map is separate from py-lmdb's map, whose address is not public. `close` removes it. The last value, the
+        root of the tree, is −1 if kernels.c cannot search the file.
+        """
+        if self._map is None:
+            page_bytes = self._txn.stat()["psize"]
+            with open(self.folder / "data.mdb", "rb") as file:
+                tree = kernels.find_tree(file.read(2 * page_bytes), page_bytes, self._txn.id())
+                size = os.fstat(file.fileno()).st_size
+                address = None if tree is None else _map(file.fileno(), size)
+            if address is not None and tree is not None:
+                self._resources.callback(_unmap, address, size)
+                self._map = address, size, page_bytes, tree.root
+            else:
+                self._map = 0, 0, page_bytes, -1
+        return self._map
+
     def close(self) -> None:
         """Unmap the file. Views of records must not be used afterwards."""
+        self._map = None
         self._resources.close()
+
+
+_libc = ctypes.CDLL(None)
+_libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def _map(descriptor: int, size: int) -> int | None:
+    """Map a file for reading: the address, or None on failure. Unlike Python's mmap, this keeps no descriptor open."""
+    address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+    return None if address == ctypes.c_void_p(-1).value else address
+
+
+def _unmap(address: int, size: int) -> None:
+    _libc.munmap(address, size)
 
 
 _lock = threading.Lock()
