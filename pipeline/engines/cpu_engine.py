@@ -1,8 +1,7 @@
 """Augmentation on a CPU: DALI decodes JPEG files; the C kernel crops, flips and normalizes in one pass.
 
 Raw records are cropped directly from the mapped store, without DALI. With DALI's crop_mirror_normalize instead of the
-kernel, an image takes 0.1 to 0.2 ms longer. If a mean image is subtracted, the extra time doubles
-(docs/measurements.md).
+kernel, an image takes 0.1 to 0.2 ms longer (docs/measurements.md).
 """
 
 from __future__ import annotations

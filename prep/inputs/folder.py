@@ -1,4 +1,7 @@
-"""Images in folders: one folder for each class, or one flat folder."""
+"""Images in folders: one folder for each class, or one flat folder.
+
+With class folders, the label of an image is the position of its class folder in sorted order, from 0.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,8 @@ formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and
              input with zeros, and an input of zero is a pixel of value m. If m is a mean image, the weights are exact
              for the input t = (p − m) / (255 std_c). But Normalize can subtract only one value per channel, the
              average of the mean image, so the input from Normalize is approximate.
-    import   mean_c comes from the file and m from the store. Then t = (u · input_divisor + m_c − 255 mean_c) /
+    import   m comes from the store. mean_c comes from the imported file if `alextrain export` wrote the file; otherwise
+             it is torchvision's mean for ImageNet. Then t = (u · input_divisor + m_c − 255 mean_c) /
              (255 std_c). conv1's weights are multiplied by input_divisor / (255 std_c). The constant
              (m_c − 255 mean_c) / (255 std_c), multiplied by the original weights and summed, is added to conv1's bias.
              The result is exact for conv1's windows inside the image. The first and the last row and column of conv1's
