@@ -158,8 +158,9 @@ def _parse(hint: Any, text: str) -> Any:
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
     """The schedule that `text` describes.
 
-    The learning rates of a list of epochs, such as `25,51,79`, are computed from the recipe's `lr`. The schedule `steps`
-    is computed from the recipe's `epochs` and `lr`. `recipe` already has the overrides of `epochs` and `lr`, because overrides are applied in alphabetical order.
+    The learning rates of a list of epochs, such as `25,51,79`, are computed from the recipe's `lr`. The schedule
+    `steps` is computed from the recipe's `epochs` and `lr`. `recipe` already has the overrides of `epochs` and `lr`,
+    because overrides are applied in alphabetical order.
     """
     if text == "none":
         return ()
