@@ -38,7 +38,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.records import Record
+from pipeline.records import RecordBatch
 from pipeline.sampling import Draws
 from prep.console import UserError
 from prep.images.central_square import central_offset
@@ -134,15 +134,15 @@ class Augmenter:
         self.noise = noise_matrix(stats, augmentation.colour, augmentation.strength)
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 
-    def random_crops(self, records: Sequence[Record], draws: Draws) -> Crops:
+    def random_crops(self, records: RecordBatch, draws: Draws) -> Crops:
         """Crops of a training batch: one random crop of each record."""
         shift = draws.normal @ self.noise.T - self.mean_rgb
         return Crops(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
 
-    def eval_crops(self, records: Sequence[Record], views: int | str) -> Crops:
+    def eval_crops(self, records: RecordBatch, views: int | str) -> Crops:
         """The centre crop of each record (views=1), its ten views (10), or its complete central square (SQUARE)."""
         offset, flip = eval_offsets(views, self.max_offset_px)
-        count = len(records)
+        count = len(records.numbers)
         return Crops(
             self._origin(records),
             np.broadcast_to(offset, (count, *offset.shape)),
@@ -150,6 +150,5 @@ class Augmenter:
             np.broadcast_to(-self.mean_rgb, (count, 3)).astype(np.float32),
         )
 
-    def _origin(self, records: Sequence[Record]) -> npt.NDArray[np.int32]:
-        sizes = np.array([(record.height, record.width) for record in records], np.int32)
-        return central_offset(sizes, self.side_px)
+    def _origin(self, records: RecordBatch) -> npt.NDArray[np.int32]:
+        return central_offset(records.sizes, self.side_px)

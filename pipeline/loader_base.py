@@ -116,7 +116,7 @@ class Loader:
         output = self._prefetcher.next()
         batch = None
         if output is not None:
-            batch = Batch(output.images, self.placement.tensor_from_numpy(output.batch_input.labels))
+            batch = Batch(output.images, self.placement.tensor_from_numpy(output.batch_input.records.labels))
         now = self._served_at = time.perf_counter()
         batches, consumer_wait_s, loader_wait_s = self._waits
         self._waits = WaitTimes(

@@ -1,15 +1,16 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
-A batch passes three queues: records being read from disk (READ_AHEAD), batches in DALI (DALI_AHEAD), finished batches
-(FINISHED_AHEAD). On a CPU, a separate thread takes DALI's outputs and calls Engine.finish while DALI decodes the next
-batch. On a GPU, the consumer's thread takes the outputs, because DALI binds outputs to the current CUDA stream of the
-thread that takes them.
+A batch passes three queues: records being read from disk (READ_AHEAD), batches in the engine (ENGINE_AHEAD), finished
+batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline; another engine is started
+directly. On a CPU, a separate thread takes the images and calls Engine.finish while the engine works on the next batch.
+On a GPU, the consumer's thread takes the outputs, because DALI binds outputs to the current CUDA stream of the thread
+that takes them.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import islice
@@ -20,14 +21,15 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import Crops
+from pipeline.engines.cpu_engine import DecodeError
 from pipeline.engines.dali_shutdown import shut_down
 from pipeline.engines.engine import Engine
 from pipeline.placement import Placement, dali
-from pipeline.records import Record, Records
+from pipeline.records import RecordBatch, Records
 from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
-DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
+ENGINE_AHEAD = 2  # number of batches in the engine: one being finished, one that follows without a pause
 FINISHED_AHEAD = 2  # number of batches finished before they are requested (CPU only)
 _READER_THREADS = 2  # number of threads that read records; these threads mostly wait for the disk
 
@@ -35,9 +37,7 @@ _READER_THREADS = 2  # number of threads that read records; these threads mostly
 class BatchInput(NamedTuple):
     """Records of one batch, and the crops of these records."""
 
-    record_numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
-    labels: npt.NDArray[np.int64]  # (N,)
-    records: Sequence[Record]  # kept alive until the engine has read their payloads
+    records: RecordBatch
     crops: Crops
 
 
@@ -56,24 +56,23 @@ class Prefetcher:
 
     def __init__(self, engine: Engine, placement: Placement, records: Records, batch_size: int, threads: int) -> None:
         self._engine, self._placement, self._records = engine, placement, records
-        self._pipe = _build_pipeline(engine.define_graph, batch_size, placement, threads)
+        self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
         self._readers = ThreadPoolExecutor(_READER_THREADS, "alexstream")
         self._finisher = ThreadPoolExecutor(1, "alexstream") if placement.device_id is None else None
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
-        self._in_dali: deque[BatchInput] = deque()
+        self._in_engine: deque[tuple[BatchInput, Any]] = deque()  # (input, result of Engine.start)
         self._finished: deque[Future[BatchOutput | None]] = deque()
-        # Every later call of `next` raises this error again, because DALI cannot continue.
+        # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
 
     def read_batch(
-        self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[Sequence[Record]], Crops]
+        self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[RecordBatch], Crops]
     ) -> BatchInput:
         """Read records by number and make their crops. Jobs call this. Raises StoreError for a damaged record."""
-        records = [self._records[number] for number in record_numbers.tolist()]
-        labels = np.array([record.label for record in records], np.int64)
-        return BatchInput(record_numbers, labels, records, make_crops(records))
+        records = self._records.batch(record_numbers)
+        return BatchInput(records, make_crops(records))
 
     def start(self, jobs: Iterator[Job]) -> None:
         """Start new jobs. Batches of earlier jobs are dropped if they have not been served."""
@@ -83,7 +82,7 @@ class Prefetcher:
         self._finished.clear()
         self._reading.clear()
         with suppress(StoreError):  # `next` raises the error later
-            while self._in_dali and self._error is None:
+            while self._in_engine and self._error is None:
                 self._take_outputs()
         self._jobs = jobs
 
@@ -103,7 +102,7 @@ class Prefetcher:
         return self._finished.popleft().result()
 
     def close(self) -> None:
-        """Stop DALI's threads and the prefetcher's own threads, release memory, and unmap the files."""
+        """Stop the threads of DALI, the engine and the prefetcher, release memory, and unmap the files."""
         self._closed = True
         self._readers.shutdown(cancel_futures=True)
         if self._finisher is not None:
@@ -114,25 +113,28 @@ class Prefetcher:
         if self._pipe is not None:
             shut_down(self._pipe)  # the threads that read the mapped files must stop before the files are unmapped
         self._pipe = None
-        self._in_dali.clear()
         self._engine.close()
+        self._in_engine.clear()
         self._records.close()
 
     def _finish_next(self) -> BatchOutput | None:
-        """Schedule more batches, then take and finish the oldest batch in DALI."""
+        """Schedule more batches, then take and finish the oldest batch in the engine."""
         if self._error is None:
             self._schedule()
-        if self._in_dali and self._error is None:
+        if self._in_engine and self._error is None:
             outputs, batch_input = self._take_outputs()
-            images = self._engine.finish(outputs, batch_input.records, batch_input.crops)
-            return BatchOutput(images, batch_input)
+            try:
+                images = self._engine.finish(outputs, batch_input.records, batch_input.crops)
+                return BatchOutput(images, batch_input)
+            except DecodeError as error:
+                self._error = self._explain([int(batch_input.records.numbers[error.index])], str(error))
         if self._error is not None:
             raise self._error
         return None
 
     def _schedule(self) -> None:
-        """Keep DALI_AHEAD batches in DALI and READ_AHEAD further batches being read, until no jobs remain."""
-        while len(self._in_dali) < DALI_AHEAD:
+        """Keep ENGINE_AHEAD batches in the engine and READ_AHEAD further batches being read, until no jobs remain."""
+        while len(self._in_engine) < ENGINE_AHEAD:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
             if not self._reading:
@@ -140,47 +142,51 @@ class Prefetcher:
             try:
                 batch_input, graph_inputs = self._reading[0].result()
             except StoreError as error:
-                if not self._in_dali:  # batches already in DALI are served before the error is raised
+                if not self._in_engine:  # batches already in the engine are served before the error is raised
                     self._error = error
                 return
             self._reading.popleft()
-            if self._pipe is not None:
+            started = None
+            if self._pipe is None:
+                started = self._engine.start(batch_input.records, batch_input.crops)
+            else:
                 for name, values in graph_inputs.items():
                     self._pipe.feed_input(name, values)
                 self._pipe.schedule_run()
-            self._in_dali.append(batch_input)
+            self._in_engine.append((batch_input, started))
 
     def _run_job(self, job: Job) -> tuple[BatchInput, dict[str, Any]]:
         batch_input = job()
         return batch_input, self._engine.graph_inputs(batch_input.records, batch_input.crops)
 
-    def _take_outputs(self) -> tuple[tuple[Any, ...], BatchInput]:
-        """The outputs and the input of the oldest batch in DALI. Raises StoreError if DALI has failed."""
-        outputs: tuple[Any, ...] = ()
+    def _take_outputs(self) -> tuple[Any, BatchInput]:
+        """The outputs and the input of the oldest batch in the engine. Raises StoreError if DALI has failed."""
+        outputs: Any = self._in_engine[0][1]
         try:
             if self._pipe is not None:
                 outputs = self._placement.outputs(self._pipe)
         except RuntimeError as error:
-            self._error = self._explain(error)
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
+            cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
+            numbers = [number for batch_input, _ in self._in_engine for number in batch_input.records.numbers.tolist()]
+            self._error = self._explain(numbers, f"DALI stopped ({cause})")
         if self._error is not None:
             raise self._error  # not raised within `except`: a chained DALI error would keep the pipeline alive
-        return outputs, self._in_dali.popleft()
+        return outputs, self._in_engine.popleft()[0]
 
-    def _explain(self, error: RuntimeError) -> StoreError:
-        """Convert DALI's error to a StoreError that names the first damaged record of the batches in DALI."""
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
-        cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
+    def _explain(self, record_numbers: list[int], cause: str) -> StoreError:
+        """The error that names the first damaged record of `record_numbers`, or `cause` if none is damaged."""
         store, split = self._records.store, self._records.split
-        for number in (int(number) for batch_input in self._in_dali for number in batch_input.record_numbers):
+        for number in record_numbers:
             damage = self._records.find_damage(number)
             if damage:
                 return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
-        return StoreError(f"{store.root}, split {split}: DALI stopped ({cause}). {self._records.advice}")
+        return StoreError(f"{store.root}, split {split}: {cause}. {self._records.advice}")
 
 
-def _build_pipeline(define_graph: Callable[[], Any], batch_size: int, placement: Placement, threads: int) -> Any:
-    """Build a DALI pipeline with the outputs of `define_graph`; None if the engine needs no DALI."""
+def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threads: int) -> Any:
+    """Build a DALI pipeline with the engine's graph."""
     pipe = dali().Pipeline(
         batch_size=batch_size,
         num_threads=threads,
@@ -189,9 +195,6 @@ def _build_pipeline(define_graph: Callable[[], Any], batch_size: int, placement:
         prefetch_queue_depth=1,  # the Prefetcher schedules ahead itself
     )
     with pipe:
-        outputs = define_graph()
-        if outputs is None:
-            return None
-        pipe.set_outputs(outputs)
+        pipe.set_outputs(engine.define_graph())
     pipe.build()
     return pipe

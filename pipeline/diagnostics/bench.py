@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
@@ -19,12 +19,14 @@ import simplejpeg
 import torch
 
 from pipeline.augment import CROP_PX, Augmentation, Augmenter, Crops
+from pipeline.engines import kernels
+from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import OutputFormat, decode_crop, decode_inputs
 from pipeline.engines.engine import Engine, choose_engine
 from pipeline.loader import TrainLoader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput, Prefetcher
-from pipeline.records import Record, Records
+from pipeline.records import RecordBatch, Records
 from pipeline.sampling import draw_params
 from prep.console import Progress
 from prep.images.jpeg import decode_jpeg
@@ -71,8 +73,9 @@ def bench_stream(
         records = resources.enter_context(closing(Records(store, split)))
         augmenter = Augmenter(store, Augmentation())
         work: dict[str, Work] = {"read": _read_work(records, batch)}
-        engines: dict[str, Engine] = {"decode": _DecodeEngine(placement)} if is_jpeg else {}
-        engines["augment"] = choose_engine(augmenter, placement, OutputFormat(), threads)
+        engines: dict[str, Engine] = {"augment": choose_engine(augmenter, placement, OutputFormat(), threads)}
+        if is_jpeg:
+            engines = {"decode": _decode_engine(engines["augment"], augmenter, placement, threads), **engines}
         for name, engine in engines.items():
             prefetcher = Prefetcher(engine, placement, Records(store, split), batch, threads)
             resources.enter_context(closing(prefetcher))
@@ -127,7 +130,7 @@ def _read_work(records: Records, batch: int) -> Work:
 
     def run() -> int:
         first = next(starts)
-        return len([records[number] for number in range(first, first + batch)])
+        return len(records.batch(np.arange(first, first + batch)).labels)
 
     return run
 
@@ -145,8 +148,17 @@ def _stream_work(loader: TrainLoader) -> Work:
     return run
 
 
-class _DecodeEngine:
-    """An engine that decodes crops and does nothing else."""
+def _decode_engine(augmenting: Engine, augmenter: Augmenter, placement: Placement, threads: int) -> Engine:
+    """An engine that decodes crops with the decoder of the engine `augmenting`, and does nothing else."""
+    if augmenting.uses_dali or kernels.native is None:
+        return _DaliDecodeEngine(placement)
+    return CpuEngine(augmenter, kernels.native, OutputFormat(), threads, decode_only=True)
+
+
+class _DaliDecodeEngine:
+    """An engine that decodes crops in DALI and does nothing else."""
+
+    uses_dali = True
 
     def __init__(self, placement: Placement) -> None:
         self._placement = placement
@@ -154,10 +166,13 @@ class _DecodeEngine:
     def define_graph(self) -> Any:
         return decode_crop(self._placement, CROP_PX)
 
-    def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
+    def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
         return decode_inputs(records, crops.origin + crops.offset[:, 0])
 
-    def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
+    def start(self, records: RecordBatch, crops: Crops) -> Any:
+        raise NotImplementedError
+
+    def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
         return torch.empty(0)
 
     def close(self) -> None:
@@ -178,7 +193,7 @@ def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int
 def _take(prefetcher: Prefetcher) -> int:
     output = prefetcher.next()
     assert output is not None
-    return len(output.batch_input.labels)
+    return len(output.batch_input.records.labels)
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:

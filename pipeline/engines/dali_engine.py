@@ -1,4 +1,4 @@
-"""Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel could not be compiled.
+"""Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel cannot be used.
 
 The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
 crop_mirror_normalize crops, flips and normalizes. The operator takes a separate mean for each image. The colour noise
@@ -17,7 +17,7 @@ import torch
 
 from pipeline.augment import CROP_PX, Augmenter, Crops, eval_offsets
 from pipeline.placement import Placement, dali
-from pipeline.records import Record
+from pipeline.records import RecordBatch
 
 Node = Any  # nvidia.dali.pipeline.DataNode
 
@@ -47,14 +47,15 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
     )
 
 
-def decode_inputs(records: Sequence[Record], start: npt.NDArray[np.int32]) -> dict[str, Any]:
+def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[str, Any]:
     """The inputs of decode_crop. `start` is (N, 2): the row and the column at which each decoded square begins."""
-    return {"jpeg": payload_tensors(records), "start": start}
+    return {"jpeg": tensor_list(records.payloads()), "start": start}
 
 
-def payload_tensors(records: Sequence[Record], layout: str = "") -> list[Any]:
-    """The records' payloads as DALI tensors on the CPU, without copies. DALI reads such inputs fastest."""
-    return [dali().tensors.TensorCPU(record.payload, layout) for record in records]
+def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> Any:
+    """Arrays of different shapes as a DALI TensorListCPU, without copies. DALI reads such inputs fastest."""
+    tensors = dali().tensors
+    return tensors.TensorListCPU([tensors.TensorCPU(array, layout) for array in arrays], layout)
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
@@ -64,6 +65,8 @@ def external_source(name: str, dtype: Any, dimensions: int, layout: str | None =
 
 class DaliEngine:
     """Computes the formula of pipeline.augment in DALI: defines the graph, makes its inputs, converts its outputs."""
+
+    uses_dali = True
 
     def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat) -> None:
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
@@ -75,15 +78,14 @@ class DaliEngine:
         """The DALI node of the images: one crop or ten views of each record."""
         return self._single_crop() if self._views == 1 else self._ten_views()
 
-    def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
+    def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
         """The values of the graph inputs, by name of the input. Each input has one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
-                return {"pixels": payload_tensors(self._squares(records, start), "HWC")}
-            sizes = np.array([record.payload.shape[:2] for record in records], np.int32)
-            y, x = _relative(start, sizes - self._crop_px)
-            inputs = {"pixels": payload_tensors(records, "HWC"), "y": y, "x": x}
+                return {"pixels": tensor_list(self._squares(records, start), "HWC")}
+            y, x = _relative(start, records.sizes - self._crop_px)
+            inputs = {"pixels": tensor_list(records.payloads(), "HWC"), "y": y, "x": x}
         else:
             inputs = decode_inputs(records, start)
         if self._views == 1:
@@ -93,7 +95,11 @@ class DaliEngine:
                 inputs["mean_y"], inputs["mean_x"] = _relative(offset, np.full_like(offset, self._max_offset_px))
         return inputs
 
-    def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
+    def start(self, records: RecordBatch, crops: Crops) -> Any:
+        """Not called, because the prefetcher runs the graph."""
+        raise NotImplementedError
+
+    def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
         """The images as a tensor. DALI does not reuse the memory of its output while a tensor refers to that memory.
 
         float32 images share the memory of DALI's output. Torch converts the images to half precision, because DALI has
@@ -105,13 +111,10 @@ class DaliEngine:
     def close(self) -> None:
         """Does nothing, because the engine has no threads and no memory to release."""
 
-    def _squares(self, records: Sequence[Record], start: npt.NDArray[np.int32]) -> list[Record]:
-        """Raw records, cropped to their central squares."""
-        side = self._augmenter.side_px
-        squares = []
-        for record, (y, x) in zip(records, start.tolist(), strict=True):
-            squares.append(record._replace(payload=np.ascontiguousarray(record.payload[y : y + side, x : x + side])))
-        return squares
+    def _squares(self, records: RecordBatch, start: npt.NDArray[np.int32]) -> list[npt.NDArray[np.uint8]]:
+        """The central squares of raw records."""
+        side, parts = self._augmenter.side_px, zip(records.payloads(), start.tolist(), strict=True)
+        return [np.ascontiguousarray(pixels[y : y + side, x : x + side]) for pixels, (y, x) in parts]
 
     def _image(self, size_px: int) -> Node:
         """uint8 HWC pixels: a decoded square of `size_px` (JPEG), or the input `pixels` (raw records)."""

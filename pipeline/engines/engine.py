@@ -1,12 +1,11 @@
 """Interface of the engines, and the choice of an engine for a device.
 
-An engine turns records into augmented images. CpuEngine crops, flips and normalizes with a compiled C kernel,
+An engine turns records into augmented images. CpuEngine decodes, crops, flips and normalizes with a compiled C kernel,
 DaliEngine with a DALI graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
@@ -16,27 +15,36 @@ from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.placement import Placement
-from pipeline.records import Record
+from pipeline.records import RecordBatch
 
 
 class Engine(Protocol):
-    """Interface that pipeline.prefetch requires of an engine."""
+    """Interface that pipeline.prefetch requires of an engine. Batches are finished in the order of their start."""
+
+    uses_dali: bool
 
     def define_graph(self) -> Any:
-        """The DALI nodes for `Pipeline.set_outputs`; None if the engine needs no DALI."""
+        """The DALI nodes for `Pipeline.set_outputs`. Called only if the engine uses DALI."""
 
-    def graph_inputs(self, records: Sequence[Record], crops: Crops) -> dict[str, Any]:
+    def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
         """The values of the graph inputs, by name of the input. Each input has one value for each record."""
 
-    def finish(self, outputs: tuple[Any, ...], records: Sequence[Record], crops: Crops) -> torch.Tensor:
-        """The images of a batch, made from the graph's outputs."""
+    def start(self, records: RecordBatch, crops: Crops) -> Any:
+        """Start a batch without waiting for it. Called only if the engine does not use DALI."""
+
+    def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
+        """The images of a batch, from the graph's outputs or from the result of `start`.
+
+        Raises DecodeError for a record that cannot be decoded, if the engine does not use DALI.
+        """
 
     def close(self) -> None:
         """Stop threads and release memory."""
 
 
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
-    """A CpuEngine for a CPU if the C kernel is available (kernels.native); otherwise a DaliEngine."""
-    if placement.device_id is None and kernels.native is not None:
-        return CpuEngine(augmenter, kernels.native, output, threads)
+    """A CpuEngine for a CPU if the C kernel can read the records (pipeline.engines.kernels); otherwise a DaliEngine."""
+    kernel = kernels.native
+    if placement.device_id is None and kernel is not None and (augmenter.is_raw or kernel.jpeg is not None):
+        return CpuEngine(augmenter, kernel, output, threads)
     return DaliEngine(augmenter, placement, output)

@@ -1,6 +1,8 @@
-/* Crop, flip and normalize on the CPU in one pass: the formula of pipeline/augment.py. Called by kernels.py. */
+/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py. Called by kernels.py. */
 
+#include <setjmp.h>
 #include <stdint.h>
+#include <stdlib.h>
 
 #ifdef CLONES /* Compile two versions of each function; the dynamic linker chooses one for this CPU. */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
@@ -80,4 +82,175 @@ EACH_CPU void crop_nhwc(const crop *crops, int64_t count, int64_t side, int64_t 
                     out[j] = augment(row[j], shifts[j], 0, scale);
         }
     }
+}
+
+/* The part of libjpeg's programming interface that this file uses (API version 6.2, which libjpeg-turbo has). Pillow's
+ * wheels contain the library but not its header. jpeg_CreateDecompress compares version and size of the struct with the
+ * library's own, and fails if they differ. */
+enum { JPEG_API_VERSION = 62, COLOUR_RGB = 2, DCT_SLOW = 0 };
+
+typedef struct {
+    void (*error_exit)(void *decoder);
+    void (*emit_message)(void *decoder, int level); /* level -1: the file is damaged, but decoding can go on */
+    void *rest[32];
+    jmp_buf on_error; /* ours */
+} jpeg_errors;
+
+typedef struct {
+    void *errors, *memory, *progress, *client_data;
+    int is_decompressor, global_state;
+    void *source;
+    unsigned image_width, image_height;
+    int num_components, jpeg_color_space, out_color_space;
+    unsigned scale_num, scale_denom;
+    double output_gamma;
+    int buffered_image, raw_data_out, dct_method, do_fancy_upsampling, do_block_smoothing, quantize_colors, dither_mode;
+    int two_pass_quantize, desired_number_of_colors, enable_1pass_quant, enable_external_quant, enable_2pass_quant;
+    unsigned output_width, output_height;
+    char rest[632 - 144];
+} jpeg_decoder;
+
+/* Addresses of libjpeg's functions; kernels.py fills this struct. */
+typedef struct {
+    void *(*std_error)(void *errors);
+    void (*create)(jpeg_decoder *, int version, size_t bytes);
+    void (*mem_src)(jpeg_decoder *, const uint8_t *, unsigned long bytes);
+    int (*read_header)(jpeg_decoder *, int require_image);
+    int (*start)(jpeg_decoder *);
+    void (*crop)(jpeg_decoder *, unsigned *first_column, unsigned *width);
+    unsigned (*skip)(jpeg_decoder *, unsigned rows);
+    unsigned (*read)(jpeg_decoder *, uint8_t **rows, unsigned count);
+    void (*abort)(jpeg_decoder *);
+    void (*destroy)(jpeg_decoder *);
+} jpeg_library;
+
+/* Decoder of one thread, and its memory for pixels. */
+typedef struct {
+    const jpeg_library *jpeg;
+    jpeg_errors errors;
+    jpeg_decoder decoder;
+    uint8_t *pixels;
+    int64_t bytes, is_created;
+} worker;
+
+static void fail(void *decoder) { longjmp(((jpeg_errors *)((jpeg_decoder *)decoder)->errors)->on_error, 1); }
+
+static void fail_if_damaged(void *decoder, int level) {
+    if (level < 0)
+        fail(decoder);
+}
+
+/* Decode the rectangle of rows top..bottom - 1 and columns left..right - 1. Returns the address of its upper left
+ * pixel, RGB, and sets *stride; null if the file is damaged or the rectangle is not within the image. The pixels are
+ * those of a complete decoding. Decoding stops after the last row. */
+static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, int64_t top, int64_t bottom, int64_t left,
+                             int64_t right, int64_t *stride) {
+    const jpeg_library *jpeg = self->jpeg;
+    jpeg_decoder *decoder = &self->decoder;
+    if (setjmp(self->errors.on_error)) {
+        if (self->is_created)
+            jpeg->abort(decoder);
+        return 0;
+    }
+    if (!self->is_created) {
+        decoder->errors = jpeg->std_error(&self->errors);
+        self->errors.error_exit = fail, self->errors.emit_message = fail_if_damaged;
+        jpeg->create(decoder, JPEG_API_VERSION, sizeof *decoder);
+        self->is_created = 1;
+    }
+    jpeg->mem_src(decoder, file, bytes);
+    jpeg->read_header(decoder, 1);
+    decoder->out_color_space = COLOUR_RGB, decoder->dct_method = DCT_SLOW, decoder->do_fancy_upsampling = 1;
+    jpeg->start(decoder);
+    if (top < 0 || left < 0 || bottom > decoder->output_height || right > decoder->output_width)
+        fail(decoder);
+    /* At the edges of a cropped decoding, upsampling lacks the next column. So decode one more column on each side. */
+    unsigned first = left > 0 ? left - 1 : 0, width = (right < decoder->output_width ? right + 1 : right) - first;
+    if (width < decoder->output_width)
+        jpeg->crop(decoder, &first, &width); /* moves `first` to the left, to a multiple of the block size */
+    if (top > 0)
+        jpeg->skip(decoder, top);
+    const int64_t rows = bottom - top, row_bytes = 3 * (int64_t)width;
+    if (self->bytes < rows * row_bytes) {
+        free(self->pixels);
+        self->bytes = 0;
+        if (!(self->pixels = malloc(rows * row_bytes)))
+            fail(decoder);
+        self->bytes = rows * row_bytes;
+    }
+    uint8_t *row[rows];
+    for (int64_t i = 0; i < rows; i++)
+        row[i] = self->pixels + i * row_bytes;
+    for (int64_t i = 0; i < rows;)
+        i += jpeg->read(decoder, row + i, rows - i);
+    jpeg->abort(decoder);
+    *stride = row_bytes;
+    return self->pixels + 3 * (left - first);
+}
+
+/* A batch: N records and V crops of each record. Several threads work on one batch at the same time. */
+typedef struct {
+    int64_t next;   /* index of the next record that no thread has begun; at the start 0 */
+    int64_t failed; /* lowest index of a record that cannot be decoded; at the start, and without damage, N */
+    int64_t records, views, side, mean_side;
+    const jpeg_library *jpeg;      /* null: the records are raw */
+    const uint8_t *const *payload; /* (N): JPEG file, or upper left pixel of a raw image, RGB */
+    const int64_t *payload_bytes;  /* (N) */
+    const int32_t *size;           /* (N, 2): height and width */
+    const int32_t *position;       /* (N, V, 2): row and column of each crop in its image */
+    const int32_t *flip;           /* (N, V) */
+    const float *shift;            /* (N, 3) */
+    const float *const *mean;      /* (N, V): as in `crop`; null: no mean */
+    float *out;                    /* (N, V, ...): the images; null: only decode */
+    int32_t channels_last;
+    float scale;
+} batch;
+
+/* Make the images of record k. Returns 0 if the record cannot be decoded. */
+static int make_record(worker *self, const batch *b, int64_t k) {
+    const int32_t *position = b->position + 2 * b->views * k;
+    const uint8_t *pixels = b->payload[k];
+    int64_t stride = 3 * (int64_t)b->size[2 * k + 1], top = 0, left = 0;
+    if (b->jpeg) {
+        int64_t bottom = top = position[0], right = left = position[1];
+        for (int64_t v = 0; v < b->views; v++) {
+            const int64_t y = position[2 * v], x = position[2 * v + 1];
+            top = y < top ? y : top, bottom = y > bottom ? y : bottom;
+            left = x < left ? x : left, right = x > right ? x : right;
+        }
+        pixels = decode(self, pixels, b->payload_bytes[k], top, bottom + b->side, left, right + b->side, &stride);
+        if (!pixels)
+            return 0;
+    }
+    for (int64_t v = 0, n = k * b->views; b->out && v < b->views; v++, n++) {
+        const float *shift = b->shift + 3 * k;
+        const crop one = {
+            .pixels = pixels + (position[2 * v] - top) * stride + 3 * (position[2 * v + 1] - left),
+            .stride = stride,
+            .mean = b->mean ? b->mean[n] : 0,
+            .shift = {shift[0], shift[1], shift[2]},
+            .flip = b->flip[n],
+        };
+        (b->channels_last ? crop_nhwc : crop_nchw)(&one, 1, b->side, b->mean_side, b->scale,
+                                                   b->out + 3 * b->side * b->side * n);
+    }
+    return 1;
+}
+
+/* Make images until no record of the batch remains. The threads of a batch each call this function once. After a record
+ * that cannot be decoded, no further record is begun; all records before it have been begun. */
+void make_images(batch *b) {
+    worker self = {.jpeg = b->jpeg};
+    int64_t k;
+    while ((k = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED)) < b->records)
+        if (!make_record(&self, b, k)) {
+            __atomic_store_n(&b->next, b->records, __ATOMIC_RELAXED);
+            int64_t failed = __atomic_load_n(&b->failed, __ATOMIC_RELAXED);
+            while (k < failed &&
+                   !__atomic_compare_exchange_n(&b->failed, &failed, k, 0, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+            }
+        }
+    if (self.is_created)
+        b->jpeg->destroy(&self.decoder);
+    free(self.pixels);
 }

@@ -1,19 +1,27 @@
-"""Python interface of kernels.c, the C kernel that crops, flips and normalizes images on a CPU.
+"""Python interface of kernels.c, the C kernel that decodes, crops, flips and normalizes images on a CPU.
 
 `native` is None if the library is not compiled, fails its self-test or is switched off (prep/compiled.py). Streams on a
-CPU then use DALI's crop_mirror_normalize, which takes two to three times as long as the kernel.
+CPU then use DALI, whose operator crop_mirror_normalize takes two to three times as long as the kernel.
+
+JPEG files are decoded by the libjpeg-turbo that Pillow's wheels contain. kernels.c calls the library's functions
+directly, because Python would hold the GIL for each image, and because simplejpeg decodes only complete
+images. `NativeKernels.jpeg` is None if there is no such library or if it fails the self-test `_decodes_correctly`.
+Streams of JPEG records on a CPU then use DALI as well.
 """
 
 from __future__ import annotations
 
 import ctypes
+from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from prep import compiled
+from prep.images.jpeg import decode_jpeg, encode_jpeg
 
 SOURCE = Path(__file__).with_name("kernels.c")
 CROP_DTYPE = np.dtype(  # struct crop in kernels.c
@@ -21,8 +29,86 @@ CROP_DTYPE = np.dtype(  # struct crop in kernels.c
 )
 
 
+_LIBJPEG_FUNCTIONS = (  # in the order of the fields of struct jpeg_library in kernels.c
+    *("jpeg_std_error", "jpeg_CreateDecompress", "jpeg_mem_src", "jpeg_read_header", "jpeg_start_decompress"),
+    *("jpeg_crop_scanline", "jpeg_skip_scanlines", "jpeg_read_scanlines", "jpeg_abort_decompress"),
+    "jpeg_destroy_decompress",
+)
+
+
+class JpegLibrary(ctypes.Structure):
+    """Addresses of the functions of libjpeg-turbo. Raises AttributeError if the library lacks a function."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in _LIBJPEG_FUNCTIONS)
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library  # keeps the library loaded
+        super().__init__(*(ctypes.cast(library[name], ctypes.c_void_p).value for name in _LIBJPEG_FUNCTIONS))
+
+
+class BatchJob(ctypes.Structure):
+    """A batch for NativeKernels.make_images: struct batch in kernels.c, with N records and V crops of each record."""
+
+    _fields_ = (
+        ("next", ctypes.c_int64),
+        ("failed", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("records", "views", "side", "mean_side")),
+        *((name, ctypes.c_void_p) for name in ("jpeg", "payload", "payload_bytes", "size", "position")),
+        *((name, ctypes.c_void_p) for name in ("flip", "shift", "mean", "out")),
+        ("channels_last", ctypes.c_int32),
+        ("scale", ctypes.c_float),
+    )
+
+    def __init__(
+        self,
+        jpeg: JpegLibrary | None,
+        payload: npt.NDArray[np.uint64],
+        payload_bytes: npt.NDArray[np.int64],
+        size: npt.NDArray[np.int32],
+        position: npt.NDArray[np.int32],
+        flip: npt.NDArray[np.int32],
+        shift: npt.NDArray[np.float32],
+        mean: npt.NDArray[np.uint64] | None,
+        mean_side_px: int,
+        side_px: int,
+        layout: str,
+        scale: float,
+        out: npt.NDArray[np.float32] | None,
+    ) -> None:
+        """Describe a batch. The addresses are not checked: each must point to memory that is large enough.
+
+        jpeg           the decoder, or None if the records are raw
+        payload        (N,): addresses of the JPEG files, or of the first pixels of the raw images (RGB, no gaps)
+        payload_bytes  (N,): sizes of the JPEG files
+        size           (N, 2): height and width of each image
+        position       (N, V, 2): row and column of each crop in its image
+        flip           (N, V): 0 or 1
+        shift          (N, 3): added to R, G and B
+        mean           (N, V): for each crop, the address of the part of the mean image to subtract; None for no mean
+        mean_side_px   side of the square mean image
+        side_px        side of the crops
+        layout         layout of `out` and of the mean image: "NCHW" or "NHWC"
+        scale          factor of the finished image
+        out            (N · V, 3, side, side) or (N · V, side, side, 3); None: the records are only decoded
+        """
+        arrays = [payload, payload_bytes, size, position, flip, shift, mean, out]
+        self.arrays = [None if array is None else np.ascontiguousarray(array) for array in arrays]  # kept alive
+        pointers = [None if array is None else address(array) for array in self.arrays]
+        count, views = flip.shape
+        decoder = None if jpeg is None else ctypes.addressof(jpeg)
+        is_nhwc = int(layout == "NHWC")
+        super().__init__(0, count, count, views, side_px, mean_side_px, decoder, *pointers, is_nhwc, scale)
+
+
+def address(array: npt.NDArray[Any]) -> int:
+    """The address of the first item of an array."""
+    return int(array.__array_interface__["data"][0])
+
+
 class NativeKernels:
     """Functions of the compiled library. Raises AttributeError if the library lacks a function."""
+
+    jpeg: JpegLibrary | None  # the decoder of JPEG files; None if there is none
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._crop = {"NCHW": library.crop_nchw, "NHWC": library.crop_nhwc}
@@ -30,6 +116,19 @@ class NativeKernels:
         for function in self._crop.values():
             function.argtypes = [pointer, number, number, number, ctypes.c_float, pointer]
             function.restype = None
+        self._make_images = library.make_images
+        self._make_images.argtypes = [ctypes.POINTER(BatchJob)]
+        self._make_images.restype = None
+        self.jpeg = find_libjpeg()
+        if self.jpeg is not None and not _decodes_correctly(self, self.jpeg):
+            self.jpeg = None
+
+    def make_images(self, job: BatchJob) -> None:
+        """Work on a batch until no record remains to be begun. Each thread of the batch calls this method once.
+
+        When all threads have returned, job.failed is the lowest index of a record that cannot be decoded, or N.
+        """
+        self._make_images(job)
 
     def crop(
         self,
@@ -70,6 +169,51 @@ def is_correct(kernel: NativeKernels) -> bool:
             expected = (pixels + shift - with_mean * mean[4 : 4 + side, 2 : 2 + side]) * np.float32(0.5)
             if not np.array_equal(result.transpose(1, 2, 0) if layout == "NCHW" else result, expected):
                 return False
+    return True
+
+
+def find_libjpeg() -> JpegLibrary | None:
+    """The libjpeg-turbo in the wheel of Pillow, or else the system's, if it can be loaded."""
+    pillow = find_spec("PIL")
+    folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
+    bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]
+    for name in [*map(str, bundled), "libjpeg.so.62"]:
+        try:
+            return JpegLibrary(ctypes.CDLL(name))
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def _decodes_correctly(kernel: NativeKernels, jpeg: JpegLibrary) -> bool:
+    """True if the kernel decodes parts of a small image as simplejpeg does, and finds a damaged file."""
+    rng, side = np.random.default_rng(1), 33
+    smooth = rng.integers(0, 256, (12, 14, 3)).repeat(8, 0).repeat(8, 1)[:91, :109]
+    content = encode_jpeg(np.clip(smooth + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8), 90)
+    pixels = decode_jpeg(content)
+    positions = [(0, 0), (0, 76), (58, 0), (58, 76), (16, 16), (17, 15), (15, 17), (32, 48), (31, 41)]
+    damaged = bytearray(content)
+    damaged[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+    files = [np.frombuffer(file, np.uint8) for file in [content] * len(positions) + [bytes(damaged), content[:300]]]
+    position = np.array([*positions, (58, 76), (58, 76)], np.int32)[:, None]
+    for first, count in ((0, len(positions)), (len(positions), 1), (len(positions) + 1, 1)):
+        part = slice(first, first + count)
+        addresses = np.array([address(file) for file in files[part]], np.uint64)
+        sizes, out = np.array([len(file) for file in files[part]]), np.empty((count, side, side, 3), np.float32)
+        nothing = np.zeros((count, 3), np.float32)
+        image_size, flip = np.full((count, 2), pixels.shape[:2], np.int32), np.zeros((count, 1), np.int32)
+        job = BatchJob(
+            jpeg, addresses, sizes, image_size, position[part], flip, nothing, None, 0, side, "NHWC", 1.0, out
+        )
+        kernel.make_images(job)
+        if first:
+            if job.failed != 0:
+                return False
+        elif job.failed != count or any(
+            not np.array_equal(image, pixels[y : y + side, x : x + side])
+            for image, (y, x) in zip(out, positions, strict=True)
+        ):
+            return False
     return True
 
 

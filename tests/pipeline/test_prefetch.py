@@ -17,7 +17,7 @@ from pipeline.engines import kernels
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
-from pipeline.prefetch import DALI_AHEAD, FINISHED_AHEAD, READ_AHEAD, BatchInput, Prefetcher
+from pipeline.prefetch import ENGINE_AHEAD, FINISHED_AHEAD, READ_AHEAD, BatchInput, Prefetcher
 from pipeline.records import Records
 from prep.store.manifest import Store, StoreError
 
@@ -43,7 +43,7 @@ class Harness:
     def take(self) -> tuple[int, float]:
         """The number of the first record in the next batch, and the sum of the batch's pixels."""
         images, batch_input = self.prefetcher.next()
-        return int(batch_input.record_numbers[0]), float(images.numpy().sum(dtype=np.float64))
+        return int(batch_input.records.numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
 
 @pytest.fixture(params=["kernel", "graph"])
@@ -78,7 +78,7 @@ def test_labels_of_a_batch_are_those_of_its_records(harness: Harness, stores: di
     records = Records(Store.open(stores["ppm"]), "train")
     harness.prefetcher.start(iter([partial(harness.job, 6)]))
     _, batch_input = harness.prefetcher.next()
-    assert batch_input.labels.dtype == np.int64 and batch_input.labels.tolist() == [
+    assert batch_input.records.labels.dtype == np.int64 and batch_input.records.labels.tolist() == [
         records[number].label for number in (6, 7, 8)
     ]
     records.close()
@@ -106,7 +106,7 @@ def test_no_more_jobs_are_taken_than_the_queues_hold(harness: Harness) -> None:
     harness.prefetcher.start(endless())
     for taken in range(1, 30):
         harness.take()
-        assert taken_jobs <= taken + READ_AHEAD + DALI_AHEAD + FINISHED_AHEAD
+        assert taken_jobs <= taken + READ_AHEAD + ENGINE_AHEAD + FINISHED_AHEAD
 
 
 def test_records_are_read_while_others_are_decoded(harness: Harness) -> None:
