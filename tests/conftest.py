@@ -31,8 +31,14 @@ TRAIN_RECORDS, VAL_RECORDS = 37, 23  # numbers of records in the splits of `numb
 
 
 def pytest_configure() -> None:
-    """Let idle OpenMP threads of torch sleep, so that other tests can use the cores. Runs before torch is imported."""
+    """Set variables that torch and Triton read when they are imported.
+
+    Idle OpenMP threads of torch sleep, so that other tests can use the cores. Without an NVIDIA driver, Triton's
+    interpreter runs the Triton kernels on the CPU.
+    """
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def test_options_offer_the_choices_that_the_code_accepts() -> None:
         assert tuple(choices.get("label_order", LABEL_ORDERS)) == LABEL_ORDERS
     from train.config.choices import ACTIVATIONS, SCHEDULES
     from train.config.overrides import apply_overrides
-    from train.model.alexnet import ACTIVATION_FUNCTIONS
+    from train.model.layers import ACTIVATION_FUNCTIONS
 
     assert tuple(ACTIVATION_FUNCTIONS) == ACTIVATIONS
     for word in SCHEDULES:

@@ -24,7 +24,8 @@ from prep.files import atomic_file, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
 from train.evaluation.evaluate import eval_batch_size
-from train.model.alexnet import ACTIVATION_FUNCTIONS, AlexNet
+from train.model.alexnet import AlexNet
+from train.model.layers import ACTIVATION_FUNCTIONS
 from train.model.modes import evaluation_mode
 from train.model.precision import autocast, set_precision
 
@@ -57,9 +58,11 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
     for layer in layers:
         modules = [network.fc8] if layer == "fc8" else [column.get_submodule(layer) for column in network.columns]
         handles += [module.register_forward_hook(make_hook(layer, column)) for column, module in enumerate(modules)]
+    network.layer_by_layer = True  # the fused kernels of a GPU do not call the modules
     try:
         yield captured
     finally:
+        network.layer_by_layer = False
         for handle in handles:
             handle.remove()
 

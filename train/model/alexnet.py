@@ -33,51 +33,11 @@ from torch import Tensor, nn
 from pipeline.augment import CROP_PX
 from train.config.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture, Widths
 from train.config.recipe import Lrn, Recipe
+from train.model.gpu.fault import triton_fault
+from train.model.gpu.fused_network import FusedNetwork
+from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
-
-POOLED_PX = 6  # number of rows, and of columns, of pool5's maps for an image of 224 px
-ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functions change their argument in place
-    "relu": torch.relu_,
-    "tanh": torch.tanh_,
-    "sigmoid": torch.sigmoid_,
-}
-
-
-class FullyConnected(nn.Linear):
-    """A fully-connected layer that can also slide over feature maps, as a `side` × `side` convolution.
-
-    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); input (N, maps, rows, columns) gives
-    (N, units, rows − side + 1, columns − side + 1).
-    """
-
-    def __init__(self, maps: int, units: int, side: int = 1) -> None:
-        super().__init__(maps * side**2, units)
-        self.side = side
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the layer to x, whose shape is given in the docstring of FullyConnected."""
-        if x.dim() == 2:
-            return super().forward(x)
-        return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
-
-
-class Column(nn.Module):
-    """The layers of one column: all layers except fc8.
-
-    w        widths of this column's layers
-    visible  number of columns whose activations conv3, fc6 and fc7 of this column get: all, or 1 without crossings
-    """
-
-    def __init__(self, w: Widths, visible: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
-        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2)
-        self.conv3 = nn.Conv2d(visible * w.conv2, w.conv3, 3, padding=1)
-        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1)
-        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1)
-        self.fc6 = FullyConnected(visible * w.conv5, w.fc6, POOLED_PX)
-        self.fc7 = FullyConnected(visible * w.fc6, w.fc7)
 
 
 class AlexNet(nn.Module):
@@ -111,6 +71,8 @@ class AlexNet(nn.Module):
         for column, device in zip(self.columns, self.devices, strict=True):
             column.to_empty(device=device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's type stubs lack this overload
         self.fc8.to_empty(device=self.devices[0])
+        self._fused = FusedNetwork(self._columns, self.fc8, recipe, architecture, self.devices)
+        self.layer_by_layer = False  # True: call each layer as a module, with its forward hooks, also on a GPU
         if self.devices[0].type != "meta":
             initialize(self)
 
@@ -125,6 +87,8 @@ class AlexNet(nn.Module):
             return logits.flatten(1) if logits.shape[2:] == (1, 1) else logits
         if images.shape[1:] != (3, CROP_PX, CROP_PX):
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, {CROP_PX}, {CROP_PX})")
+        if self._uses_fused_kernels(images):
+            return self._fused.logits(images, self.training)
         return self._fully_connected([maps.flatten(1) for maps in self._convolutional(images)])
 
     def dense(self, images: Tensor) -> Tensor:
@@ -136,7 +100,8 @@ class AlexNet(nn.Module):
         """
         if images.dim() != 4 or images.shape[1] != 3 or min(images.shape[2:]) < CROP_PX:
             raise ValueError(f"images of shape {tuple(images.shape)}, expected (N, 3, H, W), H and W ≥ {CROP_PX}")
-        return self._fully_connected(self._convolutional(images))
+        fused = self._uses_fused_kernels(images)
+        return self._fully_connected(self._fused.maps(images) if fused else self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
         """The activations of both columns, joined along dim 1 with column 0 first: one tensor for each receiver.
@@ -205,6 +170,12 @@ class AlexNet(nn.Module):
     @property
     def _columns(self) -> list[Column]:
         return [column for column in self.columns if isinstance(column, Column)]
+
+    def _uses_fused_kernels(self, images: Tensor) -> bool:
+        """True if train/model/gpu computes the layers: on GPUs where Triton works, unless `layer_by_layer` is set."""
+        if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
+            return False
+        return all(device.type == "cuda" and triton_fault(device) is None for device in self.devices)
 
     def _convolutional(self, images: Tensor) -> list[Tensor]:
         """The output of pool5 in each column: (N, 128, 6, 6) for images of 224 px."""
@@ -286,19 +257,9 @@ class AlexNet(nn.Module):
         return self._activation(x) if active_after and not relu else x
 
     def _with_dropout(self, layer: str, units: list[Tensor]) -> list[Tensor]:
-        return [self._drop(x) for x in units] if layer in self.architecture.dropout_before else units
-
-    def _drop(self, x: Tensor) -> Tensor:
-        """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
-
-        If recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
-        """
-        p = self.recipe.dropout
-        if p == 0:
-            return x
-        if self.recipe.dropout_scales_training:
-            return F.dropout(x, p, self.training)
-        return x * torch.empty_like(x).bernoulli_(1 - p) if self.training else x * (1 - p)
+        if layer not in self.architecture.dropout_before:
+            return units
+        return [drop(x, self.recipe, self.training) for x in units]
 
 
 def initialize(network: AlexNet) -> None:

@@ -10,7 +10,7 @@ As in the paper, α is not divided by n. The authors' code (layer.py: scale / si
 There are three implementations. Each implementation can apply a ReLU first, and saves only x for the backward pass:
 
     kernels.c       for float32 on a CPU with β = ¾ (two square roots give s^−¾); errors of at most 6 ulp
-    lrn_triton.py   for a GPU, if Triton is installed and works (see triton_fault)
+    gpu/            Triton kernels for a GPU, if Triton is installed and works (see gpu/fault.py)
     _LrnOperators   PyTorch operators, for all other cases; the tests compare the other two with this class
 
 torch.export cannot trace C kernels, and converts in-place additions to scatter operations. Exported networks therefore
@@ -19,8 +19,6 @@ use `_traceable`.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 import math
 from typing import Any
 
@@ -28,8 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prep.console import say
+from train.config.recipe import Lrn
 from train.model import kernels
+from train.model.gpu.epilogue import Epilogue, apply_epilogue
+from train.model.gpu.fault import triton_fault
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
@@ -50,9 +50,8 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
     elif can_use_kernels(x, beta):
         result = _LrnKernels.apply(channels_last(x), kernels.NormParams(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch does not annotate `apply`
     elif x.is_cuda and x.dtype != torch.float64 and x.numel() and triton_fault(x.device) is None:
-        from train.model import lrn_triton
-
-        result = lrn_triton.local_response_norm(x, size, alpha, beta, k, relu)
+        epilogue = Epilogue("relu" if relu else "none", Lrn(size, alpha, beta, k))
+        (result,) = apply_epilogue([x], [x.new_zeros(x.shape[1], dtype=torch.float32)], epilogue)
     else:
         result = _LrnOperators.apply(x, size, alpha, beta, k, relu)  # type: ignore[no-untyped-call]
     return result
@@ -75,37 +74,6 @@ def can_use_kernels(x: Tensor, beta: float) -> bool:
 def channels_last(x: Tensor) -> Tensor:
     """x converted to channels-last layout, which kernels.c needs. Returns x itself if it has this layout already."""
     return x.contiguous(memory_format=torch.channels_last)
-
-
-@functools.cache
-def triton_fault(device: torch.device) -> str | None:
-    """The reason why the Triton kernel cannot be used on a GPU, or None if the kernel works.
-
-    The kernel is compiled, run and compared with PyTorch operators once per process. To launch a kernel, Triton
-    compiles C code, which needs a C compiler, Python's headers and a writable folder. A container image without
-    development tools may lack one of these three things; training then uses PyTorch operators.
-    """
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed"
-    try:
-        from train.model import lrn_triton
-
-        # The first caller may be an evaluation, which disables gradients.
-        with torch.inference_mode(False), torch.enable_grad():
-            x = torch.arange(-5.0, 7.0, device=device).view(1, 6, 1, 2).requires_grad_()
-            outputs = [
-                norm(x, 5, 0.1, 0.75, 2.0, True) for norm in (lrn_triton.local_response_norm, _LrnOperators.apply)
-            ]
-            gradients = [torch.autograd.grad(output.square().sum(), x)[0] for output in outputs]
-        agree = all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in (outputs, gradients))
-        fault = None if agree else "the Triton kernel gives wrong results"
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # failures of the compiler, the driver and the disk have different exception types
-        fault = f"the Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
-    if fault is not None:
-        say(f"{device}: {fault}. Local response normalization uses PyTorch operators instead, which take longer.")
-    return fault
 
 
 class _LrnKernels(torch.autograd.Function):

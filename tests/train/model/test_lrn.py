@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from types import SimpleNamespace
-
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers.project import ROOT
 from train.model import kernels, lrn
 from train.model.lrn import local_response_norm, within_map_norm
 
@@ -225,99 +218,3 @@ def test_within_map_gradient_passes_gradcheck(beta: float) -> None:
     x.requires_grad_()
     assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 3, 0.1, beta, 1.0), x)
     assert torch.autograd.gradcheck(lambda x: within_map_norm(x, 5, 0.1, beta, 1.0), x)
-
-
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
-TRITON_CASES = [
-    (12, 5, 0.75, True, torch.float32, True),
-    (7, 3, 0.6, False, torch.float32, False),
-    (130, 1, 0.75, True, torch.float16, True),
-    (3, 9, 0.6, False, torch.bfloat16, False),
-]
-
-
-def check_triton(
-    maps: int, size: int, beta: float, relu: bool, dtype: torch.dtype, last: bool, device: str = "cpu"
-) -> None:
-    """Check that the Triton kernel and its gradient agree with PyTorch operators on `device`."""
-    from train.model import lrn_triton
-
-    x, grad = (torch.randn(2, maps, 3, 2, generator=torch.Generator().manual_seed(seed)) * 20 for seed in (0, 1))
-    x = x.to(device, dtype, memory_format=torch.channels_last if last else torch.contiguous_format).requires_grad_()
-    actual = lrn_triton.local_response_norm(x, size, 1e-2, beta, 2.0, relu)
-    expected = lrn._LrnOperators.apply(x, size, 1e-2, beta, 2.0, relu)
-    pairs = [(actual, expected)]
-    pairs += [tuple(torch.autograd.grad(output, x, grad.to(x))[0] for output in (actual, expected))]
-    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-    for actual, expected in pairs:
-        assert actual.dtype == dtype and torch.allclose(actual, expected, rtol=tolerance, atol=tolerance)
-
-
-@needs_triton
-def test_triton_kernels_in_tritons_interpreter() -> None:
-    """Triton reads TRITON_INTERPRET when it is imported, so the cases run in a subprocess with this variable set."""
-    program = "from tests.train.model import test_lrn\n"
-    program += "for case in test_lrn.TRITON_CASES:\n    test_lrn.check_triton(*case)\n"
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-
-
-class PretendsToBeOnAGpu(Tensor):
-    """A CPU tensor with is_cuda = True, to test the choice of an implementation on a machine without a GPU."""
-
-    is_cuda = True  # type: ignore[assignment]
-
-
-@pytest.mark.parametrize("wrong", [False, True], ids=["raises", "gives wrong results"])
-def test_operators_replace_a_triton_kernel_that_fails(
-    wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The Triton kernel raises, as in a container image without a C compiler, or gives wrong results.
-
-    In earlier versions, an exception of the kernel ended the training. Now only the first normalization tries the
-    kernel, and every normalization uses PyTorch operators. The test disables gradients, so the kernel is first tried
-    without gradients.
-    """
-
-    def kernel(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool) -> Tensor:
-        tried.append(x)
-        if wrong:
-            return x * alpha
-        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
-
-    tried: list[Tensor] = []
-    monkeypatch.setattr(kernels, "native", None)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setitem(sys.modules, "train.model.lrn_triton", SimpleNamespace(local_response_norm=kernel))
-    monkeypatch.setattr("train.model.lrn_triton", sys.modules["train.model.lrn_triton"], raising=False)
-    lrn.triton_fault.cache_clear()
-    x = random_maps(7)
-    try:
-        with torch.no_grad():
-            actual = [local_response_norm(x.as_subclass(PretendsToBeOnAGpu), 5, 1e-2, 0.75, 2.0) for _ in range(2)]
-        assert all(torch.equal(b, local_response_norm(x, 5, 1e-2, 0.75, 2.0)) for b in actual)
-        message = capsys.readouterr().err
-        assert len(tried) == 1 and message.count("\n") == 1 and "uses PyTorch operators instead" in message
-        assert ("wrong results" if wrong else "RuntimeError: Failed to find C compiler") in message
-    finally:
-        lrn.triton_fault.cache_clear()
-
-
-@needs_triton
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("case", [*TRITON_CASES, (128, 5, 0.75, True, torch.float32, True)], ids=str)
-def test_triton_on_a_gpu(case: tuple[int, int, float, bool, torch.dtype, bool]) -> None:
-    check_triton(*case, "cuda")
-    maps, size, beta, relu, dtype, _ = case
-    x = (random_maps(maps) / 10).to("cuda", dtype)
-    expected = local_response_norm(x.double(), size, 1e-2, beta, 2.0, relu).to(dtype)  # PyTorch operators
-    assert torch.allclose(local_response_norm(x, size, 1e-2, beta, 2.0, relu), expected, rtol=1e-2, atol=1e-5)

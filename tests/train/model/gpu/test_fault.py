@@ -1,0 +1,71 @@
+"""Tests of the trial of the Triton kernels on a device."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from train.model import kernels
+from train.model.gpu import epilogue, fault
+from train.model.lrn import local_response_norm
+
+
+class PretendsToBeOnAGpu(Tensor):
+    """A CPU tensor with is_cuda = True, to test the choice of an implementation on a machine without a GPU."""
+
+    is_cuda = True  # type: ignore[assignment]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_cache() -> Iterator[None]:
+    fault.triton_fault.cache_clear()
+    yield
+    fault.triton_fault.cache_clear()
+
+
+def test_the_kernels_work_in_tritons_interpreter() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert fault.triton_fault(torch.device("cpu")) is None
+
+
+def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert fault.triton_fault(torch.device("cpu")) == "Triton is not installed"
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["raises", "gives wrong results"])
+def test_operators_replace_a_triton_kernel_that_fails(
+    wrong: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The kernel raises, as in a container image without a C compiler, or gives wrong results.
+
+    Only the first normalization tries the kernels, and every normalization uses PyTorch operators. The test disables
+    gradients, so the kernels are first tried without gradients.
+    """
+
+    class Apply:
+        @staticmethod
+        def apply(*arguments: Any) -> tuple[Tensor, ...]:
+            tried.append(arguments)
+            if wrong:
+                return (arguments[4] * 2 + arguments[5][:, None, None],)
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.\nmore")
+
+    tried: list[Any] = []
+    monkeypatch.setattr(kernels, "native", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "train.model.gpu.epilogue_triton", SimpleNamespace())
+    monkeypatch.setattr(epilogue, "_Apply", Apply)
+    x = torch.randn(2, 7, 3, 3, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        actual = [local_response_norm(x.as_subclass(PretendsToBeOnAGpu), 5, 1e-2, 0.75, 2.0) for _ in range(2)]
+    assert all(torch.equal(b, local_response_norm(x, 5, 1e-2, 0.75, 2.0)) for b in actual)
+    message = capsys.readouterr().err
+    assert len(tried) == 1 and message.count("\n") == 1 and "uses PyTorch operators instead" in message
+    assert ("wrong results" if wrong else "RuntimeError: Failed to find C compiler") in message

@@ -1,0 +1,373 @@
+"""Triton kernels of a convolution's epilogue: bias, nonlinearity, normalization, max-pooling, in one pass each way.
+
+epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32, with adjacent
+maps adjacent in memory (channels last); the arithmetic is float32.
+
+_pooled_forward, _pooled_backward      with pooling; a program computes some rows of pooled maps of one image
+_pointwise_forward, _pointwise_backward  without pooling; a program computes some positions of all images
+
+A program holds all maps of a column, padded to MAPS, at POSITIONS positions. The window sums of the normalization are a
+matrix product with a band matrix of zeros and ones, for which a GPU has tensor cores. The product takes bfloat16
+factors. TERMS is the number of bfloat16 values that represent one factor: 1 (8 bits of precision, enough for tensors of
+16 bits), or 3 (24 bits, as many as float32 has). A product with an infinite or NaN factor is NaN for all maps. One
+infinite or NaN value therefore makes all maps of the column NaN at its position.
+
+A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`, ptxas needs no spills for
+the paper's layers (tools/gpu/compile_report.py).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+# Triton compiles the type annotations along with the functions, and accepts only its own types.
+
+from __future__ import annotations
+
+import os
+
+import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+# Type of a matrix product's factors, which hold bfloat16 values. Triton's interpreter multiplies bfloat16 wrongly.
+FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
+NO_MAXIMUM = tl.constexpr(255)  # argmax of a pooled value that has no gradient, because ReLU has set it to 0
+
+
+# ---- Functions of one value
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _activate(v, KIND: tl.constexpr):
+    """The nonlinearity: "relu", "tanh", "sigmoid" or "none". All of them keep NaN."""
+    if KIND == "relu":
+        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    elif KIND == "tanh":
+        square = v * v  # the series is exact to 1e-7 up to 0.3, where the quotient would lose digits
+        series = v * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
+        e = tl.exp(-2.0 * tl.abs(v))
+        v = tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, e - 1.0, 1.0 - e) / (1.0 + e))
+    elif KIND == "sigmoid":
+        e = tl.exp(-tl.abs(v))
+        v = tl.where(v < 0, e, 1.0) / (1.0 + e)
+    return v
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _through_activation(g, y, KIND: tl.constexpr):
+    """The gradient of the nonlinearity's input, from the gradient g of its output y."""
+    if KIND == "relu":
+        g = tl.where(y <= 0, 0.0, g)
+    elif KIND == "tanh":
+        g = g * (1.0 - y * y)
+    elif KIND == "sigmoid":
+        g = g * (y * (1.0 - y))
+    return g
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
+    """s^−β; for β = ¾ from two square roots."""
+    if THREE_QUARTERS:
+        root = tl.rsqrt(s)
+        power = root * tl.sqrt(root)
+    else:
+        power = tl.exp2(-beta * tl.log2(s))
+    return power
+
+
+# ---- Normalization across the maps of a tile (POSITIONS, MAPS)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _band(maps, REACH: tl.constexpr, MAPS: tl.constexpr):
+    """The band matrix (MAPS, MAPS): 1 where two maps are at most REACH apart."""
+    i, j = tl.arange(0, MAPS)[:, None], tl.arange(0, MAPS)[None, :]
+    return tl.where((tl.abs(i - j) <= REACH) & (i < maps), 1.0, 0.0).to(FACTOR)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _window_sum(v, band, TERMS: tl.constexpr):
+    """For each map, the sum of v over the maps of its window."""
+    term = v.to(tl.bfloat16)
+    total = tl.dot(term.to(FACTOR), band)
+    for _ in tl.static_range(1, TERMS):
+        v = v - term.to(tl.float32)
+        term = v.to(tl.bfloat16)
+        total = tl.dot(term.to(FACTOR), band, total)
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _normalize(a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr):
+    """b = a · s^−β with s = k + α Σ a² (see lrn.py); a itself without a normalization."""
+    if NORM:
+        s = k + alpha * _window_sum(a * a, band, TERMS)
+        a = a * _negative_power(s, beta, THREE_QUARTERS)
+    return a
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _through_normalization(
+    g, a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr
+):
+    """The gradient of a, from the gradient g of b = a · s^−β: g · s^−β − 2αβ · a · Σ (g · a · s^(−β−1))."""
+    if NORM:
+        s = k + alpha * _window_sum(a * a, band, TERMS)
+        direct = g * _negative_power(s, beta, THREE_QUARTERS)
+        g = direct - 2 * alpha * beta * a * _window_sum(direct * a / s, band, TERMS)
+    return g
+
+
+# ---- With pooling
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _normalized_column(
+    row,
+    column,
+    inside,
+    i,
+    maps,
+    bias,
+    band,
+    alpha,
+    beta,
+    k,
+    BEFORE: tl.constexpr,
+    NORM: tl.constexpr,
+    THREE_QUARTERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    column_stride,
+):
+    """Normalized values at the columns `column` (POSITIONS, 1) of a row of the convolution's output."""
+    v = tl.load(row + column * column_stride + i, mask=inside & (i < maps), other=0.0).to(tl.float32)
+    return _normalize(_activate(v + bias, BEFORE), band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _maximum(best, argmax, v, candidate):
+    """The larger of `best` and v, and its index. The first maximum counts; NaN is larger than every number."""
+    argmax = tl.where(v <= best, argmax, candidate)
+    return tl.maximum(v, best, propagate_nan=tl.PropagateNan.ALL), argmax
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _row_maximum(
+    row,
+    inside_row,
+    first_column,
+    columns,
+    i,
+    maps,
+    bias,
+    band,
+    alpha,
+    beta,
+    k,
+    column_stride,
+    POOL: tl.constexpr,
+    BEFORE: tl.constexpr,
+    NORM: tl.constexpr,
+    THREE_QUARTERS: tl.constexpr,
+    TERMS: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """The maximum of each window within one row, and its position in the window: 0, 1 or 2.
+
+    Windows of 3 px overlap in one column. The third column of a window is the first column of the next window, so the
+    value is taken from the neighbor in the tile; the tile's last window is not valid.
+    """
+    p = tl.arange(0, POSITIONS)[:, None]
+    even = first_column + 2 * p
+    first = _normalized_column(
+        row, even, inside_row & (even < columns), i, maps, bias, band, alpha, beta, k, BEFORE, NORM, THREE_QUARTERS,
+        TERMS, column_stride,
+    )  # fmt: skip
+    second = _normalized_column(
+        row, even + 1, inside_row & (even + 1 < columns), i, maps, bias, band, alpha, beta, k, BEFORE, NORM,
+        THREE_QUARTERS, TERMS, column_stride,
+    )  # fmt: skip
+    best, argmax = _maximum(first, tl.zeros_like(first).to(tl.int32), second, 1)
+    if POOL == 3:
+        following = tl.broadcast_to(tl.minimum(p + 1, POSITIONS - 1), first.shape)
+        best, argmax = _maximum(best, argmax, tl.gather(first, following, 0), 2)
+    return best, argmax
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pooled_forward(
+    x, bias, out, argmax, maps, rows, columns, out_rows, out_columns, bands, blocks,
+    rows_per_program, x_image, x_row, x_column, out_image, out_row, out_column, out_map, alpha, beta, k,
+    POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
+    THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """Pooled values `out`, and `argmax` (N, out_rows, out_columns, maps): 3 · row + column within the window.
+
+    A program computes rows_per_program rows of pooled values, and POSITIONS columns (one less for windows of 3 px).
+    """
+    program = tl.program_id(0)
+    image = (program // (bands * blocks)).to(tl.int64)
+    first_row = (program // blocks % bands) * rows_per_program
+    VALID: tl.constexpr = POSITIONS - 1 if POOL == 3 else POSITIONS
+    first_column = (program % blocks) * VALID
+    p, i = tl.arange(0, POSITIONS)[:, None], tl.arange(0, MAPS)[None, :]
+    biases = tl.load(bias + i, mask=i < maps, other=0.0)
+    band = _band(maps, REACH, MAPS)
+    column = first_column + p
+    valid = (p < VALID) & (column < out_columns) & (i < maps)
+    x += image * x_image
+    above, above_argmax = _row_maximum(
+        x + 2 * first_row * x_row, p >= 0, 2 * first_column, columns, i, maps, biases, band, alpha, beta, k, x_column,
+        POOL, BEFORE, NORM, THREE_QUARTERS, TERMS, POSITIONS,
+    )  # fmt: skip
+    for row in range(first_row, tl.minimum(first_row + rows_per_program, out_rows)):
+        below, below_argmax = _row_maximum(
+            x + (2 * row + 1) * x_row, p >= 0, 2 * first_column, columns, i, maps, biases, band, alpha, beta, k,
+            x_column, POOL, BEFORE, NORM, THREE_QUARTERS, TERMS, POSITIONS,
+        )  # fmt: skip
+        best, best_argmax = _maximum(above, above_argmax, below, below_argmax + 3)
+        # The next row is the third row of these windows if POOL is 3, and the first row of the windows below.
+        above, above_argmax = _row_maximum(
+            x + (2 * row + 2) * x_row, 2 * row + 2 + 0 * p < rows, 2 * first_column, columns, i, maps, biases, band,
+            alpha, beta, k, x_column, POOL, BEFORE, NORM, THREE_QUARTERS, TERMS, POSITIONS,
+        )  # fmt: skip
+        if POOL == 3:
+            best, best_argmax = _maximum(best, best_argmax, above, above_argmax + 6)
+        if AFTER == "relu":
+            best_argmax = tl.where(best <= 0, NO_MAXIMUM, best_argmax)
+        best = _activate(best, AFTER)
+        position = out + image * out_image + row * out_row + column * out_column
+        tl.store(position + i * out_map, best.to(out.dtype.element_ty), mask=valid)
+        position = argmax + ((image * out_rows + row) * out_columns + column) * maps
+        tl.store(position + i, best_argmax.to(tl.uint8), mask=valid)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _window_gradient(
+    grad, out, argmax, row, column, row_in_window, column_in_window, enabled, i, maps, out_rows, out_columns,
+    grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER: tl.constexpr,
+):  # fmt: skip
+    """The gradient that the windows (row, column) send to their value at (row_in_window, column_in_window)."""
+    row = row + 0 * column  # (POSITIONS, 1): the interpreter has no masks of one value
+    inside = enabled & (row >= 0) & (row < out_rows) & (column >= 0) & (column < out_columns) & (i < maps)
+    maximum = tl.load(argmax + (row * out_columns + column) * maps + i, mask=inside, other=NO_MAXIMUM)
+    g = tl.load(grad + row * grad_row + column * grad_column + i * grad_map, mask=inside, other=0.0).to(tl.float32)
+    if AFTER == "tanh" or AFTER == "sigmoid":
+        y = tl.load(out + row * out_row + column * out_column + i * out_map, mask=inside, other=0.0).to(tl.float32)
+        g = _through_activation(g, y, AFTER)
+    return tl.where(maximum == 3 * row_in_window + column_in_window, g, 0.0)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pooled_backward(
+    x, bias, grad, out, argmax, x_grad, bias_sums, maps, rows, columns, out_rows, out_columns, bands, blocks,
+    rows_per_program, x_image, x_row, x_column, x_grad_image, x_grad_row, x_grad_column, grad_image,
+    grad_row, grad_column, grad_map, out_image, out_row, out_column, out_map, alpha, beta, k,
+    POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
+    THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the convolution's output x, and `bias_sums` (programs, maps): its sums over each program's part.
+
+    A program computes rows_per_program rows, and the even and the odd columns of 2 · POSITIONS columns. An even row
+    or column belongs to two windows of 3 px, an odd one to one window.
+    """
+    program = tl.program_id(0)
+    image = (program // (bands * blocks)).to(tl.int64)
+    first_row = (program // blocks % bands) * rows_per_program
+    p = (program % blocks) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
+    i = tl.arange(0, MAPS)[None, :]
+    biases = tl.load(bias + i, mask=i < maps, other=0.0)
+    band = _band(maps, REACH, MAPS)
+    x += image * x_image
+    x_grad += image * x_grad_image
+    grad += image * grad_image
+    out += image * out_image
+    argmax += image * out_rows * out_columns * maps
+    total = tl.zeros([POSITIONS, MAPS], dtype=tl.float32)
+    for row in range(first_row, tl.minimum(first_row + rows_per_program, rows)):
+        even_row = (row + 0 * p) % 2 == 0
+        for odd in tl.static_range(2):
+            column = 2 * p + odd
+            inside = (column < columns) & (i < maps)
+            g = _window_gradient(
+                grad, out, argmax, row // 2, p, row % 2, odd, p >= 0, i, maps, out_rows, out_columns, grad_row,
+                grad_column, grad_map, out_row, out_column, out_map, AFTER,
+            )  # fmt: skip
+            if POOL == 3:
+                g += _window_gradient(
+                    grad, out, argmax, row // 2 - 1, p, 2, odd, even_row, i, maps, out_rows, out_columns, grad_row,
+                    grad_column, grad_map, out_row, out_column, out_map, AFTER,
+                )  # fmt: skip
+                if odd == 0:
+                    g += _window_gradient(
+                        grad, out, argmax, row // 2, p - 1, row % 2, 2, p >= 0, i, maps, out_rows, out_columns,
+                        grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER,
+                    )  # fmt: skip
+                    g += _window_gradient(
+                        grad, out, argmax, row // 2 - 1, p - 1, 2, 2, even_row, i, maps, out_rows, out_columns,
+                        grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER,
+                    )  # fmt: skip
+            if NORM or BEFORE != "none":
+                v = tl.load(x + row * x_row + column * x_column + i, mask=inside, other=0.0).to(tl.float32)
+                a = _activate(v + biases, BEFORE)
+                g = _through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+                g = _through_activation(g, a, BEFORE)
+            position = x_grad + row * x_grad_row + column * x_grad_column
+            tl.store(position + i, g.to(x_grad.dtype.element_ty), mask=inside)
+            total += tl.where(inside, g, 0.0)
+    i = tl.arange(0, MAPS)
+    tl.store(bias_sums + program * maps + i, tl.sum(total, 0), mask=i < maps)
+
+
+# ---- Without pooling
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pointwise_forward(
+    x, bias, out, positions, maps, x_position, out_position, alpha, beta, k,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
+    POSITIONS: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """Activated, normalized values `out` at POSITIONS positions; the positions of all images are numbered through."""
+    p = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
+    i = tl.arange(0, MAPS)[None, :]
+    inside = (p < positions) & (i < maps)
+    biases = tl.load(bias + i, mask=i < maps, other=0.0)
+    v = tl.load(x + p * x_position + i, mask=inside, other=0.0).to(tl.float32)
+    y = _activate(v + biases, BEFORE)
+    if NORM:
+        y = _normalize(y, _band(maps, REACH, MAPS), alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+    tl.store(out + p * out_position + i, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def pointwise_backward(
+    x, bias, grad, out, x_grad, bias_sums, positions, maps, x_position, grad_position, out_position, x_grad_position,
+    alpha, beta, k,
+    BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
+    TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
+):  # fmt: skip
+    """The gradient of x at TILES · POSITIONS positions, and `bias_sums` (programs, maps).
+
+    Without a normalization, the nonlinearity's gradient is computed from `out`, and x is not read.
+    """
+    program = tl.program_id(0)
+    i = tl.arange(0, MAPS)[None, :]
+    total = tl.zeros([POSITIONS, MAPS], dtype=tl.float32)
+    if NORM:
+        biases = tl.load(bias + i, mask=i < maps, other=0.0)
+        band = _band(maps, REACH, MAPS)
+    for tile in range(TILES):
+        p = (program * TILES + tile).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
+        inside = (p < positions) & (i < maps)
+        g = tl.load(grad + p * grad_position + i, mask=inside, other=0.0).to(tl.float32)
+        if NORM:
+            v = tl.load(x + p * x_position + i, mask=inside, other=0.0).to(tl.float32)
+            a = _activate(v + biases, BEFORE)
+            g = _through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+            g = _through_activation(g, a, BEFORE)
+        elif BEFORE != "none":
+            y = tl.load(out + p * out_position + i, mask=inside, other=0.0).to(tl.float32)
+            g = _through_activation(g, y, BEFORE)
+        tl.store(x_grad + p * x_grad_position + i, g.to(x_grad.dtype.element_ty), mask=inside)
+        total += tl.where(inside, g, 0.0)
+    i = tl.arange(0, MAPS)
+    tl.store(bias_sums + program * maps + i, tl.sum(total, 0), mask=i < maps)

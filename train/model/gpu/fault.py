@@ -1,0 +1,56 @@
+"""Whether the Triton kernels work on a GPU: tried once per process, because a machine may be unable to compile them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prep.console import say
+from train.config.recipe import Lrn
+
+_NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
+
+
+@functools.cache
+def triton_fault(device: torch.device) -> str | None:
+    """The reason why the Triton kernels cannot be used on a GPU, or None if the kernels work.
+
+    Two kernels are compiled, run and compared with PyTorch operators once per process. To launch a kernel, Triton
+    compiles C code, for which it needs a C compiler, Python's headers and a writable folder. A container image without
+    development tools may lack one of these three things; the network then uses PyTorch operators.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed"
+    try:
+        # The first caller may be an evaluation, which disables gradients.
+        with torch.inference_mode(False), torch.enable_grad():
+            agree = all(_agrees(pool_px, device) for pool_px in (0, 3))
+        fault = None if agree else "a Triton kernel gives wrong results"
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # failures of the compiler, the driver and the disk have different exception types
+        fault = f"a Triton kernel fails: {type(error).__name__}: {error}".splitlines()[0][:300]
+    if fault is not None:
+        say(f"{device}: {fault}. The network uses PyTorch operators instead, which take longer.")
+    return fault
+
+
+def _agrees(pool_px: int, device: torch.device) -> bool:
+    """Whether an epilogue and its gradients equal those of PyTorch operators, for one small input."""
+    from train.model.gpu import epilogue
+
+    x = torch.arange(-40.0, 110.0, device=device).sin().view(1, 6, 5, 5).requires_grad_()
+    bias = torch.arange(-3.0, 3.0, device=device).div(10).requires_grad_()
+    (actual,) = epilogue.apply_epilogue([x], [bias], epilogue.Epilogue("relu", _NORM, pool_px))
+    expected = F.relu(x + bias[:, None, None])
+    expected = F.local_response_norm(expected, _NORM.size, _NORM.alpha * _NORM.size, _NORM.beta, _NORM.k)
+    if pool_px:
+        expected = F.max_pool2d(expected, pool_px, 2)
+    results: list[tuple[Tensor, ...]] = [
+        (output, *torch.autograd.grad(output.square().sum(), (x, bias))) for output in (actual, expected)
+    ]
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-5) for a, b in zip(*results, strict=True))

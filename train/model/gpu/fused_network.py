@@ -1,0 +1,171 @@
+"""The network's forward pass on a GPU: the formula of AlexNet.forward with fused kernels and joined columns.
+
+Columns on the same device share convolutions where both see the same input: conv1, which is computed over blocks of
+4 × 4 px, and, with crossings, conv3, fc6, fc7. conv2, conv4 and conv5 are computed by column, because cuDNN's grouped
+convolutions are slower. What follows a convolution is one operation (epilogue.py), which also joins or splits the
+columns. A column of its own device, or without crossings, forms a group alone.
+
+The results equal those of the layers of AlexNet except for rounding. Parameters and checkpoints are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prep.console import say
+from train.config.architecture import Architecture
+from train.config.recipe import Recipe
+from train.model.gpu.conv1_blocks import block_weights, image_blocks
+from train.model.gpu.epilogue import Epilogue, apply_epilogue
+from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop
+from train.model.lrn import within_map_norm
+
+
+class FusedNetwork:
+    """The forward pass of an AlexNet, whose modules it shares."""
+
+    def __init__(
+        self,
+        columns: Sequence[Column],
+        fc8: FullyConnected,
+        recipe: Recipe,
+        architecture: Architecture,
+        devices: Sequence[torch.device],
+    ) -> None:
+        """Takes the columns and fc8 of the network, and the arguments of AlexNet; `devices` has one for each column."""
+        self.fc8, self.recipe, self.architecture = fc8, recipe, architecture
+        joined = recipe.crossing and len(set(devices)) == 1
+        self.groups = [list(columns)] if joined else [[column] for column in columns]
+        self.devices = list(devices[:1]) if joined else list(devices)
+        self._said = False
+
+    def logits(self, images: Tensor, training: bool) -> Tensor:
+        """Logits (N, classes) for images (N, 3, 224, 224). `training`: dropout sets values to zero."""
+        units = [maps.flatten(1) for maps in self._pooled_maps(images, channels_first=True)]
+        activation = ACTIVATION_FUNCTIONS[self.recipe.activation]
+        for name in ("fc6", "fc7"):
+            inputs = self._cross(self._with_dropout(name, units, training))
+            units = [
+                activation(F.linear(x, *(_join(group, f"{name}.{kind}") for kind in ("weight", "bias"))))
+                for x, group in zip(inputs, self.groups, strict=True)
+            ]
+        units = self._with_dropout("fc8", units, training)
+        result: Tensor = self.fc8(torch.cat([x.to(self.devices[0], non_blocking=True) for x in units], dim=1))
+        return result
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """The output of pool5 in each column, for images (N, 3, H, W) with H, W ≥ 224."""
+        joined = self._pooled_maps(images, channels_first=False)
+        return [part for maps, group in zip(joined, self.groups, strict=True) for part in maps.chunk(len(group), dim=1)]
+
+    def _pooled_maps(self, images: Tensor, channels_first: bool) -> list[Tensor]:
+        """The output of pool5 in each group, joined."""
+        recipe = self.recipe
+        blocks = self._blocks(images)
+        maps = []
+        for group, device in zip(self.groups, self.devices, strict=True):
+            weights = block_weights(_join(group, "conv1.weight", torch.float32)).to(blocks[device].dtype)
+            x = F.conv2d(blocks[device], weights)
+            split = apply_epilogue([x], _biases(group, "conv1"), self._layer_1)
+            split = [F.conv2d(x, column.conv2.weight, padding=2) for x, column in zip(split, group, strict=True)]
+            maps.append(self._layer_2(split, group))
+        pooled = []
+        activation, pooling = Epilogue(recipe.activation), Epilogue(pool_px=recipe.pool_px, after=recipe.activation)
+        for group, visible in zip(self.groups, self._cross(maps), strict=True):
+            x = F.conv2d(visible, _join(group, "conv3.weight"), padding=1)
+            split = apply_epilogue([x], _biases(group, "conv3"), activation)
+            split = [F.conv2d(x, column.conv4.weight, padding=1) for x, column in zip(split, group, strict=True)]
+            split = apply_epilogue(split, _biases(group, "conv4"), activation)
+            split = [F.conv2d(x, column.conv5.weight, padding=1) for x, column in zip(split, group, strict=True)]
+            pooled += apply_epilogue(split, _biases(group, "conv5"), pooling, True, channels_first)
+        return pooled
+
+    @property
+    def _layer_1(self) -> Epilogue:
+        recipe, norm = self.recipe, self.recipe.lrn if self.architecture.normalised else None
+        if recipe.norm_before_relu:
+            return Epilogue("none", norm, recipe.pool_px, recipe.activation)
+        return Epilogue(recipe.activation, norm, recipe.pool_px)
+
+    def _layer_2(self, split: list[Tensor], group: list[Column]) -> Tensor:
+        """What follows conv2, joined."""
+        epilogue = replace(self._layer_1, before=self.recipe.activation, after="none")
+        biases = _biases(group, "conv2")
+        if self.recipe.within_map is None or not self.architecture.normalised:
+            (joined,) = apply_epilogue(split, biases, epilogue, joined=True)
+            return joined
+        if not self._said:
+            self._said = True
+            say("Layer 2: normalization within a map has no fused kernel. PyTorch operators compute it, more slowly.")
+        (joined,) = apply_epilogue(split, biases, replace(epilogue, pool_px=0), joined=True)
+        return F.max_pool2d(within_map_norm(joined, **vars(self.recipe.within_map)), self.recipe.pool_px, 2)
+
+    def _blocks(self, images: Tensor) -> dict[torch.device, Tensor]:
+        """conv1's input on each device."""
+        padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
+        return {
+            device: image_blocks(
+                images.to(device, non_blocking=True), padding, self.recipe.input_divisor, _dtype(device)
+            )
+            for device in dict.fromkeys(self.devices)
+        }
+
+    def _cross(self, joined: list[Tensor]) -> list[Tensor]:
+        """What each group sees: all maps or units with crossings, else its own."""
+        if len(joined) == 1 or not self.recipe.crossing:
+            return joined
+        return [torch.cat([x.to(device, non_blocking=True) for x in joined], dim=1) for device in self.devices]
+
+    def _with_dropout(self, layer: str, units: list[Tensor], training: bool) -> list[Tensor]:
+        if layer not in self.architecture.dropout_before:
+            return units
+        return [drop(x, self.recipe, training) for x in units]
+
+
+def _biases(group: Sequence[Column], layer: str) -> list[Tensor]:
+    return [column.get_parameter(f"{layer}.bias") for column in group]
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    """The type of the convolutions' inputs: autocast's, or float32."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
+
+
+def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
+    """A parameter of all columns of a group, joined along dim 0, in the convolutions' type."""
+    parameters = [column.get_parameter(name) for column in group]
+    dtype = dtype or _dtype(parameters[0].device)
+    if len(parameters) == 1 and dtype == parameters[0].dtype:
+        return parameters[0]
+    joined: Tensor = _Join.apply(dtype, *parameters)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+    return joined
+
+
+class _Join(torch.autograd.Function):
+    """Concatenation and conversion of parameters in one pass over memory each way."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> Tensor:
+        ctx.rows = [len(parameter) for parameter in parameters]
+        first = parameters[0]
+        last = first.dim() == 4 and first.is_contiguous(memory_format=torch.channels_last)
+        joined = torch.empty(
+            (sum(ctx.rows), *first.shape[1:]),
+            dtype=dtype,
+            device=first.device,
+            memory_format=torch.channels_last if last else torch.contiguous_format,
+        )
+        for piece, parameter in zip(torch.split(joined, ctx.rows), parameters, strict=True):
+            piece.copy_(parameter)
+        return joined
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, *torch.split(grad.float(), ctx.rows))

@@ -1,0 +1,68 @@
+"""The layers of the network: a column, a fully-connected layer that can slide over maps, nonlinearities, dropout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from train.config.architecture import Widths
+from train.config.recipe import Recipe
+
+POOLED_PX = 6  # number of rows, and of columns, of pool5's maps for an image of 224 px
+ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {  # these functions change their argument in place
+    "relu": torch.relu_,
+    "tanh": torch.tanh_,
+    "sigmoid": torch.sigmoid_,
+}
+
+
+class FullyConnected(nn.Linear):
+    """A fully-connected layer that can also slide over feature maps, as a `side` × `side` convolution.
+
+    weight (units, maps · side²). Input (N, maps · side²) gives (N, units); input (N, maps, rows, columns) gives
+    (N, units, rows − side + 1, columns − side + 1).
+    """
+
+    def __init__(self, maps: int, units: int, side: int = 1) -> None:
+        super().__init__(maps * side**2, units)
+        self.side = side
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply the layer to x, whose shape is given in the docstring of FullyConnected."""
+        if x.dim() == 2:
+            return super().forward(x)
+        return F.conv2d(x, self.weight.view(len(self.weight), -1, self.side, self.side), self.bias)
+
+
+class Column(nn.Module):
+    """The layers of one column: all layers except fc8.
+
+    w        widths of this column's layers
+    visible  number of columns whose activations conv3, fc6 and fc7 of this column get: all, or 1 without crossings
+    """
+
+    def __init__(self, w: Widths, visible: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, w.conv1, 11, stride=4)
+        self.conv2 = nn.Conv2d(w.conv1, w.conv2, 5, padding=2)
+        self.conv3 = nn.Conv2d(visible * w.conv2, w.conv3, 3, padding=1)
+        self.conv4 = nn.Conv2d(w.conv3, w.conv4, 3, padding=1)
+        self.conv5 = nn.Conv2d(w.conv4, w.conv5, 3, padding=1)
+        self.fc6 = FullyConnected(visible * w.conv5, w.fc6, POOLED_PX)
+        self.fc7 = FullyConnected(visible * w.fc6, w.fc7)
+
+
+def drop(x: Tensor, recipe: Recipe, training: bool) -> Tensor:
+    """Dropout (section 4.2): set values to zero with probability p in training, multiply by 1 − p in evaluation.
+
+    If recipe.dropout_scales_training is True, training divides kept values by 1 − p and evaluation changes nothing.
+    """
+    p = recipe.dropout
+    if p == 0:
+        return x
+    if recipe.dropout_scales_training:
+        return F.dropout(x, p, training)
+    return x * torch.empty_like(x).bernoulli_(1 - p) if training else x * (1 - p)
