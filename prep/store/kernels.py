@@ -79,21 +79,21 @@ def is_correct(kernels: NativeKernels) -> bool:
     if sys.byteorder != "little":
         return False
     page = 512
-    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256, width 300, size of the image
-    short, long = head + b"\x03abc\x28\x07", head + b"\xac\x02" + bytes(300) + b"\x28\x81\x01"
-    values = [(0, short), (1, long), (2, short[:-1])]
+    head = b"\x08\x03\x10\x80\x02\x18\xac\x02\x22"  # height 256, width 300; then the size of the image
+    short, long = head + b"\x03abc\x28\x07", head + b"\xbc\x05" + bytes(700) + b"\x28\x81\x01"
+    values = [(0, short), (1, short.replace(b"\x28", b"\x29")), (2, long)]
     leaves = [_page(2, [_leaf_node(key, value, 3) for key, value in part]) for part in (values[:1], values[1:])]
     branch = _page(1, [struct.pack("<IHH", 1, 0, 0), struct.pack("<IHH", 2, 0, 8) + b"00000001"])
     content = b"".join(part.ljust(page, b"\0") for part in (branch, *leaves, bytes(16) + long))
-    buffer = np.frombuffer(content, np.uint8)
+    buffer = np.frombuffer(content.ljust(5 * page, b"\0"), np.uint8)
     start = buffer.ctypes.data
-    shards = np.array([(start, len(content), page, 0), (start, len(content) - page, page, 0)], SHARD_DTYPE)
-    keys = np.array([0, 1, 2, 3, 0, 1])  # key 2 has no label, key 3 is missing; the last value is beyond the map
+    shards = np.array([(start, 5 * page, page, 0), (start, 4 * page, page, 0)], SHARD_DTYPE)
+    keys = np.array([0, 1, 2, 3, 0, 2])  # record 1 has no label, record 3 is missing; shard 1 ends within record 2
     found = kernels.find_records(shards, np.array([0, 0, 0, 0, 1, 1]), keys)
-    first = content.index(b"abc") + start
-    expected = [(first, 3, 256, 300, 7), (start + 3 * page + 16 + len(head) + 2, 300, 256, 300, 129)]
-    is_found = (found["image"] != 0).tolist() == [True, True, False, False, True, False]
-    return bool(is_found and found[[0, 1, 4]].tolist() == [*expected, expected[0]])
+    first = (start + content.index(b"abc"), 3, 256, 300, 7)
+    expected = [first, (start + 3 * page + 16 + len(head) + 2, 700, 256, 300, 129), first]
+    is_found = (found["image"] != 0).tolist() == [True, False, True, False, True, False]
+    return bool(is_found and found[[0, 2, 4]].tolist() == expected)
 
 
 def _page(flags: int, nodes: list[bytes], page_bytes: int = 512) -> bytes:
