@@ -15,8 +15,8 @@ import pytest
 from PIL import Image
 
 from pipeline.loader import eval_loader, train_loader
-from pipeline.records import Records
-from prep.store import lmdb_shard
+from pipeline.records import RecordBatch, Records
+from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Shard, Store, StoreError
 from tests.conftest import Build
@@ -139,6 +139,104 @@ def test_a_split_that_the_store_lacks_is_refused(stores: dict[str, Path]) -> Non
         Records(Store.open(stores["jpeg"]), "test")
 
 
+needs_kernels = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
+
+
+@pytest.fixture(params=["C library", "py-lmdb"])
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A test that uses this fixture runs with the C library and without."""
+    if request.param == "py-lmdb":
+        monkeypatch.setattr(kernels, "native", None)
+    elif kernels.native is None:
+        pytest.skip("the kernels were not compiled")
+    return str(request.param)
+
+
+def assert_batch_holds_records(records: Records, numbers: list[int]) -> None:
+    batch, expected = records.batch(np.array(numbers, np.int64)), [records[number] for number in numbers]
+    assert batch.numbers.tolist() == numbers
+    assert batch.labels.tolist() == [record.label for record in expected]
+    assert batch.sizes.tolist() == [[record.height, record.width] for record in expected]
+    assert batch.payload_bytes.tolist() == [record.payload.size for record in expected]
+    assert [array.dtype for array in batch[:5]] == [np.int64, np.int64, np.int32, np.uint64, np.int64]
+    for payload, record in zip(batch.payloads(), expected, strict=True):
+        assert payload.shape == record.payload.shape and np.array_equal(payload, record.payload)
+        assert not payload.flags.writeable
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
+def test_a_batch_holds_the_records_in_the_given_order(stores: dict[str, Path], kind: str) -> None:
+    """Records of a batch differ in size, and a record may be there twice."""
+    records = Records(Store.open(stores[kind]), "train")
+    order = np.random.default_rng(0).permutation(len(records)).tolist()
+    for numbers in (order, order[:1], [7, 3, 3, 7], []):
+        assert_batch_holds_records(records, numbers)
+    records.close()
+    assert_batch_holds_records(records, order)  # the shards are mapped again
+    records.close()
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("sizes", [[10, 10, 10], [0, 3, 0, 26, 1, 0], [1] * 30])
+def test_a_batch_spans_shards(stores: dict[str, Path], tmp_path: Path, sizes: list[int]) -> None:
+    records = Records(cut_into_shards(stores["jpeg-whole"], tmp_path / "store", sizes), "train")
+    for numbers in ([29], [0, 29, 1], np.random.default_rng(1).permutation(30).tolist()):
+        assert_batch_holds_records(records, numbers)
+    records.close()
+
+
+@pytest.mark.usefixtures("search")
+def test_a_batch_of_a_store_with_missing_keys(with_gaps: Store) -> None:
+    records = Records(with_gaps, "train")
+    assert_batch_holds_records(records, np.random.default_rng(2).permutation(24).tolist())
+    records.close()
+
+
+@needs_kernels
+def test_the_c_library_finds_every_intact_record_itself(
+    stores: dict[str, Path], with_gaps: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The slow search one by one is needed for no intact record."""
+
+    def refuse(self: Records, number: int) -> None:
+        raise AssertionError(f"record {number} was read one by one")
+
+    monkeypatch.setattr(Records, "__getitem__", refuse)
+    for store in (*map(Store.open, stores.values()), with_gaps):
+        records = Records(store, "train")
+        assert len(records.batch(np.arange(len(records))).labels) == len(records)
+        records.close()
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("numbers", [[0, 30], [-1], [3, 2**40]])
+def test_a_batch_of_records_beyond_the_split_is_refused(stores: dict[str, Path], numbers: list[int]) -> None:
+    records = Records(Store.open(stores["jpeg"]), "train")
+    with pytest.raises(IndexError, match="expected 0 to 29"):
+        records.batch(np.array(numbers, np.int64))
+
+
+@needs_kernels
+def test_threads_make_batches_of_shards_that_are_not_open_yet(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = cut_into_shards(stores["jpeg"], tmp_path / "store", [1] * 30)
+    expected = [datum.data for _, _, datum in stored(store, "train")]
+
+    def payloads(records: Records, seed: int) -> bool:
+        numbers = np.random.default_rng(seed).permutation(30)
+        batch: RecordBatch = records.batch(numbers)
+        found = [payload.tobytes() for payload in batch.payloads()]
+        return found == [expected[number] for number in numbers]
+
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(15):
+            records = Records(store, "train")
+            assert all(threads.map(payloads, [records] * 20, range(20)))
+            records.close()
+    maps = Path("/proc/self/maps").read_text()
+    assert str(tmp_path) not in maps
+
+
 Change = Callable[[bytes], bytes]
 
 
@@ -164,6 +262,7 @@ DAMAGE: dict[str, tuple[str, Change, str]] = {
 }
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_record_is_refused_with_its_location(stores: dict[str, Path], tmp_path: Path, damage: str) -> None:
     kind, change, reason = DAMAGE[damage]
@@ -182,6 +281,38 @@ def test_a_damaged_record_is_refused_with_its_location(stores: dict[str, Path], 
     if damage not in ("empty", "first half"):
         assert f"source {datum.source.decode()}" in records.location(7)
     assert all(records.find_damage(number) == "" for number in range(12) if number != 7)
+    with pytest.raises(StoreError) as refused_batch:
+        records.batch(np.array([2, 5, 7, 1]))
+    assert str(refused_batch.value) == str(refused.value)
+    assert_batch_holds_records(records, [2, 5, 1])
+    records.close()
+
+
+@pytest.mark.usefixtures("search")
+def test_the_first_of_two_damaged_records_of_a_batch_is_named(stores: dict[str, Path], tmp_path: Path) -> None:
+    store = Store.open(Path(shutil.copytree(stores["ppm"], tmp_path / "store")))
+    items = stored(store, "val")
+    with lmdb.open(items[0][0], map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
+        for number, change in ((3, datum_with(label=9)), (8, lambda value: b"")):
+            txn.put(items[number][1], change(txn.get(items[number][1])))
+    records = Records(store, "val")
+    for numbers, first in (([1, 8, 3], 8), ([3, 1, 8], 3)):
+        with pytest.raises(StoreError, match=f"key {items[first][1].decode()}"):
+            records.batch(np.array(numbers))
+    records.close()
+
+
+@pytest.mark.usefixtures("search")
+@pytest.mark.parametrize("width", [2**62, 2**31, pow(3 * 257, -1, 2**63) * 300 % 2**63])
+def test_sides_that_overflow_64_bits_are_refused(stores: dict[str, Path], tmp_path: Path, width: int) -> None:
+    """With the last width, 3 · width · (height + 1) is 300 modulo 2^63, the size of the data."""
+    store = Store.open(Path(shutil.copytree(stores["ppm-whole"], tmp_path / "store")))
+    path, key, datum = stored(store, "val")[4]
+    with lmdb.open(path, map_size=1 << 28, lock=False) as env, env.begin(write=True) as txn:
+        txn.put(key, replace(datum, height=256, width=width, data=bytes(300)).encode())
+    records = Records(store, "val")
+    with pytest.raises(StoreError, match="bytes of pixels"):
+        records.batch(np.arange(8))
     records.close()
 
 
