@@ -1,6 +1,6 @@
 """Metrics of an interval: loss, errors, speed, norms and memory. An interval is the steps between two log lines.
 
-The sums of loss and errors stay on the device, so that `IntervalMetrics.add` needs no host-device synchronization.
+The losses and errors come from the counters on the device (step_counters.py), which are read once per interval.
 """
 
 from __future__ import annotations
@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from pipeline.loader import TrainLoader
-from train.evaluation.evaluate import top_k_misses
 from train.model.alexnet import AlexNet
+from train.monitor.step_counters import Counts
 
 
 class IntervalMetrics:
-    """Sums of loss and errors since the last log line, kept on the device. Only `read` waits for the device."""
+    """Times the steps since the last log line, counts their images, and computes the metrics of the line."""
 
     def __init__(self, loader: TrainLoader, network: AlexNet) -> None:
         self.loader, self.network = loader, network
@@ -29,21 +28,18 @@ class IntervalMetrics:
         self.started = time.perf_counter()
         self.loader.wait_times()
         self.steps = self.images = 0
-        self.loss: Tensor | float = 0.0
-        self.misses: Tensor | int = 0
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add the result of a step: loss (), logits (N, classes), labels (N,), on any device."""
-        self.steps, self.images = self.steps + 1, self.images + len(labels)
-        self.loss, self.misses = self.loss + loss, self.misses + top_k_misses(logits, labels)
+    def add(self, images: int) -> None:
+        """Add a step of `images` images."""
+        self.steps, self.images = self.steps + 1, self.images + images
 
-    def read(self, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The metrics of the interval, by key of metrics.jsonl. Begins the next interval.
+    def read(self, counts: Counts, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+        """The metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
 
-        norms  the result of train.trainer.watchdog.parameter_norms
+        counts  the result of StepCounters.read after the interval
+        norms   the result of train.trainer.watchdog.parameter_norms
         """
-        loss = float(self.loss) / self.steps
-        misses = torch.as_tensor(self.misses).tolist()
+        loss, misses = counts.loss_sum / self.steps, counts.misses
         seconds, waits = time.perf_counter() - self.started, self.loader.wait_times()
         metrics = {
             "loss": loss,

@@ -23,6 +23,7 @@ from train.config.recipe import Recipe
 from train.model import kernels
 from train.model.alexnet import AlexNet
 from train.optim import fused_sgd
+from train.optim.rate_tensor_update import RateTensorUpdate, Trio
 
 
 class PaperSGD(torch.optim.Optimizer):
@@ -34,6 +35,7 @@ class PaperSGD(torch.optim.Optimizer):
         "lr" and "weight_decay" have the default 0. This class ignores "name".
         """
         super().__init__(groups, {"lr": 0.0, "weight_decay": 0.0, "momentum": momentum})
+        self._rate_tensor_update: RateTensorUpdate | None = None
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
         """The velocity of a parameter: a tensor of the same shape, layout and device, initially zero."""
@@ -46,12 +48,40 @@ class PaperSGD(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # closures are not supported
         """Update every parameter that has a gradient."""
+        if self._rate_tensor_update is not None:
+            self._rate_tensor_update.run()
+            return
         for group in self.param_groups:
             updated = [] if group["lr"] == 0 else [p for p in group["params"] if p.grad is not None]
             rest = [p for p in updated if not self._update_by_kernel(p, group)]
             # One call per device and dtype launches fewer kernels than one call per parameter.
             for kind in dict.fromkeys((p.device, p.dtype) for p in rest):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
+
+    def use_rate_tensor(self) -> None:
+        """Read the learning rates from a tensor, as a recorded step needs it (train/trainer/step_graph.py).
+
+        From now on `step` uses the rates of the last call of `write_rates`. All parameters must be on one device.
+        """
+        trios = [
+            Trio(p, self.velocity(p), index, group["weight_decay"])
+            for index, group in enumerate(self.param_groups)
+            for p in group["params"]
+        ]
+        self._rate_tensor_update = RateTensorUpdate(trios, len(self.param_groups), self.defaults["momentum"])
+
+    def write_rates(self) -> None:
+        """Write the learning rates of the groups to the tensor.
+
+        Parameters of a group with lr 0 must not have gradients, because momentum would change the parameters.
+        """
+        assert self._rate_tensor_update is not None
+        self._rate_tensor_update.write_rates([group["lr"] for group in self.param_groups])
+
+    def write_addresses(self) -> None:
+        """Write the addresses of the gradients that the recording of a step has allocated."""
+        assert self._rate_tensor_update is not None
+        self._rate_tensor_update.write_addresses()
 
     def _update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         gradients = [p.grad for p in parameters if p.grad is not None]

@@ -15,6 +15,7 @@ from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
 from train.model.alexnet import AlexNet
 from train.monitor.console_view import ConsoleView, RunLength
 from train.monitor.metrics_log import MetricsLog
+from train.monitor.step_counters import StepCounters
 from train.monitor.view import choose_view
 from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
@@ -23,6 +24,7 @@ from train.runs.run import Run, make_run_dir, write_description
 from train.trainer.out_of_memory import out_of_memory
 from train.trainer.state import capture_state, restore_state, seed_generators
 from train.trainer.step import TrainingStep
+from train.trainer.step_graph import CountedStep, graph_for
 from train.trainer.stop_requests import stop_requests
 from train.trainer.watchdog import Watchdog
 
@@ -75,6 +77,8 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     length = RunLength(steps_per_epoch, last_step, config.batch_size)
     log = streams.enter_context(MetricsLog(run.run_dir, length, step, validation_due, view))
     watchdog = Watchdog(run, network, view.warn)
+    counters = StepCounters(network.devices[0], config.log_every)
+    counted_step = CountedStep(train_step, counters, graph_for(network.devices))
 
     def save(is_last: bool) -> None:
         state = capture_state(run, step, network, optimizer, schedule, loader, validation_due)
@@ -100,16 +104,16 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
             interval = log.interval(loader, network)
             for images, labels in loader:
                 lr = schedule.apply(optimizer, step / steps_per_epoch)
-                result_of_step = train_step(images, labels)
+                counted_step(images, labels)
                 step += 1
-                interval.add(*result_of_step)
-                watchdog.add(*result_of_step)
+                interval.add(len(labels))
                 epoch_ends = step % steps_per_epoch == 0
                 pause = bool(stop.requested) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
                 if pause or step % config.log_every == 0:
-                    norms = watchdog.check(step, loader.augmentation)
+                    counts = counters.read()
+                    norms = watchdog.check(step, interval.images, counts, loader.augmentation)
                     epoch = step / steps_per_epoch
-                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(norms), "lr": lr})
+                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(counts, norms), "lr": lr})
                 if pause:
                     break
 

@@ -8,7 +8,7 @@ which the loss was NaN.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.augment import Augmentation
 from prep.console import UserError, say
 from train.model.alexnet import AlexNet
+from train.monitor.step_counters import Counts
 from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.offending_batch import write_offending_batch
@@ -44,31 +45,18 @@ class Watchdog:
         self.stuck_steps = max(MIN_STUCK_STEPS, min(STUCK_STEPS, run.last_step // 2))
         self._stuck_since: int | None = None  # the mean loss of every interval after this step was ln(classes)
         self._warned: set[str] = set()
-        self._begin()
 
-    def _begin(self) -> None:
-        self._losses: list[Tensor] = []
-        self._labels: tuple[Tensor, Tensor] | None = None  # smallest and largest label since the last check
-        self._images = 0
-
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Add the result of a step (train.trainer.step.StepResult)."""
-        smallest, largest = labels.aminmax()
-        if self._labels is not None:
-            smallest, largest = torch.minimum(smallest, self._labels[0]), torch.maximum(largest, self._labels[1])
-        self._labels = smallest, largest
-        self._images += len(labels)
-        self._losses.append(loss)
-
-    def check(self, step: int, augmentation: Augmentation) -> dict[str, dict[str, float]]:
+    def check(self, step: int, images: int, counts: Counts, augmentation: Augmentation) -> dict[str, dict[str, float]]:
         """Check the steps since the last check, up to `step`; returns parameter_norms(network).
 
+        images        number of images in these steps
+        counts        the result of StepCounters.read after these steps
         augmentation  the stream's augmentation in these steps
 
         If a loss is NaN or infinite, writes the batch of its step into the run folder and raises Diverged. If the norm
         of a gradient or parameter is NaN or infinite, writes the batch of `step` and raises Diverged.
         """
-        losses: list[float] = torch.stack(self._losses).tolist()
+        losses = counts.losses
         norms = parameter_norms(self.network)
         prefix = {"parameter": "", "gradient": "the gradient of "}
         not_finite = [
@@ -85,11 +73,11 @@ class Watchdog:
         if not_finite:
             when = f", within the last {len(losses)} steps" if len(losses) > 1 else ""
             self._stop(step, not_finite[0] + when, diagnosis, augmentation)
-        self._warn(step, losses)
-        self._begin()
+        self._warn(step, images, counts)
         return norms
 
-    def _warn(self, step: int, losses: Sequence[float]) -> None:
+    def _warn(self, step: int, images: int, counts: Counts) -> None:
+        losses, smallest, largest = counts.losses, counts.smallest_label, counts.largest_label
         mean, classes = sum(losses) / len(losses), self.run.store.classes
         loss_of_guessing = math.log(len(classes))
         before = step - len(losses)
@@ -98,8 +86,6 @@ class Watchdog:
         elif self._stuck_since is None:
             self._stuck_since = before
         steps_stuck = 0 if self._stuck_since is None else step - self._stuck_since
-        assert self._labels is not None
-        smallest, largest = (int(label) for label in self._labels)
         warnings = {
             "stuck": (
                 loss_of_guessing > 0 and steps_stuck >= self.stuck_steps,
@@ -114,8 +100,8 @@ class Watchdog:
                 "has memorized them (alexprep inspect).",
             ),
             "one class": (
-                smallest == largest and self._images >= ONE_CLASS_IMAGES,
-                f"all {self._images:,} labels since step {before:,} are {classes[smallest]}. Usual causes: a store "
+                smallest == largest and images >= ONE_CLASS_IMAGES,
+                f"all {images:,} labels since step {before:,} are {classes[smallest]}. Usual causes: a store "
                 "with one class, or with records sorted by class (alexstream inspect).",
             ),
         }

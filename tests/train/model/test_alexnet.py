@@ -14,6 +14,7 @@ from train.config.architecture import ALEXNET, CONVOLUTIONAL, HALF, JOINED, TORC
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
 from train.model.alexnet import AlexNet
+from train.model.layers import drop
 from train.model.summary import summarize
 
 WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
@@ -183,15 +184,16 @@ def test_dropout_zeroes_in_training_and_scales_in_evaluation() -> None:
     torch.manual_seed(4)
     model = AlexNet(5, PAPER, ("meta", "meta"), SMALL)
     ones = torch.ones(200, 500)
-    dropped = model.train()._drop(ones)
+    dropped = drop(ones, model.recipe, training=True)
     assert set(dropped.unique().tolist()) == {0.0, 1.0}
     assert abs(dropped.mean().item() - 0.5) < 3.3 * 0.5 / 100_000**0.5
-    assert (model.eval()._drop(ones) == 0.5).all()
+    assert (drop(ones, model.recipe, training=False) == 0.5).all()
     model.recipe = replace(PAPER, dropout=0.25)
-    assert (model._drop(ones) == 0.75).all() and 0.7 < model.train()._drop(ones).mean() < 0.8
+    assert (drop(ones, model.recipe, training=False) == 0.75).all()
+    assert 0.7 < drop(ones, model.recipe, training=True).mean() < 0.8
     model.recipe = replace(PAPER, dropout_scales_training=True)
-    assert set(model.train()._drop(ones).unique().tolist()) == {0.0, 2.0}
-    assert (model.eval()._drop(ones) == 1).all()
+    assert set(drop(ones, model.recipe, training=True).unique().tolist()) == {0.0, 2.0}
+    assert (drop(ones, model.recipe, training=False) == 1).all()
 
 
 def test_wrong_image_sizes_device_counts_odd_widths_and_to_are_refused(small_network: AlexNet) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +15,10 @@ from train.config.architecture import ALEXNET
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER, RELEASED, SHORT
 from train.model.alexnet import AlexNet
-from train.monitor.interval_metrics import IntervalMetrics
+from train.monitor.step_counters import StepCounters
 from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
 from train.trainer.step import TrainingStep
-from train.trainer.watchdog import Watchdog
 
 READS_VALUES = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "unique_dim"}
 
@@ -144,32 +142,26 @@ def test_a_batch_in_parts_keeps_only_the_activations_of_one_part() -> None:
 
 
 @pytest.mark.parametrize("recipe", [PAPER, RELEASED], ids=lambda recipe: recipe.name)
-def test_step_metrics_and_watchdog_read_no_value_of_a_tensor(recipe: Recipe) -> None:
+def test_step_and_counters_read_no_value_of_a_tensor(recipe: Recipe) -> None:
     """Tests the full-size network with 128 images on the device `meta`, where reading a value raises."""
     model, step = make_step(recipe, "meta")
-    interval, watchdog = IntervalMetrics(SimpleNamespace(wait_times=lambda: None), model), Watchdog.__new__(Watchdog)
-    watchdog._begin()
+    counters = StepCounters(model.devices[0], max_steps=2)
     images = torch.empty(128, 3, 224, 224, device="meta")
     labels = torch.empty(128, dtype=torch.int64, device="meta")
     for _ in range(2):
-        result = step(images, labels)
-        interval.add(*result)
-        watchdog.add(*result)
+        counters.add(*step(images, labels))
     assert all(p.grad is not None for p in model.parameters())
     with pytest.raises((RuntimeError, NotImplementedError)):
-        float(interval.loss)
+        counters.read()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_no_operation_of_step_metrics_and_watchdog_waits_for_a_device(precision: str) -> None:
+def test_no_operation_of_step_and_counters_waits_for_a_device(precision: str) -> None:
     model, step = make_step(PAPER, precision=precision)
     images, labels = random_batch()
-    interval, watchdog = IntervalMetrics(SimpleNamespace(wait_times=lambda: None), model), Watchdog.__new__(Watchdog)
-    watchdog._begin()
+    counters = StepCounters(model.devices[0], max_steps=2)
     with RefuseWaiting():
         for _ in range(2):
-            result = step(images, labels)
-            interval.add(*result)
-            watchdog.add(*result)
+            counters.add(*step(images, labels))
     with RefuseWaiting(), pytest.raises(AssertionError, match="reads a value"):
-        float(interval.loss)
+        float(counters._loss_sum)

@@ -15,6 +15,7 @@ from tests.helpers.small_training import SMALL_ALEXNET, small_config
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.model.alexnet import AlexNet
+from train.monitor.step_counters import StepCounters
 from train.optim.paper_sgd import make_optimizer
 from train.runs import checkpoint
 from train.runs.run import Run
@@ -60,10 +61,18 @@ def test_an_infinite_parameter_or_gradient_stops_the_run_although_the_loss_is_fi
         (weight if part == "parameter" else weight.grad)[0, 0, 0, 0] = math.inf
     (tmp_path / "run").mkdir()
     watchdog = Watchdog(Run.open(small_config(numbered_store, tmp_path / "run")), model)
-    watchdog.add(*step_result(1.0))
     prefix = "the gradient of " if part == "gradient" else ""
     with pytest.raises(Diverged, match=rf"step 4: {prefix}conv3\.weight has norm inf: .*offending-step-4"):
-        watchdog.check(4, SHORT.augmentation)
+        check(watchdog, 4, [step_result(1.0)])
+
+
+def check(watchdog: Watchdog, step: int, results: list[StepResult]) -> None:
+    """Pass the watchdog the results of the steps before `step`, counted as the training loop counts them."""
+    counters = StepCounters(torch.device("cpu"), len(results))
+    for result in results:
+        counters.add(*result)
+    images = sum(len(result.labels) for result in results)
+    watchdog.check(step, images, counters.read(), SHORT.augmentation)
 
 
 def step_result(loss: float, labels: range | list[int] = range(8)) -> StepResult:
@@ -83,9 +92,7 @@ def watchdog(numbered_store: Path, tmp_path: Path) -> Watchdog:
 def check_losses(watchdog: Watchdog, losses: list[float], steps_before: int = 0) -> None:
     """Pass the watchdog one interval of ten steps for each of `losses`."""
     for interval, loss in enumerate(losses, start=1):
-        for _ in range(10):
-            watchdog.add(*step_result(loss))
-        watchdog.check(steps_before + 10 * interval, SHORT.augmentation)
+        check(watchdog, steps_before + 10 * interval, [step_result(loss)] * 10)
 
 
 def test_a_loss_that_stays_at_the_loss_of_guessing_causes_one_warning(
@@ -115,9 +122,7 @@ def test_a_loss_of_zero_and_labels_of_one_class_cause_one_warning_each(
     assert messages.count("Warning") == 1
     assert "step 10: the loss is 0. Usual causes: a store with one class" in messages
     for _ in range(2):
-        for _ in range(4):
-            watchdog.add(*step_result(1.0, [5] * 8))
-        watchdog.check(34, SHORT.augmentation)
+        check(watchdog, 34, [step_result(1.0, [5] * 8)] * 4)
     messages = capsys.readouterr().err
     assert messages.count("Warning") == 1 and "all 32 labels since step 30 are 5." in messages
 
@@ -126,10 +131,6 @@ def test_fewer_than_32_labels_of_one_class_or_one_label_of_another_cause_no_warn
     watchdog: Watchdog, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for with_another in ([4] + [5] * 7, [5] * 7 + [6]):
-        for labels in ([5] * 8, [5] * 8, with_another, [5] * 8):
-            watchdog.add(*step_result(1.0, labels))
-        watchdog.check(4, SHORT.augmentation)
-    for _ in range(3):
-        watchdog.add(*step_result(1.0, [5] * 8))
-    watchdog.check(3, SHORT.augmentation)
+        check(watchdog, 4, [step_result(1.0, labels) for labels in ([5] * 8, [5] * 8, with_another, [5] * 8)])
+    check(watchdog, 3, [step_result(1.0, [5] * 8)] * 3)
     assert "Warning" not in capsys.readouterr().err

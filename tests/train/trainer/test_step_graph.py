@@ -1,0 +1,170 @@
+"""Tests of recorded steps, on a CPU with a graph that repeats operators as a CUDA graph repeats kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from tests.helpers.small_training import SMALL_ALEXNET
+from train.config.recipes import PAPER
+from train.model import kernels
+from train.model.alexnet import AlexNet
+from train.monitor.step_counters import Counts, StepCounters
+from train.optim.paper_sgd import make_optimizer
+from train.trainer.step import TrainingStep
+from train.trainer.step_graph import CountedStep, graph_for
+
+STEPS = 7
+RECIPE = replace(PAPER, init_std=dict.fromkeys(PAPER.init_std, 0.05))
+
+
+class Recorder(TorchDispatchMode):
+    """Records each operator with its tensors and Python numbers, and remembers tensors that existed before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, Sequence[Any], dict[str, Any], Any]] = []
+        self._known: set[int] = set()
+        self._before: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for tensor in tree_leaves((args, kwargs)):
+            self._remember(tensor, keep=True)
+        output = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(output):
+            self._remember(tensor, keep=False)
+        self.operations.append((func, args, kwargs or {}, output))
+        return output
+
+    def undo(self) -> None:
+        """Give all tensors that existed before the recording their former values."""
+        for storage, value in self._before:
+            storage.copy_(value)
+
+    def _remember(self, tensor: object, keep: bool) -> None:
+        if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self._known:
+            storage = tensor.untyped_storage()
+            self._known.add(storage.data_ptr())
+            if keep:
+                self._before.append((storage, storage.clone()))
+
+
+class RecordedGraph:
+    """A graph that repeats the recorded operators on the recorded memory, with the recorded Python numbers."""
+
+    def __init__(self) -> None:
+        self.recordings = self.replays = 0
+        self._operations: list[tuple[Any, Sequence[Any], dict[str, Any], Any]] = []
+
+    def run_unrecorded(self, work: Callable[[], None]) -> None:
+        work()
+
+    def record(self, work: Callable[[], None]) -> None:
+        random = torch.get_rng_state()
+        with Recorder() as recorder:
+            work()
+        recorder.undo()
+        torch.set_rng_state(random)
+        self._operations = recorder.operations
+        self.recordings += 1
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        self.replays += 1
+        for func, args, kwargs, recorded in self._operations:
+            for old, new in zip(tree_leaves(recorded), tree_leaves(func(*args, **kwargs)), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.fixture(autouse=True)
+def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The compiled kernels are no PyTorch operators, so the recorder would not see them."""
+    monkeypatch.setattr(kernels, "native", None)
+
+
+def batches(sizes: Sequence[int] = (4,) * STEPS) -> list[tuple[Tensor, Tensor]]:
+    rng = torch.Generator().manual_seed(8)
+    return [(torch.randn(n, 3, 224, 224, generator=rng) * 30, torch.randint(0, 5, (n,), generator=rng)) for n in sizes]
+
+
+def train(
+    graph: RecordedGraph | None,
+    steps: Sequence[tuple[Tensor, Tensor]],
+    change: Callable[[int, AlexNet, Any], None] = lambda index, network, optimizer: None,
+) -> tuple[dict[str, Tensor], list[Counts]]:
+    """Train a small network; returns its parameters, and the counts of each step."""
+    torch.manual_seed(0)
+    network = AlexNet(5, RECIPE, architecture=SMALL_ALEXNET)
+    optimizer = make_optimizer(network, RECIPE)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.02
+    counters = StepCounters(torch.device("cpu"), 1)
+    counted_step = CountedStep(TrainingStep(network, optimizer), counters, graph)
+    counts = []
+    for index, (images, labels) in enumerate(steps):
+        change(index, network, optimizer)
+        counted_step(images.clone(), labels.clone())  # a loader's tensors, too, are new ones in each step
+        counts.append(counters.read())
+    return dict(network.named_parameters()), counts
+
+
+def assert_equal_training(
+    actual: tuple[dict[str, Tensor], list[Counts]], expected: tuple[dict[str, Tensor], list[Counts]]
+) -> None:
+    """Equal apart from rounding: the update with rates in a tensor adds its terms in another order."""
+    for name, parameter in expected[0].items():
+        assert torch.allclose(actual[0][name], parameter, rtol=1e-4, atol=1e-6), name
+    for a, b in zip(actual[1], expected[1], strict=True):
+        assert a[2:] == b[2:] and a.loss_sum == pytest.approx(b.loss_sum, rel=1e-4)
+
+
+def test_replayed_steps_train_like_steps_without_a_graph() -> None:
+    """With dropout: a replay draws new random numbers, those that a step without a graph would draw."""
+    graph = RecordedGraph()
+    assert_equal_training(train(graph, batches()), train(None, batches()))
+    assert (graph.recordings, graph.replays) == (1, STEPS - 3)
+
+
+def test_a_replayed_step_uses_the_learning_rate_of_its_time() -> None:
+    def change(index: int, network: AlexNet, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 if index < 5 else 0.002
+
+    assert_equal_training(train(RecordedGraph(), batches(), change), train(None, batches(), change))
+
+
+def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
+    def change(index: int, network: AlexNet, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            if index == 4 and group["name"].startswith("conv1"):
+                group["lr"] = 0.0
+                for parameter in group["params"]:
+                    parameter.requires_grad_(False)
+        conv1.append(network.columns[0].conv1.weight.detach().clone())
+
+    conv1: list[Tensor] = []
+    graph = RecordedGraph()
+    actual = train(graph, batches((4,) * 9), change)
+    assert_equal_training(actual, train(None, batches((4,) * 9), change))
+    assert graph.recordings == 2
+    assert torch.equal(conv1[4], actual[0]["columns.0.conv1.weight"]) and not torch.equal(conv1[3], conv1[4])
+
+
+def test_a_smaller_batch_is_recorded_anew() -> None:
+    sizes = (4, 4, 4, 4, 2, 4, 2, 2, 2, 4)
+    graph = RecordedGraph()
+    assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))
+    assert graph.recordings == 2 and graph.replays == 3
+
+
+def test_two_devices_and_a_cpu_have_no_graph() -> None:
+    assert graph_for([torch.device("cpu")]) is None
+    assert graph_for([torch.device("cuda:0"), torch.device("cuda:1")]) is None

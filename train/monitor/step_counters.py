@@ -1,0 +1,60 @@
+"""Sums over the training steps between two log lines, in tensors on the device: losses, errors, labels.
+
+The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the additions. Only
+`read` waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from train.evaluation.evaluate import top_k_misses
+
+_NO_LABEL = (2**62, -1)  # smallest and largest label of no images
+
+
+class Counts(NamedTuple):
+    """What StepCounters has collected since the last call of `read`."""
+
+    losses: list[float]  # loss of each step, in nats
+    loss_sum: float  # float32 sum of the losses
+    misses: tuple[int, int]  # numbers of top-1 and top-5 misses
+    smallest_label: int
+    largest_label: int
+
+
+class StepCounters:
+    """Collects the results of up to `max_steps` steps on a device."""
+
+    def __init__(self, device: torch.device, max_steps: int) -> None:
+        self._losses = torch.zeros(max_steps, device=device)
+        self._loss_sum = torch.zeros((), device=device)
+        self._step = torch.zeros(1, dtype=torch.int64, device=device)  # number of steps added
+        self._misses = torch.zeros(2, dtype=torch.int64, device=device)
+        self._smallest = torch.full((), _NO_LABEL[0], device=device)
+        self._largest = torch.full((), _NO_LABEL[1], device=device)
+
+    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
+        """Add the result of a step: loss (), logits (N, classes), labels (N,), all on the device."""
+        self._losses.index_copy_(0, self._step, loss.reshape(1))
+        self._loss_sum += loss
+        self._step += 1
+        self._misses += top_k_misses(logits, labels)
+        smallest, largest = labels.aminmax()
+        torch.minimum(self._smallest, smallest, out=self._smallest)
+        torch.maximum(self._largest, largest, out=self._largest)
+
+    def read(self) -> Counts:
+        """The counts since the last call; sets them to zero. Waits for the device, once."""
+        numbers = (self._step, self._misses, self._smallest, self._largest, self._loss_sum, self._losses)
+        steps, top1, top5, smallest, largest, loss_sum, *losses = torch.cat(
+            [tensor.double().reshape(-1) for tensor in numbers]  # float64 holds every float32, and integers up to 2^53
+        ).tolist()
+        for tensor in (self._step, self._misses, self._loss_sum, self._losses):
+            tensor.zero_()
+        self._smallest.fill_(_NO_LABEL[0])
+        self._largest.fill_(_NO_LABEL[1])
+        return Counts(losses[: int(steps)], loss_sum, (int(top1), int(top5)), int(smallest), int(largest))

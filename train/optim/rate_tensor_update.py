@@ -1,0 +1,94 @@
+"""The update rule (paper_sgd.py) of all parameters on one device, with the learning rates in a tensor.
+
+A CUDA graph repeats the Python numbers that were recorded. The learning rates therefore lie in a tensor, one for each
+parameter group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel reads a table of
+addresses. For a recorded step, the table is written after the recording, when the addresses of the gradients are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from train.optim.fused_sgd import same_dense_layout
+
+_BLOCK = 4096  # number of values that a program of the kernel updates
+
+
+class Trio(NamedTuple):
+    """A parameter with its velocity, its group's index, and its factor of weight decay."""
+
+    parameter: nn.Parameter
+    velocity: Tensor
+    group: int
+    decay: float
+
+
+class RateTensorUpdate:
+    """Updates parameters in place: v ← momentum · v − rate · decay · w − rate · g, then w ← w + v."""
+
+    def __init__(self, trios: Sequence[Trio], groups: int, momentum: float) -> None:
+        """All parameters and velocities are float32 and on one device. Raises ValueError otherwise."""
+        tensors = [t for trio in trios for t in (trio.parameter, trio.velocity)]
+        if len({t.device for t in tensors}) > 1 or any(t.dtype != torch.float32 for t in tensors):
+            raise ValueError("parameters of several devices or types: expected float32 on one device")
+        self._trios, self._momentum, self._device = list(trios), momentum, tensors[0].device
+        self._rates = torch.zeros(groups, device=self._device)
+        self._written: list[float | None] = [None] * groups
+        self._decays = torch.tensor([trio.decay for trio in trios], device=self._device)
+        # ---- the kernel's table (parameters, 5): addresses of parameter, velocity, gradient; size; group
+        self._table = torch.zeros(len(trios), 5, dtype=torch.int64, device=self._device)
+        sizes = [trio.parameter.numel() for trio in trios]
+        blocks = [(index, start) for index, size in enumerate(sizes) for start in range(0, size, _BLOCK)]
+        self._blocks = torch.tensor(blocks, dtype=torch.int64, device=self._device)
+
+    def write_rates(self, rates: Sequence[float]) -> None:
+        """Set the learning rate of each group; only rates that have changed are written to the device."""
+        for index, rate in enumerate(rates):
+            if self._written[index] != rate:
+                self._rates[index].fill_(rate)  # the number travels with the launch: no copy that could come too late
+                self._written[index] = rate
+
+    def run(self) -> None:
+        """Update every parameter that has a gradient."""
+        if self._device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            self.write_addresses()
+        if self._device.type == "cuda":
+            self.launch()
+        else:
+            self.run_operators()
+
+    @torch.no_grad()
+    def run_operators(self) -> None:
+        """The same update with PyTorch operators, on any device."""
+        for w, v, group, decay in self._trios:
+            if w.grad is not None:
+                rate = self._rates[group]
+                v.mul_(self._momentum).sub_(rate * (w.grad + decay * w if decay else w.grad))
+                w.add_(v)
+
+    def write_addresses(self) -> None:
+        """Write the addresses of all parameters that have a gradient; the other parameters get size 0."""
+        rows = []
+        for w, v, group, _ in self._trios:
+            if w.grad is None:
+                rows.append((0, 0, 0, 0, group))
+                continue
+            if not same_dense_layout(w, v, w.grad):
+                raise ValueError("a gradient has another memory layout than its parameter")
+            rows.append((w.data_ptr(), v.data_ptr(), w.grad.data_ptr(), w.numel(), group))
+        self._table.copy_(torch.tensor(rows, dtype=torch.int64))
+
+    def launch(self) -> None:
+        """Launch the Triton kernel for the addresses in the table."""
+        from train.optim.rate_tensor_update_triton import update
+
+        kernel: Any = update
+        with torch.cuda.device_of(self._rates):  # type: ignore[no-untyped-call]  # torch leaves it untyped
+            kernel[(len(self._blocks),)](
+                self._table, self._blocks, self._decays, self._rates, self._momentum, BLOCK=_BLOCK
+            )
+        torch.autograd.graph.increment_version([t for w, v, *_ in self._trios for t in (w, v)])

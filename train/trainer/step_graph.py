@@ -1,0 +1,118 @@
+"""Training steps as a CUDA graph: the kernels of a step are recorded once and launched with one call.
+
+A graph repeats the recorded kernels with the recorded addresses and the recorded Python numbers. Whatever changes from
+step to step therefore lies in a tensor that the graph reads: the images, the labels, and the learning rates
+(PaperSGD.use_rate_tensor). The counters (train/monitor/step_counters.py) and the random generator's position are
+changed by the graph itself. A graph is recorded anew if the shape of a batch changes or a layer is frozen.
+
+The first steps before a recording run without a graph, because libraries allocate memory and Triton compiles kernels
+when they first run, which cannot be recorded. These steps are ordinary training steps on the batches of the stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from train.model.gpu.fault import triton_fault
+from train.monitor.step_counters import StepCounters
+from train.trainer.step import TrainingStep
+
+_STEPS_BEFORE_RECORDING = 3
+
+
+class Graph(Protocol):
+    """Work that is recorded once and repeated any number of times."""
+
+    def run_unrecorded(self, work: Callable[[], None]) -> None:
+        """Run `work` in the way in which it will be recorded, for instance on the same stream."""
+
+    def record(self, work: Callable[[], None]) -> None:
+        """Record the operations of `work` without their effect on tensors."""
+
+    def replay(self) -> None:
+        """Run the recorded operations on the present values of their tensors."""
+
+
+class CudaGraph:
+    """A graph on a GPU (torch.cuda.CUDAGraph)."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run_unrecorded(self, work: Callable[[], None]) -> None:
+        """Run `work` on the stream on which it will be recorded, between the work of the current stream."""
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            work()
+        current.wait_stream(self._stream)
+
+    def record(self, work: Callable[[], None]) -> None:
+        """Record `work`. The memory of an earlier recording is released first."""
+        self._graph = None
+        torch.cuda.synchronize(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may allocate memory meanwhile: the loader prepares batches.
+        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            work()
+        self._graph = graph
+
+    def replay(self) -> None:
+        """Launch the recorded kernels on the current stream."""
+        assert self._graph is not None
+        self._graph.replay()
+
+
+def graph_for(devices: Sequence[torch.device]) -> Graph | None:
+    """A CudaGraph if all columns are on one GPU where the Triton kernels work; None for two GPUs and for a CPU.
+
+    Between two GPUs, copies and kernels of both have to be recorded together, which is not supported.
+    """
+    if len(set(devices)) > 1 or devices[0].type != "cuda" or triton_fault(devices[0]) is not None:
+        return None
+    return CudaGraph(devices[0])
+
+
+class CountedStep:
+    """A callable that trains the network on one batch and adds the result to the counters."""
+
+    def __init__(self, step: TrainingStep, counters: StepCounters, graph: Graph | None = None) -> None:
+        """With a `graph`, steps are recorded and replayed; without one, they run operator by operator."""
+        self._step, self._counters, self._graph = step, counters, graph
+        self._recorded_key: object = None
+        self._unrecorded_key: object = None
+        self._unrecorded_steps = 0
+        self._images = self._labels = torch.empty(0)
+        if graph is not None:
+            step.optimizer.use_rate_tensor()
+
+    def __call__(self, images: Tensor, labels: Tensor) -> None:
+        """Update the parameters once. Takes the arguments and raises the errors of TrainingStep."""
+        if self._graph is None:
+            self._counters.add(*self._step(images, labels))
+            return
+        self._step.optimizer.write_rates()
+        key = (images.shape, images.dtype, *(p.requires_grad for p in self._step.network.parameters()))
+        if key == self._recorded_key:
+            self._images.copy_(images, non_blocking=True)
+            self._labels.copy_(labels, non_blocking=True)
+            self._graph.replay()
+            return
+        if key != self._unrecorded_key:
+            self._unrecorded_key, self._unrecorded_steps = key, 0
+        if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
+            self._unrecorded_steps += 1
+            self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
+            return
+        device = self._step.network.devices[0]
+        self._images, self._labels = images.to(device, copy=True), labels.to(device, copy=True)
+        self._step.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates the gradients
+        self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
+        self._step.optimizer.write_addresses()
+        self._recorded_key = key
+        self._graph.replay()
