@@ -127,7 +127,9 @@ class Prefetcher:
                 images = self._engine.finish(outputs, batch_input.records, batch_input.crops)
                 return BatchOutput(images, batch_input)
             except DecodeError as error:
-                self._error = self._explain([int(batch_input.records.numbers[error.index])], str(error))
+                number = int(batch_input.records.numbers[error.index])
+                location, damage = self._records.location(number), self._records.find_damage(number)
+                self._error = StoreError(f"{location}: {damage or 'cannot be decoded'}. {self._records.advice}")
         if self._error is not None:
             raise self._error
         return None
@@ -166,23 +168,22 @@ class Prefetcher:
             if self._pipe is not None:
                 outputs = self._placement.outputs(self._pipe)
         except RuntimeError as error:
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
-            cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
-            numbers = [number for batch_input, _ in self._in_engine for number in batch_input.records.numbers.tolist()]
-            self._error = self._explain(numbers, f"DALI stopped ({cause})")
+            self._error = self._explain(error)
         if self._error is not None:
             raise self._error  # not raised within `except`: a chained DALI error would keep the pipeline alive
         return outputs, self._in_engine.popleft()[0]
 
-    def _explain(self, record_numbers: list[int], cause: str) -> StoreError:
-        """The error that names the first damaged record of `record_numbers`, or `cause` if none is damaged."""
+    def _explain(self, error: RuntimeError) -> StoreError:
+        """Convert DALI's error to a StoreError that names the first damaged record of the batches in DALI."""
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        after = [k + 1 for k, line in enumerate(lines) if line.endswith("encountered:")]
+        cause = next((line for line in lines[after[0] if after else 0 :]), repr(error))
         store, split = self._records.store, self._records.split
-        for number in record_numbers:
+        for number in (number for batch, _ in self._in_engine for number in batch.records.numbers.tolist()):
             damage = self._records.find_damage(number)
             if damage:
                 return StoreError(f"{self._records.location(number)}: {damage}. {self._records.advice}")
-        return StoreError(f"{store.root}, split {split}: {cause}. {self._records.advice}")
+        return StoreError(f"{store.root}, split {split}: DALI stopped ({cause}). {self._records.advice}")
 
 
 def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threads: int) -> Any:
