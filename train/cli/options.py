@@ -65,13 +65,26 @@ seed_option = click.option(
     show_default=True,
     help="Seed of the initial parameters, record order, crops, colour noise and dropout.",
 )
+_PRECISION_HELP = (
+    "Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and "
+    "sums."
+)
 precision_option = click.option(
     "--precision",
     type=click.Choice(PRECISIONS),
     default="fp32",
     show_default=True,
-    help="Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 "
-    "parameters and sums.",
+    help=_PRECISION_HELP,
+)
+training_precision_option = click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    help=f"{_PRECISION_HELP}  [default: fp32; on GPUs that have bf16, the recipe modern uses bf16]",
+)
+deterministic_option = click.option(
+    "--deterministic",
+    is_flag=True,
+    help="Use only algorithms that give the same bits in every run on the same kind of GPU. Steps may take longer.",
 )
 accumulate_option = click.option(
     "--accumulate",

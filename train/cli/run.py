@@ -12,18 +12,19 @@ from prep.store.manifest import Store
 from train.cli.options import (
     accumulate_option,
     batch_option,
+    deterministic_option,
     epochs_option,
     fork_option,
     gpus_option,
     keep_option,
     model_option,
-    precision_option,
     recipe_option,
     recipe_settings,
     run_dir_option,
     seed_option,
     set_option,
     steps_option,
+    training_precision_option,
 )
 from train.config.ablations import ABLATIONS
 from train.config.architecture import ARCHITECTURES
@@ -44,7 +45,8 @@ if TYPE_CHECKING:
 @epochs_option
 @steps_option
 @seed_option
-@precision_option
+@training_precision_option
+@deterministic_option
 @click.option(
     "--log-every",
     type=click.IntRange(1),
@@ -78,7 +80,8 @@ def run(
     epochs: int | None,
     steps: int | None,
     seed: int,
-    precision: str,
+    precision: str | None,
+    deterministic: bool,
     log_every: int,
     checkpoint_every: int,
     keep: int,
@@ -102,11 +105,12 @@ def run(
     from train.config.overrides import recipe_with_overrides
     from train.config.recipe import insensitive_at_init
     from train.config.run_config import RunConfig
-    from train.model.precision import set_precision
+    from train.model.precision import default_precision, set_precision
     from train.runs.run import Run
 
     chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
     devices = parse_devices(gpus, architecture.columns)
+    precision = precision or default_precision(chosen.name, devices)
     set_precision(precision, devices)  # refuses an unsupported precision before the run starts
     config = RunConfig(
         store=store,
@@ -116,6 +120,7 @@ def run(
         accumulate=accumulate,
         seed=seed,
         precision=precision,
+        deterministic=deterministic,
         run_dir=run_dir,
         devices=devices,
         epochs=epochs or chosen.epochs,

@@ -36,6 +36,7 @@ class RunConfig:
     log_every: int = 20  # steps between two lines of metrics.jsonl
     checkpoint_every: int = 1000  # steps between two checkpoints; each epoch also ends with a checkpoint
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
+    deterministic: bool = False  # whether a GPU computes the same bits in every run (train/trainer/determinism.py)
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
 
 

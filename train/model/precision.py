@@ -21,6 +21,8 @@ import torch
 from prep.console import UserError
 from train.config.choices import PRECISIONS
 
+_BF16_CAPABILITY = (8, 0)  # the lowest compute capability of a GPU that multiplies bfloat16
+
 
 def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None:
     """Check a precision, and set torch's TF32 switches for it if a device is a GPU.
@@ -34,7 +36,11 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
             raise UserError(
                 "--precision tf32: the device is cpu, and only GPUs have TF32. Pass --precision fp32 or bf16."
             )
-        if precision == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        if (
+            precision == "bf16"
+            and device.type == "cuda"
+            and torch.cuda.get_device_capability(device) < _BF16_CAPABILITY
+        ):
             raise UserError(
                 f"--precision bf16: {torch.cuda.get_device_name(device)} has compute capability "
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0 or higher. "
@@ -43,6 +49,13 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
     # Without a GPU the switches are not set, because torch.export fails after `fp32_precision` has been set.
     if any(torch.device(device).type == "cuda" for device in devices):
         _set_tf32(precision == "tf32")
+
+
+def default_precision(recipe_name: str, devices: Sequence[str | torch.device]) -> str:
+    """The precision of a training without --precision: bf16 for the recipe `modern` on GPUs that have it, else fp32."""
+    gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
+    fits = len(gpus) == len(devices) and all(torch.cuda.get_device_capability(gpu) >= _BF16_CAPABILITY for gpu in gpus)
+    return "bf16" if recipe_name == "modern" and fits else "fp32"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:

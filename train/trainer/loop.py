@@ -21,6 +21,7 @@ from train.optim.paper_sgd import make_optimizer
 from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
+from train.trainer.determinism import use_deterministic_algorithms
 from train.trainer.out_of_memory import out_of_memory
 from train.trainer.state import capture_state, restore_state, seed_generators
 from train.trainer.step import TrainingStep
@@ -50,6 +51,8 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     config, steps_per_epoch, last_step = run.config, run.steps_per_epoch, run.last_step
     if config.devices[0] == "cpu":
         keep_freed_memory()
+    if config.deterministic:
+        use_deterministic_algorithms()
     seed_generators(config, 0)
     network = AlexNet(len(run.store.classes), config.recipe, config.devices, config.model)
     optimizer, schedule = make_optimizer(network, config.recipe), Schedule(config.recipe)

@@ -104,7 +104,10 @@ class FusedNetwork:
             self._said = True
             say("Layer 2: normalization within a map has no fused kernel. PyTorch operators compute it, more slowly.")
         (joined,) = apply_epilogue(split, biases, replace(epilogue, pool_px=0), joined=True)
-        return F.max_pool2d(within_map_norm(joined, **vars(self.recipe.within_map)), self.recipe.pool_px, 2)
+        normalized = within_map_norm(joined, **vars(self.recipe.within_map))
+        no_bias = normalized.new_zeros(normalized.shape[1], dtype=torch.float32)
+        (pooled,) = apply_epilogue([normalized], [no_bias], Epilogue(pool_px=self.recipe.pool_px))
+        return pooled
 
     def _blocks(self, images: Tensor) -> dict[torch.device, Tensor]:
         """conv1's input on each device."""

@@ -1,0 +1,22 @@
+"""`alextrain run --deterministic`: a GPU computes the same bits in every run of the same command."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+
+def use_deterministic_algorithms() -> None:
+    """Let PyTorch use only algorithms whose results repeat bit for bit, in this process. Call it before any training.
+
+    Without this setting, cuDNN may choose algorithms that add the terms of a sum in an order that varies from run to
+    run. The project's own kernels always use a fixed order. On a CPU, results repeat with the same number of threads in
+    any case. PyTorch raises RuntimeError if an operator has no deterministic algorithm.
+    """
+    # cuBLAS reads the variable when it is first used; without it, PyTorch refuses deterministic matrix products.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    # PyTorch would also fill new memory with NaN, which takes time and changes no result of a correct program.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True)
