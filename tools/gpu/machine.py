@@ -1,4 +1,4 @@
-"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates), and a timer for work on GPUs."""
+"""Facts about the machine for tools.gpu_check (versions, GPUs, peak rates, speed of copies), and a timer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from pipeline.placement import dali
 from prep.console import UserError, usable_cores
 from train.config.devices import Devices
-from train.model.lrn import triton_fault
+from train.model.gpu.fault import triton_fault
 
 IMAGENET_IMAGES, PAPER_EPOCHS = 1_281_167, 90
 _GIB = 2**30
@@ -50,6 +50,23 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
     work()
     synchronize(devices)
     return time.perf_counter() - started
+
+
+def copy_bytes_per_s(device: str, size: int) -> float:
+    """Speed of copies within the device's memory: bytes read and written in a second; the best of three turns.
+
+    size  bytes of the copied tensor
+    """
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    copies = 20 if device.startswith("cuda") else 1
+
+    def copy() -> None:
+        for _ in range(copies):
+            target.copy_(source)
+
+    copy()
+    return 2 * size * copies / min(elapsed_s((device, device), copy) for _ in range(3))
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
@@ -100,7 +117,7 @@ def imagenet_hours(images_per_s: float) -> float:
 
 
 def _triton_version(devices: Devices) -> str:
-    """Version of Triton, or the reason why the normalization does not use Triton."""
+    """Version of Triton, or the reason why the network does not use Triton."""
     if not devices[0].startswith("cuda"):
         return "not used on a CPU"
     return triton_fault(torch.device(devices[0])) or version("triton")

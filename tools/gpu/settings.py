@@ -1,4 +1,4 @@
-"""Settings of one run of tools.gpu_check, and the amounts of work that are derived from the settings."""
+"""Settings of one run of tools.gpu_check, the amounts of work that are derived from them, and a check's result."""
 
 from __future__ import annotations
 
@@ -10,6 +10,16 @@ import torch
 from prep.store.manifest import Store
 from train.config.architecture import ALEXNET, Architecture, Widths
 from train.config.devices import Devices
+
+
+@dataclass(frozen=True)
+class Check:
+    """Result of one check. The fields are JSON keys of the report."""
+
+    name: str
+    ok: bool
+    found: str
+    wanted: str
 
 
 @dataclass(frozen=True)
@@ -52,12 +62,12 @@ class GpuCheckSettings:
     @property
     def rounds(self) -> int:
         """Number of counted turns of each contestant."""
-        return 1 if self.is_cpu_trial else 3 if self.quick else 5
+        return 1 if self.is_cpu_trial else 3
 
     @property
     def turn_s(self) -> float:
         """Approximate duration of a turn in seconds; 0: a turn is one step or one batch."""
-        return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 1.0
+        return 0.0 if self.is_cpu_trial else 0.3 if self.quick else 0.6
 
     @property
     def pause_s(self) -> float:
@@ -71,6 +81,11 @@ class GpuCheckSettings:
         Network checks use an eighth of this number, but at least 2 images.
         """
         return min(self.batch, 16 if self.quick else 64)
+
+    @property
+    def kernel_images(self) -> int:
+        """Number of images in the checks and timings of single kernels."""
+        return 2 if self.is_cpu_trial else 64 if self.quick else 512
 
     def stores_by_format(self) -> dict[str, Path]:
         """{format of the records, jpeg or ppm: path of the store}."""

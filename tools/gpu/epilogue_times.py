@@ -1,0 +1,161 @@
+"""Times of the kernels between the convolutions, compared with the times that the memory's speed allows.
+
+The memory floor of a kernel is the number of bytes that the kernel must read and write, divided by the measured speed
+of a copy within the GPU's memory. The share is time / floor; the goal is at most 2.
+
+Each direction of each epilogue is recorded in a CUDA graph, so that the time of launches is not measured. The graph
+computes the epilogue for several inputs in turn. Together the inputs are larger than the GPU's cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tools.gpu.epilogues import Apply, LayerCase, as_output, chosen_apply, layer_cases, make_inputs, make_upstream
+from tools.gpu.machine import copy_bytes_per_s, elapsed_s
+from tools.gpu.settings import GpuCheckSettings
+
+GOAL_SHARE = 2.0
+_CACHE_BYTES = 256e6  # five times the cache of an H200
+_MEASURED_S = 0.1  # time for which each graph is replayed
+
+Work = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """Time of one direction of one epilogue. The fields are JSON keys of the report."""
+
+    kernel: str  # "layer 1, forward"
+    ms: float
+    gb: float  # bytes that the kernel must read and write, in units of 10⁹ bytes
+    floor_ms: float  # time of these bytes at the speed of a copy
+    share: float  # ms / floor_ms
+
+
+def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
+    """Bytes that the kernels must read and write, by direction: "forward" and "backward". Biases are not counted.
+
+    forward   reads x; writes the result and, with pooling, one byte for each pooled value
+    backward  reads the gradient of the result, and writes the gradient of x. Reads x if there is a normalization, or
+              a nonlinearity before pooling. Reads the byte of each pooled value, or the result without pooling.
+    """
+    maps = images * case.columns * case.maps
+    x, y = maps * case.side_px**2, maps * case.pooled_px**2
+    pooled = case.epilogue.pool_px > 0
+    argmax = y if pooled else 0
+    reads_x = case.epilogue.norm is not None or (pooled and case.epilogue.before != "none")
+    reads_y = not pooled and case.epilogue.norm is None and case.epilogue.before != "none"
+    return {
+        "forward": (x + y) * itemsize + argmax,
+        "backward": (y + x + x * reads_x + y * reads_y) * itemsize + argmax,
+    }
+
+
+def measure_epilogues(settings: GpuCheckSettings) -> dict[str, Any]:
+    """Times of every epilogue in bfloat16 (float32 if the GPU has no bfloat16), for settings.kernel_images images."""
+    dtype = torch.bfloat16 if "bf16" in settings.precisions else torch.float32
+    device, images = settings.device, settings.kernel_images
+    bytes_per_s = copy_bytes_per_s(settings.devices[0], 2**20 if settings.is_cpu_trial else 2**30)
+    times: list[KernelTime] = []
+    for case in layer_cases(settings.architecture.widths):
+        moved = moved_bytes(case, images, dtype.itemsize)
+        sets = max(1, round(_CACHE_BYTES / moved["forward"])) if settings.on_gpu else 1
+        works = make_works(case, images, dtype, device, sets, chosen_apply(device))
+        for direction in ("forward", "backward"):
+            seconds = seconds_per_work(settings, *works[direction])
+            times.append(kernel_time(f"{case.name}, {direction}", seconds, moved[direction], bytes_per_s))
+    return {
+        "images": images,
+        "dtype": str(dtype).removeprefix("torch."),
+        "copy_tb_per_s": round(bytes_per_s / 1e12, 3),
+        "kernels": times,
+        "all_ms": round(sum(time.ms for time in times), 4),
+        "floor_ms": round(sum(time.floor_ms for time in times), 4),
+        "within_goal": [time.kernel for time in times if time.share <= GOAL_SHARE],
+    }
+
+
+def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> KernelTime:
+    """The time of a kernel with its floor and share."""
+    floor_s = moved / bytes_per_s
+    return KernelTime(
+        kernel, round(1e3 * seconds, 4), round(moved / 1e9, 4), round(1e3 * floor_s, 4), round(seconds / floor_s, 2)
+    )
+
+
+def make_works(
+    case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, sets: int, apply: Apply
+) -> dict[str, tuple[list[Work], Any]]:
+    """{direction: (one function for each of `sets` inputs, CUDA stream on which they must run)}.
+
+    A backward pass runs on the stream of its forward pass. The forward passes that belong to the functions of
+    "backward" are computed here, on the returned stream. On a CPU the stream is None.
+    """
+    stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]  # untyped in torch
+    forward: list[Work] = []
+    backward: list[Work] = []
+    upstream = as_output(case, make_upstream(case, images, dtype, device))
+    for number in range(sets):
+        x, bias = make_inputs(case, images, dtype, device, seed=number)
+        leaves = [tensor.requires_grad_() for tensor in (*x, *bias)]
+
+        def compute(leaves: Sequence[Tensor] = leaves, columns: int = len(x)) -> list[Tensor]:
+            return apply(leaves[:columns], leaves[columns:], case.epilogue, case.joined_out, case.channels_first)
+
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):  # does nothing for None
+            outputs = compute()
+        gradient = [tensor.clone() for tensor in upstream]
+
+        def compute_gradients(
+            outputs: list[Tensor] = outputs, leaves: list[Tensor] = leaves, gradient: list[Tensor] = gradient
+        ) -> object:
+            return torch.autograd.grad(outputs, leaves, gradient, retain_graph=True)
+
+        forward.append(torch.no_grad()(compute))
+        backward.append(compute_gradients)
+    return {"forward": (forward, stream), "backward": (backward, stream)}
+
+
+def seconds_per_work(settings: GpuCheckSettings, works: Sequence[Work], stream: Any) -> float:
+    """Mean time of one function of `works`. On a GPU, all functions are recorded in one CUDA graph on `stream`."""
+    if stream is None:
+        return elapsed_s(settings.devices, lambda: [work() for work in works]) / len(works)
+    device = settings.device
+    torch.cuda.synchronize(device)
+    with torch.cuda.stream(stream):
+        for work in works:
+            work()  # compiles the kernels
+    torch.cuda.synchronize(device)
+    graph, kept = torch.cuda.CUDAGraph(), []
+    with torch.cuda.device(device), torch.cuda.graph(graph, stream=stream):
+        for work in works:
+            kept.append(work())  # kept, so that each result has memory of its own
+    graph.replay()
+    once_s = elapsed_s(settings.devices, graph.replay)
+    replays = max(3, round(_MEASURED_S / max(once_s, 1e-6)))
+
+    def replay() -> None:
+        for _ in range(replays):
+            graph.replay()
+
+    return elapsed_s(settings.devices, replay) / replays / len(works)
+
+
+def kernel_lines(result: dict[str, Any]) -> list[str]:
+    """The times as text lines."""
+    lines = [
+        f"{'ms for ' + str(result['images']) + ' images':28} {'time':>8} {'floor':>8} {'share':>6}   "
+        f"({result['dtype']}, copy {result['copy_tb_per_s']} TB/s)"
+    ]
+    for time in result["kernels"]:
+        lines.append(f"{time.kernel:28} {time.ms:8.3f} {time.floor_ms:8.3f} {time.share:6.2f}")
+    lines.append(f"{'all':28} {result['all_ms']:8.3f} {result['floor_ms']:8.3f}")
+    return lines
