@@ -1,11 +1,16 @@
 """Check that stream and network compute the same results on a GPU as on the CPU, and measure their speed on the GPU.
 
-    python -m tools.gpu_check --store STORE --ppm-store PPM_STORE --out gpu.json
+    python -m tools.gpu_check --make-stores stores --out gpu.json --table table.md
 
 Run the command from the root of a checkout, or with the checkout on PYTHONPATH; the project need not be installed.
-Triton needs a C compiler. Without a compiler the normalization uses PyTorch's operators, and the printed line `triton`
-gives the reason. A store of 3,200 records is enough, because the stream starts another epoch when one ends. Without
---quick the command takes under 6 minutes on one GPU.
+Triton needs a C compiler. Without a compiler the network uses PyTorch's operators, and the printed line `triton` gives
+the reason. The plan is that all parts together take under five minutes on an H200 with 16 CPU cores. --help lists the
+parts with their planned times, and --only chooses parts. A part that takes longer than planned is named at the end.
+
+--make-stores makes photographs and a store of 24,000 records of each format, unless the folder has them. With --store
+and --ppm-store other stores are used. A store of 3,200 records is enough for every part except `runs`, because the
+stream starts another epoch when one ends. In `runs` each epoch ends with a checkpoint, so an epoch should have at least
+20 steps.
 
 Each check prints ok or FAILED, the measured value and the limit. The checks compare:
 
@@ -16,35 +21,47 @@ Each check prints ok or FAILED, the measured value and the limit. The checks com
 -   logits and gradients of the network in each precision on one GPU, and on two if there are two, with logits and
     gradients in float64 on the CPU;
 -   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
--   two runs of three steps with the same seed.
+-   the kernels between the convolutions, for 512 images in float32 and bfloat16, with operators in float64
+    (tools/gpu/epilogues.py);
+-   two runs of three steps with the same seed;
+-   the checkpoint of an `alextrain run --deterministic` that was killed with SIGKILL and run again with the checkpoint
+    of a run that was not killed, which must be equal to the bit.
 
 A further check is that a training step never makes the host wait for the GPU.
 
-The rates are medians over turns of about a second. Contestants take turns, and the devices are idle before and after
-each turn. The first round is not counted (see tools/bench/harness.py):
+The rates are medians over turns of 0.6 seconds. Contestants take turns, and the devices are idle before and after each
+turn. The first round is not counted (see tools/bench/harness.py):
 
     stream of jpeg       the stream alone; its batches are discarded
+    decoder of jpeg      DALI's decoder alone, with records in memory
     fp32, tf32, bf16     training steps on one batch that stays on the GPU
-    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16, goal 0.98 or more
+    bf16 from jpeg       steps on batches of the stream; column `of ours`: rate / rate of bf16. The goal is 0.98 or more
+                         from PPM records; from JPEG records, 0.95 or more of the smaller of bf16 and the decoder
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
+
+The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without checkpoints and validations. The
+goal is 0.95 or more of the steps that the stream feeds. The times of the kernels between the convolutions are compared
+with the time of a copy of the same bytes (tools/gpu/epilogue_times.py); the goal is at most twice this time.
 
 With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
 To measure the effect, run the tool once with and once without this option.
 
-The tool also measures steps on larger batches, the time of a step by kind of kernel (torch.profiler), the memory of a
-step's tensors, and a step replayed from a CUDA graph. The share of the peak counts two operations for each
+The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), the
+memory of a step's tensors, and a step replayed from a CUDA graph. The share of the peak counts two operations for each
 multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the image's
 gradient, which is not computed. The peak is the data sheet's rate for dense matrix products in bfloat16. The hours are
 the time of 90 epochs of 1,281,167 images; the goal is under 2 hours.
 
-The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs the
-same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.
+The last output is the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
+file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
+the same code without a GPU and with eight maps in each layer, to try the tool. The rates of this trial have no meaning.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -56,10 +73,13 @@ from prep.console import UserError, print_json, say, store_option
 from prep.files import write_atomic
 from prep.store.manifest import Store
 from tools.bench.harness import BenchmarkCommand, Row, table
-from tools.gpu.checks import Check, run_checks
+from tools.gpu.epilogue_times import kernel_lines
 from tools.gpu.machine import describe_machine
-from tools.gpu.settings import GpuCheckSettings
-from tools.gpu.timings import run_timings, summarize_rates
+from tools.gpu.parts import PART_NAMES, Times, parts_text, run_checks, run_timings
+from tools.gpu.result_table import ratios, result_table
+from tools.gpu.settings import Check, GpuCheckSettings
+from tools.gpu.stores import make_stores
+from tools.gpu.timings import summarize_rates
 from train.config.devices import parse_devices
 
 
@@ -81,12 +101,25 @@ def parse_settings(
     return GpuCheckSettings(store, ppm_store, devices, min(batch, records), quick)
 
 
-@click.command(cls=BenchmarkCommand)
+@click.command(cls=BenchmarkCommand, epilog="\b\n" + parts_text())
 @store_option
 @click.option(
     "--ppm-store",
     type=click.Path(path_type=Path),
     help="Store of PPM records, which is also checked and measured.  [default: none]",
+)
+@click.option(
+    "--make-stores",
+    "stores_folder",
+    type=click.Path(path_type=Path),
+    help="Folder in which two stores of synthetic photographs are made, unless it has them. They replace --store and "
+    "--ppm-store.  [default: none]",
+)
+@click.option(
+    "--only",
+    type=click.Choice(PART_NAMES),
+    multiple=True,
+    help="Part to run. Repeat the option for several parts.  [default: all]",
 )
 @click.option(
     "--device",
@@ -98,8 +131,8 @@ def parse_settings(
 @click.option(
     "--gpus", metavar="0|0,1", help="GPUs of the two columns of the network.  [default: 0,1 if there are two, else 0]"
 )
-@click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a step.")
-@click.option("--quick", is_flag=True, help="Use fewer images and turns, to end within a minute.")
+@click.option("--batch", type=click.IntRange(1), default=512, show_default=True, help="Number of images in a step.")
+@click.option("--quick", is_flag=True, help="Use fewer images and shorter turns.")
 @click.option("--cudnn-benchmark", is_flag=True, help="Let cuDNN search for its fastest algorithms.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output instead of tables.")
 @click.option(
@@ -107,9 +140,17 @@ def parse_settings(
     type=click.Path(path_type=Path),
     help="File for the JSON object, rewritten after each check and timing.  [default: none]",
 )
+@click.option(
+    "--table",
+    "table_file",
+    type=click.Path(path_type=Path),
+    help="File for the Markdown table of docs/measurements.md.  [default: none]",
+)
 def main(
     store: Path,
     ppm_store: Path | None,
+    stores_folder: Path | None,
+    only: tuple[str, ...],
     device: str,
     gpus: str | None,
     batch: int,
@@ -117,14 +158,21 @@ def main(
     cudnn_benchmark: bool,
     as_json: bool,
     out: Path | None,
+    table_file: Path | None,
 ) -> None:
-    """Check the stream and the training step on a GPU, and measure their speed.
+    """Check the stream and the training step on a GPU, and measure their speed, in under five minutes.
 
     \b
     Example:
-      python -m tools.gpu_check --store store --out gpu.json
+      python -m tools.gpu_check --make-stores stores --out gpu.json --table table.md
+      python -m tools.gpu_check --store store --only epilogues --only epilogue_times
       python -m tools.gpu_check --store store --device cpu --quick
     """
+    parts, times = only or PART_NAMES, Times({})
+    if stores_folder is not None:
+        started = time.perf_counter()
+        store, ppm_store = make_stores(stores_folder).values()
+        times.seconds["stores"] = round(time.perf_counter() - started, 1)
     settings = parse_settings(store, ppm_store, device, gpus, batch, quick)
     torch.backends.cudnn.benchmark = cudnn_benchmark
     report: dict[str, Any] = {
@@ -132,6 +180,7 @@ def main(
         "batch": settings.batch,
         "quick": quick,
         "cudnn_benchmark": cudnn_benchmark,
+        "seconds": times.seconds,
         "checks": [],
     }
 
@@ -140,23 +189,27 @@ def main(
             write_atomic(out, json.dumps(report, indent=1, default=asdict).encode())
 
     print_machine(report["machine"])
-    for check in run_checks(settings):
+    for check in run_checks(settings, parts, times):
         click.echo(check_line(check), err=as_json)
         report["checks"].append(check)
         save_report()
-    for name, result in run_timings(settings):
+    for name, result in run_timings(settings, parts, times):
         say(f"{name}: {result if isinstance(result, str) else 'measured'}")
         report[name] = result
         if name == "rates" and not isinstance(result, str):
             report["conclusions"] = summarize_rates(settings, result)
         save_report()
     failed = [check.name for check in report["checks"] if not check.ok]
-    report["failed"] = failed
+    report["failed"], report["ratios"] = failed, ratios(report)
     save_report()
+    if table_file is not None:
+        write_atomic(table_file, f"{result_table(report)}\n".encode())
     if as_json:
         print_json(json.loads(json.dumps(report, default=asdict)))
     else:
         print_report(report)
+    for line in times.over_budget() if settings.on_gpu else ():
+        say(line)
     if failed:
         say(f"{len(failed)} of {len(report['checks'])} checks FAILED: {'; '.join(failed)}")
         raise SystemExit(1)
@@ -187,20 +240,68 @@ def print_report(report: dict[str, Any]) -> None:
         for name, value in summary.items():
             if isinstance(value, dict):
                 click.echo(f"      {name}: " + ", ".join(f"{key} {number}" for key, number in value.items()))
-    click.echo("")
-    if isinstance(report["batches"], str):
-        click.echo(report["batches"])
-    else:
-        for row in report["batches"]:
-            rate = "out of memory" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f} images/s"
-            click.echo(f"{row['precision']:5} batch {row['batch']:5,}: {rate}")
-    kernels = report["kernels"]
-    if isinstance(kernels, str):
-        click.echo(kernels)
-    else:
-        for precision, kinds in kernels.items():
-            click.echo(f"{precision:5} ms a step: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items()))
-    click.echo(f"peak memory of the tensors of a step, GiB: {json.dumps(report['memory_gib'])}")
+    print_rows(report)
+    if report.get("ratios"):
+        click.echo("ratios: " + ", ".join(f"{name} {ratio}" for name, ratio in report["ratios"].items()))
+    click.echo(f"\n{result_table(report)}\n")
+
+
+def print_rows(report: dict[str, Any]) -> None:
+    """Print the results of the timings that have no ratios, a line for each row."""
+    for name in ("batches", "epilogue_times", "kernels", "memory_gib", "runs"):
+        result = report.get(name)
+        if isinstance(result, str):
+            click.echo(f"{name}: {result}")
+        elif result is not None:
+            click.echo("")
+            for line in _ROW_LINES[name](result):
+                click.echo(line)
+
+
+def batch_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each batch size of each precision."""
+    lines = []
+    for row in rows:
+        rate = "out of memory" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f} images/s"
+        lines.append(f"{row['precision']:5} batch {row['batch']:5,}: {rate}")
+    return lines
+
+
+def kind_lines(kinds_by_precision: dict[str, dict[str, float]]) -> list[str]:
+    """A line for each precision: time of a step by kind of kernel."""
+    return [
+        f"{precision:5} ms a step: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items())
+        for precision, kinds in kinds_by_precision.items()
+    ]
+
+
+def run_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each run of `alextrain run`."""
+    lines = []
+    for row in rows:
+        name = f"alextrain run, {row['format']}, {row['precision']}, batch {row['batch']:,}"
+        lines.append(
+            f"{name}: {row['error']}"
+            if "error" in row
+            else f"{name}: {row['images_per_s']:,.0f} images/s ({row['least']:,.0f} .. {row['most']:,.0f}, "
+            f"{row['intervals']} intervals), waiting for the stream {100 * row['waiting_share']:.1f} %, "
+            f"checkpoints and validations {row['outside_s']:.1f} s"
+        )
+    return lines
+
+
+def memory_lines(memory_gib: dict[str, Any]) -> list[str]:
+    """One line with the peak memory of each precision."""
+    return [f"peak memory of the tensors of a step, GiB: {json.dumps(memory_gib)}"]
+
+
+_ROW_LINES: dict[str, Callable[[Any], list[str]]] = {
+    "batches": batch_lines,
+    "epilogue_times": kernel_lines,
+    "kernels": kind_lines,
+    "memory_gib": memory_lines,
+    "runs": run_lines,
+}
 
 
 if __name__ == "__main__":

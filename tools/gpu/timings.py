@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from itertools import cycle, islice
+from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 
 from pipeline.loader import Batch, TrainLoader, train_loader
+from pipeline.placement import Placement, dali
+from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 from tools.bench.harness import Contestant, Row, race
+from tools.bench.loaders import train_records
 from tools.gpu.checks import make_step
 from tools.gpu.machine import elapsed_s, imagenet_hours, peak_tflops
 from tools.gpu.settings import GpuCheckSettings
@@ -22,7 +28,11 @@ from train.trainer.step import TrainingStep
 
 MAX_PREFETCHED = 8  # batches that are discarded when a turn starts, because the stream may have prefetched them
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
+BATCHES = (128, 256, 512, 1024, 2048)  # of the last precision; other precisions are measured at the first batch
+GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
+DECODER = "decoder of jpeg"
+_DECODED_BATCHES = 4  # batches of different records that the decoder alone decodes in turn
 
 # Rules (kind, whether all callers count, pattern). The first rule whose pattern occurs in a name of the call chain
 # gives the kind, which is a JSON key. The call chain is an operation, preceded by its kernel on a GPU and followed by
@@ -41,32 +51,10 @@ OTHER_KIND = "elementwise and others"
 Work = Callable[[], object]
 
 
-def run_timings(settings: GpuCheckSettings) -> Iterator[tuple[str, Any]]:
-    """Run all timings and yield (JSON key, result) one by one.
-
-    If a timing raises an exception, its result is the error message. The other timings still run.
-    """
-    precisions = settings.precisions
-    parts: dict[str, Callable[[], Any]] = {
-        "rates": lambda: measure_rates(settings),
-        "batches": lambda: rates_by_batch_size(settings),
-        "kernels": lambda: {precision: kernel_times_ms(settings, precision) for precision in precisions},
-        "memory_gib": lambda: {precision: peak_memory_gib(settings, precision) for precision in precisions},
-    }
-    if settings.on_gpu and settings.devices[0] == settings.devices[1]:
-        # This timing is the last, because the state of the device after a failed capture is unknown.
-        parts["graph"] = lambda: cuda_graph_rates(settings)
-    for name, part in parts.items():
-        try:
-            yield name, part()
-        except Exception as error:  # a driver, library or kernel may raise any exception
-            yield name, f"not measured: {type(error).__name__}: {error}".splitlines()[0][:300]
-
-
 def measure_rates(settings: GpuCheckSettings) -> list[Row]:
     """Images/s of the stream, of steps on one batch on the GPU, and of steps on batches of the stream ("… from …").
 
-    Steps on batches of the stream are compared with steps of the same precision on one batch.
+    Steps on batches of the stream have the last precision, and are compared with steps of this precision on one batch.
     """
     with ExitStack() as streams:
         contestants = []
@@ -77,11 +65,15 @@ def measure_rates(settings: GpuCheckSettings) -> list[Row]:
             loaders[format] = loader = EndlessLoader(stream)
             name = f"stream of {format}"
             contestants.append(make_contestant(settings, name, batch, loader.next_batch, MAX_PREFETCHED))
+            if format == "jpeg":
+                with suppress(UserError):  # DALI is not installed, or sees no GPU
+                    decode = decoder_alone(store, batch, settings.devices[0])
+                    contestants.append(make_contestant(settings, DECODER, batch, decode, MAX_PREFETCHED))
         for precision in settings.precisions:
             step, images, labels = make_step(settings, precision)
             alone = make_contestant(settings, precision, settings.batch, _step_on(step, images, labels), 1, step)
             contestants.append(alone)
-            for format, loader in loaders.items():
+            for format, loader in loaders.items() if precision == settings.precisions[-1] else ():
                 name, work = f"{precision} from {format}", _step_from(step, loader)
                 contestants.append(
                     make_contestant(settings, name, loader.batch_size, work, MAX_PREFETCHED, step, ours=alone.name)
@@ -116,6 +108,21 @@ def _step_on(step: TrainingStep, *batch: torch.Tensor) -> Work:
 
 def _step_from(step: TrainingStep, loader: EndlessLoader) -> Work:
     return lambda: step(*loader.next_batch())
+
+
+def decoder_alone(store: Path, batch: int, device: str) -> Work:
+    """A function that decodes a batch of JPEG records with DALI, and does nothing else. The records are in memory."""
+    placement, fn, types = Placement.parse(device), dali().fn, dali().types
+    records = islice(train_records(Store.open(store)), _DECODED_BATCHES * batch)
+    files = [np.frombuffer(record.data, np.uint8) for record in records]
+    batches = cycle([files[start : start + batch] for start in range(0, len(files) - batch + 1, batch)])
+    pipe = dali().Pipeline(batch_size=batch, num_threads=usable_cores(), device_id=placement.device_id)
+    with pipe:
+        jpeg = fn.external_source(lambda: next(batches), dtype=types.UINT8, ndim=1, no_copy=True)
+        pipe.set_outputs(fn.decoders.image(jpeg, device=placement.decoder_device, output_type=types.RGB))
+    pipe.build()
+    run: Work = pipe.run
+    return run
 
 
 def make_contestant(
@@ -158,14 +165,13 @@ def repeat(work: Work, times: int) -> None:
 
 
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
-    """Images/s of steps on larger batches, in each precision.
+    """Images/s of steps on batches of other sizes than settings.batch (`other_batches`), in each precision.
 
     For the first batch size that does not fit in memory, images_per_s is None; larger batches are not measured.
     """
     rows: list[dict[str, Any]] = []
-    factors = (2,) if settings.quick else (2, 4, 8)
     for precision in settings.precisions:
-        for batch in (factor * settings.batch for factor in factors):
+        for batch in other_batches(settings, precision):
             try:
                 step, images, labels = make_step(settings, precision, batch=batch)
                 work = _step_on(step, images, labels)
@@ -183,6 +189,14 @@ def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
                 if settings.on_gpu:
                     torch.cuda.empty_cache()
     return rows
+
+
+def other_batches(settings: GpuCheckSettings, precision: str) -> list[int]:
+    """Batch sizes that rates_by_batch_size measures, from the smallest to the largest."""
+    if settings.is_cpu_trial:
+        return [2 * settings.batch]
+    sizes = BATCHES[: 3 if settings.quick else None] if precision == settings.precisions[-1] else BATCHES[:1]
+    return [size for size in sizes if size != settings.batch]
 
 
 def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
@@ -281,12 +295,18 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
             if row.name.startswith(f"{precision} from "):
                 format = row.name.removeprefix(f"{precision} from ")
                 hours = imagenet_hours(rate[row.name])
+                # JPEG records cannot be faster than their decoder.
+                bound = (
+                    min(rate[precision], rate.get(DECODER, rate[precision])) if format == "jpeg" else rate[precision]
+                )
+                goal = GOAL_JPEG_RATIO if format == "jpeg" else GOAL_RATIO
                 entry[f"from_{format}"] = {
                     "images_per_s": rate[row.name],
                     "of_network_alone": row.of_ours,
+                    "of_bound": round(rate[row.name] / bound, 3),
                     "stream_of_network": round(rate[f"stream of {format}"] / rate[precision], 2),
                     "hours_for_90_epochs": round(hours, 2),
-                    "within_goal": row.of_ours >= GOAL_RATIO and hours < GOAL_HOURS,
+                    "within_goal": rate[row.name] >= goal * bound and hours < GOAL_HOURS,
                 }
         summary[precision] = entry
     return summary

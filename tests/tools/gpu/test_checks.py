@@ -60,7 +60,7 @@ def test_a_network_that_computes_something_else_fails(
     settings: GpuCheckSettings, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     """The reference is the only network in float64; all other networks get the fault."""
-    inputs, max_pool, drop = AlexNet._inputs, alexnet.max_pool, AlexNet._drop
+    inputs, max_pool, drop = AlexNet._inputs, alexnet.max_pool, AlexNet._with_dropout
     exact = torch.float64
     if fault == "input":
         monkeypatch.setattr(AlexNet, "_inputs", lambda net, x: inputs(net, x if x.dtype == exact else 1.2 * x))
@@ -70,7 +70,7 @@ def test_a_network_that_computes_something_else_fails(
         )
     else:  # the outputs stay correct, but the gradient is a fifth of the correct gradient
         reduced = lambda x: x if x.dtype == exact else 0.2 * x + 0.8 * x.detach()  # noqa: E731
-        monkeypatch.setattr(AlexNet, "_drop", lambda net, x: drop(net, reduced(x)))
+        monkeypatch.setattr(AlexNet, "_with_dropout", lambda net, layer, x: drop(net, layer, [reduced(t) for t in x]))
     assert failed_checks(settings, checks.network_checks) == [
         "network in fp32 on cpu against float64",
         "network in bf16 on cpu against float64",

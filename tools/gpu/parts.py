@@ -1,0 +1,138 @@
+"""The parts of tools.gpu_check: their names, their planned times on an H200, and the functions that run them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from tools.gpu.checks import lrn_checks, network_checks, repeat_checks, stream_checks, synchronization_checks
+from tools.gpu.epilogue_times import measure_epilogues
+from tools.gpu.epilogues import epilogue_checks
+from tools.gpu.runs import resume_checks, run_rates
+from tools.gpu.settings import Check, GpuCheckSettings
+from tools.gpu.timings import cuda_graph_rates, kernel_times_ms, measure_rates, peak_memory_gib, rates_by_batch_size
+
+MOST_S = 300  # time of all parts on an H200, with the time to make the stores
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part, which --only can choose."""
+
+    name: str  # value of --only; for timings also the JSON key of the result
+    budget_s: int  # planned time on an H200, in seconds
+    subject: str
+
+
+CHECKS = (
+    Part("stream", 25, "batches of the stream on the GPU against batches on the CPU; resumed streams"),
+    Part("network", 20, "logits and gradients in each precision against float64"),
+    Part("lrn", 5, "local response normalization against float64"),
+    Part("epilogues", 30, "the kernels between the convolutions, at full size, against float64"),
+    Part("repeat", 4, "three steps, run twice"),
+    Part("waits", 4, "a step never makes the host wait for the GPU"),
+    Part("resume", 40, "`alextrain run --deterministic`, killed and resumed, against a run that was not killed"),
+)
+TIMINGS = (
+    Part("rates", 30, "images/s of the stream, of steps on one batch, and of steps that the stream feeds"),
+    Part("batches", 15, "images/s of steps by size of the batch"),
+    Part("epilogue_times", 12, "times of the kernels between the convolutions, and their memory floors"),
+    Part("kernels", 8, "time of a step by kind of kernel"),
+    Part("memory_gib", 4, "memory of a step's tensors"),
+    Part("runs", 55, "images/s of `alextrain run`"),
+    Part("graph", 5, "a step that is replayed from a CUDA graph"),
+)
+STORES = Part("stores", 40, "making photographs and two stores (--make-stores)")
+PART_NAMES = tuple(part.name for part in (*CHECKS, *TIMINGS))
+
+
+def parts_text() -> str:
+    """The parts as a text for --help, a line each, and the sum of their times."""
+    lines = [f"  {part.name:15} {part.budget_s:3} s  {part.subject}" for part in (STORES, *CHECKS, *TIMINGS)]
+    total = sum(part.budget_s for part in (STORES, *CHECKS, *TIMINGS))
+    return "\n".join(
+        [f"Parts, and the time planned for each on an H200 ({total} s in all, under five minutes):", *lines]
+    )
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that parts took, by name of the part; a part is in the dict when it has ended."""
+
+    seconds: dict[str, float]
+
+    def over_budget(self) -> list[str]:
+        """A text for each part that took longer than planned."""
+        budgets = {part.name: part.budget_s for part in (STORES, *CHECKS, *TIMINGS)}
+        return [
+            f"{name} took {taken:.1f} s; planned were {budgets[name]} s"
+            for name, taken in self.seconds.items()
+            if taken > budgets[name]
+        ]
+
+
+def run_checks(
+    settings: GpuCheckSettings, only: Sequence[str] = PART_NAMES, times: Times | None = None
+) -> Iterator[Check]:
+    """Run the chosen checks and yield their results one by one.
+
+    only   names of parts
+    times  gets the time of each part
+
+    A check that raises an exception counts as failed. The other checks still run.
+    """
+    streams = settings.stores_by_format().items()
+    functions: dict[str, list[tuple[str, Callable[[], Iterator[Check]]]]] = {
+        "stream": [(f"stream of {f} records", partial(stream_checks, settings, store, f)) for f, store in streams],
+        "network": [("network", lambda: network_checks(settings))],
+        "lrn": [("local response normalization", lambda: lrn_checks(settings))],
+        "epilogues": [("epilogues", lambda: epilogue_checks(settings))],
+        "repeat": [("three steps twice", lambda: repeat_checks(settings))],
+        "waits": [("synchronization in a step", lambda: synchronization_checks(settings))] if settings.on_gpu else [],
+        "resume": [("run killed and resumed", lambda: resume_checks(settings))],
+    }
+    for part in CHECKS:
+        started = time.perf_counter()
+        for name, function in functions[part.name] if part.name in only else ():
+            try:
+                yield from function()
+            except Exception as error:  # a driver, library or kernel may raise any exception
+                yield Check(name, False, f"{type(error).__name__}: {error}".splitlines()[0][:300], "no error")
+        if times is not None and part.name in only:
+            times.seconds[part.name] = round(time.perf_counter() - started, 1)
+
+
+def run_timings(
+    settings: GpuCheckSettings, only: Sequence[str] = PART_NAMES, times: Times | None = None
+) -> Iterator[tuple[str, Any]]:
+    """Run the chosen timings and yield (JSON key, result) one by one.
+
+    If a timing raises an exception, its result is the error message. The other timings still run.
+    """
+    precisions = settings.precisions
+    budgets = {part.name: part.budget_s for part in TIMINGS}
+    functions: dict[str, Callable[[], Any]] = {
+        "rates": lambda: measure_rates(settings),
+        "batches": lambda: rates_by_batch_size(settings),
+        "epilogue_times": lambda: measure_epilogues(settings),
+        "kernels": lambda: {precision: kernel_times_ms(settings, precision) for precision in precisions},
+        "memory_gib": lambda: {precision: peak_memory_gib(settings, precision) for precision in precisions},
+        "runs": lambda: run_rates(settings, budgets["runs"]),
+    }
+    if settings.on_gpu and settings.devices[0] == settings.devices[1]:
+        # This timing is the last, because the state of the device after a failed capture is unknown.
+        functions["graph"] = lambda: cuda_graph_rates(settings)
+    for name, function in functions.items():
+        if name not in only:
+            continue
+        started = time.perf_counter()
+        try:
+            result = function()
+        except Exception as error:  # a driver, library or kernel may raise any exception
+            result = f"not measured: {type(error).__name__}: {error}".splitlines()[0][:300]
+        if times is not None:
+            times.seconds[name] = round(time.perf_counter() - started, 1)
+        yield name, result
