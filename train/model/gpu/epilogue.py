@@ -140,7 +140,9 @@ def _by_column(tensors: Sequence[Tensor], maps: Sequence[int]) -> list[Tensor]:
     return list(tensors) if len(tensors) == len(maps) else list(torch.split(tensors[0], list(maps), dim=1))
 
 
-def _constants(maps: int, dtype: torch.dtype, epilogue: Epilogue) -> tuple[tuple[float, float, float], dict[str, Any]]:
+def kernel_constants(
+    maps: int, is_float32: bool, epilogue: Epilogue
+) -> tuple[tuple[float, float, float], dict[str, Any]]:
     """Arguments of every kernel: α, β, k; and the arguments that Triton compiles into the kernel."""
     norm = epilogue.norm or Lrn(size=1, alpha=0.0, beta=0.75, k=1.0)
     return (norm.alpha, norm.beta, norm.k), {
@@ -148,7 +150,7 @@ def _constants(maps: int, dtype: torch.dtype, epilogue: Epilogue) -> tuple[tuple
         "NORM": epilogue.norm is not None,
         "REACH": min(norm.size // 2, maps - 1),
         "THREE_QUARTERS": norm.beta == 0.75,
-        "TERMS": _FLOAT32_TERMS if dtype == torch.float32 else 1,
+        "TERMS": _FLOAT32_TERMS if is_float32 else 1,
         "POSITIONS": _POSITIONS,
         "MAPS": max(16, 1 << (maps - 1).bit_length()),
     }
@@ -166,7 +168,7 @@ def _launch_forward(x: Tensor, bias: Tensor, out: Tensor, argmax: Tensor, epilog
     from train.model.gpu import epilogue_triton as kernels
 
     images, maps, rows, columns = x.shape
-    scalars, constants = _constants(maps, x.dtype, epilogue)
+    scalars, constants = kernel_constants(maps, x.dtype == torch.float32, epilogue)
     warps = warps_for(maps, backward=False)
     if not epilogue.pool_px:
         positions = images * rows * columns
@@ -194,7 +196,7 @@ def _launch_backward(
     from train.model.gpu import epilogue_triton as kernels
 
     images, maps, rows, columns = x_grad.shape
-    scalars, constants = _constants(maps, x_grad.dtype, epilogue)
+    scalars, constants = kernel_constants(maps, x_grad.dtype == torch.float32, epilogue)
     warps = warps_for(maps, backward=True)
     if not epilogue.pool_px:
         positions = images * rows * columns

@@ -1,0 +1,37 @@
+"""Test that the Triton kernels compile for a GPU, on a machine without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.helpers.project import ROOT
+
+
+def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> None:
+    """Runs in a process without TRITON_INTERPRET, in which Triton compiles instead of interpreting."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    program = "import json; from tools.gpu.compile_report import report; "
+    program += "print(json.dumps([row._asdict() for row in report(90, ('bf16',))]))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [(row["layer"], row["kernel"]) for row in rows] == [
+        (layer, f"{kind}_{way}")
+        for layer, kind in (("layer 1", "pooled"), ("layer 2", "pooled"), ("conv3, conv4", "pointwise"))
+        for way in ("forward", "backward")
+    ]
+    assert all(row["registers"] <= 255 and row["spilled_bytes"] <= 64 for row in rows), rows

@@ -1,0 +1,124 @@
+"""Compiles the Triton kernels for a GPU that need not be present, and prints registers, spills and shared memory.
+
+    python -m tools.gpu.compile_report --capability 90
+
+A kernel whose values do not fit into registers spills them to memory and is slow. ptxas, which Triton brings along,
+compiles for any GPU, so the report also shows on a machine without a GPU whether the kernels compile at all.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import click
+
+from prep.console import UserError, json_option, print_json
+
+_LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))  # name, maps of a column, pool_px
+_FLOATS = ("alpha", "beta", "k")
+_POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}
+_TENSORS = ("x", "out", "grad", "x_grad")
+
+
+class Row(NamedTuple):
+    """Resources of one compiled kernel."""
+
+    layer: str
+    kernel: str
+    dtype: str  # "bf16" or "fp32"
+    warps: int
+    registers: int  # per thread; at most 255
+    spilled_bytes: int  # per thread
+    shared_bytes: int  # per program, apart from dynamic shared memory
+
+
+def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Row]:
+    """Compile the epilogue of each layer of the paper's network, each way, for a compute capability such as 90."""
+    from train.config.recipes import PAPER
+    from train.model.gpu import epilogue_triton
+    from train.model.gpu.epilogue import Epilogue, kernel_constants, warps_for
+
+    rows = []
+    for layer, maps, pool_px in _LAYERS:
+        for dtype in dtypes:
+            norm = PAPER.lrn if pool_px else None
+            _, constants = kernel_constants(maps, dtype == "fp32", Epilogue("relu", norm, pool_px))
+            kind = "pooled" if pool_px else "pointwise"
+            for way in ("forward", "backward"):
+                kernel = getattr(epilogue_triton, f"{kind}_{way}")
+                extra = {"POOL": pool_px, "AFTER": "none"} if pool_px else {"TILES": 8} if way == "backward" else {}
+                warps = warps_for(maps, backward=way == "backward")
+                registers, spilled, shared = _compile(kernel, {**constants, **extra}, dtype, warps, capability)
+                rows.append(Row(layer, f"{kind}_{way}", dtype, warps, registers, spilled, shared))
+    return rows
+
+
+def _compile(
+    kernel: Any, constants: Mapping[str, Any], dtype: str, warps: int, capability: int
+) -> tuple[int, int, int]:
+    """Registers and spilled bytes of a thread, and shared bytes of a program."""
+    import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    from triton.compiler import ASTSource  # type: ignore[import-not-found,import-untyped,unused-ignore]
+
+    constants = {**constants, **{name: 1 for name in ("out_map", "grad_map") if name in kernel.arg_names}}
+    signature, attributes = {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = f"*{dtype}" if name in _TENSORS else "fp32" if name in _FLOATS else _POINTERS.get(name, "i32")
+        if (
+            signature[name].startswith("*")
+            or name == "maps"
+            or name.endswith(("_image", "_row", "_column", "_position"))
+        ):
+            attributes[(position,)] = [["tt.divisibility", 16]]  # as Triton finds it for the paper's shapes
+    source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    assert match is not None, usage
+    return int(match[1]), int(match[2]), int(match[3])
+
+
+@click.command()
+@click.option(
+    "--capability", type=click.IntRange(80), default=90, show_default=True, help="Compute capability without its point."
+)
+@json_option
+def main(capability: int, as_json: bool) -> None:
+    """Compile the Triton kernels of the network without a GPU, and print the resources that each kernel needs.
+
+    \b
+    Example:
+      python -m tools.gpu.compile_report --capability 90
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET is 1: Triton's interpreter compiles nothing. Unset the variable.")
+    rows = report(capability)
+    if as_json:
+        print_json({"capability": capability, "kernels": [row._asdict() for row in rows]})
+        return
+    click.echo(
+        f"{'layer':14}{'kernel':20}{'type':6}{'warps':>6}{'registers':>11}{'spilled bytes':>15}{'shared bytes':>14}"
+    )
+    for row in rows:
+        click.echo(
+            f"{row.layer:14}{row.kernel:20}{row.dtype:6}{row.warps:6}{row.registers:11}{row.spilled_bytes:15}"
+            f"{row.shared_bytes:14}"
+        )
+
+
+if __name__ == "__main__":
+    main()
