@@ -18,6 +18,7 @@ a GPU, a batch is bound to the CUDA stream that is torch's current stream when t
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.augment import SQUARE, Augmentation
 from pipeline.loader_base import Batch, Loader, WaitTimes
@@ -89,7 +91,8 @@ class TrainLoader(Loader):
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutation = (-1, np.empty(0, np.int64))  # the last permutation computed, as (epoch, permutation)
+        self._permutations: dict[int, npt.NDArray[np.int64]] = {}  # of the last two epochs that were read
+        self._lock = threading.Lock()
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 
@@ -184,10 +187,11 @@ class TrainLoader(Loader):
         """Read this rank's records of a step."""
         images = self.batch_size * self.world_size
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
-        known_epoch, permutation = self._permutation
-        if known_epoch != epoch:
-            permutation = epoch_permutation(self.records, self.seed, epoch)
-            self._permutation = epoch, permutation
+        with self._lock:  # several threads read batches, also of two epochs at the same time
+            if epoch not in self._permutations:
+                permutation = epoch_permutation(self.records, self.seed, epoch)
+                self._permutations = dict([*self._permutations.items(), (epoch, permutation)][-2:])
+            permutation = self._permutations[epoch]
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
         record_numbers = permutation[step * images : (step + 1) * images][part]
@@ -296,7 +300,8 @@ def train_loader(
     (N,).
 
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
-    than the split, for a GPU that this machine lacks, for a value that is not allowed, and if DALI is not installed.
+    than the split, for a GPU that this machine lacks, for a value that is not allowed, and if the engine needs DALI
+    (on a GPU, or if the C kernel cannot be used) and DALI is not installed.
     """
     return TrainLoader(
         Store.open(store),

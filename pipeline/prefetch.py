@@ -1,10 +1,10 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
-A batch passes three queues: records being read from disk (READ_AHEAD), batches in the engine (ENGINE_AHEAD), finished
-batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a DALI pipeline; another engine is started
-directly. On a CPU, a separate thread takes the images and calls Engine.finish while the engine works on the next batch.
-On a GPU, the consumer's thread takes the outputs, because DALI binds outputs to the current CUDA stream of the thread
-that takes them.
+A batch passes three queues: records being read from disk (READ_AHEAD), batches in the engine (ENGINE_AHEAD, or
+DALI_AHEAD if the engine uses DALI), finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a
+DALI pipeline; another engine is started directly. On a CPU, a separate thread takes the images and calls Engine.finish
+while the engine works on the next batch. On a GPU, the consumer's thread takes the outputs, because DALI binds outputs
+to the current CUDA stream of the thread that takes them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,12 @@ from pipeline.records import RecordBatch, Records
 from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
-ENGINE_AHEAD = 2  # number of batches in the engine: one being finished, one that follows without a pause
+DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
+# Number of batches in an engine without DALI: one being finished, one that follows without a pause, and one more,
+# because another thread can hold the GIL for 5 ms, the time in which 16 cores make a batch.
+ENGINE_AHEAD = 3
 FINISHED_AHEAD = 2  # number of batches finished before they are requested (CPU only)
-_READER_THREADS = 2  # number of threads that read records; these threads mostly wait for the disk
+_READER_THREADS = 4  # number of threads that read records; these threads mostly wait for the disk
 
 
 class BatchInput(NamedTuple):
@@ -135,8 +138,8 @@ class Prefetcher:
         return None
 
     def _schedule(self) -> None:
-        """Keep ENGINE_AHEAD batches in the engine and READ_AHEAD further batches being read, until no jobs remain."""
-        while len(self._in_engine) < ENGINE_AHEAD:
+        """Keep the engine supplied with batches, and READ_AHEAD further batches being read, until no jobs remain."""
+        while len(self._in_engine) < (DALI_AHEAD if self._engine.uses_dali else ENGINE_AHEAD):
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
             if not self._reading:
