@@ -107,6 +107,9 @@ class CountedStep:
             self._unrecorded_key, self._unrecorded_steps = key, 0
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
+            self._recorded_key = (
+                None  # a step without the graph allocates new gradients, whose addresses the update reads
+            )
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return
         device = self._step.network.devices[0]
