@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from train.config.recipes import PAPER
 from train.model.alexnet import AlexNet
 from train.model.lrn import local_response_norm
 from train.model.precision import autocast, set_precision
+from train.monitor.step_counters import StepCounters
 from train.optim.paper_sgd import make_optimizer
 from train.trainer.step import TrainingStep
+from train.trainer.step_graph import CountedStep, graph_for
 
 # Tolerances in grey levels. The cosine transforms of nvJPEG and libjpeg-turbo may round differently, by one or two
 # levels. The two libraries also upsample chroma with different filters, which gives larger differences at coloured
@@ -40,6 +42,8 @@ LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave 
 # Limit of the relative difference between two runs of three steps. On a GPU the order of additions in gradients varies;
 # an H200 gave 8e-7.
 REPEAT_TOLERANCE = 1e-5
+STEPS_BEFORE_REPLAY = 5  # steps after which a CountedStep replays its CUDA graph
+_MOST_STEPS = 10**6  # steps for which the counters have room; they are never read here
 
 
 # ---- the stream
@@ -218,6 +222,15 @@ def make_step(
     return TrainingStep(model, optimizer, precision), images.to(devices[0]), labels.to(devices[0])
 
 
+def make_counted_step(
+    settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
+) -> tuple[CountedStep, Tensor, Tensor]:
+    """A step as `alextrain run` makes it, with counters and, on one GPU, as a CUDA graph; and make_step's batch."""
+    step, images, labels = make_step(settings, precision, devices, batch)
+    device = step.network.devices[0]
+    return CountedStep(step, StepCounters(device, _MOST_STEPS), graph_for(step.network.devices)), images, labels
+
+
 def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Compare the velocities (sums of gradients) of two runs of three steps, with dropout and the same seed."""
     velocities = []
@@ -240,14 +253,20 @@ def repeat_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 def synchronization_checks(settings: GpuCheckSettings) -> Iterator[Check]:
     """Check that a step never makes the host wait for the GPU: torch raises an error for an operation that waits."""
     for precision in settings.precisions:
-        step, images, labels = make_step(settings, precision, batch=settings.compared_images)
-        step(images, labels)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            step(images, labels)
-            found = "none"
-        except RuntimeError as error:
-            found = str(error).splitlines()[0]
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        yield Check(f"synchronization with the GPU in a {precision} step", found == "none", found, "none")
+        batch = settings.compared_images
+        steps: dict[str, tuple[Callable[..., object], Tensor, Tensor]] = {
+            f"a {precision} step": make_step(settings, precision, batch=batch),
+            f"a {precision} step of `alextrain run`": make_counted_step(settings, precision, batch=batch),
+        }
+        for name, (step, images, labels) in steps.items():
+            for _ in range(STEPS_BEFORE_REPLAY):
+                step(images, labels)
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                step(images, labels)
+                found = "none"
+            except RuntimeError as error:
+                found = str(error).splitlines()[0]
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            yield Check(f"synchronization with the GPU in {name}", found == "none", found, "none")

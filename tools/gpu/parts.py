@@ -13,7 +13,14 @@ from tools.gpu.epilogue_times import measure_epilogues
 from tools.gpu.epilogues import epilogue_checks
 from tools.gpu.runs import resume_checks, run_rates
 from tools.gpu.settings import Check, GpuCheckSettings
-from tools.gpu.timings import cuda_graph_rates, kernel_times_ms, measure_rates, peak_memory_gib, rates_by_batch_size
+from tools.gpu.timings import (
+    cuda_graph_rates,
+    host_time_us,
+    kernel_times_ms,
+    measure_rates,
+    peak_memory_gib,
+    rates_by_batch_size,
+)
 
 MOST_S = 300  # time of all parts on an H200, with the time to make the stores
 
@@ -34,7 +41,7 @@ CHECKS = (
     Part("epilogues", 30, "the kernels between the convolutions, at full size, against float64"),
     Part("repeat", 4, "three steps, run twice"),
     Part("waits", 4, "a step never makes the host wait for the GPU"),
-    Part("resume", 40, "`alextrain run --deterministic`, killed and resumed, against a run that was not killed"),
+    Part("resume", 38, "`alextrain run --deterministic`, killed and resumed, against a run that was not killed"),
 )
 TIMINGS = (
     Part("rates", 30, "images/s of the stream, of steps on one batch, and of steps that the stream feeds"),
@@ -42,8 +49,9 @@ TIMINGS = (
     Part("epilogue_times", 12, "times of the kernels between the convolutions, and their memory floors"),
     Part("kernels", 8, "time of a step by kind of kernel"),
     Part("memory_gib", 4, "memory of a step's tensors"),
+    Part("host_us", 3, "time for which a step occupies the host"),
     Part("runs", 55, "images/s of `alextrain run`"),
-    Part("graph", 5, "a step that is replayed from a CUDA graph"),
+    Part("graph", 5, "a step launched kernel by kernel, and replayed from a CUDA graph"),
 )
 STORES = Part("stores", 40, "making photographs and two stores (--make-stores)")
 PART_NAMES = tuple(part.name for part in (*CHECKS, *TIMINGS))
@@ -120,10 +128,10 @@ def run_timings(
         "epilogue_times": lambda: measure_epilogues(settings),
         "kernels": lambda: {precision: kernel_times_ms(settings, precision) for precision in precisions},
         "memory_gib": lambda: {precision: peak_memory_gib(settings, precision) for precision in precisions},
+        "host_us": lambda: host_time_us(settings),
         "runs": lambda: run_rates(settings, budgets["runs"]),
     }
     if settings.on_gpu and settings.devices[0] == settings.devices[1]:
-        # This timing is the last, because the state of the device after a failed capture is unknown.
         functions["graph"] = lambda: cuda_graph_rates(settings)
     for name, function in functions.items():
         if name not in only:

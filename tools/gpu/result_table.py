@@ -159,6 +159,11 @@ def _epilogue(layer: str) -> Callable[[Report], str]:
     return text
 
 
+def _host_time(report: Report) -> str:
+    host_us = report.get("host_us")
+    return "" if host_us is None or isinstance(host_us, str) else f"{host_us:,.0f} µs"
+
+
 def _copy_speed(report: Report) -> str:
     speed = dict(_part(report, "epilogue_times")).get("copy_tb_per_s")
     return f"{speed:.3g} TB/s" if speed else ""
@@ -198,6 +203,7 @@ ROWS = (
         )
         for layer in _KERNELS
     ),
+    TableRow("time for which a step occupies the host", "not measured", _host_time),
     TableRow("copy within the GPU's memory", "4.25 TB/s", _copy_speed),
     TableRow("run with `--deterministic`, killed and resumed", "no such option", _check("run with --deterministic")),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from itertools import cycle, islice
@@ -13,24 +14,25 @@ from typing import Any
 import numpy as np
 import torch
 
+from pipeline.engines.dali_shutdown import shut_down
 from pipeline.loader import Batch, TrainLoader, train_loader
 from pipeline.placement import Placement, dali
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 from tools.bench.harness import Contestant, Row, race
 from tools.bench.loaders import train_records
-from tools.gpu.checks import make_step
-from tools.gpu.machine import elapsed_s, imagenet_hours, peak_tflops
+from tools.gpu.checks import STEPS_BEFORE_REPLAY, make_counted_step, make_step
+from tools.gpu.machine import elapsed_s, imagenet_hours, peak_tflops, synchronize
 from tools.gpu.settings import GpuCheckSettings
 from train.model.precision import set_precision
 from train.model.summary import summarize
-from train.trainer.step import TrainingStep
 
 MAX_PREFETCHED = 8  # batches that are discarded when a turn starts, because the stream may have prefetched them
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
 BATCHES = (128, 256, 512, 1024, 2048)  # of the last precision; other precisions are measured at the first batch
 GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
+_HOST_STEPS = 20
 DECODER = "decoder of jpeg"
 _DECODED_BATCHES = 4  # batches of different records that the decoder alone decodes in turn
 
@@ -67,22 +69,22 @@ def measure_rates(settings: GpuCheckSettings) -> list[Row]:
             contestants.append(make_contestant(settings, name, batch, loader.next_batch, MAX_PREFETCHED))
             if format == "jpeg":
                 with suppress(UserError):  # DALI is not installed, or sees no GPU
-                    decode = decoder_alone(store, batch, settings.devices[0])
+                    decode = decoder_alone(streams, store, batch, settings.devices[0])
                     contestants.append(make_contestant(settings, DECODER, batch, decode, MAX_PREFETCHED))
         for precision in settings.precisions:
-            step, images, labels = make_step(settings, precision)
-            alone = make_contestant(settings, precision, settings.batch, _step_on(step, images, labels), 1, step)
+            step, images, labels = make_counted_step(settings, precision)
+            alone = make_contestant(settings, precision, settings.batch, _step_on(step, images, labels), 1, precision)
             contestants.append(alone)
             for format, loader in loaders.items() if precision == settings.precisions[-1] else ():
                 name, work = f"{precision} from {format}", _step_from(step, loader)
                 contestants.append(
-                    make_contestant(settings, name, loader.batch_size, work, MAX_PREFETCHED, step, ours=alone.name)
+                    make_contestant(settings, name, loader.batch_size, work, MAX_PREFETCHED, precision, ours=alone.name)
                 )
         last = settings.precisions[-1]
         if settings.devices[0] != settings.devices[1]:
-            step, images, labels = make_step(settings, last, (settings.devices[0],) * 2)
+            step, images, labels = make_counted_step(settings, last, (settings.devices[0],) * 2)
             name, work = f"{last}, one GPU", _step_on(step, images, labels)
-            contestants.append(make_contestant(settings, name, settings.batch, work, 1, step, ours=last))
+            contestants.append(make_contestant(settings, name, settings.batch, work, 1, last, ours=last))
         return race(contestants, settings.rounds, settings.pause_s)
 
 
@@ -102,16 +104,19 @@ class EndlessLoader:
         return next(self._batches)
 
 
-def _step_on(step: TrainingStep, *batch: torch.Tensor) -> Work:
+def _step_on(step: Callable[..., object], *batch: torch.Tensor) -> Work:
     return lambda: step(*batch)
 
 
-def _step_from(step: TrainingStep, loader: EndlessLoader) -> Work:
+def _step_from(step: Callable[..., object], loader: EndlessLoader) -> Work:
     return lambda: step(*loader.next_batch())
 
 
-def decoder_alone(store: Path, batch: int, device: str) -> Work:
-    """A function that decodes a batch of JPEG records with DALI, and does nothing else. The records are in memory."""
+def decoder_alone(cleanup: ExitStack, store: Path, batch: int, device: str) -> Work:
+    """A function that decodes a batch of JPEG records with DALI, and does nothing else. The records are in memory.
+
+    The exit of `cleanup` stops the decoder. Raises UserError if DALI is not installed.
+    """
     placement, fn, types = Placement.parse(device), dali().fn, dali().types
     records = islice(train_records(Store.open(store)), _DECODED_BATCHES * batch)
     files = [np.frombuffer(record.data, np.uint8) for record in records]
@@ -121,6 +126,7 @@ def decoder_alone(store: Path, batch: int, device: str) -> Work:
         jpeg = fn.external_source(lambda: next(batches), dtype=types.UINT8, ndim=1, no_copy=True)
         pipe.set_outputs(fn.decoders.image(jpeg, device=placement.decoder_device, output_type=types.RGB))
     pipe.build()
+    cleanup.callback(shut_down, pipe)
     run: Work = pipe.run
     return run
 
@@ -131,15 +137,15 @@ def make_contestant(
     batch: int,  # images that one call of `work` processes
     work: Work,
     warm_up: int,  # uncounted calls of `work` before each turn
-    step: TrainingStep | None = None,  # the step that `work` runs; its precision is set before each turn
+    precision: str | None = None,  # precision of the steps that `work` makes; it is set before each turn
     ours: str | None = None,
 ) -> Contestant:
     """A contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
     calls: list[int] = []  # empty, or one entry: the number of calls in a turn, found before the first turn
 
     def prepare() -> None:
-        if step is not None:
-            set_precision(step.precision, settings.devices)  # other contestants change this setting
+        if precision is not None:
+            set_precision(precision, settings.devices)  # other contestants change this setting
         if settings.turn_s:
             repeat(work, warm_up)
         if not calls:
@@ -173,9 +179,9 @@ def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
     for precision in settings.precisions:
         for batch in other_batches(settings, precision):
             try:
-                step, images, labels = make_step(settings, precision, batch=batch)
+                step, images, labels = make_counted_step(settings, precision, batch=batch)
                 work = _step_on(step, images, labels)
-                contestant = make_contestant(settings, precision, batch, work, 1, step)
+                contestant = make_contestant(settings, precision, batch, work, 1, precision)
                 rates = []
                 for _ in range(settings.rounds):
                     contestant.prepare()
@@ -251,26 +257,31 @@ def kernel_kind(call_chain: list[str]) -> str:
 
 
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Images/s of the step in the last precision: launched kernel by kernel, and replayed from a CUDA graph.
-
-    A recorded step cannot change its learning rates or the address of its batch, so training cannot use it. The
-    comparison only shows the cost of launching kernels.
-    """
+    """Images/s of the step in the last precision: launched kernel by kernel, and as `alextrain run` makes it."""
     precision = settings.precisions[-1]
-    step, images, labels = make_step(settings, precision)
-    recorded_step, *batch = make_step(settings, precision)
-    device = settings.device
-    side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # untyped in torch
-    side_stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side_stream):
-        repeat(_step_on(recorded_step, *batch), 3)
-    torch.cuda.current_stream(device).wait_stream(side_stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(device), torch.cuda.graph(graph):
-        recorded_step(*batch)
-    works = {f"{precision}, launched": _step_on(step, images, labels), f"{precision}, replayed": graph.replay}
-    contestants = [make_contestant(settings, name, settings.batch, work, 1, step) for name, work in works.items()]
+    steps: dict[str, tuple[Callable[..., object], torch.Tensor, torch.Tensor]] = {
+        f"{precision}, launched": make_step(settings, precision),
+        f"{precision}, replayed": make_counted_step(settings, precision),
+    }
+    contestants = [
+        make_contestant(settings, name, settings.batch, _step_on(*step), 1, precision) for name, step in steps.items()
+    ]
     return race(contestants, settings.rounds, settings.pause_s)
+
+
+def host_time_us(settings: GpuCheckSettings) -> float:
+    """Time in µs for which a step of the last precision occupies the host, when the GPU is not waited for."""
+    precision = settings.precisions[-1]
+    set_precision(precision, settings.devices)
+    work = _step_on(*make_counted_step(settings, precision))
+    repeat(work, STEPS_BEFORE_REPLAY if settings.on_gpu else 1)
+    synchronize(settings.devices)
+    steps = _HOST_STEPS if settings.on_gpu else 1
+    started = time.perf_counter()
+    repeat(work, steps)
+    host_s = time.perf_counter() - started
+    synchronize(settings.devices)
+    return round(1e6 * host_s / steps, 1)
 
 
 def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ REPORT = {
             KernelTime("layer 1, backward", 0.3, 0.8, 0.2, 1.5),
         ],
     },
+    "host_us": 150.6,
     "runs": [
         {"format": "jpeg", "batch": 512, "images_per_s": 36_000.0},
         {"format": "ppm", "batch": 512, "images_per_s": 48_000.0},
@@ -67,6 +68,7 @@ def test_the_column_after_has_the_values_of_the_report() -> None:
         "0.67 hours",
         "0.21 ms (2.1); 0.3 ms (1.5)",
         *["not measured"] * 4,
+        "151 µs",
         "4.25 TB/s",
         "all 32 are bit-identical",
     ]

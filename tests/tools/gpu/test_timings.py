@@ -36,8 +36,7 @@ def test_each_turn_sets_its_precision(settings: GpuCheckSettings, monkeypatch: p
     """The precision switches are global, and other contestants change the switches between two turns."""
     calls: list[Any] = []
     monkeypatch.setattr(timings, "set_precision", lambda *arguments: calls.append(arguments))
-    step = SimpleNamespace(precision="bf16")
-    timings.make_contestant(settings, "bf16", 2, lambda: None, 1, step).prepare()
+    timings.make_contestant(settings, "bf16", 2, lambda: None, 1, "bf16").prepare()
     assert calls == [("bf16", settings.devices)]
 
 
@@ -50,7 +49,7 @@ def test_batches_grow_until_memory_is_exhausted(
             raise torch.OutOfMemoryError("CUDA out of memory")
         return lambda *_: None, None, None
 
-    monkeypatch.setattr(timings, "make_step", make_step)
+    monkeypatch.setattr(timings, "make_counted_step", make_step)
     monkeypatch.setattr(timings, "make_contestant", lambda *_: SimpleNamespace(prepare=lambda: None, rate=lambda: 7.0))
     large = GpuCheckSettings(settings.store, None, ("cpu", "cpu"), 512, False)
     rows = timings.rates_by_batch_size(large)
@@ -92,6 +91,13 @@ def test_conclusions_have_the_share_of_the_peak_and_the_hours_of_imagenet(
         "within_goal": True,
     }
     assert summary["from_ppm"]["of_bound"] == 0.95 and not summary["from_ppm"]["within_goal"]
+
+
+def test_the_step_of_a_run_is_compared_with_the_launched_step_and_its_host_time_measured(
+    settings: GpuCheckSettings,
+) -> None:
+    assert [row.name for row in timings.cuda_graph_rates(settings)] == ["bf16, launched", "bf16, replayed"]
+    assert timings.host_time_us(settings) > 0
 
 
 @pytest.mark.parametrize(
