@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -90,6 +92,21 @@ def test_an_epoch_has_full_batches_of_distinct_records_in_the_order_of_its_permu
             order = [stored[number] for number in epoch_permutation(TRAIN_RECORDS, 6, epoch)]
             ends = [step * (k + 1) for k in range(TRAIN_RECORDS // step)]
             assert labels_by_batch(loader) == [order[end - batch_size : end] for end in ends]
+
+
+def test_the_permutation_of_an_epoch_is_computed_once(numbered_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of an epoch, several threads read batches of two epochs at the same time."""
+    computed = []
+
+    def permutation(records: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+        computed.append(epoch)
+        time.sleep(0.05)  # meanwhile, other threads ask for the same epoch
+        return epoch_permutation(records, seed, epoch)
+
+    monkeypatch.setattr("pipeline.loader.epoch_permutation", permutation)
+    with train_loader(numbered_store, 4) as loader:
+        take_batches(loader, 4 * len(loader))
+    assert len(computed) == len(set(computed)) and set(computed) >= {0, 1, 2, 3}
 
 
 def test_no_record_is_served_twice_in_an_epoch_and_all_are_served_within_twelve_epochs(numbered_store: Path) -> None:

@@ -10,7 +10,7 @@ from click.testing import CliRunner
 
 TOOLS = (
     *("compare_bits", "demo", "gpu_check", "photo_digits"),
-    *("bench.build", "bench.stream", "bench.train"),
+    *("bench.build", "bench.host_time", "bench.stream", "bench.train"),
     *("docs.check_site", "docs.cli_reference", "docs.draw_alexnet", "docs.recipe_reference"),
 )
 

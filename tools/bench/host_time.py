@@ -51,9 +51,7 @@ def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str
     Raises UserError if the C kernel cannot be used, because the stream then uses DALI.
     """
     if kernels.native is None or kernels.native.jpeg is None:
-        raise UserError(
-            "the C kernel cannot be used (prep/compiled.py, pipeline/engines/kernels.py): expected it here."
-        )
+        raise UserError("The C kernel cannot be used, so the stream uses DALI (see pipeline/engines/kernels.py).")
     augmenter = Augmenter(store, Augmentation())
     idle: Any = _IdleKernel(kernels.native.jpeg)
     engine = CpuEngine(augmenter, idle, OutputFormat(), threads)
