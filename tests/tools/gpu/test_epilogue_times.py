@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 
-from tools.gpu.epilogue_times import kernel_lines, kernel_time, measure_epilogues, moved_bytes
+import tools.gpu.epilogue_times as epilogue_times
+from tools.gpu.epilogue_times import kernel_lines, kernel_time, measure_epilogues, moved_bytes, seconds_per_work
 from tools.gpu.epilogues import layer_cases
 from tools.gpu.settings import GpuCheckSettings
 from train.config.architecture import ALEXNET
@@ -41,3 +47,35 @@ def test_every_direction_of_every_layer_is_measured(settings: GpuCheckSettings) 
     assert result["all_ms"] == pytest.approx(sum(time.ms for time in result["kernels"]), abs=1e-3)
     lines = kernel_lines(result)
     assert len(lines) == 1 + 10 + 1 and lines[1].startswith("layer 1, forward")
+
+
+def test_on_a_gpu_all_inputs_are_recorded_in_one_graph_which_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A simulated GPU: a replay of the graph of two functions takes 4 ms, so 25 replays fill the time of a turn."""
+    calls: list[str] = []
+    clock_ms = [0.0]
+
+    class Graph:
+        def replay(self) -> None:
+            calls.append("replay")
+            clock_ms[0] += 4.0
+
+    @contextmanager
+    def record(graph: Graph, stream: object) -> Any:
+        calls.append("record")
+        yield
+        calls.append("recorded")
+
+    def elapsed_s(devices: object, work: Callable[[], object]) -> float:
+        before = clock_ms[0]
+        work()
+        return (clock_ms[0] - before) / 1000
+
+    cuda = SimpleNamespace(
+        synchronize=lambda device: None, stream=nullcontext, device=nullcontext, graph=record, CUDAGraph=Graph
+    )
+    monkeypatch.setattr(epilogue_times, "torch", SimpleNamespace(cuda=cuda))
+    monkeypatch.setattr(epilogue_times, "elapsed_s", elapsed_s)
+    settings: Any = SimpleNamespace(device="cuda:0", devices=("cuda:0", "cuda:0"))
+    works = [lambda: calls.append("first"), lambda: calls.append("second")]
+    assert seconds_per_work(settings, works, object()) == pytest.approx(0.002)
+    assert calls == ["first", "second", "record", "first", "second", "recorded", *["replay"] * (1 + 1 + 25)]
