@@ -39,7 +39,7 @@ class _Started(NamedTuple):
 
     job: BatchJob
     images: npt.NDArray[np.float32] | None  # (N · V, ...); None if the engine only decodes
-    futures: list[Future[None]]  # one for each thread
+    futures: list[Future[None]]  # one for each thread that works on the batch
 
 
 class CpuEngine:
@@ -91,7 +91,8 @@ class CpuEngine:
             self._scale,
             images,
         )
-        futures = [self._pool.submit(self._kernel.make_images, job) for _ in range(self._threads)]
+        threads = min(self._threads, len(records.numbers))
+        futures = [self._pool.submit(self._kernel.make_images, job) for _ in range(threads)]
         return _Started(job, images, futures)
 
     def finish(self, started: _Started, records: RecordBatch, crops: Crops) -> torch.Tensor:
