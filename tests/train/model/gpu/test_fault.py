@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from train.model import kernels
 from train.model.gpu import epilogue, fault
@@ -32,6 +33,23 @@ def _fresh_cache() -> Iterator[None]:
 def test_the_kernels_work_in_tritons_interpreter() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
     assert fault.triton_fault(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize("pool_px", [0, 3])
+def test_the_trial_uses_no_operator_that_deterministic_algorithms_refuse(pool_px: int) -> None:
+    """PyTorch refuses the gradient of average pooling over three axes on a GPU, and F.local_response_norm uses it."""
+
+    class Names(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    pytest.importorskip("triton", reason="Triton is not installed")
+    names: list[str] = []
+    with Names():
+        assert fault._agrees(pool_px, torch.device("cpu"))
+    assert any("relu" in name or "threshold" in name for name in names)
+    assert not [name for name in names if "pool3d" in name]
 
 
 def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
