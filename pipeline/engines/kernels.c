@@ -1,8 +1,10 @@
-/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py. Called by kernels.py. */
+/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py; copy squares of raw records
+ * for a GPU. Called by kernels.py. */
 
 #include <setjmp.h>
 #include <stdint.h>
 #include <stdlib.h>
+#include <string.h>
 
 #ifdef CLONES /* Compile two versions of each function; the dynamic linker chooses one for this CPU. */
 #define EACH_CPU __attribute__((target_clones("arch=x86-64-v3", "default")))
@@ -253,4 +255,20 @@ void make_images(batch *b) {
     if (self.is_created)
         b->jpeg->destroy(&self.decoder);
     free(self.pixels);
+}
+
+/* Copy the crops of raw records unchanged to `out`, as bytes (N, V, side, side, 3), until no record of the batch remains.
+ * The threads of a batch each call this function once. */
+void copy_squares(batch *b) {
+    const int64_t row_bytes = 3 * b->side;
+    int64_t k;
+    while ((k = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED)) < b->records) {
+        const int64_t stride = 3 * (int64_t)b->size[2 * k + 1];
+        for (int64_t n = k * b->views; n < (k + 1) * b->views; n++) {
+            const uint8_t *pixels = b->payload[k] + b->position[2 * n] * stride + 3 * b->position[2 * n + 1];
+            uint8_t *square = (uint8_t *)b->out + n * b->side * row_bytes;
+            for (int64_t i = 0; i < b->side; i++)
+                memcpy(square + i * row_bytes, pixels + i * stride, row_bytes);
+        }
+    }
 }

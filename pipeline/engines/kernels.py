@@ -73,7 +73,7 @@ class BatchJob(ctypes.Structure):
         side_px: int,
         layout: str,
         scale: float,
-        out: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[np.float32] | npt.NDArray[np.uint8] | None,
     ) -> None:
         """Describe a batch. The addresses are not checked: each must point to memory that is large enough.
 
@@ -99,6 +99,20 @@ class BatchJob(ctypes.Structure):
         is_nhwc = int(layout == "NHWC")
         super().__init__(0, count, count, views, side_px, mean_side_px, decoder, *pointers, is_nhwc, scale)
 
+    @classmethod
+    def of_squares(
+        cls,
+        payload: npt.NDArray[np.uint64],
+        size: npt.NDArray[np.int32],
+        position: npt.NDArray[np.int32],
+        out: npt.NDArray[np.uint8],
+    ) -> BatchJob:
+        """A batch of raw records for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3)."""
+        count, views, side = out.shape[:3]
+        nothing, no_shift = np.zeros((count, views), np.int32), np.zeros((count, 3), np.float32)
+        payload_bytes = 3 * size.prod(axis=1, dtype=np.int64)
+        return cls(None, payload, payload_bytes, size, position, nothing, no_shift, None, 0, side, "NHWC", 1.0, out)
+
 
 def address(array: npt.NDArray[Any]) -> int:
     """The address of the first item of an array."""
@@ -119,6 +133,9 @@ class NativeKernels:
         self._make_images = library.make_images
         self._make_images.argtypes = [ctypes.POINTER(BatchJob)]
         self._make_images.restype = None
+        self._copy_squares = library.copy_squares
+        self._copy_squares.argtypes = [ctypes.POINTER(BatchJob)]
+        self._copy_squares.restype = None
         self.jpeg = find_libjpeg()
         if self.jpeg is not None and not _decodes_correctly(self, self.jpeg):
             self.jpeg = None
@@ -129,6 +146,13 @@ class NativeKernels:
         When all threads have returned, job.failed is the lowest index of a record that cannot be decoded, or N.
         """
         self._make_images(job)
+
+    def copy_squares(self, job: BatchJob) -> None:
+        """Copy the crops of raw records unchanged to the uint8 array `out` of the job, without flip, shift and mean.
+
+        Each thread of the batch calls this method once.
+        """
+        self._copy_squares(job)
 
     def crop(
         self,
@@ -169,7 +193,18 @@ def is_correct(kernel: NativeKernels) -> bool:
             expected = (pixels + shift - with_mean * mean[4 : 4 + side, 2 : 2 + side]) * np.float32(0.5)
             if not np.array_equal(result.transpose(1, 2, 0) if layout == "NCHW" else result, expected):
                 return False
-    return True
+    return _copies_correctly(kernel, image)
+
+
+def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bool:
+    """True if the library copies a few squares of an image correctly."""
+    side, position = 31, np.array([[(0, 0), (16, 22)], [(3, 5), (15, 1)]], np.int32)
+    out = np.zeros((2, 2, side, side, 3), np.uint8)
+    sizes = np.full((2, 2), image.shape[:2], np.int32)
+    job = BatchJob.of_squares(np.full(2, address(image), np.uint64), sizes, position, out)
+    kernel.copy_squares(job)
+    squares = [image[y : y + side, x : x + side] for y, x in position.reshape(-1, 2).tolist()]
+    return bool(np.array_equal(out.reshape(4, side, side, 3), squares))
 
 
 def find_libjpeg() -> JpegLibrary | None:
