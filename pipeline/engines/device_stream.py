@@ -1,0 +1,167 @@
+"""Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
+
+On a GPU, the loader queues copies and kernels on a CUDA stream of its own (a side stream), so that they run while the
+consumer's kernels run. Two rules keep the order right, and both are in this interface:
+
+- Whoever uses a result first waits for an event that was recorded after the work (`Event.wait` on the host, or
+  `Event.order` for the kernels that the consumer queues afterwards).
+- `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
+  the memory to the loader's next batch while the consumer's kernels still read it.
+
+InOrderStream does all work at once, on a CPU. tests/pipeline/deferred_stream.py has a third form: work is done only
+when someone waits for its event. If a wait is missing, a test on a CPU finds wrong values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.placement import Placement
+
+Work = Callable[[], object]
+
+
+class Event(Protocol):
+    """A point in the order of a stream's work."""
+
+    def wait(self) -> None:
+        """Let the calling thread wait until all work before this event is done."""
+
+    def order(self, *tensors: Tensor) -> None:
+        """Let work that is queued from now on in the caller's current stream wait for this event.
+
+        The memory of `tensors` is not reused before this work is done, even if no tensor refers to the memory any more.
+        """
+
+
+class DeviceStream(Protocol):
+    """Work on one device, done in the order in which it was queued."""
+
+    device: torch.device
+    dali_stream: Any  # the stream for nvidia.dali.Pipeline.outputs; None on a CPU
+
+    def run(self, work: Work) -> None:
+        """Queue `work` after all earlier work. Until an event after `work` has passed, its results are undefined.
+
+        `work` may only use tensors that were made by this stream, or that exist already.
+        """
+
+    def record(self) -> Event:
+        """An event after all work that has been queued."""
+
+    def record_consumer(self) -> Event:
+        """An event after all work that the caller has queued in its own current stream of the device."""
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory on the device for the results of `run`."""
+
+    def host_memory(self, size_bytes: int) -> Tensor:
+        """Uninitialized uint8 memory (size_bytes,) of the host, from which the device copies without the host."""
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Queue a copy of a tensor of the host to the device. On a CPU the result can be `values` itself."""
+
+
+class CudaStream:
+    """A CUDA stream of the loader."""
+
+    def __init__(self, device_id: int) -> None:
+        self.device = torch.device("cuda", device_id)
+        self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.dali_stream = self._stream
+
+    def run(self, work: Work) -> None:
+        """Launch the kernels of `work` on this stream."""
+        with torch.cuda.stream(self._stream):  # also makes this GPU the current device
+            work()
+
+    def record(self) -> Event:
+        """An event after all work that has been launched on this stream."""
+        return _CudaEvent(self._stream)
+
+    def record_consumer(self) -> Event:
+        """An event after all work that the caller has launched on its current stream of this GPU."""
+        return _CudaEvent(torch.cuda.current_stream(self.device))
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Memory that torch reuses in the order of this stream."""
+        with torch.cuda.stream(self._stream):
+            return torch.empty(tuple(shape), dtype=dtype, device=self.device)
+
+    def host_memory(self, size_bytes: int) -> Tensor:
+        """Pinned memory. A copy from memory that is not pinned would block the host."""
+        with torch.cuda.device(self.device):  # without this, the pinned memory would belong to GPU 0
+            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def upload(self, values: Tensor) -> Tensor:
+        """Copy through pinned memory, which torch does not reuse before the copy is done."""
+        with torch.cuda.stream(self._stream):
+            return values.pin_memory().to(self.device, non_blocking=True)
+
+
+class _CudaEvent:
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._device = stream.device
+        # A waiting thread sleeps (blocking=True). By default the thread would keep a core busy.
+        self._event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        self._event.record(stream)
+
+    def wait(self) -> None:
+        self._event.synchronize()
+
+    def order(self, *tensors: Tensor) -> None:
+        consumer = torch.cuda.current_stream(self._device)
+        consumer.wait_event(self._event)
+        for tensor in tensors:
+            tensor.record_stream(consumer)
+
+
+class InOrderStream:
+    """Does all work on the CPU, at once."""
+
+    device = torch.device("cpu")
+    dali_stream: Any = None
+
+    def run(self, work: Work) -> None:
+        """Do the work."""
+        work()
+
+    def record(self) -> Event:
+        """An event that has passed."""
+        return _PASSED
+
+    def record_consumer(self) -> Event:
+        """An event that has passed."""
+        return _PASSED
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """Uninitialized memory of the host."""
+        return torch.empty(tuple(shape), dtype=dtype)
+
+    def host_memory(self, size_bytes: int) -> Tensor:
+        """Uninitialized memory of the host."""
+        return torch.empty(size_bytes, dtype=torch.uint8)
+
+    def upload(self, values: Tensor) -> Tensor:
+        """`values` itself."""
+        return values
+
+
+class _PassedEvent:
+    def wait(self) -> None:
+        pass
+
+    def order(self, *tensors: Tensor) -> None:
+        pass
+
+
+_PASSED = _PassedEvent()
+
+
+def open_stream(placement: Placement) -> DeviceStream:
+    """A stream on the loader's device."""
+    return InOrderStream() if placement.device_id is None else CudaStream(placement.device_id)
