@@ -30,7 +30,7 @@ class StepCounters:
     """Collects the results of up to `max_steps` steps on a device."""
 
     def __init__(self, device: torch.device, max_steps: int) -> None:
-        self._losses = torch.zeros(max_steps, device=device)
+        self._losses, self._positions = torch.zeros(max_steps, device=device), torch.arange(max_steps, device=device)
         self._loss_sum = torch.zeros((), device=device)
         self._step = torch.zeros(1, dtype=torch.int64, device=device)  # number of steps added
         self._misses = torch.zeros(2, dtype=torch.int64, device=device)
@@ -39,7 +39,8 @@ class StepCounters:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add the result of a step: loss (), logits (N, classes), labels (N,), all on the device."""
-        self._losses.index_copy_(0, self._step, loss.reshape(1))
+        # With deterministic algorithms, index_copy_ waits for the GPU, and a graph cannot contain that.
+        torch.where(self._positions == self._step, loss, self._losses, out=self._losses)
         self._loss_sum += loss
         self._step += 1
         self._misses += top_k_misses(logits, labels)
@@ -48,11 +49,16 @@ class StepCounters:
         torch.maximum(self._largest, largest, out=self._largest)
 
     def read(self) -> Counts:
-        """The counts since the last call; sets them to zero. Waits for the device, once."""
+        """The counts since the last call; sets them to zero. Waits for the device, once.
+
+        Raises IndexError if more than `max_steps` steps have been added.
+        """
         numbers = (self._step, self._misses, self._smallest, self._largest, self._loss_sum, self._losses)
         steps, top1, top5, smallest, largest, loss_sum, *losses = torch.cat(
             [tensor.double().reshape(-1) for tensor in numbers]  # float64 holds every float32, and integers up to 2^53
         ).tolist()
+        if steps > len(losses):
+            raise IndexError(f"{int(steps)} steps were added, but the counters hold {len(losses)}")
         for tensor in (self._step, self._misses, self._loss_sum, self._losses):
             tensor.zero_()
         self._smallest.fill_(_NO_LABEL[0])

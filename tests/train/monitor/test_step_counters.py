@@ -39,6 +39,7 @@ def test_a_loss_that_is_not_finite_keeps_its_step() -> None:
 def test_more_steps_than_announced_are_refused() -> None:
     counters = StepCounters(torch.device("cpu"), max_steps=1)
     result = torch.tensor(1.0), torch.zeros(1, 2), torch.zeros(1, dtype=torch.int64)
-    counters.add(*result)
-    with pytest.raises(IndexError):
+    for _ in range(2):
         counters.add(*result)
+    with pytest.raises(IndexError, match="2 steps"):
+        counters.read()
