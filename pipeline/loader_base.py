@@ -35,7 +35,9 @@ class WaitTimes(NamedTuple):
 
     batches: int  # number of batches served
     consumer_wait_s: float  # time for which the consumer (the training loop) waited for batches
-    loader_wait_s: float  # time between a served batch and the consumer's next request
+    # Time between a served batch and the consumer's next request. On a GPU, this time includes the time for which the
+    # loader waits until the GPU has caught up with the consumer (Prefetcher.wait_for_consumer).
+    loader_wait_s: float
 
 
 class Loader:
@@ -87,8 +89,8 @@ class Loader:
     def close(self) -> None:
         """Stop the threads, release memory and unmap the files. Batches already served stay valid.
 
-        The engines keep the memory of served batches that are still referenced (see CpuEngine.close and
-        DaliEngine.finish).
+        The engines keep the memory of served batches that are still referenced (see the methods `finish` and `close` of
+        CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch.
         """
         self._prefetcher.close()
 
@@ -111,12 +113,13 @@ class Loader:
 
     def _next(self) -> Batch | None:
         """The next batch; None after the last batch. Raises StoreError for a damaged record."""
+        self._prefetcher.wait_for_consumer()
         requested = time.perf_counter()
         since_served_s = 0.0 if self._served_at is None else requested - self._served_at
         output = self._prefetcher.next()
         batch = None
         if output is not None:
-            batch = Batch(output.images, self.placement.tensor_from_numpy(output.batch_input.records.labels))
+            batch = Batch(output.images, output.labels)
         now = self._served_at = time.perf_counter()
         batches, consumer_wait_s, loader_wait_s = self._waits
         self._waits = WaitTimes(

@@ -1,7 +1,7 @@
-"""The device of the stream, a CPU or a GPU: import of DALI, devices of DALI's operators, CUDA streams, torch tensors.
+"""The device of the stream, a CPU or a GPU: import of DALI, devices of DALI's operators, DALI's outputs in torch.
 
-Each DALI graph is written once for both devices. A Placement determines the device of each operator, the decoder of
-JPEG files, and the CUDA stream on which torch receives a finished batch.
+Each DALI graph is written once for both devices. A Placement determines the device of each operator and the decoder of
+JPEG files.
 """
 
 from __future__ import annotations
@@ -51,38 +51,25 @@ class Placement:
         """Move a DALI node from the CPU to the operators' device."""
         return node if self.device_id is None else node.gpu()
 
-    def outputs(self, pipe: Any) -> tuple[Any, ...]:
-        """The next outputs of a DALI pipeline.
+    def outputs(self, pipe: Any, stream: Any) -> tuple[Any, ...]:
+        """The next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
 
-        On a GPU the outputs are bound to torch's current CUDA stream: DALI and torch synchronize on the GPU, and the
-        host does not wait. DALI reuses the memory of the outputs only after torch has finished with it.
+        On a GPU the outputs are bound to the stream: work that is launched on this stream afterwards waits for DALI on
+        the GPU, and the host does not wait. DALI reuses the memory of the outputs in the order of this stream.
         """
-        if self.device_id is None:
-            outputs: tuple[Any, ...] = pipe.outputs()
-        else:
-            import torch
-
-            with self._current_device():
-                outputs = pipe.outputs(torch.cuda.current_stream(self.device_id))
+        with self._current_device():
+            outputs: tuple[Any, ...] = pipe.outputs() if stream is None else pipe.outputs(stream)
         return outputs
 
     def tensor_from_dali(self, output: Any) -> Any:
-        """Convert an output of DALI to a torch tensor that shares the output's memory."""
+        """Convert an output of DALI to a torch tensor that shares the output's memory.
+
+        On a GPU, torch's current stream must be the stream of `outputs`.
+        """
         from torch.utils.dlpack import from_dlpack
 
         with self._current_device():
             return from_dlpack(output.as_tensor())
-
-    def tensor_from_numpy(self, array: Any) -> Any:
-        """A NumPy array as a torch tensor on the device of the batches."""
-        import torch
-
-        host = torch.from_numpy(array)
-        if self.device_id is None:
-            return host
-        with self._current_device():  # without this, the pinned memory would belong to GPU 0
-            # A copy from memory that is not pinned would block the host.
-            return host.pin_memory().to(f"cuda:{self.device_id}", non_blocking=True)
 
     def _current_device(self) -> AbstractContextManager[object]:
         """Make this GPU the current CUDA device within a `with` block.

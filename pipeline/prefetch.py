@@ -1,10 +1,12 @@
 """Prefetch queue: reads records before the engine needs them, returns batches in order, and reports damaged records.
 
 A batch passes three queues: records being read from disk (READ_AHEAD), batches in the engine (ENGINE_AHEAD, or
-DALI_AHEAD if the engine uses DALI), finished batches (FINISHED_AHEAD). An engine that uses DALI gets its images from a
-DALI pipeline; another engine is started directly. On a CPU, a separate thread takes the images and calls Engine.finish
-while the engine works on the next batch. On a GPU, the consumer's thread takes the outputs, because DALI binds outputs
-to the current CUDA stream of the thread that takes them.
+DALI_AHEAD or DALI_GPU_AHEAD if the engine uses DALI), finished batches (FINISHED_AHEAD). An engine that uses DALI gets
+its images from a DALI pipeline; another engine is started directly. A separate thread, the finisher, takes the images
+and calls Engine.finish while the engine works on the next batch.
+
+On a GPU, the finisher queues the last part of the work on the engine's stream, which is not the consumer's stream. The
+consumer's thread takes a batch and an event: its own work, queued afterwards, waits for the event on the GPU.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import torch
 from pipeline.augment import Crops
 from pipeline.engines.cpu_engine import DecodeError
 from pipeline.engines.dali_shutdown import shut_down
+from pipeline.engines.device_stream import Event
 from pipeline.engines.engine import Engine
 from pipeline.placement import Placement, dali
 from pipeline.records import RecordBatch, Records
@@ -30,10 +33,14 @@ from prep.store.manifest import StoreError
 
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
 DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
+DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, where several batches are decoded at the same time
 # Number of batches in an engine without DALI: one being finished, one that follows without a pause, and one more,
 # because another thread can hold the GIL for 5 ms, the time in which 16 cores make a batch.
 ENGINE_AHEAD = 3
-FINISHED_AHEAD = 2  # number of batches finished before they are requested (CPU only)
+FINISHED_AHEAD = 2  # number of batches finished before they are requested
+# Number of served batches on which a GPU may still have to work when the consumer requests the next batch. Two batches
+# keep the GPU busy; the third allows for delays of the consumer's thread.
+CONSUMER_AHEAD = 3
 _READER_THREADS = 4  # number of threads that read records; these threads mostly wait for the disk
 
 
@@ -45,10 +52,18 @@ class BatchInput(NamedTuple):
 
 
 class BatchOutput(NamedTuple):
-    """Images of one batch, and the input from which the engine made the images."""
+    """Images and labels of one batch on the device, and the input from which the engine made the images."""
 
     images: torch.Tensor
+    labels: torch.Tensor
     batch_input: BatchInput
+
+
+class _Finished(NamedTuple):
+    """A batch, and an event after the work that computes its tensors."""
+
+    output: BatchOutput
+    event: Event
 
 
 Job = Callable[[], BatchInput]  # reads the records of one batch; runs on a reader thread
@@ -61,11 +76,16 @@ class Prefetcher:
         self._engine, self._placement, self._records = engine, placement, records
         self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
         self._readers = ThreadPoolExecutor(_READER_THREADS, "alexstream")
-        self._finisher = ThreadPoolExecutor(1, "alexstream") if placement.device_id is None else None
+        self._finisher = ThreadPoolExecutor(1, "alexstream")
+        self._ahead = ENGINE_AHEAD
+        if engine.uses_dali:
+            self._ahead = DALI_AHEAD if placement.device_id is None else DALI_GPU_AHEAD
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()  # (input, result of Engine.start)
-        self._finished: deque[Future[BatchOutput | None]] = deque()
+        self._finished: deque[Future[_Finished | None]] = deque()
+        self._last_event = engine.stream.record()  # of the batch that was finished last
+        self._requests: deque[Event] = deque()  # events in the consumer's work, one for each request
         # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
@@ -97,22 +117,36 @@ class Prefetcher:
         """
         if self._closed:
             raise ValueError("the loader is closed")
-        if self._finisher is None:
-            return self._finish_next()
         while len(self._finished) < FINISHED_AHEAD:
             self._finished.append(self._finisher.submit(self._finish_next))
         wait((self._finished[0],))  # if a KeyboardInterrupt occurs here, no batch is lost
-        return self._finished.popleft().result()
+        finished = self._finished.popleft().result()
+        if finished is None:
+            return None
+        output = finished.output
+        finished.event.order(output.images, output.labels)
+        return output
+
+    def wait_for_consumer(self) -> None:
+        """Wait until the GPU works on one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
+
+        The consumer's thread only queues work for the GPU. Without this wait, the thread could request many more
+        batches than the GPU has worked on, and all these batches would need memory. Also, the thread would seem to wait
+        for the loader when it is ahead of the GPU.
+        """
+        self._requests.append(self._engine.stream.record_consumer())
+        if len(self._requests) > CONSUMER_AHEAD:
+            self._requests.popleft().wait()
 
     def close(self) -> None:
         """Stop the threads of DALI, the engine and the prefetcher, release memory, and unmap the files."""
         self._closed = True
         self._readers.shutdown(cancel_futures=True)
-        if self._finisher is not None:
-            self._finisher.shutdown(cancel_futures=True)
+        self._finisher.shutdown(cancel_futures=True)
         self._finished.clear()
         self._reading.clear()
         self._jobs = iter(())
+        self._engine.stream.record().wait()
         if self._pipe is not None:
             shut_down(self._pipe)  # the threads that read the mapped files must stop before the files are unmapped
         self._pipe = None
@@ -120,15 +154,15 @@ class Prefetcher:
         self._in_engine.clear()
         self._records.close()
 
-    def _finish_next(self) -> BatchOutput | None:
-        """Schedule more batches, then take and finish the oldest batch in the engine."""
+    def _finish_next(self) -> _Finished | None:
+        """Schedule more batches, then take and finish the oldest batch in the engine. Runs on the finisher's thread."""
         if self._error is None:
             self._schedule()
         if self._in_engine and self._error is None:
             outputs, batch_input = self._take_outputs()
             try:
                 images = self._engine.finish(outputs, batch_input.records, batch_input.crops)
-                return BatchOutput(images, batch_input)
+                return self._record(images, batch_input)
             except DecodeError as error:
                 number = int(batch_input.records.numbers[error.index])
                 location, damage = self._records.location(number), self._records.find_damage(number)
@@ -137,9 +171,22 @@ class Prefetcher:
             raise self._error
         return None
 
+    def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
+        """Queue the copy of the labels, and record the event of a batch.
+
+        Then wait until the batch before is complete. So the finisher is not more than one batch ahead of the GPU, and
+        the consumer waits in `next` if the stream is too slow, not on the GPU, where no clock would measure it.
+        """
+        stream = self._engine.stream
+        labels = stream.upload(torch.from_numpy(batch_input.records.labels))
+        event = stream.record()
+        self._last_event.wait()
+        self._last_event = event
+        return _Finished(BatchOutput(images, labels, batch_input), event)
+
     def _schedule(self) -> None:
         """Keep the engine supplied with batches, and READ_AHEAD further batches being read, until no jobs remain."""
-        while len(self._in_engine) < (DALI_AHEAD if self._engine.uses_dali else ENGINE_AHEAD):
+        while len(self._in_engine) < self._ahead:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
             if not self._reading:
@@ -169,7 +216,7 @@ class Prefetcher:
         outputs: Any = self._in_engine[0][1]
         try:
             if self._pipe is not None:
-                outputs = self._placement.outputs(self._pipe)
+                outputs = self._placement.outputs(self._pipe, self._engine.stream.dali_stream)
         except RuntimeError as error:
             self._error = self._explain(error)
         if self._error is not None:

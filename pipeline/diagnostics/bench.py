@@ -22,6 +22,7 @@ from pipeline.augment import CROP_PX, Augmentation, Augmenter, Crops
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import OutputFormat, decode_crop, decode_inputs
+from pipeline.engines.device_stream import DeviceStream
 from pipeline.engines.engine import Engine, choose_engine
 from pipeline.loader import TrainLoader
 from pipeline.placement import Placement
@@ -151,7 +152,7 @@ def _stream_work(loader: TrainLoader) -> Work:
 def _decode_engine(augmenting: Engine, augmenter: Augmenter, placement: Placement, threads: int) -> Engine:
     """An engine that decodes crops with the decoder of the engine `augmenting`, and does nothing else."""
     if augmenting.uses_dali or kernels.native is None:
-        return _DaliDecodeEngine(placement)
+        return _DaliDecodeEngine(placement, augmenting.stream)
     return CpuEngine(augmenter, kernels.native, OutputFormat(), threads, decode_only=True)
 
 
@@ -160,8 +161,8 @@ class _DaliDecodeEngine:
 
     uses_dali = True
 
-    def __init__(self, placement: Placement) -> None:
-        self._placement = placement
+    def __init__(self, placement: Placement, stream: DeviceStream) -> None:
+        self._placement, self.stream = placement, stream
 
     def define_graph(self) -> Any:
         return decode_crop(self._placement, CROP_PX)
@@ -173,7 +174,7 @@ class _DaliDecodeEngine:
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
-        return torch.empty(0)
+        return self.stream.empty((0,), torch.float32)
 
     def close(self) -> None:
         pass

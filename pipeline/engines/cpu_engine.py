@@ -18,6 +18,7 @@ import torch
 
 from pipeline.augment import Augmenter, Crops
 from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.device_stream import DeviceStream, InOrderStream
 from pipeline.engines.kernels import BatchJob, NativeKernels, address
 from pipeline.records import RecordBatch
 
@@ -46,6 +47,7 @@ class CpuEngine:
     """Computes the formula of pipeline.augment with the C kernel, on `threads` threads."""
 
     uses_dali = False
+    stream: DeviceStream = InOrderStream()
 
     def __init__(
         self, augmenter: Augmenter, kernel: NativeKernels, output: OutputFormat, threads: int, decode_only: bool = False

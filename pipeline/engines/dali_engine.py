@@ -1,4 +1,4 @@
-"""Augmentation as a DALI graph: used on a GPU, and on a CPU if the C kernel cannot be used.
+"""Augmentation as a DALI graph: used for JPEG records on a GPU, and on a CPU if the C kernel cannot be used.
 
 The graph has no random operators and no state: random numbers are inputs. After the decoder, the operator
 crop_mirror_normalize crops, flips and normalizes. The operator takes a separate mean for each image. The colour noise
@@ -16,10 +16,15 @@ import numpy.typing as npt
 import torch
 
 from pipeline.augment import CROP_PX, Augmenter, Crops, eval_offsets
+from pipeline.engines.device_stream import DeviceStream
 from pipeline.placement import Placement, dali
 from pipeline.records import RecordBatch
 
 Node = Any  # nvidia.dali.pipeline.DataNode
+
+# Share of the JPEG files that a GPU's hardware decoder gets; the GPU's other cores decode the rest. On an H200, 0.5
+# gives 38,000 images/s (batches of 512), DALI's default (0.65) 36,000.
+_HW_DECODER_LOAD = 0.5
 
 
 class OutputFormat(NamedTuple):
@@ -35,6 +40,7 @@ class OutputFormat(NamedTuple):
 def decode_crop(placement: Placement, size_px: int) -> Node:
     """Decode a square of `size_px` from each JPEG file to uint8 HWC. decode_inputs gives the inputs of the decoder."""
     fn, types = dali().fn, dali().types
+    on_gpu = {} if placement.device_id is None else {"hw_decoder_load": _HW_DECODER_LOAD}
     return fn.decoders.image_slice(  # the decoder stops after the last row of the square
         external_source("jpeg", types.UINT8, 1),
         device=placement.decoder_device,
@@ -44,6 +50,7 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
         output_type=types.RGB,
         jpeg_fancy_upsampling=True,  # for decoding on a GPU: upsample chroma like libjpeg-turbo
         adjust_orientation=False,
+        **on_gpu,
     )
 
 
@@ -68,7 +75,8 @@ class DaliEngine:
 
     uses_dali = True
 
-    def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat) -> None:
+    def __init__(self, augmenter: Augmenter, placement: Placement, output: OutputFormat, stream: DeviceStream) -> None:
+        self.stream = stream
         self._augmenter, self._placement, self._views = augmenter, placement, output.views
         self._layout, self._divisor, self._dtype = output.layout[1:], output.divisor, output.dtype
         self._crop_px, self._max_offset_px = output.crop_px, augmenter.side_px - output.crop_px
@@ -100,13 +108,22 @@ class DaliEngine:
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
-        """The images as a tensor. DALI does not reuse the memory of its output while a tensor refers to that memory.
+        """The images as a tensor. The memory of the images is not reused while a tensor refers to it.
 
-        float32 images share the memory of DALI's output. Torch converts the images to half precision, because DALI has
-        no bfloat16. DALI has float16, but on a CPU its float16 output takes four times as long as float32.
+        On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied, because DALI would
+        reuse the memory of its output in the order of `stream`, while the consumer's stream still reads the images.
+        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU its
+        float16 output takes four times as long as float32.
         """
-        images: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
-        return images.to(self._dtype)
+        if self.stream.at_once:
+            shared: torch.Tensor = self._placement.tensor_from_dali(outputs[0])
+            return shared.to(self._dtype)
+        side = [self._crop_px] * 2
+        views = [self._views] if self._views > 1 else []
+        shape = [len(records.numbers), *views, *([3, *side] if self._layout == "CHW" else [*side, 3])]
+        images = self.stream.empty(shape, self._dtype)
+        self.stream.run(lambda: images.copy_(self._placement.tensor_from_dali(outputs[0])))
+        return images
 
     def close(self) -> None:
         """Does nothing, because the engine has no threads and no memory to release."""

@@ -8,7 +8,7 @@ consumer's kernels run. Two rules keep the order right, and both are in this int
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
   the memory to the loader's next batch while the consumer's kernels still read it.
 
-InOrderStream does all work at once, on a CPU. tests/pipeline/deferred_stream.py has a third form: work is done only
+InOrderStream does all work at once, on a CPU. tests/pipeline/engines/deferred_stream.py has a third form: work is done only
 when someone waits for its event. If a wait is missing, a test on a CPU finds wrong values.
 """
 
@@ -42,6 +42,7 @@ class DeviceStream(Protocol):
     """Work on one device, done in the order in which it was queued."""
 
     device: torch.device
+    at_once: bool  # whether `run` returns only when the work is done
     dali_stream: Any  # the stream for nvidia.dali.Pipeline.outputs; None on a CPU
 
     def run(self, work: Work) -> None:
@@ -68,6 +69,8 @@ class DeviceStream(Protocol):
 
 class CudaStream:
     """A CUDA stream of the loader."""
+
+    at_once = False
 
     def __init__(self, device_id: int) -> None:
         self.device = torch.device("cuda", device_id)
@@ -124,6 +127,7 @@ class InOrderStream:
     """Does all work on the CPU, at once."""
 
     device = torch.device("cpu")
+    at_once = True
     dali_stream: Any = None
 
     def run(self, work: Work) -> None:

@@ -1,7 +1,7 @@
 """Interface of the engines, and the choice of an engine for a device.
 
 An engine turns records into augmented images. CpuEngine decodes, crops, flips and normalizes with a compiled C kernel,
-DaliEngine with a DALI graph.
+DaliEngine with a DALI graph, RawGpuEngine with a Triton kernel.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from pipeline.augment import Augmenter, Crops
 from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import CpuEngine
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
+from pipeline.engines.device_stream import DeviceStream, open_stream
+from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.placement import Placement
 from pipeline.records import RecordBatch
 
@@ -22,6 +24,7 @@ class Engine(Protocol):
     """Interface that pipeline.prefetch requires of an engine. Batches are finished in the order of their start."""
 
     uses_dali: bool
+    stream: DeviceStream  # the stream whose work computes the images
 
     def define_graph(self) -> Any:
         """The DALI nodes for `Pipeline.set_outputs`. Called only if the engine uses DALI."""
@@ -35,7 +38,8 @@ class Engine(Protocol):
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
         """The images of a batch, from the graph's outputs or from the result of `start`.
 
-        Raises DecodeError for a record that cannot be decoded, if the engine does not use DALI.
+        The images are complete when an event of `stream` that is recorded after this call has passed. Raises
+        DecodeError for a record that cannot be decoded, if the engine does not use DALI.
         """
 
     def close(self) -> None:
@@ -43,8 +47,14 @@ class Engine(Protocol):
 
 
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
-    """A CpuEngine for a CPU if the C kernel can read the records (pipeline.engines.kernels); otherwise a DaliEngine."""
-    kernel = kernels.native
+    """The engine for a device.
+
+    On a GPU: a RawGpuEngine for raw records, a DaliEngine for JPEG records. On a CPU: a CpuEngine if the C kernel can
+    read the records (pipeline.engines.kernels), otherwise a DaliEngine.
+    """
+    kernel, stream = kernels.native, open_stream(placement)
+    if placement.device_id is not None and augmenter.is_raw:
+        return RawGpuEngine(augmenter, stream, output, threads)
     if placement.device_id is None and kernel is not None and (augmenter.is_raw or kernel.jpeg is not None):
         return CpuEngine(augmenter, kernel, output, threads)
-    return DaliEngine(augmenter, placement, output)
+    return DaliEngine(augmenter, placement, output, stream)

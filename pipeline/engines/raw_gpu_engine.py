@@ -83,9 +83,8 @@ class RawGpuEngine:
         return images.view(len(records.numbers), self._views, *images.shape[1:]) if self._views > 1 else images
 
     def close(self) -> None:
-        """Stop the threads, wait for the stream, and release the pinned memory. Served images stay valid."""
+        """Stop the threads and release the pinned memory. Served images stay valid."""
         self._pool.shutdown(cancel_futures=True)
-        self.stream.record().wait()
         self._blocks.close()
 
 

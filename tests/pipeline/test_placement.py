@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from pipeline.placement import Placement
 
@@ -38,16 +37,8 @@ def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkey
         assert stream == "the stream of 1"
         return (Output(),)
 
-    def pin(labels: torch.Tensor) -> torch.Tensor:
-        seen["pin_memory"] = current[-1]
-        return labels
-
     monkeypatch.setattr("torch.cuda.device", device)
-    monkeypatch.setattr("torch.cuda.current_stream", lambda number: f"the stream of {number}")
-    monkeypatch.setattr("torch.Tensor.pin_memory", pin)
-    monkeypatch.setattr("torch.Tensor.to", lambda labels, *where, **how: labels)
     placement = Placement(1)
-    (output,) = placement.outputs(SimpleNamespace(outputs=outputs))
+    (output,) = placement.outputs(SimpleNamespace(outputs=outputs), "the stream of 1")
     assert placement.tensor_from_dali(output).tolist() == [1, 1, 1]
-    assert placement.tensor_from_numpy(np.arange(2)).tolist() == [0, 1]
-    assert seen == {"outputs": 1, "as_tensor": 1, "pin_memory": 1} and current == [0]
+    assert seen == {"outputs": 1, "as_tensor": 1} and current == [0]

@@ -11,15 +11,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.augment import Augmentation, Augmenter
 from pipeline.engines import kernels
-from pipeline.engines.dali_engine import OutputFormat
+from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.engine import choose_engine
+from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.placement import Placement
 from pipeline.prefetch import ENGINE_AHEAD, FINISHED_AHEAD, READ_AHEAD, BatchInput, Prefetcher
 from pipeline.records import Records
 from prep.store.manifest import Store, StoreError
+from tests.pipeline.engines.deferred_stream import DeferredStream
 
 CPU = Placement.parse("cpu")
 NOTHING = Augmentation(mean="none", colour="off")
@@ -28,10 +31,15 @@ NOTHING = Augmentation(mean="none", colour="off")
 class Harness:
     """Holds a Prefetcher that serves centre crops of the training images of a store in batches of three."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, form: str = "kernel") -> None:
         store = Store.open(path)
         self.augmenter = Augmenter(store, NOTHING)
-        engine = choose_engine(self.augmenter, CPU, OutputFormat(layout="NHWC"), threads=1)
+        output = OutputFormat(layout="NHWC")
+        engine = choose_engine(self.augmenter, CPU, output, threads=1)
+        if form == "graph, deferred":
+            engine = DaliEngine(self.augmenter, CPU, output, DeferredStream())
+        elif form == "raw, deferred":
+            engine = RawGpuEngine(self.augmenter, DeferredStream(), output, threads=2)
         self.prefetcher = Prefetcher(engine, CPU, Records(store, "train"), batch_size=3, threads=1)
 
     def job(self, first: int, wait_s: float = 0.0) -> BatchInput:
@@ -42,17 +50,18 @@ class Harness:
 
     def take(self) -> tuple[int, float]:
         """The number of the first record in the next batch, and the sum of the batch's pixels."""
-        images, batch_input = self.prefetcher.next()
+        images, labels, batch_input = self.prefetcher.next()
+        assert labels.tolist() == batch_input.records.labels.tolist()
         return int(batch_input.records.numbers[0]), float(images.numpy().sum(dtype=np.float64))
 
 
-@pytest.fixture(params=["kernel", "graph"])
+@pytest.fixture(params=["kernel", "graph", "graph, deferred", "raw, deferred"])
 def harness(
     stores: dict[str, Path], request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Harness]:
     if request.param == "graph":
         monkeypatch.setattr(kernels, "native", None)
-    one = Harness(stores["ppm"])
+    one = Harness(stores["ppm"], request.param)
     yield one
     one.prefetcher.close()
 
@@ -77,10 +86,9 @@ def test_images_come_in_the_order_of_the_jobs(harness: Harness, sums: dict[int, 
 def test_labels_of_a_batch_are_those_of_its_records(harness: Harness, stores: dict[str, Path]) -> None:
     records = Records(Store.open(stores["ppm"]), "train")
     harness.prefetcher.start(iter([partial(harness.job, 6)]))
-    _, batch_input = harness.prefetcher.next()
-    assert batch_input.records.labels.dtype == np.int64 and batch_input.records.labels.tolist() == [
-        records[number].label for number in (6, 7, 8)
-    ]
+    _, labels, _ = harness.prefetcher.next()
+    assert labels.dtype == torch.int64
+    assert labels.tolist() == [records[number].label for number in (6, 7, 8)]
     records.close()
 
 

@@ -21,7 +21,7 @@ from pipeline.engines.raw_gpu_engine import BlockPool, RawGpuEngine
 from pipeline.records import RecordBatch, Records
 from pipeline.sampling import draw_params
 from prep.store.manifest import Store
-from tests.pipeline.deferred_stream import DeferredStream
+from tests.pipeline.engines.deferred_stream import DeferredStream
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -163,13 +163,3 @@ def test_a_block_that_is_too_small_is_replaced() -> None:
     assert pool.take(20) is large and stream.waits == 2
     pool.close()
     assert len(pool.take(5)) == 5 and stream.waits == 2
-
-
-def test_close_waits_for_the_stream(sources: Any) -> None:
-    source, stream = sources("ppm", Augmentation()), DeferredStream()
-    engine = RawGpuEngine(source.augmenter, stream, OutputFormat(), threads=2)
-    batch = source.training()
-    images = engine.finish(engine.start(*batch), *batch)
-    engine.start(*batch)
-    engine.close()
-    assert not images.isnan().any()

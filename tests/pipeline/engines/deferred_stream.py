@@ -17,6 +17,7 @@ from torch import Tensor
 
 class DeferredStream:
     device = torch.device("cpu")
+    at_once = False
     dali_stream: Any = None
 
     def __init__(self) -> None:
@@ -25,6 +26,11 @@ class DeferredStream:
         self._lock = threading.RLock()
         self._queue: deque[Callable[[], object]] = deque()
         self._queued = self._done = 0
+
+    @property
+    def queued_work(self) -> int:
+        """Number of pieces of work that are not done."""
+        return len(self._queue)
 
     def run(self, work: Callable[[], object]) -> None:
         with self._lock:
