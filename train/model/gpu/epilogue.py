@@ -12,6 +12,7 @@ value, and otherwise nothing. Sums of bias gradients are computed in a fixed ord
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,24 @@ def warps_for(maps: int, backward: bool) -> int:
     return max(1, min(8, (1 << (maps - 1).bit_length()) // (16 if backward else 32)))
 
 
+def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
+    """Number of loop turns whose loads pooled_backward keeps in flight: 3, or 1 if shared memory is too small for 3.
+
+    slope_after   whether the gradient needs `out`: "tanh" or "sigmoid" after pooling
+    shared_bytes  shared memory that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
+    """
+    # Bytes for each map of a tile, an upper bound of what Triton 3.6 and 3.9 allocate for windows of 3 px.
+    bytes_per_map = (1280 if float32 else 768) + slope_after * (768 if float32 else 384)
+    return 3 if (1 << (maps - 1).bit_length()) * bytes_per_map <= shared_bytes else 1
+
+
+@functools.cache
+def _shared_bytes(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 0  # Triton's interpreter has no shared memory
+    return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
+
+
 def _launch_forward(x: Tensor, bias: Tensor, out: Tensor, argmax: Tensor, epilogue: Epilogue) -> None:
     from train.model.gpu import epilogue_triton as kernels
 
@@ -212,6 +231,8 @@ def _launch_backward(
         return bias_sums.sum(0)
     bands, blocks = _blocks(rows, _BACKWARD_ROWS), _blocks(columns, 2 * _POSITIONS)
     bias_sums = bias.new_empty(images * bands * blocks, maps)
+    slope_after = epilogue.after in ("tanh", "sigmoid")
+    stages = stages_for(maps, x_grad.dtype == torch.float32, slope_after, _shared_bytes(x_grad.device))
     kernels.pooled_backward[(len(bias_sums),)](
         *(x, bias, grad, out, argmax, x_grad, bias_sums, maps, rows, columns, *grad.shape[2:], bands, blocks),
         *(_blocks(rows, bands), *_strides(x), *_strides(x_grad), *_strides(grad), grad.stride(1)),
@@ -220,6 +241,7 @@ def _launch_backward(
         POOL=epilogue.pool_px,
         AFTER=epilogue.after,
         num_warps=warps,
+        num_stages=stages,
     )
     return bias_sums.sum(0)
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from train.config.recipe import Lrn
-from train.model.gpu.epilogue import Epilogue, apply_epilogue
+from train.model.gpu.epilogue import Epilogue, apply_epilogue, stages_for
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -176,3 +176,21 @@ def test_nan_stays_in_its_map_without_a_normalization(epilogue: Epilogue) -> Non
 def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="expected"):
         Epilogue(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("maps", "float32", "slope_after", "expected"),
+    [
+        (128, False, False, (3, 3, 3)),  # the paper's layer 2: 94,208 bytes with 3 stages
+        (128, True, False, (3, 3, 1)),  # 163,840 bytes
+        (256, False, False, (3, 1, 1)),  # layer 2 of `joined`: 196,608 bytes
+        (256, True, False, (1, 1, 1)),  # 327,680 bytes
+        (48, True, True, (3, 3, 1)),  # 131,072 bytes
+    ],
+)
+def test_stages_fit_into_shared_memory(
+    maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
+) -> None:
+    """On an H200, an A100 and an RTX 4090. A kernel that needs more memory than there is does not start."""
+    actual = tuple(stages_for(maps, float32, slope_after, kib * 1024) for kib in (227, 163, 99))
+    assert actual == expected
