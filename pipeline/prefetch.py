@@ -79,7 +79,7 @@ class Prefetcher:
         self._finisher = ThreadPoolExecutor(1, "alexstream")
         self._ahead = ENGINE_AHEAD
         if engine.uses_dali:
-            self._ahead = DALI_AHEAD if placement.device_id is None else DALI_GPU_AHEAD
+            self._ahead = DALI_AHEAD if engine.stream.at_once else DALI_GPU_AHEAD
         self._jobs: Iterator[Job] = iter(())
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()  # (input, result of Engine.start)

@@ -8,8 +8,8 @@ consumer's kernels run. Two rules keep the order right, and both are in this int
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
   the memory to the loader's next batch while the consumer's kernels still read it.
 
-InOrderStream does all work at once, on a CPU. tests/pipeline/engines/deferred_stream.py has a third form: work is done only
-when someone waits for its event. If a wait is missing, a test on a CPU finds wrong values.
+InOrderStream does all work at once, on a CPU. tests/pipeline/engines/deferred_stream.py has a third form, which does
+work only when someone waits for its event. If a wait is missing, a test on a CPU finds wrong values.
 """
 
 from __future__ import annotations
