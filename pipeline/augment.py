@@ -25,8 +25,9 @@ mean[c, i, j] is computed from M, the mean of the central squares of the trainin
                 mirrored too, as in Caffe's data_transformer.cpp
     none        0
 
-pipeline.sampling draws y, x, flip and z. Two engines compute the formula: pipeline.engines.cpu_engine (C, on a CPU) and
-pipeline.engines.dali_engine (DALI, on a GPU, and on a CPU without the compiled kernel).
+pipeline.sampling draws y, x, flip and z. Three engines compute the formula: pipeline.engines.cpu_engine (C, on a CPU),
+pipeline.engines.raw_gpu_engine (Triton, raw records on a GPU) and pipeline.engines.dali_engine (DALI, JPEG records on a
+GPU, and on a CPU without the compiled kernel).
 """
 
 from __future__ import annotations

@@ -11,9 +11,10 @@ stream: the epoch, and the step within the epoch, both counted from 0. A stream 
 at any batch, bit for bit. The images depend neither on the number of threads nor on the number of loaders that share
 the records of a step.
 
-Threads prepare batches before the training loop requests them. float32 images are served without a copy. The memory of
-a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in place. On
-a GPU, a batch is bound to the CUDA stream that is torch's current stream when the batch is served.
+Threads prepare batches before the training loop requests them. On a CPU, float32 images are served without a copy. The
+memory of a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in
+place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the batch:
+work queued on this stream waits until the batch is complete, and the memory is not reused before this work is done.
 """
 
 from __future__ import annotations
@@ -301,7 +302,7 @@ def train_loader(
 
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
     than the split, for a GPU that this machine lacks, for a value that is not allowed, and if the engine needs DALI
-    (on a GPU, or if the C kernel cannot be used) and DALI is not installed.
+    (JPEG records on a GPU, or if the C kernel cannot be used) and DALI is not installed.
     """
     return TrainLoader(
         Store.open(store),
