@@ -98,9 +98,7 @@ class CropFinisher:
         The kernel is compiled here, with the arguments of all later launches. Compiling it later could disturb a CUDA
         graph that the consumer records at that time.
         """
-        if stream.device.type != "cuda":
-            return False
-        if importlib.util.find_spec("triton") is None:
+        if not _can_try_triton(stream.device):
             return False
         try:
             random = np.random.default_rng(0)
@@ -127,6 +125,10 @@ class CropFinisher:
         if fault is not None:
             say(f"{stream.device}: {fault}. The stream uses PyTorch operators instead, which take longer.")
         return fault is None
+
+
+def _can_try_triton(device: torch.device) -> bool:
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def _positions(windows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ Tests on a CPU use DeferredStream. The last test calls CudaStream with a mocked 
 from __future__ import annotations
 
 import time
+from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline import loader_base
+from pipeline import loader_base, prefetch
 from pipeline.augment import Augmentation, Augmenter
+from pipeline.engines import engine as engine_module
 from pipeline.engines import kernels
 from pipeline.engines.dali_engine import DaliEngine, OutputFormat
 from pipeline.engines.device_stream import CudaStream
@@ -23,6 +25,7 @@ from pipeline.engines.raw_gpu_engine import RawGpuEngine
 from pipeline.loader import Batch, eval_loader, train_loader
 from pipeline.placement import Placement
 from pipeline.prefetch import CONSUMER_AHEAD
+from prep.store.manifest import Store
 from tests.pipeline.engines.deferred_stream import DeferredEvent, DeferredStream
 from tests.pipeline.streaming import batches_equal, take_batches
 
@@ -81,6 +84,30 @@ def test_batches_are_those_of_the_cpu(
     assert batches_equal(found[1], found[3])
     addresses = {tensor.data_ptr() for part in found for batch in part for tensor in batch}
     assert addresses <= streams[0].ordered
+
+
+@pytest.mark.parametrize(("kind", "engine"), [("jpeg", DaliEngine), ("ppm", RawGpuEngine)])
+def test_the_engine_of_a_gpu(stores: dict[str, Path], kind: str, engine: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = DeferredStream()
+    monkeypatch.setattr(engine_module, "open_stream", lambda placement: stream)
+    chosen = engine_module.choose_engine(
+        Augmenter(Store.open(stores[kind]), Augmentation()), Placement(0), OutputFormat(), threads=1
+    )
+    assert isinstance(chosen, engine) and chosen.stream is stream
+    chosen.close()
+
+
+def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
+    stores: dict[str, Path], streams: list[DeferredStream], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the four batches, the consumer orders only the first. The finisher itself waits for the second and third."""
+    monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
+    streams.append(DeferredStream())
+    with train_loader(stores["ppm"], 5, seed=1) as loader:
+        next(iter(loader))
+        wait(loader._prefetcher._finished)
+        one_batch = 5  # copies of pixels, windows, shifts and labels, and the finishing kernel
+        assert streams[0].queued_work == one_batch and streams[0].waits >= 3
 
 
 def test_kept_batches_stay_valid_and_may_be_changed(stores: dict[str, Path], streams: list[DeferredStream]) -> None:

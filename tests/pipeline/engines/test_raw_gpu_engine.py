@@ -121,6 +121,32 @@ def test_the_triton_kernel_has_the_bits_of_the_operators(
         assert torch.allclose(actual, expected, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0)
 
 
+@pytest.mark.parametrize(("views", "layout"), [(1, "NCHW"), (10, "NHWC")])
+def test_the_triton_kernel_is_used_if_it_has_the_bits_of_the_operators(
+    sources: Any, views: int, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The interpreter rounds bfloat16 otherwise than a GPU, so there the operators are used."""
+    triton = pytest.importorskip("pipeline.engines.finish_crops_triton")
+    monkeypatch.setattr(finish_crops, "_ELEMENTS", 1 << 16)
+    monkeypatch.setattr(finish_crops, "_can_try_triton", lambda device: not torch.cuda.is_available())
+    source = sources("ppm", Augmentation(mean="aligned"))
+    square_px = 224 if views == 1 else 256
+
+    def uses_triton(dtype: torch.dtype) -> bool:
+        output = OutputFormat(views, layout, 1.1, dtype)
+        return CropFinisher(source.augmenter, output, square_px, DeferredStream())._use_triton
+
+    if torch.cuda.is_available():
+        pytest.skip("the interpreter is used only without a GPU")
+    assert uses_triton(torch.float32) and uses_triton(torch.float16)
+    assert capsys.readouterr().err == ""
+    assert not uses_triton(torch.bfloat16)
+    assert "a Triton kernel gives wrong results. The stream uses PyTorch operators" in capsys.readouterr().err
+    monkeypatch.setattr(triton, "finish_elements", {})
+    assert not uses_triton(torch.float32)
+    assert "a Triton kernel fails: KeyError" in capsys.readouterr().err
+
+
 def test_without_the_c_kernel_numpy_copies_the_pixels(sources: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     source = sources("ppm-whole", Augmentation())
     output, batch = OutputFormat(10), source.views(10)
