@@ -21,6 +21,7 @@ import click
 from prep.console import UserError, json_option, print_json
 
 _LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))  # name, maps of a column, pool_px
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # shared memory of a program by compute capability; others: 99 KiB
 _FLOATS = ("alpha", "beta", "k")
 _POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}
 _TENSORS = ("x", "out", "grad", "x_grad")
@@ -35,14 +36,14 @@ class Row(NamedTuple):
     warps: int
     registers: int  # per thread; at most 255
     spilled_bytes: int  # per thread
-    shared_bytes: int  # per program, apart from dynamic shared memory
+    shared_bytes: int  # per program
 
 
 def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Row]:
     """Compile the epilogue of each layer of the paper's network, each way, for a compute capability such as 90."""
     from train.config.recipes import PAPER
     from train.model.gpu import epilogue_triton
-    from train.model.gpu.epilogue import Epilogue, kernel_constants, warps_for
+    from train.model.gpu.epilogue import Epilogue, kernel_constants, stages_for, warps_for
 
     rows = []
     for layer, maps, pool_px in _LAYERS:
@@ -54,13 +55,17 @@ def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[
                 kernel = getattr(epilogue_triton, f"{kind}_{way}")
                 extra = {"POOL": pool_px, "AFTER": "none"} if pool_px else {"TILES": 8} if way == "backward" else {}
                 warps = warps_for(maps, backward=way == "backward")
-                registers, spilled, shared = _compile(kernel, {**constants, **extra}, dtype, warps, capability)
+                stages = 3  # Triton's default
+                if kernel is epilogue_triton.pooled_backward:
+                    stages = stages_for(maps, dtype == "fp32", False, _SHARED_BYTES.get(capability, 99 << 10))
+                options = {"num_warps": warps, "num_stages": stages}
+                registers, spilled, shared = _compile(kernel, {**constants, **extra}, dtype, options, capability)
                 rows.append(Row(layer, f"{kind}_{way}", dtype, warps, registers, spilled, shared))
     return rows
 
 
 def _compile(
-    kernel: Any, constants: Mapping[str, Any], dtype: str, warps: int, capability: int
+    kernel: Any, constants: Mapping[str, Any], dtype: str, options: Mapping[str, int], capability: int
 ) -> tuple[int, int, int]:
     """Registers and spilled bytes of a thread, and shared bytes of a program."""
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
@@ -81,15 +86,15 @@ def _compile(
         ):
             attributes[(position,)] = [["tt.divisibility", 16]]  # as Triton finds it for the paper's shapes
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage)
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     assert match is not None, usage
-    return int(match[1]), int(match[2]), int(match[3])
+    return int(match[1]), int(match[2]), int(compiled.metadata.shared)
 
 
 @click.command()

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from pipeline.augment import CROP_PX
 from train.config.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture, Widths
 from train.config.recipe import Lrn, Recipe
-from train.model.gpu.fault import triton_fault
+from train.model.gpu.fault import normalization_fault
 from train.model.gpu.fused_network import FusedNetwork
 from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop
 from train.model.lrn import local_response_norm, within_map_norm
@@ -175,7 +175,9 @@ class AlexNet(nn.Module):
         """True if train/model/gpu computes the layers: on GPUs where Triton works, unless `layer_by_layer` is set."""
         if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
             return False
-        return all(device.type == "cuda" and triton_fault(device) is None for device in self.devices)
+        widths, columns = self.architecture.widths, self.architecture.columns
+        maps = max(widths.conv1, widths.conv2) // columns if self._norm is not None else 0
+        return all(device.type == "cuda" and normalization_fault(device, maps) is None for device in self.devices)
 
     def _convolutional(self, images: Tensor) -> list[Tensor]:
         """The output of pool5 in each column: (N, 128, 6, 6) for images of 224 px."""

@@ -29,7 +29,7 @@ from torch import Tensor
 from train.config.recipe import Lrn
 from train.model import kernels
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
-from train.model.gpu.fault import triton_fault
+from train.model.gpu.fault import normalization_fault
 
 
 def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: float, relu: bool = False) -> Tensor:
@@ -49,7 +49,7 @@ def local_response_norm(x: Tensor, size: int, alpha: float, beta: float, k: floa
         result = _traceable(_activations(x, relu), (size, 1, 1), alpha, beta, k).to(x.dtype)
     elif can_use_kernels(x, beta):
         result = _LrnKernels.apply(channels_last(x), kernels.NormParams(x.shape[1], size, alpha, k, relu))  # type: ignore[no-untyped-call]  # torch does not annotate `apply`
-    elif x.is_cuda and x.dtype != torch.float64 and x.numel() and triton_fault(x.device) is None:
+    elif x.is_cuda and x.dtype != torch.float64 and x.numel() and normalization_fault(x.device, x.shape[1]) is None:
         epilogue = Epilogue("relu" if relu else "none", Lrn(size, alpha, beta, k))
         (result,) = apply_epilogue([x], [x.new_zeros(x.shape[1], dtype=torch.float32)], epilogue)
     else:

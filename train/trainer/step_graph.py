@@ -53,13 +53,26 @@ class CudaGraph:
         current.wait_stream(self._stream)
 
     def record(self, work: Callable[[], None]) -> None:
-        """Record `work`. The memory of an earlier recording is released first."""
+        """Record `work`. The memory of an earlier recording is released first.
+
+        Raises torch.OutOfMemoryError, which would otherwise be hidden by the error of the broken recording.
+        """
         self._graph = None
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         # Other threads may allocate memory meanwhile: the loader prepares batches.
-        with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-            work()
+        no_memory: torch.OutOfMemoryError | None = None
+        try:
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                try:
+                    work()
+                except torch.OutOfMemoryError as error:
+                    no_memory = error
+        except RuntimeError:
+            if no_memory is None:
+                raise
+        if no_memory is not None:
+            raise no_memory
         self._graph = graph
 
     def replay(self) -> None:

@@ -35,3 +35,4 @@ def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> 
         for way in ("forward", "backward")
     ]
     assert all(row["registers"] <= 255 and row["spilled_bytes"] <= 64 for row in rows), rows
+    assert all(row["shared_bytes"] < 227 << 10 for row in rows), rows

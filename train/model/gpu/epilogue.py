@@ -177,9 +177,10 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
 
 
 @functools.cache
-def _shared_bytes(device: torch.device) -> int:
+def shared_bytes_of(device: torch.device) -> int:
+    """Shared memory that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
     if device.type != "cuda":
-        return 0  # Triton's interpreter has no shared memory
+        return 0
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
 
 
@@ -232,7 +233,7 @@ def _launch_backward(
     bands, blocks = _blocks(rows, _BACKWARD_ROWS), _blocks(columns, 2 * _POSITIONS)
     bias_sums = bias.new_empty(images * bands * blocks, maps)
     slope_after = epilogue.after in ("tanh", "sigmoid")
-    stages = stages_for(maps, x_grad.dtype == torch.float32, slope_after, _shared_bytes(x_grad.device))
+    stages = stages_for(maps, x_grad.dtype == torch.float32, slope_after, shared_bytes_of(x_grad.device))
     kernels.pooled_backward[(len(bias_sums),)](
         *(x, bias, grad, out, argmax, x_grad, bias_sums, maps, rows, columns, *grad.shape[2:], bands, blocks),
         *(_blocks(rows, bands), *_strides(x), *_strides(x_grad), *_strides(grad), grad.stride(1)),

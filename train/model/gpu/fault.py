@@ -15,6 +15,28 @@ from train.config.recipe import Lrn
 _NORM = Lrn(size=5, alpha=0.1, beta=0.75, k=2.0)
 
 
+_MAX_MAPS = 128  # normalized maps of a column for which the kernels need less than 99 KiB of shared memory
+_SHARED_BYTES = 150 << 10  # shared memory that the kernels need for 256 normalized maps
+
+
+@functools.cache
+def normalization_fault(device: torch.device, maps: int) -> str | None:
+    """The reason why the Triton kernels cannot normalize `maps` maps of a column on a GPU, or None if they can."""
+    fault = triton_fault(device)
+    if fault is not None or maps <= _MAX_MAPS:
+        return fault
+    from train.model.gpu.epilogue import shared_bytes_of
+
+    if shared_bytes_of(device) >= _SHARED_BYTES:
+        return None
+    fault = (
+        f"{shared_bytes_of(device) >> 10} KiB of shared memory, the Triton kernels need {_SHARED_BYTES >> 10} KiB for "
+        f"{maps} maps"
+    )
+    say(f"{device}: {fault}. The network uses PyTorch operators instead, which take longer.")
+    return fault
+
+
 @functools.cache
 def triton_fault(device: torch.device) -> str | None:
     """The reason why the Triton kernels cannot be used on a GPU, or None if the kernels work.

@@ -25,9 +25,12 @@ class PretendsToBeOnAGpu(Tensor):
 
 @pytest.fixture(autouse=True)
 def _fresh_cache() -> Iterator[None]:
-    fault.triton_fault.cache_clear()
+    cached = (fault.triton_fault, fault.normalization_fault)
+    for function in cached:
+        function.cache_clear()
     yield
-    fault.triton_fault.cache_clear()
+    for function in cached:
+        function.cache_clear()
 
 
 def test_the_kernels_work_in_tritons_interpreter() -> None:
@@ -87,3 +90,14 @@ def test_operators_replace_a_triton_kernel_that_fails(
     message = capsys.readouterr().err
     assert len(tried) == 1 and message.count("\n") == 1 and "uses PyTorch operators instead" in message
     assert ("wrong results" if wrong else "RuntimeError: Failed to find C compiler") in message
+
+
+@pytest.mark.parametrize(("maps", "shared_kib", "fits"), [(128, 99, True), (256, 99, False), (256, 227, True)])
+def test_many_normalized_maps_need_much_shared_memory(
+    maps: int, shared_kib: int, fits: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`--model joined` has 256 maps in layer 2, for which a GPU with 99 KiB of shared memory uses operators."""
+    monkeypatch.setattr(fault, "triton_fault", lambda device: None)
+    monkeypatch.setattr(epilogue, "shared_bytes_of", lambda device: shared_kib << 10)
+    assert (fault.normalization_fault(torch.device("cuda:0"), maps) is None) == fits
+    assert ("99 KiB of shared memory" in capsys.readouterr().err) != fits
