@@ -29,7 +29,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 @click.group(cls=Group, context_settings=CONTEXT_SETTINGS)
 @version_option
 def main() -> None:
-    """Preview, inspect and benchmark the training stream of a store: random crops, flips and colour noise, with DALI.
+    """Preview, inspect and benchmark the training stream of a store: random crops, flips and colour noise.
 
     In Python: from pipeline import train_loader, eval_loader.
 

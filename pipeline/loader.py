@@ -1,15 +1,12 @@
 """Training and evaluation loaders: batches of a store for a training loop.
 
-    from pipeline import train_loader, eval_loader
-
-    for images, labels in train_loader("store", batch_size=128):  # one epoch
+    for images, labels in pipeline.train_loader("store", batch_size=128):  # one epoch
         ...  # images float32 (128, 3, 224, 224), labels int64 (128,)
 
-Images follow the formula of pipeline.augment. The order of the records and the random numbers come from
-pipeline.sampling. For given settings, this order and these numbers depend only on the seed and on the position in the
-stream: the epoch, and the step within the epoch, both counted from 0. A stream can therefore resume from a saved state
-at any batch, bit for bit. The images depend neither on the number of threads nor on the number of loaders that share
-the records of a step.
+Images follow the formula of pipeline.augment. For given settings, the order of the records and the random numbers
+(pipeline.sampling) depend only on the seed and on the position in the stream: the epoch and the step, counted from 0. A
+stream can therefore resume from a saved state at any batch, bit for bit. The images depend neither on the number of
+threads nor on the number of loaders that share the records of a step.
 
 Threads prepare batches before the training loop requests them. On a CPU, float32 images are served without a copy. The
 memory of a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in
@@ -19,7 +16,6 @@ work queued on this stream waits until the batch is complete, and the memory is 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -27,13 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.augment import SQUARE, Augmentation
 from pipeline.loader_base import Batch, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
-from pipeline.sampling import draw_params, epoch_permutation
+from pipeline.sampling import EpochPermutations, draw_params
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
@@ -92,8 +87,7 @@ class TrainLoader(Loader):
             raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
-        self._permutations: dict[int, npt.NDArray[np.int64]] = {}  # of the last two epochs that were read
-        self._lock = threading.Lock()
+        self._permutations = EpochPermutations(self.records, seed)
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
         self._open(1, augmentation.divisor)
 
@@ -188,14 +182,9 @@ class TrainLoader(Loader):
         """Read this rank's records of a step."""
         images = self.batch_size * self.world_size
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
-        with self._lock:  # several threads read batches, also of two epochs at the same time
-            if epoch not in self._permutations:
-                permutation = epoch_permutation(self.records, self.seed, epoch)
-                self._permutations = dict([*self._permutations.items(), (epoch, permutation)][-2:])
-            permutation = self._permutations[epoch]
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
-        record_numbers = permutation[step * images : (step + 1) * images][part]
+        record_numbers = self._permutations[epoch][step * images : (step + 1) * images][part]
         return self._prefetcher.read_batch(record_numbers, lambda records: self._augmenter.random_crops(records, draws))
 
 

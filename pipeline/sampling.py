@@ -7,6 +7,7 @@ world_size · B: rank r serves records r·B to (r + 1)·B − 1 of each step.
 
 from __future__ import annotations
 
+import threading
 from typing import NamedTuple
 
 import numpy as np
@@ -46,6 +47,23 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
     for first in range(0, records, WINDOW_RECORDS):
         rng.shuffle(order[first : first + WINDOW_RECORDS])
     return order
+
+
+class EpochPermutations:
+    """The results of epoch_permutation for a split and a seed; keeps those of two epochs. Threads may share it."""
+
+    def __init__(self, records: int, seed: int) -> None:
+        self._records, self._seed = records, seed
+        self._kept: dict[int, Integers] = {}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, epoch: int) -> Integers:
+        """The permutation of an epoch, counted from 0. Each is computed once, also if several threads ask for it."""
+        with self._lock:
+            if epoch not in self._kept:
+                permutation = epoch_permutation(self._records, self._seed, epoch)
+                self._kept = dict([*self._kept.items(), (epoch, permutation)][-2:])
+            return self._kept[epoch]
 
 
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:

@@ -103,7 +103,7 @@ def test_the_permutation_of_an_epoch_is_computed_once(numbered_store: Path, monk
         time.sleep(0.05)  # meanwhile, other threads ask for the same epoch
         return epoch_permutation(records, seed, epoch)
 
-    monkeypatch.setattr("pipeline.loader.epoch_permutation", permutation)
+    monkeypatch.setattr("pipeline.sampling.epoch_permutation", permutation)
     with train_loader(numbered_store, 4) as loader:
         take_batches(loader, 4 * len(loader))
     assert len(computed) == len(set(computed)) and set(computed) >= {0, 1, 2, 3}

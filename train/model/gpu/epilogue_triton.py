@@ -3,17 +3,12 @@
 epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32, with adjacent
 maps adjacent in memory (channels last); the arithmetic is float32.
 
-_pooled_forward, _pooled_backward      with pooling; a program computes some rows of pooled maps of one image
-_pointwise_forward, _pointwise_backward  without pooling; a program computes some positions of all images
+    pooled_forward, pooled_backward          with pooling; a program computes some rows of the maps of one image
+    pointwise_forward, pointwise_backward    without pooling; a program computes some positions of all images
 
-A program holds all maps of a column, padded to MAPS, at POSITIONS positions. The window sums of the normalization are a
-matrix product with a band matrix of zeros and ones, for which a GPU has tensor cores. The product takes bfloat16
-factors. TERMS is the number of bfloat16 values that represent one factor: 1 (8 bits of precision, enough for tensors of
-16 bits), or 3 (24 bits, as many as float32 has). A product with an infinite or NaN factor is NaN for all maps. One
-infinite or NaN value therefore makes all maps of the column NaN at its position.
-
-A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`, ptxas needs no spills for
-the paper's layers (tools/gpu/compile_report.py).
+A program holds all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py computes with
+such tiles. A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`, ptxas spills at
+most 64 bytes a thread for the paper's layers in bfloat16 (tools/gpu/compile_report.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -21,99 +16,18 @@ the paper's layers (tools/gpu/compile_report.py).
 
 from __future__ import annotations
 
-import os
-
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Type of a matrix product's factors, which hold bfloat16 values. Triton's interpreter multiplies bfloat16 wrongly.
-FACTOR = tl.constexpr(tl.float32 if os.environ.get("TRITON_INTERPRET") == "1" else tl.bfloat16)
+from train.model.gpu.tile_arithmetic_triton import (
+    activate,
+    band_matrix,
+    normalize,
+    through_activation,
+    through_normalization,
+)
+
 NO_MAXIMUM = tl.constexpr(255)  # argmax of a pooled value that has no gradient, because ReLU has set it to 0
-
-
-# ---- Functions of one value
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _activate(v, KIND: tl.constexpr):
-    """The nonlinearity: "relu", "tanh", "sigmoid" or "none". All of them keep NaN."""
-    if KIND == "relu":
-        v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
-    elif KIND == "tanh":
-        square = v * v  # the series is exact to 1e-7 up to 0.3, where the quotient would lose digits
-        series = v * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
-        e = tl.exp(-2.0 * tl.abs(v))
-        v = tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, e - 1.0, 1.0 - e) / (1.0 + e))
-    elif KIND == "sigmoid":
-        e = tl.exp(-tl.abs(v))
-        v = tl.where(v < 0, e, 1.0) / (1.0 + e)
-    return v
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _through_activation(g, y, KIND: tl.constexpr):
-    """The gradient of the nonlinearity's input, from the gradient g of its output y."""
-    if KIND == "relu":
-        g = tl.where(y <= 0, 0.0, g)
-    elif KIND == "tanh":
-        g = g * (1.0 - y * y)
-    elif KIND == "sigmoid":
-        g = g * (y * (1.0 - y))
-    return g
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
-    """s^−β; for β = ¾ from two square roots."""
-    if THREE_QUARTERS:
-        root = tl.rsqrt(s)
-        power = root * tl.sqrt(root)
-    else:
-        power = tl.exp2(-beta * tl.log2(s))
-    return power
-
-
-# ---- Normalization across the maps of a tile (POSITIONS, MAPS)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _band(maps, REACH: tl.constexpr, MAPS: tl.constexpr):
-    """The band matrix (MAPS, MAPS): 1 where two maps are at most REACH apart."""
-    i, j = tl.arange(0, MAPS)[:, None], tl.arange(0, MAPS)[None, :]
-    return tl.where((tl.abs(i - j) <= REACH) & (i < maps), 1.0, 0.0).to(FACTOR)
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _window_sum(v, band, TERMS: tl.constexpr):
-    """For each map, the sum of v over the maps of its window."""
-    term = v.to(tl.bfloat16)
-    total = tl.dot(term.to(FACTOR), band)
-    for _ in tl.static_range(1, TERMS):
-        v = v - term.to(tl.float32)
-        term = v.to(tl.bfloat16)
-        total = tl.dot(term.to(FACTOR), band, total)
-    return total
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _normalize(a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr):
-    """b = a · s^−β with s = k + α Σ a² (see lrn.py); a itself without a normalization."""
-    if NORM:
-        s = k + alpha * _window_sum(a * a, band, TERMS)
-        a = a * _negative_power(s, beta, THREE_QUARTERS)
-    return a
-
-
-@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
-def _through_normalization(
-    g, a, band, alpha, beta, k, NORM: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr
-):
-    """The gradient of a, from the gradient g of b = a · s^−β: g · s^−β − 2αβ · a · Σ (g · a · s^(−β−1))."""
-    if NORM:
-        s = k + alpha * _window_sum(a * a, band, TERMS)
-        direct = g * _negative_power(s, beta, THREE_QUARTERS)
-        g = direct - 2 * alpha * beta * a * _window_sum(direct * a / s, band, TERMS)
-    return g
 
 
 # ---- With pooling
@@ -139,7 +53,7 @@ def _normalized_column(
 ):
     """Normalized values at the columns `column` (POSITIONS, 1) of a row of the convolution's output."""
     v = tl.load(row + column * column_stride + i, mask=inside & (i < maps), other=0.0).to(tl.float32)
-    return _normalize(_activate(v + bias, BEFORE), band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+    return normalize(activate(v + bias, BEFORE), band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
 
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
@@ -210,7 +124,7 @@ def pooled_forward(
     first_column = (program % blocks) * VALID
     p, i = tl.arange(0, POSITIONS)[:, None], tl.arange(0, MAPS)[None, :]
     biases = tl.load(bias + i, mask=i < maps, other=0.0)
-    band = _band(maps, REACH, MAPS)
+    band = band_matrix(maps, REACH, MAPS)
     column = first_column + p
     valid = (p < VALID) & (column < out_columns) & (i < maps)
     x += image * x_image
@@ -233,7 +147,7 @@ def pooled_forward(
             best, best_argmax = _maximum(best, best_argmax, above, above_argmax + 6)
         if AFTER == "relu":
             best_argmax = tl.where(best <= 0, NO_MAXIMUM, best_argmax)
-        best = _activate(best, AFTER)
+        best = activate(best, AFTER)
         position = out + image * out_image + row * out_row + column * out_column
         tl.store(position + i * out_map, best.to(out.dtype.element_ty), mask=valid)
         position = argmax + ((image * out_rows + row) * out_columns + column) * maps
@@ -252,7 +166,7 @@ def _window_gradient(
     g = tl.load(grad + row * grad_row + column * grad_column + i * grad_map, mask=inside, other=0.0).to(tl.float32)
     if AFTER == "tanh" or AFTER == "sigmoid":
         y = tl.load(out + row * out_row + column * out_column + i * out_map, mask=inside, other=0.0).to(tl.float32)
-        g = _through_activation(g, y, AFTER)
+        g = through_activation(g, y, AFTER)
     return tl.where(maximum == 3 * row_in_window + column_in_window, g, 0.0)
 
 
@@ -275,7 +189,7 @@ def pooled_backward(
     p = (program % blocks) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     i = tl.arange(0, MAPS)[None, :]
     biases = tl.load(bias + i, mask=i < maps, other=0.0)
-    band = _band(maps, REACH, MAPS)
+    band = band_matrix(maps, REACH, MAPS)
     x += image * x_image
     x_grad += image * x_grad_image
     grad += image * grad_image
@@ -307,9 +221,9 @@ def pooled_backward(
                     )  # fmt: skip
             if NORM or BEFORE != "none":
                 v = tl.load(x + row * x_row + column * x_column + i, mask=inside, other=0.0).to(tl.float32)
-                a = _activate(v + biases, BEFORE)
-                g = _through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
-                g = _through_activation(g, a, BEFORE)
+                a = activate(v + biases, BEFORE)
+                g = through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+                g = through_activation(g, a, BEFORE)
             position = x_grad + row * x_grad_row + column * x_grad_column
             tl.store(position + i, g.to(x_grad.dtype.element_ty), mask=inside)
             total += tl.where(inside, g, 0.0)
@@ -332,9 +246,9 @@ def pointwise_forward(
     inside = (p < positions) & (i < maps)
     biases = tl.load(bias + i, mask=i < maps, other=0.0)
     v = tl.load(x + p * x_position + i, mask=inside, other=0.0).to(tl.float32)
-    y = _activate(v + biases, BEFORE)
+    y = activate(v + biases, BEFORE)
     if NORM:
-        y = _normalize(y, _band(maps, REACH, MAPS), alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+        y = normalize(y, band_matrix(maps, REACH, MAPS), alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
     tl.store(out + p * out_position + i, y.to(out.dtype.element_ty), mask=inside)
 
 
@@ -354,19 +268,19 @@ def pointwise_backward(
     total = tl.zeros([POSITIONS, MAPS], dtype=tl.float32)
     if NORM:
         biases = tl.load(bias + i, mask=i < maps, other=0.0)
-        band = _band(maps, REACH, MAPS)
+        band = band_matrix(maps, REACH, MAPS)
     for tile in range(TILES):
         p = (program * TILES + tile).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
         inside = (p < positions) & (i < maps)
         g = tl.load(grad + p * grad_position + i, mask=inside, other=0.0).to(tl.float32)
         if NORM:
             v = tl.load(x + p * x_position + i, mask=inside, other=0.0).to(tl.float32)
-            a = _activate(v + biases, BEFORE)
-            g = _through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
-            g = _through_activation(g, a, BEFORE)
+            a = activate(v + biases, BEFORE)
+            g = through_normalization(g, a, band, alpha, beta, k, NORM, THREE_QUARTERS, TERMS)
+            g = through_activation(g, a, BEFORE)
         elif BEFORE != "none":
             y = tl.load(out + p * out_position + i, mask=inside, other=0.0).to(tl.float32)
-            g = _through_activation(g, y, BEFORE)
+            g = through_activation(g, y, BEFORE)
         tl.store(x_grad + p * x_grad_position + i, g.to(x_grad.dtype.element_ty), mask=inside)
         total += tl.where(inside, g, 0.0)
     i = tl.arange(0, MAPS)
