@@ -42,9 +42,8 @@ STREAM_VERSION = 3
 class TrainLoader(Loader):
     """Serves randomly augmented batches, epoch after epoch; made by train_loader.
 
-    One iteration over the loader serves the rest of the current epoch. An epoch has
-    records // (batch_size · world_size) full batches. The remaining records are left out (see `left_out`); each epoch
-    leaves out different records.
+    One iteration serves the rest of the current epoch. An epoch has records // (batch_size · world_size) full batches.
+    The remaining records are left out (see `left_out`); each epoch leaves out different records.
 
     `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """
