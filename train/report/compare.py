@@ -21,6 +21,7 @@ _NOT_IN_LEGEND = (
     "settings.checkpoint_every",
     "settings.threads",
     "settings.devices",
+    "settings.deterministic",
     "environment",
 )
 _LEGEND_FIELDS = 4  # maximum number of fields in a label; if more fields differ, the label is the folder

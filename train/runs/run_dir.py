@@ -44,6 +44,9 @@ RATE_LINES = 20  # number of newest training lines from which the remaining time
 
 _CHECKPOINT = r"checkpoint-(\d+)\.pt"
 
+# Settings that version 0.1.0 did not write, with the values that its runs had.
+_LATER_SETTINGS = {"deterministic": False}
+
 
 def read_description(run_dir: Path) -> dict[str, Any]:
     """The content of run.json. Raises UserError if the file is missing, cannot be read, or lacks a required part."""
@@ -66,7 +69,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
             f"{path}: has no {', '.join(missing)}, which this version needs. Repeat the alextrain run command to "
             "rewrite the file."
         )
-    return dict(description)
+    return {**description, "settings": {**_LATER_SETTINGS, **description["settings"]}}
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
