@@ -131,8 +131,8 @@ class Prefetcher:
         """Wait until the GPU works on one of the last CONSUMER_AHEAD batches. Call this method before each `next`.
 
         The consumer's thread only queues work for the GPU. Without this wait, the thread could request many more
-        batches than the GPU has worked on, and all these batches would need memory. Also, the thread would seem to wait
-        for the loader when it is ahead of the GPU.
+        batches than the GPU has worked on, and all these batches would need memory. Also, waiting for the GPU would be
+        counted as waiting for the loader.
         """
         self._requests.append(self._engine.stream.record_consumer())
         if len(self._requests) > CONSUMER_AHEAD:
@@ -174,8 +174,8 @@ class Prefetcher:
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
         """Queue the copy of the labels, and record the event of a batch.
 
-        Then wait until the batch before is complete. So the finisher is not more than one batch ahead of the GPU, and
-        the consumer waits in `next` if the stream is too slow, not on the GPU, where no clock would measure it.
+        Then wait until the previous batch is complete, so that the finisher is at most one batch ahead of the GPU. If
+        the stream is too slow, the consumer's thread then waits in `next`, where the waiting time is measured.
         """
         stream = self._engine.stream
         labels = stream.upload(torch.from_numpy(batch_input.records.labels))

@@ -17,15 +17,15 @@ Each check prints ok or FAILED, the measured value and the limit. The checks com
 -   batches of the stream on the GPU and on the CPU, from the same records and random parameters, in NCHW and NHWC, with
     each kind of mean (channel, image, aligned). A larger difference is allowed for JPEG records, because nvJPEG and
     libjpeg-turbo upsample chroma differently; for PPM records only the rounding of float32 is allowed;
--   batches of the stream on the GPU and batches of a stream resumed from its state, which must be equal to the bit;
+-   batches of the stream on the GPU and the same batches of a resumed stream, which must be equal to the bit;
 -   logits and gradients of the network in each precision on one GPU, and on two if there are two, with logits and
     gradients in float64 on the CPU;
 -   local response normalization, in the implementation chosen for this device, with torch's layer in float64;
 -   the kernels between the convolutions, for 512 images in float32 and bfloat16, with operators in float64
     (tools/gpu/epilogues.py);
 -   two runs of three steps with the same seed;
--   the checkpoint of an `alextrain run --deterministic` that was killed with SIGKILL and run again with the checkpoint
-    of a run that was not killed, which must be equal to the bit.
+-   the checkpoints of two runs of `alextrain run --deterministic`, which must be equal to the bit. One run is killed
+    with SIGKILL and resumed, the other is not interrupted.
 
 A further check is that a training step never makes the host wait for the GPU.
 
@@ -40,8 +40,9 @@ turn. The first round is not counted (see tools/bench/harness.py):
     bf16, one GPU        the same step as bf16, with both columns on the first GPU; measured if there are two GPUs
 
 The rate of `alextrain run` comes from its metrics.jsonl (tools/gpu/runs.py), without checkpoints and validations. The
-goal is 0.95 or more of the steps that the stream feeds. The times of the kernels between the convolutions are compared
-with the time of a copy of the same bytes (tools/gpu/epilogue_times.py); the goal is at most twice this time.
+goal is 0.95 or more of the rate of steps that the stream feeds. The times of the kernels between the convolutions are
+compared with the time of a copy of the same bytes (tools/gpu/epilogue_times.py). The goal is at most twice the time of
+the copy.
 
 With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors and then uses the fastest algorithm.
 To measure the effect, run the tool once with and once without this option.

@@ -1,1 +1,1 @@
-"""Engines turn records into augmented images, with a C kernel on a CPU or with a DALI graph."""
+"""Engines turn records into augmented images: a C kernel on a CPU, a Triton kernel on a GPU, a DALI graph on either."""

@@ -1,15 +1,15 @@
 """Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
 
 On a GPU, the loader queues copies and kernels on a CUDA stream of its own (a side stream), so that they run while the
-consumer's kernels run. Two rules keep the order right, and both are in this interface:
+consumer's kernels run. Two rules keep the results correct:
 
-- Whoever uses a result first waits for an event that was recorded after the work (`Event.wait` on the host, or
+- Before a result is used, its user waits for an event that was recorded after the work (`Event.wait` on the host, or
   `Event.order` for the kernels that the consumer queues afterwards).
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
   the memory to the loader's next batch while the consumer's kernels still read it.
 
-InOrderStream does all work at once, on a CPU. tests/pipeline/engines/deferred_stream.py has a third form, which does
-work only when someone waits for its event. If a wait is missing, a test on a CPU finds wrong values.
+On a CPU, InOrderStream does all work immediately. In tests on a CPU, tests/pipeline/engines/deferred_stream.py does
+work only when the code waits for an event after the work. If a wait is missing, a test finds wrong values.
 """
 
 from __future__ import annotations

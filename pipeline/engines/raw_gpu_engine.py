@@ -26,7 +26,7 @@ from pipeline.records import RecordBatch
 
 # On the CPU of an H200 machine, one thread copies 24,000 images/s and four threads 77,000, more than a GPU needs.
 _MAX_THREADS = 8
-_WAITING_BLOCKS = 2  # number of blocks that wait for their copy before the oldest of them is used again
+_WAITING_BLOCKS = 2  # the oldest block is used again when this number of blocks has been given back
 
 
 class _Started(NamedTuple):
@@ -59,7 +59,7 @@ class RawGpuEngine:
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Let the threads copy the pixels of a batch. Waits only if the GPU has not yet copied an earlier batch."""
+        """Let the threads copy the pixels of a batch to a block. Waits only if the GPU still copies from the block."""
         shape = (len(records.numbers), self._square_px, self._square_px, 3)
         corner = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         block = self._blocks.take(int(np.prod(shape)))

@@ -5,7 +5,7 @@
 kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
 little-endian. Every offset is compared with the size of the map before it is used.
 
-    meta page    pages 0 and 1. Of the two, the page of the latest transaction is valid. It has the tree's root
+    meta page    pages 0 and 1. Of the two, the page of the latest transaction is valid. This page has the root
     page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
                  follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
     node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2).
@@ -47,9 +47,9 @@ class NativeKernels:
     def find_records(
         self, shards: npt.NDArray[np.void], shard_of: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.void]:
-        """Look up the records with `keys` (N,) in the shards with the indices `shard_of` (N,): (N,) of FOUND_DTYPE.
+        """Look up N records: `keys` (N,) are their keys, `shard_of` (N,) the indices of their shards in `shards`.
 
-        `shards` is (S,) of SHARD_DTYPE. The files must stay mapped during the call.
+        `shards` is (S,) of SHARD_DTYPE, the result (N,) of FOUND_DTYPE. The files must stay mapped during the call.
         """
         found = np.empty(len(keys), FOUND_DTYPE)
         arrays = [np.ascontiguousarray(array, np.int64) for array in (shard_of, keys)]

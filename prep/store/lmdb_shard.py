@@ -138,10 +138,10 @@ class ShardReader:
         return self._numbers[indices]
 
     def map_file(self) -> tuple[int, int, int, int]:
-        """Map the file for kernels.NativeKernels.find_records: the values of one item of kernels.SHARD_DTYPE.
+        """Map the file for kernels.NativeKernels.find_records; returns the values of one item of kernels.SHARD_DTYPE.
 
-        The map is separate from py-lmdb's map, whose address is not public. `close` removes it. The last value, the
-        root of the tree, is −1 if kernels.c cannot search the file.
+        This map is separate from py-lmdb's map, whose address is not public. `close` unmaps the file. The last value,
+        the root of the tree, is −1 if kernels.c cannot search the file.
         """
         if self._map is None:
             page_bytes = self._txn.stat()["psize"]

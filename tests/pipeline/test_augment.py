@@ -1,4 +1,4 @@
-"""Images of the stream compared with the formula of pipeline.augment in float64 NumPy, for both engines.
+"""Images of the stream compared with the formula of pipeline.augment in float64 NumPy, for both engines of a CPU.
 
 The reference is tests/pipeline/augment_formula.py.
 """

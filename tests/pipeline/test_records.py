@@ -167,7 +167,7 @@ def assert_batch_holds_records(records: Records, numbers: list[int]) -> None:
 @pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm", "ppm-whole"])
 def test_a_batch_holds_the_records_in_the_given_order(stores: dict[str, Path], kind: str) -> None:
-    """Records of a batch differ in size, and a record may be there twice."""
+    """Records of a batch differ in size, and a record may occur twice."""
     records = Records(Store.open(stores[kind]), "train")
     order = np.random.default_rng(0).permutation(len(records)).tolist()
     for numbers in (order, order[:1], [7, 3, 3, 7], []):
@@ -197,7 +197,7 @@ def test_a_batch_of_a_store_with_missing_keys(with_gaps: Store) -> None:
 def test_the_c_library_finds_every_intact_record_itself(
     stores: dict[str, Path], with_gaps: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The slow search one by one is needed for no intact record."""
+    """No intact record is looked up with the slow search, one by one."""
 
     def refuse(self: Records, number: int) -> None:
         raise AssertionError(f"record {number} was read one by one")

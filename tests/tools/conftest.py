@@ -1,4 +1,4 @@
-"""Fixtures for the tests of the GPU check, which run it on a CPU."""
+"""Fixtures for the tests that run the GPU check on a CPU."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave 
 # an H200 gave 8e-7.
 REPEAT_TOLERANCE = 1e-5
 STEPS_BEFORE_REPLAY = 5  # steps after which a CountedStep replays its CUDA graph
-_MOST_STEPS = 10**6  # steps for which the counters have room; they are never read here
+_MOST_STEPS = 10**6  # steps for which the counters have room; the counters are never read here
 
 
 # ---- the stream
@@ -225,7 +225,7 @@ def make_step(
 def make_counted_step(
     settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[CountedStep, Tensor, Tensor]:
-    """A step as `alextrain run` makes it, with counters and, on one GPU, as a CUDA graph; and make_step's batch."""
+    """The step of `alextrain run`, with counters and, on one GPU, a CUDA graph; and the batch of make_step."""
     step, images, labels = make_step(settings, precision, devices, batch)
     device = step.network.devices[0]
     return CountedStep(step, StepCounters(device, _MOST_STEPS), graph_for(step.network.devices)), images, labels

@@ -2,7 +2,7 @@
 
     python -m tools.gpu.compile_report --capability 90
 
-A kernel whose values do not fit into registers spills them to memory and is slow. ptxas, which Triton brings along,
+A kernel whose values do not fit into registers spills them to memory and is slow. ptxas, which comes with Triton,
 compiles for any GPU, so the report also shows on a machine without a GPU whether the kernels compile at all.
 """
 
@@ -40,7 +40,7 @@ class Row(NamedTuple):
 
 
 def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Row]:
-    """Compile the epilogue of each layer of the paper's network, each way, for a compute capability such as 90."""
+    """Compile the forward and backward kernels of each epilogue of the paper, for a compute capability such as 90."""
     from train.config.recipes import PAPER
     from train.model.gpu import epilogue_triton
     from train.model.gpu.epilogue import Epilogue, kernel_constants, stages_for, warps_for
@@ -84,7 +84,7 @@ def _compile(
             or name == "maps"
             or name.endswith(("_image", "_row", "_column", "_position"))
         ):
-            attributes[(position,)] = [["tt.divisibility", 16]]  # as Triton finds it for the paper's shapes
+            attributes[(position,)] = [["tt.divisibility", 16]]  # as Triton infers for the paper's shapes
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

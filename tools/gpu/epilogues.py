@@ -25,7 +25,7 @@ from train.config.recipes import PAPER
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
 
 # Limits of ‖found − wanted‖ / ‖wanted‖ for the result, the gradient of x, and the gradient of the bias. In bfloat16
-# rounding of the result alone gives an error of 1.7e-3. Triton's interpreter cuts bits off: up to 3.5e-3.
+# rounding of the result alone gives an error of 1.7e-3. Triton's interpreter truncates: up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
 # A window is left out if its two largest values differ by less than this part of the larger value. Errors of a kernel's
 # normalized values are smaller: about 1e-7 in float32, and up to 2e-3 in bfloat16, where squares have 8 bits.
@@ -43,7 +43,7 @@ class LayerCase:
 
     name: str
     maps: int  # maps of each column
-    side_px: int  # rows, and columns, of x
+    side_px: int  # number of rows of x, equal to the number of columns
     epilogue: Epilogue
     joined_in: bool  # True: x is one tensor with the maps of all columns
     joined_out: bool  # True: the result is one tensor
@@ -52,7 +52,7 @@ class LayerCase:
 
     @property
     def pooled_px(self) -> int:
-        """Rows, and columns, of the result."""
+        """Number of rows of the result, equal to the number of columns."""
         pool_px = self.epilogue.pool_px
         return (self.side_px - pool_px) // 2 + 1 if pool_px else self.side_px
 
@@ -78,7 +78,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """The kernels on a GPU; `operators` in the trial on a CPU, because Triton's interpreter takes minutes."""
+    """The kernels on a GPU. In the trial on a CPU, `operators`, because Triton's interpreter takes minutes."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -232,7 +232,7 @@ def _local_response_norm(a: Tensor, norm: Lrn) -> Tensor:
 def operators(
     x: Sequence[Tensor], bias: Sequence[Tensor], epilogue: Epilogue, joined: bool, channels_first: bool
 ) -> list[Tensor]:
-    """The same as apply_epilogue, with PyTorch operators in float32. For trials without a GPU and without Triton."""
+    """The results of apply_epilogue, computed with PyTorch operators in float32, without a GPU and without Triton."""
     by_column = list(x) if len(x) == len(bias) else list(x[0].chunk(len(bias), 1))
     results = [exact(t.float(), b, epilogue).to(t.dtype) for t, b in zip(by_column, bias, strict=True)]
     results = [torch.cat(results, 1)] if joined else results
@@ -241,10 +241,10 @@ def operators(
 
 
 def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Tensor:
-    """True for each pooled value whose window has a second value within `part` of its maximum, and a maximum above 0.
+    """True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
 
-    A window whose maximum is not above 0 has no gradient in the paper's layers, because ReLU comes before or after it;
-    it is therefore compared. Without pooling the result is False everywhere.
+    Windows with a maximum of 0 or less are compared, because they have no gradient: in the paper's layers, ReLU comes
+    before or after pooling. Without pooling the result is False everywhere.
     """
     v = normalized(x, bias, epilogue)
     size = epilogue.pool_px
@@ -265,10 +265,10 @@ def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Te
 
 
 def nan_faults(case: LayerCase, dtype: torch.dtype, device: torch.device, apply: Apply) -> str:
-    """What is wrong with the result for an x with one NaN; empty if nothing is.
+    """Faults of the result for an x with one NaN; empty if there are none.
 
-    Every value that is NaN in float64 must be NaN. Of the other values, only maps of the same column at the same
-    positions may also be NaN: a kernel may compute a normalization's sums as a matrix product.
+    Every value that is NaN in float64 must be NaN. After a normalization, the other maps of the same column may also be
+    NaN at the same positions, because a kernel may compute the sums as a matrix product.
     """
     x, bias = make_inputs(case, 2, dtype, device, seed=2)
     split_columns(case, x)[0][1, case.maps // 2, case.side_px // 2, case.side_px // 2] = float("nan")

@@ -88,7 +88,7 @@ def _runs(report: Report) -> dict[tuple[str, int], float]:
 
 
 def _joined(values: Sequence[float | None]) -> str:
-    """The numbers, separated by semicolons; empty if there is none."""
+    """The numbers, separated by semicolons; empty if all are missing."""
     if not any(values):
         return ""
     return "; ".join(f"{value:,.0f}" if value else NOT_MEASURED for value in values)
@@ -171,7 +171,7 @@ def _copy_speed(report: Report) -> str:
 
 def _check(beginning: str) -> Callable[[Report], str]:
     def text(report: Report) -> str:
-        """What the checks found whose names begin with `beginning`; only failed checks if there is one."""
+        """Findings of the checks whose names begin with `beginning`; if a check failed, only of the failed checks."""
         checks = [check for check in report.get("checks", ()) if check["name"].startswith(beginning)]
         failed = [check for check in checks if not check["ok"]]
         if failed:

@@ -1,8 +1,8 @@
 """Trainings by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
 
-The rate of a run comes from its metrics.jsonl. Intervals that begin a run or an epoch are not counted: the stream
-starts in them, or has prefetched batches while a checkpoint was written. No interval contains a checkpoint or a
-validation; their time is reported as `outside_s`.
+The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream
+starts in it. The first interval of an epoch is not counted, because the stream has prefetched batches while a
+checkpoint was written. No interval contains a checkpoint or a validation, whose time is reported as `outside_s`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PROGRAM = (sys.executable, "-m", "train")  # `alextrain`
 RUN_EPOCHS, LINES_PER_EPOCH = 3, 5
 MOST_STEPS, MOST_STEPS_PER_LINE = 300, 20
 RESUME_STEPS = 40
-_TRIAL_STEPS = 8  # of every run, in the trial on a CPU
+_TRIAL_STEPS = 8  # number of steps of every run in the trial on a CPU
 _TIMEOUT_S = 90.0  # time after which a run is killed
 _POLL_S = 0.02
 _ROOT = Path(__file__).parents[2]
@@ -66,7 +66,7 @@ def start(command: Sequence[str], errors: Path) -> subprocess.Popen[bytes]:
 
 
 def finish(process: subprocess.Popen[bytes], errors: Path, timeout_s: float = _TIMEOUT_S) -> None:
-    """Wait for a run. Raises UserError if it fails, or if it does not end in time; then it is killed."""
+    """Wait for a run, and kill it after `timeout_s`. Raises UserError if the run fails or is killed."""
     try:
         code = process.wait(timeout_s)
     except subprocess.TimeoutExpired:
@@ -78,7 +78,7 @@ def finish(process: subprocess.Popen[bytes], errors: Path, timeout_s: float = _T
 
 
 def last_line_of(errors: Path) -> str:
-    """The last line of a file of messages, at most 300 characters of it."""
+    """The last line of a file of messages, cut to 300 characters."""
     lines = errors.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "No message."
 
@@ -184,7 +184,7 @@ def has_option(option: str) -> bool:
 
 
 def resume_checks(settings: GpuCheckSettings) -> Iterator[Check]:
-    """Compare a run that was killed and resumed with a run that was not, both with --deterministic.
+    """Compare two runs with --deterministic: one run is killed and resumed, the other is not interrupted.
 
     On a CPU the option is not needed. On a GPU the check is left out if `alextrain run` does not have the option.
     """
@@ -220,7 +220,7 @@ def kill_and_resume(
 ) -> int:
     """Run both commands at the same time. Kill the second with SIGKILL soon after half of its steps, and run it again.
 
-    Returns the step after which it was killed, the last in its metrics.jsonl. Raises UserError if a run fails, or if
+    Returns the last step in metrics.jsonl of the second run when it was killed. Raises UserError if a run fails, or if
     the second run ends before the kill.
     """
     errors = [folder.with_suffix(".txt") for folder in (uninterrupted_dir, killed_dir)]

@@ -18,14 +18,14 @@ from prep.store.manifest import Store
 from tools.photo_digits import Difficulty, make_dataset
 
 FORMATS = ("jpeg", "ppm")
-COPIES = 16  # records of each photograph: 24,000 records of 1,500 photographs, 46 steps of 512 images
+COPIES = 16  # number of records of each photograph: 1,500 photographs give 24,000 records, 46 steps of 512
 _ROOT = Path(__file__).parents[2]
 
 
 def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = None) -> dict[str, Path]:
     """{format: path of the store} of two stores in `folder`. Stores that an earlier call has finished are not rebuilt.
 
-    copies       records of each photograph
+    copies       number of records of each photograph
     photographs  number of digits of which photographs are made; None: all 1,797
 
     The photographs are deleted at the end.

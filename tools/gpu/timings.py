@@ -237,7 +237,7 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
             parent = parent.cpu_parent
         if settings.on_gpu:
             for kernel in event.kernels:
-                # A kernel with the name of its event is an annotation. Its time repeats the time of other kernels.
+                # A kernel with the same name as its event is an annotation: its time repeats that of other kernels.
                 if kernel.name != event.name:
                     kind = kernel_kind([kernel.name, *call_chain])
                     times_us[kind] = times_us.get(kind, 0.0) + kernel.duration
@@ -270,7 +270,7 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 def host_time_us(settings: GpuCheckSettings) -> float:
-    """Time in µs for which a step of the last precision occupies the host, when the GPU is not waited for."""
+    """Time in µs for which a step of the last precision occupies the host, without waiting for the GPU."""
     precision = settings.precisions[-1]
     set_precision(precision, settings.devices)
     work = _step_on(*make_counted_step(settings, precision))
@@ -306,7 +306,7 @@ def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, An
             if row.name.startswith(f"{precision} from "):
                 format = row.name.removeprefix(f"{precision} from ")
                 hours = imagenet_hours(rate[row.name])
-                # JPEG records cannot be faster than their decoder.
+                # Steps on JPEG records cannot be faster than the decoder.
                 bound = (
                     min(rate[precision], rate.get(DECODER, rate[precision])) if format == "jpeg" else rate[precision]
                 )

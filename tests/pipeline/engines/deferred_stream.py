@@ -1,7 +1,8 @@
 """A stream for tests on a CPU, which defers its work as long as a GPU could.
 
-Work is done only when someone waits for an event after the work, or orders the consumer's work after this event. Until
-then, memory of results holds NaN (float) or 113 (integers). If the code does not wait, a test sees these values.
+Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
+Until then, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a test
+sees these values.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class DeferredStream:
         return copy
 
     def work_until(self, count: int) -> None:
-        """Do the work that was queued first, until `count` pieces of work have been done in all."""
+        """Do queued work in order, until `count` pieces of work have been done since the stream was made."""
         with self._lock:
             while self._done < count:
                 self._queue.popleft()()

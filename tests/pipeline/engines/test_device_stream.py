@@ -100,7 +100,7 @@ def test_the_engine_of_a_gpu(stores: dict[str, Path], kind: str, engine: type, m
 def test_the_finisher_is_at_most_one_batch_ahead_of_the_gpu(
     stores: dict[str, Path], streams: list[DeferredStream], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the four batches, the consumer orders only the first. The finisher itself waits for the second and third."""
+    """Four batches are finished. The consumer takes only the first; the finisher waits for the second and third."""
     monkeypatch.setattr(prefetch, "FINISHED_AHEAD", 4)
     streams.append(DeferredStream())
     with train_loader(stores["ppm"], 5, seed=1) as loader:
@@ -149,7 +149,7 @@ def test_the_loader_waits_until_the_gpu_has_caught_up_with_the_consumer(
     """The GPU takes 50 ms for each batch. The consumer's thread does not wait for the GPU, but the loader does."""
 
     class Consumer(DeferredEvent):
-        """Passes 50 ms after the event before, as if the work on one batch lay between them."""
+        """Passes 50 ms after the previous event, as if the work on one batch lay between the two events."""
 
         def __init__(self) -> None:
             passes.append(max(time.perf_counter(), passes[-1]) + 0.05)

@@ -1,4 +1,4 @@
-"""Engine of raw records on a GPU, on a CPU: bits of the C kernel's images, order of the work, reuse of blocks."""
+"""RawGpuEngine, run on a CPU: images equal to those of the C kernel, order of the work, reuse of blocks."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_the_triton_kernel_has_the_bits_of_the_operators(
 def test_the_triton_kernel_is_used_if_it_has_the_bits_of_the_operators(
     sources: Any, views: int, layout: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The interpreter rounds bfloat16 otherwise than a GPU, so there the operators are used."""
+    """Triton's interpreter rounds bfloat16 otherwise than a GPU, so the operators are used for bfloat16."""
     triton = pytest.importorskip("pipeline.engines.finish_crops_triton")
     monkeypatch.setattr(finish_crops, "_ELEMENTS", 1 << 16)
     monkeypatch.setattr(finish_crops, "_can_try_triton", lambda device: not torch.cuda.is_available())
@@ -174,7 +174,7 @@ def test_blocks_are_used_again_only_after_their_copies(sources: Any) -> None:
     stream.record().order()
     for batch, found in zip(batches, images, strict=True):
         assert torch.equal(found, source.expected(OutputFormat(), batch))
-    assert len({one.block.data_ptr() for one in started}) == 3  # two in work, and one that waits for its copy
+    assert len({one.block.data_ptr() for one in started}) == 3  # two blocks in use, and one that waits for its copy
     engine.close()
 
 

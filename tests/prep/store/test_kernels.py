@@ -89,7 +89,7 @@ def test_the_tree_of_the_last_transaction_is_used(tmp_path: Path) -> None:
 
 @needs_kernels
 def test_a_record_of_another_format_is_not_found(tmp_path: Path) -> None:
-    """Random changes of a record: the record is found exactly if locate_image accepts it."""
+    """Random changes of a record: the record is found if and only if locate_image accepts it."""
     rng, values = np.random.default_rng(4), []
     for k in range(3_000):
         value = bytearray(datum(k, 30))

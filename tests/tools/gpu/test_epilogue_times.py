@@ -19,7 +19,7 @@ from train.config.architecture import ALEXNET
 @pytest.mark.parametrize(
     ("layer", "forward", "backward"),
     [
-        # For one image in bfloat16: x has 96 · 55² values and y 96 · 27², two bytes each; pooling adds one byte a y.
+        # One image in bfloat16: x has 96 · 55² values, y 96 · 27², of two bytes; pooling adds one byte for each y.
         ("layer 1", 2 * 96 * 3025 + 3 * 96 * 729, 4 * 96 * 3025 + 3 * 96 * 729),
         ("layer 2", 2 * 256 * 729 + 3 * 256 * 169, 4 * 256 * 729 + 3 * 256 * 169),
         ("conv3", 4 * 384 * 169, 6 * 384 * 169),
