@@ -1,6 +1,6 @@
-"""Sums over the training steps between two log lines, in tensors on the device: losses, errors, labels.
+"""Counters of the steps between two log lines, in tensors on the device: losses, errors, range of labels.
 
-The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the additions. Only
+The tensors are allocated once and changed in place, so that a CUDA graph of a step can contain the updates. Only
 `read` waits for the device.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from train.evaluation.evaluate import top_k_misses
 
-_NO_LABEL = (2**62, -1)  # smallest and largest label of no images
+_NO_LABEL = (2**62, -1)  # initial values of the smallest and the largest label
 
 
 class Counts(NamedTuple):
@@ -39,7 +39,7 @@ class StepCounters:
 
     def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
         """Add the result of a step: loss (), logits (N, classes), labels (N,), all on the device."""
-        # With deterministic algorithms, index_copy_ waits for the GPU, and a graph cannot contain that.
+        # index_copy_ would wait for the GPU with deterministic algorithms. A graph cannot contain a wait.
         torch.where(self._positions == self._step, loss, self._losses, out=self._losses)
         self._loss_sum += loss
         self._step += 1
@@ -49,7 +49,7 @@ class StepCounters:
         torch.maximum(self._largest, largest, out=self._largest)
 
     def read(self) -> Counts:
-        """The counts since the last call; sets them to zero. Waits for the device, once.
+        """The counts since the last call; resets the counters. Waits once for the device.
 
         Raises IndexError if more than `max_steps` steps have been added.
         """

@@ -8,7 +8,7 @@ has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w 
 has its full effect at once. If ε is constant, both rules give the same weights.
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU; fused_sgd.py updates all other parameters, and
-every parameter if the kernels are not compiled.
+every parameter if the kernels are not compiled. With learning rates in a tensor, rate_tensor_update.py updates all.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The update rule (paper_sgd.py) of all parameters on one device, with the learning rates in a tensor.
 
-A CUDA graph repeats the Python numbers that were recorded. The learning rates therefore lie in a tensor, one for each
+A CUDA graph repeats the Python numbers that were recorded. A tensor therefore holds the learning rate of each
 parameter group. On a GPU, one Triton kernel updates all parameters of all groups. The kernel reads a table of
 addresses. For a recorded step, the table is written after the recording, when the addresses of the gradients are known.
 """
@@ -19,7 +19,7 @@ _BLOCK = 4096  # number of values that a program of the kernel updates
 
 
 class Trio(NamedTuple):
-    """A parameter with its velocity, its group's index, and its factor of weight decay."""
+    """A parameter with its velocity, the index of its parameter group, and its weight decay."""
 
     parameter: nn.Parameter
     velocity: Tensor
@@ -49,7 +49,7 @@ class RateTensorUpdate:
         """Set the learning rate of each group; only rates that have changed are written to the device."""
         for index, rate in enumerate(rates):
             if self._written[index] != rate:
-                self._rates[index].fill_(rate)  # the number travels with the launch: no copy that could come too late
+                self._rates[index].fill_(rate)  # the rate is an argument of a kernel: no copy from host memory
                 self._written[index] = rate
 
     def run(self) -> None:

@@ -17,7 +17,7 @@ def _tensor(table, entry):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def update(table, blocks, decays, rates, momentum, BLOCK: tl.constexpr):
-    """Update BLOCK values of the parameter of one row of `blocks`: (index of the parameter, first value)."""
+    """Update BLOCK values of a parameter. A row of `blocks` is (index of the parameter, index of the first value)."""
     index = tl.load(blocks + 2 * tl.program_id(0))
     i = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
     inside = i < tl.load(table + 5 * index + 3)

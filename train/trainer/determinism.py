@@ -11,10 +11,10 @@ def use_deterministic_algorithms() -> None:
     """Let PyTorch use only algorithms whose results repeat bit for bit, in this process. Call it before any training.
 
     Without this setting, cuDNN may choose algorithms that add the terms of a sum in an order that varies from run to
-    run. The project's own kernels always use a fixed order. On a CPU, results repeat with the same number of threads in
-    any case. PyTorch raises RuntimeError if an operator has no deterministic algorithm.
+    run. The project's own kernels always use a fixed order. On a CPU, results repeat without this setting if the number
+    of threads is the same. PyTorch raises RuntimeError if an operator has no deterministic algorithm.
     """
-    # cuBLAS reads the variable when it is first used; without it, PyTorch refuses deterministic matrix products.
+    # cuBLAS reads this variable at its first use. Without the variable, PyTorch refuses matrix products on a GPU.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.backends.cudnn.benchmark = False
     # PyTorch would also fill new memory with NaN, which takes time and changes no result of a correct program.

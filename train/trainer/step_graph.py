@@ -6,7 +6,7 @@ step to step therefore lies in a tensor that the graph reads: the images, the la
 changed by the graph itself. A graph is recorded anew if the shape of a batch changes or a layer is frozen.
 
 The first steps before a recording run without a graph, because libraries allocate memory and Triton compiles kernels
-when they first run, which cannot be recorded. These steps are ordinary training steps on the batches of the stream.
+when they first run, and neither can be recorded. These steps are ordinary training steps on the batches of the stream.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Graph(Protocol):
         """Run `work` in the way in which it will be recorded, for instance on the same stream."""
 
     def record(self, work: Callable[[], None]) -> None:
-        """Record the operations of `work` without their effect on tensors."""
+        """Record the operations of `work`. Tensors that existed before keep their values."""
 
     def replay(self) -> None:
         """Run the recorded operations on the present values of their tensors."""
@@ -45,7 +45,7 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run_unrecorded(self, work: Callable[[], None]) -> None:
-        """Run `work` on the stream on which it will be recorded, between the work of the current stream."""
+        """Run `work` on the stream of the recording, after earlier and before later work of the current stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -55,12 +55,12 @@ class CudaGraph:
     def record(self, work: Callable[[], None]) -> None:
         """Record `work`. The memory of an earlier recording is released first.
 
-        Raises torch.OutOfMemoryError, which would otherwise be hidden by the error of the broken recording.
+        If memory runs out, raises torch.OutOfMemoryError instead of the RuntimeError of the broken recording.
         """
         self._graph = None
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # Other threads may allocate memory meanwhile: the loader prepares batches.
+        # "thread_local" lets other threads, such as those of the loader, allocate memory during the recording.
         no_memory: torch.OutOfMemoryError | None = None
         try:
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
@@ -82,9 +82,9 @@ class CudaGraph:
 
 
 def graph_for(devices: Sequence[torch.device]) -> Graph | None:
-    """A CudaGraph if all columns are on one GPU where the Triton kernels work; None for two GPUs and for a CPU.
+    """A CudaGraph if all columns are on one GPU where the Triton kernels work; otherwise None.
 
-    Between two GPUs, copies and kernels of both have to be recorded together, which is not supported.
+    For two GPUs, one graph would have to record the kernels of both and the copies between them. This is not supported.
     """
     if len(set(devices)) > 1 or devices[0].type != "cuda" or triton_fault(devices[0]) is not None:
         return None
@@ -121,13 +121,13 @@ class CountedStep:
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
             self._recorded_key = (
-                None  # a step without the graph allocates new gradients, whose addresses the update reads
+                None  # this step writes addresses of new gradients into the table that a recorded update reads
             )
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return
         device = self._step.network.devices[0]
         self._images, self._labels = images.to(device, copy=True), labels.to(device, copy=True)
-        self._step.optimizer.zero_grad(set_to_none=True)  # so that the graph allocates the gradients
+        self._step.optimizer.zero_grad(set_to_none=True)  # the recording then allocates new gradients
         self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
         self._step.optimizer.write_addresses()
         self._recorded_key = key

@@ -26,7 +26,7 @@ RECIPE = replace(PAPER, init_std=dict.fromkeys(PAPER.init_std, 0.05))
 
 
 class Recorder(TorchDispatchMode):
-    """Records each operator with its tensors and Python numbers, and remembers tensors that existed before."""
+    """Records each operator with its tensors and Python numbers, and copies tensors that existed before."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -86,7 +86,7 @@ class RecordedGraph:
 
 @pytest.fixture(autouse=True)
 def _operators_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The compiled kernels are no PyTorch operators, so the recorder would not see them."""
+    """The compiled kernels are not PyTorch operators, so the recorder would not see them."""
     monkeypatch.setattr(kernels, "native", None)
 
 
@@ -111,7 +111,7 @@ def train(
     counts = []
     for index, (images, labels) in enumerate(steps):
         change(index, network, optimizer)
-        counted_step(images.clone(), labels.clone())  # a loader's tensors, too, are new ones in each step
+        counted_step(images.clone(), labels.clone())  # a loader also returns new tensors in each step
         counts.append(counters.read())
     return dict(network.named_parameters()), counts
 
@@ -127,7 +127,7 @@ def assert_equal_training(
 
 
 def test_replayed_steps_train_like_steps_without_a_graph() -> None:
-    """With dropout: a replay draws new random numbers, those that a step without a graph would draw."""
+    """With dropout, a replay draws the random numbers that a step without a graph would draw."""
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches()), train(None, batches()))
     assert (graph.recordings, graph.replays) == (1, STEPS - 3)
@@ -159,7 +159,7 @@ def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
 
 
 def test_another_batch_size_is_recorded_anew() -> None:
-    """Also if the size was recorded before: the steps in between have replaced the gradients of that recording."""
+    """A size is also recorded again after steps of another size, which have replaced the recorded gradients."""
     sizes = (4, 4, 4, 4, 4, 2, 2, 2, 2, 4, 4, 4, 4)
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))

@@ -1,9 +1,9 @@
-"""conv1 as a convolution over blocks of 4 × 4 pixels, which a GPU computes several times as fast.
+"""conv1 as a convolution over blocks of 4 × 4 pixels: several times as fast on a GPU as over pixels.
 
 conv1 has windows of 11 × 11 px at a stride of 4 px, and three channels. Padded with zeros to 12 × 12 px, a window
-covers 3 × 3 blocks of 4 × 4 px. An image of blocks has 3 · 4 · 4 = 48 channels: channel · 16 + row · 4 + column within
-the block, as in torch.nn.functional.pixel_unshuffle. Over blocks, conv1 is a 3 × 3 convolution of stride 1. The weights
-stay a parameter of shape (maps, 3, 11, 11); `block_weights` rearranges them in each step.
+covers 3 × 3 blocks of 4 × 4 px. An image of blocks has 3 · 4 · 4 = 48 channels, numbered channel · 16 + row · 4 +
+column within the block, as in torch.nn.functional.pixel_unshuffle. Over blocks, conv1 is a 3 × 3 convolution of
+stride 1. The weights stay a parameter of shape (maps, 3, 11, 11); `block_weights` rearranges them in each step.
 """
 
 from __future__ import annotations

@@ -3,11 +3,16 @@
     y = after(pool(norm(before(x + bias))))
 
 x is the output of a convolution without bias. The columns of a layer are separate tensors, or one joined tensor that
-holds the maps of column 0 first; the result may have the other form, so that no copy is needed between a convolution
-of both columns and a convolution of one column. Normalization is always within a column.
+holds the maps of column 0 first. Input and result may differ in this form: a convolution of both columns can precede
+or follow a convolution of one column without a copy. Normalization is always within a column.
 
-For the backward pass the operation keeps, besides its result: with a normalization x, with pooling one byte per pooled
-value, and otherwise nothing. Sums of bias gradients are computed in a fixed order, so results repeat bit for bit.
+For the backward pass the operation keeps:
+
+    x                          with a normalization, or with pooling after a nonlinearity
+    one byte per pooled value  with pooling
+    y                          with neither normalization nor pooling, or with tanh or sigmoid after pooling
+
+Sums of bias gradients are computed in a fixed order, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +27,7 @@ from torch import Tensor
 
 from train.config.recipe import Lrn
 
-_POSITIONS = 16  # positions in a tile of the kernels; the smallest number of rows of a matrix product in Triton
+_POSITIONS = 16  # positions in a tile of the kernels; a matrix product in Triton needs at least 16 rows
 _FORWARD_ROWS = 16  # largest number of rows of pooled values that a program computes
 _BACKWARD_ROWS = 28  # largest number of rows of the convolution's output that a program computes
 _BACKWARD_TILES = 8  # tiles that a program of the backward pass without pooling computes
@@ -39,7 +44,7 @@ class Epilogue:
     after: str = "none"  # nonlinearity after pooling; only with pooling
 
     def __post_init__(self) -> None:
-        """Raises ValueError for windows of another size, and for a nonlinearity after pooling without pooling."""
+        """Raises ValueError for another `pool_px`, for `after` without pooling, and for an even or zero `norm.size`."""
         if self.pool_px not in (0, 2, 3):
             raise ValueError(f"pool_px {self.pool_px}: expected 0, 2 or 3")
         if self.after != "none" and not self.pool_px:
@@ -60,10 +65,10 @@ def apply_epilogue(
     x               (N, maps, H, W), float16, bfloat16 or float32: one tensor per column, or one joined tensor
     bias            (maps,), float32: one tensor per column
     joined          True: the result is one joined tensor; False: one tensor per column
-    channels_first  True: the result is contiguous (N, maps, H', W'), as fc6 needs it; False: it is channels last.
-                    Only with pooling
+    channels_first  True: the result is contiguous (N, maps, H', W'), as fc6 needs it; False: the result is channels
+                    last. True needs pooling
 
-    H' = (H − pool_px) // 2 + 1 with pooling, otherwise H.
+    H' = (H − pool_px) // 2 + 1 with pooling, otherwise H. The same formula gives W' from W.
     """
     outputs = _Apply.apply(epilogue, len(bias), joined, channels_first, *x, *bias)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     return list(outputs)
@@ -106,7 +111,7 @@ class _Apply(torch.autograd.Function):
         argmax, bias = saved[:columns], saved[columns:]
         maps = [len(b) for b in bias]
         x_grads = [_empty(shape, grads[0], torch.channels_last) for shape in ctx.input_shapes]
-        # A kernel does not read tensors that are not saved, but needs an address: that of another tensor.
+        # A kernel does not read a tensor that was not saved, but needs an address, so another tensor is passed instead.
         if not ctx.epilogue.pool_px:
             grads = tuple(grad.contiguous(memory_format=torch.channels_last) for grad in grads)
         parts = zip(
@@ -137,14 +142,14 @@ def _empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> T
 
 
 def _by_column(tensors: Sequence[Tensor], maps: Sequence[int]) -> list[Tensor]:
-    """A view of the maps of each column: of one joined tensor, or the tensors themselves."""
+    """One tensor per column: views of the joined tensor, or the separate tensors unchanged."""
     return list(tensors) if len(tensors) == len(maps) else list(torch.split(tensors[0], list(maps), dim=1))
 
 
 def kernel_constants(
     maps: int, is_float32: bool, epilogue: Epilogue
 ) -> tuple[tuple[float, float, float], dict[str, Any]]:
-    """Arguments of every kernel: α, β, k; and the arguments that Triton compiles into the kernel."""
+    """Arguments that all kernels have: (α, β, k), and the constants that Triton compiles into a kernel."""
     norm = epilogue.norm or Lrn(size=1, alpha=0.0, beta=0.75, k=1.0)
     return (norm.alpha, norm.beta, norm.k), {
         "BEFORE": epilogue.before,
@@ -160,25 +165,25 @@ def kernel_constants(
 def warps_for(maps: int, backward: bool) -> int:
     """Number of warps of a kernel: the fewest for which a program's values fit into registers.
 
-    With more warps, the matrix product repeats the arithmetic of its input in several warps.
+    With more warps, several warps would compute the same inputs of the matrix product.
     """
     return max(1, min(8, (1 << (maps - 1).bit_length()) // (16 if backward else 32)))
 
 
 def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
-    """Number of loop turns whose loads pooled_backward keeps in flight: 3, or 1 if shared memory is too small for 3.
+    """Number of loop iterations whose loads pooled_backward keeps in flight: 3, or 1 if shared memory is too small.
 
-    slope_after   whether the gradient needs `out`: "tanh" or "sigmoid" after pooling
-    shared_bytes  shared memory that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
+    slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
+    shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
     """
-    # Bytes for each map of a tile, an upper bound of what Triton 3.6 and 3.9 allocate for windows of 3 px.
+    # Upper bound of the bytes per map of a tile that Triton 3.6 and 3.9 allocate for 3 stages and windows of 3 px.
     bytes_per_map = (1280 if float32 else 768) + slope_after * (768 if float32 else 384)
     return 3 if (1 << (maps - 1).bit_length()) * bytes_per_map <= shared_bytes else 1
 
 
 @functools.cache
 def shared_bytes_of(device: torch.device) -> int:
-    """Shared memory that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
+    """Shared memory in bytes that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
     if device.type != "cuda":
         return 0
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))

@@ -1,14 +1,14 @@
-"""Triton kernels of a convolution's epilogue: bias, nonlinearity, normalization, max-pooling, in one pass each way.
+"""Triton kernels of a convolution's epilogue: bias, nonlinearity, normalization, max-pooling in one pass.
 
-epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32, with adjacent
-maps adjacent in memory (channels last); the arithmetic is float32.
+epilogue.py describes the operation and launches the kernels. Tensors are float16, bfloat16 or float32 in
+channels-last layout; a pooled result and its gradient may also be channels first. The arithmetic is float32.
 
     pooled_forward, pooled_backward          with pooling; a program computes some rows of the maps of one image
     pointwise_forward, pointwise_backward    without pooling; a program computes some positions of all images
 
-A program holds all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py computes with
-such tiles. A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`, ptxas spills at
-most 64 bytes a thread for the paper's layers in bfloat16 (tools/gpu/compile_report.py).
+The tile of a program has all maps of a column, padded to MAPS, at POSITIONS positions. tile_arithmetic_triton.py
+computes with these tiles. A GPU's registers limit the size of a tile: with 16 positions and the warps of `warps_for`,
+ptxas spills at most 64 bytes per thread for the paper's layers in bfloat16 (tools/gpu/compile_report.py).
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -86,8 +86,8 @@ def _row_maximum(
 ):
     """The maximum of each window within one row, and its position in the window: 0, 1 or 2.
 
-    Windows of 3 px overlap in one column. The third column of a window is the first column of the next window, so the
-    value is taken from the neighbor in the tile; the tile's last window is not valid.
+    The third column of a window of 3 px is the first column of the next window, so its value is taken from the next
+    position of the tile. The last window of a tile has no next position and is not valid.
     """
     p = tl.arange(0, POSITIONS)[:, None]
     even = first_column + 2 * p
@@ -160,7 +160,7 @@ def _window_gradient(
     grad_row, grad_column, grad_map, out_row, out_column, out_map, AFTER: tl.constexpr,
 ):  # fmt: skip
     """The gradient that the windows (row, column) send to their value at (row_in_window, column_in_window)."""
-    row = row + 0 * column  # (POSITIONS, 1): the interpreter has no masks of one value
+    row = row + 0 * column  # shape (POSITIONS, 1): Triton's interpreter accepts no scalar mask
     inside = enabled & (row >= 0) & (row < out_rows) & (column >= 0) & (column < out_columns) & (i < maps)
     maximum = tl.load(argmax + (row * out_columns + column) * maps + i, mask=inside, other=NO_MAXIMUM)
     g = tl.load(grad + row * grad_row + column * grad_column + i * grad_map, mask=inside, other=0.0).to(tl.float32)
@@ -178,10 +178,10 @@ def pooled_backward(
     POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
     THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the convolution's output x, and `bias_sums` (programs, maps): its sums over each program's part.
+    """The gradient of the convolution's output x, and `bias_sums` (programs, maps): its sum over a program's part of x.
 
-    A program computes rows_per_program rows, and the even and the odd columns of 2 · POSITIONS columns. An even row
-    or column belongs to two windows of 3 px, an odd one to one window.
+    A program computes rows_per_program rows of 2 · POSITIONS columns; in each row first the even columns, then the odd
+    columns. With windows of 3 px, an even row or column belongs to two windows, an odd row or column to one window.
     """
     program = tl.program_id(0)
     image = (program // (bands * blocks)).to(tl.int64)
@@ -240,7 +240,7 @@ def pointwise_forward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """Activated, normalized values `out` at POSITIONS positions; the positions of all images are numbered through."""
+    """Activated, normalized values `out` at POSITIONS positions; positions are numbered across all images."""
     p = tl.program_id(0).to(tl.int64) * POSITIONS + tl.arange(0, POSITIONS)[:, None]
     i = tl.arange(0, MAPS)[None, :]
     inside = (p < positions) & (i < maps)
@@ -259,7 +259,7 @@ def pointwise_backward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x at TILES · POSITIONS positions, and `bias_sums` (programs, maps).
+    """The gradient of x at TILES · POSITIONS positions, and `bias_sums` (programs, maps): its sum over these positions.
 
     Without a normalization, the nonlinearity's gradient is computed from `out`, and x is not read.
     """

@@ -1,9 +1,9 @@
 """The network's forward pass on a GPU: the formula of AlexNet.forward with fused kernels and joined columns.
 
-Columns on the same device share convolutions where both see the same input: conv1, which is computed over blocks of
-4 × 4 px, and, with crossings, conv3, fc6, fc7. conv2, conv4 and conv5 are computed by column, because cuDNN's grouped
-convolutions are slower. What follows a convolution is one operation (epilogue.py), which also joins or splits the
-columns. A column of its own device, or without crossings, forms a group alone.
+If the recipe has crossings and all columns are on one device, the columns form one group. Otherwise each column is a
+group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once per group. conv2, conv4 and conv5 are
+computed once per column, because cuDNN's grouped convolutions are slower. One operation (epilogue.py) computes
+everything between two convolutions, and also joins or splits the columns.
 
 The results equal those of the layers of AlexNet except for rounding. Parameters and checkpoints are the same.
 """
@@ -38,7 +38,7 @@ class FusedNetwork:
         architecture: Architecture,
         devices: Sequence[torch.device],
     ) -> None:
-        """Takes the columns and fc8 of the network, and the arguments of AlexNet; `devices` has one for each column."""
+        """Takes the columns and fc8 of the network, and the arguments of AlexNet; `devices` has a device per column."""
         self.fc8, self.recipe, self.architecture = fc8, recipe, architecture
         joined = recipe.crossing and len(set(devices)) == 1
         self.groups = [list(columns)] if joined else [[column] for column in columns]
@@ -46,7 +46,7 @@ class FusedNetwork:
         self._said = False
 
     def logits(self, images: Tensor, training: bool) -> Tensor:
-        """Logits (N, classes) for images (N, 3, 224, 224). `training`: dropout sets values to zero."""
+        """Logits (N, classes) for images (N, 3, 224, 224). Dropout sets values to zero if `training`."""
         units = [maps.flatten(1) for maps in self._pooled_maps(images, channels_first=True)]
         activation = ACTIVATION_FUNCTIONS[self.recipe.activation]
         for name in ("fc6", "fc7"):
@@ -94,7 +94,7 @@ class FusedNetwork:
         return Epilogue(recipe.activation, norm, recipe.pool_px)
 
     def _layer_2(self, split: list[Tensor], group: list[Column]) -> Tensor:
-        """What follows conv2, joined."""
+        """Apply the operations between conv2 and conv3; returns one joined tensor."""
         epilogue = replace(self._layer_1, before=self.recipe.activation, after="none")
         biases = _biases(group, "conv2")
         if self.recipe.within_map is None or not self.architecture.normalised:
@@ -120,7 +120,7 @@ class FusedNetwork:
         }
 
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
-        """What each group sees: all maps or units with crossings, else its own."""
+        """The input of conv3, fc6 or fc7 in each group: with crossings all maps or units, otherwise the group's own."""
         if len(joined) == 1 or not self.recipe.crossing:
             return joined
         return [torch.cat([x.to(device, non_blocking=True) for x in joined], dim=1) for device in self.devices]
@@ -136,12 +136,12 @@ def _biases(group: Sequence[Column], layer: str) -> list[Tensor]:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """The type of the convolutions' inputs: autocast's, or float32."""
+    """The type of the convolutions' inputs: the type of autocast if autocast is enabled, otherwise float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """A parameter of all columns of a group, joined along dim 0, in the convolutions' type."""
+    """A parameter of all columns of a group, joined along dim 0, as `dtype` or as the convolutions' type."""
     parameters = [column.get_parameter(name) for column in group]
     dtype = dtype or _dtype(parameters[0].device)
     if len(parameters) == 1 and dtype == parameters[0].dtype:
@@ -151,7 +151,7 @@ def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) 
 
 
 class _Join(torch.autograd.Function):
-    """Concatenation and conversion of parameters in one pass over memory each way."""
+    """Joins parameters and converts their type, in one pass over memory."""
 
     @staticmethod
     def forward(ctx: Any, dtype: torch.dtype, *parameters: Tensor) -> Tensor:

@@ -1,9 +1,10 @@
 """Arithmetic of the Triton kernels in epilogue_triton.py: nonlinearities, and normalization across the maps of a tile.
 
-The window sums of the normalization are a matrix product with a band matrix of zeros and ones, for which a GPU has
+The window sums of the normalization are a matrix product with a band matrix of zeros and ones, computed by
 tensor cores. The product takes bfloat16 factors. TERMS is the number of bfloat16 values that represent one factor: 1
-(8 bits of precision, enough for tensors of 16 bits), or 3 (24 bits, as many as float32 has). A product with an infinite
-or NaN factor is NaN for all maps. One infinite or NaN value therefore makes all maps of the column NaN at its position.
+(8 bits of precision, enough for tensors of 16 bits), or 3 (24 bits, as many as float32 has). The product
+multiplies every value also by zeros, and 0 · ∞ and 0 · NaN are NaN. One infinite or NaN value therefore makes all maps
+of the column NaN at its position.
 """
 
 # mypy: disable-error-code="no-untyped-def"
@@ -29,7 +30,7 @@ def activate(v, KIND: tl.constexpr):
     if KIND == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif KIND == "tanh":
-        square = v * v  # the series is exact to 1e-7 up to 0.3, where the quotient would lose digits
+        square = v * v  # for |v| < 0.3 the series is exact to 1e-7, and the quotient would lose digits
         series = v * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
         e = tl.exp(-2.0 * tl.abs(v))
         v = tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, e - 1.0, 1.0 - e) / (1.0 + e))

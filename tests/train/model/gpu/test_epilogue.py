@@ -32,7 +32,7 @@ CASES = [
 
 
 def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """The formula in PyTorch operators, for one column."""
+    """The epilogue of one column by PyTorch operators."""
     y = ACTIVATIONS[epilogue.before](x + bias[:, None, None])
     if epilogue.norm is not None:
         n = epilogue.norm
@@ -119,7 +119,7 @@ def test_channels_first_output_of_one_column(images: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", [CASES[2], CASES[8], (5, 3, 3, Epilogue("relu", NORM, 3))], ids=str)
 def test_16_bit_tensors_are_exact_to_their_rounding(case: tuple[int, int, int, Epilogue], dtype: torch.dtype) -> None:
-    """The window sums are products of bfloat16 values: the squares of a map have 8 significant bits."""
+    """The window sums add squares that are rounded to bfloat16, which has 8 significant bits."""
     actual, expected = run(case, 2, dtype, (True, True))
     share = 2**-6 if case[3].norm else 2**-7
     for name, value in expected.items():
@@ -128,7 +128,7 @@ def test_16_bit_tensors_are_exact_to_their_rounding(case: tuple[int, int, int, E
 
 
 def test_pooling_takes_the_first_of_equal_maxima() -> None:
-    """As PyTorch does: the gradient of a constant map goes to the first position of each window."""
+    """As in PyTorch, the gradient of a constant map goes to the first position of each window."""
     actual, expected = run((2, 7, 7, Epilogue("none", None, 3)), 1, torch.float32, (True, True), torch.ones(1, 2, 7, 7))
     assert torch.allclose(actual["x gradient"].double(), expected["x gradient"], atol=1e-6)
 
@@ -146,7 +146,7 @@ def test_relu_after_pooling_gives_no_gradient_to_a_maximum_of_zero() -> None:
 @pytest.mark.parametrize("pool_px", [0, 3])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_makes_its_position_nan(pool_px: int, value: float) -> None:
-    """With a normalization, all maps of the column at this position become NaN; all other positions keep their bits."""
+    """The normalization makes all maps of the column NaN at the value's position; other positions keep their bits."""
     x = torch.rand(1, 6, 5, 5)
     broken = x.clone()
     broken[0, 1, 1, 1] = value
@@ -191,6 +191,6 @@ def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[
 def test_stages_fit_into_shared_memory(
     maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
 ) -> None:
-    """On an H200, an A100 and an RTX 4090. A kernel that needs more memory than there is does not start."""
+    """`expected`: an H200, an A100 and an RTX 4090. A kernel that needs more shared memory than the GPU has fails."""
     actual = tuple(stages_for(maps, float32, slope_after, kib * 1024) for kib in (227, 163, 99))
     assert actual == expected

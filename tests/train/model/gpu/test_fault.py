@@ -1,4 +1,4 @@
-"""Tests of the trial of the Triton kernels on a device."""
+"""Tests of the check whether the Triton kernels work on a device."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_kernels_work_in_tritons_interpreter() -> None:
 
 @pytest.mark.parametrize("pool_px", [0, 3])
 def test_the_trial_uses_no_operator_that_deterministic_algorithms_refuse(pool_px: int) -> None:
-    """PyTorch refuses the gradient of average pooling over three axes on a GPU, and F.local_response_norm uses it."""
+    """F.local_response_norm uses average pooling over three axes, whose gradient PyTorch refuses on a GPU."""
 
     class Names(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
