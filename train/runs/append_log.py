@@ -1,7 +1,7 @@
 """Append-only log files. A killed process or a full disk leaves no partly written entry in the file.
 
-A power cut can leave a partly written last entry. Readers skip a partly written entry (run_dir.parse_line), and
-MetricsLog removes the entry from the file.
+A power cut can leave a partly written last entry. In metrics.jsonl, run_dir.parse_line skips this entry and MetricsLog
+removes the entry.
 """
 
 from __future__ import annotations

@@ -178,7 +178,9 @@ def pooled_backward(
     POOL: tl.constexpr, BEFORE: tl.constexpr, AFTER: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr,
     THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the convolution's output x, and `bias_sums` (programs, maps): its sum over a program's part of x.
+    """Write the gradient of x, the convolution's output, and the sums of this gradient for the bias.
+
+    Row `program` of `bias_sums` (programs, maps) is the sum of the gradient over the positions of this program.
 
     A program computes rows_per_program rows of 2 · POSITIONS columns; in each row first the even columns, then the odd
     columns. With windows of 3 px, an even row or column belongs to two windows, an odd row or column to one window.
