@@ -17,6 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from prep.console import say
 from train.model.gpu.fault import triton_fault
 from train.monitor.step_counters import StepCounters
 from train.trainer.step import TrainingStep
@@ -101,15 +102,17 @@ class CountedStep:
         self._unrecorded_key: object = None
         self._unrecorded_steps = 0
         self._images = self._labels = torch.empty(0)
+        self._reads_rate_tensor = graph is not None
         if graph is not None:
             step.optimizer.use_rate_tensor()
 
     def __call__(self, images: Tensor, labels: Tensor) -> None:
         """Update the parameters once. Takes the arguments and raises the errors of TrainingStep."""
+        if self._reads_rate_tensor:
+            self._step.optimizer.write_rates()
         if self._graph is None:
             self._counters.add(*self._step(images, labels))
             return
-        self._step.optimizer.write_rates()
         key = (images.shape, images.dtype, *(p.requires_grad for p in self._step.network.parameters()))
         if key == self._recorded_key:
             self._images.copy_(images, non_blocking=True)
@@ -120,15 +123,25 @@ class CountedStep:
             self._unrecorded_key, self._unrecorded_steps = key, 0
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
-            self._recorded_key = (
-                None  # this step writes addresses of new gradients into the table that a recorded update reads
-            )
+            # This step writes addresses of new gradients into the table that a recorded update reads.
+            self._recorded_key = None
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return
         device = self._step.network.devices[0]
         self._images, self._labels = images.to(device, copy=True), labels.to(device, copy=True)
         self._step.optimizer.zero_grad(set_to_none=True)  # the recording then allocates new gradients
-        self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
+        try:
+            self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operator that a CUDA graph does not support; its kernels have not run
+            say(
+                f"{device}: a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}). "
+                "Training continues without a graph, which takes longer."
+            )
+            self._graph = None
+            self._counters.add(*self._step(images, labels))
+            return
         self._step.optimizer.write_addresses()
         self._recorded_key = key
         self._graph.replay()

@@ -166,6 +166,33 @@ def test_another_batch_size_is_recorded_anew() -> None:
     assert graph.recordings == 3 and graph.replays == 4
 
 
+def test_training_continues_without_a_graph_if_a_step_cannot_be_recorded(capsys: pytest.CaptureFixture[str]) -> None:
+    """A recording that fails has run no kernel. The learning rate still changes after the failure."""
+
+    class FailingGraph(RecordedGraph):
+        def record(self, work: Callable[[], None]) -> None:
+            super().record(work)
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    def change(index: int, network: AlexNet, optimizer: Any) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 if index < 5 else 0.002
+
+    graph = FailingGraph()
+    assert_equal_training(train(graph, batches(), change), train(None, batches(), change))
+    assert (graph.recordings, graph.replays) == (1, 0)
+    assert capsys.readouterr().err.count("could not be recorded as a CUDA graph (operation not permitted when") == 1
+
+
+def test_memory_that_runs_out_in_a_recording_is_not_hidden() -> None:
+    class FailingGraph(RecordedGraph):
+        def record(self, work: Callable[[], None]) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        train(FailingGraph(), batches())
+
+
 def test_two_devices_and_a_cpu_have_no_graph() -> None:
     assert graph_for([torch.device("cpu")]) is None
     assert graph_for([torch.device("cuda:0"), torch.device("cuda:1")]) is None
