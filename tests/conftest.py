@@ -23,6 +23,7 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from PIL import Image
 
 from prep.cli import main
+from tools.compile_native import compile_native
 
 CLASSES = ("n00000011", "n00000022", "n00000033")
 _TINTS = ((200, 60, 40), (50, 180, 60), (40, 70, 210))
@@ -174,6 +175,17 @@ def records_of(caffe_datum: Callable[[], Any]) -> Callable[[Path, str], list[tup
         return records
 
     return read
+
+
+def compile_changed(source: Path, folder: Path, right: str, wrong: str) -> Path:
+    """Compile a copy of a C file in which `wrong` replaces `right`; returns the library. `right` must occur once."""
+    text = source.read_text()
+    assert text.count(right) == 1
+    changed = folder / "kernels.c"
+    changed.write_text(text.replace(right, wrong))
+    library = compile_native(changed)
+    assert library is not None
+    return library
 
 
 @pytest.fixture(scope="session")

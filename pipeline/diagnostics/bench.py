@@ -171,6 +171,7 @@ class _DaliDecodeEngine:
         return decode_inputs(records, crops.origin + crops.offset[:, 0])
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
+        """Not called, because the prefetcher runs the graph."""
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:

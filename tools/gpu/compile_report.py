@@ -8,17 +8,19 @@ compiles for any GPU, so the report also shows on a machine without a GPU whethe
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
 
-from prep.console import UserError, json_option, print_json
+from prep.console import UserError, json_option, print_json, progress
+from tools.bench.harness import BenchmarkCommand
 
 _LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))  # name, maps of a column, pool_px
 _SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # shared memory of a program by compute capability; others: 99 KiB
@@ -39,7 +41,9 @@ class Row(NamedTuple):
     shared_bytes: int  # per program
 
 
-def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[Row]:
+def report(
+    capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32"), done: Callable[[int], None] = lambda kernels: None
+) -> list[Row]:
     """Compile the forward and backward kernels of each epilogue of the paper, for a compute capability such as 90."""
     from train.config.recipes import PAPER
     from train.model.gpu import epilogue_triton
@@ -60,6 +64,7 @@ def report(capability: int, dtypes: tuple[str, ...] = ("bf16", "fp32")) -> list[
                     stages = stages_for(maps, dtype == "fp32", False, _SHARED_BYTES.get(capability, 99 << 10))
                 options = {"num_warps": warps, "num_stages": stages}
                 registers, spilled, shared = _compile(kernel, {**constants, **extra}, dtype, options, capability)
+                done(1)
                 rows.append(Row(layer, f"{kind}_{way}", dtype, warps, registers, spilled, shared))
     return rows
 
@@ -97,12 +102,16 @@ def _compile(
     return int(match[1]), int(match[2]), int(compiled.metadata.shared)
 
 
-@click.command()
+@click.command(cls=BenchmarkCommand)
 @click.option(
-    "--capability", type=click.IntRange(80), default=90, show_default=True, help="Compute capability without its point."
+    "--capability",
+    type=click.Choice(["80", "86", "89", "90"]),
+    default="90",
+    show_default=True,
+    help="Compute capability of the GPU, without its point.",
 )
 @json_option
-def main(capability: int, as_json: bool) -> None:
+def main(capability: str, as_json: bool) -> None:
     """Compile the Triton kernels of the network without a GPU, and print the resources that each kernel needs.
 
     \b
@@ -111,9 +120,12 @@ def main(capability: int, as_json: bool) -> None:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET is 1: Triton's interpreter compiles nothing. Unset the variable.")
-    rows = report(capability)
+    if importlib.util.find_spec("triton") is None:
+        raise UserError("Triton is not installed. Install it with: pip install triton")
+    with progress("compiling", 4 * len(_LAYERS), "kernels") as counter:
+        rows = report(int(capability), done=counter.advance)
     if as_json:
-        print_json({"capability": capability, "kernels": [row._asdict() for row in rows]})
+        print_json({"capability": int(capability), "kernels": [row._asdict() for row in rows]})
         return
     click.echo(
         f"{'layer':14}{'kernel':20}{'type':6}{'warps':>6}{'registers':>11}{'spilled bytes':>15}{'shared bytes':>14}"

@@ -35,7 +35,7 @@ from train.config.architecture import ALEXNET, TORCHVISION_LAYERS, Architecture,
 from train.config.recipe import Lrn, Recipe
 from train.model.gpu.fault import normalization_fault
 from train.model.gpu.fused_network import FusedNetwork
-from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop
+from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop, join_on_devices
 from train.model.lrn import local_response_norm, within_map_norm
 from train.model.pooling import max_pool
 
@@ -108,16 +108,10 @@ class AlexNet(nn.Module):
 
         receivers  devices that need the joined tensor; None: the device of each column
 
-        No other method moves activations between devices. Columns on the same device share the joined tensor. In a
-        network of one column the activations are returned unchanged.
+        Columns on the same device share the joined tensor. In a network of one column the activations are returned
+        unchanged.
         """
-        if len(halves) == 1:
-            return list(halves)
-        joined: dict[torch.device, Tensor] = {}
-        for device in receivers or self.devices:
-            if device not in joined:
-                joined[device] = torch.cat([half.to(device, non_blocking=True) for half in halves], dim=1)
-        return [joined[device] for device in receivers or self.devices]
+        return join_on_devices(halves, receivers or self.devices)
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
         """The joined parameters of both columns, by name, on the CPU, whatever the devices of the columns.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -66,3 +66,17 @@ def drop(x: Tensor, recipe: Recipe, training: bool) -> Tensor:
     if recipe.dropout_scales_training:
         return F.dropout(x, p, training)
     return x * torch.empty_like(x).bernoulli_(1 - p) if training else x * (1 - p)
+
+
+def join_on_devices(parts: Sequence[Tensor], receivers: Sequence[torch.device]) -> list[Tensor]:
+    """The tensors `parts`, joined along dim 1: one tensor for each receiver. Equal receivers share the joined tensor.
+
+    No other function moves activations between devices. A single part is returned unchanged, as the only tensor.
+    """
+    if len(parts) == 1:
+        return list(parts)
+    joined: dict[torch.device, Tensor] = {}
+    for device in receivers:
+        if device not in joined:
+            joined[device] = torch.cat([part.to(device, non_blocking=True) for part in parts], dim=1)
+    return [joined[device] for device in receivers]

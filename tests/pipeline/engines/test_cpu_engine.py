@@ -17,6 +17,7 @@ from pipeline.engines import kernels
 from pipeline.engines.cpu_engine import _BlockPool
 from pipeline.loader import eval_loader, train_loader
 from prep import compiled
+from tests.conftest import compile_changed
 from tools.compile_native import compile_native
 
 needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler was there at installation")
@@ -41,12 +42,8 @@ needs_kernel = pytest.mark.skipif(kernels.native is None, reason="no C compiler 
     ],
 )
 def test_a_library_that_computes_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    text = kernels.SOURCE.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / "kernels.c"
-    source.write_text(text.replace(right, wrong))
-    library = compile_native(source)
-    assert library and compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
+    library = compile_changed(kernels.SOURCE, tmp_path, right, wrong)
+    assert compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
 
 
 @pytest.mark.usefixtures("c_compiler")

@@ -28,7 +28,7 @@ from prep.images.jpeg import decode_jpeg, encode_jpeg
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Store, StoreError
-from tools.compile_native import compile_native
+from tests.conftest import compile_changed
 
 Pixels = npt.NDArray[np.uint8]
 needs_decoder = pytest.mark.skipif(
@@ -176,12 +176,7 @@ print(failures)
     ],
 )
 def test_a_decoder_that_decodes_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    text = kernels.SOURCE.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / "kernels.c"
-    source.write_text(text.replace(right, wrong))
-    library = compile_native(source)
-    assert library
+    library = compile_changed(kernels.SOURCE, tmp_path, right, wrong)
     loaded = compiled.load(library, kernels.NativeKernels, kernels.is_correct)
     assert loaded and loaded.jpeg is None
 

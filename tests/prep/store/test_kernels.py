@@ -14,7 +14,7 @@ from prep import compiled
 from prep.store import kernels, lmdb_shard
 from prep.store.datum import Datum, DatumError, locate_image
 from prep.store.lmdb_shard import ShardReader
-from tools.compile_native import compile_native
+from tests.conftest import compile_changed
 
 needs_kernels = pytest.mark.skipif(kernels.native is None, reason="the kernels were not compiled")
 
@@ -168,12 +168,8 @@ os._exit(0)
     ],
 )
 def test_a_library_that_searches_wrongly_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    text = kernels.SOURCE.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / "kernels.c"
-    source.write_text(text.replace(right, wrong))
-    library = compile_native(source)
-    assert library and compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
+    library = compile_changed(kernels.SOURCE, tmp_path, right, wrong)
+    assert compiled.load(library, kernels.NativeKernels, kernels.is_correct) is None
 
 
 def test_a_file_that_is_not_as_expected_has_no_tree(tmp_path: Path) -> None:

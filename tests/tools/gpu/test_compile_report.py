@@ -8,8 +8,10 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
 from tests.helpers.project import ROOT
+from tools.gpu import compile_report
 
 
 def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> None:
@@ -36,3 +38,9 @@ def test_the_kernels_compile_for_a_gpu_and_their_values_fit_into_registers() -> 
     ]
     assert all(row["registers"] <= 255 and row["spilled_bytes"] <= 64 for row in rows), rows
     assert all(row["shared_bytes"] < 227 << 10 for row in rows), rows
+
+
+def test_tritons_interpreter_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    result = CliRunner().invoke(compile_report.main, [])
+    assert result.exit_code == 1 and result.stderr.count("\n") == 1 and "Unset the variable" in result.stderr

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prep import compiled
+from tests.conftest import compile_changed
 from tools import compile_native as compiling
 from tools.compile_native import compile_native
 from train.config.recipes import PAPER
@@ -178,12 +179,7 @@ def test_a_library_with_a_wrong_result_or_a_missing_function_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, right: str, wrong: str
 ) -> None:
     monkeypatch.setattr(compiling, "FLAGS", FAST_TO_COMPILE)
-    text = kernels.SOURCE.read_text()
-    assert text.count(right) == 1
-    source = tmp_path / "kernels.c"
-    source.write_text(text.replace(right, wrong))
-    library = compile_native(source)
-    assert library and load(library) is None
+    assert load(compile_changed(kernels.SOURCE, tmp_path, right, wrong)) is None
 
 
 @pytest.mark.usefixtures("c_compiler")

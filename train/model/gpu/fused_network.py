@@ -23,7 +23,7 @@ from train.config.architecture import Architecture
 from train.config.recipe import Recipe
 from train.model.gpu.conv1_blocks import block_weights, image_blocks
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
-from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop
+from train.model.layers import ACTIVATION_FUNCTIONS, Column, FullyConnected, drop, join_on_devices
 from train.model.lrn import within_map_norm
 
 
@@ -56,7 +56,8 @@ class FusedNetwork:
                 for x, group in zip(inputs, self.groups, strict=True)
             ]
         units = self._with_dropout("fc8", units, training)
-        result: Tensor = self.fc8(torch.cat([x.to(self.devices[0], non_blocking=True) for x in units], dim=1))
+        (joined,) = join_on_devices(units, self.devices[:1])
+        result: Tensor = self.fc8(joined)
         return result
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -121,9 +122,7 @@ class FusedNetwork:
 
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
         """The input of conv3, fc6 or fc7 in each group: with crossings all maps or units, otherwise the group's own."""
-        if len(joined) == 1 or not self.recipe.crossing:
-            return joined
-        return [torch.cat([x.to(device, non_blocking=True) for x in joined], dim=1) for device in self.devices]
+        return join_on_devices(joined, self.devices) if self.recipe.crossing else joined
 
     def _with_dropout(self, layer: str, units: list[Tensor], training: bool) -> list[Tensor]:
         if layer not in self.architecture.dropout_before:
