@@ -22,7 +22,7 @@ ALLOWED = {
     "prep": ("prep",),
     # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
     "pipeline": (
-        *("pipeline", "prep.console", "prep.files", "prep.compiled", "prep.version"),
+        *("pipeline", "prep.cluster", "prep.console", "prep.files", "prep.compiled", "prep.version"),
         *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
     ),
     "train": (
@@ -34,7 +34,7 @@ ALLOWED = {
 # Rooms of each package from the lowest to the highest: a room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
-        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
+        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers", "prep.cluster"),
         *("prep.store", "prep.images", "prep.inputs", "prep.build", "prep.check", "prep.cli", "prep.__main__"),
     ),
     "pipeline": (
