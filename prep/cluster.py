@@ -49,8 +49,8 @@ def check_address(address: str) -> None:
     """Raise UserError unless `address` has a form that the module's docstring lists."""
     if address.startswith("ray://"):
         raise UserError(
-            f"cluster {address}: Ray Client is not supported, because it cannot share memory with the cluster. Let this "
-            "machine join the cluster (ray start --address HOST:PORT --num-cpus 0), then pass auto."
+            f"cluster {address}: Ray Client is not supported, because it cannot share memory with the cluster. Let "
+            "this machine join the cluster (ray start --address HOST:PORT --num-cpus 0), then pass auto."
         )
     if address not in (LOCAL, AUTO) and not re.fullmatch(r"\S+:\d{1,5}", address):
         raise UserError(f"cluster {address!r}: expected local, auto or HOST:PORT.")
