@@ -1,5 +1,5 @@
-/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py; copy squares of raw records
- * for a GPU. Called by kernels.py. */
+/* Decode JPEG files, crop, flip and normalize on the CPU: the formula of pipeline/augment.py; copy squares of records
+ * unchanged, for a GPU or for the service. Called by kernels.py. */
 
 #include <setjmp.h>
 #include <stdint.h>
@@ -208,22 +208,29 @@ typedef struct {
     float scale;
 } batch;
 
+/* Decode the part of record k that its crops need. Returns the address of the pixel at row *top and column *left of the
+ * image, and sets *stride. Raw records are not copied. Returns null if the record cannot be decoded. */
+static const uint8_t *find_pixels(worker *self, const batch *b, int64_t k, int64_t *top, int64_t *left, int64_t *stride) {
+    const int32_t *position = b->position + 2 * b->views * k;
+    *stride = 3 * (int64_t)b->size[2 * k + 1], *top = 0, *left = 0;
+    if (!b->jpeg)
+        return b->payload[k];
+    int64_t bottom = *top = position[0], right = *left = position[1];
+    for (int64_t v = 0; v < b->views; v++) {
+        const int64_t y = position[2 * v], x = position[2 * v + 1];
+        *top = y < *top ? y : *top, bottom = y > bottom ? y : bottom;
+        *left = x < *left ? x : *left, right = x > right ? x : right;
+    }
+    return decode(self, b->payload[k], b->payload_bytes[k], *top, bottom + b->side, *left, right + b->side, stride);
+}
+
 /* Make the images of record k. Returns 0 if the record cannot be decoded. */
 static int make_record(worker *self, const batch *b, int64_t k) {
     const int32_t *position = b->position + 2 * b->views * k;
-    const uint8_t *pixels = b->payload[k];
-    int64_t stride = 3 * (int64_t)b->size[2 * k + 1], top = 0, left = 0;
-    if (b->jpeg) {
-        int64_t bottom = top = position[0], right = left = position[1];
-        for (int64_t v = 0; v < b->views; v++) {
-            const int64_t y = position[2 * v], x = position[2 * v + 1];
-            top = y < top ? y : top, bottom = y > bottom ? y : bottom;
-            left = x < left ? x : left, right = x > right ? x : right;
-        }
-        pixels = decode(self, pixels, b->payload_bytes[k], top, bottom + b->side, left, right + b->side, &stride);
-        if (!pixels)
-            return 0;
-    }
+    int64_t stride, top, left;
+    const uint8_t *pixels = find_pixels(self, b, k, &top, &left, &stride);
+    if (!pixels)
+        return 0;
     for (int64_t v = 0, n = k * b->views; b->out && v < b->views; v++, n++) {
         const float *shift = b->shift + 3 * k;
         const crop one = {
@@ -239,13 +246,29 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Make images until no record of the batch remains. The threads of a batch each call this function once. After a record
- * that cannot be decoded, no further record is begun; all records before it have been begun. */
-void make_images(batch *b) {
+/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if it cannot be decoded. */
+static int copy_record(worker *self, const batch *b, int64_t k) {
+    const int64_t row_bytes = 3 * b->side;
+    int64_t stride, top, left;
+    const uint8_t *image = find_pixels(self, b, k, &top, &left, &stride);
+    if (!image)
+        return 0;
+    for (int64_t n = k * b->views; n < (k + 1) * b->views; n++) {
+        const uint8_t *pixels = image + (b->position[2 * n] - top) * stride + 3 * (b->position[2 * n + 1] - left);
+        uint8_t *square = (uint8_t *)b->out + n * b->side * row_bytes;
+        for (int64_t i = 0; i < b->side; i++)
+            memcpy(square + i * row_bytes, pixels + i * stride, row_bytes);
+    }
+    return 1;
+}
+
+/* Work on the records of a batch until none remains to be begun. After a record that cannot be decoded, no further record
+ * is begun; all records before it have been begun. */
+static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
     worker self = {.jpeg = b->jpeg};
     int64_t k;
     while ((k = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED)) < b->records)
-        if (!make_record(&self, b, k)) {
+        if (!make(&self, b, k)) {
             __atomic_store_n(&b->next, b->records, __ATOMIC_RELAXED);
             int64_t failed = __atomic_load_n(&b->failed, __ATOMIC_RELAXED);
             while (k < failed &&
@@ -257,18 +280,9 @@ void make_images(batch *b) {
     free(self.pixels);
 }
 
-/* Copy the crops of raw records unchanged to `out`, as bytes (N, V, side, side, 3), until no record of the batch remains.
- * The threads of a batch each call this function once. */
-void copy_squares(batch *b) {
-    const int64_t row_bytes = 3 * b->side;
-    int64_t k;
-    while ((k = __atomic_fetch_add(&b->next, 1, __ATOMIC_RELAXED)) < b->records) {
-        const int64_t stride = 3 * (int64_t)b->size[2 * k + 1];
-        for (int64_t n = k * b->views; n < (k + 1) * b->views; n++) {
-            const uint8_t *pixels = b->payload[k] + b->position[2 * n] * stride + 3 * b->position[2 * n + 1];
-            uint8_t *square = (uint8_t *)b->out + n * b->side * row_bytes;
-            for (int64_t i = 0; i < b->side; i++)
-                memcpy(square + i * row_bytes, pixels + i * stride, row_bytes);
-        }
-    }
-}
+/* Make the images of a batch. The threads of a batch each call this function once. */
+void make_images(batch *b) { work(b, make_record); }
+
+/* Copy the crops of a batch unchanged to `out`, as bytes (N, V, side, side, 3). The threads of a batch each call this
+ * function once. */
+void copy_squares(batch *b) { work(b, copy_record); }

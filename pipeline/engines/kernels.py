@@ -102,16 +102,17 @@ class BatchJob(ctypes.Structure):
     @classmethod
     def of_squares(
         cls,
+        jpeg: JpegLibrary | None,
         payload: npt.NDArray[np.uint64],
+        payload_bytes: npt.NDArray[np.int64],
         size: npt.NDArray[np.int32],
         position: npt.NDArray[np.int32],
         out: npt.NDArray[np.uint8],
     ) -> BatchJob:
-        """A batch of raw records for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3)."""
+        """A batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3), the others as in __init__."""
         count, views, side = out.shape[:3]
         nothing, no_shift = np.zeros((count, views), np.int32), np.zeros((count, 3), np.float32)
-        payload_bytes = 3 * size.prod(axis=1, dtype=np.int64)
-        return cls(None, payload, payload_bytes, size, position, nothing, no_shift, None, 0, side, "NHWC", 1.0, out)
+        return cls(jpeg, payload, payload_bytes, size, position, nothing, no_shift, None, 0, side, "NHWC", 1.0, out)
 
 
 def address(array: npt.NDArray[Any]) -> int:
@@ -148,9 +149,9 @@ class NativeKernels:
         self._make_images(job)
 
     def copy_squares(self, job: BatchJob) -> None:
-        """Copy the crops of raw records unchanged to the uint8 array `out` of the job, without flip, shift and mean.
+        """Copy the crops of the records unchanged to the uint8 array `out` of the job, without flip, shift and mean.
 
-        Each thread of the batch calls this method once.
+        Each thread of the batch calls this method once. job.failed is set as by make_images.
         """
         self._copy_squares(job)
 
@@ -201,7 +202,9 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
     side, position = 31, np.array([[(0, 0), (16, 22)], [(3, 5), (15, 1)]], np.int32)
     out = np.zeros((2, 2, side, side, 3), np.uint8)
     sizes = np.full((2, 2), image.shape[:2], np.int32)
-    job = BatchJob.of_squares(np.full(2, address(image), np.uint64), sizes, position, out)
+    job = BatchJob.of_squares(
+        None, np.full(2, address(image), np.uint64), np.full(2, image.nbytes), sizes, position, out
+    )
     kernel.copy_squares(job)
     squares = [image[y : y + side, x : x + side] for y, x in position.reshape(-1, 2).tolist()]
     return bool(np.array_equal(out.reshape(4, side, side, 3), squares))

@@ -127,7 +127,9 @@ def _copy_squares(
     """
     side = out.shape[1]
     if kernels.native is not None:
-        job = BatchJob.of_squares(records.addresses, records.sizes, corner[:, None], out[:, None])
+        job = BatchJob.of_squares(
+            None, records.addresses, records.payload_bytes, records.sizes, corner[:, None], out[:, None]
+        )
         return [pool.submit(kernels.native.copy_squares, job) for _ in range(threads)]
     payloads, corners = records.payloads(), corner.tolist()
 
