@@ -119,8 +119,11 @@ def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.i
 class Augmenter:
     """Computes the Crops of batches from the means and the noise matrix of one store."""
 
-    def __init__(self, store: Store, augmentation: Augmentation) -> None:
-        """Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px."""
+    def __init__(self, store: Store, augmentation: Augmentation, from_windows: bool = False) -> None:
+        """If `from_windows`, the crops are made for the windows of pipeline.service.windows instead of whole records.
+
+        Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px.
+        """
         self.side_px = store.settings.side_px
         if self.side_px < CROP_PX:
             raise UserError(
@@ -128,7 +131,8 @@ class Augmenter:
                 "Build the store with --side 256."
             )
         self.augmentation = augmentation
-        self.is_raw = store.settings.format == "ppm"
+        self.from_windows = from_windows
+        self.is_raw = from_windows or store.settings.format == "ppm"
         self.max_offset_px = self.side_px - CROP_PX  # the largest offset of a crop in the square
         stats = store.color_stats()
         self.mean_rgb = np.array(stats.mean_rgb if augmentation.mean == "channel" else (0, 0, 0))
@@ -138,18 +142,23 @@ class Augmenter:
     def random_crops(self, records: RecordBatch, draws: Draws) -> Crops:
         """Crops of a training batch: one random crop of each record."""
         shift = draws.normal @ self.noise.T - self.mean_rgb
-        return Crops(self._origin(records), draws.offset[:, None], draws.flip[:, None], shift.astype(np.float32))
+        offset = draws.offset[:, None]
+        return Crops(self._origin(records, offset), offset, draws.flip[:, None], shift.astype(np.float32))
 
     def eval_crops(self, records: RecordBatch, views: int | str) -> Crops:
         """The centre crop of each record (views=1), its ten views (10), or its complete central square (SQUARE)."""
         offset, flip = eval_offsets(views, self.max_offset_px)
         count = len(records.numbers)
+        offset = np.broadcast_to(offset, (count, *offset.shape))
         return Crops(
-            self._origin(records),
-            np.broadcast_to(offset, (count, *offset.shape)),
+            self._origin(records, offset),
+            offset,
             np.broadcast_to(flip, (count, *flip.shape)),
             np.broadcast_to(-self.mean_rgb, (count, 3)).astype(np.float32),
         )
 
-    def _origin(self, records: RecordBatch) -> npt.NDArray[np.int32]:
-        return central_offset(records.sizes, self.side_px)
+    def _origin(self, records: RecordBatch, offset: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+        """(N, 2): where the central squares begin. For the window of one crop, this is outside of the window."""
+        if not self.from_windows:
+            return central_offset(records.sizes, self.side_px)
+        return -offset[:, 0] if offset.shape[1] == 1 else np.zeros_like(records.sizes)

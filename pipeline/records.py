@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 
 class RecordBatch(NamedTuple):
-    """N records, described by arrays. The addresses are valid until Records.close is called."""
+    """N records, described by arrays. The addresses are valid until Records.close is called, or while `memory` lives."""
 
     numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)
@@ -44,6 +44,7 @@ class RecordBatch(NamedTuple):
     addresses: npt.NDArray[np.uint64]
     payload_bytes: npt.NDArray[np.int64]  # (N,): sizes of the payloads
     is_raw: bool  # True for PPM stores
+    memory: object = None  # the array that holds the payloads, if they are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
         """The payloads as in Record.payload, without copies: (n,) each, or (height, width, 3) of raw records."""

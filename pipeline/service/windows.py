@@ -1,0 +1,131 @@
+"""Windows: the uint8 squares that the images of a batch are made of, decoded and cut from the records of a store.
+
+A training image needs the window of its random crop (224 × 224 px). Ten views and views="square" need the complete
+central square. The consumer's engine makes the images: it flips, adds the colour noise, subtracts the mean and converts.
+So 150,528 bytes travel for a training image, and 602,112 bytes of float32 do not.
+
+The workers of the service use WindowMaker. A loader that lost its service uses WindowMaker too, with its own store.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.engines import kernels
+from pipeline.engines.kernels import BatchJob
+from pipeline.records import RecordBatch, Records
+from prep.images.central_square import central_offset
+from prep.images.jpeg import decode_jpeg
+from prep.store.manifest import Store, StoreError
+
+LABEL_BYTES = 8  # bytes of a label; a window and its label are all that travels for an image
+
+
+@dataclass(frozen=True)
+class WindowRequest:
+    """The windows of N records, each described by its record and by its position in the record's central square."""
+
+    split: str
+    numbers: npt.NDArray[np.int64]  # (N,): record numbers
+    offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
+    window_px: int  # side of the windows
+
+    @property
+    def window_bytes(self) -> int:
+        """Size of all windows."""
+        return len(self.numbers) * 3 * self.window_px**2
+
+
+class Windows(NamedTuple):
+    """The windows and labels of N records."""
+
+    pixels: npt.NDArray[np.uint8]  # (N, window_px, window_px, 3), RGB
+    labels: npt.NDArray[np.int64]  # (N,)
+
+    def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
+        """The windows as raw records for an engine, without a copy."""
+        count, window_px = self.pixels.shape[:2]
+        window_bytes = 3 * window_px**2
+        addresses = kernels.address(self.pixels) + window_bytes * np.arange(count)
+        return RecordBatch(
+            numbers,
+            self.labels,
+            np.full((count, 2), window_px, np.int32),
+            addresses.astype(np.uint64),
+            np.full(count, window_bytes),
+            is_raw=True,
+            memory=self.pixels,
+        )
+
+
+class WindowMaker:
+    """Makes windows from the records of one store. Several threads may call `make` at the same time."""
+
+    def __init__(self, store: Store, threads: int) -> None:
+        """`threads` threads decode and cut."""
+        self._store, self._threads = store, threads
+        self._records: dict[str, Records] = {}
+        self._pool = ThreadPoolExecutor(threads, "alexstream-decode")
+
+    def make(self, request: WindowRequest) -> Windows:
+        """Decode and cut the windows of a batch. Raises StoreError for a damaged record, as the local stream does."""
+        source = self._records.get(request.split)
+        if source is None:
+            source = self._records.setdefault(request.split, Records(self._store, request.split))
+        records = source.batch(request.numbers)
+        corner = central_offset(records.sizes, self._store.settings.side_px) + request.offset
+        out = np.empty((len(request.numbers), request.window_px, request.window_px, 3), np.uint8)
+        failed = self._cut(records, corner, out)
+        if failed < len(request.numbers):
+            number = int(request.numbers[failed])
+            damage = source.find_damage(number) or "cannot be decoded"
+            raise StoreError(f"{source.location(number)}: {damage}. {source.advice}")
+        return Windows(out, records.labels)
+
+    def close(self) -> None:
+        """Stop the threads and unmap the files."""
+        self._pool.shutdown(cancel_futures=True)
+        for records in self._records.values():
+            records.close()
+
+    def _cut(self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> int:
+        """Write the windows to `out`. Returns the index of the first record that cannot be decoded, or N."""
+        kernel = kernels.native
+        if kernel is None or not (records.is_raw or kernel.jpeg):
+            return self._cut_without_kernel(records, corner, out)
+        job = BatchJob.of_squares(
+            None if records.is_raw else kernel.jpeg,
+            records.addresses,
+            records.payload_bytes,
+            records.sizes,
+            corner[:, None],
+            out[:, None],
+        )
+        threads = min(self._threads, len(out))
+        for done in [self._pool.submit(kernel.copy_squares, job) for _ in range(threads)]:
+            done.result()
+        return int(job.failed)
+
+    def _cut_without_kernel(
+        self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]
+    ) -> int:
+        """As `_cut`, with simplejpeg, which decodes complete images. Gives the same pixels and takes longer."""
+        payloads, corners, side = records.payloads(), corner.tolist(), out.shape[1]
+
+        def cut(index: int) -> bool:
+            payload, (y, x) = payloads[index], corners[index]
+            try:
+                pixels = payload if records.is_raw else decode_jpeg(payload.tobytes())
+            except ValueError:
+                return False
+            if min(y, x) < 0 or y + side > pixels.shape[0] or x + side > pixels.shape[1]:
+                return False
+            out[index] = pixels[y : y + side, x : x + side]
+            return True
+
+        return next((k for k, is_cut in enumerate(self._pool.map(cut, range(len(out)))) if not is_cut), len(out))
