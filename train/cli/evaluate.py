@@ -75,7 +75,7 @@ def evaluate(
     )
 
     if out is not None:
-        check_output_path(out)  # before the evaluation, which takes long
+        check_output_path(out)  # an invalid path is refused before the long evaluation
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):
@@ -120,7 +120,7 @@ def _evaluate_run(
     from train.runs.run_dir import DESCRIPTION
 
     devices = parse_devices(gpus)
-    set_precision(precision, devices)  # refuses an unsupported precision before the network is loaded
+    set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
     run_dir, which = run_and_checkpoint(path, checkpoint)
     network, loaded = load_trained(run_dir, devices, which)
     check_classes(run_dir, loaded.classes, store)
@@ -131,7 +131,7 @@ def _evaluate_run(
         )
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(network, loaded, store, split, count, precision, str(path))
-    if (run_dir / DESCRIPTION).exists():  # False for a checkpoint file outside a run folder
+    if (run_dir / DESCRIPTION).exists():  # False if the argument is a checkpoint file outside a run folder
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions
 

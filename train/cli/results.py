@@ -315,7 +315,7 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     results = find_nearest(trained, images, count, index_records)
     rows = [result.row for result in results]
-    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # fewer than `count` in a small index
+    size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small index has fewer than `count` images
     save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
     for path, result in zip(images, results, strict=True):

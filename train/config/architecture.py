@@ -35,8 +35,8 @@ class Architecture:
     source: str
     columns: int = COLUMNS  # 1 or 2
     widths: Widths = Widths()
-    # Zero padding of conv1's input, in px, on every side.
-    # None: only the right and the bottom are padded, as far as the last window reaches.
+    # Zero padding of conv1's input, in px, on every side. None: zeros only at the right and the bottom, up to the end
+    # of the last window.
     conv1_padding: int | None = None
     normalised: bool = True  # False: no normalization, even if the recipe sets `lrn` or `within_map`
     dropout_before: tuple[str, ...] = ("fc7", "fc8")  # layers whose inputs have dropout

@@ -3,9 +3,9 @@
 Paper: sections 3.2 and 3.5, figure 2. Each of the two columns has half of the maps or units of every layer except fc8.
 Each column is on one device; both columns can be on the same device. Before conv3, fc6, fc7 and fc8 (the crossing
 arrows of figure 2), `cross` joins the activations of both columns. In all other layers, and in every normalization, a
-column sees only its own maps. A network of one column has no crossings. Feature maps are in channels-last layout:
-convolution, pooling and normalization across maps are faster than in channels-first layout. A training step on a CPU
-takes a third less time.
+column sees only its own maps. A network of one column has no crossings. Feature maps are in channels-last layout, in
+which convolution, pooling and normalization across maps are faster than in channels-first layout. On a CPU, a training
+step takes a third less time in channels-last layout.
 
 Shapes, per column, for N images:
 
@@ -79,8 +79,8 @@ class AlexNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits (N, classes) for float32 images (N, 3, 224, 224) on any device, with pixels 0..255 minus the mean.
 
-        A convolutional architecture also accepts larger images, for which it returns the result of `dense`. Raises
-        ValueError for any other shape.
+        With a convolutional architecture, `forward` also accepts larger images, for which it returns the result of
+        `dense`. Raises ValueError for any other shape.
         """
         if self.architecture.convolutional:
             logits = self.dense(images)
@@ -266,8 +266,8 @@ def initialize(network: AlexNet) -> None:
     he           N(0, 2 / fan_in); fc8 N(0, 0.01²)   the same as for `normal`
 
     The recipe `paper` has standard deviation 0.01 in every layer, and biases of 1 in conv2, conv4, conv5, fc6 and fc7.
-    The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. Each joined tensor is drawn as a
-    whole and then split between the columns.
+    The recipe `released` has standard deviation 0.03 in conv3, conv4 and conv5. Each joined tensor is drawn at random
+    as a whole and then split between the columns.
     """
     recipe = network.recipe
     for name, parameters in network.parameters_by_joined_name().items():

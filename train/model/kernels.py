@@ -41,7 +41,7 @@ class NormParams(ctypes.Structure):
         super().__init__(maps, min(size // 2, maps - 1), relu, alpha, k)
 
     def padded(self, positions: int) -> int:
-        """Length, in values, of a buffer for `positions` positions with zeros before, between and after them."""
+        """Length, in values, of a buffer for `positions` positions, with zeros before, between and after positions."""
         return int(self.reach + positions * (self.maps + self.reach))
 
 

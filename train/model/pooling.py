@@ -1,4 +1,4 @@
-"""Max-pooling with stride 2 (section 3.4 of the paper). On a CPU, ReLU and normalization are fused with it.
+"""Max-pooling with stride 2 (section 3.4 of the paper). On a CPU, ReLU and normalization are fused with the pooling.
 
 Windows of 3 px overlap. On a CPU, memory access takes more time than arithmetic. kernels.c therefore computes ReLU,
 normalization and pooling in one pass over memory. For the backward pass, one byte per pooled value is saved; the input

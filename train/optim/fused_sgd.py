@@ -4,15 +4,16 @@ The update rule (paper_sgd.py), with g = ∂L/∂w, has the learning rate lr in 
 
     v ← momentum · v − lr · decay · w − lr · g        w ← w + v
 
-torch.optim.SGD has lr in the formula of w. The class calls the function torch.optim.sgd.sgd. This function computes:
+The class torch.optim.SGD has lr in the formula of w. torch.optim.SGD calls the function torch.optim.sgd.sgd, which
+computes:
 
     v ← momentum · v + (1 − dampening) · (g + weight_decay · w)        w ← w − lr · v
 
 With the arguments `lr` = −1 and `dampening` = 1 + (lr of the update rule), sgd computes the update rule. The class
 torch.optim.SGD accepts no negative lr, so sgd is called directly. The kernel behind `fused=True` is private and may
 change. The fused update is therefore tried once on small tensors for each device and dtype, and used only if the result
-is correct. PyTorch operators are slower: they read or write eleven values per parameter. The fused kernel reads or
-writes only five.
+is correct. PyTorch operators are slower: they read or write eleven values per parameter, and the fused kernel only
+five.
 """
 
 from __future__ import annotations

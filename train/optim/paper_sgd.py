@@ -4,11 +4,12 @@
     w ← w + v
 
 The velocity v contains the learning rate ε. After ε is reduced, v still contains the larger ε of earlier steps, which
-has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. There, a reduction of ε
-has its full effect at once. If ε is constant, both rules give the same weights.
+has an effect for about ten steps. In torch.optim.SGD, v does not contain ε: w ← w − ε · v. With torch.optim.SGD, a
+reduction of ε therefore has its full effect at once. If ε is constant, both rules give the same weights.
 
 The C kernel (train/model/kernels.c) updates float32 parameters on a CPU; fused_sgd.py updates all other parameters, and
-every parameter if the kernels are not compiled. With learning rates in a tensor, rate_tensor_update.py updates all.
+every parameter if the kernels are not compiled. If the learning rates are in a tensor, rate_tensor_update.py updates
+all parameters.
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ class PaperSGD(torch.optim.Optimizer):
                 self._update([p for p in rest if (p.device, p.dtype) == kind], group)
 
     def use_rate_tensor(self) -> None:
-        """Read the learning rates from a tensor, as a recorded step needs it (train/trainer/step_graph.py).
+        """Read the learning rates from a tensor, for steps that are recorded as a CUDA graph
+        (train/trainer/step_graph.py).
 
         From now on `step` uses the rates of the last call of `write_rates`. All parameters must be on one device.
         """

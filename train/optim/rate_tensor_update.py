@@ -49,7 +49,7 @@ class RateTensorUpdate:
         """Set the learning rate of each group; only rates that have changed are written to the device."""
         for index, rate in enumerate(rates):
             if self._written[index] != rate:
-                self._rates[index].fill_(rate)  # the rate is an argument of a kernel: no copy from host memory
+                self._rates[index].fill_(rate)  # passes the rate as a kernel argument, not by a copy
                 self._written[index] = rate
 
     def run(self) -> None:
@@ -63,7 +63,7 @@ class RateTensorUpdate:
 
     @torch.no_grad()
     def run_operators(self) -> None:
-        """The same update with PyTorch operators, on any device."""
+        """The update that `run` makes, by PyTorch operators on any device."""
         for w, v, group, decay in self._trios:
             if w.grad is not None:
                 rate = self._rates[group]

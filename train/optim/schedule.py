@@ -62,7 +62,7 @@ class Schedule:
         return colour
 
     def apply(self, optimizer: PaperSGD, epochs_done: float) -> float:
-        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights after conv1.
+        """Set the learning rates of an optimizer from make_optimizer; returns the rate of the weights of conv2 to fc8.
 
         A learning rate of 0 for conv1 freezes the layer: conv1's weights and biases get no gradient.
         """

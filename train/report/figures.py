@@ -145,8 +145,8 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
                 "Nearest training images",
                 f"Left: images of {split}. Right: for each image, the {len(rows[0].neighbors)} of "
                 f"{len(neighbor_index.labels):,} training images with the nearest {LAYER} activations "
-                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. The class is "
-                "orange if the image has the same class. The paper's figure 4, right.",
+                f"({neighbor_index.features.shape[1]:,} units, centre crop), with class and distance. A class is "
+                "orange if it is the class of the image at the left. The paper's figure 4, right.",
                 neighbors_inches(len(rows), len(rows[0].neighbors)),
                 lambda figure: draw_neighbors(figure, rows, names),
             )

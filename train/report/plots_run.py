@@ -49,7 +49,7 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None
 
 
 def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """For each sudden drop of the learning rate in training lines: the epoch of the line before, and the new rate."""
+    """For each sudden drop of the learning rate: the epoch of the training line before the drop, and the new rate."""
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
     return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
 

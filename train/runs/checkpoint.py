@@ -145,7 +145,7 @@ def read(path: Path) -> Checkpoint:
     except Exception as error:  # torch raises many error types for an incomplete file, some with wrong advice
         if intact and not isinstance(error, UnpicklingError):
             raise
-    raise UnreadableCheckpoint(f"{path}: torn, altered or not a checkpoint.")
+    raise UnreadableCheckpoint(f"{path}: incomplete, altered or not a checkpoint.")
 
 
 def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoint:

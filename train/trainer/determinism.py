@@ -8,7 +8,8 @@ import torch
 
 
 def use_deterministic_algorithms() -> None:
-    """Let PyTorch use only algorithms whose results repeat bit for bit, in this process. Call it before any training.
+    """Let PyTorch use, in this process, only algorithms whose results repeat bit for bit. To be called before any
+    training.
 
     Without this setting, cuDNN may choose algorithms that add the terms of a sum in an order that varies from run to
     run. The project's own kernels always use a fixed order. On a CPU, results repeat without this setting if the number

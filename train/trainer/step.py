@@ -37,7 +37,7 @@ from train.optim.paper_sgd import PaperSGD
 class StepResult(NamedTuple):
     """The result of a step, on column 0's device, detached from the autograd graph."""
 
-    loss: Tensor  # (), float32, nats: the mean over the batch before the update
+    loss: Tensor  # (), float32, nats: the mean loss of the batch, before the update
     logits: Tensor  # (N, classes), float32
     labels: Tensor  # (N,), int64
 

@@ -5,8 +5,9 @@ step to step therefore lies in a tensor that the graph reads: the images, the la
 (PaperSGD.use_rate_tensor). The counters (train/monitor/step_counters.py) and the random generator's position are
 changed by the graph itself. A graph is recorded anew if the shape of a batch changes or a layer is frozen.
 
-The first steps before a recording run without a graph, because libraries allocate memory and Triton compiles kernels
-when they first run, and neither can be recorded. These steps are ordinary training steps on the batches of the stream.
+A recording can contain neither an allocation by a library nor a compilation by Triton, and both happen when a kernel
+runs for the first time. The steps before a recording therefore run without a graph. These steps are ordinary training
+steps on the batches of the stream.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Graph(Protocol):
         """Run `work` in the way in which it will be recorded, for instance on the same stream."""
 
     def record(self, work: Callable[[], None]) -> None:
-        """Record the operations of `work`. Tensors that existed before keep their values."""
+        """Record the operations of `work`. Tensors that existed before the recording keep their values."""
 
     def replay(self) -> None:
         """Run the recorded operations on the present values of their tensors."""
@@ -46,7 +47,7 @@ class CudaGraph:
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def run_unrecorded(self, work: Callable[[], None]) -> None:
-        """Run `work` on the stream of the recording, after earlier and before later work of the current stream."""
+        """Run `work` on the stream of the recording, between the earlier and the later work of the current stream."""
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -85,7 +86,7 @@ class CudaGraph:
 def graph_for(devices: Sequence[torch.device]) -> Graph | None:
     """A CudaGraph if all columns are on one GPU where the Triton kernels work; otherwise None.
 
-    For two GPUs, one graph would have to record the kernels of both and the copies between them. This is not supported.
+    Two GPUs have no graph: one graph would have to record the kernels of both GPUs and the copies between the GPUs.
     """
     if len(set(devices)) > 1 or devices[0].type != "cuda" or triton_fault(devices[0]) is not None:
         return None
@@ -96,7 +97,7 @@ class CountedStep:
     """A callable that trains the network on one batch and adds the result to the counters."""
 
     def __init__(self, step: TrainingStep, counters: StepCounters, graph: Graph | None = None) -> None:
-        """With a `graph`, steps are recorded and replayed; without one, they run operator by operator."""
+        """With a `graph`, steps are recorded and replayed; without a graph, steps run operator by operator."""
         self._step, self._counters, self._graph = step, counters, graph
         self._recorded_key: object = None
         self._unrecorded_key: object = None
@@ -123,18 +124,19 @@ class CountedStep:
             self._unrecorded_key, self._unrecorded_steps = key, 0
         if self._unrecorded_steps < _STEPS_BEFORE_RECORDING:
             self._unrecorded_steps += 1
-            # This step writes addresses of new gradients into the table that a recorded update reads.
+            # A recorded update reads a table of gradient addresses, which this step overwrites: the recording becomes
+            # invalid.
             self._recorded_key = None
             self._graph.run_unrecorded(lambda: self._counters.add(*self._step(images, labels)))
             return
         device = self._step.network.devices[0]
         self._images, self._labels = images.to(device, copy=True), labels.to(device, copy=True)
-        self._step.optimizer.zero_grad(set_to_none=True)  # the recording then allocates new gradients
+        self._step.optimizer.zero_grad(set_to_none=True)  # so that the recording allocates new gradients
         try:
             self._graph.record(lambda: self._counters.add(*self._step(self._images, self._labels)))
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # an operator that a CUDA graph does not support; its kernels have not run
+        except RuntimeError as error:  # an operator cannot be recorded; no kernel of the step has run
             say(
                 f"{device}: a training step could not be recorded as a CUDA graph ({str(error).splitlines()[0]}). "
                 "Training continues without a graph, which takes longer."

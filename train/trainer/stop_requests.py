@@ -29,7 +29,7 @@ class StopRequests:
             self._deferred = True
 
     def __call__(self, signum: int, frame: FrameType | None) -> None:
-        """Handle a signal: the first requests a stop, a second one raises. In `raised_at_once`, all signals raise."""
+        """Handle a signal: the first requests a stop, the second raises. In `raised_at_once`, every signal raises."""
         stop = KeyboardInterrupt() if signum == signal.SIGINT else Terminated(signum)
         if self.requested is not None or not self._deferred:
             raise stop

@@ -27,9 +27,9 @@ from train.trainer.offending_batch import write_offending_batch
 # than 2 · STUCK_STEPS steps, the watchdog warns after half of the run's steps, but not before MIN_STUCK_STEPS steps.
 STUCK_STEPS = 5000
 MIN_STUCK_STEPS = 100
-STUCK_SHARE = 0.01  # relative tolerance: a loss this close to ln(classes) counts as ln(classes)
+STUCK_SHARE = 0.01  # relative tolerance within which a loss counts as ln(classes)
 ZERO_LOSS_NATS = 1e-6  # a mean loss below this value counts as zero
-ONE_CLASS_IMAGES = 32  # equal labels in fewer images than this may be a coincidence
+ONE_CLASS_IMAGES = 32  # among fewer images than this number, equal labels may be a coincidence
 
 
 class Diverged(UserError):

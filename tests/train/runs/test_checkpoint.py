@@ -64,7 +64,7 @@ def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tm
         altered = bytearray(intact)
         altered[offset] ^= 1 << rng.randrange(8)
         path.write_bytes(altered)
-        with pytest.raises(UnreadableCheckpoint, match=r"00000001\.pt: torn, altered"):
+        with pytest.raises(UnreadableCheckpoint, match=r"00000001\.pt: incomplete, altered"):
             read(path)
     for length in (0, 1, 70, 71, len(intact) // 2, len(intact) - 71, len(intact) - 1):
         path.write_bytes(intact[:length])
@@ -113,7 +113,7 @@ def test_a_run_names_an_altered_newest_checkpoint_and_resumes_from_the_previous_
     newest.write_bytes(altered)
     fit(Run.open(small_config(stores["jpeg"], run_dir)))
     messages = capsys.readouterr().err
-    assert f"{newest}: torn, altered" in messages and "resumes after step 8" in messages
+    assert f"{newest}: incomplete, altered" in messages and "resumes after step 8" in messages
     assert_same_result(run_dir, uninterrupted_run)
 
 

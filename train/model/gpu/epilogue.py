@@ -3,8 +3,8 @@
     y = after(pool(norm(before(x + bias))))
 
 x is the output of a convolution without bias. The columns of a layer are separate tensors, or one joined tensor that
-holds the maps of column 0 first. Input and result may differ in this form: a convolution of both columns can precede
-or follow a convolution of one column without a copy. Normalization is always within a column.
+holds the maps of column 0 first. The input can be joined and the result separate, or the reverse: no copy is needed
+between a convolution of both columns and a convolution of one column. Normalization is always within a column.
 
 For the backward pass the operation keeps:
 
@@ -27,10 +27,10 @@ from torch import Tensor
 
 from train.config.recipe import Lrn
 
-_POSITIONS = 16  # positions in a tile of the kernels; a matrix product in Triton needs at least 16 rows
+_POSITIONS = 16  # number of positions in a tile; each is a row of a matrix, and Triton's product needs 16 rows or more
 _FORWARD_ROWS = 16  # largest number of rows of pooled values that a program computes
 _BACKWARD_ROWS = 28  # largest number of rows of the convolution's output that a program computes
-_BACKWARD_TILES = 8  # tiles that a program of the backward pass without pooling computes
+_BACKWARD_TILES = 8  # number of tiles that a program of the backward pass without pooling computes
 _FLOAT32_TERMS = 3  # three bfloat16 values represent a float32 exactly
 
 
@@ -111,7 +111,8 @@ class _Apply(torch.autograd.Function):
         argmax, bias = saved[:columns], saved[columns:]
         maps = [len(b) for b in bias]
         x_grads = [_empty(shape, grads[0], torch.channels_last) for shape in ctx.input_shapes]
-        # A kernel does not read a tensor that was not saved, but needs an address, so another tensor is passed instead.
+        # Every tensor argument of a kernel needs an address. If a tensor was not saved, the kernel does not read this
+        # argument, and another tensor is passed.
         if not ctx.epilogue.pool_px:
             grads = tuple(grad.contiguous(memory_format=torch.channels_last) for grad in grads)
         parts = zip(
@@ -163,7 +164,7 @@ def kernel_constants(
 
 
 def warps_for(maps: int, backward: bool) -> int:
-    """Number of warps of a kernel: the fewest for which a program's values fit into registers.
+    """Number of warps of a kernel: the smallest number for which a program's values fit into registers.
 
     With more warps, several warps would compute the same inputs of the matrix product.
     """

@@ -87,7 +87,7 @@ def _row_maximum(
     """The maximum of each window within one row, and its position in the window: 0, 1 or 2.
 
     The third column of a window of 3 px is the first column of the next window, so its value is taken from the next
-    position of the tile. The last window of a tile has no next position and is not valid.
+    position of the tile. The last window of a tile has no next position, so its maximum is not valid.
     """
     p = tl.arange(0, POSITIONS)[:, None]
     even = first_column + 2 * p
@@ -261,7 +261,7 @@ def pointwise_backward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x at TILES · POSITIONS positions, and `bias_sums` (programs, maps): its sum over these positions.
+    """The gradient of x at TILES · POSITIONS positions; `bias_sums` (programs, maps) gets its sum over the positions.
 
     Without a normalization, the nonlinearity's gradient is computed from `out`, and x is not read.
     """

@@ -1,4 +1,4 @@
-"""Whether the Triton kernels work on a GPU: tried once per process, because a machine may be unable to compile them."""
+"""Tests once per process whether the Triton kernels work on a GPU: some machines cannot compile the kernels."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def triton_fault(device: torch.device) -> str | None:
 
 
 def _agrees(pool_px: int, device: torch.device) -> bool:
-    """Whether an epilogue and its gradients equal those of PyTorch operators, for one small input."""
+    """Whether the kernels and PyTorch operators give the same result and gradients of an epilogue for a small input."""
     from train.model.gpu import epilogue
 
     x = torch.arange(-40.0, 110.0, device=device).sin().view(1, 6, 5, 5).requires_grad_()

@@ -5,7 +5,8 @@ group. conv1 (over blocks of 4 × 4 px), conv3, fc6 and fc7 are computed once pe
 computed once per column, because cuDNN's grouped convolutions are slower. One operation (epilogue.py) computes
 everything between two convolutions, and also joins or splits the columns.
 
-The results equal those of the layers of AlexNet except for rounding. Parameters and checkpoints are the same.
+The results equal the results of AlexNet's own layers, except for rounding. Parameters and checkpoints are the same with
+and without the fused kernels.
 """
 
 from __future__ import annotations
@@ -121,7 +122,9 @@ class FusedNetwork:
         }
 
     def _cross(self, joined: list[Tensor]) -> list[Tensor]:
-        """The input of conv3, fc6 or fc7 in each group: with crossings all maps or units, otherwise the group's own."""
+        """The input of conv3, fc6 or fc7 in each group: all maps or units with crossings, else the group's own maps or
+        units.
+        """
         return join_on_devices(joined, self.devices) if self.recipe.crossing else joined
 
     def _with_dropout(self, layer: str, units: list[Tensor], training: bool) -> list[Tensor]:
@@ -140,7 +143,7 @@ def _dtype(device: torch.device) -> torch.dtype:
 
 
 def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """A parameter of all columns of a group, joined along dim 0, as `dtype` or as the convolutions' type."""
+    """A parameter of all columns of a group, joined along dim 0 and converted to `dtype` or the convolutions' type."""
     parameters = [column.get_parameter(name) for column in group]
     dtype = dtype or _dtype(parameters[0].device)
     if len(parameters) == 1 and dtype == parameters[0].dtype:

@@ -30,7 +30,7 @@ def activate(v, KIND: tl.constexpr):
     if KIND == "relu":
         v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif KIND == "tanh":
-        square = v * v  # for |v| < 0.3 the series is exact to 1e-7, and the quotient would lose digits
+        square = v * v  # for |v| < 0.3 the series is exact to 1e-7, whereas the quotient would lose digits
         series = v * (1 + square * (-1 / 3 + square * (2 / 15 + square * (-17 / 315 + square * (62 / 2835)))))
         e = tl.exp(-2.0 * tl.abs(v))
         v = tl.where(tl.abs(v) < 0.3, series, tl.where(v < 0, e - 1.0, 1.0 - e) / (1.0 + e))
@@ -54,7 +54,7 @@ def through_activation(g, y, KIND: tl.constexpr):
 
 @triton.jit  # type: ignore[untyped-decorator,unused-ignore]
 def negative_power(s, beta, THREE_QUARTERS: tl.constexpr):
-    """s^−β; for β = ¾ from two square roots."""
+    """s^−β; for β = ¾ computed with two square roots."""
     if THREE_QUARTERS:
         root = tl.rsqrt(s)
         power = root * tl.sqrt(root)
