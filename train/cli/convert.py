@@ -18,6 +18,7 @@ from train.cli.options import (
     run_argument,
     run_dir_option,
     seed_option,
+    stream_seed_option,
 )
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import EXPORT_FORMATS
@@ -80,6 +81,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
 @batch_option
 @epochs_option
 @seed_option
+@stream_seed_option
 @precision_option
 @click.option(
     "--new-fc8",
@@ -91,7 +93,8 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.
 
     `alextrain evaluate` accepts the run. To train the run further, use `alextrain run` with --model torchvision and
-    with the --recipe, --set, --batch, --epochs, --seed and --precision of this command.
+    with the --recipe, --set, --batch, --epochs, --seed, --stream-seed and --precision of this
+    command.
 
     \b
     Example:
@@ -110,6 +113,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
         model=ARCHITECTURES["torchvision"],
         batch_size=options["batch"] or recipe.batch_size,
         seed=options["seed"],
+        stream_seed=options["stream_seed"],
         precision=options["precision"],
         run_dir=options["run_dir"],
         epochs=options["epochs"] or recipe.epochs,

@@ -65,6 +65,13 @@ seed_option = click.option(
     show_default=True,
     help="Seed of the initial parameters, record order, crops, colour noise and dropout.",
 )
+stream_seed_option = click.option(
+    "--stream-seed",
+    type=click.IntRange(0, 2**31 - 1),
+    metavar="SEED",
+    help="Seed of the record order, crops and colour noise. Runs with equal stream seeds train on the same batches.  "
+    "[default: the value of --seed]",
+)
 _PRECISION_HELP = (
     "Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and "
     "sums."

@@ -24,6 +24,7 @@ from train.cli.options import (
     seed_option,
     set_option,
     steps_option,
+    stream_seed_option,
     training_precision_option,
 )
 from train.config.ablations import ABLATIONS
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 @epochs_option
 @steps_option
 @seed_option
+@stream_seed_option
 @training_precision_option
 @deterministic_option
 @click.option(
@@ -80,6 +82,7 @@ def run(
     epochs: int | None,
     steps: int | None,
     seed: int,
+    stream_seed: int | None,
     precision: str | None,
     deterministic: bool,
     log_every: int,
@@ -119,6 +122,7 @@ def run(
         batch_size=batch or chosen.batch_size,
         accumulate=accumulate,
         seed=seed,
+        stream_seed=stream_seed,
         precision=precision,
         deterministic=deterministic,
         run_dir=run_dir,
@@ -172,11 +176,13 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
             f"--batch {config.batch_size}: {config.store} has only {records:,} training records. "
             f"Pass --batch {records} or less."
         )
+    stream_seed = "" if config.seed_of_stream == config.seed else f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     return [
         f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
-        f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}, {config.precision}; "
+        f"recipe {config.recipe.name}, batch {config.batch_size}{parts}, seed {config.seed}{stream_seed}, "
+        f"{config.precision}; "
         f"{records:,} records, {count_noun(training.steps_per_epoch, 'step')} an epoch, "
         f"{count_noun(training.last_step, 'step')} in all, into {run_dir}",
     ]
@@ -220,6 +226,7 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @epochs_option
 @steps_option
 @seed_option
+@stream_seed_option
 @click.option(
     "--seeds",
     type=click.IntRange(1),

@@ -34,8 +34,11 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
     """The identity of a run, as JSON values.
 
     The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
-    settings of the recipe and the architecture, and ignores these names.
+    settings of the recipe and the architecture, and ignores these names. The identity contains the stream's seed only
+    if the stream's seed differs from the run's seed. The identity of any other run is thus the identity that versions
+    without --stream-seed wrote.
     """
+    own_stream_seed = {} if config.seed_of_stream == config.seed else {"stream_seed": config.seed_of_stream}
     return {
         "store_fingerprint": store.split("train").fingerprint,
         "classes": len(store.classes),
@@ -46,8 +49,14 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "accumulate": config.accumulate,
         "seed": config.seed,
+        **own_stream_seed,
         "precision": config.precision,
     }
+
+
+def stream_seed_of(identity: Mapping[str, Any]) -> Any:
+    """The seed of the training stream of a run with this identity. None if the identity has no seed."""
+    return identity.get("stream_seed", identity.get("seed"))
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
@@ -64,9 +73,12 @@ def as_json(data: Any) -> Any:
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
     """The settings that differ between two identities, in the order of `ours`.
 
-    The names of the recipe and the architecture are not compared.
+    The names of the recipe and the architecture are not compared. An identity without a stream seed has the run's seed
+    as stream seed. The stream seeds are compared only if one of the identities contains a stream seed.
     """
     differing = []
+    if "stream_seed" in theirs or "stream_seed" in ours:
+        theirs, ours = ({**identity, "stream_seed": stream_seed_of(identity)} for identity in (theirs, ours))
     for name, value in ours.items():
         if f"{name}_numbers" not in ours:
             differing += list(_differing_leaves(name.removesuffix("_numbers"), theirs.get(name), value))

@@ -16,15 +16,16 @@ from train.config.recipe import Recipe
 class RunConfig:
     """Settings of a run.
 
-    The fields of the first block must be unchanged when the run continues from a checkpoint (train/config/identity.py).
-    The second block sets the folder, the devices, the length of the run, and the intervals between log lines and
-    between checkpoints.
+    The fields `store` to `accumulate` must be unchanged when the run continues from a checkpoint
+    (train/config/identity.py). The fields from `run_dir` on can change: the folder, the devices, the length of the run,
+    the intervals between log lines and between checkpoints, and others.
     """
 
     store: Path
     recipe: Recipe
     batch_size: int  # images per step
-    seed: int = 0
+    seed: int = 0  # seed of the initial parameters and of dropout
+    stream_seed: int | None = None  # seed of the training stream: record order, crops and colour noise; None: `seed`
     model: Architecture = ALEXNET
     precision: str = "fp32"  # one of PRECISIONS (train/model/precision.py)
     accumulate: int = 1  # number of equal parts of a batch, which are computed one after the other
@@ -38,6 +39,11 @@ class RunConfig:
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
     deterministic: bool = False  # whether a GPU computes the same bits in every run (train/trainer/determinism.py)
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
+
+    @property
+    def seed_of_stream(self) -> int:
+        """The seed of the training stream: `stream_seed`, or `seed` if `stream_seed` is None."""
+        return self.seed if self.stream_seed is None else self.stream_seed
 
 
 def check_parts(config: RunConfig) -> None:

@@ -75,7 +75,12 @@ def create_run(run: Run, network: AlexNet) -> None:
         if checkpoint.checkpoint_paths(run.run_dir):
             raise UserError(f"{run.run_dir}: already holds a run. Name another --run-dir.")
         with train_loader(
-            config.store, config.batch_size, "cpu", config.seed, augmentation=config.recipe.augmentation, threads=1
+            config.store,
+            config.batch_size,
+            "cpu",
+            config.seed_of_stream,
+            augmentation=config.recipe.augmentation,
+            threads=1,
         ) as loader:
             optimizer = make_optimizer(network, config.recipe)
             torch.manual_seed(config.seed)

@@ -50,6 +50,8 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
         description = read_description(run_dir)
         fields = _flatten("", {part: value for part, value in description.items() if part != "identity"})
         fields = {name: value for name, value in fields.items() if not _is_in(name, _NOT_COMPARED)}
+        if fields["settings.stream_seed"] is None:
+            fields["settings.stream_seed"] = fields.get("settings.seed")
         store = {
             "store fingerprint": description["identity"].get("store_fingerprint"),
             "classes": len(description["classes"]),
@@ -59,9 +61,14 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """The fields that are not equal in all runs, each with a list of one value per run (None: no such field)."""
+    """The fields that are not equal in all runs, each with a list of one value per run (None: no such field).
+
+    The stream's seed is left out if it is the run's seed in every run.
+    """
     names = dict.fromkeys(name for run in runs for name in run.fields)
     rows = {name: [run.fields.get(name) for run in runs] for name in names}
+    if rows.get("settings.stream_seed") == rows.get("settings.seed"):
+        rows.pop("settings.stream_seed", None)
     return {name: values for name, values in rows.items() if any(value != values[0] for value in values)}
 
 

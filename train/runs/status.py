@@ -30,6 +30,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
     run_dir            the folder, as given
     model, recipe      names of the architecture and the recipe
+    seed, stream_seed  seed of the run, and seed of its training stream
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
                        or "new" (`alextrain import` or --fork wrote a checkpoint, and no training has begun)
     alive, finished    alive: a process is training in the folder; finished: the run has finished
@@ -46,6 +47,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     Raises UserError for a folder that is not a run.
     """
     description = read_description(run_dir)
+    identity = description["identity"]
     alive = lock_is_held(run_dir)
     try:
         written = json.loads((run_dir / STATUS).read_bytes())
@@ -63,8 +65,10 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     validations = [line for line in lines if line["kind"] == "val"]
     return {
         "run_dir": str(run_dir),
-        "model": description["identity"]["model"],
-        "recipe": description["identity"]["recipe"],
+        "model": identity["model"],
+        "recipe": identity["recipe"],
+        "seed": identity.get("seed"),
+        "stream_seed": identity.get("stream_seed", identity.get("seed")),
         "state": state,
         "alive": alive,
         "finished": finished,
@@ -88,11 +92,12 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     """The result of `status_of` as lines of text."""
     process = f" (process {status['process']} on {status['host']})" if status["alive"] and status["process"] else ""
     reason = f": {status['said']}" if status["state"] == "failed" else f" {status['said']}" if status["said"] else ""
-    seconds = status["seconds_left"]
+    seed, stream_seed, seconds = status["seed"], status["stream_seed"], status["seconds_left"]
     time_left = f"; {duration_text(seconds)} left{'' if status['alive'] else ' to train'}" if seconds else ""
     lines = [
         f"{status['run_dir']}: {_STATE_TEXT[status['state']]}{reason}{process}",
-        f"{status['model']}, recipe {status['recipe']}",
+        f"{status['model']}, recipe {status['recipe']}"
+        + ("" if stream_seed == seed else f", seed {seed}, stream seed {stream_seed}"),
         f"step {status['step']:,} of {status['steps']:,}, epoch {status['epoch']:.2f} of {status['epochs']}{time_left}",
     ]
     train, val, best, saved = (status[name] for name in ("train", "val", "best", "checkpoint"))

@@ -59,6 +59,7 @@ def plan_runs(
     *,
     only: Sequence[str] = (),  # ablations to train; empty: all. The baseline is always trained
     seed: int = 0,
+    stream_seed: int | None = None,
     seeds: int = 1,
     batch: int | None = None,
     epochs: int | None = None,
@@ -85,6 +86,7 @@ def plan_runs(
                 recipe=changed,
                 batch_size=batch or base.batch_size,
                 seed=run_seed,
+                stream_seed=stream_seed,
                 model=architecture,
                 run_dir=out / f"{ablation.name}-seed{run_seed}",
                 devices=parse_devices(

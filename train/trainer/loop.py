@@ -140,7 +140,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
         config.store,
         config.batch_size,
         config.devices[0],
-        config.seed,
+        config.seed_of_stream,
         augmentation=augmentation,
         threads=config.threads,
     )

@@ -35,11 +35,16 @@ def write_offending_batch(
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)
     with train_loader(
-        config.store, size, config.devices[0], config.seed, augmentation=augmentation, threads=config.threads
+        config.store,
+        size,
+        config.devices[0],
+        config.seed_of_stream,
+        augmentation=augmentation,
+        threads=config.threads,
     ) as loader:
         loader.seek(epoch, step_of_epoch)
         images, labels = next(iter(loader))
-        permutation = epoch_permutation(loader.records, config.seed, epoch)
+        permutation = epoch_permutation(loader.records, config.seed_of_stream, epoch)
     indices = permutation[step_of_epoch * size : (step_of_epoch + 1) * size].tolist()
     pixels = images.float().cpu().numpy()
     finite = np.isfinite(pixels)

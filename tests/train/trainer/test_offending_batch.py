@@ -29,10 +29,10 @@ def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkp
 ) -> None:
     """One image of the second batch has NaN pixels. Step 2 is logged at once, or after step 3 if `log_every` is 3.
 
-    Every image has a different label.
+    Every image has a different label. The stream has its own seed.
     """
     iterate = TrainLoader.__iter__
-    with train_loader(numbered_store, 8, "cpu", 3) as loader:
+    with train_loader(numbered_store, 8, "cpu", 6) as loader:
         bad_label = [labels.tolist() for _, labels in loader][1][3]
     served_labels: list[list[int]] = []
 
@@ -44,11 +44,9 @@ def test_a_nan_pixel_stops_the_run_and_its_batch_is_written_without_a_new_checkp
 
     monkeypatch.setattr(TrainLoader, "__iter__", with_nan)
     checkpoint_every = 1 if log_every == 1 else 4
-    config = small_config(
-        numbered_store, tmp_path / "run", log_every=log_every, checkpoint_every=checkpoint_every, epochs=5
-    )
+    intervals = {"log_every": log_every, "checkpoint_every": checkpoint_every}
     with pytest.raises(Diverged) as raised:
-        fit(Run.open(config))
+        fit(Run.open(small_config(numbered_store, tmp_path / "run", stream_seed=6, epochs=5, **intervals)))
     bad_step = 2
     assert f"step {bad_step}: the loss is nan" in str(raised.value)
     folder = tmp_path / "run" / f"offending-step-{bad_step}"
