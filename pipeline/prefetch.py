@@ -6,7 +6,8 @@ its images from a DALI pipeline; another engine is started directly. A separate 
 and calls Engine.finish while the engine works on the next batch.
 
 On a GPU, the finisher queues the last part of the work on the engine's stream, which is not the consumer's stream. The
-consumer's thread takes a batch and an event: its own work, queued afterwards, waits for the event on the GPU.
+consumer's thread takes a batch and an event. All work that this thread queues afterwards waits for the event on the
+GPU.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ class Prefetcher:
         self._reading: deque[Future[tuple[BatchInput, dict[str, Any]]]] = deque()
         self._in_engine: deque[tuple[BatchInput, Any]] = deque()  # (input, result of Engine.start)
         self._finished: deque[Future[_Finished | None]] = deque()
-        self._last_event = engine.stream.record()  # of the batch that was finished last
-        self._requests: deque[Event] = deque()  # events in the consumer's work, one for each request
+        self._last_event = engine.stream.record()  # the event of the batch that was finished last
+        self._requests: deque[Event] = deque()  # for each request, an event in the consumer's work
         # Every later call of `next` raises this error again, because skipping a batch would shift all later batches.
         self._error: StoreError | None = None
         self._closed = False
@@ -93,7 +94,7 @@ class Prefetcher:
     def read_batch(
         self, record_numbers: npt.NDArray[np.int64], make_crops: Callable[[RecordBatch], Crops]
     ) -> BatchInput:
-        """Read records by number and make their crops. Jobs call this. Raises StoreError for a damaged record."""
+        """Read records by number and make their crops, for a job. Raises StoreError for a damaged record."""
         records = self._records.batch(record_numbers)
         return BatchInput(records, make_crops(records))
 
@@ -185,7 +186,7 @@ class Prefetcher:
         return _Finished(BatchOutput(images, labels, batch_input), event)
 
     def _schedule(self) -> None:
-        """Keep the engine supplied with batches, and READ_AHEAD further batches being read, until no jobs remain."""
+        """Start batches until the engine has enough, and READ_AHEAD others are being read or no jobs remain."""
         while len(self._in_engine) < self._ahead:
             for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
@@ -243,7 +244,7 @@ def _build_pipeline(engine: Engine, batch_size: int, placement: Placement, threa
         num_threads=threads,
         device_id=placement.device_id,
         exec_dynamic=True,  # every batch gets separate memory
-        prefetch_queue_depth=1,  # the Prefetcher schedules ahead itself
+        prefetch_queue_depth=1,  # the Prefetcher, not DALI, schedules batches ahead
     )
     with pipe:
         pipe.set_outputs(engine.define_graph())

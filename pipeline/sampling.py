@@ -50,7 +50,7 @@ def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
 
 
 class EpochPermutations:
-    """The results of epoch_permutation for a split and a seed; keeps those of two epochs. Threads may share it."""
+    """The permutations of a split for a seed; caches the permutations of two epochs. Threads can share an object."""
 
     def __init__(self, records: int, seed: int) -> None:
         self._records, self._seed = records, seed
@@ -58,7 +58,7 @@ class EpochPermutations:
         self._lock = threading.Lock()
 
     def __getitem__(self, epoch: int) -> Integers:
-        """The permutation of an epoch, counted from 0. Each is computed once, also if several threads ask for it."""
+        """The permutation of an epoch, counted from 0; computed only once, even if several threads request it."""
         with self._lock:
             if epoch not in self._kept:
                 permutation = epoch_permutation(self._records, self._seed, epoch)

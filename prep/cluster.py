@@ -110,7 +110,7 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Keep this process's handlers of SIGINT and SIGTERM. Ray installs its own, which print a stack and exit."""
+    """Keep this process's handlers of SIGINT and SIGTERM. Ray's handlers would print a stack and exit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -103,7 +103,7 @@ class Group(click.Group):
         except UserError as error:
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
-            raise  # click handles it
+            raise  # click handles a closed pipe
         except OSError as error:  # most likely the user passed the path that failed
             raise _CommandFailed(f"{error.filename or 'the system'}: {error.strerror or error}.", 1) from error
         except (KeyboardInterrupt, Terminated) as stop:

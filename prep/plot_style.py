@@ -28,8 +28,8 @@ _STYLE: dict[Any, Any] = {
     "ytick.color": TEXT_GRAY,
     "legend.frameon": False,
     "figure.constrained_layout.use": True,
-    "svg.hashsalt": "alexnet",  # otherwise the ids inside an SVG are random
-    "text.parse_math": False,  # otherwise a class name with two $ would be drawn as a formula
+    "svg.hashsalt": "alexnet",  # without this setting, the ids inside an SVG are random
+    "text.parse_math": False,  # with True, a class name with two $ would be drawn as a formula
 }
 
 DrawFunction = Callable[[Any], None]  # draws into an empty matplotlib Figure

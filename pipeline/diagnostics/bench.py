@@ -36,7 +36,7 @@ from prep.store.manifest import Store
 ROUNDS = 5  # every round measures all stages, so that a change of the machine's speed affects every stage
 STAGES = ("read", "decode", "augment", "hand over")
 _BOUND_RECORDS = 2000  # number of records that are repeatedly decoded or copied to measure the upper bound
-_AHEAD_BATCHES = 8  # number of batches taken before each measurement and not counted; some are already prefetched
+_AHEAD_BATCHES = 8  # number of batches taken before each measurement and not counted, because some were prefetched
 
 Work = Callable[[], int]  # processes some images and returns their number
 
@@ -89,7 +89,7 @@ def bench_stream(
         rates: dict[str, list[float]] = {name: [] for name in work}
         for _ in range(ROUNDS):
             for name, run in work.items():
-                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # some are already prefetched
+                for _ in range(1 if name == "bound" else _AHEAD_BATCHES):  # not counted
                     run()
                 rates[name].append(_images_per_s(run, seconds / ROUNDS))
             progress.advance()
@@ -126,7 +126,7 @@ def _images_per_s(run: Work, seconds: float) -> float:
 
 
 def _read_work(records: Records, batch: int) -> Work:
-    """Work that reads records like the stream, but on one thread."""
+    """Work that reads batches of records as the stream does, but on one thread."""
     starts = itertools.cycle(range(0, len(records) - batch + 1, batch))
 
     def run() -> int:
@@ -199,8 +199,8 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Work that measures the upper bound: only decode (JPEG) or copy (PPM) records, on `threads` threads."""
-    process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both release the GIL
+    """Work for the upper bound: `threads` threads decode (JPEG) or copy (PPM) records, and do nothing else."""
+    process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both functions release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]
 

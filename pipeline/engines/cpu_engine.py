@@ -3,7 +3,7 @@
 The kernel decodes the part of a JPEG file that the crops need, then crops, flips and normalizes while the pixels are in
 the CPU's cache. Raw records are cropped directly from the mapped store. All threads work on the same batch. A thread
 that finds no further record in this batch begins the next batch, so no thread waits for others at the end of a batch.
-Python runs once for each batch and thread, not for each image (docs/measurements.md).
+Each thread runs Python code once for each batch, not for each image (docs/measurements.md).
 """
 
 from __future__ import annotations

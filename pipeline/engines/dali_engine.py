@@ -23,7 +23,8 @@ from pipeline.records import RecordBatch
 Node = Any  # nvidia.dali.pipeline.DataNode
 
 # Share of the JPEG files that the hardware decoder of a GPU gets; CUDA kernels decode the rest. On an H200, complete
-# images are decoded at 38,000 images/s with 0.5, and at 36,000 with DALI's default of 0.65 (batches of 512).
+# images are decoded at 38,000 images/s with a share of 0.5, and at 36,000 images/s with DALI's default share of 0.65
+# (batches of 512).
 _HW_DECODER_LOAD = 0.5
 
 
@@ -112,8 +113,8 @@ class DaliEngine:
 
         On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied, because DALI would
         reuse the memory of its output in the order of `stream`, while the consumer's stream still reads the images.
-        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU its
-        float16 output takes four times as long as float32.
+        Torch converts the images to half precision, because DALI has no bfloat16. DALI has float16, but on a CPU a
+        float16 output takes four times as long as a float32 output.
         """
         if self.stream.at_once:
             shared: torch.Tensor = self._placement.tensor_from_dali(outputs[0])

@@ -1,10 +1,10 @@
 """Work of the loader on its device, in order: one interface for a CUDA stream and for a CPU.
 
-On a GPU, the loader queues copies and kernels on a CUDA stream of its own (a side stream), so that they run while the
-consumer's kernels run. Two rules keep the results correct:
+On a GPU, the loader queues copies and kernels on a CUDA stream of its own (a side stream). These copies and kernels run
+while the consumer's kernels run. Two rules keep the results correct:
 
-- Before a result is used, its user waits for an event that was recorded after the work (`Event.wait` on the host, or
-  `Event.order` for the kernels that the consumer queues afterwards).
+- The user of a result first waits for an event that was recorded after the work: with `Event.wait` on the host, or with
+  `Event.order` for the kernels that the consumer queues afterwards.
 - `Event.order` also tells torch that the consumer's stream uses the memory of the tensors. Otherwise torch could give
   the memory to the loader's next batch while the consumer's kernels still read it.
 
@@ -34,7 +34,8 @@ class Event(Protocol):
     def order(self, *tensors: Tensor) -> None:
         """Let work that is queued from now on in the caller's current stream wait for this event.
 
-        The memory of `tensors` is not reused before this work is done, even if no tensor refers to the memory any more.
+        The memory of `tensors` is not reused before the waiting work is done, even if no tensor refers to the memory
+        any more.
         """
 
 
@@ -46,7 +47,7 @@ class DeviceStream(Protocol):
     dali_stream: Any  # the stream for nvidia.dali.Pipeline.outputs; None on a CPU
 
     def run(self, work: Work) -> None:
-        """Queue `work` after all earlier work. Until an event after `work` has passed, its results are undefined.
+        """Queue `work` after all earlier work. Until an event after `work` has passed, the results are undefined.
 
         `work` may only use tensors that were made by this stream, or that exist already.
         """
@@ -61,7 +62,7 @@ class DeviceStream(Protocol):
         """Uninitialized memory on the device for the results of `run`."""
 
     def host_memory(self, size_bytes: int) -> Tensor:
-        """Uninitialized uint8 memory (size_bytes,) of the host, from which the device copies without the host."""
+        """Uninitialized uint8 memory (size_bytes,) of the host. The device copies from it while the host continues."""
 
     def upload(self, values: Tensor) -> Tensor:
         """Queue a copy of a tensor of the host to the device. On a CPU the result can be `values` itself."""

@@ -21,7 +21,7 @@ from pipeline.records import RecordBatch
 
 
 class Engine(Protocol):
-    """Interface that pipeline.prefetch requires of an engine. Batches are finished in the order of their start."""
+    """Interface that pipeline.prefetch requires of an engine. Batches are finished in the order of their starts."""
 
     uses_dali: bool
     stream: DeviceStream  # the stream whose work computes the images
@@ -38,7 +38,7 @@ class Engine(Protocol):
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
         """The images of a batch, from the graph's outputs or from the result of `start`.
 
-        The images are complete when an event of `stream` that is recorded after this call has passed. Raises
+        The images are complete when an event has passed that is recorded on `stream` after this call. Raises
         DecodeError for a record that cannot be decoded, if the engine does not use DALI.
         """
 

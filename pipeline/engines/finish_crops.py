@@ -1,4 +1,4 @@
-"""From raw squares to augmented images on the device: window, flip, shift, mean, divisor, layout and type.
+"""Computes augmented images from raw squares on the device: crop, flip, shift, mean, divisor, layout and type.
 
 A Triton kernel computes all steps in one pass. If the kernel cannot be used, PyTorch operators compute the same values,
 with several passes over the pixels.
@@ -27,7 +27,7 @@ class CropFinisher:
         """Compile the Triton kernel and compare it with the operators. `square_px` is the side of the squares."""
         self._square_px, self._side_px, self._views = square_px, output.crop_px, output.views
         self._layout, self._dtype = output.layout, output.dtype
-        self._scale = float(np.float32(1 / output.divisor))  # kernels.c multiplies by the same number
+        self._scale = float(np.float32(1 / output.divisor))  # kernels.c multiplies by this number too
         self._max_offset_px = augmenter.side_px - output.crop_px
         self._is_aligned = augmenter.augmentation.mean == "aligned"
         self._mean = torch.empty(0, device=stream.device)  # the mean image (side, side, 3), or an empty tensor
@@ -95,7 +95,7 @@ class CropFinisher:
     def _triton_works(self, stream: DeviceStream) -> bool:
         """Whether the Triton kernel gives the same bits as the operators, for one small batch.
 
-        The kernel is compiled here, with the arguments of all later launches. Compiling it later could disturb a CUDA
+        The kernel is compiled here, with the arguments of all later launches. A later compilation could disturb a CUDA
         graph that the consumer records at that time.
         """
         if not _can_try_triton(stream.device):

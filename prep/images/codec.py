@@ -157,7 +157,7 @@ def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
     if container not in (_USUAL_CONTAINER, "mpo"):  # an MPO is a JPEG followed by more JPEGs
         converted.append(container)
     orientation = _exif_orientation(image)
-    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # Pillow applies the orientation of a TIFF: undo it
+    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
         image.load()
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     mode = image.mode

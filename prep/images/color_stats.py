@@ -169,7 +169,7 @@ def recompute_color_stats(store: Store, split: str, runner: Runner, progress: Pr
     for path, result in runner.map(_shard_moments, paths, lambda counts: progress.update(counts.done)):
         if isinstance(result, WorkerDied):
             raise StoreError(
-                f"{path}: the process that read it {result.describe()}. Check the store with: alexprep verify"
+                f"{path}: the process that read this shard {result.describe()}. Check the store with: alexprep verify"
             )
         moments, records = moments + result[0], records + result[1]
     return compute_color_stats(records, moments)

@@ -22,8 +22,9 @@ from prep.store.manifest import SPLITS
 def find_splits(source: Path, split: str | None) -> dict[str, Path]:
     """Find the splits of a SOURCE: {split: folder or archive with its images}.
 
-    If SOURCE contains folders or archives named after `train` or `val`, they are the splits. Otherwise SOURCE itself is
-    the only split. Raises UserError if SOURCE is missing, is neither a folder nor a file, or lacks the wanted `split`.
+    The splits are the folders `train` and `val` in SOURCE, or archives such as `train.tar` or `ILSVRC2012_img_val.tar`.
+    If SOURCE contains none of these, SOURCE itself is the only split. Raises UserError if SOURCE is missing, is neither
+    a folder nor a file, or lacks the wanted `split`.
     """
     if source.is_file():
         named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
@@ -98,6 +99,6 @@ def _check_same_classes(classes: Sequence[str], store_classes: Sequence[str], ro
         differing = sorted(set(classes) ^ set(store_classes))
         raise UserError(
             f"{root}: {len(classes)} classes, the store has {len(store_classes)}"
-            + (f" (first class that only one of them has: {differing[0]})" if differing else "")
+            + (f" (first class that only one of the two has: {differing[0]})" if differing else "")
             + ". All splits of a store must have the same classes."
         )

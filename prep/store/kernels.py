@@ -5,12 +5,12 @@
 kernels.c reads the files of LMDB 0.9 (MDB_DATA_VERSION 1) on little-endian machines: a B+ tree of pages. Numbers are
 little-endian. Every offset is compared with the size of the map before it is used.
 
-    meta page    pages 0 and 1. Of the two, the page of the latest transaction is valid. This page has the root
+    meta page    pages 0 and 1. The page of the later transaction is valid, and has the number of the root page
     page header  16 bytes: number, flags at byte 10 (1 branch, 2 leaf), end of the list of nodes at byte 12. The list
                  follows the header: the offset of each node in the page, 2 bytes, in ascending order of the keys
     node         8 bytes: branch: number of the child page (6 bytes); leaf: size of the value (4), flags (2).
-                 Then size of the key (2), key, value. If the flags are 1, the value is the number (8 bytes) of the
-                 first of the pages that hold the actual value, after a page header
+                 Then size of the key (2), key, value. If the flags are 1, the node does not hold the value, but a page
+                 number (8 bytes): the value is in pages from this page on, after one page header
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _MAGIC, _VERSION = 0xBEEFC0DE, 1
 
 
 class NativeKernels:
-    """The function of the compiled library. Raises AttributeError if the library lacks it."""
+    """The function of the compiled library. Raises AttributeError if the library lacks the function."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         pointer, number = ctypes.c_void_p, ctypes.c_int64
@@ -65,7 +65,7 @@ class Tree(NamedTuple):
 
 
 def find_tree(head: bytes, page_bytes: int, transaction: int) -> Tree | None:
-    """The tree as of `transaction`, from the first two pages of a file. None if the pages are not as expected."""
+    """The tree after `transaction`, from the first two pages of a file. None if the pages are not as expected."""
     for start in (0, page_bytes):
         if len(head) >= start + _META.size:
             magic, version, root, _, number = _META.unpack_from(head, start)

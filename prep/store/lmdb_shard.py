@@ -76,7 +76,7 @@ def _commit(env: lmdb.Environment, records: list[tuple[bytes, bytes]]) -> None:
 def read(folder: Path, advice: str = "Build the store again.") -> Iterator[tuple[bytes, bytes]]:
     """Yield the (key, value) pairs in order. Raises StoreError, with `advice` in the text, if the LMDB is damaged."""
     with _opened(folder, advice) as env, env.begin(buffers=False) as txn:
-        count, expected = 0, txn.stat()["entries"]  # DALI relies on this number
+        count, expected = 0, txn.stat()["entries"]  # DALI expects this number of records
         for item in txn.cursor():
             count += 1
             if count > expected:
@@ -169,7 +169,7 @@ _libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def _map(descriptor: int, size: int) -> int | None:
-    """Map a file for reading: the address, or None on failure. Unlike Python's mmap, this keeps no descriptor open."""
+    """Map a file for reading; returns the address, None on failure. Python's mmap would keep a descriptor open."""
     address: int | None = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     return None if address == ctypes.c_void_p(-1).value else address
 

@@ -190,7 +190,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 def _canonical_text(value: Any, given: str) -> str:
     """Text of a value in the recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
 
-    given text from the command line. If `value` has parts, like a schedule, the function returns `given`
+    given  text from the command line. If `value` has parts, like a schedule, the function returns `given`
     """
     if value is None or isinstance(value, bool):
         return str(value).lower()

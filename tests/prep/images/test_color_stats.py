@@ -280,5 +280,7 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
             for task in tasks:
                 yield task, WorkerDied(4, -7)
 
-    with pytest.raises(StoreError, match=r"00000: the process that read it was killed \(SIGBUS\).*alexprep verify"):
+    with pytest.raises(
+        StoreError, match=r"00000: the process that read this shard was killed \(SIGBUS\).*alexprep verify"
+    ):
         recompute_color_stats(store, "train", Dying(), progress)

@@ -16,7 +16,7 @@ from tests.helpers.listings import list_images, paths_and_labels, touch
 def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> None:
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
     assert list_images(root, store_classes=("n1", "n2")).classes == ("n1", "n2")
-    with pytest.raises(UserError, match=r"2 classes, the store has 3 \(first class that only one of them has: n3\)"):
+    with pytest.raises(UserError, match=r"2 classes, the store has 3 \(first class that only one of the two has: n3\)"):
         list_images(root, store_classes=("n1", "n2", "n3"))
     with pytest.raises(UserError, match="All splits of a store must have the same classes"):
         list_images(root, store_classes=("n2", "n1"))
