@@ -56,28 +56,42 @@ def check_address(address: str) -> None:
         raise UserError(f"cluster {address!r}: expected local, auto or HOST:PORT.")
 
 
+class _Connection:
+    """The connection of this process, which several `with` blocks can use at the same time."""
+
+    lock = threading.Lock()
+    users = 0
+    is_ours = False  # whether the first user connected the process
+
+
 @contextmanager
 def connected(address: str, *, cores: int | None = None, dashboard: bool = False) -> Iterator[ModuleType]:
     """Connect this process to a cluster during a `with` block. The value is the module ray.
 
     address    the cluster: local, auto or HOST:PORT
     cores      number of CPU cores of a local cluster; None: all usable cores
-    dashboard  whether a local cluster starts Ray's dashboard, which also serves metrics
+    dashboard  whether a local cluster starts Ray's dashboard
 
-    If the process is already connected, the existing connection is used and stays open. The process keeps its signal
-    handlers. Raises UserError if Ray is missing, if no cluster answers, or if the cluster refuses this process.
+    A process has one connection. The first block connects, the last block disconnects. A connection that the process
+    already had is used and stays open. The process keeps its signal handlers. Raises UserError if Ray is missing, if no
+    cluster answers, or if the cluster refuses this process.
     """
     check_address(address)
     ray = ray_module()
-    is_ours = not ray.is_initialized()
-    if is_ours:
-        _connect(ray, address, cores, dashboard)
+    with _Connection.lock:
+        if not _Connection.users:
+            _Connection.is_ours = not ray.is_initialized()
+            if _Connection.is_ours:
+                _connect(ray, address, cores, dashboard)
+        _Connection.users += 1
     try:
         yield ray
     finally:
-        if is_ours:
-            with _handlers_kept():
-                ray.shutdown()
+        with _Connection.lock:
+            _Connection.users -= 1
+            if not _Connection.users and _Connection.is_ours:
+                with _handlers_kept():
+                    ray.shutdown()
 
 
 def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) -> None:

@@ -1,8 +1,8 @@
 """Windows: the uint8 squares that the images of a batch are made of, decoded and cut from the records of a store.
 
 A training image needs the window of its random crop (224 × 224 px). Ten views and views="square" need the complete
-central square. The consumer's engine makes the images: it flips, adds the colour noise, subtracts the mean and converts.
-So 150,528 bytes travel for a training image, and 602,112 bytes of float32 do not.
+central square. The consumer's engine makes the images: it flips, adds the colour noise, subtracts the mean and
+converts. So 150,528 bytes travel for a training image, and 602,112 bytes of float32 do not.
 
 The workers of the service use WindowMaker. A loader that lost its service uses WindowMaker too, with its own store.
 """
