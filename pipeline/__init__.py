@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.augment import Augmentation
-    from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+    from pipeline.eval_loader import EvalLoader, eval_loader
+    from pipeline.loader import TrainLoader, train_loader
     from pipeline.loader_base import Batch, WaitTimes
     from prep.console import UserError
     from prep.store.manifest import StoreError
@@ -32,12 +33,12 @@ __all__ = [
 _MODULES = {
     "Augmentation": "pipeline.augment",
     "Batch": "pipeline.loader_base",
-    "EvalLoader": "pipeline.loader",
+    "EvalLoader": "pipeline.eval_loader",
     "StoreError": "prep.store.manifest",
     "TrainLoader": "pipeline.loader",
     "UserError": "prep.console",
     "WaitTimes": "pipeline.loader_base",
-    "eval_loader": "pipeline.loader",
+    "eval_loader": "pipeline.eval_loader",
     "train_loader": "pipeline.loader",
 }
 

@@ -22,10 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.augment import SQUARE, Augmentation
-from pipeline.loader_base import Batch, Loader, WaitTimes
+from pipeline.augment import CROP_PX, Augmentation
+from pipeline.eval_loader import EvalLoader, eval_loader
+from pipeline.loader_base import STREAM_VERSION, Batch, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.sampling import EpochPermutations, draw_params
@@ -33,10 +32,6 @@ from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
-
-# Version of the record order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of
-# another version cannot be resumed. States store the version under the key "graph_version".
-STREAM_VERSION = 3
 
 
 class TrainLoader(Loader):
@@ -62,6 +57,8 @@ class TrainLoader(Loader):
         threads: int = 1,
         shard: int = 0,
         world_size: int = 1,
+        service: str | None = None,
+        service_fallback: str | None = None,
     ) -> None:
         """train_loader describes the arguments and the errors."""
         super().__init__(
@@ -75,6 +72,7 @@ class TrainLoader(Loader):
             threads=threads,
             shard=shard,
             world_size=world_size,
+            from_windows=service is not None,
         )
         if self.records < batch_size * world_size:
             step = "" if world_size == 1 else f", a step of {world_size:,} ranks takes {batch_size * world_size:,}"
@@ -88,6 +86,8 @@ class TrainLoader(Loader):
         self.epoch, self.step = 0, 0
         self._permutations = EpochPermutations(self.records, seed)
         self._is_prefetching = False  # whether the prefetcher's next batch is the batch at (epoch, step)
+        if service is not None:
+            self._connect(service, service_fallback, seed, "random", augmentation.shared_by)
         self._open(1, augmentation.divisor)
 
     def __len__(self) -> int:
@@ -106,7 +106,8 @@ class TrainLoader(Loader):
         """
         while True:
             if not self._is_prefetching:
-                self._start(partial(self._read_step, epoch, step) for epoch, step in self._positions())
+                jobs = (partial(self._read_step, epoch, step) for epoch, step in self._positions())
+                self._start(jobs, self.epoch * len(self) + self.step)
                 self._is_prefetching = True
             batch = self._next()
             assert batch is not None  # the jobs never end, because the number of epochs is unlimited
@@ -184,74 +185,12 @@ class TrainLoader(Loader):
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
         record_numbers = self._permutations[epoch][step * images : (step + 1) * images][part]
-        return self._prefetcher.read_batch(record_numbers, lambda records: self._augmenter.random_crops(records, draws))
-
-
-class EvalLoader(Loader):
-    """Serves every image of a split once in each iteration; made by eval_loader.
-
-    If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        split: str,
-        batch_size: int,
-        placement: Placement,
-        views: int | str,
-        *,
-        augmentation: Augmentation,
-        layout: str = "NCHW",
-        dtype: str = "float32",
-        threads: int = 1,
-        shard: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        """eval_loader describes the arguments and the errors."""
-        super().__init__(
-            store,
-            split,
-            batch_size,
-            placement,
-            augmentation=augmentation,
-            layout=layout,
-            dtype=dtype,
-            threads=threads,
-            shard=shard,
-            world_size=world_size,
-        )
-        if views not in (1, 10, SQUARE):
-            raise UserError(
-                f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
-                "central square)."
-            )
-        self.views = views
-        first, end = (self.records * part // world_size for part in (shard, shard + 1))
-        self._record_numbers = np.arange(first, end)
-        if isinstance(views, str):
-            self._open(1, 1.0, self._augmenter.side_px)
-        else:
-            self._open(views, 1.0)
-
-    def __len__(self) -> int:
-        """Number of batches in one iteration."""
-        return -(-len(self._record_numbers) // self.batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        """Serve this rank's range of the split once, from its beginning, in the order of the store.
-
-        Raises StoreError for a damaged record, with its location.
-        """
-        self._start(partial(self._read_step, step) for step in range(len(self)))
-        while (batch := self._next()) is not None:
-            yield batch
-
-    def _read_step(self, step: int) -> BatchInput:
-        record_numbers = self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
-        return self._prefetcher.read_batch(
-            record_numbers, lambda records: self._augmenter.eval_crops(records, self.views)
-        )
+        if self._windows is None:
+            make_crops = partial(self._augmenter.random_crops, draws=draws)
+            return self._prefetcher.read_batch(record_numbers, make_crops)
+        position = epoch * len(self) + step
+        records = self._windows.records(position, record_numbers, draws.offset, CROP_PX, self.split)
+        return BatchInput(records, self._augmenter.random_crops(records, draws))
 
 
 def train_loader(
@@ -267,6 +206,8 @@ def train_loader(
     threads: int | None = None,
     shard: int = 0,
     world_size: int = 1,
+    service: str | None = None,
+    service_fallback: str | None = None,
 ) -> TrainLoader:
     """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
@@ -284,13 +225,19 @@ def train_loader(
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
+    service       "NAME" or "NAME@HOST:PORT": workers of this service decode and cut the images (`alexstream serve`).
+    The
+                  batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes differently.
+                  Of the local store, only manifest.json, colour.json and mean_image.npy are read
+    service_fallback  "local": if the service is lost, the loader goes on with the local store, with the same batches
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).
 
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
     than the split, for a GPU that this machine lacks, for a value that is not allowed, and if the engine needs DALI
-    (JPEG records on a GPU, or if the C kernel cannot be used) and DALI is not installed.
+    (JPEG records on a GPU, or if the C kernel cannot be used) and DALI is not installed. Raises ServiceError
+    (pipeline.service.errors), a UserError, if there is no such service, if it has another store, and if it is lost.
     """
     return TrainLoader(
         Store.open(store),
@@ -304,47 +251,6 @@ def train_loader(
         threads=threads or usable_cores(),
         shard=shard,
         world_size=world_size,
-    )
-
-
-def eval_loader(
-    store: str | Path,
-    batch_size: int = 128,
-    device: str = "cpu",
-    *,
-    views: int | str = 1,
-    split: str = "val",
-    augmentation: Augmentation | None = None,
-    layout: str = "NCHW",
-    dtype: str = "float32",
-    threads: int | None = None,
-    shard: int = 0,
-    world_size: int = 1,
-) -> EvalLoader:
-    """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
-
-    views         1: the centre crop. 10: the crops at four corners and centre, then the same five crops mirrored
-                  (section 4.1). "square": the complete central square, for a network that slides over it
-    augmentation  only the setting `mean` is used. The mean itself is computed from the training split
-    shard         rank of this process: each of `world_size` loaders serves one contiguous range of records.
-                  Together the loaders serve every record
-
-    train_loader describes the other arguments and the errors.
-
-    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
-    (N, 10, 3, 224, 224); for views="square" (N, 3, side, side) with the side of the store's images. The ten views of an
-    image take 6 MB in float32, so choose a small batch_size. Labels are int64 (N,). The last batch can be smaller.
-    """
-    return EvalLoader(
-        Store.open(store),
-        split,
-        batch_size,
-        Placement.parse(device),
-        views,
-        augmentation=augmentation or Augmentation(),
-        layout=layout,
-        dtype=dtype,
-        threads=threads or usable_cores(),
-        shard=shard,
-        world_size=world_size,
+        service=service,
+        service_fallback=service_fallback,
     )

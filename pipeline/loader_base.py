@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from typing import NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 
@@ -12,10 +12,18 @@ from pipeline.augment import CROP_PX, LAYOUTS, Augmentation, Augmenter, check_ch
 from pipeline.engines.dali_engine import OutputFormat
 from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
-from pipeline.prefetch import Job, Prefetcher
+from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
 from pipeline.records import Records
 from prep.console import UserError
 from prep.store.manifest import Store
+
+if TYPE_CHECKING:  # loaders without a service do not load its modules
+    from pipeline.service.source import WindowSource
+    from pipeline.service.status import ServiceStatus
+
+# Version of the record order, the random numbers and the formula (pipeline.sampling, pipeline.augment). A state of
+# another version cannot be resumed. States store the version under the key "graph_version".
+STREAM_VERSION = 3
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,8 +64,12 @@ class Loader:
         threads: int,
         shard: int,
         world_size: int,
+        from_windows: bool,
     ) -> None:
-        """Check the arguments and open the split; a subclass then calls `_open`. Raises UserError and StoreError."""
+        """Check the arguments and open the split. Raises UserError and StoreError.
+
+        A subclass then calls `_open`, and before it `_connect` if `from_windows`: the records come from a service.
+        """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
         if not 0 <= shard < world_size:
@@ -71,7 +83,9 @@ class Loader:
         self._records = Records(store, split)
         check_choice("dtype", dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
-        self._augmenter = Augmenter(store, augmentation)
+        self._augmenter = Augmenter(store, augmentation, from_windows)
+        self._windows: WindowSource | None = None  # made by `_connect`
+        self._waited_s = 0.0  # time for which the consumer has waited for batches since the start
         self._prefetcher: Prefetcher  # made by `_open`
 
     @property
@@ -86,13 +100,21 @@ class Loader:
         self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
+    def service_status(self) -> ServiceStatus | None:
+        """State of the service as of its last answer; None if the loader uses no service."""
+        return None if self._windows is None else self._windows.status
+
     def close(self) -> None:
         """Stop the threads, release memory and unmap the files. Batches already served stay valid.
 
         The engines keep the memory of served batches that are still referenced (see the methods `finish` and `close` of
         CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch.
         """
+        if self._windows is not None:
+            self._windows.stop()
         self._prefetcher.close()
+        if self._windows is not None:
+            self._windows.close()
 
     def __enter__(self) -> Self:
         return self
@@ -103,13 +125,37 @@ class Loader:
     def _open(self, views: int, divisor: float, crop_px: int = CROP_PX) -> None:
         """Make the engine and the prefetcher for `views` crops of `crop_px` × `crop_px` from each record."""
         output = OutputFormat(views, self.layout, divisor, _DTYPES[self.dtype], crop_px)
-        engine = choose_engine(self._augmenter, self.placement, output, self.threads)
-        self._prefetcher = Prefetcher(engine, self.placement, self._records, self.batch_size, self.threads)
+        try:
+            engine = choose_engine(self._augmenter, self.placement, output, self.threads)
+            read_ahead = READ_AHEAD if self._windows is None else self._windows.read_ahead
+            self._prefetcher = Prefetcher(
+                engine, self.placement, self._records, self.batch_size, self.threads, read_ahead
+            )
+        except BaseException:
+            if self._windows is not None:
+                self._windows.close()
+            raise
 
-    def _start(self, jobs: Iterator[Job]) -> None:
-        """Start to prefetch the batches of `jobs`."""
+    def _connect(self, service: str, fallback: str | None, seed: int | None, window: str, shared_by: int) -> None:
+        """Connect to the service. The arguments after `fallback` are fields of StreamKey."""
+        from pipeline.service.protocol import StreamKey
+        from pipeline.service.source import WindowSource
+
+        fingerprint, ranks = self.store.split(self.split).fingerprint, (self.shard, self.world_size)
+        key = StreamKey(STREAM_VERSION, self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by)
+        self._windows = WindowSource(service, key, self.store, self.threads, lambda: self._waited_s, fallback)
+
+    def _start(self, jobs: Iterator[Job], position: int) -> None:
+        """Start to prefetch the batches of `jobs`. `position` is the position of the first batch (Fetch.position)."""
+        if self._windows is not None:
+            self._windows.start(position)
         self._prefetcher.start(jobs)
         self._served_at = None
+
+    def _finish(self) -> None:
+        """Tell the service that no further batch is needed for now."""
+        if self._windows is not None:
+            self._windows.finish()
 
     def _next(self) -> Batch | None:
         """The next batch; None after the last batch. Raises StoreError for a damaged record."""
@@ -121,6 +167,7 @@ class Loader:
         if output is not None:
             batch = Batch(output.images, output.labels)
         now = self._served_at = time.perf_counter()
+        self._waited_s += now - requested
         batches, consumer_wait_s, loader_wait_s = self._waits
         self._waits = WaitTimes(
             batches + (batch is not None), consumer_wait_s + now - requested, loader_wait_s + since_served_s

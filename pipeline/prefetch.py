@@ -73,10 +73,20 @@ Job = Callable[[], BatchInput]  # reads the records of one batch; runs on a read
 class Prefetcher:
     """Runs jobs before the consumer needs the images, and returns the images in the order of the jobs."""
 
-    def __init__(self, engine: Engine, placement: Placement, records: Records, batch_size: int, threads: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        placement: Placement,
+        records: Records,
+        batch_size: int,
+        threads: int,
+        read_ahead: int = READ_AHEAD,
+    ) -> None:
+        """`threads` is the number of DALI's threads. `read_ahead` jobs run at the same time."""
         self._engine, self._placement, self._records = engine, placement, records
         self._pipe = _build_pipeline(engine, batch_size, placement, threads) if engine.uses_dali else None
-        self._readers = ThreadPoolExecutor(_READER_THREADS, "alexstream")
+        self._read_ahead = read_ahead
+        self._readers = ThreadPoolExecutor(max(_READER_THREADS, read_ahead), "alexstream")
         self._finisher = ThreadPoolExecutor(1, "alexstream")
         self._ahead = ENGINE_AHEAD
         if engine.uses_dali:
@@ -104,6 +114,8 @@ class Prefetcher:
             future.cancel()
         wait(self._finished)
         self._finished.clear()
+        for future_input in self._reading:
+            future_input.cancel()
         self._reading.clear()
         with suppress(StoreError):  # `next` raises the error later
             while self._in_engine and self._error is None:
@@ -188,7 +200,7 @@ class Prefetcher:
     def _schedule(self) -> None:
         """Start batches until the engine has enough, and READ_AHEAD others are being read or no jobs remain."""
         while len(self._in_engine) < self._ahead:
-            for job in islice(self._jobs, READ_AHEAD - len(self._reading)):
+            for job in islice(self._jobs, self._read_ahead - len(self._reading)):
                 self._reading.append(self._readers.submit(self._run_job, job))
             if not self._reading:
                 return

@@ -39,7 +39,8 @@ ROOMS = {
     ),
     "pipeline": (
         *("pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.augment", "pipeline.still_image"),
-        *("pipeline.engines", "pipeline.service", "pipeline.prefetch", "pipeline.loader_base", "pipeline.loader"),
+        *("pipeline.engines", "pipeline.service", "pipeline.prefetch", "pipeline.loader_base"),
+        *("pipeline.eval_loader", "pipeline.loader"),
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (

@@ -1,0 +1,142 @@
+"""Evaluation loader: every image of a split once, without random augmentation. See pipeline.loader for batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
+from pipeline.loader_base import Batch, Loader
+from pipeline.placement import Placement
+from pipeline.prefetch import BatchInput
+from prep.console import UserError, usable_cores
+from prep.store.manifest import Store
+
+
+class EvalLoader(Loader):
+    """Serves every image of a split once in each iteration; made by eval_loader.
+
+    If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        split: str,
+        batch_size: int,
+        placement: Placement,
+        views: int | str,
+        *,
+        augmentation: Augmentation,
+        layout: str = "NCHW",
+        dtype: str = "float32",
+        threads: int = 1,
+        shard: int = 0,
+        world_size: int = 1,
+        service: str | None = None,
+        service_fallback: str | None = None,
+    ) -> None:
+        """eval_loader describes the arguments and the errors."""
+        super().__init__(
+            store,
+            split,
+            batch_size,
+            placement,
+            augmentation=augmentation,
+            layout=layout,
+            dtype=dtype,
+            threads=threads,
+            shard=shard,
+            world_size=world_size,
+            from_windows=service is not None,
+        )
+        if views not in (1, 10, SQUARE):
+            raise UserError(
+                f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
+                "central square)."
+            )
+        self.views = views
+        first, end = (self.records * part // world_size for part in (shard, shard + 1))
+        self._record_numbers = np.arange(first, end)
+        if service is not None:
+            window = "centre" if views == 1 else "square"
+            self._connect(service, service_fallback, None, window, 0)
+        if isinstance(views, str):
+            self._open(1, 1.0, self._augmenter.side_px)
+        else:
+            self._open(views, 1.0)
+
+    def __len__(self) -> int:
+        """Number of batches in one iteration."""
+        return -(-len(self._record_numbers) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Serve this rank's range of the split once, from its beginning, in the order of the store.
+
+        Raises StoreError for a damaged record, with its location.
+        """
+        self._start((partial(self._read_step, step) for step in range(len(self))), 0)
+        while (batch := self._next()) is not None:
+            yield batch
+        self._finish()
+
+    def _read_step(self, step: int) -> BatchInput:
+        record_numbers = self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
+        if self._windows is None:
+            return self._prefetcher.read_batch(record_numbers, partial(self._augmenter.eval_crops, views=self.views))
+        offset, window_px = np.zeros((len(record_numbers), 2), np.int32), self._augmenter.side_px
+        if self.views == 1:
+            offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
+            window_px = CROP_PX
+        records = self._windows.records(step, record_numbers, offset, window_px, self.split)
+        return BatchInput(records, self._augmenter.eval_crops(records, self.views))
+
+
+def eval_loader(
+    store: str | Path,
+    batch_size: int = 128,
+    device: str = "cpu",
+    *,
+    views: int | str = 1,
+    split: str = "val",
+    augmentation: Augmentation | None = None,
+    layout: str = "NCHW",
+    dtype: str = "float32",
+    threads: int | None = None,
+    shard: int = 0,
+    world_size: int = 1,
+    service: str | None = None,
+    service_fallback: str | None = None,
+) -> EvalLoader:
+    """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
+
+    views         1: the centre crop. 10: the crops at four corners and centre, then the same five crops mirrored
+                  (section 4.1). "square": the complete central square, for a network that slides over it
+    augmentation  only the setting `mean` is used. The mean itself is computed from the training split
+    shard         rank of this process: each of `world_size` loaders serves one contiguous range of records.
+                  Together the loaders serve every record
+
+    train_loader describes the other arguments and the errors.
+
+    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
+    (N, 10, 3, 224, 224); for views="square" (N, 3, side, side) with the side of the store's images. The ten views of an
+    image take 6 MB in float32, so choose a small batch_size. Labels are int64 (N,). The last batch can be smaller.
+    """
+    return EvalLoader(
+        Store.open(store),
+        split,
+        batch_size,
+        Placement.parse(device),
+        views,
+        augmentation=augmentation or Augmentation(),
+        layout=layout,
+        dtype=dtype,
+        threads=threads or usable_cores(),
+        shard=shard,
+        world_size=world_size,
+        service=service,
+        service_fallback=service_fallback,
+    )
