@@ -57,8 +57,8 @@ def run_demo(folder: Path) -> None:
         errors |= _run_command(arguments)
     finished.touch()
     click.secho(
-        f"\nTop-1 error by ten views: {errors['top1_error']:.1%} on {errors['images']} validation photographs; "
-        f"guessing errs {1 - 1 / CLASSES:.0%}. The demo took {duration_text(time.monotonic() - started)}. Look at:",
+        f"\nTop-1 error by ten views: {errors['top1_error']:.1%} on {errors['images']} validation photographs; random "
+        f"guesses have {1 - 1 / CLASSES:.0%}. The demo took {duration_text(time.monotonic() - started)}. Look at:",
         bold=True,
     )
     for name, description in RESULTS:

@@ -217,9 +217,10 @@ def test_nhwc_is_nchw_transposed(stores: dict[str, Path], loader: str, mean: str
 @pytest.mark.parametrize(("mean", "layout"), [("channel", "NCHW"), ("aligned", "NHWC")])
 @pytest.mark.parametrize("loader", LOADERS)
 def test_half_precision_is_float32_rounded(stores: dict[str, Path], loader: str, layout: str, mean: str) -> None:
-    """bfloat16 pixels equal torch's rounding.
+    """bfloat16 pixels equal the float32 pixels as torch rounds them.
 
-    float16 pixels differ from NumPy's rounding by at most the distance to the next float16 number.
+    float16 pixels differ from the float32 pixels as NumPy rounds them by at most the distance to the next float16
+    number.
     """
     options = {"augmentation": Augmentation(mean=mean, divisor=1.1), "layout": layout}
     whole = batches(stores["jpeg"], loader, **options)

@@ -76,7 +76,8 @@ def timed(work: Callable[[], int]) -> Callable[[], float]:
 class LineProcess:
     """A subprocess that reads commands from standard input and writes answers to standard output, a line each.
 
-    Its standard error goes to the file `errors`. If the process fails, the error quotes the last line of the file.
+    The subprocess's standard error goes to the file `errors`. If the subprocess fails, the UserError quotes the last
+    line of this file.
     """
 
     def __init__(

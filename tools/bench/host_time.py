@@ -2,8 +2,8 @@
 
 The stages run one after the other on one thread, so the sum is an upper bound of the time for which the stream holds
 Python's GIL. Only the search for the records in the mapped files runs without the GIL. The kernel is replaced by a
-function that does nothing; `--threads` threads still call it, as in a stream. Batches are chosen at random, and all
-records are in the page cache. The results are medians over the batches.
+function that does nothing; `--threads` threads call this function, as in a stream. Batches are chosen at random, and
+all records are in the page cache. The results are medians over the batches.
 
 look up   Records.batch: find and check the records of a batch
 crops     Augmenter.random_crops, with random numbers that are already drawn
@@ -65,7 +65,7 @@ def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str
             started = _timed(times["feed"], lambda found=found, crops=crops: engine.start(found, crops))
             images = _timed(times["finish"], lambda *parts: engine.finish(*parts), started, found, crops)
             assert len(images) == batch
-            del images, started  # gives the memory of the batch back
+            del images, started  # lets the engine reuse the memory of the batch
     medians = {name: 1e6 * float(np.median(values[_FIRST:])) / batch for name, values in times.items()}
     return {**medians, "sum": sum(medians.values())}
 

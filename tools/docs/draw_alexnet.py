@@ -30,7 +30,7 @@ AFTER = {"conv1": "LRN, pool", "conv2": "LRN, pool", "conv5": "pool", "fc6": "dr
 
 @dataclass(frozen=True)
 class Box:
-    """A slab that shows one column of a layer. The height grows with the side of the maps, the depth with their number.
+    """A slab that shows one column of a layer. The height grows with the maps' side, the depth with their count.
 
     For a fully connected layer, the height grows with the number of units and the depth is 0.
     """

@@ -38,7 +38,7 @@ PPM_MAX = 4 * 2.0**-15  # four times the distance between neighbouring float32 n
 # Errors of the logits on an H200: fp32 1e-6, tf32 7e-4, bf16 6e-3. Errors (logits, gradient) on a CPU, with 4
 # photographs and the paper's widths: fp32 9e-7, 1e-6; bf16 5e-3, 0.2.
 TOLERANCES = {"fp32": (1e-5, 5e-3), "tf32": (3e-3, 0.2), "bf16": (2e-2, 0.4)}
-LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave 8e-8 and 1.7e-3
+LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave the errors 8e-8 and 1.7e-3
 # Limit of the relative difference between two runs of three steps. On a GPU the order of additions in gradients varies;
 # an H200 gave 8e-7.
 REPEAT_TOLERANCE = 1e-5

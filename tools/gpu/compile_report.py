@@ -89,7 +89,7 @@ def _compile(
             or name == "maps"
             or name.endswith(("_image", "_row", "_column", "_position"))
         ):
-            attributes[(position,)] = [["tt.divisibility", 16]]  # as Triton infers for the paper's shapes
+            attributes[(position,)] = [["tt.divisibility", 16]]  # Triton infers this divisor for the paper's shapes
     source = ASTSource(fn=kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(options))
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -110,7 +110,7 @@ def make_works(
 
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):  # does nothing for None
+        with torch.cuda.stream(stream):  # changes nothing if `stream` is None
             outputs = compute()
         gradient = [tensor.clone() for tensor in upstream]
 

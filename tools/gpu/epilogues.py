@@ -6,7 +6,8 @@ bias. The float64 results are computed for some images at a time, so that they f
 
 If the two largest values of a pooling window are almost equal, rounding decides which of them is the maximum, and the
 window's gradient goes to another position. Such windows get an upstream gradient of 0, so that they cannot hide other
-errors. Their number is part of the check: a check fails if more than a tenth of the windows are left out.
+errors. The number of these windows is part of the check: a check fails if more than a tenth of the windows are left
+out.
 """
 
 from __future__ import annotations
@@ -24,8 +25,9 @@ from train.config.recipe import Lrn
 from train.config.recipes import PAPER
 from train.model.gpu.epilogue import Epilogue, apply_epilogue
 
-# Limits of ‖found − wanted‖ / ‖wanted‖ for the result, the gradient of x, and the gradient of the bias. In bfloat16
-# rounding of the result alone gives an error of 1.7e-3. Triton's interpreter truncates: up to 3.5e-3.
+# Limits of ‖found − wanted‖ / ‖wanted‖ for the result, the gradient of x, and the gradient of the bias. In bfloat16,
+# rounding the result already gives an error of 1.7e-3. Triton's interpreter truncates instead of rounding, which gives
+# an error of up to 3.5e-3.
 TOLERANCES = {torch.float32: (2e-6, 2e-6, 5e-6), torch.bfloat16: (2.0**-8, 2.0**-8, 2.0**-8)}
 # A window is left out if its two largest values differ by less than this part of the larger value. Errors of a kernel's
 # normalized values are smaller: about 1e-7 in float32, and up to 2e-3 in bfloat16, where squares have 8 bits.
@@ -78,7 +80,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """The kernels on a GPU. In the trial on a CPU, `operators`, because Triton's interpreter takes minutes."""
+    """The function to check: the kernels; in the trial on a CPU `operators`, as Triton's interpreter takes minutes."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -95,7 +97,7 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
     errors, left_out = epilogue_errors(case, images, dtype, device, apply)
     nan_fault = nan_faults(case, dtype, device, apply)
     limits = TOLERANCES[dtype]
-    is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))  # False for a NaN error
+    is_close = all(error <= limit for error, limit in zip(errors, limits, strict=True))  # False if an error is NaN
     places = f"{case.columns} × {case.maps} maps of {case.side_px}×{case.side_px}"
     return Check(
         f"epilogue of {case.name}, {places}, {images} images, {str(dtype).removeprefix('torch.')}, on {device}",

@@ -252,7 +252,7 @@ def _last_step(run_dir: Path) -> int:
 def compare_runs(folder: Path, other: Path, steps: int) -> tuple[list[str], int]:
     """The parameters and velocities that differ between the newest checkpoints of two runs, and their number.
 
-    Raises UserError if a checkpoint is not that of step `steps`.
+    Raises UserError if a newest checkpoint is of a step other than `steps`.
     """
     states = []
     for run_dir in (folder, other):

@@ -1,7 +1,8 @@
 """Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
 
-The photographs are those of tools.photo_digits, not darkened. Each training photograph is in the stores several times,
-under several names, so that an epoch has dozens of steps of 512 images. All records are different files to the stream.
+tools.photo_digits makes the photographs, here without darkening. Each training photograph is in the stores several
+times, under several names, so that an epoch has dozens of steps of 512 images. All records are different files to the
+stream.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from train.model.summary import summarize
 
 MAX_PREFETCHED = 8  # batches that are discarded when a turn starts, because the stream may have prefetched them
 GOAL_RATIO, GOAL_HOURS = 0.98, 2.0
-BATCHES = (128, 256, 512, 1024, 2048)  # of the last precision; other precisions are measured at the first batch
+BATCHES = (128, 256, 512, 1024, 2048)  # batch sizes of the last precision; others are measured at the first size only
 GOAL_JPEG_RATIO = 0.95
 PROFILED_STEPS = 3
 _HOST_STEPS = 20

@@ -58,7 +58,7 @@ def test_batches_are_those_of_the_cpu(
     streams: list[DeferredStream],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Training over an epoch's end, resumption, and all views. The last batch of an evaluation has two images."""
+    """Compares training over an epoch's end, a resumed stream, and all views. The last view batch has two images."""
 
     def batches() -> list[list[Batch]]:
         with train_loader(stores[kind], 8, seed=3, threads=2, **options) as loader:

@@ -302,7 +302,7 @@ def test_a_source_without_an_image_gives_no_store(tmp_path: Path) -> None:
 
 
 def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> None:
-    """The file is removed after the probe and before it is read."""
+    """The file is removed after the probe, before the build reads the file."""
     removed = image_paths(photos)[3]
 
     class AfterRemoval(InlineRunner):

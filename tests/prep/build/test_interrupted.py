@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_keeps_its_finished_shards(
 def test_a_signal_ends_the_build_which_can_be_resumed(
     start: Start, slow: Path, slow_store: Store, tmp_path: Path, number: int, code: int
 ) -> None:
-    """SIGTERM is sent to the parent only, as `kill` does. SIGINT is sent to all processes, as Ctrl-C does."""
+    """SIGTERM is sent to the parent only, as by `kill`. SIGINT is sent to all processes, as by Ctrl-C."""
     store = tmp_path / "store"
     command = start(slow, store)
     command.wait_for_shards(1)

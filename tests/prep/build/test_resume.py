@@ -105,7 +105,7 @@ def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Pat
 def test_a_changed_input_that_is_not_stored_yet_is_read_as_it_is_now(
     change: Callable[[Path], None], photos: Path, store: Path, used: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The first build after the change reports it and saves the new listing, so the second build reports nothing."""
+    """The first build after the change reports the change and saves the new listing. The second reports nothing."""
     unused = sorted(set(image_paths(photos)) - set(used))
     for name in unused[:3]:
         change(photos / name)

@@ -134,7 +134,7 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
             outer[channel][other] -= 1
             set_moments(store, replace(true, outer=tuple(map(tuple, outer))))
             the_fault(store, workers, "manifest.json", "moments")
-            assert faults_of(store, workers, decode=False) == []  # --quick cannot find it
+            assert faults_of(store, workers, decode=False) == []  # --quick does not read records
 
 
 def shifted(true: Moments, levels: int) -> Moments:

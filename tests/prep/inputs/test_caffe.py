@@ -356,7 +356,7 @@ def test_an_import_is_the_same_for_any_number_of_jobs_and_when_repeated(
     done(CliRunner().invoke(main, ["import-caffe", str(folder), *options]))
     assert Store.open(tmp_path / "one").fingerprint == Store.open(tmp_path / "two").fingerprint
     assert "nothing to do" in done(import_caffe(tmp_path / "one", folder))
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # it is only read
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before  # the LMDB is only read
 
 
 @pytest.mark.usefixtures("processes")
@@ -369,7 +369,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
     for name in ("nowhere", "folder", "file", "noise", "zeros", "empty"):
         before = sorted(os.listdir(tmp_path))
         line = fails(import_caffe(tmp_path / "store", tmp_path / name, "--on-bad", "skip"), tmp_path / name)
-        assert "Build the store again" not in line  # it is not a store
+        assert "Build the store again" not in line  # advice for stores
         assert line.count(str(tmp_path / name)) == 1
         assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "folder") == []

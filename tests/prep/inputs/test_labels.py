@@ -109,7 +109,7 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
     source = list_images(flat, labels)
     assert source.classes == ("ape", "cat", "dog")
     assert paths_and_labels(source) == list(zip(SORTED_NAMES, [1, 2, 0, 1], strict=True))
-    store_classes = ("dog", "eel", "cat", "ape")  # their order counts
+    store_classes = ("dog", "eel", "cat", "ape")  # labels follow this order
     assert labels_of(list_images(flat, labels, store_classes=store_classes)) == [2, 0, 3, 2]
 
 

@@ -56,7 +56,7 @@ def test_written_records_are_read_back(tmp_path: Path) -> None:
     records = random_records(40)
     write(tmp_path / "s", records)
     assert list(read(tmp_path / "s")) == records
-    assert list(read(tmp_path / "s")) == records  # a second time
+    assert list(read(tmp_path / "s")) == records  # records can be read twice
 
 
 def test_an_lmdb_written_in_another_way_is_read_in_key_order(tmp_path: Path) -> None:

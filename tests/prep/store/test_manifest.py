@@ -126,7 +126,7 @@ def test_a_missing_or_unknown_field_is_refused(
 
 @pytest.mark.parametrize("value", [None, 3, "text", [], [1], {"a": 1}, {"a": {}}, [["a"]]])
 def test_a_part_of_another_type_raises_only_store_error(copied: Path, value: object) -> None:
-    """Store.open either accepts the value or raises StoreError. It must raise no other exception."""
+    """Store.open either accepts the value or raises StoreError, and never raises another exception."""
     whole = (copied / "manifest.json").read_bytes()
     changes: list[Change] = [
         lambda data: data.update(settings=value),

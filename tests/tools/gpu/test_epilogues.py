@@ -89,7 +89,7 @@ def test_an_error_of_a_hundred_thousandth_fails_in_float32() -> None:
 
 @DTYPES
 def test_a_gradient_at_the_last_maximum_passes_but_at_another_value_fails(dtype: torch.dtype) -> None:
-    """Windows whose maximum is in doubt are left out; a kernel that sends gradients elsewhere is still noticed."""
+    """Windows with two nearly equal maxima are left out. A kernel that sends gradients to other values still fails."""
     moved = with_changed("x", lambda grad: grad.roll(1, 3))
     assert not check_epilogue(SMALL["conv5"], 3, dtype, CPU, moved).ok
     x = torch.zeros(1, 1, 3, 5, dtype=torch.float64)

@@ -29,7 +29,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_every_operator_of_a_training_has_a_deterministic_algorithm(
     stores: dict[str, Path], tmp_path: Path, recipe: str
 ) -> None:
-    """PyTorch raises RuntimeError for an operator without one. On a CPU the option changes no bit of the result."""
+    """PyTorch raises RuntimeError for a nondeterministic operator. On a CPU the option changes no bit of the result."""
     words = ["run", "--store", stores["jpeg"], "--gpus", "cpu", "--recipe", recipe, "--batch", "8", "--steps", "3"]
     for name, options in (("plain", []), ("deterministic", ["--deterministic"])):
         result = alextrain(*words, "--run-dir", tmp_path / name, *options)

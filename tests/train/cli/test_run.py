@@ -47,7 +47,7 @@ def stopped_run(store: Path, run_dir: Path, signum: int, monkeypatch: pytest.Mon
 
     def send_signal_after_one(self: MetricsLog, line: dict[str, Any]) -> None:
         log_line(self, line)
-        if line["step"] == 1:  # one signal only: a second one would stop the run at once
+        if line["step"] == 1:  # one signal only: a second signal would stop the run at once
             os.kill(os.getpid(), signum)
 
     with monkeypatch.context() as patch:

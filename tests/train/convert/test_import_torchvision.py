@@ -92,7 +92,7 @@ def test_an_imported_run_differs_only_at_the_border_and_can_be_evaluated(
 
 
 def test_an_imported_run_can_be_trained_further(weights: Path, store: Path, tmp_path: Path) -> None:
-    """`alextrain run` with the options of the import resumes the run. The first loss is the imported network's."""
+    """`alextrain run` with the import's options resumes the run. The first loss is the imported network's loss."""
     args = ["--store", store, "--run-dir", tmp_path / "run", "--batch", 8, "--seed", 3, "--set", "dropout=0"]
     args += ["--set", "label_smoothing=0.1"]
     json_lines("import", weights, *args, "--set", "lr=0.001")

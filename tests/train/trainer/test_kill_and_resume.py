@@ -20,7 +20,7 @@ from train.trainer.loop import fit
 
 
 def kill_and_resume(store: Path, run_dir: Path, seed: int, when: str) -> dict[str, Any]:
-    """Kill a run up to ten times, resume it, and compare its result with that of a run that is not killed.
+    """Kill a run up to ten times, resume the run, and compare the result with the result of an uninterrupted run.
 
     Returns the JSON object that tests/helpers/kill_and_resume.py prints.
     """

@@ -26,7 +26,7 @@ RECIPE = replace(PAPER, init_std=dict.fromkeys(PAPER.init_std, 0.05))
 
 
 class Recorder(TorchDispatchMode):
-    """Records each operator with its tensors and Python numbers, and copies tensors that existed before."""
+    """Records each operator with its tensors and Python numbers. Copies tensors that are older than the recording."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def train(
 def assert_equal_training(
     actual: tuple[dict[str, Tensor], list[Counts]], expected: tuple[dict[str, Tensor], list[Counts]]
 ) -> None:
-    """Equal apart from rounding: the update with rates in a tensor adds its terms in another order."""
+    """Asserts equality apart from rounding: the update with rates in a tensor adds its terms in another order."""
     for name, parameter in expected[0].items():
         assert torch.allclose(actual[0][name], parameter, rtol=1e-4, atol=1e-6), name
     for a, b in zip(actual[1], expected[1], strict=True):

@@ -2,9 +2,9 @@
 
     python -m tools.bench.peers.jpeg_bound FOLDER OUT JOBS PASSES
 
-Forked processes read the files PASSES times from the page cache. They decode and encode with simplejpeg. No file is
-written. The squares to encode are cut from the same photographs before the timing starts. At most 1,000 squares are
-kept in memory. simplejpeg uses libjpeg-turbo's faster, less exact arithmetic. The few images that simplejpeg cannot
+Forked processes read the files PASSES times from the page cache. The processes decode and encode with simplejpeg. No
+file is written. The squares to encode are cut from the same photographs before the timing starts. At most 1,000 squares
+are kept in memory. simplejpeg uses libjpeg-turbo's faster, less exact arithmetic. The few images that simplejpeg cannot
 decode (CMYK and PNG) are skipped.
 """
 

@@ -57,7 +57,7 @@ def random_crop(pixels: npt.NDArray[np.uint8], mean: Mean, out: Any = None) -> n
 
 def check_batches(batches: Iterator[Any]) -> None:
     """Check dtype, shape and range of two batches, and that images differ; raises ValueError if a check fails."""
-    first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # their memory may be reused
+    first, second = (np.asarray(next(batches)).copy() for _ in range(2))  # a stream may reuse a batch's memory
     for images in (first, second):
         if images.shape != (BATCH, 3, CROP_PX, CROP_PX) or images.dtype != np.float32:
             raise ValueError(f"a batch is {images.dtype} {images.shape}, not float32 {(BATCH, 3, CROP_PX, CROP_PX)}")

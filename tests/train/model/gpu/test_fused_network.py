@@ -64,7 +64,7 @@ def test_maps_and_gradients_equal_those_of_the_layers(model: str, recipe: str, c
 
 @pytest.mark.parametrize("model", ["alexnet", "torchvision", "one-gpu"])
 def test_logits_equal_those_of_the_layers(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fully-connected layers, in evaluation and in training without dropout. AlexNet's layers compute pool5."""
+    """Compares the fully-connected layers, without dropout. AlexNet's layers compute pool5 for both networks."""
     network = small_network(model, "paper")
     joined = torch.cat(network._convolutional(images := torch.randn(2, 3, 224, 224)), 1)
     monkeypatch.setattr(FusedNetwork, "_pooled_maps", lambda self, images, channels_first: [joined])
