@@ -96,7 +96,7 @@ def test_a_checkpoint_of_an_earlier_format_is_refused_by_its_format_number(tmp_p
         checkpoint.load_latest(tmp_path)
 
 
-# ---------------------------------------------------------------- torn and altered files in a run folder
+# ---------------------------------------------------------------- incomplete and altered files in a run folder
 
 
 def test_a_run_names_an_altered_newest_checkpoint_and_resumes_from_the_previous_one(
@@ -148,10 +148,10 @@ def test_torn_checkpoints_are_not_counted_among_those_to_keep(stores: dict[str, 
         ("torch.load", RuntimeError("can't allocate memory"), "can't allocate memory"),
     ],
 )
-def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_torn(
+def test_an_intact_checkpoint_with_a_temporary_read_error_does_not_count_as_damaged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception, message: str
 ) -> None:
-    """A run removes torn checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
+    """A run removes damaged checkpoints. A temporary read error must not make a run remove an intact checkpoint."""
 
     def fail(*args: object, **options: object) -> None:
         raise error
