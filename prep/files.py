@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import io
 import os
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import UserError
+
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+
+class LockHeld(UserError):
+    """Another process holds the lock of a folder."""
+
+
+def unique_suffix() -> str:
+    """Suffix of a temporary name, `PID-HEX.tmp`: unique among all machines that share a file system."""
+    return f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 
 def write_atomic(path: Path, content: bytes) -> None:
@@ -29,7 +42,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
     The file is written under a temporary name, synced and renamed. Then the folder is synced.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{unique_suffix()}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -41,28 +54,41 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     sync_folder(path.parent)
 
 
-_LOCK_TRIES, _LOCK_RETRY_S = 5, 0.02
+_LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1
 
 
 @contextmanager
-def hold_lock(folder: Path, activity: str) -> Iterator[None]:
-    """Hold the folder's lock during a `with` block.
+def hold_lock(
+    folder: Path, activity: str, *, name: str = ".lock", shared: bool = False, wait_s: float = _LOCK_WAIT_S
+) -> Iterator[None]:
+    """Hold the lock of a folder, its file `name`, during a `with` block.
 
-    Raises UserError, with `activity` in its message, if another process holds the lock. The kernel releases the lock
-    when the process ends, even after a crash.
+    Several processes can hold a `shared` lock at the same time. While another process holds a lock that is not shared,
+    or if this lock is not shared and another process holds any lock, the function tries again for `wait_s`, then raises
+    LockHeld with `activity` in its message. The kernel releases the lock when the process ends, even after a crash. On
+    NFS and on most cluster file systems the lock excludes the processes of other machines, too.
     """
-    with open(folder / ".lock", "a") as handle:
-        for tries_left in reversed(range(_LOCK_TRIES)):
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    deadline = time.monotonic() + wait_s
+    with open(folder / name, "a+") as handle:  # NFS permits a shared lock only if the file is open for reading
+        while True:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
                 break
             except BlockingIOError:  # lock_is_held() in another process may hold the lock briefly: try again
-                if not tries_left:
-                    raise UserError(
+                if time.monotonic() > deadline:
+                    raise LockHeld(
                         f"{folder}: another {activity} is at work in this folder. "
                         "Wait until it ends, or name another folder."
                     ) from None
                 time.sleep(_LOCK_RETRY_S)
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                raise UserError(
+                    f"{folder}: this file system has no locks ({error.strerror}). Mount it with locks (for Lustre: "
+                    "the option flock), or name a folder on another file system."
+                ) from None
         yield
 
 

@@ -22,6 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -108,6 +109,13 @@ class Runner(Protocol):
         the worker's traceback.
         """
 
+    def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
+        """Raise UserError unless all machines that run tasks see the same files and have the same software.
+
+        `folder` is a folder that tasks will write to, None if they write nothing. `source` is the file or folder that
+        tasks read. `versions`, a module-level function, returns the versions of the software that must be equal.
+        """
+
 
 class WorkerPool:
     """A Runner of `jobs` local processes. The processes start when needed and end with the `with` block.
@@ -136,6 +144,9 @@ class WorkerPool:
             yield from self._map(work, iter(tasks), on_progress, busy)
         finally:
             self._stop(busy)
+
+    def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
+        """See Runner.check_machines. There is only one machine, so there is nothing to compare."""
 
     def _map(
         self,

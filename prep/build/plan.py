@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import lmdb
 import numpy as np
+import numpy.typing as npt
 from PIL import features
 
 from prep.build.shard_task import ShardTask, summary_path
@@ -44,14 +48,19 @@ class BuildPlan:
     def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
         self.work_dir = folder / ".build"
-        self.permutation = source.inputs.permutation(settings.seed)  # record order -> index in source.inputs
-        count = len(self.permutation)
-        length = min(MAX_SHARD_RECORDS, max(_MIN_SHARD_RECORDS, -(-count // _MIN_SHARDS)))
-        self.shard_count = -(-count // length)
-        self.boundaries = [count * s // self.shard_count for s in range(self.shard_count + 1)] if count else [0]
+        self.boundaries = shard_boundaries(len(source.inputs))
+        self.shard_count = len(self.boundaries) - 1
+        # Identity of the unfinished build, from plan.json. A summary of another build is ignored: a process of a killed
+        # build can still write files for a moment after a new build has begun.
+        self.build_id = ""
         self.digest = digest_json(
             {"settings": asdict(settings), "classes": source.classes, "inputs": source.inputs.digest()}
         )
+
+    @cached_property
+    def permutation(self) -> npt.NDArray[np.int64]:
+        """The record order: indices in `source.inputs`."""
+        return self.source.inputs.permutation(self.settings.seed)
 
     def task(self, number: int) -> ShardTask:
         """The description of shard `number` for the worker process that builds it."""
@@ -68,12 +77,20 @@ class BuildPlan:
             self.settings,
             self.skip_bad,
             crashing,
+            self.build_id,
         )
 
     def input_indices(self, number: int) -> list[int]:
         """Indices in `source.inputs` of the inputs of shard `number`, in record order."""
         indices: list[int] = self.permutation[self.boundaries[number] : self.boundaries[number + 1]].tolist()
         return indices
+
+    def sorted_input_indices(self, shard_numbers: Sequence[int]) -> Sequence[int]:
+        """Indices in `source.inputs` of the inputs of the shards `shard_numbers`, in the order of the listing."""
+        if len(shard_numbers) == self.shard_count:
+            return range(len(self.source.inputs))
+        indices = [self.permutation[self.boundaries[s] : self.boundaries[s + 1]] for s in shard_numbers]
+        return array("q", np.sort(np.concatenate(indices)).tobytes())
 
     def count_inputs(self, shard_numbers: Iterable[int]) -> int:
         """Number of inputs in the shards `shard_numbers`."""
@@ -107,14 +124,15 @@ class BuildPlan:
         return tasks
 
     def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """The summary of shard `number`, or None if a file of the shard is missing or cut short."""
+        """The summary of shard `number`; None if a file is missing or cut short, or belongs to another build."""
         path = summary_path(self.folder, number)
         try:
             summary: dict[str, Any] = json.loads(path.read_bytes())
             size = (self.folder / f"{number:05d}" / "data.mdb").stat().st_size
         except (FileNotFoundError, ValueError):
             return None
-        return summary if path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"] else None
+        is_whole = path.with_suffix(".npy").exists() and size >= summary["shard"]["bytes"]
+        return summary if is_whole and summary.get("build", "") == self.build_id else None
 
     def has_finished_shards(self) -> bool:
         """Whether `work_dir` has a summary of at least one shard, even if that summary belongs to another plan."""
@@ -128,10 +146,23 @@ class BuildPlan:
         summary = self.shard_summary(number)
         return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
 
-    def count_bad_inputs(self) -> int:
-        """Number of bad inputs that were left out of the finished shards."""
-        summaries = [self.shard_summary(number) for number in range(self.shard_count) if self.is_finished(number)]
+    def count_bad_inputs(self, shard_numbers: Iterable[int]) -> int:
+        """Number of bad inputs that were left out of those of the shards `shard_numbers` that are finished."""
+        summaries = [self.shard_summary(number) for number in shard_numbers if self.is_finished(number)]
         return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
+
+    def refresh(self) -> None:
+        """List the folders, so that an NFS client notices files that other machines created."""
+        for folder in (self.folder, self.work_dir):
+            if folder.exists():
+                os.listdir(folder)
+
+
+def shard_boundaries(count: int) -> list[int]:
+    """Division of `count` records into shards of similar length: shard s has the records boundaries[s:s + 2]."""
+    length = min(MAX_SHARD_RECORDS, max(_MIN_SHARD_RECORDS, -(-count // _MIN_SHARDS)))
+    shard_count = -(-count // length)
+    return [count * s // shard_count for s in range(shard_count + 1)] if count else [0]
 
 
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -36,22 +36,27 @@ class ResourceEstimate:
     sampled: int  # number of sampled inputs that are images
 
 
-def probe(reader: InputReader, inputs: Listing, jobs: int) -> list[tuple[str, str]]:
+def probe(
+    reader: InputReader, inputs: Listing, jobs: int, indices: Sequence[int] | None = None
+) -> list[tuple[str, str]]:
     """Find inputs whose size or first bytes show that they are not images. Returns (name, reason) of each such input.
+
+    `indices` are the indices of the inputs to check; None: all inputs.
 
     Nothing is decoded. After a few percent of the build time, `probe` stops. If the source is slow, `probe` therefore
     checks only some of the inputs. The build itself checks every input.
     """
-    deadline = time.monotonic() + max(_MIN_PROBE_S, len(inputs) * _PROBE_S_PER_INPUT / jobs)
+    checked = range(len(inputs)) if indices is None else indices
+    deadline = time.monotonic() + max(_MIN_PROBE_S, len(checked) * _PROBE_S_PER_INPUT / jobs)
 
     def probe_chunk(first: int) -> list[tuple[str, str]]:
         if time.monotonic() > deadline:
             return []
-        chunk = [inputs[index] for index in range(first, min(first + _PROBE_CHUNK, len(inputs)))]
+        chunk = [inputs[index] for index in checked[first : first + _PROBE_CHUNK]]
         return [(name_text(item.path), reason) for item in chunk if (reason := _obvious_fault(reader, item))]
 
     with ThreadPoolExecutor(8) as pool:
-        chunks = pool.map(probe_chunk, range(0, len(inputs), _PROBE_CHUNK))
+        chunks = pool.map(probe_chunk, range(0, len(checked), _PROBE_CHUNK))
         return [bad for bad_of_chunk in chunks for bad in bad_of_chunk]
 
 
@@ -69,14 +74,14 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
-    """Raise UserError if the listing and `probe` together found more bad inputs than `policy` allows.
+    """Raise UserError if the listing, and `probe` in the `unfinished` shards, found more bad inputs than allowed.
 
-    The bad inputs are then listed in bad.jsonl in the plan's `work_dir`. If `policy` skips bad inputs, `probe` does not
-    run.
+    `policy` says how many are allowed; if it skips bad inputs, `probe` does not run. The bad inputs are listed in
+    bad.jsonl in the plan's `work_dir`.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
-        bad += probe(plan.source.reader, plan.source.inputs, jobs)
+        bad += probe(plan.source.reader, plan.source.inputs, jobs, plan.sorted_input_indices(unfinished))
     if not bad or (policy.skip_bad and (policy.max_bad is None or len(bad) <= policy.max_bad)):
         return
     lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]

@@ -8,11 +8,14 @@ error.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,14 +23,14 @@ from typing import Any
 from prep.build.plan import BuildPlan, bad_outcomes, tool_versions
 from prep.build.shard_task import summary_path
 from prep.console import UserError, count_noun, say
-from prep.files import write_atomic
+from prep.files import sync_folder, unique_suffix, write_atomic
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.store.manifest import SPLITS, Settings, StoreError
 
 _TEMPORARY = re.compile(
-    r"\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
-    rf"|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})\.\d+\.tmp|\d{{5}}\.\d+\.tmp"
+    r"(\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
+    rf"|parts\.json|probe|build|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})|\d{{5}})\.\d+(-[0-9a-f]{{8}})?\.tmp"
 )
 
 
@@ -38,17 +41,8 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
     """
     path = plan.work_dir / "plan.json"
     if not path.exists():
-        refuse_foreign_folder(plan)
         shutil.rmtree(plan.work_dir, ignore_errors=True)
-        plan.work_dir.mkdir(parents=True)
-        plan.source.inputs.save(plan.work_dir / "inputs.npz")
-        begun = {
-            "settings": asdict(plan.settings),
-            "tools": tool_versions(),
-            "classes": list(plan.source.classes),
-            "edges": plan.boundaries,
-        }
-        write_atomic(path, json.dumps(begun).encode())
+        begin_build(plan)
         return
     changed = find_changed_inputs(plan, store)
     if changed:
@@ -60,6 +54,45 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
             "none is stored yet."
         )
         plan.source.inputs.save(plan.work_dir / "inputs.npz")
+    begun = json.loads(path.read_bytes())
+    refused = [list(entry) for entry in plan.source.refused]
+    if begun.get("refused", []) != refused:
+        write_atomic(path, json.dumps({**begun, "refused": refused}).encode())
+
+
+def begin_build(plan: BuildPlan) -> bool:
+    """Create the work folder with plan.json and inputs.npz. Returns False if another process has just created it.
+
+    The folder appears by one rename, so several processes can try to begin the same build at the same time.
+    """
+    refuse_foreign_folder(plan)
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    prepared = plan.folder / f".build.{unique_suffix()}"
+    prepared.mkdir()
+    try:
+        plan.source.inputs.save(prepared / "inputs.npz")
+        build_id = secrets.token_hex(8)
+        begun = {
+            "id": build_id,
+            "settings": asdict(plan.settings),
+            "tools": tool_versions(),
+            "classes": list(plan.source.classes),
+            "edges": plan.boundaries,
+            "source": os.path.abspath(plan.source.reader.root),
+            "refused": plan.source.refused,
+        }
+        write_atomic(prepared / "plan.json", json.dumps(begun).encode())
+        try:
+            os.rename(prepared, plan.work_dir)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        plan.build_id = build_id
+    finally:
+        shutil.rmtree(prepared, ignore_errors=True)
+    sync_folder(plan.folder)
+    return True
 
 
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
@@ -67,7 +100,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
 
     Raises UserError if the unfinished build cannot be read, if its settings, tool versions, classes or paths differ
     from `plan`, or if an input of a finished shard changed. For a bad input of a finished shard, only a changed label
-    is an error.
+    is an error. Sets `plan.build_id`.
     """
     try:
         begun = json.loads((plan.work_dir / "plan.json").read_bytes())
@@ -76,6 +109,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
         if settings.keys() != asdict(plan.settings).keys():
             raise ValueError("plan.json has other fields")
         tools, boundaries = dict(begun["tools"]), list(begun["edges"])
+        plan.build_id = str(begun.get("id", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{plan.work_dir}: {error}. The unfinished build cannot be read: pass --restart to discard it."
@@ -148,8 +182,9 @@ def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Pa
 
 
 def refuse_foreign_folder(plan: BuildPlan) -> None:
-    """Raise StoreError if the folder of a new split contains anything other than the work folder `.build`."""
-    if plan.folder.exists() and set(os.listdir(plan.folder)) - {plan.work_dir.name}:
+    """Raise StoreError if the folder of a new split contains anything other than the files of an unfinished build."""
+    names = os.listdir(plan.folder) if plan.folder.exists() else []
+    if any(name != plan.work_dir.name and not _TEMPORARY.fullmatch(name) for name in names):
         raise StoreError(
             f"{plan.folder} exists but was not begun by alexprep. Choose another --store, or remove the folder."
         )
@@ -161,9 +196,21 @@ def discard_build(plan: BuildPlan, store: Path) -> None:
     The folder is renamed before it is deleted. So even if the process is killed during the deletion, the split's folder
     never contains the summary of a deleted shard.
     """
-    discarded = store / f".{plan.folder.name}.{os.getpid()}.tmp"
+    discarded = store / f".{plan.folder.name}.{unique_suffix()}"
     os.rename(plan.folder, discarded)
     shutil.rmtree(discarded)
+
+
+def remove_work_dir(plan: BuildPlan) -> None:
+    """Remove the work folder of a finished build.
+
+    The folder is renamed before it is deleted, so that a process of a killed build, which may still run on another
+    machine for a moment, cannot write files into the folder during the deletion.
+    """
+    discarded = plan.folder / f".build.{unique_suffix()}"
+    with suppress(FileNotFoundError):
+        os.rename(plan.work_dir, discarded)
+    shutil.rmtree(discarded, ignore_errors=True)
 
 
 def remove_temporary_files(store: Path) -> None:
@@ -173,6 +220,6 @@ def remove_temporary_files(store: Path) -> None:
             if _TEMPORARY.fullmatch(name):
                 path = folder / name
                 if path.is_dir():
-                    shutil.rmtree(path)
+                    shutil.rmtree(path, ignore_errors=True)
                 else:
-                    path.unlink()
+                    path.unlink(missing_ok=True)

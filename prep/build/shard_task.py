@@ -1,9 +1,10 @@
 """Builds one shard in a worker process: reads, rescales, encodes and stores its inputs.
 
-The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder, synced
-to disk and renamed. Then the two files of its summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of
-the central squares of the images) and NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without
-a summary is built again.
+The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder and
+synced to disk, and its data.mdb is renamed. The rename also replaces an older data.mdb. So two processes, even on two
+machines, can build the same shard at the same time, and a file is always complete. Then the two files of the shard's
+summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of the central squares of the images) and
+NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without a summary is built again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any
 import lmdb
 
 from prep.console import DiskFull, UserError, disk_error
-from prep.files import save_array, sync_folder, write_atomic
+from prep.files import save_array, sync_folder, unique_suffix, write_atomic
 from prep.images.codec import MAX_FILE_BYTES, BadImage, DecodedImage, check_rescaled_size, decode_image, encode_image
 from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
@@ -50,6 +51,7 @@ class ShardTask:
     settings: Settings
     skip_bad: bool
     crashing: frozenset[str] = frozenset()  # inputs that crashed two or more worker processes; not read again
+    build_id: str = ""  # BuildPlan.build_id
 
     @property
     def path(self) -> str:
@@ -67,15 +69,15 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
 
     Raises UserError for a bad input (unless the task skips bad inputs) or a failing disk, DiskFull for a full disk.
     """
-    temporary = task.folder / ".build" / f"{task.number:05d}.{os.getpid()}.tmp"
+    temporary = task.folder / ".build" / f"{task.number:05d}.{unique_suffix()}"
     final = task.folder / f"{task.number:05d}"
     path = summary_path(task.folder, task.number)
-    shutil.rmtree(temporary, ignore_errors=True)
     builder = ShardBuilder(task, task_progress)
     try:
         records, size, digest = lmdb_shard.write(temporary, builder.records())
-        shutil.rmtree(final, ignore_errors=True)  # `final` exists if a build was killed before writing the summary
-        os.rename(temporary, final)
+        final.mkdir(exist_ok=True)  # `final` exists if a build was killed before writing the summary
+        os.replace(temporary / "data.mdb", final / "data.mdb")
+        sync_folder(final)
         sync_folder(task.folder)
         save_array(path.with_suffix(".npy"), builder.sums.square_sum())
         summary = builder.summary(Shard(task.path, records, size, digest))
@@ -148,6 +150,7 @@ class ShardBuilder:
         """The shard's summary as a JSON object."""
         return {
             "shard": asdict(built),
+            "build": self.task.build_id,
             "moments": self.sums.moments.to_json(),
             "labels": sorted(self.labels.items()),
             "fates": self.outcomes,

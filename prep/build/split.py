@@ -16,14 +16,13 @@ and seed. The hash mixes the classes well enough for training, which reads block
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from prep.build.assemble import assemble_split, too_many_bad
-from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy
+from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, tool_versions
 from prep.build.preflight import (
     ResourceEstimate,
     check_disk_space,
@@ -40,6 +39,7 @@ from prep.build.resume import (
     has_changed_input,
     refuse_foreign_folder,
     remove_temporary_files,
+    remove_work_dir,
     start_or_resume,
 )
 from prep.build.shard_task import ShardTask, build_shard
@@ -78,37 +78,57 @@ def build_split(
     if `policy` does not allow the bad inputs, or if a worker process crashed. Raises DiskFull if the disk is full.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
-    _refuse_store_in_source(source, store)
-    try:
+    refuse_store_in_source(source, store)
+    with disk_errors(store):
         store.mkdir(parents=True, exist_ok=True)
         with hold_lock(store, "build"):
-            existing = _open_existing(store, plan)
+            existing = open_existing(store, plan)
             if existing is not None and source.split in existing.splits:
                 remove_temporary_files(store)
                 progress.skip(len(source.inputs))
-                shutil.rmtree(plan.work_dir, ignore_errors=True)
+                remove_work_dir(plan)
                 return existing
+            runner.check_machines(store, source.reader.root, tool_versions)
             is_begun = (plan.work_dir / "plan.json").exists()  # every unfinished build has a plan.json
             if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.crash_counts())):
                 discard_build(plan, store)
             start_or_resume(plan, store)
             remove_temporary_files(store)
-            unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
-            progress.skip(len(source.inputs) - plan.count_inputs(unfinished))
-            if 0 < len(unfinished) < plan.shard_count:
-                finished = plan.shard_count - len(unfinished)
-                say(f"{source.split}: resuming; {finished:,} of {plan.shard_count:,} shards are finished.")
-            bad_before = plan.count_bad_inputs()
-            check_inputs(plan, policy, runner.jobs, unfinished)
-            check_disk_space(plan, unfinished, runner)
-            try:
-                _build_shards(plan, unfinished, runner, progress, policy, bad_before)
-            except DiskFull as error:
-                need = needed_space_text(plan, [number for number in unfinished if not plan.is_finished(number)])
-                raise _disk_full(error, store, need) from error
+            build_shards(plan, store, range(plan.shard_count), runner, progress, policy)
+            plan.refresh()
             built = assemble_split(plan, store, existing, policy)
-            shutil.rmtree(plan.work_dir)
+            remove_work_dir(plan)
             return built
+
+
+def build_shards(
+    plan: BuildPlan, store: Path, shard_numbers: Sequence[int], runner: Runner, progress: Progress, policy: BuildPolicy
+) -> None:
+    """Build those of the shards `shard_numbers` that are not finished. Checks inputs and disk space first.
+
+    Raises the same errors as build_split.
+    """
+    name = plan.source.split
+    unfinished = [number for number in shard_numbers if not plan.is_finished(number)]
+    progress.skip(plan.count_inputs(shard_numbers) - plan.count_inputs(unfinished))
+    if 0 < len(unfinished) < len(shard_numbers):
+        finished = len(shard_numbers) - len(unfinished)
+        say(f"{name}: resuming; {finished:,} of {len(shard_numbers):,} shards are finished.")
+    bad_before = plan.count_bad_inputs(shard_numbers)
+    check_inputs(plan, policy, runner.jobs, unfinished)
+    check_disk_space(plan, unfinished, runner)
+    try:
+        _run_tasks(plan, unfinished, runner, progress, policy, bad_before)
+    except DiskFull as error:
+        need = needed_space_text(plan, [number for number in unfinished if not plan.is_finished(number)])
+        raise _disk_full(error, store, need) from error
+
+
+@contextmanager
+def disk_errors(store: Path) -> Iterator[None]:
+    """Raise an OSError of a `with` block as DiskFull or as another UserError."""
+    try:
+        yield
     except OSError as error:
         reported = disk_error(error, f"{store}: {error}")
         if isinstance(reported, DiskFull):
@@ -122,9 +142,9 @@ def estimate_build(
     source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy = DEFAULT_POLICY
 ) -> BuildEstimate:
     """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`."""
-    _refuse_store_in_source(source, store)
+    refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
-    existing = _open_existing(store, plan)
+    existing = open_existing(store, plan)
     is_built = existing is not None and source.split in existing.splits
     unfinished: Sequence[int] = ()
     if not is_built:
@@ -140,6 +160,8 @@ def estimate_build(
                 if not plan.is_finished(number) or has_changed_input(plan, number, changed)
             ]
     remaining = plan.count_inputs(unfinished)
+    if remaining:
+        runner.check_machines(None, source.reader.root, tool_versions)
     bad = () if is_built else (*source.refused, *probe(source.reader, source.inputs, runner.jobs))
     return BuildEstimate(
         inputs=len(source.inputs) + len(source.refused),
@@ -159,7 +181,7 @@ def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:
     )
 
 
-def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
+def open_existing(store: Path, plan: BuildPlan) -> Store | None:
     """Open the store; None if there is no split yet. Raises UserError if settings or inputs differ from `plan`."""
     if not (store / "manifest.json").exists():
         return None
@@ -173,7 +195,7 @@ def _open_existing(store: Path, plan: BuildPlan) -> Store | None:
     return existing
 
 
-def _refuse_store_in_source(source: Source, store: Path) -> None:
+def refuse_store_in_source(source: Source, store: Path) -> None:
     """Raise UserError if the build would write into the source: the next build would list the new files as inputs."""
     root, store_path = source.reader.root.resolve(), store.resolve()
     if root.is_dir():
@@ -186,7 +208,7 @@ def _refuse_store_in_source(source: Source, store: Path) -> None:
         )
 
 
-def _build_shards(
+def _run_tasks(
     plan: BuildPlan,
     shard_numbers: Sequence[int],
     runner: Runner,

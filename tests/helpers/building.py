@@ -39,9 +39,12 @@ class Stopped(Exception):
 
 
 class InlineRunner:
-    """The runner of most tests: it runs tasks in this process. Like a worker process, it uses one BLAS thread."""
+    """The runner of most tests: runs tasks in this process, with one BLAS thread, as a worker process does."""
 
     jobs = 1
+
+    def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
+        pass
 
     def map(self, work: Any, tasks: Iterable[Any], on_progress: Any) -> Iterator[tuple[Any, Any]]:
         task_progress = TaskProgress()
@@ -185,7 +188,7 @@ class BuildCommand:
 
 
 def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str, Any]]:
-    """Interrupt build n before its disk operation n, for n = 0, 1, 2…, and run it again; see interrupted_builds.py."""
+    """Interrupt build n before its disk operation n, for n = 0, 1, 2…; run build n again. See interrupted_builds.py."""
     program = [sys.executable, str(Path(__file__).with_name("interrupted_builds.py")), str(photos), str(work), mode]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # like in a worker process
     ended = subprocess.run(program, env=environment, capture_output=True, text=True, timeout=DEADLINE_S)
