@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.augment import Augmentation
-    from pipeline.eval_loader import EvalLoader, eval_loader
+    from pipeline.evaluation_loader import EvalLoader, eval_loader
     from pipeline.loader import TrainLoader, train_loader
     from pipeline.loader_base import Batch, WaitTimes
     from prep.console import UserError
@@ -33,12 +33,12 @@ __all__ = [
 _MODULES = {
     "Augmentation": "pipeline.augment",
     "Batch": "pipeline.loader_base",
-    "EvalLoader": "pipeline.eval_loader",
+    "EvalLoader": "pipeline.evaluation_loader",
     "StoreError": "prep.store.manifest",
     "TrainLoader": "pipeline.loader",
     "UserError": "prep.console",
     "WaitTimes": "pipeline.loader_base",
-    "eval_loader": "pipeline.eval_loader",
+    "eval_loader": "pipeline.evaluation_loader",
     "train_loader": "pipeline.loader",
 }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.augment import CROP_PX, Augmentation
-from pipeline.eval_loader import EvalLoader, eval_loader
+from pipeline.evaluation_loader import EvalLoader, eval_loader
 from pipeline.loader_base import STREAM_VERSION, Batch, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput

@@ -97,6 +97,7 @@ def connected(address: str, *, cores: int | None = None, dashboard: bool = False
 def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a new cluster, but without its warning
         options = {"num_cpus": cores, "include_dashboard": dashboard}
     try:
         with _handlers_kept():

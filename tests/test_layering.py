@@ -34,13 +34,23 @@ ALLOWED = {
 # Rooms of each package from the lowest to the highest: a room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
-        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers", "prep.cluster"),
-        *("prep.store", "prep.images", "prep.inputs", "prep.build", "prep.check", "prep.cli", "prep.__main__"),
+        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
+        "prep.cluster",
+        *(
+            "prep.store",
+            "prep.images",
+            "prep.inputs",
+            "prep.build",
+            "prep.check",
+            "prep.remote",
+            "prep.cli",
+            "prep.__main__",
+        ),
     ),
     "pipeline": (
         *("pipeline.sampling", "pipeline.placement", "pipeline.records", "pipeline.augment", "pipeline.still_image"),
         *("pipeline.engines", "pipeline.service", "pipeline.prefetch", "pipeline.loader_base"),
-        *("pipeline.eval_loader", "pipeline.loader"),
+        *("pipeline.evaluation_loader", "pipeline.loader"),
         *("pipeline.diagnostics", "pipeline.cli", "pipeline.__main__", "pipeline.__init__"),
     ),
     "train": (
@@ -179,7 +189,7 @@ def test_help_loads_neither_torch_nor_dali(package: str) -> None:
         "commands = [[], *[[name] for name in main.commands]]\n"
         "for words in commands:\n"
         "    try:\n        main([*words, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
-        "heavy = {'torch', 'nvidia', 'numpy', 'PIL', 'sklearn', 'scipy', 'matplotlib', 'rich', 'ray'}\n"
+        "heavy = {'torch', 'nvidia', 'numpy', 'PIL', 'sklearn', 'scipy', 'matplotlib', 'rich', 'ray', 'obstore'}\n"
         "heavy &= set(sys.modules)\n"
         "sys.exit(f'loaded {heavy}' if heavy - {'numpy'} else 0)\n"
     )

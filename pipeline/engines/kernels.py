@@ -142,7 +142,7 @@ class NativeKernels:
             self.jpeg = None
 
     def make_images(self, job: BatchJob) -> None:
-        """Work on a batch until no record remains to be begun. Each thread of the batch calls this method once.
+        """Work on a batch until a thread has begun its last record. Each thread of the batch calls this method once.
 
         When all threads have returned, job.failed is the lowest index of a record that cannot be decoded, or N.
         """
@@ -211,7 +211,7 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """The libjpeg-turbo in the wheel of Pillow, or else the system's, if it can be loaded."""
+    """The libjpeg-turbo in Pillow's wheel, else the system's libjpeg-turbo; None if neither can be loaded."""
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

@@ -144,7 +144,7 @@ class ServiceClient:
     def finish(self) -> None:
         """Tell the service that this consumer needs no further batch for now."""
         with suppress(Exception):  # the service forgets a consumer that says nothing, too
-            self._coordinator.leave.remote(self._consumer)
+            self._coordinator.leave.options(max_task_retries=0).remote(self._consumer)
 
     def stop(self) -> None:
         """End all calls of `fetch`."""
@@ -217,7 +217,7 @@ class ServiceClient:
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
         _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))
-        return Windows(pixels, labels)
+        return Windows(pixels, labels.copy())  # what Ray gives is read-only
 
     def _check(self, version: tuple[int, str], config: ServiceConfig) -> None:
         ours = PROTOCOL_VERSION, package_version()
