@@ -120,7 +120,7 @@ class Augmenter:
     """Computes the Crops of batches from the means and the noise matrix of one store."""
 
     def __init__(self, store: Store, augmentation: Augmentation, from_windows: bool = False) -> None:
-        """If `from_windows`, the crops are made for the windows of pipeline.service.windows instead of whole records.
+        """If `from_windows`, the crops are made for the windows of pipeline.windows instead of whole records.
 
         Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px.
         """

@@ -35,8 +35,8 @@ from prep.store.manifest import StoreError
 READ_AHEAD = 4  # number of batches whose records are read from disk while earlier batches are decoded
 DALI_AHEAD = 2  # number of batches in DALI: one being decoded, one decoded
 DALI_GPU_AHEAD = 4  # number of batches in DALI on a GPU, where several batches are decoded at the same time
-# Number of batches in an engine without DALI: one being finished, one that follows without a pause, and one more,
-# because another thread can hold the GIL for 5 ms, the time in which 16 cores make a batch.
+# Number of batches in an engine without DALI: one is being finished, and the second follows without a pause. The third
+# bridges delays: another thread can hold the GIL for 5 ms, the time in which 16 cores make a batch.
 ENGINE_AHEAD = 3
 FINISHED_AHEAD = 2  # number of batches finished before they are requested
 # Number of served batches on which a GPU may still have to work when the consumer requests the next batch. Two batches

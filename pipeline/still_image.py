@@ -30,7 +30,7 @@ class Photograph(NamedTuple):
     """A photograph, prepared like a record of a store."""
 
     square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
-    orientation: int  # EXIF orientation, 1 if there is none; not applied, because alexprep does not rotate either
+    orientation: int  # EXIF orientation, 1 if the file has none; not applied, as in alexprep
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:

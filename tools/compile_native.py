@@ -25,7 +25,7 @@ FLAGS = ["-std=gnu11", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", 
 def compile_native(source: Path) -> Path | None:
     """Compile `source` to a library in the same folder. Returns the library's path, or None on failure.
 
-    The library has the name that prep.compiled.library_path returns. That function cannot be imported here, because the
+    The library has the name that prep.compiled.library_path returns. library_path cannot be imported here, because the
     package is not installed yet when pip runs this hook. Libraries of earlier versions of `source` are removed.
     """
     library = source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
@@ -49,7 +49,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
     """Adds the libraries to the wheel and tags the wheel for this platform. Any Python 3 can load the libraries."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile the kernels; hatchling calls this before it collects the files of the wheel."""
+        """Compile the kernels; hatchling calls this method before it collects the files of the wheel."""
         for source in sorted(Path(self.root).glob("*/*/kernels.c")):
             library = compile_native(source)
             if library is None:

@@ -48,12 +48,12 @@ With --cudnn-benchmark, cuDNN tries its algorithms for each new shape of tensors
 To measure the effect, run the tool once with and once without this option.
 
 The tool also measures steps on batches of other sizes, the time of a step by kind of kernel (torch.profiler), the
-memory of a step's tensors, the time for which a step occupies the host (goal: at most 200 µs), and a step launched
-kernel by kernel beside the step of `alextrain run`, which is replayed from a CUDA graph. All other rates of steps are
-those of the step of `alextrain run`, with its counters. The share of the peak counts two operations for each
-multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the image's
-gradient, which is not computed. The peak is the data sheet's rate for dense matrix products in bfloat16. The hours are
-the time of 90 epochs of 1,281,167 images; the goal is under 2 hours.
+memory of a step's tensors, the time for which a step occupies the host (goal: at most 200 µs), and two kinds of steps:
+launched kernel by kernel, and replayed from a CUDA graph as in `alextrain run`. All other rates of steps are rates of
+the step of `alextrain run`, which also updates the counters of the metrics. The share of the peak counts two operations
+for each multiply-add. A step has three times the multiply-adds of a forward pass, minus the multiply-adds of the
+image's gradient, which is not computed. The peak is the data sheet's rate for dense matrix products in bfloat16. The
+hours are the time of 90 epochs of 1,281,167 images; the goal is under 2 hours.
 
 The last output is the table of docs/measurements.md with its column `after` filled in; --table also writes it to a
 file. The exit code is 0 if every check is ok, and 1 if a check failed or there is no GPU. `--device cpu --quick` runs
@@ -115,8 +115,8 @@ def parse_settings(
     "--make-stores",
     "stores_folder",
     type=click.Path(path_type=Path),
-    help="Folder in which two stores of synthetic photographs are made, unless it has them. They replace --store and "
-    "--ppm-store.  [default: none]",
+    help="Folder in which two stores of synthetic photographs are made, unless the folder has the stores. "
+    "These stores replace --store and --ppm-store.  [default: none]",
 )
 @click.option(
     "--only",

@@ -61,10 +61,10 @@ class NativeKernels:
     def rescale(self, pixels: npt.NDArray[np.uint8], down: FilterPass, across: FilterPass) -> npt.NDArray[np.uint8]:
         """Filter an image, uint8 (H, W, 3), down the columns, then across the rows.
 
-        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest
-        integer, halves to even. Results are clipped to 0..255. The weights of the two passes are both float32 or both
-        float64. The result is exact if all sums fit the mantissa of this type, and the values between the passes are at
-        least two bits shorter than the mantissa.
+        Returns uint8 (down.outputs, across.outputs, 3). Each pass rounds its sums to the nearest integer, halves to
+        even. Results are clipped to 0..255. The weights of the two passes are both float32 or both float64. The result
+        is exact if all sums fit the mantissa of this type, and if the values between the passes are at least two bits
+        shorter than the mantissa.
         """
         pixels = np.ascontiguousarray(pixels)
         width = pixels.shape[1]

@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """(width, height) in px after rescaling the shorter side to `side_px`; the longer side is rounded, halves up."""
+    """(width, height) in px after rescaling the shorter side to `side_px`; the longer side is rounded, 0.5 upwards."""
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
 

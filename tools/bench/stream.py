@@ -25,9 +25,9 @@ Python interpreter. Such a process starts a turn when it reads a line. The other
 streams keep running between their turns. Each turn of a stream first discards some batches, so that batches that were
 prefetched during another contestant's turn are not counted.
 
-Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Two batches of each
-stream are checked before the first round: dtype, shape, range of values, that the two batches differ, and that the
-first two images of a batch differ.
+Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and
+range of values of two batches of each stream are checked before the first round. The two batches must differ, and the
+first two images of a batch must differ.
 
 The PPM records and the .beton of pixels hold the images of the first 2,000 records of the store. No GPU is used.
 """

@@ -6,7 +6,7 @@ mkdocs.yml names the extension; only `make docs` uses it. The extension turns a 
     batch_size    images in a batch of this loader
 
 into a Markdown table. If an attribute has no docstring, the comment on the attribute's line becomes its docstring. If
-that line has no comment, the comment lines above it become the docstring.
+the attribute's line has no comment, the comment lines above the attribute become the docstring.
 """
 
 from __future__ import annotations

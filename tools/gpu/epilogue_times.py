@@ -29,7 +29,7 @@ Work = Callable[[], object]
 
 @dataclass(frozen=True)
 class KernelTime:
-    """Time of one direction of one epilogue. The fields are JSON keys of the report."""
+    """Time of the forward or the backward pass of an epilogue. The fields are JSON keys of the report."""
 
     kernel: str  # "layer 1, forward"
     ms: float

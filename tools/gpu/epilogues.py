@@ -114,7 +114,7 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
 def make_inputs(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random x and bias: x as after a convolution (channels last), joined or by column as `case` says."""
+    """Random x and bias; x has channels last, like a convolution's output, and is joined or by column, as in `case`."""
     generator = torch.Generator(device).manual_seed(seed)
     count, maps = (1, case.columns * case.maps) if case.joined_in else (case.columns, case.maps)
     shape = (images, maps, case.side_px, case.side_px)

@@ -1,7 +1,7 @@
 """Trainings by `alextrain run` in subprocesses, for tools.gpu_check: their rate, and their result after a kill.
 
-The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream
-starts in it. The first interval of an epoch is not counted, because the stream has prefetched batches while a
+The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream starts in
+this interval. The first interval of an epoch is not counted, because the stream has prefetched batches while a
 checkpoint was written. No interval contains a checkpoint or a validation, whose time is reported as `outside_s`.
 """
 

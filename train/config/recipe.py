@@ -35,7 +35,7 @@ class Lrn:
 
 @dataclass(frozen=True)
 class ScheduleChange:
-    """A change of learning rates or colour noise after `after_epochs` epochs. Fields of value None change nothing."""
+    """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
     lr: float | None = None  # learning rate of all weights; without conv1's if this or an earlier change sets lr_conv1

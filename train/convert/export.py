@@ -50,9 +50,9 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 class Preprocessing:
     """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
 
-    The image is RGB in 0..255. Its shorter side is rescaled to `shorter_side_px`. A square crop with a side of
-    `window_px` is taken from the central square. An evaluation with one view takes the centre crop. The value of `mean`
-    determines what is subtracted from a crop whose top left corner is at (y, x) in the square:
+    The image is RGB in 0..255. The shorter side of the image is rescaled to `shorter_side_px`. A square crop with a
+    side of `window_px` is taken from the central square. An evaluation with one view takes the centre crop. The value
+    of `mean` determines what is subtracted from a crop whose top left corner is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)

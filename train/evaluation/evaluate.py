@@ -29,8 +29,8 @@ def eval_batch_size(records: int, views: int, device: str) -> int:
     """Number of images in an evaluation batch, at most `records`.
 
     `views` is the number of views per image. A batch has at most 32 views on a CPU and 256 views on a GPU. 32 views fit
-    into a CPU's caches: an evaluation was 1.3 times as fast as with batches of 160 views. A GPU needs larger batches
-    for full speed.
+    into a CPU's caches: an evaluation with batches of 32 views was 1.3 times as fast as with batches of 160 views. A
+    GPU needs larger batches for full speed.
     """
     return max(1, min(records, (32 if device == "cpu" else 256) // views))
 

@@ -34,7 +34,7 @@ MAX_DISK_FULL = 3  # the run ends when this many checkpoints in a row cannot be 
 
 _MARK = b"sha256:"
 _COMMENT_BYTES = len(_MARK) + 64
-_END_BYTES = 22  # bytes of a zip archive's end record; the last two are the length of the archive comment
+_END_BYTES = 22  # bytes of a zip archive's end record; its last two bytes are the length of the archive comment
 
 
 class UnreadableCheckpoint(UserError):
@@ -159,7 +159,7 @@ def _checkpoint(path: Path, content: Mapping[str, Any], digest: str) -> Checkpoi
 
 
 class CheckpointKeeper:
-    """Writes the checkpoints of a run in progress, keeps the newest and the best, and removes the others."""
+    """Writes the checkpoints of a run in progress, keeps the newest and the best checkpoints, removes the others."""
 
     def __init__(self, run_dir: Path, keep: int, resumed: Checkpoint | None) -> None:
         """Remove the temporary files of a killed process, and repair best.pt.

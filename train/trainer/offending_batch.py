@@ -27,10 +27,10 @@ def write_offending_batch(
     augmentation  the stream's augmentation at that step
     diagnosis     keys added to batch.json: the steps checked, their losses, all norms
 
-    The batch is read again with a new stream. This gives the same batch: for one store, batch size and augmentation, a
-    batch depends only on seed, epoch and step. batch.json has the range of the pixels, and the shard, key, source and
-    label of each record. In pictures.png, the division by the divisor and the subtraction of the mean colour are
-    undone, and NaN and infinite pixels are white. Raises OSError, and the errors of train_loader.
+    A new stream reads the batch again, and gives the same images: for one store, batch size and augmentation, a batch
+    depends only on seed, epoch and step. batch.json has the range of the pixels, and the shard, key, source and label
+    of each record. In pictures.png, the division by the divisor and the subtraction of the mean colour are undone, and
+    NaN and infinite pixels are white. Raises OSError, and the errors of train_loader.
     """
     config, store, size = run.config, run.store, run.config.batch_size
     epoch, step_of_epoch = divmod(step - 1, run.steps_per_epoch)

@@ -1,4 +1,4 @@
-"""A stream for tests on a CPU, which defers its work as long as a GPU could.
+"""A DeviceStream for tests on a CPU, which does its work as late as a GPU could.
 
 Work is done only when the code waits for an event after the work, or orders the consumer's work after this event.
 Until then, the memory of the results holds NaN (float) or 113 (integers). If the code does not wait, a test

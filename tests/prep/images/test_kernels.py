@@ -188,7 +188,7 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
     ],
 )
 def test_a_library_that_computes_wrong_results_is_not_used(tmp_path: Path, right: str, wrong: str) -> None:
-    """Each case adds an error to the C source. The self-test of the compiled library must detect it.
+    """Each case adds an error to the C source. The self-test of the compiled library must detect the error.
 
     With -O1 and without function clones, compiling takes a ninth of the time.
     """

@@ -281,7 +281,7 @@ def test_a_fifo_that_replaced_a_file_does_not_block(tmp_path: Path) -> None:
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.head(item, 4)
         status = path.stat()
-        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # as if file systems stored no times
+        same = replace(item, size=status.st_size, mtime_ns=status.st_mtime_ns)  # simulates a file system without times
         with pytest.raises(BadImage, match=f"a {kind}, not a file|Is a directory"):
             reader.read(same)
         if kind == "FIFO":

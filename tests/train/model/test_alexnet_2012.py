@@ -40,7 +40,7 @@ def test_section_3_5_neurons_of_each_layer() -> None:
 
 
 def test_section_3_5_60_million_parameters_layer_by_layer() -> None:
-    """A convolution has maps × (side² × maps that its column reads + 1) parameters, where side is the kernel's."""
+    """A convolution has maps × (side² × maps that its column reads + 1) parameters, with the side of the kernel."""
     parameters = {row.layer: row.parameters for row in summarize(1000)}
     assert parameters == {
         "conv1": 96 * (11 * 11 * 3 + 1),

@@ -66,7 +66,7 @@ def test_the_installed_torch_has_the_fused_update_and_it_follows_the_papers_rule
 
 
 def test_the_fused_update_equals_torchs_private_kernel_to_the_bit() -> None:
-    """Earlier versions of this project called torch's private kernel. Their runs must continue with the same bits."""
+    """Runs of earlier versions, which called torch's private kernel, must continue with the same bits."""
     weights, velocities, gradients = tensors()
     constants = {"lr": -1.0, "dampening": 1.0 + LR, "nesterov": False, "maximize": False, "is_first_step": False}
     for _ in range(2):

@@ -241,7 +241,7 @@ def test_best_is_kept_on_a_file_system_without_hard_links(tmp_path: Path, monkey
 
 
 def test_the_next_start_finishes_the_updates_that_a_kill_after_the_last_checkpoint_prevented(tmp_path: Path) -> None:
-    """The next start repairs best.pt and removes surplus checkpoints. It need not save another checkpoint for this."""
+    """The next start repairs best.pt and removes surplus checkpoints, even if the run saves no further checkpoint."""
     keeper = checkpoint.CheckpointKeeper(tmp_path, 3, None)
     for step in (1, 2, 3):
         keeper.save(empty_checkpoint(step), is_last=False)

@@ -3,8 +3,8 @@
     python -m tools.bench.peers.NAME FOLDER OUT JOBS ...
 
 A program imports its libraries, lists the images of FOLDER/CLASS/, starts its pool, prints the versions of its
-libraries, and waits for a line on standard input. Then it processes the images, writes to OUT, prints the number of
-images, and ends.
+libraries, and waits for a line on standard input. After this line, the program processes the images, writes to OUT,
+prints the number of images, and ends.
 """
 
 from __future__ import annotations

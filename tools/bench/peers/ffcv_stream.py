@@ -12,8 +12,9 @@ of one size. Like all other contestants, FFCV decodes the full record. The next 
 NormalizeImage (a table of floats), ToTensor and ToTorchImage. FFCV allocates new batches in each epoch, so the records
 are repeated until an epoch is as long as an epoch of ImageNet.
 
-last  Batches have channels last in memory, which is FFCV's default. Their shape is NCHW, but the memory order is NHWC.
-first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each batch twice to
+last  Batches have channels last in memory, which is FFCV's default. The shape of the batches is NCHW, but the memory
+order is NHWC. first Batches have channels first in memory, like the batches of all other contestants. FFCV copies each
+batch twice to
       reorder it.
 
 Needs a separate Python environment, as tools.bench.peers.ffcv_writer describes.
