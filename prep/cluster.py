@@ -97,7 +97,6 @@ def connected(address: str, *, cores: int | None = None, dashboard: bool = False
 def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's default for a new cluster, but without its warning
         options = {"num_cpus": cores, "include_dashboard": dashboard}
     try:
         with _handlers_kept():
@@ -105,7 +104,7 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) 
                 address=address,
                 namespace=NAMESPACE,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
                 **options,
             )
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:

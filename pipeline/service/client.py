@@ -29,7 +29,7 @@ from pipeline.service.protocol import (
     request_digest,
 )
 from pipeline.service.status import ServiceStatus
-from pipeline.service.windows import WindowRequest, Windows
+from pipeline.windows import WindowRequest, Windows
 from prep.cluster import AUTO, NAMESPACE, connected
 from prep.store.manifest import StoreError
 from prep.version import package_version

@@ -25,9 +25,9 @@ from typing import Any
 from pipeline.service.metrics import Metrics
 from pipeline.service.protocol import PROTOCOL_VERSION, Answer, Call, Fetch, Health, ServiceConfig, StreamKey
 from pipeline.service.sharing import Sharing
-from pipeline.service.windows import LABEL_BYTES
 from pipeline.service.worker import Made
 from pipeline.service.worker_group import WorkerGroup, WorkerHandle
+from pipeline.windows import LABEL_BYTES
 from prep.cluster import ray_module
 from prep.version import package_version
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.service.windows import WindowRequest
+from pipeline.windows import WindowRequest
 from prep.console import UserError
 
 # Version of these messages. A loader and a service of different versions refuse each other.

@@ -13,7 +13,7 @@ from pipeline.service.client import ServiceClient
 from pipeline.service.errors import ServiceLost
 from pipeline.service.protocol import StreamKey
 from pipeline.service.status import ServiceStatus
-from pipeline.service.windows import WindowMaker, WindowRequest
+from pipeline.windows import WindowMaker, WindowRequest
 from prep.console import UserError, say
 from prep.store.manifest import Store
 

@@ -7,7 +7,7 @@ import socket
 from typing import Any, NamedTuple
 
 from pipeline.service.protocol import PROTOCOL_VERSION, ServiceConfig
-from pipeline.service.windows import WindowMaker, WindowRequest
+from pipeline.windows import WindowMaker, WindowRequest
 from prep.cluster import ray_module
 from prep.console import keep_freed_memory
 from prep.store.manifest import Store, StoreError
