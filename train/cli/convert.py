@@ -93,8 +93,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
     """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.
 
     `alextrain evaluate` accepts the run. To train the run further, use `alextrain run` with --model torchvision and
-    with the --recipe, --set, --batch, --epochs, --seed, --stream-seed and --precision of this
-    command.
+    with the --recipe, --set, --batch, --epochs, --seed, --stream-seed and --precision of this command.
 
     \b
     Example:

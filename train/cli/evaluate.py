@@ -13,7 +13,7 @@ import click
 
 from prep.console import count_noun, json_option, print_json, say, store_option
 from prep.store.manifest import Store
-from train.cli.options import checkpoint_option, gpus_option, precision_option, views_option
+from train.cli.options import checkpoint_option, gpus_option, precision_option, service_options, views_option
 
 if TYPE_CHECKING:
     from train.evaluation.evaluate import EvalResult
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 )
 @gpus_option
 @precision_option
+@service_options
 @json_option
 def evaluate(
     runs: tuple[Path, ...],
@@ -48,6 +49,8 @@ def evaluate(
     out: Path | None,
     gpus: str | None,
     precision: str,
+    service: str | None,
+    service_fallback: str | None,
     as_json: bool,
 ) -> None:
     """Measure the error rates of a run on a split. Every image is counted exactly once.
@@ -60,6 +63,7 @@ def evaluate(
       alextrain evaluate run --store store --views 10
       alextrain evaluate run --store store --out run.npz
       alextrain evaluate run.npz other.npz third-run --weights 2,1,1
+      alextrain evaluate run --service imagenet
     """
     is_file = [path.suffix == ".npz" for path in runs]
     opened_store = None if all(is_file) else Store.open(store)
@@ -76,6 +80,15 @@ def evaluate(
 
     if out is not None:
         check_output_path(out)  # an invalid path is refused before the long evaluation
+    options: dict[str, Any] = {
+        "views": views,
+        "checkpoint": checkpoint,
+        "split": split,
+        "gpus": gpus,
+        "precision": precision,
+        "service": service,
+        "service_fallback": service_fallback,
+    }
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):
@@ -83,7 +96,7 @@ def evaluate(
             member = load_predictions(path)
             result = error_rates(average_probabilities([member.probabilities]), member.labels)
         else:
-            result, member = _evaluate_run(path, opened_store, views, checkpoint, split, gpus, precision)
+            result, member = _evaluate_run(path, opened_store, **options)
         members.append(member)
         results.append(result)
         if not as_json:
@@ -109,7 +122,16 @@ def evaluate(
 
 
 def _evaluate_run(
-    path: Path, store: Store, views: str, checkpoint: str, split: str, gpus: str | None, precision: str
+    path: Path,
+    store: Store,
+    *,
+    views: str,
+    checkpoint: str,
+    split: str,
+    gpus: str | None,
+    precision: str,
+    service: str | None,
+    service_fallback: str | None,
 ) -> tuple[EvalResult, Predictions]:
     """Evaluate a checkpoint of the run at `path`, and append the result to the run's evaluations.jsonl."""
     from train.config.devices import parse_devices
@@ -130,7 +152,9 @@ def _evaluate_run(
             "the mean of the training store."
         )
     count = views if views == DENSE else int(views)
-    result, predictions = predict_split(network, loaded, store, split, count, precision, str(path))
+    result, predictions = predict_split(
+        network, loaded, store, split, count, precision, str(path), service=service, service_fallback=service_fallback
+    )
     if (run_dir / DESCRIPTION).exists():  # False if the argument is a checkpoint file outside a run folder
         record_evaluation(run_dir, predictions.about, result)
     return result, predictions

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from prep.console import UserError
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import ACTIVATIONS, CHECKPOINTS_KEPT, EVAL_VIEWS, POOLS_PX, PRECISIONS, SCHEDULES
 from train.config.recipes import RECIPES
@@ -71,6 +72,18 @@ stream_seed_option = click.option(
     metavar="SEED",
     help="Seed of the record order, crops and colour noise. Runs with equal stream seeds train on the same batches.  "
     "[default: the value of --seed]",
+)
+_service_option = click.option(
+    "--service",
+    metavar="NAME[@HOST:PORT]",
+    help="Service that decodes and cuts the images (`alexstream serve`). HOST:PORT is the cluster's head node.  "
+    "[default: none; this machine decodes the images]",
+)
+_service_fallback_option = click.option(
+    "--service-fallback",
+    type=click.Choice(["local"]),
+    help="local: if the service is lost, this machine decodes the images, and the batches have the same bits.  "
+    "[default: the command ends with an error]",
 )
 _PRECISION_HELP = (
     "Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and "
@@ -173,6 +186,20 @@ _SHORTHANDS = (
         help="No connections between the columns before fc8; short for --set crossing=false.",
     ),
 )
+
+
+def service_options(command: Command) -> Command:
+    """Add --service and --service-fallback to a command. Raises UserError for a fallback without a service."""
+
+    @wraps(command)
+    def with_service(*, service: str | None, service_fallback: str | None, **others: Any) -> Any:
+        if service_fallback is not None and service is None:
+            raise UserError(f"--service-fallback {service_fallback}: no service is named. Pass --service NAME too.")
+        return command(service=service, service_fallback=service_fallback, **others)
+
+    for option in (_service_fallback_option, _service_option):
+        with_service = option(with_service)
+    return with_service
 
 
 def recipe_settings(command: Command) -> Command:

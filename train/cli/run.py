@@ -22,6 +22,7 @@ from train.cli.options import (
     recipe_settings,
     run_dir_option,
     seed_option,
+    service_options,
     set_option,
     steps_option,
     stream_seed_option,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @stream_seed_option
 @training_precision_option
 @deterministic_option
+@service_options
 @click.option(
     "--log-every",
     type=click.IntRange(1),
@@ -85,6 +87,8 @@ def run(
     stream_seed: int | None,
     precision: str | None,
     deterministic: bool,
+    service: str | None,
+    service_fallback: str | None,
     log_every: int,
     checkpoint_every: int,
     keep: int,
@@ -101,6 +105,7 @@ def run(
       alextrain run --gpus cpu --recipe short --epochs 2
       alextrain run --model half --set lr=0.02 --no-dropout
       alextrain run --run-dir run --fork cooled --set lr=0.001
+      alextrain run --service imagenet --service-fallback local
     """
     opened = Store.open(store)
     opened.split("train")
@@ -132,6 +137,8 @@ def run(
         log_every=log_every,
         checkpoint_every=checkpoint_every,
         keep=keep,
+        service=service,
+        service_fallback=service_fallback,
     )
     training = Run.open(config, opened)
     if insensitive_at_init(chosen):
@@ -161,7 +168,7 @@ def run(
 
 
 def _description_lines(training: Run, run_dir: Path) -> list[str]:
-    """Two lines that describe the network and the training.
+    """Two lines that describe the network and the training, and a third line if the run uses a service.
 
     Raises UserError if the training split has fewer records than a batch.
     """
@@ -178,6 +185,8 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
         )
     stream_seed = "" if config.seed_of_stream == config.seed else f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
+    fallback = "this machine decodes" if config.service_fallback else "the run stops with an error"
+    service = f"service {config.service} decodes the images; if the service is lost, {fallback}"
     return [
         f"{config.model.name}, {describe_devices(config.devices, config.model.columns)}; "
         f"{count_noun(parameters, 'parameter')}, {count_noun(classes, 'class', 'classes')}",
@@ -185,6 +194,7 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
         f"{config.precision}; "
         f"{records:,} records, {count_noun(training.steps_per_epoch, 'step')} an epoch, "
         f"{count_noun(training.last_step, 'step')} in all, into {run_dir}",
+        *([service] if config.service else []),
     ]
 
 
@@ -236,6 +246,7 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
     help="Number of runs of each ablation. The first run has the seed --seed, the second --seed + 1, and so on.",
 )
 @gpus_option
+@service_options
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:

@@ -39,6 +39,8 @@ class RunConfig:
     keep: int = CHECKPOINTS_KEPT  # number of newest checkpoints to keep, in addition to the best checkpoint
     deterministic: bool = False  # whether a GPU computes the same bits in every run (train/trainer/determinism.py)
     threads: int | None = None  # CPU threads that decode and augment; None: one for each usable core
+    service: str | None = None  # service that decodes the images: NAME or NAME@HOST:PORT; None: this process decodes
+    service_fallback: str | None = None  # "local": this process decodes if the service is lost; None: the run fails
 
     @property
     def seed_of_stream(self) -> int:

@@ -98,11 +98,15 @@ def predict_split(
     views: int | str,
     precision: str = "fp32",
     run: str = "",
+    service: str | None = None,
+    service_fallback: str | None = None,
 ) -> tuple[EvalResult, Predictions]:
     """Error rates and probabilities of a network over a split.
 
-    views  1, 10 or DENSE
-    run    name of the run, saved in `about`
+    views             1, 10 or DENSE
+    run               name of the run, saved in `about`
+    service           service that decodes the images, as for eval_loader; None: this process decodes the images
+    service_fallback  what happens if the service is lost, as for eval_loader
 
     Shows progress. Raises the errors of `evaluate` and eval_loader.
     """
@@ -117,6 +121,8 @@ def predict_split(
         views=SQUARE if views == DENSE else views,
         split=split,
         augmentation=network.recipe.augmentation,
+        service=service,
+        service_fallback=service_fallback,
     )
     with loader, progress(f"{split}, {views} view{'s' * (views != 1)}", records, "images") as counter:
         result = evaluate(network, loader, counter, precision, probabilities)

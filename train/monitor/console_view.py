@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from prep.console import Progress, progress, say
+from pipeline.service.status import ServiceStatus
+from prep.console import Progress, count_noun, progress, say
 
 Line = Mapping[str, Any]  # an object of metrics.jsonl
 
@@ -25,6 +26,9 @@ class RunLength(NamedTuple):
 class ConsoleView:
     """Prints a line for each interval and each validation. Base class of the other views."""
 
+    def __init__(self) -> None:
+        self._service_status: Callable[[], ServiceStatus | None] = lambda: None
+
     def note(self, text: str) -> None:
         """Print information, which `QuietView` omits."""
         say(text)
@@ -39,13 +43,18 @@ class ConsoleView:
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns, at any time, the number of steps since the last log line."""
 
+    def follow_service(self, status: Callable[[], ServiceStatus | None]) -> None:
+        """Set the function that returns, at any time, the state of the stream's service; None without a service."""
+        self._service_status = status
+
     def train(self, line: Line) -> None:
         """Show the log line of an interval that has ended."""
+        status = self._service_status()
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
             f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
             f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}, "
-            f"stream waits {line['stream_waiting_share']:.1%}"
+            f"stream waits {line['stream_waiting_share']:.1%}" + (f"  {service_text(status)}" if status else "")
         )
 
     def validation(self, line: Line) -> None:
@@ -78,6 +87,14 @@ class QuietView(ConsoleView):
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
         """Count, and print nothing."""
         yield Progress(total, unit)
+
+
+def service_text(status: ServiceStatus) -> str:
+    """The state of a service as text."""
+    if status.state != "connected":
+        return f"service {status.name} lost, this machine decodes"
+    workers, batches = count_noun(status.workers, "worker"), count_noun(status.queue, "batch", "batches")
+    return f"service {status.name}: {workers}, {batches} queued"
 
 
 def validation_text(line: Line) -> str:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from prep.console import Progress, bytes_text, duration_text
-from train.monitor.console_view import ConsoleView, Line, RunLength, validation_text
+from train.monitor.console_view import ConsoleView, Line, RunLength, service_text, validation_text
 from train.runs.run_dir import RATE_LINES, seconds_left
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -46,6 +46,7 @@ class LiveView(ConsoleView):
 
     def __init__(self, console: Console | None = None) -> None:
         """`console` is the terminal to draw on. None: standard error."""
+        super().__init__()
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
         self._length = RunLength(1, 1, 1)
@@ -98,7 +99,7 @@ class LiveView(ConsoleView):
         self._live.stop()
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        """Draw progress, sparklines, speed, memory, and the last validation."""
+        """Draw progress, sparklines, speed, memory, the service, and the last validation."""
         step = self._step + self._steps_since()
         table = Table.grid(padding=(0, 2))
         table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
@@ -115,6 +116,8 @@ class LiveView(ConsoleView):
                 f"{line['waiting_share']:.1%}, stream waits {line['stream_waiting_share']:.1%}\n"
                 f"memory {', '.join(memory)}"
             )
+        if (service := self._service_status()) is not None:
+            yield Text(service_text(service))
         if (validation := self._validation) is not None:  # the training thread can set _validation to None at any time
             label, counter = validation
             yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")

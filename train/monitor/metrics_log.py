@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, status.json, TensorBoard's event files, and the console view.
 
-metrics.jsonl has all metrics. The event files and the view show values from metrics.jsonl. A resumed run first removes
-the lines of all steps after the checkpoint, because the run trains these steps again. While the disk is full, lines are
-held in memory.
+metrics.jsonl has all metrics. The event files and the console view show values from metrics.jsonl. A resumed run first
+removes the lines of all steps after the checkpoint, because the run trains these steps again. While the disk is full,
+lines are held in memory.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class MetricsLog:
         """Begin an interval. Returns the IntervalMetrics that collects the values of the log line."""
         interval = IntervalMetrics(loader, network)
         self.view.follow(lambda: interval.steps)
+        self.view.follow_service(loader.service_status)
         return interval
 
     def train(self, line: dict[str, Any]) -> None:

@@ -22,6 +22,8 @@ _NOT_IN_LEGEND = (
     "settings.threads",
     "settings.devices",
     "settings.deterministic",
+    "settings.service",
+    "settings.service_fallback",
     "environment",
 )
 _LEGEND_FIELDS = 4  # maximum number of fields in a label; if more fields differ, the label is the folder

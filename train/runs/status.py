@@ -31,6 +31,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     run_dir            the folder, as given
     model, recipe      names of the architecture and the recipe
     seed, stream_seed  seed of the run, and seed of its training stream
+    service            the service that decodes the images, as given by --service, or None
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
                        or "new" (`alextrain import` or --fork wrote a checkpoint, and no training has begun)
     alive, finished    alive: a process is training in the folder; finished: the run has finished
@@ -69,6 +70,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "recipe": identity["recipe"],
         "seed": identity.get("seed"),
         "stream_seed": identity.get("stream_seed", identity.get("seed")),
+        "service": settings["service"],
         "state": state,
         "alive": alive,
         "finished": finished,
@@ -97,7 +99,8 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{status['run_dir']}: {_STATE_TEXT[status['state']]}{reason}{process}",
         f"{status['model']}, recipe {status['recipe']}"
-        + ("" if stream_seed == seed else f", seed {seed}, stream seed {stream_seed}"),
+        + ("" if stream_seed == seed else f", seed {seed}, stream seed {stream_seed}")
+        + (f", service {status['service']}" if status["service"] else ""),
         f"step {status['step']:,} of {status['steps']:,}, epoch {status['epoch']:.2f} of {status['epochs']}{time_left}",
     ]
     train, val, best, saved = (status[name] for name in ("train", "val", "best", "checkpoint"))

@@ -65,6 +65,8 @@ def plan_runs(
     epochs: int | None = None,
     steps: int | None = None,
     gpus: str | None = None,
+    service: str | None = None,
+    service_fallback: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
     """The runs to train, in the order of ABLATIONS. An ablation that changes neither recipe nor model is left out.
@@ -94,6 +96,8 @@ def plan_runs(
                 ),
                 epochs=epochs or base.epochs,
                 steps=steps,
+                service=service,
+                service_fallback=service_fallback,
             )
             runs.append(AblationRun(ablation, config))
     return runs

@@ -2,8 +2,8 @@
 
 A fork can change any setting that does not change the shape of a parameter. The fork copies the parameters and the
 velocity from the checkpoint. The fork begins at the checkpoint's position in the data: a number of whole epochs and a
-fraction of the next epoch, which is rounded down to a whole step of the fork. If the batch size changes, the step
-number at this position also changes. An unchanged schedule continues; a changed schedule begins anew. If the seed
+fraction of the next epoch. The fraction is rounded down to a whole step of the fork. If the batch size changes, the
+step number at this position also changes. An unchanged schedule continues; a changed schedule begins anew. If the seed
 changes, the random generators are seeded anew. `fork` writes the first checkpoint of the new run. The new run is then
 trained like any other run. The key "ancestry" in run.json and in the checkpoints lists the checkpoint from which the
 run was forked, and the ancestors of that checkpoint.
@@ -23,7 +23,7 @@ from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.run import Run, make_run_dir, write_description
-from train.trainer.loop import training_stream
+from train.trainer.loop import training_stream, without_service
 
 
 def fork(run: Run, new_dir: Path) -> Run:
@@ -100,7 +100,7 @@ def _begin(run: Run, origin: Path) -> None:
     schedule = Schedule(run.config.recipe)
     if not any(name.startswith("recipe.schedule") for name in names):
         schedule.load_state_dict(parent.schedule)
-    with training_stream(run, schedule, position.epoch) as loader:
+    with training_stream(without_service(run), schedule, position.epoch) as loader:
         loader.seek(position.epoch, position.step_of_epoch)
         stream = loader.state_dict()
     ancestor: dict[str, Any] = {

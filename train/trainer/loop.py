@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.loader import EvalLoader, TrainLoader, eval_loader, train_loader
+from pipeline.service.errors import ServiceError
 from prep.console import say
 from prep.files import hold_lock
 from train.config.devices import keep_freed_memory
@@ -35,8 +36,9 @@ def fit(run: Run, view: ConsoleView | None = None) -> Path:
 
     view  console output; by default a live display on a terminal and plain lines elsewhere
 
-    Raises UserError if the folder holds another run or if memory runs out, DiskFull if the disk is too full for
-    checkpoints, Diverged if a loss, gradient or parameter becomes NaN or infinite, and the errors of the loaders. After
+    Raises UserError if the folder holds another run or if memory runs out, and DiskFull if the disk is too full for
+    checkpoints. Raises Diverged if a loss, gradient or parameter becomes NaN or infinite. Also raises the errors of the
+    loaders. If the service cannot give the next batch, `fit` writes a checkpoint before it raises ServiceError. After
     Ctrl-C, SIGTERM or SIGHUP, `fit` finishes the step, writes a checkpoint and raises KeyboardInterrupt or Terminated.
     During a validation, `fit` raises at once, because the checkpoint was written before the validation.
     """
@@ -87,6 +89,12 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
         state = capture_state(run, step, network, optimizer, schedule, loader, validation_due)
         keeper.save(state, is_last, before=log.sync)
 
+    def log_interval() -> None:
+        counts = counters.read()
+        norms = watchdog.check(step, interval.images, counts, loader.augmentation)
+        epoch = step / steps_per_epoch
+        log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(counts, norms), "lr": lr})
+
     # ---- epochs. The checkpoint at the end of an epoch is written before the validation, so that a stop during the
     # ---- validation loses nothing.
     network.train()
@@ -104,25 +112,33 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
             if step >= last_step or schedule.finished:
                 break
 
-            interval = log.interval(loader, network)
-            for images, labels in loader:
-                lr = schedule.apply(optimizer, step / steps_per_epoch)
-                counted_step(images, labels)
-                step += 1
-                interval.add(len(labels))
-                epoch_ends = step % steps_per_epoch == 0
-                pause = bool(stop.requested) or epoch_ends or step % config.checkpoint_every == 0 or step == last_step
-                if pause or step % config.log_every == 0:
-                    counts = counters.read()
-                    norms = watchdog.check(step, interval.images, counts, loader.augmentation)
-                    epoch = step / steps_per_epoch
-                    log.train({"kind": "train", "epoch": epoch, "step": step, **interval.read(counts, norms), "lr": lr})
-                if pause:
-                    break
+            interval, saved_step = log.interval(loader, network), step
+            try:
+                for images, labels in loader:
+                    lr = schedule.apply(optimizer, step / steps_per_epoch)
+                    counted_step(images, labels)
+                    step += 1
+                    interval.add(len(labels))
+                    epoch_ends = step % steps_per_epoch == 0
+                    is_due = step % config.checkpoint_every == 0 or step == last_step
+                    pause = bool(stop.requested) or epoch_ends or is_due
+                    if pause or step % config.log_every == 0:
+                        log_interval()
+                    if pause:
+                        break
+            except ServiceError as error:  # there is no batch for the next step
+                if interval.steps:
+                    log_interval()
+                if step > saved_step:
+                    save(is_last=True)
+                raise stop.requested or error from None
 
             validation_due = epoch_ends and validation is not None
             if epoch_ends and schedule.colour(step // steps_per_epoch) != loader.augmentation.colour:
+                service = loader.service_status()
                 loader.close()
+                if service is not None and service.state == "local":  # a new stream could not connect to the service
+                    run = without_service(run)
                 loader = streams.enter_context(training_stream(run, schedule, step // steps_per_epoch))
             save(is_last=bool(stop.requested) or (step == last_step and not validation_due))
             if stop.requested:
@@ -143,6 +159,8 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
         config.seed_of_stream,
         augmentation=augmentation,
         threads=config.threads,
+        service=config.service,
+        service_fallback=config.service_fallback,
     )
     loader.seek(epochs_done)
     return loader
@@ -159,8 +177,19 @@ def validation_stream(run: Run) -> EvalLoader | None:
         return None
     batch = eval_batch_size(run.store.split("val").records, 1, config.devices[0])
     return eval_loader(
-        config.store, batch, config.devices[0], augmentation=config.recipe.augmentation, threads=config.threads
+        config.store,
+        batch,
+        config.devices[0],
+        augmentation=config.recipe.augmentation,
+        threads=config.threads,
+        service=config.service,
+        service_fallback=config.service_fallback,
     )
+
+
+def without_service(run: Run) -> Run:
+    """`run`, with streams that decode the images in this process."""
+    return replace(run, config=replace(run.config, service=None, service_fallback=None))
 
 
 def _validate(network: AlexNet, loader: EvalLoader, precision: str, view: ConsoleView) -> EvalResult:

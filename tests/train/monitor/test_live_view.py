@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from pipeline.service.status import ServiceStatus
 from prep.console import Progress
 from tests.helpers.metrics import RUN_LENGTH, training_line
 from tests.train.monitor.conftest import ObservedRun
@@ -50,6 +51,20 @@ def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
         report.advance(40)
         console.print(live)
     assert "validation: 40 of 500 images" in console.export_text()
+
+
+def test_the_live_view_shows_the_service_as_it_is_now() -> None:
+    console = Console(record=True, width=100, file=io.StringIO())
+    live = LiveView(console)
+    statuses = iter([None, ServiceStatus("imagenet", 3, 1, "connected"), ServiceStatus("imagenet", 0, 0, "local")])
+    live.follow_service(lambda: next(statuses))
+    texts = []
+    for _ in range(3):
+        console.print(live)
+        texts.append(console.export_text())
+    assert "service" not in texts[0]
+    assert "service imagenet: 3 workers, 1 batch queued\n" in texts[1]
+    assert "service imagenet lost, this machine decodes\n" in texts[2]
 
 
 def test_a_sparkline_is_scaled_from_its_lowest_to_its_highest_mean() -> None:

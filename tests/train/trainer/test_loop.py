@@ -133,7 +133,7 @@ def test_both_streams_are_closed_when_a_run_ends(
     for loader_class in (TrainLoader, EvalLoader):
         start = loader_class._start
         monkeypatch.setattr(
-            loader_class, "_start", lambda self, jobs, start=start: (loaders.append(self), start(self, jobs))
+            loader_class, "_start", lambda self, *args, start=start: (loaders.append(self), start(self, *args))
         )
     recipe = replace(SHORT, schedule=(), lr=0.001 if outcome == "finished" else 1e12)
     config = small_config(stores["jpeg"], tmp_path / "run", recipe=recipe, epochs=2)
