@@ -63,10 +63,11 @@ def hold_lock(
 ) -> Iterator[None]:
     """Hold the lock of a folder, its file `name`, during a `with` block.
 
-    Several processes can hold a `shared` lock at the same time. While another process holds a lock that is not shared,
-    or if this lock is not shared and another process holds any lock, the function tries again for `wait_s`, then raises
-    LockHeld with `activity` in its message. The kernel releases the lock when the process ends, even after a crash. On
-    NFS and on most cluster file systems the lock excludes the processes of other machines, too.
+    Several processes can hold a `shared` lock at the same time. The lock is not free while another process holds a lock
+    that is not shared, or, for a lock that is not `shared`, while another process holds any lock. The function then
+    tries again for `wait_s`, and raises LockHeld, with `activity` in the message, if the lock is still not free. The
+    kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file systems the lock
+    excludes the processes of other machines, too.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + wait_s

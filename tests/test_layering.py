@@ -167,7 +167,7 @@ def test_imports_are_found_at_the_top_in_functions_and_for_type_checking(tmp_pat
 
 
 def test_only_placement_chooses_the_decoder_of_a_gpu() -> None:
-    """DALI calls the decoder that uses a GPU "mixed"."""
+    """DALI's name for a decoder that uses a GPU is "mixed"."""
     names = [path.name for path in python_files("pipeline") if '"mixed"' in path.read_text()]
     assert names == ["placement.py"]
 

@@ -4,8 +4,8 @@
     python -m tools.compare_bits HEAD~1
 
 The tool copies both trees into a temporary folder and compiles their C kernels there, so you can edit the working tree
-meanwhile. The tool makes the demo's photographs once. Then each tree computes the following results, in processes that
-import only the packages of that tree:
+during the comparison. The tool makes the demo's photographs once. Then each tree computes the following results, in
+processes that import only the packages of that tree:
 
 -   the store of the demo's photographs (fingerprints of both splits, colour statistics), with and without C kernels;
 -   the first batches of the CPU stream in several settings, with C kernels and with DALI alone (ALEXNET_NATIVE=0);
@@ -70,7 +70,7 @@ class Tree:
         self.hashes: dict[str, str] = {}
 
     def compile(self) -> None:
-        """Compile the C kernels; raises UserError if this fails."""
+        """Compile the C kernels; raises UserError if a file cannot be compiled."""
         for source, library in self._worker("compile")["results"].items():
             if library is None:
                 raise UserError(f"{self.name}: {source} could not be compiled. Install a C compiler, or set CC.")

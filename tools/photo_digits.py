@@ -1,8 +1,8 @@
 """Data set of the demo, in ILSVRC's layout: real handwritten digits drawn over real photographs.
 
-The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, grey
-levels 0 to 16) is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As
-in ILSVRC, sizes and orientations vary, some files are greyscale or CMYK, and two PNG files have names in .JPEG.
+The data set is made from two data sets of scikit-learn. Each of the 1,797 digits of load_digits (8×8 px, grey levels 0
+to 16) is drawn large and bright over a darkened part of one of the two photographs of load_sample_images. As in ILSVRC,
+sizes and orientations vary, some files are greyscale or CMYK, and two PNG files have names that end in .JPEG.
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder

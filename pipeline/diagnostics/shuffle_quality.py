@@ -35,7 +35,7 @@ def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
     total = int(label_counts.sum())
     counts = label_counts[label_counts > 0]
     others = total - counts
-    others = others[others >= batch]  # with fewer than `batch` other records, every batch has the class
+    others = others[others >= batch]  # if fewer than `batch` records have other classes, every batch has this class
     log_missing = gammaln(others + 1) - gammaln(others - batch + 1) - gammaln(total + 1) + gammaln(total - batch + 1)
     return float(len(counts) - np.exp(log_missing).sum())
 

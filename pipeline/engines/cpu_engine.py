@@ -28,7 +28,7 @@ _ALIGNMENT_BYTES = 64
 
 
 class DecodeError(Exception):
-    """Raised for a batch with a record that cannot be decoded. `index` is the first such record of the batch."""
+    """Raised for a batch with records that cannot be decoded. `index` is the index of the first of these records."""
 
     def __init__(self, index: int) -> None:
         super().__init__(f"record {index} of the batch cannot be decoded")
@@ -70,11 +70,11 @@ class CpuEngine:
         """The engine has no DALI graph."""
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """The engine has no inputs of a graph."""
+        """The engine has no DALI graph, so the graph has no inputs."""
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:
-        """Let the threads work on a batch, after the batches started before. Does not wait."""
+        """Queue a batch for the threads, behind the batches that were started earlier. Does not wait."""
         side, count = self._crop_px, crops.flip.size
         shape = (3, side, side) if self._layout == "NCHW" else (side, side, 3)
         images = None if self._decode_only else self._memory.array((count, *shape))

@@ -98,7 +98,7 @@ class CudaStream:
 
     def host_memory(self, size_bytes: int) -> Tensor:
         """Pinned memory. A copy from memory that is not pinned would block the host."""
-        with torch.cuda.device(self.device):  # without this, the pinned memory would belong to GPU 0
+        with torch.cuda.device(self.device):  # without this context, the pinned memory would belong to GPU 0
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
 
     def upload(self, values: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ class _CudaEvent:
 
 
 class InOrderStream:
-    """Does all work on the CPU, at once."""
+    """Does all work on the CPU, immediately."""
 
     device = torch.device("cpu")
     at_once = True

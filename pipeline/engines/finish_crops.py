@@ -45,8 +45,8 @@ class CropFinisher:
         """The parameters of each crop, int32 (N · V, 6), and the shift of each record, float32 (N, 3).
 
         The six parameters: row and column of the crop in its square, its flip, row and column of the crop in the mean
-        image, and whether the mean is mirrored. Rows and columns are those of the upper left pixel before the crop is
-        mirrored.
+        image, and whether the mean is mirrored. Each row and column is the position of the crop's upper left pixel
+        before the crop is mirrored.
         """
         windows = np.zeros((*crops.flip.shape, 6), np.int32)
         if self._square_px > self._side_px:

@@ -142,7 +142,8 @@ class NativeKernels:
             self.jpeg = None
 
     def make_images(self, job: BatchJob) -> None:
-        """Work on a batch until a thread has begun its last record. Each thread of the batch calls this method once.
+        """Take records of a batch and make their images, until no record is left. Each thread of the batch calls this
+        once.
 
         When all threads have returned, job.failed is the lowest index of a record that cannot be decoded, or N.
         """

@@ -147,7 +147,7 @@ class BuildPlan:
         return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
 
     def count_bad_inputs(self, shard_numbers: Iterable[int]) -> int:
-        """Number of bad inputs that were left out of those of the shards `shard_numbers` that are finished."""
+        """Number of bad inputs that were left out of the finished shards among `shard_numbers`."""
         summaries = [self.shard_summary(number) for number in shard_numbers if self.is_finished(number)]
         return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
 

@@ -76,8 +76,8 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:
     """Raise UserError if the listing, and `probe` in the `unfinished` shards, found more bad inputs than allowed.
 
-    `policy` says how many are allowed; if it skips bad inputs, `probe` does not run. The bad inputs are listed in
-    bad.jsonl in the plan's `work_dir`.
+    `policy` says how many bad inputs are allowed. If `policy` skips bad inputs, `probe` does not run. The bad inputs
+    are listed in bad.jsonl in the plan's `work_dir`.
     """
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:

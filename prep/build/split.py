@@ -104,7 +104,7 @@ def build_split(
 def build_shards(
     plan: BuildPlan, store: Path, shard_numbers: Sequence[int], runner: Runner, progress: Progress, policy: BuildPolicy
 ) -> None:
-    """Build those of the shards `shard_numbers` that are not finished. Checks inputs and disk space first.
+    """Build the unfinished shards among `shard_numbers`. Checks inputs and disk space first.
 
     Raises the same errors as build_split.
     """

@@ -104,7 +104,7 @@ class PixelSums:
 
 
 def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> None:
-    """Add the sums over `image` to `sums` with NumPy. The result is the same as that of add_moments in kernels.c.
+    """Add the sums over `image` to `sums` with NumPy. The result equals the result of add_moments in kernels.c.
 
     A sum of 256 products of 8-bit numbers is less than 2^24, so float32, the fastest type, is exact for 256 rows. The
     sums over blocks of 256 rows are added in float64, which is exact up to 2^53. The channels stay interleaved. The

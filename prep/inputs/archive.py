@@ -117,7 +117,7 @@ def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
-    """Indices of `images` sorted by class, name and offset. For sorted `images` this is a range, which saves memory."""
+    """Indices of `images` sorted by class, name and offset: for sorted `images` a range, which saves memory."""
 
     def key(i: int) -> bytes:
         return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)

@@ -47,7 +47,8 @@ class NativeKernels:
     def find_records(
         self, shards: npt.NDArray[np.void], shard_of: npt.NDArray[np.int64], keys: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.void]:
-        """Look up N records: `keys` (N,) are their keys, `shard_of` (N,) the indices of their shards in `shards`.
+        """Look up N records: `keys` (N,) are the records' keys, `shard_of` (N,) the indices of the records' shards in
+        `shards`.
 
         `shards` is (S,) of SHARD_DTYPE, the result (N,) of FOUND_DTYPE. The files must stay mapped during the call.
         """

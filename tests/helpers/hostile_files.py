@@ -1,4 +1,4 @@
-"""Image files that no camera writes, each with the outcome that is expected of a build.
+"""Image files that no camera writes, each with the outcome that a build must have.
 
 The files are damaged, state a false size, or are not images. Files that no library would write are made byte by byte.
 All files are made with one random generator, so the order in which they are made must not change.

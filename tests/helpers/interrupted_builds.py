@@ -13,7 +13,7 @@ is also a disk operation. MODE is one of
     limit             no file may be longer than LIMITS[n]
 
 Prints a JSON object for each n: {"at": n, "code", "error", "torn", "again", "error_again"}. `code` and `error` are the
-exit code and error of the interrupted build. `torn` says whether the store has a manifest.json although it is
+exit code and error of the interrupted build. `torn` says whether the store has a manifest.json although the store is
 incomplete. `again` and `error_again` are the exit code and error of the same build when it is run again. The stores are
 WORK/NNN.
 """
@@ -126,7 +126,7 @@ def build_in_child(photos: Path, store: Path, operations: int | None, policy: Bu
 
 
 def is_torn(store: Path) -> bool:
-    """Whether a store has a manifest.json although it is incomplete."""
+    """Whether a store has a manifest.json although the store is incomplete."""
     try:
         opened = Store.open(store)
         if opened.splits:

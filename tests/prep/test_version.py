@@ -72,7 +72,7 @@ def test_python_m_runs_the_command_without_installation(
 def test_a_store_is_built_without_installation(
     not_installed: Environment, photo_folder: Path, store: Path, tmp_path: Path
 ) -> None:
-    """The build uses worker processes. Records, fingerprint and tool versions are as with the installed program."""
+    """The build uses worker processes. The store is the same as the store of the installed program."""
     words = ["build-lmdb", photo_folder, "--store", tmp_path / "store", "--jobs", 2, "--json"]
     ended = run_python(not_installed, tmp_path, "-m", "prep", *words)
     assert ended.returncode == 0, ended.stderr

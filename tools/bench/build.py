@@ -20,8 +20,8 @@ an LMDB (Pillow, libvips) sync their output to the disk. Deleting the output of 
 
 --pictures N sets the number of images in a turn. If the source has fewer than N photographs, the photographs are
 repeated by hard links, or by copies if hard links fail. Choose N so large that each contestant works for at least ten
-seconds. Then starting alexprep takes a small share of the time. The bound is fast, so it processes the N images twice.
-All copies of a photograph have the same size, which favours a contestant that caches data by image size.
+seconds. The start of alexprep then takes only a small share of the time. The bound is fast, so it processes the N
+images twice. All copies of a photograph have the same size, which favours a contestant that caches data by image size.
 
 With --steps, the program instead times each step of our build, and libjpeg-turbo alone, on one core, in this process,
 with one BLAS thread. A round of this measurement is one pass through at most 320 photographs, without repetition.

@@ -21,7 +21,7 @@ GROUPS: dict[str, click.Group] = {
     "alexstream": pipeline.cli.main,
     "alextrain": train.cli.main,
 }
-WIDTH = 80  # characters in a line of a code block on the site, at desktop width
+WIDTH = 80  # number of characters in a line of a code block of the site, at desktop width
 
 INTRODUCTION = """\
 # Commands

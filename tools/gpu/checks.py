@@ -43,7 +43,7 @@ LRN_TOLERANCES = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8}  # an H200 gave 
 # an H200 gave 8e-7.
 REPEAT_TOLERANCE = 1e-5
 STEPS_BEFORE_REPLAY = 5  # steps after which a CountedStep replays its CUDA graph
-_MOST_STEPS = 10**6  # steps for which the counters have room; the counters are never read here
+_MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the checks never read the counters
 
 
 # ---- the stream

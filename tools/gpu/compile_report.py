@@ -23,7 +23,7 @@ from prep.console import UserError, json_option, print_json, progress
 from tools.bench.harness import BenchmarkCommand
 
 _LAYERS = (("layer 1", 48, 3), ("layer 2", 128, 3), ("conv3, conv4", 192, 0))  # name, maps of a column, pool_px
-_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # shared memory of a program by compute capability; others: 99 KiB
+_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # shared memory of a program, by compute capability; else 99 KiB
 _FLOATS = ("alpha", "beta", "k")
 _POINTERS = {"bias": "*fp32", "bias_sums": "*fp32", "argmax": "*u8"}
 _TENSORS = ("x", "out", "grad", "x_grad")

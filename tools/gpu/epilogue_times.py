@@ -34,7 +34,7 @@ class KernelTime:
     kernel: str  # "layer 1, forward"
     ms: float
     gb: float  # bytes that the kernel must read and write, in units of 10⁹ bytes
-    floor_ms: float  # time of these bytes at the speed of a copy
+    floor_ms: float  # time in which a copy moves as many bytes
     share: float  # ms / floor_ms
 
 

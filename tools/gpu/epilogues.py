@@ -131,7 +131,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the columns in the form and layout of the result of `case`."""
+    """Tensors of the columns, joined or separate, and with the memory layout of the result of `case`."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]
@@ -147,7 +147,7 @@ def epilogue_errors(
 ) -> tuple[list[float], float]:
     """Errors ‖found − wanted‖ / ‖wanted‖ of result, gradient of x and gradient of the bias; share of windows left out.
 
-    Raises AssertionError if a result or a gradient has another dtype or shape than it should have.
+    Raises AssertionError if a result or a gradient has a wrong dtype or shape.
     """
     x, bias = make_inputs(case, images, dtype, device)
     upstream = make_upstream(case, images, dtype, device)
@@ -245,8 +245,8 @@ def operators(
 def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Tensor:
     """True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
 
-    Windows with a maximum of 0 or less are compared, because they have no gradient: in the paper's layers, ReLU comes
-    before or after pooling. Without pooling the result is False everywhere.
+    Windows with a maximum of 0 or less are never left out. These windows have no gradient, because in the paper's
+    layers ReLU comes before or after pooling. Without pooling the result is False everywhere.
     """
     v = normalized(x, bias, epilogue)
     size = epilogue.pool_px

@@ -171,7 +171,7 @@ def _copy_speed(report: Report) -> str:
 
 def _check(beginning: str) -> Callable[[Report], str]:
     def text(report: Report) -> str:
-        """Findings of the checks whose names begin with `beginning`; if a check failed, only of the failed checks."""
+        """Findings of the checks whose names begin with `beginning`; if checks failed, only of the failed checks."""
         checks = [check for check in report.get("checks", ()) if check["name"].startswith(beginning)]
         failed = [check for check in checks if not check["ok"]]
         if failed:

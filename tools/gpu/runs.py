@@ -2,7 +2,7 @@
 
 The rate of a run comes from its metrics.jsonl. The first interval of a run is not counted, because the stream starts in
 this interval. The first interval of an epoch is not counted, because the stream has prefetched batches while a
-checkpoint was written. No interval contains a checkpoint or a validation, whose time is reported as `outside_s`.
+checkpoint was written. The time of checkpoints and validations is in no interval, and is reported as `outside_s`.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: i
 
 
 def run_precision(settings: GpuCheckSettings) -> str:
-    """The precision of the runs: the last of the settings, or fp32 in the trial on a CPU."""
+    """The precision of the runs: the last precision of the settings, or fp32 in the trial on a CPU."""
     return settings.precisions[0 if settings.is_cpu_trial else -1]
 
 
@@ -134,7 +134,7 @@ def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch:
 
 
 def run_rates(settings: GpuCheckSettings, budget_s: float) -> list[dict[str, Any]]:
-    """The rate of `alextrain run` from each store at settings.batch, and at twice this batch from the last store.
+    """The rate of `alextrain run` from each store at settings.batch, and at twice this batch size from the last store.
 
     If a run fails, its row has the key "error" instead of rates. No run is started after `budget_s`.
     """

@@ -1,8 +1,8 @@
 """Stores for tools.gpu_check, made from synthetic photographs: one of JPEG records and one of PPM records.
 
 tools.photo_digits makes the photographs, here without darkening. Each training photograph is in the stores several
-times, under several names, so that an epoch has dozens of steps of 512 images. All records are different files to the
-stream.
+times, under several names, so that an epoch has dozens of steps of 512 images. For the stream, every record is a
+different image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prep.store.manifest import Store
 from tools.photo_digits import Difficulty, make_dataset
 
 FORMATS = ("jpeg", "ppm")
-COPIES = 16  # number of records of each photograph: 1,500 photographs give 24,000 records, 46 steps of 512
+COPIES = 16  # number of records of each photograph: 1,500 photographs give 24,000 records, 46 steps of 512 images
 _ROOT = Path(__file__).parents[2]
 
 

@@ -38,7 +38,7 @@ class ScheduleChange:
     """A change of learning rates or colour noise after `after_epochs` epochs. A field that is None changes nothing."""
 
     after_epochs: float  # can be a fraction; colour noise changes only at the end of an epoch
-    lr: float | None = None  # learning rate of all weights; without conv1's if this or an earlier change sets lr_conv1
+    lr: float | None = None  # learning rate of the weights; excludes conv1 if this or an earlier change sets lr_conv1
     lr_conv1: float | None = None  # learning rate of conv1's weights; 0 freezes conv1's weights and biases
     colour: str | None = None  # colour noise: a value of Augmentation.colour
 
@@ -104,7 +104,7 @@ class Recipe:
 
     activation: str  # one of ACTIVATIONS
     lrn: Lrn | None  # normalization across maps, in layers 1 and 2; None: no normalization
-    norm_before_relu: bool  # order in layer 1: conv, norm, pool, activation; if False: conv, activation, norm, pool
+    norm_before_relu: bool  # layer 1 is conv, norm, pool, activation; if False, conv, activation, norm, pool
     within_map: Lrn | None  # normalization within each map, after layer 2's normalization across maps
     pool_px: int  # side of a pooling window in px; the stride is 2, so windows of 3 px overlap
     crossing: bool  # False: conv3, fc6 and fc7 do not connect the columns; fc8 always connects the columns

@@ -81,7 +81,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index. None if the file is missing or damaged, or holds another `about` text."""
+    """The saved index. None if the file is missing or damaged, or if the file's `about` text differs."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:

@@ -11,7 +11,7 @@ There are three implementations. Each implementation can apply a ReLU first, and
 
     kernels.c       for float32 on a CPU with β = ¾ (two square roots give s^−¾); errors of at most 6 ulp
     gpu/            Triton kernels for a GPU, if Triton is installed and works (see gpu/fault.py)
-    _LrnOperators   PyTorch operators, for all other cases; the tests compare the other two with this class
+    _LrnOperators   PyTorch operators, for all other cases; the tests compare the other implementations with this class
 
 torch.export cannot trace C kernels, and converts in-place additions to scatter operations. Exported networks therefore
 use `_traceable`.

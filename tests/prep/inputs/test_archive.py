@@ -270,7 +270,7 @@ def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest
 
 
 def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:
-    """train/n1 and val/n1 belong to two splits. cats/train and dogs/train have one name, but are not one class."""
+    """train/n1 and val/n1 belong to two splits. cats/train and dogs/train are two classes with the same name."""
     for names in (("train/n1/a.JPEG", "val/n1/b.JPEG"), ("cats/train/a.JPEG", "dogs/train/b.JPEG")):
         with pytest.raises(UserError, match=r"x\.tar"):
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")

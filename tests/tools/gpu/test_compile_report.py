@@ -1,4 +1,4 @@
-"""Test that the Triton kernels compile for a GPU, on a machine without one."""
+"""Test that the Triton kernels compile for a GPU, on a machine without a GPU."""
 
 from __future__ import annotations
 

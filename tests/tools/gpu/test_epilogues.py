@@ -1,4 +1,4 @@
-"""Tests that the checks of the epilogue kernels pass for right results and fail for wrong ones. Runs on a CPU.
+"""Tests that the checks of the epilogue kernels pass for right results and fail for wrong results. Runs on a CPU.
 
 PyTorch operators in float32 and bfloat16 take the place of the kernels. One test runs kernels in Triton's interpreter.
 """

@@ -159,7 +159,7 @@ def test_a_frozen_layer_is_recorded_anew_and_stays_unchanged() -> None:
 
 
 def test_another_batch_size_is_recorded_anew() -> None:
-    """A size is also recorded again after steps of another size, which have replaced the recorded gradients."""
+    """A batch size is recorded anew after steps of another size, which have replaced the recorded gradients."""
     sizes = (4, 4, 4, 4, 4, 2, 2, 2, 2, 4, 4, 4, 4)
     graph = RecordedGraph()
     assert_equal_training(train(graph, batches(sizes)), train(None, batches(sizes)))

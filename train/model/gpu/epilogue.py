@@ -177,7 +177,8 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
     slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100
     """
-    # Upper bound of the bytes per map of a tile that Triton 3.6 and 3.9 allocate for 3 stages and windows of 3 px.
+    # Upper bound of the shared memory, in bytes per map of a tile, that Triton 3.6 and 3.9 allocate for 3 stages and
+    # windows of 3 px.
     bytes_per_map = (1280 if float32 else 768) + slope_after * (768 if float32 else 384)
     return 3 if (1 << (maps - 1).bit_length()) * bytes_per_map <= shared_bytes else 1
 

@@ -261,7 +261,7 @@ def pointwise_backward(
     BEFORE: tl.constexpr, NORM: tl.constexpr, REACH: tl.constexpr, THREE_QUARTERS: tl.constexpr, TERMS: tl.constexpr,
     TILES: tl.constexpr, POSITIONS: tl.constexpr, MAPS: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of x at TILES · POSITIONS positions; `bias_sums` (programs, maps) gets its sum over the positions.
+    """The gradient of x at TILES · POSITIONS positions; `bias_sums` (programs, maps) gets the gradient's sum.
 
     Without a normalization, the nonlinearity's gradient is computed from `out`, and x is not read.
     """

@@ -29,7 +29,7 @@ from train.model.lrn import within_map_norm
 
 
 class FusedNetwork:
-    """The forward pass of an AlexNet, whose modules it shares."""
+    """The forward pass of an AlexNet, computed with the modules of the AlexNet."""
 
     def __init__(
         self,
