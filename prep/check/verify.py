@@ -224,7 +224,7 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
             yield Fault(f"{name}/{folder.name}", "", "", "a shard that the manifest does not name")
     yield from _check_files(store, name)
     try:
-        if not _same_color_stats(
+        if not same_color_stats(
             store.color_stats(name), compute_color_stats(split.records, Moments.from_json(split.moments))
         ):
             yield Fault(
@@ -237,7 +237,7 @@ def _check_manifest(store: Store, name: str) -> Iterator[Fault]:
         yield Fault(f"{name}/colour.json", "", "", str(error))
 
 
-def _same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
+def same_color_stats(written: ColorStats, computed: ColorStats) -> bool:
     """Whether two statistics agree.
 
     Counts, mean and covariance must be equal. Eigenvalues, standard deviations and eigenvectors may differ by

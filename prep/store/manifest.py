@@ -33,6 +33,7 @@ SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
 SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split; Split.account has their digests
+COPY_FOLDER = ".copy"  # in a store that alexprep copy has not finished: what has arrived; see prep.remote.journal
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 
@@ -155,26 +156,43 @@ class Store:
                 f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
             )
         try:
-            data = json.loads(path.read_bytes())
+            content = path.read_bytes()
         except (FileNotFoundError, NotADirectoryError):
-            unfinished = root.is_dir() and any((root / s).is_dir() for s in SPLITS)
-            hint = "a build was not finished: run the same alexprep build-lmdb again" if unfinished else "not a store"
+            hint = "not a store"
+            if (root / COPY_FOLDER).is_dir():
+                hint = "a copy was not finished: run the same alexprep copy again"
+            elif root.is_dir() and any((root / s).is_dir() for s in SPLITS):
+                hint = "a build was not finished: run the same alexprep build-lmdb again"
             raise StoreError(f"{root}: no manifest.json in it ({hint}).") from None
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
+        return Store.parse(root, content)
+
+    @staticmethod
+    def parse(root: Path, content: bytes, name: str = "") -> Store:
+        """The store whose manifest.json has these bytes. `name` is the store's name in errors; default: `root`.
+
+        Raises StoreError unless the manifest has this schema version and all of its fields.
+        """
+        name = name or str(root)
+        path = f"{name.rstrip('/')}/manifest.json"
+        try:
+            data = json.loads(content)
+        except ValueError as error:
             raise StoreError(f"{path}: cannot be read ({error}). Build the store again.") from None
         if not isinstance(data, dict) or data.get("kind") != KIND:
             raise StoreError(f"{path}: not the manifest of an alexnet store.")
         if data.get("schema") != SCHEMA:
             raise StoreError(
-                f"{root} was built with store version {data.get('schema')}; this program reads version {SCHEMA}. "
+                f"{name} was built with store version {data.get('schema')}; this program reads version {SCHEMA}. "
                 "Build the store again, or install the alexnet release that wrote it."
             )
         try:
             splits = {}
-            for name, raw in data["splits"].items():
-                where = f"{path}: split {name}"
+            for split, raw in data["splits"].items():
+                where = f"{path}: split {split}"
                 shards = tuple(_from_json(Shard, s, f"{where}: shard") for s in raw["shards"])
-                splits[name] = _from_json(Split, {**raw, "shards": shards}, where)
+                splits[split] = _from_json(Split, {**raw, "shards": shards}, where)
             settings = _from_json(Settings, data["settings"], f"{path}: settings")
             return Store(root, settings, dict(data["tools"]), _class_names(data["classes"]), splits)
         except StoreError:
@@ -213,11 +231,12 @@ class Store:
         self.split(split)
         path = self.root / split / "colour.json"
         try:
-            data = json.loads(path.read_bytes())
+            return parse_color_stats(path.read_bytes(), str(path))
         except (OSError, ValueError) as error:
+            if isinstance(error, StoreError):
+                raise
             hint = f"Write it with: alexprep pca-stats --store {self.root} --split {split}"
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
-        return _from_json(ColorStats, data, str(path))
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
         """Mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
@@ -253,6 +272,11 @@ class Store:
         }
         data["checksum"] = digest_json(data)
         write_atomic(self.root / "manifest.json", json.dumps(data, indent=1).encode())
+
+
+def parse_color_stats(content: bytes, name: str) -> ColorStats:
+    """The content of a colour.json. Raises ValueError for text that is not JSON, StoreError for a wrong field."""
+    return _from_json(ColorStats, json.loads(content), name)
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:

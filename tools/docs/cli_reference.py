@@ -40,9 +40,9 @@ also has `--json`, to print JSON instead.
 | 3 | the disk is full |
 | 129, 130, 143 | interrupted by a closed terminal (129), by Ctrl-C (130) or by SIGTERM (143) |
 
-After an error is corrected, or after an interruption, run the same command again. Five commands then continue the work:
-`alexprep build-lmdb`, `alexprep import-caffe`, `alexprep export-files`, `alextrain run` and `alextrain ablate`. Every
-other command starts from the beginning.
+After an error is corrected, or after an interruption, run the same command again. Six commands then continue the work:
+`alexprep build-lmdb`, `alexprep import-caffe`, `alexprep export-files`, `alexprep copy`, `alextrain run` and `alextrain
+ablate`. Every other command starts from the beginning.
 """
 
 

@@ -1,0 +1,58 @@
+"""`alexprep copy`: the command that copies a store to, from or between buckets and local folders."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import click
+
+from prep.cli.options import jobs_option
+from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
+
+
+@click.command("copy")
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@jobs_option
+@json_option
+def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
+    """Copy the store SRC to DST, and verify every file after it has arrived.
+
+    SRC and DST are folders or URLs: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH. s3:// and gs:// need the
+    extra `remote` and find credentials in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and
+    AWS_ENDPOINT_URL, or AWS_PROFILE; GOOGLE_APPLICATION_CREDENTIALS.
+
+    Shards are compared with the digests of the manifest. Files sent to a bucket are read back. The manifest is written
+    last, so DST is a store only if it is complete. A request that fails because of the connection is sent again, for
+    about half a minute. After an error or an interruption, the same command continues with the files that have not
+    arrived.
+
+    \b
+    Example:
+      alexprep copy store s3://my-bucket/stores/ilsvrc
+      alexprep copy s3://my-bucket/stores/ilsvrc /local/store --jobs 8
+      AWS_ENDPOINT_URL=http://minio:9000 alexprep copy store s3://my-bucket/store --json
+    """
+    from prep.remote.copy_store import MB, planned_copy, run_copy
+    from prep.workers import WorkerPool
+
+    with planned_copy(source, target) as plan:
+        size_mb = plan.size_bytes // MB
+        with WorkerPool(jobs or usable_cores()) as workers, progress("copying", size_mb, "MB") as copy_progress:
+            result = run_copy(plan, workers, copy_progress)
+    if as_json:
+        facts = {"source": plan.source.name, "target": plan.target.name, **asdict(result)}
+        facts |= {"seconds": round(result.seconds, 3), "already_complete": plan.is_complete}
+        print_json(facts)
+        return
+    if plan.is_complete:
+        click.echo(f"{plan.target.name}: already there; nothing to do. Fingerprint {result.fingerprint}")
+        return
+    earlier = result.files - result.copied_files
+    click.echo(
+        f"{plan.target.name}: {count_noun(result.copied_files, 'file')}, {bytes_text(result.copied_bytes)}, "
+        f"{duration_text(result.seconds)}, {bytes_text(result.copied_bytes / max(result.seconds, 1e-9))}/s"
+        + (f"; {count_noun(earlier, 'file')} had arrived before" if earlier else "")
+        + (f"; {count_noun(result.retries, 'retry', 'retries')}" if result.retries else "")
+        + f". Fingerprint {result.fingerprint}"
+    )

@@ -1,0 +1,1 @@
+"""Copies stores to and from object storage."""

@@ -1,0 +1,137 @@
+"""The files of a store that a copy transfers, and the check of each file against the manifest."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from hashlib import file_digest, sha256
+from pathlib import Path
+
+from prep.check.verify import same_color_stats
+from prep.images.color_stats import Moments, compute_color_stats
+from prep.remote.folder import Folder
+from prep.store import lmdb_shard
+from prep.store.manifest import (
+    COPY_FOLDER,
+    SPLIT_FILES,
+    ColorStats,
+    Shard,
+    Store,
+    StoreError,
+    digest_json,
+    parse_color_stats,
+)
+
+MANIFEST = "manifest.json"
+CHECKSUMS = "SHA256SUMS"  # in object storage: digests of all files, in the format of the program sha256sum
+_NAME = r"[A-Za-z0-9_-]+"
+
+
+class Damaged(Exception):
+    """A file differs from the manifest. The message says how."""
+
+
+@dataclass(frozen=True)
+class StoreFile:
+    """A file of a store, and what the manifest says of its content. Exactly one of the last three fields is set."""
+
+    path: str  # relative to the store
+    shard: Shard | None = None  # of a data.mdb
+    color_stats: ColorStats | None = None  # of a colour.json, computed from the manifest's moments
+    sha256: str = ""  # of any other file
+
+
+def read_manifest(folder: Folder) -> tuple[Store, bytes]:
+    """The store in `folder` and the bytes of its manifest. Raises StoreError if there is no undamaged manifest."""
+    try:
+        content = folder.read(MANIFEST)
+    except (FileNotFoundError, NotADirectoryError):
+        if not folder.is_remote:
+            Store.open(folder.name)  # raises the error that says what the folder is
+        unfinished = folder.states([f"{COPY_FOLDER}/source.json"])
+        hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
+        raise StoreError(f"{folder.name}: no {MANIFEST} in it ({hint}).") from None
+    store = Store.parse(Path(folder.name), content, folder.name)
+    written = json.loads(content)
+    checksum = written.pop("checksum", None)
+    if checksum != digest_json(written) or store.fingerprint != written.get("fingerprint"):
+        raise StoreError(
+            f"{folder.name}/{MANIFEST} was changed: checksum {digest_json(written)}, the file says {checksum}. Take "
+            "the file from another copy of the store, or build the store again."
+        )
+    return store, content
+
+
+def store_files(store: Store, name: str) -> list[StoreFile]:
+    """All files of a store except its manifest, the shards first. Raises StoreError if a path leaves the store."""
+    files = [StoreFile(f"{shard.path}/data.mdb", shard) for split in store.splits.values() for shard in split.shards]
+    for split_name, split in store.splits.items():
+        try:
+            digests = {file: str(split.account["files"][file]) for file in SPLIT_FILES}
+            stats = compute_color_stats(split.records, Moments.from_json(split.moments))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(f"{name}/{MANIFEST}: split {split_name}: a field is missing ({error!r}).") from None
+        files.append(StoreFile(f"{split_name}/colour.json", color_stats=stats))
+        files += [StoreFile(f"{split_name}/{file}", sha256=digest) for file, digest in digests.items()]
+    for file in files:
+        if not re.fullmatch(rf"{_NAME}/({_NAME}/)?[a-z_]+\.[a-z]+", file.path):
+            raise StoreError(
+                f"{name}/{MANIFEST} names the file {file.path!r}, expected a path such as train/00000/data.mdb."
+            )
+    return files
+
+
+def check_content(file: StoreFile, path: Path) -> str:
+    """Compare the local file `path` with the manifest. Returns its SHA-256 (hex). Raises Damaged if it differs.
+
+    The path of a shard must end in data.mdb. LMDB may crash the process that reads a damaged shard.
+    """
+    with open(path, "rb") as opened:
+        whole = file_digest(opened, "sha256").hexdigest()
+    if file.shard is not None:
+        _check_shard(file.shard, path.parent)
+    elif file.color_stats is not None:
+        _check_color_stats(file.color_stats, path)
+    elif whole != file.sha256:
+        raise Damaged(f"{file.path}: SHA-256 {whole}, the manifest says {file.sha256}")
+    return whole
+
+
+def _check_shard(shard: Shard, folder: Path) -> None:
+    digest, records, size_bytes = sha256(), 0, 0
+    try:
+        for key, value in lmdb_shard.read(folder):
+            digest.update(key + len(value).to_bytes(8, "little"))
+            digest.update(value)
+            records, size_bytes = records + 1, size_bytes + len(value)
+    except StoreError as error:
+        raise Damaged(f"{shard.path}: {error}") from None
+    for what, actual, expected in (
+        ("records", records, shard.records),
+        ("bytes", size_bytes, shard.bytes),
+        ("digest", digest.hexdigest(), shard.digest),
+    ):
+        if actual != expected:
+            raise Damaged(f"{shard.path}: {what} {actual}, the manifest says {expected}")
+
+
+def _check_color_stats(expected: ColorStats, path: Path) -> None:
+    try:
+        same = same_color_stats(parse_color_stats(path.read_bytes(), path.name), expected)
+    except (StoreError, TypeError, ValueError) as error:
+        raise Damaged(f"{path.name} cannot be read ({error})") from None
+    if not same:
+        raise Damaged(f"{path.name} differs from the statistics of the manifest's moments")
+
+
+def format_checksums(digests: dict[str, str]) -> bytes:
+    """The content of SHA256SUMS: a line for each path."""
+    return "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items())).encode()
+
+
+def parse_checksums(content: bytes) -> dict[str, str]:
+    """{path: SHA-256 (hex)} of a SHA256SUMS; lines of another form are left out."""
+    lines = content.decode("utf-8", "replace").splitlines()
+    matches = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines)
+    return {match[2]: match[1] for match in matches if match}

@@ -1,0 +1,150 @@
+"""Copies one file of a store and verifies it after it has arrived. Worker processes run these tasks.
+
+From object storage, or between local folders: the file is written under a temporary name, its content is compared with
+the manifest (a shard: SHA-256 over all keys and values) and with SHA256SUMS, and only then it gets its name.
+
+To object storage: the local file is compared with the manifest, sent, and then read back from the server. The SHA-256
+of what the server returns must be that of the local file. A server's own checksum would prove less: an ETag of a
+multipart upload is not a digest of the content, and not every server computes checksums. The price is that every byte
+is transferred twice. S3 and Google charge nothing for this inside a region, and their usual fee for traffic elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from prep.console import UserError, disk_error
+from prep.files import unique_suffix
+from prep.remote import journal
+from prep.remote.contents import Damaged, StoreFile, check_content
+from prep.remote.folder import CountBytes, FileState, Folder, LocalFolder
+from prep.remote.object_store import ObjectFolder
+from prep.remote.urls import open_folder
+from prep.workers import TaskProgress
+
+TRIES = 3  # transfers of a file whose content is wrong on arrival
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """The task to copy one file. A task is pickled for a worker process."""
+
+    source: str  # name of the folder
+    target: str
+    file: StoreFile
+    state: FileState  # of the file in the source
+    checksum: str  # SHA-256 (hex) in the source's SHA256SUMS; empty if there is none
+    scratch: Path  # folder for files that are copied from one bucket to another
+
+
+@dataclass(frozen=True)
+class Copied:
+    """The outcome of a task."""
+
+    arrival: journal.Arrival
+    retries: int  # requests and transfers that were repeated
+
+
+class _ByteCounter:
+    """Counts the bytes of a file as they are transferred. Bytes that are transferred again are not counted again."""
+
+    def __init__(self, task_progress: TaskProgress) -> None:
+        self._progress, self._position, self._counted = task_progress, 0, 0
+
+    def restart(self) -> None:
+        self._position = 0
+
+    def __call__(self, size_bytes: int) -> None:
+        self._position += size_bytes
+        if self._position > self._counted:
+            self._progress.count(self._position - self._counted)
+            self._counted = self._position
+
+
+def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
+    """Copy a file, verify it and record its arrival. Raises UserError if the content is wrong TRIES times."""
+    source, target = open_folder(task.source), open_folder(task.target)
+    retries_before, count = source.retries + target.retries, _ByteCounter(task_progress)
+    for number in range(1, TRIES + 1):
+        count.restart()
+        try:
+            arrival = _copy_once(task, source, target, count)
+            break
+        except Damaged as damage:
+            if number == TRIES:
+                raise UserError(f"{damage}, {TRIES} times. Nothing with this name was accepted.") from None
+        except FileNotFoundError as error:
+            raise UserError(f"{error.filename or task.file.path} vanished during the copy. Run it again.") from None
+    journal.record_arrival(target, task.file.path, arrival)
+    return Copied(arrival, source.retries + target.retries - retries_before + number - 1)
+
+
+def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes) -> journal.Arrival:
+    path = task.file.path
+    if isinstance(source, LocalFolder) and isinstance(target, ObjectFolder):
+        local = source.root / path
+        try:
+            digest = check_content(task.file, local)
+        except Damaged as damage:
+            raise UserError(f"{source.name}: {damage}. List all faults with: alexprep verify") from None
+        return _upload(target, path, local, digest, count)
+    if isinstance(target, LocalFolder):
+        temporary = journal.incoming_file(target, path, unique_suffix())
+        folder = temporary.parents[path.count("/")]
+    else:
+        folder = task.scratch / unique_suffix()
+        temporary = folder / path
+    try:
+        digest = _download(task, source, temporary, count)
+        if isinstance(target, ObjectFolder):
+            return _upload(target, path, temporary, digest, lambda size_bytes: None)
+        assert isinstance(target, LocalFolder)
+        target.move_in(temporary, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return journal.Arrival(*target.states([path])[path], digest)
+
+
+def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes) -> str:
+    """Write the file to `temporary`, sync it and check its content. Returns its SHA-256 (hex)."""
+    digest = sha256()
+    disk = task.target if task.scratch == Path() else f"{task.scratch} (TMPDIR names another folder)"
+    try:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            for chunk in source.chunks(task.file.path, task.state):
+                file.write(chunk)
+                digest.update(chunk)
+                count(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise disk_error(
+            error,
+            f"{disk}: {error.strerror or error}. Correct this error, then run the same command again: files that "
+            "arrived are kept.",
+        ) from None
+    if task.checksum and digest.hexdigest() != task.checksum:
+        what = f"SHA-256 {digest.hexdigest()}, SHA256SUMS says {task.checksum}"
+        raise Damaged(f"{source.name}/{task.file.path}: {what}")
+    try:
+        return check_content(task.file, temporary)
+    except Damaged as damage:
+        raise Damaged(f"{source.name}: {damage}") from None
+
+
+def _upload(target: ObjectFolder, path: str, local: Path, digest: str, count: CountBytes) -> journal.Arrival:
+    """Send a local file, read it back, and compare the SHA-256 with `digest`. Raises Damaged if it differs."""
+    state = target.upload(path, local, count)
+    stored = sha256()
+    for chunk in target.chunks(path, state):
+        stored.update(chunk)
+    if stored.hexdigest() != digest:
+        raise Damaged(f"{target.name}/{path} reads back with SHA-256 {stored.hexdigest()}, sent {digest}")
+    return journal.Arrival(*state, digest)

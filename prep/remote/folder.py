@@ -1,0 +1,132 @@
+"""Folders that a store is copied from or to: the interface, and local folders. See object_store.py for buckets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from prep.console import UserError, disk_error
+from prep.files import sync_folder, write_atomic
+
+CHUNK_BYTES = 8 << 20  # bytes of one request for a part of a large file
+
+CountBytes = Callable[[int], None]
+
+
+class FileState(NamedTuple):
+    """Size and version of a file. The version differs after the file has been written again."""
+
+    size_bytes: int
+    version: str  # object storage: the ETag; local: the modification time in ns
+
+
+class Folder(Protocol):
+    """A folder of files. Paths are relative to the folder and have forward slashes.
+
+    Methods raise FileNotFoundError if a file is missing, and UserError if the folder cannot be used.
+    """
+
+    name: str  # the folder as the user named it, without a slash at the end
+    is_remote: bool
+    retries: int  # requests that failed and were sent again; 0 for a local folder
+
+    def is_empty(self) -> bool:
+        """Whether the folder holds no file. A missing folder is empty."""
+
+    def states(self, paths: Iterable[str]) -> dict[str, FileState]:
+        """The states of those of the files that exist."""
+
+    def read(self, path: str) -> bytes:
+        """The content of a small file."""
+
+    def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
+        """Yield the content of a file. Raises UserError if the file no longer has the state `state`."""
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a small file. The file appears with its whole content or not at all."""
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """Delete those of the files that exist."""
+
+
+class LocalFolder:
+    """A folder of this machine's file system."""
+
+    is_remote = False
+    retries = 0
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, str(root)
+
+    def is_empty(self) -> bool:
+        """See Folder.is_empty. The lock file of an earlier command does not count."""
+        try:
+            return all(name == ".lock" for name in os.listdir(self.root))
+        except FileNotFoundError:
+            return True
+
+    def states(self, paths: Iterable[str]) -> dict[str, FileState]:
+        """See Folder.states."""
+        found = {}
+        for path in paths:
+            try:
+                found[path] = self._state(path)
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+        return found
+
+    def _state(self, path: str) -> FileState:
+        status = (self.root / path).stat()
+        return FileState(status.st_size, str(status.st_mtime_ns))
+
+    def read(self, path: str) -> bytes:
+        """See Folder.read."""
+        return (self.root / path).read_bytes()
+
+    def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
+        """See Folder.chunks."""
+        with open(self.root / path, "rb") as file:
+            while chunk := file.read(CHUNK_BYTES):
+                yield chunk
+        if self._state(path) != state:
+            raise UserError(f"{self.root / path} changed while it was read. Run the same command again.")
+
+    def write(self, path: str, content: bytes) -> None:
+        """See Folder.write."""
+        with self.disk_errors():
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(self.root / path, content)
+
+    def move_in(self, temporary: Path, path: str) -> None:
+        """Rename a synced file on the same disk to `path`."""
+        final = self.root / path
+        with self.disk_errors():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(temporary, final)
+            sync_folder(final.parent)
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """See Folder.delete."""
+        for path in paths:
+            (self.root / path).unlink(missing_ok=True)
+
+    def disk_errors(self) -> _DiskErrors:
+        """A context manager that turns an OSError into a DiskFull or UserError that says how to go on."""
+        return _DiskErrors(self.name)
+
+
+class _DiskErrors:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
+        if isinstance(error, OSError):
+            text = f"{self.name}: {error.strerror or error}"
+            raise disk_error(
+                error, f"{text}. Correct this error, then run the same command again: files that arrived are kept."
+            ) from None

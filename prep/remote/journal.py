@@ -1,0 +1,113 @@
+"""Journal of a copy: what has arrived in the destination and was verified. An interrupted copy continues from it.
+
+    DST/.copy/source.json               digest of the source's manifest, which identifies the store that is copied
+    DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of a file that was verified after it arrived
+    DST/.copy/incoming/…                local destination: files that are arriving
+
+A file counts as arrived only if the destination still holds it with the size and the version (ETag or modification
+time) of its entry. The last step of a copy deletes the folder .copy.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from prep.remote.folder import Folder, LocalFolder
+from prep.store.manifest import COPY_FOLDER
+
+SOURCE = f"{COPY_FOLDER}/source.json"
+_INCOMING = f"{COPY_FOLDER}/incoming"
+_REQUESTS_AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class CopySource:
+    """The store that is copied."""
+
+    manifest: str  # SHA-256 (hex) of its manifest.json
+    fingerprint: str
+    name: str  # SRC of the command that began the copy
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A file that arrived and was verified."""
+
+    size_bytes: int
+    version: str
+    sha256: str
+
+
+def read_source(target: Folder) -> CopySource | None:
+    """The store of which `target` holds an unfinished copy, or None if there is no unfinished copy."""
+    try:
+        return CopySource(**json.loads(target.read(SOURCE)))
+    except FileNotFoundError:
+        return None
+    except (TypeError, ValueError):
+        return CopySource("", "unknown, because the file source.json of the copy is damaged", "an unknown store")
+
+
+def write_source(target: Folder, source: CopySource) -> None:
+    """Begin a copy of the store `source`."""
+    target.write(SOURCE, json.dumps(asdict(source)).encode())
+
+
+def record_arrival(target: Folder, path: str, arrival: Arrival) -> None:
+    """Record that a file arrived and was verified."""
+    target.write(_entry(path), json.dumps(asdict(arrival)).encode())
+
+
+def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
+    """The recorded arrivals of those files that the destination still holds unchanged."""
+    paths = list(paths)
+
+    def read(path: str) -> Arrival | None:
+        try:
+            return Arrival(**json.loads(target.read(_entry(path))))
+        except (FileNotFoundError, TypeError, ValueError):
+            return None
+
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
+        entries = dict(zip(paths, threads.map(read, paths), strict=True))
+    return unchanged(target, {path: arrival for path, arrival in entries.items() if arrival is not None})
+
+
+def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival]:
+    """Those of the arrivals whose files the destination still holds with the recorded size and version."""
+    states = target.states(arrivals)
+    return {
+        path: arrival
+        for path, arrival in arrivals.items()
+        if path in states and states[path] == (arrival.size_bytes, arrival.version)
+    }
+
+
+def incoming_file(target: LocalFolder, path: str, suffix: str) -> Path:
+    """Temporary path of a file that is arriving. `suffix` is different in every process."""
+    return target.root / _INCOMING / suffix / path
+
+
+def remove_incoming(target: Folder) -> None:
+    """Remove the files that were arriving when a copy was killed."""
+    if isinstance(target, LocalFolder):
+        shutil.rmtree(target.root / _INCOMING, ignore_errors=True)
+
+
+def remove_journal(target: Folder, paths: Iterable[str]) -> None:
+    """Delete the journal after the copy of the files `paths` is complete; source.json is deleted last."""
+    if isinstance(target, LocalFolder):
+        shutil.rmtree(target.root / COPY_FOLDER, ignore_errors=True)
+        return
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
+        list(threads.map(lambda path: target.delete([_entry(path)]), paths))
+    target.delete([SOURCE])
+
+
+def _entry(path: str) -> str:
+    return f"{COPY_FOLDER}/{path}.json"

@@ -1,0 +1,234 @@
+"""A prefix of a bucket of S3 or Google Cloud Storage, read and written through obstore.
+
+A request that fails because of the connection or the server is sent again: obstore repeats it almost at once, up to
+INNER_RETRIES times, and this module repeats it after each of the WAITS_S. A large file is read in parts of CHUNK_BYTES,
+so only the part that failed is read again. A large file is written as a multipart upload, which appears as a whole or
+not at all; obstore repeats a part that failed.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn, TypeVar
+
+from prep.console import UserError
+from prep.remote.aws_profile import profile_settings
+from prep.remote.folder import CHUNK_BYTES, CountBytes, FileState
+
+T = TypeVar("T")
+
+INNER_RETRIES = 2
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waits before the second and later tries of a request
+_TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "300s"}  # of a request for one part
+_PARTS_AT_ONCE = 4  # parts of one upload that are sent at the same time and kept in memory
+_MAX_PARTS = 9_000  # S3 allows 10,000
+
+_INSTALL = "Install it with: pip install 'alexnet[remote]'"
+_CREDENTIALS = {
+    "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
+    "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login",
+}
+
+
+def _obstore(scheme: str) -> ModuleType:
+    try:
+        import obstore
+        import obstore.exceptions
+        import obstore.store
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] != "obstore":
+            raise
+        raise UserError(f"{scheme}:// needs obstore, which is not installed. {_INSTALL}") from None
+    module: ModuleType = obstore
+    return module
+
+
+class ObjectFolder:
+    """The objects of a bucket whose keys begin with `prefix`/."""
+
+    is_remote = True
+
+    def __init__(self, scheme: str, bucket: str, prefix: str) -> None:
+        self._obstore = _obstore(scheme)
+        self._scheme, self._bucket = scheme, bucket
+        self.name = f"{scheme}://{bucket}/{prefix}".rstrip("/")
+        self.retries = 0
+        options: dict[str, Any] = {
+            "prefix": prefix or None,
+            "client_options": {**_TIMEOUTS, "allow_http": True},  # http is used only if the user's endpoint has it
+            "retry_config": {"max_retries": INNER_RETRIES},
+        }
+        try:
+            if scheme == "s3":
+                self._store: Any = self._obstore.store.S3Store(bucket, **options, **profile_settings())
+            else:
+                self._store = self._obstore.store.GCSStore(bucket, **options)
+        except (self._obstore.exceptions.BaseError, ValueError, OSError) as error:
+            raise UserError(f"{self.name}: {_reason(error)}. Correct the variables of the environment.") from None
+
+    def is_empty(self) -> bool:
+        """See Folder.is_empty."""
+        return not self._tried("", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), []))
+
+    def states(self, paths: Iterable[str]) -> dict[str, FileState]:
+        """See Folder.states. All objects of the prefix are listed."""
+        wanted = set(paths)
+
+        def listed() -> dict[str, FileState]:
+            pages = self._obstore.list(self._store, chunk_size=1000)
+            return {meta["path"]: _state(meta) for page in pages for meta in page if meta["path"] in wanted}
+
+        return self._tried("", listed)
+
+    def read(self, path: str) -> bytes:
+        """See Folder.read."""
+        return self._tried(path, lambda: self._get(path, {}))
+
+    def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
+        """See Folder.chunks."""
+        for start in range(0, state.size_bytes, CHUNK_BYTES):
+            end = min(start + CHUNK_BYTES, state.size_bytes)
+            options = {"range": (start, end), "if_match": state.version or None}
+            chunk = self._tried(path, partial(self._get, path, options))
+            if len(chunk) != end - start:
+                raise UserError(f"{self.name}/{path}: {len(chunk):,} bytes, expected {end - start:,}. Run it again.")
+            yield chunk
+
+    def _get(self, path: str, options: dict[str, Any]) -> bytes:
+        return bytes(self._obstore.get(self._store, path, options=options).bytes())
+
+    def write(self, path: str, content: bytes) -> None:
+        """See Folder.write."""
+        self._tried(path, lambda: self._obstore.put(self._store, path, content, use_multipart=False))
+
+    def upload(self, path: str, file: Path, count: CountBytes) -> FileState:
+        """Write a local file of any size. `count` gets the number of bytes of each chunk that is handed to obstore."""
+        size_bytes = file.stat().st_size
+        chunk_bytes = max(CHUNK_BYTES, -(-size_bytes // _MAX_PARTS))
+
+        def send() -> None:
+            if size_bytes <= chunk_bytes:
+                content = file.read_bytes()
+                self._obstore.put(self._store, path, content, use_multipart=False)
+                count(len(content))
+                return
+            options = {"chunk_size": chunk_bytes, "max_concurrency": _PARTS_AT_ONCE}
+            self._obstore.put(self._store, path, _counted_chunks(file, chunk_bytes, count), **options)
+
+        self._tried(path, send)
+        return self._tried(path, lambda: _state(self._obstore.head(self._store, path)))
+
+    def delete(self, paths: Iterable[str]) -> None:
+        """See Folder.delete."""
+        for path in paths:
+            with suppress(FileNotFoundError):
+                self._tried(path, partial(self._obstore.delete, self._store, path))
+
+    def _tried(self, path: str, request: Callable[[], T]) -> T:
+        """Result of a request. A request that fails for a temporary reason is sent again after each of the WAITS_S."""
+        waits_s = list(WAITS_S)
+        while True:
+            try:
+                return _interruptible(request)
+            except (self._obstore.exceptions.BaseError, OSError) as error:
+                if not waits_s or not self._is_temporary(error):
+                    self._raise(path, error)
+            self.retries += 1
+            time.sleep(waits_s.pop(0) * random.uniform(0.5, 1.5))
+
+    def _is_temporary(self, error: Exception) -> bool:
+        """Whether the same request can succeed later: the connection broke, a timeout, status 408, 429 or 5xx."""
+        text = str(error)
+        status = re.search(r"status code: (\d{3})", text)
+        if type(error) is not self._obstore.exceptions.GenericError or _METADATA_SERVICE in text:
+            return False
+        return status is None or status[1] in ("408", "429") or status[1].startswith("5")
+
+    def _raise(self, path: str, error: Exception) -> NoReturn:
+        """Raise the error of a request as FileNotFoundError, if only the object is missing, or as UserError."""
+        text, where = str(error), f"{self.name}/{path}".rstrip("/")
+        exceptions = self._obstore.exceptions
+        if "NoSuchBucket" in text or (isinstance(error, FileNotFoundError) and not path):
+            raise UserError(
+                f"{self.name}: there is no bucket {self._bucket}. Create it, or correct the name."
+            ) from None
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(2, "no such object", where) from None
+        if _METADATA_SERVICE in text or "Missing Credentials" in text:
+            raise UserError(f"{self.name}: no credentials found. {_CREDENTIALS[self._scheme]}.") from None
+        if isinstance(error, exceptions.PreconditionError):
+            raise UserError(f"{where} changed while it was read. Run the same command again.") from None
+        if isinstance(error, exceptions.UnauthenticatedError | exceptions.PermissionDeniedError) or "403" in text:
+            code = re.search(r"<Code>(\w+)</Code>", text)
+            reason = code[1] if code else _reason(error)
+            raise UserError(
+                f"{where}: permission denied ({reason}). {_CREDENTIALS[self._scheme]} of an account that may read, "
+                "write and list here."
+            ) from None
+        if "PermanentRedirect" in text or "BareRedirect" in text or "IllegalLocationConstraint" in text:
+            raise UserError(f"{self.name}: the bucket is in another region. Set AWS_REGION to its region.") from None
+        advice = "Run the same command again: files that arrived are kept."
+        tries = f", {len(WAITS_S) + 1} tries in {sum(WAITS_S):.0f} s" if self._is_temporary(error) else ""
+        raise UserError(f"{where}: {_reason(error)}{tries}. {advice}") from None
+
+
+_METADATA_SERVICE = "169.254."  # obstore asks the metadata service of a cloud's machine if nothing has credentials
+
+
+def _state(meta: Any) -> FileState:
+    return FileState(meta["size"], meta["e_tag"] or "")
+
+
+def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator[bytes]:
+    with open(file, "rb") as opened:
+        while chunk := opened.read(chunk_bytes):
+            yield chunk
+            count(len(chunk))
+
+
+def _reason(error: Exception) -> str:
+    """obstore's error as one line, without its debug output and without the body of the server's answer."""
+    text = str(error).partition("\n\nDebug source")[0]
+    code = re.search(r"<Code>(\w+)</Code>", text)
+    text = re.sub(r"\s*<(\?xml|Error|html).*", f" {code[1]}" if code else "", text, flags=re.S)
+    text = re.sub(
+        r"Generic \w+ error: |Error performing |( in [\d.]+\S+)?(, after .* retry_timeout: \w+)?(?= +- )", "", text
+    )
+    text = " ".join(text.split()).rstrip(" .:")
+    return text if len(text) <= 300 else f"{text[:300]}…"
+
+
+def _interruptible(request: Callable[[], T]) -> T:
+    """Run a request so that Ctrl-C ends the command at once: obstore does not return before its request has ended.
+
+    In the main thread of the command, the request runs in another thread. In other threads and in worker processes,
+    which the command kills, the request runs directly.
+    """
+    in_worker = multiprocessing.parent_process() is not None
+    if in_worker or threading.current_thread() is not threading.main_thread():
+        return request()
+    result: list[T] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            result.append(request())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.2)
+    if errors:
+        raise errors[0]
+    return result[0]

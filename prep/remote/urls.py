@@ -1,0 +1,37 @@
+"""Names of folders: a path, a file:// URL, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from prep.console import UserError
+from prep.remote.folder import Folder, LocalFolder
+from prep.remote.object_store import ObjectFolder
+
+SCHEMES = ("s3", "gs")  # schemes of object storage
+
+
+@lru_cache(maxsize=8)
+def open_folder(name: str) -> Folder:
+    """The folder that a name means. Raises UserError for a URL that is not supported, or if obstore is missing."""
+    match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", name)
+    if match is None:
+        return LocalFolder(Path(name))
+    scheme = match[1].lower()
+    if scheme == "file":
+        url = urlsplit(name)
+        if url.netloc not in ("", "localhost") or not url.path:
+            raise UserError(f"{name}: expected file:///PATH, with three slashes.")
+        return LocalFolder(Path(unquote(url.path)))
+    if scheme not in SCHEMES:
+        raise UserError(
+            f"{name}: {scheme}:// is not supported. Pass a path, file://, "
+            f"{' or '.join(f'{known}://BUCKET/PREFIX' for known in SCHEMES)}."
+        )
+    bucket, _, prefix = name[match.end() :].partition("/")
+    if not bucket or "//" in prefix or any(part in (".", "..") for part in prefix.split("/")):
+        raise UserError(f"{name}: expected {scheme}://BUCKET/PREFIX, with a bucket and without empty parts.")
+    return ObjectFolder(scheme, bucket, prefix.rstrip("/"))

@@ -1,0 +1,88 @@
+"""Fixtures: an S3 server, a proxy in front of it, a store of four shards, and copies that run in the test's process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from prep.console import Progress
+from prep.remote import folder, object_store
+from prep.remote.copy_store import CopyResult, planned_copy, run_copy
+from prep.remote.urls import open_folder
+from tests.helpers.building import InlineRunner, build, make_pictures
+from tests.prep.remote.s3_server import BUCKET, Proxy, S3Server
+
+Copy = Callable[[object, object], CopyResult]
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[S3Server]:
+    started = S3Server()
+    yield started
+    started.kill()
+
+
+@pytest.fixture
+def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Proxy]:
+    """A proxy without faults. The environment makes obstore send its requests to the proxy, in parts of 128 KiB."""
+    started = Proxy(server)
+    for variable, value in (
+        ("AWS_ENDPOINT_URL", started.url),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_REGION", "us-east-1"),
+        ("HOME", str(tmp_path)),
+    ):
+        monkeypatch.setenv(variable, value)
+    for module in (folder, object_store):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 17)
+    monkeypatch.setattr(object_store, "WAITS_S", (0.01,) * 6)
+    open_folder.cache_clear()
+    yield started
+    open_folder.cache_clear()
+    started.close()
+
+
+@pytest.fixture(scope="session")
+def small_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store of 192 training images, in three shards of about 200 kB, and 12 validation images, in one shard."""
+    work = tmp_path_factory.mktemp("copied")
+    photos = make_pictures(work / "photos", 192, (32, 40))
+    build(photos, work / "store")
+    for path in sorted(photos.glob("*/*"))[12:]:
+        path.unlink()
+    build(photos, work / "store", split="val")
+    return work / "store"
+
+
+@pytest.fixture
+def prefix(request: pytest.FixtureRequest) -> str:
+    """A prefix of the bucket that no other test uses."""
+    return "".join(c if c.isalnum() else "-" for c in request.node.name)
+
+
+@pytest.fixture
+def url(prefix: str) -> str:
+    return f"s3://{BUCKET}/{prefix}"
+
+
+@pytest.fixture
+def copy() -> Copy:
+    """copy(source, target) runs a copy in this process."""
+
+    def run(source: object, target: object) -> CopyResult:
+        with planned_copy(str(source), str(target)) as plan:
+            return run_copy(plan, InlineRunner(), Progress(plan.size_bytes, "MB"))
+
+    return run
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """{path: content} of all files of a folder except its lock file."""
+    return {
+        str(path.relative_to(root)): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
