@@ -162,6 +162,8 @@ class WorkerPool:
             tasks_left = tasks_left and len(new) == len(idle_slots)
             idle_slots = [slot for slot in idle_slots if slot not in new]
             busy |= new
+            if not busy:
+                break
             for slot in new:
                 self._connection(slot)  # start all processes before waiting for any process
             for slot, task in new.items():

@@ -35,7 +35,7 @@ ALLOWED = {
 ROOMS = {
     "prep": (
         *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
-        "prep.cluster",
+        *("prep.cluster", "prep.cluster_nodes", "prep.cluster_runner"),
         *(
             "prep.store",
             "prep.images",

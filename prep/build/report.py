@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from prep.console import bytes_text, count_noun, duration_text, one_line, print_json
+from prep.console import bytes_text, count_noun, duration_text, one_line, print_json, shell_quoted
 from prep.store.input_log import read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
+    from prep.build.parts import Part, PartResult
     from prep.build.split import BuildEstimate  # a run-time import would load LMDB and Pillow, even for --help
 
 _ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 
 
-def report_build(store: Store, name: str, done: int, seconds: float, as_json: bool) -> None:
-    """Print the result of the build of split `name`; this run processed `done` of the split's inputs."""
+def report_build(store: Store, name: str, done: int, seconds: float, as_json: bool, if_none: str = "") -> None:
+    """Print the result of the build of split `name`; this run processed `done` of the split's inputs.
+
+    If this run processed no input, the line `if_none` is printed instead of the rate.
+    """
     split = store.split(name)
     skipped = split.account["inputs"] - split.records
     if as_json:
@@ -51,7 +56,35 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
     if done:
         click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s")
     else:
-        click.echo(_ALREADY_BUILT)
+        click.echo(if_none or _ALREADY_BUILT)
+
+
+def report_part(
+    result: PartResult, part: Part, store: Path, name: str, done: int, seconds: float, as_json: bool
+) -> None:
+    """Print the result of one part of the build of split `name`; this run processed `done` of the part's inputs."""
+    if result.store is not None:
+        report_build(
+            result.store, name, done, seconds, as_json, "  all parts are finished; nothing to do for this part"
+        )
+        return
+    missing = [str(other) for other in result.missing]
+    if as_json:
+        rate = round(done / max(seconds, 1e-9), 1)
+        line = {"split": name, "part": str(part), "shards": result.shards, "missing_parts": missing}
+        print_json({**line, "seconds": round(seconds, 3), "images_per_s": rate})
+        return
+    click.echo(
+        f"{name}: part {part} is finished ({count_noun(result.shards, 'shard')}), {duration_text(seconds)}, "
+        f"{done / max(seconds, 1e-9):,.0f} images/s"
+    )
+    if missing:
+        click.echo(f"  parts to be finished: {', '.join(missing[:8])}{', …' if len(missing) > 8 else ''}")
+    else:
+        click.echo("  all shards are finished, and another command is at work in the store")
+    click.echo(
+        f"  the part that ends last completes the store; alexprep join --store {shell_quoted(store)} does so, too"
+    )
 
 
 def report_estimate(estimate: BuildEstimate, name: str, as_json: bool) -> None:

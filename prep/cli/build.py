@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from prep.build.report import report_build, report_estimate
-from prep.cli.options import record_options, split_option
-from prep.console import progress, store_option, usable_cores
+from prep.build.report import report_build, report_estimate, report_part
+from prep.cli.options import make_runner, path_for, record_options, split_option
+from prep.console import UserError, progress, store_option
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
+    from prep.build.parts import Part
     from prep.build.plan import BuildPolicy
     from prep.inputs.reader import Source
     from prep.workers import Runner
@@ -39,6 +42,12 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Print bad inputs, needed disk space and build time, but build nothing.")
+@click.option(
+    "--part",
+    metavar="I/N",
+    help="Build only every N-th shard, beginning with shard I of 1..N. Parts may run in any order and on different "
+    "machines; the last part completes the store.",
+)
 @record_options
 def build_lmdb(
     source: Path,
@@ -48,7 +57,9 @@ def build_lmdb(
     label_order: str | None,
     follow_links: bool,
     dry_run: bool,
+    part: str | None,
     jobs: int | None,
+    cluster: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -58,25 +69,79 @@ def build_lmdb(
     such a folder (for example ILSVRC2012_img_train.tar). SOURCE is one split, or a folder that contains the splits
     train and val. Nothing in SOURCE is changed. After an interruption the same command resumes the build.
 
+    Several machines can share the work: with --cluster on a Ray cluster, or with --part as separate commands, such as
+    the tasks of a SLURM array. All machines must see SOURCE and the store at the same paths.
+
     \b
     Example:
       alexprep build-lmdb /data/ilsvrc --store store
       alexprep build-lmdb /data/ilsvrc --store store --dry-run
       alexprep build-lmdb /data/val --split val --labels /data/ILSVRC2012_validation_ground_truth.txt
+      alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --cluster auto
+      alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --part 3/16
     """
-    from prep.workers import WorkerPool
-
-    with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
+    chosen_part = _parse_part(part, cluster, dry_run, options["restart"])
+    source, store = path_for(cluster, source), path_for(cluster, store)
+    with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split import estimate_build
         from prep.inputs.sources import find_splits, list_source
 
         settings, policy = _settings_and_policy(options)
+        classes: tuple[str, ...] = ()  # of the split that was listed before; in a part, it may not be in the store yet
         for name, path in find_splits(source, split).items():
-            inputs = list_source(path, name, labels, label_order, _store_classes(store), follow_links)
-            if dry_run:
+            inputs = list_source(path, name, labels, label_order, _store_classes(store) or classes, follow_links)
+            classes = inputs.classes if chosen_part else ()
+            if chosen_part:
+                _build_part(
+                    inputs,
+                    store,
+                    settings,
+                    workers,
+                    policy,
+                    chosen_part,
+                    _command_line(click.get_current_context()),
+                    as_json,
+                )
+            elif dry_run:
                 report_estimate(estimate_build(inputs, store, settings, workers, policy), name, as_json)
             else:
                 _build(inputs, store, settings, workers, policy, as_json)
+
+
+def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bool) -> Part | None:
+    """The value of --part. Raises UserError if the value is wrong, or if another option excludes --part."""
+    if part is None:
+        return None
+    from prep.build.parts import Part
+
+    number, _, count = part.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+        raise UserError(f"--part {part}: expected I/N with I from 1 to N, for example 3/16.")
+    if cluster is not None:
+        raise UserError("--part is for builds without a cluster. Leave it out: --cluster divides the shards itself.")
+    if dry_run:
+        raise UserError("--dry-run estimates the whole build. Leave out --part.")
+    if restart:
+        raise UserError(
+            "--restart would discard the shards of all parts. When no part is at work, delete the folder of the split "
+            "in the store; then start the parts without --restart."
+        )
+    return Part(int(number), int(count))
+
+
+def _command_line(context: click.Context) -> str:
+    """The command line of `build-lmdb` without --part, --jobs and --json, to be shown to a person."""
+    words = ["alexprep", "build-lmdb"]
+    for parameter in context.command.params:
+        name, value = parameter.name or "", context.params.get(parameter.name or "")
+        given = context.get_parameter_source(name) in (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)
+        if not given or name in ("part", "jobs", "as_json"):
+            continue
+        if isinstance(parameter, click.Option):
+            words.append(parameter.opts[-1])
+        if value is not True:
+            words.append(quote(str(value)))
+    return " ".join(words)
 
 
 def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy]:
@@ -95,7 +160,7 @@ def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
-    """The classes of a store; empty if the store does not exist yet."""
+    """The classes of a store; empty if the store has no complete split yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
 
 
@@ -107,6 +172,26 @@ def _build(source: Source, store: Path, settings: Settings, runner: Runner, poli
         built = build_split(source, store, settings, runner, build_progress, policy)
     done = build_progress.done - build_progress.skipped
     report_build(built, source.split, done, time.monotonic() - started, as_json)
+
+
+def _build_part(
+    source: Source,
+    store: Path,
+    settings: Settings,
+    runner: Runner,
+    policy: BuildPolicy,
+    part: Part,
+    command: str,
+    as_json: bool,
+) -> None:
+    from prep.build.parts import build_part
+
+    started = time.monotonic()
+    inputs = part.count_inputs(len(source.inputs))
+    with progress(f"{source.split}: rescaling part {part}", inputs, "pictures") as build_progress:
+        result = build_part(source, store, settings, runner, build_progress, policy, part, command)
+    seconds = time.monotonic() - started
+    report_part(result, part, store, source.split, inputs - build_progress.skipped, seconds, as_json)
 
 
 @click.command("import-caffe")
@@ -126,6 +211,7 @@ def import_caffe(
     split: str,
     classes: Path | None,
     jobs: int | None,
+    cluster: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -139,11 +225,13 @@ def import_caffe(
       alexprep import-caffe ilsvrc12_train_lmdb --store store --classes synset_words.txt
       alexprep import-caffe ilsvrc12_val_lmdb --store store --split val
     """
+    from prep.build.plan import tool_versions
     from prep.inputs.caffe import list_caffe_lmdbs
-    from prep.workers import WorkerPool
 
     settings, policy = _settings_and_policy(options)
-    with WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers:
+    store, lmdbs = path_for(cluster, store), tuple(path_for(cluster, path) for path in lmdbs)
+    with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
+        workers.check_machines(None, lmdbs[0], tool_versions)
         with progress(f"{split}: listing", 0, "records") as listing_progress:
             inputs = list_caffe_lmdbs(lmdbs, split, classes, _store_classes(store), workers, listing_progress)
         _build(inputs, store, settings, workers, policy, as_json)

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from prep.build.report import print_stats
-from prep.cli.options import jobs_option, split_option
+from prep.cli.options import cluster_option, jobs_option, make_runner, path_for, split_option
 from prep.console import (
     UserError,
     bytes_text,
@@ -32,8 +32,9 @@ from prep.store.manifest import SPLITS, Store
 @click.option("--split", type=click.Choice(SPLITS), help="Split to verify.  [default: all]")
 @click.option("--quick", is_flag=True, help="Compare checksums, digests and counts only; decode no image.")
 @jobs_option
+@cluster_option
 @json_option
-def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_json: bool) -> None:
+def verify(store: Path, split: str | None, quick: bool, jobs: int | None, cluster: str | None, as_json: bool) -> None:
     """Verify every record of a store against its checksum and the manifest, and print each fault.
 
     Images are decoded, and their colour sums are compared with the sums of the build. For ppm, the sums must be equal.
@@ -44,14 +45,15 @@ def verify(store: Path, split: str | None, quick: bool, jobs: int | None, as_jso
       alexprep verify --store store
       alexprep verify --store store --quick --json | jq .faults
     """
+    from prep.build.plan import tool_versions
     from prep.check.verify import verify_split
-    from prep.workers import WorkerPool
 
-    opened = Store.open(store)
+    opened = Store.open(path_for(cluster, store))
     names = [split] if split else list(opened.splits)
     records = sum(opened.split(name).records for name in names)
     faults, started = [], time.monotonic()
-    with WorkerPool(jobs or usable_cores()) as workers, progress("verifying", records, "records") as verify_progress:
+    with make_runner(cluster, jobs) as workers, progress("verifying", records, "records") as verify_progress:
+        workers.check_machines(None, opened.root / "manifest.json", tool_versions)
         for name in names:
             faults += verify_split(opened, name, workers, verify_progress, decode=not quick)
     seconds = time.monotonic() - started
@@ -195,8 +197,17 @@ def export_files(out: Path, store: Path, split: str, jobs: int | None, as_json: 
     help="File for a plot of the colours and their principal components.",
 )
 @jobs_option
+@cluster_option
 @json_option
-def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs: int | None, as_json: bool) -> None:
+def pca_stats(
+    store: Path,
+    split: str,
+    recompute: bool,
+    plot: Path | None,
+    jobs: int | None,
+    cluster: str | None,
+    as_json: bool,
+) -> None:
     """Print mean, covariance and principal components of the RGB pixels of a split.
 
     The statistics are computed from the exact sums of the build and written to SPLIT/colour.json, which training reads.
@@ -210,10 +221,12 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
       alexprep pca-stats --store store --plot colours.png
     """
     from prep.build.assemble import write_color_stats
+    from prep.build.plan import tool_versions
     from prep.images.color_stats import recompute_color_stats
-    from prep.workers import WorkerPool
 
-    opened = Store.open(store)
+    if cluster is not None and not recompute:
+        raise UserError(f"--cluster {cluster} is for --recompute: without it, no image is decoded. Leave it out.")
+    opened = Store.open(path_for(cluster, store))
     if not recompute:
         try:
             write_color_stats(store / split, opened.split(split))
@@ -222,8 +235,9 @@ def pca_stats(store: Path, split: str, recompute: bool, plot: Path | None, jobs:
     stats = opened.color_stats(split)
     difference = None
     if recompute:
-        workers = WorkerPool(jobs or usable_cores())
-        with workers, progress(f"{split}: decoding", stats.records, "records") as decode_progress:
+        runner, shown_progress = make_runner(cluster, jobs), progress(f"{split}: decoding", stats.records, "records")
+        with runner as workers, shown_progress as decode_progress:
+            workers.check_machines(None, opened.root / "manifest.json", tool_versions)
             recomputed = recompute_color_stats(opened, split, workers, decode_progress)
         difference = max(abs(a - b) for a, b in zip(stats.stdevs, recomputed.stdevs, strict=True))
         stats = recomputed

@@ -6,11 +6,15 @@ import click
 
 from prep.cli.build import build_lmdb, import_caffe
 from prep.cli.check import export_files, inspect, pca_stats, verify
+from prep.cli.copy import copy
+from prep.cli.join import join
 from prep.console import CONTEXT_SETTINGS, Group
 from prep.version import version_option
 
 
-@click.group(cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files"))
+@click.group(
+    cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files", "copy")
+)
 @version_option
 def main() -> None:
     """Prepare images for training: build a store of rescaled, checksummed records in a seeded order.
@@ -25,5 +29,5 @@ def main() -> None:
     """
 
 
-for command in (build_lmdb, import_caffe, verify, inspect, export_files, pca_stats):
+for command in (build_lmdb, join, import_caffe, verify, inspect, export_files, pca_stats, copy):
     main.add_command(command)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import json_option
+from prep.console import json_option, usable_cores
 from prep.store.manifest import FILTERS, FORMATS, SPLITS
+
+if TYPE_CHECKING:
+    from prep.cluster_runner import ClusterRunner
+    from prep.workers import WorkerPool
 
 split_option = click.option(
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Name of the split."
@@ -17,7 +23,13 @@ jobs_option = click.option(
     "--jobs",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help="Number of worker processes.  [default: number of usable cores]",
+    help="Number of worker processes.  [default: number of usable cores, here or in the cluster]",
+)
+cluster_option = click.option(
+    "--cluster",
+    metavar="auto|ADDRESS|local",
+    help="Ray cluster that does the work: the cluster of this machine (auto), the cluster with this address "
+    "(HOST:PORT), or a new cluster of this machine alone (local).  [default: worker processes without Ray]",
 )
 
 _RECORD_OPTIONS = (
@@ -73,6 +85,7 @@ _RECORD_OPTIONS = (
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished build of the split and start again."),
     jobs_option,
+    cluster_option,
     json_option,
 )
 
@@ -82,3 +95,19 @@ def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in reversed(_RECORD_OPTIONS):
         command = option(command)
     return command
+
+
+def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> WorkerPool | ClusterRunner:
+    """The runner that --cluster and --jobs describe, to be used in a `with` block. See WorkerPool for `preload`."""
+    if cluster is None:
+        from prep.workers import WorkerPool
+
+        return WorkerPool(jobs or usable_cores(), preload)
+    from prep.cluster_runner import ClusterRunner
+
+    return ClusterRunner(cluster, jobs, preload)
+
+
+def path_for(cluster: str | None, path: Path) -> Path:
+    """`path`, absolute if it is used on a cluster, whose processes have other working directories."""
+    return path if cluster is None else Path(os.path.abspath(path))

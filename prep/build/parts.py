@@ -1,0 +1,238 @@
+"""Builds a split in parts, without a cluster: part I of N builds every N-th shard, beginning with shard I − 1.
+
+Parts can run in any order, again and again, and at the same time on different machines that share a file system (for
+example as the tasks of a SLURM array). The locks are as follows:
+
+    store/.lock                            a part holds it shared; a build of all shards and `join` hold it alone
+    store/train/.build/part-3-of-8.lock    a part holds it alone, so that the same part does not run twice
+
+The part that comes first begins the build: it creates the folder .build by one rename. Every other part compares its
+own listing and settings with the files in that folder. A part that finds all shards finished takes the store's lock
+alone and writes the manifest; so of two parts that finish at the same time, one writes it. `alexprep join` does the
+same without a part. The file .build/parts.json has the number of parts and the command line of the part that began
+last.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from prep.build.assemble import assemble_split
+from prep.build.plan import BuildPlan, BuildPolicy, shard_boundaries, tool_versions
+from prep.build.resume import (
+    begin_build,
+    find_changed_inputs,
+    remove_temporary_files,
+    remove_work_dir,
+)
+from prep.build.split import build_shards, disk_errors, open_existing, refuse_store_in_source
+from prep.console import Progress, UserError, count_noun
+from prep.files import LockHeld, hold_lock, write_atomic
+from prep.inputs.folder import FolderReader
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import Source
+from prep.store.manifest import SPLITS, Settings, Store
+from prep.workers import Runner
+
+_BEGIN_WAIT_S = 60.0  # a part waits this long for the store's lock: another part may be writing the manifest
+_JOIN_WAIT_S = 2.0  # a part that has finished waits this long for parts that are about to end
+
+
+@dataclass(frozen=True)
+class Part:
+    """Part `number` (1..count) of a build."""
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def shards(self, shard_count: int) -> range:
+        """Numbers of the shards of this part, of `shard_count` shards."""
+        return range(self.number - 1, shard_count, self.count)
+
+    def count_inputs(self, inputs: int) -> int:
+        """Number of inputs in the shards of this part, if the split has `inputs` inputs."""
+        boundaries = shard_boundaries(inputs)
+        return sum(boundaries[shard + 1] - boundaries[shard] for shard in self.shards(len(boundaries) - 1))
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How a split is divided, for messages: the number of parts, and the command line of a part without --part."""
+
+    count: int
+    command: str
+
+
+@dataclass(frozen=True)
+class PartResult:
+    """State of the split after a part has ended."""
+
+    shards: int  # number of shards of the part
+    store: Store | None  # the store, if the split is complete
+    missing: dict[Part, list[int]]  # shards that are not finished yet, by part; empty if another process completes it
+
+
+def build_part(
+    source: Source,
+    store: Path,
+    settings: Settings,
+    runner: Runner,
+    progress: Progress,
+    policy: BuildPolicy,
+    part: Part,
+    command: str,
+) -> PartResult:
+    """Build the shards of one part. If all parts are then finished, write the manifest.
+
+    `command` is the command line without --part, for the messages of `join`. Raises the same errors as build_split, and
+    UserError if an input changed since the first part began.
+    """
+    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
+    refuse_store_in_source(source, store)
+    shards = part.shards(plan.shard_count)
+    with disk_errors(store):
+        store.mkdir(parents=True, exist_ok=True)
+        _clean_up_if_alone(store, plan)
+        with hold_lock(store, "build", shared=True, wait_s=_BEGIN_WAIT_S):
+            existing = open_existing(store, plan)
+            if existing is not None and source.split in existing.splits:
+                progress.skip(plan.count_inputs(shards))
+                return PartResult(len(shards), existing, {})
+            _begin_or_check(plan, store)
+            parts = {"parts": part.count, "command": command}
+            write_atomic(plan.work_dir / "parts.json", json.dumps(parts).encode())
+            with hold_lock(plan.work_dir, f"build of part {part}", name=f"part-{part.number}-of-{part.count}.lock"):
+                build_shards(plan, store, shards, runner, progress, policy)
+        return _finish(plan, store, part, policy)
+
+
+def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
+    """Remove what killed processes left behind, unless another part is at work."""
+    with suppress(LockHeld), hold_lock(store, "build", wait_s=0):
+        remove_temporary_files(store)
+        if not (plan.work_dir / "plan.json").exists():
+            shutil.rmtree(plan.work_dir, ignore_errors=True)
+
+
+def _begin_or_check(plan: BuildPlan, store: Path) -> None:
+    """Begin the build if no other part has begun it, else compare this part's inputs with the inputs of the build."""
+    if not (plan.work_dir / "plan.json").exists() and begin_build(plan):
+        return
+    changed = find_changed_inputs(plan, store)
+    if changed:
+        raise UserError(
+            f"{store}: {count_noun(len(changed), 'input')} changed since the first part began (first: "
+            f"{name_text(next(iter(changed)))}). When no part is at work, run the same command once without --part: "
+            "it accepts the change, and keeps the finished shards."
+        )
+
+
+def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> PartResult:
+    """Write the manifest if all shards are finished and no other process is at work in the store."""
+    shards = len(part.shards(plan.shard_count))
+    plan.refresh()
+    missing = missing_shards(plan, part.count)
+    existing = open_existing(store, plan)
+    if existing is not None and plan.source.split in existing.splits:  # another part has just written the manifest
+        return PartResult(shards, existing, {})
+    if missing:
+        return PartResult(shards, None, missing)
+    try:
+        with hold_lock(store, "build", wait_s=_JOIN_WAIT_S):
+            return PartResult(shards, _assemble(plan, store, policy), {})
+    except LockHeld:
+        return PartResult(shards, None, {})
+
+
+def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
+    """Write the manifest, unless another process has already done so. The caller holds the store's lock alone."""
+    existing = open_existing(store, plan)
+    if existing is not None and plan.source.split in existing.splits:
+        return existing
+    if existing is not None and existing.classes != plan.source.classes:
+        raise UserError(
+            f"{store}: {plan.source.split} has {len(plan.source.classes)} classes, the store has "
+            f"{len(existing.classes)}, or classes of other names. All splits of a store must have the same classes."
+        )
+    remove_temporary_files(store)
+    built = assemble_split(plan, store, existing, policy)
+    remove_work_dir(plan)
+    return built
+
+
+def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
+    """The shards that are not finished, by part; parts without such shards are left out."""
+    unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
+    numbers = sorted({shard % part_count + 1 for shard in unfinished})
+    return {
+        Part(number, part_count): [shard for shard in unfinished if shard % part_count + 1 == number]
+        for number in numbers
+    }
+
+
+def begun_splits(store: Path) -> list[str]:
+    """The splits whose builds have begun but are not complete."""
+    return [split for split in SPLITS if (store / split / ".build" / "plan.json").exists()]
+
+
+def join_split(store: Path, split: str, max_bad: int | None) -> tuple[Store | None, dict[Part, list[int]], Parts]:
+    """Write the manifest of a split whose parts are all finished, from the files in its work folder.
+
+    Returns (store, {}, parts), or (None, missing shards by part, parts) if a shard is missing. Raises UserError if a
+    part or a build is at work, or if more bad inputs were left out than `max_bad`.
+    """
+    with disk_errors(store), hold_lock(store, "build"):
+        plan = _open_plan(store, split)
+        parts = _read_parts(plan)
+        missing = missing_shards(plan, parts.count)
+        if missing:
+            return None, missing, parts
+        return _assemble(plan, store, BuildPolicy(skip_bad=True, max_bad=max_bad)), {}, parts
+
+
+def _open_plan(store: Path, split: str) -> BuildPlan:
+    """The plan of an unfinished build, from the files in its work folder. Its source cannot be read."""
+    work_dir = store / split / ".build"
+    try:
+        begun = json.loads((work_dir / "plan.json").read_bytes())
+        inputs = Listing.load(work_dir / "inputs.npz")
+        refused = tuple((name, reason) for name, reason in begun["refused"])
+        reader, classes, tools = FolderReader(Path(begun["source"])), tuple(begun["classes"]), dict(begun["tools"])
+        plan = BuildPlan(
+            Source(reader, split, classes, inputs, refused), store / split, Settings(**begun["settings"]), skip_bad=True
+        )
+        plan.build_id = begun["id"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{work_dir}: {error}. The unfinished build cannot be read: run alexprep build-lmdb with --restart."
+        ) from None
+    for tool, present in tool_versions().items():
+        if tools.get(tool) != present:
+            raise UserError(
+                f"{store} holds an unfinished build by {tool} {tools.get(tool)}, but {present} is installed. "
+                "Run alexprep join with that version."
+            )
+    return plan
+
+
+def _read_parts(plan: BuildPlan) -> Parts:
+    """The division into parts; one part if the build was begun without --part."""
+    try:
+        parts = json.loads((plan.work_dir / "parts.json").read_bytes())
+        return Parts(int(parts["parts"]), str(parts["command"]))
+    except FileNotFoundError:
+        return Parts(1, f"alexprep build-lmdb {plan.source.reader.root} --store {plan.folder.parent}")
+
+
+def shard_list(shards: Sequence[int], shown: int = 5) -> str:
+    """Shard numbers for a message: `00003, 00011, …`."""
+    return ", ".join(f"{shard:05d}" for shard in shards[:shown]) + (", …" if len(shards) > shown else "")
