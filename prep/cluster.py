@@ -14,9 +14,11 @@ import logging
 import os
 import re
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -28,11 +30,13 @@ _INSTALL = "Install it with: pip install 'alexnet[cluster]'"
 # Ray ends a program that has not reached the head node for this time. A training must outlive the head node, so the
 # program itself decides how long it waits.
 _NEVER_S = str(10**8)
+_TOKEN = Path("~/.ray/auth_token")  # where Ray looks for the token
 
 
 def ray_module() -> ModuleType:
     """The module ray. Raises UserError with the command that installs Ray if it is missing."""
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are too short for a busy machine
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -65,24 +69,28 @@ class _Connection:
 
 
 @contextmanager
-def connected(address: str, *, cores: int | None = None, dashboard: bool = False) -> Iterator[ModuleType]:
+def connected(
+    address: str, *, cores: int | None = None, dashboard: bool = False, object_store_bytes: int | None = None
+) -> Iterator[ModuleType]:
     """Connect this process to a cluster during a `with` block. The value is the module ray.
 
-    address    the cluster: local, auto or HOST:PORT
-    cores      number of CPU cores of a local cluster; None: all usable cores
-    dashboard  whether a local cluster starts Ray's dashboard
+    address             the cluster: local, auto or HOST:PORT
+    cores               number of CPU cores of a local cluster; None: all usable cores
+    dashboard           whether a local cluster starts Ray's dashboard
+    object_store_bytes  size of the object store of a local cluster; None: 30 % of the memory
 
     A process has one connection. The first block connects, the last block disconnects. A connection that the process
     already had is used and stays open. The process keeps its signal handlers. Raises UserError if Ray is missing, if no
     cluster answers, or if the cluster refuses this process.
     """
     check_address(address)
+    _use_token(address)
     ray = ray_module()
     with _Connection.lock:
         if not _Connection.users:
             _Connection.is_ours = not ray.is_initialized()
             if _Connection.is_ours:
-                _connect(ray, address, cores, dashboard)
+                _connect(ray, address, cores, dashboard, object_store_bytes)
         _Connection.users += 1
     try:
         yield ray
@@ -94,10 +102,23 @@ def connected(address: str, *, cores: int | None = None, dashboard: bool = False
                     ray.shutdown()
 
 
-def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) -> None:
+def _use_token(address: str) -> None:
+    """Use the user's token for a cluster with a head node on this machine. Ray itself uses the token for `auto` only.
+
+    A head node on another machine gets the token only if the user sets RAY_AUTH_MODE, because a wrong address would
+    reveal the token.
+    """
+    has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or _TOKEN.expanduser().is_file()
+    if address in (LOCAL, AUTO) or not has_token:
+        return
+    with suppress(OSError), socket.create_server((address.rpartition(":")[0], 0)):  # fails if it is another machine
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, object_store_bytes: int | None) -> None:
     options: dict[str, Any] = {}
     if address == LOCAL:
-        options = {"num_cpus": cores, "include_dashboard": dashboard}
+        options = {"num_cpus": cores, "include_dashboard": dashboard, "object_store_memory": object_store_bytes}
     try:
         with _handlers_kept():
             ray.init(
@@ -107,11 +128,11 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool) 
                 logging_level=logging.ERROR,
                 **options,
             )
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"cluster {address}: {_reason(error)}") from None
+    except Exception as error:  # Ray raises Exception itself if a process of a new cluster does not start within 30 s
+        raise UserError(f"cluster {address}: {_reason(error, address)}") from None
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, address: str) -> str:
     """First sentence of Ray's error, and what to do."""
     text = " ".join(str(error).split())
     if isinstance(error, ConnectionError) and "Could not find any running Ray instance" in text:
@@ -119,7 +140,10 @@ def _reason(error: Exception) -> str:
             "no Ray cluster runs on this machine. Start one (ray start --head), join one (ray start --address "
             "HOST:PORT), or pass local."
         )
-    return f"{text[:400]} Check the address and that this machine has joined the cluster (ray status)."
+    if address == LOCAL:
+        return f"{text[:400]} Run the command again when the machine is less busy."
+    token = "" if "RAY_AUTH_MODE" in os.environ else " If the cluster uses a token: export RAY_AUTH_MODE=token."
+    return f"{text[:400]}. Check the address, and that this machine has joined the cluster (ray status).{token}"
 
 
 @contextmanager

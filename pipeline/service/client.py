@@ -51,14 +51,19 @@ def parse_service(service: str) -> tuple[str, str]:
     return name, address or AUTO
 
 
+def service_names(ray: ModuleType) -> list[str]:
+    """The names of the services of the cluster, sorted."""
+    prefix = actor_name("")
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return sorted(actor["name"].removeprefix(prefix) for actor in actors if actor["name"].startswith(prefix))
+
+
 def find_service(ray: ModuleType, name: str, address: str) -> Any:
     """The coordinator of a service. Raises ServiceError with the services that the cluster has."""
     try:
         return ray.get_actor(actor_name(name), NAMESPACE)
     except ValueError:
-        prefix = actor_name("")
-        actors = ray.util.list_named_actors(all_namespaces=True)
-        names = sorted(actor["name"].removeprefix(prefix) for actor in actors if actor["name"].startswith(prefix))
+        names = service_names(ray)
         raise ServiceError(
             f"service {name}: cluster {address} has no such service (it has: {', '.join(names) or 'none'}). Start it "
             f"with: alexstream serve --store STORE --name {name} --cluster {address}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import time
 from pathlib import Path
 from types import ModuleType
@@ -11,10 +13,17 @@ from pipeline.service.client import find_service
 from pipeline.service.coordinator import Coordinator
 from pipeline.service.errors import ServiceError
 from pipeline.service.protocol import ServiceConfig, actor_name
+from pipeline.windows import LABEL_BYTES
 from prep.cluster import NAMESPACE
+from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
 CALL_S = 30.0  # time after which a service that does not answer is reported
+READY_S = 60.0  # time for which the start of a service waits for workers
+FAULT_S = 10.0  # time after which a start ends if no worker can start
+_STREAMS, _BATCH_IMAGES = 2, 512  # for the size of the object store: training and validation, large batches
+_IN_USE = 4  # number of batches that a consumer uses and no longer needs from the service
+_LEAST_BYTES = 80_000_000  # Ray refuses smaller object stores
 
 
 def make_config(store: Path, name: str, min_workers: int, max_workers: int, threads: int, **more: Any) -> ServiceConfig:
@@ -47,8 +56,74 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
             f"service {config.name}: the cluster already has a service of this name. Stop it with: alexstream stop "
             f"--name {config.name}, or choose another --name."
         ) from None
-    call(ray, config.name, coordinator.begin)
+    try:
+        call(ray, config.name, coordinator.begin)
+    except ServiceError:
+        ray.kill(coordinator, no_restart=True)
+        raise
     return coordinator
+
+
+def most_workers(ray: ModuleType, threads: int) -> int:
+    """Number of workers that fit on the nodes of the cluster now, at least 1."""
+    return max(1, sum(cores // threads for cores in _cores(ray)))
+
+
+def check_cores(ray: ModuleType, config: ServiceConfig, address: str) -> None:
+    """Raise ServiceError if no node has enough cores for a worker, unless the service may be without workers."""
+    largest = max(_cores(ray), default=0)
+    if config.min_workers and largest < config.threads:
+        advice = f"Choose --threads {largest} or less, or start" if largest else "Start"
+        raise ServiceError(
+            f"service {config.name}: a worker needs a node with {config.threads} cores, the largest node of cluster "
+            f"{address} has {largest}. {advice} a larger node (ray start --address HOST:PORT --num-cpus N). If the "
+            "cluster has an autoscaler, pass --workers 0:MAX."
+        )
+
+
+def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[str, Any]:
+    """Wait until `min_workers` workers are ready, at most for READY_S. Returns the state of the service.
+
+    Raises ServiceError with the reasons if no node of the cluster can serve the store.
+    """
+    begun_s = time.monotonic()
+    while True:
+        status = service_status(ray, config.name, address)
+        waited_s = time.monotonic() - begun_s
+        if len(status["workers"]) >= config.min_workers or waited_s > READY_S:
+            return status
+        if not status["workers"]:
+            unused = status["unused_nodes"]
+            fitting = sum(cores >= config.threads for cores in _cores(ray))
+            if unused and len(unused) >= fitting:
+                reasons = "; ".join(f"{node['host']}: {node['why']}" for node in unused)
+                raise ServiceError(f"service {config.name}: no node can serve {config.store}. {reasons}")
+            if status["last_fault"] and waited_s > FAULT_S:
+                raise ServiceError(f"service {config.name}: {status['last_fault']}")
+        time.sleep(0.2)
+
+
+def object_store_bytes(ahead: int) -> int:
+    """Size of the object store of a cluster of this machine alone.
+
+    The size is that of all batches that are kept for two streams of 512 images a batch, at most 30 % of the memory and
+    90 % of what is free in /dev/shm.
+    """
+    wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else memory
+    if 0.9 * free < _LEAST_BYTES:
+        say(
+            f"Warning: /dev/shm has {bytes_text(free)} free, expected {bytes_text(_LEAST_BYTES)} or more. Ray keeps "
+            "batches in files instead, which is slow. In a container, pass --shm-size 4gb."
+        )
+        free = memory
+    return max(_LEAST_BYTES, min(wanted, int(0.3 * memory), int(0.9 * free)))
+
+
+def _cores(ray: ModuleType) -> list[int]:
+    """Number of cores of each node of the cluster."""
+    return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
 def stop_service(ray: ModuleType, name: str, address: str) -> None:

@@ -1,4 +1,4 @@
-"""The command `alexstream`: preview, inspect and benchmark the stream. The stream itself is in pipeline.loader."""
+"""`alexstream preview`, `inspect` and `bench`: commands that show and measure the stream of a store."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ from typing import Any, TypeVar
 import click
 
 from prep.console import (
-    CONTEXT_SETTINGS,
-    Group,
     UserError,
     json_option,
     print_json,
@@ -21,24 +19,8 @@ from prep.console import (
     usable_cores,
 )
 from prep.store.manifest import SPLITS, Store
-from prep.version import version_option
 
 Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-@click.group(cls=Group, context_settings=CONTEXT_SETTINGS)
-@version_option
-def main() -> None:
-    """Preview, inspect and benchmark the training stream of a store: random crops, flips and colour noise.
-
-    In Python: from pipeline import train_loader, eval_loader.
-
-    \b
-    Example:
-      alexstream preview preview.png --store store
-      alexstream inspect --store store
-      alexstream bench --store store
-    """
 
 
 def _seed_option(max_seed: int) -> Callable[[Command], Command]:
@@ -51,7 +33,7 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
     )
 
 
-@main.command()
+@click.command("preview")
 @click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.png")
 @store_option
 @click.option(
@@ -77,7 +59,7 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     say(f"Wrote {out}")
 
 
-@main.command()
+@click.command("inspect")
 @store_option
 @click.option("--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Name of the split.")
 @click.option(
@@ -150,7 +132,7 @@ def inspect(
         )
 
 
-@main.command()
+@click.command("bench")
 @store_option
 @click.option("--batch", type=click.IntRange(1), default=128, show_default=True, help="Number of images in a batch.")
 @click.option(

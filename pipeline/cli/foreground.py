@@ -1,0 +1,72 @@
+"""A service in a cluster of this machine alone, which runs until the command is interrupted."""
+
+from __future__ import annotations
+
+import time
+from types import ModuleType
+from typing import Any
+
+from pipeline.cli.service_text import print_state, progress_line
+from pipeline.service.client import service_names
+from pipeline.service.control import await_workers, service_status, stop_service
+from pipeline.service.errors import ServiceError
+from pipeline.service.protocol import ServiceConfig
+from prep.cluster import LOCAL
+from prep.console import Terminated, print_json, say
+
+_EVERY_S = 5.0  # time between two lines of progress
+_LOOK_S = 1.0  # time between two looks at whether the service was stopped
+
+
+def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -> None:
+    """Print the progress of a service until Ctrl-C, SIGTERM or `alexstream stop`, then end it.
+
+    Raises ServiceError if no worker can serve the store.
+    """
+    try:
+        state = await_workers(ray, config, LOCAL)
+        address = ray.get_runtime_context().gcs_address
+        _print_ready(state, address, as_json)
+        _print_progress(ray, state, as_json)
+        say(f"Service {config.name} was stopped. The Ray cluster of this machine ends, too.")
+    except (KeyboardInterrupt, Terminated):
+        say(f"Stopping service {config.name} and the Ray cluster of this machine.")
+    finally:
+        if config.name in service_names(ray):
+            stop_service(ray, config.name, LOCAL)
+
+
+def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
+    name = state["name"]
+    if as_json:
+        print_json({"address": address, "images_per_s": 0.0, **state})
+        return
+    print_state(state)
+    say(
+        f"Service {name} is ready for trainings of this machine: alextrain run --service {name} (if several Ray "
+        f"clusters run here: --service {name}@{address}). Press Ctrl-C to stop it."
+    )
+
+
+def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> None:
+    """Print a line every _EVERY_S if something has changed, until the service is gone."""
+    name, last, printed_s, shown = state["name"], state, time.monotonic(), ""
+    while True:
+        time.sleep(_LOOK_S)
+        if name not in service_names(ray):
+            return
+        elapsed_s = time.monotonic() - printed_s
+        if elapsed_s < _EVERY_S:
+            continue
+        try:
+            state = service_status(ray, name, LOCAL)
+        except ServiceError as error:  # stopped meanwhile, or too busy to answer
+            say(str(error))
+            continue
+        images_per_s = (state["images_made"] - last["images_made"]) / elapsed_s
+        last, printed_s = state, time.monotonic()
+        if as_json:
+            print_json({"images_per_s": round(images_per_s, 1), **state})
+        elif (line := progress_line(state, images_per_s)) != shown:
+            shown = line
+            say(line)

@@ -1,0 +1,183 @@
+"""`alexstream serve`, `status` and `stop`: commands that start, show and end services in a Ray cluster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from pipeline.cli.service_text import print_state, ready_line
+from prep.console import json_option, print_json, say, store_option, usable_cores
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _check_name(context: click.Context, parameter: click.Parameter, name: str | None) -> str | None:
+    if name is not None and not re.fullmatch(r"[\w.-]+", name):
+        raise click.BadParameter(f"{name!r}: expected letters, digits, dots, hyphens and underscores.")
+    return name
+
+
+def _parse_workers(context: click.Context, parameter: click.Parameter, text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d{1,6})(?::(\d{1,6}))?", text)
+    if match is None:
+        raise click.BadParameter(f"{text!r}: expected MIN:MAX or one number.")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def _cluster_option(default: str, choices: str, text: str) -> Callable[[Command], Command]:
+    return click.option("--cluster", default=default, show_default=True, metavar=choices, help=text)
+
+
+def _name_option(default: str | None, text: str) -> Callable[[Command], Command]:
+    shown = default is not None
+    return click.option("--name", default=default, show_default=shown, callback=_check_name, metavar="NAME", help=text)
+
+
+_running_cluster_option = _cluster_option(
+    "auto",
+    "auto|HOST:PORT",
+    "Ray cluster of the service: the cluster that this machine belongs to (auto), or the cluster with this address.",
+)
+
+
+@click.command("serve")
+@store_option
+@_name_option("default", "Name of the service, by which trainings find it (alextrain run --service NAME).")
+@_cluster_option(
+    "local",
+    "local|auto|HOST:PORT",
+    "Ray cluster of the workers: a new cluster of this machine alone, which ends with this command (local), the "
+    "cluster that this machine belongs to (auto), or the cluster with this address.",
+)
+@click.option(
+    "--workers",
+    callback=_parse_workers,
+    metavar="MIN:MAX",
+    help="Smallest and largest number of workers. The number follows the load.  [default: 1 to all cores of the "
+    "cluster]",
+)
+@click.option(
+    "--threads",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of threads that decode in each worker, and number of cores that Ray reserves for a worker.",
+)
+@click.option(
+    "--ahead",
+    type=click.IntRange(1, 1024),
+    default=16,
+    show_default=True,
+    help="Number of steps by which the fastest consumer of a stream may be ahead of the slowest consumer.",
+)
+@click.option(
+    "--consumers",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Number of consumers that a stream waits for before its first batch is made, for up to 60 s.",
+)
+@json_option
+def serve(
+    store: Path,
+    name: str,
+    cluster: str,
+    workers: tuple[int, int] | None,
+    threads: int,
+    ahead: int,
+    consumers: int,
+    as_json: bool,
+) -> None:
+    """Start a service: workers on the nodes of a Ray cluster decode and crop the images of trainings.
+
+    With --cluster local the command runs until Ctrl-C or SIGTERM, then ends the service and exits with code 0. In
+    another cluster the command returns when the workers are ready, and the service runs until `alexstream stop`. Every
+    node that has workers needs the store at the same path.
+
+    \b
+    Example:
+      alexstream serve --store store
+      alexstream serve --store /data/store --name imagenet --cluster auto --workers 2:32 --threads 4
+    """
+    from pipeline.service import control
+    from prep.cluster import LOCAL, check_address, connected
+
+    check_address(cluster)
+    config = control.make_config(store, name, *(workers or (1, 1)), threads, ahead=ahead, consumers=consumers)
+    local = cluster == LOCAL
+    if local:
+        say("Starting a Ray cluster on this machine.")
+    size_bytes = control.object_store_bytes(ahead) if local else None
+    with connected(cluster, cores=usable_cores(), object_store_bytes=size_bytes) as ray:
+        control.check_cores(ray, config, cluster)
+        if workers is None:
+            config = replace(config, max_workers=control.most_workers(ray, threads))
+        control.start_service(ray, config)
+        if local:
+            from pipeline.cli.foreground import serve_until_stopped
+
+            serve_until_stopped(ray, config, as_json)
+            return
+        try:
+            state = control.await_workers(ray, config, cluster)
+        except BaseException:
+            control.stop_service(ray, name, cluster)
+            raise
+    if as_json:
+        print_json(state)
+    else:
+        print_state(state)
+        say(ready_line(state, f"Stop it with: alexstream stop --name {name} --cluster {cluster}"))
+
+
+@click.command("status")
+@_name_option(None, "Name of the service.  [default: all services of the cluster]")
+@_running_cluster_option
+@json_option
+def status(name: str | None, cluster: str, as_json: bool) -> None:
+    """Print the workers, consumers, queue and counts of the services of a cluster, and the nodes without a worker.
+
+    \b
+    Example:
+      alexstream status
+      alexstream status --name imagenet --json
+    """
+    from pipeline.service.client import service_names
+    from pipeline.service.control import service_status
+    from prep.cluster import connected
+
+    with connected(cluster) as ray:
+        names = service_names(ray) if name is None else [name]
+        if not names:
+            say(f"Cluster {cluster} has no services. Start one with: alexstream serve --cluster {cluster}")
+        for each in names:
+            state = service_status(ray, each, cluster)
+            if as_json:
+                print_json(state)
+            else:
+                print_state(state)
+
+
+@click.command("stop")
+@_name_option("default", "Name of the service.")
+@_running_cluster_option
+def stop(name: str, cluster: str) -> None:
+    """Stop a service and its workers. Trainings that use the service stop, or go on with --service-fallback local.
+
+    \b
+    Example:
+      alexstream stop --name imagenet
+    """
+    from pipeline.service.control import stop_service
+    from prep.cluster import connected
+
+    with connected(cluster) as ray:
+        stop_service(ray, name, cluster)
+    say(f"Stopped service {name}.")
