@@ -142,9 +142,9 @@ static void fail_if_damaged(void *decoder, int level) {
         fail(decoder);
 }
 
-/* Decode the rectangle of rows top..bottom - 1 and columns left..right - 1. Returns the address of its upper left
- * pixel, RGB, and sets *stride; null if the file is damaged or the rectangle is not within the image. The pixels are
- * those of a complete decoding. Decoding stops after the last row. */
+/* Decode the rectangle of rows top..bottom - 1 and columns left..right - 1. Returns the address of the rectangle's
+ * upper left pixel, RGB, and sets *stride; null if the file is damaged or the rectangle is not within the image. A
+ * decoding of the complete image gives the same pixels. Decoding stops after the last row of the rectangle. */
 static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, int64_t top, int64_t bottom, int64_t left,
                              int64_t right, int64_t *stride) {
     const jpeg_library *jpeg = self->jpeg;
@@ -166,7 +166,7 @@ static const uint8_t *decode(worker *self, const uint8_t *file, int64_t bytes, i
     jpeg->start(decoder);
     if (top < 0 || left < 0 || bottom > decoder->output_height || right > decoder->output_width)
         fail(decoder);
-    /* At the edges of a cropped decoding, upsampling lacks the next column. So decode one more column on each side. */
+    /* At the edges of a cropped decoding, upsampling lacks the next column: decode one more column on each side. */
     unsigned first = left > 0 ? left - 1 : 0, width = (right < decoder->output_width ? right + 1 : right) - first;
     if (width < decoder->output_width)
         jpeg->crop(decoder, &first, &width); /* moves `first` to the left, to a multiple of the block size */
@@ -246,7 +246,7 @@ static int make_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 if it cannot be decoded. */
+/* Copy the crops of record k unchanged to `out`, as bytes (V, side, side, 3). Returns 0 on failure. */
 static int copy_record(worker *self, const batch *b, int64_t k) {
     const int64_t row_bytes = 3 * b->side;
     int64_t stride, top, left;
@@ -262,8 +262,8 @@ static int copy_record(worker *self, const batch *b, int64_t k) {
     return 1;
 }
 
-/* Work on the records of a batch until none remains to be begun. After a record that cannot be decoded, no further record
- * is begun; all records before it have been begun. */
+/* Take records of a batch, in order, and process them until no record is left. After a record that cannot be decoded,
+ * no thread takes a further record. */
 static void work(batch *b, int (*make)(worker *, const batch *, int64_t)) {
     worker self = {.jpeg = b->jpeg};
     int64_t k;

@@ -116,7 +116,7 @@ EACH_CPU void NAME(rescale)(const uint8_t *restrict pixels, int64_t width, pass 
     const int64_t right = across.first_inputs[across.outputs - 1] + across.taps;
     const int64_t columns = (right < width ? right : width) - left; /* columns that the output needs */
     NUMBER *restrict between = scratch, *restrict sums = scratch + 3 * (columns + across.taps) + 4;
-    /* across_pixel multiplies numbers after the last column by zero weights. Clear these: zero times NaN is NaN. */
+    /* across_pixel multiplies numbers after the last column by zero weights. Set these numbers to 0, not NaN. */
     memset(between + 3 * columns, 0, (3 * across.taps + 4) * sizeof *between);
     for (int64_t row = 0; row < down.outputs; row++, out += 3 * across.outputs) {
         NAME(down_rows)(pixels + 3 * (down.first_inputs[row] * width + left), 3 * width, down.taps,

@@ -1,5 +1,5 @@
 /* Elementwise operations of a training step on a CPU, each in one pass over memory: ReLU, local response normalization
- * and max-pooling, and the parameter update. kernels.py calls them; lrn.py, pooling.py and train/optim have
+ * and max-pooling, and the parameter update. kernels.py calls the functions; lrn.py, pooling.py and train/optim have
  * equivalents in PyTorch operators. Feature maps are channels-last arrays (images, rows, columns, maps) without gaps.
  * A "position" is one row and column of one image: `maps` consecutive values. */
 
@@ -32,8 +32,8 @@ typedef struct {
 
 INLINE float positive(float x) { return x < 0 ? 0 : x; } /* NaN stays NaN */
 
-/* Length, in values, of a buffer for `count` positions with `reach` zeros before, between and after them. Because of
- * the zeros, a sum over neighboring maps needs no test for the first and last maps. */
+/* Length, in values, of a buffer for `count` positions with `reach` zeros before, between and after positions. Because
+ * of the zeros, a sum over neighboring maps needs no test for the first and last maps. */
 #define PADDED(count, norm) ((norm).reach + (count) * ((norm).maps + (norm).reach))
 
 INLINE void clear_padded(int64_t count, norm_params norm, float *padded) {
@@ -124,7 +124,7 @@ EACH_CPU void norm_forward(const float *x, int64_t positions, int64_t block, nor
     }
 }
 
-/* Compute the gradient of x from that of norm_forward's output. `scratch` has 2 * PADDED(block) values. */
+/* Compute the gradient of x from the gradient of norm_forward's output. `scratch` has 2 * PADDED(block) values. */
 EACH_CPU void norm_backward(const float *x, const float *grad, int64_t positions, int64_t block, norm_params norm,
                             float *out, float *scratch) {
     float *terms = scratch + PADDED(block, norm);
@@ -164,7 +164,7 @@ typedef struct {
     int32_t first_index; /* index, in a window, of the row's left position: 0, 3 or 6; NO_WINDOWS if not covered */
 } window_row;
 
-#define NO_WINDOWS 10 /* an index that argmax never has, even after 1 or 2 is added to it */
+#define NO_WINDOWS 10 /* larger than every value of argmax, which is at most 9 */
 
 INLINE float gradient_if(const float *grad, const uint8_t *argmax, int64_t at, int32_t index) {
     const float gradient = grad[at];
@@ -228,7 +228,8 @@ EACH_CPU void pool_forward(const float *x, int64_t images, pool_params pool, nor
     }
 }
 
-/* Compute the gradient of x from that of the pooled maps. `scratch` has columns * maps + 2 * PADDED(columns) values. */
+/* Compute the gradient of x from the gradient of the pooled maps. `scratch` has columns * maps + 2 * PADDED(columns)
+ * values. */
 EACH_CPU void pool_backward(const float *x, const float *grad, const uint8_t *argmax, int64_t images, pool_params pool,
                             norm_params norm, float *out, float *scratch) {
     const int64_t length = pool.columns * norm.maps;
