@@ -17,7 +17,7 @@ from pipeline.records import Records
 from prep.console import UserError
 from prep.store.manifest import Store
 
-if TYPE_CHECKING:  # loaders without a service do not load its modules
+if TYPE_CHECKING:  # imported only for loaders with a service
     from pipeline.service.source import WindowSource
     from pipeline.service.status import ServiceStatus
 
@@ -68,7 +68,8 @@ class Loader:
     ) -> None:
         """Check the arguments and open the split. Raises UserError and StoreError.
 
-        A subclass then calls `_open`, and before it `_connect` if `from_windows`: the records come from a service.
+        A subclass then calls `_open`. If `from_windows`, the records come from a service, and the subclass calls
+        `_connect` before `_open`.
         """
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: expected at least 1.")
@@ -101,7 +102,7 @@ class Loader:
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def service_status(self) -> ServiceStatus | None:
-        """State of the service as of its last answer; None if the loader uses no service."""
+        """State of the service in its last answer; None if the loader uses no service."""
         return None if self._windows is None else self._windows.status
 
     def close(self) -> None:

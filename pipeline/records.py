@@ -35,8 +35,7 @@ class Record(NamedTuple):
 
 
 class RecordBatch(NamedTuple):
-    """N records, described by arrays. The addresses are valid until Records.close is called, or while `memory`
-    lives."""
+    """N records as arrays. The addresses are valid until Records.close is called, or while `memory` exists."""
 
     numbers: npt.NDArray[np.int64]  # (N,): indices of the records in the store's order
     labels: npt.NDArray[np.int64]  # (N,)

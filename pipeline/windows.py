@@ -2,9 +2,10 @@
 
 A training image needs the window of its random crop (224 × 224 px). Ten views and views="square" need the complete
 central square. The consumer's engine makes the images: it flips, adds the colour noise, subtracts the mean and
-converts. So 150,528 bytes travel for a training image, and 602,112 bytes of float32 do not.
+converts. A training image is therefore sent as 150,528 bytes of uint8, not as 602,112 bytes of float32.
 
-The workers of the service use WindowMaker. A loader that lost its service uses WindowMaker too, with its own store.
+The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, with the local
+store.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from prep.images.central_square import central_offset
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store, StoreError
 
-LABEL_BYTES = 8  # bytes of a label; a window and its label are all that travels for an image
+LABEL_BYTES = 8  # bytes of a label; for an image, only a window and a label are sent
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class WindowMaker:
     def _cut_without_kernel(
         self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]
     ) -> int:
-        """As `_cut`, with simplejpeg, which decodes complete images. Gives the same pixels and takes longer."""
+        """Like `_cut`, but with simplejpeg, which decodes complete images. Gives the same pixels, and takes longer."""
         payloads, corners, side = records.payloads(), corner.tolist(), out.shape[1]
 
         def cut(index: int) -> bool:

@@ -1,10 +1,10 @@
-"""Connection to a Ray cluster. No other module imports Ray at the start: without Ray, everything on one machine works.
+"""Connection to a Ray cluster. Modules import Ray only when a cluster is used: one machine does not need Ray.
 
 A cluster is named by its address:
 
     local        a cluster of this machine alone, which starts now and ends with the connection
     auto         the cluster that this machine belongs to (`ray start`), or the address in RAY_ADDRESS
-    HOST:PORT    the cluster whose head node listens there. This machine must belong to the cluster, because a program
+    HOST:PORT    the cluster whose head node listens at this address. This machine must belong to it, because a program
                  reads the objects of a cluster from the shared memory of its own machine
 """
 
@@ -27,8 +27,8 @@ from prep.console import UserError
 NAMESPACE = "alexnet"  # Ray's namespace of the named actors
 LOCAL, AUTO = "local", "auto"
 _INSTALL = "Install it with: pip install 'alexnet[cluster]'"
-# Ray ends a program that has not reached the head node for this time. A training must outlive the head node, so the
-# program itself decides how long it waits.
+# Ray ends a program that has not reached the head node for this time. A training must continue without the head node.
+# Each program therefore decides itself how long to wait.
 _NEVER_S = str(10**8)
 _TOKEN = Path("~/.ray/auth_token")  # where Ray looks for the token
 
@@ -111,7 +111,7 @@ def _use_token(address: str) -> None:
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or _TOKEN.expanduser().is_file()
     if address in (LOCAL, AUTO) or not has_token:
         return
-    with suppress(OSError), socket.create_server((address.rpartition(":")[0], 0)):  # fails if it is another machine
+    with suppress(OSError), socket.create_server((address.rpartition(":")[0], 0)):  # fails if HOST is another machine
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 

@@ -63,7 +63,7 @@ def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
 
 
 def cause_text(error: Exception) -> str:
-    """The essence of an error of Ray in one sentence, without a full stop."""
+    """The cause of an error of Ray in one sentence, without a full stop."""
     cause = getattr(error, "cause", None)
     if cause is not None and not isinstance(cause, str):
         return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}".rstrip(".")
@@ -76,7 +76,7 @@ def _name(node: dict[str, Any]) -> str:
 
 
 def _describe(path: Path) -> str:
-    """What is at a path, as far as all machines should agree: its kind, and the size of a file."""
+    """Description of a path that must be equal on all machines: the kind of the path, and the size of a file."""
     try:
         status = os.stat(path)
     except OSError as error:

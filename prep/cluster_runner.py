@@ -38,7 +38,7 @@ _POLL_S = 0.2
 _REPORTS_PER_S = 1000  # all running tasks together send at most this number of progress reports
 _LOST_LIMIT = 5  # a task that is lost this number of times ends the run
 _STOP_S = 5.0  # running tasks have this time to stop; then Ray kills them
-_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0  # how often the head node is checked; how long it may be away
+_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0  # time between two checks of the head node; longest time without an answer
 
 
 @dataclass
@@ -190,7 +190,7 @@ def _sum(*counts: Counts) -> Counts:
 class _HeadNode:
     """Checks now and then that the cluster's head node still accepts connections.
 
-    Ray itself waits for a lost head node without an end.
+    Ray itself would wait for a lost head node without a limit.
     """
 
     def __init__(self, gcs_address: str, cluster: str) -> None:
@@ -312,6 +312,6 @@ def _run(
 
 
 def _run_pickled(payload: bytes, task_progress: TaskProgress) -> bytes:
-    """Run a pickled (work, task). The Ray worker passes it on without loading the modules that it needs."""
+    """Run a pickled (work, task). The Ray worker does not unpickle the pair, and so loads no module of the task."""
     work, task = pickle.loads(payload)
     return pickle.dumps(work(task, task_progress))

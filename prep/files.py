@@ -61,7 +61,7 @@ _LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1
 def hold_lock(
     folder: Path, activity: str, *, name: str = ".lock", shared: bool = False, wait_s: float = _LOCK_WAIT_S
 ) -> Iterator[None]:
-    """Hold the lock of a folder, its file `name`, during a `with` block.
+    """Hold the lock of a folder during a `with` block. The lock is a lock of the file `name` in the folder.
 
     Several processes can hold a `shared` lock at the same time. The lock is not free while another process holds a lock
     that is not shared, or, for a lock that is not `shared`, while another process holds any lock. The function then

@@ -112,7 +112,7 @@ class Runner(Protocol):
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
         """Raise UserError unless all machines that run tasks see the same files and have the same software.
 
-        `folder` is a folder that tasks will write to, None if they write nothing. `source` is the file or folder that
+        `folder` is a folder that tasks will write to, None if tasks write nothing. `source` is the file or folder that
         tasks read. `versions`, a module-level function, returns the versions of the software that must be equal.
         """
 

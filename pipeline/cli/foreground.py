@@ -15,7 +15,7 @@ from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
 _EVERY_S = 5.0  # time between two lines of progress
-_LOOK_S = 1.0  # time between two looks at whether the service was stopped
+_LOOK_S = 1.0  # time between two checks whether the service was stopped
 
 
 def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -> None:
@@ -60,7 +60,7 @@ def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> No
             continue
         try:
             state = service_status(ray, name, LOCAL)
-        except ServiceError as error:  # stopped meanwhile, or too busy to answer
+        except ServiceError as error:  # the service was stopped, or is too busy to answer
             say(str(error))
             continue
         images_per_s = (state["images_made"] - last["images_made"]) / elapsed_s

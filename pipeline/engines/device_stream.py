@@ -62,7 +62,7 @@ class DeviceStream(Protocol):
         """Uninitialized memory on the device for the results of `run`."""
 
     def host_memory(self, size_bytes: int) -> Tensor:
-        """Uninitialized uint8 memory (size_bytes,) of the host, from which the device copies without waiting."""
+        """Uninitialized uint8 memory (size_bytes,) of the host. A copy from this memory never blocks the host."""
 
     def upload(self, values: Tensor) -> Tensor:
         """Queue a copy of a tensor of the host to the device. On a CPU the result can be `values` itself."""

@@ -8,9 +8,9 @@ example as the tasks of a SLURM array). The locks are as follows:
 
 The part that comes first begins the build: it creates the folder .build by one rename. Every other part compares its
 own listing and settings with the files in that folder. A part that finds all shards finished takes the store's lock
-alone and writes the manifest; so of two parts that finish at the same time, one writes it. `alexprep join` does the
-same without a part. The file .build/parts.json has the number of parts and the command line of the part that began
-last.
+alone and writes the manifest. If two parts finish at the same time, only one of them therefore writes the manifest.
+`alexprep join` writes the manifest without building a part. The file .build/parts.json has the number of parts and the
+command line of the part that began last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from prep.store.manifest import SPLITS, Settings, Store
 from prep.workers import Runner
 
 _BEGIN_WAIT_S = 60.0  # a part waits this long for the store's lock: another part may be writing the manifest
-_JOIN_WAIT_S = 2.0  # a part that has finished waits this long for parts that are about to end
+_JOIN_WAIT_S = 2.0  # a finished part waits this long for the lock, because other parts may be about to end
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class PartResult:
 
     shards: int  # number of shards of the part
     store: Store | None  # the store, if the split is complete
-    missing: dict[Part, list[int]]  # shards that are not finished yet, by part; empty if another process completes it
+    missing: dict[Part, list[int]]  # unfinished shards, by part; empty if another process completes the store
 
 
 def build_part(
@@ -124,7 +124,7 @@ def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
 
 
 def _begin_or_check(plan: BuildPlan, store: Path) -> None:
-    """Begin the build if no other part has begun it, else compare this part's inputs with the inputs of the build."""
+    """Begin the build, or, if another part has begun the build, compare this part's inputs with the build's inputs."""
     if not (plan.work_dir / "plan.json").exists() and begin_build(plan):
         return
     changed = find_changed_inputs(plan, store)

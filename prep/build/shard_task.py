@@ -2,7 +2,7 @@
 
 The content of a shard depends only on its inputs and the settings. The shard is written to a temporary folder and
 synced to disk, and its data.mdb is renamed. The rename also replaces an older data.mdb. So two processes, even on two
-machines, can build the same shard at the same time, and a file is always complete. Then the two files of the shard's
+machines, can build the same shard at the same time, and data.mdb is always complete. Then the two files of the shard's
 summary are written atomically to store/SPLIT/.build: NNNNN.npy (sum of the central squares of the images) and
 NNNNN.json (counts, digest, colour moments, outcomes of inputs). A shard without a summary is built again.
 """
