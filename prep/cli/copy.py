@@ -6,14 +6,20 @@ from dataclasses import asdict
 
 import click
 
-from prep.cli.options import jobs_option
 from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
+
+_MAX_DEFAULT_JOBS = 8  # more transfers at once fill no faster connection and make each of them slower
 
 
 @click.command("copy")
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
-@jobs_option
+@click.option(
+    "--jobs",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help=f"Number of worker processes.  [default: number of usable cores, at most {_MAX_DEFAULT_JOBS}]",
+)
 @json_option
 def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
     """Copy the store SRC to DST, and verify every file after it has arrived.
@@ -23,9 +29,9 @@ def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
     AWS_ENDPOINT_URL, or AWS_PROFILE; GOOGLE_APPLICATION_CREDENTIALS.
 
     Shards are compared with the digests of the manifest. Files sent to a bucket are read back. The manifest is written
-    last, so DST is a store only if it is complete. A request that fails because of the connection is sent again, for
-    about half a minute. After an error or an interruption, the same command continues with the files that have not
-    arrived.
+    last, so DST is a store only if it is complete. A request that fails because of the connection is sent again several
+    times, for half a minute in all. After an error or an interruption, the same command continues with the files that
+    have not arrived.
 
     \b
     Example:
@@ -38,7 +44,10 @@ def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
 
     with planned_copy(source, target) as plan:
         size_mb = plan.size_bytes // MB
-        with WorkerPool(jobs or usable_cores()) as workers, progress("copying", size_mb, "MB") as copy_progress:
+        with (
+            WorkerPool(jobs or min(usable_cores(), _MAX_DEFAULT_JOBS)) as workers,
+            progress("copying", size_mb, "MB") as copy_progress,
+        ):
             result = run_copy(plan, workers, copy_progress)
     if as_json:
         facts = {"source": plan.source.name, "target": plan.target.name, **asdict(result)}

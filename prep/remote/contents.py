@@ -11,9 +11,9 @@ from pathlib import Path
 from prep.check.verify import same_color_stats
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.remote.folder import Folder
+from prep.remote.journal import SOURCE
 from prep.store import lmdb_shard
 from prep.store.manifest import (
-    COPY_FOLDER,
     SPLIT_FILES,
     ColorStats,
     Shard,
@@ -49,7 +49,7 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_remote:
             Store.open(folder.name)  # raises the error that says what the folder is
-        unfinished = folder.states([f"{COPY_FOLDER}/source.json"])
+        unfinished = folder.states([SOURCE])
         hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
         raise StoreError(f"{folder.name}: no {MANIFEST} in it ({hint}).") from None
     store = Store.parse(Path(folder.name), content, folder.name)

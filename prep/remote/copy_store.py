@@ -68,6 +68,11 @@ class CopyPlan:
         return sum(state.size_bytes for state in self.states.values())
 
     @property
+    def retries(self) -> int:
+        """Requests that this process has repeated."""
+        return self.source.retries + self.target.retries
+
+    @property
     def arrived_bytes(self) -> int:
         """Size of the files that an earlier run copied."""
         return sum(arrival.size_bytes for arrival in self.arrivals.values())
@@ -146,7 +151,7 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
         journal.remove_incoming(target)
         journal.write_source(target, plan.identity)
     progress.skip((plan.size_bytes if plan.is_complete else plan.arrived_bytes) // MB)
-    skipped, retries = progress.done, 0
+    skipped, retries = progress.done, plan.retries
     tasks = [
         CopyTask(
             _pickled_name(plan.source),
@@ -167,6 +172,7 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
             )
         arrivals[task.file.path] = copied.arrival
         retries += copied.retries
+    retries -= plan.retries  # if the runner ran the tasks in this process, their requests were counted here, too
     if not plan.is_complete:
         _finish(plan, arrivals)
     if not plan.is_complete or journal.read_source(target) is not None:
@@ -178,7 +184,7 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
         plan.size_bytes + len(plan.manifest),
         len(left) + (not plan.is_complete),
         copied_bytes,
-        retries + plan.source.retries + target.retries,
+        retries + plan.retries,
         time.monotonic() - started,
     )
 

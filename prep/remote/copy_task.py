@@ -53,16 +53,13 @@ class _ByteCounter:
     """Counts the bytes of a file as they are transferred. Bytes that are transferred again are not counted again."""
 
     def __init__(self, task_progress: TaskProgress) -> None:
-        self._progress, self._position, self._counted = task_progress, 0, 0
+        self._progress, self._counted = task_progress, 0
 
-    def restart(self) -> None:
-        self._position = 0
-
-    def __call__(self, size_bytes: int) -> None:
-        self._position += size_bytes
-        if self._position > self._counted:
-            self._progress.count(self._position - self._counted)
-            self._counted = self._position
+    def __call__(self, position: int) -> None:
+        """The first `position` bytes of the file have been transferred."""
+        if position > self._counted:
+            self._progress.count(position - self._counted)
+            self._counted = position
 
 
 def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
@@ -70,7 +67,6 @@ def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
     source, target = open_folder(task.source), open_folder(task.target)
     retries_before, count = source.retries + target.retries, _ByteCounter(task_progress)
     for number in range(1, TRIES + 1):
-        count.restart()
         try:
             arrival = _copy_once(task, source, target, count)
             break
@@ -101,7 +97,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
     try:
         digest = _download(task, source, temporary, count)
         if isinstance(target, ObjectFolder):
-            return _upload(target, path, temporary, digest, lambda size_bytes: None)
+            return _upload(target, path, temporary, digest, lambda position: None)
         assert isinstance(target, LocalFolder)
         target.move_in(temporary, path)
     finally:
@@ -119,7 +115,7 @@ def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes
             for chunk in source.chunks(task.file.path, task.state):
                 file.write(chunk)
                 digest.update(chunk)
-                count(len(chunk))
+                count(file.tell())
             file.flush()
             os.fsync(file.fileno())
     except FileNotFoundError:

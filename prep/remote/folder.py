@@ -12,7 +12,7 @@ from prep.files import sync_folder, write_atomic
 
 CHUNK_BYTES = 8 << 20  # bytes of one request for a part of a large file
 
-CountBytes = Callable[[int], None]
+CountBytes = Callable[[int], None]  # gets the number of bytes of a file that were transferred so far
 
 
 class FileState(NamedTuple):

@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from prep.remote.folder import Folder, LocalFolder
 from prep.store.manifest import COPY_FOLDER
+
+T = TypeVar("T")
 
 SOURCE = f"{COPY_FOLDER}/source.json"
 _INCOMING = f"{COPY_FOLDER}/incoming"
@@ -73,8 +76,7 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
         except (FileNotFoundError, TypeError, ValueError):
             return None
 
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
-        entries = dict(zip(paths, threads.map(read, paths), strict=True))
+    entries = dict(zip(paths, _for_each(read, paths), strict=True))
     return unchanged(target, {path: arrival for path, arrival in entries.items() if arrival is not None})
 
 
@@ -104,9 +106,17 @@ def remove_journal(target: Folder, paths: Iterable[str]) -> None:
     if isinstance(target, LocalFolder):
         shutil.rmtree(target.root / COPY_FOLDER, ignore_errors=True)
         return
-    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
-        list(threads.map(lambda path: target.delete([_entry(path)]), paths))
+    _for_each(lambda path: target.delete([_entry(path)]), paths)
     target.delete([SOURCE])
+
+
+def _for_each(request: Callable[[str], T], paths: Iterable[str]) -> list[T]:
+    """Results of a request for each path, in order. Ctrl-C waits only for requests that have been sent."""
+    threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
+    try:
+        return list(threads.map(request, paths))
+    finally:
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _entry(path: str) -> str:

@@ -1,7 +1,7 @@
 """A prefix of a bucket of S3 or Google Cloud Storage, read and written through obstore.
 
-A request that fails because of the connection or the server is sent again: obstore repeats it almost at once, up to
-INNER_RETRIES times, and this module repeats it after each of the WAITS_S. A large file is read in parts of CHUNK_BYTES,
+A request that fails because of the connection or the server is sent again: obstore repeats it almost at once, as
+INNER_RETRIES says, and this module repeats it after each of the WAITS_S. A large file is read in parts of CHUNK_BYTES,
 so only the part that failed is read again. A large file is written as a multipart upload, which appears as a whole or
 not at all; obstore repeats a part that failed.
 """
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -26,10 +27,14 @@ from prep.remote.folder import CHUNK_BYTES, CountBytes, FileState
 
 T = TypeVar("T")
 
-INNER_RETRIES = 2
+INNER_RETRIES: dict[str, Any] = {
+    "max_retries": 2,
+    "backoff": {"init_backoff": timedelta(milliseconds=100)},  # the second wait is twice as long
+}
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waits before the second and later tries of a request
-_TIMEOUTS = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "300s"}  # of a request for one part
-_PARTS_AT_ONCE = 4  # parts of one upload that are sent at the same time and kept in memory
+_TIMEOUTS = {"connect_timeout": "10s", "timeout": "900s"}  # of a request for one part; an uplink can be slow
+_READ_TIMEOUT = "60s"  # without a byte; only for reading, because it would include the time in which a part is sent
+_PARTS_AT_ONCE = 2  # parts of one upload that are sent at the same time and kept in memory
 _MAX_PARTS = 9_000  # S3 allows 10,000
 
 _INSTALL = "Install it with: pip install 'alexnet[remote]'"
@@ -62,16 +67,16 @@ class ObjectFolder:
         self._scheme, self._bucket = scheme, bucket
         self.name = f"{scheme}://{bucket}/{prefix}".rstrip("/")
         self.retries = 0
-        options: dict[str, Any] = {
-            "prefix": prefix or None,
-            "client_options": {**_TIMEOUTS, "allow_http": True},  # http is used only if the user's endpoint has it
-            "retry_config": {"max_retries": INNER_RETRIES},
-        }
+        options: dict[str, Any] = {"prefix": prefix or None, "retry_config": dict(INNER_RETRIES)}
+        kind = self._obstore.store.GCSStore
+        if scheme == "s3":
+            kind = self._obstore.store.S3Store
+            options |= profile_settings()
+        # http:// is used only if the user's endpoint begins with it.
+        client_options = {**_TIMEOUTS, "allow_http": True}
         try:
-            if scheme == "s3":
-                self._store: Any = self._obstore.store.S3Store(bucket, **options, **profile_settings())
-            else:
-                self._store = self._obstore.store.GCSStore(bucket, **options)
+            self._store: Any = kind(bucket, **options, client_options={**client_options, "read_timeout": _READ_TIMEOUT})
+            self._writing_store: Any = kind(bucket, **options, client_options=client_options)
         except (self._obstore.exceptions.BaseError, ValueError, OSError) as error:
             raise UserError(f"{self.name}: {_reason(error)}. Correct the variables of the environment.") from None
 
@@ -108,21 +113,21 @@ class ObjectFolder:
 
     def write(self, path: str, content: bytes) -> None:
         """See Folder.write."""
-        self._tried(path, lambda: self._obstore.put(self._store, path, content, use_multipart=False))
+        self._tried(path, lambda: self._obstore.put(self._writing_store, path, content, use_multipart=False))
 
     def upload(self, path: str, file: Path, count: CountBytes) -> FileState:
-        """Write a local file of any size. `count` gets the number of bytes of each chunk that is handed to obstore."""
+        """Write a local file of any size. `count` gets the number of bytes that were handed to obstore so far."""
         size_bytes = file.stat().st_size
         chunk_bytes = max(CHUNK_BYTES, -(-size_bytes // _MAX_PARTS))
 
         def send() -> None:
             if size_bytes <= chunk_bytes:
                 content = file.read_bytes()
-                self._obstore.put(self._store, path, content, use_multipart=False)
+                self._obstore.put(self._writing_store, path, content, use_multipart=False)
                 count(len(content))
                 return
             options = {"chunk_size": chunk_bytes, "max_concurrency": _PARTS_AT_ONCE}
-            self._obstore.put(self._store, path, _counted_chunks(file, chunk_bytes, count), **options)
+            self._obstore.put(self._writing_store, path, _counted_chunks(file, chunk_bytes, count), **options)
 
         self._tried(path, send)
         return self._tried(path, lambda: _state(self._obstore.head(self._store, path)))
@@ -146,8 +151,13 @@ class ObjectFolder:
             time.sleep(waits_s.pop(0) * random.uniform(0.5, 1.5))
 
     def _is_temporary(self, error: Exception) -> bool:
-        """Whether the same request can succeed later: the connection broke, a timeout, status 408, 429 or 5xx."""
+        """Whether the same request can succeed later: the connection broke, a timeout, status 408, 429 or 5xx.
+
+        Also if the server has forgotten an unfinished multipart upload, because the whole upload is sent again.
+        """
         text = str(error)
+        if "NoSuchUpload" in text:
+            return True
         status = re.search(r"status code: (\d{3})", text)
         if type(error) is not self._obstore.exceptions.GenericError or _METADATA_SERVICE in text:
             return False
@@ -192,7 +202,7 @@ def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator
     with open(file, "rb") as opened:
         while chunk := opened.read(chunk_bytes):
             yield chunk
-            count(len(chunk))
+            count(opened.tell())
 
 
 def _reason(error: Exception) -> str:

@@ -39,6 +39,7 @@ def proxy(server: S3Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     for module in (folder, object_store):
         monkeypatch.setattr(module, "CHUNK_BYTES", 1 << 17)
     monkeypatch.setattr(object_store, "WAITS_S", (0.01,) * 6)
+    monkeypatch.setattr(object_store, "INNER_RETRIES", {"max_retries": 0})
     open_folder.cache_clear()
     yield started
     open_folder.cache_clear()
