@@ -22,7 +22,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prep.console import UserError
+from prep.console import Terminated, UserError
 
 NAMESPACE = "alexnet"  # Ray's namespace of the named actors
 LOCAL, AUTO = "local", "auto"
@@ -37,6 +37,8 @@ def ray_module() -> ModuleType:
     """The module ray. Raises UserError with the command that installs Ray if it is missing."""
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are too short for a busy machine
+    # Without this, a call after the end of the connection makes Ray connect to any cluster of this machine.
+    os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -155,6 +157,10 @@ def _handlers_kept() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
+    except SystemExit as stop:  # Ray's handler of SIGTERM, which is in force while Ray starts
+        if stop.code == signal.SIGTERM:
+            raise Terminated from None
+        raise
     finally:
         for number, handler in before.items():
             with suppress(TypeError):  # a handler that was not installed from Python

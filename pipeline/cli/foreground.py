@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import ModuleType
 from typing import Any
 
@@ -32,8 +33,14 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
     except (KeyboardInterrupt, Terminated):
         say(f"Stopping service {config.name} and the Ray cluster of this machine.")
     finally:
-        if config.name in service_names(ray):
-            stop_service(ray, config.name, LOCAL)
+        _stop(ray, config.name)
+
+
+def _stop(ray: ModuleType, name: str) -> None:
+    """End the service while its cluster still runs, so that trainings learn at once that the service is stopped."""
+    with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):  # a signal to all processes ended the cluster
+        if name in service_names(ray):
+            stop_service(ray, name, LOCAL)
 
 
 def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
