@@ -1,0 +1,210 @@
+"""Errors of `alexprep copy` are one line that says what is wrong and what to do next."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from prep.cli import main
+from prep.console import DiskFull, UserError
+from prep.remote import copy_store, copy_task
+from prep.remote.urls import open_folder
+from tests.helpers.building import COMMAND
+from tests.prep.remote.conftest import Copy, contents
+from tests.prep.remote.s3_server import DEADLINE_S, Fault, Proxy, Request, S3Server
+
+
+def failing(proxy: Proxy, prefix: str, path: str, method: str, status: int, code: str) -> None:
+    """Let all requests of a method for one object fail with a status."""
+
+    def decide(request: Request) -> Fault | None:
+        wanted = (request.method, request.path) == (method, f"{prefix}/{path}")
+        return Fault(status=status, code=code) if wanted else None
+
+    proxy.decide = decide
+
+
+def test_a_missing_bucket_is_named(small_store: Path, copy: Copy, proxy: Proxy, tmp_path: Path) -> None:
+    for source, target in ((small_store, "s3://no-such/store"), ("s3://no-such/store", tmp_path / "copy")):
+        with pytest.raises(UserError, match=r"^s3://no-such/store: there is no bucket no-such\. Create it, or"):
+            copy(source, target)
+    assert not (tmp_path / "copy").exists()
+
+
+def test_a_missing_store_is_named(small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"^{url}: no manifest\.json in it \(not a store\)"):
+        copy(url, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"nowhere: no such store\. Build one with"):
+        copy(tmp_path / "nowhere", url)
+
+
+@pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
+def test_a_refused_request_is_an_error_of_permission_and_not_repeated(
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, code: str
+) -> None:
+    failing(proxy, prefix, "train/00000/data.mdb", "POST", 403, code)
+    failing_shard = rf"{prefix}/train/00000/data\.mdb: permission denied \({code}\)\. Set AWS_ACCESS_KEY_ID and"
+    with pytest.raises(UserError, match=failing_shard):
+        copy(small_store, url)
+    assert proxy.faults == 1
+
+
+def test_missing_credentials_name_the_variables(
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without credentials, obstore asks the metadata service of EC2. Here a closed port stands for its absence."""
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    open_folder.cache_clear()
+    with pytest.raises(UserError, match=r"no credentials found\. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"):
+        copy(small_store, url)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("http://host/store", "http:// is not supported"),
+        ("memory://store", "memory:// is not supported"),
+        ("s3://", "expected s3://BUCKET/PREFIX"),
+        ("s3:///store", "expected s3://BUCKET/PREFIX"),
+        ("s3://bucket/a//b", "expected s3://BUCKET/PREFIX"),
+        ("gs://bucket/../b", "expected gs://BUCKET/PREFIX"),
+        ("file://host/store", "expected file:///PATH"),
+    ],
+)
+def test_a_url_of_another_form_is_refused(small_store: Path, name: str, text: str) -> None:
+    for words in ((str(small_store), name), (name, str(small_store))):
+        result = CliRunner().invoke(main, ["copy", *words])
+        assert result.exit_code == 1
+        assert result.stderr.startswith(f"Error: {name}: {text}") and result.stderr.count("\n") == 1
+
+
+def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.partition(".")[0] == "obstore"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    open_folder.cache_clear()
+    result = CliRunner().invoke(main, ["copy", str(small_store), "s3://bucket/store"])
+    assert result.exit_code == 1
+    expected = "s3:// needs obstore, which is not installed. Install it with: pip install 'alexnet[remote]'"
+    assert result.stderr == f"Error: {expected}\n"
+
+
+def test_a_full_disk_ends_with_exit_code_3_and_the_copy_continues(
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path
+) -> None:
+    """No file may be larger than 150 kB, so no training shard can arrive."""
+    copy(small_store, url)
+    limited = subprocess.run(
+        [sys.executable, "-c", COMMAND, "copy", url, str(tmp_path / "copy"), "--jobs", "1"],
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)),
+        capture_output=True,
+        text=True,
+        timeout=DEADLINE_S,
+    )
+    assert limited.returncode == 3, limited.stderr
+    assert limited.stderr.count("\n") == 1
+    assert "File too large. Correct this error, then run the same command again" in limited.stderr
+    assert not list((tmp_path / "copy").rglob("data.mdb"))
+    assert copy(url, tmp_path / "copy").files == 11
+    assert contents(tmp_path / "copy") == contents(small_store)
+
+
+def test_too_little_space_is_found_before_anything_is_copied(
+    small_store: Path, copy: Copy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(copy_store, "free_bytes", lambda path: 100_000)
+    with pytest.raises(DiskFull, match=r"the copy needs \d+\.\d KB, 100\.0 KB are free"):
+        copy(small_store, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == {}
+
+
+def test_a_damaged_shard_of_a_local_source_is_not_sent(
+    small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
+) -> None:
+    shutil.copytree(small_store, tmp_path / "damaged")
+    shard = tmp_path / "damaged" / "train" / "00001" / "data.mdb"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match=r"train/00001: digest \w{64}, the manifest says \w{64}\. .*alexprep verify"):
+        copy(tmp_path / "damaged", url)
+    assert "train/00001/data.mdb" not in server.objects(prefix)
+    assert proxy.count("PUT", f"{prefix}/train/00001/data.mdb") == 0
+
+
+def test_a_truncated_shard_in_a_bucket_is_refused_after_three_transfers(
+    small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
+) -> None:
+    """Another program replaced the shard by its first half, and SHA256SUMS is missing."""
+    copy(small_store, url)
+    half = (small_store / "train" / "00000" / "data.mdb").read_bytes()[:100_000]
+    server.request("PUT", f"/photographs/{prefix}/train/00000/data.mdb", half)
+    server.request("DELETE", f"/photographs/{prefix}/SHA256SUMS")
+    proxy.log.clear()
+    with pytest.raises(UserError, match=r"train/00000: .* 100,000 bytes, expected .* 3 times"):
+        copy(url, tmp_path / "copy")
+    assert proxy.count("GET", f"{prefix}/train/00000/data.mdb") == copy_task.TRIES == 3
+    assert not (tmp_path / "copy" / "manifest.json").exists()
+
+
+def test_a_file_that_is_missing_in_the_source_is_named(
+    small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
+) -> None:
+    copy(small_store, url)
+    server.request("DELETE", f"/photographs/{prefix}/val/colour.json")
+    with pytest.raises(UserError, match=r"val/colour\.json is missing"):
+        copy(url, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"has the manifest of this store, but 1 file .*first: val/colour\.json"):
+        copy(small_store, url)
+
+
+def test_an_object_that_is_replaced_during_the_download_is_noticed(
+    small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
+) -> None:
+    """The shard is replaced by other bytes of the same length after its first part was read: its ETag changes."""
+    copy(small_store, url)
+    path, seen = "train/00000/data.mdb", list[int]()
+
+    def decide(request: Request) -> None:
+        if request.path == f"{prefix}/{path}":
+            seen.append(1)
+            if len(seen) == 2:
+                size = (small_store / path).stat().st_size
+                server.request("PUT", f"/photographs/{prefix}/{path}", bytes(size))
+
+    proxy.decide = decide
+    with pytest.raises(UserError, match=r"data\.mdb changed while it was read\. Run the same command again"):
+        copy(url, tmp_path / "copy")
+
+
+def test_the_result_as_json_and_as_text(small_store: Path, proxy: Proxy, url: str, tmp_path: Path) -> None:
+    size = sum(map(len, contents(small_store).values()))
+    result = CliRunner().invoke(main, ["copy", str(small_store), url, "--jobs", "1", "--json"])
+    assert result.exit_code == 0, result.output
+    facts = json.loads(result.stdout)
+    assert facts.pop("seconds") > 0
+    manifest = json.loads((small_store / "manifest.json").read_bytes())
+    assert facts == {
+        "source": str(small_store),
+        "target": url,
+        "fingerprint": manifest["fingerprint"],
+        "files": 11,
+        "bytes": size,
+        "copied_files": 11,
+        "copied_bytes": size,
+        "retries": 0,
+        "already_complete": False,
+    }
+    result = CliRunner().invoke(main, ["copy", url, str(tmp_path / "copy"), "--jobs", "1"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{tmp_path / 'copy'}: 11 files, {size / 1000:.1f} KB, ")
+    assert result.stdout.endswith(f". Fingerprint {manifest['fingerprint']}\n")
