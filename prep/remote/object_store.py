@@ -32,7 +32,7 @@ INNER_RETRIES: dict[str, Any] = {
     "backoff": {"init_backoff": timedelta(milliseconds=100)},  # the second wait is twice as long
 }
 WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waits before the second and later tries of a request
-_TIMEOUTS = {"connect_timeout": "10s", "timeout": "900s"}  # of a request for one part; an uplink can be slow
+_TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}  # of a request for one part; an uplink can be slow
 _READ_TIMEOUT = "60s"  # without a byte; only for reading, because it would include the time in which a part is sent
 _PARTS_AT_ONCE = 2  # parts of one upload that are sent at the same time and kept in memory
 _MAX_PARTS = 9_000  # S3 allows 10,000
@@ -159,7 +159,7 @@ class ObjectFolder:
         if "NoSuchUpload" in text:
             return True
         status = re.search(r"status code: (\d{3})", text)
-        if type(error) is not self._obstore.exceptions.GenericError or _METADATA_SERVICE in text:
+        if type(error) is not self._obstore.exceptions.GenericError or _METADATA_SERVICE.search(text):
             return False
         return status is None or status[1] in ("408", "429") or status[1].startswith("5")
 
@@ -173,7 +173,7 @@ class ObjectFolder:
             ) from None
         if isinstance(error, FileNotFoundError):
             raise FileNotFoundError(2, "no such object", where) from None
-        if _METADATA_SERVICE in text or "Missing Credentials" in text:
+        if _METADATA_SERVICE.search(text) or "Missing Credentials" in text:
             raise UserError(f"{self.name}: no credentials found. {_CREDENTIALS[self._scheme]}.") from None
         if isinstance(error, exceptions.PreconditionError):
             raise UserError(f"{where} changed while it was read. Run the same command again.") from None
@@ -191,7 +191,8 @@ class ObjectFolder:
         raise UserError(f"{where}: {_reason(error)}{tries}. {advice}") from None
 
 
-_METADATA_SERVICE = "169.254."  # obstore asks the metadata service of a cloud's machine if nothing has credentials
+# Addresses of the metadata service of a cloud's machine. obstore asks it if the environment has no credentials.
+_METADATA_SERVICE = re.compile(r"//169\.254\.|/latest/api/token|/latest/meta-data/|/computeMetadata/")
 
 
 def _state(meta: Any) -> FileState:
@@ -209,7 +210,7 @@ def _reason(error: Exception) -> str:
     """obstore's error as one line, without its debug output and without the body of the server's answer."""
     text = str(error).partition("\n\nDebug source")[0]
     code = re.search(r"<Code>(\w+)</Code>", text)
-    text = re.sub(r"\s*<(\?xml|Error|html).*", f" {code[1]}" if code else "", text, flags=re.S)
+    text = re.sub(r"\s*<(\?xml|Error|html|!doctype).*", f" {code[1]}" if code else "", text, flags=re.S | re.I)
     text = re.sub(
         r"Generic \w+ error: |Error performing |( in [\d.]+\S+)?(, after .* retry_timeout: \w+)?(?= +- )", "", text
     )

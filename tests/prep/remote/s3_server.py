@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 DEADLINE_S = 120.0  # limit of each wait; the server starts in 2 s on an idle machine
 BUCKET = "photographs"
@@ -96,6 +97,7 @@ class Proxy:
     decide: Callable[[Request], Fault | None] = lambda request: None
     log: list[Request] = field(default_factory=list)
     faults: int = 0  # number of faults that were caused
+    is_gcs: bool = False  # translate requests of Google's XML interface, in which `/` and `.` of keys are escaped
 
     def __post_init__(self) -> None:
         proxy = self
@@ -125,6 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _forward(self) -> None:
         length = int(self.headers.get("Content-Length", 0))
+        if self.owner.is_gcs:
+            self.path = unquote(self.path)
+            del self.headers["Authorization"]
+            self.headers["Authorization"] = _AUTHORIZATION
         raw_path, _, query = self.path.partition("?")
         request = Request(self.command, raw_path.removeprefix(f"/{BUCKET}/"), query, length)
         self.owner.log.append(request)

@@ -59,10 +59,10 @@ def test_a_refused_request_is_an_error_of_permission_and_not_repeated(
 def test_missing_credentials_name_the_variables(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without credentials, obstore asks the metadata service of EC2. Here a closed port stands for its absence."""
+    """Without credentials, obstore asks the metadata service of EC2. Here, no service answers."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
     open_folder.cache_clear()
     with pytest.raises(UserError, match=r"no credentials found\. Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or"):
         copy(small_store, url)
