@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import griffe
 import pytest
 import torch
 
+from pipeline.service.metrics import Metrics
 from tests.helpers.project import ROOT
 from tools.docs import check_site, cli_reference, draw_alexnet, griffe_extension, recipe_reference
 
@@ -70,6 +73,40 @@ def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
         named |= set(re.findall(r"\b(?:prep|pipeline|train|tools|tests)/[\w/]+\.(?:py|c)\b", text))
         named |= {f"{name.replace('.', '/')}.py" for name in re.findall(r"python -m (tools(?:\.\w+)+)", text)}
     assert named and [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def exported_metrics() -> dict[str, str]:
+    """{name: type} of the service's metrics as Prometheus sees them: Ray adds `ray_`, and `_total` for a counter."""
+    made = {}
+
+    def record(kind: str) -> Any:
+        def metric(name: str, text: str, tags: tuple[str, ...]) -> Any:
+            made[f"ray_{name}{'_total' if kind == 'counter' else ''}"] = kind
+            return SimpleNamespace(set_default_tags=lambda tags: None)
+
+        return metric
+
+    Metrics(SimpleNamespace(Counter=record("counter"), Gauge=record("gauge")), "name")  # type: ignore[arg-type]
+    return made
+
+
+def test_page_of_the_service_lists_all_metrics_with_their_types() -> None:
+    page = (ROOT / "docs" / "service.md").read_text("utf-8")
+    listed = dict(re.findall(r"^\| `(ray_alexstream_\w+)` \| (\w+) \|", page, re.M))
+    assert listed == exported_metrics() and len(listed) >= 10
+
+
+def test_dashboard_shows_all_metrics_of_the_service_and_no_other() -> None:
+    dashboard = json.loads((ROOT / "docs" / "grafana-service.json").read_text("utf-8"))
+    assert {panel["type"] for panel in dashboard["panels"]} == {"timeseries"}
+    source = {"type": "prometheus", "uid": "${DS_PROMETHEUS}"}  # Grafana asks for this input when it imports the file
+    assert [needed["name"] for needed in dashboard["__inputs"]] == ["DS_PROMETHEUS"]
+    targets = [target for panel in dashboard["panels"] for target in panel["targets"]]
+    assert all(part["datasource"] == source for part in [*dashboard["panels"], *targets])
+    shown = {name for target in targets for name in re.findall(r"ray_\w+", target["expr"])}
+    assert shown == exported_metrics().keys()
+    (variable,) = dashboard["templating"]["list"]
+    assert variable["name"] == "service" and "ray_alexstream_workers" in variable["query"]
 
 
 def _anchors(page: Path) -> set[str]:
