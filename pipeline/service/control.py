@@ -58,7 +58,7 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
         ) from None
     try:
         call(ray, config.name, coordinator.begin)
-    except ServiceError:
+    except BaseException:
         ray.kill(coordinator, no_restart=True)
         raise
     return coordinator
