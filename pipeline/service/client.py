@@ -85,6 +85,7 @@ class ServiceClient:
         self._lock = threading.Lock()
         self._first_needed, self._received = 0, set[int]()
         self._generation = 0  # counts the calls of `start`
+        self._calls = 0  # number of calls of the coordinator that tell a position
         self._closed = threading.Event()
         self._lost = ""  # why the service is lost
         self._health = Health(0, 0)
@@ -100,6 +101,7 @@ class ServiceClient:
             self._exit.close()
             raise
         # Number of batches that are asked for at the same time: enough for all workers, within what the service keeps.
+        self._ahead = config.ahead
         self.read_ahead = max(1, min(2 * config.max_workers + 2, config.ahead, _MAX_READ_AHEAD))
         self._thread = threading.Thread(target=self._show_life, daemon=True, name="alexstream-alive")
         self._thread.start()
@@ -123,7 +125,8 @@ class ServiceClient:
         """
         generation, digest, lost = self._generation, request_digest(request), ""
         while True:
-            if generation != self._generation:
+            # A job that began before `start` and runs after it has a position that the service does not keep.
+            if generation != self._generation or not 0 <= position - self._first_needed <= self._ahead:
                 raise ServiceError(f"service {self.name}: the loader continued at another position.")
             fetch = Fetch(position, request, digest, lost)
             answer: Answer = self._call(partial(self._ask, fetch))
@@ -168,7 +171,8 @@ class ServiceClient:
 
     def _say(self) -> Call:
         with self._lock:
-            return Call(self._consumer, self._stream, self._first_needed, 0.0)
+            self._calls += 1
+            return Call(self._consumer, self._stream, self._first_needed, 0.0, self._calls)
 
     def _call(self, method: Callable[[], Any]) -> Any:
         """The result of a call of the coordinator. Raises ServiceLost if the service does not answer for LOST_S."""

@@ -74,6 +74,7 @@ class Coordinator:
         self._making = 0  # number of batches in workers
         self._made = self._retried = 0  # numbers of images and batches since the start
         self._started_s = time.time()
+        self._worked_s = time.monotonic()  # time at which there was a worker last, or no batch to make
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -98,7 +99,8 @@ class Coordinator:
             if time.monotonic() > deadline:
                 return Answer()
             await asyncio.sleep(0.02)
-            self._sharing.touch(call, time.monotonic())  # forgotten meanwhile, if the loop was busy
+            if call.consumer not in self._sharing.consumers:  # it has left meanwhile
+                return Answer()
         batch = self._batch(call.stream, fetch)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(batch.done.wait(), max(0.01, deadline - time.monotonic()))
@@ -175,7 +177,7 @@ class Coordinator:
         """The batch of a request, put into the queue if nobody has asked for it."""
         key = stream, fetch.position, fetch.digest
         batch = self._batches.get(key)
-        if batch is not None and fetch.lost and batch.done.is_set() and batch.pixels.hex() == fetch.lost:
+        if batch is not None and fetch.lost and batch.pixels is not None and batch.pixels.hex() == fetch.lost:
             self._count_retry()
             batch = None
         if batch is None:
@@ -190,6 +192,7 @@ class Coordinator:
         while self._queue and (worker := self._group.free()) is not None:
             batch = self._queue.popleft()
             if not self._is_needed(batch):  # its consumers have ended
+                self._drop((batch.stream, batch.fetch.position, batch.fetch.digest), batch)
                 continue
             worker.busy += 1
             worker.used_s = time.monotonic()
@@ -229,9 +232,22 @@ class Coordinator:
             assert self._group is not None
             self._group.adjust(len(self._queue) + self._making)
             self._dispatch()
+            self._give_up_without_workers()
             kept_bytes, consumers = self._kept_bytes(), len(self._sharing.consumers)
             self._metrics.show(len(self._queue), len(self._group.ready), consumers, kept_bytes)
             await asyncio.sleep(_TICK_S)
+
+    def _give_up_without_workers(self) -> None:
+        """Give the consumers an error if workers cannot start, and none has been ready for `start_s`."""
+        assert self._group is not None
+        now, fault = time.monotonic(), self._group.fault()
+        if self._group.ready or not self._queue or not fault:
+            self._worked_s = now
+        elif now - self._worked_s > self._config.start_s:
+            for batch in self._queue:
+                batch.fault = f"no worker can start: {fault}"
+                batch.done.set()
+            self._queue.clear()
 
     def _drop_unneeded(self) -> None:
         for key, batch in list(self._batches.items()):

@@ -32,6 +32,7 @@ class ServiceConfig:
     consumers: int = 1  # number of consumers that a stream waits for at its first batch
     patience_s: float = 60.0  # time after which a consumer that does not move no longer holds the others
     forget_s: float = 15.0  # time after which a consumer that does not answer is forgotten
+    start_s: float = 30.0  # time without any worker after which consumers get an error if workers cannot start
     idle_s: float = 60.0  # time after which workers above `min_workers` end if there is no work for them
 
     def __post_init__(self) -> None:
@@ -69,6 +70,7 @@ class Call(NamedTuple):
     stream: StreamKey
     first_needed: int  # the first position that the consumer has not received
     waited_s: float  # time for which its training loop waited for batches, since its previous call
+    number: int = 0  # counts the calls of a consumer, because a call can arrive after a later one
 
 
 class Fetch(NamedTuple):

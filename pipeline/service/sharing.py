@@ -32,6 +32,7 @@ class Consumer:
     heard_s: float  # time of its last call
     moved_s: float  # time at which `first_needed` changed last
     in_group: bool = True
+    number: int = 0  # number of its latest call
 
 
 class Sharing:
@@ -51,6 +52,9 @@ class Sharing:
             self.consumers[call.consumer] = known
             self._begun.setdefault(call.stream, now_s)
         known.heard_s = now_s
+        if call.number < known.number:  # an older call that arrived late
+            return
+        known.number = call.number
         if known.first_needed != call.first_needed:
             known.first_needed, known.moved_s = call.first_needed, now_s
         if not known.in_group and self._is_near(call, default=True):

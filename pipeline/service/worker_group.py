@@ -43,11 +43,17 @@ class WorkerGroup:
         self.starting: dict[Any, tuple[asyncio.Task[None], frozenset[str]]] = {}
         self.bad_nodes: dict[str, tuple[str, str, float]] = {}  # node -> (host, reason, time)
         self.last_fault = ""  # why the last worker could not start at all
+        self._full_s = time.monotonic()  # time at which all workers, ready or starting, were wanted last
 
     def free(self) -> WorkerHandle | None:
         """The least busy worker that can take a batch; None if there is none."""
         worker = min(self.ready, key=lambda handle: handle.busy, default=None)
         return worker if worker is not None and worker.busy < CONCURRENCY else None
+
+    def fault(self) -> str:
+        """Why a worker could not start; empty if all could."""
+        reasons = [f"node {host}: {why}" for host, why, _ in self.bad_nodes.values()]
+        return "; ".join(dict.fromkeys(reasons)) or self.last_fault
 
     def adjust(self, load: int) -> None:
         """Start or end workers for `load` batches that wait or are being made."""
@@ -60,10 +66,14 @@ class WorkerGroup:
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):
             self._start()
-        if not load:
-            idle = [handle for handle in self.ready if now - handle.used_s > self._config.idle_s]
-            for handle in idle[: max(0, len(self.ready) - least)]:
-                self.remove(handle)
+        if wanted >= len(self.ready) + len(self.starting):
+            self._full_s = now
+        idle = [handle for handle in self.ready if not handle.busy and now - handle.used_s > self._config.idle_s]
+        for handle in idle[: max(0, len(self.ready) - wanted)]:
+            self.remove(handle)
+        if now - self._full_s > self._config.idle_s:  # for example, Ray has no node for these workers
+            for actor, (task, _) in list(self.starting.items())[: len(self.ready) + len(self.starting) - wanted]:
+                self._cancel_start(actor, task)
 
     def remove(self, handle: WorkerHandle) -> None:
         """End a worker that is lost or no longer needed."""

@@ -1,0 +1,162 @@
+"""A Ray cluster on this machine for the tests of the service, and services in it.
+
+All tests of this folder that a test process runs share one cluster. A test that ends the head node starts a cluster of
+its own in a subprocess.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from pipeline.service.control import make_config, service_status, start_service, stop_service
+from pipeline.service.errors import ServiceError
+from prep.cluster import NAMESPACE, connected, ray_module
+
+DEADLINE_S = 120.0  # limit of each wait; on an idle machine, the longest wait takes 10 s
+_OBJECT_STORE_BYTES = 150_000_000
+
+
+class TestCluster:
+    """Nodes of one Ray cluster, all on this machine. This process is connected to the head node."""
+
+    __test__ = False
+
+    def __init__(self, ray: ModuleType, cluster: Any) -> None:
+        self.ray, self._cluster = ray, cluster
+        self.address: str = cluster.address
+        self.add_second_node()
+
+    def add_second_node(self) -> None:
+        """Start the node beside the head node. Its attribute `node_id` is Ray's id."""
+        self.second_node = self._cluster.add_node(num_cpus=3, object_store_memory=_OBJECT_STORE_BYTES)
+
+    def kill_second_node(self) -> None:
+        """End the node as a power failure does: none of its processes can say anything."""
+        self._cluster.remove_node(self.second_node, allow_graceful=False)
+
+    @property
+    def head_node(self) -> Any:
+        return self._cluster.head_node
+
+    def wait_for_nodes(self, count: int) -> None:
+        """Wait until the cluster has `count` nodes."""
+        deadline = time.monotonic() + DEADLINE_S
+        while (alive := sum(node["Alive"] for node in self.ray.nodes())) != count:
+            assert time.monotonic() < deadline, f"{alive} nodes"
+            time.sleep(0.1)
+
+    def used_bytes(self) -> int:
+        """Bytes in use in the shared memory of all nodes."""
+        from ray._private.internal_api import node_stats
+
+        return sum(
+            node_stats(node["NodeManagerAddress"], node["NodeManagerPort"], False).store_stats.object_store_bytes_used
+            for node in self.ray.nodes()
+            if node["Alive"]
+        )
+
+
+class Service:
+    """A service in the cluster of the tests."""
+
+    def __init__(self, cluster: TestCluster, store: Path, name: str) -> None:
+        self.cluster, self.store, self.name = cluster, store, name
+        self.at = f"{name}@{cluster.address}"  # the value of the loaders' argument `service`
+
+    def status(self) -> dict[str, Any]:
+        return service_status(self.cluster.ray, self.name, self.cluster.address)
+
+    def workers(self) -> list[int]:
+        """Process numbers of the workers that are ready."""
+        return [worker["pid"] for worker in self.status()["workers"]]
+
+    def coordinator_pid(self) -> int:
+        ray = self.cluster.ray
+        coordinator = ray.get_actor(f"alexstream:{self.name}", NAMESPACE)
+        return int(ray.get(coordinator.__ray_call__.remote(lambda actor: os.getpid()), timeout=DEADLINE_S))
+
+    def stop(self) -> None:
+        stop_service(self.cluster.ray, self.name, self.cluster.address)
+
+    def wait_for(
+        self, what: str, reached: Callable[[dict[str, Any]], bool], limit_s: float = DEADLINE_S
+    ) -> dict[str, Any]:
+        """Wait until the status has a property, and return the status."""
+        deadline = time.monotonic() + limit_s
+        while not reached(status := self.status()):
+            assert time.monotonic() < deadline, f"not reached: {what}. The status is {status}"
+            time.sleep(0.1)
+        return status
+
+
+@pytest.fixture(scope="package")
+def cluster() -> Iterator[TestCluster]:
+    """A cluster of two nodes: the head node has two cores for Ray, the other node has three."""
+    ray_module()  # sets variables of the environment that Ray reads when it is imported
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    from ray.cluster_utils import Cluster
+
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # so that all nodes use a token, or none does
+
+    # The metrics reach the nodes' agents every second. Ray's default is 10 s.
+    node_options = {
+        "num_cpus": 2,
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_system_config": {"metrics_report_interval_ms": 1000},
+    }
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    nodes = Cluster(initialize_head=True, head_node_args=node_options)
+    try:
+        with connected(nodes.address) as ray:
+            yield TestCluster(ray, nodes)
+    finally:
+        nodes.shutdown()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+Serve = Callable[..., Service]
+
+
+def serving(cluster: TestCluster) -> Iterator[Serve]:
+    """The function of the fixtures `serve` and `module_serve`; ends the services that it started."""
+    with ExitStack() as exit_stack:
+
+        def start(store: Path, workers: int = 1, most: int | None = None, threads: int = 1, **more: Any) -> Service:
+            service = Service(cluster, store, f"s{next(_numbers)}")
+            start_service(cluster.ray, make_config(store, service.name, workers, most or workers, threads, **more))
+            exit_stack.callback(_stop, service)
+            return service
+
+        yield start
+
+
+_numbers = itertools.count()
+
+
+def _stop(service: Service) -> None:
+    with suppress(ServiceError):  # the test stopped it
+        service.stop()
+
+
+@pytest.fixture
+def serve(cluster: TestCluster) -> Iterator[Serve]:
+    """serve(store, workers, most, **fields of ServiceConfig) starts a service that ends with the test."""
+    yield from serving(cluster)
+
+
+@pytest.fixture(scope="module")
+def module_serve(cluster: TestCluster) -> Iterator[Serve]:
+    """As `serve`, for services that the tests of a module share."""
+    yield from serving(cluster)
