@@ -1,0 +1,108 @@
+"""Faults for the tests: machines that can be switched off, and a service whose workers die at a record."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from pipeline.service import coordinator, worker_group
+from pipeline.service.coordinator import Coordinator
+from pipeline.service.worker import Worker
+
+DEADLY_RECORD = 13
+MAX_TRIES = 3
+HOST = "127.0.0.1"
+RAY = str(Path(sys.executable).with_name("ray"))
+
+
+class DeadlyWorker(Worker):
+    """A worker that a record ends, as a fault of a decoder in C would."""
+
+    def make(self, request):  # type: ignore[no-untyped-def]
+        if request.split == "train" and DEADLY_RECORD in request.numbers:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().make(request)
+
+
+class DeadlyCoordinator(Coordinator):
+    """The coordinator of a service of deadly workers. It gives up a batch after MAX_TRIES workers."""
+
+    async def begin(self) -> tuple[int, str]:
+        worker_group.Worker = DeadlyWorker  # type: ignore[misc]
+        coordinator._MAX_TRIES = MAX_TRIES
+        return await super().begin()
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind((HOST, 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
+class Machine:
+    """A simulated machine: shell commands that see only their own processes, and may see other files.
+
+    The commands run in namespaces of Linux of their own, which need no other rights. `switch_off` ends all processes of
+    the machine at once, by SIGKILL, as a power failure does.
+    """
+
+    def __init__(self, commands: str, **environment: str) -> None:
+        spaces = ["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
+        if os.geteuid() != 0:
+            spaces.append("--map-root-user")
+        self.process = subprocess.Popen(
+            ["unshare", *spaces, "sh", "-c", commands],
+            env={**os.environ, **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def switch_off(self) -> tuple[str, str]:
+        """Returns what the commands wrote to their standard output and standard error."""
+        self.process.kill()
+        return self.process.communicate()
+
+    def wait(self, timeout_s: float) -> tuple[int, str, str]:
+        """Wait until the commands have ended: (exit code, standard output, standard error)."""
+        try:
+            stdout, stderr = self.process.communicate(timeout=timeout_s)
+        except subprocess.TimeoutExpired:
+            stdout, stderr = self.switch_off()
+            raise AssertionError(f"the machine did not end within {timeout_s} s:\n{stdout}\n{stderr}") from None
+        return self.process.returncode, stdout, stderr
+
+
+def head_commands(port: int, *, cores: int = 1, options: str = "") -> str:
+    """Commands of a machine that is the head node of a new cluster, whose files lie in a folder of their own."""
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path, because paths of sockets are limited
+    return (
+        f"{RAY} start --head --block --port {port} --node-ip-address {HOST} --num-cpus {cores} --temp-dir {folder} "
+        f"--object-store-memory 100000000 --include-dashboard false --disable-usage-stats {options} >&2"
+    )
+
+
+def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
+    """Commands of a machine that belongs to a cluster."""
+    return (
+        f"{RAY} start --block --address {address} --node-ip-address {address.partition(':')[0]} --num-cpus {cores} "
+        f"--object-store-memory 100000000 --disable-usage-stats {options} >&2"
+    )
+
+
+def wait_for_file(path: Path, machine: Machine, timeout_s: float) -> str:
+    """The text of a file, when the machine has written a whole line to it."""
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text().endswith("\n")):
+        ended = machine.process.poll()
+        assert ended is None and time.monotonic() < deadline, f"no {path.name}: {machine.switch_off()}"
+        time.sleep(0.05)
+    return path.read_text()
