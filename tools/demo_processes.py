@@ -53,7 +53,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     before = os.environ.get("RAY_TMPDIR")
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         os.environ["RAY_TMPDIR"] = temporary
-        # After Ctrl-C, Ray ends a node that is just starting when this program exits, and only then its files are final.
+        # A node whose start is interrupted by Ctrl-C is ended by Ray when this program exits, after the `with` block.
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         cluster: Any = Cluster()
         try:

@@ -31,7 +31,7 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-DEADLINE_S = 240.0  # limit of each wait, for a machine that is busy
+DEADLINE_S = 600.0  # limit of each wait, for a machine that is busy
 STATUS: dict[str, Any] = {
     "workers": [{"node": "aa"}, {"node": "bb"}],
     "starting": 0,
