@@ -47,6 +47,7 @@ from typing import TypeVar
 import click
 
 from prep.console import UserError, count_noun, print_json, say
+from tools.bench.cluster_build import ClusterRace
 from tools.bench.harness import (
     INTERPRETER,
     BenchmarkCommand,
@@ -122,18 +123,23 @@ class BuildBenchmark:
         for path in self.distinct_files:
             path.read_bytes()
 
-    def _process(self, name: str, command: Sequence[str]) -> LineProcess:
+    def process(self, name: str, command: Sequence[str]) -> LineProcess:
+        """A process that runs `command`; `stop` ends it."""
         process = LineProcess(name, command, self.work_dir / "errors.txt")
         self.processes.append(process)
         return process
 
-    def ours(self, name: str) -> Contestant:
-        """`alexprep build-lmdb`, timed from the start of the process to its end."""
+    def command(self) -> tuple[str, ...]:
+        """The command line of `alexprep build-lmdb`. Raises UserError if alexprep is not installed."""
         alexprep = Path(sysconfig.get_path("scripts")) / "alexprep"
         if not alexprep.exists():
             raise UserError("alexprep is not installed beside this Python. Install it with: pip install -e .")
         options = ("--store", str(self.out), "--jobs", str(self.jobs), "--json")
-        process = self._process(name, (str(alexprep), "build-lmdb", str(self.pictures), *options))
+        return (str(alexprep), "build-lmdb", str(self.pictures), *options)
+
+    def ours(self, name: str) -> Contestant:
+        """`alexprep build-lmdb`, timed from the start of the process to its end."""
+        process = self.process(name, self.command())
 
         def turn() -> int:
             process.start()
@@ -150,7 +156,7 @@ class BuildBenchmark:
         """
         command = [str(Path(python).absolute()), "-m", f"tools.bench.peers.{module}"]
         command += [str(self.pictures), str(self.out), str(self.jobs), *arguments]
-        process = self._process(name, command)
+        process = self.process(name, command)
 
         def prepare() -> None:
             self.reset()
@@ -288,6 +294,7 @@ def print_steps(paths: Sequence[Path], work_dir: Path, rounds: int, as_json: boo
 )
 @click.option("--more", is_flag=True, help="Also measure Pillow's BOX filter, FFCV's rescaling and FFCV's raw records.")
 @click.option("--steps", is_flag=True, help="Time each step of our build on one core, instead of comparing programs.")
+@click.option("--cluster", is_flag=True, help="Compare our builds with and without --cluster local, and nothing else.")
 @common_options
 def main(
     source: Path | None,
@@ -297,6 +304,7 @@ def main(
     vips_python: Path | None,
     more: bool,
     steps: bool,
+    cluster: bool,
     rounds: int,
     as_json: bool,
 ) -> None:
@@ -311,6 +319,7 @@ def main(
       python -m tools.bench.build --source ilsvrc/train --rounds 3
       python -m tools.bench.build --ffcv-python peers/bin/python --vips-python peers/bin/python
       python -m tools.bench.build --source ilsvrc/train --steps
+      python -m tools.bench.build --source ilsvrc/train --cluster
     """
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = Path(temporary)
@@ -324,12 +333,14 @@ def main(
         count = f"{count_noun(pictures, 'picture')} of {count_noun(len(paths), 'photograph')}"
         say(f"{count}, {count_noun(jobs, 'worker')}")
         benchmark = BuildBenchmark(work_dir / "pictures", work_dir, jobs)
+        cluster_race = ClusterRace(benchmark.command(), benchmark.process, benchmark.reset)
         try:
-            rows = race(make_contestants(benchmark, ffcv_python, vips_python, more), rounds)
+            peers = [] if cluster else make_contestants(benchmark, ffcv_python, vips_python, more)
+            rows = race(peers or cluster_race.contestants(), rounds)
         finally:
             benchmark.stop()
     details = {"pictures": pictures, "photographs": len(paths), "jobs": jobs, "rounds": rounds}
-    results = {"ours_over": speedups(rows), "versions": benchmark.versions}
+    results = {"ours_over": speedups(rows), "versions": benchmark.versions, "start_s": cluster_race.start_s()}
     print_results(rows, as_json, {**details, **results}, speedup_lines(rows))
 
 

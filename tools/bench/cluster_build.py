@@ -1,0 +1,52 @@
+"""Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
+
+Both rates come from the JSON output of alexprep. They begin when the inputs are listed, and end when the manifest is
+written. The start of the command, which for a cluster includes the start of Ray, is measured separately.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+
+from tools.bench.harness import Contestant, LineProcess
+
+
+class ClusterRace:
+    """The two contestants. `command` is the command line of `alexprep build-lmdb` without --cluster.
+
+    `make_process` makes a process that runs a command line; `reset` is called before each turn.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        make_process: Callable[[str, Sequence[str]], LineProcess],
+        reset: Callable[[], None],
+    ) -> None:
+        self._command, self._make_process, self._reset = command, make_process, reset
+        self._start_s: dict[str, list[float]] = {}
+
+    def contestants(self) -> list[Contestant]:
+        """The build on a cluster, and the build with local processes as its bound."""
+        pool = "local processes"
+        return [self._contestant("--cluster local", pool, "--cluster", "local"), self._contestant(pool, None)]
+
+    def _contestant(self, name: str, bound: str | None, *words: str) -> Contestant:
+        process = self._make_process(name, (*self._command, *words))
+
+        def turn() -> float:
+            started = time.perf_counter()
+            process.start()
+            result = json.loads(process.read_line())
+            process.wait()
+            self._start_s.setdefault(name, []).append(time.perf_counter() - started - result["seconds"])
+            return float(result["images_per_s"])
+
+        return Contestant(name, turn, bound, self._reset)
+
+    def start_s(self) -> dict[str, float]:
+        """Seconds of each command that its rate leaves out: starting, listing and ending. Medians of all turns."""
+        return {name: round(median(times), 1) for name, times in self._start_s.items()}

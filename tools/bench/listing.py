@@ -1,0 +1,132 @@
+"""Benchmark of the list of inputs: time and memory of each step of a build that precedes the first image.
+
+The names are made up: CLASS/CLASS_NUMBER.JPEG with ImageNet's lengths, in 21,841 classes as in ImageNet-21k. The
+program runs the steps of prep/build/split.py in this order, in one process:
+
+    add          Listing.add for each input, as list_folder and list_archive do
+    permutation  the record order: keyed hashes of all paths, sorted
+    plan         BuildPlan: shard boundaries and digest of the inputs
+    tasks        the tasks of 100 shards, pickled as for worker processes; one task exists at a time
+    save, load   inputs.npz, which a resumed build compares with its own list
+
+`peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
+also makes N empty files in class folders, and lists them with list_folder. The files are in the operating system's
+caches, so a network file system is slower.
+"""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import click
+
+from prep.console import bytes_text, print_json, say
+from tools.bench.harness import BenchmarkCommand
+
+CLASSES = 21_841
+_PER_FOLDER = 650  # files in a class folder of --tree; ImageNet-21k has 650 photographs in a class on average
+T = TypeVar("T")
+
+
+def peak_mb() -> float:
+    """Largest resident memory of this process so far, in MB."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1000
+
+
+class Steps:
+    """Times of steps in seconds, and the peak memory after each step."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float | str]] = [{"step": "imports", "seconds": 0.0, "peak_mb": round(peak_mb(), 1)}]
+
+    def run(self, name: str, work: Callable[[], T]) -> T:
+        """Run `work` as the step `name`, and return its result."""
+        started = time.perf_counter()
+        result = work()
+        seconds = time.perf_counter() - started
+        self.rows.append({"step": name, "seconds": round(seconds, 2), "peak_mb": round(peak_mb(), 1)})
+        say(f"{name}: {seconds:.1f} s, peak {peak_mb():,.0f} MB")
+        return result
+
+
+def measure(inputs: int, work_dir: Path, steps: Steps) -> dict[str, float]:
+    """Run the steps for `inputs` made-up names. Returns facts about the result: bytes of inputs.npz, shards, …"""
+    from prep.build.plan import BuildPlan
+    from prep.inputs.folder import FolderReader
+    from prep.inputs.listing import Listing
+    from prep.inputs.reader import Source
+    from prep.store.manifest import Settings
+
+    def make() -> Listing:
+        listing = Listing()
+        for number in range(inputs):
+            label = number * CLASSES // inputs
+            wnid = b"n%08d" % (1440764 + 601 * label)
+            listing.add(b"%b/%b_%d.JPEG" % (wnid, wnid, number * 37 % 99991), label, 110_000 + number % 997, 10**18)
+        return listing
+
+    listing = steps.run("add", make)
+    classes = tuple(f"n{1440764 + 601 * label:08d}" for label in range(CLASSES))
+    source = Source(FolderReader(Path("/data")), "train", classes, listing)
+    settings = Settings(256, False, "jpeg", 90, "area", 0)
+    plan = steps.run("plan", lambda: BuildPlan(source, work_dir / "train", settings, False))
+    steps.run("permutation", lambda: plan.permutation)
+    task_bytes = steps.run("tasks", lambda: [len(pickle.dumps(plan.task(n))) for n in range(plan.shard_count)[:100]])
+    path = work_dir / "inputs.npz"
+    steps.run("save", lambda: listing.save(path))
+    loaded = steps.run("load", lambda: Listing.load(path))
+    assert steps.run("compare", lambda: loaded.same_as(listing))
+    return {"shards": plan.shard_count, "largest_task_bytes": max(task_bytes), "inputs_npz_bytes": path.stat().st_size}
+
+
+def list_tree(files: int, work_dir: Path, steps: Steps) -> None:
+    """Make `files` empty files in class folders, and list them."""
+    from prep.inputs.folder import list_folder
+
+    root = work_dir / "tree"
+    for first in range(0, files, _PER_FOLDER):
+        folder = root / f"n{first:08d}"
+        folder.mkdir(parents=True)
+        for number in range(first, min(first + _PER_FOLDER, files)):
+            (folder / f"{folder.name}_{number}.JPEG").touch()
+    found = steps.run("list_folder", lambda: list_folder(root, "train", False))
+    assert len(found.listing) == files
+
+
+@click.command(cls=BenchmarkCommand)
+@click.option("--inputs", type=click.IntRange(1), default=14_197_122, show_default=True, help="Number of inputs.")
+@click.option("--tree", type=click.IntRange(0), default=0, show_default=True, help="Number of real files to list.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
+def main(inputs: int, tree: int, as_json: bool) -> None:
+    """Measure time and memory of listing, sorting and planning as many inputs as ImageNet-21k has.
+
+    \b
+    Example:
+      python -m tools.bench.listing
+      python -m tools.bench.listing --inputs 1281167 --tree 200000
+    """
+    steps = Steps()
+    with tempfile.TemporaryDirectory() as temporary:
+        if tree:
+            list_tree(tree, Path(temporary), steps)
+        facts = measure(inputs, Path(temporary), steps)
+    if as_json:
+        print_json({"inputs": inputs, "files": tree, "steps": steps.rows, **facts})
+        return
+    click.echo(f"{'step':<14} {'s':>8} {'peak MB':>10}")
+    for row in steps.rows:
+        click.echo(f"{row['step']:<14} {row['seconds']:8.1f} {row['peak_mb']:10,.0f}")
+    click.echo(
+        f"{facts['shards']:,} shards, largest task {bytes_text(facts['largest_task_bytes'])}, inputs.npz "
+        f"{bytes_text(facts['inputs_npz_bytes'])}"
+    )
+
+
+if __name__ == "__main__":
+    main()
