@@ -21,7 +21,8 @@ _CHECK_S = 60.0  # limit for the answers of the nodes
 def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
     """See Runner.check_machines in prep/workers.py. The error names the first node that differs, and both values.
 
-    A file with random content is written into `folder` for a moment; every node must read the same content.
+    A node that dies during the check is left out, because it gets no tasks. A file with random content is written into
+    `folder` for a moment; every node must read the same content.
     """
     content = secrets.token_hex(16)
     probe = folder / f".probe.{unique_suffix()}" if folder is not None else None
@@ -41,6 +42,8 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
                 name = _name(nodes[ref])
                 try:
                     answer = ray.get(ref)
+                except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError):
+                    continue
                 except ray.exceptions.RayError as error:
                     raise UserError(f"{name} cannot run tasks: {cause_text(error)}.") from None
                 _compare(name, answer, expected, folder, source)
