@@ -19,6 +19,7 @@ from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
 CALL_S = 30.0  # time after which a service that does not answer is reported
+BEGIN_S = 120.0  # the same for a new service, whose process must start first
 READY_S = 60.0  # time for which the start of a service waits for workers
 FAULT_S = 10.0  # time after which a start ends if no worker can start
 _STREAMS, _BATCH_IMAGES = 2, 512  # for the size of the object store: training and validation, large batches
@@ -57,7 +58,7 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
             f"--name {config.name}, or choose another --name."
         ) from None
     try:
-        call(ray, config.name, coordinator.begin)
+        call(ray, config.name, coordinator.begin, BEGIN_S)
     except BaseException:
         ray.kill(coordinator, no_restart=True)
         raise
@@ -148,13 +149,13 @@ def service_status(ray: ModuleType, name: str, address: str) -> dict[str, Any]:
     return status
 
 
-def call(ray: ModuleType, name: str, method: Any) -> Any:
-    """The result of a method of a coordinator. Raises ServiceError if it does not answer within CALL_S."""
+def call(ray: ModuleType, name: str, method: Any, timeout_s: float = CALL_S) -> Any:
+    """The result of a method of a coordinator. Raises ServiceError if it does not answer within `timeout_s`."""
     try:
-        return ray.get(method.remote(), timeout=CALL_S)
+        return ray.get(method.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ServiceError(
-            f"service {name} does not answer within {CALL_S:.0f} s: {(lines or [repr(error)])[-1][:300]} Look at the "
+            f"service {name} does not answer within {timeout_s:.0f} s: {(lines or [repr(error)])[-1][:300]} Look at the "
             "cluster with: ray status"
         ) from None

@@ -46,7 +46,8 @@ from tools.bench.stream import StreamBenchmark
 
 _CHECKED_BATCHES = 3
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
-_OBJECT_STORE_BYTES = 1_500_000_000
+# Size of the object store of a node. A process that maps a larger one has more page faults until it has seen all of it.
+_OBJECT_STORE_BYTES = 1_000_000_000
 
 
 def endless(store: Store, threads: int, service: str | None) -> Batches:
