@@ -102,7 +102,9 @@ class ObjectFolder:
         """See Folder.chunks."""
         for start in range(0, state.size_bytes, CHUNK_BYTES):
             end = min(start + CHUNK_BYTES, state.size_bytes)
-            options = {"range": (start, end), "if_match": state.version or None}
+            options: dict[str, Any] = {"range": (start, end)}
+            if state.version:
+                options["if_match"] = state.version
             chunk = self._tried(path, partial(self._get, path, options))
             if len(chunk) != end - start:
                 raise UserError(f"{self.name}/{path}: {len(chunk):,} bytes, expected {end - start:,}. Run it again.")
