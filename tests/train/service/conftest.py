@@ -1,0 +1,95 @@
+"""Fixtures: a Ray cluster on this machine, services in it, and runs that the tests compare with."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.service.control import make_config, service_status, start_service, stop_service
+from prep.cluster import connected, ray_module
+from tests.helpers.small_training import small_config
+from train.config.recipe import ScheduleChange
+from train.config.run_config import RunConfig
+from train.runs.run import Run
+from train.trainer.loop import fit
+
+
+class Service:
+    """A service with one worker for one store. Each method connects to the cluster and disconnects again."""
+
+    def __init__(self, store: Path, address: str, name: str) -> None:
+        self.store, self.address, self.name = store, address, name
+        self.start()
+
+    @property
+    def option(self) -> str:
+        """The value of --service."""
+        return f"{self.name}@{self.address}"
+
+    def start(self) -> None:
+        with connected(self.address) as ray:
+            start_service(ray, make_config(self.store, self.name, 1, 1, 1))
+
+    def stop(self) -> None:
+        with connected(self.address) as ray:
+            stop_service(ray, self.name, self.address)
+
+    def images_made(self) -> int:
+        """Number of images that the service has decoded since its start."""
+        with connected(self.address) as ray:
+            made: int = service_status(ray, self.name, self.address)["images_made"]
+            return made
+
+
+@pytest.fixture(scope="package")
+def cluster_address() -> Iterator[str]:
+    """HOST:PORT of a cluster of one node."""
+    ray_module()  # sets environment variables that Ray reads when it is imported
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    cluster = Cluster(initialize_head=True, head_node_args=node)
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    yield cluster.address
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="package")
+def lasting_service(cluster_address: str, stores: dict[str, Path]) -> Service:
+    """A service of the JPEG store, for tests that do not stop it."""
+    return Service(stores["jpeg"], cluster_address, "lasting")
+
+
+@pytest.fixture
+def service(cluster_address: str, stores: dict[str, Path]) -> Service:
+    """A service of the JPEG store, which the test stops."""
+    return Service(stores["jpeg"], cluster_address, "stopped")
+
+
+@pytest.fixture(scope="package")
+def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the JPEG store without its shards: a loader of this store cannot read a record itself."""
+    folder = tmp_path_factory.mktemp("without-records") / "store"
+    return Path(shutil.copytree(stores["jpeg"], folder, ignore=shutil.ignore_patterns("[0-9][0-9][0-9][0-9][0-9]")))
+
+
+def config_with_two_streams(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
+    """small_config with another colour noise after epoch 2, so that the run opens a second training stream."""
+    recipe = small_config(store, run_dir).recipe
+    schedule = (ScheduleChange(1.5, lr=0.002), ScheduleChange(2, colour="off"))
+    return small_config(store, run_dir, recipe=replace(recipe, schedule=schedule), **changes)
+
+
+@pytest.fixture(scope="package")
+def local_run(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of config_with_two_streams without a service."""
+    run_dir = tmp_path_factory.mktemp("local") / "run"
+    return fit(Run.open(config_with_two_streams(stores["jpeg"], run_dir)))
