@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -47,10 +46,10 @@ def free_port() -> int:
 
 
 class Machine:
-    """A simulated machine: shell commands that see only their own processes, and may see other files.
+    """A simulated machine: shell commands that see only their own processes, and have a folder /tmp/ray of their own.
 
-    The commands run in namespaces of Linux of their own, which need no other rights. `switch_off` ends all processes of
-    the machine at once, by SIGKILL, as a power failure does.
+    The commands run in their own namespaces of Linux, so they can also mount other files. `switch_off` ends all
+    processes of the machine at once, by SIGKILL, as a power failure does.
     """
 
     def __init__(self, commands: str, **environment: str) -> None:
@@ -58,7 +57,7 @@ class Machine:
         if os.geteuid() != 0:
             spaces.append("--map-root-user")
         self.process = subprocess.Popen(
-            ["unshare", *spaces, "sh", "-c", commands],
+            ["unshare", *spaces, "sh", "-c", f"mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray\n{commands}"],
             env={**os.environ, **environment},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -82,10 +81,9 @@ class Machine:
 
 
 def head_commands(port: int, *, cores: int = 1, options: str = "") -> str:
-    """Commands of a machine that is the head node of a new cluster, whose files lie in a folder of their own."""
-    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # a short path, because paths of sockets are limited
+    """Commands of a machine that is the head node of a new cluster."""
     return (
-        f"{RAY} start --head --block --port {port} --node-ip-address {HOST} --num-cpus {cores} --temp-dir {folder} "
+        f"{RAY} start --head --block --port {port} --node-ip-address {HOST} --num-cpus {cores} "
         f"--object-store-memory 100000000 --include-dashboard false --disable-usage-stats {options} >&2"
     )
 
