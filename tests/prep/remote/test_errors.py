@@ -7,16 +7,18 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 
 from prep.cli import main
-from prep.console import DiskFull, UserError
+from prep.console import DiskFull, Progress, UserError
 from prep.remote import copy_store, copy_task
+from prep.remote.copy_store import planned_copy, run_copy
 from prep.remote.urls import open_folder
-from tests.helpers.building import COMMAND
+from tests.helpers.building import COMMAND, InlineRunner
 from tests.prep.remote.conftest import Copy, contents
 from tests.prep.remote.s3_server import DEADLINE_S, Fault, Proxy, Request, S3Server
 
@@ -184,6 +186,59 @@ def test_an_object_that_is_replaced_during_the_download_is_noticed(
     proxy.decide = decide
     with pytest.raises(UserError, match=r"data\.mdb changed while it was read\. Run the same command again"):
         copy(url, tmp_path / "copy")
+
+
+class RecordedProgress(Progress):
+    """Keeps every value of `done`."""
+
+    def __init__(self, total: int) -> None:
+        self.values: list[int] = []
+        super().__init__(total, "kB")
+
+    def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
+        super().update(done, bad, size_bytes)
+        self.values.append(done)
+
+
+@pytest.mark.parametrize("is_upload", [True, False])
+def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
+    small_store: Path,
+    copy: Copy,
+    proxy: Proxy,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_upload: bool,
+) -> None:
+    """The first transfer of a shard is damaged. The copy stops at val/mean_image.npy and continues."""
+    monkeypatch.setattr(copy_store, "MB", 1000)
+    if not is_upload:
+        copy(small_store, url)
+    source, target = (small_store, url) if is_upload else (url, tmp_path / "copy")
+    flips = list[str]()
+
+    def decide(request: Request) -> Fault | None:
+        if request.path.endswith("val/mean_image.npy"):
+            return Fault(status=403, code="AccessDenied")
+        if request.path.endswith("00000/data.mdb") and request.method == ("PUT" if is_upload else "GET") and not flips:
+            flips.append(request.path)
+            return Fault(flip_request=is_upload, flip_answer=not is_upload)
+        return None
+
+    runs = []
+    for decision in (decide, lambda request: None):
+        proxy.decide = decision
+        with planned_copy(str(source), str(target)) as plan:
+            runs.append(RecordedProgress(plan.size_bytes // 1000))
+            with pytest.raises(UserError, match="AccessDenied") if decision is decide else nullcontext():
+                run_copy(plan, InlineRunner(), runs[-1])
+    first, second = runs
+    assert flips
+    assert first.values == sorted(first.values) and second.values == sorted(second.values)
+    left_kb = (small_store / "val" / "mean_image.npy").stat().st_size / 1000
+    assert abs(first.total - left_kb - first.values[-1]) <= 2
+    assert second.skipped == second.values[0] == first.values[-1]
+    assert second.values[-1] == second.total
 
 
 def test_the_result_as_json_and_as_text(small_store: Path, proxy: Proxy, url: str, tmp_path: Path) -> None:
