@@ -185,13 +185,12 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def images_received(store: Path, folder: Path) -> int:
-    """Number of images that the service gave to the runs, for training and validation."""
+def images_of_a_run(store: Path, folder: Path) -> int:
+    """Number of images that each run got for training and validation. Both runs get the same images."""
     from prep.store.manifest import Store
 
-    val_records = Store.open(store).split("val").records
-    kinds = [line["kind"] for seed in SEEDS for line in read_metrics(folder / f"service-{seed}")]
-    return kinds.count("train") * BATCH + kinds.count("val") * val_records
+    kinds = [line["kind"] for line in read_metrics(folder / f"service-{SEEDS[0]}")]
+    return kinds.count("train") * BATCH + kinds.count("val") * Store.open(store).split("val").records
 
 
 def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
@@ -209,18 +208,19 @@ def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
         "equal": all(row["equal"] for row in rows),
         "results": rows,
         **result,
-        "images_received": images_received(store, folder),
+        "images_of_a_run": images_of_a_run(store, folder),
         "seconds": round(clock.seconds, 1),
     }
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """The table, and two sentences about it."""
-    rows, end = result["results"], result["end"]
+    """The table, and sentences about the results and the decoded images."""
+    rows, images, decoded = result["results"], result["images_of_a_run"], result["end"]["images_made"]
     different = sum(not row["equal"] for row in rows)
     return (
-        f"{table(rows)}\n{len(rows)} results: {f'{different} different' if different else 'all equal'}. The trainers "
-        f"received {result['images_received']:,} images, for which the service decoded {end['images_made']:,}."
+        f"{table(rows)}\n{len(rows)} results: {f'{different} different' if different else 'all equal'}.\n"
+        f"Each of the two runs got {images:,} images. The service decoded {decoded:,}: these {images:,} for both runs, "
+        f"and {decoded - images:,} that were read ahead, lost with the node, or no longer kept."
     )
 
 
