@@ -40,18 +40,19 @@ def peak_mb() -> float:
 
 
 class Steps:
-    """Times of steps in seconds, and the peak memory after each step."""
+    """Wall time and CPU time of steps in seconds, and the peak memory after each step."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, float | str]] = [{"step": "imports", "seconds": 0.0, "peak_mb": round(peak_mb(), 1)}]
+        self.rows: list[dict[str, float | str]] = []
 
     def run(self, name: str, work: Callable[[], T]) -> T:
         """Run `work` as the step `name`, and return its result."""
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         result = work()
-        seconds = time.perf_counter() - started
-        self.rows.append({"step": name, "seconds": round(seconds, 2), "peak_mb": round(peak_mb(), 1)})
-        say(f"{name}: {seconds:.1f} s, peak {peak_mb():,.0f} MB")
+        seconds, cpu_s = time.perf_counter() - started, time.process_time() - cpu_started
+        row = {"seconds": round(seconds, 2), "cpu_s": round(cpu_s, 2), "peak_mb": round(peak_mb(), 1)}
+        self.rows.append({"step": name, **row})
+        say(f"{name}: {seconds:.1f} s, peak {row['peak_mb']:,.0f} MB")
         return result
 
 
@@ -119,9 +120,9 @@ def main(inputs: int, tree: int, as_json: bool) -> None:
     if as_json:
         print_json({"inputs": inputs, "files": tree, "steps": steps.rows, **facts})
         return
-    click.echo(f"{'step':<14} {'s':>8} {'peak MB':>10}")
+    click.echo(f"{'step':<14} {'s':>8} {'CPU s':>8} {'peak MB':>10}")
     for row in steps.rows:
-        click.echo(f"{row['step']:<14} {row['seconds']:8.1f} {row['peak_mb']:10,.0f}")
+        click.echo(f"{row['step']:<14} {row['seconds']:8.1f} {row['cpu_s']:8.1f} {row['peak_mb']:10,.0f}")
     click.echo(
         f"{facts['shards']:,} shards, largest task {bytes_text(facts['largest_task_bytes'])}, inputs.npz "
         f"{bytes_text(facts['inputs_npz_bytes'])}"
