@@ -1,8 +1,14 @@
-"""Builds in parts for tests."""
+"""Builds in parts and on a cluster for tests; readers that are slow or crash."""
 
 from __future__ import annotations
 
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from click.testing import CliRunner, Result
 
@@ -10,6 +16,8 @@ from prep.build.parts import Part, PartResult, build_part
 from prep.build.plan import BuildPolicy
 from prep.cli import main
 from prep.console import Progress
+from prep.inputs.folder import FolderReader
+from prep.inputs.reader import Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import PPM, STRICT, InlineRunner
@@ -42,3 +50,57 @@ def assert_same(store: Path, whole: Store) -> None:
         assert (Path(path) / "data.mdb").read_bytes() == (
             whole.root / Path(path).relative_to(store) / "data.mdb"
         ).read_bytes()
+
+
+class SlowReader(FolderReader):
+    """Takes 10 ms for each image."""
+
+    def read(self, item: Any) -> bytes:
+        time.sleep(0.01)
+        return super().read(item)
+
+
+@dataclass(frozen=True)
+class MarkingReader(SlowReader):
+    """Creates the file `marker` when a process on the node `doomed` reads its tenth image."""
+
+    marker: Path
+
+    def read(self, item: Any) -> bytes:
+        if "ALEXNET_DOOMED" in os.environ:
+            _read_here.append(item.path)
+            if len(_read_here) == 10:
+                self.marker.touch()
+        return super().read(item)
+
+
+_read_here: list[bytes] = []
+
+
+class CrashingReader(SlowReader):
+    """Kills the process that reads image number 100."""
+
+    def read(self, item: Any) -> bytes:
+        if item.path.endswith(b"_100.JPEG"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(item)
+
+
+def source_with(reader: FolderReader) -> Source:
+    listed = list_source(reader.root, "train", None, None, ())
+    return Source(reader, "train", listed.classes, listed.inputs)
+
+
+class ActingProgress(Progress):
+    """Keeps all numbers of finished inputs. Calls `act` once, when `is_time` returns true."""
+
+    def __init__(self, is_time: Callable[[], bool] = lambda: False, act: Callable[[], object] = lambda: None) -> None:
+        super().__init__(IMAGES, "pictures")
+        self.is_time, self.act, self.has_acted, self.all_done = is_time, act, False, list[int]()
+
+    def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
+        super().update(done, bad, size_bytes)
+        self.all_done.append(done)
+        if not self.has_acted and self.is_time():
+            self.has_acted = True
+            self.act()
