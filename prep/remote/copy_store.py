@@ -109,6 +109,9 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
         if file.path not in states:
             raise UserError(f"{source.name}: {file.path} is missing. The store is damaged: build or copy it again.")
     has_checksums = states.pop(CHECKSUMS, None) is not None and source.is_remote
+    checksums = parse_checksums(source.read(CHECKSUMS)) if has_checksums else {}
+    if checksums.get(MANIFEST) != identity.manifest:  # another program replaced the store but not its SHA256SUMS
+        checksums = {}
     with ExitStack() as resources:
         scratch = Path()
         if isinstance(target, LocalFolder):
@@ -127,7 +130,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
             identity,
             files,
             states,
-            parse_checksums(source.read(CHECKSUMS)) if has_checksums else {},
+            checksums,
             {path: arrival for path, arrival in arrivals.items() if arrival.size_bytes == states[path].size_bytes},
             is_complete,
             scratch,
@@ -233,8 +236,8 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
     wrong = sorted(p for p, state in states.items() if p not in there or there[p].size_bytes != state.size_bytes)
     if wrong:
         raise UserError(
-            f"{target.name} has the manifest of this store, but {count_noun(len(wrong), 'file')} of it are missing or "
-            f"of another size (first: {wrong[0]}). Remove {target.name}, and run the same command again."
+            f"{target.name} has the manifest of this store, but lacks {count_noun(len(wrong), 'file')} or holds them with "
+            f"another size (first: {wrong[0]}). Remove {target.name}, and run the same command again."
         )
     return True
 

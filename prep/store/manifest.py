@@ -152,6 +152,10 @@ class Store:
         root = Path(root)
         path = root / "manifest.json"
         if not root.exists():
+            if root.parts and root.parts[0] in ("s3:", "gs:", "file:"):
+                raise StoreError(
+                    f"{root}: a store is read from a local folder. Copy it first with: alexprep copy URL FOLDER"
+                )
             raise StoreError(
                 f"{root}: no such store. Build one with: alexprep build-lmdb SOURCE --store {shell_quoted(root)}"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 import shutil
 import subprocess
@@ -45,6 +46,13 @@ def test_a_missing_store_is_named(small_store: Path, copy: Copy, proxy: Proxy, u
         copy(url, tmp_path / "copy")
     with pytest.raises(UserError, match=r"nowhere: no such store\. Build one with"):
         copy(tmp_path / "nowhere", url)
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/store", "gs://bucket/store", "file:///nowhere/store"])
+def test_a_url_as_store_of_another_command_names_copy(url: str) -> None:
+    result = CliRunner().invoke(main, ["verify", "--store", url])
+    assert result.exit_code == 1
+    assert "a store is read from a local folder. Copy it first with: alexprep copy URL FOLDER" in result.stderr
 
 
 @pytest.mark.parametrize("code", ["AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch"])
@@ -143,6 +151,17 @@ def test_a_damaged_shard_of_a_local_source_is_not_sent(
     assert proxy.count("PUT", f"{prefix}/train/00001/data.mdb") == 0
 
 
+def test_checksums_of_another_manifest_are_not_used(
+    small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
+) -> None:
+    copy(small_store, url)
+    sums = server.objects(prefix)["SHA256SUMS"].decode()
+    other = re.sub("^[0-9a-f]{8}", "0" * 8, sums, flags=re.M)
+    server.request("PUT", f"/photographs/{prefix}/SHA256SUMS", other.encode())
+    copy(url, tmp_path / "copy")
+    assert contents(tmp_path / "copy") == contents(small_store)
+
+
 def test_a_truncated_shard_in_a_bucket_is_refused_after_three_transfers(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
@@ -165,7 +184,7 @@ def test_a_file_that_is_missing_in_the_source_is_named(
     server.request("DELETE", f"/photographs/{prefix}/val/colour.json")
     with pytest.raises(UserError, match=r"val/colour\.json is missing"):
         copy(url, tmp_path / "copy")
-    with pytest.raises(UserError, match=r"has the manifest of this store, but 1 file .*first: val/colour\.json"):
+    with pytest.raises(UserError, match=r"has the manifest of this store, but lacks 1 file .*first: val/colour\.json"):
         copy(small_store, url)
 
 
