@@ -156,6 +156,6 @@ def call(ray: ModuleType, name: str, method: Any, timeout_s: float = CALL_S) -> 
     except ray.exceptions.RayError as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ServiceError(
-            f"service {name} does not answer within {timeout_s:.0f} s: {(lines or [repr(error)])[-1][:300]} Look at the "
-            "cluster with: ray status"
+            f"service {name} does not answer within {timeout_s:.0f} s: {(lines or [repr(error)])[-1][:300]} Look at "
+            "the cluster with: ray status"
         ) from None
