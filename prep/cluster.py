@@ -132,6 +132,8 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, 
             )
     except Exception as error:  # Ray raises Exception itself if a process of a new cluster does not start within 30 s
         raise UserError(f"cluster {address}: {_reason(error, address)}") from None
+    # Ray would print its nodes' messages, with many lines for a node that dies, to standard output.
+    ray._private.worker._worker_logs_enabled = False
 
 
 def _reason(error: Exception, address: str) -> str:

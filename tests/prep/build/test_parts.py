@@ -205,6 +205,38 @@ def test_a_shard_of_a_discarded_build_is_not_taken_for_finished(photos: Path, tm
     assert new.is_finished(3)
 
 
+def test_a_shard_that_two_processes_build_at_the_same_time_is_always_complete(photos: Path, tmp_path: Path) -> None:
+    """Two threads have the same process number, as processes on two machines can have."""
+    source = list_source(photos, "train", None, None, ())
+    plan = BuildPlan(source, tmp_path / "train", PPM, False)
+    begin_build(plan)
+    build_shard(plan.task(0), TaskProgress())
+    database = tmp_path / "train" / "00000" / "data.mdb"
+    files = [database, *(plan.work_dir / name for name in ("00000.npy", "00000.json"))]
+    expected = [path.read_bytes() for path in files]
+    threads = [
+        threading.Thread(target=lambda: [build_shard(plan.task(0), TaskProgress()) for _ in range(6)]) for _ in range(2)
+    ]
+    inode = database.stat().st_ino
+    for thread in threads:
+        thread.start()
+    inodes, readings = {inode}, 0
+    while any(thread.is_alive() for thread in threads):
+        assert [path.read_bytes() for path in files] == expected
+        inodes.add(database.stat().st_ino)
+        readings += 1
+    assert len(inodes) > 2 and readings > 10  # the file was replaced several times while it was read
+    assert tree(tmp_path / "train") == sorted(
+        [
+            ".build",
+            ".build/inputs.npz",
+            ".build/plan.json",
+            "00000",
+            *(str(path.relative_to(tmp_path / "train")) for path in files),
+        ]
+    )
+
+
 # Refusals
 
 
