@@ -236,8 +236,8 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
     wrong = sorted(p for p, state in states.items() if p not in there or there[p].size_bytes != state.size_bytes)
     if wrong:
         raise UserError(
-            f"{target.name} has the manifest of this store, but lacks {count_noun(len(wrong), 'file')} or holds them with "
-            f"another size (first: {wrong[0]}). Remove {target.name}, and run the same command again."
+            f"{target.name} has the manifest of this store, but lacks {count_noun(len(wrong), 'file')} or holds them "
+            f"with another size (first: {wrong[0]}). Remove {target.name}, and run the same command again."
         )
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.prep.remote.s3_server import BUCKET, Proxy, S3Server
 Copy = Callable[[object, object], CopyResult]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[S3Server]:
     started = S3Server()
     yield started
@@ -78,6 +79,14 @@ def copy() -> Copy:
             return run_copy(plan, InlineRunner(), Progress(plan.size_bytes, "MB"))
 
     return run
+
+
+def put_store(server: S3Server, prefix: str, store: Path) -> None:
+    """Write the files of a store and SHA256SUMS to the bucket, without the code that is tested."""
+    files = contents(store)
+    sums = "".join(f"{sha256(content).hexdigest()}  {path}\n" for path, content in files.items())
+    for path, content in {**files, "SHA256SUMS": sums.encode()}.items():
+        server.request("PUT", f"/{BUCKET}/{prefix}/{path}", content)
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -15,7 +15,7 @@ from prep.remote import object_store
 from prep.remote.object_store import INNER_RETRIES, WAITS_S
 from prep.remote.urls import open_folder
 from prep.store.manifest import Store
-from tests.prep.remote.conftest import Copy, contents
+from tests.prep.remote.conftest import Copy, contents, put_store
 from tests.prep.remote.s3_server import Fault, Proxy, Request, S3Server
 
 
@@ -59,10 +59,10 @@ def test_connections_that_break_at_random_are_retried_in_both_directions(
 
 
 def test_a_broken_download_continues_with_the_part_that_failed(
-    small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, tmp_path: Path
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, server: S3Server, prefix: str, tmp_path: Path
 ) -> None:
     """Every second request for a part of a shard is cut after 1,000 bytes. No part is requested more than twice."""
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     proxy.log.clear()
     numbers = dict[str, int]()
 
@@ -181,7 +181,7 @@ def test_bits_that_always_change_on_the_way_down_leave_no_store(
     has_checksums: bool,
 ) -> None:
     """Without SHA256SUMS, as after an upload by another program, only the manifest's digests find the change."""
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     if not has_checksums:
         server.request("DELETE", f"/photographs/{prefix}/SHA256SUMS")
     proxy.decide = lambda request: Fault(flip_answer=request.method == "GET" and request.path == f"{prefix}/{path}")
@@ -192,9 +192,9 @@ def test_bits_that_always_change_on_the_way_down_leave_no_store(
 
 
 def test_a_bit_that_changes_once_on_the_way_down_is_read_again(
-    small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, tmp_path: Path
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, server: S3Server, prefix: str, tmp_path: Path
 ) -> None:
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     flips = list[str]()
 
     def decide(request: Request) -> Fault | None:

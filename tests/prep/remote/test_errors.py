@@ -20,7 +20,7 @@ from prep.remote import copy_store, copy_task
 from prep.remote.copy_store import planned_copy, run_copy
 from prep.remote.urls import open_folder
 from tests.helpers.building import COMMAND, InlineRunner
-from tests.prep.remote.conftest import Copy, contents
+from tests.prep.remote.conftest import Copy, contents, put_store
 from tests.prep.remote.s3_server import DEADLINE_S, Fault, Proxy, Request, S3Server
 
 
@@ -109,10 +109,10 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
 
 
 def test_a_full_disk_ends_with_exit_code_3_and_the_copy_continues(
-    small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path
+    small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, server: S3Server, tmp_path: Path
 ) -> None:
     """No file may be larger than 150 kB, so no training shard can arrive."""
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     limited = subprocess.run(
         [sys.executable, "-c", COMMAND, "copy", url, str(tmp_path / "copy"), "--jobs", "1"],
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000)),
@@ -166,7 +166,7 @@ def test_a_truncated_shard_in_a_bucket_is_refused_after_three_transfers(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
     """Another program replaced the shard by its first half, and SHA256SUMS is missing."""
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     half = (small_store / "train" / "00000" / "data.mdb").read_bytes()[:100_000]
     server.request("PUT", f"/photographs/{prefix}/train/00000/data.mdb", half)
     server.request("DELETE", f"/photographs/{prefix}/SHA256SUMS")
@@ -180,7 +180,7 @@ def test_a_truncated_shard_in_a_bucket_is_refused_after_three_transfers(
 def test_a_file_that_is_missing_in_the_source_is_named(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     server.request("DELETE", f"/photographs/{prefix}/val/colour.json")
     with pytest.raises(UserError, match=r"val/colour\.json is missing"):
         copy(url, tmp_path / "copy")
@@ -192,7 +192,7 @@ def test_an_object_that_is_replaced_during_the_download_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
     """The shard is replaced by other bytes of the same length after its first part was read: its ETag changes."""
-    copy(small_store, url)
+    put_store(server, prefix, small_store)
     path, seen = "train/00000/data.mdb", list[int]()
 
     def decide(request: Request) -> None:
@@ -225,6 +225,8 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     copy: Copy,
     proxy: Proxy,
     url: str,
+    prefix: str,
+    server: S3Server,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     is_upload: bool,
@@ -232,7 +234,7 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     """The first transfer of a shard is damaged. The copy stops at val/mean_image.npy and continues."""
     monkeypatch.setattr(copy_store, "MB", 1000)
     if not is_upload:
-        copy(small_store, url)
+        put_store(server, prefix, small_store)
     source, target = (small_store, url) if is_upload else (url, tmp_path / "copy")
     flips = list[str]()
 
