@@ -249,6 +249,16 @@ def test_the_same_part_is_not_built_twice_at_the_same_time(photos: Path, tmp_pat
     assert run_part(photos, tmp_path, 2, 3).store is not None
 
 
+def test_parts_do_not_wait_for_each_other(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "_BEGIN_WAIT_S", 0.2)
+    monkeypatch.setattr(parts, "_JOIN_WAIT_S", 0.2)
+    run_part(photos, tmp_path, 1, 2)
+    with hold_lock(tmp_path, "build", shared=True):  # as another part holds it
+        result = run_part(photos, tmp_path, 2, 2)
+    assert result == PartResult(4, None, {})  # the other part will write the manifest
+    assert run_part(photos, tmp_path, 1, 2).store is not None
+
+
 def test_a_part_and_a_build_without_parts_exclude_each_other(
     photos: Path, whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
