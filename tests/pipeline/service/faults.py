@@ -39,8 +39,8 @@ class DeadlyCoordinator(Coordinator):
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind((HOST, 0))
+    """A port of this machine that nobody uses."""
+    with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
