@@ -49,7 +49,7 @@ class Copied:
     retries: int  # requests and transfers that were repeated
 
 
-class _ByteCounter:
+class ByteCounter:
     """Counts the bytes of a file as they are transferred. Bytes that are transferred again are not counted again."""
 
     def __init__(self, task_progress: TaskProgress) -> None:
@@ -65,7 +65,7 @@ class _ByteCounter:
 def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
     """Copy a file, verify it and record its arrival. Raises UserError if the content is wrong TRIES times."""
     source, target = open_folder(task.source), open_folder(task.target)
-    retries_before, count = source.retries + target.retries, _ByteCounter(task_progress)
+    retries_before, count = source.retries + target.retries, ByteCounter(task_progress)
     for number in range(1, TRIES + 1):
         try:
             arrival = _copy_once(task, source, target, count)

@@ -19,6 +19,7 @@ from prep.console import DiskFull, Progress, UserError
 from prep.remote import copy_store, copy_task
 from prep.remote.copy_store import planned_copy, run_copy
 from prep.remote.urls import open_folder
+from prep.workers import TaskProgress
 from tests.helpers.building import COMMAND, InlineRunner
 from tests.prep.remote.conftest import Copy, contents, put_store
 from tests.prep.remote.s3_server import DEADLINE_S, Fault, Proxy, Request, S3Server
@@ -260,6 +261,15 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     assert abs(first.total - left_kb - first.values[-1]) <= 2
     assert second.skipped == second.values[0] == first.values[-1]
     assert second.values[-1] == second.total
+
+
+def test_progress_does_not_go_back_when_a_transfer_begins_again() -> None:
+    task_progress, seen = TaskProgress(), []
+    count = copy_task.ByteCounter(task_progress)
+    for position in (100, 300, 50, 300, 400):
+        count(position)
+        seen.append(task_progress.counts.bytes)
+    assert seen == [100, 300, 300, 300, 400]
 
 
 def test_the_result_as_json_and_as_text(small_store: Path, proxy: Proxy, url: str, tmp_path: Path) -> None:
