@@ -217,12 +217,19 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
         signal.signal(signal.SIGINT, before)
 
 
-def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path) -> None:
-    """The signal arrives while Ray starts the nodes."""
+@pytest.mark.parametrize(
+    "program",
+    [
+        pytest.param("gcs_server", id="while nodes start"),
+        pytest.param("alextrain run", id="while runs train", marks=pytest.mark.soak),
+    ],
+)
+def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) -> None:
+    """The signal arrives as soon as a process of `program` runs."""
     with start_demo(short_folder) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S
-            while not any("gcs_server" in line for line in processes_of(short_folder)):
+            while not any(program in line for line in processes_of(short_folder)):
                 assert process.poll() is None and time.monotonic() < deadline
                 time.sleep(0.1)
             os.killpg(process.pid, signal.SIGINT)
