@@ -171,7 +171,8 @@ class Coordinator:
 
     async def _hear(self, call: Call) -> None:
         await self.begin()
-        self._sharing.touch(call, time.monotonic())
+        if self._sharing.touch(call, time.monotonic()):
+            self._drop_unneeded()
 
     def _batch(self, stream: StreamKey, fetch: Fetch) -> _Batch:
         """The batch of a request, put into the queue if nobody has asked for it."""

@@ -44,8 +44,8 @@ class Sharing:
         self.consumers: dict[str, Consumer] = {}
         self._begun: dict[StreamKey, float | None] = {}  # time at which a stream's first consumer came; None: it began
 
-    def touch(self, call: Call, now_s: float) -> None:
-        """Note a call of a consumer."""
+    def touch(self, call: Call, now_s: float) -> bool:
+        """Note a call of a consumer. Returns whether the consumer has moved, so that batches may be unneeded."""
         known = self.consumers.get(call.consumer)
         if known is None or known.stream != call.stream:
             known = Consumer(call.stream, call.first_needed, now_s, now_s, self._is_near(call, default=True))
@@ -53,12 +53,14 @@ class Sharing:
             self._begun.setdefault(call.stream, now_s)
         known.heard_s = now_s
         if call.number < known.number:  # an older call that arrived late
-            return
+            return False
         known.number = call.number
-        if known.first_needed != call.first_needed:
+        has_moved = known.first_needed != call.first_needed
+        if has_moved:
             known.first_needed, known.moved_s = call.first_needed, now_s
         if not known.in_group and self._is_near(call, default=True):
             known.in_group = True
+        return has_moved
 
     def leave(self, consumer: str) -> None:
         """Forget a consumer that has ended."""

@@ -59,7 +59,7 @@ class Machine:
         self.process = subprocess.Popen(
             ["unshare", *spaces, "sh", "-c", f"mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray\n{commands}"],
             env={**os.environ, **environment},
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,6 +69,10 @@ class Machine:
         """Returns what the commands wrote to their standard output and standard error."""
         self.process.kill()
         return self.process.communicate()
+
+    def shut_down(self, timeout_s: float) -> None:
+        """Close the standard input, and wait until the commands have ended."""
+        self.process.communicate(timeout=timeout_s)
 
     def wait(self, timeout_s: float) -> tuple[int, str, str]:
         """Wait until the commands have ended: (exit code, standard output, standard error)."""
@@ -94,6 +98,11 @@ def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
         f"{RAY} start --block --address {address} --node-ip-address {address.partition(':')[0]} --num-cpus {cores} "
         f"--object-store-memory 100000000 --disable-usage-stats {options} >&2"
     )
+
+
+def until_shut_down(command: str) -> str:
+    """Run a command until the standard input is closed, then end it by SIGTERM."""
+    return f"{{ {command} & read line; kill $!; wait $!; }}"
 
 
 def wait_for_file(path: Path, machine: Machine, timeout_s: float) -> str:

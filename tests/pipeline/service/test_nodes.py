@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.loader import train_loader
-from tests.pipeline.service.conftest import Serve, TestCluster
-from tests.pipeline.service.faults import Machine, node_commands
+from tests.pipeline.service.conftest import DEADLINE_S, Serve, TestCluster
+from tests.pipeline.service.faults import Machine, node_commands, until_shut_down
 from tests.pipeline.streaming import batches_equal, take_batches
 
 
@@ -56,7 +56,7 @@ def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
 ) -> None:
     """On two simulated machines, the folder of the store is empty, or it is the folder of another store."""
     store, other = stores["jpeg"], stores["ppm"]
-    join = node_commands(cluster.address, cores=2)
+    join = until_shut_down(node_commands(cluster.address, cores=2))
     without = Machine(f"mount -t tmpfs none {store} && {join}")
     with_other = Machine(f"mount --bind {other} {store} && {join}")
     try:
@@ -76,6 +76,6 @@ def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
         assert any("manifest.json" in reason or "no store" in reason for reason in reasons), reasons
         assert any(f"{store} has another split" in reason and "fingerprint" in reason for reason in reasons), reasons
     finally:
-        without.switch_off()
-        with_other.switch_off()
+        for machine in (without, with_other):
+            machine.shut_down(DEADLINE_S)
         cluster.wait_for_nodes(2)
