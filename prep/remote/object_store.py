@@ -179,7 +179,7 @@ class ObjectFolder:
             raise UserError(f"{self.name}: no credentials found. {_CREDENTIALS[self._scheme]}.") from None
         if isinstance(error, exceptions.PreconditionError):
             raise UserError(f"{where} changed while it was read. Run the same command again.") from None
-        if isinstance(error, exceptions.UnauthenticatedError | exceptions.PermissionDeniedError) or "403" in text:
+        if isinstance(error, exceptions.UnauthenticatedError | exceptions.PermissionDeniedError) or _REFUSED in text:
             code = re.search(r"<Code>(\w+)</Code>", text)
             reason = code[1] if code else _reason(error)
             raise UserError(
@@ -193,6 +193,7 @@ class ObjectFolder:
         raise UserError(f"{where}: {_reason(error)}{tries}. {advice}") from None
 
 
+_REFUSED = "status code: 403"  # obstore raises GenericError for a refused request of a list or of a multipart upload
 # Addresses of the metadata service of a cloud's machine. obstore asks it if the environment has no credentials.
 _METADATA_SERVICE = re.compile(r"//169\.254\.|/latest/api/token|/latest/meta-data/|/computeMetadata/")
 

@@ -67,6 +67,14 @@ def test_a_refused_request_is_an_error_of_permission_and_not_repeated(
     assert proxy.faults == 1
 
 
+def test_a_broken_connection_to_a_name_with_403_is_no_error_of_permission(
+    small_store: Path, copy: Copy, proxy: Proxy, url: str
+) -> None:
+    proxy.decide = lambda request: Fault(cut_request_after=0)
+    with pytest.raises(UserError, match=r"HTTP error: .*, 7 tries in \d+ s\. Run the same command again"):
+        copy(small_store, f"{url}/403")
+
+
 def test_missing_credentials_name_the_variables(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
