@@ -16,6 +16,7 @@ from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
 _EVERY_S = 5.0  # time between two lines of progress
+_LEAVE_S = 6.0  # time in which consumers notice that the service is stopped, and leave the cluster
 _LOOK_S = 1.0  # time between two checks whether the service was stopped
 
 
@@ -37,10 +38,15 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 
 
 def _stop(ray: ModuleType, name: str) -> None:
-    """End the service while its cluster still runs, so that trainings learn at once that the service is stopped."""
+    """End the service, and let its consumers leave the cluster before the cluster ends.
+
+    Ray ends a process whose node has ended.
+    """
     with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):  # a signal to all processes ended the cluster
         if name in service_names(ray):
+            consumers = service_status(ray, name, LOCAL)["consumers"]
             stop_service(ray, name, LOCAL)
+            time.sleep(_LEAVE_S if consumers else 0)
 
 
 def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:

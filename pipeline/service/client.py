@@ -244,13 +244,20 @@ class ServiceClient:
             )
 
     def _show_life(self) -> None:
-        """Tell the service every few seconds that this consumer lives, until the client is closed or lost."""
+        """Tell the service every few seconds that this consumer lives, until the client is closed.
+
+        If the service is lost, the client leaves the cluster.
+        """
         while not self._closed.wait(_ALIVE_S) and not self._lost:
             total_s = self._waited_s()
             call = self._say()._replace(waited_s=total_s - self._reported_s)
             with suppress(ServiceError):  # `fetch` raises it
                 self._health = self._call(partial(self._coordinator.alive.remote, call))
                 self._reported_s = total_s
+        if not self._closed.is_set():
+            # Ray ends a process that uses the object store of its node after the node has ended, and the node may end
+            # soon. Arrays that this process still uses stay valid.
+            self._exit.close()
 
 
 def _expect(service: str, what: str, array: Any, dtype: np.dtype[Any], shape: tuple[int, ...]) -> npt.NDArray[Any]:
