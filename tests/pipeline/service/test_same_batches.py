@@ -1,0 +1,154 @@
+"""Batches from a service: the bits, the order and the states of the local stream.
+
+Each test compares a loader with a service and the same loader without one, which has its own tests.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.augment import Augmentation
+from pipeline.loader import eval_loader, train_loader
+from tests.pipeline.service.conftest import Serve, Service
+from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
+
+Loader = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def service(store: Path, module_serve: Serve) -> Service:
+    """A service of two workers for the JPEG store."""
+    return module_serve(store, 2)
+
+
+def same_training(store: Path, service: str, batches: int, batch_size: int = 8, **options: Any) -> None:
+    with (
+        train_loader(store, batch_size, service=service, threads=1, **options) as remote,
+        train_loader(store, batch_size, threads=1, **options) as local,
+    ):
+        for _ in range(2):
+            assert batches_equal(take_batches(remote, batches), take_batches(local, batches))
+            assert remote.state_dict() == local.state_dict()
+
+
+@pytest.mark.parametrize(("kind", "workers"), [("jpeg-whole", 1), ("ppm", 2), ("ppm-whole", 3)])
+def test_training_batches_of_any_store_by_any_number_of_workers(
+    stores: dict[str, Path], serve: Serve, kind: str, workers: int
+) -> None:
+    service = serve(stores[kind], workers)
+    service.wait_for("all workers", lambda status: len(status["workers"]) == workers)
+    same_training(stores[kind], service.at, 5, seed=7)
+    with eval_loader(stores[kind], 5, service=service.at) as remote, eval_loader(stores[kind], 5) as local:
+        assert batches_equal(list(remote), list(local))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"seed": 2**64 - 1},
+        {"layout": "NHWC", "dtype": "float16"},
+        {"dtype": "bfloat16"},
+        {"augmentation": Augmentation(mean="image")},
+        {"augmentation": Augmentation(mean="aligned", colour="off")},
+        {"augmentation": Augmentation(shared_by=4)},
+        {"split": "val", "augmentation": Augmentation(divisor=255.0)},
+    ],
+    ids=str,
+)
+def test_training_batches_of_any_settings(store: Path, service: Service, options: dict[str, Any]) -> None:
+    same_training(store, service.at, 3, 4, **options)
+
+
+@pytest.mark.parametrize("views", [1, 10, "square"])
+def test_evaluation_batches(store: Path, service: Service, views: int | str) -> None:
+    """The batch size does not divide the number of records. Each loader is iterated twice."""
+    with (
+        eval_loader(store, 5, views=views, service=service.at, threads=1) as remote,
+        eval_loader(store, 5, views=views, threads=1) as local,
+    ):
+        for _ in range(2):
+            assert batches_equal(list(remote), list(local))
+        next(iter(remote))  # an iteration that is left does not disturb the next one
+        assert batches_equal(list(remote), list(local))
+
+
+def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
+    """Together, the ranks serve the batches of a loader with the batch size of all ranks."""
+    ranks = []
+    for shard in range(2):
+        with train_loader(store, 4, seed=3, shard=shard, world_size=2, service=service.at, threads=1) as remote:
+            ranks.append(take_batches(remote, 5))
+    with train_loader(store, 8, seed=3, threads=1) as local:
+        assert batches_equal(concatenate_ranks(ranks), take_batches(local, 5))
+    evaluated = []
+    for shard in range(3):
+        with eval_loader(store, 3, shard=shard, world_size=3, service=service.at, threads=1) as remote_part:
+            evaluated += [label for batch in remote_part for label in batch.labels.tolist()]
+    with eval_loader(store, 12, threads=1) as local_part:
+        assert evaluated == next(iter(local_part)).labels.tolist()
+
+
+def test_a_state_continues_with_and_without_a_service(store: Path, service: Service) -> None:
+    """A state saved by either kind of loader, in the middle of an epoch, is loaded by the other kind."""
+    at = {"remote": service.at, "local": None}
+    for saved_by, loaded_by in (("remote", "local"), ("local", "remote"), ("remote", "remote")):
+        with train_loader(store, 4, seed=5, service=at[saved_by], threads=1) as first:
+            take_batches(first, 9)
+            state, expected = first.state_dict(), take_batches(first, 8)
+        with train_loader(store, 4, seed=5, service=at[loaded_by], threads=1) as second:
+            second.load_state_dict(state)
+            assert batches_equal(take_batches(second, 8), expected)
+
+
+def test_seek_back_and_forth(store: Path, service: Service) -> None:
+    with (
+        train_loader(store, 4, seed=1, service=service.at, threads=1) as remote,
+        train_loader(store, 4, seed=1, threads=1) as local,
+    ):
+        for epoch, step in ((0, 3), (4, 0), (0, 3), (0, 2), (900_000, 6), (0, 0), (1, 1)):
+            remote.seek(epoch, step)
+            local.seek(epoch, step)
+            assert batches_equal(take_batches(remote, 2), take_batches(local, 2)), (epoch, step)
+
+
+def test_the_number_of_workers_changes_during_a_stream(store: Path, serve: Serve) -> None:
+    """The stream begins with one worker, gets three under load, and two of them end."""
+    service = serve(store, 1, 3)
+    with (
+        train_loader(store, 4, seed=11, service=service.at, threads=1) as remote,
+        train_loader(store, 4, seed=11, threads=1) as local,
+    ):
+        seen = set()
+        while 3 not in seen:
+            assert batches_equal(take_batches(remote, 7), take_batches(local, 7))
+            seen.add(len(service.status()["workers"]))
+        for pid in service.workers()[:2]:
+            os.kill(pid, signal.SIGKILL)
+        assert batches_equal(take_batches(remote, 28), take_batches(local, 28))
+        assert remote.state_dict() == local.state_dict()
+
+
+def test_the_batches_of_a_service_can_be_changed_and_kept(store: Path, service: Service) -> None:
+    with train_loader(store, 4, service=service.at, threads=1) as remote:
+        batches = take_batches(remote, 6)
+        copies = [batch.images.clone() for batch in batches]
+        batches[0].images.zero_()
+        batches[0].labels.zero_()
+    with train_loader(store, 4, threads=1) as local:
+        expected = take_batches(local, 6)
+    assert all(bool((copy == batch.images).all()) for copy, batch in zip(copies, expected, strict=True))
+    assert batches_equal(batches[1:], expected[1:])
+
+
+def test_a_loader_tells_the_state_of_its_service(store: Path, service: Service) -> None:
+    with train_loader(store, 4, service=service.at, threads=1) as remote, train_loader(store, 4, threads=1) as local:
+        take_batches(remote, 2)
+        status = remote.service_status()
+        assert status is not None and (status.name, status.state) == (service.name, "connected")
+        assert local.service_status() is None
