@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,9 @@ from train.config.recipe import ScheduleChange
 from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
+
+# With these options, a node does not end if its agents need more than 15 s to start.
+_PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 
 
 class Service:
@@ -51,15 +56,39 @@ class Service:
 def cluster_address() -> Iterator[str]:
     """HOST:PORT of a cluster of one node."""
     ray_module()  # sets environment variables that Ray reads when it is imported
+    from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # so that the node and the runs use a token
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    cluster = Cluster(initialize_head=True, head_node_args=node)
+    cluster = started_cluster(Cluster)
     for number, handler in before.items():
         signal.signal(number, handler)
-    yield cluster.address
-    cluster.shutdown()
+    try:
+        yield cluster.address
+    finally:
+        cluster.shutdown()
+
+
+def started_cluster(cluster_class: Any) -> Any:
+    """A cluster with a head node. On a busy machine, a node can need longer than Ray waits: the start is repeated."""
+    node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
+    for attempts_left in reversed(range(4)):
+        cluster = cluster_class()
+        try:
+            cluster.add_node(**node, **dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True)))
+            return cluster
+        except Exception:  # Ray raises no more specific type
+            cluster.shutdown()
+            if not attempts_left:
+                raise
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of this machine on which no process listens."""
+    with ExitStack() as listening:
+        listeners = [listening.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [listener.getsockname()[1] for listener in listeners]
 
 
 @pytest.fixture(scope="package")
