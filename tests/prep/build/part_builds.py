@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import time
@@ -15,6 +16,7 @@ from click.testing import CliRunner, Result
 from prep.build.parts import Part, PartResult, build_part
 from prep.build.plan import BuildPolicy
 from prep.cli import main
+from prep.cluster import ray_module
 from prep.console import Progress
 from prep.inputs.folder import FolderReader
 from prep.inputs.reader import Source
@@ -104,3 +106,30 @@ class ActingProgress(Progress):
         if not self.has_acted and self.is_time():
             self.has_acted = True
             self.act()
+
+
+def start_cluster() -> Any:
+    """A cluster with a head node and one more node; each node has one core."""
+    ray_module()  # sets Ray's variables before Ray is imported
+    cluster = importlib.import_module("ray.cluster_utils").Cluster()
+    try:
+        add_node(cluster, num_cpus=1, include_dashboard=False)
+        add_node(cluster, num_cpus=1)
+    except BaseException:
+        cluster.shutdown()
+        raise
+    return cluster
+
+
+def add_node(cluster: Any, **options: Any) -> Any:
+    """Add a node to a cluster of ray.cluster_utils.
+
+    Ray gives a node 30 s to start. On a busy machine that can be too short, so the start is tried four times.
+    """
+    for tries_left in reversed(range(4)):
+        try:
+            return cluster.add_node(object_store_memory=100_000_000, **options)
+        except Exception:
+            if not tries_left:
+                raise
+    raise AssertionError

@@ -5,7 +5,7 @@ Every store must equal the store of a build without a cluster.
 
 from __future__ import annotations
 
-import importlib
+import json
 import os
 import signal
 import subprocess
@@ -23,7 +23,7 @@ import pytest
 from prep import cluster_runner
 from prep.build.plan import tool_versions
 from prep.build.split import build_split
-from prep.cluster import connected, ray_module
+from prep.cluster import connected
 from prep.cluster_nodes import worker_nodes
 from prep.cluster_runner import ClusterRunner
 from prep.console import Progress, UserError
@@ -32,32 +32,29 @@ from prep.workers import Counts, TaskProgress, WorkerDied
 from tests.helpers.building import DEADLINE_S, PPM, SKIP, STRICT, BuildCommand, is_alive, make_pictures, process_group
 from tests.prep.build.part_builds import (
     IMAGES,
+    WORDS,
     ActingProgress,
     CrashingReader,
     MarkingReader,
     SlowReader,
+    add_node,
     alexprep,
     assert_same,
     source_with,
+    start_cluster,
     tree,
 )
 from tests.prep.test_workers import die, fail, square
 
-_MEMORY = {"object_store_memory": 100_000_000}
 _PRELOAD = "prep.build.shard_task"
 
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Any, ModuleType]]:
-    """(cluster, module ray) of a cluster with a head node and one more node; each node has one core."""
-    ray_module()  # sets Ray's variables before Ray is imported
-    cluster_utils = importlib.import_module("ray.cluster_utils")
+    """(cluster, module ray); this process is connected to the cluster."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    cluster = cluster_utils.Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False, **_MEMORY}
-    )
+    cluster = start_cluster()
     try:
-        cluster.add_node(num_cpus=1, **_MEMORY)
         with connected(cluster.address) as ray:
             yield cluster, ray
     finally:
@@ -170,6 +167,17 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     assert stats.exit_code == 0 and "differ by at most 0.0000" in stats.stdout, stats.output
 
 
+def test_import_caffe_on_a_cluster_gives_the_same_store(
+    nodes: tuple[Any, ModuleType], whole: Store, tmp_path: Path
+) -> None:
+    """A shard of a store is an LMDB of Caffe's Datums."""
+    words = ("import-caffe", whole.root / "train" / "00000", *WORDS, "--json", "--store")
+    results = [alexprep(*words, tmp_path / "pool"), alexprep(*words, tmp_path / "ray", "--cluster", nodes[0].address)]
+    assert [result.exit_code for result in results] == [0, 0], results[1].output
+    here, there = (json.loads(result.stdout) for result in results)
+    assert here["fingerprint"] == there["fingerprint"] and there["records"] == 56
+
+
 def test_a_node_that_is_killed_during_a_build_is_replaced_by_the_other_nodes(
     nodes: tuple[Any, ModuleType],
     photos: Path,
@@ -191,7 +199,7 @@ def test_a_node_that_is_killed_during_a_build_is_replaced_by_the_other_nodes(
         return real(run, failure)
 
     monkeypatch.setattr(cluster_runner, "_lost", count_lost)
-    doomed = cluster.add_node(num_cpus=2, env_vars={"ALEXNET_DOOMED": "1"}, **_MEMORY)
+    doomed = add_node(cluster, num_cpus=2, env_vars={"ALEXNET_DOOMED": "1"})
     progress = ActingProgress(marker.exists, lambda: cluster.remove_node(doomed, allow_graceful=False))
     with ClusterRunner(cluster.address, 4, _PRELOAD) as runner:
         build_split(source_with(MarkingReader(photos, marker)), tmp_path / "store", PPM, runner, progress)
