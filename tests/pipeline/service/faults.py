@@ -17,6 +17,8 @@ from pipeline.service.worker import Worker
 DEADLY_RECORD = 13
 MAX_TRIES = 3
 HOST = "127.0.0.1"
+# Ray's variables of the environment for a cluster of simulated machines
+TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
 RAY = str(Path(sys.executable).with_name("ray"))
 
 

@@ -1,0 +1,112 @@
+"""The cluster's head node is lost while a consumer on another machine reads from the service.
+
+The two machines are simulated: neither sees the processes of the other one, and the head node is switched off without
+a farewell. The consumer is a program of its own, whose end is looked at too.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.loader import train_loader
+from tests.pipeline.service.conftest import DEADLINE_S
+from tests.pipeline.service.consumer import digests
+from tests.pipeline.service.faults import HOST, TOKEN, Machine, free_port, head_commands, node_commands, wait_for_file
+from tests.pipeline.streaming import take_batches
+
+SEED, BATCH, AFTER = 9, 4, 40
+LOST_S = 4.0
+CONSUMER = """
+import json, os, sys
+from pathlib import Path
+from pipeline import train_loader
+from pipeline.service.control import make_config, start_service
+from pipeline.service.errors import ServiceError, ServiceLost
+from prep.cluster import connected
+from tests.pipeline.service.consumer import digests
+from tests.pipeline.streaming import take_batches
+
+store, address, folder = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
+result = {}
+with connected(address) as ray:
+    start_service(ray, make_config(store, "s", 1, 1, 1))
+options = {"seed": SEED, "service": f"s@{address}", "threads": 1}
+with (
+    train_loader(store, BATCH, **options) as lost,
+    train_loader(store, BATCH, service_fallback="local", **options) as kept,
+):
+    result["before"] = digests(take_batches(kept, 5))
+    take_batches(lost, 5)
+    (folder / "ready").write_text("ready\\n")
+    while not (folder / "off").exists():
+        pass
+    result["after"] = digests(take_batches(kept, AFTER))
+    result["state"] = kept.service_status().state
+    try:
+        take_batches(lost, AFTER)
+    except ServiceLost as error:
+        result["error"] = str(error)
+    result["step"] = lost.epoch * len(lost) + lost.step
+(folder / "result").write_text(json.dumps(result) + "\\n")
+"""
+
+
+@pytest.fixture(scope="module")
+def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What the consumer wrote, its exit code, its standard error, and the time between the loss and its end."""
+    folder = tmp_path_factory.mktemp("lost")
+    address = f"{HOST}:{free_port()}"
+    program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))
+    consumer = shlex.join([sys.executable, "-c", program, str(store), address, str(folder)])
+    # The head node has the cores for the coordinator and the worker, the other node has none.
+    head = Machine(head_commands(int(address.partition(":")[2])), **TOKEN)
+    node = None
+    try:
+        node = Machine(
+            f"({node_commands(address, cores=0)}) 2>{folder}/node & until {consumer} 2>{folder}/stderr; do "
+            f"code=$?; [ -e {folder}/ready ] && exit $code; sleep 1; done",
+            ALEXSTREAM_LOST_S=str(LOST_S),
+            **TOKEN,
+        )
+        wait_for_file(folder / "ready", node, DEADLINE_S)
+        head.switch_off()
+        begun_s = time.monotonic()
+        (folder / "off").touch()
+        code, _, _ = node.wait(DEADLINE_S)
+        result: dict[str, Any] = json.loads((folder / "result").read_text())
+        stderr = (folder / "stderr").read_text()
+        return {**result, "code": code, "stderr": stderr, "seconds": time.monotonic() - begun_s}
+    finally:
+        head.switch_off()
+        if node is not None:
+            node.switch_off()
+
+
+def test_with_a_fallback_the_stream_continues_with_equal_bits(store: Path, ended: dict[str, Any]) -> None:
+    with train_loader(store, BATCH, seed=SEED, threads=1) as local:
+        expected = digests(take_batches(local, 5 + AFTER))
+    assert ended["before"] == expected[:5]
+    assert ended["after"] == expected[5:]
+    assert ended["state"] == "local"
+
+
+def test_without_a_fallback_the_loader_tells_what_to_do(ended: dict[str, Any]) -> None:
+    error = ended["error"]
+    assert error.startswith("service s is lost: ") and "\n" not in error
+    assert "Start the service again (alexstream serve)" in error and "--service-fallback local" in error
+    assert ended["step"] >= 5
+
+
+def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
+    """The only line on its standard error is the one that tells of the fallback."""
+    assert ended["code"] == 0
+    lines = ended["stderr"].splitlines()
+    assert len(lines) == 1 and "The batches are now made from" in lines[0], ended["stderr"]
+    assert ended["seconds"] < LOST_S + 40
