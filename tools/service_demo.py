@@ -8,7 +8,7 @@ stream seed take their batches from the service, and have no fallback. In the mi
 node as a power failure does. Then the demo trains both runs again without the service, and compares the files of the
 runs: weights, velocity, state and metrics must have the same bits.
 
-The exit code is 0 if everything is equal, and 1 if something differs or a command failed. The demo takes about two
+The exit code is 0 if everything is equal, and 1 if something differs or a command failed. The demo takes a few
 minutes on two cores, and 1 GB of disk space in the temporary folder. It needs the extra `cluster`.
 """
 
