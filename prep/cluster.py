@@ -36,7 +36,6 @@ _TOKEN = Path("~/.ray/auth_token")  # where Ray looks for the token
 def ray_module() -> ModuleType:
     """The module ray. Raises UserError with the command that installs Ray if it is missing."""
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
-    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # Ray's 30 s are too short for a busy machine
     # Without this, a call after the end of the connection makes Ray connect to any cluster of this machine.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
