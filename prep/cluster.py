@@ -30,6 +30,7 @@ _INSTALL = "Install it with: pip install 'alexnet[cluster]'"
 # Ray ends a program that has not reached the head node for this time. A training must continue without the head node.
 # Each program therefore decides itself how long to wait.
 _NEVER_S = str(10**8)
+_CONNECT_S = 20.0  # time after which a head node that does not accept a connection is reported
 _TOKEN = Path("~/.ray/auth_token")  # where Ray looks for the token
 
 
@@ -38,6 +39,8 @@ def ray_module() -> ModuleType:
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
     # Without this, a call after the end of the connection makes Ray connect to any cluster of this machine.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
+    # A head node that refuses the connection is asked three times, 40 s each. Ray's default is 20 times.
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
@@ -120,6 +123,8 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, 
     options: dict[str, Any] = {}
     if address == LOCAL:
         options = {"num_cpus": cores, "include_dashboard": dashboard, "object_store_memory": object_store_bytes}
+    elif address != AUTO:
+        _check_listens(address)
     try:
         with _handlers_kept():
             ray.init(
@@ -135,6 +140,18 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, 
     ray._private.worker._worker_logs_enabled = False
 
 
+def _check_listens(address: str) -> None:
+    """Raise UserError if no program listens at HOST:PORT. Ray itself would try for minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"cluster {address}: nothing answers there ({error}). Check the address of the head node (ray status), and "
+            "that the head node runs."
+        ) from None
+
+
 def _reason(error: Exception, address: str) -> str:
     """First sentence of Ray's error, and what to do."""
     text = " ".join(str(error).split())
@@ -145,7 +162,9 @@ def _reason(error: Exception, address: str) -> str:
         )
     if address == LOCAL:
         return f"{text[:400]} Run the command again when the machine is less busy."
-    token = "" if "RAY_AUTH_MODE" in os.environ else " If the cluster uses a token: export RAY_AUTH_MODE=token."
+    token = " If the cluster uses a token: export RAY_AUTH_MODE=token."
+    if os.environ.get("RAY_AUTH_MODE") == "token":
+        token = " Check that the token of this machine (~/.ray/auth_token or RAY_AUTH_TOKEN) is the cluster's."
     return f"{text[:400]}. Check the address, and that this machine has joined the cluster (ray status).{token}"
 
 

@@ -86,10 +86,10 @@ class Machine:
         return self.process.returncode, stdout, stderr
 
 
-def head_commands(port: int, *, cores: int = 1, options: str = "") -> str:
+def head_commands(port: int, *, host: str = HOST, cores: int = 1, options: str = "") -> str:
     """Commands of a machine that is the head node of a new cluster."""
     return (
-        f"{RAY} start --head --block --port {port} --node-ip-address {HOST} --num-cpus {cores} "
+        f"{RAY} start --head --block --port {port} --node-ip-address {host} --num-cpus {cores} "
         f"--object-store-memory 100000000 --include-dashboard false --disable-usage-stats {options} >&2"
     )
 

@@ -124,6 +124,7 @@ PIXELS, LABELS = np.zeros((2, 4, 4, 3), np.uint8), np.zeros(2, np.int64)
         (PIXELS, LABELS[:, None], "sent labels as int64 (2, 1)"),
         (PIXELS, None, "sent labels as NoneType"),
     ],
+    ids=range(8),
 )
 def test_arrays_of_another_type_or_shape(pixels: Any, labels: Any, message: str) -> None:
     request = WindowRequest("train", np.zeros(2, np.int64), np.zeros((2, 2), np.int32), 4)

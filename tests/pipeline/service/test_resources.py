@@ -1,0 +1,99 @@
+"""Memory and metrics of a service: what it keeps is bounded and given back, and Prometheus can read its counters."""
+
+from __future__ import annotations
+
+import re
+import time
+import urllib.request
+from pathlib import Path
+
+from pipeline.loader import train_loader
+from tests.pipeline.service.conftest import DEADLINE_S, Serve, Service, TestCluster
+from tests.pipeline.service.consumer import ConsumerProcess
+from tests.pipeline.service.test_consumers import PREFETCHED
+from tests.pipeline.streaming import take_batches
+
+BATCH, AHEAD, WORKERS = 8, 5, 2
+BATCH_BYTES = BATCH * (3 * 224**2 + 8)
+KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
+# Number of batches in shared memory. Each batch may lie on two nodes: where it was made, and where it is read. Beside
+# those that are kept, these are in workers, in the loader's queues (see test_consumers.PREFETCHED) or are being freed.
+MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
+
+
+def wait_until_free(cluster: TestCluster, service: Service, limit_s: float = DEADLINE_S) -> float:
+    """Wait until the service keeps nothing and shared memory is empty. Returns the time that this took."""
+    begun_s = time.monotonic()
+    while cluster.used_bytes() or service.status()["kept_bytes"] or service.status()["consumers"]:
+        assert time.monotonic() - begun_s < limit_s, (cluster.used_bytes(), service.status())
+        time.sleep(0.1)
+    return time.monotonic() - begun_s
+
+
+def test_shared_memory_is_bounded_during_a_stream_and_given_back_after_it(
+    cluster: TestCluster, store: Path, serve: Serve
+) -> None:
+    """The training loop keeps all its batches. It takes up to 20 a second."""
+    service = serve(store, WORKERS, ahead=AHEAD)
+    wait_until_free(cluster, service)
+    most_used, most_kept, batches = 0, 0, []
+    with train_loader(store, BATCH, service=service.at, threads=1) as loader:
+        for _ in range(90):
+            batches += take_batches(loader, 1)
+            time.sleep(0.05)
+            most_used = max(most_used, cluster.used_bytes())
+            most_kept = max(most_kept, service.status()["kept_bytes"])
+    assert 0 < most_kept <= KEPT * BATCH_BYTES
+    assert BATCH_BYTES <= most_used <= MOST * (BATCH_BYTES + 4096)
+    wait_until_free(cluster, service)
+    assert len(batches) == 90
+
+
+def test_memory_of_a_consumer_that_is_killed_is_given_back(cluster: TestCluster, store: Path, serve: Serve) -> None:
+    service = serve(store, 1, ahead=AHEAD, forget_s=2.0)
+    consumer = ConsumerProcess(store, BATCH, 0)
+    try:
+        consumer.do(f"open {service.at}")
+        consumer.do("take 2")
+        service.wait_for("kept batches", lambda status: status["kept_bytes"] >= BATCH_BYTES)
+        assert cluster.used_bytes() >= BATCH_BYTES
+    finally:
+        consumer.end()
+    wait_until_free(cluster, service)
+
+
+def scraped(cluster: TestCluster, service: Service) -> dict[str, float]:
+    """Values of the service's metrics on all nodes, as Prometheus reads them."""
+    values: dict[str, float] = {}
+    for node in cluster.ray.nodes():
+        if not node["Alive"]:
+            continue
+        url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+        with urllib.request.urlopen(url, timeout=DEADLINE_S) as answer:
+            text = answer.read().decode()
+        for name, labels, value in re.findall(r"^ray_alexstream_(\w+)\{(.*)\} (\S+)$", text, re.MULTILINE):
+            if f'service="{service.name}"' in labels:
+                values[name] = values.get(name, 0.0) + float(value)
+    return values
+
+
+def test_metrics_that_prometheus_reads(cluster: TestCluster, store: Path, serve: Serve) -> None:
+    service = serve(store, 1, ahead=AHEAD)
+    with train_loader(store, BATCH, service=service.at, threads=1) as loader:
+        take_batches(loader, 6)
+        # The loader reads ahead for a moment, and the metrics reach the node's agent every second.
+        deadline, values, status = time.monotonic() + DEADLINE_S, dict[str, float](), service.status()
+        names = {"consumers", "consumer_wait_seconds_total"}
+        while values.get("images_made_total") != status["images_made"] or not names <= values.keys():
+            assert time.monotonic() < deadline, values
+            time.sleep(0.5)
+            status = service.status()
+            values = scraped(cluster, service)
+    assert status["images_made"] >= 6 * BATCH
+    assert values["bytes_made_total"] == status["images_made"] * (3 * 224**2 + 8)
+    assert 6 * BATCH <= values["images_served_total"] <= values["images_made_total"]
+    assert values["bytes_served_total"] == values["images_served_total"] * (3 * 224**2 + 8)
+    assert values["workers"] == 1 and values["consumers"] == 1 and values["queue"] == 0
+    assert values["kept_bytes"] == status["kept_bytes"]
+    assert values.get("retries_total", 0.0) == 0
+    assert values["consumer_wait_seconds_total"] > 0
