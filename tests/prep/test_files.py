@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from prep import files
 from prep.console import UserError
-from prep.files import hold_lock, lock_is_held, save_array, write_atomic
+from prep.files import LockHeld, hold_lock, lock_is_held, save_array, write_atomic
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,3 +74,33 @@ def test_a_lock_whose_state_is_being_read_is_taken_after_a_wait(
         monkeypatch.setattr("prep.files.time.sleep", lambda seconds: fcntl.flock(other_reader, fcntl.LOCK_UN))
         with hold_lock(tmp_path, "training"):
             assert lock_is_held(tmp_path)
+
+
+def test_shared_locks_exclude_only_a_lock_that_is_not_shared(tmp_path: Path) -> None:
+    with hold_lock(tmp_path, "build", shared=True):
+        with hold_lock(tmp_path, "build", shared=True), hold_lock(tmp_path, "build", name="other.lock"):
+            pass
+        with pytest.raises(LockHeld, match="another build is at work"), hold_lock(tmp_path, "build"):
+            pass
+    with (
+        hold_lock(tmp_path, "build"),
+        pytest.raises(LockHeld, match="another build is at work"),
+        hold_lock(tmp_path, "build", shared=True),
+    ):
+        pass
+    with hold_lock(tmp_path, "build"):
+        pass
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_reported_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """Lustre gives these errors if it is mounted without the option flock."""
+
+    def flock(handle: object, kind: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("prep.files.fcntl.flock", flock)
+    with pytest.raises(UserError, match=r"this file system has no locks .*flock"), hold_lock(tmp_path, "build"):
+        pass
