@@ -1,7 +1,7 @@
 """A Ray cluster on this machine for the tests of the service, and services in it.
 
-All tests of this folder that a test process runs share one cluster. A test that ends the head node starts a cluster of
-its own in a subprocess.
+All tests of this folder that a test process runs share one cluster. The tests in own_cluster/ start other clusters, on
+simulated machines (faults.Machine).
 """
 
 from __future__ import annotations

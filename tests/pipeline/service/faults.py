@@ -27,7 +27,7 @@ class DeadlyWorker(Worker):
 
     def make(self, request):  # type: ignore[no-untyped-def]
         if request.split == "train" and DEADLY_RECORD in request.numbers:
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # ends this thread at once; os.kill lets it go on for a moment
         return super().make(request)
 
 
