@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ MAX_TRIES = 3
 HOST = "127.0.0.1"
 # Ray's variables of the environment for a cluster of simulated machines
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
+RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # of Ray's own files, and of the address that `auto` finds
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
@@ -48,7 +50,7 @@ def free_port() -> int:
 
 
 class Machine:
-    """A simulated machine: shell commands that see only their own processes, and have a folder /tmp/ray of their own.
+    """A simulated machine: shell commands that see only their own processes, and have Ray's folder for themselves.
 
     The commands run in their own namespaces of Linux, so they can also mount other files. `switch_off` ends all
     processes of the machine at once, by SIGKILL, as a power failure does.
@@ -59,7 +61,7 @@ class Machine:
         if os.geteuid() != 0:
             spaces.append("--map-root-user")
         self.process = subprocess.Popen(
-            ["unshare", *spaces, "sh", "-c", f"mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray\n{commands}"],
+            ["unshare", *spaces, "sh", "-c", f"mkdir -p {RAY_FOLDER} && mount -t tmpfs none {RAY_FOLDER}\n{commands}"],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
