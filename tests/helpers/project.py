@@ -1,5 +1,24 @@
-"""The path of the project's root folder."""
+"""The path of the project's root folder, and commands that see a part of the machine."""
 
+import os
+import subprocess
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
+
+
+def own_namespaces(*kinds: str) -> list[str]:
+    """The beginning of a command line that runs a command in its own namespaces of Linux, such as "--mount".
+
+    Skips the test if this machine does not permit namespaces, as some containers and distributions do.
+    """
+    command = ["unshare", *kinds, *([] if os.geteuid() == 0 else ["--map-root-user"])]
+    try:
+        permitted = subprocess.run([*command, "true"], capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        permitted = False
+    if not permitted:
+        pytest.skip("namespaces of Linux are not permitted here")
+    return command

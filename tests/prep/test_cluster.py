@@ -14,6 +14,7 @@ import pytest
 
 from prep.cluster import check_address
 from prep.console import UserError
+from tests.helpers.project import own_namespaces
 
 DEADLINE_S = 240.0
 _ATTEMPTS = 4
@@ -87,9 +88,7 @@ def test_ray_client_is_refused() -> None:
 
 def test_a_machine_without_a_cluster(tmp_path: Path) -> None:
     """The program sees no process of other programs, and looks for clusters in an empty folder."""
-    spaces = ["unshare", "--pid", "--fork", "--mount", "--mount-proc", "--kill-child"]
-    if os.geteuid() != 0:
-        spaces.append("--map-root-user")
+    spaces = own_namespaces("--pid", "--fork", "--mount", "--mount-proc", "--kill-child")
     ended = subprocess.run(
         [*spaces, sys.executable, "-c", REFUSED, "auto", "127.0.0.1:1"],
         env={**{k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}, "RAY_TMPDIR": str(tmp_path)},

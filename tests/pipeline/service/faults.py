@@ -14,6 +14,7 @@ from pathlib import Path
 from pipeline.service import coordinator, worker_group
 from pipeline.service.coordinator import Coordinator
 from pipeline.service.worker import Worker
+from tests.helpers.project import own_namespaces
 
 DEADLY_RECORD = 13
 MAX_TRIES = 3
@@ -57,11 +58,9 @@ class Machine:
     """
 
     def __init__(self, commands: str, **environment: str) -> None:
-        spaces = ["--mount", "--pid", "--fork", "--mount-proc", "--kill-child"]
-        if os.geteuid() != 0:
-            spaces.append("--map-root-user")
+        spaces = own_namespaces("--mount", "--pid", "--fork", "--mount-proc", "--kill-child")
         self.process = subprocess.Popen(
-            ["unshare", *spaces, "sh", "-c", f"mkdir -p {RAY_FOLDER} && mount -t tmpfs none {RAY_FOLDER}\n{commands}"],
+            [*spaces, "sh", "-c", f"mkdir -p {RAY_FOLDER} && mount -t tmpfs none {RAY_FOLDER}\n{commands}"],
             env={**os.environ, **environment},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -30,6 +30,7 @@ from prep.console import Progress, UserError
 from prep.store.manifest import Store
 from prep.workers import Counts, TaskProgress, WorkerDied
 from tests.helpers.building import DEADLINE_S, PPM, SKIP, STRICT, BuildCommand, is_alive, make_pictures, process_group
+from tests.helpers.project import own_namespaces
 from tests.prep.build.part_builds import (
     IMAGES,
     WORDS,
@@ -281,7 +282,7 @@ def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPa
     mounts = [("empty", folder / "hidden"), ("longer", folder / "file"), ("pillow", installed)]
     script = "".join(f"mount --bind '{folder / name}' '{at}' && " for name, at in mounts)
     ray_command = f"'{sys.executable}' -m ray.scripts.scripts start --address {nodes[0].address} --num-cpus 1 --block"
-    own_mounts = ["unshare", "--mount"] if os.geteuid() == 0 else ["unshare", "--mount", "--map-root-user"]
+    own_mounts = own_namespaces("--mount")
     process = subprocess.Popen(
         [*own_mounts, "sh", "-c", f"{script} exec {ray_command} --node-name other --object-store-memory 100000000"],
         stdout=subprocess.PIPE,
