@@ -42,6 +42,21 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+# Folders and files of the tests that start Ray clusters. All these tests run in one test process, one after another,
+# because several clusters at the same time need more memory and more cores than a small machine has.
+_CLUSTER_TESTS = (
+    *("tests/prep/test_cluster.py", "tests/prep/build/test_cluster.py", "tests/pipeline/cli", "tests/pipeline/service"),
+    *("tests/train/service", "tests/tools/test_service_demo.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put the tests that start Ray clusters into one group of pytest-xdist."""
+    for item in items:
+        if item.nodeid.startswith(_CLUSTER_TESTS):
+            item.add_marker(pytest.mark.xdist_group("cluster"))
+
+
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 training photographs in 3 class folders; 12 validation photographs in one folder, and val_ground_truth.txt.

@@ -220,7 +220,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
 @pytest.mark.parametrize(
     "program",
     [
-        pytest.param("gcs_server", id="while nodes start"),
+        pytest.param("gcs_server", id="while nodes start", marks=pytest.mark.soak),
         pytest.param("alextrain run", id="while runs train", marks=pytest.mark.soak),
     ],
 )

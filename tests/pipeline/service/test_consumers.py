@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -54,13 +54,24 @@ def positions(service: Service) -> list[int]:
     return sorted(consumer["position"] for consumer in service.status()["consumers"])
 
 
+@contextmanager
+def closed_on_failure(loaders: list[TrainLoader]) -> Iterator[None]:
+    """Close the loaders if the block fails, so that threads that take batches end."""
+    try:
+        yield
+    except BaseException:
+        for loader in loaders:
+            loader.close()
+        raise
+
+
 def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:
     """Three consumers are threads of this process, two are processes. The service expects five."""
     batches = 30
     service = serve(store, 1, consumers=5, ahead=8, patience_s=NEVER_S)
-    with ThreadPoolExecutor(3) as pool, ExitStack() as at_end:
+    with ThreadPoolExecutor(3) as pool, closed_on_failure(loaders), ExitStack() as at_end:
         loaders += [consume(store, service) for _ in range(3)]
         streams = [pool.submit(take_batches, loader, batches) for loader in loaders]
         processes[0].do(f"open {service.at}")
@@ -84,7 +95,7 @@ def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, l
     ahead = 5
     service = serve(store, 1, ahead=ahead, consumers=2, patience_s=NEVER_S)
     loaders += [consume(store, service) for _ in range(2)]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(2) as pool, closed_on_failure(loaders):
         fast = pool.submit(take_batches, loaders[0], 60)
         slow = digests(take_batches(loaders[1], 1))
         time.sleep(2)

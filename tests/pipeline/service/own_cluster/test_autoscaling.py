@@ -10,6 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
+import pytest
+
 from pipeline.loader import train_loader
 from tests.pipeline.service.conftest import DEADLINE_S
 from tests.pipeline.service.consumer import digests
@@ -63,6 +65,7 @@ with connected(address) as ray:
 """
 
 
+@pytest.mark.soak
 def test_the_cluster_grows_and_shrinks_with_the_load(store: Path, tmp_path: Path) -> None:
     address = f"{HOST}:{free_port()}"
     settings = tmp_path / "autoscaler.json"
