@@ -50,6 +50,7 @@ _CLUSTER_TESTS = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before the hook in which pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the tests that start Ray clusters into one group of pytest-xdist."""
     for item in items:
