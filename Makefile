@@ -12,7 +12,7 @@ demo: .venv/ready  ## Make photographs, build a store, train AlexNet, in a few m
 	@$(BIN)/python -m tools.demo
 
 test: .venv/ready  ## Run the tests in two processes; warnings are errors
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(BIN)/python -m pytest -n 2
 
 soak: .venv/ready  ## Run the long tests, with hundreds of kills: ten minutes
 	@$(BIN)/python -m pytest -m soak

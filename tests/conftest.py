@@ -50,12 +50,15 @@ _CLUSTER_TESTS = (
 )
 
 
-@pytest.hookimpl(tryfirst=True)  # before the hook in which pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the tests that start Ray clusters into one group of pytest-xdist."""
-    for item in items:
-        if item.nodeid.startswith(_CLUSTER_TESTS):
-            item.add_marker(pytest.mark.xdist_group("cluster"))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give all tests that start Ray clusters to one test process, and all tests of any other file to one process."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "cluster" if nodeid.startswith(_CLUSTER_TESTS) else nodeid.partition("::")[0]
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
