@@ -236,12 +236,12 @@ def test_recompute_uses_as_many_workers_as_jobs_or_cores(
     pool_sizes: list[int] = []
 
     class Recorded(WorkerPool):
-        def __init__(self, jobs: int) -> None:
+        def __init__(self, jobs: int, preload: str = "") -> None:
             pool_sizes.append(jobs)
-            super().__init__(jobs)
+            super().__init__(jobs, preload)
 
     monkeypatch.setattr(workers, "WorkerPool", Recorded)
-    monkeypatch.setattr("prep.cli.check.usable_cores", lambda: 5)
+    monkeypatch.setattr("prep.cli.options.usable_cores", lambda: 5)
     words = ["pca-stats", "--store", str(stores["ppm"]), "--recompute"]
     assert CliRunner().invoke(main, words).exit_code == 0
     assert CliRunner().invoke(main, [*words, "--jobs", "2"]).exit_code == 0
