@@ -125,6 +125,7 @@ def test_other_batches_and_missing_results_are_different(trained: Path, runs: Pa
     assert [row["alone"] is None for row in rows].count(True) == 2 and "missing" in service_demo.table(rows)
 
 
+@pytest.mark.soak
 def test_trainers_train_what_alextrain_trains_and_are_stopped_at_the_end(store: Path, tmp_path: Path) -> None:
     """Two trainers in the background have the result of trainings in this process. A long training is stopped."""
     options = ["--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", "8"]

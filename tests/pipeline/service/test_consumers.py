@@ -124,6 +124,7 @@ def test_a_consumer_that_left_or_is_far_away_is_not_waited_for(
     assert digests(take_batches(loaders[0], 39)) == expected(store, 40)[1:]
 
 
+@pytest.mark.soak
 def test_stopped_and_killed_consumers_hold_the_others_for_a_limited_time(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:

@@ -97,6 +97,7 @@ def test_two_hundred_kills(store: Path, serve: Serve) -> None:
         service.stop()
 
 
+@pytest.mark.soak
 def test_an_object_that_is_lost_with_its_node_is_made_again(cluster: TestCluster, store: Path, serve: Serve) -> None:
     """Batches are made ahead on the second node, which then dies before the consumer reads them."""
     service = serve(store, 3)

@@ -67,6 +67,7 @@ def cluster_address() -> Iterator[str]:
     try:
         yield cluster.address
     finally:
+        ray_module().shutdown()  # a Cluster refuses to end while this process is connected to it
         cluster.shutdown()
 
 
