@@ -14,7 +14,7 @@ demo: .venv/ready  ## Make photographs, build a store, train AlexNet, in a few m
 test: .venv/ready  ## Run the tests in two processes; warnings are errors
 	@$(BIN)/python -m pytest -n 2
 
-soak: .venv/ready  ## Run the long tests, with hundreds of kills: ten minutes
+soak: .venv/ready  ## Run the long tests, with hundreds of kills: about half an hour
 	@$(BIN)/python -m pytest -m soak
 
 lint: .venv/ready  ## Check style and types
