@@ -91,7 +91,7 @@ class EvalLoader(Loader):
         if self.views == 1:
             offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
             window_px = CROP_PX
-        records = self._windows.records(step, record_numbers, offset, window_px, self.split)
+        records = self._windows.records(step, record_numbers, offset, window_px)
         return BatchInput(records, self._augmenter.eval_crops(records, self.views))
 
 

@@ -189,7 +189,7 @@ class TrainLoader(Loader):
             make_crops = partial(self._augmenter.random_crops, draws=draws)
             return self._prefetcher.read_batch(record_numbers, make_crops)
         position = epoch * len(self) + step
-        records = self._windows.records(position, record_numbers, draws.offset, CROP_PX, self.split)
+        records = self._windows.records(position, record_numbers, draws.offset, CROP_PX)
         return BatchInput(records, self._augmenter.random_crops(records, draws))
 
 

@@ -6,9 +6,10 @@
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
 The worker process is a process of a WorkerPool (prep/workers.py), so a task behaves as in the local pool: one BLAS
-thread, the same memory settings, and a WorkerDied with the index of the input if the process crashes. If Ray loses a
-task, because its node died or because Ray ended the Ray worker for want of memory, no input is blamed: the task is
-submitted again. The worker process ends with its Ray worker, and the Ray worker ends with its node or with the driver.
+thread, the same memory settings, and a WorkerDied with the index of the input if the process crashes. A task
+is lost if its node dies, or if Ray ends its Ray worker because memory is low. A lost task is submitted again, and its
+input is not counted as the cause. The worker process ends with its Ray worker, and the Ray worker ends with its node or
+with the driver.
 """
 
 from __future__ import annotations

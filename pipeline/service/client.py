@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.service.errors import ServiceError, ServiceLost
+from pipeline.service.errors import ServiceError, ServiceLost, last_line
 from pipeline.service.protocol import (
     PROTOCOL_VERSION,
     Answer,
@@ -192,9 +192,9 @@ class ServiceClient:
             except exceptions.ActorDiedError:
                 self._lost = "it was stopped, or its node was removed"
             except exceptions.RayTaskError as error:
-                raise ServiceError(f"service {self.name}: {_last_line(error)}") from None
+                raise ServiceError(f"service {self.name}: {last_line(error)}") from None
             except (exceptions.RayError, ConnectionError, RuntimeError, OSError) as error:
-                self._lost = _last_line(error)
+                self._lost = last_line(error)
             silent_s = time.monotonic() - self._heard_s
             if silent_s > LOST_S:
                 self._lost = f"it has not answered for {silent_s:.0f} s (limit: {LOST_S:.0f} s)"
@@ -217,7 +217,7 @@ class ServiceClient:
             except exceptions.RayError:
                 return None
             except (ConnectionError, RuntimeError, OSError) as error:
-                self._lost = _last_line(error)
+                self._lost = last_line(error)
                 return None
         return None
 
@@ -273,8 +273,3 @@ def _expect(service: str, what: str, array: Any, dtype: np.dtype[Any], shape: tu
             "on all machines."
         )
     return array
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [repr(error)])[-1][:300]

@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.service.client import find_service
 from pipeline.service.coordinator import Coordinator
-from pipeline.service.errors import ServiceError
+from pipeline.service.errors import ServiceError, last_line
 from pipeline.service.protocol import ServiceConfig, actor_name
 from pipeline.windows import LABEL_BYTES
 from prep.cluster import NAMESPACE
@@ -154,8 +154,7 @@ def call(ray: ModuleType, name: str, method: Any, timeout_s: float = CALL_S) -> 
     try:
         return ray.get(method.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ServiceError(
-            f"service {name} does not answer within {timeout_s:.0f} s: {(lines or [repr(error)])[-1][:300]} Look at "
+            f"service {name} does not answer within {timeout_s:.0f} s: {last_line(error)} Look at "
             "the cluster with: ray status"
         ) from None

@@ -22,6 +22,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from pipeline.service.errors import last_line
 from pipeline.service.metrics import Metrics
 from pipeline.service.protocol import PROTOCOL_VERSION, Answer, Call, Fetch, Health, ServiceConfig, StreamKey
 from pipeline.service.sharing import Sharing
@@ -218,7 +219,7 @@ class Coordinator:
                 self._count_retry()
                 self._queue.appendleft(batch)
             else:
-                batch.fault = f"{_MAX_TRIES} workers were lost with one batch. The last: {_last_line(error)}"
+                batch.fault = f"{_MAX_TRIES} workers were lost with one batch. The last: {last_line(error)}"
                 batch.done.set()
         finally:
             worker.busy -= 1
@@ -273,8 +274,3 @@ class Coordinator:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _last_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines or [repr(error)])[-1][:300]

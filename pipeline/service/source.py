@@ -42,6 +42,7 @@ class WindowSource:
                 raise UserError(f"service fallback {fallback!r}: expected local.")
             store.shard_paths(stream.split)
         self._store, self._threads, self._fallback = store, threads, fallback
+        self._split = stream.split
         self._client = ServiceClient(service, stream, waited_s)
         self._maker: WindowMaker | None = None  # made when the service is lost
         self._lock = threading.Lock()
@@ -62,7 +63,7 @@ class WindowSource:
         self._client.start(position)
 
     def records(
-        self, position: int, numbers: npt.NDArray[np.int64], offset: npt.NDArray[np.int32], window_px: int, split: str
+        self, position: int, numbers: npt.NDArray[np.int64], offset: npt.NDArray[np.int32], window_px: int
     ) -> RecordBatch:
         """The windows of a batch as raw records.
 
@@ -72,7 +73,7 @@ class WindowSource:
 
         Raises StoreError, ServiceLost and ServiceError as ServiceClient.fetch.
         """
-        request = WindowRequest(split, np.ascontiguousarray(numbers), np.ascontiguousarray(offset), window_px)
+        request = WindowRequest(self._split, np.ascontiguousarray(numbers), np.ascontiguousarray(offset), window_px)
         if self._maker is None:
             try:
                 return self._client.fetch(position, request).records(numbers)

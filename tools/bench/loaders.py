@@ -32,6 +32,7 @@ from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Store
 from prep.workers import WorkerPool
+from tools.bench.harness import make_photo_digits
 from tools.bench.peers.stream_turn import BATCH, CROP_PX, random_crop
 
 Decoder = Callable[[bytes], npt.NDArray[np.uint8]]
@@ -106,6 +107,20 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
         while True:
             for images, _ in loader:
                 yield images
+
+
+def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
+    """The store of a benchmark, with JPEG records; None: a new store of the pictures of tools.photo_digits.
+
+    Raises UserError for a store of PPM records.
+    """
+    if store is None:
+        settings = Settings(256, False, "jpeg", 90, "area", 0)
+        return build_store(make_photo_digits(work_dir / "digits"), work_dir / "jpeg", settings, threads)
+    opened = Store.open(store)
+    if opened.settings.format != "jpeg":
+        raise UserError(f"--store {store} holds {opened.settings.format} records. Name a store of JPEG records.")
+    return opened
 
 
 def train_records(store: Store) -> Iterator[Datum]:

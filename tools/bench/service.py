@@ -30,17 +30,16 @@ from pipeline import train_loader
 from pipeline.service.control import make_config, start_service, stop_service
 from prep.cluster import connected, ray_module
 from prep.console import UserError, say
-from prep.store.manifest import Settings, Store
+from prep.store.manifest import Store
 from tools.bench.harness import (
     BenchmarkCommand,
     Contestant,
     common_options,
     import_simplejpeg,
-    make_photo_digits,
     print_results,
     race,
 )
-from tools.bench.loaders import Batches, build_store
+from tools.bench.loaders import Batches, jpeg_store
 from tools.bench.peers.stream_turn import BATCH, images_per_s
 from tools.bench.stream import StreamBenchmark
 
@@ -130,11 +129,7 @@ def main(store: Path | None, threads: int, seconds: float, rounds: int, as_json:
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as temporary, ExitStack() as cleanup:
         work_dir = Path(temporary)
-        if store is None:
-            settings = Settings(256, False, "jpeg", 90, "area", 0)
-            jpeg = build_store(make_photo_digits(work_dir / "digits"), work_dir / "jpeg", settings, threads)
-        else:
-            jpeg = Store.open(store)
+        jpeg = jpeg_store(store, work_dir, threads)
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
         cleanup.callback(benchmark.cleanup.close)
         for name, opened, bound in (("JPEG", jpeg, _JPEG_BOUND), ("PPM", benchmark.ppm, _PPM_BOUND)):

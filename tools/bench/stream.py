@@ -49,7 +49,7 @@ import numpy as np
 import torch
 
 from prep.console import UserError, say
-from prep.store.manifest import Settings, Store
+from prep.store.manifest import Store
 from tools.bench.harness import (
     INTERPRETER,
     BenchmarkCommand,
@@ -57,7 +57,6 @@ from tools.bench.harness import (
     LineProcess,
     common_options,
     import_simplejpeg,
-    make_photo_digits,
     print_results,
     race,
     speedup_lines,
@@ -68,6 +67,7 @@ from tools.bench.loaders import (
     build_store,
     dali_batches,
     decode_with_pillow,
+    jpeg_store,
     our_batches,
     torch_batches,
     train_records,
@@ -261,13 +261,7 @@ def main(
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as temporary:
         work_dir = Path(temporary)
-        if store is None:
-            settings = Settings(256, False, "jpeg", 90, "area", 0)
-            jpeg = build_store(make_photo_digits(work_dir / "digits"), work_dir / "jpeg", settings, threads)
-        else:
-            jpeg = Store.open(store)
-        if jpeg.settings.format != "jpeg":
-            raise UserError(f"--store {store} holds {jpeg.settings.format} records. Name a store of JPEG records.")
+        jpeg = jpeg_store(store, work_dir, threads)
         records = jpeg.split("train").records
         say(f"{records:,} JPEG records, {threads} threads")
         benchmark = StreamBenchmark(jpeg, work_dir, threads, seconds)
