@@ -16,6 +16,7 @@ printed. The first batches of each stream are compared with those of the stream 
 from __future__ import annotations
 
 import os
+import secrets
 import tempfile
 import time
 from contextlib import ExitStack
@@ -71,7 +72,10 @@ def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, 
 
 def start_nodes(benchmark: StreamBenchmark) -> None:
     """Start a cluster of two nodes, and add the streams of a service on each node."""
-    ray_module()  # sets Ray's environment variables
+    # All processes of the cluster use the same token, made for this run. Otherwise Ray looks for a token only after the
+    # first node has started, and a node that starts later is refused.
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    ray_module()
     from ray.cluster_utils import Cluster
 
     threads, jpeg, ppm = benchmark.threads, benchmark.jpeg, benchmark.ppm
