@@ -60,28 +60,29 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
     Raises UserError for a file that is not a tar, is compressed, is damaged or was cut short.
     """
     size = path.stat().st_size
-    contents = _Contents(path.stat().st_mtime_ns)
+    contents = ArchiveContents(path.stat().st_mtime_ns)
     with BoundedFile(path) as file, progress(f"{path.name}: listing", size, "bytes") as listing_progress:
         for member in iterate_members(file, path, 0, size, listing_progress):
-            name, reason = _checked_name(member)
+            name, reason = checked_member_name(member)
             if reason or not name:
-                contents.add(name, member, reason)
+                contents.add(name, reason=reason)
             elif member.isreg() and name.lower().endswith(b".tar"):
                 folder = name.rsplit(b"/", 1)[-1][: -len(".tar")]
                 contents.folders.add(folder)
                 start = member.offset_data
                 for inner in iterate_members(file, path, start, start + member.size, listing_progress):
-                    name, reason = _checked_name(inner)
+                    name, reason = checked_member_name(inner)
                     if not inner.isdir():
-                        contents.add(name and folder + b"/" + name.rsplit(b"/", 1)[-1], inner, reason)
+                        name = name and folder + b"/" + name.rsplit(b"/", 1)[-1]
+                        contents.add(name, inner.size, inner.offset_data, reason)
             elif member.isdir():
                 contents.folders.add(name)
             else:
-                contents.add(name, member, "")
-    return _found_inputs(path, contents, flat)
+                contents.add(name, member.size, member.offset_data)
+    return found_inputs(path, contents, flat)
 
 
-class _Contents:
+class ArchiveContents:
     """The images (in the order of the archive), folders and refused members of an archive."""
 
     def __init__(self, mtime_ns: int) -> None:
@@ -90,30 +91,36 @@ class _Contents:
         self.folders: set[bytes] = set()
         self.refused: list[tuple[str, str]] = []  # (name, reason)
 
-    def add(self, name: bytes, member: tarfile.TarInfo, reason: str) -> None:
+    def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
+        """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b""."""
         if reason:
             self.refused.append((name_text(name), reason))
         elif name:
-            self.images.add(name, 0, member.size, self.mtime_ns, member.offset_data)
+            self.images.add(name, 0, size, self.mtime_ns, location)
             if b"/" in name:
                 self.folders.add(name.rpartition(b"/")[0])
 
 
-def _checked_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
+def checked_name(name: bytes, is_folder: bool) -> tuple[bytes, str]:
     """(name, reason to refuse). Both are empty for ignored members: the root, and names with a part such as `.git`."""
-    name = name_bytes(member)
     parts = [part for part in name.split(b"/") if part != b"."]
-    if member.isdir() and not parts:
+    if is_folder and not parts:
         return b"", ""
     if name.startswith(b"/") or b".." in parts or b"" in parts:
         return name, "its name leads out of the archive"
     if not parts or any(part.startswith(b".") for part in parts):
         return b"", ""
-    if member.issym() or member.islnk():
-        return name, "a link, not a file"
-    if not (member.isdir() or member.isreg()) or member.issparse():
-        return name, "neither a plain file nor a folder"
     return b"/".join(parts), ""
+
+
+def checked_member_name(member: tarfile.TarInfo) -> tuple[bytes, str]:
+    """Like `checked_name`, for a member of a tar: links and special files are refused, too."""
+    name, reason = checked_name(name_bytes(member), member.isdir())
+    if name and not reason and (member.issym() or member.islnk()):
+        return name, "a link, not a file"
+    if name and not reason and (not (member.isdir() or member.isreg()) or member.issparse()):
+        return name, "neither a plain file nor a folder"
+    return name, reason
 
 
 def _sorted_indices(images: Listing) -> Sequence[int]:
@@ -127,8 +134,13 @@ def _sorted_indices(images: Listing) -> Sequence[int]:
     return array("q", sorted(range(len(images)), key=key))
 
 
-def _found_inputs(path: Path, contents: _Contents, flat: bool) -> FoundInputs:
-    """Sort the images by class and name, like the files of a folder. Of members with equal names, keep the last."""
+def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInputs:
+    """Find class folders or a flat folder in the contents of the archive (or folder of archives) `path`.
+
+    Sort the images by class and name, like the files of a folder. Of members with equal names, keep the last. If `flat`
+    is true and all images are in one folder, there are no classes. Raises UserError if there is no image, or if the
+    folders are not the class folders of one split.
+    """
     images, refused = contents.images, contents.refused
     if not len(images):
         raise UserError(f"{path}: no image found; {count_noun(len(refused), 'member')} refused.")
