@@ -84,12 +84,14 @@ def build_lmdb(
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split import estimate_build
+        from prep.inputs.reader import ListOptions
         from prep.inputs.sources import find_splits, list_source
 
         settings, policy = _settings_and_policy(options)
+        list_options = ListOptions(labels, label_order, follow_links=follow_links)
         classes: tuple[str, ...] = ()  # of the split that was listed before; in a part, it may not be in the store yet
         for name, path in find_splits(source, split).items():
-            inputs = list_source(path, name, labels, label_order, _store_classes(store) or classes, follow_links)
+            inputs = list_source(path, name, list_options, _store_classes(store) or classes)
             classes = inputs.classes if chosen_part else ()
             if chosen_part:
                 _build_part(

@@ -21,7 +21,7 @@ from prep.console import UserError, count_noun, progress
 from prep.images.codec import MAX_FILE_BYTES, BadImage
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
-from prep.inputs.reader import FoundInputs, warn_of_empty_classes
+from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members, name_bytes
 
 
@@ -160,7 +160,6 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInpu
     class_folders = {name[prefix_bytes:] for name in contents.folders if name.count(b"/") == depth}
     is_flat = unfiled is not None or (flat and len(class_folders) == 1)
     label_of = {folder: label for label, folder in enumerate(sorted(class_folders))}
-    counts = [0] * len(label_of)
     listing = Listing()
     for position, i in enumerate(order):
         item = images[i]
@@ -174,8 +173,5 @@ def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInpu
             continue
         label = 0 if is_flat else label_of[folder]
         listing.add(name if is_flat else item.path, label, item.size, item.mtime_ns, item.location)
-        if not is_flat:
-            counts[label] += 1
     classes = () if is_flat else tuple(name_text(folder) for folder in label_of)
-    warn_of_empty_classes(path, [name for name, count in zip(classes, counts, strict=False) if not count])
     return FoundInputs(listing, classes, is_flat, tuple(refused))

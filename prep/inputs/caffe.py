@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from prep.console import Progress, UserError, count_noun
 from prep.images.codec import MAX_PIXELS, BadImage
-from prep.inputs.labels import numbered_classes
+from prep.inputs.classes import numbered_classes, read_class_file
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Content, Source
@@ -143,15 +143,7 @@ def _class_names(
     count = max(key_folders) + 1
     names = store_classes
     if file is not None:
-        try:
-            lines = [line for line in file.read_text(errors="surrogateescape").splitlines() if line.strip()]
-        except OSError as error:
-            raise UserError(f"--classes {file}: {error.strerror or error}.") from None
-        names = [line.split()[0] for line in lines]
-        if len(set(names)) != len(names):
-            raise UserError(
-                f"--classes {file}: a name occurs twice. Expected one class on each line, in the order of the labels."
-            )
+        names = read_class_file(file)
     if names:
         if count > len(names):
             raise UserError(
@@ -162,7 +154,7 @@ def _class_names(
     owners = [next(iter(found)) if len(found) == 1 else b"" for found in key_folders.values()]
     if len(key_folders) == count and all(owners) and len(set(owners)) == count:
         return tuple(name_text(next(iter(key_folders[label]))) for label in range(count))
-    return numbered_classes(count, str(folder))
+    return numbered_classes(0, count - 1, str(folder))
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:

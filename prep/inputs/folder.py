@@ -1,21 +1,33 @@
-"""Images in folders: one folder for each class, or one flat folder.
+"""Images in folders: one folder for each class, at any depth, or one flat folder.
 
-With class folders, the label of an image is the position of its class folder in sorted order, from 0.
+With class folders, the label of an image is the position of its class folder in the order of the classes, from 0.
 """
 
 from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.console import UserError, count_noun, progress
+from prep.console import Progress, UserError, count_noun, progress, say
 from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.inputs.classes import (
+    NO_CLASS,
+    STRAY_FILE,
+    SYSTEM_FILE,
+    class_names,
+    has_image_name,
+    is_no_class_folder,
+    is_system_file,
+    may_be_image,
+    order_classes,
+)
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
-from prep.inputs.reader import FoundInputs, warn_of_empty_classes
+from prep.inputs.reader import FoundInputs
 
 # Number of class folders in a batch that eight threads list. Threads hide the latency of a slow file system. The
 # number is limited because the listed files of a batch are held in memory.
@@ -56,51 +68,32 @@ class FolderReader:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
-def list_folder(root: Path, split: str, follow_links: bool) -> FoundInputs:
+def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) -> FoundInputs:
     """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
-    Symbolic links that lead out of `root` are refused unless `follow_links` is true. Names that begin with a dot are
-    ignored. Raises UserError if `root` contains no files, or both folders and files.
+    A class folder is a folder at any depth that contains images, or that contains nothing. Its class is its path. If
+    `root` contains nothing but one folder of folders, that folder takes the place of `root`. Names that begin with a
+    dot, folders of the system and files beside class folders are ignored. If there are images and folders in `root`,
+    the images are listed if `flat` is true, else the class folders.
+
+    Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
+    contains no files, if a class folder is a link that is not followed, or if it is unclear what the classes are.
     """
-    base = os.fsencode(root.resolve()) + b"/"
-    entries = _list_entries(os.fsencode(root), base, follow_links)
-    folders = [entry.name for entry in entries if stat.S_ISDIR(entry.mode)]
-    files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
-    refused = [(name_text(entry.name), entry.reason) for entry in entries if entry.mode == 0]
-    if folders and files:
-        raise UserError(
-            f"{root}: {count_noun(len(folders), 'folder')} and {count_noun(len(files), 'file')} side by side "
-            f"(first file: {name_text(files[0].name)}). Expected class folders alone, or images alone with --labels."
-        )
-    listing = Listing()
-    if files:
-        for entry in files:
-            listing.add(entry.name, 0, entry.size, entry.mtime_ns)
-        return FoundInputs(listing, (), True, tuple(refused))
-    if not folders:
+    with ThreadPoolExecutor(8) as pool, progress(f"{split}: listing", 0, "folders") as listing_progress:
+        walk = _Walk(root, follow_links, pool, listing_progress)
+        folder, entries = walk.enter_single_folders()
+        if walk.is_flat(folder, entries, flat):
+            return walk.flat_inputs(entries)
+        walk.add_level(b"", entries, ())
+    if not walk.class_folders:
         raise UserError(f"{root}: the folder is empty. Expected a folder for each class, or images and --labels.")
-    classes = tuple(name_text(name) for name in folders)
-    empty_classes = []
-    paths = [os.path.join(os.fsencode(root), name) for name in folders]
-    with progress(f"{split}: listing", len(folders), "folders") as listing_progress, ThreadPoolExecutor(8) as pool:
-        for first in range(0, len(folders), _FOLDERS_AT_ONCE):
-            chunk = paths[first : first + _FOLDERS_AT_ONCE]
-            listed = pool.map(_list_entries, chunk, [base] * len(chunk), [follow_links] * len(chunk))
-            for label, entries in enumerate(listed, first):
-                count_before = len(listing)
-                for entry in entries:
-                    name = folders[label] + b"/" + entry.name
-                    if stat.S_ISREG(entry.mode):
-                        listing.add(name, label, entry.size, entry.mtime_ns)
-                    else:
-                        refused.append((name_text(name), entry.reason or f"a {_kind(entry.mode)}, not a file"))
-                if len(listing) == count_before:
-                    empty_classes.append(classes[label])
-                listing_progress.advance()
-    if not len(listing):
-        raise UserError(f"{root}: {count_noun(len(folders), 'class folder')} without any file.")
-    warn_of_empty_classes(root, empty_classes)
-    return FoundInputs(listing, classes, False, tuple(refused))
+    if not len(walk.listing):
+        raise UserError(f"{root}: {count_noun(len(walk.class_folders), 'class folder')} without any file.")
+    names = class_names(walk.class_folders, str(folder))
+    classes = order_classes(names, str(folder))
+    label_of = {name: label for label, name in enumerate(classes)}
+    listing = walk.listing.relabelled([label_of[name] for name in names])
+    return FoundInputs(listing, classes, False, tuple(walk.refused), tuple(walk.ignored), folder)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,37 +103,178 @@ class _Entry:
     size: int = 0
     mtime_ns: int = 0
     reason: str = ""  # why the entry is refused
+    is_folder_link: bool = False  # a refused link to a folder, or to nothing
+    is_file_link: bool = False  # a refused link to a file
 
 
-def _list_entries(folder: bytes, base: bytes, follow_links: bool) -> list[_Entry]:
-    """Entries of a folder, sorted by name. Links out of `base` are refused unless `follow_links` is true."""
-    found = []
+class _Walk:
+    """Lists folders level by level, and adds class folders and their files in the order of their names."""
+
+    def __init__(self, root: Path, follow_links: bool, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        self.root, self.follow_links, self.pool, self.progress = root, follow_links, pool, progress
+        self.base = os.fsencode(root.resolve()) + b"/"
+        self.folder = os.fsencode(root)  # the folder of the class folders
+        self.listing = Listing()  # labels are indices in `class_folders`
+        self.class_folders: list[bytes] = []  # paths below `folder`
+        self.refused: list[tuple[str, str]] = []
+        self.ignored: list[tuple[str, str]] = []
+
+    def enter_single_folders(self) -> tuple[Path, list[_Entry]]:
+        """(the folder of the class folders, its entries): `root`, or a folder below `root` that stands alone."""
+        entries = self._scan(self.folder)
+        while True:
+            folders, files, links = _sorted_out(entries)
+            if len(folders) != 1 or links or any(may_be_image(file.name) for file in files):
+                return Path(os.fsdecode(self.folder)), entries
+            below = os.path.join(self.folder, folders[0].name)
+            inner = self._scan(below)
+            inner_folders, inner_files, inner_links = _sorted_out(inner)
+            if not (inner_folders or inner_links) or any(may_be_image(file.name) for file in inner_files):
+                return Path(os.fsdecode(self.folder)), entries
+            self._ignore_strays(b"", entries)
+            self.folder, entries = below, inner
+
+    def is_flat(self, folder: Path, entries: Sequence[_Entry], flat: bool) -> bool:
+        """Whether the images are in `folder` itself. Raises UserError if this is unclear."""
+        folders, files, links = _sorted_out(entries)
+        if not folders and not links:
+            return bool(files) or any(entry.mode == 0 for entry in entries)
+        images = [file for file in files if may_be_image(file.name)]
+        if not images:
+            return False
+        if flat or not any(self._scan(os.path.join(self.folder, entry.name)) for entry in folders):
+            return True
+        if len(images) > max(10, len(folders)):
+            raise UserError(
+                f"{folder}: {count_noun(len(folders), 'folder')} and {count_noun(len(images), 'photograph')} side by "
+                f"side (first: {name_text(images[0].name)}). Name the label file of the photographs with --labels "
+                "FILE, or move them away from the class folders."
+            )
+        say(
+            f"{folder}: {count_noun(len(images), 'photograph')} beside the class folders left out (first: "
+            f"{name_text(images[0].name)})."
+        )
+        return False
+
+    def flat_inputs(self, entries: Sequence[_Entry]) -> FoundInputs:
+        """The files of a folder without class folders."""
+        for entry in entries:
+            if stat.S_ISDIR(entry.mode):
+                reason = NO_CLASS if is_no_class_folder(entry.name) else "a folder beside the photographs"
+                self.ignored.append((name_text(entry.name), reason))
+            else:
+                self._add_file(b"", entry, 0)
+        if not len(self.listing) and not self.refused:
+            raise UserError(f"{self.root}: no photograph in this folder. Expected a folder for each class, or images.")
+        folder = Path(os.fsdecode(self.folder))
+        return FoundInputs(self.listing, (), True, tuple(self.refused), tuple(self.ignored), folder)
+
+    def add_level(self, parent: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
+        """Add the class folders in the folder `parent` (a path below `folder`, empty for `folder`) and below it.
+
+        `around` are device and inode of the folders around `parent`, to notice links to these folders.
+        """
+        folders, _, links = _sorted_out(entries)
+        if links:
+            self._refuse_links(parent, links)
+        self._ignore_strays(parent, entries)
+        self.progress.total += len(folders)
+        status = os.stat(os.path.join(self.folder, parent))
+        around = (*around, (status.st_dev, status.st_ino))
+        for first in range(0, len(folders), _FOLDERS_AT_ONCE):
+            paths = [parent + entry.name for entry in folders[first : first + _FOLDERS_AT_ONCE]]
+            scanned = self.pool.map(self._scan, [os.path.join(self.folder, path) for path in paths])
+            for path, found in zip(paths, scanned, strict=True):
+                self._add_folder(path, found, around)
+                self.progress.advance()
+
+    def _add_folder(self, path: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
+        """Add `path` as a class folder if it contains images or nothing, else the class folders in it."""
+        folders, files, links = _sorted_out(entries)
+        if (folders or links) and not any(may_be_image(file.name) for file in files):
+            status = os.stat(os.path.join(self.folder, path))
+            if (status.st_dev, status.st_ino) in around:
+                raise UserError(
+                    f"{name_text(os.path.join(self.folder, path))} is a link to a folder around it. Remove the link."
+                )
+            self.add_level(path + b"/", entries, around)
+            return
+        self.class_folders.append(path)
+        for entry in entries:
+            if stat.S_ISDIR(entry.mode) and is_no_class_folder(entry.name):
+                self.ignored.append((name_text(path + b"/" + entry.name), NO_CLASS))
+            else:
+                self._add_file(path + b"/", entry, len(self.class_folders) - 1)
+
+    def _add_file(self, parent: bytes, entry: _Entry, label: int) -> None:
+        name = parent + entry.name
+        if stat.S_ISREG(entry.mode) and is_system_file(entry.name):
+            self.ignored.append((name_text(name), SYSTEM_FILE))
+        elif stat.S_ISREG(entry.mode):
+            self.listing.add(name, label, entry.size, entry.mtime_ns)
+        else:
+            self.refused.append((name_text(name), entry.reason or f"a {_kind(entry.mode)}, not a file"))
+
+    def _ignore_strays(self, parent: bytes, entries: Sequence[_Entry]) -> None:
+        for entry in entries:
+            name = name_text(parent + entry.name)
+            if stat.S_ISDIR(entry.mode) and is_no_class_folder(entry.name):
+                self.ignored.append((name, NO_CLASS))
+            elif stat.S_ISREG(entry.mode):
+                self.ignored.append((name, SYSTEM_FILE if is_system_file(entry.name) else STRAY_FILE))
+            elif entry.mode == 0 and entry.is_file_link:
+                self.ignored.append((name, STRAY_FILE))
+            elif entry.mode == 0:
+                self.refused.append((name, entry.reason))
+
+    def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:
+        text = ", ".join(f"{name_text(parent + link.name)}: {link.reason}" for link in links[:3])
+        what = "class folder is a symbolic link" if len(links) == 1 else "class folders are symbolic links"
+        raise UserError(
+            f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). Pass --follow-links, "
+            "or remove what is no class."
+        )
+
+    def _scan(self, folder: bytes) -> list[_Entry]:
+        return sorted(_entries(folder, self.base, self.follow_links), key=lambda entry: entry.name)
+
+
+def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:
+    """(folders that may be classes, files, links to folders that are not followed) of a folder."""
+    folders = [entry for entry in entries if stat.S_ISDIR(entry.mode) and not is_no_class_folder(entry.name)]
+    files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
+    return folders, files, [entry for entry in entries if entry.is_folder_link and not is_no_class_folder(entry.name)]
+
+
+def _entries(folder: bytes, base: bytes, follow_links: bool) -> Iterator[_Entry]:
+    """Entries of a folder. Links out of `base` are refused unless `follow_links` is true. Hidden files are left out."""
     try:
         scan = os.scandir(folder)
     except OSError as error:
         raise UserError(f"{name_text(folder)}: {error.strerror or error}.") from None
     with scan as entries:
         for entry in entries:
-            if entry.name.startswith(b"."):
+            if entry.name.startswith(b".") and not entry.is_dir(follow_symlinks=False):
                 continue
             try:
                 if entry.is_symlink() and not follow_links:
                     target = os.path.realpath(entry.path, strict=True)
                     if not target.startswith(base):
                         reason = f"a symbolic link out of the source, to {name_text(target)}; --follow-links follows it"
-                        found.append(_Entry(entry.name, 0, reason=reason))
+                        is_folder = os.path.isdir(target)
+                        yield _Entry(entry.name, 0, 0, 0, reason, is_folder, not is_folder)
                         continue
                 status = entry.stat()
             except OSError as error:
                 reason = f"cannot be read: {error.strerror or error}"
-                found.append(_Entry(entry.name, 0, reason=reason))
+                is_link = entry.is_symlink() and not has_image_name(entry.name)
+                yield _Entry(entry.name, 0, reason=reason, is_folder_link=is_link)
                 continue
             mode = stat.S_IFMT(status.st_mode)
             if mode in (stat.S_IFREG, stat.S_IFDIR):
-                found.append(_Entry(entry.name, mode, status.st_size, status.st_mtime_ns))
+                yield _Entry(entry.name, mode, status.st_size, status.st_mtime_ns)
             else:
-                found.append(_Entry(entry.name, 0, reason=f"a {_kind(mode)}, not a file"))
-    return sorted(found, key=lambda entry: entry.name)
+                yield _Entry(entry.name, 0, reason=f"a {_kind(mode)}, not a file")
 
 
 def _kind(mode: int) -> str:

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from prep.console import UserError, say
+from prep.inputs.classes import numbered_classes
 from prep.inputs.names import name_text
 
 LABEL_ORDERS = ("sorted", "devkit")  # two meanings of the numbers in a ground-truth file; see _read_ground_truth
-MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: each class needs memory
 
 
 def read_labels(
@@ -74,7 +74,7 @@ def _read_ground_truth(
         labels = [label_of[synsets[k]] for k in numbers]
         say(f"{root}: label numbers are the devkit's ({meta.name} next to {file.name}).")
     else:
-        classes = tuple(store_classes) or numbered_classes(max(numbers), f"--labels {file}")
+        classes = tuple(store_classes) or numbered_classes(0, max(numbers) - 1, f"--labels {file}")
         if max(numbers) > len(classes):
             raise UserError(f"--labels {file}: number {max(numbers)}, but the store has {len(classes)} classes.")
         labels = [k - 1 for k in numbers]
@@ -144,7 +144,7 @@ def _read_name_label_pairs(
         label_of = {name: label for label, name in enumerate(classes)}
         return {name: label_of[label_text[name]] for name in names}, classes
     numbers = {name: _parse_decimal(label_text[name]) for name in names}
-    classes = tuple(store_classes) or numbered_classes(max(numbers.values()) + 1, f"--labels {file}")
+    classes = tuple(store_classes) or numbered_classes(0, max(numbers.values()), f"--labels {file}")
     if max(numbers.values()) >= len(classes):
         raise UserError(
             f"--labels {file}: label {max(numbers.values())}, but the store's {len(classes)} classes have "
@@ -182,12 +182,3 @@ def _positive_number(text: str, file: Path, line_number: int) -> int:
 def _parse_decimal(text: str) -> int:
     """Convert decimal digits to an int. Returns 10^18 for 19 or more digits, since int() refuses very long numbers."""
     return int(text) if len(text) < 19 else 10**18
-
-
-def numbered_classes(count: int, origin: str) -> tuple[str, ...]:
-    """Class names 0, 1, 2…. Raises UserError, which names `origin`, if `count` exceeds MAX_CLASSES."""
-    if count > MAX_CLASSES:
-        raise UserError(
-            f"{origin}: the labels need {count:,} classes; the limit is {MAX_CLASSES:,}. Correct the largest label."
-        )
-    return tuple(str(k) for k in range(count))

@@ -6,7 +6,7 @@ import hashlib
 import zipfile
 import zlib
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -48,6 +48,20 @@ class Listing:
         self._ends.append(len(self._paths))
         for name, value in zip(_COLUMNS, (label, size, mtime_ns, location), strict=True):
             self._columns[name].append(value)
+
+    def relabelled(self, labels: Sequence[int]) -> Listing:
+        """A listing of the same inputs, in which an input with label k has the label `labels[k]`."""
+        other = Listing()
+        other._paths, other._ends, other._columns = self._paths, self._ends, dict(self._columns)
+        if len(self):
+            old = np.frombuffer(self._columns["label"], np.int64)
+            other._columns["label"] = array("q", np.asarray(labels, np.int64)[old].tobytes())
+        return other
+
+    def label_counts(self, classes: int) -> npt.NDArray[np.int64]:
+        """Number of inputs of each label 0..`classes` − 1."""
+        labels = np.frombuffer(self._columns["label"], np.int64) if len(self) else np.empty(0, np.int64)
+        return np.bincount(labels, minlength=classes)
 
     def __len__(self) -> int:
         return len(self._ends)

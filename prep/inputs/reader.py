@@ -5,7 +5,6 @@ Each format has a module with a function that lists the images and a class that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -13,7 +12,6 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import count_noun, say
 from prep.inputs.listing import Input, Listing
 
 Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pixels (H, W, 3) of a Caffe Datum
@@ -34,6 +32,21 @@ class InputReader(Protocol):
 
 
 @dataclass(frozen=True)
+class ListOptions:
+    """How a split is listed, and where its labels come from: options of `alexprep build-lmdb`."""
+
+    labels: Path | None = None  # label file of images without class folders; None: the label file beside the images
+    label_order: str | None = None  # meaning of numbers in a label file, one of LABEL_ORDERS; None: must be clear
+    devkit: Path | None = None  # ILSVRC's devkit: folder, .tar.gz or meta.mat; None: the devkit beside the images
+    class_file: Path | None = None  # file with the classes in the order of the labels
+    allow_empty_classes: bool = False  # a class may lack photographs
+    follow_links: bool = False  # symbolic links that lead out of the source are followed
+
+
+DEFAULT_OPTIONS = ListOptions()
+
+
+@dataclass(frozen=True)
 class Source:
     """All inputs of one split and the refused entries. Inputs of folders and archives are sorted by class and name."""
 
@@ -41,7 +54,9 @@ class Source:
     split: str
     classes: tuple[str, ...]
     inputs: Listing
-    refused: tuple[tuple[str, str], ...] = ()  # (name, reason)
+    refused: tuple[tuple[str, str], ...] = ()  # (name, reason); each of them is a bad input
+    ignored: tuple[tuple[str, str], ...] = ()  # (name, reason) of what is no input, such as files beside class folders
+    labels_from: Path | None = None  # the label file that was read; None if folders give the labels
 
 
 @dataclass(frozen=True)
@@ -52,9 +67,5 @@ class FoundInputs:
     classes: tuple[str, ...]
     is_flat: bool  # True if there are no class folders; then all labels are 0 and `classes` is empty
     refused: tuple[tuple[str, str], ...]  # (name, reason)
-
-
-def warn_of_empty_classes(root: Path, names: Sequence[str]) -> None:
-    """Warn about class folders without an image. Each of these classes still has a label."""
-    if names:
-        say(f"{root}: {count_noun(len(names), 'class', 'classes')} without an image (first: {names[0]}).")
+    ignored: tuple[tuple[str, str], ...] = ()  # (name, reason), see Source.ignored
+    root: Path | None = None  # the folder that the names begin in, if it is not the folder that was listed

@@ -12,10 +12,11 @@ from pathlib import Path
 
 from prep.console import UserError, count_noun, say
 from prep.inputs.archive import TarReader, list_archive
+from prep.inputs.classes import refuse_empty_classes, wanted_classes, with_classes
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
-from prep.inputs.reader import InputReader, Source
+from prep.inputs.reader import DEFAULT_OPTIONS, FoundInputs, InputReader, ListOptions, Source
 from prep.store.manifest import SPLITS
 
 
@@ -62,43 +63,46 @@ def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
 def list_source(
     path: Path,
     split: str,
-    labels: Path | None,
-    label_order: str | None,
-    store_classes: Sequence[str],
-    follow_links: bool = False,
+    options: ListOptions = DEFAULT_OPTIONS,
+    store_classes: Sequence[str] = (),
 ) -> Source:
     """List one split from a folder or a tar archive.
 
-    A label is the position of the class folder in sorted order. Images without class folders need a label file. The
-    label file is `labels`, or, if `labels` is None, the label file next to `path`. `label_order` is explained in
-    prep/inputs/labels.py. `store_classes` are the classes of the store, empty if the store has none yet. Symbolic links
-    that lead out of the folder are refused unless `follow_links` is true. Raises UserError if no image is found, if
-    labels do not fit the images, or if the classes are not those of the store.
+    Class folders give the labels. Images without class folders need a label file (prep/inputs/labels). `store_classes`
+    are the classes of the store or of the split that was listed before, in the order of the labels; empty if there are
+    none yet. These classes keep their labels. Raises UserError if no image is found, if labels do not fit the images,
+    if a class has no image, or if the classes are not those of the store.
     """
     if path.is_file():
         reader: InputReader = TarReader(path)
-        found = list_archive(path, flat=labels is not None)
+        found = list_archive(path, flat=options.labels is not None)
     else:
-        reader = FolderReader(path)
-        found = list_folder(path, split, follow_links)
+        found = list_folder(path, split, options.follow_links, flat=options.labels is not None)
+        reader = FolderReader(found.root or path)
+    return label_inputs(reader, found, split, options, store_classes)
+
+
+def label_inputs(
+    reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> Source:
+    """The split with the inputs `found`, labelled as list_source says."""
+    path = reader.root
     if found.is_flat:
         names = [found.listing.path(i) for i in range(len(found.listing))]
-        label_of, classes = read_labels(labels, names, path, label_order, store_classes)
+        label_of, classes = read_labels(options.labels, names, path, options.label_order, store_classes)
         inputs = Listing()
         for item in found.listing:
             inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
-        return Source(reader, split, classes, inputs, found.refused)
-    if labels is not None:
+        return Source(reader, split, classes, inputs, found.refused, found.ignored)
+    if options.labels is not None:
         say(f"{path}: class folders give the labels of {split}; --labels is ignored.")
-    _check_same_classes(found.classes, store_classes, path)
-    return Source(reader, split, found.classes, found.listing, found.refused)
-
-
-def _check_same_classes(classes: Sequence[str], store_classes: Sequence[str], root: Path) -> None:
-    if store_classes and tuple(classes) != tuple(store_classes):
-        differing = sorted(set(classes) ^ set(store_classes))
-        raise UserError(
-            f"{root}: {len(classes)} classes, the store has {len(store_classes)}"
-            + (f" (first class that only one of the two has: {differing[0]})" if differing else "")
-            + ". All splits of a store must have the same classes."
-        )
+    inputs, classes = found.listing, found.classes
+    wanted, owner = wanted_classes(options.class_file, classes, store_classes)
+    if wanted:
+        inputs = with_classes(classes, inputs, wanted, owner, str(path), options.allow_empty_classes)
+        classes = wanted
+    if not options.allow_empty_classes:
+        counts = inputs.label_counts(len(classes)).tolist()
+        empty = [name for name, count in zip(classes, counts, strict=True) if not count]
+        refuse_empty_classes(str(path), empty, found.refused)
+    return Source(reader, split, classes, inputs, found.refused, found.ignored)

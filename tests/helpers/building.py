@@ -88,7 +88,7 @@ def build(
     progress: Progress | None = None,
 ) -> Store:
     known = Store.open(store).classes if (store / "manifest.json").exists() else ()
-    source = list_source(folder, split, None, None, known)
+    source = list_source(folder, split, store_classes=known)
     progress = progress or Progress(len(source.inputs), "pictures")
     return build_split(source, store, settings, runner or InlineRunner(), progress, policy)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from prep.inputs.reader import Source
+from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 
 
@@ -20,7 +20,7 @@ def touch(folder: Path, *names: str) -> Path:
 def list_images(
     folder: Path, store_classes: tuple[str, ...] = (), split: str = "train", follow_links: bool = False
 ) -> Source:
-    return list_source(folder, split, None, None, store_classes, follow_links)
+    return list_source(folder, split, ListOptions(follow_links=follow_links), store_classes)
 
 
 def paths_and_labels(source: Source) -> list[tuple[bytes, int]]:

@@ -139,6 +139,6 @@ def write_files(store: Store, folder: Path, count: int | None) -> Path:
 
 def build_store(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
     """Build a store from the class folders in `folder`. Its only split is `train`."""
-    source = list_source(folder, "train", None, None, ())
+    source = list_source(folder, "train")
     with WorkerPool(threads) as workers:
         return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))

@@ -33,7 +33,7 @@ def alexprep(*words: str | Path) -> Result:
 
 
 def run_part(photos: Path, store: Path, number: int, count: int, policy: BuildPolicy = STRICT) -> PartResult:
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     part, progress = Part(number, count), Progress(0, "pictures")
     return build_part(source, store, PPM, InlineRunner(), progress, policy, part, f"alexprep build-lmdb {photos}")
 
@@ -89,7 +89,7 @@ class CrashingReader(SlowReader):
 
 
 def source_with(reader: FolderReader) -> Source:
-    listed = list_source(reader.root, "train", None, None, ())
+    listed = list_source(reader.root, "train")
     return Source(reader, "train", listed.classes, listed.inputs)
 
 

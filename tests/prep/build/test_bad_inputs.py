@@ -77,7 +77,7 @@ def test_probe_names_obviously_bad_inputs(with_bad: Path) -> None:
     with open(with_bad / "n1" / "huge.JPEG", "wb") as file:
         file.write(b"\xff\xd8\xff")
         file.truncate(MAX_FILE_BYTES + 1)
-    source = list_source(with_bad, "train", None, None, ())
+    source = list_source(with_bad, "train")
     (with_bad / "n1" / "gone.JPEG").unlink()
     bad = dict(probe(FolderReader(with_bad), source.inputs, 1))
     assert bad == {
@@ -94,7 +94,7 @@ def test_probe_accepts_every_format_that_can_be_decoded(tmp_path: Path) -> None:
     picture = Image.fromarray(np.full((40, 40, 3), 7, np.uint8))
     for format in ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM"):
         picture.save(tmp_path / "n1" / format, format)
-    source = list_source(tmp_path, "train", None, None, ())
+    source = list_source(tmp_path, "train")
     assert len(source.inputs) == 7
     assert probe(FolderReader(tmp_path), source.inputs, 1) == []
 
@@ -310,11 +310,11 @@ def test_a_file_that_vanished_is_a_bad_input(photos: Path, tmp_path: Path) -> No
             (photos / removed).unlink(missing_ok=True)
             return super().map(work, tasks, watch)
 
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     for policy in (BuildPolicy(), SKIP):
         (photos / removed).touch()
         shutil.copy2(photos / image_paths(photos)[4], photos / removed)
-        source = list_source(photos, "train", None, None, ())
+        source = list_source(photos, "train")
         store, progress = tmp_path / str(policy.skip_bad), Progress(200, "pictures")
         if policy.skip_bad:
             account = build_split(source, store, PPM, AfterRemoval(), progress, policy).split("train").account

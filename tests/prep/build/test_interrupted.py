@@ -288,7 +288,7 @@ class CrashingReader(FolderReader):
 
 
 def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tmp_path: Path) -> None:
-    source = list_source(slow, "train", None, None, ())
+    source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for _ in range(2):
         with WorkerPool(1) as workers, pytest.raises(UserError, match=r"^n\d/n\d_100\.JPEG: .*killed \(SIGKILL\)"):
@@ -298,7 +298,7 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: Path, tmp_path: Path) -> None:
     """After the first crash the file is tried again, since the cause may be a lack of memory."""
-    source = list_source(slow, "train", None, None, ())
+    source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     for policy in (STRICT, SKIP, STRICT):
         with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
@@ -311,7 +311,7 @@ def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: P
 
 def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> None:
     """The workers are stopped before the lock is released, although the caller keeps the pool open."""
-    source = list_source(slow, "train", None, None, ())
+    source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     with WorkerPool(2) as workers:
         with pytest.raises(UserError) as raised:
@@ -327,7 +327,7 @@ def test_a_shard_that_is_built_twice_is_complete(slow: Path, tmp_path: Path) -> 
 
     Each worker therefore uses its own temporary file names.
     """
-    source = list_source(slow, "train", None, None, ())
+    source = list_source(slow, "train")
     (tmp_path / ".build").mkdir()
     inputs = tuple(source.inputs[k] for k in range(20))
     task = ShardTask(0, 0, inputs, source.reader, "train", tmp_path, PPM, False)

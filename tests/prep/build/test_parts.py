@@ -181,7 +181,7 @@ def test_one_of_several_commands_that_end_at_the_same_time_writes_the_manifest(
 
 
 def test_only_one_of_two_parts_that_begin_at_the_same_time_begins_the_build(photos: Path, tmp_path: Path) -> None:
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     plans = [BuildPlan(source, tmp_path / "train", PPM, False) for _ in range(2)]
     assert [begin_build(plan) for plan in plans] == [True, False]
     assert find_changed_inputs(plans[1], tmp_path) == {}
@@ -191,7 +191,7 @@ def test_only_one_of_two_parts_that_begin_at_the_same_time_begins_the_build(phot
 
 def test_a_shard_of_a_discarded_build_is_not_taken_for_finished(photos: Path, tmp_path: Path) -> None:
     """A process of a killed build can write its summary after a new build with other settings has begun."""
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     old = BuildPlan(source, tmp_path / "train", PPM.__class__(**{**vars(PPM), "side_px": 48}), False)
     begin_build(old)
     late = old.task(3)
@@ -207,7 +207,7 @@ def test_a_shard_of_a_discarded_build_is_not_taken_for_finished(photos: Path, tm
 
 def test_a_shard_that_two_processes_build_at_the_same_time_is_always_complete(photos: Path, tmp_path: Path) -> None:
     """Two threads have the same process number, as processes on two machines can have."""
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     plan = BuildPlan(source, tmp_path / "train", PPM, False)
     begin_build(plan)
     build_shard(plan.task(0), TaskProgress())
@@ -291,7 +291,7 @@ def test_an_input_that_changed_between_two_parts_is_refused(photos: Path, tmp_pa
     copy = shutil.copytree(photos, tmp_path / "photos")
     store = tmp_path / "store"
     run_part(copy, store, 1, 2)
-    source = list_source(copy, "train", None, None, ())
+    source = list_source(copy, "train")
     plan = BuildPlan(source, store / "train", PPM, False)
     changed = copy / os.fsdecode(plan.task(1).inputs[0].path)  # in part 2
     os.utime(changed, ns=(0, 1))

@@ -43,9 +43,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def estimate(
     photos: Path, store: Path, settings: Settings = PPM, policy: BuildPolicy = STRICT, runner: Runner | None = None
 ) -> BuildEstimate:
-    return estimate_build(
-        list_source(photos, "train", None, None, ()), store, settings, runner or InlineRunner(), policy
-    )
+    return estimate_build(list_source(photos, "train"), store, settings, runner or InlineRunner(), policy)
 
 
 def dry_run(photos: Path, store: Path, *words: str) -> Result:

@@ -19,7 +19,7 @@ from prep.build.plan import BuildPlan, BuildPolicy
 from prep.build.split import build_split, estimate_build
 from prep.console import Progress, UserError
 from prep.inputs.listing import Listing
-from prep.inputs.reader import Source
+from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import (
@@ -94,7 +94,7 @@ def test_a_changed_input_of_a_finished_shard_is_refused(photos: Path, store: Pat
     with pytest.raises(UserError, match=f"{used[17]} was different: bytes {length:,}, now {length + 7:,}"):
         build(photos, store)
     with pytest.raises(UserError, match=f"{used[17]} was different"):
-        estimate_build(list_source(photos, "train", None, None, ()), store, PPM, StoppingRunner())
+        estimate_build(list_source(photos, "train"), store, PPM, StoppingRunner())
     assert modification_times(store) == before
     path.write_bytes(path.read_bytes()[:-7])
     os.utime(path, ns=(0, mtime_ns))
@@ -159,7 +159,7 @@ def test_a_missing_or_a_new_input_is_refused(photos: Path, store: Path, used: li
 
 
 def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
-    (photos / "n4").mkdir()
+    shutil.copytree(photos / "n1", photos / "n4")
     with pytest.raises(UserError, match="unfinished build of 3 classes, this command has 4"):
         build(photos, store)
 
@@ -176,7 +176,7 @@ def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: 
         names = sorted(path.name for path in flat.iterdir())
         lines = [f"{name} {(k + shift.get(name, 0)) % 3}\n" for k, name in enumerate(names)]
         labels.write_text("".join(lines))
-        return list_source(flat, "train", labels, None, ())
+        return list_source(flat, "train", ListOptions(labels))
 
     source = with_labels({})
     store = tmp_path / "store"
@@ -194,7 +194,7 @@ def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: 
 
 def test_a_listing_in_another_order_resumes_the_build(photos: Path, store: Path) -> None:
     """Another kind of source may list the same inputs in another order. The fingerprint must not change."""
-    source = list_source(photos, "train", None, None, ())
+    source = list_source(photos, "train")
     reversed_listing = Listing()
     for index in reversed(range(200)):
         item = source.inputs[index]
@@ -220,7 +220,7 @@ def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Pat
             build(photos, store, policy=SKIP, runner=StoppingRunner(2))
         stamp = (store / "train" / "00001" / "data.mdb").stat().st_mtime_ns
         (photos / used[3]).write_bytes(content)
-        estimate = estimate_build(list_source(photos, "train", None, None, ()), store, PPM, StoppingRunner(), policy)
+        estimate = estimate_build(list_source(photos, "train"), store, PPM, StoppingRunner(), policy)
         progress = Progress(200, "pictures")
         built = build(photos, store, policy=policy, progress=progress)
         assert estimate.done == progress.skipped == 50
@@ -233,7 +233,7 @@ def test_a_corrected_input_has_its_shard_built_again(photos: Path, tmp_path: Pat
 def test_a_file_that_changed_after_the_listing_is_named(photos: Path, tmp_path: Path, used: list[str]) -> None:
     for change in (change_content, change_time):
         store = tmp_path / change.__name__
-        source = list_source(photos, "train", None, None, ())
+        source = list_source(photos, "train")
         listed = source.inputs[image_paths(photos).index(used[5])]
         change(photos / used[5])
         with pytest.raises(

@@ -155,7 +155,7 @@ def test_one_pixel_is_refused() -> None:
 
 
 def build(photo_folder: Path, store: Path, format: str) -> Store:
-    source = list_source(photo_folder / "train", "train", None, None, ())
+    source = list_source(photo_folder / "train", "train")
     settings = Settings(64, True, format, 60, "area", 3)
     return build_split(source, store, settings, InlineRunner(), Progress(len(source.inputs), "pictures"))
 
@@ -255,7 +255,7 @@ def test_moments_of_many_shards_are_added_and_counted(tmp_path: Path) -> None:
     for number in range(130):
         head = b"P6 32 32 255\n"
         (tmp_path / "photos" / "n1" / f"{number}.ppm").write_bytes(head + rng.bytes(3072))
-    source = list_source(tmp_path / "photos", "train", None, None, ())
+    source = list_source(tmp_path / "photos", "train")
     settings = Settings(32, False, "ppm", 90, "area", 0)
     store = build_split(source, tmp_path / "store", settings, InlineRunner(), Progress(130, "pictures"))
     seen: list[str] = []

@@ -131,7 +131,7 @@ def test_a_store_built_without_kernels_is_the_same(
 ) -> None:
     built = []
     for name in ("with", "without"):
-        source = list_source(photo_folder / "train", "train", None, None, ())
+        source = list_source(photo_folder / "train", "train")
         store = build_split(
             source,
             tmp_path / name,

@@ -21,7 +21,8 @@ from prep.cli import main
 from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.inputs.archive import TarReader, list_archive
-from prep.inputs.reader import FoundInputs
+from prep.inputs.reader import FoundInputs, ListOptions
+from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.tars import BLOCK, DAMAGED, MEMBER_BYTES, THREE, A, B, C, Member, header, overwritten, tar_of
 
@@ -258,15 +259,17 @@ def test_inner_tars_with_the_same_name_are_one_class(tmp_path: Path) -> None:
     assert [name for name, _ in found.refused] == ["n1/b.JPEG"]
 
 
-def test_a_class_without_an_image_keeps_its_label(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_class_without_an_image_is_refused_unless_it_is_allowed(tmp_path: Path) -> None:
     """A class without an image is an empty tar in a tar of tars, or a folder entry in a tar of folders."""
     empty = tar_of([("n1.tar", tar_of([("a.JPEG", A)])), ("n2.tar", tar_of([])), ("n3.tar", tar_of([("c.JPEG", C)]))])
     entry: Member = ("n2", b"", {"type": tarfile.DIRTYPE})
     for content in (empty, tar_of([("n1/a.JPEG", A), entry, ("n3/c.JPEG", C)])):
-        found = list_tar(content, tmp_path / "x.tar")
-        assert found.classes == ("n1", "n2", "n3")
-        assert [item.label for item in found.listing] == [0, 2]
-        assert "n2" in capsys.readouterr().err
+        (tmp_path / "x.tar").write_bytes(content)
+        with pytest.raises(UserError, match=r"x\.tar: 1 class has no photograph: n2\..*--allow-empty-classes"):
+            list_source(tmp_path / "x.tar", "train")
+        source = list_source(tmp_path / "x.tar", "train", ListOptions(allow_empty_classes=True))
+        assert source.classes == ("n1", "n2", "n3")
+        assert [item.label for item in source.inputs] == [0, 2]
 
 
 def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from scipy.io import savemat
 
 from prep.console import UserError
 from prep.inputs.labels import read_labels
-from prep.inputs.reader import Source
+from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 from tests.helpers.listings import labels_of, paths_and_labels, touch
 
@@ -31,7 +31,7 @@ def list_images(
     store_classes: tuple[str, ...] = (),
     split: str = "val",
 ) -> Source:
-    return list_source(folder, split, labels, order, store_classes)
+    return list_source(folder, split, ListOptions(labels, order), store_classes)
 
 
 def label_file(tmp_path: Path, text: str, name: str = "labels.txt") -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
+from prep.inputs.reader import ListOptions
 from prep.inputs.sources import find_splits, list_source
 from tests.helpers.listings import list_images, paths_and_labels, touch
 
@@ -16,10 +17,37 @@ from tests.helpers.listings import list_images, paths_and_labels, touch
 def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> None:
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
     assert list_images(root, store_classes=("n1", "n2")).classes == ("n1", "n2")
-    with pytest.raises(UserError, match=r"2 classes, the store has 3 \(first class that only one of the two has: n3\)"):
+    with pytest.raises(UserError, match=r"2 classes, the store has 3\. Only in the store: n3\."):
         list_images(root, store_classes=("n1", "n2", "n3"))
-    with pytest.raises(UserError, match="All splits of a store must have the same classes"):
-        list_images(root, store_classes=("n2", "n1"))
+    with pytest.raises(UserError, match=r"2 classes, the store has 2\. Only here: n2\. Only in the store: n3\."):
+        list_images(root, store_classes=("n1", "n3"))
+    with pytest.raises(UserError, match=r"Only here: n2\. All splits"):  # never allowed: n2 has no label in the store
+        list_source(root, "val", ListOptions(allow_empty_classes=True), ("n1", "n3"))
+
+
+def test_the_classes_of_the_store_keep_their_labels(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "2/a.JPEG", "10/b.JPEG")
+    assert list_images(root).classes == ("2", "10")
+    source = list_images(root, store_classes=("10", "2"))  # a store of an earlier version: sorted as text
+    assert source.classes == ("10", "2")
+    assert dict(paths_and_labels(source)) == {b"10/b.JPEG": 0, b"2/a.JPEG": 1}
+    source = list_source(root, "val", ListOptions(allow_empty_classes=True), ("2", "3", "10"))
+    assert (source.classes, dict(paths_and_labels(source))) == (("2", "3", "10"), {b"2/a.JPEG": 0, b"10/b.JPEG": 2})
+
+
+def test_a_file_gives_the_order_of_the_classes(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "cat/a.JPEG", "golden retriever/b.JPEG", "ape/c.JPEG")
+    file = tmp_path / "classes.txt"
+    file.write_text("golden retriever\ncat some words\n\nape\n")
+    source = list_source(root, "train", ListOptions(class_file=file))
+    assert source.classes == ("golden retriever", "cat", "ape")
+    assert dict(paths_and_labels(source)) == {b"golden retriever/b.JPEG": 0, b"cat/a.JPEG": 1, b"ape/c.JPEG": 2}
+    assert list_source(root, "val", ListOptions(class_file=file), source.classes).classes == source.classes
+    with pytest.raises(UserError, match=r"label 0 is golden retriever, in the store ape\. .*keep their labels"):
+        list_source(root, "val", ListOptions(class_file=file), ("ape", "cat", "golden retriever"))
+    file.write_text("cat\nape\n")
+    with pytest.raises(UserError, match=r"classes\.txt has 2\. Only here: golden retriever"):
+        list_source(root, "train", ListOptions(class_file=file))
 
 
 def test_splits_are_found_in_folders(tmp_path: Path) -> None:
@@ -59,7 +87,7 @@ def test_splits_are_found_in_archives(tmp_path: Path) -> None:
 def test_a_label_file_is_ignored_for_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
     (tmp_path / "labels.txt").write_text("a.JPEG 7\n")
-    source = list_source(root, "train", tmp_path / "labels.txt", None, ())
+    source = list_source(root, "train", ListOptions(tmp_path / "labels.txt"))
     assert paths_and_labels(source) == [(b"n1/a.JPEG", 0), (b"n2/a.JPEG", 1)]
     assert "--labels is ignored" in capsys.readouterr().err
 
@@ -71,5 +99,5 @@ def test_a_tar_of_class_folders_is_listed_like_the_folder(tmp_path: Path) -> Non
     folder, archive = list_images(root), list_images(tmp_path / "t.tar")
     assert archive.classes == folder.classes == ("n1", "n1-x", "n10", "n2")
     assert paths_and_labels(archive) == paths_and_labels(folder)
-    with pytest.raises(UserError, match="4 classes, the store has 1"):
+    with pytest.raises(UserError, match=r"4 classes, the store has 1\. Only here: n1-x, n10, n2\."):
         list_images(tmp_path / "t.tar", store_classes=("n1",))

@@ -1,0 +1,263 @@
+"""Classes of a data set: which folders are no classes, the order of the classes, and classes without a photograph.
+
+Every input format uses these functions, so that the same data set has the same classes in every format. A label is an
+index into the classes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Sequence
+from itertools import pairwise, zip_longest
+from pathlib import Path
+
+from prep.console import UserError, count_noun
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+
+MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: each class needs memory
+
+# Folders that operating systems, network drives and programs create. Upper and lower case do not matter.
+_NO_CLASS_FOLDERS = re.compile(
+    rb"lost\+found|found\.\d{3}|\$recycle\.bin|\$extend|system volume information|@eadir|@tmp|@__thumb|#recycle|"
+    rb"#snapshot|@recycle|@recently-snapshot|@sharesnap|@syno.*|network trash folder|temporary items|"
+    rb"__macosx|__pycache__|paxheaders?(\.\w+)?|\..*",
+    re.IGNORECASE,
+)
+_SYSTEM_FILES = re.compile(rb"(eh)?thumbs(_vista)?\.db|desktop\.ini|icon\r|folder\.htt|.*@syno\w+|\..*", re.IGNORECASE)
+_IMAGE_NAMES = re.compile(
+    rb".*\.(jpe?g?|jfif|pjpeg|jpg_large|png|apng|gif|bmp|dib|webp|tiff?|p[bgpn]m|avif|hei[cf]s?|jxl|jp2|j2k)",
+    re.IGNORECASE | re.DOTALL,
+)
+
+_SPLIT_NAMES = (b"train", b"training", b"val", b"valid", b"validation", b"test", b"testing")
+
+NO_CLASS = "a folder of the system or of a program, not a class"
+STRAY_FILE = "a file beside the class folders"
+SYSTEM_FILE = "a file of the system, not a photograph"
+
+
+def is_no_class_folder(name: bytes) -> bool:
+    """Whether a folder of this name is never a class: `lost+found`, `@eaDir`, `__MACOSX`, `.ipynb_checkpoints`, …"""
+    return _NO_CLASS_FOLDERS.fullmatch(name) is not None
+
+
+def is_system_file(name: bytes) -> bool:
+    """Whether a file of this name is never a photograph: `Thumbs.db`, `desktop.ini`, names that begin with a dot."""
+    return _SYSTEM_FILES.fullmatch(name) is not None
+
+
+def has_image_name(name: bytes) -> bool:
+    """Whether a file name ends as names of images do. Files of class folders are inputs whatever their names are."""
+    return _IMAGE_NAMES.fullmatch(name) is not None
+
+
+def may_be_image(name: bytes) -> bool:
+    """Whether a file may be an image, judged by its name: `a.jpg` and `a` may, `README`, `a.txt` and `a.db` may not."""
+    is_text = name.upper() in (b"README", b"LICENSE", b"LICENCE", b"COPYING", b"NOTICE", b"VERSION", b"MAKEFILE")
+    return has_image_name(name) or not (is_text or b"." in name)
+
+
+def class_names(folders: Sequence[bytes], where: str) -> list[str]:
+    """The names of class folders: their paths, without a last part that all of them share (`n01/images`).
+
+    Raises UserError if class folders lie at the top and deeper, or if the name of a split is a part of a path: then it
+    is unclear which folders are the classes.
+    """
+    parts = [folder.split(b"/") for folder in folders]
+    inner = [path for path in parts if len(path) > 1]
+    of_split = next((path for path in inner if any(part.lower() in _SPLIT_NAMES for part in path)), None)
+    if of_split:
+        raise UserError(
+            f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected a folder for "
+            "each split with the class folders in it: name that folder as SOURCE, or move the class folders into it."
+        )
+    top = next((path for path in parts if len(path) == 1), None)
+    if top and inner:
+        raise UserError(
+            f"{where}: photographs in {_text(top)}, and deeper in {_text(inner[0])}, so it is unclear which folders "
+            "are the classes. Put all class folders at the same depth."
+        )
+    if len(parts) > 1 and inner and len({path[-1] for path in parts}) == 1:
+        parts = [path[:-1] for path in parts]
+    names = [_text(path) for path in parts]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}: two class folders have the same name when bytes that are not UTF-8 are escaped.")
+    return names
+
+
+def _text(parts: Sequence[bytes]) -> str:
+    return name_text(b"/".join(parts))
+
+
+def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
+    """The classes in order: sorted by their names, or as numbers if all names are numbers.
+
+    The parts of a name with slashes (`a/airfield`) are compared one after another; they are numbers if all names in the
+    same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
+    `01`), or if some names are numbers and other names are not, and numbers would be sorted differently than text.
+    """
+    siblings: defaultdict[str, set[str]] = defaultdict(set)
+    split_names = [name.split("/") for name in set(names)]
+    for parts in split_names:
+        for depth, part in enumerate(parts):
+            siblings["/".join(parts[:depth])].add(part)
+    numbered = {folder for folder, found in siblings.items() if _are_numbers(found, origin)}
+
+    def key(parts: Sequence[str]) -> list[tuple[int, str]]:
+        folders = ["/".join(parts[:depth]) for depth in range(len(parts))]
+        return [(int(part) if folder in numbered else 0, part) for folder, part in zip(folders, parts, strict=True)]
+
+    return tuple("/".join(parts) for parts in sorted(split_names, key=key))
+
+
+def _are_numbers(names: set[str], origin: str) -> bool:
+    """Whether all `names` are numbers. Raises UserError if the order is ambiguous: see order_classes."""
+    numbers = [name for name in names if is_number(name)]
+    by_value, by_text = sorted(numbers, key=lambda name: (int(name), name)), sorted(numbers)
+    same = next((pair for pair in pairwise(by_value) if int(pair[0]) == int(pair[1])), None)
+    if same:
+        raise UserError(
+            f"{origin}: the classes {same[0]} and {same[1]} are the same number, so their order is ambiguous. "
+            "Give the order with --classes FILE, one class on each line."
+        )
+    if numbers and len(numbers) < len(names) and by_value != by_text:
+        other = min(names.difference(numbers))
+        pair = next(pair for pair in pairwise(by_text) if int(pair[0]) > int(pair[1]))
+        raise UserError(
+            f"{origin}: some classes are numbers ({pair[0]}, {pair[1]}) and others are not ({other}), so it is "
+            "ambiguous which of the numbers comes first. Give the order with --classes FILE, one class on each line."
+        )
+    return bool(numbers) and len(numbers) == len(names)
+
+
+def is_number(name: str) -> bool:
+    """Whether a name consists of at most 18 decimal digits."""
+    return name.isascii() and name.isdecimal() and len(name) <= 18
+
+
+def numbered_classes(first: int, last: int, origin: str) -> tuple[str, ...]:
+    """Class names `first` to `last`. Raises UserError, which names `origin`, if there are more than MAX_CLASSES."""
+    if last - first + 1 > MAX_CLASSES:
+        raise UserError(
+            f"{origin}: the labels need {last - first + 1:,} classes; the limit is {MAX_CLASSES:,}. "
+            "Correct the largest label."
+        )
+    return tuple(str(k) for k in range(first, last + 1))
+
+
+def with_classes(
+    found: Sequence[str], listing: Listing, wanted: Sequence[str], owner: str, where: str, allow_empty: bool
+) -> Listing:
+    """Give the inputs of `listing`, whose labels are indices in `found`, labels that are indices in `wanted`.
+
+    `owner` says whose classes `wanted` are, for messages. Raises UserError if a found class is not wanted, or if a
+    wanted class was not found and `allow_empty` is false.
+    """
+    if tuple(found) == tuple(wanted):
+        return listing
+    position = {name: label for label, name in enumerate(wanted)}
+    new = [name for name in found if name not in position]
+    missing = [] if allow_empty else [name for name in wanted if name not in set(found)]
+    counts = f"{where}: {count_noun(len(found), 'class', 'classes')}, {owner} has {len(wanted):,}. "
+    if new or missing:
+        rows = []
+        if new:
+            rows.append(f"Only here: {examples(new)}.")
+        if missing:
+            rows.append(f"Only in {owner}: {examples(missing)}.")
+        advice = "All splits of a store must have the same classes."
+        if not new:
+            advice += " To build a split that lacks some of them, pass --allow-empty-classes."
+        raise UserError(counts + " ".join(rows) + " " + advice)
+    return listing.relabelled([position[name] for name in found])
+
+
+def wanted_classes(
+    file: Path | None, found: Sequence[str], store_classes: Sequence[str]
+) -> tuple[tuple[str, ...], str]:
+    """(classes in the order of the labels, whose classes they are for messages); empty if nothing gives the order.
+
+    The classes of the store come first, then those of the `--classes` file; `found` are the classes of the images.
+    Raises UserError if the file has other classes, or another order, than the store.
+    """
+    if file is None:
+        return tuple(store_classes), "the store"
+    names = read_class_file(file, {*store_classes, *found})
+    if store_classes and names != tuple(store_classes):
+        pairs = zip_longest(names, store_classes, fillvalue="no class")
+        label, (new, old) = next((k, pair) for k, pair in enumerate(pairs) if pair[0] != pair[1])
+        raise UserError(
+            f"--classes {file}: label {label} is {new}, in the store {old}. The classes of a store keep their labels: "
+            "leave out --classes, or choose another --store."
+        )
+    return names, str(file)
+
+
+def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tuple[str, str]] = ()) -> None:
+    """Raise UserError if there are `empty` classes. `refused` are the (name, reason) of what was refused in folders."""
+    if not empty:
+        return
+    names = set(empty)
+    reason = next((f" {name}: {why}." for name, why in refused if name.rpartition("/")[0] in names), "")
+    what = "class has" if len(empty) == 1 else "classes have"
+    raise UserError(
+        f"{where}: {len(empty):,} {what} no photograph: {examples(empty)}.{reason} Add photographs, remove these "
+        "classes, or pass --allow-empty-classes to give them labels all the same."
+    )
+
+
+def examples(names: Collection[str], shown: int = 3) -> str:
+    """The first names of a collection, for a message: `a, b, c and 17 more`."""
+    first = ", ".join(list(names)[:shown])
+    return first + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
+
+
+def first_labels_text(classes: Sequence[str], shown: int = 5) -> str:
+    """The first classes with their labels and the last one: `0 n01440764, 1 n01443537, …, 999 n15075141`."""
+    rows = [f"{label} {name}" for label, name in enumerate(classes)]
+    return ", ".join(rows if len(rows) <= shown + 1 else [*rows[:shown], "…", rows[-1]])
+
+
+def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
+    """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
+
+    A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
+    classes are given, the longest beginning of a line that is one of them is its name; otherwise the first word is.
+    Raises UserError if the file cannot be read, if a class occurs twice, or if numbers after the names are not the
+    numbers of the lines, from 0 or from 1.
+    """
+    try:
+        text = file.read_text("utf-8-sig", "surrogateescape")
+    except OSError as error:
+        raise UserError(f"--classes {file}: {error.strerror or error}.") from None
+    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    if not lines:
+        raise UserError(f"--classes {file}: the file is empty.")
+    rows = [_class_of_line(line, known) for line in lines]
+    names = [name for name, _ in rows]
+    seen: set[str] = set()
+    double = next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
+    if double is not None:
+        raise UserError(
+            f"--classes {file}: {double} occurs twice. Expected one class on each line, in the order of the labels."
+        )
+    numbers = [int(rest) for _, rest in rows if is_number(rest)]
+    if len(numbers) == len(rows) and numbers not in (list(range(len(rows))), list(range(1, len(rows) + 1))):
+        wrong = next(k for k, number in enumerate(numbers) if number - numbers[0] != k or numbers[0] > 1)
+        raise UserError(
+            f"--classes {file}, line {wrong + 1}: number {numbers[wrong]} follows {names[wrong]}. The order of the "
+            "lines gives the labels: sort the lines by number, from 0 or from 1 without gaps."
+        )
+    return tuple(names)
+
+
+def _class_of_line(line: str, known: Collection[str]) -> tuple[str, str]:
+    """(name of the class, rest of the line)."""
+    candidates = [line, *(line[: match.start()] for match in reversed(list(re.finditer(r"[\s,;]+", line))))]
+    stripped = [(text.strip("\"'").lstrip("/"), line[len(text) :].strip(" \t,;\"'")) for text in candidates]
+    for name, rest in stripped:
+        if name in known:
+            return name, rest
+    return stripped[-1]
