@@ -1,11 +1,11 @@
-"""Connection to a Ray cluster. Modules import Ray only when a cluster is used: one machine does not need Ray.
+"""Connection to a Ray cluster. Ray is imported only when a cluster is used, so work on one machine does not need Ray.
 
-A cluster is named by its address:
+The user names a cluster by its address:
 
-    local        a cluster of this machine alone, which starts now and ends with the connection
+    local        a new cluster of this machine alone, which ends with the connection
     auto         the cluster that this machine belongs to (`ray start`), or the address in RAY_ADDRESS
-    HOST:PORT    the cluster whose head node listens at this address. This machine must belong to it, because a program
-                 reads the objects of a cluster from the shared memory of its own machine
+    HOST:PORT    the cluster whose head node listens at this address. This machine must belong to the cluster, because a
+                 program reads the cluster's objects from the shared memory of its own machine
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from typing import Any
 
 from prep.console import Terminated, UserError
 
-NAMESPACE = "alexnet"  # Ray's namespace of the named actors
+NAMESPACE = "alexnet"  # Ray namespace of this project's named actors
 LOCAL, AUTO = "local", "auto"
 _INSTALL = "Install it with: pip install 'alexnet[cluster]'"
-# Ray ends a program that has not reached the head node for this time. A training must continue without the head node.
-# Each program therefore decides itself how long to wait.
+# Ray kills a program that cannot reach the head node for this time. A training run must survive the loss of the head
+# node. The time is therefore practically endless, and each program limits its own waiting.
 _NEVER_S = str(10**8)
-_CONNECT_S = 20.0  # time after which a head node that does not accept a connection is reported
-_TOKEN = Path("~/.ray/auth_token")  # where Ray looks for the token
+_CONNECT_S = 20.0  # a head node that does not accept a connection within this time is reported as an error
+_TOKEN = Path("~/.ray/auth_token")  # file in which Ray looks for the authentication token
 
 
 def ray_module() -> ModuleType:
-    """The module ray. Raises UserError with the command that installs Ray if it is missing."""
+    """The module ray. If Ray is not installed, raises UserError with the command that installs Ray."""
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
-    # Without this, a call after the end of the connection makes Ray connect to any cluster of this machine.
+    # Without this setting, a call after the end of the connection makes Ray connect to any cluster of this machine.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
-    # A head node that refuses the connection is asked three times, 40 s each. Ray's default is 20 times.
+    # If the head node refuses the connection, Ray tries three times, for 40 s each. Ray's default is 20 times.
     os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", "3")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -54,7 +54,7 @@ def ray_module() -> ModuleType:
 
 
 def check_address(address: str) -> None:
-    """Raise UserError unless `address` has a form that the module's docstring lists."""
+    """Raise UserError unless `address` is local, auto or HOST:PORT."""
     if address.startswith("ray://"):
         raise UserError(
             f"cluster {address}: Ray Client is not supported, because it cannot share memory with the cluster. Let "
@@ -65,27 +65,27 @@ def check_address(address: str) -> None:
 
 
 class _Connection:
-    """The connection of this process, which several `with` blocks can use at the same time."""
+    """The Ray connection of this process, which several `with` blocks can use at the same time."""
 
     lock = threading.Lock()
-    users = 0
-    is_ours = False  # whether the first user connected the process
+    users = 0  # number of `with` blocks that use the connection
+    is_ours = False  # whether `connected` opened the connection; False if the process was already connected
 
 
 @contextmanager
 def connected(
     address: str, *, cores: int | None = None, dashboard: bool = False, object_store_bytes: int | None = None
 ) -> Iterator[ModuleType]:
-    """Connect this process to a cluster during a `with` block. The value is the module ray.
+    """Connect this process to a cluster during a `with` block, which receives the module ray.
 
     address             the cluster: local, auto or HOST:PORT
     cores               number of CPU cores of a local cluster; None: all usable cores
     dashboard           whether a local cluster starts Ray's dashboard
     object_store_bytes  size of the object store of a local cluster; None: 30 % of the memory
 
-    A process has one connection. The first block connects, the last block disconnects. A connection that the process
-    already had is used and stays open. The process keeps its signal handlers. Raises UserError if Ray is missing, if no
-    cluster answers, or if the cluster refuses this process.
+    A process has one connection. The first of several blocks connects, and the last one disconnects. If the process
+    already has a connection, the blocks use it and leave it open. The signal handlers of the process stay installed.
+    Raises UserError if Ray is not installed, if no cluster answers, or if the cluster refuses this process.
     """
     check_address(address)
     _use_token(address)
@@ -107,15 +107,16 @@ def connected(
 
 
 def _use_token(address: str) -> None:
-    """Use the user's token for a cluster with a head node on this machine. Ray itself uses the token for `auto` only.
+    """Use the user's authentication token if the head node of the cluster is on this machine.
 
-    A head node on another machine gets the token only if the user sets RAY_AUTH_MODE, because a wrong address would
-    reveal the token.
+    Ray itself uses the token only for the address `auto`. A head node on another machine gets the token only if the
+    user has set RAY_AUTH_MODE, because a mistyped address would reveal the token to a stranger.
     """
     has_token = {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or _TOKEN.expanduser().is_file()
     if address in (LOCAL, AUTO) or not has_token:
         return
-    with suppress(OSError), socket.create_server((address.rpartition(":")[0], 0)):  # fails if HOST is another machine
+    # The call of create_server fails if HOST is not an address of this machine.
+    with suppress(OSError), socket.create_server((address.rpartition(":")[0], 0)):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
@@ -134,26 +135,26 @@ def _connect(ray: ModuleType, address: str, cores: int | None, dashboard: bool, 
                 logging_level=logging.ERROR,
                 **options,
             )
-    except Exception as error:  # Ray raises Exception itself if a process of a new cluster does not start within 30 s
+    except Exception as error:  # Ray raises a plain Exception if a process of a new cluster takes over 30 s to start
         raise UserError(f"cluster {address}: {_reason(error, address)}") from None
-    # Ray would print its nodes' messages, with many lines for a node that dies, to standard output.
+    # Otherwise Ray prints the messages of all nodes to standard output, and many lines when a node dies.
     ray._private.worker._worker_logs_enabled = False
 
 
 def _check_listens(address: str) -> None:
-    """Raise UserError if no program listens at HOST:PORT. Ray itself would try for minutes."""
+    """Raise UserError if no program listens at HOST:PORT. Without this check, Ray tries to connect for minutes."""
     host, _, port = address.rpartition(":")
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_S).close()
     except OSError as error:
         raise UserError(
-            f"cluster {address}: nothing answers there ({error}). Check the address of the head node (ray status), and "
-            "that the head node runs."
+            f"cluster {address}: no program answers at this address ({error}). Check that this is the address of the "
+            "head node (ray status), and that the head node runs."
         ) from None
 
 
 def _reason(error: Exception, address: str) -> str:
-    """First sentence of Ray's error, and what to do."""
+    """The text of Ray's error in one line, followed by advice to the user."""
     text = " ".join(str(error).split())
     if isinstance(error, ConnectionError) and "Could not find any running Ray instance" in text:
         return (
@@ -164,24 +165,24 @@ def _reason(error: Exception, address: str) -> str:
         return f"{text[:400]} Run the command again when the machine is less busy."
     token = " If the cluster uses a token: export RAY_AUTH_MODE=token."
     if os.environ.get("RAY_AUTH_MODE") == "token":
-        token = " Check that the token of this machine (~/.ray/auth_token or RAY_AUTH_TOKEN) is the cluster's."
-    return f"{text[:400]}. Check the address, and that this machine has joined the cluster (ray status).{token}"
+        token = " Check that this machine (~/.ray/auth_token or RAY_AUTH_TOKEN) has the token of the cluster."
+    return f"{text[:400]}. Check the address, and check that this machine has joined the cluster (ray status).{token}"
 
 
 @contextmanager
 def _handlers_kept() -> Iterator[None]:
-    """Keep this process's handlers of SIGINT and SIGTERM. Ray's handlers would print a stack and exit."""
+    """Restore this process's handlers of SIGINT and SIGTERM afterwards. Ray's handlers print a stack and exit."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
-    except SystemExit as stop:  # Ray's handler of SIGTERM, which is in force while Ray starts
+    except SystemExit as stop:  # while Ray starts, its own handler turns SIGTERM into SystemExit
         if stop.code == signal.SIGTERM:
             raise Terminated from None
         raise
     finally:
         for number, handler in before.items():
-            with suppress(TypeError):  # a handler that was not installed from Python
+            with suppress(TypeError):  # the handler was not installed from Python
                 signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""Nodes of a Ray cluster: checks that all nodes see the same files and have the same software."""
+"""Checks that all nodes of a Ray cluster see the same files and have the same software versions."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from prep.console import UserError
 from prep.files import unique_suffix
 
 _POLL_S = 0.2
-_CHECK_S = 60.0  # limit for the answers of the nodes
+_CHECK_S = 60.0  # a node that does not answer within this time is reported as an error
 
 
 def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
-    """See Runner.check_machines in prep/workers.py. The error names the first node that differs, and both values.
+    """Implement Runner.check_machines (prep/workers.py) for the nodes of a cluster.
 
-    A node that dies during the check is left out, because it gets no tasks. A file with random content is written into
-    `folder` for a moment; every node must read the same content.
+    To check `folder`, this function writes a temporary file with random content into it. Every node must read the same
+    content. Raises UserError with the name of the first node that differs, and with both values. A node that dies
+    during the check is ignored, because it will get no tasks.
     """
     content = secrets.token_hex(16)
     probe = folder / f".probe.{unique_suffix()}" if folder is not None else None
@@ -56,17 +57,20 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
 
 
 def worker_nodes(ray: ModuleType) -> list[dict[str, Any]]:
-    """Ray's descriptions of the living nodes that have CPU cores."""
+    """Ray's descriptions of those living nodes that have CPU cores."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
 def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
-    """Scheduling strategy of a task or actor that must run (`soft`: if possible) on one node."""
+    """Scheduling strategy that makes a task or actor run on one node.
+
+    With `soft`, Ray may choose another node if this node is not available.
+    """
     return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node_id, soft=soft)
 
 
 def cause_text(error: Exception) -> str:
-    """The cause of an error of Ray in one sentence, without a full stop."""
+    """The cause of one of Ray's errors in one sentence, without a full stop."""
     cause = getattr(error, "cause", None)
     if cause is not None and not isinstance(cause, str):
         return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}".rstrip(".")
@@ -79,7 +83,7 @@ def _name(node: dict[str, Any]) -> str:
 
 
 def _describe(path: Path) -> str:
-    """Description of a path that must be equal on all machines: the kind of the path, and the size of a file."""
+    """Kind of a path (folder, file or missing) and size of a file, as text. All nodes must give the same text."""
     try:
         status = os.stat(path)
     except OSError as error:
@@ -90,7 +94,7 @@ def _describe(path: Path) -> str:
 def _check_node(
     probe: Path | None, source: Path, versions: Callable[[], dict[str, str]]
 ) -> tuple[str, dict[str, str], str]:
-    """(content of the file `probe`, versions of the software, description of `source`) on this node."""
+    """Return, from this node: content of the file `probe`, versions of the software, description of `source`."""
     content = ""
     if probe is not None:
         with suppress(OSError):
@@ -99,22 +103,22 @@ def _check_node(
 
 
 def _compare(name: str, answer: Any, expected: Any, folder: Path | None, source: Path) -> None:
-    """Raise UserError for the first difference between the answer of the node `name` and the driver's own values."""
+    """Raise UserError for the first value in which the node `name` differs from the driver."""
     content, versions, described = answer
     for tool, version in expected[1].items():
         if versions.get(tool) != version:
             raise UserError(
                 f"{name} has {tool} {versions.get(tool)}, this machine has {version}. The bytes of records depend on "
-                "it. Install the same versions on all nodes (pip install -c constraints.txt), then run the same "
-                "command again."
+                "the version. Install the same versions on all nodes (pip install -c constraints.txt), then run the "
+                "same command again."
             )
     if described != expected[2]:
         raise UserError(
-            f"{name} does not see {source} as this machine does: {described} there, {expected[2]} here. Put it on a "
-            "file system that all nodes mount at the same path."
+            f"{name} does not see the same {source} as this machine: {described} on that node, {expected[2]} on this "
+            "machine. Put the data on a file system that all nodes mount at the same path."
         )
     if content != expected[0]:
         raise UserError(
-            f"{name} does not see the folder {folder} of this machine. Name a folder on a file system that all nodes "
+            f"{name} does not see the folder {folder} of this machine. Choose a folder on a file system that all nodes "
             "mount at the same path."
         )

@@ -5,11 +5,11 @@
           ^                           │ counts, every 0.2 s or more
           └──────── _Counters <───────┘ whether the driver wants the task to stop
 
-The worker process is a process of a WorkerPool (prep/workers.py), so a task behaves as in the local pool: one BLAS
-thread, the same memory settings, and a WorkerDied with the index of the input if the process crashes. A task
-is lost if its node dies, or if Ray ends its Ray worker because memory is low. A lost task is submitted again, and its
-input is not counted as the cause. The worker process ends with its Ray worker, and the Ray worker ends with its node or
-with the driver.
+The worker process belongs to a WorkerPool (prep/workers.py), so a task behaves as in the local pool: one BLAS thread,
+the same memory settings, and a WorkerDied with the index of the input if the process crashes. A task is lost if its
+node dies, or if Ray kills its Ray worker because memory is low. A lost task is submitted again, and no input is
+reported as the cause. The worker process ends with its Ray worker. The Ray worker ends with its node, or with the
+driver.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ R = TypeVar("R")
 
 _POLL_S = 0.2
 _REPORTS_PER_S = 1000  # all running tasks together send at most this number of progress reports
-_LOST_LIMIT = 5  # a task that is lost this number of times ends the run
+_LOST_LIMIT = 5  # if one task is lost this number of times, the run ends with an error
 _STOP_S = 5.0  # running tasks have this time to stop; then Ray kills them
-_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0  # time between two checks of the head node; longest time without an answer
+_HEAD_EVERY_S, _HEAD_LOST_S = 5.0, 30.0  # interval between checks of the head node; longest time without an answer
 
 
 @dataclass
@@ -53,10 +53,10 @@ class _Running:
 
 
 class ClusterRunner:
-    """A Runner whose tasks run on the cluster `address`, at most `jobs` at a time, each on one core.
+    """A Runner whose tasks run on the cluster at `address`: at most `jobs` tasks at a time, and each on one core.
 
     If `jobs` is None, all cores of the cluster are used. If `preload` names a module, worker processes start at the
-    beginning of the `with` block and import the module. For the addresses see prep/cluster.py.
+    beginning of the `with` block and import the module. prep/cluster.py describes the addresses.
     """
 
     def __init__(self, address: str, jobs: int | None, preload: str = "") -> None:
@@ -90,13 +90,16 @@ class ClusterRunner:
         self._resources.close()
 
     def check_machines(self, folder: Path | None, source: Path, versions: Callable[[], dict[str, str]]) -> None:
-        """See Runner.check_machines. The error names the first node that differs, and both values."""
+        """Check that all nodes see the same files and have the same software. See Runner.check_machines.
+
+        The error names the first node that differs, and both values.
+        """
         check_nodes(self._ray, folder, source, versions)
 
     def map(
         self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
     ) -> Generator[tuple[T, R | WorkerDied], None, None]:
-        """See Runner.map. `work` must be a module-level function that every node can import.
+        """Run `work` on every task. See Runner.map. `work` must be a module-level function that every node can import.
 
         If the generator is closed or raises, the running tasks are stopped before `map` ends.
         """
@@ -114,8 +117,8 @@ class ClusterRunner:
         running: dict[Any, _Running],
     ) -> Iterator[tuple[T, Any]]:
         ray, lost = self._ray, deque[_Running]()
-        finished = Counts(0, 0, 0)  # of the tasks that have ended
-        reported: dict[str, Counts] = {}  # by attempt, of running tasks
+        finished = Counts(0, 0, 0)  # sum over the tasks that have ended
+        reported: dict[str, Counts] = {}  # attempt -> counts of a running task
         reading, read_at = None, 0.0
         head = _HeadNode(ray.get_runtime_context().gcs_address, self.address)
         while True:
@@ -165,7 +168,7 @@ class ClusterRunner:
 
 
 def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Running]) -> _Running | None:
-    """The next submission: of a lost task, else of a new task; None if no task is left."""
+    """The next submission. Lost tasks come before new tasks. Returns None if no task is left."""
     if lost:
         again = lost.popleft()
         return _Running(secrets.token_hex(8), again.task, again.payload, again.lost_before + 1)
@@ -175,7 +178,7 @@ def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Runni
 
 
 def _lost(run: _Running, failure: Exception) -> _Running:
-    """`run`, to be submitted again. Raises UserError if the task was lost too often."""
+    """Return `run`, which is to be submitted again. Raises UserError if its task was lost _LOST_LIMIT times."""
     if run.lost_before + 1 >= _LOST_LIMIT:
         raise UserError(
             f"A task was lost {_LOST_LIMIT} times on the cluster, the last time because: {cause_text(failure)}. "
@@ -189,9 +192,9 @@ def _sum(*counts: Counts) -> Counts:
 
 
 class _HeadNode:
-    """Checks now and then that the cluster's head node still accepts connections.
+    """Checks every _HEAD_EVERY_S that the cluster's head node still accepts connections.
 
-    Ray itself would wait for a lost head node without a limit.
+    Without these checks, Ray waits for a lost head node without a limit.
     """
 
     def __init__(self, gcs_address: str, cluster: str) -> None:
@@ -213,7 +216,7 @@ class _HeadNode:
                 raise UserError(
                     f"cluster {self._cluster}: the head node {self._host_and_port[0]} has not answered for "
                     f"{now - self._answered_at:.0f} s ({error.strerror or error}). Start the cluster again, then run "
-                    "the same command: finished work is kept."
+                    "the same command again. Finished work is kept."
                 ) from None
 
 
@@ -224,11 +227,11 @@ class _Counters:
     """Actor that collects the counts of all running tasks, and tells tasks to stop."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counts] = {}  # by attempt
-        self._stopped: set[str] = set()
+        self._counts: dict[str, Counts] = {}  # attempt -> counts
+        self._stopped: set[str] = set()  # attempts that must stop
 
     def report(self, attempt: str, counts: Counts | None) -> bool:
-        """Set the counts of a task; None: the task has ended. Returns whether the task must stop."""
+        """Set the counts of a task, or remove them if `counts` is None. Returns whether the task must stop."""
         if counts is None:
             self._counts.pop(attempt, None)
         else:
@@ -236,7 +239,7 @@ class _Counters:
         return attempt in self._stopped
 
     def read(self) -> dict[str, Counts]:
-        """Counts of the running tasks."""
+        """The counts of each running task, by attempt."""
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:
@@ -245,18 +248,18 @@ class _Counters:
 
 
 class _Stopped(Exception):
-    """Ends a task that the driver wants to stop."""
+    """Raised in a task that the driver wants to stop."""
 
 
-_pools: dict[str, WorkerPool] = {}  # the pool of this Ray worker, by preloaded module
+_pools: dict[str, WorkerPool] = {}  # preloaded module -> pool of this Ray worker
 
 
 @contextmanager
 def _pool(preload: str) -> Iterator[WorkerPool]:
-    """The pool of this Ray worker: one worker process, which the next task uses again.
+    """The pool of this Ray worker. It has one worker process, which later tasks use again.
 
-    multiprocessing makes a new process import the file of the module __main__, which here is Ray's own program; the
-    worker process does not need it. The attribute __file__ is therefore hidden.
+    multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this is Ray's own
+    program, which the worker process does not need. This function therefore hides the attribute __file__.
     """
     main = sys.modules["__main__"]
     file = main.__dict__.pop("__file__", None)
@@ -282,7 +285,10 @@ def _nothing(task: None, task_progress: TaskProgress) -> None:
 def _run(
     payload: bytes, attempt: str, counters: Any, interval_s: float, preload: str
 ) -> tuple[bytes, Counts, bytes | None]:
-    """Run one task in the worker process of this Ray worker: (pickled result, counts, pickled error or None)."""
+    """Run one task in the worker process of this Ray worker.
+
+    Returns (pickled result, counts, pickled error or None).
+    """
     import ray
 
     last = Counts(0, 0, 0)
@@ -313,6 +319,6 @@ def _run(
 
 
 def _run_pickled(payload: bytes, task_progress: TaskProgress) -> bytes:
-    """Run a pickled (work, task). The Ray worker does not unpickle the pair, and so loads no module of the task."""
+    """Unpickle the pair (work, task) and run it. The Ray worker itself does not import the modules of the task."""
     work, task = pickle.loads(payload)
     return pickle.dumps(work(task, task_progress))

@@ -42,8 +42,8 @@ def pytest_configure() -> None:
         os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-# Folders and files of the tests that start Ray clusters. All these tests run in one test process, one after another,
-# because several clusters at the same time need more memory and more cores than a small machine has.
+# Folders and files of the tests that start Ray clusters. All these tests run in one test process, one after another.
+# Several clusters at the same time would need more memory and cores than a small machine has.
 _CLUSTER_TESTS = (
     *("tests/prep/test_cluster.py", "tests/prep/build/test_cluster.py", "tests/pipeline/cli", "tests/pipeline/service"),
     *("tests/train/service", "tests/tools/test_service_demo.py"),
@@ -51,7 +51,7 @@ _CLUSTER_TESTS = (
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Give all tests that start Ray clusters to one test process, and all tests of any other file to one process."""
+    """Run all tests that start Ray clusters in one test process, and the tests of each other file in one process."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

@@ -1,4 +1,4 @@
-"""The processes of the service demo: the nodes of a Ray cluster on this machine, and trainers in the background."""
+"""Starts and stops the processes of the service demo: nodes of a Ray cluster, and `alextrain run` commands."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from prep.cluster import ray_module
 from prep.console import UserError, duration_text
 from train.runs.run_dir import read_metrics
 
-NODE_BYTES = 150_000_000  # shared memory of a node
-LIMIT_S = 900.0  # time after which a wait fails
+NODE_BYTES = 150_000_000  # size of the object store of a node, in shared memory
+LIMIT_S = 900.0  # longest time of each wait
 
 
 def script(name: str) -> Path:
-    """The path of a command of this environment."""
+    """The path of a command that is installed beside this Python."""
     return Path(sys.executable).parent / name
 
 
 def wait_until(reached: Callable[[], bool], what: str, limit_s: float = LIMIT_S) -> None:
-    """Wait until `reached` returns True. Raises UserError after `limit_s`."""
+    """Wait until `reached()` returns True. Raises UserError after `limit_s` seconds. `what` names the condition."""
     deadline = time.monotonic() + limit_s
     while not reached():
         if time.monotonic() > deadline:
@@ -40,10 +40,11 @@ def wait_until(reached: Callable[[], bool], what: str, limit_s: float = LIMIT_S)
 
 @contextmanager
 def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
-    """A Ray cluster of a head node without cores and `count` nodes with one core each: the cluster and these nodes.
+    """Start a Ray cluster with a head node without cores, and `count` nodes with one core each.
 
-    All processes and files of the cluster are gone after the `with` block. The cluster has a temporary folder of its
-    own, so `auto` still means the machine's other cluster, if there is one. Raises UserError if a node does not start.
+    Yields (cluster, list of the `count` nodes). All processes and files of the cluster are removed after the `with`
+    block. The cluster has its own temporary folder, so the address `auto` still means another cluster of this machine,
+    if there is one. Raises UserError if a node does not start.
     """
     ray_module()
     from ray.cluster_utils import Cluster
@@ -53,19 +54,20 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     before = os.environ.get("RAY_TMPDIR")
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         os.environ["RAY_TMPDIR"] = temporary
-        # A node whose start is interrupted by Ctrl-C is ended by Ray when this program exits, after the `with` block.
+        # If Ctrl-C interrupts the start of a node, Ray kills the node only when this program exits, after the `with`
+        # block. So delete its files then.
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         cluster: Any = Cluster()
         try:
             try:
                 cluster.add_node(num_cpus=0, object_store_memory=NODE_BYTES, include_dashboard=False)
                 nodes = [cluster.add_node(num_cpus=1, object_store_memory=NODE_BYTES) for _ in range(count)]
-            except Exception as error:  # Ray raises Exception itself
+            except Exception as error:  # Ray raises a plain Exception
                 raise UserError(
                     f"a node of the Ray cluster does not start: {error} Try again on an idle machine."
                 ) from None
             finally:
-                for number, handler in handlers.items():  # Ray has replaced them
+                for number, handler in handlers.items():  # Ray has replaced the signal handlers
                     signal.signal(number, handler)
             yield cluster, nodes
         finally:
@@ -76,7 +78,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
 
 
 class Trainer:
-    """One `alextrain run` command in the background. Its output is in a file beside the run folder."""
+    """One `alextrain run` command in the background. A file beside the run folder receives its output."""
 
     def __init__(self, run_dir: Path, options: Sequence[str]) -> None:
         """Start the command. `options` are those of `alextrain run`, without --run-dir and --log-every."""
@@ -103,7 +105,7 @@ class Trainer:
         return code is not None
 
     def stop(self) -> None:
-        """End the command if it still runs."""
+        """Stop the command if it is still running."""
         if self.process.poll() is None:
             self.process.terminate()
             try:
@@ -115,7 +117,7 @@ class Trainer:
 
 @contextmanager
 def running(commands: Sequence[tuple[Path, Sequence[str]]]) -> Iterator[list[Trainer]]:
-    """Trainers for several pairs of run folder and options. The trainers that still run are stopped at the end."""
+    """Start a Trainer for each pair (run folder, options). At the end, stop the trainers that are still running."""
     with ExitStack() as stack:
         trainers = []
         for run_dir, options in commands:

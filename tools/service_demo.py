@@ -1,15 +1,16 @@
-"""Train twice on a service whose node is killed, and check that the weights are those of trainings without a service.
+"""Demo of the service: kills a node during training, and checks that the trained weights are the same as without it.
 
     python -m tools.service_demo
 
-The demo makes a small store and starts a Ray cluster on this machine: a head node without cores, and two nodes with one
-core each. A service has a worker on each of the two nodes. Two `alextrain run` commands with different seeds and one
-stream seed take their batches from the service, and have no fallback. In the middle of the training, the demo kills one
-node as a power failure does. Then the demo trains both runs again without the service, and compares the files of the
-runs: weights, velocity, state and metrics must have the same bits.
+The demo makes a small store, and starts a Ray cluster on this machine: a head node without cores, and two nodes with
+one core each. A service runs one worker on each of the two nodes. Two `alextrain run` commands read their batches from
+the service. They have different seeds and the same stream seed, and no --service-fallback. In the middle of the
+training, the demo kills all processes of one node at once, as a power failure does. Then the demo trains both runs
+again without the service, and compares the files of the runs: weights, velocity, state and metrics must have the same
+bits.
 
-The exit code is 0 if everything is equal, and 1 if something differs or a command failed. The demo takes a few
-minutes on two cores, and 1 GB of disk space in the temporary folder. It needs the extra `cluster`.
+The exit code is 0 if all files are equal, and 1 if one differs or a command fails. The demo takes a few minutes on two
+cores, and 1 GB of disk space in the temporary folder. It needs the extra `cluster`.
 """
 
 from __future__ import annotations
@@ -41,18 +42,18 @@ RUNS = ("service", "alone")  # run folders are service-1, service-2, alone-1 and
 
 
 class Clock:
-    """Prints what happens, with the time since the start of the demo."""
+    """Prints the steps of the demo, each with the time since the start."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """Seconds since the start of the demo."""
         return time.monotonic() - self._started
 
     def say(self, text: str) -> None:
-        """Print a line."""
+        """Print a line that begins with the time since the start."""
         say(f"{self.seconds:6.1f} s  {text}")
 
 
@@ -70,7 +71,7 @@ def make_store(folder: Path) -> Path:
 
 
 def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> list[tuple[Path, list[str]]]:
-    """For each seed, the run folder NAME-SEED and the options of `alextrain run`; `more` are further options."""
+    """(run folder, options of `alextrain run`) for each seed. The folder is NAME-SEED. `more` are further options."""
     common = [
         *("--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", str(BATCH)),
         *("--steps", str(steps), "--keep", "1", "--stream-seed", str(STREAM_SEED), *more),
@@ -79,15 +80,15 @@ def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> li
 
 
 def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: Clock) -> dict[str, Any]:
-    """Train both runs on a service, and kill a node on the way.
+    """Train both runs on a service, and kill a node during the training.
 
-    Returns which node was killed at which steps, and the status of the service before and after the kill and at the
-    end.
+    Returns the name of the killed node, the steps at which the runs were then, and the status of the service before the
+    kill, after the kill and at the end.
     """
     from pipeline.service.control import make_config, service_status, start_service, stop_service
 
     with ExitStack() as stack:
-        # Ray reports the death of a node on the standard output of all programs that are connected.
+        # Ray prints the death of a node to the standard output of every connected program.
         stack.enter_context(redirect_stdout(stack.enter_context((folder / "ray.log").open("w"))))
         clock.say("start a Ray cluster: a head node without cores, and two nodes")
         cluster, started = stack.enter_context(cluster_of_nodes(2))
@@ -128,10 +129,10 @@ def train_with_service(store: Path, folder: Path, steps: int, seed: int, clock: 
 
 
 def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: str) -> tuple[str, int]:
-    """The node to kill, and the step at which it is killed, in the middle third of the training.
+    """Choose the node to kill, and the step at which it is killed, in the middle third of the training.
 
-    The node is not the node of the coordinator. The service would survive this too, but the coordinator that Ray starts
-    on another node counts images and retries from zero.
+    The node of the coordinator is not chosen. The service survives the loss of that node, too, but the new coordinator
+    counts images and retries from zero.
     """
     chance = random.Random(seed)
     return (
@@ -141,12 +142,12 @@ def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: s
 
 
 def worker_nodes(status: Mapping[str, Any]) -> list[str]:
-    """Ray's ids of the nodes on which a service has workers."""
+    """Ray's id of the node of each worker."""
     return [worker["node"] for worker in status["workers"]]
 
 
 def status_text(status: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """One line about a service. `names` gives the names of the nodes by Ray's ids."""
+    """The state of a service in one line. `names` is {Ray's id of a node: name}."""
     nodes = " and ".join(sorted(names[node] for node in worker_nodes(status)))
     return (
         f"{count_noun(len(status['workers']), 'worker')}{f' on {nodes}' if nodes else ''}, {status['starting']} "
@@ -163,7 +164,7 @@ def train_alone(store: Path, folder: Path, steps: int) -> None:
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:
-    """A row for each result of each seed: its digests with the service and alone, and whether they are equal."""
+    """One row for each file of each run: its digests with and without the service, and whether they are equal."""
     rows = []
     for seed in SEEDS:
         service, alone = (run_hashes(folder / f"{name}-{seed}") for name in RUNS)
@@ -186,7 +187,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def images_of_a_run(store: Path, folder: Path) -> int:
-    """Number of images that each run got for training and validation. Both runs get the same images."""
+    """Number of images that each run received for training and validation. Both runs receive the same images."""
     from prep.store.manifest import Store
 
     kinds = [line["kind"] for line in read_metrics(folder / f"service-{SEEDS[0]}")]
@@ -194,7 +195,7 @@ def images_of_a_run(store: Path, folder: Path) -> int:
 
 
 def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
-    """Run the demo in a folder, and return the object that --json prints. Raises UserError if a command fails."""
+    """Run the demo in a folder. Returns the object that --json prints. Raises UserError if a command fails."""
     ray_module()
     clock = Clock()
     clock.say(f"make a store of {PHOTOGRAPHS} photographs")
@@ -214,13 +215,13 @@ def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """The table, and sentences about the results and the decoded images."""
+    """The table of results, followed by two lines: the number of differences, and the number of decoded images."""
     rows, images, decoded = result["results"], result["images_of_a_run"], result["end"]["images_made"]
     different = sum(not row["equal"] for row in rows)
     return (
         f"{table(rows)}\n{len(rows)} results: {f'{different} different' if different else 'all equal'}.\n"
-        f"Each of the two runs got {images:,} images. The service decoded {decoded:,}: these {images:,} for both runs, "
-        f"and {decoded - images:,} that were read ahead, lost with the node, or no longer kept."
+        f"Each of the two runs received {images:,} images. The service decoded {decoded:,}: {images:,} once for both "
+        f"runs, and {decoded - images:,} that were read ahead, lost with the node, or no longer kept."
     )
 
 
@@ -230,7 +231,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> NoReturn:
 
 @contextmanager
 def _demo_folder(folder: Path | None) -> Iterator[Path]:
-    """The new folder `folder`, or a temporary folder. Raises UserError if `folder` exists."""
+    """Create the folder `folder`, or a temporary folder if it is None. Raises UserError if `folder` exists."""
     if folder is None:
         with tempfile.TemporaryDirectory(prefix="service-demo-") as temporary:
             yield Path(temporary)
@@ -249,26 +250,26 @@ def _demo_folder(folder: Path | None) -> Iterator[Path]:
     default=24,
     show_default=True,
     metavar="N",
-    help="Number of steps of each training.",
+    help="Number of training steps of each run.",
 )
 @click.option(
     "--seed",
     type=click.IntRange(0),
     default=0,
     show_default=True,
-    help="Seed that decides which node is killed, and at which step.",
+    help="Seed of the random choice of the node that is killed, and of the step at which it is killed.",
 )
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
-    help="Folder for the store, the runs and their output.  [default: a temporary folder, which is removed]",
+    help="New folder for the store, the runs and their output.  [default: a temporary folder, which is removed]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(steps: int, seed: int, folder: Path | None, as_json: bool) -> None:
-    """Train two runs on a service while one of its two nodes is killed, and compare them with runs without a service.
+    """Train two runs on a service, kill one of its two nodes, and compare the runs with runs without a service.
 
-    The exit code is 0 if the weights, states and metrics of the runs have the same bits.
+    The exit code is 0 if the weights, states and metrics of the runs have the same bits, else 1.
 
     \b
     Example:

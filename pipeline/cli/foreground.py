@@ -1,4 +1,4 @@
-"""A service in a cluster of this machine alone, which runs until the command is interrupted."""
+"""Runs a service in a Ray cluster of this machine alone, until the user interrupts the command."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from pipeline.service.protocol import ServiceConfig
 from prep.cluster import LOCAL
 from prep.console import Terminated, print_json, say
 
-_EVERY_S = 5.0  # time between two lines of progress
-_LEAVE_S = 6.0  # time in which consumers notice that the service is stopped, and leave the cluster
-_LOOK_S = 1.0  # time between two checks whether the service was stopped
+_EVERY_S = 5.0  # interval between two lines of progress
+_LEAVE_S = 6.0  # consumers have this time to notice that the service was stopped, and to leave the cluster
+_LOOK_S = 1.0  # interval between two checks whether the service was stopped
 
 
 def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -> None:
-    """Print the progress of a service until Ctrl-C, SIGTERM or `alexstream stop`, then end it.
+    """Print the progress of a service until Ctrl-C, SIGTERM or `alexstream stop`, then stop the service.
 
     Raises ServiceError if no worker can serve the store.
     """
@@ -38,11 +38,12 @@ def serve_until_stopped(ray: ModuleType, config: ServiceConfig, as_json: bool) -
 
 
 def _stop(ray: ModuleType, name: str) -> None:
-    """End the service, and let its consumers leave the cluster before the cluster ends.
+    """Stop the service, and wait until its consumers have left the cluster.
 
-    Ray ends a process whose node has ended.
+    Otherwise Ray would kill the consumers' processes when the cluster ends.
     """
-    with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):  # a signal to all processes ended the cluster
+    # These errors occur if a signal to all processes has already ended the cluster.
+    with suppress(ServiceError, TimeoutError, ray.exceptions.RayError):
         if name in service_names(ray):
             consumers = service_status(ray, name, LOCAL)["consumers"]
             stop_service(ray, name, LOCAL)
@@ -56,13 +57,13 @@ def _print_ready(state: dict[str, Any], address: str, as_json: bool) -> None:
         return
     print_state(state)
     say(
-        f"Service {name} is ready for trainings of this machine: alextrain run --service {name} (if several Ray "
+        f"Service {name} is ready for training runs on this machine: alextrain run --service {name} (if several Ray "
         f"clusters run here: --service {name}@{address}). Press Ctrl-C to stop it."
     )
 
 
 def _print_progress(ray: ModuleType, state: dict[str, Any], as_json: bool) -> None:
-    """Print a line every _EVERY_S if something has changed, until the service is gone."""
+    """Print a line every _EVERY_S, unless it equals the line before. Returns when the service has been stopped."""
     name, last, printed_s, shown = state["name"], state, time.monotonic(), ""
     while True:
         time.sleep(_LOOK_S)

@@ -1,4 +1,4 @@
-"""`alexstream serve`, `status` and `stop`: commands that start, show and end services in a Ray cluster."""
+"""`alexstream serve`, `status` and `stop`: commands that start, show and stop services in a Ray cluster."""
 
 from __future__ import annotations
 
@@ -43,46 +43,48 @@ def _name_option(default: str | None, text: str) -> Callable[[Command], Command]
 _running_cluster_option = _cluster_option(
     "auto",
     "auto|HOST:PORT",
-    "Ray cluster of the service: the cluster that this machine belongs to (auto), or the cluster with this address.",
+    "Ray cluster of the service: the cluster that this machine belongs to (auto), or the cluster at this address.",
 )
 
 
 @click.command("serve")
 @store_option
-@_name_option("default", "Name of the service, by which trainings find it (alextrain run --service NAME).")
+@_name_option("default", "Name of the service. Training runs use it as: alextrain run --service NAME.")
 @_cluster_option(
     "local",
     "local|auto|HOST:PORT",
     "Ray cluster of the workers: a new cluster of this machine alone, which ends with this command (local), the "
-    "cluster that this machine belongs to (auto), or the cluster with this address.",
+    "cluster that this machine belongs to (auto), or the cluster at this address.",
 )
 @click.option(
     "--workers",
     callback=_parse_workers,
     metavar="MIN:MAX",
-    help="Smallest and largest number of workers. The number follows the load.  [default: 1 to all cores of the "
-    "cluster]",
+    help="Smallest and largest number of workers, for example 2:32. One number fixes the number of workers. Otherwise "
+    "the number follows the load.  [default: 1 to the number of workers for which the cluster has cores]",
 )
 @click.option(
     "--threads",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of threads that decode in each worker, and number of cores that Ray reserves for a worker.",
+    help="Number of decoding threads in each worker. Ray reserves the same number of cores for each worker.",
 )
 @click.option(
     "--ahead",
     type=click.IntRange(1, 1024),
     default=16,
     show_default=True,
-    help="Number of steps by which the fastest consumer of a stream may be ahead of the slowest consumer.",
+    help="Number of steps by which the fastest training run of a stream may be ahead of the slowest. The service keeps "
+    "the batches of these steps.",
 )
 @click.option(
     "--consumers",
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="Number of consumers that a stream waits for before its first batch is made, for up to 60 s.",
+    help="Number of training runs that read the same stream. The first batch waits until all of them have connected, "
+    "at most 60 s.",
 )
 @json_option
 def serve(
@@ -95,11 +97,11 @@ def serve(
     consumers: int,
     as_json: bool,
 ) -> None:
-    """Start a service: workers on the nodes of a Ray cluster decode and crop the images of trainings.
+    """Start a service: workers on the nodes of a Ray cluster that decode and crop images for training runs.
 
-    With --cluster local the command runs until Ctrl-C or SIGTERM, then ends the service and exits with code 0. In
-    another cluster the command returns when the workers are ready, and the service runs until `alexstream stop`. Every
-    node that has workers needs the store at the same path.
+    With --cluster local, the command runs until Ctrl-C or SIGTERM, then stops the service and exits with code 0. In
+    another cluster, the command returns when the workers are ready, and the service runs until `alexstream stop`. Every
+    node with workers needs the store at the same path.
 
     \b
     Example:
@@ -142,7 +144,7 @@ def serve(
 @_running_cluster_option
 @json_option
 def status(name: str | None, cluster: str, as_json: bool) -> None:
-    """Print the workers, consumers, queue and counts of the services of a cluster, and the nodes without a worker.
+    """Print the state of the services in a cluster: workers, consumers, queue, counts, and nodes that cannot be used.
 
     \b
     Example:
@@ -169,7 +171,9 @@ def status(name: str | None, cluster: str, as_json: bool) -> None:
 @_name_option("default", "Name of the service.")
 @_running_cluster_option
 def stop(name: str, cluster: str) -> None:
-    """Stop a service and its workers. Trainings that use the service stop, or go on with --service-fallback local.
+    """Stop a service and its workers.
+
+    Training runs that use the service end with an error. Runs with --service-fallback local continue without it.
 
     \b
     Example:

@@ -1,4 +1,4 @@
-"""The state of a service as text."""
+"""Formats the state of a service as text."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from prep.console import bytes_text, count_noun, duration_text, one_line
 
 
 def print_state(state: dict[str, Any]) -> None:
-    """Print what the coordinator's method `status` returned, as several lines on standard output."""
+    """Print the state of a service, which Coordinator.status returns, to standard output."""
     for line in state_lines(state):
         click.echo(one_line(line))
 
@@ -46,7 +46,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
 
 
 def ready_line(state: dict[str, Any], advice: str) -> str:
-    """One line: whether the service is ready, and `advice`."""
+    """A line that says whether the service is ready, followed by `advice`."""
     missing = state["min_workers"] - len(state["workers"])
     if missing <= 0:
         return f"Service {state['name']} is ready. {advice}"
@@ -58,7 +58,7 @@ def ready_line(state: dict[str, Any], advice: str) -> str:
 
 
 def progress_line(state: dict[str, Any], images_per_s: float) -> str:
-    """One line while the service works."""
+    """A line of progress of a running service."""
     workers = count_noun(len(state["workers"]), "worker")
     consumers = count_noun(len(state["consumers"]), "consumer")
     return (

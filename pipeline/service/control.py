@@ -1,4 +1,4 @@
-"""Starts, describes and stops services in a cluster."""
+"""Functions that start and stop services in a Ray cluster, and that return their state."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ from prep.cluster import NAMESPACE
 from prep.console import bytes_text, say
 from prep.store.manifest import Store
 
-CALL_S = 30.0  # time after which a service that does not answer is reported
-BEGIN_S = 120.0  # the same for a new service, whose process must start first
-READY_S = 60.0  # time for which the start of a service waits for workers
-FAULT_S = 10.0  # time after which a start ends if no worker can start
-_STREAMS, _BATCH_IMAGES = 2, 512  # for the size of the object store: training and validation, large batches
-_IN_USE = 4  # number of batches that a consumer uses and no longer needs from the service
-_LEAST_BYTES = 80_000_000  # Ray refuses smaller object stores
+CALL_S = 30.0  # a service that does not answer a call within this time is reported as an error
+BEGIN_S = 120.0  # the same limit for the first call of a new service, whose process must start first
+READY_S = 60.0  # longest time for which `alexstream serve` waits until the workers are ready
+FAULT_S = 10.0  # `alexstream serve` ends with an error if all workers have failed to start for this time
+# The default object store has room for two streams (training and validation) with batches of 512 images.
+_STREAMS, _BATCH_IMAGES = 2, 512
+_IN_USE = 4  # number of batches in the object store that a consumer has received and still uses
+_LEAST_BYTES = 80_000_000  # Ray refuses object stores that are smaller than this
 
 
 def make_config(store: Path, name: str, min_workers: int, max_workers: int, threads: int, **more: Any) -> ServiceConfig:
-    """The settings of a service for a store. Raises StoreError for a store that is missing or incomplete.
+    """The settings of a service for a store. `more` sets further fields of ServiceConfig.
 
-    `more` sets further fields of ServiceConfig.
+    Raises StoreError if the store is missing or incomplete.
     """
     opened = Store.open(store)
     for split in opened.splits:
@@ -66,26 +67,26 @@ def start_service(ray: ModuleType, config: ServiceConfig) -> Any:
 
 
 def most_workers(ray: ModuleType, threads: int) -> int:
-    """Number of workers that fit on the nodes of the cluster now, at least 1."""
+    """Number of workers with `threads` cores each for which the cluster's nodes now have cores; at least 1."""
     return max(1, sum(cores // threads for cores in _cores(ray)))
 
 
 def check_cores(ray: ModuleType, config: ServiceConfig, address: str) -> None:
-    """Raise ServiceError if no node has enough cores for a worker, unless the service may be without workers."""
+    """Raise ServiceError if no node has enough cores for one worker, unless `min_workers` is 0."""
     largest = max(_cores(ray), default=0)
     if config.min_workers and largest < config.threads:
         advice = f"Choose --threads {largest} or less, or start" if largest else "Start"
         raise ServiceError(
-            f"service {config.name}: a worker needs a node with {config.threads} cores, the largest node of cluster "
-            f"{address} has {largest}. {advice} a larger node (ray start --address HOST:PORT --num-cpus N). If the "
-            "cluster has an autoscaler, pass --workers 0:MAX."
+            f"service {config.name}: a worker needs a node with {config.threads} cores, but the largest node of "
+            f"cluster {address} has {largest}. {advice} a larger node (ray start --address HOST:PORT --num-cpus N). If "
+            "the cluster has an autoscaler, pass --workers 0:MAX."
         )
 
 
 def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[str, Any]:
-    """Wait until `min_workers` workers are ready, at most for READY_S. Returns the state of the service.
+    """Wait up to READY_S until `min_workers` workers are ready. Returns the state of the service.
 
-    Raises ServiceError with the reasons if no node of the cluster can serve the store.
+    Raises ServiceError if no node of the cluster can serve the store. The error names the reason of each node.
     """
     begun_s = time.monotonic()
     while True:
@@ -105,25 +106,25 @@ def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[
 
 
 def object_store_bytes(ahead: int) -> int:
-    """Size of the object store of a cluster of this machine alone.
+    """Size of the object store for a Ray cluster of this machine alone, in bytes.
 
-    The size is that of all batches that are kept for two streams of 512 images a batch, at most 30 % of the memory and
-    90 % of what is free in /dev/shm.
+    The object store has room for the batches of two streams with 512 images in each batch. Its size is limited to 30 %
+    of the memory and to 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
     """
     wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     free = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else memory
     if 0.9 * free < _LEAST_BYTES:
         say(
-            f"Warning: /dev/shm has {bytes_text(free)} free, expected {bytes_text(_LEAST_BYTES)} or more. Ray keeps "
-            "batches in files instead, which is slow. In a container, pass --shm-size 4gb."
+            f"Warning: /dev/shm has {bytes_text(free)} free, expected {bytes_text(_LEAST_BYTES)} or more. Ray "
+            "therefore keeps batches in files, which is slow. Start a container with --shm-size 4gb."
         )
         free = memory
     return max(_LEAST_BYTES, min(wanted, int(0.3 * memory), int(0.9 * free)))
 
 
 def _cores(ray: ModuleType) -> list[int]:
-    """Number of cores of each node of the cluster."""
+    """Number of CPU cores of each living node of the cluster."""
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
@@ -135,7 +136,7 @@ def stop_service(ray: ModuleType, name: str, address: str) -> None:
     finally:
         ray.kill(coordinator, no_restart=True)
     deadline = time.monotonic() + CALL_S
-    while time.monotonic() < deadline:  # the name is free only when Ray has removed the actor
+    while time.monotonic() < deadline:  # a new service can have this name only after Ray has removed the actor
         try:
             ray.get_actor(actor_name(name), NAMESPACE)
         except ValueError:
@@ -144,17 +145,20 @@ def stop_service(ray: ModuleType, name: str, address: str) -> None:
 
 
 def service_status(ray: ModuleType, name: str, address: str) -> dict[str, Any]:
-    """What `alexstream status` prints. Raises ServiceError if there is no such service or if it does not answer."""
+    """The state of a service, which `alexstream status` prints.
+
+    Raises ServiceError if there is no such service, or if the service does not answer.
+    """
     status: dict[str, Any] = call(ray, name, find_service(ray, name, address).status)
     return status
 
 
 def call(ray: ModuleType, name: str, method: Any, timeout_s: float = CALL_S) -> Any:
-    """The result of a method of a coordinator. Raises ServiceError if it does not answer within `timeout_s`."""
+    """Call a method of a coordinator. Raises ServiceError if the coordinator does not answer within `timeout_s`."""
     try:
         return ray.get(method.remote(), timeout=timeout_s)
     except ray.exceptions.RayError as error:
         raise ServiceError(
-            f"service {name} does not answer within {timeout_s:.0f} s: {last_line(error)} Look at "
-            "the cluster with: ray status"
+            f"service {name} did not answer within {timeout_s:.0f} s: {last_line(error)} Check the nodes of the "
+            "cluster with: ray status"
         ) from None

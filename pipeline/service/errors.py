@@ -1,4 +1,4 @@
-"""Errors of the service, as one line for the user."""
+"""Errors of the service. Each error is one line for the user."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from prep.console import UserError
 
 
 def last_line(error: Exception) -> str:
-    """The last line of an error of Ray, which names the cause, cut after 300 characters."""
+    """The last line of one of Ray's errors, which names the cause. Longer lines are cut after 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [repr(error)])[-1][:300]
 
 
 class ServiceError(UserError):
-    """The service cannot give a batch: it does not exist, it has another store, or it sent something unexpected."""
+    """A service cannot be used: it does not exist, serves another store, or sent an unexpected answer."""
 
 
 class ServiceLost(ServiceError):
-    """The service was there and no longer answers: it was stopped, or its cluster is gone."""
+    """A service that answered before no longer answers, because the service was stopped or its cluster ended."""

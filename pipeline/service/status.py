@@ -1,4 +1,4 @@
-"""What a loader knows about its service."""
+"""State of a service, as a loader reports it."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 
 class ServiceStatus(NamedTuple):
-    """State of the service that a loader uses, as of the last answer of the service."""
+    """State of the service that a loader uses, at the time of the service's last answer."""
 
     name: str  # name of the service
     workers: int  # number of workers that are ready
-    queue: int  # number of batches that wait for a worker, of all consumers
-    # "connected", or "local" after the service was lost: the loader then makes the batches from the local store
+    queue: int  # number of batches that wait for a worker, for all consumers together
+    # "connected", or "local" after the service was lost and the loader makes the batches from the local store
     state: str

@@ -1,16 +1,17 @@
 """Builds a split in parts, without a cluster: part I of N builds every N-th shard, beginning with shard I − 1.
 
-Parts can run in any order, again and again, and at the same time on different machines that share a file system (for
-example as the tasks of a SLURM array). The locks are as follows:
+Parts can run in any order, more than once, and at the same time on several machines that share a file system (for
+example as the tasks of a SLURM array). Two files serve as locks:
 
-    store/.lock                            a part holds it shared; a build of all shards and `join` hold it alone
-    store/train/.build/part-3-of-8.lock    a part holds it alone, so that the same part does not run twice
+    store/.lock                            each part holds a shared lock. A build of all shards and `join` hold an
+                                           exclusive lock
+    store/train/.build/part-3-of-8.lock    part 3 of 8 holds an exclusive lock, so that it does not run twice
 
 The part that comes first begins the build: it creates the folder .build by one rename. Every other part compares its
-own listing and settings with the files in that folder. A part that finds all shards finished takes the store's lock
-alone and writes the manifest. If two parts finish at the same time, only one of them therefore writes the manifest.
-`alexprep join` writes the manifest without building a part. The file .build/parts.json has the number of parts and the
-command line of the part that began last.
+own listing and settings with the files in that folder. A part that finds all shards finished takes an exclusive lock of
+the store and writes the manifest. If two parts finish at the same time, the lock lets only one of them write the
+manifest. `alexprep join` writes the manifest without building a part. The file .build/parts.json holds the number of
+parts, and the command line of the part that began last.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ from prep.inputs.reader import Source
 from prep.store.manifest import SPLITS, Settings, Store
 from prep.workers import Runner
 
-_BEGIN_WAIT_S = 60.0  # a part waits this long for the store's lock: another part may be writing the manifest
-_JOIN_WAIT_S = 2.0  # a finished part waits this long for the lock, because other parts may be about to end
+_BEGIN_WAIT_S = 60.0  # a part waits this long for the store's lock, because another part may be writing the manifest
+_JOIN_WAIT_S = 2.0  # a finished part waits this long for an exclusive lock, because other parts may be about to end
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` (1..count) of a build."""
+    """Part `number` of a build in `count` parts. `number` counts from 1."""
 
     number: int
     count: int
@@ -55,18 +56,18 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def shards(self, shard_count: int) -> range:
-        """Numbers of the shards of this part, of `shard_count` shards."""
+        """Numbers of the shards that this part builds, if the split has `shard_count` shards."""
         return range(self.number - 1, shard_count, self.count)
 
     def count_inputs(self, inputs: int) -> int:
-        """Number of inputs in the shards of this part, if the split has `inputs` inputs."""
+        """Number of inputs in the shards that this part builds, if the split has `inputs` inputs."""
         boundaries = shard_boundaries(inputs)
         return sum(boundaries[shard + 1] - boundaries[shard] for shard in self.shards(len(boundaries) - 1))
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How a split is divided, for messages: the number of parts, and the command line of a part without --part."""
+    """Division of a split for messages: the number of parts, and the command line of a part without its --part."""
 
     count: int
     command: str
@@ -77,8 +78,8 @@ class PartResult:
     """State of the split after a part has ended."""
 
     shards: int  # number of shards of the part
-    store: Store | None  # the store, if the split is complete
-    missing: dict[Part, list[int]]  # unfinished shards, by part; empty if another process completes the store
+    store: Store | None  # the store; None if the split is not complete
+    missing: dict[Part, list[int]]  # part -> its unfinished shards; empty if another process completes the store
 
 
 def build_part(
@@ -93,8 +94,8 @@ def build_part(
 ) -> PartResult:
     """Build the shards of one part. If all parts are then finished, write the manifest.
 
-    `command` is the command line without --part, for the messages of `join`. Raises the same errors as build_split, and
-    UserError if an input changed since the first part began.
+    `command` is the command line without --part, which `join` shows in messages. Raises the same errors as build_split,
+    and UserError if an input has changed since the first part began.
     """
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     refuse_store_in_source(source, store)
@@ -116,7 +117,7 @@ def build_part(
 
 
 def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
-    """Remove what killed processes left behind, unless another part is at work."""
+    """Remove temporary files of killed processes, unless another part is running."""
     with suppress(LockHeld), hold_lock(store, "build", wait_s=0):
         remove_temporary_files(store)
         if not (plan.work_dir / "plan.json").exists():
@@ -131,13 +132,13 @@ def _begin_or_check(plan: BuildPlan, store: Path) -> None:
     if changed:
         raise UserError(
             f"{store}: {count_noun(len(changed), 'input')} changed since the first part began (first: "
-            f"{name_text(next(iter(changed)))}). When no part is at work, run the same command once without --part: "
+            f"{name_text(next(iter(changed)))}). When no part is running, run the same command once without --part: "
             "it accepts the change, and keeps the finished shards."
         )
 
 
 def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> PartResult:
-    """Write the manifest if all shards are finished and no other process is at work in the store."""
+    """Write the manifest if all shards are finished and no other process is using the store."""
     shards = len(part.shards(plan.shard_count))
     plan.refresh()
     missing = missing_shards(plan, part.count)
@@ -154,14 +155,14 @@ def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> Pa
 
 
 def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
-    """Write the manifest, unless another process has already done so. The caller holds the store's lock alone."""
+    """Write the manifest, unless another process has already written it. The caller holds the exclusive lock."""
     existing = open_existing(store, plan)
     if existing is not None and plan.source.split in existing.splits:
         return existing
     if existing is not None and existing.classes != plan.source.classes:
         raise UserError(
             f"{store}: {plan.source.split} has {len(plan.source.classes)} classes, the store has "
-            f"{len(existing.classes)}, or classes of other names. All splits of a store must have the same classes."
+            f"{len(existing.classes)}, or their names differ. All splits of a store must have the same classes."
         )
     remove_temporary_files(store)
     built = assemble_split(plan, store, existing, policy)
@@ -170,7 +171,7 @@ def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
 
 
 def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
-    """The shards that are not finished, by part; parts without such shards are left out."""
+    """The unfinished shards of each part. Parts without unfinished shards are left out."""
     unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
     numbers = sorted({shard % part_count + 1 for shard in unfinished})
     return {
@@ -180,15 +181,15 @@ def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
 
 
 def begun_splits(store: Path) -> list[str]:
-    """The splits whose builds have begun but are not complete."""
+    """The splits with a build that has begun and is not complete."""
     return [split for split in SPLITS if (store / split / ".build" / "plan.json").exists()]
 
 
 def join_split(store: Path, split: str, max_bad: int | None) -> tuple[Store | None, dict[Part, list[int]], Parts]:
     """Write the manifest of a split whose parts are all finished, from the files in its work folder.
 
-    Returns (store, {}, parts), or (None, missing shards by part, parts) if a shard is missing. Raises UserError if a
-    part or a build is at work, or if more bad inputs were left out than `max_bad`.
+    Returns (store, {}, parts). If a shard is missing, returns (None, missing shards of each part, parts). Raises
+    UserError if a part or a build is running, or if the parts left out more than `max_bad` bad inputs.
     """
     with disk_errors(store), hold_lock(store, "build"):
         plan = _open_plan(store, split)
@@ -200,7 +201,7 @@ def join_split(store: Path, split: str, max_bad: int | None) -> tuple[Store | No
 
 
 def _open_plan(store: Path, split: str) -> BuildPlan:
-    """The plan of an unfinished build, from the files in its work folder. Its source cannot be read."""
+    """The plan of an unfinished build, from the files in its work folder. The plan cannot read its inputs."""
     work_dir = store / split / ".build"
     try:
         begun = json.loads((work_dir / "plan.json").read_bytes())
@@ -225,7 +226,7 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
 
 
 def _read_parts(plan: BuildPlan) -> Parts:
-    """The division into parts; one part if the build was begun without --part."""
+    """The division of a build into parts. A build that was begun without --part counts as one part."""
     try:
         parts = json.loads((plan.work_dir / "parts.json").read_bytes())
         return Parts(int(parts["parts"]), str(parts["command"]))
@@ -234,5 +235,5 @@ def _read_parts(plan: BuildPlan) -> Parts:
 
 
 def shard_list(shards: Sequence[int], shown: int = 5) -> str:
-    """Shard numbers for a message: `00003, 00011, …`."""
+    """Shard numbers as text for a message: `00003, 00011, …`."""
     return ", ".join(f"{shard:05d}" for shard in shards[:shown]) + (", …" if len(shards) > shown else "")

@@ -1,4 +1,4 @@
-"""`alexprep copy`: the command that copies a store to, from or between buckets and local folders."""
+"""`alexprep copy`: the command that copies a store between local folders and buckets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import click
 
 from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
 
-_MAX_DEFAULT_JOBS = 8  # more transfers at once fill no faster connection and make each of them slower
+_MAX_DEFAULT_JOBS = 8  # more parallel transfers make each transfer slower without using more of the connection
 
 
 @click.command("copy")
@@ -18,20 +18,21 @@ _MAX_DEFAULT_JOBS = 8  # more transfers at once fill no faster connection and ma
     "--jobs",
     type=click.IntRange(1, 1024),
     metavar="N",
-    help=f"Number of worker processes.  [default: number of usable cores, at most {_MAX_DEFAULT_JOBS}]",
+    help=f"Number of worker processes that copy files.  [default: number of usable cores, at most {_MAX_DEFAULT_JOBS}]",
 )
 @json_option
 def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
     """Copy the store SRC to DST, and verify every file after it has arrived.
 
-    SRC and DST are folders or URLs: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH. s3:// and gs:// need the
-    extra `remote` and find credentials in the environment: AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_REGION and
-    AWS_ENDPOINT_URL, or AWS_PROFILE; GOOGLE_APPLICATION_CREDENTIALS.
+    SRC and DST are folders or URLs: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX or file:///PATH. URLs with s3:// and gs://
+    need the extra `remote`. Environment variables give the credentials. For s3:// set AWS_ACCESS_KEY_ID,
+    AWS_SECRET_ACCESS_KEY, AWS_REGION and AWS_ENDPOINT_URL, or AWS_PROFILE. For gs:// set
+    GOOGLE_APPLICATION_CREDENTIALS.
 
-    Shards are compared with the digests of the manifest. Files sent to a bucket are read back. The manifest is written
-    last, so DST is a store only if it is complete. A request that fails because of the connection is sent again several
-    times, for half a minute in all. After an error or an interruption, the same command continues with the files that
-    have not arrived.
+    The command compares each shard with its digest in the manifest, and reads back every file that it sends to a
+    bucket. The manifest is written last, so a DST with a manifest is complete. If the connection fails, the command
+    repeats the request for half a minute. After an error or an interruption, the same command continues with the files
+    that have not arrived.
 
     \b
     Example:

@@ -13,7 +13,9 @@ from prep.store.manifest import SPLITS, Store
 
 @click.command("join")
 @store_option
-@click.option("--split", type=click.Choice(SPLITS), help="Split to complete.  [default: every split that was begun]")
+@click.option(
+    "--split", type=click.Choice(SPLITS), help="Split to complete.  [default: every split whose build has begun]"
+)
 @click.option(
     "--max-bad",
     type=click.IntRange(0),
@@ -24,8 +26,8 @@ from prep.store.manifest import SPLITS, Store
 def join(store: Path, split: str | None, max_bad: int | None, as_json: bool) -> None:
     """Complete a store whose shards were built with `build-lmdb --part`.
 
-    The part that ends last completes the store by itself, so this command is needed only if that part was interrupted.
-    If shards are missing, the command prints the commands that build them, and the exit code is 1.
+    The part that ends last completes the store itself. This command is needed only if that part was interrupted. If
+    shards are missing, `join` prints the commands that build them, and its exit code is 1.
 
     \b
     Example:
@@ -58,5 +60,5 @@ def join(store: Path, split: str | None, max_bad: int | None, as_json: bool) -> 
     if unfinished:
         raise UserError(
             f"{store}: {' and '.join(unfinished)} cannot be completed, because shards are missing. Run the commands "
-            "that are printed above; the one that ends last completes the store."
+            "that are printed above. The command that ends last completes the store."
         )

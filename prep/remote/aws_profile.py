@@ -1,9 +1,10 @@
-"""Reads access keys, region and endpoint of AWS's shared configuration files.
+"""Reads access keys, region and endpoint from AWS's shared configuration files.
 
-obstore itself reads environment variables, and asks the metadata services of EC2, ECS and EKS. It does not read
-~/.aws/credentials and ~/.aws/config, which the AWS command line and boto3 read. This module reads the settings that
-these files can hold as text. Profiles that need a login or another role (sso_*, role_arn, credential_process) are not
-supported; `aws configure export-credentials --format env` prints variables for them.
+obstore, the library that reads and writes buckets, takes settings from environment variables and from the metadata
+services of EC2, ECS and EKS. Unlike the AWS command line and boto3, obstore does not read ~/.aws/credentials and
+~/.aws/config. This module reads the settings that these files hold as text. Profiles that need a login or another role
+(sso_*, role_arn, credential_process) are not supported. For these profiles, `aws configure export-credentials --format
+env` prints environment variables.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ _VARIABLES = {  # setting -> environment variables that take precedence over the
 
 
 def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Settings for S3Store from the profile AWS_PROFILE (default: `default`), without those that variables give.
+    """Settings for S3Store from the profile that AWS_PROFILE names (without AWS_PROFILE: the profile `default`).
 
-    An access key in the environment replaces the keys of the profile, as in the AWS command line. Raises UserError if a
-    file cannot be read, or if AWS_PROFILE names a profile that is in neither file.
+    Settings that the environment sets are left out. An access key in the environment replaces all keys of the profile,
+    as in the AWS command line. Raises UserError if a file cannot be read, or if neither file has the profile.
     """
     profile = environment.get("AWS_PROFILE", "")
     home = Path(environment.get("HOME", "~")).expanduser()
@@ -57,7 +58,7 @@ def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, s
 
 
 def _section(path: Path, name: str) -> Mapping[str, str] | None:
-    """The section `name` of a file, or None if there is no such file or section."""
+    """The section `name` of a file; None if the file or the section does not exist."""
     parser = configparser.RawConfigParser()
     try:
         parser.read(path, "utf-8")

@@ -24,31 +24,34 @@ from prep.store.manifest import (
 )
 
 MANIFEST = "manifest.json"
-CHECKSUMS = "SHA256SUMS"  # in object storage: digests of all files, in the format of the program sha256sum
+CHECKSUMS = "SHA256SUMS"  # file in object storage: digests of all files, in the format of the program sha256sum
 _NAME = r"[A-Za-z0-9_-]+"
 
 
 class Damaged(Exception):
-    """A file differs from the manifest. The message says how."""
+    """A file differs from the manifest. The message names the difference and both values."""
 
 
 @dataclass(frozen=True)
 class StoreFile:
-    """A file of a store, and what the manifest says of its content. Exactly one of the last three fields is set."""
+    """A file of a store, and its expected content. Exactly one of the last three fields is set."""
 
     path: str  # relative to the store
-    shard: Shard | None = None  # of a data.mdb
-    color_stats: ColorStats | None = None  # of a colour.json, computed from the manifest's moments
-    sha256: str = ""  # of any other file
+    shard: Shard | None = None  # for a data.mdb: the shard's entry in the manifest
+    color_stats: ColorStats | None = None  # for a colour.json: statistics computed from the manifest's moments
+    sha256: str = ""  # for any other file: SHA-256 (hex) from the manifest
 
 
 def read_manifest(folder: Folder) -> tuple[Store, bytes]:
-    """The store in `folder` and the bytes of its manifest. Raises StoreError if there is no undamaged manifest."""
+    """The store in `folder`, and the bytes of its manifest.
+
+    Raises StoreError if the manifest is missing or damaged.
+    """
     try:
         content = folder.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         if not folder.is_remote:
-            Store.open(folder.name)  # raises the error that says what the folder is
+            Store.open(folder.name)  # raises a StoreError that says what is in the folder
         unfinished = folder.states([SOURCE])
         hint = "a copy was not finished: run the same alexprep copy again" if unfinished else "not a store"
         raise StoreError(f"{folder.name}: no {MANIFEST} in it ({hint}).") from None
@@ -64,7 +67,10 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
 
 
 def store_files(store: Store, name: str) -> list[StoreFile]:
-    """All files of a store except its manifest, the shards first. Raises StoreError if a path leaves the store."""
+    """All files of a store except its manifest. The shards come first.
+
+    Raises StoreError if a path in the manifest points outside of the store.
+    """
     files = [StoreFile(f"{shard.path}/data.mdb", shard) for split in store.splits.values() for shard in split.shards]
     for split_name, split in store.splits.items():
         try:
@@ -83,9 +89,10 @@ def store_files(store: Store, name: str) -> list[StoreFile]:
 
 
 def check_content(file: StoreFile, path: Path) -> str:
-    """Compare the local file `path` with the manifest. Returns its SHA-256 (hex). Raises Damaged if it differs.
+    """Compare the local file `path` with the manifest, and return its SHA-256 (hex).
 
-    The path of a shard must end in data.mdb. LMDB may crash the process that reads a damaged shard.
+    The path of a shard must end in data.mdb. Raises Damaged if the file differs. A damaged shard may make LMDB crash
+    the process.
     """
     with open(path, "rb") as opened:
         whole = file_digest(opened, "sha256").hexdigest()
@@ -126,12 +133,12 @@ def _check_color_stats(expected: ColorStats, path: Path) -> None:
 
 
 def format_checksums(digests: dict[str, str]) -> bytes:
-    """The content of SHA256SUMS: a line for each path."""
+    """The content of a SHA256SUMS file, with one line for each path. `digests` is {path: SHA-256 (hex)}."""
     return "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items())).encode()
 
 
 def parse_checksums(content: bytes) -> dict[str, str]:
-    """{path: SHA-256 (hex)} of a SHA256SUMS; lines of another form are left out."""
+    """Parse a SHA256SUMS file into {path: SHA-256 (hex)}. Lines of another form are ignored."""
     lines = content.decode("utf-8", "replace").splitlines()
     matches = (re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines)
     return {match[2]: match[1] for match in matches if match}

@@ -1,6 +1,6 @@
-"""Copies a store between folders, at least one of which may be in object storage. The manifest is written last.
+"""Copies a store from one folder to another. Either folder may be local or in object storage (S3, Google Cloud).
 
-Order of a copy:
+A copy has these steps:
 
 1.  Read the source's manifest and check its checksum. Refuse a destination that holds anything else than an unfinished
     copy of the same store.
@@ -11,7 +11,8 @@ Order of a copy:
 4.  In object storage, write SHA256SUMS. Then write manifest.json, and read it back.
 5.  Delete the journal.
 
-So a store that has a manifest is complete: whoever opens an unfinished copy gets an error that names `alexprep copy`.
+The manifest is written last, so a folder with a manifest is a complete store. A command that opens an unfinished copy
+ends with an error that names `alexprep copy`.
 """
 
 from __future__ import annotations
@@ -49,17 +50,17 @@ MB = 1_000_000
 
 @dataclass(frozen=True)
 class CopyPlan:
-    """What a copy has to do, from `planned_copy`."""
+    """Source, destination and files of one copy. Created by `planned_copy`."""
 
     source: Folder
     target: Folder
     manifest: bytes
     identity: CopySource
     files: tuple[StoreFile, ...]  # all files except the manifest
-    states: dict[str, FileState]  # of the files in the source, by path
-    checksums: dict[str, str]  # SHA-256 (hex) from the source's SHA256SUMS, by path
-    arrivals: dict[str, Arrival]  # files that an earlier run copied
-    is_complete: bool  # the destination is already a complete copy
+    states: dict[str, FileState]  # path -> state of the file in the source
+    checksums: dict[str, str]  # path -> SHA-256 (hex) from the source's SHA256SUMS
+    arrivals: dict[str, Arrival]  # path -> file that an earlier run copied and verified
+    is_complete: bool  # whether the destination is already a complete copy
     scratch: Path  # folder for files that are copied from one bucket to another
 
     @property
@@ -69,7 +70,7 @@ class CopyPlan:
 
     @property
     def retries(self) -> int:
-        """Requests that this process has repeated."""
+        """Number of requests that this process has repeated."""
         return self.source.retries + self.target.retries
 
     @property
@@ -83,20 +84,20 @@ class CopyResult:
     """Totals of a finished copy."""
 
     fingerprint: str
-    files: int  # with the manifest
-    bytes: int
-    copied_files: int  # by this run; the others were copied by earlier runs
-    copied_bytes: int
-    retries: int  # requests and transfers that were repeated
+    files: int  # number of files in the store, the manifest included
+    bytes: int  # size of these files
+    copied_files: int  # number of files that this run copied; earlier runs copied the others
+    copied_bytes: int  # size of the files that this run copied
+    retries: int  # number of requests and transfers that were repeated
     seconds: float
 
 
 @contextmanager
 def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
-    """Compare source and destination. During the `with` block, a local destination is locked.
+    """Compare source and destination, and plan the copy. During the `with` block, a local destination is locked.
 
-    Raises UserError if the source is not a complete store, or if the destination holds anything else than this store or
-    an unfinished copy of it. Raises DiskFull if a local destination has too little space.
+    Raises UserError if the source is not a complete store, or if the destination has any content other than this store
+    or an unfinished copy of it. Raises DiskFull if a local destination has too little space.
     """
     source, target = open_folder(source_name), open_folder(target_name)
     if _same_folder(source, target):
@@ -143,7 +144,7 @@ def planned_copy(source_name: str, target_name: str) -> Iterator[CopyPlan]:
 def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
     """Copy and verify the files that have not arrived, then write the manifest. `progress` counts megabytes.
 
-    Raises UserError if a file cannot be copied or is damaged. The same copy can be run again and then continues.
+    Raises UserError if a file cannot be copied or is damaged. The same copy can be run again, and then continues.
     """
     started = time.monotonic()
     target, arrivals = plan.target, dict(plan.arrivals)
@@ -175,7 +176,7 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
             )
         arrivals[task.file.path] = copied.arrival
         retries += copied.retries
-    retries -= plan.retries  # if the runner ran the tasks in this process, their requests were counted here, too
+    retries -= plan.retries  # plan.retries counts the tasks' requests again if the runner ran them in this process
     if not plan.is_complete:
         _finish(plan, arrivals)
     if not plan.is_complete or journal.read_source(target) is not None:
@@ -193,13 +194,16 @@ def run_copy(plan: CopyPlan, runner: Runner, progress: Progress) -> CopyResult:
 
 
 def _finish(plan: CopyPlan, arrivals: dict[str, Arrival]) -> None:
-    """Steps 3 and 4 of the module's docstring. Raises UserError if anything changed during the copy."""
+    """Check the destination, then write SHA256SUMS and the manifest (steps 3 and 4 of the module's docstring).
+
+    Raises UserError if source or destination changed during the copy.
+    """
     source, target = plan.source, plan.target
     changed = sorted(arrivals.keys() - journal.unchanged(target, arrivals).keys())
     if changed:
         raise UserError(
             f"{target.name}: {count_noun(len(changed), 'file')} changed after the copy had verified them (first: "
-            f"{changed[0]}). Stop what writes there, then run the same command again."
+            f"{changed[0]}). Stop the program that writes into this folder, then run the same command again."
         )
     if source.read(MANIFEST) != plan.manifest:
         raise UserError(
@@ -221,7 +225,10 @@ def _finish(plan: CopyPlan, arrivals: dict[str, Arrival]) -> None:
 
 
 def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileState]) -> bool:
-    """Whether the destination is already a complete copy. Raises UserError if it is another or a damaged store."""
+    """Whether the destination is already a complete copy.
+
+    Raises UserError if the destination is a damaged copy or another store.
+    """
     try:
         manifest = target.read(MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -243,7 +250,10 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
 
 
 def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[str, Arrival]:
-    """What has arrived of an unfinished copy. Raises UserError if the destination holds anything else."""
+    """The files of an unfinished copy that have arrived, by path.
+
+    Raises UserError if the destination has other content, or an unfinished copy of another store.
+    """
     _refuse_other_content(target)
     began = journal.read_source(target)
     if began is None:
@@ -259,7 +269,7 @@ def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[st
 
 
 def _refuse_other_content(target: Folder) -> None:
-    """Raise UserError if the destination holds files but neither a manifest nor an unfinished copy."""
+    """Raise UserError if the destination has files, but no manifest and no unfinished copy."""
     if not target.states([MANIFEST, journal.SOURCE]) and not target.is_empty():
         raise UserError(f"{target.name} is not empty and holds no unfinished copy. Name another destination.")
 
@@ -280,5 +290,5 @@ def _same_folder(source: Folder, target: Folder) -> bool:
 
 
 def _pickled_name(folder: Folder) -> str:
-    """The name with which a worker process opens the folder."""
+    """The name by which a worker process can open the folder."""
     return os.path.abspath(folder.name) if isinstance(folder, LocalFolder) else folder.name

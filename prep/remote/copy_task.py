@@ -1,12 +1,12 @@
-"""Copies one file of a store and verifies it after it has arrived. Worker processes run these tasks.
+"""Copies one file of a store, and verifies the copy. Worker processes run these tasks.
 
-From object storage, or between local folders: the file is written under a temporary name, its content is compared with
-the manifest (a shard: SHA-256 over all keys and values) and with SHA256SUMS, and only then it gets its name.
+From object storage, and between local folders, a file is first written under a temporary name. Its content is compared
+with the manifest (for a shard: SHA-256 over all keys and values) and with SHA256SUMS. Then it gets its final name.
 
-To object storage: the local file is compared with the manifest, sent, and then read back from the server. The SHA-256
-of what the server returns must be that of the local file. A server's own checksum would prove less: an ETag of a
-multipart upload is not a digest of the content, and not every server computes checksums. The price is that every byte
-is transferred twice. S3 and Google charge nothing for this inside a region, and their usual fee for traffic elsewhere.
+To object storage, the local file is first compared with the manifest, then sent, then read back from the server. The
+returned bytes must have the SHA-256 of the local file. The server's own checksum is not sufficient: the ETag of a
+multipart upload is not a digest of the content, and not every server computes checksums. Reading back doubles the
+traffic. S3 and Google charge nothing for traffic inside a region, and their usual fee for traffic elsewhere.
 """
 
 from __future__ import annotations
@@ -26,27 +26,27 @@ from prep.remote.object_store import ObjectFolder
 from prep.remote.urls import open_folder
 from prep.workers import TaskProgress
 
-TRIES = 3  # transfers of a file whose content is wrong on arrival
+TRIES = 3  # a file that arrives with wrong content is transferred at most this number of times
 
 
 @dataclass(frozen=True)
 class CopyTask:
     """The task to copy one file. A task is pickled for a worker process."""
 
-    source: str  # name of the folder
-    target: str
+    source: str  # name of the folder to copy from, for open_folder
+    target: str  # name of the folder to copy to
     file: StoreFile
-    state: FileState  # of the file in the source
+    state: FileState  # state of the file in the source
     checksum: str  # SHA-256 (hex) in the source's SHA256SUMS; empty if there is none
     scratch: Path  # folder for files that are copied from one bucket to another
 
 
 @dataclass(frozen=True)
 class Copied:
-    """The outcome of a task."""
+    """The result of a CopyTask."""
 
     arrival: journal.Arrival
-    retries: int  # requests and transfers that were repeated
+    retries: int  # number of requests and transfers that were repeated
 
 
 class ByteCounter:
@@ -56,7 +56,7 @@ class ByteCounter:
         self._progress, self._counted = task_progress, 0
 
     def __call__(self, position: int) -> None:
-        """The first `position` bytes of the file have been transferred."""
+        """Record that the first `position` bytes of the file have been transferred."""
         if position > self._counted:
             self._progress.count(position - self._counted)
             self._counted = position
@@ -72,9 +72,11 @@ def copy_file(task: CopyTask, task_progress: TaskProgress) -> Copied:
             break
         except Damaged as damage:
             if number == TRIES:
-                raise UserError(f"{damage}, {TRIES} times. Nothing with this name was accepted.") from None
+                raise UserError(f"{damage}, {TRIES} times. The file was not copied.") from None
         except FileNotFoundError as error:
-            raise UserError(f"{error.filename or task.file.path} vanished during the copy. Run it again.") from None
+            raise UserError(
+                f"{error.filename or task.file.path} was deleted during the copy. Run the same command again."
+            ) from None
     journal.record_arrival(target, task.file.path, arrival)
     return Copied(arrival, source.retries + target.retries - retries_before + number - 1)
 
@@ -86,7 +88,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
         try:
             digest = check_content(task.file, local)
         except Damaged as damage:
-            raise UserError(f"{source.name}: {damage}. List all faults with: alexprep verify") from None
+            raise UserError(f"{source.name}: {damage}. List all damage with: alexprep verify") from None
         return _upload(target, path, local, digest, count)
     if isinstance(target, LocalFolder):
         temporary = journal.incoming_file(target, path, unique_suffix())
@@ -106,7 +108,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
 
 
 def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes) -> str:
-    """Write the file to `temporary`, sync it and check its content. Returns its SHA-256 (hex)."""
+    """Download the file to `temporary`, sync it to the disk and check its content. Returns its SHA-256 (hex)."""
     digest = sha256()
     disk = task.target if task.scratch == Path() else f"{task.scratch} (TMPDIR names another folder)"
     try:
@@ -123,8 +125,8 @@ def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes
     except OSError as error:
         raise disk_error(
             error,
-            f"{disk}: {error.strerror or error}. Correct this error, then run the same command again: files that "
-            "arrived are kept.",
+            f"{disk}: {error.strerror or error}. Correct this error, then run the same command again. Files that "
+            "have arrived are kept.",
         ) from None
     if task.checksum and digest.hexdigest() != task.checksum:
         what = f"SHA-256 {digest.hexdigest()}, SHA256SUMS says {task.checksum}"
@@ -136,7 +138,7 @@ def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes
 
 
 def _upload(target: ObjectFolder, path: str, local: Path, digest: str, count: CountBytes) -> journal.Arrival:
-    """Send a local file, read it back, and compare the SHA-256 with `digest`. Raises Damaged if it differs."""
+    """Send a local file and read it back. Raises Damaged unless its SHA-256 is then `digest`."""
     state = target.upload(path, local, count)
     stored = sha256()
     for chunk in target.chunks(path, state):

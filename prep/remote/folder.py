@@ -10,16 +10,16 @@ from typing import NamedTuple, Protocol
 from prep.console import UserError, disk_error
 from prep.files import sync_folder, write_atomic
 
-CHUNK_BYTES = 8 << 20  # bytes of one request for a part of a large file
+CHUNK_BYTES = 8 << 20  # a large file is transferred in parts of this size, one request for each part
 
-CountBytes = Callable[[int], None]  # gets the number of bytes of a file that were transferred so far
+CountBytes = Callable[[int], None]  # is called with the number of bytes of a file that have been transferred so far
 
 
 class FileState(NamedTuple):
-    """Size and version of a file. The version differs after the file has been written again."""
+    """Size and version of a file. The version changes when the file is written again."""
 
     size_bytes: int
-    version: str  # object storage: the ETag; local: the modification time in ns
+    version: str  # in object storage the ETag, in a local folder the modification time in ns
 
 
 class Folder(Protocol):
@@ -36,7 +36,7 @@ class Folder(Protocol):
         """Whether the folder holds no file. A missing folder is empty."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """The states of those of the files that exist."""
+        """{path: state} of the files that exist. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
         """The content of a small file."""
@@ -48,7 +48,7 @@ class Folder(Protocol):
         """Write a small file. The file appears with its whole content or not at all."""
 
     def delete(self, paths: Iterable[str]) -> None:
-        """Delete those of the files that exist."""
+        """Delete the files. Missing files are ignored."""
 
 
 class LocalFolder:
@@ -61,7 +61,7 @@ class LocalFolder:
         self.root, self.name = root, str(root)
 
     def is_empty(self) -> bool:
-        """See Folder.is_empty. The lock file of an earlier command does not count."""
+        """Whether the folder holds no file except the lock file of an earlier command. See Folder.is_empty."""
         try:
             return all(name == ".lock" for name in os.listdir(self.root))
         except FileNotFoundError:
@@ -100,7 +100,7 @@ class LocalFolder:
             write_atomic(self.root / path, content)
 
     def move_in(self, temporary: Path, path: str) -> None:
-        """Rename a synced file on the same disk to `path`."""
+        """Move a file from a temporary path on the same disk to `path`. The file must be synced to the disk."""
         final = self.root / path
         with self.disk_errors():
             final.parent.mkdir(parents=True, exist_ok=True)
@@ -113,7 +113,7 @@ class LocalFolder:
             (self.root / path).unlink(missing_ok=True)
 
     def disk_errors(self) -> _DiskErrors:
-        """A context manager that turns an OSError into a DiskFull or UserError that says how to go on."""
+        """A context manager that replaces an OSError by DiskFull or UserError with advice to the user."""
         return _DiskErrors(self.name)
 
 
@@ -127,6 +127,5 @@ class _DiskErrors:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: object) -> None:
         if isinstance(error, OSError):
             text = f"{self.name}: {error.strerror or error}"
-            raise disk_error(
-                error, f"{text}. Correct this error, then run the same command again: files that arrived are kept."
-            ) from None
+            advice = "Correct this error, then run the same command again. Files that have arrived are kept."
+            raise disk_error(error, f"{text}. {advice}") from None

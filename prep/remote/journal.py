@@ -1,11 +1,13 @@
-"""Journal of a copy: what has arrived in the destination and was verified. An interrupted copy continues from it.
+"""Journal of a copy: the files that have arrived in the destination and were verified.
+
+An interrupted copy reads the journal and continues with the other files.
 
     DST/.copy/source.json               digest of the source's manifest, which identifies the store that is copied
     DST/.copy/train/00000/data.mdb.json size, version and SHA-256 of a file that was verified after it arrived
-    DST/.copy/incoming/…                local destination: files that are arriving
+    DST/.copy/incoming/…                only in a local destination: files that are being transferred
 
-A file counts as arrived only if the destination still holds it with the size and the version (ETag or modification
-time) of its entry. The last step of a copy deletes the folder .copy.
+A file counts as arrived only if its size and version (ETag or modification time) in the destination still are those in
+its entry. The last step of a copy deletes the folder .copy.
 """
 
 from __future__ import annotations
@@ -30,11 +32,11 @@ _REQUESTS_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class CopySource:
-    """The store that is copied."""
+    """Identity of the store that is copied."""
 
-    manifest: str  # SHA-256 (hex) of its manifest.json
+    manifest: str  # SHA-256 (hex) of the store's manifest.json
     fingerprint: str
-    name: str  # SRC of the command that began the copy
+    name: str  # argument SRC of the command that began the copy
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Arrival:
 
 
 def read_source(target: Folder) -> CopySource | None:
-    """The store of which `target` holds an unfinished copy, or None if there is no unfinished copy."""
+    """The store of which `target` holds an unfinished copy; None if there is no unfinished copy."""
     try:
         return CopySource(**json.loads(target.read(SOURCE)))
     except FileNotFoundError:
@@ -67,7 +69,7 @@ def record_arrival(target: Folder, path: str, arrival: Arrival) -> None:
 
 
 def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
-    """The recorded arrivals of those files that the destination still holds unchanged."""
+    """{path: arrival} of the files that the journal lists and the destination still holds unchanged."""
     paths = list(paths)
 
     def read(path: str) -> Arrival | None:
@@ -81,7 +83,7 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
 
 
 def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival]:
-    """Those of the arrivals whose files the destination still holds with the recorded size and version."""
+    """The part of `arrivals` whose files still have the recorded size and version in the destination."""
     states = target.states(arrivals)
     return {
         path: arrival
@@ -91,18 +93,18 @@ def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival
 
 
 def incoming_file(target: LocalFolder, path: str, suffix: str) -> Path:
-    """Temporary path of a file that is arriving. `suffix` is different in every process."""
+    """Temporary path of a file that is being transferred. `suffix` must be different in every process."""
     return target.root / _INCOMING / suffix / path
 
 
 def remove_incoming(target: Folder) -> None:
-    """Remove the files that were arriving when a copy was killed."""
+    """Remove the unfinished files of a copy that was killed."""
     if isinstance(target, LocalFolder):
         shutil.rmtree(target.root / _INCOMING, ignore_errors=True)
 
 
 def remove_journal(target: Folder, paths: Iterable[str]) -> None:
-    """Delete the journal after the copy of the files `paths` is complete; source.json is deleted last."""
+    """Delete the journal of a complete copy of the files `paths`. The file source.json is deleted last."""
     if isinstance(target, LocalFolder):
         shutil.rmtree(target.root / COPY_FOLDER, ignore_errors=True)
         return
@@ -111,7 +113,10 @@ def remove_journal(target: Folder, paths: Iterable[str]) -> None:
 
 
 def _for_each(request: Callable[[str], T], paths: Iterable[str]) -> list[T]:
-    """Results of a request for each path, in order. Ctrl-C waits only for requests that have been sent."""
+    """Send a request for each path from several threads, and return the results in the order of the paths.
+
+    Ctrl-C waits only for the requests that have been sent.
+    """
     threads = ThreadPoolExecutor(_REQUESTS_AT_ONCE)
     try:
         return list(threads.map(request, paths))

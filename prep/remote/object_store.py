@@ -1,9 +1,9 @@
-"""A prefix of a bucket of S3 or Google Cloud Storage, read and written through obstore.
+"""Reads and writes a folder in a bucket of S3 or Google Cloud Storage, with the library obstore.
 
-A request that fails because of the connection or the server is sent again: obstore repeats it almost at once, as
-INNER_RETRIES says, and this module repeats it after each of the WAITS_S. A large file is read in parts of CHUNK_BYTES,
-so only the part that failed is read again. A large file is written as a multipart upload, which appears as a whole or
-not at all; obstore repeats a part that failed.
+A request that fails because of the connection or the server is sent again. obstore first repeats the request almost at
+once (INNER_RETRIES). Then this module repeats it after each of the waiting times WAITS_S. A large file is read in parts
+of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload, which appears
+in the bucket as a whole or not at all. obstore repeats a part that failed.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ INNER_RETRIES: dict[str, Any] = {
     "max_retries": 2,
     "backoff": {"init_backoff": timedelta(milliseconds=100)},  # the second wait is twice as long
 }
-WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waits before the second and later tries of a request
-_TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}  # of a request for one part; an uplink can be slow
-_READ_TIMEOUT = "60s"  # without a byte; only for reading, because it would include the time in which a part is sent
-_PARTS_AT_ONCE = 2  # parts of one upload that are sent at the same time and kept in memory
-_MAX_PARTS = 9_000  # S3 allows 10,000
+WAITS_S = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0)  # mean waiting times before the second and later tries of a request
+_TIMEOUTS = {"connect_timeout": "5s", "timeout": "900s"}  # limits of a request for one part, with a slow uplink
+# Longest time without a received byte. The limit is set only for reading, because in an upload it would include the
+# time in which the part is sent.
+_READ_TIMEOUT = "60s"
+_PARTS_AT_ONCE = 2  # number of parts of one upload that are kept in memory and sent at the same time
+_MAX_PARTS = 9_000  # largest number of parts of one upload; S3 allows 10,000
 
 _INSTALL = "Install it with: pip install 'alexnet[remote]'"
 _CREDENTIALS = {
@@ -58,7 +60,7 @@ def _obstore(scheme: str) -> ModuleType:
 
 
 class ObjectFolder:
-    """The objects of a bucket whose keys begin with `prefix`/."""
+    """The folder `prefix` of a bucket: all objects whose keys begin with `prefix`/. Implements Folder."""
 
     is_remote = True
 
@@ -72,20 +74,20 @@ class ObjectFolder:
         if scheme == "s3":
             kind = self._obstore.store.S3Store
             options |= profile_settings()
-        # http:// is used only if the user's endpoint begins with it.
+        # obstore uses http:// without TLS only if the user's endpoint begins with http://.
         client_options = {**_TIMEOUTS, "allow_http": True}
         try:
             self._store: Any = kind(bucket, **options, client_options={**client_options, "read_timeout": _READ_TIMEOUT})
             self._writing_store: Any = kind(bucket, **options, client_options=client_options)
         except (self._obstore.exceptions.BaseError, ValueError, OSError) as error:
-            raise UserError(f"{self.name}: {_reason(error)}. Correct the variables of the environment.") from None
+            raise UserError(f"{self.name}: {_reason(error)}. Correct the environment variables.") from None
 
     def is_empty(self) -> bool:
         """See Folder.is_empty."""
         return not self._tried("", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), []))
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """See Folder.states. All objects of the prefix are listed."""
+        """{path: state} of the files that exist. Lists all objects of the folder. See Folder.states."""
         wanted = set(paths)
 
         def listed() -> dict[str, FileState]:
@@ -107,7 +109,10 @@ class ObjectFolder:
                 options["if_match"] = state.version
             chunk = self._tried(path, partial(self._get, path, options))
             if len(chunk) != end - start:
-                raise UserError(f"{self.name}/{path}: {len(chunk):,} bytes, expected {end - start:,}. Run it again.")
+                raise UserError(
+                    f"{self.name}/{path}: the server sent {len(chunk):,} bytes, expected {end - start:,}. Run the same "
+                    "command again."
+                )
             yield chunk
 
     def _get(self, path: str, options: dict[str, Any]) -> bytes:
@@ -118,7 +123,7 @@ class ObjectFolder:
         self._tried(path, lambda: self._obstore.put(self._writing_store, path, content, use_multipart=False))
 
     def upload(self, path: str, file: Path, count: CountBytes) -> FileState:
-        """Write a local file of any size. `count` gets the number of bytes that were handed to obstore so far."""
+        """Upload a local file of any size. `count` is called with the number of bytes passed to obstore so far."""
         size_bytes = file.stat().st_size
         chunk_bytes = max(CHUNK_BYTES, -(-size_bytes // _MAX_PARTS))
 
@@ -141,7 +146,7 @@ class ObjectFolder:
                 self._tried(path, partial(self._obstore.delete, self._store, path))
 
     def _tried(self, path: str, request: Callable[[], T]) -> T:
-        """Result of a request. A request that fails for a temporary reason is sent again after each of the WAITS_S."""
+        """Send a request and return its result. If it fails for a temporary reason, send it again after WAITS_S."""
         waits_s = list(WAITS_S)
         while True:
             try:
@@ -153,9 +158,10 @@ class ObjectFolder:
             time.sleep(waits_s.pop(0) * random.uniform(0.5, 1.5))
 
     def _is_temporary(self, error: Exception) -> bool:
-        """Whether the same request can succeed later: the connection broke, a timeout, status 408, 429 or 5xx.
+        """Whether the same request can succeed later.
 
-        Also if the server has forgotten an unfinished multipart upload, because the whole upload is sent again.
+        This is so after a broken connection, a timeout, or a status of 408, 429 or 5xx. It is also so if the server has
+        dropped an unfinished multipart upload, because this module then sends the whole upload again.
         """
         text = str(error)
         if "NoSuchUpload" in text:
@@ -166,7 +172,7 @@ class ObjectFolder:
         return status is None or status[1] in ("408", "429") or status[1].startswith("5")
 
     def _raise(self, path: str, error: Exception) -> NoReturn:
-        """Raise the error of a request as FileNotFoundError, if only the object is missing, or as UserError."""
+        """Raise FileNotFoundError if only the object is missing, else UserError with the reason and advice."""
         text, where = str(error), f"{self.name}/{path}".rstrip("/")
         exceptions = self._obstore.exceptions
         if "NoSuchBucket" in text or (isinstance(error, FileNotFoundError) and not path):
@@ -184,17 +190,19 @@ class ObjectFolder:
             reason = code[1] if code else _reason(error)
             raise UserError(
                 f"{where}: permission denied ({reason}). {_CREDENTIALS[self._scheme]} of an account that may read, "
-                "write and list here."
+                "write and list this bucket."
             ) from None
         if "PermanentRedirect" in text or "BareRedirect" in text or "IllegalLocationConstraint" in text:
             raise UserError(f"{self.name}: the bucket is in another region. Set AWS_REGION to its region.") from None
-        advice = "Run the same command again: files that arrived are kept."
+        advice = "Run the same command again. Files that have arrived are kept."
         tries = f", {len(WAITS_S) + 1} tries in {sum(WAITS_S):.0f} s" if self._is_temporary(error) else ""
         raise UserError(f"{where}: {_reason(error)}{tries}. {advice}") from None
 
 
-_REFUSED = "status code: 403"  # obstore raises GenericError for a refused request of a list or of a multipart upload
-# Addresses of the metadata service of a cloud's machine. obstore asks it if the environment has no credentials.
+# Text in the GenericError that obstore raises if the server refuses to list objects or to begin a multipart upload.
+_REFUSED = "status code: 403"
+# Addresses of the metadata service of a machine in the cloud. Without credentials in the environment, obstore asks this
+# service for them.
 _METADATA_SERVICE = re.compile(r"//169\.254\.|/latest/api/token|/latest/meta-data/|/computeMetadata/")
 
 
@@ -210,7 +218,7 @@ def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator
 
 
 def _reason(error: Exception) -> str:
-    """obstore's error as one line, without its debug output and without the body of the server's answer."""
+    """The message of one of obstore's errors as one line, without debug output and the body of the server's answer."""
     text = str(error).partition("\n\nDebug source")[0]
     code = re.search(r"<Code>(\w+)</Code>", text)
     text = re.sub(r"\s*<(\?xml|Error|html|!doctype).*", f" {code[1]}" if code else "", text, flags=re.S | re.I)
@@ -222,10 +230,10 @@ def _reason(error: Exception) -> str:
 
 
 def _interruptible(request: Callable[[], T]) -> T:
-    """Run a request so that Ctrl-C ends the command at once: obstore does not return before its request has ended.
+    """Run a request so that Ctrl-C ends the command at once. obstore itself returns only when the request has ended.
 
-    In the main thread of the command, the request runs in another thread. In other threads and in worker processes,
-    which the command kills, the request runs directly.
+    In the main thread of the command, the request therefore runs in another thread. In other threads and in worker
+    processes, the request runs directly, because the command can kill them.
     """
     in_worker = multiprocessing.parent_process() is not None
     if in_worker or threading.current_thread() is not threading.main_thread():

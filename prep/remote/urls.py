@@ -1,4 +1,4 @@
-"""Names of folders: a path, a file:// URL, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
+"""Opens the folder that a user names by a path, file:///PATH, s3://BUCKET/PREFIX or gs://BUCKET/PREFIX."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMES = ("s3", "gs")  # schemes of object storage
 
 @lru_cache(maxsize=8)
 def open_folder(name: str) -> Folder:
-    """The folder that a name means. Raises UserError for a URL that is not supported, or if obstore is missing."""
+    """Open a folder by its path or URL. Raises UserError if the URL is not supported or obstore is not installed."""
     match = re.match(r"([A-Za-z][A-Za-z0-9+.-]*)://", name)
     if match is None:
         return LocalFolder(Path(name))

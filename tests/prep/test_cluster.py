@@ -1,4 +1,4 @@
-"""The connection to Ray: addresses, a missing cluster, signal handlers, and several users of one connection."""
+"""Tests of the connection to Ray: addresses, no cluster, signal handlers, and several users of one connection."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_addresses(address: str) -> None:
 
 
 @pytest.mark.parametrize("address", ["", "head", "6379", ":6379", "head:", "head:port", "head:123456", "a b:6379"])
-def test_addresses_that_are_none(address: str) -> None:
+def test_texts_that_are_not_addresses_are_refused(address: str) -> None:
     with pytest.raises(UserError, match=re.escape(f"cluster {address!r}: expected local, auto or HOST:PORT.")):
         check_address(address)
 
@@ -86,8 +86,8 @@ def test_ray_client_is_refused() -> None:
         check_address("ray://head:10001")
 
 
-def test_a_machine_without_a_cluster(tmp_path: Path) -> None:
-    """The program sees no process of other programs, and looks for clusters in an empty folder."""
+def test_on_a_machine_without_a_cluster_the_error_says_how_to_start_one(tmp_path: Path) -> None:
+    """In its own namespaces, the program sees no other processes. Ray looks for clusters in an empty folder."""
     spaces = own_namespaces("--pid", "--fork", "--mount", "--mount-proc", "--kill-child")
     ended = subprocess.run(
         [*spaces, sys.executable, "-c", REFUSED, "auto", "127.0.0.1:1"],
@@ -99,12 +99,14 @@ def test_a_machine_without_a_cluster(tmp_path: Path) -> None:
     )
     auto, other = ended.stdout.splitlines()
     assert auto.startswith("cluster auto: no Ray cluster runs on this machine. Start one (ray start --head)")
-    assert other.startswith("cluster 127.0.0.1:1: nothing answers there (") and "Connection refused" in other
+    assert (
+        other.startswith("cluster 127.0.0.1:1: no program answers at this address (") and "Connection refused" in other
+    )
 
 
 @pytest.fixture(scope="module")
 def facts() -> dict[str, Any]:
-    """What a program with a local cluster found. A cluster may fail to start on a busy machine: then try again."""
+    """Values that a program with a local cluster prints. On a busy machine the cluster can fail to start: try again."""
     for _ in range(_ATTEMPTS):
         ended = subprocess.run(
             [sys.executable, "-c", LOCAL], capture_output=True, text=True, check=False, timeout=DEADLINE_S

@@ -1,6 +1,6 @@
-"""Tests of tools.service_demo: trainers in the background, the choice of the kill, the comparison, and Ctrl-C.
+"""Tests of tools.service_demo: background trainers, the choice of the killed node, the comparison, and Ctrl-C.
 
-The complete demo takes minutes on a busy machine, so its test is marked `soak`.
+The complete demo takes minutes on a busy machine, so its test has the marker `soak`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from train.runs import checkpoint
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-DEADLINE_S = 600.0  # limit of each wait, for a machine that is busy
+DEADLINE_S = 600.0  # longest time of each wait, on a busy machine
 STATUS: dict[str, Any] = {
     "workers": [{"node": "aa"}, {"node": "bb"}],
     "starting": 0,
@@ -43,7 +43,7 @@ STATUS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folders of a demo: with each seed, one run was trained and copied."""
+    """A folder with the run folders of a demo. For each seed, one trained run is there under both names."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in service_demo.SEEDS:
         run_dir = folder / f"service-{seed}"
@@ -54,7 +54,7 @@ def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def trained(runs: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for which the demo trains nothing, because its runs are copies of `runs`."""
+    """The folder of a demo that copies the run folders of `runs` instead of training."""
 
     def copy(store: Path, folder: Path, *others: Any) -> dict[str, Any]:
         for run_dir in runs.iterdir():
@@ -86,11 +86,11 @@ def test_equal_runs_give_exit_code_0(trained: Path, runs: Path) -> None:
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
     assert len(lines) == 1 + 2 * 5 + 2 and all(line.endswith("  equal") for line in lines[1:-2])
-    # Each run had 3 batches of 8 images, and a validation of 12 images.
+    # Each run had 3 training batches of 8 images, and a validation with 12 images.
     assert lines[-2:] == [
         "10 results: all equal.",
-        "Each of the two runs got 36 images. The service decoded 1,064: these 36 for both runs, and 1,028 that were "
-        "read ahead, lost with the node, or no longer kept.",
+        "Each of the two runs received 36 images. The service decoded 1,064: 36 once for both runs, and 1,028 that "
+        "were read ahead, lost with the node, or no longer kept.",
     ]
 
 
@@ -112,7 +112,7 @@ def test_one_different_bit_of_a_weight_gives_exit_code_1(
 
 
 def test_other_batches_and_missing_results_are_different(trained: Path, runs: Path) -> None:
-    """The runs of the two seeds differ in everything; a checkpoint of another step has other names of results."""
+    """Runs of different seeds differ in all results. The names of the results contain the step of the checkpoint."""
     service_demo.train_with_service(Path(), trained)
     shutil.rmtree(trained / "alone-1")
     shutil.copytree(trained / "alone-2", trained / "alone-1")
@@ -126,8 +126,8 @@ def test_other_batches_and_missing_results_are_different(trained: Path, runs: Pa
 
 
 @pytest.mark.soak
-def test_trainers_train_what_alextrain_trains_and_are_stopped_at_the_end(store: Path, tmp_path: Path) -> None:
-    """Two trainers in the background have the result of trainings in this process. A long training is stopped."""
+def test_a_short_trainer_ends_and_a_long_trainer_is_stopped(store: Path, tmp_path: Path) -> None:
+    """A short trainer runs to its end. A long trainer is stopped at the end of the `with` block, by SIGTERM."""
     options = ["--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", "8"]
     with running([(tmp_path / "short", [*options, "--steps", "1"]), (tmp_path / "long", options)]) as trainers:
         wait_until(lambda: trainers[0].ended() and trainers[1].step >= 1, "first step", DEADLINE_S)
@@ -145,7 +145,7 @@ def test_a_trainer_that_fails_ends_the_wait_with_its_last_line(store: Path, tmp_
             wait_for_trainers(trainers)
 
 
-def test_the_kill_is_seeded_in_the_middle_and_spares_the_coordinator() -> None:
+def test_the_seed_chooses_a_step_in_the_middle_and_a_node_without_the_coordinator() -> None:
     choices = [service_demo.choose_kill(seed, 24, ["a", "b"], "head") for seed in range(200)]
     assert {node for node, _ in choices} == {"a", "b"} and {step for _, step in choices} == set(range(8, 17))
     assert choices == [service_demo.choose_kill(seed, 24, ["a", "b"], "head") for seed in range(200)]
@@ -181,7 +181,7 @@ def test_help_loads_neither_ray_nor_torch() -> None:
 
 @pytest.fixture
 def short_folder() -> Iterator[Path]:
-    """A temporary folder with a short path. Ray makes sockets in it, whose paths have at most 107 bytes."""
+    """A temporary folder with a short path, because the paths of Ray's sockets may have at most 107 bytes."""
     with tempfile.TemporaryDirectory(prefix="demo-", ignore_cleanup_errors=True) as folder:
         yield Path(folder)
 
@@ -200,10 +200,11 @@ def processes_of(folder: Path) -> list[str]:
 
 
 def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
-    """The demo in a session of its own. All of its files are in `folder`."""
+    """Start the demo in its own session. All of its files are in `folder`."""
     command = [sys.executable, "-m", "tools.service_demo", *options]
     environment = {**os.environ, "TMPDIR": str(folder)}
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child would inherit that SIGINT is ignored
+    # If this process ignores SIGINT, a child process inherits this. So set the default handler first.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return subprocess.Popen(
             command,
@@ -226,7 +227,7 @@ def start_demo(folder: Path, *options: str) -> subprocess.Popen[str]:
     ],
 )
 def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) -> None:
-    """The signal arrives as soon as a process of `program` runs."""
+    """The signal is sent as soon as a process whose command line contains `program` runs."""
     with start_demo(short_folder) as process:
         try:
             deadline = time.monotonic() + DEADLINE_S
@@ -246,7 +247,7 @@ def test_ctrl_c_leaves_no_process_and_no_file(short_folder: Path, program: str) 
 
 
 @pytest.mark.soak
-def test_trainings_on_a_service_whose_node_is_killed_have_the_weights_of_trainings_without(short_folder: Path) -> None:
+def test_runs_on_a_service_whose_node_is_killed_have_the_weights_of_runs_without_a_service(short_folder: Path) -> None:
     with start_demo(short_folder, "--folder", str(short_folder / "demo"), "--steps", "12", "--json") as process:
         try:
             output, errors = process.communicate(timeout=1800)
@@ -257,7 +258,7 @@ def test_trainings_on_a_service_whose_node_is_killed_have_the_weights_of_trainin
     assert result["equal"] and len(result["results"]) == 10 and all(row["equal"] for row in result["results"])
     assert len(result["before"]["workers"]) == 2 and len(result["after"]["workers"]) == 1
     assert 4 <= result["killed"]["chosen_step"] <= 8 and max(result["killed"]["steps"]) >= 4
-    # Each run got 12 batches of 8 images, and validated once with 20 images. Most images were decoded once.
+    # Each run received 12 batches of 8 images, and validated once with 20 images. Most images were decoded once.
     assert result["images_of_a_run"] == 12 * 8 + 20
     assert 12 * 8 + 20 <= result["end"]["images_made"] < 2 * (12 * 8 + 20)
     for seed in service_demo.SEEDS:

@@ -1,16 +1,17 @@
-"""Benchmark of the list of inputs: time and memory of each step of a build that precedes the first image.
+"""Benchmark of the list of inputs: time and memory of each step of a build before it decodes the first image.
 
-The names are made up: CLASS/CLASS_NUMBER.JPEG with ImageNet's lengths, in 21,841 classes as in ImageNet-21k. The
-program runs the steps of prep/build/split.py in this order, in one process:
+The names of the inputs are generated: CLASS/CLASS_NUMBER.JPEG, as long as ImageNet's names, in 21,841 classes as in
+ImageNet-21k. The program runs these steps of prep/build/split.py in one process, in this order:
 
     add          Listing.add for each input, as list_folder and list_archive do
     permutation  the record order: keyed hashes of all paths, sorted
     plan         BuildPlan: shard boundaries and digest of the inputs
-    tasks        the tasks of 100 shards, pickled as for worker processes; one task exists at a time
-    save, load   inputs.npz, which a resumed build compares with its own list
+    tasks        the tasks of 100 shards, pickled as for worker processes, one after another
+    save, load   the file inputs.npz, which a resumed build compares with its own list
+    compare      the comparison of the loaded list with the list in memory
 
 `peak MB` is the largest resident memory of the process so far (VmHWM in /proc/self/status). With --tree N, the program
-also makes N empty files in class folders, and lists them with list_folder. The files are in the operating system's
+also creates N empty files in class folders, and lists them with list_folder. These files are in the operating system's
 caches, so a network file system is slower.
 """
 
@@ -57,7 +58,10 @@ class Steps:
 
 
 def measure(inputs: int, work_dir: Path, steps: Steps) -> dict[str, float]:
-    """Run the steps for `inputs` made-up names. Returns facts about the result: bytes of inputs.npz, shards, …"""
+    """Run the steps for `inputs` generated names.
+
+    Returns the number of shards, the size of the largest pickled task and the size of inputs.npz.
+    """
     from prep.build.plan import BuildPlan
     from prep.inputs.folder import FolderReader
     from prep.inputs.listing import Listing
@@ -87,7 +91,7 @@ def measure(inputs: int, work_dir: Path, steps: Steps) -> dict[str, float]:
 
 
 def list_tree(files: int, work_dir: Path, steps: Steps) -> None:
-    """Make `files` empty files in class folders, and list them."""
+    """Create `files` empty files in class folders, and list them."""
     from prep.inputs.folder import list_folder
 
     root = work_dir / "tree"
@@ -101,8 +105,20 @@ def list_tree(files: int, work_dir: Path, steps: Steps) -> None:
 
 
 @click.command(cls=BenchmarkCommand)
-@click.option("--inputs", type=click.IntRange(1), default=14_197_122, show_default=True, help="Number of inputs.")
-@click.option("--tree", type=click.IntRange(0), default=0, show_default=True, help="Number of real files to list.")
+@click.option(
+    "--inputs",
+    type=click.IntRange(1),
+    default=14_197_122,
+    show_default=True,
+    help="Number of inputs with generated names.",
+)
+@click.option(
+    "--tree",
+    type=click.IntRange(0),
+    default=0,
+    show_default=True,
+    help="Number of empty files to create and list; 0 leaves this step out.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on standard output.")
 def main(inputs: int, tree: int, as_json: bool) -> None:
     """Measure time and memory of listing, sorting and planning as many inputs as ImageNet-21k has.

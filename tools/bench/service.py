@@ -1,16 +1,17 @@
-"""Benchmark of the service: images/s that one consumer gets, beside the stream in this process, in batches of 128.
+"""Benchmark of the service: images/s of a loader with and without a service, in batches of 128.
 
 stream             pipeline.train_loader without a service, with --threads threads
-service            the same loader with a service whose workers run on the node of the consumer: --threads workers with
-                   one thread each
-two nodes          the same with workers on a second node: each batch crosses from the object store of one raylet to
-                   that of another one, on the same cores
+service            the same loader with a service whose workers run on the loader's node: --threads workers with one
+                   thread each
+two nodes          the same loader with a service whose workers run on a second node: Ray copies each batch from the
+                   object store of the second node to that of the first
 bounds             threads that only decode the JPEG records (libjpeg-turbo), or only copy the bytes of PPM records
 
-All contestants hand over float32 NCHW batches, and have --threads threads that decode, on --threads cores. So the
-consumer's work, Ray's processes and the workers share the cores that the stream has for itself. Both nodes are raylets
-of one Ray cluster on this machine. All streams keep running between their turns. Starting the cluster is not timed, but
-printed. The first batches of each stream are compared with those of the stream without a service, bit for bit.
+All contestants give float32 NCHW batches, decode on --threads threads, and run on the same --threads cores. The loader
+with a service shares these cores with Ray's processes and the workers. Both nodes are raylets (Ray's process of a node)
+of one Ray cluster on this machine. All loaders stay open between their turns. The time to start the cluster is printed,
+and is not part of the rates. Before the measurement, the benchmark compares the first batches of each loader with those
+of the loader without a service, bit for bit.
 """
 
 from __future__ import annotations
@@ -46,12 +47,13 @@ from tools.bench.stream import StreamBenchmark
 
 _CHECKED_BATCHES = 3
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
-# Size of the object store of a node. A process that maps a larger one has more page faults until it has seen all of it.
+# Size of the object store of a node. In a larger object store, a process has more page faults until it has accessed
+# every page once.
 _OBJECT_STORE_BYTES = 1_000_000_000
 
 
 def endless(store: Store, threads: int, service: str | None) -> Batches:
-    """Images of the stream, epoch after epoch."""
+    """Yield the images of a stream without end, epoch after epoch."""
     with train_loader(store.root, BATCH, threads=threads, service=service) as loader:
         while True:
             for images, _ in loader:
@@ -59,7 +61,10 @@ def endless(store: Store, threads: int, service: str | None) -> Batches:
 
 
 def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, ours: str, service: str | None) -> None:
-    """Add a stream, after a comparison of its first batches with those of the stream without a service."""
+    """Add a stream to the benchmark.
+
+    Raises UserError if the first batches differ from those of the stream without a service.
+    """
     batches = endless(store, benchmark.threads, service)
     benchmark.cleanup.callback(batches.close)
     with train_loader(store.root, BATCH) as local:
@@ -72,8 +77,8 @@ def add_stream(benchmark: StreamBenchmark, name: str, store: Store, bound: str, 
 
 def start_nodes(benchmark: StreamBenchmark) -> None:
     """Start a cluster of two nodes, and add the streams of a service on each node."""
-    # All processes of the cluster use the same token, made for this run. Otherwise Ray looks for a token only after the
-    # first node has started, and a node that starts later is refused.
+    # Give all processes of the cluster one authentication token, which is made for this run. Without these variables,
+    # Ray looks for a token only after the first node has started, and then refuses the second node.
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     ray_module()
     from ray.cluster_utils import Cluster
@@ -95,7 +100,8 @@ def start_nodes(benchmark: StreamBenchmark) -> None:
 
     add_stream(benchmark, "service, JPEG", jpeg, _JPEG_BOUND, "stream, JPEG", serve("jpeg", jpeg))
     add_stream(benchmark, "service, PPM", ppm, _PPM_BOUND, "stream, PPM", serve("ppm", ppm))
-    cluster.add_node(num_cpus=2 * threads, **node)  # the first node has no free core: these workers start here
+    # The workers above use all cores of the first node. The workers below therefore start on the second node.
+    cluster.add_node(num_cpus=2 * threads, **node)
     add_stream(benchmark, "service, JPEG, two nodes", jpeg, _JPEG_BOUND, "service, JPEG", serve("jpeg2", jpeg))
     add_stream(benchmark, "service, PPM, two nodes", ppm, _PPM_BOUND, "service, PPM", serve("ppm2", ppm))
 
@@ -111,18 +117,20 @@ def start_nodes(benchmark: StreamBenchmark) -> None:
     type=click.IntRange(1),
     default=2,
     show_default=True,
-    help="Number of decoding threads of each stream, and of cores that this benchmark uses.",
+    help="Number of decoding threads of each stream. The benchmark runs on the same number of cores.",
 )
 @click.option(
     "--seconds",
     type=click.FloatRange(0.1),
     default=5.0,
     show_default=True,
-    help="Duration of a turn, in seconds.",
+    help="Duration of each turn of a contestant, in seconds.",
 )
 @common_options
 def main(store: Path | None, threads: int, seconds: float, rounds: int, as_json: bool) -> None:
-    """Measure the service on one node and across two nodes of this machine, beside the stream in this process.
+    """Compare the speed of a loader with a service, on one node and across two nodes, with a loader without one.
+
+    Both nodes are processes on this machine.
 
     \b
     Example:

@@ -76,14 +76,14 @@ stream_seed_option = click.option(
 _service_option = click.option(
     "--service",
     metavar="NAME[@HOST:PORT]",
-    help="Service that decodes and cuts the images (`alexstream serve`). HOST:PORT is the cluster's head node.  "
-    "[default: none; this machine decodes the images]",
+    help="Name of the service that decodes and crops the images (see `alexstream serve`). HOST:PORT is the address of "
+    "the head node of the service's Ray cluster.  [default: no service; this machine decodes the images]",
 )
 _service_fallback_option = click.option(
     "--service-fallback",
     type=click.Choice(["local"]),
-    help="local: if the service is lost, this machine decodes the images, and the batches have the same bits.  "
-    "[default: the command ends with an error]",
+    help="What to do if the service is lost. With `local`, this machine decodes the images, and the batches keep the "
+    "same bits.  [default: the command ends with an error]",
 )
 _PRECISION_HELP = (
     "Number format of convolutions and matrix products: float32, a GPU's TF32, or bfloat16 with float32 parameters and "

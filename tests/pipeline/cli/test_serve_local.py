@@ -1,4 +1,4 @@
-"""`alexstream serve --cluster local` in a process of its own, with consumers in other processes, until a signal."""
+"""Test of `alexstream serve --cluster local`: other processes use the service until a signal stops the command."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ import pytest
 from prep.console import usable_cores
 from tests.helpers.project import ROOT
 
-DEADLINE_S = 150.0  # limit of each wait; on an idle machine, the longest wait takes 10 s
-# Serves an epoch with the service and prints a digest of its batches. Then it waits for a line on standard input, and
-# serves another epoch.
+DEADLINE_S = 150.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
+# This program reads an epoch from the service and prints a digest of the batches. Then it waits for a line on standard
+# input, reads a second epoch, and prints its digest.
 CONSUMER = """
 import hashlib, sys
 from pipeline.loader import train_loader
@@ -38,7 +38,7 @@ with train_loader(store, 5, seed=3, service=service or None, service_fallback=fa
 
 
 class Program:
-    """A program with its standard output as lines; it has a session of its own, as a program on a terminal."""
+    """A running Python program whose output can be read line by line. It has its own session, as on a terminal."""
 
     def __init__(self, *words: str) -> None:
         pipe = subprocess.PIPE
@@ -64,7 +64,7 @@ class Program:
         return line
 
     def end(self) -> int:
-        """Wait for the end and return the exit code."""
+        """Wait until the program has ended, and return its exit code."""
         code = self.process.wait(DEADLINE_S)
         for thread in self._threads:
             thread.join()
@@ -102,7 +102,7 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """A service with a Ray cluster of its own, and the first line that it prints."""
+    """(program, first line of its output): a service that has started its own Ray cluster."""
     pytest.importorskip("ray")
     program = alexstream("serve", "--store", str(store), "--name", "here", "--ahead", "4", "--json")
     try:
@@ -130,7 +130,7 @@ def test_processes_of_this_machine_use_a_local_service_until_it_is_interrupted(
     assert shown.end() == 0 and shown.errors == ""
     assert status["images_made"] >= 30 and len(status["consumers"]) == 1
 
-    os.killpg(service.process.pid, signal.SIGINT)  # as Ctrl-C on a terminal: all processes of the group get the signal
+    os.killpg(service.process.pid, signal.SIGINT)  # Ctrl-C on a terminal also sends SIGINT to all processes of a group
     assert service.end() == 0
     assert service.errors.splitlines()[-1] == "Stopping service here and the Ray cluster of this machine."
     assert service.errors.count("\n") <= 3 and "Traceback" not in service.errors
@@ -138,7 +138,7 @@ def test_processes_of_this_machine_use_a_local_service_until_it_is_interrupted(
     assert consumer.process.stdin is not None
     consumer.process.stdin.write("\n")
     consumer.process.stdin.flush()
-    assert consumer.line() == expected[1]  # the consumer goes on alone
+    assert consumer.line() == expected[1]  # the consumer continues with the local store
     assert consumer.end() == 0 and "service here is lost" in consumer.errors
     deadline = time.monotonic() + DEADLINE_S
     while left := processes_of_session(service.process.pid):

@@ -1,7 +1,7 @@
-"""A Ray cluster on this machine for the tests of the service, and services in it.
+"""Fixtures: a Ray cluster on this machine for the tests of the service, and services in this cluster.
 
-All tests of this folder that a test process runs share one cluster. The tests in own_cluster/ start other clusters, on
-simulated machines (faults.Machine).
+All tests of this folder share one cluster. The tests in own_cluster/ start other clusters on simulated machines
+(faults.Machine).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pipeline.service.control import make_config, service_status, start_service,
 from pipeline.service.errors import ServiceError
 from prep.cluster import NAMESPACE, connected, ray_module
 
-DEADLINE_S = 120.0  # limit of each wait; on an idle machine, the longest wait takes 10 s
+DEADLINE_S = 120.0  # longest time of each wait; on an idle machine, the longest wait takes 10 s
 _OBJECT_STORE_BYTES = 150_000_000
-_ATTEMPTS = 4  # a node of Ray ends at its start if its agents need more than 15 s, on a busy machine
+_ATTEMPTS = 4  # tries to start a node; on a busy machine, Ray kills a new node if its agents need more than 15 s
 
 
 class TestCluster:
@@ -38,7 +38,7 @@ class TestCluster:
         self.add_second_node()
 
     def add_second_node(self) -> None:
-        """Start the node beside the head node. Its attribute `node_id` is Ray's id."""
+        """Start the second node of the cluster. Ray's id of the node is `second_node.node_id`."""
         for attempt in range(_ATTEMPTS):
             try:
                 self.second_node = self._cluster.add_node(num_cpus=3, object_store_memory=_OBJECT_STORE_BYTES)
@@ -48,7 +48,7 @@ class TestCluster:
                     raise
 
     def kill_second_node(self) -> None:
-        """End the node as a power failure does: none of its processes can say anything."""
+        """Kill all processes of the second node at once, as a power failure does."""
         self._cluster.remove_node(self.second_node, allow_graceful=False)
 
     @property
@@ -63,7 +63,7 @@ class TestCluster:
             time.sleep(0.1)
 
     def used_bytes(self) -> int:
-        """Bytes in use in the shared memory of all nodes."""
+        """Number of bytes that are in use in the object stores of all nodes together."""
         from ray._private.internal_api import node_stats
 
         return sum(
@@ -74,7 +74,7 @@ class TestCluster:
 
 
 class Service:
-    """A service in the cluster of the tests."""
+    """A service in the cluster that the tests share."""
 
     def __init__(self, cluster: TestCluster, store: Path, name: str) -> None:
         self.cluster, self.store, self.name = cluster, store, name
@@ -84,7 +84,7 @@ class Service:
         return service_status(self.cluster.ray, self.name, self.cluster.address)
 
     def workers(self) -> list[int]:
-        """Process numbers of the workers that are ready."""
+        """Process ids of the workers that are ready."""
         return [worker["pid"] for worker in self.status()["workers"]]
 
     def coordinator_pid(self) -> int:
@@ -98,7 +98,7 @@ class Service:
     def wait_for(
         self, what: str, reached: Callable[[dict[str, Any]], bool], limit_s: float = DEADLINE_S
     ) -> dict[str, Any]:
-        """Wait until the status has a property, and return the status."""
+        """Wait until `reached(status)` is true, and return the status. `what` names the condition in a failure."""
         deadline = time.monotonic() + limit_s
         while not reached(status := self.status()):
             assert time.monotonic() < deadline, f"not reached: {what}. The status is {status}"
@@ -108,12 +108,13 @@ class Service:
 
 @pytest.fixture(scope="package")
 def cluster() -> Iterator[TestCluster]:
-    """A cluster of two nodes: the head node has two cores for Ray, the other node has three."""
-    ray_module()  # sets variables of the environment that Ray reads when it is imported
+    """A cluster of two nodes: the head node has two cores for Ray, and the other node has three."""
+    ray_module()  # sets environment variables that Ray reads when it is imported
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # so that all nodes use a token, or none does
+    # All nodes must agree whether a token is used. They use one if this machine has a token.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     nodes = _start_head(Cluster)
@@ -127,9 +128,9 @@ def cluster() -> Iterator[TestCluster]:
 
 
 def _start_head(cluster_class: Any) -> Any:
-    """A cluster that has a head node."""
-    # The metrics reach the nodes' agents every second, Ray's default is 10 s. Objects that nobody refers to are freed
-    # ten times a second, Ray's default is once a second.
+    """Start a cluster that consists of a head node."""
+    # Processes send their metrics to the agent of their node every second instead of every 10 s. Ray frees objects
+    # without references every 100 ms instead of every second. Both settings shorten the tests.
     often = {"metrics_report_interval_ms": 1000, "free_objects_period_milliseconds": 100}
     options = {"num_cpus": 2, "object_store_memory": _OBJECT_STORE_BYTES, "include_dashboard": False}
     for attempt in range(_ATTEMPTS):
@@ -147,7 +148,7 @@ Serve = Callable[..., Service]
 
 
 def serving(cluster: TestCluster) -> Iterator[Serve]:
-    """The function of the fixtures `serve` and `module_serve`; ends the services that it started."""
+    """Implement the fixtures `serve` and `module_serve`: yield a function that starts services, then stop them."""
     with ExitStack() as exit_stack:
 
         def start(store: Path, workers: int = 1, most: int | None = None, threads: int = 1, **more: Any) -> Service:
@@ -163,17 +164,17 @@ _numbers = itertools.count()
 
 
 def _stop(service: Service) -> None:
-    with suppress(ServiceError):  # the test stopped it
+    with suppress(ServiceError):  # the test itself has stopped the service
         service.stop()
 
 
 @pytest.fixture
 def serve(cluster: TestCluster) -> Iterator[Serve]:
-    """serve(store, workers, most, **fields of ServiceConfig) starts a service that ends with the test."""
+    """serve(store, workers, most, **fields of ServiceConfig) starts a service, which is stopped after the test."""
     yield from serving(cluster)
 
 
 @pytest.fixture(scope="module")
 def module_serve(cluster: TestCluster) -> Iterator[Serve]:
-    """As `serve`, for services that the tests of a module share."""
+    """The same function as `serve`. Its services are shared by the tests of a module, and stopped after the last."""
     yield from serving(cluster)

@@ -1,10 +1,10 @@
-"""Program that reads from services as another process; the tests start it with the class ConsumerProcess.
+"""Program that reads batches from a service in its own process. The class ConsumerProcess starts it for the tests.
 
     consumer.py STORE BATCH_SIZE SEED
 
-Each line of the standard input is a command. `open NAME@HOST:PORT` makes a training loader, `take N` takes N batches,
-`close` closes the loader. After each command the program prints a JSON value: the digests of the batches for `take`,
-else null.
+Each line of the standard input is a command. `open NAME@HOST:PORT` opens a training loader, `take N` takes N batches,
+and `close` closes the loader. After each command the program prints a JSON value: the digests of the batches after
+`take`, null after the other commands.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from tests.pipeline.streaming import take_batches
 
 
 def digests(batches: Sequence[Batch]) -> list[str]:
-    """A digest of images and labels of each batch."""
+    """One digest for each batch, over its images and labels."""
     return [sha256(b.images.numpy().tobytes() + b.labels.numpy().tobytes()).hexdigest() for b in batches]
 
 
 class ConsumerProcess:
-    """The program as a subprocess. `send` starts a command, `answer` waits for its result."""
+    """The program as a subprocess. `send` starts a command, and `answer` waits for the command's result."""
 
     def __init__(self, store: Path, batch_size: int, seed: int) -> None:
         program = [sys.executable, "-m", "tests.pipeline.service.consumer", str(store), str(batch_size), str(seed)]
@@ -48,7 +48,7 @@ class ConsumerProcess:
         return self.answer()
 
     def end(self) -> None:
-        """End the process, and wait until it has ended."""
+        """Kill the process, and wait until it has ended."""
         self.process.kill()
         self.process.communicate()
 
@@ -61,7 +61,7 @@ def main() -> None:
         command, _, value = line.strip().partition(" ")
         result = None
         if command == "open":
-            if connection is None:  # kept, because connecting takes seconds
+            if connection is None:  # the program stays connected, because each new connection takes seconds
                 connection = connected(value.partition("@")[2])
                 connection.__enter__()
             loader = train_loader(store, batch_size, seed=seed, service=value, threads=1)

@@ -1,4 +1,4 @@
-"""Faults for the tests: machines that can be switched off, and a service whose workers die at a record."""
+"""Faults for the tests: simulated machines that can be switched off, and workers that die when they read a record."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from tests.helpers.project import own_namespaces
 DEADLY_RECORD = 13
 MAX_TRIES = 3
 HOST = "127.0.0.1"
-# Ray's variables of the environment for a cluster of simulated machines
+# Ray's environment variables for a cluster of simulated machines
 TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "a-token-of-thirty-two-characters"}
-RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # of Ray's own files, and of the address that `auto` finds
+RAY_FOLDER = Path(tempfile.gettempdir()) / "ray"  # Ray's folder for its own files and for the address of `auto`
 RAY = str(Path(sys.executable).with_name("ray"))
 
 
 class DeadlyWorker(Worker):
-    """A worker that a record ends, as a fault of a decoder in C would."""
+    """A worker that crashes when it reads the record DEADLY_RECORD, as a bug of a decoder in C would make it crash."""
 
     def make(self, request):  # type: ignore[no-untyped-def]
         if request.split == "train" and DEADLY_RECORD in request.numbers:
-            signal.raise_signal(signal.SIGSEGV)  # ends this thread at once; os.kill lets it go on for a moment
+            signal.raise_signal(signal.SIGSEGV)  # unlike os.kill, raise_signal stops this thread at once
         return super().make(request)
 
 
 class DeadlyCoordinator(Coordinator):
-    """The coordinator of a service of deadly workers. It gives up a batch after MAX_TRIES workers."""
+    """A coordinator whose workers are DeadlyWorkers. After MAX_TRIES dead workers, a batch fails."""
 
     async def begin(self) -> tuple[int, str]:
         worker_group.Worker = DeadlyWorker  # type: ignore[misc]
@@ -44,17 +44,17 @@ class DeadlyCoordinator(Coordinator):
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses."""
+    """A port of this machine on which no process listens."""
     with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
 
 
 class Machine:
-    """A simulated machine: shell commands that see only their own processes, and have Ray's folder for themselves.
+    """A simulated machine: shell commands that see only their own processes, and have their own folder for Ray.
 
-    The commands run in their own namespaces of Linux, so they can also mount other files. `switch_off` ends all
-    processes of the machine at once, by SIGKILL, as a power failure does.
+    The commands run in their own Linux namespaces, and can therefore also mount other files. `switch_off` kills all
+    processes of the machine at once, as a power failure does.
     """
 
     def __init__(self, commands: str, **environment: str) -> None:
@@ -69,16 +69,16 @@ class Machine:
         )
 
     def switch_off(self) -> tuple[str, str]:
-        """Returns what the commands wrote to their standard output and standard error."""
+        """Kill all processes of the machine. Returns their standard output and standard error."""
         self.process.kill()
         return self.process.communicate()
 
     def shut_down(self, timeout_s: float) -> None:
-        """Close the standard input, and wait until the commands have ended."""
+        """Close the standard input of the commands, and wait until they have ended."""
         self.process.communicate(timeout=timeout_s)
 
     def wait(self, timeout_s: float) -> tuple[int, str, str]:
-        """Wait until the commands have ended: (exit code, standard output, standard error)."""
+        """Wait until the commands have ended. Returns (exit code, standard output, standard error)."""
         try:
             stdout, stderr = self.process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
@@ -88,7 +88,7 @@ class Machine:
 
 
 def head_commands(port: int, *, host: str = HOST, cores: int = 1, options: str = "") -> str:
-    """Commands of a machine that is the head node of a new cluster."""
+    """The shell command that makes a machine the head node of a new cluster."""
     return (
         f"{RAY} start --head --block --port {port} --node-ip-address {host} --num-cpus {cores} "
         f"--object-store-memory 100000000 --include-dashboard false --disable-usage-stats {options} >&2"
@@ -96,7 +96,7 @@ def head_commands(port: int, *, host: str = HOST, cores: int = 1, options: str =
 
 
 def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
-    """Commands of a machine that belongs to a cluster."""
+    """The shell command that makes a machine a node of the cluster at `address`."""
     return (
         f"{RAY} start --block --address {address} --node-ip-address {address.partition(':')[0]} --num-cpus {cores} "
         f"--object-store-memory 100000000 --disable-usage-stats {options} >&2"
@@ -104,12 +104,12 @@ def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
 
 
 def until_shut_down(command: str) -> str:
-    """Run a command until the standard input is closed, then end it by SIGTERM."""
+    """A shell command that runs `command` until the standard input is closed, and then ends it by SIGTERM."""
     return f"{{ {command} & read line; kill $!; wait $!; }}"
 
 
 def wait_for_file(path: Path, machine: Machine, timeout_s: float) -> str:
-    """The text of a file, when the machine has written a whole line to it."""
+    """Wait until the machine has written a complete line to a file, and return the file's text."""
     deadline = time.monotonic() + timeout_s
     while not (path.exists() and path.read_text().endswith("\n")):
         ended = machine.process.poll()

@@ -1,4 +1,4 @@
-"""Several consumers of one stream: equal batches, decoded once, and nobody waits for a consumer that has stopped."""
+"""Tests of several consumers of one stream: equal batches, decoded once, and limited waiting for each other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ NEVER_S = 10_000.0
 
 @pytest.fixture(scope="module")
 def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
-    """Two consumers in processes of their own. The first test that kills one of them is the last of this module."""
+    """Two consumers in their own processes. Only the last test of this module may kill one of them."""
     started = [ConsumerProcess(store, BATCH, SEED) for _ in range(2)]
     yield started
     for process in started:
@@ -34,7 +34,7 @@ def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
 
 @pytest.fixture
 def loaders(store: Path) -> Iterator[list[TrainLoader]]:
-    """Loaders of this process that a test opens; closed at its end."""
+    """A list to which a test adds the loaders that it opens. They are closed after the test."""
     opened: list[TrainLoader] = []
     yield opened
     for loader in opened:
@@ -56,7 +56,7 @@ def positions(service: Service) -> list[int]:
 
 @contextmanager
 def closed_on_failure(loaders: list[TrainLoader]) -> Iterator[None]:
-    """Close the loaders if the block fails, so that threads that take batches end."""
+    """Close the loaders if the `with` block fails. The threads that wait for batches then end."""
     try:
         yield
     except BaseException:
@@ -68,7 +68,7 @@ def closed_on_failure(loaders: list[TrainLoader]) -> Iterator[None]:
 def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:
-    """Three consumers are threads of this process, two are processes. The service expects five."""
+    """Three consumers are threads of this process, and two are other processes. The service expects five consumers."""
     batches = 30
     service = serve(store, 1, consumers=5, ahead=8, patience_s=NEVER_S)
     with ThreadPoolExecutor(3) as pool, closed_on_failure(loaders), ExitStack() as at_end:
@@ -91,7 +91,7 @@ def test_five_consumers_wait_for_each_other_and_share_what_is_decoded(
 
 
 def test_the_fastest_consumer_waits_for_the_slowest(store: Path, serve: Serve, loaders: list[TrainLoader]) -> None:
-    """The slow consumer goes on later, and gets the batches that were kept for it."""
+    """The slow consumer pauses. Then it continues, and receives the batches that the service has kept for it."""
     ahead = 5
     service = serve(store, 1, ahead=ahead, consumers=2, patience_s=NEVER_S)
     loaders += [consume(store, service) for _ in range(2)]
@@ -128,7 +128,7 @@ def test_a_consumer_that_left_or_is_far_away_is_not_waited_for(
 def test_stopped_and_killed_consumers_hold_the_others_for_a_limited_time(
     store: Path, serve: Serve, processes: list[ConsumerProcess], loaders: list[TrainLoader]
 ) -> None:
-    """One process is stopped for longer than patience_s and continues; the other one is killed."""
+    """One consumer process is suspended for longer than patience_s and then continues. The other process is killed."""
     patient = serve(store, 1, ahead=5, consumers=2, patience_s=2.0, forget_s=NEVER_S)
     loaders.append(consume(store, patient))
     processes[0].do(f"open {patient.at}")

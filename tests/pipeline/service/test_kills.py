@@ -1,6 +1,7 @@
-"""A stream goes on, bit for bit, while workers, nodes and the coordinator are killed at random moments.
+"""Tests that a stream keeps its bits while workers, nodes and the coordinator are killed at random moments.
 
-Every batch is compared with the local stream's batch at the same position, so no batch is lost, repeated or changed.
+Every batch is compared with the batch of a local stream at the same position. No batch may be lost, repeated or
+changed.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ from tests.pipeline.streaming import batches_equal, take_batches
 
 
 class Killer(threading.Thread):
-    """Kills parts of a service, one after another: "worker" and "coordinator" by SIGKILL, "node" with all it runs."""
+    """Kills parts of a service, one after another: a worker, the coordinator, or a node with all of its processes."""
 
     def __init__(self, service: Service, victims: list[str], seed: int) -> None:
         super().__init__()
         self._service, self._victims, self._rng = service, victims, random.Random(seed)
         self.killed: list[str] = []
-        self.node_is_missing = threading.Event()  # the main thread must start a new node, as Ray allows no other one
+        # Asks the main thread to start a new node. Ray does not allow this in other threads.
+        self.node_is_missing = threading.Event()
 
     def run(self) -> None:
         for victim in self._victims:
@@ -48,13 +50,16 @@ class Killer(threading.Thread):
             pid = self._service.coordinator_pid()
         try:
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # it ended meanwhile
+        except ProcessLookupError:  # the process has ended in the meantime
             return False
         return True
 
 
 def stream_during_kills(service: Service, store: Path, victims: list[str], seed: int) -> int:
-    """Compare a stream with the local stream while a Killer is at work, and for an epoch after it. Returns batches."""
+    """Compare a stream with a local stream while a Killer runs, and for one epoch afterwards.
+
+    Returns the number of compared batches.
+    """
     killer, steps = Killer(service, victims, seed), 0
     with (
         train_loader(store, 2, seed=seed, service=service.at, threads=1) as remote,
@@ -99,7 +104,7 @@ def test_two_hundred_kills(store: Path, serve: Serve) -> None:
 
 @pytest.mark.soak
 def test_an_object_that_is_lost_with_its_node_is_made_again(cluster: TestCluster, store: Path, serve: Serve) -> None:
-    """Batches are made ahead on the second node, which then dies before the consumer reads them."""
+    """The second node makes batches ahead of time, and then dies before the consumer has read them."""
     service = serve(store, 3)
     service.wait_for("all workers", lambda status: len(status["workers"]) == 3)
     second = cluster.second_node.node_id

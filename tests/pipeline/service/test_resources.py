@@ -1,4 +1,4 @@
-"""Memory and metrics of a service: what it keeps is bounded and given back, and Prometheus can read its counters."""
+"""Tests of the memory of a service, which is bounded and freed, and of the metrics that Prometheus reads."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from tests.pipeline.streaming import take_batches
 BATCH, AHEAD, WORKERS = 8, 5, 2
 BATCH_BYTES = BATCH * (3 * 224**2 + 8)
 KEPT = AHEAD + 1  # number of batches that the service keeps for one consumer
-# Number of batches in shared memory. Each batch may lie on two nodes: where it was made, and where it is read. Beside
-# those that are kept, these are in workers, in the loader's queues (see test_consumers.PREFETCHED) or are being freed.
+# Largest number of batches in the object stores. A batch can be on two nodes: where it was made, and where it is read.
+# There are batches that the service keeps, batches in workers, batches in the loader's queues (see
+# test_consumers.PREFETCHED), and batches that Ray is about to free.
 MOST = 2 * (KEPT + 2 * WORKERS) + PREFETCHED + 5
 
 
 def wait_until_free(cluster: TestCluster, service: Service, limit_s: float = DEADLINE_S) -> float:
-    """Wait until the service keeps nothing and shared memory is empty. Returns the time that this took."""
+    """Wait until the service keeps no batch and the object stores are empty. Returns the waiting time in seconds."""
     begun_s = time.monotonic()
     while cluster.used_bytes() or service.status()["kept_bytes"] or service.status()["consumers"]:
         assert time.monotonic() - begun_s < limit_s, (cluster.used_bytes(), service.status())
@@ -33,7 +34,7 @@ def wait_until_free(cluster: TestCluster, service: Service, limit_s: float = DEA
 def test_shared_memory_is_bounded_during_a_stream_and_given_back_after_it(
     cluster: TestCluster, store: Path, serve: Serve
 ) -> None:
-    """The training loop keeps all its batches. It takes up to 20 a second."""
+    """The loop in this test keeps all batches that it receives, and takes up to 20 batches a second."""
     service = serve(store, WORKERS, ahead=AHEAD)
     wait_until_free(cluster, service)
     most_used, most_kept, batches = 0, 0, []
@@ -63,7 +64,7 @@ def test_memory_of_a_consumer_that_is_killed_is_given_back(cluster: TestCluster,
 
 
 def scraped(cluster: TestCluster, service: Service) -> dict[str, float]:
-    """Values of the service's metrics on all nodes, as Prometheus reads them."""
+    """The service's metrics as Prometheus reads them: {name: sum of the values of all nodes}."""
     values: dict[str, float] = {}
     for node in cluster.ray.nodes():
         if not node["Alive"]:
@@ -81,7 +82,7 @@ def test_metrics_that_prometheus_reads(cluster: TestCluster, store: Path, serve:
     service = serve(store, 1, ahead=AHEAD)
     with train_loader(store, BATCH, service=service.at, threads=1) as loader:
         take_batches(loader, 6)
-        # The loader reads ahead for a moment, and the metrics reach the node's agent every second.
+        # The loader still reads ahead for a moment, and the metrics reach the agents of the nodes once a second.
         deadline, values, status = time.monotonic() + DEADLINE_S, dict[str, float](), service.status()
         names = {"consumers", "consumer_wait_seconds_total"}
         while values.get("images_made_total") != status["images_made"] or not names <= values.keys():

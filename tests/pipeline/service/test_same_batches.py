@@ -1,6 +1,6 @@
-"""Batches from a service: the bits, the order and the states of the local stream.
+"""Tests that batches from a service have the bits, the order and the loader states of a local stream.
 
-Each test compares a loader with a service and the same loader without one, which has its own tests.
+Each test compares a loader with a service and the same loader without a service.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Loader = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def service(store: Path, module_serve: Serve) -> Service:
-    """A service of two workers for the JPEG store."""
+    """A service with two workers for the JPEG store."""
     return module_serve(store, 2)
 
 
@@ -95,7 +95,7 @@ def test_the_ranks_of_a_step(store: Path, service: Service) -> None:
 
 
 def test_a_state_continues_with_and_without_a_service(store: Path, service: Service) -> None:
-    """A state saved by either kind of loader, in the middle of an epoch, is loaded by the other kind."""
+    """Each kind of loader continues from a state that the other kind has saved in the middle of an epoch."""
     at = {"remote": service.at, "local": None}
     for saved_by, loaded_by in (("remote", "local"), ("local", "remote"), ("remote", "remote")):
         with train_loader(store, 4, seed=5, service=at[saved_by], threads=1) as first:
@@ -118,7 +118,7 @@ def test_seek_back_and_forth(store: Path, service: Service) -> None:
 
 
 def test_the_number_of_workers_changes_during_a_stream(store: Path, serve: Serve) -> None:
-    """The stream begins with one worker, gets three under load, and two of them end."""
+    """The stream begins with one worker and has three workers under load. Then two of them are killed."""
     service = serve(store, 1, 3)
     with (
         train_loader(store, 4, seed=11, service=service.at, threads=1) as remote,

@@ -1,7 +1,7 @@
-"""Which consumers wait for which: rules with invented times, and random histories.
+"""Tests of the rules by which consumers wait for each other, with a simulated clock, and of random histories.
 
-A random history runs consumers of different speeds against a model of the coordinator, which keeps the batches that
-Sharing says are needed and counts how often each batch is made.
+A random history runs consumers of different speeds against a model of the coordinator. The model keeps the batches that
+Sharing.is_needed names, and counts how often each batch is made.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OTHER = STREAM._replace(seed=1)
 
 
 class Consumers:
-    """Sharing with a clock, and consumers named by a letter."""
+    """A Sharing object with a simulated clock. Short names identify the consumers."""
 
     def __init__(self, expected: int = 1) -> None:
         self.sharing = Sharing(AHEAD, expected, PATIENCE_S, FORGET_S)
@@ -74,12 +74,12 @@ def test_a_consumer_that_does_not_move_stops_holding_the_others_after_patience_s
     c.says("fast", 4)
     for _ in range(int(PATIENCE_S)):
         c.now_s += 1
-        c.says("slow", 0)  # it lives, and does not move
+        c.says("slow", 0)  # the consumer still calls, and makes no progress
         assert not c.may("fast", 5) and c.shares("slow")
     c.now_s += 0.1
     assert c.may("fast", 5) and not c.shares("slow")
-    assert c.may("slow", 0)  # it does not wait either
-    assert c.sharing.is_needed(STREAM, 0)  # and its batches are kept
+    assert c.may("slow", 0)  # the slow consumer does not wait, either
+    assert c.sharing.is_needed(STREAM, 0)  # the batches of the slow consumer are kept
 
 
 def test_a_consumer_that_moves_slowly_holds_the_others_for_any_time() -> None:
@@ -131,7 +131,7 @@ def test_a_stream_waits_for_the_expected_consumers_at_its_first_batch() -> None:
     c.sharing.leave("a")
     c.sharing.leave("b")
     c.says("a", 0)
-    assert not c.may("a", 0)  # all have left: the next three begin together
+    assert not c.may("a", 0)  # after all consumers have left, the stream waits for three consumers again
 
 
 def test_a_stream_does_not_wait_longer_than_patience_s_for_the_expected_consumers() -> None:
@@ -155,10 +155,10 @@ def test_a_call_that_arrives_late_does_not_move_a_consumer_back() -> None:
 
 @pytest.mark.parametrize("seed", range(100))
 def test_random_histories(seed: int) -> None:
-    """Consumers of random speeds share a stream, some stop for a while, some die. Nobody who lives waits forever.
+    """Consumers of random speeds share a stream. Some pause for a while, and some die. No living one waits forever.
 
-    While all consumers share, each batch is made once, and no consumer gets a batch that is more than `ahead` steps
-    after the first batch that another one needs. The coordinator never keeps more than `ahead` + 1 batches for each
+    While all consumers share, each batch is made once, and no consumer receives a batch that is more than `ahead` steps
+    after the lowest position that another consumer needs. The coordinator keeps at most `ahead` + 1 batches for each
     consumer.
     """
     rng = random.Random(seed)

@@ -1,4 +1,4 @@
-"""Windows of records: their pixels, the same with and without the C kernel, and what WindowMaker refuses."""
+"""Tests of WindowMaker: the pixels of windows, with and without the C kernel, and errors for damaged records."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def request(seed: int, count: int, window_px: int, split: str = "train") -> Wind
 def test_windows_are_the_pixels_that_pillow_decodes(
     any_store: Path, maker: WindowMaker, records_of: Callable[[Path, str], list[tuple[bytes, Any]]], window_px: int
 ) -> None:
-    """libjpeg-turbo and Pillow decode the same pixels up to 3 grey levels, because Pillow may have another libjpeg."""
-    datums = [datum for _, datum in records_of(any_store, "train")]  # LMDB opens a file once in a process
+    """The pixels may differ by up to 3 grey levels, because Pillow may contain another version of libjpeg."""
+    datums = [datum for _, datum in records_of(any_store, "train")]  # read first: LMDB opens a file once in a process
     wanted = request(window_px, 20, window_px)
     windows = maker.make(wanted)
     for pixels, label, number, (row, column) in zip(*windows, wanted.numbers, wanted.offset, strict=True):

@@ -1,4 +1,4 @@
-"""Builds in parts and on a cluster for tests; readers that are slow or crash."""
+"""Helpers for tests of builds in parts and on a cluster, and file readers that are slow or crash."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tree(store: Path) -> list[str]:
 
 
 def assert_same(store: Path, whole: Store) -> None:
-    """The store equals the store `whole` in its manifest, and has the same files."""
+    """Assert that two stores have equal manifests, the same files, and the same bytes in their shards."""
     opened = Store.open(store)
     assert opened.fingerprint == whole.fingerprint
     assert opened.splits == whole.splits
@@ -55,7 +55,7 @@ def assert_same(store: Path, whole: Store) -> None:
 
 
 class SlowReader(FolderReader):
-    """Takes 10 ms for each image."""
+    """A reader that waits 10 ms before it reads an image."""
 
     def read(self, item: Any) -> bytes:
         time.sleep(0.01)
@@ -64,7 +64,10 @@ class SlowReader(FolderReader):
 
 @dataclass(frozen=True)
 class MarkingReader(SlowReader):
-    """Creates the file `marker` when a process on the node `doomed` reads its tenth image."""
+    """A reader that creates the file `marker` when a process on the doomed node reads its tenth image.
+
+    The doomed node has the environment variable ALEXNET_DOOMED.
+    """
 
     marker: Path
 
@@ -80,7 +83,7 @@ _read_here: list[bytes] = []
 
 
 class CrashingReader(SlowReader):
-    """Kills the process that reads image number 100."""
+    """A reader that kills its process when it reads image number 100."""
 
     def read(self, item: Any) -> bytes:
         if item.path.endswith(b"_100.JPEG"):
@@ -94,7 +97,7 @@ def source_with(reader: FolderReader) -> Source:
 
 
 class ActingProgress(Progress):
-    """Keeps all numbers of finished inputs. Calls `act` once, when `is_time` returns true."""
+    """Progress that keeps every reported number of finished inputs, and calls `act()` once `is_time()` is true."""
 
     def __init__(self, is_time: Callable[[], bool] = lambda: False, act: Callable[[], object] = lambda: None) -> None:
         super().__init__(IMAGES, "pictures")
@@ -109,7 +112,7 @@ class ActingProgress(Progress):
 
 
 def start_cluster() -> Any:
-    """A cluster with a head node and one more node; each node has one core."""
+    """Start a cluster with a head node and a second node. Each node has one core."""
     ray_module()  # sets Ray's variables before Ray is imported
     cluster = importlib.import_module("ray.cluster_utils").Cluster()
     try:
@@ -124,7 +127,7 @@ def start_cluster() -> Any:
 def add_node(cluster: Any, **options: Any) -> Any:
     """Add a node to a cluster of ray.cluster_utils.
 
-    Ray gives a node 30 s to start. On a busy machine that can be too short, so the start is tried four times.
+    Ray gives a node 30 s to start, which can be too short on a busy machine. The start is therefore tried four times.
     """
     for tries_left in reversed(range(4)):
         try:

@@ -1,4 +1,4 @@
-"""Builds on a Ray cluster of several nodes, all on this machine: same store, killed nodes, workers and drivers.
+"""Tests of builds on a Ray cluster of several nodes on this machine, also while nodes, workers and drivers are killed.
 
 Every store must equal the store of a build without a cluster.
 """
@@ -52,7 +52,7 @@ _PRELOAD = "prep.build.shard_task"
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[tuple[Any, ModuleType]]:
-    """(cluster, module ray); this process is connected to the cluster."""
+    """(cluster, module ray). This process is connected to the cluster."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cluster = start_cluster()
     try:
@@ -97,7 +97,7 @@ def test_errors_of_tasks_are_raised_by_the_driver(runner: ClusterRunner) -> None
 
 
 def kill_parent(task: tuple[Path, int], task_progress: TaskProgress) -> int:
-    """Kill the Ray worker, as Ray itself does if a node lacks memory, the first `times` times that the task runs."""
+    """Kill the Ray worker in each of the first `times` runs of the task, as Ray does on a node that lacks memory."""
     folder, times = task
     runs = len(list(folder.iterdir())) + 1
     (folder / str(runs)).touch()
@@ -107,7 +107,7 @@ def kill_parent(task: tuple[Path, int], task_progress: TaskProgress) -> int:
     return runs
 
 
-def test_a_lost_task_is_submitted_again_and_blames_no_input(
+def test_a_lost_task_is_submitted_again_and_no_input_is_reported_as_the_cause(
     runner: ClusterRunner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "once").mkdir()
@@ -160,7 +160,8 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
     build_split(source_with(SlowReader(photos)), tmp_path / "store", PPM, runner, progress)
     assert_same(tmp_path / "store", whole)
     steps = [done for done in progress.all_done if 0 < done < IMAGES]
-    assert len(set(steps)) > 4 and any(done % 56 for done in steps)  # running shards are counted, too
+    # A shard has 56 inputs. Other numbers show that the inputs of running shards are counted, too.
+    assert len(set(steps)) > 4 and any(done % 56 for done in steps)
     words = ("--store", tmp_path / "store", "--cluster", nodes[0].address)
     verified = alexprep("verify", *words)
     assert verified.exit_code == 0 and "450 records of train agree" in verified.stdout, verified.output
@@ -171,7 +172,7 @@ def test_the_store_equals_that_of_a_build_without_a_cluster(
 def test_import_caffe_on_a_cluster_gives_the_same_store(
     nodes: tuple[Any, ModuleType], whole: Store, tmp_path: Path
 ) -> None:
-    """A shard of a store is an LMDB of Caffe's Datums."""
+    """The input is a shard of a store, because a shard is an LMDB of Caffe Datums."""
     words = ("import-caffe", whole.root / "train" / "00000", *WORDS, "--json", "--store")
     results = [alexprep(*words, tmp_path / "pool"), alexprep(*words, tmp_path / "ray", "--cluster", nodes[0].address)]
     assert [result.exit_code for result in results] == [0, 0], results[1].output
@@ -187,7 +188,7 @@ def test_a_node_that_is_killed_during_a_build_is_replaced_by_the_other_nodes(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """The node is killed while it builds a shard. The shard is built again, and no input is blamed.
+    """The node is killed while it builds a shard. Another node builds the shard again, and no input counts as bad.
 
     Ray must not print its messages about the node to standard output, where --json prints results.
     """
@@ -223,7 +224,7 @@ def test_a_file_that_kills_its_worker_process_twice_is_left_out_with_on_bad_skip
 
 @pytest.fixture
 def large_photos(tmp_path: Path) -> Path:
-    """960 images, 32 shards: some seconds of work."""
+    """A folder of 960 images. Its build has 32 shards and takes some seconds."""
     return make_pictures(tmp_path / "large", 960, (400, 440), distinct=6)
 
 
@@ -266,10 +267,10 @@ def test_sigterm_stops_the_tasks_before_the_lock_is_released(
 
 @pytest.fixture(scope="module")
 def other_machine(nodes: tuple[Any, ModuleType], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder that a third node sees differently: the node has its own mounts.
+    """A folder that a third node sees differently, because the node has its own mounts.
 
-    On the node, the folder `hidden` is empty, `file` is longer, and the description of Pillow is the file `pillow` in
-    the folder.
+    On this node, the folder `hidden` is empty, the file `file` is longer, and Python reads the version of Pillow from
+    the file `pillow` in the folder.
     """
     folder = tmp_path_factory.mktemp("machine")
     installed = Path(str(distribution("pillow")._path)) / "METADATA"  # type: ignore[attr-defined]
@@ -311,9 +312,11 @@ def test_a_node_that_sees_other_files_or_has_other_software_is_named(
 ) -> None:
     runner.check_machines(tmp_path, tmp_path, tool_versions)
     hidden = other_machine / "hidden" / "photos"
-    with pytest.raises(UserError, match=r"node \S+ other \(.*does not see .*: No such file or directory there, a fold"):
+    with pytest.raises(
+        UserError, match=r"node \S+ other \(.*does not see the same .*: No such file or directory on that node, a fold"
+    ):
         runner.check_machines(tmp_path, hidden, tool_versions)
-    with pytest.raises(UserError, match=r" other \(.*: a file of 7 bytes there, a file of 4 bytes here"):
+    with pytest.raises(UserError, match=r" other \(.*: a file of 7 bytes on that node, a file of 4 bytes on"):
         runner.check_machines(tmp_path, other_machine / "file", tool_versions)
     with pytest.raises(UserError, match=r" other \(.* does not see the folder .*hidden of this machine"):
         runner.check_machines(other_machine / "hidden", tmp_path, tool_versions)

@@ -1,4 +1,4 @@
-"""`alexprep join`, and the refusals of `build-lmdb --part`."""
+"""Tests of `alexprep join`, and of wrong uses of `build-lmdb --part`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_join_names_the_missing_shards_and_commands_that_build_them(photos: Path
     store = tmp_path / "a store"
     words = ("build-lmdb", photos, "--store", store, *WORDS, "--jobs", "1")
     assert alexprep(*words, "--part", "2/3").exit_code == 0
-    shutil.rmtree(store / "train" / "00004")  # one shard of the part is lost
+    shutil.rmtree(store / "train" / "00004")  # one shard of part 2 is missing
     result = alexprep("join", "--store", store)
     assert result.exit_code == 1 and "train cannot be completed" in result.stderr
     first, second, third = result.stdout.splitlines()

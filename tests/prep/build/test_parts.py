@@ -1,4 +1,4 @@
-"""Builds in parts (`build-lmdb --part`) and `alexprep join`: any order, repeated, at the same time, killed, incomplete.
+"""Tests of builds in parts (`build-lmdb --part`): in any order, repeated, at the same time, killed and incomplete.
 
 Every store must equal the store of a build without parts: manifest, files and fingerprint.
 """
@@ -36,7 +36,7 @@ Start = Callable[..., BuildCommand]
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """A function that starts a build command. Processes that a failed test leaves behind are killed at the end."""
+    """A function that starts a build command. After the test, the fixture kills processes that are still running."""
     started: list[BuildCommand] = []
 
     def run(photos: Path, store: Path, *words: str) -> BuildCommand:
@@ -60,7 +60,7 @@ def test_parts_in_any_order_with_repetitions_give_the_same_store(
     rng = np.random.default_rng(seed)
     count = (1, 3, 11)[seed]  # of 11 parts, three have no shard
     numbers = [*rng.permutation(np.repeat(np.arange(1, count + 1), 2)).tolist()]
-    last = max(numbers.index(number) for number in set(numbers))  # after it, every part has run
+    last = max(numbers.index(number) for number in set(numbers))  # index of the run after which every part has run
     for position, number in enumerate(numbers):
         result = run_part(photos, tmp_path / "store", number, count)
         has_run = set(numbers[: position + 1])
@@ -108,7 +108,7 @@ def _run_all(photos: Path, store: Path, count: int) -> list[Result]:
 
 
 def test_parts_of_train_and_val_have_the_classes_of_a_build_without_parts(photo_folder: Path, tmp_path: Path) -> None:
-    """val has no class folders; the classes of its labels are those of train, which is not in the store yet."""
+    """The split val has no class folders. Its labels refer to the classes of train, which is not in the store yet."""
     words = ("build-lmdb", photo_folder, *WORDS, "--jobs", "1", "--store")
     assert alexprep(*words, tmp_path / "whole").exit_code == 0
     for number in (2, 1):
@@ -134,7 +134,7 @@ def test_parts_at_the_same_time_give_the_same_store(photos: Path, whole: Store, 
 def test_killed_parts_are_finished_by_the_same_commands(
     photos: Path, whole: Store, tmp_path: Path, start: Start
 ) -> None:
-    """Two parts at a time are killed at random moments, then both are run to their ends."""
+    """Two parts run at the same time and are killed at random moments, three times. Then each part runs to its end."""
     store, rng = tmp_path / "store", np.random.default_rng(4)
     for _ in range(3):
         commands = [start(photos, store, "--part", f"{number}/2") for number in (1, 2)]
@@ -152,7 +152,7 @@ def test_killed_parts_are_finished_by_the_same_commands(
 def test_one_of_several_commands_that_end_at_the_same_time_writes_the_manifest(
     photos: Path, whole: Store, all_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four threads, each with its own open files and thus its own locks, find all shards finished at the same time."""
+    """Four threads find all shards finished at the same time. Each opens its own files, and so has its own locks."""
     assembled, at_once = [], threading.Barrier(4)
     real, real_missing = parts.assemble_split, parts.missing_shards
 
@@ -189,8 +189,8 @@ def test_only_one_of_two_parts_that_begin_at_the_same_time_begins_the_build(phot
     assert tree(tmp_path / "train") == [".build", ".build/inputs.npz", ".build/plan.json"]
 
 
-def test_a_shard_of_a_discarded_build_is_not_taken_for_finished(photos: Path, tmp_path: Path) -> None:
-    """A process of a killed build can write its summary after a new build with other settings has begun."""
+def test_a_shard_of_a_discarded_build_does_not_count_as_finished(photos: Path, tmp_path: Path) -> None:
+    """A process of a killed build can write the summary of its shard after a build with other settings has begun."""
     source = list_source(photos, "train")
     old = BuildPlan(source, tmp_path / "train", PPM.__class__(**{**vars(PPM), "side_px": 48}), False)
     begin_build(old)
@@ -206,7 +206,7 @@ def test_a_shard_of_a_discarded_build_is_not_taken_for_finished(photos: Path, tm
 
 
 def test_a_shard_that_two_processes_build_at_the_same_time_is_always_complete(photos: Path, tmp_path: Path) -> None:
-    """Two threads have the same process number, as processes on two machines can have."""
+    """The test uses two threads. They have the same process id, as two processes on different machines can have."""
     source = list_source(photos, "train")
     plan = BuildPlan(source, tmp_path / "train", PPM, False)
     begin_build(plan)
@@ -255,7 +255,7 @@ def test_parts_do_not_wait_for_each_other(photos: Path, tmp_path: Path, monkeypa
     run_part(photos, tmp_path, 1, 2)
     with hold_lock(tmp_path, "build", shared=True):  # as another part holds it
         result = run_part(photos, tmp_path, 2, 2)
-    assert result == PartResult(4, None, {})  # the other part will write the manifest
+    assert result == PartResult(4, None, {})  # no store: the other part will write the manifest
     assert run_part(photos, tmp_path, 1, 2).store is not None
 
 

@@ -1,4 +1,4 @@
-"""moto's S3 server as a process, and an HTTP proxy in front of it that logs requests and causes faults for real."""
+"""An S3 server (moto) as a process, and an HTTP proxy in front of the server that logs requests and causes faults."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-DEADLINE_S = 120.0  # limit of each wait; the server starts in 2 s on an idle machine
+DEADLINE_S = 120.0  # longest time of each wait; on an idle machine, the server starts in 2 s
 BUCKET = "photographs"
 _AUTHORIZATION = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
 
 
 class S3Server:
-    """moto's server as a process on a free port of this machine, with an empty bucket. Parts may have 256 bytes."""
+    """moto's S3 server as a process on a free port of this machine, with an empty bucket.
+
+    Parts of multipart uploads may be as small as 256 bytes.
+    """
 
     def __init__(self, port: int = 0) -> None:
         if not port:
@@ -48,7 +51,7 @@ class S3Server:
                 time.sleep(0.02)
 
     def request(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Status and body of the answer to a request. The server does not check the signature."""
+        """Send a request, and return status and body of the answer. The server does not check signatures."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=DEADLINE_S)
         try:
             connection.request(method, path, body, {"Authorization": _AUTHORIZATION})
@@ -72,32 +75,32 @@ class Request(NamedTuple):
     """A request that reached the proxy."""
 
     method: str
-    path: str  # of the object in the bucket, without query
+    path: str  # path of the object in the bucket, without the query
     query: str
     sent_bytes: int  # length of the request's body
 
 
 @dataclass
 class Fault:
-    """What the proxy does to one request."""
+    """The fault that the proxy causes in one request."""
 
     cut_request_after: int | None = None  # close the connection after this number of bytes of the request's body
     cut_answer_after: int | None = None  # close the connection after this number of bytes of the answer's body
     flip_request: bool = False  # change one bit of the request's body
     flip_answer: bool = False  # change one bit of the answer's body
-    status: int = 0  # answer with this status, and `code`, without asking the server
+    status: int = 0  # if not 0, the proxy answers with this status and `code`, and does not ask the server
     code: str = "InternalError"
 
 
 @dataclass
 class Proxy:
-    """An HTTP proxy on a free port. `decide` names the fault of a request before the request is forwarded."""
+    """An HTTP proxy on a free port. Before the proxy forwards a request, `decide` chooses the fault to cause."""
 
     server: S3Server
     decide: Callable[[Request], Fault | None] = lambda request: None
     log: list[Request] = field(default_factory=list)
     faults: int = 0  # number of faults that were caused
-    is_gcs: bool = False  # translate requests of Google's XML interface, in which `/` and `.` of keys are escaped
+    is_gcs: bool = False  # whether requests come in Google's form, in which `/` and `.` of keys are escaped
 
     def __post_init__(self) -> None:
         proxy = self
@@ -178,7 +181,7 @@ class _Handler(BaseHTTPRequestHandler):
             connection.close()
 
     def _cut(self) -> None:
-        """Reset the connection, as a router does that forgets it."""
+        """Reset the connection, as a router may do."""
         self.close_connection = True
         self.wfile.flush()
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -203,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _flipped(content: bytes) -> bytes:
-    """`content` with one bit of its middle byte changed."""
+    """A copy of `content` with one bit of the middle byte changed."""
     changed = bytearray(content)
     changed[len(changed) // 2] ^= 4
     return bytes(changed)

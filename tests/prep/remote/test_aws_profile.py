@@ -1,4 +1,4 @@
-"""Profiles of AWS's shared files are read as boto3 reads them."""
+"""Tests that profiles in AWS's shared configuration files are read as boto3 reads them."""
 
 from __future__ import annotations
 

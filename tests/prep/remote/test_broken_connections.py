@@ -1,4 +1,4 @@
-"""Connections that break, servers that fail and bytes that change on the way: a copy is whole or it is no store."""
+"""Tests of copies with broken connections, failing servers and changed bytes: an incomplete copy has no manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.prep.remote.s3_server import Fault, Proxy, Request, S3Server
 
 
 def random_cuts(seed: int, share: float, longest: int) -> object:
-    """A `decide` that cuts a seeded share of all requests, in the request's or the answer's body."""
+    """A function for Proxy.decide that cuts a random share of all requests, in the request or in the answer."""
     rng = np.random.default_rng(seed)
 
     def decide(request: Request) -> Fault | None:
@@ -34,7 +34,7 @@ def random_cuts(seed: int, share: float, longest: int) -> object:
 
 @pytest.fixture
 def inner_retries(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """obstore repeats requests, as it does outside of the tests, but after 5 ms."""
+    """obstore repeats failed requests as often as outside of the tests, but after 5 ms."""
     retries = {"max_retries": 2, "backoff": {"init_backoff": timedelta(milliseconds=5)}}
     assert retries["max_retries"] == INNER_RETRIES["max_retries"]
     monkeypatch.setattr(object_store, "INNER_RETRIES", retries)
@@ -45,7 +45,7 @@ def inner_retries(proxy: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_connections_that_break_at_random_are_retried_in_both_directions(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
-    """A quarter of all requests is cut after up to 150 kB; parts have 128 KiB."""
+    """A quarter of all requests is cut after up to 150 kB. A part of an upload or download has 128 KiB."""
     proxy.decide = random_cuts(7, 0.25, 150_000)  # type: ignore[assignment]
     copy(small_store, url)
     sent_faults = proxy.faults
@@ -81,7 +81,7 @@ def test_a_broken_download_continues_with_the_part_that_failed(
 def test_a_server_that_answers_503_and_429_is_asked_again(
     small_store: Path, copy: Copy, proxy: Proxy, url: str
 ) -> None:
-    """Requests of multipart uploads are answered at once: if one fails, all requests of its upload are repeated."""
+    """Requests of multipart uploads do not fail here: otherwise all requests of the upload would be repeated."""
     numbers = dict[tuple[str, str, str], int]()
 
     def decide(request: Request) -> Fault | None:
@@ -100,7 +100,7 @@ def test_a_server_that_answers_503_and_429_is_asked_again(
 def test_a_server_that_is_away_for_a_while_delays_the_copy(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch, prefix: str
 ) -> None:
-    """The connection is refused or reset for 1.5 s from the tenth request on, in both the first tries and retries."""
+    """For 1.5 s from the tenth request on, every connection is reset."""
     monkeypatch.setattr(object_store, "WAITS_S", (0.1, 0.2, 0.4, 0.8, 1.6))
     away: list[float] = []
 
@@ -137,7 +137,7 @@ def test_a_server_that_stays_away_ends_the_copy_which_then_continues(
 def test_a_bit_that_changes_on_the_way_up_is_found_by_reading_back(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """The server stores the changed shard and answers 200. The shard is sent again."""
+    """The server stores the changed shard and answers with status 200. The copy must send the shard again."""
     shard, flips = f"{prefix}/train/00001/data.mdb", list[str]()
 
     def decide(request: Request) -> Fault | None:
@@ -180,7 +180,7 @@ def test_bits_that_always_change_on_the_way_down_leave_no_store(
     path: str,
     has_checksums: bool,
 ) -> None:
-    """Without SHA256SUMS, as after an upload by another program, only the manifest's digests find the change."""
+    """Without SHA256SUMS, as after an upload by another program, only the digests of the manifest detect the change."""
     put_store(server, prefix, small_store)
     if not has_checksums:
         server.request("DELETE", f"/photographs/{prefix}/SHA256SUMS")
@@ -211,9 +211,9 @@ def test_a_bit_that_changes_once_on_the_way_down_is_read_again(
 def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str
 ) -> None:
-    """The server is killed during the copy and restarts on the same port. It is empty, as moto keeps objects in memory.
+    """The server is killed during the copy and restarts on the same port without its objects, which were in memory.
 
-    The files that had been verified are missing at the end, so this copy fails. A copy to a new prefix succeeds.
+    At the end, the files that were verified before are missing, so this copy fails. A copy to a new prefix succeeds.
     """
     first = S3Server()
     proxy.server = first
@@ -233,7 +233,7 @@ def test_a_server_that_is_killed_and_loses_everything_leaves_no_manifest(
             copy(small_store, url)
         (second,) = restarted
         assert "manifest.json" not in second.objects(prefix)
-        # The new server has no source.json, so the prefix looks as if another program had written there.
+        # The new server has no source.json. The files in the prefix could therefore be those of another program.
         with pytest.raises(UserError, match="is not empty and holds no unfinished copy"):
             copy(small_store, url)
         open_folder.cache_clear()
@@ -251,7 +251,7 @@ def test_the_waits_between_tries_grow_and_last_half_a_minute() -> None:
 def test_a_store_that_came_through_broken_connections_opens(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, tmp_path: Path
 ) -> None:
-    """Another seed, and cuts only within the first 600 bytes: in heads of small files and in XML answers."""
+    """Connections are cut only within the first 600 bytes: in small files and in XML answers."""
     proxy.decide = random_cuts(11, 0.3, 600)  # type: ignore[assignment]
     copy(small_store, url)
     copy(url, tmp_path / "back")

@@ -1,4 +1,4 @@
-"""A copy has the same bytes as its source, the manifest comes last, and a destination with other content is refused."""
+"""Tests that a copy has the bytes of its source and writes the manifest last, and of destinations that are refused."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_the_manifest_arrives_last_and_every_shard_is_read_back_before(
         if (small_store / path).stat().st_size:
             reads = [i for i, r in enumerate(proxy.log) if (r.method, r.path) == ("GET", f"{prefix}/{path}")]
             assert reads and max(reads) < manifest, path
-    assert any("partNumber=2" in request.query for request in proxy.log)  # shards are sent in several parts
+    assert any("partNumber=2" in request.query for request in proxy.log)  # a shard was sent in several parts
 
 
 def test_a_store_comes_back_from_gcs_with_equal_bytes(
@@ -89,7 +89,7 @@ def test_a_store_comes_back_from_gcs_with_equal_bytes(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Google's XML interface for objects is that of S3, but for the escapes in keys and for the authorization."""
+    """Google's XML interface differs from that of S3 only in the escapes in keys and in the authorization."""
     account = {"gcs_base_url": proxy.url, "disable_oauth": True, "client_email": "", "private_key": ""}
     (tmp_path / "account.json").write_text(json.dumps({**account, "private_key_id": ""}))
     monkeypatch.setenv("GOOGLE_SERVICE_ACCOUNT", str(tmp_path / "account.json"))
@@ -127,7 +127,7 @@ def test_a_complete_copy_is_left_as_it_is(
 
 
 def other_store(small_store: Path, folder: Path) -> Path:
-    """A store of the same shards with another class name, and so another fingerprint."""
+    """A copy of the store in which one class has another name. It therefore has another fingerprint."""
     shutil.copytree(small_store, folder)
     store = Store.open(folder)
     classes = ("another", *store.classes[1:])
@@ -222,7 +222,7 @@ def test_a_source_that_changes_during_the_copy_is_noticed(
 def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """A shard is overwritten with as many bytes after it was verified. The next copy sends this shard again."""
+    """After a shard was verified, it is overwritten with the same number of bytes. The next copy sends it again."""
     path = "train/00001/data.mdb"
 
     def decide(request: Request) -> None:
@@ -241,7 +241,7 @@ def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
 def test_two_stores_that_are_copied_to_one_prefix_at_the_same_time_are_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """A second command begins after the first: its source.json replaces the first one's."""
+    """The second command begins after the first one. The source.json of the second replaces that of the first."""
 
     def decide(request: Request) -> None:
         if request.method == "PUT" and request.path == f"{prefix}/val/inputs.jsonl":

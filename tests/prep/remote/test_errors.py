@@ -1,4 +1,4 @@
-"""Errors of `alexprep copy` are one line that says what is wrong and what to do next."""
+"""Tests of the errors of `alexprep copy`: one line that says what is wrong and what to do next."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.prep.remote.s3_server import DEADLINE_S, Fault, Proxy, Request, S3Ser
 
 
 def failing(proxy: Proxy, prefix: str, path: str, method: str, status: int, code: str) -> None:
-    """Let all requests of a method for one object fail with a status."""
+    """Let the proxy answer all requests of one method for one object with an error status."""
 
     def decide(request: Request) -> Fault | None:
         wanted = (request.method, request.path) == (method, f"{prefix}/{path}")
@@ -78,7 +78,7 @@ def test_a_broken_connection_to_a_name_with_403_is_no_error_of_permission(
 def test_missing_credentials_name_the_variables(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without credentials, obstore asks the metadata service of EC2. Here, no service answers."""
+    """Without credentials, obstore asks the metadata service of EC2. In this test, no such service answers."""
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")
@@ -120,7 +120,7 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
 def test_a_full_disk_ends_with_exit_code_3_and_the_copy_continues(
     small_store: Path, copy: Copy, proxy: Proxy, url: str, prefix: str, server: S3Server, tmp_path: Path
 ) -> None:
-    """No file may be larger than 150 kB, so no training shard can arrive."""
+    """A limit of the process lets no file grow beyond 150 kB, so no training shard can be written."""
     put_store(server, prefix, small_store)
     limited = subprocess.run(
         [sys.executable, "-c", COMMAND, "copy", url, str(tmp_path / "copy"), "--jobs", "1"],
@@ -174,7 +174,7 @@ def test_checksums_of_another_manifest_are_not_used(
 def test_a_truncated_shard_in_a_bucket_is_refused_after_three_transfers(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
-    """Another program replaced the shard by its first half, and SHA256SUMS is missing."""
+    """The bucket holds only the first half of the shard, and no SHA256SUMS."""
     put_store(server, prefix, small_store)
     half = (small_store / "train" / "00000" / "data.mdb").read_bytes()[:100_000]
     server.request("PUT", f"/photographs/{prefix}/train/00000/data.mdb", half)
@@ -200,7 +200,7 @@ def test_a_file_that_is_missing_in_the_source_is_named(
 def test_an_object_that_is_replaced_during_the_download_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str, tmp_path: Path
 ) -> None:
-    """The shard is replaced by other bytes of the same length after its first part was read: its ETag changes."""
+    """After the first part of a shard was read, the shard is replaced by other bytes of the same length."""
     put_store(server, prefix, small_store)
     path, seen = "train/00000/data.mdb", list[int]()
 
@@ -217,7 +217,7 @@ def test_an_object_that_is_replaced_during_the_download_is_noticed(
 
 
 class RecordedProgress(Progress):
-    """Keeps every value of `done`."""
+    """Progress that keeps every reported value of `done`."""
 
     def __init__(self, total: int) -> None:
         self.values: list[int] = []
@@ -240,7 +240,7 @@ def test_progress_counts_each_byte_once_although_a_shard_is_transferred_twice(
     monkeypatch: pytest.MonkeyPatch,
     is_upload: bool,
 ) -> None:
-    """The first transfer of a shard is damaged. The copy stops at val/mean_image.npy and continues."""
+    """The first transfer of a shard is damaged. The first copy stops at val/mean_image.npy, and a second continues."""
     monkeypatch.setattr(copy_store, "MB", 1000)
     if not is_upload:
         put_store(server, prefix, small_store)

@@ -1,4 +1,4 @@
-"""Copies that are killed or interrupted continue with the same command. No verified file is transferred again."""
+"""Tests that a killed or interrupted copy continues with the same command, and transfers no verified file again."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.prep.remote.s3_server import DEADLINE_S, Proxy, Request, S3Server
 
 
 class CopyCommand:
-    """`alexprep copy` with two workers, as a process that leads its own process group."""
+    """A running `alexprep copy` with two workers, in its own process group."""
 
     def __init__(self, source: object, target: object, *words: str) -> None:
         program = [sys.executable, "-c", COMMAND, "copy", str(source), str(target), "--jobs", "2", *words]
@@ -33,7 +33,7 @@ class CopyCommand:
         )
 
     def end(self) -> tuple[int, str, str]:
-        """Wait until all processes of the group have ended: (exit code, standard output, standard error)."""
+        """Wait until all processes of the group have ended. Returns (exit code, standard output, standard error)."""
         stdout, stderr = self.process.communicate(timeout=DEADLINE_S)
         deadline = time.monotonic() + DEADLINE_S
         while left := process_group(self.process.pid):
@@ -43,7 +43,7 @@ class CopyCommand:
 
 
 def kill_at_request(proxy: Proxy, command: CopyCommand, number: int, signum: int = signal.SIGKILL) -> None:
-    """Send a signal to the command when it has sent `number` more requests, before the last of them is forwarded."""
+    """Send a signal to the command at its `number`-th request from now, before the proxy forwards this request."""
     left, lock = [number], threading.Lock()
 
     def decide(request: Request) -> None:
@@ -76,7 +76,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     tmp_path: Path,
     is_upload: bool,
 ) -> None:
-    """Killed twice by SIGKILL, at seeded requests, then finished. The workers of a killed command end, too."""
+    """The command is killed twice at random requests, and then runs to its end. Its workers must end with it."""
     rng = np.random.default_rng(31)
     if not is_upload:
         put_store(server, prefix, small_store)
@@ -86,7 +86,7 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     def arrived() -> dict[str, bytes]:
         return server.objects(prefix) if is_upload else contents(tmp_path / "copy")
 
-    kept, first = list[int](), set[str]()  # numbers of verified files after each kill, shards among them
+    kept, first = list[int](), set[str]()  # number of verified files after each kill; the verified shards
     for _ in range(2):
         command = CopyCommand(source, target)
         kill_at_request(proxy, command, int(rng.integers(*((20, 28) if is_upload else (5, 7)))))
@@ -135,7 +135,7 @@ def test_a_signal_ends_the_copy_which_can_be_resumed(
 def test_ctrl_c_ends_a_copy_at_once_although_the_server_does_not_answer(
     small_store: Path, proxy: Proxy, url: str
 ) -> None:
-    """The server accepts the first request and never answers, so obstore waits for its timeout of a minute."""
+    """The server accepts the first request and never answers. obstore alone would wait for its timeout of a minute."""
     asked, released = threading.Event(), threading.Event()
 
     def decide(request: Request) -> None:

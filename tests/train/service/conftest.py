@@ -1,4 +1,4 @@
-"""Fixtures: a Ray cluster on this machine, services in it, and runs that the tests compare with."""
+"""Fixtures: a Ray cluster on this machine, services in this cluster, and runs without a service for comparison."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from train.config.run_config import RunConfig
 from train.runs.run import Run
 from train.trainer.loop import fit
 
-# With these options, a node does not end if its agents need more than 15 s to start.
+# With these options, Ray does not kill a new node whose agents need more than 15 s to start.
 _PORTS = ("metrics_agent_port", "metrics_export_port", "runtime_env_agent_port", "dashboard_agent_listen_port")
 
 
 class Service:
-    """A service with one worker for one store. Each method connects to the cluster and disconnects again."""
+    """A service with one worker for one store. Each method connects to the cluster, and disconnects afterwards."""
 
     def __init__(self, store: Path, address: str, name: str) -> None:
         self.store, self.address, self.name = store, address, name
@@ -54,12 +54,13 @@ class Service:
 
 @pytest.fixture(scope="package")
 def cluster_address() -> Iterator[str]:
-    """HOST:PORT of a cluster of one node."""
+    """The address HOST:PORT of a cluster with one node."""
     ray_module()  # sets environment variables that Ray reads when it is imported
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # so that the node and the runs use a token
+    # The node and the runs must agree whether a token is used. They use one if this machine has a token.
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cluster = started_cluster(Cluster)
     for number, handler in before.items():
@@ -72,14 +73,14 @@ def cluster_address() -> Iterator[str]:
 
 
 def started_cluster(cluster_class: Any) -> Any:
-    """A cluster with a head node. On a busy machine, a node can need longer than Ray waits: the start is repeated."""
+    """Start a cluster with a head node. If the node needs longer than Ray waits, on a busy machine, try again."""
     node = {"num_cpus": 2, "object_store_memory": 150_000_000, "include_dashboard": False}
     for attempts_left in reversed(range(4)):
         cluster = cluster_class()
         try:
             cluster.add_node(**node, **dict(zip(_PORTS, free_ports(len(_PORTS)), strict=True)))
             return cluster
-        except Exception:  # Ray raises no more specific type
+        except Exception:  # Ray raises a plain Exception
             cluster.shutdown()
             if not attempts_left:
                 raise
@@ -106,7 +107,7 @@ def service(cluster_address: str, stores: dict[str, Path]) -> Service:
 
 @pytest.fixture(scope="package")
 def store_without_records(stores: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the JPEG store without its shards: a loader of this store cannot read a record itself."""
+    """A copy of the JPEG store without its shards. A loader cannot read any record of this store itself."""
     folder = tmp_path_factory.mktemp("without-records") / "store"
     return Path(shutil.copytree(stores["jpeg"], folder, ignore=shutil.ignore_patterns("[0-9][0-9][0-9][0-9][0-9]")))
 

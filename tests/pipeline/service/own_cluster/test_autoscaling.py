@@ -1,6 +1,6 @@
-"""A cluster with Ray's autoscaler: a service makes it grow up to its largest number of workers, and shrink again.
+"""Test with Ray's autoscaler: a service under load makes the cluster grow, and without load the cluster shrinks again.
 
-The cluster is a simulated machine. Its head node has no core; Ray's fake provider adds nodes of one core each.
+The cluster is a simulated machine. Its head node has no cores. Ray's fake provider adds nodes with one core each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.pipeline.service.faults import HOST, TOKEN, Machine, free_port, head_
 from tests.pipeline.streaming import take_batches
 
 MOST, SEED, BATCHES = 2, 4, 7
-_COMMANDS = (  # keys that Ray requires
+_COMMANDS = (  # keys that Ray requires in the configuration of an autoscaler
     "initialization_commands",
     "setup_commands",
     "head_setup_commands",
@@ -55,7 +55,7 @@ with connected(address) as ray:
         while workers() < most:
             take_batches(loader, 1)
             seen.append(nodes())
-        for _ in range(40):  # the load goes on, and the cluster does not grow further
+        for _ in range(40):  # the load continues, and the cluster must not grow further
             take_batches(loader, 10)
             seen.append(nodes())
             time.sleep(0.1)

@@ -1,6 +1,6 @@
-"""A cluster with TLS and a token: a service works in it, and programs without the certificate or the token are refused.
+"""Tests of a cluster with TLS and a token. Programs without the certificate or the token must be refused.
 
-The certificates are made by openssl: one certificate authority, and one certificate for all nodes and programs.
+openssl makes the certificates: one certificate authority, and one certificate for all nodes and programs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import TOKEN, Machine, free_port, head_commands
 from tests.pipeline.streaming import take_batches
 
-_SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")  # instead of two minutes
+_SHORT = ("RAY_NUM_REDIS_GET_RETRIES=1", "RAY_py_gcs_connect_timeout_s=5")  # otherwise a refusal takes two minutes
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -42,14 +42,14 @@ except UserError as error:
 
 
 def node_address() -> str:
-    """The address that Ray gives this machine. A certificate must name it, as Ray uses it in place of localhost."""
+    """The address that Ray uses for this machine instead of localhost. The certificate must name this address."""
     address: str = ray_module().util.get_node_ip_address()
     return address
 
 
 @pytest.fixture(scope="module")
 def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Ray's variables of the environment for TLS."""
+    """Ray's environment variables for TLS, with paths of new certificates."""
     folder = tmp_path_factory.mktemp("certificates")
 
     host = node_address()
@@ -73,7 +73,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def machine(store: Path, certificates: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Runs the program four times on the head node, and gives the folder with what it printed."""
+    """Run the program four times on the head node. The value is the folder with the outputs of the four runs."""
     folder, host, port = tmp_path_factory.mktemp("outputs"), node_address(), free_port()
     (folder / "program.py").write_text(PROGRAM)
     run = f"timeout 100 {sys.executable} {folder}/program.py {store} {host}:{port}"
@@ -110,4 +110,7 @@ def test_a_service_works_with_tls_and_a_token(store: Path, machine: Path) -> Non
 def test_a_program_without_certificate_or_token_is_refused_in_one_line(machine: Path, client: str) -> None:
     lines = (machine / client).read_text().splitlines()
     assert len(lines) == 1 and lines[0].startswith(f"refused: cluster {node_address()}:"), lines
-    assert client == "no-certificate" or "Check that the token of this machine" in lines[0]
+    assert (
+        client == "no-certificate"
+        or "Check that this machine (~/.ray/auth_token or RAY_AUTH_TOKEN) has the token" in lines[0]
+    )
