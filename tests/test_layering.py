@@ -41,6 +41,7 @@ ROOMS = {
             "prep.images",
             "prep.inputs",
             "prep.build",
+            "prep.merge",
             "prep.check",
             "prep.remote",
             "prep.cli",

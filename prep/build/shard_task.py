@@ -13,12 +13,14 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
 
 from prep.console import DiskFull, UserError, disk_error
 from prep.files import save_array, sync_folder, unique_suffix, write_atomic
@@ -53,11 +55,6 @@ class ShardTask:
     crashing: frozenset[str] = frozenset()  # inputs that crashed two or more worker processes; not read again
     build_id: str = ""  # BuildPlan.build_id
 
-    @property
-    def path(self) -> str:
-        """The path of the shard's folder, relative to the store."""
-        return f"{self.split}/{self.number:05d}"
-
 
 def summary_path(folder: Path, number: int) -> Path:
     """Path of the summary file of shard `number`; `folder` is the folder of the split."""
@@ -69,25 +66,39 @@ def build_shard(task: ShardTask, task_progress: TaskProgress) -> None:
 
     Raises UserError for a bad input (unless the task skips bad inputs) or a failing disk, DiskFull for a full disk.
     """
-    temporary = task.folder / ".build" / f"{task.number:05d}.{unique_suffix()}"
-    final = task.folder / f"{task.number:05d}"
-    path = summary_path(task.folder, task.number)
     builder = ShardBuilder(task, task_progress)
+    store_shard(task.folder, task.number, builder.records(), builder.results)
+
+
+def store_shard(
+    folder: Path,
+    number: int,
+    records: Iterable[tuple[bytes, bytes]],
+    results: Callable[[Shard], tuple[npt.NDArray[np.int64], dict[str, Any]]],
+) -> None:
+    """Write the (key, value) pairs `records` as shard `number` of the split's folder, then the shard's two summaries.
+
+    `results`, called when the shard is written, returns the sum of the central squares and the summary. Raises
+    UserError for a failing disk, DiskFull for a full disk.
+    """
+    temporary = folder / ".build" / f"{number:05d}.{unique_suffix()}"
+    final = folder / f"{number:05d}"
+    path = summary_path(folder, number)
     try:
-        records, size, digest = lmdb_shard.write(temporary, builder.records())
+        count, size, digest = lmdb_shard.write(temporary, records)
         final.mkdir(exist_ok=True)  # `final` exists if a build was killed before writing the summary
         os.replace(temporary / "data.mdb", final / "data.mdb")
         sync_folder(final)
-        sync_folder(task.folder)
-        save_array(path.with_suffix(".npy"), builder.sums.square_sum())
-        summary = builder.summary(Shard(task.path, records, size, digest))
+        sync_folder(folder)
+        square_sum, summary = results(Shard(f"{folder.name}/{number:05d}", count, size, digest))
+        save_array(path.with_suffix(".npy"), square_sum)
         write_atomic(path, json.dumps(summary).encode())
     except lmdb.Error as error:
         if any(text in str(error) for text in _NO_SPACE):
-            raise DiskFull(f"{task.folder}: {error}") from error
-        raise UserError(f"{task.folder}: {error}. Correct this error, then run the same command again.") from error
+            raise DiskFull(f"{folder}: {error}") from error
+        raise UserError(f"{folder}: {error}. Correct this error, then run the same command again.") from error
     except OSError as error:
-        reported = disk_error(error, f"{task.folder}: {error.strerror or error}")
+        reported = disk_error(error, f"{folder}: {error.strerror or error}")
         if isinstance(reported, DiskFull):  # the parent process adds the needed disk space to the message
             raise reported from error
         raise UserError(
@@ -146,9 +157,9 @@ class ShardBuilder:
                 outcome["exif_orientation"] = image.orientation
             self.outcomes.append(outcome)
 
-    def summary(self, built: Shard) -> dict[str, Any]:
-        """The shard's summary as a JSON object."""
-        return {
+    def results(self, built: Shard) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        """(sum of the central squares of the images, the shard's summary as a JSON object)."""
+        return self.sums.square_sum(), {
             "shard": asdict(built),
             "build": self.task.build_id,
             "moments": self.sums.moments.to_json(),

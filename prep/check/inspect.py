@@ -42,6 +42,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
         "converted": account["converted"],
         "exif_orientation": account["exif_orientation"],
         "bad": account["bad"],
+        **({"sources": account["sources"]} if "sources" in account else {}),
         "records_of_class": dict(zip(store.classes, split.label_counts, strict=True)),
     }
 
@@ -64,6 +65,8 @@ def summary_lines(store: Store) -> Iterator[str]:
             f"  {len(counts):,} of {count_noun(len(store.classes), 'class', 'classes')} have records, "
             f"{min(counts):,} to {max(counts):,} each"
         )
+        for origin in account.get("sources", ()):
+            yield f"  merged: {count_noun(origin['records'], 'record')} of fingerprint {origin['fingerprint'][:16]}"
         bad = sum(account["bad"].values())
         yield f"  {count_noun(account['inputs'], 'input')}: {account['kept']:,} kept, {bad:,} left out"
         for title, group in (("converted", account["converted"]), ("EXIF orientation", account["exif_orientation"])):

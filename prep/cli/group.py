@@ -8,12 +8,15 @@ from prep.cli.build import build_lmdb, import_caffe
 from prep.cli.check import export_files, inspect, pca_stats, verify
 from prep.cli.copy import copy
 from prep.cli.join import join
+from prep.cli.merge import merge
 from prep.console import CONTEXT_SETTINGS, Group
 from prep.version import version_option
 
 
 @click.group(
-    cls=Group, context_settings=CONTEXT_SETTINGS, resumable=("build-lmdb", "import-caffe", "export-files", "copy")
+    cls=Group,
+    context_settings=CONTEXT_SETTINGS,
+    resumable=("build-lmdb", "import-caffe", "export-files", "copy", "merge"),
 )
 @version_option
 def main() -> None:
@@ -29,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (build_lmdb, join, import_caffe, verify, inspect, export_files, pca_stats, copy):
+for command in (build_lmdb, join, import_caffe, merge, verify, inspect, export_files, pca_stats, copy):
     main.add_command(command)

@@ -56,13 +56,13 @@ class BoundedFile(io.BufferedReader):
 
 
 def iterate_members(
-    file: BoundedFile, path: Path, start: int, end: int, progress: Progress
+    file: BoundedFile, path: Path, start: int, end: int, progress: Progress | None = None
 ) -> Iterator[tarfile.TarInfo]:
     """Yield the members of the archive in bytes `start` to `end` of `file`; names are decoded with `surrogateescape`.
 
     `offset_data` of a member counts from the beginning of the file. The caller may seek in the file between two
-    members, for example to read an archive inside this one. `progress` is set to the position in `file`, in bytes.
-    Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
+    members, for example to read an archive inside this one. `progress`, if given, is set to the position in `file`, in
+    bytes. Raises UserError, which names `path`, if the archive is compressed, damaged or cut short.
     """
     damaged = f"{path} is not a tar archive, or is damaged at byte"
     file.seek(start)
@@ -84,7 +84,8 @@ def iterate_members(
                 raise UserError(
                     f"{path} is cut short: {_text(member)} ends at byte {member_end:,} of {end:,}. Download it again."
                 )
-            progress.update(min(member.offset_data, progress.total))
+            if progress is not None:
+                progress.update(min(member.offset_data, progress.total))
             yield member
             file.allow_header()
         if tar.offset != next_header:

@@ -165,6 +165,8 @@ class Store:
             hint = "not a store"
             if (root / COPY_FOLDER).is_dir():
                 hint = "a copy was not finished: run the same alexprep copy again"
+            elif any((root / s / ".build" / "merge.json").exists() for s in SPLITS):
+                hint = "a merge was not finished: run the same alexprep merge again"
             elif root.is_dir() and any((root / s).is_dir() for s in SPLITS):
                 hint = "a build was not finished: run the same alexprep build-lmdb again"
             raise StoreError(f"{root}: no manifest.json in it ({hint}).") from None

@@ -1,0 +1,1 @@
+"""Layouts of other tools: class tars, zip archives, Tiny ImageNet, WebDataset, Parquet, CSV lists."""

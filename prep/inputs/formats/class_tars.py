@@ -1,0 +1,43 @@
+"""A folder with one tar for each class: ILSVRC's training images after ILSVRC2012_img_train.tar was unpacked.
+
+The name of a tar without `.tar` is the name of a class. The tars are read in place, as in prep/inputs/archive.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prep.console import progress
+from prep.inputs.archive import ArchiveContents, checked_member_name, found_inputs
+from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.reader import FoundInputs
+from prep.inputs.tar_members import BoundedFile, iterate_members
+
+
+def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
+    """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
+
+    Folders inside a tar are ignored. Raises UserError if a tar is compressed, damaged or cut short.
+    """
+    tars = sorted(path for path in folder.iterdir() if is_tar_name(path) and path.is_file())
+    contents = ArchiveContents(0)
+    with progress(f"{split}: listing", len(tars), "archives") as listing_progress:
+        for index, path in enumerate(tars):
+            status = path.stat()
+            contents.mtime_ns = status.st_mtime_ns
+            name_of_class = path.name[: -len(".tar")].encode("utf-8", "surrogateescape")
+            contents.folders.add(name_of_class)
+            with BoundedFile(path) as file:
+                for member in iterate_members(file, path, 0, status.st_size):
+                    name, reason = checked_member_name(member)
+                    if not member.isdir():
+                        location = pack_location(index, member.offset_data)
+                        base_name = name.rsplit(b"/", 1)[-1]
+                        contents.add(name and name_of_class + b"/" + base_name, member.size, location, reason)
+            listing_progress.advance()
+    return ShardReader(folder, tuple(path.name for path in tars)), found_inputs(folder, contents, flat=False)
+
+
+def is_tar_name(path: Path) -> bool:
+    """Whether the name of a file ends in `.tar` and is not hidden."""
+    return path.name.lower().endswith(".tar") and not path.name.startswith(".")

@@ -1,0 +1,119 @@
+"""A CSV file of paths and labels, separated by commas, tabs or semicolons, with or without a header.
+
+Paths are relative to the folder of the CSV file. A column `split` divides the rows into train and val. An input has
+its path below the deepest folder that holds all images of the split, so a list of the files of class folders gives the
+same records as the folders.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from prep.console import UserError, progress, say
+from prep.inputs.classes import has_image_name
+from prep.inputs.folder import FolderReader
+from prep.inputs.formats.labelled import LabelledRows
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs, ListOptions
+
+_PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "images")
+_LABEL_NAMES = (
+    "label",
+    "labels",
+    "class",
+    "class_name",
+    "category",
+    "target",
+    "y",
+    "class_id",
+    "class_index",
+    "synset",
+)
+_SPLIT_NAMES = ("split", "set", "subset", "partition", "fold")
+_SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"}
+_NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or without a header."
+
+
+def csv_splits(path: Path) -> list[str]:
+    """The splits that the column `split` names; [] if there is no such column."""
+    found = {split for _, _, _, split in _rows(path)}
+    return [split for split in ("train", "val") if split in found]
+
+
+def list_csv(
+    path: Path, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[FolderReader, FoundInputs]:
+    """List the images that a CSV file names. A file that is missing is refused.
+
+    Raises UserError if the file is no CSV of paths and labels, or if no image has a label.
+    """
+    origin = path.absolute().parent
+    images = [(name, label) for _, name, label, row_split in _rows(path) if row_split in ("", split)]
+    folders = {os.path.dirname(os.path.normpath(os.path.join(os.fsencode(origin), name))) for name, _ in images}
+    root = os.path.commonpath(folders) if folders else os.fsencode(origin)
+    rows = LabelledRows(str(path))
+    with progress(f"{split}: listing", len(images), "files") as listing_progress:
+        for name, label in images:
+            full = os.path.normpath(os.path.join(os.fsencode(origin), name))
+            shown = full[len(root.rstrip(b"/")) + 1 :]
+            listing_progress.advance()
+            try:
+                status = os.stat(full)
+            except OSError as error:
+                rows.refused.append((name_text(shown), f"cannot be read: {error.strerror or error}"))
+                continue
+            if not stat.S_ISREG(status.st_mode):
+                rows.refused.append((name_text(shown), "not a file"))
+                continue
+            rows.add(shown, label, status.st_size, status.st_mtime_ns)
+    return FolderReader(Path(os.fsdecode(root))), rows.found((), options, store_classes, in_class_folders=False)
+
+
+def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
+    """Yield (line number, path, label, split) of each row; the split is empty if the file has no such column."""
+    try:
+        with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+            first_line = file.readline()
+            file.seek(0)
+            delimiter = max("\t;,", key=first_line.count)
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
+            columns: tuple[int, int, int] | None = None
+            for row in reader:
+                cells = [cell.strip() for cell in row]
+                if not any(cells):
+                    continue
+                if columns is None:
+                    columns, is_header = _columns(path, cells)
+                    if is_header:
+                        continue
+                if len(cells) <= max(columns):
+                    raise UserError(f"{path}, line {reader.line_num}: {len(cells)} columns. {_NO_CSV}")
+                split = cells[columns[2]].lower() if columns[2] >= 0 else ""
+                yield reader.line_num, os.fsencode(cells[columns[0]]), cells[columns[1]], _SPLITS.get(split, split)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}.") from None
+    except csv.Error as error:
+        raise UserError(f"{path}: {error}. {_NO_CSV}") from None
+
+
+def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
+    """((column of the paths, of the labels, of the splits or −1), whether `cells` is a header)."""
+    names = [cell.lower() for cell in cells]
+
+    def find(wanted: Sequence[str]) -> int:
+        return next((names.index(name) for name in wanted if name in names), -1)
+
+    columns = find(_PATH_NAMES), find(_LABEL_NAMES), find(_SPLIT_NAMES)
+    if columns[0] >= 0 and columns[1] >= 0:
+        say(f"{path}: header recognized; paths in column {cells[columns[0]]}, labels in column {cells[columns[1]]}.")
+        return columns, True
+    is_image = [has_image_name(os.fsencode(cell)) for cell in cells]
+    if len(cells) < 2 or not any(is_image):
+        raise UserError(f"{path}: the first row is {', '.join(cells)!r:.80}. {_NO_CSV}")
+    if is_image[0]:
+        return (0, 1, -1), False
+    raise UserError(f"{path}: the path comes after the label in the first row, {', '.join(cells)!r:.80}. {_NO_CSV}")

@@ -1,0 +1,98 @@
+"""Inputs whose labels stand beside them: rows of a Parquet file or of a CSV list, samples of a WebDataset.
+
+A label is the name of a class, or, if all labels are numbers, the position of its class from 0. An input without a
+folder in its name gets the name CLASS/NAME, so that the same images give the same records as in class folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from prep.console import UserError
+from prep.inputs.classes import numbered_classes, order_classes, wanted_classes
+from prep.inputs.listing import OWN_FILE, Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs, ListOptions
+
+NO_LABEL = "no label"
+_MAX_DIGITS = 18
+
+
+class LabelledRows:
+    """Collects inputs with their labels. `origin` names the file or folder in messages."""
+
+    def __init__(self, origin: str) -> None:
+        self.origin = origin
+        self.rows = Listing()  # labels are indices in `texts`
+        self.texts: dict[str, int] = {}  # label as text -> index
+        self.refused: list[tuple[str, str]] = []  # (name, reason)
+        self.ignored: list[tuple[str, str]] = []  # (name, reason)
+
+    def add(self, path: bytes, label: str, size: int, mtime_ns: int, location: int = OWN_FILE) -> None:
+        """Add an input. `label` is a number from 0 or the name of a class; an empty label is refused."""
+        if not label:
+            self.refused.append((name_text(path), NO_LABEL))
+            return
+        self.rows.add(path, self.texts.setdefault(label, len(self.texts)), size, mtime_ns, location)
+
+    def found(
+        self, names: Sequence[str], options: ListOptions, store_classes: Sequence[str], in_class_folders: bool
+    ) -> FoundInputs:
+        """All inputs with their classes.
+
+        The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
+        else of `store_classes`, else it is called k. With `in_class_folders`, the class becomes the folder of inputs
+        whose names have no folder. Raises UserError if there is no input, if a number has no class, or if two inputs
+        have the same name.
+        """
+        if not len(self.rows):
+            raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
+        texts = list(self.texts)
+        if all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
+            labels = [int(text) for text in texts]
+            owner = "its list of class names"
+            if not names:
+                names, owner = wanted_classes(options.class_file, (), store_classes)
+            if not names:
+                names = numbered_classes(0, max(labels), self.origin)
+            if max(labels) >= len(names):
+                raise UserError(
+                    f"{self.origin}: label {max(labels)}, but {owner} has {len(names)} classes, with the labels 0 to "
+                    f"{len(names) - 1}."
+                )
+            classes = tuple(names)
+        else:
+            classes = tuple(names) if set(texts) <= set(names) else order_classes(texts, self.origin)
+            label_of = {name: label for label, name in enumerate(classes)}
+            labels = [label_of[text] for text in texts]
+        listing = Listing()
+        for row in self.rows:
+            item = replace(row, label=labels[row.label])
+            folder = b"" if b"/" in item.path or not in_class_folders else classes[item.label].encode() + b"/"
+            listing.add(folder + item.path, item.label, item.size, item.mtime_ns, item.location)
+        double = duplicate_path(listing)
+        if double is not None:
+            raise UserError(
+                f"{self.origin}: two images have the name {name_text(double)}. Every image needs a name of its own."
+            )
+        return FoundInputs(listing, classes, False, tuple(self.refused), tuple(self.ignored))
+
+
+def _first_reason(refused: Sequence[tuple[str, str]]) -> str:
+    return f"no image with a label (first: {refused[0][0]}: {refused[0][1]})" if refused else "no image found"
+
+
+def duplicate_path(listing: Listing) -> bytes | None:
+    """A path that occurs twice in a listing; None if all paths differ."""
+    hashes = np.fromiter((hash(listing.path(k)) for k in range(len(listing))), np.int64, len(listing))
+    order = np.argsort(hashes, kind="stable")
+    same = order[1:][hashes[order[1:]] == hashes[order[:-1]]]  # equal hashes are rare for different paths
+    seen: set[bytes] = set()
+    for k in order[np.isin(hashes[order], hashes[same])].tolist():
+        if listing.path(k) in seen:
+            return listing.path(k)
+        seen.add(listing.path(k))
+    return None

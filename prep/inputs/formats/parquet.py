@@ -1,0 +1,273 @@
+"""Images in Parquet files as Hugging Face writes them: a column `image` of {bytes, path}, and a column `label`.
+
+The class names come from the schema's metadata, which the library `datasets` writes (features.py, ClassLabel). pyarrow
+reads the files; install it with the extra `parquet`. The name of an input is the path in its row, or the row number
+if rows have no path or paths occur twice.
+
+pyarrow cannot read a single row: it decompresses a whole group of rows, often 100 images. A build reads rows in a
+random order. So the first worker that needs a file unpacks all images of that file into one file in the store's work
+folder, which is removed with the work folder. Without such a folder, `read` decompresses a group of rows each time.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.console import UserError, bytes_text, progress, say
+from prep.files import atomic_file, hold_lock, save_array
+from prep.images.codec import BadImage
+from prep.inputs.formats.labelled import LabelledRows, duplicate_path
+from prep.inputs.formats.shards import open_file, pack_location, unpack_location
+from prep.inputs.listing import Input, Listing
+from prep.inputs.reader import FoundInputs, ListOptions
+
+if TYPE_CHECKING:
+    from types import ModuleType
+
+_IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
+_LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
+_UNPACKED_ROWS = 64  # rows that are in memory while a file is unpacked
+_UNPACK_WAIT_S = 3600.0  # a worker waits this long while another worker unpacks the same file
+
+
+@dataclass(frozen=True)
+class ParquetReader:
+    """Reads inputs that are rows of the Parquet files `files`, whose names are relative to the folder `root`."""
+
+    root: Path
+    files: tuple[str, ...]
+    column: str
+    unpacked: Path | None = None  # folder for the unpacked images; None: nothing is written
+    size_bytes: int = 0  # of all files together
+
+    def unpacking_into(self, folder: Path, free_bytes: int) -> ParquetReader:
+        """This reader, made to unpack images into `folder` if that takes at most half of the `free_bytes`."""
+        if 2 * self.size_bytes > free_bytes:
+            say(
+                f"{self.root}: unpacking the images once would need {bytes_text(self.size_bytes)}, "
+                f"{bytes_text(free_bytes)} are free. The build reads groups of rows instead, which is slower."
+            )
+            return self
+        return replace(self, unpacked=folder)
+
+    def read(self, item: Input) -> bytes:
+        """The image file in a row. Raises BadImage if the row has none, UserError if the file cannot be read."""
+        index, row = unpack_location(item.location)
+        path = self.root / self.files[index]
+        if self.unpacked is None:
+            content: bytes | None = _row_group(str(path), *_group_of(str(path), row), self.column)[row]
+            if content is None:
+                raise BadImage("the row has no image, only a path")
+            return content
+        packed = self.unpacked / f"{index:05d}.images"
+        offsets = _offsets(str(packed)) if packed.exists() else _unpack(path, packed, self.column)
+        start, size = int(offsets[row]), int(offsets[row + 1] - offsets[row])
+        if not size:
+            raise BadImage("the row has no image, only a path")
+        return open_file(str(packed)).read_at(start, size)
+
+    def head(self, item: Input, size: int) -> bytes:
+        """A JPEG signature for every row, so that the check before a build reads no row."""
+        return b"\xff\xd8\xff"[:size]
+
+
+def list_parquet(
+    files: Sequence[Path], split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[ParquetReader, FoundInputs]:
+    """List the rows of Parquet files. Only paths and labels are read, not the images.
+
+    Raises UserError if pyarrow is missing, if a file is damaged, or if it has no column of images or of labels.
+    """
+    pq = _pyarrow_parquet()
+    root = files[0].parent
+    rows = LabelledRows(str(files[0] if len(files) == 1 else root))
+    paths, labels, numbered, names, column = Listing(), list[str](), Listing(), tuple[str, ...](), ""
+    has_paths = True
+    with progress(f"{split}: listing", len(files), "files") as listing_progress:
+        for index, path in enumerate(files):
+            mtime_ns = path.stat().st_mtime_ns
+            with _ErrorsOf(path), pq.ParquetFile(path) as file:
+                column, label_column, names = _columns(path, file.schema_arrow)
+                row = 0
+                for group in range(file.num_row_groups):
+                    size = _mean_image_bytes(file.metadata.row_group(group), column)
+                    has_path = _has_path(file.schema_arrow, column)
+                    wanted = [label_column, *([f"{column}.path"] if has_path else [])]
+                    table = file.read_row_group(group, columns=wanted)
+                    texts = _label_texts(table.column(label_column).to_pylist())
+                    images = table.column(column).to_pylist() if has_path else [{}] * len(texts)
+                    for text, image in zip(texts, images, strict=True):
+                        location = pack_location(index, row)
+                        name = ((image or {}).get("path") or "").encode()
+                        has_paths = has_paths and bool(name)
+                        paths.add(name, len(labels), size, mtime_ns, location)
+                        numbered.add(f"{path.name}/{row:08d}".encode(), len(labels), size, mtime_ns, location)
+                        labels.append(text)
+                        row += 1
+            listing_progress.advance()
+    if not has_paths or _double(paths, labels):
+        paths = numbered
+    for item in paths:
+        rows.add(item.path, labels[item.label], item.size, item.mtime_ns, item.location)
+    reader = ParquetReader(
+        root, tuple(path.name for path in files), column, size_bytes=sum(path.stat().st_size for path in files)
+    )
+    return reader, rows.found(names, options, store_classes, in_class_folders=True)
+
+
+def _double(paths: Listing, labels: Sequence[str]) -> bool:
+    """Whether two inputs of the same class have the same path, or two inputs have the same path with a folder."""
+    in_classes = Listing()
+    for item in paths:
+        folder = b"" if b"/" in item.path else labels[item.label].encode() + b"/"
+        in_classes.add(folder + item.path, 0)
+    return duplicate_path(in_classes) is not None
+
+
+def _pyarrow_parquet() -> ModuleType:
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(
+            "Parquet files need pyarrow. Install it with: pip install pyarrow (the extra `parquet`)."
+        ) from None
+    module: ModuleType = pyarrow.parquet
+    return module
+
+
+class _ErrorsOf:
+    """Raise pyarrow's exceptions of a `with` block as UserError, which names the file `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, at: object) -> None:
+        import pyarrow
+
+        if isinstance(error, pyarrow.ArrowException | OSError | ValueError) and not isinstance(error, UserError):
+            text = " ".join(str(error).split())
+            raise UserError(f"{self.path} is no Parquet file, or is damaged ({text}). Download it again.") from None
+
+
+def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
+    """(column of the images, column of the labels, class names; () if the schema has none)."""
+    import pyarrow.types as types
+
+    def holds_images(field: Any) -> bool:
+        kind = field.type
+        if types.is_struct(kind):
+            return any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    features = _features(schema)
+    images = [field.name for field in schema if holds_images(field)]
+    image = next((name for name in _IMAGE_COLUMNS if name in images), images[0] if len(images) == 1 else "")
+    with_names = [name for name, feature in features.items() if _class_names(feature)]
+    labels = [name for name in _LABEL_COLUMNS if name in schema.names] or with_names
+    if not image or not labels or (labels == with_names and len(labels) > 1):
+        missing = "a column `image` with the bytes of images" if not image else "a column `label`"
+        raise UserError(f"{path}: columns {', '.join(schema.names)}; expected {missing}.")
+    return image, labels[0], _class_names(features.get(labels[0]))
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """The features in the metadata that the library `datasets` writes: {column: feature}; {} if there are none."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+    except (ValueError, KeyError, TypeError):
+        return {}
+    return features if isinstance(features, dict) else {}
+
+
+def _class_names(feature: Any) -> tuple[str, ...]:
+    names = feature.get("names") if isinstance(feature, dict) else None
+    return tuple(map(str, names)) if isinstance(names, list) else ()
+
+
+def _has_path(schema: Any, column: str) -> bool:
+    import pyarrow.types as types
+
+    kind = schema.field(column).type
+    return bool(types.is_struct(kind)) and any(kind.field(k).name == "path" for k in range(kind.num_fields))
+
+
+def _label_texts(labels: Sequence[Any]) -> list[str]:
+    """Labels as text; empty for null and for −1, which `datasets` writes where labels are unknown."""
+    return ["" if label is None or label == -1 else str(label) for label in labels]
+
+
+def _mean_image_bytes(group: Any, column: str) -> int:
+    """Mean size of the images of a row group. The true sizes are not known before the images are read."""
+    for k in range(group.num_columns):
+        if group.column(k).path_in_schema in (column, f"{column}.bytes"):
+            return max(1, int(group.column(k).total_uncompressed_size) // max(1, int(group.num_rows)))
+    return 1
+
+
+@lru_cache(maxsize=64)
+def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
+    """(open Parquet file, number of the first row of each row group and of the end)."""
+    file = _pyarrow_parquet().ParquetFile(path, memory_map=True)
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return file, np.cumsum([0, *counts])
+
+
+def _group_of(path: str, row: int) -> tuple[int, int]:
+    """(index of the row group that holds a row, number of the group's first row)."""
+    with _ErrorsOf(Path(path)):
+        starts = _file(path)[1]
+    group = int(np.searchsorted(starts, row, side="right")) - 1
+    return group, int(starts[group])
+
+
+@lru_cache(maxsize=2)
+def _row_group(path: str, group: int, first: int, column: str) -> dict[int, bytes | None]:
+    """{row: image file} of one row group."""
+    with _ErrorsOf(Path(path)):
+        file = _file(path)[0]
+        values = _contents(file.read_row_group(group, columns=[_leaf(file, column)]).column(column))
+    return dict(enumerate(values, first))
+
+
+def _leaf(file: Any, column: str) -> str:
+    """The column of bytes: `image.bytes` for a column of {bytes, path}."""
+    import pyarrow.types as types
+
+    return f"{column}.bytes" if types.is_struct(file.schema_arrow.field(column).type) else column
+
+
+def _contents(values: Any) -> list[bytes | None]:
+    return [value["bytes"] if isinstance(value, dict) else value for value in values.to_pylist()]
+
+
+@lru_cache(maxsize=1024)
+def _offsets(packed: str) -> npt.NDArray[np.int64]:
+    offsets: npt.NDArray[np.int64] = np.load(packed + ".npy")
+    return offsets
+
+
+def _unpack(path: Path, packed: Path, column: str) -> npt.NDArray[np.int64]:
+    """Write the images of a Parquet file one after another into `packed`; returns the offsets (rows + 1)."""
+    packed.parent.mkdir(exist_ok=True)
+    with hold_lock(packed.parent, "build", name=f"{packed.name}.lock", wait_s=_UNPACK_WAIT_S):
+        if not packed.exists():
+            with _ErrorsOf(path):
+                file = _file(str(path))[0]
+            ends = [0]
+            with atomic_file(packed) as out, _ErrorsOf(path):
+                for batch in file.iter_batches(batch_size=_UNPACKED_ROWS, columns=[_leaf(file, column)]):
+                    for content in _contents(batch.column(column)):
+                        out.write(content or b"")
+                        ends.append(ends[-1] + len(content or b""))
+                save_array(Path(f"{packed}.npy"), np.array(ends, np.int64))
+    return _offsets(str(packed))

@@ -1,0 +1,97 @@
+"""Inputs that are byte ranges of several files, for example of the tar files of a WebDataset.
+
+`Input.location` holds the index of the file in its upper 23 bits and the offset in the file in its lower 40 bits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from prep.console import UserError
+from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.inputs.listing import Input
+
+_OFFSET_BITS = 40
+_MAX_FILES = 1 << 23
+_SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def pack_location(file_index: int, offset: int) -> int:
+    """`Input.location` of the content at byte `offset` of file `file_index`. Raises UserError if one is too large."""
+    if file_index >= _MAX_FILES or offset >= 1 << _OFFSET_BITS:
+        raise UserError(
+            f"file {file_index:,}, byte {offset:,}: at most {_MAX_FILES:,} files of {1 << _OFFSET_BITS:,} bytes each "
+            "can be read. Divide the data into several splits or smaller files."
+        )
+    return file_index << _OFFSET_BITS | offset
+
+
+def unpack_location(location: int) -> tuple[int, int]:
+    """(index of the file, offset in the file)."""
+    return location >> _OFFSET_BITS, location & ((1 << _OFFSET_BITS) - 1)
+
+
+class OpenFile:
+    """A file that is open for reading at any offset, until the object is deleted."""
+
+    def __init__(self, path: str) -> None:
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "descriptor"):
+            os.close(self.descriptor)
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """`size` bytes at `offset`, fewer at the end of the file. Raises BadImage if reading fails."""
+        try:
+            return os.pread(self.descriptor, size, offset)
+        except OSError as error:
+            raise BadImage(f"cannot be read: {error.strerror or error}") from None
+
+
+@lru_cache(maxsize=128)
+def open_file(path: str) -> OpenFile:
+    """The file `path`, opened once for many reads. Raises UserError if it cannot be opened."""
+    try:
+        return OpenFile(path)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}.") from None
+
+
+@dataclass(frozen=True)
+class ShardReader:
+    """Reads inputs that are byte ranges of the files `files`, whose names are relative to the folder `root`."""
+
+    root: Path
+    files: tuple[str, ...]
+
+    def read(self, item: Input) -> bytes:
+        """The bytes of an input. Raises BadImage if reading fails, UserError if a file became shorter."""
+        return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
+
+    def head(self, item: Input, size: int) -> bytes:
+        """The first `size` bytes of an input. Raises the same errors as `read`."""
+        index, offset = unpack_location(item.location)
+        path = str(self.root / self.files[index])
+        content = open_file(path).read_at(offset, min(size, item.size))
+        if len(content) < min(size, item.size):
+            raise UserError(f"{path} became shorter during reading. Download the file again.")
+        return content
+
+
+def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
+    """Group files by the split that a word of their names names: `imagenet-train-0001.tar` belongs to train.
+
+    The words `validation` and `valid` mean val. Files without such a word have the key "".
+    """
+    groups: dict[str, list[Path]] = {}
+    for path in sorted(paths):
+        words = re.split(r"[^a-z]+", path.name.lower())
+        split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
+        groups.setdefault(split, []).append(path)
+    return groups

@@ -1,0 +1,116 @@
+"""WebDataset: tar files whose members KEY.EXTENSION form samples, such as `1.jpg` with `1.cls` or `1.json`.
+
+A sample is a run of members with the same key. The key ends at the first dot of the last part of the name, as in
+webdataset/tariterators.py (base_plus_ext). The label is the content of KEY.cls, or an entry of KEY.json. Images are
+read in place, as byte ranges of the tar files.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from prep.console import UserError, progress
+from prep.inputs.archive import checked_member_name
+from prep.inputs.classes import has_image_name
+from prep.inputs.formats.labelled import LabelledRows, duplicate_path
+from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs, ListOptions
+from prep.inputs.tar_members import BoundedFile, iterate_members
+
+_KEY = re.compile(rb"((?:.*/)?[^./][^./]*)\.([^/]*)", re.DOTALL)
+_LABEL_MEMBERS = (b"cls", b"json")
+_JSON_KEYS = ("label", "cls", "class", "target", "class_id", "class_index", "synset", "wnid", "class_name")
+_MAX_LABEL_BYTES = 1 << 20
+_PEEKED_MEMBERS = 32
+
+
+class _Member:
+    """A member of a sample: its extension in lower case, size and offset in the tar, and the text of a label."""
+
+    def __init__(self, name: bytes, size: int, offset: int, text: bytes) -> None:
+        match = _KEY.fullmatch(name)
+        self.key, self.extension = (match[1], match[2]) if match else (name, b"")
+        self.kind = self.extension.lower()
+        self.size, self.offset, self.text = size, offset, text
+
+
+def is_webdataset(path: Path) -> bool:
+    """Whether the first members of a tar are an image and a label with the same key. False if it is no tar."""
+    keys: dict[bytes, set[bool]] = {}
+    try:
+        for member, _ in zip(_members(path, [], keep_text=False), range(_PEEKED_MEMBERS), strict=False):
+            if member.kind in _LABEL_MEMBERS or has_image_name(b"x." + member.kind):
+                keys.setdefault(member.key, set()).add(member.kind in _LABEL_MEMBERS)
+    except UserError:
+        return False
+    return any(len(kinds) == 2 for kinds in keys.values())
+
+
+def list_webdataset(
+    files: Sequence[Path], split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[ShardReader, FoundInputs]:
+    """List the samples of WebDataset shards. The name of an input is KEY.EXTENSION.
+
+    If two samples have the same key, the name of the shard comes before the key of every sample. Raises UserError if a
+    shard is damaged, or if no sample has an image and a label.
+    """
+    root = files[0].parent
+    origin = str(files[0] if len(files) == 1 else root)
+    rows, samples = LabelledRows(origin), Listing()
+    labels: list[str] = []
+    with progress(f"{split}: listing", len(files), "shards") as listing_progress:
+        for index, path in enumerate(files):
+            mtime_ns = path.stat().st_mtime_ns
+            for key, members in groupby(_members(path, rows.refused), key=lambda member: member.key):
+                sample = list(members)
+                image = next((member for member in sample if has_image_name(b"x." + member.kind)), None)
+                if image is None:
+                    rows.refused.append((f"{path.name}/{name_text(key)}", "a sample without an image"))
+                    continue
+                location = pack_location(index, image.offset)
+                samples.add(key + b"." + image.extension, len(labels), image.size, mtime_ns, location)
+                labels.append(_label(sample))
+            listing_progress.advance()
+    needs_shard_names = duplicate_path(samples) is not None
+    for item in samples:
+        shard = files[item.location >> 40].name.removesuffix(".tar")
+        name = shard.encode("utf-8", "surrogateescape") + b"/" + item.path if needs_shard_names else item.path
+        rows.add(name, labels[item.label], item.size, item.mtime_ns, item.location)
+    reader = ShardReader(root, tuple(path.name for path in files))
+    return reader, rows.found((), options, store_classes, in_class_folders=True)
+
+
+def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True) -> Iterator[_Member]:
+    with BoundedFile(path) as file:
+        for member in iterate_members(file, path, 0, path.stat().st_size):
+            name, reason = checked_member_name(member)
+            if reason:
+                refused.append((f"{path.name}/{name_text(name)}", reason))
+            if reason or not name or member.isdir():
+                continue
+            text = b""
+            if keep_text and name.lower().endswith((b".cls", b".json")) and member.size <= _MAX_LABEL_BYTES:
+                file.seek(member.offset_data)
+                file.allow_header()
+                text = file.read(member.size)
+            yield _Member(name, member.size, member.offset_data, text)
+
+
+def _label(sample: Sequence[_Member]) -> str:
+    """The label of a sample as text; empty if it has none."""
+    texts = {member.kind: member.text for member in sample}
+    if b"cls" in texts:
+        return texts[b"cls"].decode("utf-8", "backslashreplace").strip()
+    try:
+        content = json.loads(texts.get(b"json", b"null"))
+    except (ValueError, RecursionError):
+        return ""
+    if isinstance(content, dict):
+        content = next((content[key] for key in _JSON_KEYS if key in content), None)
+    return str(content).strip() if isinstance(content, int | str) and not isinstance(content, bool) else ""

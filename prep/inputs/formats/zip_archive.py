@@ -1,0 +1,173 @@
+"""Images in zip archives, read in place: no archive is unpacked, and no name in it is used as a path on the disk.
+
+An input is given by the offset of its local header, so that worker processes need not read the archive's directory.
+Members may be stored or compressed with deflate, bzip2 or LZMA. The CRC-32 of every member is checked. An archive may
+hold one split, or the folders train and val at any depth, as in tiny-imagenet-200.zip or in Kaggle's download.
+"""
+
+from __future__ import annotations
+
+import bz2
+import lzma
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prep.console import progress
+from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.inputs.archive import ArchiveContents, checked_name
+from prep.inputs.classes import has_image_name
+from prep.inputs.formats.shards import open_file
+from prep.inputs.formats.zip_directory import ZipEntry, iterate_entries
+from prep.inputs.listing import Input
+
+_LOCAL = struct.Struct("<4s5H3L2H")  # local header: magic, version, flags, method, time, date, CRC-32, sizes, lengths
+_CHUNK_BYTES = 1 << 16
+_SPLIT_FOLDERS = {b"train": "train", b"val": "val", b"validation": "val", b"test": "test"}
+
+
+@dataclass(frozen=True)
+class ZipReader:
+    """Reads inputs that are members of the zip archive `root`."""
+
+    root: Path
+
+    def read(self, item: Input) -> bytes:
+        """The bytes of a member. Raises BadImage if the member is damaged, UserError if the archive is missing."""
+        content, crc32 = self._read(item, min(item.size, MAX_FILE_BYTES) + 1)
+        if len(content) != item.size:
+            raise BadImage(f"{len(content):,} bytes in the zip archive, its directory says {item.size:,}")
+        if crc32 != zlib.crc32(content):
+            raise BadImage(f"CRC-32 {zlib.crc32(content):08x}, the zip archive says {crc32:08x}: the member is damaged")
+        return content
+
+    def head(self, item: Input, size: int) -> bytes:
+        """The first `size` bytes of a member. Raises BadImage if they cannot be read."""
+        return self._read(item, size)[0]
+
+    def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
+        """(the first `max_bytes` of a member, CRC-32 of the member as stored; 0 if the end was not reached)."""
+        file = open_file(str(self.root))
+        header = file.read_at(item.location, _LOCAL.size)
+        if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
+            raise BadImage("no member at this place of the zip archive")
+        _, _, flags, method, _, _, crc32, _, _, name_bytes, extra_bytes = _LOCAL.unpack(header)
+        start = item.location + _LOCAL.size + name_bytes + extra_bytes
+        if method == 0:
+            content, end = file.read_at(start, min(item.size, max_bytes)), start + item.size
+        else:
+            content, end = self._decompress(method, start, max_bytes)
+        if flags & 8 and end:  # the CRC-32 follows the content, behind an optional signature
+            descriptor = file.read_at(end, 8).removeprefix(b"PK\7\x08")[:4]
+            crc32 = int.from_bytes(descriptor, "little")
+        return content, crc32
+
+    def _decompress(self, method: int, start: int, max_bytes: int) -> tuple[bytes, int]:
+        """(the first `max_bytes` of a compressed member, position behind its compressed bytes or 0)."""
+        file = open_file(str(self.root))
+        try:
+            decompressor, position = _make_decompressor(method, file.read_at(start, 9), start)
+            content = bytearray()
+            while not decompressor.eof and len(content) < max_bytes:
+                block = file.read_at(position, _CHUNK_BYTES)
+                if not block:
+                    raise BadImage("cut short in the zip archive")
+                position += len(block)
+                content += decompressor.decompress(block, max_bytes - len(content))
+                while not decompressor.eof and len(content) < max_bytes and _has_more(decompressor):
+                    content += decompressor.decompress(_rest(decompressor), max_bytes - len(content))
+        except (zlib.error, OSError, lzma.LZMAError, ValueError) as error:
+            if isinstance(error, BadImage):
+                raise
+            raise BadImage(f"damaged in the zip archive: {error}") from None
+        return bytes(content), position - len(decompressor.unused_data) if decompressor.eof else 0
+
+
+def _has_more(decompressor: Any) -> bool:
+    """Whether a decompressor can give more bytes without more input."""
+    return bool(getattr(decompressor, "unconsumed_tail", b"")) or not getattr(decompressor, "needs_input", True)
+
+
+def _rest(decompressor: Any) -> bytes:
+    """Bytes that zlib's decompressor has not consumed; the others keep them."""
+    rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
+    return rest
+
+
+def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
+    """(decompressor, position of its first byte). `head` are the first bytes of the member, at `start`."""
+    if method == 8:
+        return zlib.decompressobj(-15), start
+    if method == 12:
+        return bz2.BZ2Decompressor(), start
+    if method != 14 or len(head) < 9 or head[2] != 5:  # LZMA: two bytes of version, size of the properties: 5
+        raise ValueError(f"compression method {method}")
+    literal, dictionary_bytes = head[4], int.from_bytes(head[5:9], "little")
+    filters = {
+        "id": lzma.FILTER_LZMA1,
+        "dict_size": dictionary_bytes,
+        **{"lc": literal % 9, "lp": literal // 9 % 5, "pb": literal // 45},
+    }
+    return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[filters]), start + 9
+
+
+def zip_splits(path: Path) -> tuple[dict[str, bytes], bool]:
+    """({split: its folder in the archive, with a slash at the end}, whether the archive has the layout Tiny ImageNet).
+
+    There are no splits unless every photograph is in a folder named train, val, validation or test, and these folders
+    are in one folder. Raises UserError if the archive is damaged.
+    """
+    found: dict[str, bytes] = {}
+    parents, is_tiny, outside = set(), False, False
+    for name, _ in _checked_entries(path):
+        is_tiny = is_tiny or name.endswith((b"/val_annotations.txt", b"_boxes.txt"))
+        if outside or not has_image_name(name):
+            continue
+        parts = name.split(b"/")
+        index = next((k for k, part in enumerate(parts[:-1]) if part.lower() in _SPLIT_FOLDERS), None)
+        if index is None:
+            outside = True
+            continue
+        parents.add(b"/".join(parts[:index]))
+        found.setdefault(_SPLIT_FOLDERS[parts[index].lower()], b"/".join(parts[: index + 1]) + b"/")
+    found.pop("test", None)
+    return ({} if outside or len(parents) > 1 else dict(sorted(found.items()))), is_tiny
+
+
+def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
+    """The members of a zip archive in the folder `inside` (ends with a slash; b"" for all), named without `inside`.
+
+    Members with unsafe names, links, encrypted members and unknown compression methods are refused. Raises UserError if
+    the archive is damaged or cut short.
+    """
+    contents = ArchiveContents(path.stat().st_mtime_ns)
+    with progress(f"{split}: listing", 0, "members") as listing_progress:
+        for count, (name, entry) in enumerate(_checked_entries(path, contents)):
+            if not name.startswith(inside) or len(name) == len(inside):
+                continue
+            if entry.is_folder:
+                contents.folders.add(name[len(inside) :])
+            else:
+                contents.add(name[len(inside) :], entry.size, entry.offset, entry.reason)
+            if not count % 4096:
+                listing_progress.update(count)
+    return contents
+
+
+def member_named(contents: ArchiveContents, name: bytes) -> Input | None:
+    """The last member of this name."""
+    images = contents.images
+    return next((images[k] for k in reversed(range(len(images))) if images.path(k) == name), None)
+
+
+def _checked_entries(path: Path, contents: ArchiveContents | None = None) -> Iterator[tuple[bytes, ZipEntry]]:
+    """Yield (name, entry) of the entries with safe names; the others are added to `contents` as refused."""
+    for entry in iterate_entries(path):
+        name, reason = checked_name(entry.name.rstrip(b"/") if entry.is_folder else entry.name, entry.is_folder)
+        if reason and contents is not None:
+            contents.add(name, reason=reason)
+        if name and not reason:
+            yield name, entry

@@ -1,0 +1,1 @@
+"""Merging finished stores into a new store: the order of the records, copies of records, resume."""

@@ -1,0 +1,109 @@
+"""Tasks of a merge that worker processes run: list the records of one shard, and write one shard of the new store."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.build.shard_task import store_shard
+from prep.console import UserError
+from prep.images.color_stats import PixelSums
+from prep.inputs.formats.shards import pack_location
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+from prep.store import lmdb_shard
+from prep.store.datum import CRC32_BYTES, SOURCE, Datum, DatumError, locate_image, parse_fields, verify_checksum
+from prep.store.manifest import Settings, Shard
+from prep.workers import TaskProgress
+
+ADVICE = "Check the store with: alexprep verify"
+
+
+@dataclass(frozen=True)
+class SourceShard:
+    """A shard that is read, and the new labels of its store's classes."""
+
+    folder: Path
+    records: int
+    labels: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CopyTask:
+    """Everything that is needed to write one shard of the new store. A task is pickled and sent to a worker process."""
+
+    number: int
+    first_index: int  # key of the first record
+    records: tuple[tuple[int, int], ...]  # (index in `shards`, index of the record in that shard)
+    shards: tuple[SourceShard, ...]
+    folder: Path  # the split's folder in the new store
+    settings: Settings
+    build_id: str
+
+
+def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Listing:
+    """The records of one shard, with their new labels. Raises UserError if a record is no Datum of a store."""
+    number, shard = task
+    listing = Listing()
+    reader = lmdb_shard.ShardReader(shard.folder, shard.records)
+    try:
+        for index in range(shard.records):
+            task_progress.begin(index)
+            value = reader[index]
+            try:
+                span = locate_image(value)
+                tail = bytes(value[span.end :])  # the image is not read
+                path = parse_fields(tail, len(tail) - CRC32_BYTES).get(SOURCE, b"")
+                label = shard.labels[span.label]
+            except (DatumError, IndexError) as error:
+                raise UserError(f"{shard.folder}, key {name_text(reader.key(index))}: {error}. {ADVICE}") from None
+            crc32 = int.from_bytes(tail[-4:], "little")
+            location = pack_location(number, index)
+            listing.add(path if isinstance(path, bytes) else b"", label, len(value), crc32, location)
+    finally:
+        reader.close()
+    return listing
+
+
+def copy_shard(task: CopyTask, task_progress: TaskProgress) -> None:
+    """Write one shard of the new store. Raises UserError if a record is damaged, DiskFull if the disk is full."""
+    labels: Counter[int] = Counter()
+    sums = PixelSums(task.settings.side_px)
+    opened: dict[int, lmdb_shard.ShardReader] = {}
+
+    def records() -> Iterator[tuple[bytes, bytes]]:
+        for index, (shard_index, record_index) in enumerate(task.records):
+            task_progress.begin(index)
+            shard = task.shards[shard_index]
+            if shard_index not in opened:
+                opened[shard_index] = lmdb_shard.ShardReader(shard.folder, shard.records)
+            value = bytes(opened[shard_index][record_index])
+            try:
+                verify_checksum(value)
+                datum = Datum.decode(value)
+                label = shard.labels[datum.label]
+            except (DatumError, IndexError) as error:
+                raise UserError(f"{shard.folder}, record {record_index}: {error}. {ADVICE}") from None
+            if label != datum.label:
+                value = replace(datum, label=label).encode()
+            if task.settings.format == "ppm":
+                sums.add(np.frombuffer(datum.data, np.uint8).reshape(datum.height + 1, datum.width, 3)[1:])
+            labels[label] += 1
+            task_progress.count(len(value))
+            yield lmdb_shard.record_key(task.first_index + index), value
+
+    def results(built: Shard) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
+        summary = {"shard": asdict(built), "build": task.build_id, "labels": sorted(labels.items()), "fates": []}
+        return sums.square_sum(), summary
+
+    try:
+        store_shard(task.folder, task.number, records(), results)
+    finally:
+        for reader in opened.values():
+            reader.close()

@@ -1,0 +1,318 @@
+"""Merges stores into a new store without loss: the images of the records are copied byte for byte.
+
+Classes are joined by name. The classes of the first store keep their labels; the new classes of the other stores follow
+in their order. A record whose label does not change is copied whole; otherwise only its label and its checksum change.
+The records lie in the order that a build of all inputs together would give them, so merging the stores of two parts of
+a folder gives the fingerprint of the complete folder, if the classes are the same and no input was left out.
+
+A merge that was interrupted is resumed by the same call. store/SPLIT/.build/merge.json holds the digest of what is
+merged, and one summary for each finished shard lies beside it, as in a build (prep/build/split.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from hashlib import sha256
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.build.assemble import write_color_stats
+from prep.build.plan import BuildPlan
+from prep.build.preflight import free_bytes
+from prep.build.resume import discard_build, refuse_foreign_folder, remove_temporary_files, remove_work_dir
+from prep.build.split import disk_errors, open_existing
+from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, say
+from prep.files import hold_lock, save_array, write_atomic
+from prep.images.color_stats import Moments
+from prep.inputs.formats.shards import unpack_location
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import Source
+from prep.merge.records import ADVICE, CopyTask, SourceShard, copy_shard, list_shard
+from prep.store.input_log import read_outcomes, write_outcomes
+from prep.store.manifest import (
+    SPLIT_FILES,
+    SPLITS,
+    Shard,
+    Split,
+    Store,
+    digest_json,
+    split_fingerprint,
+)
+from prep.workers import Counts, Runner, WorkerDied
+
+
+@dataclass(frozen=True)
+class MergeReader:
+    """Stands for the stores of a merge in a BuildPlan; records are read by copy_shard."""
+
+    root: Path
+
+    def read(self, item: object) -> bytes:
+        """Not used."""
+        raise NotImplementedError
+
+    def head(self, item: object, size: int) -> bytes:
+        """Not used."""
+        raise NotImplementedError
+
+
+def merge_stores(
+    sources: Sequence[Path], target: Path, runner: Runner, progress: Progress, restart: bool = False
+) -> Store:
+    """Merge two or more stores into the new store `target`, and return it.
+
+    `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
+    than two stores are given, if a store is `target`, if the stores have other settings (except the seed, which is
+    taken from the first), if `target` holds something else, or if a record is damaged. Raises DiskFull if the disk is
+    full.
+    """
+    stores = _open_stores(sources, target)
+    classes = tuple(dict.fromkeys(name for store in stores for name in store.classes))
+    with disk_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+        with hold_lock(target, "build"):
+            for split in [name for name in SPLITS if any(name in store.splits for store in stores)]:
+                merged = _merge_split(stores, split, classes, target, runner, progress, restart)
+    return merged
+
+
+def count_records(sources: Sequence[Path]) -> int:
+    """Number of records in all splits of the stores. Raises StoreError if one of them is no store."""
+    return sum(split.records for path in sources for split in Store.open(path).splits.values())
+
+
+def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
+    if len(sources) < 2:
+        raise UserError(f"{count_noun(len(sources), 'store')} to merge; expected two or more.")
+    resolved = [path.resolve() for path in sources]
+    if target.resolve() in resolved or len(set(resolved)) < len(resolved):
+        double = next(path for path, real in zip(sources, resolved, strict=True) if [*resolved, target].count(real) > 1)
+        raise UserError(f"{double} is named twice. Name every store once, and a new folder with --store.")
+    stores = [Store.open(path) for path in sources]
+    first = asdict(stores[0].settings)
+    for store in stores[1:]:
+        for name, value in asdict(store.settings).items():
+            if value != first[name] and name != "seed" and not (name == "quality" and first["format"] == "ppm"):
+                raise UserError(
+                    f"{store.root}: {name} {value}, {stores[0].root} has {first[name]}. Stores can be merged only if "
+                    "their records have the same form: build one of them again with the settings of the other."
+                )
+        if store.settings.seed != stores[0].settings.seed:
+            say(
+                f"{store.root}: order seed {store.settings.seed}; the new store has that of the first, {first['seed']}."
+            )
+    return stores
+
+
+def _merge_split(
+    stores: Sequence[Store],
+    split: str,
+    classes: tuple[str, ...],
+    target: Path,
+    runner: Runner,
+    progress: Progress,
+    restart: bool,
+) -> Store:
+    parts = [store for store in stores if split in store.splits]
+    label_of = {name: label for label, name in enumerate(classes)}
+    labels = [tuple(label_of[name] for name in store.classes) for store in parts]
+    shards = tuple(
+        SourceShard(Path(path), shard.records, store_labels)
+        for store, store_labels in zip(parts, labels, strict=True)
+        for path, shard in zip(store.shard_paths(split), store.split(split).shards, strict=True)
+    )
+    settings = stores[0].settings
+    listing = _list_records(shards, runner)
+    plan = BuildPlan(Source(MergeReader(parts[0].root), split, classes, listing), target / split, settings, False)
+    fingerprints = [store.split(split).fingerprint for store in parts]
+    plan.build_id = plan.digest = digest_json({"plan": plan.digest, "sources": fingerprints})
+    existing = open_existing(target, plan)
+    if existing is not None and existing.classes != classes:
+        raise UserError(
+            f"{target}: {len(existing.classes)} classes, the merged stores have {len(classes)}, or others. "
+            "Choose another --store."
+        )
+    if existing is not None and split in existing.splits:
+        progress.skip(len(listing))
+        remove_work_dir(plan)
+        return existing
+    _begin_or_resume(plan, target, restart)
+    _report_equal_names(plan)
+    _copy_shards(plan, shards, runner, progress)
+    merged = _assemble(plan, parts, stores, existing, target)
+    remove_work_dir(plan)
+    return merged
+
+
+def _begin_or_resume(plan: BuildPlan, target: Path, restart: bool) -> None:
+    path = plan.work_dir / "merge.json"
+    if path.exists() and restart:
+        discard_build(plan, target)
+    remove_temporary_files(target)
+    if path.exists():
+        if json.loads(path.read_bytes()).get("digest") != plan.digest:
+            raise UserError(
+                f"{target} holds an unfinished merge of other records. Name the same stores in the same order, pass "
+                "--restart to discard it, or choose another --store."
+            )
+        return
+    if plan.work_dir.exists():
+        raise UserError(f"{target} holds an unfinished build. Finish the build, or choose another --store.")
+    refuse_foreign_folder(plan)
+    plan.work_dir.mkdir(parents=True)
+    write_atomic(path, json.dumps({"digest": plan.digest}).encode())
+
+
+def _report_equal_names(plan: BuildPlan) -> None:
+    """Print how many records have the name of another record: the same photograph may be in two stores."""
+    listing, order = plan.source.inputs, plan.permutation.tolist()
+    pairs = [(a, b) for a, b in pairwise(order) if listing.path(a) == listing.path(b)]
+    if pairs:
+        equal = sum(listing[a].mtime_ns == listing[b].mtime_ns for a, b in pairs)
+        say(
+            f"{plan.source.split}: {count_noun(len(pairs), 'record')} with the name of another record, {equal:,} of "
+            f"them with the same bytes (first name: {name_text(listing.path(pairs[0][0]))}). All are kept."
+        )
+
+
+def _list_records(shards: Sequence[SourceShard], runner: Runner) -> Listing:
+    """The records of all shards. `mtime_ns` holds the CRC-32 of a record, `location` its shard and index."""
+    found: dict[int, Listing] = {}
+    for (number, shard), result in runner.map(list_shard, list(enumerate(shards)), lambda counts: None):
+        if isinstance(result, WorkerDied):
+            raise UserError(f"{shard.folder}: the process that read this shard {result.describe()}. {ADVICE}")
+        found[number] = result
+    listing = Listing()
+    for number in range(len(shards)):
+        for item in found.pop(number):
+            listing.add(item.path, item.label, item.size, item.mtime_ns, item.location)
+    return listing
+
+
+def _copy_shards(plan: BuildPlan, shards: tuple[SourceShard, ...], runner: Runner, progress: Progress) -> None:
+    unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
+    inputs = plan.source.inputs
+    progress.skip(len(inputs) - plan.count_inputs(unfinished))
+    if len(unfinished) < plan.shard_count:
+        finished = plan.shard_count - len(unfinished)
+        say(f"{plan.source.split}: resuming; {finished:,} of {plan.shard_count:,} shards are finished.")
+    indices = [index for number in unfinished for index in plan.input_indices(number)]
+    need = sum(inputs[index].size + 4096 for index in indices)
+    if need > free_bytes(plan.folder):
+        raise DiskFull(
+            f"{plan.folder}: {bytes_text(need)} needed, {bytes_text(free_bytes(plan.folder))} free. Free disk space, "
+            "or choose another --store."
+        )
+    done_before = progress.done
+
+    def on_progress(counts: Counts) -> None:
+        progress.update(done_before + counts.done, size_bytes=counts.bytes)
+
+    with closing(runner.map(copy_shard, (_task(plan, number, shards) for number in unfinished), on_progress)) as tasks:
+        for task, result in tasks:
+            if isinstance(result, WorkerDied):
+                raise UserError(
+                    f"{task.folder}: a worker process {result.describe()}. Run the same command again: finished shards "
+                    f"are kept. If it happens again: {ADVICE}"
+                )
+
+
+def _task(plan: BuildPlan, number: int, shards: tuple[SourceShard, ...]) -> CopyTask:
+    locations = (unpack_location(plan.source.inputs[index].location) for index in plan.input_indices(number))
+    first = plan.boundaries[number]
+    return CopyTask(number, first, tuple(locations), shards, plan.folder, plan.settings, plan.build_id)
+
+
+def _assemble(
+    plan: BuildPlan, parts: Sequence[Store], stores: Sequence[Store], existing: Store | None, target: Path
+) -> Store:
+    """Write the files of a split whose shards are all finished, then the manifest."""
+    split, folder, settings = plan.source.split, plan.folder, plan.settings
+    plan.refresh()
+    summaries = [plan.shard_summary(number) for number in range(plan.shard_count)]
+    finished = [summary for summary in summaries if summary is not None]
+    if len(finished) < plan.shard_count:
+        raise UserError(f"{folder}: {plan.shard_count - len(finished)} shards are missing. Run the same command again.")
+    shards = tuple(Shard(**summary["shard"]) for summary in finished)
+    labels: Counter[int] = Counter()
+    for summary in finished:
+        labels.update(dict(summary["labels"]))
+    merged = [store.split(split) for store in parts]
+    moments, records = sum((Moments.from_json(part.moments) for part in merged), Moments()), len(plan.source.inputs)
+    save_array(folder / "mean_image.npy", (_square_sum(plan, parts) / records).astype(np.float32))
+    logs = [store.root / split / "inputs.jsonl" for store in parts]
+    totals = write_outcomes(folder / "inputs.jsonl", chain.from_iterable(read_outcomes(log) for log in logs))
+    account = {
+        **_sum_counts([part.account for part in merged]),
+        **totals,
+        "plan": plan.digest,
+        "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
+        "sources": [_origin(part) for part in merged],
+    }
+    built = Split(
+        records=records,
+        bytes=sum(shard.bytes for shard in shards),
+        pixels=moments.pixels,
+        fingerprint=split_fingerprint(plan.source.classes, shards),
+        label_counts=tuple(labels[label] for label in range(len(plan.source.classes))),
+        shards=shards,
+        moments=moments.to_json(),
+        account=account,
+    )
+    write_color_stats(folder, built)
+    splits = {**(existing.splits if existing else {}), split: built}
+    store = Store(target, settings, _joined_tools(stores), plan.source.classes, splits)
+    store.save()
+    return store
+
+
+def _origin(split: Split) -> dict[str, Any]:
+    """Entry of `sources` in the account: a split that was merged, with the splits that it was merged from."""
+    origin = {"fingerprint": split.fingerprint, "records": split.records}
+    return {**origin, "sources": split.account["sources"]} if "sources" in split.account else origin
+
+
+def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
+    """Sum of the central squares of all records.
+
+    For ppm, the workers have summed the copied pixels. For jpeg, the sum over the pixels before compression is
+    restored from each store's mean image: exactly up to 65,000 records, then within the rounding of float32.
+    """
+    split = plan.source.split
+    if plan.settings.format == "ppm":
+        side = plan.settings.side_px
+        total: npt.NDArray[Any] = np.zeros((side, side, 3), np.int64)
+        for number in range(plan.shard_count):
+            total = total + np.load(plan.work_dir / f"{number:05d}.npy")
+        return total
+    means = [(store.mean_image(split).astype(np.float64), store.split(split).records) for store in parts]
+    sums = [np.rint(mean * records) for mean, records in means]
+    restored: npt.NDArray[Any] = np.sum(sums, axis=0)
+    return restored
+
+
+def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums of all counts in the accounts: numbers, and objects of numbers."""
+    total: dict[str, Any] = {}
+    for account in accounts:
+        for name, value in account.items():
+            if isinstance(value, int):
+                total[name] = total.get(name, 0) + value
+            elif isinstance(value, Mapping) and all(isinstance(count, int) for count in value.values()):
+                total[name] = dict(Counter(total.get(name, {})) + Counter(value))
+    return total
+
+
+def _joined_tools(stores: Sequence[Store]) -> dict[str, str]:
+    """The versions of the software that made the records: `1.2` if they agree, else `1.2, 1.3`."""
+    names = dict.fromkeys(name for store in stores for name in store.tools)
+    return {name: ", ".join(dict.fromkeys(store.tools.get(name, "none") for store in stores)) for name in names}
