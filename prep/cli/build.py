@@ -13,6 +13,7 @@ from click.core import ParameterSource
 from prep.build.report import report_build, report_estimate, report_part
 from prep.cli.options import make_runner, path_for, record_options, split_option
 from prep.console import UserError, progress, store_option
+from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
 
@@ -40,6 +41,12 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     "ILSVRC2012_ID is k in the devkit's meta.mat (devkit).  [default: devkit if meta.mat is next to the label file, "
     "else sorted]",
 )
+@click.option(
+    "--layout",
+    type=click.Choice(LAYOUTS),
+    help="Layout of SOURCE; the page `Your own data` of the documentation describes each.  [default: recognized from "
+    "names and first bytes]",
+)
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option("--dry-run", is_flag=True, help="Print bad inputs, needed disk space and build time, but build nothing.")
 @click.option(
@@ -55,6 +62,7 @@ def build_lmdb(
     split: str | None,
     labels: Path | None,
     label_order: str | None,
+    layout: str | None,
     follow_links: bool,
     dry_run: bool,
     part: str | None,
@@ -65,9 +73,11 @@ def build_lmdb(
 ) -> None:
     """Rescale the images of SOURCE and write them to a sharded LMDB store.
 
-    A split is a folder with one folder for each class, a flat folder of images with a label file, or a tar archive of
-    such a folder (for example ILSVRC2012_img_train.tar). SOURCE is one split, or a folder that contains the splits
-    train and val. Nothing in SOURCE is changed. After an interruption the same command resumes the build.
+    A split is a folder with one folder for each class, a flat folder of images with a label file, or a tar or zip
+    archive of such a folder (for example ILSVRC2012_img_train.tar). SOURCE is one split, or a folder that contains the
+    splits train and val. SOURCE can also be a folder of class tars, Tiny ImageNet, Kaggle's ILSVRC, WebDataset shards,
+    Parquet files of Hugging Face, or a CSV file of paths and labels (see --layout). Nothing in SOURCE is changed. After
+    an interruption the same command resumes the build.
 
     Several machines can share the work: with --cluster on a Ray cluster, or with --part as separate commands, such as
     the tasks of a SLURM array. All machines must see SOURCE and the store at the same paths.
@@ -90,7 +100,7 @@ def build_lmdb(
         settings, policy = _settings_and_policy(options)
         list_options = ListOptions(labels, label_order, follow_links=follow_links)
         classes: tuple[str, ...] = ()  # of the split that was listed before; in a part, it may not be in the store yet
-        for name, path in find_splits(source, split).items():
+        for name, path in find_splits(source, split, layout).items():
             inputs = list_source(path, name, list_options, _store_classes(store) or classes)
             classes = inputs.classes if chosen_part else ()
             if chosen_part:

@@ -1,85 +1,79 @@
-"""Finds the splits in SOURCE, the argument of `alexprep build-lmdb`, and lists their images.
+"""Lists the images of one split of a SOURCE, the argument of `alexprep build-lmdb`.
 
-A split is a folder or a tar archive. Class folders or a label file give the labels. Image files are not opened. Files
-and folders whose names begin with a dot are ignored. Every other entry is either listed as an input or added to
-`Source.refused` with the reason.
+A split is a folder, an archive or a list of files, in one of the layouts of prep/inputs/formats/layouts.py. Class
+folders, a label file or the format itself give the labels. Image files are not opened. Files and folders whose names
+begin with a dot are ignored. Every other entry is listed as an input, or added to `Source.refused` or `Source.ignored`
+with the reason.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from prep.console import UserError, count_noun, say
-from prep.inputs.archive import TarReader, list_archive
+from prep.console import UserError, say
+from prep.inputs.archive import TarReader, found_inputs, list_archive
 from prep.inputs.classes import refuse_empty_classes, wanted_classes, with_classes
 from prep.inputs.folder import FolderReader, list_folder
+from prep.inputs.formats.class_tars import list_class_tars
+from prep.inputs.formats.csv_list import list_csv
+from prep.inputs.formats.layouts import SplitSource, find_splits, split_source
+from prep.inputs.formats.parquet import list_parquet
+from prep.inputs.formats.tiny_imagenet import list_tiny_imagenet
+from prep.inputs.formats.webdataset import list_webdataset
+from prep.inputs.formats.zip_archive import ZipReader, zip_contents
 from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
 from prep.inputs.reader import DEFAULT_OPTIONS, FoundInputs, InputReader, ListOptions, Source
-from prep.store.manifest import SPLITS
 
-
-def find_splits(source: Path, split: str | None) -> dict[str, Path]:
-    """Find the splits of a SOURCE: {split: folder or archive with its images}.
-
-    The splits are the folders `train` and `val` in SOURCE, or archives such as `train.tar` or `ILSVRC2012_img_val.tar`.
-    If SOURCE contains none of these, SOURCE itself is the only split. Raises UserError if SOURCE is missing, is neither
-    a folder nor a file, or lacks the wanted `split`.
-    """
-    if source.is_file():
-        named = next((name for name in SPLITS if source.stem == name or f"img_{name}" in source.name), SPLITS[0])
-        return {split or named: source}
-    if not source.is_dir():
-        raise UserError(f"{source}: {'not a folder or an archive' if source.exists() else 'no such folder'}.")
-    found = {}
-    for name in SPLITS:
-        archives = (source / f"ILSVRC2012_img_{name}.tar", source / f"{name}.tar")
-        paths = [path for path in (source / name, *archives) if path.is_dir() or (path in archives and path.is_file())]
-        if paths:
-            found[name] = paths[0]
-    if split is None:
-        _report_ignored_folders(source, found)
-        return found or {SPLITS[0]: source}
-    if not found:
-        return {split: source}
-    if split not in found:
-        raise UserError(f"--split {split}: {source} has {' and '.join(found)} but no {split}.")
-    return {split: found[split]}
-
-
-def _report_ignored_folders(source: Path, found: dict[str, Path]) -> None:
-    """If only one split was found, print which other folders are ignored: `train` may be the name of a class."""
-    if found and len(found) < len(SPLITS):
-        others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in (*SPLITS, "test"))
-        if others:
-            taken = " and ".join(path.name for path in found.values())
-            say(
-                f"{source}: building from {taken}; ignoring {count_noun(len(others), 'other folder')} (first: "
-                f"{others[0]}). If all of these folders are classes, move them into one folder named train."
-            )
+__all__ = ["find_splits", "label_inputs", "list_source"]
 
 
 def list_source(
-    path: Path,
+    where: SplitSource | Path,
     split: str,
     options: ListOptions = DEFAULT_OPTIONS,
     store_classes: Sequence[str] = (),
 ) -> Source:
-    """List one split from a folder or a tar archive.
+    """List one split; `where` is a result of find_splits, or a folder or an archive whose layout is recognized.
 
-    Class folders give the labels. Images without class folders need a label file (prep/inputs/labels). `store_classes`
-    are the classes of the store or of the split that was listed before, in the order of the labels; empty if there are
-    none yet. These classes keep their labels. Raises UserError if no image is found, if labels do not fit the images,
-    if a class has no image, or if the classes are not those of the store.
+    Class folders give the labels, or the format itself. Other images need a label file (prep/inputs/labels.py).
+    `store_classes` are the classes of the store or of the split that was listed before, in the order of the labels;
+    empty if there are none yet. These classes keep their labels. Raises UserError if no image is found, if labels do
+    not fit the images, if a class has no image, or if the classes are not those of the store.
     """
-    if path.is_file():
-        reader: InputReader = TarReader(path)
-        found = list_archive(path, flat=options.labels is not None)
-    else:
-        found = list_folder(path, split, options.follow_links, flat=options.labels is not None)
-        reader = FolderReader(found.root or path)
+    where = split_source(where) if isinstance(where, Path) else where
+    if where.labels is not None and options.labels is None:
+        options = replace(options, labels=where.labels)
+    reader, found = _find_inputs(where, split, options, store_classes)
     return label_inputs(reader, found, split, options, store_classes)
+
+
+def _find_inputs(
+    where: SplitSource, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[InputReader, FoundInputs]:
+    """The reader and the inputs of a split, before labels are compared with the classes of the store."""
+    path, flat = where.path, options.labels is not None
+    match where.layout:
+        case "tar":
+            return TarReader(path), list_archive(path, flat)
+        case "class-tars":
+            return list_class_tars(path, split)
+        case "zip":
+            return ZipReader(path), found_inputs(path, zip_contents(path, where.inside, split), flat)
+        case "tiny-imagenet":
+            return list_tiny_imagenet(path, where.inside, split, options, store_classes)
+        case "webdataset":
+            return list_webdataset(where.files, split, options, store_classes)
+        case "parquet":
+            return list_parquet(where.files, split, options, store_classes)
+        case "csv":
+            return list_csv(path, split, options, store_classes)
+        case "folders":
+            found = list_folder(path, split, options.follow_links, flat)
+            return FolderReader(found.root or path), found
+    raise UserError(f"{path}: layout {where.layout} has no splits of its own.")
 
 
 def label_inputs(

@@ -1,1 +1,4 @@
 """Layouts of other tools: class tars, zip archives, Tiny ImageNet, WebDataset, Parquet, CSV lists."""
+
+# Values of --layout; prep/inputs/formats/layouts.py describes them.
+LAYOUTS = ("folders", "tar", "class-tars", "zip", "tiny-imagenet", "kaggle", "webdataset", "parquet", "csv")

@@ -25,7 +25,7 @@ from prep.console import UserError, bytes_text, progress, say
 from prep.files import atomic_file, hold_lock, save_array
 from prep.images.codec import BadImage
 from prep.inputs.formats.labelled import LabelledRows, duplicate_path
-from prep.inputs.formats.shards import open_file, pack_location, unpack_location
+from prep.inputs.formats.shards import open_file, pack_location, root_and_files, unpack_location
 from prep.inputs.listing import Input, Listing
 from prep.inputs.reader import FoundInputs, ListOptions
 
@@ -40,7 +40,7 @@ _UNPACK_WAIT_S = 3600.0  # a worker waits this long while another worker unpacks
 
 @dataclass(frozen=True)
 class ParquetReader:
-    """Reads inputs that are rows of the Parquet files `files`, whose names are relative to the folder `root`."""
+    """Reads inputs that are rows of the Parquet files `files`; see root_and_files."""
 
     root: Path
     files: tuple[str, ...]
@@ -87,8 +87,8 @@ def list_parquet(
     Raises UserError if pyarrow is missing, if a file is damaged, or if it has no column of images or of labels.
     """
     pq = _pyarrow_parquet()
-    root = files[0].parent
-    rows = LabelledRows(str(files[0] if len(files) == 1 else root))
+    root, file_names = root_and_files(files)
+    rows = LabelledRows(str(root))
     paths, labels, numbered, names, column = Listing(), list[str](), Listing(), tuple[str, ...](), ""
     has_paths = True
     with progress(f"{split}: listing", len(files), "files") as listing_progress:
@@ -117,9 +117,7 @@ def list_parquet(
         paths = numbered
     for item in paths:
         rows.add(item.path, labels[item.label], item.size, item.mtime_ns, item.location)
-    reader = ParquetReader(
-        root, tuple(path.name for path in files), column, size_bytes=sum(path.stat().st_size for path in files)
-    )
+    reader = ParquetReader(root, file_names, column, size_bytes=sum(path.stat().st_size for path in files))
     return reader, rows.found(names, options, store_classes, in_class_folders=True)
 
 

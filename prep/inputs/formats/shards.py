@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -65,7 +65,7 @@ def open_file(path: str) -> OpenFile:
 
 @dataclass(frozen=True)
 class ShardReader:
-    """Reads inputs that are byte ranges of the files `files`, whose names are relative to the folder `root`."""
+    """Reads inputs that are byte ranges of the files `files`; see root_and_files."""
 
     root: Path
     files: tuple[str, ...]
@@ -82,6 +82,13 @@ class ShardReader:
         if len(content) < min(size, item.size):
             raise UserError(f"{path} became shorter during reading. Download the file again.")
         return content
+
+
+def root_and_files(paths: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
+    """(root, names relative to it) of files in one folder; the root of a single file is the file itself."""
+    if len(paths) == 1:
+        return paths[0], ("",)
+    return paths[0].parent, tuple(path.name for path in paths)
 
 
 def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:

@@ -17,7 +17,7 @@ from prep.console import UserError, progress
 from prep.inputs.archive import checked_member_name
 from prep.inputs.classes import has_image_name
 from prep.inputs.formats.labelled import LabelledRows, duplicate_path
-from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.formats.shards import ShardReader, pack_location, root_and_files, unpack_location
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
@@ -60,9 +60,8 @@ def list_webdataset(
     If two samples have the same key, the name of the shard comes before the key of every sample. Raises UserError if a
     shard is damaged, or if no sample has an image and a label.
     """
-    root = files[0].parent
-    origin = str(files[0] if len(files) == 1 else root)
-    rows, samples = LabelledRows(origin), Listing()
+    root, names = root_and_files(files)
+    rows, samples = LabelledRows(str(root)), Listing()
     labels: list[str] = []
     with progress(f"{split}: listing", len(files), "shards") as listing_progress:
         for index, path in enumerate(files):
@@ -79,11 +78,10 @@ def list_webdataset(
             listing_progress.advance()
     needs_shard_names = duplicate_path(samples) is not None
     for item in samples:
-        shard = files[item.location >> 40].name.removesuffix(".tar")
+        shard = files[unpack_location(item.location)[0]].name.removesuffix(".tar")
         name = shard.encode("utf-8", "surrogateescape") + b"/" + item.path if needs_shard_names else item.path
         rows.add(name, labels[item.label], item.size, item.mtime_ns, item.location)
-    reader = ShardReader(root, tuple(path.name for path in files))
-    return reader, rows.found((), options, store_classes, in_class_folders=True)
+    return ShardReader(root, names), rows.found((), options, store_classes, in_class_folders=True)
 
 
 def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True) -> Iterator[_Member]:

@@ -14,6 +14,10 @@ from prep.inputs.sources import find_splits, list_source
 from tests.helpers.listings import list_images, paths_and_labels, touch
 
 
+def split_paths(source: Path, split: str | None) -> dict[str, Path]:
+    return {name: where.path for name, where in find_splits(source, split).items()}
+
+
 def test_classes_other_than_those_of_the_store_are_refused(tmp_path: Path) -> None:
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG")
     assert list_images(root, store_classes=("n1", "n2")).classes == ("n1", "n2")
@@ -52,16 +56,16 @@ def test_a_file_gives_the_order_of_the_classes(tmp_path: Path) -> None:
 
 def test_splits_are_found_in_folders(tmp_path: Path) -> None:
     both = touch(tmp_path / "both", "train/n1/a.JPEG", "val/a.JPEG", "devkit/x")
-    assert find_splits(both, None) == {"train": both / "train", "val": both / "val"}
+    assert split_paths(both, None) == {"train": both / "train", "val": both / "val"}
     assert list(find_splits(both, None)) == ["train", "val"]
-    assert find_splits(both, "val") == {"val": both / "val"}
+    assert split_paths(both, "val") == {"val": both / "val"}
     one = touch(tmp_path / "one", "train/n1/a.JPEG")
-    assert find_splits(one, None) == {"train": one / "train"}
+    assert split_paths(one, None) == {"train": one / "train"}
     with pytest.raises(UserError, match="has train but no val"):
         find_splits(one, "val")
     classes = touch(tmp_path / "classes", "n1/a.JPEG")
-    assert find_splits(classes, None) == {"train": classes}
-    assert find_splits(classes, "val") == {"val": classes}
+    assert split_paths(classes, None) == {"train": classes}
+    assert split_paths(classes, "val") == {"val": classes}
     with pytest.raises(UserError, match="no such folder"):
         find_splits(tmp_path / "nowhere", None)
     os.mkfifo(tmp_path / "fifo")
@@ -72,16 +76,16 @@ def test_splits_are_found_in_folders(tmp_path: Path) -> None:
 def test_splits_are_found_in_archives(tmp_path: Path) -> None:
     names = ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")
     source = touch(tmp_path / "ilsvrc", *names, "ILSVRC2012_devkit_t12/data/meta.mat", "ILSVRC2012_img_test.tar")
-    assert find_splits(source, None) == {"train": source / names[0], "val": source / names[1]}
-    assert find_splits(source, "val") == {"val": source / names[1]}
+    assert split_paths(source, None) == {"train": source / names[0], "val": source / names[1]}
+    assert split_paths(source, "val") == {"val": source / names[1]}
     for archive, split in ((names[0], "train"), (names[1], "val"), ("ILSVRC2012_img_test.tar", "train")):
-        assert find_splits(source / archive, None) == {split: source / archive}
-        assert find_splits(source / archive, "val") == {"val": source / archive}
+        assert split_paths(source / archive, None) == {split: source / archive}
+        assert split_paths(source / archive, "val") == {"val": source / archive}
     short = touch(tmp_path / "short", "train.tar", "val.tar")
-    assert find_splits(short, None) == {"train": short / "train.tar", "val": short / "val.tar"}
-    assert find_splits(short / "val.tar", None) == {"val": short / "val.tar"}
+    assert split_paths(short, None) == {"train": short / "train.tar", "val": short / "val.tar"}
+    assert split_paths(short / "val.tar", None) == {"val": short / "val.tar"}
     mixed = touch(tmp_path / "mixed", "train/n1/a.JPEG", "val.tar", "train.tar")
-    assert find_splits(mixed, None) == {"train": mixed / "train", "val": mixed / "val.tar"}
+    assert split_paths(mixed, None) == {"train": mixed / "train", "val": mixed / "val.tar"}
 
 
 def test_a_label_file_is_ignored_for_class_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,232 @@
+"""Recognizes the layout of a SOURCE and finds its splits. Names and the first bytes of files are read, no images.
+
+folders        class folders, or images in one folder with a label file
+tar            a tar of class folders, of class tars, or of images
+class-tars     a folder with one tar for each class
+zip            a zip archive of class folders or of images, with or without folders train and val
+tiny-imagenet  train/CLASS/images/…, val/images/… and val/val_annotations.txt
+kaggle         ILSVRC/Data/CLS-LOC, and LOC_val_solution.csv for the labels of val
+webdataset     tar files with samples KEY.jpg and KEY.cls or KEY.json
+parquet        Parquet files with columns image and label
+csv            a CSV file of paths and labels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prep.console import UserError, count_noun, say
+from prep.inputs.formats.csv_list import csv_splits
+from prep.inputs.formats.shards import files_by_split
+from prep.inputs.formats.webdataset import is_webdataset
+from prep.inputs.formats.zip_archive import zip_splits
+from prep.inputs.formats.zip_directory import is_zip
+from prep.store.manifest import SPLITS
+
+_SUFFIXES = {".zip": "zip", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "tar"}
+_KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
+_KAGGLE_LABELS = "LOC_val_solution.csv"
+_ONLY_SPLIT = ""  # key of a split that nothing names
+
+
+@dataclass(frozen=True)
+class SplitSource:
+    """Where the images of a split are."""
+
+    path: Path  # a folder, an archive, or a list of files
+    layout: str = "folders"  # one of LAYOUTS, except kaggle: its splits are folders
+    inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
+    files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
+    labels: Path | None = None  # label file of a split without class folders, used if the user names none
+
+
+def find_splits(source: Path, split: str | None, layout: str | None = None) -> dict[str, SplitSource]:
+    """Find the splits of a SOURCE: {split: where its images are}. `layout` is one of LAYOUTS; None: recognize it.
+
+    The splits are the folders `train` and `val` in SOURCE or in a zip archive, archives such as `train.tar` or
+    `ILSVRC2012_img_val.tar`, or files with such a word in their names. If there is none of these, SOURCE itself is the
+    only split. Raises UserError if SOURCE is missing, is neither a folder nor a file, has another layout than `layout`,
+    or lacks the wanted `split`.
+    """
+    if source.is_file():
+        found = _splits_of_file(source, layout)
+    elif source.is_dir():
+        found = _splits_of_folder(source, layout)
+    else:
+        raise UserError(f"{source}: {'not a folder or an archive' if source.exists() else 'no such folder'}.")
+    if _ONLY_SPLIT in found:
+        return {split or _split_named_by(source): found[_ONLY_SPLIT]}
+    if split is None:
+        _report_ignored_folders(source, found)
+        return {name: found[name] for name in SPLITS if name in found}
+    if split not in found:
+        raise UserError(f"--split {split}: {source} has {' and '.join(found)} but no {split}.")
+    return {split: found[split]}
+
+
+def split_source(path: Path, layout: str | None = None) -> SplitSource:
+    """The images in a folder or an archive that is one split. Raises UserError if it has another layout."""
+    found = _splits_of_file(path, layout) if path.is_file() else {_ONLY_SPLIT: _one_folder(path, layout)}
+    if _ONLY_SPLIT not in found:
+        raise UserError(f"{path}: the splits {' and '.join(found)}, expected one split.")
+    return found[_ONLY_SPLIT]
+
+
+def _split_named_by(source: Path) -> str:
+    named = files_by_split([source])
+    is_named = source.is_file() and _ONLY_SPLIT not in named and "test" not in named
+    return next(iter(named)) if is_named else SPLITS[0]
+
+
+def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
+    """{split: source}, or {"": source} if the file is one split."""
+    layout = layout or _layout_of_file(source)
+    if layout in ("zip", "tiny-imagenet"):
+        splits, is_tiny = zip_splits(source)
+        where = SplitSource(source, "tiny-imagenet" if is_tiny else "zip")
+        found = {name: replace(where, inside=inside) for name, inside in splits.items()} or {_ONLY_SPLIT: where}
+        return _with_val_labels(found, _kaggle_labels(source.parent))
+    if layout == "csv":
+        return dict.fromkeys(csv_splits(source) or [_ONLY_SPLIT], SplitSource(source, "csv"))
+    if layout in ("webdataset", "parquet"):
+        return {_ONLY_SPLIT: SplitSource(source, layout, files=(source,))}
+    if layout != "tar":
+        raise UserError(f"--layout {layout}: {source} is a file, expected a folder.")
+    return {_ONLY_SPLIT: SplitSource(source, "tar")}
+
+
+def _layout_of_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        if file.read(4) == b"PAR1":
+            return "parquet"
+    layout = _SUFFIXES.get(path.suffix.lower(), "tar")
+    if layout != "tar":
+        return layout
+    if is_zip(path):
+        return "zip"
+    return "webdataset" if is_webdataset(path) else "tar"
+
+
+def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource]:
+    """{split: source}, or {"": source} if the folder is one split."""
+    base, labels = source, None
+    if layout in (None, "kaggle"):
+        kaggle = next((source / name for name in _KAGGLE_FOLDERS if (source / name / "train").is_dir()), None)
+        if kaggle is None and (source.resolve().name == "CLS-LOC" or layout == "kaggle"):
+            kaggle = source
+        if layout == "kaggle" and not (kaggle and (kaggle / "train").is_dir()):
+            raise UserError(f"--layout kaggle: {source} has no {_KAGGLE_FOLDERS[0]}/train.")
+        if kaggle is not None:
+            base, layout = kaggle, None
+            labels = next(filter(None, map(_kaggle_labels, (source, *kaggle.resolve().parents[:4]))), None)
+    named = _named_splits(base)
+    if named:
+        return _with_val_labels({name: _one_path(path, layout) for name, path in named.items()}, labels)
+    if layout in (None, "webdataset", "parquet"):
+        for folder in (base, base / "data"):
+            found = _shards_by_split(folder, layout)
+            if found:
+                return found
+    return {_ONLY_SPLIT: _one_folder(base, layout)}
+
+
+def _named_splits(source: Path) -> dict[str, Path]:
+    """The folders and archives in `source` that are named after splits."""
+    found = {}
+    for name in SPLITS:
+        archives = [source / f"ILSVRC2012_img_{name}.tar", *(source / f"{name}{suffix}" for suffix in (".tar", ".zip"))]
+        folders = [source / name, *([source / "validation"] if name == "val" and "train" in found else [])]
+        paths = [path for path in folders if path.is_dir()] + [path for path in archives if path.is_file()]
+        if paths:
+            found[name] = paths[0]
+    is_class = any(
+        found[name] == source / f"{name}.tar" for name in found
+    )  # perhaps: `train` may be the name of a class
+    others = [path for path in _files(source, ".tar") if path not in found.values() and "test" not in path.name]
+    return {} if is_class and len(others) > len(found) else found
+
+
+def _with_val_labels(found: dict[str, SplitSource], labels: Path | None) -> dict[str, SplitSource]:
+    return {name: replace(where, labels=labels) if name == "val" else where for name, where in found.items()}
+
+
+def _one_path(path: Path, layout: str | None) -> SplitSource:
+    return split_source(path, layout) if path.is_file() else _one_folder(path, layout)
+
+
+def _one_folder(path: Path, layout: str | None) -> SplitSource:
+    """The images in a folder that is one split."""
+    if layout is None:
+        layout = _layout_of_folder(path)
+    if layout in ("class-tars", "webdataset", "parquet", "csv"):
+        suffix = {"parquet": ".parquet", "csv": ".csv"}.get(layout, ".tar")
+        files = _files(path, suffix)
+        if not files or (layout == "csv" and len(files) > 1):
+            expected = "one file" if layout == "csv" else "files"
+            raise UserError(f"--layout {layout}: {path} has {len(files)} files {suffix}; expected {expected}.")
+        return SplitSource(files[0] if layout == "csv" else path, layout, files=tuple(files))
+    if layout in ("tar", "zip"):
+        raise UserError(f"--layout {layout}: {path} is a folder, expected a file.")
+    return SplitSource(path, layout)
+
+
+def _layout_of_folder(path: Path) -> str:
+    tars, parquet = _files(path, ".tar"), _files(path, ".parquet")
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if (path / "val_annotations.txt").is_file():
+        return "tiny-imagenet"
+    if folders and (folders[0] / "images").is_dir() and any(folders[0].glob("*_boxes.txt")):
+        return "tiny-imagenet"
+    if tars and not folders:
+        return "webdataset" if is_webdataset(tars[0]) else "class-tars"
+    return "parquet" if parquet and not folders else "folders"
+
+
+def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]:
+    """The splits of a folder with WebDataset or Parquet files; {} if there are no such files."""
+    found: dict[str, SplitSource] = {}
+    for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
+        files = _files(folder, suffix) if layout in (None, kind) else []
+        if not files or (layout is None and kind == "webdataset" and not is_webdataset(files[0])):
+            continue
+        groups = files_by_split(files)
+        left_out = [path for name, paths in groups.items() if name not in SPLITS for path in paths]
+        found = {name: SplitSource(folder, kind, files=tuple(groups[name])) for name in SPLITS if name in groups}
+        if not found:
+            return {_ONLY_SPLIT: SplitSource(folder, kind, files=tuple(files))}
+        if left_out:
+            say(f"{folder}: {count_noun(len(left_out), 'file')} of no split left out (first: {left_out[0].name}).")
+        break
+    return found
+
+
+def _files(folder: Path, suffix: str) -> list[Path]:
+    """The files in a folder with this suffix, sorted; [] if there is no such folder."""
+    if not folder.is_dir():
+        return []
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.name.lower().endswith(suffix) and not path.name.startswith(".") and path.is_file()
+    )
+
+
+def _kaggle_labels(folder: Path) -> Path | None:
+    path = folder / _KAGGLE_LABELS
+    return path if path.is_file() else None
+
+
+def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
+    """If only one split was found, print which other folders are ignored: `train` may be the name of a class."""
+    paths: Sequence[Path] = [where.path for where in found.values()]
+    if len(found) < len(SPLITS) and source.is_dir() and all(path.parent == source for path in paths):
+        names = (*SPLITS, "test", "validation")
+        others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in names)
+        if others:
+            taken = " and ".join(path.name for path in paths)
+            say(
+                f"{source}: building from {taken}; ignoring {count_noun(len(others), 'other folder')} (first: "
+                f"{others[0]}). If all of these folders are classes, move them into one folder named train."
+            )

@@ -1,0 +1,111 @@
+"""Tiny ImageNet, unpacked or as the zip archive that it is downloaded as.
+
+The training images are in CLASS/images, beside CLASS_boxes.txt. The validation images are in `images`, and
+val_annotations.txt has a line for each: name, class and the corners of a box, separated by tabs. Inputs have the names
+CLASS/FILE in train and FILE in val, as in class folders and in a flat folder with a label file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from prep.console import UserError
+from prep.inputs.archive import ArchiveContents, found_inputs
+from prep.inputs.classes import STRAY_FILE
+from prep.inputs.folder import FolderReader, list_folder
+from prep.inputs.formats.labelled import LabelledRows
+from prep.inputs.formats.zip_archive import ZipReader, member_named, zip_contents
+from prep.inputs.listing import Input, Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs, InputReader, ListOptions
+
+_ANNOTATIONS = b"val_annotations.txt"
+
+
+@dataclass(frozen=True)
+class ImagesFolderReader:
+    """Reads an input CLASS/FILE from the file CLASS/images/FILE below `root`."""
+
+    root: Path
+
+    def read(self, item: Input) -> bytes:
+        """The bytes of a file. Raises the same errors as FolderReader.read."""
+        return FolderReader(self.root).read(_in_images_folder(item))
+
+    def head(self, item: Input, size: int) -> bytes:
+        """The first `size` bytes of a file. Raises BadImage if the file cannot be read."""
+        return FolderReader(self.root).head(_in_images_folder(item), size)
+
+
+def _in_images_folder(item: Input) -> Input:
+    folder, _, name = item.path.rpartition(b"/")
+    return replace(item, path=folder + b"/images/" + name)
+
+
+def list_tiny_imagenet(
+    path: Path, inside: bytes, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[InputReader, FoundInputs]:
+    """List a split in the folder `path`, or in the folder `inside` of the zip archive `path`.
+
+    Raises UserError if there are no images, if val_annotations.txt cannot be read, or if the archive is damaged.
+    """
+    if path.is_file():
+        return _list_zip(path, inside, split, options, store_classes)
+    annotations = path / _ANNOTATIONS.decode()
+    if annotations.is_file() and (path / "images").is_dir():
+        found = list_folder(path / "images", split, options.follow_links, flat=True)
+        labels = _parse_annotations(annotations.read_bytes(), str(annotations))
+        return FolderReader(path / "images"), _labelled(str(path), found, labels, options, store_classes)
+    found = list_folder(path, split, options.follow_links)
+    if not all(found.listing.path(k).split(b"/")[1:-1] == [b"images"] for k in range(len(found.listing))):
+        return FolderReader(found.root or path), found
+    listing = Listing()
+    for item in found.listing:
+        listing.add(item.path.replace(b"/images/", b"/", 1), item.label, item.size, item.mtime_ns)
+    return ImagesFolderReader(found.root or path), replace(found, listing=listing)
+
+
+def _list_zip(
+    path: Path, inside: bytes, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> tuple[InputReader, FoundInputs]:
+    reader, contents = ZipReader(path), zip_contents(path, inside, split)
+    annotations = member_named(contents, _ANNOTATIONS)
+    kept, ignored = ArchiveContents(contents.mtime_ns), []
+    kept.refused = contents.refused
+    for item in contents.images:
+        parts = item.path.split(b"/")
+        if item.path.endswith((_ANNOTATIONS, b"_boxes.txt")):
+            ignored.append((name_text(item.path), STRAY_FILE))
+        else:
+            kept.add(b"/".join(part for part in parts if part != b"images"), item.size, item.location)
+    found = found_inputs(path, kept, flat=annotations is not None)
+    if annotations is not None:
+        where = f"{path}: {name_text(inside + _ANNOTATIONS)}"
+        found = _labelled(str(path), found, _parse_annotations(reader.read(annotations), where), options, store_classes)
+    return reader, replace(found, ignored=(*found.ignored, *ignored))
+
+
+def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
+    """{name of an image: class}."""
+    labels = {}
+    for number, line in enumerate(content.splitlines(), 1):
+        cells = line.split(b"\t")
+        if len(cells) < 2 and line.strip():
+            raise UserError(f"{where}, line {number}: {name_text(line[:40])}, expected name and class, with a tab.")
+        if line.strip():
+            labels[cells[0].strip()] = name_text(cells[1].strip())
+    return labels
+
+
+def _labelled(
+    origin: str, found: FoundInputs, labels: dict[bytes, str], options: ListOptions, store_classes: Sequence[str]
+) -> FoundInputs:
+    """The inputs of a flat folder with their labels; an input without a label is refused."""
+    rows = LabelledRows(origin)
+    for item in found.listing:
+        rows.add(item.path, labels.get(item.path, ""), item.size, item.mtime_ns, item.location)
+    labelled = rows.found((), options, store_classes, in_class_folders=False)
+    refused, ignored = (*found.refused, *labelled.refused), (*found.ignored, *labelled.ignored)
+    return replace(labelled, refused=refused, ignored=ignored)
