@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prep.build.assemble import assemble_split, too_many_bad
@@ -46,7 +46,7 @@ from prep.build.shard_task import ShardTask, build_shard
 from prep.console import DiskFull, Progress, UserError, bytes_text, disk_error, say
 from prep.files import hold_lock
 from prep.inputs.names import name_text
-from prep.inputs.reader import Source
+from prep.inputs.reader import InputReader, Source, UnpackingReader
 from prep.store.manifest import Settings, Store
 from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
@@ -229,7 +229,10 @@ def _run_tasks(
             )
 
     # closing() stops the workers before the caller releases the lock, even after an error.
-    with closing(runner.map(build_shard, _tasks(plan, shard_numbers), on_progress)) as results:
+    reader = plan.source.reader
+    if shard_numbers and isinstance(reader, UnpackingReader):
+        reader = reader.unpacking_into(plan.work_dir / "unpacked", free_bytes(plan.folder))
+    with closing(runner.map(build_shard, _tasks(plan, shard_numbers, reader), on_progress)) as results:
         for task, result in results:
             if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
                 raise UserError(
@@ -245,5 +248,5 @@ def _run_tasks(
                 )
 
 
-def _tasks(plan: BuildPlan, shard_numbers: Iterable[int]) -> Iterator[ShardTask]:
-    return (plan.task(number) for number in shard_numbers)
+def _tasks(plan: BuildPlan, shard_numbers: Iterable[int], reader: InputReader) -> Iterator[ShardTask]:
+    return (replace(plan.task(number), reader=reader) for number in shard_numbers)

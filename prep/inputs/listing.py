@@ -142,11 +142,16 @@ class Listing:
         return None
 
     def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """{path: (before, after)} of the inputs that differ from `later`, a listing with the same paths."""
+        """{path: (before, after)} of the inputs that differ from `later`, a listing with the same paths.
+
+        An input that has only moved in its archive is not different, if its `mtime_ns` is known and the same.
+        """
         before, after = self.permutation(seed), later.permutation(seed)
         differ = np.zeros(len(before), bool)
-        for old, new in zip(self._arrays().values(), later._arrays().values(), strict=True):
-            differ |= old[before] != new[after]
+        no_time = later._arrays()["mtime_ns"][after] == 0
+        for name, new in later._arrays().items():
+            changed = self._arrays()[name][before] != new[after]
+            differ |= changed & no_time if name == "location" else changed
         pairs = zip(before[differ].tolist(), after[differ].tolist(), strict=True)
         return {self.path(old): (self[old], later[new]) for old, new in pairs}
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,14 @@ class InputReader(Protocol):
 
     def head(self, item: Input, size: int) -> bytes:
         """The first `size` bytes of one input, or fewer if the input is shorter. Raises BadImage if reading fails."""
+
+
+@runtime_checkable
+class UnpackingReader(InputReader, Protocol):
+    """A reader that reads single inputs slowly, and faster if it may first unpack them into a folder."""
+
+    def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
+        """A reader that unpacks inputs into `folder` when needed, if that is sensible with `free_bytes` of disk."""
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class LabelledRows:
         self.origin = origin
         self.rows = Listing()  # labels are indices in `texts`
         self.texts: dict[str, int] = {}  # label as text -> index
+        self.labels_are_names = False  # True: a label of digits is the name of a class, too
         self.refused: list[tuple[str, str]] = []  # (name, reason)
         self.ignored: list[tuple[str, str]] = []  # (name, reason)
 
@@ -37,6 +38,13 @@ class LabelledRows:
             self.refused.append((name_text(path), NO_LABEL))
             return
         self.rows.add(path, self.texts.setdefault(label, len(self.texts)), size, mtime_ns, location)
+
+    def sort(self) -> None:
+        """Sort the inputs by path."""
+        inputs, self.rows = self.rows, Listing()
+        for k in sorted(range(len(inputs)), key=inputs.path):
+            item = inputs[k]
+            self.rows.add(item.path, item.label, item.size, item.mtime_ns, item.location)
 
     def found(
         self, names: Sequence[str], options: ListOptions, store_classes: Sequence[str], in_class_folders: bool
@@ -51,7 +59,7 @@ class LabelledRows:
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
         texts = list(self.texts)
-        if all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
+        if not self.labels_are_names and all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
             labels = [int(text) for text in texts]
             owner = "its list of class names"
             if not names:

@@ -221,7 +221,12 @@ def _kaggle_labels(folder: Path) -> Path | None:
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
     """If only one split was found, print which other folders are ignored: `train` may be the name of a class."""
     paths: Sequence[Path] = [where.path for where in found.values()]
-    if len(found) < len(SPLITS) and source.is_dir() and all(path.parent == source for path in paths):
+    if (
+        len(found) < len(SPLITS)
+        and source.is_dir()
+        and all(path.parent == source for path in paths)
+        and not any(where.files for where in found.values())
+    ):
         names = (*SPLITS, "test", "validation")
         others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in names)
         if others:

@@ -165,7 +165,7 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
         kind = field.type
         if types.is_struct(kind):
             return any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
-        return types.is_binary(kind) or types.is_large_binary(kind)
+        return bool(types.is_binary(kind) or types.is_large_binary(kind))
 
     features = _features(schema)
     images = [field.name for field in schema if holds_images(field)]

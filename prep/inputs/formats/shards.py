@@ -54,13 +54,19 @@ class OpenFile:
             raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
-@lru_cache(maxsize=128)
 def open_file(path: str) -> OpenFile:
     """The file `path`, opened once for many reads. Raises UserError if it cannot be opened."""
     try:
-        return OpenFile(path)
+        status = os.stat(path)
+        return _opened(path, status.st_dev, status.st_ino, status.st_mtime_ns)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from None
+
+
+@lru_cache(maxsize=128)
+def _opened(path: str, device: int, inode: int, mtime_ns: int) -> OpenFile:
+    """The other arguments identify the file, in case another file takes its place."""
+    return OpenFile(path)
 
 
 @dataclass(frozen=True)

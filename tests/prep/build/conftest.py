@@ -10,7 +10,7 @@ from prep.build import parts
 from prep.build.parts import PartResult
 from prep.store.manifest import Store
 from tests.helpers.building import build, make_pictures
-from tests.prep.build.part_builds import IMAGES, run_part
+from tests.prep.build.parts.part_builds import IMAGES, run_part
 
 
 @pytest.fixture(scope="package")

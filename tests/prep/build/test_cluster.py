@@ -31,7 +31,7 @@ from prep.store.manifest import Store
 from prep.workers import Counts, TaskProgress, WorkerDied
 from tests.helpers.building import DEADLINE_S, PPM, SKIP, STRICT, BuildCommand, is_alive, make_pictures, process_group
 from tests.helpers.project import own_namespaces
-from tests.prep.build.part_builds import (
+from tests.prep.build.parts.part_builds import (
     IMAGES,
     WORDS,
     ActingProgress,

@@ -13,7 +13,7 @@ from prep.build import parts
 from prep.build.parts import PartResult
 from prep.store.manifest import Store
 from tests.helpers.building import SKIP, build
-from tests.prep.build.part_builds import WORDS, alexprep, assert_same, run_part
+from tests.prep.build.parts.part_builds import WORDS, alexprep, assert_same, run_part
 
 
 def test_join_names_the_missing_shards_and_commands_that_build_them(photos: Path, whole: Store, tmp_path: Path) -> None:

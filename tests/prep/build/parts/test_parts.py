@@ -29,7 +29,7 @@ from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from prep.workers import TaskProgress
 from tests.helpers.building import PPM, BuildCommand, build
-from tests.prep.build.part_builds import IMAGES, WORDS, alexprep, assert_same, run_part, tree
+from tests.prep.build.parts.part_builds import IMAGES, WORDS, alexprep, assert_same, run_part, tree
 
 Start = Callable[..., BuildCommand]
 

@@ -1,0 +1,225 @@
+"""Builds a split from images that Python code yields: any data set with (image, label, name) for each item.
+
+The images are first written one after another into one file in the store, because a build reads them in the order of
+the records. The file is removed at the end. An encoded image takes as many bytes as it has. Pixels (a PIL image of mode
+RGB, or an array) are rescaled first if they are larger than the records; rescaling them again changes nothing.
+"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import index as as_integer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from prep.build.plan import BuildPolicy
+from prep.build.split import build_split, disk_errors
+from prep.console import UserError, progress, usable_cores
+from prep.files import hold_lock
+from prep.images.codec import BadImage, check_rescaled_size
+from prep.images.rescale import rescale
+from prep.inputs.classes import order_classes
+from prep.inputs.formats.labelled import LabelledRows
+from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.listing import Input
+from prep.inputs.reader import Content, ListOptions
+from prep.inputs.sources import label_inputs
+from prep.store.manifest import FILTERS, FORMATS, SPLITS, Settings, Store
+from prep.workers import WorkerPool
+
+Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
+Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
+
+_FILE, _PIXELS = b"F", b"P"  # first byte of an item in the file: an image file, or pixels behind height and width
+_PNG_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "I;16", "I")
+_JPEG_SIGNATURE = b"\xff\xd8\xff"
+
+
+@dataclass(frozen=True)
+class ItemReader:
+    """Reads inputs that build_from has written into the file `root`."""
+
+    root: Path
+
+    def read(self, item: Input) -> Content:
+        """An encoded image, or pixels as uint8 (H, W, 3)."""
+        content = ShardReader(self.root, ("",)).read(item)
+        if content.startswith(_FILE):
+            return content[1:]
+        height, width = (int.from_bytes(content[at : at + 4]) for at in (1, 5))
+        return np.frombuffer(content, np.uint8, offset=9).reshape(height, width, 3)
+
+    def head(self, item: Input, size: int) -> bytes:
+        """The first `size` bytes of an encoded image; a JPEG signature for pixels."""
+        content = ShardReader(self.root, ("",)).head(item, size + 1)
+        return content[1:] if content.startswith(_FILE) else _JPEG_SIGNATURE[:size]
+
+
+def build_from(
+    items: Iterable[Item],
+    store: str | Path,
+    *,
+    split: str = "train",
+    classes: Sequence[str] = (),
+    side: int = 256,
+    keep_aspect: bool = False,
+    format: str = "jpeg",
+    quality: int = 90,
+    filter: str = "area",
+    seed: int = 0,
+    on_bad: str = "fail",
+    max_bad: int | None = None,
+    allow_empty_classes: bool = False,
+    restart: bool = False,
+    jobs: int | None = None,
+) -> Store:
+    """Build one split of a store from (image, label, name) of each item, and return the store.
+
+    An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). A label is the name of a class or
+    the position of a class from 0. `classes` are the names of the classes in the order of the labels; without it, names
+    are sorted, and positions are called 0, 1, 2 and so on. A name is unique and becomes the source path of the record,
+    so items named CLASS/FILE give the same fingerprint as files in class folders. The other arguments are the options
+    of `alexprep build-lmdb`; `jobs` is the number of worker processes, by default the number of usable cores.
+
+    A build that was interrupted is resumed by the same call with the same items. Raises UserError for a wrong argument
+    or item, and for the errors of `alexprep build-lmdb`; DiskFull if the disk is full.
+
+        from prep.build import build_from
+
+        build_from(((image, label, f"{k:08d}") for k, (image, label) in enumerate(dataset)), "store")
+    """
+    settings = Settings(side, keep_aspect, format, quality, filter, seed)
+    _check_arguments(settings, split, on_bad)
+    store = Path(store)
+    work = store / f".items-{split}"
+    policy = BuildPolicy(on_bad == "skip" or max_bad is not None, max_bad, restart)
+    options = ListOptions(allow_empty_classes=allow_empty_classes)
+    with disk_errors(store):
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            with hold_lock(work, "build"):
+                rows = _write_items(items, work / "items", settings, split)
+                known = Store.open(store).classes if (store / "manifest.json").exists() else ()
+                rows_classes = classes or (order_classes(rows.texts, str(store)) if rows.labels_are_names else ())
+                found = rows.found(rows_classes, options, known, in_class_folders=False)
+                source = label_inputs(ItemReader(work / "items"), found, split, options, known)
+                with (
+                    _main_module_hidden(),
+                    WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers,
+                    progress(f"{split}: rescaling", len(source.inputs), "pictures") as build_progress,
+                ):
+                    return build_split(source, store, settings, workers, build_progress, policy)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _check_arguments(settings: Settings, split: str, on_bad: str) -> None:
+    for name, value, choices in (
+        ("split", split, SPLITS),
+        ("format", settings.format, FORMATS),
+        ("filter", settings.filter, FILTERS),
+        ("on_bad", on_bad, ("fail", "skip")),
+    ):
+        if value not in choices:
+            raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}.")
+    for name, number, lowest, highest in (
+        ("side", settings.side_px, 32, 4096),
+        ("quality", settings.quality, 1, 100),
+        ("seed", settings.seed, 0, 2**63 - 1),
+    ):
+        if not lowest <= number <= highest:
+            raise UserError(f"{name}={number}: expected {lowest} to {highest}.")
+
+
+def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: str) -> LabelledRows:
+    """Write all images into the file `path`; `mtime_ns` of an input is the CRC-32 of its content."""
+    rows = LabelledRows(f"the {split} items")
+    total = len(items) if isinstance(items, Sized) else 0
+    with open(path, "wb") as file, progress(f"{split}: reading items", total, "items") as item_progress:
+        for number, item in enumerate(items):
+            if not isinstance(item, Sequence) or len(item) != 3:
+                raise UserError(f"item {number} is a {type(item).__name__}; expected (image, label, name).")
+            image, label, name = item
+            content = _encode(image, settings, number)
+            path_bytes = _name_bytes(name, number)
+            text = label if isinstance(label, str) else str(_position(label, number))
+            is_name = isinstance(label, str)
+            if rows.texts and is_name != rows.labels_are_names:
+                raise UserError(f"item {number}: label {label!r}; expected only class names or only positions.")
+            rows.labels_are_names = is_name
+            location = pack_location(0, file.tell())
+            rows.add(path_bytes, text, len(content), zlib.crc32(content), location)
+            file.write(content)
+            item_progress.advance()
+    rows.sort()  # a resumed build may get the items in another order
+    return rows
+
+
+def _name_bytes(name: object, number: int) -> bytes:
+    encoded = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    if not isinstance(encoded, bytes) or not encoded:
+        raise UserError(f"item {number}: name {name!r}; expected a text that is not empty, such as cat/1.jpg.")
+    return encoded
+
+
+def _position(label: object, number: int) -> int:
+    try:
+        position = as_integer(label)  # type: ignore[arg-type]  # also NumPy's and torch's integers
+    except TypeError:
+        position = -1
+    if position < 0 or isinstance(label, bool):
+        raise UserError(f"item {number}: label {label!r}; expected the name of a class or a position from 0.")
+    return position
+
+
+def _encode(image: object, settings: Settings, number: int) -> bytes:
+    """The bytes of an item in the file."""
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _FILE + bytes(image)
+    if isinstance(image, Image.Image) and image.mode != "RGB":
+        out = io.BytesIO()
+        image.save(out, "PNG" if image.mode in _PNG_MODES else "TIFF")
+        return _FILE + out.getvalue()
+    pixels = np.asarray(image)
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
+        kind = f"{pixels.dtype} of shape {pixels.shape}" if pixels.dtype != object else type(image).__name__
+        raise UserError(
+            f"item {number}: image is {kind}; expected bytes, a PIL image or pixels as uint8 (height, width, 3). "
+            "Leave out transforms such as ToTensor."
+        )
+    if min(pixels.shape[:2]) > settings.side_px:
+        try:
+            check_rescaled_size(pixels, settings.side_px, settings.keep_aspect)
+            pixels = rescale(pixels, settings.side_px, settings.keep_aspect, settings.filter)
+        except BadImage:  # the build reports the input by its name
+            pass
+    height, width = pixels.shape[:2]
+    return b"".join((_PIXELS, height.to_bytes(4), width.to_bytes(4), pixels.tobytes()))
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep worker processes from importing the program that called build_from.
+
+    A new process imports the main program to find its functions, and would run the whole program again if the call is
+    not inside `if __name__ == "__main__":`. The workers need only functions of this package.
+    """
+    main = sys.modules["__main__"]
+    hidden: dict[str, Any] = {
+        name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__
+    }
+    main.__spec__ = None
+    try:
+        yield
+    finally:
+        main.__dict__.update(hidden)

@@ -1,0 +1,147 @@
+"""prep.build.build_from: items of Python code give the same store as the files that they come from."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from prep.build import build_from, from_python
+from prep.console import UserError
+from prep.store.manifest import Store
+from tests.helpers.building import InlineRunner, Records, make_pictures
+from tests.helpers.building import build as build_folder
+from tests.helpers.project import ROOT
+
+
+class InlinePool(InlineRunner):
+    """Takes the place of WorkerPool: the tests build in their own process."""
+
+    def __init__(self, jobs: int, preload: str = "") -> None: ...
+
+    def __enter__(self) -> InlinePool:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(from_python, "WorkerPool", InlinePool)
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_pictures(tmp_path_factory.mktemp("photos"), 100, (25, 60))
+
+
+@pytest.fixture(scope="module")
+def by_folder(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return build_folder(photos, tmp_path_factory.mktemp("built") / "store")
+
+
+def files(photos: Path) -> Iterator[tuple[bytes, str, str]]:
+    for path in photos.glob("*/*"):
+        yield path.read_bytes(), path.parent.name, f"{path.parent.name}/{path.name}"
+
+
+def build(items: Any, store: Path, **options: Any) -> Store:
+    return build_from(items, store, side=32, format="ppm", **options)
+
+
+def test_files_and_pixels_give_the_fingerprint_of_class_folders(photos: Path, by_folder: Store, tmp_path: Path) -> None:
+    built = build(files(photos), tmp_path / "files")
+    assert built.fingerprint == by_folder.fingerprint and built.classes == by_folder.classes
+    assert sorted(path.name for path in built.root.iterdir()) == [".lock", "manifest.json", "train"]
+    pictures = [(Image.open(io.BytesIO(content)), label, name) for content, label, name in files(photos)]
+    assert build(pictures, tmp_path / "pictures").fingerprint == by_folder.fingerprint
+    arrays = ((np.asarray(image), label, name.encode()) for image, label, name in pictures)
+    assert build(arrays, tmp_path / "arrays").fingerprint == by_folder.fingerprint
+    positions = [(image, torch.tensor(by_folder.classes.index(label)), name) for image, label, name in pictures]
+    numbered = build(positions, tmp_path / "positions", classes=by_folder.classes)
+    assert numbered.fingerprint == by_folder.fingerprint
+    assert build(positions, tmp_path / "numbers").classes == ("0", "1", "2")
+
+
+def test_a_build_is_resumed_and_changed_items_are_noticed(photos: Path, by_folder: Store, tmp_path: Path) -> None:
+    def interrupted() -> Iterator[tuple[bytes, str, str]]:
+        yield from list(files(photos))[:50]
+        raise KeyboardInterrupt
+
+    store = tmp_path / "store"
+    with pytest.raises(KeyboardInterrupt):
+        build(interrupted(), store)
+    assert list(store.iterdir()) == []
+    items = list(files(photos))
+    broken = [(b"\xff\xd8\xff", *items[0][1:]), *items[1:]]
+    with pytest.raises(UserError, match=items[0][2]):
+        build(broken, store)
+    assert not (store / ".items-train").exists()
+    assert build(items, store).fingerprint == by_folder.fingerprint
+    assert build(reversed(items), store).fingerprint == by_folder.fingerprint  # the order of the items does not matter
+    with pytest.raises(UserError, match="holds a split train of other inputs"):
+        build(items[1:], store)
+
+
+def test_other_modes_are_decoded_like_files(tmp_path: Path, records_of: Records) -> None:
+    color = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    modes = ("L", "P", "CMYK", "1", "LA")
+    store = build([(color.convert(mode), 0, mode) for mode in modes], tmp_path / "store")
+    stored = {
+        datum.source.decode(): np.asarray(Image.open(io.BytesIO(datum.data)))
+        for _, datum in records_of(store.root, "train")
+    }
+    for mode in ("L", "P", "CMYK", "1"):
+        assert np.array_equal(stored[mode], np.asarray(color.convert(mode).convert("RGB")))
+    assert store.split("train").account["converted"]["grey"] == 3
+
+
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ((b"x", 0), r"item 0 is a tuple; expected \(image, label, name\)"),
+        ((torch.zeros(3, 8, 8), 0, "a"), r"float32 of shape \(3, 8, 8\); expected bytes, a PIL image or pixels"),
+        ((b"x", -1, "a"), "label -1; expected the name of a class or a position from 0"),
+        ((b"x", 1.5, "a"), "label 1.5; expected the name of a class"),
+        ((b"x", 0, ""), "name ''; expected a text that is not empty"),
+    ],
+)
+def test_a_wrong_item_is_named(item: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        build([item], tmp_path / "store")
+
+
+def test_wrong_arguments_and_equal_names_are_refused(tmp_path: Path) -> None:
+    jpeg = b"\xff\xd8\xff"
+    with pytest.raises(UserError, match="two images have the name a"):
+        build([(jpeg, 0, "a"), (jpeg, 0, "a")], tmp_path / "store")
+    with pytest.raises(UserError, match="only class names or only positions"):
+        build([(jpeg, 0, "a"), (jpeg, "cat", "b")], tmp_path / "store")
+    with pytest.raises(UserError, match="format='png': expected one of jpeg, ppm"):
+        build_from([], tmp_path / "store", format="png")
+    with pytest.raises(UserError, match="side=8: expected 32 to 4096"):
+        build_from([], tmp_path / "store", side=8)
+
+
+def test_a_program_without_a_main_guard_works(photos: Path, by_folder: Store, tmp_path: Path) -> None:
+    """Worker processes do not run the program again."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import sys, pathlib\nfrom prep.build import build_from\n"
+        "print('begun', flush=True)\nroot = pathlib.Path(sys.argv[1])\n"
+        "items = [(p.read_bytes(), p.parent.name, f'{p.parent.name}/{p.name}') for p in root.glob('*/*')]\n"
+        "print(build_from(items, sys.argv[2], side=32, format='ppm', jobs=1).fingerprint)\n"
+    )
+    command = [sys.executable, str(program), str(photos), str(tmp_path / "store")]
+    process = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False
+    )
+    assert process.stdout.split() == ["begun", by_folder.fingerprint], process.stderr
