@@ -39,13 +39,18 @@ class _Member:
         self.kind = self.extension.lower()
         self.size, self.offset, self.text = size, offset, text
 
+    @property
+    def is_image(self) -> bool:
+        """Whether the extension is that of an image; `seg.png` is not, since it belongs to another image."""
+        return b"." not in self.kind and has_image_name(b"x." + self.kind)
+
 
 def is_webdataset(path: Path) -> bool:
     """Whether the first members of a tar are an image and a label with the same key. False if it is no tar."""
     keys: dict[bytes, set[bool]] = {}
     try:
         for member, _ in zip(_members(path, [], keep_text=False), range(_PEEKED_MEMBERS), strict=False):
-            if member.kind in _LABEL_MEMBERS or has_image_name(b"x." + member.kind):
+            if member.kind in _LABEL_MEMBERS or member.is_image:
                 keys.setdefault(member.key, set()).add(member.kind in _LABEL_MEMBERS)
     except UserError:
         return False
@@ -68,7 +73,7 @@ def list_webdataset(
             mtime_ns = path.stat().st_mtime_ns
             for key, members in groupby(_members(path, rows.refused), key=lambda member: member.key):
                 sample = list(members)
-                image = next((member for member in sample if has_image_name(b"x." + member.kind)), None)
+                image = next((member for member in sample if member.is_image), None)
                 if image is None:
                     rows.refused.append((f"{path.name}/{name_text(key)}", "a sample without an image"))
                     continue

@@ -1,0 +1,117 @@
+"""prep.inputs.formats.parquet: columns, names and labels of Parquet files; images that a build unpacks."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from prep.console import UserError
+from prep.images.codec import BadImage
+from prep.inputs.formats import parquet
+from prep.inputs.sources import find_splits, list_source
+from tests.helpers.listings import paths_and_labels
+from tests.prep.inputs.formats.sample_data import hugging_face_table, make_pictures
+
+JPEG = b"\xff\xd8\xff"
+
+
+def write(path: Path, columns: dict[str, Any], names: list[str] | None = None) -> Path:
+    features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {}
+    table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, row_group_size=2)
+    return path
+
+
+def images(*paths: str | None) -> list[dict[str, Any]]:
+    return [{"bytes": JPEG + bytes([k]), "path": path} for k, path in enumerate(paths)]
+
+
+def test_labels_are_positions_of_the_class_names_or_names(tmp_path: Path) -> None:
+    three = images("a.jpg", "b.jpg", "c.jpg")
+    named = write(tmp_path / "named.parquet", {"image": three, "label": [1, 0, 1]}, ["tench, fish", "cat"])
+    source = list_source(named, "train")
+    assert source.classes == ("tench, fish", "cat")
+    assert paths_and_labels(source) == [(b"cat/a.jpg", 1), (b"tench, fish/b.jpg", 0), (b"cat/c.jpg", 1)]
+    texts = write(tmp_path / "texts.parquet", {"img": three, "label": ["dog", "cat", "dog"]})
+    assert list_source(texts, "train").classes == ("cat", "dog")
+    numbers = write(tmp_path / "numbers.parquet", {"image": three, "label": [2, 0, 1]})
+    assert list_source(numbers, "train").classes == ("0", "1", "2")
+    cifar = {"img": three, "fine_label": [0, 1, 1], "coarse_label": [0, 0, 0]}
+    assert [item.label for item in list_source(write(tmp_path / "cifar.parquet", cifar), "train").inputs] == [0, 1, 1]
+    unlabelled = write(tmp_path / "test.parquet", {"image": three, "label": [-1, -1, -1]})
+    with pytest.raises(UserError, match="no image with a label"):
+        list_source(unlabelled, "train")
+
+
+@pytest.mark.parametrize("paths", [(None, None, None), ("a.jpg", None, "c.jpg"), ("a.jpg", "a.jpg", "c.jpg")])
+def test_rows_are_numbered_if_paths_are_missing_or_double(paths: tuple[str | None, ...], tmp_path: Path) -> None:
+    path = write(tmp_path / "x.parquet", {"image": images(*paths), "label": [0, 0, 0]}, ["cat"])
+    names = [item.path for item in list_source(path, "train").inputs]
+    assert names == [b"x.parquet/%08d" % row for row in range(3)]
+
+
+def test_a_column_of_bytes_needs_no_paths(tmp_path: Path) -> None:
+    source = list_source(write(tmp_path / "x.parquet", {"image": [JPEG, JPEG + b"1"], "label": [0, 0]}), "train")
+    assert [source.reader.read(item) for item in source.inputs] == [JPEG, JPEG + b"1"]
+
+
+def test_images_are_unpacked_once_and_read_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures = make_pictures()
+    path = tmp_path / "x.parquet"
+    pq.write_table(hugging_face_table(pictures), path, row_group_size=2)
+    source = list_source(path, "train")
+    reader = source.reader
+    assert isinstance(reader, parquet.ParquetReader)
+    unpacking = reader.unpacking_into(tmp_path / "unpacked", 10**9)
+    for one in (reader, unpacking):
+        assert {item.path.decode(): one.read(item) for item in source.inputs} == pictures
+    packed = tmp_path / "unpacked" / "00000.images"
+    assert packed.read_bytes() == b"".join(pictures.values())
+    before = packed.stat().st_mtime_ns
+    parquet._offsets.cache_clear()
+    assert unpacking.read(source.inputs[5]) == list(pictures.values())[5]
+    assert packed.stat().st_mtime_ns == before
+    assert reader.unpacking_into(tmp_path / "other", 1000) is reader
+    assert "The build reads groups of rows instead, which is slower" in capsys.readouterr().err
+
+
+def test_a_row_without_bytes_is_bad(tmp_path: Path) -> None:
+    rows = [{"bytes": None, "path": "a.jpg"}, {"bytes": JPEG, "path": "b.jpg"}]
+    source = list_source(write(tmp_path / "x.parquet", {"image": rows, "label": [0, 0]}), "train")
+    reader = source.reader
+    assert isinstance(reader, parquet.ParquetReader)
+    for one in (reader, reader.unpacking_into(tmp_path / "unpacked", 10**9)):
+        with pytest.raises(BadImage, match="the row has no image, only a path"):
+            one.read(source.inputs[0])
+        assert one.read(source.inputs[1]) == JPEG
+
+
+def test_missing_columns_and_damaged_files_are_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"columns text, label; expected a column `image` with the bytes of images"):
+        list_source(write(tmp_path / "x.parquet", {"text": ["a"], "label": [0]}), "train")
+    with pytest.raises(UserError, match="columns image, text; expected a column `label`"):
+        list_source(write(tmp_path / "y.parquet", {"image": images("a"), "text": ["a"]}), "train")
+    path = write(tmp_path / "z.parquet", {"image": images("a"), "label": [0]})
+    content = path.read_bytes()
+    for wrong in (content[:-5], content[:8], content[:4] + content[40:]):
+        path.write_bytes(wrong)
+        with pytest.raises(UserError, match=r"z\.parquet is no Parquet file, or is damaged") as error:
+            list_source(path, "train")
+        assert "\n" not in str(error.value)
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(UserError, match=r"Install it with: pip install pyarrow"):
+        list_source(path, "train")
+
+
+def test_splits_of_a_repository(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001", "test-00000-of-00001"):
+        write(tmp_path / "data" / f"{name}.parquet", {"image": images(f"{name}.jpg"), "label": [0]})
+    found = find_splits(tmp_path, None)
+    assert {name: len(where.files) for name, where in found.items()} == {"train": 2, "val": 1}

@@ -1,0 +1,94 @@
+"""prep.inputs.formats.webdataset: samples without image or label, equal keys, names of splits, damaged shards."""
+
+from __future__ import annotations
+
+import gzip
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+
+from prep.console import UserError
+from prep.inputs.reader import ListOptions
+from prep.inputs.sources import find_splits, list_source
+from tests.helpers.listings import paths_and_labels
+from tests.prep.inputs.formats.sample_data import put
+
+JPEG = b"\xff\xd8\xff"
+
+
+def shard(path: Path, *samples: dict[str, Any]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path)) as writer:
+        for sample in samples:
+            writer.write(sample)
+    return path
+
+
+def sample(key: str, **members: Any) -> dict[str, Any]:
+    return {"__key__": key, "jpg": JPEG, **members}
+
+
+def test_samples_without_image_or_label_are_refused(tmp_path: Path) -> None:
+    no_image = {"__key__": "c", "cls": 1}
+    other_image = {"__key__": "d", "seg.png": JPEG, "cls": 1}
+    path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", txt="a caption"), no_image, other_image)
+    source = list_source(path, "train")
+    assert paths_and_labels(source) == [(b"0/a.jpg", 0)]
+    assert source.refused == (
+        ("x.tar/c", "a sample without an image"),
+        ("x.tar/d", "a sample without an image"),
+        ("b.jpg", "no label"),
+    )
+    captions = shard(tmp_path / "y.tar", sample("b", txt="a caption"))
+    with pytest.raises(UserError, match=r"no image with a label \(first: b\.jpg: no label\)"):
+        list_source(find_splits(captions, None, "webdataset")["train"], "train")
+
+
+@pytest.mark.parametrize(
+    ("content", "label"),
+    [({"label": 1}, 1), ({"cls": "1", "x": 0}, 1), (1, 1), ({"x": 1}, None), ({"label": 1.5}, None), ([1], None)],
+)
+def test_labels_in_json(content: Any, label: int | None, tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", json={"label": 0}), sample("b", json=content))
+    source = list_source(path, "train")
+    assert [item.label for item in source.inputs] == ([0] if label is None else [0, label])
+
+
+def test_equal_keys_get_the_names_of_their_shards(tmp_path: Path) -> None:
+    for number in range(2):
+        shard(tmp_path / "s" / f"part-{number}.tar", sample("000", cls=0), sample("001", cls=1))
+    source = list_source(tmp_path / "s", "train")
+    names = [b"part-0/000.jpg", b"part-0/001.jpg", b"part-1/000.jpg", b"part-1/001.jpg"]
+    assert [item.path for item in source.inputs] == names
+
+
+def test_names_of_shards_name_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("imagenet1k-train-0000", "imagenet1k-train-0001", "imagenet1k-validation-00", "imagenet1k-test-00"):
+        shard(tmp_path / f"{name}.tar", sample(f"{name}/a", cls=0))
+    found = find_splits(tmp_path, None)
+    assert {name: len(where.files) for name, where in found.items()} == {"train": 2, "val": 1}
+    assert "1 file of no split left out (first: imagenet1k-test-00.tar)" in capsys.readouterr().err
+    (only,) = find_splits(tmp_path / "imagenet1k-validation-00.tar", None)
+    assert only == "val"
+
+
+def test_positions_without_a_name_are_refused(tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", cls=2))
+    put(tmp_path / "classes.txt", b"cat\ndog\n")
+    with pytest.raises(UserError, match=r"label 2, but .*classes\.txt has 2 classes, with the labels 0 to 1"):
+        list_source(path, "train", ListOptions(class_file=tmp_path / "classes.txt"))
+    with pytest.raises(UserError, match="no photograph: 1"):  # a gap in the labels is a class without a photograph
+        list_source(path, "train")
+
+
+def test_a_compressed_or_damaged_shard_is_an_error(tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", cls=1))
+    content = path.read_bytes()
+    path.write_bytes(content[:1700])
+    with pytest.raises(UserError, match=r"x\.tar is not a tar archive, or is damaged"):
+        list_source(find_splits(path, None, "webdataset")["train"], "train")
+    path.write_bytes(gzip.compress(content))
+    with pytest.raises(UserError, match=r"is compressed, so nothing in it can be read in place"):
+        list_source(path, "train")

@@ -1,0 +1,151 @@
+"""prep.inputs.formats.zip_archive: names are never trusted, and damage is found in the directory and in each member."""
+
+from __future__ import annotations
+
+import io
+import stat
+import warnings
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from prep.console import UserError
+from prep.images.codec import BadImage
+from prep.inputs.formats.layouts import find_splits
+from prep.inputs.formats.zip_archive import ZipReader, zip_contents, zip_splits
+from prep.inputs.reader import Source
+from prep.inputs.sources import list_source
+
+CONTENT = bytes(range(256)) * 300
+Members = dict[str | zipfile.ZipInfo, bytes]
+
+
+def zip_file(path: Path, members: Members, compression: int = zipfile.ZIP_STORED) -> Path:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # zipfile warns of two members with the same name
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, content in members.items():
+                archive.writestr(name, content, compression)
+    return path
+
+
+def names_of(path: Path) -> list[bytes]:
+    contents = zip_contents(path, b"", "train")
+    return [contents.images.path(k) for k in range(len(contents.images))]
+
+
+def test_unsafe_members_are_refused_by_name_and_nothing_is_written(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("n1/link.jpg")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    pipe = zipfile.ZipInfo("n1/pipe.jpg")
+    pipe.create_system, pipe.external_attr = 3, (stat.S_IFIFO | 0o666) << 16
+    outside = {"../out.jpg": CONTENT, "/etc/out.jpg": CONTENT, "n1/../../out.jpg": CONTENT, "n1//a.jpg": CONTENT}
+    path = zip_file(
+        tmp_path / "x.zip", {**outside, link: b"/etc/passwd", pipe: b"", "n1/a.jpg": CONTENT, ".git/x": b"x"}
+    )
+    source = list_source(path, "train")
+    assert [item.path for item in source.inputs] == [b"n1/a.jpg"]
+    reasons = dict(source.refused)
+    assert {name: reasons[name] for name in outside} == dict.fromkeys(outside, "its name leads out of the archive")
+    assert reasons["n1/link.jpg"] == "a link, not a file"
+    assert reasons["n1/pipe.jpg"] == "neither a plain file nor a folder"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["x.zip"]
+
+
+def test_encrypted_members_and_unknown_methods_are_refused(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "x.zip", {"n1/a.jpg": CONTENT, "n1/b.jpg": CONTENT, "n1/c.jpg": CONTENT})
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\1\2")
+    content[entry + 8] |= 1  # flags of the first entry
+    entry = content.index(b"PK\1\2", entry + 1)
+    content[entry + 10] = 93  # compression method of the second entry: Zstandard
+    path.write_bytes(content)
+    refused = dict(list_source(path, "train").refused)
+    assert refused["n1/a.jpg"] == "encrypted"
+    assert refused["n1/b.jpg"] == "compression method 93; expected stored, deflate, bzip2, lzma"
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_a_damaged_member_is_a_bad_input(method: int, tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "x.zip", {"n1/a.jpg": CONTENT, "n1/b.jpg": CONTENT[::-1]}, method)
+    first, second = list_source(path, "train").inputs
+    assert ZipReader(path).read(first) == CONTENT and ZipReader(path).read(second) == CONTENT[::-1]
+    content = bytearray(path.read_bytes())
+    content[second.location - 60] ^= 0x10  # in the compressed bytes of the first member
+    path.write_bytes(content)
+    with pytest.raises(BadImage, match=r"CRC-32|damaged in the zip archive|bytes in the zip archive"):
+        ZipReader(path).read(first)
+    assert ZipReader(path).read(second) == CONTENT[::-1]
+
+
+def test_a_wrong_size_is_noticed_and_limits_the_memory(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "x.zip", {"n1/a.jpg": bytes(10_000_000)}, zipfile.ZIP_DEFLATED)
+    content = path.read_bytes()
+    entry = content.index(b"PK\1\2")
+    path.write_bytes(content[: entry + 24] + (1000).to_bytes(4, "little") + content[entry + 28 :])
+    (item,) = list_source(path, "train").inputs
+    with pytest.raises(BadImage, match="1,001 bytes in the zip archive, its directory says 1,000"):
+        ZipReader(path).read(item)
+
+
+def test_a_damaged_archive_is_an_error_of_one_line(tmp_path: Path) -> None:
+    path = zip_file(tmp_path / "x.zip", {f"n1/{k}.jpg": CONTENT for k in range(5)})
+    content = path.read_bytes()
+    directory = content.index(b"PK\1\2")
+    broken = [content[:size] for size in (0, 3, 30, directory, directory + 60, len(content) - 1)]
+    broken += [content[:directory] + b"xx" + content[directory + 2 :], content[directory:], content[:-22] + bytes(22)]
+    for size in range(directory, len(content), 7):  # every part of the directory and of the end record
+        broken.append(content[:size] + b"\xff" + content[size + 1 :])
+    errors = 0
+    for wrong in broken:
+        path.write_bytes(wrong)
+        try:
+            source = list_source(path, "train")
+        except UserError as error:
+            assert "\n" not in str(error)
+            errors += 1
+        else:
+            for item in source.inputs:
+                try:
+                    ZipReader(path).read(item)
+                except BadImage:
+                    errors += 1
+    assert errors > 20
+    path.write_bytes(broken[3])
+    with pytest.raises(UserError, match=r"x\.zip is not a zip archive, or is damaged or cut short"):
+        list_source(path, "train")
+
+
+def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bytes before the archive, an end record of zip64, a comment, backslashes of Windows, names that are not UTF-8."""
+    windows = zipfile.ZipInfo("n1/a.jpg")
+    windows.create_system = 0
+    path = zip_file(tmp_path / "plain.zip", {windows: CONTENT, "n1/é.jpg": CONTENT})
+    plain = path.read_bytes()
+    assert names_of(path) == [b"n1/a.jpg", "n1/é.jpg".encode()]
+    path.write_bytes(plain.replace(b"n1/a.jpg", b"n1\\a.jpg"))
+    assert names_of(path)[0] == b"n1/a.jpg"
+    monkeypatch.setattr(zipfile, "ZIP_FILECOUNT_LIMIT", 1)
+    out = io.BytesIO(b"#!/bin/sh\n" * 100)
+    out.seek(0, 2)
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.comment = b"made by a test"
+        for name in ("n1/a.jpg", "n1/b.jpg", "n2/c.jpg"):
+            archive.writestr(name, CONTENT)
+    assert b"PK\6\6" in out.getvalue()
+    path.write_bytes(out.getvalue())
+    source: Source = list_source(path, "train")
+    assert [ZipReader(path).read(item) == CONTENT for item in source.inputs] == [True] * 3
+    assert source.classes == ("n1", "n2")
+
+
+def test_splits_in_an_archive(tmp_path: Path) -> None:
+    files = dict.fromkeys(("data/train/n1/a.jpg", "data/val/n1/b.jpg", "data/test/c.jpg", "data/readme.txt"), b"x")
+    path = zip_file(tmp_path / "x.zip", {**files})
+    assert zip_splits(path) == ({"train": b"data/train/", "val": b"data/val/"}, False)
+    found = find_splits(path, None)
+    assert [list_source(found[name], name).inputs[0].path for name in found] == [b"n1/a.jpg", b"n1/b.jpg"]
+    assert list(find_splits(path, "val")) == ["val"]
+    classes = dict.fromkeys(("airplane/a.jpg", "train/a.jpg"), b"x")
+    assert zip_splits(zip_file(tmp_path / "y.zip", {**classes})) == ({}, False)
