@@ -158,7 +158,7 @@ class Augmenter:
         )
 
     def _origin(self, records: RecordBatch, offset: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """(N, 2): row and column at which the central squares begin; at most 0 relative to the window of one crop."""
+        """(N, 2): row and column at which the central square begins in each record or, at 0 or less, in each window."""
         if not self.from_windows:
             return central_offset(records.sizes, self.side_px)
         return -offset[:, 0] if offset.shape[1] == 1 else np.zeros_like(records.sizes)

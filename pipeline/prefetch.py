@@ -165,7 +165,7 @@ class Prefetcher:
         self._pipe = None
         self._engine.close()
         self._in_engine.clear()
-        self._error = None  # its traceback refers to batches
+        self._error = None  # the traceback of the error would keep batches in memory
         self._records.close()
 
     def _finish_next(self) -> _Finished | None:

@@ -47,7 +47,7 @@ class RecordBatch(NamedTuple):
     memory: object = None  # the array that holds the payloads, if they are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
-        """The payloads as in Record.payload, without copies: (n,) each, or (height, width, 3) of raw records."""
+        """The payloads without copies: (n,) for each JPEG file, or (height, width, 3) for each raw record."""
         parts = zip(self.addresses.tolist(), self.payload_bytes.tolist(), strict=True)
         payloads = [np.frombuffer(_view(address, size, _READ_ONLY), np.uint8) for address, size in parts]
         if not self.is_raw:
@@ -95,7 +95,9 @@ class Records:
         return Record(payload.reshape(height, width, 3) if self._is_raw else payload, height, width, label)
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
-        """The records `numbers` (N,), in this order. Raises the StoreError of `self[number]` for the first bad record.
+        """The records `numbers` (N,), in this order.
+
+        Raises the same StoreError as `self[number]` for the first bad record.
 
         With the C library, all records are found in one call, without the GIL, and checked with NumPy. A record that
         the library does not find, or whose fields are not valid, is read with `self[number]`, which explains the error.
@@ -113,7 +115,8 @@ class Records:
         labels = np.ascontiguousarray(found["label"])
         valid = (found["image"] != 0) & (np.minimum(height, width) == self._side_px)
         valid &= (labels < len(self.store.classes)) & (np.maximum(height, width) <= _MAX_SIDE_PX)
-        header_bytes = 3 * width if self._is_raw else np.zeros(count, np.int64)  # of PPM headers, see __getitem__
+        # Sizes of the PPM headers (see __getitem__).
+        header_bytes = 3 * width if self._is_raw else np.zeros(count, np.int64)
         if self._is_raw:
             valid &= size - header_bytes == 3 * width * height
         sizes = np.stack([height, width], axis=1).astype(np.int32)

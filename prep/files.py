@@ -63,11 +63,11 @@ def hold_lock(
 ) -> Iterator[None]:
     """Hold the lock of a folder during a `with` block. The lock is a lock of the file `name` in the folder.
 
-    Several processes can hold a `shared` lock at the same time. The lock is not free while another process holds a lock
-    that is not shared, or, for a lock that is not `shared`, while another process holds any lock. The function then
-    tries again for `wait_s`, and raises LockHeld, with `activity` in the message, if the lock is still not free. The
-    kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file systems the lock
-    excludes the processes of other machines, too.
+    Several processes can hold a `shared` lock at the same time. A shared lock can be taken unless another process holds
+    a lock that is not shared. A lock that is not shared can be taken only if no other process holds any lock. If the
+    lock cannot be taken, the function tries again for `wait_s`. Then it raises LockHeld, with `activity` in the
+    message. The kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file
+    systems the lock excludes the processes of other machines, too.
     """
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + wait_s

@@ -34,7 +34,7 @@ def test_readme_has_only_speeds_that_the_measurements_have() -> None:
     measured = (ROOT / "docs" / "measurements.md").read_text("utf-8")
     assert section
     figures = re.findall(r"(?<![\w.])\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"\]\(.*?\)", "", section[1]))
-    rounded = {"1.7", "3.2"}  # in GB; measurements.md has MB
+    rounded = {"1.7", "3.2"}  # README.md states GB, measurements.md states MB
     assert [figure for figure in figures if figure not in rounded and figure not in measured] == []
 
 

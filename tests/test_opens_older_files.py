@@ -223,7 +223,7 @@ def test_compare_shows_no_difference_from_a_newer_run(older: Path) -> None:
 def test_predict_names_classes_without_the_store(older: Path) -> None:
     shutil.rmtree("store-jpeg")
     answer = alextrain("predict run photograph.png --gpus cpu --top 3")
-    then = {"n00000002": 0.33703, "n00000003": 0.33213, "n00000001": 0.33084}  # predicted by 595f19d
+    then = {"n00000002": 0.33703, "n00000003": 0.33213, "n00000001": 0.33084}  # predictions of revision 595f19d
     assert {guess["class"]: guess["probability"] for guess in answer["guesses"]} == pytest.approx(then, rel=1e-3)
 
 
@@ -232,7 +232,8 @@ def test_search_uses_the_existing_index(older: Path) -> None:
     written = index.stat().st_mtime_ns
     answer = alextrain("search run photograph.png --store store-jpeg --gpus cpu --count 2")
     assert index.stat().st_mtime_ns == written and list((older / "run").glob("*.npz")) == [index]
-    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}  # computed by 595f19d
+    # Distances that revision 595f19d computed.
+    distances = {picture["source"]: picture["distance"] for picture in answer["nearest"]}
     assert distances == pytest.approx({"n00000001/train_06.png": 0.27885, "n00000002/train_01.png": 0.33745}, rel=1e-3)
 
 

@@ -50,7 +50,7 @@ class Run:
 
     name: str
     options: str  # options of `alextrain run`
-    kernels: bool = True  # C kernels on
+    kernels: bool = True  # whether C kernels are used
     evaluate: str = ""  # options of `alextrain evaluate` after the training; if empty, nothing is evaluated
 
 
@@ -134,7 +134,10 @@ class Tree:
         return json.loads(self._python(*arguments, kernels=kernels).splitlines()[-1])
 
     def _python(self, *arguments: object, kernels: bool) -> str:
-        """Standard output of tools/tree_bits.py in this tree. If the program fails, a UserError quotes its errors."""
+        """Standard output of tools/tree_bits.py in this tree.
+
+        If the program fails, raises UserError with the errors that the program printed.
+        """
         environment = {**os.environ, "PYTHONPATH": str(self.folder), "PYTHONDONTWRITEBYTECODE": "1"}
         environment.pop("ALEXNET_STORE", None)
         environment.pop("ALEXNET_NATIVE", None)

@@ -126,7 +126,7 @@ def _images_per_s(run: Work, seconds: float) -> float:
 
 
 def _read_work(records: Records, batch: int) -> Work:
-    """Work that reads batches of records as the stream does, but on one thread."""
+    """A function that reads batches of records as the stream does, but on one thread."""
     starts = itertools.cycle(range(0, len(records) - batch + 1, batch))
 
     def run() -> int:
@@ -137,7 +137,7 @@ def _read_work(records: Records, batch: int) -> Work:
 
 
 def _stream_work(loader: TrainLoader) -> Work:
-    """Work that takes a batch from the loader and, on a GPU, waits until the batch is finished."""
+    """A function that takes a batch from the loader and, on a GPU, waits until the batch is finished."""
     batches = (batch for _ in itertools.count() for batch in loader)
 
     def run() -> int:
@@ -171,7 +171,7 @@ class _DaliDecodeEngine:
         return decode_inputs(records, crops.origin + crops.offset[:, 0])
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
-        """Not called, because the prefetcher runs the graph."""
+        """This method is never called, because the prefetcher runs the graph."""
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
@@ -199,7 +199,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """Work for the upper bound: `threads` threads decode (JPEG) or copy (PPM) records, and do nothing else."""
+    """A function for the upper bound: `threads` threads decode (JPEG) or copy (PPM) records, and do nothing else."""
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both functions release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]

@@ -70,7 +70,7 @@ class CpuEngine:
         """The engine has no DALI graph."""
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """No inputs, because the engine has no DALI graph."""
+        """Return no inputs, because the engine has no DALI graph."""
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:

@@ -105,7 +105,7 @@ class DaliEngine:
         return inputs
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
-        """Not called, because the prefetcher runs the graph."""
+        """This method is never called, because the prefetcher runs the graph."""
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:

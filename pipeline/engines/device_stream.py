@@ -136,11 +136,11 @@ class InOrderStream:
         work()
 
     def record(self) -> Event:
-        """An event that has passed."""
+        """Return an event that has passed already, because all work is done immediately."""
         return _PASSED
 
     def record_consumer(self) -> Event:
-        """An event that has passed."""
+        """Return an event that has passed already, because all work is done immediately."""
         return _PASSED
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -132,7 +132,10 @@ def _can_try_triton(device: torch.device) -> bool:
 
 
 def _positions(windows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Row and column of each pixel of each crop, (M, side, 1) and (M, 1, side), from (M, 3): row, column, flip."""
+    """Rows (M, side, 1) and columns (M, 1, side) of the pixels of M crops.
+
+    The argument (M, 3) has row, column and flip of each crop.
+    """
     side = len(steps)
     rows = windows[:, :1] + steps
     columns = windows[:, 1:2] + torch.where(windows[:, 2:] != 0, side - 1 - steps, steps)

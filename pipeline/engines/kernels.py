@@ -109,7 +109,10 @@ class BatchJob(ctypes.Structure):
         position: npt.NDArray[np.int32],
         out: npt.NDArray[np.uint8],
     ) -> BatchJob:
-        """A batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3). For the rest see __init__."""
+        """A batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3).
+
+        The other arguments are those of __init__.
+        """
         count, views, side = out.shape[:3]
         nothing, no_shift = np.zeros((count, views), np.int32), np.zeros((count, 3), np.float32)
         return cls(jpeg, payload, payload_bytes, size, position, nothing, no_shift, None, 0, side, "NHWC", 1.0, out)

@@ -56,7 +56,7 @@ class RawGpuEngine:
         """The engine has no DALI graph."""
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """No inputs, because the engine has no DALI graph."""
+        """Return no inputs, because the engine has no DALI graph."""
         return {}
 
     def start(self, records: RecordBatch, crops: Crops) -> _Started:

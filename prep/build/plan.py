@@ -159,7 +159,7 @@ class BuildPlan:
 
 
 def shard_boundaries(count: int) -> list[int]:
-    """Division of `count` records into shards of similar length: shard s has the records boundaries[s:s + 2]."""
+    """Boundaries of shards of similar length: shard s has the records boundaries[s] to boundaries[s + 1] − 1."""
     length = min(MAX_SHARD_RECORDS, max(_MIN_SHARD_RECORDS, -(-count // _MIN_SHARDS)))
     shard_count = -(-count // length)
     return [count * s // shard_count for s in range(shard_count + 1)] if count else [0]

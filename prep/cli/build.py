@@ -52,7 +52,8 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--part",
     metavar="I/N",
-    help="Build only every N-th shard, beginning with shard I of 1..N. Parts may run in any order and on different "
+    help="Build only part I of N, which is every N-th shard. I counts from 1. Parts may run in any order and on "
+    "different "
     "machines; the last part completes the store.",
 )
 @record_options
@@ -99,7 +100,8 @@ def build_lmdb(
 
         settings, policy = _settings_and_policy(options)
         list_options = ListOptions(labels, label_order, follow_links=follow_links)
-        classes: tuple[str, ...] = ()  # of the split that was listed before; in a part, it may not be in the store yet
+        # Classes of the split that was listed before; while parts are built, the store may not have this split yet.
+        classes: tuple[str, ...] = ()
         for name, path in find_splits(source, split, layout).items():
             inputs = list_source(path, name, list_options, _store_classes(store) or classes)
             classes = inputs.classes if chosen_part else ()

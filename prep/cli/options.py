@@ -109,5 +109,5 @@ def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> Wor
 
 
 def path_for(cluster: str | None, path: Path) -> Path:
-    """`path`, absolute if it is used on a cluster, whose processes have other working directories."""
+    """Return `path`. For a cluster, the path is made absolute, because its processes have other working directories."""
     return path if cluster is None else Path(os.path.abspath(path))

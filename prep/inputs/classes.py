@@ -150,10 +150,10 @@ def numbered_classes(first: int, last: int, origin: str) -> tuple[str, ...]:
 def with_classes(
     found: Sequence[str], listing: Listing, wanted: Sequence[str], owner: str, where: str, allow_empty: bool
 ) -> Listing:
-    """Give the inputs of `listing`, whose labels are indices in `found`, labels that are indices in `wanted`.
+    """Convert the labels of `listing` from indices in `found` to indices in `wanted`.
 
-    `owner` says whose classes `wanted` are, for messages. Raises UserError if a found class is not wanted, or if a
-    wanted class was not found and `allow_empty` is false.
+    `owner` says, for messages, where the classes `wanted` come from. Raises UserError if a found class is not wanted,
+    or if a wanted class was not found and `allow_empty` is false.
     """
     if tuple(found) == tuple(wanted):
         return listing
@@ -196,7 +196,7 @@ def wanted_classes(
 
 
 def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tuple[str, str]] = ()) -> None:
-    """Raise UserError if there are `empty` classes. `refused` are the (name, reason) of what was refused in folders."""
+    """Raise UserError if there are `empty` classes. `refused` has (name, reason) of each entry that was refused."""
     if not empty:
         return
     names = set(empty)
@@ -224,9 +224,9 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
     A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
-    classes are given, the longest beginning of a line that is one of them is its name; otherwise the first word is.
-    Raises UserError if the file cannot be read, if a class occurs twice, or if numbers after the names are not the
-    numbers of the lines, from 0 or from 1.
+    classes are given, the name is the longest beginning of the line that is a known class. Otherwise the name is the
+    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if numbers after
+    the names do not count the lines from 0 or from 1.
     """
     try:
         text = file.read_text("utf-8-sig", "surrogateescape")

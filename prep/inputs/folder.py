@@ -172,7 +172,7 @@ class _Walk:
     def add_level(self, parent: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
         """Add the class folders in the folder `parent` (a path below `folder`, empty for `folder`) and below it.
 
-        `around` are device and inode of the folders around `parent`, to notice links to these folders.
+        `around` has device and inode of the folders that contain `parent`, to detect links to these folders.
         """
         folders, _, links = _sorted_out(entries)
         if links:

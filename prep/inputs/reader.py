@@ -44,7 +44,8 @@ class ListOptions:
     """How a split is listed, and where its labels come from: options of `alexprep build-lmdb`."""
 
     labels: Path | None = None  # label file of images without class folders; None: the label file beside the images
-    label_order: str | None = None  # meaning of numbers in a label file, one of LABEL_ORDERS; None: must be clear
+    # Meaning of numbers in a label file, one of LABEL_ORDERS; None: the meaning must be unambiguous.
+    label_order: str | None = None
     devkit: Path | None = None  # ILSVRC's devkit: folder, .tar.gz or meta.mat; None: the devkit beside the images
     class_file: Path | None = None  # file with the classes in the order of the labels
     allow_empty_classes: bool = False  # a class may lack photographs
@@ -63,7 +64,8 @@ class Source:
     classes: tuple[str, ...]
     inputs: Listing
     refused: tuple[tuple[str, str], ...] = ()  # (name, reason); each of them is a bad input
-    ignored: tuple[tuple[str, str], ...] = ()  # (name, reason) of what is no input, such as files beside class folders
+    # (name, reason) of entries that are not inputs, such as files beside class folders.
+    ignored: tuple[tuple[str, str], ...] = ()
     labels_from: Path | None = None  # the label file that was read; None if folders give the labels
 
 
@@ -76,4 +78,4 @@ class FoundInputs:
     is_flat: bool  # True if there are no class folders; then all labels are 0 and `classes` is empty
     refused: tuple[tuple[str, str], ...]  # (name, reason)
     ignored: tuple[tuple[str, str], ...] = ()  # (name, reason), see Source.ignored
-    root: Path | None = None  # the folder that the names begin in, if it is not the folder that was listed
+    root: Path | None = None  # folder to which the names are relative, if it differs from the folder that was listed

@@ -33,7 +33,7 @@ SCHEMA = 1
 KIND = "alexnet-store"
 SPLITS = ("train", "val")
 SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split; Split.account has their digests
-COPY_FOLDER = ".copy"  # in a store that alexprep copy has not finished: what has arrived; see prep.remote.journal
+COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store; see prep.remote.journal
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
 

@@ -22,8 +22,8 @@ bounds      threads that read from memory and do only one thing: decode the JPEG
 Every contestant has --threads worker threads or processes and may use --threads cores. Streams read from the page
 cache, so choose a store that fits into memory. FFCV, SPDL and WebDataset run in separate processes, each with its own
 Python interpreter. Such a process starts a turn when it reads a line. The other contestants run in this process. All
-streams keep running between their turns. Each turn of a stream first discards some batches, so that batches that were
-prefetched during another contestant's turn are not counted.
+streams keep prefetching between their turns. Each turn of a stream first discards some batches, so that batches that
+were prefetched during another contestant's turn are not counted.
 
 Starting, compiling, writing .beton files and archives, and filling shuffle buffers are not timed. Dtype, shape and
 range of values of two batches of each stream are checked before the first round. The two batches must differ, and the
@@ -89,7 +89,7 @@ class StreamBenchmark:
         self.jpeg, self.work_dir, self.threads, self.seconds = jpeg, work_dir, threads, seconds
         self.contestants: list[Contestant] = []
         self.versions: dict[str, str] = {}  # library versions of the peers, by contestant
-        self.left_out: dict[str, str] = {}  # reasons, by contestant
+        self.left_out: dict[str, str] = {}  # contestant -> reason why it is left out
         self.cleanup = ExitStack()
         self.all_files: Path | None = None
         self.first_files = write_files(jpeg, work_dir / "first", _IN_MEMORY_RECORDS)

@@ -52,7 +52,7 @@ class Box:
         return self.x + 10 + self.depth, self.y - self.depth / 4
 
     def svg(self) -> str:
-        """Three polygons: front, top and side."""
+        """The three visible faces of the slab as polygons: front, top and side."""
         x, y, w, up = self.x, self.y - self.height / 2, 10.0, self.depth / 2
         far = x + w + self.depth
         front = f"{x},{y} {x + w},{y} {x + w},{y + self.height} {x},{y + self.height}"

@@ -92,7 +92,8 @@ def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> 
 def make_works(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, sets: int, apply: Apply
 ) -> dict[str, tuple[list[Work], Any]]:
-    """{direction: (one function for each of `sets` inputs, CUDA stream on which they must run)}.
+    """{direction: (functions, stream)}: one function for each of `sets` inputs, and the CUDA stream on which they must
+    run.
 
     A backward pass runs on the stream of its forward pass. The forward passes that belong to the functions of
     "backward" are computed here, on the returned stream. On a CPU the stream is None.

@@ -80,7 +80,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """The function to check: the kernels; in the trial on a CPU `operators`, as Triton's interpreter takes minutes."""
+    """The function to check: the kernels, or PyTorch operators on a CPU, where Triton's interpreter takes minutes."""
     return apply_epilogue if device.type == "cuda" else operators
 
 

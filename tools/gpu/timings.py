@@ -38,8 +38,8 @@ _DECODED_BATCHES = 4  # batches of different records that the decoder alone deco
 
 # Rules (kind, whether all callers count, pattern). The first rule whose pattern occurs in a name of the call chain
 # gives the kind, which is a JSON key. The call chain is an operation, preceded by its kernel on a GPU and followed by
-# its callers. If not all callers count, only the first two names are searched. For example, a type conversion that a
-# convolution calls is of the kind "copies".
+# its callers. For a rule in which not all callers count, the pattern is searched only in the first two names of the
+# chain. For example, a type conversion that a convolution calls is of the kind "copies".
 _KINDS = (
     ("update", True, r"Optimizer\.step"),
     ("normalisation", True, r"_Lrn|lrn"),

@@ -49,7 +49,7 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None
 
 
 def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """For each sudden drop of the learning rate: the epoch of the training line before the drop, and the new rate."""
+    """(epoch, new rate) of each sudden drop of the learning rate. The epoch is from the last line before the drop."""
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
     return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
 

@@ -188,7 +188,7 @@ def validation_stream(run: Run) -> EvalLoader | None:
 
 
 def without_service(run: Run) -> Run:
-    """`run`, with streams that decode the images in this process."""
+    """A copy of `run` whose streams decode the images in this process, without a service."""
     return replace(run, config=replace(run.config, service=None, service_fallback=None))
 
 

@@ -19,7 +19,10 @@ class StopRequests:
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
-        """A context in which a signal raises at once. If a stop was requested earlier, entering the context raises."""
+        """A context in which a signal raises its exception at once.
+
+        If a stop was requested earlier, entering the context raises.
+        """
         self._deferred = False
         try:
             if self.requested is not None:

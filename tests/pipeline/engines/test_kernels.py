@@ -37,7 +37,7 @@ needs_decoder = pytest.mark.skipif(
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Pixels:
-    """Coarse and fine structure in saturated colours."""
+    """An image with coarse and fine structure in saturated colours."""
     rng = np.random.default_rng([height, width, seed])
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height))
     return np.clip(np.asarray(coarse) + rng.integers(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)

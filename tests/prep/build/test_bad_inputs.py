@@ -38,7 +38,7 @@ from tests.helpers.building import (
     record_sources,
 )
 
-OBVIOUS = {  # the first bytes are enough
+OBVIOUS = {  # files whose first bytes show that they are not images
     "n1/bad_empty.JPEG": b"",
     "n1/bad_text.JPEG": b"no picture\n",
     "n2/bad_too.JPEG": b"neither\n",

@@ -213,7 +213,8 @@ def test_a_signal_ends_the_build_which_can_be_resumed(
 
 def test_ctrl_c_is_handled_while_the_workers_start(start: Start, tmp_path: Path) -> None:
     """A terminal sends SIGINT to the workers too. The workers must ignore SIGINT even while they start."""
-    ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)  # seconds, on any machine
+    # Building 3,000 images takes seconds on any machine.
+    ends, slow = [], make_pictures(tmp_path / "photos", 3000, (220, 260), distinct=6)
     for delay_s in (0.05, 0.2, 0.35):
         command = start(slow, tmp_path / str(delay_s))
         command.wait_for(

@@ -142,7 +142,7 @@ def test_sampled_pixels_are_spread_over_the_image_and_distinct(make_store: Calla
     places = np.flatnonzero(np.isin(codes_of(picture), codes_of(pixels)))
     assert len(pixels) == len(places) == 4800
     shares = np.histogram(places, bins=9, range=(0, 9000))[0] / 4800
-    assert np.abs(shares - 1 / 9).max() < 0.02  # binomial: four standard deviations
+    assert np.abs(shares - 1 / 9).max() < 0.02  # four standard deviations of a binomial distribution
 
 
 def test_a_single_small_record_gives_all_its_pixels(make_store: Callable[..., Any]) -> None:

@@ -125,7 +125,7 @@ def test_names_that_lead_out_of_the_folder_stay_inside(stores: dict[str, Path], 
         for label, ((key, datum), source) in enumerate(zip(plain, sources, strict=True))
     ]
     datum = plain[0][1]
-    records.append((b"00000099", replace(datum, label=99).encode()))  # beyond the classes
+    records.append((b"00000099", replace(datum, label=99).encode()))  # a label beyond the last class
     store = store_with_records(stores["jpeg"], tmp_path / "store", records, classes)
     out = tmp_path / "a" / "b" / "out"
     before = files_in(tmp_path)

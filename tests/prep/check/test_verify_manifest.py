@@ -152,10 +152,9 @@ def test_moments_beyond_the_loss_of_jpeg_are_a_fault(copy_store: MakeStore, work
     assert faults_of(store, workers) == []
     set_moments(store, shifted(true, 80))
     assert any("mean" in fault.what and fault.where == "manifest.json" for fault in faults_of(store, workers))
+    # With a quarter of the covariance, verify must report a fault.
     centred = [[true.outer[i][j] * true.pixels - true.total[i] * true.total[j] for j in range(3)] for i in range(3)]
-    outer = tuple(
-        tuple(true.outer[i][j] - 3 * centred[i][j] // (4 * true.pixels) for j in range(3)) for i in range(3)
-    )  # a quarter of the covariance
+    outer = tuple(tuple(true.outer[i][j] - 3 * centred[i][j] // (4 * true.pixels) for j in range(3)) for i in range(3))
     set_moments(store, replace(true, outer=outer))
     assert any("covariance" in fault.what for fault in faults_of(store, workers))
     set_moments(store, true)

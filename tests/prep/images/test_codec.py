@@ -174,7 +174,8 @@ def test_a_cmyk_jpeg_gives_the_product_of_ink_and_black() -> None:
     expected = (255 - ink[..., :3]) * (255 - ink[..., 3:]) / 255
     image = decode_image(content)
     assert np.abs(image.pixels - expected).max() <= 1
-    assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4  # Adobe's files are inverted, this is not
+    # Adobe's CMYK files are inverted; this file is not.
+    assert np.abs(image.pixels - np.asarray(PHOTO).astype(float)).mean() < 4
     assert image.converted == ("cmyk",)
 
 

@@ -170,10 +170,8 @@ def compiled_with(flags: str, text: str, folder: Path) -> Path | None:
 @pytest.mark.parametrize(
     ("right", "wrong"),
     [
-        (
-            "rows[j] + weights[1] * second[j];",
-            "rows[j] + weights[1] * rows[j];",
-        ),  # two rows for an output
+        # the sum for an output row that needs two input rows
+        ("rows[j] + weights[1] * second[j];", "rows[j] + weights[1] * rows[j];"),
         ("weights[2] * third[j]", "weights[2] * second[j]"),
         ("+= weights[t] * rows[t * stride + j]", "+= weights[t] * rows[t * stride + j + 1]"),
         ("12582912.0f", "12582913.0f"),

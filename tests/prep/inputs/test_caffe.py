@@ -369,7 +369,7 @@ def test_a_folder_or_file_that_is_not_an_lmdb_is_a_one_line_error(tmp_path: Path
     for name in ("nowhere", "folder", "file", "noise", "zeros", "empty"):
         before = sorted(os.listdir(tmp_path))
         line = fails(import_caffe(tmp_path / "store", tmp_path / name, "--on-bad", "skip"), tmp_path / name)
-        assert "Build the store again" not in line  # advice for stores
+        assert "Build the store again" not in line  # this advice is only for stores
         assert line.count(str(tmp_path / name)) == 1
         assert sorted(os.listdir(tmp_path)) == before
     assert os.listdir(tmp_path / "folder") == []

@@ -39,7 +39,7 @@ def test_right_results_pass(layer: str, dtype: torch.dtype) -> None:
 
 
 def with_changed(part: str, change: Callable[[Tensor], Tensor]) -> Apply:
-    """The operators, with a change of the gradient of one bias, of the first x, or of the first result."""
+    """PyTorch operators with a fault in one `part`: the gradient of a bias, the gradient of x, or the result."""
 
     class Changed(torch.autograd.Function):
         @staticmethod

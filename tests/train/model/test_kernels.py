@@ -117,7 +117,8 @@ os._exit(0)
 @needs_kernel
 @pytest.mark.parametrize("layouts", ["alike", "different", "strided"])
 def test_an_update_with_and_without_the_kernel_is_the_same(layouts: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tensors are those of a convolution, of a layer of more than one block, and of biases; one tensor is empty.
+    """There are tensors of a convolution, of a layer that needs more than one block, and of biases, and one tensor is
+    empty.
 
     layouts  alike      the convolution's weight and gradient are channels last
              different  only the convolution's weight is channels last

@@ -1,4 +1,5 @@
-"""The script of pillow_script.py with libvips' thumbnail: a pool of processes with one thread each, and one LMDB.
+"""Does the same work as pillow_script.py with libvips' thumbnail instead of Pillow: a pool of processes with one thread
+each, and one LMDB.
 
 The LMDB holds no labels, checksums or moments.
 

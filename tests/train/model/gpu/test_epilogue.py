@@ -191,6 +191,9 @@ def test_an_epilogue_that_the_kernels_cannot_compute_is_refused(arguments: dict[
 def test_stages_fit_into_shared_memory(
     maps: int, float32: bool, slope_after: bool, expected: tuple[int, int, int]
 ) -> None:
-    """`expected` are stages on an H200, an A100 and an RTX 4090. More stages would need more shared memory."""
+    """`expected` has the numbers of stages on an H200, an A100 and an RTX 4090.
+
+    More stages would need more shared memory.
+    """
     actual = tuple(stages_for(maps, float32, slope_after, kib * 1024) for kib in (227, 163, 99))
     assert actual == expected
