@@ -7,11 +7,13 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
 from pipeline.loader_base import Batch, Loader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
+from pipeline.windows import WindowRequest
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
@@ -84,15 +86,25 @@ class EvalLoader(Loader):
         self._finish()
 
     def _read_step(self, step: int) -> BatchInput:
-        record_numbers = self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
         if self._windows is None:
-            return self._prefetcher.read_batch(record_numbers, partial(self._augmenter.eval_crops, views=self.views))
+            make_crops = partial(self._augmenter.eval_crops, views=self.views)
+            return self._prefetcher.read_batch(self._step_records(step), make_crops)
+        records = self._windows.records(step)
+        return BatchInput(records, self._augmenter.eval_crops(records, self.views))
+
+    def _window_request(self, position: int) -> WindowRequest | None:
+        record_numbers = self._step_records(position)
+        if not len(record_numbers):
+            return None
         offset, window_px = np.zeros((len(record_numbers), 2), np.int32), self._augmenter.side_px
         if self.views == 1:
             offset += eval_offsets(1, self._augmenter.max_offset_px)[0]
             window_px = CROP_PX
-        records = self._windows.records(step, record_numbers, offset, window_px)
-        return BatchInput(records, self._augmenter.eval_crops(records, self.views))
+        return WindowRequest(self.split, record_numbers, offset, window_px)
+
+    def _step_records(self, step: int) -> npt.NDArray[np.int64]:
+        """Record numbers of the batch of a step; empty after the last step."""
+        return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 
 def eval_loader(

@@ -22,12 +22,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from pipeline.augment import CROP_PX, Augmentation
 from pipeline.evaluation_loader import EvalLoader, eval_loader
 from pipeline.loader_base import STREAM_VERSION, Batch, Loader, WaitTimes
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
-from pipeline.sampling import EpochPermutations, draw_params
+from pipeline.sampling import Draws, EpochPermutations, draw_params
+from pipeline.windows import WindowRequest
 from prep.console import UserError, usable_cores
 from prep.store.manifest import Store
 
@@ -180,17 +184,24 @@ class TrainLoader(Loader):
 
     def _read_step(self, epoch: int, step: int) -> BatchInput:
         """Read this rank's records of a step."""
+        record_numbers, draws = self._draw(epoch, step)
+        if self._windows is None:
+            make_crops = partial(self._augmenter.random_crops, draws=draws)
+            return self._prefetcher.read_batch(record_numbers, make_crops)
+        records = self._windows.records(epoch * len(self) + step)
+        return BatchInput(records, self._augmenter.random_crops(records, draws))
+
+    def _window_request(self, position: int) -> WindowRequest:
+        record_numbers, draws = self._draw(*divmod(position, len(self)))
+        return WindowRequest(self.split, record_numbers, draws.offset, CROP_PX)
+
+    def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], Draws]:
+        """Record numbers and random augmentation parameters of this rank's images of a step."""
         images = self.batch_size * self.world_size
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by
         draws = draw_params(self.seed, epoch, step, images, max_offset_px, shared_by).select(part)
-        record_numbers = self._permutations[epoch][step * images : (step + 1) * images][part]
-        if self._windows is None:
-            make_crops = partial(self._augmenter.random_crops, draws=draws)
-            return self._prefetcher.read_batch(record_numbers, make_crops)
-        position = epoch * len(self) + step
-        records = self._windows.records(position, record_numbers, draws.offset, CROP_PX)
-        return BatchInput(records, self._augmenter.random_crops(records, draws))
+        return self._permutations[epoch][step * images : (step + 1) * images][part], draws
 
 
 def train_loader(

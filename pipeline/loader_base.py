@@ -14,6 +14,7 @@ from pipeline.engines.engine import choose_engine
 from pipeline.placement import Placement
 from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
 from pipeline.records import Records
+from pipeline.windows import WindowRequest
 from prep.console import UserError
 from prep.store.manifest import Store
 
@@ -144,7 +145,12 @@ class Loader:
 
         fingerprint, ranks = self.store.split(self.split).fingerprint, (self.shard, self.world_size)
         key = StreamKey(STREAM_VERSION, self.split, fingerprint, seed, self.batch_size, *ranks, window, shared_by)
-        self._windows = WindowSource(service, key, self.store, self.threads, lambda: self._waited_s, fallback)
+        waited_s = lambda: self._waited_s  # noqa: E731
+        self._windows = WindowSource(service, key, self.store, self.threads, waited_s, fallback, self._window_request)
+
+    def _window_request(self, position: int) -> WindowRequest | None:
+        """The windows that the batch at a position needs; None after the last batch."""
+        raise NotImplementedError
 
     def _start(self, jobs: Iterator[Job], position: int) -> None:
         """Start to prefetch the batches of `jobs`. `position` is the position of the first batch (Fetch.position)."""

@@ -10,6 +10,7 @@ store.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -36,6 +37,14 @@ class WindowRequest:
     offset: npt.NDArray[np.int32]  # (N, 2): row and column of each window in the central square
     window_px: int  # side of the windows
 
+    @classmethod
+    def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
+        """One request for the windows of several requests of the same split, in their order."""
+        first = requests[0]
+        numbers = np.concatenate([request.numbers for request in requests])
+        offset = np.concatenate([request.offset for request in requests])
+        return cls(first.split, numbers, offset, first.window_px)
+
     @property
     def window_bytes(self) -> int:
         """Size of all windows."""
@@ -47,6 +56,10 @@ class Windows(NamedTuple):
 
     pixels: npt.NDArray[np.uint8]  # (N, window_px, window_px, 3), RGB
     labels: npt.NDArray[np.int64]  # (N,)
+
+    def part(self, images: slice) -> Windows:
+        """The windows and labels of some of the records, without a copy of the pixels."""
+        return Windows(self.pixels[images], self.labels[images].copy())
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
         """The windows as raw records for an engine, without a copy."""

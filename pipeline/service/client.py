@@ -1,4 +1,4 @@
-"""The side of the loader: asks the coordinator for batches and gets their pixels from Ray's object store."""
+"""The side of the loader: asks the coordinator for blocks and gets their pixels from Ray's object store."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import ModuleType
@@ -26,6 +26,7 @@ from pipeline.service.protocol import (
     ServiceConfig,
     StreamKey,
     actor_name,
+    block_steps,
     request_digest,
 )
 from pipeline.service.status import ServiceStatus
@@ -36,11 +37,13 @@ from prep.version import package_version
 
 _POLL_S = 0.5  # time between two looks at whether the loader was closed
 _ALIVE_S = 2.0  # time between two signs of life
-_TRANSFER_S = 10.0  # a batch that has not arrived after this time is asked for again, from another worker
+# Longest wait for an object in one call of Ray. After this time, Ray begins the transfer between nodes anew.
+_GET_S = 4.0
+_TRANSFER_S = 12.0  # a block that has not arrived after this time is asked for again, from another worker
 # A service that answers nothing for this time is lost. Ray needs up to 30 s to notice that a node is gone and a few
 # seconds to start the coordinator on another node.
 LOST_S = float(os.environ.get("ALEXSTREAM_LOST_S", "60"))
-_MAX_READ_AHEAD = 32
+_MAX_BLOCKS = 32  # number of blocks that a loader asks for at the same time
 
 
 def parse_service(service: str) -> tuple[str, str]:
@@ -100,9 +103,11 @@ class ServiceClient:
         except BaseException:
             self._exit.close()
             raise
-        # Number of batches that are asked for at the same time: enough for all workers, within what the service keeps.
         self._ahead = config.ahead
-        self.read_ahead = max(1, min(2 * config.max_workers + 2, config.ahead, _MAX_READ_AHEAD))
+        self.block_steps = block_steps(stream.batch_size, config.ahead, config.max_workers)
+        # Number of batches that are asked for at the same time: enough for all workers, within what the service keeps.
+        blocks = min(2 * config.max_workers + 2, _MAX_BLOCKS)
+        self.read_ahead = min(blocks * self.block_steps, config.ahead)
         self._thread = threading.Thread(target=self._show_life, daemon=True, name="alexstream-alive")
         self._thread.start()
 
@@ -117,18 +122,19 @@ class ServiceClient:
             self._generation += 1
             self._first_needed, self._received = position, set()
 
-    def fetch(self, position: int, request: WindowRequest) -> Windows:
-        """The windows of the batch at a position; waits until they are made.
+    def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
+        """The windows of consecutive batches, the first of which is at a position; waits until they are made.
 
         Raises StoreError for a damaged record, ServiceLost if the service no longer answers, and ServiceError if the
         service has a fault or sends something that is not what was asked for.
         """
+        request, steps = WindowRequest.joined(requests), len(requests)
         generation, digest, lost = self._generation, request_digest(request), ""
         while True:
             # A job that began before `start` and runs after it has a position that the service does not keep.
             if generation != self._generation or not 0 <= position - self._first_needed <= self._ahead:
                 raise ServiceError(f"service {self.name}: the loader continued at another position.")
-            fetch = Fetch(position, request, digest, lost)
+            fetch = Fetch(position, steps, request, digest, lost)
             answer: Answer = self._call(partial(self._ask, fetch))
             if answer.damage:
                 raise StoreError(answer.damage)
@@ -143,7 +149,7 @@ class ServiceClient:
             windows = self._checked(pixels, answer.labels, request)
             with self._lock:
                 if generation == self._generation:
-                    self._received.add(position)
+                    self._received.update(range(position, position + steps))
                     while self._first_needed in self._received:
                         self._received.remove(self._first_needed)
                         self._first_needed += 1
@@ -211,7 +217,7 @@ class ServiceClient:
         deadline = time.monotonic() + _TRANSFER_S
         while time.monotonic() < deadline and not self._closed.is_set():
             try:
-                return self._ray.get(reference, timeout=_POLL_S)
+                return self._ray.get(reference, timeout=_GET_S)
             except exceptions.GetTimeoutError:
                 continue
             except exceptions.RayError:
@@ -226,7 +232,7 @@ class ServiceClient:
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
         _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))
-        return Windows(pixels, labels.copy())  # what Ray gives is read-only
+        return Windows(pixels, labels)
 
     def _check(self, version: tuple[int, str], config: ServiceConfig) -> None:
         ours = PROTOCOL_VERSION, package_version()

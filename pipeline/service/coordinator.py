@@ -1,15 +1,17 @@
-"""The coordinator of a service: a named actor that gives each batch to a worker, once, and hands it to all who ask.
+"""The coordinator of a service: a named actor that gives each block to a worker, once, and hands it to all who ask.
+
+A block is one batch of a stream, or several consecutive batches (pipeline.service.protocol.block_steps).
 
     loader ── Fetch: record numbers and window positions ──▶ coordinator ── request ──▶ worker, on any node
     loader ◀── reference and labels ────────────────────────    │      ◀── labels ──       │
        └──────── pixels, through Ray's object store, from the worker's node ◀──────────────┘
 
-A batch is a pure function of the records and positions in its request. So whoever is lost is asked again: a worker or a
-node that dies (the coordinator gives the batch to another worker), an object that is lost with its node (the loader
+A block is a pure function of the records and positions in its request. So whoever is lost is asked again: a worker or a
+node that dies (the coordinator gives the block to another worker), an object that is lost with its node (the loader
 asks again), the coordinator itself (Ray starts it again; it learns the consumers from their next calls). The order of a
-stream is that of the loader's requests. It depends neither on the number of workers nor on who makes a batch.
+stream is that of the loader's requests. It depends neither on the number of workers nor on who makes a block.
 
-The coordinator sees no pixels. It owns the references, so Ray frees a batch when the coordinator drops it and no
+The coordinator sees no pixels. It owns the references, so Ray frees a block when the coordinator drops it and no
 consumer uses it.
 """
 
@@ -34,16 +36,16 @@ from prep.version import package_version
 
 _ANSWER_S = 1.0  # a call that must wait is answered after this time, so that the consumer knows that it is heard
 _TICK_S = 0.25  # time between two looks at consumers and workers
-_MAX_TRIES = 20  # number of workers that may be lost with a batch before its consumers get an error
+_MAX_TRIES = 20  # number of workers that may be lost with a block before its consumers get an error
 
 
 @dataclass
-class _Batch:
-    """A batch that waits, is being made, or is made."""
+class _Block:
+    """A block that waits, is being made, or is made."""
 
     stream: StreamKey
     fetch: Fetch
-    tries: int = 0  # number of workers that were lost with this batch
+    tries: int = 0  # number of workers that were lost with this block
     pixels: Any = None  # reference of the made windows
     labels: Any = None
     damage: str = ""
@@ -70,12 +72,12 @@ class Coordinator:
 
         self._metrics = Metrics(ray.util.metrics, config.name)
         self._sharing = Sharing(config.ahead, config.consumers, config.patience_s, config.forget_s)
-        self._batches: dict[_Key, _Batch] = {}
-        self._queue: deque[_Batch] = deque()
-        self._making = 0  # number of batches in workers
-        self._made = self._retried = 0  # numbers of images and batches since the start
+        self._blocks: dict[_Key, _Block] = {}
+        self._queue: deque[_Block] = deque()
+        self._making = 0  # number of blocks in workers
+        self._made = self._retried = 0  # number of images made, and of batches made again, since the start
         self._started_s = time.time()
-        self._worked_s = time.monotonic()  # time at which there was a worker last, or no batch to make
+        self._worked_s = time.monotonic()  # time at which there was a worker last, or no block to make
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -93,32 +95,33 @@ class Coordinator:
         return self._config
 
     async def fetch(self, call: Call, fetch: Fetch) -> Answer:
-        """The batch at a position; an empty Answer if it is not ready or the consumer must wait for others."""
+        """The block of a request; an empty Answer if it is not ready or the consumer must wait for others."""
         await self._hear(call)
         deadline = time.monotonic() + _ANSWER_S
-        while not self._sharing.may_have(call.consumer, fetch.position, time.monotonic()):
+        last = fetch.position + fetch.steps - 1
+        while not self._sharing.may_have(call.consumer, last, time.monotonic()):
             if time.monotonic() > deadline:
                 return Answer()
             await asyncio.sleep(0.02)
             if call.consumer not in self._sharing.consumers:  # it has left meanwhile
                 return Answer()
-        batch = self._batch(call.stream, fetch)
+        block = self._block(call.stream, fetch)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(batch.done.wait(), max(0.01, deadline - time.monotonic()))
-        if not batch.done.is_set():
+            await asyncio.wait_for(block.done.wait(), max(0.01, deadline - time.monotonic()))
+        if not block.done.is_set():
             return Answer()
-        if batch.damage or batch.fault:  # not kept: the store may be repaired
-            self._drop((call.stream, fetch.position, fetch.digest), batch)
-            return Answer(damage=batch.damage, fault=batch.fault)
-        self._metrics.served(len(fetch.request.numbers), batch.size_bytes)
-        return Answer((batch.pixels,), batch.labels)
+        if block.damage or block.fault:  # not kept: the store may be repaired
+            self._drop((call.stream, fetch.position, fetch.digest), block)
+            return Answer(damage=block.damage, fault=block.fault)
+        self._metrics.served(len(fetch.request.numbers), block.size_bytes)
+        return Answer((block.pixels,), block.labels)
 
     async def alive(self, call: Call) -> Health:
         """Note that a consumer lives. Consumers call this every few seconds."""
         await self._hear(call)
         self._metrics.waited(call.waited_s)
         assert self._group is not None
-        return Health(len(self._group.ready), len(self._queue))
+        return Health(len(self._group.ready), self._queued_batches())
 
     async def leave(self, consumer: str) -> None:
         """Forget a consumer that has ended."""
@@ -139,7 +142,7 @@ class Coordinator:
             "ahead": self._config.ahead,
             "up_s": round(time.time() - self._started_s, 1),
             "workers": [
-                {"host": worker.info.host, "node": worker.info.node, "pid": worker.info.pid, "batches": worker.busy}
+                {"host": worker.info.host, "node": worker.info.node, "pid": worker.info.pid, "blocks": worker.busy}
                 for worker in self._group.ready
             ],
             "starting": len(self._group.starting),
@@ -157,7 +160,7 @@ class Coordinator:
                 }
                 for name, known in self._sharing.consumers.items()
             ],
-            "queue": len(self._queue),
+            "queue": self._queued_batches(),
             "kept_bytes": self._kept_bytes(),
             "images_made": self._made,
             "retries": self._retried,
@@ -175,59 +178,61 @@ class Coordinator:
         if self._sharing.touch(call, time.monotonic()):
             self._drop_unneeded()
 
-    def _batch(self, stream: StreamKey, fetch: Fetch) -> _Batch:
-        """The batch of a request, put into the queue if nobody has asked for it."""
+    def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
+        """The block of a request, put into the queue if nobody has asked for it."""
         key = stream, fetch.position, fetch.digest
-        batch = self._batches.get(key)
-        if batch is not None and fetch.lost and batch.pixels is not None and batch.pixels.hex() == fetch.lost:
-            self._count_retry()
-            batch = None
-        if batch is None:
-            batch = self._batches[key] = _Batch(stream, fetch)
-            self._queue.append(batch)
+        block = self._blocks.get(key)
+        if block is not None and fetch.lost and block.pixels is not None and block.pixels.hex() == fetch.lost:
+            self._count_retry(block)
+            block = None
+        if block is None:
+            block = self._blocks[key] = _Block(stream, fetch)
+            self._queue.append(block)
             self._dispatch()
-        return batch
+        return block
 
     def _dispatch(self) -> None:
-        """Give waiting batches to free workers."""
+        """Give waiting blocks to free workers."""
         assert self._group is not None
         while self._queue and (worker := self._group.free()) is not None:
-            batch = self._queue.popleft()
-            if not self._is_needed(batch):  # its consumers have ended
-                self._drop((batch.stream, batch.fetch.position, batch.fetch.digest), batch)
+            block = self._queue.popleft()
+            if not self._is_needed(block):  # its consumers have ended
+                self._drop((block.stream, block.fetch.position, block.fetch.digest), block)
                 continue
             worker.busy += 1
             worker.used_s = time.monotonic()
             self._making += 1
-            self._spawn(self._make(batch, worker))
+            self._spawn(self._make(block, worker))
 
-    async def _make(self, batch: _Batch, worker: WorkerHandle) -> None:
-        """Let a worker make a batch. If the worker is lost, the batch is the next to be made."""
+    async def _make(self, block: _Block, worker: WorkerHandle) -> None:
+        """Let a worker make a block. If the worker is lost, the block is the next to be made."""
         assert self._group is not None
         try:
-            pixels, about = worker.actor.make.options(num_returns=2).remote(batch.fetch.request)
+            pixels, about = worker.actor.make.options(num_returns=2).remote(block.fetch.request)
             made: Made = await about
-            batch.pixels, batch.labels, batch.damage = pixels, made.labels, made.damage
-            batch.done.set()
+            block.pixels, block.labels, block.damage = pixels, made.labels, made.damage
+            block.done.set()
             if not made.damage:
-                self._made += len(batch.fetch.request.numbers)
-                self._metrics.made(len(batch.fetch.request.numbers), batch.size_bytes)
+                self._made += len(block.fetch.request.numbers)
+                self._metrics.made(len(block.fetch.request.numbers), block.size_bytes)
         except Exception as error:  # the worker, its node or its memory is lost, or it has a fault of its own
             self._group.remove(worker)
-            batch.tries += 1
-            if batch.tries < _MAX_TRIES:
-                self._count_retry()
-                self._queue.appendleft(batch)
+            block.tries += 1
+            if block.tries < _MAX_TRIES:
+                self._count_retry(block)
+                self._queue.appendleft(block)
             else:
-                batch.fault = f"{_MAX_TRIES} workers were lost with one batch. The last: {last_line(error)}"
-                batch.done.set()
+                block.fault = (
+                    f"{_MAX_TRIES} workers were lost while they made the same batches. The last: {last_line(error)}"
+                )
+                block.done.set()
         finally:
             worker.busy -= 1
             self._making -= 1
             self._dispatch()
 
     async def _tick(self) -> None:
-        """Forget silent consumers, drop batches that nobody needs, start or end workers."""
+        """Forget silent consumers, drop blocks that nobody needs, start or end workers."""
         while True:
             self._sharing.forget_silent(time.monotonic())
             self._drop_unneeded()
@@ -236,7 +241,7 @@ class Coordinator:
             self._dispatch()
             self._give_up_without_workers()
             kept_bytes, consumers = self._kept_bytes(), len(self._sharing.consumers)
-            self._metrics.show(len(self._queue), len(self._group.ready), consumers, kept_bytes)
+            self._metrics.show(self._queued_batches(), len(self._group.ready), consumers, kept_bytes)
             await asyncio.sleep(_TICK_S)
 
     def _give_up_without_workers(self) -> None:
@@ -246,29 +251,32 @@ class Coordinator:
         if self._group.ready or not self._queue or not fault:
             self._worked_s = now
         elif now - self._worked_s > self._config.start_s:
-            for batch in self._queue:
-                batch.fault = f"no worker can start: {fault}"
-                batch.done.set()
+            for block in self._queue:
+                block.fault = f"no worker can start: {fault}"
+                block.done.set()
             self._queue.clear()
 
     def _drop_unneeded(self) -> None:
-        for key, batch in list(self._batches.items()):
-            if not self._is_needed(batch):
-                self._drop(key, batch)
+        for key, block in list(self._blocks.items()):
+            if not self._is_needed(block):
+                self._drop(key, block)
 
-    def _drop(self, key: _Key, batch: _Batch) -> None:
-        if self._batches.get(key) is batch:
-            del self._batches[key]
+    def _drop(self, key: _Key, block: _Block) -> None:
+        if self._blocks.get(key) is block:
+            del self._blocks[key]
 
-    def _is_needed(self, batch: _Batch) -> bool:
-        return self._sharing.is_needed(batch.stream, batch.fetch.position)
+    def _is_needed(self, block: _Block) -> bool:
+        return self._sharing.is_needed(block.stream, block.fetch.position, block.fetch.steps)
 
     def _kept_bytes(self) -> int:
-        return sum(batch.size_bytes for batch in self._batches.values() if batch.pixels is not None)
+        return sum(block.size_bytes for block in self._blocks.values() if block.pixels is not None)
 
-    def _count_retry(self) -> None:
-        self._retried += 1
-        self._metrics.retried()
+    def _count_retry(self, block: _Block) -> None:
+        self._retried += block.fetch.steps
+        self._metrics.retried(block.fetch.steps)
+
+    def _queued_batches(self) -> int:
+        return sum(block.fetch.steps for block in self._queue)
 
     def _spawn(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

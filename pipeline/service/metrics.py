@@ -34,18 +34,18 @@ class Metrics:
         self._kept_bytes = gauge("kept_bytes", "Bytes of the windows that the service keeps for its consumers.")
 
     def made(self, images: int, size_bytes: int) -> None:
-        """Count a batch that a worker made."""
+        """Count the images of a block that a worker made."""
         self._images_made.inc(images)
         self._bytes_made.inc(size_bytes)
 
     def served(self, images: int, size_bytes: int) -> None:
-        """Count a batch that a consumer received."""
+        """Count the images of a block that a consumer received."""
         self._images_served.inc(images)
         self._bytes_served.inc(size_bytes)
 
-    def retried(self) -> None:
-        """Count a batch that must be made again."""
-        self._retries.inc()
+    def retried(self, batches: int) -> None:
+        """Count batches that must be made again."""
+        self._retries.inc(batches)
 
     def waited(self, seconds: float) -> None:
         """Count the time for which a consumer's training loop waited."""

@@ -92,9 +92,9 @@ class Sharing:
                     held = True
         return not held
 
-    def is_needed(self, stream: StreamKey, position: int) -> bool:
-        """Whether the batch at a position must be kept."""
-        return any(0 <= position - known.first_needed <= self._ahead for known in self._of(stream))
+    def is_needed(self, stream: StreamKey, position: int, steps: int = 1) -> bool:
+        """Whether the `steps` batches from a position on must be kept."""
+        return any(-steps < position - known.first_needed <= self._ahead for known in self._of(stream))
 
     def _waits_to_begin(self, stream: StreamKey, joined: int, now_s: float) -> bool:
         since_s = self._begun.get(stream)

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-
-import numpy as np
-import numpy.typing as npt
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from pipeline.records import RecordBatch
 from pipeline.service.client import ServiceClient
 from pipeline.service.errors import ServiceLost
 from pipeline.service.protocol import StreamKey
 from pipeline.service.status import ServiceStatus
-from pipeline.windows import WindowMaker, WindowRequest
+from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.console import UserError, say
-from prep.store.manifest import Store
+from prep.store.manifest import Store, StoreError
 
 FALLBACKS = ("local",)
+
+
+class _Block:
+    """Consecutive batches that are fetched together."""
+
+    def __init__(self, requests: Sequence[WindowRequest]) -> None:
+        self.requests = requests
+        self.windows: Future[Windows] = Future()
+        self.taken = 0  # number of batches that a thread has asked for
 
 
 class WindowSource:
@@ -31,8 +38,11 @@ class WindowSource:
         threads: int,
         waited_s: Callable[[], float],
         fallback: str | None,
+        request_at: Callable[[int], WindowRequest | None],
     ) -> None:
         """Connect to the service.
+
+        `request_at` gives the request of the batch at a position; None after the last position.
 
         With fallback="local", the loader goes on with the local `store` if the service is lost. Raises UserError for
         another value of `fallback`, StoreError if the fallback's shards are missing, and ServiceError as ServiceClient.
@@ -42,7 +52,9 @@ class WindowSource:
                 raise UserError(f"service fallback {fallback!r}: expected local.")
             store.shard_paths(stream.split)
         self._store, self._threads, self._fallback = store, threads, fallback
-        self._split = stream.split
+        self._batch_size, self._request_at = stream.batch_size, request_at
+        self._first = 0  # position of the first batch since `start`
+        self._blocks: dict[int, _Block] = {}  # position of the first batch -> block
         self._client = ServiceClient(service, stream, waited_s)
         self._maker: WindowMaker | None = None  # made when the service is lost
         self._lock = threading.Lock()
@@ -61,28 +73,26 @@ class WindowSource:
     def start(self, position: int) -> None:
         """Begin to read at a position of the stream."""
         self._client.start(position)
+        with self._lock:
+            self._first, self._blocks = position, {}
 
-    def records(
-        self, position: int, numbers: npt.NDArray[np.int64], offset: npt.NDArray[np.int32], window_px: int
-    ) -> RecordBatch:
-        """The windows of a batch as raw records.
+    def records(self, position: int) -> RecordBatch:
+        """The windows of the batch at a position, as raw records.
 
-        numbers    (N,): record numbers
-        offset     (N, 2): row and column of each window in the central square
-        window_px  side of the windows
-
-        Raises StoreError, ServiceLost and ServiceError as ServiceClient.fetch.
+        Several threads may call this method at the same time. Each block is fetched once, by the first thread that
+        needs one of its batches. Raises StoreError, ServiceLost and ServiceError as ServiceClient.fetch.
         """
-        request = WindowRequest(self._split, np.ascontiguousarray(numbers), np.ascontiguousarray(offset), window_px)
+        request = self._request_at(position)
+        assert request is not None
         if self._maker is None:
             try:
-                return self._client.fetch(position, request).records(numbers)
+                return self._windows(position, request).records(request.numbers)
             except ServiceLost as error:
                 if self._fallback is None:
                     raise
                 self._begin_fallback(error)
         assert self._maker is not None
-        return self._maker.make(request).records(numbers)
+        return self._maker.make(request).records(request.numbers)
 
     def finish(self) -> None:
         """No further batch is needed for now."""
@@ -98,6 +108,42 @@ class WindowSource:
         self._client.close()
         if self._maker is not None:
             self._maker.close()
+
+    def _windows(self, position: int, request: WindowRequest) -> Windows:
+        """The windows of one batch, from its block."""
+        first, block, is_new = self._block(position)
+        if is_new:
+            try:
+                block.windows.set_result(self._client.fetch(first, block.requests))
+            except BaseException as error:
+                block.windows.set_exception(error)
+        try:
+            windows = block.windows.result()
+        except StoreError:
+            if len(block.requests) == 1:
+                raise
+            # The damaged record may belong to another batch of the block.
+            return self._client.fetch(position, [request]).part(slice(None))
+        begin = (position - first) * self._batch_size
+        return windows.part(slice(begin, begin + len(request.numbers)))
+
+    def _block(self, position: int) -> tuple[int, _Block, bool]:
+        """(position of the first batch, block, whether it is new) of the block with the batch at a position."""
+        steps = self._client.block_steps
+        with self._lock:
+            first = position - position % steps
+            end = first + steps
+            if first < self._first <= position:
+                first = self._first
+            block = self._blocks.get(first)
+            is_new = block is None
+            if block is None:
+                requests = (self._request_at(number) for number in range(first, end))
+                block = self._blocks[first] = _Block([request for request in requests if request is not None])
+            block.taken += 1
+            if block.taken == len(block.requests):
+                del self._blocks[first]
+            return first, block, is_new
 
     def _begin_fallback(self, error: ServiceLost) -> None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""A worker: an actor on one node that decodes and cuts the batches that the coordinator gives it."""
+"""A worker: an actor on one node that decodes and cuts the blocks that the coordinator gives it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from prep.console import keep_freed_memory
 from prep.store.manifest import Store, StoreError
 from prep.version import package_version
 
-_KEEP_BYTES = 512_000_000  # freed memory that a worker keeps for the next batches
-CONCURRENCY = 2  # number of batches in a worker: one is decoded while another one is copied to shared memory
+_KEEP_BYTES = 512_000_000  # freed memory that a worker keeps for the next blocks
+CONCURRENCY = 2  # number of blocks in a worker: one is decoded while another one is copied to shared memory
 
 
 class WorkerInfo(NamedTuple):
@@ -27,7 +27,7 @@ class WorkerInfo(NamedTuple):
 
 
 class Made(NamedTuple):
-    """What a worker says about a batch, beside its pixels."""
+    """What a worker says about a block, beside its pixels."""
 
     labels: Any  # int64 (N,); None after damage
     damage: str  # text of the StoreError, or empty
@@ -53,7 +53,7 @@ class Worker:
         return True
 
     def make(self, request: WindowRequest) -> tuple[Any, Made]:
-        """The pixels of a batch, and its labels. Ray returns them as two objects."""
+        """The pixels of a block, and its labels. Ray returns them as two objects."""
         assert self._maker is not None
         try:
             windows = self._maker.make(request)

@@ -28,8 +28,8 @@ class WorkerHandle:
 
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
-        self.busy = 0  # number of batches in the worker
-        self.used_s = time.monotonic()  # time at which it last got a batch
+        self.busy = 0  # number of blocks in the worker
+        self.used_s = time.monotonic()  # time at which it last got a block
 
 
 class WorkerGroup:
@@ -46,7 +46,7 @@ class WorkerGroup:
         self._full_s = time.monotonic()  # time at which all workers, ready or starting, were wanted last
 
     def free(self) -> WorkerHandle | None:
-        """The least busy worker that can take a batch; None if there is none."""
+        """The least busy worker that can take a block; None if there is none."""
         worker = min(self.ready, key=lambda handle: handle.busy, default=None)
         return worker if worker is not None and worker.busy < CONCURRENCY else None
 
@@ -56,7 +56,7 @@ class WorkerGroup:
         return "; ".join(dict.fromkeys(reasons)) or self.last_fault
 
     def adjust(self, load: int) -> None:
-        """Start or end workers for `load` batches that wait or are being made."""
+        """Start or end workers for `load` blocks that wait or are being made."""
         now = time.monotonic()
         least, most = self._config.min_workers, self._config.max_workers
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
@@ -98,7 +98,7 @@ class WorkerGroup:
     def _start(self) -> None:
         options: dict[str, Any] = {
             "num_cpus": self._config.threads,
-            "max_concurrency": CONCURRENCY + 1,  # pings are answered while batches are made
+            "max_concurrency": CONCURRENCY + 1,  # pings are answered while blocks are made
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }

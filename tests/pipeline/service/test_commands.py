@@ -108,7 +108,10 @@ def test_a_name_that_is_taken_is_refused_and_its_service_goes_on(alexstream: Com
 
 def test_workers_that_fit_on_no_node_are_refused_unless_the_service_may_have_none(alexstream: Commands) -> None:
     error = alexstream.fails("serve", "--store", str(alexstream.store), "--threads", "9")
-    assert "a worker needs a node with 9 cores, the largest node" in error and "has 3. Choose --threads 3 or" in error
+    assert (
+        "a worker needs a node with 9 cores, but the largest node of" in error
+        and "has 3. Choose --threads 3 or" in error
+    )
     assert alexstream.names() == []
     assert alexstream.serve("later", "--threads", "9", "--workers", "0:2").exit_code == 0
 
@@ -160,7 +163,7 @@ def test_without_ray_the_commands_say_how_to_install_it(
 
 def example_state(**changes: Any) -> dict[str, Any]:
     """A state as the coordinator returns it."""
-    worker = {"host": "left", "node": "ab12", "pid": 7, "batches": 1}
+    worker = {"host": "left", "node": "ab12", "pid": 7, "blocks": 1}
     consumer = {"name": "gpu/9/12ab", "split": "train", "seed": 3, "position": 1234, "shares": True}
     state: dict[str, Any] = {
         "name": "photos",

@@ -114,7 +114,7 @@ def test_a_record_that_kills_every_worker_ends_in_an_error(cluster: TestCluster,
             eval_loader(numbered_store, 4, service=service.at, threads=1) as other,
             eval_loader(numbered_store, 4, threads=1) as local,
         ):
-            with pytest.raises(ServiceError, match=f"{MAX_TRIES} workers were lost with one batch") as stopped:
+            with pytest.raises(ServiceError, match=f"{MAX_TRIES} workers were lost while they made") as stopped:
                 remote.seek(0, step)
                 take_batches(remote, 1)
             assert not isinstance(stopped.value, StoreError) and "\n" not in str(stopped.value)

@@ -92,7 +92,8 @@ def test_a_service_of_another_store(numbered_store: Path, service: Service) -> N
 
 def test_a_service_of_another_version(store: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
-    with pytest.raises(ServiceError, match=rf"\(protocol {PROTOCOL_VERSION}\), this program is .* \(2\)\. Install"):
+    ours, theirs = PROTOCOL_VERSION + 1, PROTOCOL_VERSION
+    with pytest.raises(ServiceError, match=rf"\(protocol {theirs}\), this program is .* \({ours}\)\. Install"):
         train_loader(store, 4, service=service.at)
 
 

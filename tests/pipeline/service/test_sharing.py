@@ -63,6 +63,8 @@ def test_a_batch_is_kept_as_long_as_a_consumer_may_need_it() -> None:
     kept = [position for position in range(20) if c.sharing.is_needed(STREAM, position)]
     assert kept == list(range(3, 5 + AHEAD + 1))
     assert not c.sharing.is_needed(OTHER, 3)
+    blocks = [position for position in range(0, 20, 2) if c.sharing.is_needed(STREAM, position, steps=2)]
+    assert blocks == [position for position in range(0, 20, 2) if {position, position + 1} & set(kept)]
     c.sharing.leave("a")
     c.sharing.leave("b")
     assert not c.sharing.is_needed(STREAM, 5)

@@ -1,11 +1,15 @@
-"""Tests of WindowMaker: the pixels of windows, with and without the C kernel, and errors for damaged records."""
+"""Tests of windows: their pixels, with and without the C kernel, errors for damaged records, and blocks of batches.
+
+A loader with a service fetches blocks of consecutive batches. The client of these tests is a local WindowMaker.
+"""
 
 from __future__ import annotations
 
 import io
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +18,9 @@ import pytest
 from PIL import Image
 
 from pipeline.engines import kernels
-from pipeline.windows import WindowMaker, WindowRequest
+from pipeline.service import source
+from pipeline.service.protocol import StreamKey, block_steps
+from pipeline.windows import WindowMaker, WindowRequest, Windows
 from prep.store.manifest import Store, StoreError
 from tests.pipeline.test_damaged_store import DAMAGE, change
 
@@ -88,3 +94,108 @@ def test_windows_become_records_of_the_same_pixels_without_a_copy(maker: WindowM
     assert records.is_raw and np.array_equal(records.numbers, wanted.numbers)
     for pixels, payload in zip(windows.pixels, records.payloads(), strict=True):
         assert np.shares_memory(pixels, payload) and np.array_equal(pixels.ravel(), payload.ravel())
+
+
+BATCH, BATCHES, BLOCK = 3, 11, 4  # 11 batches: blocks of 4, 4 and 3 batches; the last batch has one image
+KEY = StreamKey(1, "train", "0123", 0, BATCH, 0, 1, "random", 1)
+
+
+class LocalClient:
+    """Makes the blocks of a WindowSource, and notes what is fetched."""
+
+    def __init__(self, maker: WindowMaker) -> None:
+        self.block_steps, self.maker = BLOCK, maker
+        self.fetched: list[tuple[int, int]] = []  # (position of the first batch, number of batches)
+
+    def start(self, position: int) -> None:
+        self.fetched.clear()
+
+    def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
+        self.fetched.append((position, len(requests)))
+        windows = self.maker.make(WindowRequest.joined(requests))
+        windows.labels.flags.writeable = False  # like the arrays that Ray gives
+        return windows
+
+
+def request_at(position: int) -> WindowRequest | None:
+    """The request of a batch of the stream in these tests."""
+    last = position == BATCHES - 1
+    return request(position, 1 if last else BATCH, 224) if 0 <= position < BATCHES else None
+
+
+@pytest.fixture
+def open_source(
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[WindowMaker, Path], tuple[source.WindowSource, LocalClient]]:
+    def open_store(maker: WindowMaker, store: Path) -> tuple[source.WindowSource, LocalClient]:
+        client = LocalClient(maker)
+        monkeypatch.setattr(source, "ServiceClient", lambda *_: client)
+        return source.WindowSource("name", KEY, Store.open(store), 1, lambda: 0.0, None, request_at), client
+
+    return open_store
+
+
+OpenSource = Callable[[WindowMaker, Path], tuple[source.WindowSource, LocalClient]]
+
+
+@pytest.mark.parametrize(
+    ("first", "fetched"),
+    [(0, [(0, 4), (4, 4), (8, 3)]), (4, [(4, 4), (8, 3)]), (6, [(6, 2), (8, 3)]), (10, [(10, 1)])],
+)
+def test_each_block_is_fetched_once_and_its_batches_are_those_of_their_own_requests(
+    open_source: OpenSource, maker: WindowMaker, any_store: Path, first: int, fetched: list[tuple[int, int]]
+) -> None:
+    """Twelve threads ask for all batches at the same time, twice: a stream that starts anew fetches anew."""
+    windows, client = open_source(maker, any_store)
+    positions = range(first, BATCHES)
+    for _ in range(2):
+        windows.start(first)
+        with ThreadPoolExecutor(12) as pool:
+            served = list(pool.map(windows.records, positions))
+        for position, records in zip(positions, served, strict=True):
+            alone = request_at(position)
+            assert alone is not None
+            expected = maker.make(alone)
+            assert np.array_equal(records.numbers, alone.numbers)
+            assert np.array_equal(records.labels, expected.labels) and records.labels.flags.writeable
+            pixels = np.stack([payload.reshape(224, 224, 3) for payload in records.payloads()])
+            assert np.array_equal(pixels, expected.pixels)
+        assert sorted(client.fetched) == fetched
+
+
+def test_only_the_batches_with_the_damaged_record_of_a_block_fail(
+    open_source: OpenSource, stores: dict[str, Path], tmp_path: Path
+) -> None:
+    store = Path(shutil.copytree(stores["jpeg"], tmp_path / "store"))
+    requests = [request_at(position) for position in range(BLOCK)]
+    number = int(requests[1].numbers[0])  # type: ignore[union-attr]
+    key, _ = change(store, "train", number, DAMAGE["flipped bit"])
+    maker = WindowMaker(Store.open(store), 1)
+    windows, _ = open_source(maker, store)
+    windows.start(0)
+    failed = []
+    for position in range(BLOCK):
+        try:
+            assert len(windows.records(position).numbers) == BATCH
+        except StoreError as error:
+            assert f"key {key}" in str(error)
+            failed.append(position)
+    assert failed == [p for p in range(BLOCK) if number in requests[p].numbers]  # type: ignore[union-attr]
+    assert 0 < len(failed) < BLOCK
+    maker.close()
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "ahead", "max_workers", "steps"),
+    [
+        (128, 16, 2, 4),  # 512 images
+        (128, 16, 3, 2),  # at least two blocks for each worker
+        (128, 16, 16, 1),
+        (128, 128, 16, 4),
+        (128, 1, 1, 1),
+        (4, 16, 1, 8),
+        (513, 16, 1, 1),
+    ],
+)
+def test_size_of_a_block(batch_size: int, ahead: int, max_workers: int, steps: int) -> None:
+    assert block_steps(batch_size, ahead, max_workers) == steps
