@@ -12,9 +12,13 @@ For a record whose central square is S (side_px × side_px × 3, RGB, 0..255), a
 - If a record is not square (`alexprep build-lmdb --keep-aspect`), S begins at row (height − side_px) // 2 and column
   (width − side_px) // 2 of the record.
 
-An evaluation image has no shift and is not divided. The centre crop begins at row and column (side_px − 224) // 2. The
-ten views are the crops at top left, top right, centre, bottom left and bottom right, then the same five crops mirrored.
-convdata_jpeg.py uses the same order. With views="square", S is the only crop, for a network that slides over S.
+An evaluation image has no shift, and is divided by the same divisor, or by eval_divisor if that is a number. The
+authors' code divides training images alone, because the colour noise enlarges their values (convdata_jpeg.py:155-179);
+the recipe `released` therefore has an eval_divisor of 1.
+
+The centre crop of an evaluation image begins at row and column (side_px − 224) // 2. The ten views are the crops at top
+left, top right, centre, bottom left and bottom right, then the same five crops mirrored. convdata_jpeg.py uses the same
+order. With views="square", S is the only crop, for a network that slides over S.
 
 mean[c, i, j] is computed from M, the mean of the central squares of the training split:
 
@@ -41,7 +45,7 @@ import numpy.typing as npt
 
 from pipeline.records import RecordBatch
 from pipeline.sampling import Draws
-from prep.console import UserError
+from prep.console import UserError, WrongArgument, did_you_mean
 from prep.images.central_square import central_offset
 from prep.store.manifest import ColorStats, Store
 
@@ -61,24 +65,30 @@ class Augmentation:
     # of pixels in 0..255 (the authors' code); "eigenvalue": 255·strength·λ, with λ of pixels in [0, 1]; "off": 0
     colour: str = "stdev"
     strength: float = 0.1  # standard deviation of α, the factor of the colour noise (section 4.1)
-    divisor: float = 1.0  # the finished training image is divided by this number; 1 + strength in the authors' code
+    divisor: float = 1.0  # every finished image is divided by this number; 1 + strength in the authors' code
     shared_by: int = 1  # number of consecutive images that share crop and flip; 32 in the authors' code (crop_chunk)
+    eval_divisor: float | None = None  # divisor of evaluation images; None: `divisor`; 1 in the authors' code
+
+    @property
+    def divisor_in_evaluation(self) -> float:
+        """The number by which evaluation images are divided."""
+        return self.divisor if self.eval_divisor is None else self.eval_divisor
 
     def __post_init__(self) -> None:
         """Raises UserError for a value that is not allowed."""
         check_choice("mean", self.mean, MEANS)
         check_choice("colour", self.colour, COLOURS)
-        if self.strength < 0 or self.divisor <= 0 or self.shared_by < 1:
-            raise UserError(
-                f"strength {self.strength}, divisor {self.divisor}, shared_by {self.shared_by}: expected strength at "
-                "least 0, divisor more than 0, shared_by at least 1."
+        if self.strength < 0 or min(self.divisor, self.divisor_in_evaluation) <= 0 or self.shared_by < 1:
+            raise WrongArgument(
+                f"strength {self.strength}, divisor {self.divisor}, shared_by {self.shared_by}, eval_divisor "
+                f"{self.eval_divisor}: expected strength at least 0, divisors more than 0, shared_by at least 1."
             )
 
 
 def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    """Raise UserError if `value` is not one of `allowed`."""
+    """Raise WrongArgument if `value` is not one of `allowed`."""
     if value not in allowed:
-        raise UserError(f"{name} {value!r}: expected one of {', '.join(allowed)}.")
+        raise WrongArgument(f"{name} {value!r}: expected one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
 
 
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:

@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.augment import CROP_PX, SQUARE, Augmentation, eval_offsets
 from pipeline.loader_base import Batch, Loader
 from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.windows import WindowRequest
-from prep.console import UserError, usable_cores
+from prep.console import WrongArgument, usable_cores
 from prep.store.manifest import Store
 
 
@@ -34,7 +35,7 @@ class EvalLoader(Loader):
         *,
         augmentation: Augmentation,
         layout: str = "NCHW",
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         threads: int = 1,
         shard: int = 0,
         world_size: int = 1,
@@ -56,7 +57,7 @@ class EvalLoader(Loader):
             from_windows=service is not None,
         )
         if views not in (1, 10, SQUARE):
-            raise UserError(
+            raise WrongArgument(
                 f"views {views}: expected 1 (centre crop), 10 (corners and centre, also mirrored) or {SQUARE} (the "
                 "central square)."
             )
@@ -67,9 +68,9 @@ class EvalLoader(Loader):
             window = "centre" if views == 1 else "square"
             self._connect(service, service_fallback, None, window, 0)
         if isinstance(views, str):
-            self._open(1, 1.0, self._augmenter.side_px)
+            self._open(1, augmentation.divisor_in_evaluation, self._augmenter.side_px)
         else:
-            self._open(views, 1.0)
+            self._open(views, augmentation.divisor_in_evaluation)
 
     def __len__(self) -> int:
         """Number of batches in one iteration."""
@@ -110,13 +111,13 @@ class EvalLoader(Loader):
 def eval_loader(
     store: str | Path,
     batch_size: int = 128,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     *,
     views: int | str = 1,
     split: str = "val",
     augmentation: Augmentation | None = None,
     layout: str = "NCHW",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     threads: int | None = None,
     shard: int = 0,
     world_size: int = 1,
@@ -127,11 +128,14 @@ def eval_loader(
 
     views         1: the centre crop. 10: the crops at four corners and centre, then the same five crops mirrored
                   (section 4.1). "square": the complete central square, for a network that slides over it
-    augmentation  only the setting `mean` is used. The mean itself is computed from the training split
+    augmentation  the settings `mean`, `divisor` and `eval_divisor` are used: images are divided as in training, unless
+                  `eval_divisor` is a number. The mean itself is computed from the training split
     shard         rank of this process: each of `world_size` loaders serves one contiguous range of records.
                   Together the loaders serve every record
 
     train_loader describes the other arguments and the errors.
+
+    Every `for` over the loader begins with the first image, also after a `break`.
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
     (N, 10, 3, 224, 224); for views="square" (N, 3, side, side) with the side of the store's images. The ten views of an

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from pipeline.augment import CROP_PX, Augmentation
 from pipeline.evaluation_loader import EvalLoader, eval_loader
@@ -32,7 +33,7 @@ from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.sampling import Draws, EpochPermutations, draw_params
 from pipeline.windows import WindowRequest
-from prep.console import UserError, usable_cores
+from prep.console import UserError, WrongArgument, usable_cores
 from prep.store.manifest import Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
@@ -41,8 +42,9 @@ __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", 
 class TrainLoader(Loader):
     """Serves randomly augmented batches, epoch after epoch; made by train_loader.
 
-    One iteration serves the rest of the current epoch. An epoch has records // (batch_size · world_size) full batches.
-    The remaining records are left out (see `left_out`); each epoch leaves out different records.
+    One `for` loop serves the rest of the current epoch. After a `break`, the next loop goes on with the batch after the
+    last one served; `set_epoch(n)` begins epoch n instead. An epoch has records // (batch_size · world_size) full
+    batches. The remaining records are left out (see `left_out`); each epoch leaves out different records.
 
     `epoch` and `step` are the position of the next batch. Epochs, and the steps of an epoch, are counted from 0.
     """
@@ -57,7 +59,7 @@ class TrainLoader(Loader):
         *,
         augmentation: Augmentation,
         layout: str = "NCHW",
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         threads: int = 1,
         shard: int = 0,
         world_size: int = 1,
@@ -85,7 +87,7 @@ class TrainLoader(Loader):
                 f"Choose a batch size of at most {self.records // world_size:,}."
             )
         if not 0 <= seed < 2**64:
-            raise UserError(f"seed {seed}: expected 0 to 2^64 - 1.")
+            raise WrongArgument(f"seed {seed}: expected 0 to 2^64 - 1.")
         self.seed = seed
         self.epoch, self.step = 0, 0
         self._permutations = EpochPermutations(self.records, seed)
@@ -106,6 +108,9 @@ class TrainLoader(Loader):
     def __iter__(self) -> Iterator[Batch]:
         """Serve the remaining batches of the current epoch; the next iterator begins with the next epoch.
 
+        If the loop ends early, by `break` or an exception, the next iterator goes on with the batch after the last one
+        served. Call `set_epoch` first to begin an epoch instead.
+
         Raises StoreError for a damaged record, with its location.
         """
         while True:
@@ -121,10 +126,19 @@ class TrainLoader(Loader):
             if epoch_ends:
                 return
 
+    def set_epoch(self, epoch: int) -> None:
+        """Begin epoch `epoch`, counted from 0, with the next iterator, as torch's DistributedSampler does.
+
+        Without set_epoch, each iterator continues where the last one stopped. Raises WrongArgument if `epoch` is
+        negative.
+        """
+        if (epoch, 0) != (self.epoch, self.step):  # otherwise the batches in the queue are the right ones
+            self.seek(epoch)
+
     def seek(self, epoch: int, step: int = 0) -> None:
         """Continue at a step of an epoch, both counted from 0; raises UserError if an epoch has no such step."""
         if epoch < 0 or not 0 <= step < len(self):
-            raise UserError(
+            raise WrongArgument(
                 f"epoch {epoch}, step {step}: expected an epoch of at least 0 and a step of 0 to {len(self) - 1}."
             )
         self.epoch, self.step = epoch, step
@@ -167,7 +181,7 @@ class TrainLoader(Loader):
             "batch_size": self.batch_size,
             "world_size": self.world_size,
             "seed": self.seed,
-            "augmentation": asdict(self.augmentation),
+            "augmentation": {k: v for k, v in asdict(self.augmentation).items() if k != "eval_divisor"},
             "layout": self.layout,
             "dtype": self.dtype,
         }
@@ -207,13 +221,13 @@ class TrainLoader(Loader):
 def train_loader(
     store: str | Path,
     batch_size: int = 128,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
     seed: int = 0,
     *,
     split: str = "train",
     augmentation: Augmentation | None = None,
     layout: str = "NCHW",
-    dtype: str = "float32",
+    dtype: str | torch.dtype = "float32",
     threads: int | None = None,
     shard: int = 0,
     world_size: int = 1,
@@ -222,24 +236,26 @@ def train_loader(
 ) -> TrainLoader:
     """Training batches of a store: random 224×224 crop, flip and colour noise (section 4.1), minus the mean.
 
+    One `for` loop over the loader is one epoch. After a `break`, the next loop goes on within the epoch, with the batch
+    after the last one served; `loader.set_epoch(n)` begins epoch n instead.
+
     store         store folder written by `alexprep build-lmdb`
     batch_size    number of images in a batch of this loader; an epoch has records // (batch_size · world_size) batches
-    device        device that decodes and augments the images, and holds the batches: "cpu" or "cuda:N"
+    device        device that decodes and augments the images, and holds the batches: "cpu", "cuda:N" or a torch.device
     seed          seed of the record order and of all random numbers, 0..2^64 − 1. The same seed gives the same bits
                   with any number of threads
     split         split of the store to read
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
     layout        "NCHW" or "NHWC" (channels last)
-    dtype         type of the images: "float32", "float16" or "bfloat16"
+    dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
     service       "NAME" or "NAME@HOST:PORT": workers of this service decode and cut the images (`alexstream serve`).
-    The
-                  batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes differently.
-                  Of the local store, only manifest.json, colour.json and mean_image.npy are read
+                  The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
+                  differently. Of the local store, only manifest.json, colour.json and mean_image.npy are read
     service_fallback  "local": if the service is lost, the loader goes on with the local store, with the same batches
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64

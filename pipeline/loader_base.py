@@ -16,7 +16,7 @@ from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
 from pipeline.records import Records
 from pipeline.windows import WindowRequest
 from prep.console import UserError
-from prep.store.manifest import Store
+from prep.store.manifest import ChannelStats, Store
 
 if TYPE_CHECKING:  # imported only for loaders with a service
     from pipeline.service.source import WindowSource
@@ -61,7 +61,7 @@ class Loader:
         *,
         augmentation: Augmentation,
         layout: str,
-        dtype: str,
+        dtype: str | torch.dtype,
         threads: int,
         shard: int,
         world_size: int,
@@ -77,13 +77,13 @@ class Loader:
         if not 0 <= shard < world_size:
             raise UserError(f"shard {shard}: expected 0 to {world_size - 1} (world_size {world_size}).")
         self.store, self.split, self.batch_size, self.placement = store, split, batch_size, placement
-        self.augmentation, self.layout, self.dtype = augmentation, layout, dtype
+        self.augmentation, self.layout, self.dtype = augmentation, layout, str(dtype).removeprefix("torch.")
         self.shard, self.world_size, self.threads = shard, world_size, threads
         self.records = store.split(split).records
         self._waits = WaitTimes(0, 0.0, 0.0)
         self._served_at: float | None = None  # time at which the last batch was served
         self._records = Records(store, split)
-        check_choice("dtype", dtype, tuple(_DTYPES))
+        check_choice("dtype", self.dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
         self._augmenter = Augmenter(store, augmentation, from_windows)
         self._windows: WindowSource | None = None  # made by `_connect`
@@ -94,6 +94,14 @@ class Loader:
     def classes(self) -> tuple[str, ...]:
         """Names of the classes. A label is an index into this tuple."""
         return self.store.classes
+
+    def channel_stats(self, max_value: float = 255) -> ChannelStats:
+        """`mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
+
+        255 gives grey levels, the unit of the images of this loader; 1 gives the numbers for pixels in [0, 1]. The
+        loader subtracts the mean as `augmentation` says, and divides by no standard deviation.
+        """
+        return self.store.color_stats().channel_stats(max_value)
 
     def wait_times(self) -> WaitTimes:
         """Number of batches served, and wait times of loader and consumer, since the previous call."""

@@ -10,9 +10,13 @@ import re
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from prep.console import UserError
+from prep.console import UserError, WrongArgument
+from prep.version import pip_command
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -22,18 +26,22 @@ class Placement:
     device_id: int | None
 
     @staticmethod
-    def parse(device: str) -> Placement:
-        """The placement for `cpu`, `cuda` or `cuda:N`. Raises UserError for other strings, and for a missing GPU."""
-        if device == "cpu":
-            return Placement(None)
-        match = re.fullmatch(r"cuda(?::(\d+))?", device)
+    def parse(device: str | torch.device) -> Placement:
+        """The placement for `cpu`, `cuda` or `cuda:N`, as a string or a torch.device.
+
+        `cuda` is torch's current GPU. Raises WrongArgument for another device, and for a GPU that this machine lacks.
+        """
+        match = re.fullmatch(r"(cpu)(?::0)?|cuda(?::(\d+))?", str(device))
         if match is None:
-            raise UserError(f"device {device!r}: expected cpu or cuda:N.")
+            raise WrongArgument(f"device {str(device)!r}: expected cpu or cuda:N.")
+        if match[1]:
+            return Placement(None)
         import torch
 
-        index, count = int(match[1] or 0), torch.cuda.device_count()
+        count = torch.cuda.device_count()
+        index = int(match[2]) if match[2] else torch.cuda.current_device() if count else 0
         if index >= count:
-            raise UserError(
+            raise WrongArgument(
                 f"device {device}: torch finds {count} GPUs on this machine. Choose cpu or one of these GPUs."
             )
         return Placement(index)
@@ -95,8 +103,9 @@ def dali() -> ModuleType:
         if not (error.name or "").startswith("nvidia"):
             raise
         raise UserError(
-            "NVIDIA DALI is not installed. Install it with: pip install 'alexnet[cuda13]' (or 'alexnet[cuda12]'; both "
-            "run on the CPU too). The package nvidia-dali is only a placeholder: installing it fails."
+            f"NVIDIA DALI is not installed. Install it with: {pip_command('cuda13')} (for CUDA 12: "
+            f"{pip_command('cuda12')}; both run on the CPU too). The package nvidia-dali is only a placeholder: "
+            "installing it fails."
         ) from None
     module: ModuleType = nvidia.dali
     return module

@@ -62,6 +62,7 @@ class EvalTransform:
     mean: str  # one of pipeline.augment.MEANS
     mean_rgb: tuple[float, ...]  # (3,), grey levels; used if `mean` is "channel"
     mean_image: npt.NDArray[np.float32] | None = None  # (side_px, side_px, 3); used if `mean` is "image" or "aligned"
+    divisor: float = 1.0  # pipeline.augment.Augmentation.divisor_in_evaluation
 
     def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
         """float32 (views, 3, 224, 224): the centre crop, or the ten views. pipeline.augment defines their order.
@@ -73,7 +74,7 @@ class EvalTransform:
         return np.stack([self._crop(square, y, x, flip) for (y, x), flip in positions])
 
     def _crop(self, square: Pixels, y: int, x: int, flip: int) -> npt.NDArray[np.float32]:
-        """float32 (3, 224, 224): the crop at row y and column x, mirrored if `flip`, minus the mean."""
+        """float32 (3, 224, 224): the crop at row y and column x, mirrored if `flip`, minus the mean, divided."""
         crop = _crop_at(square, y, x).astype(np.float32)
         if self.mean == "aligned":
             crop -= _crop_at(self._mean_image, y, x)
@@ -84,6 +85,8 @@ class EvalTransform:
         elif self.mean == "image":
             middle = central_offset(len(square), CROP_PX)
             crop = crop - _crop_at(self._mean_image, middle, middle)
+        if self.divisor != 1:
+            crop = crop * np.float32(1 / self.divisor)  # as kernels.c
         return np.ascontiguousarray(crop.transpose(2, 0, 1))
 
     @property

@@ -22,11 +22,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from prep.console import Terminated, UserError
+from prep.console import Terminated, UserError, WrongArgument
+from prep.version import pip_command
 
 NAMESPACE = "alexnet"  # Ray namespace of this project's named actors
 LOCAL, AUTO = "local", "auto"
-_INSTALL = "Install it with: pip install 'alexnet[cluster]'"
 # Ray kills a program that cannot reach the head node for this time. A training run must survive the loss of the head
 # node. The time is therefore practically endless, and each program limits its own waiting.
 _NEVER_S = str(10**8)
@@ -48,7 +48,7 @@ def ray_module() -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise UserError(f"Ray is not installed. {_INSTALL}") from None
+        raise UserError(f"Ray is not installed. Install it with: {pip_command('cluster')}") from None
     module: ModuleType = ray
     return module
 
@@ -56,12 +56,12 @@ def ray_module() -> ModuleType:
 def check_address(address: str) -> None:
     """Raise UserError unless `address` is local, auto or HOST:PORT."""
     if address.startswith("ray://"):
-        raise UserError(
+        raise WrongArgument(
             f"cluster {address}: Ray Client is not supported, because it cannot share memory with the cluster. Let "
             "this machine join the cluster (ray start --address HOST:PORT --num-cpus 0), then pass auto."
         )
     if address not in (LOCAL, AUTO) and not re.fullmatch(r"\S+:\d{1,5}", address):
-        raise UserError(f"cluster {address!r}: expected local, auto or HOST:PORT.")
+        raise WrongArgument(f"cluster {address!r}: expected local, auto or HOST:PORT.")
 
 
 class _Connection:

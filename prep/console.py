@@ -13,8 +13,9 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from difflib import get_close_matches
 from pathlib import Path
 from shlex import quote
 from types import FrameType
@@ -45,6 +46,15 @@ class UserError(ValueError):
     """
 
     exit_code = 1
+
+
+class WrongArgument(UserError):
+    """An option or argument that the command cannot take: malformed, out of range, or in conflict with another.
+
+    click exits with the same code for unknown commands and options.
+    """
+
+    exit_code = 2
 
 
 class DiskFull(UserError):
@@ -100,6 +110,11 @@ class Group(click.Group):
         signal.signal(signal.SIGTERM, _on_sigterm)
         try:
             return super().invoke(ctx)
+        except click.BadParameter as error:
+            if error.param is not None and isinstance(error.param.type, click.Choice):
+                choices = [str(choice) for choice in error.param.type.choices]
+                error.message += did_you_mean(error.message.partition("'")[2].partition("'")[0], choices)
+            raise
         except UserError as error:
             raise _CommandFailed(str(error), error.exit_code) from error
         except BrokenPipeError:
@@ -121,6 +136,12 @@ def say(text: str) -> None:
 def one_line(text: str) -> str:
     """`text` with control characters escaped, since file names may hold newlines and terminal escape sequences."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def did_you_mean(value: object, allowed: Sequence[str]) -> str:
+    """` Did you mean released?` with the values of `allowed` that are most like `value`; "" if none is."""
+    similar = get_close_matches(str(value), allowed, 2, 0.5)
+    return f" Did you mean {' or '.join(similar)}?" if similar else ""
 
 
 def print_json(data: dict[str, Any]) -> None:
@@ -214,25 +235,38 @@ class Progress:
         """Seconds left at the average rate of this run."""
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
+    def notes(self) -> list[str]:
+        """The bytes written and the number of bad inputs as texts, where there are any."""
+        return [bytes_text(self.size_bytes)] * bool(self.size_bytes) + [f"{self.bad:,} bad"] * bool(self.bad)
 
-class _JsonProgress(Progress):
-    """Progress as lines of JSON, at most one line every `every_s` seconds. The first line comes after `every_s`."""
 
-    def __init__(self, label: str, total: int, unit: str, every_s: float = 5.0) -> None:
+class _ProgressLines(Progress):
+    """Progress as lines of text or JSON, at most one every `every_s` seconds. The first comes after `every_s`."""
+
+    def __init__(self, label: str, total: int, unit: str, as_json: bool, every_s: float = 5.0) -> None:
         super().__init__(total, unit)
-        self.label, self.every_s, self.last_printed = label, every_s, time.monotonic()
+        self.label, self.as_json, self.every_s, self.last_printed = label, as_json, every_s, time.monotonic()
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
         super().update(done, bad, size_bytes)
         now = time.monotonic()
         if now - self.last_printed >= self.every_s and done:
             self.last_printed = now
-            line: dict[str, Any] = {"progress": self.label, "done": done, "total": self.total, "unit": self.unit}
-            eta_s = round(self.eta_s()) if done > self.skipped else None
-            line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": eta_s}
-            if size_bytes or bad:
-                line |= {"bad": bad, "bytes": size_bytes}
-            say(json.dumps(line, ensure_ascii=False))
+            say(self._json_line() if self.as_json else self._text_line())
+
+    def _json_line(self) -> str:
+        line: dict[str, Any] = {"progress": self.label, "done": self.done, "total": self.total, "unit": self.unit}
+        eta_s = round(self.eta_s()) if self.done > self.skipped else None
+        line |= {f"{self.unit}_per_s": round(self.rate(), 1), "eta_s": eta_s}
+        if self.size_bytes or self.bad:
+            line |= {"bad": self.bad, "bytes": self.size_bytes}
+        return json.dumps(line, ensure_ascii=False)
+
+    def _text_line(self) -> str:
+        parts = [f"{self.label}: {self.done:,} of {self.total:,} {self.unit}", f"{self.rate():,.1f} {self.unit}/s"]
+        if self.done > self.skipped:
+            parts.append(f"{duration_text(self.eta_s())} left")
+        return ", ".join(parts + self.notes())
 
 
 class _ProgressBar(Progress):
@@ -244,15 +278,19 @@ class _ProgressBar(Progress):
 
     def update(self, done: int, bad: int = 0, size_bytes: int = 0) -> None:
         super().update(done, bad, size_bytes)
-        note = ", ".join([bytes_text(size_bytes)] * bool(size_bytes) + [f"{bad:,} bad"] * bool(bad))
-        self.bar.update(self.task, completed=done, rate=f"{self.rate():,.0f} {self.unit}/s", note=note)
+        rate = f"{self.rate():,.0f} {self.unit}/s"
+        self.bar.update(self.task, completed=done, rate=rate, note=", ".join(self.notes()))
 
 
 @contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Progress]:
-    """Show progress with rate and ETA on standard error: as a bar on a terminal, otherwise as lines of JSON."""
+    """Show progress with rate and ETA on standard error: as a bar on a terminal, otherwise as lines.
+
+    The lines are text, or JSON objects if the command that runs has the option --json.
+    """
     if not sys.stderr.isatty():
-        yield _JsonProgress(label, total, unit)
+        context = click.get_current_context(silent=True)
+        yield _ProgressLines(label, total, unit, as_json=context is not None and bool(context.params.get("as_json")))
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn

@@ -12,7 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prep.console import UserError
+from prep.console import UserError, WrongArgument
+from prep.version import pip_command
 
 FORMATS = ("png", "svg")
 TEXT_GRAY = "0.15"  # color of text and ticks; matplotlib's grays go from 0 (black) to 1 (white)
@@ -47,7 +48,7 @@ def render_figure(
         from matplotlib import rc_context
         from matplotlib.figure import Figure
     except ModuleNotFoundError:
-        raise UserError("Figures need matplotlib. Install it with: pip install 'alexnet[figures]'") from None
+        raise UserError(f"Figures need matplotlib. Install it with: {pip_command('figures')}") from None
     sizes: dict[Any, Any] = {"font.size": font_size_pt, "axes.titlesize": font_size_pt}
     with rc_context({**_STYLE, **sizes}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"Glyph \d+ .* missing from font")  # a missing glyph is drawn as a box
@@ -65,5 +66,5 @@ def figure_format(path: Path, option: str) -> str:
     format = path.suffix.lower().removeprefix(".")
     if format not in FORMATS:
         names = " or ".join(path.with_suffix(f".{known}").name for known in FORMATS)
-        raise UserError(f"{option} {path}: a figure is .{' or .'.join(FORMATS)}. Name it {names}.")
+        raise WrongArgument(f"{option} {path}: a figure is .{' or .'.join(FORMATS)}. Name it {names}.")
     return format

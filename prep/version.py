@@ -1,10 +1,11 @@
-"""Version of this software, read from the installed package or, if it is not installed, from the checkout."""
+"""Version of this software, from the installed package or the checkout; and packages for optional functions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from shlex import quote
 from typing import Any, TypeVar
 
 import click
@@ -12,7 +13,24 @@ import click
 DISTRIBUTION = "alexnet"
 UNKNOWN = "unknown"
 
+# Packages of the extras in pyproject.toml, as pip takes them. Errors name these packages and not `alexnet[EXTRA]`,
+# which pip can install only from a checkout.
+PACKAGES = {
+    "cluster": ("ray[default]>=2.60,<3",),
+    "cuda12": ("nvidia-dali-cuda120>=2.4,<3",),
+    "cuda13": ("nvidia-dali-cuda130>=2.4,<3",),
+    "export": ("onnx>=1.19", "onnxscript>=0.5", "safetensors>=0.5"),
+    "figures": ("matplotlib>=3.9",),
+    "remote": ("obstore>=0.12,<0.13",),
+    "tensorboard": ("tensorboard>=2.16",),
+}
+
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def pip_command(extra: str) -> str:
+    """The command that installs the packages of an extra: `pip install 'matplotlib>=3.9'`."""
+    return f"pip install {' '.join(map(quote, PACKAGES[extra]))}"
 
 
 @cache

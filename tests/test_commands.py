@@ -78,7 +78,6 @@ MISTAKES = [
     (["alexprep", "verify", "--store", "old"], "built with store version 99"),
     (["alexprep", "inspect", "--store", "nowhere"], "nowhere: no such store"),
     (["alexprep", "inspect", "--store", "STORE", "--key", "99"], "no key 00000099"),
-    (["alexprep", "inspect", "--store", "STORE", "--out", "out.png"], "--key"),
     (["alexprep", "export-files", "out", "--store", "nowhere"], "nowhere: no such store"),
     (["alexprep", "export-files", "a-file/out", "--store", "STORE"], "a-file/out"),
     (["alexprep", "import-caffe", "nowhere", "--store", "store"], "nowhere"),
@@ -87,10 +86,6 @@ MISTAKES = [
     (["alexstream", "bench", "--store", "old"], "built with store version 99; this program reads version 1"),
     (["alextrain", "run", "--store", "old"], "built with store version 99; this program reads version 1"),
     (["alextrain", "run", "--store", "empty"], "no manifest.json"),
-    (["alextrain", "run", "--store", "STORE", "--gpus", "0,1,2"], "--gpus 0,1,2: AlexNet has two columns"),
-    (["alextrain", "run", "--store", "STORE", "--gpus", "7,8"], "--gpus 7,8: there is no GPU 7"),
-    (["alextrain", "run", "--store", "STORE", "--gpus", "one"], "--gpus one: expected two GPUs (0,1)"),
-    (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "999"], "--batch 999"),
     (["alextrain", "evaluate", "nowhere", "--store", "STORE"], "nowhere: no such run"),
     (["alextrain", "evaluate", "empty", "--store", "STORE"], "empty: has no checkpoint"),
     (["alextrain", "evaluate", "empty", "--store", "STORE", "--split", "test"], "Name another --split."),
@@ -106,18 +101,51 @@ MISTAKES = [
     (["alextrain", "predict", "nowhere", "a-file"], "nowhere: no such run"),
     (["alextrain", "features", "empty", "--store", "nowhere", "--out", "f.npy"], "nowhere: no such store"),
     (["alextrain", "search", "empty", "a-file"], "empty: has no checkpoint"),
+]
+
+WRONG_ARGUMENTS = [
+    (["alexprep", "inspect", "--store", "STORE", "--out", "out.png"], "--key"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "0,1,2"], "--gpus 0,1,2: AlexNet has two columns"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "7,8"], "--gpus 7,8: there is no GPU 7"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "one"], "--gpus one: expected two GPUs (0,1)"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--batch", "999"], "--batch 999"),
     (["alextrain", "evaluate", "a.npz", "b.npz", "--weights", "1"], "--weights 1: expected 2 numbers"),
     (["alextrain", "summary", "--gpus", "0,1,2"], "AlexNet has two columns"),
     (["alextrain", "recipe", "--set", "lr=fast"], "--set lr=fast: expected a number"),
     (["alextrain", "run", "--store", "STORE", "--set", "lrr=1"], "there is no lrr. Did you mean lr"),
     (["alextrain", "run", "--store", "STORE", "--model", "half", "--gpus", "0,1"], "this network has one column"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--accumulate", "3"], "--accumulate 3: a batch of 128"),
+    (["alextrain", "run", "--store", "STORE", "--gpus", "cpu", "--precision", "tf32"], "only GPUs have TF32"),
+    (
+        ["alextrain", "run", "--store", "STORE", "--batch", "8", "--run-dir", "empty", "--fork", "empty"],
+        "--run-dir itself",
+    ),
+    (["alextrain", "recipe", "--set", "lrn.alpah=1"], "there is no alpah. Did you mean alpha?"),
+    (["alextrain", "recipe", "--set", "activation=rellu"], "Did you mean relu?"),
+    (["alextrain", "recipe", "--set", "augmentation.divisor=0"], "divisors more than 0"),
+    (["alextrain", "recipe", "relesed"], "Did you mean released?"),
+    (["alextrain", "run", "--model", "alexent"], "Did you mean alexnet?"),
+    (["alextrain", "runs"], "Did you mean 'run'"),
+    (["alextrain", "run", "--stor", "x"], "'--store'"),
+    (["alextrain", "compare", "empty"], "a comparison needs two or more runs"),
+    (["alextrain", "compare", "empty", "empty"], "empty: named twice"),
+    (["alexprep", "copy", "ftp://a/b", "c"], "ftp:// is not supported"),
+    (["alexprep", "verify", "--store", "STORE", "--cluster", "here"], "cluster 'here': expected local, auto"),
+    (["alexprep", "build-lmdb", "PHOTOS", "--part", "3/2"], "--part 3/2: expected I/N"),
+    (["alexprep", "pca-stats", "--store", "STORE", "--plot", "plot.gif"], "a figure is .png or .svg"),
+    (["alexstream", "bench", "--store", "STORE", "--device", "gpu"], "device 'gpu': expected cpu or cuda:N"),
+    (["alexstream", "inspect", "--store", "STORE", "--batch", "99"], "Choose a smaller --batch"),
 ]
 
 
-@pytest.mark.parametrize(("args", "message"), MISTAKES, ids=lambda value: " ".join(value)[:50])
-def test_a_mistake_is_reported_in_one_line(
+CASES = [(args, message, 1) for args, message in MISTAKES] + [(args, message, 2) for args, message in WRONG_ARGUMENTS]
+
+
+@pytest.mark.parametrize(("args", "message", "code"), CASES, ids=[" ".join(args)[:50] for args, _, _ in CASES])
+def test_a_mistake_is_reported_in_one_line_and_a_wrong_argument_ends_with_exit_code_2(
     args: list[str],
     message: str,
+    code: int,
     store: Path,
     photo_folder: Path,
     tmp_path: Path,
@@ -129,9 +157,9 @@ def test_a_mistake_is_reported_in_one_line(
     Path("old").mkdir()
     Path("old/manifest.json").write_text(json.dumps({"kind": "alexnet-store", "schema": 99}))
     args = [{"STORE": str(store), "PHOTOS": str(photo_folder)}.get(arg, arg) for arg in args]
-    code, out, err = run_command(*args)
-    assert code == 1 and out == ""
-    *messages, error = [line for line in err.splitlines() if line]
+    exit_code, out, err = run_command(*args)
+    assert exit_code == code and out == ""
+    *messages, error = [line for line in err.splitlines() if line and not line.startswith(("Usage: ", "Try "))]
     assert error.startswith("Error: ") and message in error and "Traceback" not in err
     assert not messages or args[:2] == ["alextrain", "run"]  # `alextrain run` first prints a description of the run
     assert not Path("run").exists() and not Path("out.png").exists() and not Path("store").exists()
@@ -152,4 +180,4 @@ def test_a_missing_dali_is_reported_in_one_line_with_the_extra_to_install(store:
     environment = {**os.environ, "ALEXNET_NATIVE": "0"}  # with the C kernels, a stream on a CPU needs no DALI
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
-    assert "NVIDIA DALI is not installed" in result.stderr and "alexnet[cuda13]" in result.stderr
+    assert "NVIDIA DALI is not installed" in result.stderr and "nvidia-dali-cuda130>=2.4,<3" in result.stderr

@@ -11,6 +11,7 @@ import click
 
 from prep.console import (
     UserError,
+    WrongArgument,
     json_option,
     print_json,
     progress,
@@ -96,7 +97,7 @@ def inspect(
 
     records, step_records = opened.split(split).records, batch * world_size
     if records < step_records:
-        raise UserError(
+        raise WrongArgument(
             f"{store} has {records:,} records in {split}, a step takes {step_records:,} records. Choose a smaller "
             "--batch."
         )

@@ -164,7 +164,7 @@ class DaliEngine:
             image = self._normalize(square, flip, self._augmenter.mean_rgb.tolist(), position)
             if self._augmenter.augmentation.mean == "aligned":
                 assert self._augmenter.mean_image is not None
-                mean = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX]
+                mean = self._augmenter.mean_image[y : y + CROP_PX, x : x + CROP_PX] / self._divisor
                 views.append(image - self._constant(mean[:, ::-1] if flip else mean))
             else:
                 views.append(self._subtract_centre(image))

@@ -137,6 +137,10 @@ def print_stats(stats: ColorStats) -> None:
         f"{stats.records:,} records, {stats.pixels:,} pixels, RGB on the scale 0..{stats.pixel_scale} (grey levels)"
     )
     click.echo(f"mean RGB                {row(stats.mean_rgb, digits=2)}   grey levels")
+    levels, unit = stats.channel_stats(), stats.channel_stats(max_value=1)
+    click.echo(f"std RGB                 {row(levels.std, digits=2)}   grey levels")
+    click.echo(f"mean RGB, [0, 1]        {row(unit.mean)}   as torchvision.transforms.Normalize takes it")
+    click.echo(f"std RGB, [0, 1]         {row(unit.std)}   as torchvision.transforms.Normalize takes it")
     for name, values in zip("RGB", stats.covariance, strict=True):
         click.echo(f"covariance {name}            {row(values, digits=1)}   grey levels squared")
     click.echo(f"                        {'PC 1':>10}{'PC 2':>10}{'PC 3':>10}")

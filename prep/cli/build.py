@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from prep.build.report import report_build, report_estimate, report_part
 from prep.cli.options import make_runner, path_for, record_options, split_option
-from prep.console import UserError, progress, store_option
+from prep.console import WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
@@ -130,13 +130,13 @@ def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: b
 
     number, _, count = part.partition("/")
     if not (number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
-        raise UserError(f"--part {part}: expected I/N with I from 1 to N, for example 3/16.")
+        raise WrongArgument(f"--part {part}: expected I/N with I from 1 to N, for example 3/16.")
     if cluster is not None:
-        raise UserError("--part is for builds without a cluster. Leave it out: --cluster divides the shards itself.")
+        raise WrongArgument("--part is for builds without a cluster. Leave it out: --cluster divides the shards.")
     if dry_run:
-        raise UserError("--dry-run estimates the whole build. Leave out --part.")
+        raise WrongArgument("--dry-run estimates the whole build. Leave out --part.")
     if restart:
-        raise UserError(
+        raise WrongArgument(
             "--restart would discard the shards of all parts. When no part is at work, delete the folder of the split "
             "in the store; then start the parts without --restart."
         )

@@ -12,6 +12,7 @@ from prep.build.report import print_stats
 from prep.cli.options import cluster_option, jobs_option, make_runner, path_for, split_option
 from prep.console import (
     UserError,
+    WrongArgument,
     bytes_text,
     count_noun,
     disk_error,
@@ -109,7 +110,7 @@ def inspect(store: Path, split: str, key: str | None, out: Path | None, as_json:
         _inspect_record(opened, split, key, out, as_json)
         return
     if out is not None:
-        raise UserError(f"--out {out} is for the image of one record. Name the record with --key.")
+        raise WrongArgument(f"--out {out} is for the image of one record. Name the record with --key.")
     from prep.check.inspect import describe_store, summary_lines
 
     if as_json:
@@ -225,7 +226,7 @@ def pca_stats(
     from prep.images.color_stats import recompute_color_stats
 
     if cluster is not None and not recompute:
-        raise UserError(f"--cluster {cluster} is for --recompute: without it, no image is decoded. Leave it out.")
+        raise WrongArgument(f"--cluster {cluster} is for --recompute: without it, no image is decoded. Leave it out.")
     opened = Store.open(path_for(cluster, store))
     if not recompute:
         try:
@@ -247,7 +248,9 @@ def pca_stats(
         plot_colors(opened, split, stats, plot)
         say(f"Wrote {plot}.")
     if as_json:
-        print_json(asdict(stats))
+        levels, unit = stats.channel_stats(), stats.channel_stats(max_value=1)
+        in_unit_range = {"mean_rgb": unit.mean, "std_rgb": unit.std}
+        print_json({**asdict(stats), "std_rgb": levels.std, "unit_range": in_unit_range})
         return
     print_stats(stats)
     if difference is not None:

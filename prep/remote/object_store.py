@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 from prep.console import UserError
 from prep.remote.aws_profile import profile_settings
 from prep.remote.folder import CHUNK_BYTES, CountBytes, FileState
+from prep.version import pip_command
 
 T = TypeVar("T")
 
@@ -39,7 +40,6 @@ _READ_TIMEOUT = "60s"
 _PARTS_AT_ONCE = 2  # number of parts of one upload that are kept in memory and sent at the same time
 _MAX_PARTS = 9_000  # largest number of parts of one upload; S3 allows 10,000
 
-_INSTALL = "Install it with: pip install 'alexnet[remote]'"
 _CREDENTIALS = {
     "s3": "Set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE",
     "gs": "Set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login",
@@ -54,7 +54,8 @@ def _obstore(scheme: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] != "obstore":
             raise
-        raise UserError(f"{scheme}:// needs obstore, which is not installed. {_INSTALL}") from None
+        hint = f"Install it with: {pip_command('remote')}"
+        raise UserError(f"{scheme}:// needs obstore, which is not installed. {hint}") from None
     module: ModuleType = obstore
     return module
 

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from prep.console import UserError
+from prep.console import WrongArgument
 from prep.remote.folder import Folder, LocalFolder
 from prep.remote.object_store import ObjectFolder
 
@@ -24,14 +24,14 @@ def open_folder(name: str) -> Folder:
     if scheme == "file":
         url = urlsplit(name)
         if url.netloc not in ("", "localhost") or not url.path:
-            raise UserError(f"{name}: expected file:///PATH, with three slashes.")
+            raise WrongArgument(f"{name}: expected file:///PATH, with three slashes.")
         return LocalFolder(Path(unquote(url.path)))
     if scheme not in SCHEMES:
-        raise UserError(
+        raise WrongArgument(
             f"{name}: {scheme}:// is not supported. Pass a path, file://, "
             f"{' or '.join(f'{known}://BUCKET/PREFIX' for known in SCHEMES)}."
         )
     bucket, _, prefix = name[match.end() :].partition("/")
     if not bucket or "//" in prefix or any(part in (".", "..") for part in prefix.split("/")):
-        raise UserError(f"{name}: expected {scheme}://BUCKET/PREFIX, with a bucket and without empty parts.")
+        raise WrongArgument(f"{name}: expected {scheme}://BUCKET/PREFIX, with a bucket and without empty parts.")
     return ObjectFolder(scheme, bucket, prefix.rstrip("/"))

@@ -18,10 +18,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -99,6 +100,22 @@ class ColorStats:
     stdevs: tuple[float, ...]  # (3,), grey levels
     eigenvectors: tuple[tuple[float, ...], ...]  # (3, 3): column j for eigenvalue j, with first nonzero entry > 0
     pixel_scale: int  # always 255
+
+    def channel_stats(self, max_value: float = 255) -> ChannelStats:
+        """Mean and standard deviation of each channel, for pixels in 0..`max_value`: 255 (grey levels) or 1."""
+        factor = max_value / self.pixel_scale
+        stds = (math.sqrt(max(0.0, self.covariance[k][k])) for k in range(3))
+        return ChannelStats(
+            tuple(factor * mean for mean in self.mean_rgb), tuple(factor * std for std in stds), max_value
+        )
+
+
+class ChannelStats(NamedTuple):
+    """Mean and standard deviation of the R, G and B values of a split's pixels, as for transforms.Normalize."""
+
+    mean: tuple[float, ...]  # (3,)
+    std: tuple[float, ...]  # (3,)
+    max_value: float  # value of a white pixel: 255 for grey levels, 1 for pixels in [0, 1]
 
 
 def _class_names(value: object) -> tuple[str, ...]:

@@ -25,8 +25,8 @@ def json_lines(*args: object) -> list[Any]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-def refusal(*args: object) -> str:
-    """Run a command that must fail with exit code 1 and one line on standard error; returns that line."""
+def refusal(*args: object, code: int = 1) -> str:
+    """Run a command that must fail with exit code `code` and one line on standard error; returns that line."""
     result = alextrain(*args)
-    assert result.exit_code == 1 and result.stderr.count("\n") == 1, result.output
+    assert result.exit_code == code and result.stderr.count("\n") == 1, result.output
     return result.stderr

@@ -117,7 +117,7 @@ def test_crops_of_stores_of_other_sides_equal_the_formula(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.usefixtures("engine")
 def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, mean: str) -> None:
-    """Images come in the order of the store. The loader uses only `mean` of the Augmentation."""
+    """Images come in the order of the store. The loader uses the mean and the divisor of the Augmentation."""
     store, augmentation = Store.open(stores[kind]), Augmentation(mean=mean, strength=9.0, divisor=3.0, shared_by=5)
     squares = stored_squares(store, "val")
     one = list(served(eval_loader(store.root, 5, augmentation=augmentation)))
@@ -127,7 +127,7 @@ def test_evaluation_views_equal_the_formula(stores: dict[str, Path], kind: str, 
     for (label, square), (label_1, image), (label_10, views) in zip(squares, one, all_ten, strict=True):
         assert label == label_1 == label_10
         for number, (view, (corner, flip)) in enumerate(zip(views, crops, strict=True)):
-            expected_image = formula(square, corner, flip, 0.0, mean, store)
+            expected_image = formula(square, corner, flip, 0.0, mean, store, divisor=3.0)
             assert np.abs(view - expected_image).max() < TOLERANCE
             assert number != 2 or np.abs(image - expected_image).max() < TOLERANCE
 
@@ -154,7 +154,7 @@ def test_squares_equal_the_central_square_minus_the_mean(
     loader = eval_loader(store.root, 5, views="square", augmentation=augmentation, layout=layout)
     squares = stored_squares(store, "val")
     for (label, square), (served_label, image) in zip(squares, served(loader), strict=True):
-        expected_image = square - subtracted
+        expected_image = (square - subtracted) / 3.0
         if layout == "NCHW":
             expected_image = expected_image.transpose(2, 0, 1)
         assert label == served_label and image.shape == expected_image.shape
@@ -170,6 +170,19 @@ def test_evaluation_subtracts_the_mean_of_the_training_split(stores: dict[str, P
     mean = Store.open(stores["jpeg"]).color_stats("train").mean_rgb
     assert np.allclose(difference.mean((0, 2, 3)).numpy(), mean, atol=1e-3)
     assert not np.allclose(mean, Store.open(stores["jpeg"]).color_stats("val").mean_rgb, atol=1e-3)
+
+
+def test_the_divisor_of_evaluation_is_the_divisor_of_training_unless_it_has_its_own(stores: dict[str, Path]) -> None:
+    """Without noise, an image of a training batch and the same image in evaluation have values on the same scale."""
+    scaled = {
+        (divisor, own): batches(stores["ppm"], "centre", augmentation=Augmentation("none", "off", 0, divisor, 1, own))
+        for divisor, own in ((1.0, None), (64.0, None), (64.0, 1.0), (1.0, 64.0))
+    }
+    plain = scaled[1.0, None]
+    for settings, divisor in {(64.0, None): 64.0, (64.0, 1.0): 1.0, (1.0, 64.0): 64.0}.items():
+        assert all(torch.equal(a / divisor, b) for a, b in zip(plain, scaled[settings], strict=True)), settings
+    training = batches(stores["ppm"], "train", augmentation=Augmentation("none", "off", 0, 64.0))
+    assert 0.1 < float(training[0].std() / scaled[64.0, None][0].std()) < 10
 
 
 @pytest.mark.parametrize("mean", ["image", "aligned"])
@@ -265,7 +278,15 @@ def test_an_error_about_missing_statistics_names_the_command_that_writes_them(ph
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"mean": "median"}, {"colour": "hue"}, {"strength": -1.0}, {"divisor": 0.0}, {"shared_by": 0}]
+    "arguments",
+    [
+        {"mean": "median"},
+        {"colour": "hue"},
+        {"strength": -1.0},
+        {"divisor": 0.0},
+        {"eval_divisor": 0.0},
+        {"shared_by": 0},
+    ],
 )
 def test_an_augmentation_value_that_is_not_allowed_is_refused(arguments: dict[str, object]) -> None:
     with pytest.raises(UserError, match="expected"):

@@ -8,12 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from pipeline.augment import Augmentation
-from pipeline.loader import STREAM_VERSION, Batch, train_loader
+from pipeline.loader import STREAM_VERSION, Batch, eval_loader, train_loader
 from prep.console import UserError
+from prep.store.manifest import Store
+from tests.pipeline.augment_formula import stored_squares
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
 POSITIONS = [0, 1, 2, 3, 4, 7]  # number of batches served before the state was taken; an epoch has three batches
@@ -216,3 +219,42 @@ def test_between_epochs_two_ranks_with_the_same_batch_size_resume_the_state_of_o
             loader.load_state_dict(state)
             ranks.append(list(loader))
     assert len(expected) == 2 and batches_equal(concatenate_ranks(ranks), expected)
+
+
+def test_a_loop_after_a_break_goes_on_and_set_epoch_begins_an_epoch(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 10, seed=3, threads=1) as loader:
+        epochs = [list(loader) for _ in range(2)]
+        loader.set_epoch(0)
+        first = next(iter(loader))
+        assert batches_equal([first, *loader], epochs[0])  # the second loop goes on after the first batch
+        assert (loader.epoch, loader.step) == (1, 0)
+        loader.set_epoch(1)  # the loader is there already
+        next(iter(loader))
+        loader.set_epoch(1)  # begins the epoch again
+        assert batches_equal(list(loader), epochs[1])
+        loader.set_epoch(0)
+        assert batches_equal(list(loader), epochs[0])
+        with pytest.raises(UserError, match="epoch -1"):
+            loader.set_epoch(-1)
+
+
+def test_dtype_and_device_are_names_or_objects_of_torch(numbered_store: Path) -> None:
+    batches = {}
+    for dtype, device in (("float16", "cpu"), (torch.float16, torch.device("cpu"))):
+        with train_loader(numbered_store, 5, device, dtype=dtype, threads=1) as loader:
+            batches[dtype], state = next(iter(loader)), loader.state_dict()
+            assert state["dtype"] == "float16" and json.loads(json.dumps(state)) == state
+    assert batches_equal([batches["float16"]], [batches[torch.float16]])
+    for make in (train_loader, eval_loader):
+        with pytest.raises(UserError, match=r"dtype 'float64'.*Did you mean "):
+            make(numbered_store, 5, dtype=torch.float64)
+
+
+def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str, Path]) -> None:
+    """The squares of a ppm store are the pixels that the build summed."""
+    with train_loader(stores["ppm"], 5, threads=1) as loader:
+        levels, unit = loader.channel_stats(), loader.channel_stats(max_value=1)
+    squares = stored_squares(Store.open(stores["ppm"]), "train")
+    pixels = np.concatenate([square.reshape(-1, 3) for _, square in squares])
+    assert np.allclose(levels.mean, pixels.mean(0)) and np.allclose(levels.std, pixels.std(0))
+    assert np.allclose(unit.mean, pixels.mean(0) / 255) and np.allclose(unit.std, pixels.std(0) / 255)

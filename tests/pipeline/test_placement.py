@@ -1,4 +1,4 @@
-"""Placement on a GPU, tested with mocked CUDA functions on a machine without a GPU."""
+"""Names and torch.device objects of devices; placement on a GPU, tested with mocked CUDA functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.placement import Placement
+from prep.console import WrongArgument
 
 
 def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,3 +44,17 @@ def test_the_gpu_of_a_batch_is_the_current_device_while_torch_receives_it(monkey
     (output,) = placement.outputs(SimpleNamespace(outputs=outputs), "the stream of 1")
     assert placement.tensor_from_dali(output).tolist() == [1, 1, 1]
     assert seen == {"outputs": 1, "as_tensor": 1} and current == [0]
+
+
+def test_a_device_is_a_name_or_a_torch_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 2)
+    for device in ("cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)):
+        assert Placement.parse(device) == Placement(None)
+    for device in ("cuda:1", torch.device("cuda", 1), torch.device("cuda:1")):
+        assert Placement.parse(device) == Placement(1)
+    for device in ("cuda", torch.device("cuda")):
+        assert Placement.parse(device) == Placement(2)  # torch's current GPU
+    for device in ("gpu", torch.device("meta"), "cuda:3", torch.device("cuda", 3), "cuda:x", ""):
+        with pytest.raises(WrongArgument, match=f"device .?{device!s}"):
+            Placement.parse(device)

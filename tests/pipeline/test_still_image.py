@@ -15,9 +15,11 @@ from pipeline.still_image import EvalTransform, StoredImages, read_photograph
 from prep.console import UserError
 from prep.store.manifest import Settings, Store
 
+DIVISOR = 58.4
+
 
 def transform_of(store: Store, mean: str) -> EvalTransform:
-    return EvalTransform(store.settings, mean, store.color_stats().mean_rgb, store.mean_image())
+    return EvalTransform(store.settings, mean, store.color_stats().mean_rgb, store.mean_image(), DIVISOR)
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "jpeg-whole", "ppm-whole"])
@@ -40,7 +42,7 @@ def test_a_photograph_is_prepared_as_its_record_in_a_store(
 def test_crops_equal_those_of_the_stream(stores: dict[str, Path], views: int) -> None:
     for mean in MEANS:
         store = Store.open(stores["ppm-whole"])
-        augmentation = Augmentation(mean=mean)
+        augmentation = Augmentation(mean=mean, divisor=DIVISOR)
         loader = eval_loader(store.root, 12, views=views, augmentation=augmentation, threads=1)
         with loader, StoredImages(store, "val") as images:
             (batch,) = loader

@@ -27,9 +27,9 @@ def alexprep(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def fails(result: Result, *parts: str) -> None:
-    """The exit code is 1. Standard error is one line, which begins with "Error:" and has all `parts`."""
-    assert result.exit_code == 1
+def fails(result: Result, *parts: str, code: int = 1) -> None:
+    """The exit code is `code`. Standard error is one line, which begins with "Error:" and has all `parts`."""
+    assert result.exit_code == code
     assert isinstance(result.exception, SystemExit)  # no traceback
     assert result.stdout == ""
     lines = result.stderr.strip().splitlines()
@@ -49,6 +49,8 @@ STATS_KEYS = [
     "stdevs",
     "eigenvectors",
     "pixel_scale",
+    "std_rgb",
+    "unit_range",
 ]
 
 
@@ -164,7 +166,11 @@ def test_pca_stats_answers_in_json(split: str, store: Path) -> None:
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert list(answer) == STATS_KEYS
-    assert answer == json.loads((store / split / "colour.json").read_bytes())
+    written = json.loads((store / split / "colour.json").read_bytes())
+    assert {name: answer[name] for name in written} == written
+    np.testing.assert_allclose(np.square(answer["std_rgb"]), np.diag(answer["covariance"]), rtol=1e-12)
+    for name, values in answer["unit_range"].items():
+        np.testing.assert_allclose(values, np.divide(answer[name], 255), rtol=1e-12)
     assert answer["records"] == {"train": 30, "val": 12}[split]
     assert answer["pixels"] == answer["records"] * 256 * 256
     assert answer["pixel_scale"] == 255
@@ -175,6 +181,8 @@ def test_pca_stats_prints_the_numbers_of_colour_json(store: Path) -> None:
     stats = json.loads((store / "train" / "colour.json").read_bytes())
     printed = alexprep("pca-stats", "--store", store).stdout
     assert f"30 records, {30 * 256 * 256:,} pixels" in printed
+    for value in np.sqrt(np.diag(stats["covariance"])):
+        assert f"{value:.2f}" in printed and f"{value / 255:.4f}" in printed
     for value in stats["mean_rgb"]:
         assert f"{value:.2f}" in printed
     for value in stats["stdevs"]:
@@ -228,9 +236,9 @@ def test_pca_stats_prints_its_result_and_writes_a_plot(store: Path, tmp_path: Pa
 
 def test_a_plot_that_cannot_be_written_is_a_one_line_error(store: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    for out in (tmp_path / "nowhere" / "pca.png", tmp_path / "pca.unknown"):
+    for out, code in ((tmp_path / "nowhere" / "pca.png", 1), (tmp_path / "pca.unknown", 2)):
         result = alexprep("pca-stats", "--store", store, "--plot", out)
-        fails(result, "--plot", str(out))
+        fails(result, "--plot", str(out), code=code)
         assert not out.exists()
 
 
@@ -238,4 +246,4 @@ def test_a_plot_without_matplotlib_is_an_error_that_says_what_to_install(
     store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    fails(alexprep("pca-stats", "--store", store, "--plot", tmp_path / "pca.png"), "pip install 'alexnet[figures]'")
+    fails(alexprep("pca-stats", "--store", store, "--plot", tmp_path / "pca.png"), "pip install 'matplotlib>=3.9'")

@@ -1,4 +1,4 @@
-"""prep.console: progress as JSON lines and as a bar, and counts, sizes and durations as text."""
+"""prep.console: progress as lines of text or JSON and as a bar, and counts, sizes and durations as text."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import subprocess
 import sys
 from contextlib import suppress
 
+import click
 import pytest
 
 from prep import console
 from prep.console import Progress, bytes_text, count_noun, duration_text, progress
 
 
-def test_progress_is_json_lines_without_a_terminal(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("as_json", [True, False])
+def test_progress_without_a_terminal_is_lines_of_text_or_of_json_with_the_option_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
     """100 of 300 images take 10 s on a clock that the test sets: the rate is 10 images/s, and 20 s remain."""
     clock = [1000.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with progress("train: é", 400, "pictures") as job_progress:
+    context = click.Context(click.Command("build"))
+    context.params["as_json"] = as_json
+    with context, progress("train: é", 400, "pictures") as job_progress:
         job_progress.skip(100)
         job_progress.advance(1)
         job_progress.update(101, 1, 99)
@@ -38,6 +42,10 @@ def test_progress_is_json_lines_without_a_terminal(
     output = capsys.readouterr()
     assert output.out == ""
     first, second = output.err.splitlines()
+    if not as_json:
+        assert first == "train: é: 200 of 400 pictures, 10.0 pictures/s, 20 s left, 5.0 KB, 3 bad"
+        assert second == "train: é: 250 of 400 pictures, 10.0 pictures/s, 15 s left"
+        return
     assert json.loads(first) == {
         "progress": "train: é",
         "done": 200,

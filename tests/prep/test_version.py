@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ import pytest
 
 from prep import version
 from prep.store.manifest import Store
+from prep.version import PACKAGES, pip_command
 from tests.helpers.project import ROOT
 
 COMMANDS = {"prep": "alexprep", "pipeline": "alexstream", "train": "alextrain"}
@@ -120,3 +123,15 @@ def test_version_of_a_checkout(content: bytes | None, expected: str, tmp_path: P
     if content is not None:
         (tmp_path / "pyproject.toml").write_bytes(content)
     assert version.checkout_version(tmp_path) == expected
+
+
+def test_hints_name_the_packages_of_the_extras_and_no_extra_of_this_project() -> None:
+    """pip can install `alexnet[figures]` only from a checkout, but each package of the extra from its index."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name: list(packages) for name, packages in PACKAGES.items()} == {
+        name: packages for name, packages in extras.items() if name not in ("dev", "docs")
+    }
+    assert shlex.split(pip_command("cluster")) == ["pip", "install", "ray[default]>=2.60,<3"]
+    for package in ("prep", "pipeline", "train", "tools"):
+        for path in (ROOT / package).rglob("*.py"):
+            assert not re.search(r"pip install .*alexnet\[", path.read_text()), path

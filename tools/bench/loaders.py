@@ -31,6 +31,7 @@ from prep.inputs.sources import list_source
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
 from prep.store.manifest import Settings, Store
+from prep.version import pip_command
 from prep.workers import WorkerPool
 from tools.bench.harness import make_photo_digits
 from tools.bench.peers.stream_turn import BATCH, CROP_PX, random_crop
@@ -78,7 +79,7 @@ def dali_batches(store: Store, threads: int) -> Batches:
     try:
         dali: Any = import_module("nvidia.dali")
     except ModuleNotFoundError:
-        raise UserError("it is not installed. Install it with: pip install 'alexnet[cuda13]'") from None
+        raise UserError(f"it is not installed. Install it with: {pip_command('cuda13')}") from None
     fn, types = dali.fn, dali.types
     pipe = dali.Pipeline(batch_size=BATCH, num_threads=threads, device_id=None)
     with pipe:

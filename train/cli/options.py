@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from prep.console import UserError
+from prep.console import WrongArgument
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import ACTIVATIONS, CHECKPOINTS_KEPT, EVAL_VIEWS, POOLS_PX, PRECISIONS, SCHEDULES
 from train.config.recipes import RECIPES
@@ -194,7 +194,7 @@ def service_options(command: Command) -> Command:
     @wraps(command)
     def with_service(*, service: str | None, service_fallback: str | None, **others: Any) -> Any:
         if service_fallback is not None and service is None:
-            raise UserError(f"--service-fallback {service_fallback}: no service is named. Pass --service NAME too.")
+            raise WrongArgument(f"--service-fallback {service_fallback}: no service is named. Pass --service NAME too.")
         return command(service=service, service_fallback=service_fallback, **others)
 
     for option in (_service_fallback_option, _service_option):

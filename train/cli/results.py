@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, count_noun, json_option, one_line, print_json, say, store_option
+from prep.console import UserError, WrongArgument, count_noun, json_option, one_line, print_json, say, store_option
 from prep.plot_style import FORMATS
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option, run_argument
@@ -310,7 +310,7 @@ def search(
 
     format = "png" if out is None else figure_format(out, "--out")
     if len(images) > MAX_SHEET_ROWS:
-        raise UserError(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer photographs.")
+        raise WrongArgument(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer photographs.")
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     sheet = out or trained.run_dir / "search.png"
     results = find_nearest(trained, images, count, index_records)

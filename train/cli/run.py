@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, count_noun, json_option, print_json, say, shell_quoted, store_option
+from prep.console import WrongArgument, count_noun, json_option, print_json, say, shell_quoted, store_option
 from prep.store.manifest import Store
 from train.cli.options import (
     accumulate_option,
@@ -179,7 +179,7 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
     records, classes = store.split("train").records, len(store.classes)
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
     if not training.steps_per_epoch:
-        raise UserError(
+        raise WrongArgument(
             f"--batch {config.batch_size}: {config.store} has only {records:,} training records. "
             f"Pass --batch {records} or less."
         )

@@ -6,7 +6,7 @@ The module imports torch only to count GPUs.
 from __future__ import annotations
 
 from prep import console
-from prep.console import UserError
+from prep.console import WrongArgument
 
 Devices = tuple[str, str]  # device of column 0, device of column 1; the two can be equal
 
@@ -32,13 +32,13 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
         return "cpu", "cpu"
     indices = gpus.split(",")
     if not all(index.strip().isdecimal() for index in indices):
-        raise UserError(f"--gpus {gpus}: expected two GPUs (0,1), one GPU for both columns (0), or cpu.")
+        raise WrongArgument(f"--gpus {gpus}: expected two GPUs (0,1), one GPU for both columns (0), or cpu.")
     check_device_count(gpus)
     if len(indices) > columns:
-        raise UserError(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
+        raise WrongArgument(f"--gpus {gpus}: this network has one column. Name one device (0), or cpu.")
     missing = [index.strip() for index in indices if int(index) >= count]
     if missing:
-        raise UserError(
+        raise WrongArgument(
             f"--gpus {gpus}: there is no GPU {missing[0]}: this machine has {console.count_noun(count, 'GPU')}. "
             + (f"Name a number below {count}, or cpu." if count else "Pass --gpus cpu.")
         )
@@ -48,7 +48,7 @@ def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
 def check_device_count(gpus: str) -> None:
     """Raise UserError if a value of `--gpus` names more than two devices."""
     if gpus.count(",") > 1:
-        raise UserError(
+        raise WrongArgument(
             f"--gpus {gpus}: AlexNet has two columns. Name two devices (0,1), one device for both columns (0), or cpu."
         )
 

@@ -60,8 +60,15 @@ def stream_seed_of(identity: Mapping[str, Any]) -> Any:
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """All fields of a recipe except `name` and `sources`, as JSON values."""
+    """All fields of a recipe except `name` and `sources`, as JSON values.
+
+    `augmentation.eval_divisor` is the divisor of evaluation images, and is left out if evaluation does not divide.
+    """
     values: dict[str, Any] = as_json({k: v for k, v in asdict(recipe).items() if k not in ("name", "sources")})
+    divisor = recipe.augmentation.divisor_in_evaluation
+    values["augmentation"]["eval_divisor"] = divisor
+    if divisor == 1:  # in version 0.1.0, which wrote no eval_divisor, every run had this value
+        del values["augmentation"]["eval_divisor"]
     return values
 
 

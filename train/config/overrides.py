@@ -13,6 +13,9 @@ parts. The syntax of a value depends on the type of the field:
                                       none (constant lr); 25,51,79 (lr divided by 10 after each of these epochs);
                                       25:1e-3,51:1e-4 (lr 1e-3 after epoch 25, 1e-4 after epoch 51); schedule.drops=2
 
+`augmentation.divisor` sets the divisor of training and evaluation. To divide only training images, as the authors'
+code does, also set `augmentation.eval_divisor=1`. A value of all parts of `augmentation` may leave out eval_divisor.
+
 Overrides are applied in alphabetical order of their fields. The order of the fields on the command line therefore
 changes neither the recipe nor its name. If a field has two overrides, the last on the command line is used.
 """
@@ -22,12 +25,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from difflib import get_close_matches
 from itertools import pairwise
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from prep.console import UserError
+from prep.console import UserError, WrongArgument, did_you_mean
 from train.config.architecture import LAYERS
 from train.config.recipe import Cosine, Plateau, Recipe, ScheduleChange, ScheduleSpec, recipe_fields
 from train.config.recipes import recipe_named
@@ -66,7 +68,7 @@ def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
     for setting in settings:
         path, equals, value = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise UserError(f"--set {setting}: expected FIELD=VALUE, as in lr=0.02.")
+            raise WrongArgument(f"--set {setting}: expected FIELD=VALUE, as in lr=0.02.")
         values[path] = value
     for path, value in sorted(values.items()):
         recipe = _apply(recipe, path, value)
@@ -85,15 +87,17 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
             after = _replace_part(option, before, get_type_hints(Recipe)[field], parts, value)
         if after == before:
             return recipe
+        if path == "augmentation.divisor" and after.divisor != 1:
+            after = replace(after, eval_divisor=None)  # evaluation divides by the number that the user gives, too
         source = OVERRIDE_SOURCE
         if parts:
             source = f"{'.'.join(parts)} {OVERRIDE_SOURCE}; else: {recipe.sources[field]}"
         name = f"{recipe.name}, {path}={value if parts else _canonical_text(after, value)}"
         return replace(recipe, **{field: after}, name=name, sources={**recipe.sources, field: source})
     except _InvalidValue as error:
-        raise UserError(f"{option}: expected {error}.") from None
+        raise WrongArgument(f"{option}: expected {error}.") from None
     except UserError as error:
-        raise error if str(error).startswith("--set") else UserError(f"{option}: {error}") from None
+        raise error if str(error).startswith("--set") else WrongArgument(f"{option}: {error}") from None
 
 
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
@@ -112,15 +116,14 @@ def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], val
         _check_name(option, part, LAYERS)
         return {**before, part: _parse(float, value)}
     present = _canonical_text(before, "a list of changes" if isinstance(before, tuple) else "a table by layer")
-    raise UserError(f"{option}: the present value, {present}, has no part {part}. Set the entire field.")
+    raise WrongArgument(f"{option}: the present value, {present}, has no part {part}. Set the entire field.")
 
 
 def _check_name(option: str, name: str, names: Sequence[str]) -> None:
     if name in names:
         return
-    similar = get_close_matches(name, names, 3, 0.5)
-    hint = f"Did you mean {' or '.join(similar)}?" if similar else f"Expected one of {', '.join(names)}."
-    raise UserError(f"{option}: there is no {name}. {hint}")
+    hint = did_you_mean(name, names) or f" Expected one of {', '.join(names)}."
+    raise WrongArgument(f"{option}: there is no {name}.{hint}")
 
 
 def _parse(hint: Any, text: str) -> Any:
@@ -136,10 +139,10 @@ def _parse(hint: Any, text: str) -> Any:
     if is_dataclass(hint):
         names, hints = [field.name for field in fields(hint)], get_type_hints(hint)
         values = text.split(",")
-        if len(values) != len(names):
+        if len(values) not in (len(names), len(names) - (fields(hint)[-1].default is None)):
             raise _InvalidValue(f"{','.join(names).upper()}")
         kind: Any = hint
-        return kind(*(_parse(hints[name], value.strip()) for name, value in zip(names, values, strict=True)))
+        return kind(*(_parse(hints[name], value.strip()) for name, value in zip(names, values, strict=False)))
     if get_origin(hint) is Mapping:
         return {} if text == "none" else dict.fromkeys(LAYERS, _parse(float, text))
     if hint is bool and text in ("true", "false"):

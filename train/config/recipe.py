@@ -128,6 +128,11 @@ class Recipe:
 
     sources: Mapping[str, str]
 
+    @property
+    def eval_input_divisor(self) -> float:
+        """Divisor of the pixels minus the mean, before conv1, in evaluation: by the loader and by the network."""
+        return self.input_divisor * self.augmentation.divisor_in_evaluation
+
     def __post_init__(self) -> None:
         """Raise UserError if a value is out of range."""
         check_choice("activation", self.activation, ACTIVATIONS)
@@ -154,12 +159,18 @@ class Recipe:
 def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
     """Convert the result of asdict back to a Recipe. Raises TypeError, KeyError or ValueError for other data."""
     converted = {
-        "augmentation": Augmentation(**data["augmentation"]),
+        "augmentation": Augmentation(**with_eval_divisor(data["augmentation"])),
         "lrn": None if data["lrn"] is None else Lrn(**data["lrn"]),
         "within_map": None if data["within_map"] is None else Lrn(**data["within_map"]),
         "schedule": _schedule_from_json(data["schedule"]),
     }
     return Recipe(**{**data, **converted})
+
+
+def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of an Augmentation. Version 0.1.0, which wrote no `eval_divisor`, divided training images alone."""
+    before = None if augmentation["divisor"] == 1 else 1.0
+    return {**augmentation, "eval_divisor": augmentation.get("eval_divisor", before)}
 
 
 def _schedule_from_json(data: Any) -> ScheduleSpec:

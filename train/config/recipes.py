@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.augment import Augmentation
-from prep.console import UserError
+from prep.console import WrongArgument, did_you_mean
 from train.config.architecture import LAYERS
 from train.config.recipe import Cosine, Lrn, Plateau, Recipe, ScheduleChange
 
@@ -83,9 +83,9 @@ RELEASED = _variant(
     epochs=(91, "P145:169-182: stopped at epoch 91"),
     input_divisor=(1.0, "convdata_jpeg.py: only the mean subtracted"),
     augmentation=(
-        Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32),
-        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 :155-179, one crop for "
-        "32 images :77",
+        Augmentation(mean="image", colour="stdev", strength=0.1, divisor=1.1, shared_by=32, eval_divisor=1.0),
+        "convdata_jpeg.py: centre of the mean image :95, noise by standard deviation and /1.1 in training only "
+        ":155-179, one crop for 32 images :77",
     ),
     activation=("relu", "L145:54, 77, 227 and the others: ReLU"),
     lrn=(
@@ -228,5 +228,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 def recipe_named(name: str) -> Recipe:
     """The recipe of this name; raises UserError for an unknown name."""
     if name not in RECIPES:
-        raise UserError(f"--recipe {name}: expected one of {', '.join(RECIPES)}.")
+        raise WrongArgument(
+            f"--recipe {name}: expected one of {', '.join(RECIPES)}.{did_you_mean(name, list(RECIPES))}"
+        )
     return RECIPES[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from prep.console import UserError
+from prep.console import WrongArgument
 from train.config.architecture import ALEXNET, Architecture
 from train.config.choices import CHECKPOINTS_KEPT
 from train.config.devices import Devices
@@ -52,7 +52,7 @@ def check_parts(config: RunConfig) -> None:
     """Raise UserError if the batch cannot be divided into `accumulate` equal parts."""
     if config.batch_size % config.accumulate:
         divisors = [n for n in range(1, config.batch_size + 1) if config.batch_size % n == 0]
-        raise UserError(
+        raise WrongArgument(
             f"--accumulate {config.accumulate}: a batch of {config.batch_size} cannot be divided into that many equal "
             f"parts. Pass one of {', '.join(map(str, divisors))}, or another --batch."
         )

@@ -38,6 +38,7 @@ from pipeline.augment import CROP_PX
 from pipeline.still_image import EvalTransform
 from prep.console import UserError, disk_error
 from prep.files import atomic_file
+from prep.version import pip_command
 from train.convert.torchvision_weights import IMAGENET_NORMALIZATION, check_fits, to_torchvision_weights
 from train.model.alexnet import AlexNet
 from train.runs.loading import load_trained, run_and_checkpoint
@@ -99,7 +100,7 @@ def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[s
     """
     missing = [name for name in _PACKAGES[format] if find_spec(name) is None]
     if missing:
-        raise UserError(f"--to {format} needs {' and '.join(missing)}. Install with: pip install 'alexnet[export]'")
+        raise UserError(f"--to {format} needs {' and '.join(missing)}. Install with: {pip_command('export')}")
     run_dir, which = run_and_checkpoint(run_dir, which)
     network, checkpoint = load_trained(run_dir, ("cpu", "cpu"), which)
     preprocessing = export_preprocessing(load_eval_transform(run_dir, network.recipe), network.recipe.input_divisor)

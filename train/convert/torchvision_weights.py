@@ -5,7 +5,7 @@ function of the pixels as the original network, although the inputs of the two n
 formulas, p is a pixel in 0..255, m is the mean that this project subtracts, and c is the channel:
 
     torchvision's conv1 takes    t = (p / 255 − mean_c) / std_c        (torchvision.transforms.Normalize)
-    this project's conv1 takes   u = (p − m_c) / input_divisor
+    this project's conv1 takes   u = (p − m_c) / input_divisor        (in evaluation: Recipe.eval_input_divisor)
 
     export   Normalize gets mean_c = m_c / 255. Then t = u · input_divisor / (255 std_c), and conv1's weights are
              multiplied by 255 std_c / input_divisor. The result is exact, also at the border: both networks pad the
@@ -72,7 +72,7 @@ def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std
     for torchvision_layer, layer in TORCHVISION_LAYERS.items():
         weight = parameters[f"{layer}.weight"].double()
         if layer == "conv1":
-            weight = weight * (255 * _per_channel(std) / recipe.input_divisor)
+            weight = weight * (255 * _per_channel(std) / recipe.eval_input_divisor)
         state[f"{torchvision_layer}.weight"] = (weight * _test_time_scale(recipe, layer)).float()
         state[f"{torchvision_layer}.bias"] = parameters[f"{layer}.bias"].clone()
     return state
@@ -94,7 +94,7 @@ def from_torchvision_weights(
     std_levels = 255 * _per_channel(normalization.std)
     offset = (_per_channel(mean_rgb) - 255 * _per_channel(normalization.mean)) / std_levels
     tensors["conv1.bias"] = tensors["conv1.bias"] + (weight * offset).sum((1, 2, 3))
-    tensors["conv1.weight"] = weight * (recipe.input_divisor / std_levels)
+    tensors["conv1.weight"] = weight * (recipe.eval_input_divisor / std_levels)
     for layer in TORCHVISION.dropout_before:
         tensors[f"{layer}.weight"] = tensors[f"{layer}.weight"] / _test_time_scale(recipe, layer)
     return {name: tensor.float() for name, tensor in tensors.items()}

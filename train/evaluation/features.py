@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import UserError, disk_error, one_line, progress
+from prep.console import WrongArgument, did_you_mean, disk_error, one_line, progress
 from prep.files import atomic_file, write_atomic
 from prep.store.manifest import Store
 from train.config.architecture import LAYERS
@@ -40,7 +40,9 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
     """
     unknown = [layer for layer in layers if layer not in LAYERS]
     if unknown:
-        raise UserError(f"--layer {unknown[0]}: expected one of {', '.join(LAYERS)}.")
+        raise WrongArgument(
+            f"--layer {unknown[0]}: expected one of {', '.join(LAYERS)}.{did_you_mean(unknown[0], LAYERS)}"
+        )
     captured: dict[str, list[Tensor]] = {layer: [] for layer in layers}
     nonlinearity = ACTIVATION_FUNCTIONS[network.recipe.activation]
 
@@ -122,7 +124,7 @@ def write_features(
     Raises UserError if a file cannot be written, and the errors of `iter_split_activations`.
     """
     if out.suffix != ".npy":
-        raise UserError(f"--out {out}: features are written as .npy. Name the file {out.with_suffix('.npy')}.")
+        raise WrongArgument(f"--out {out}: features are written as .npy. Name the file {out.with_suffix('.npy')}.")
     records, stored = store.split(split).records, Records(store, split)
     shape: tuple[int, ...] = ()
     try:

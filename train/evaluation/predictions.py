@@ -22,7 +22,7 @@ import numpy.typing as npt
 from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import UserError, disk_error, progress
+from prep.console import UserError, WrongArgument, disk_error, progress
 from prep.files import atomic_file
 from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
@@ -59,7 +59,7 @@ class Predictions:
 def check_output_path(out: Path) -> None:
     """Raise UserError if the name `out` does not end in .npz, or if the folder of `out` does not exist."""
     if out.suffix != ".npz":
-        raise UserError(f"--out {out}: probabilities are saved as .npz. Name the file {out.with_suffix('.npz')}.")
+        raise WrongArgument(f"--out {out}: probabilities are saved as .npz. Name the file {out.with_suffix('.npz')}.")
     if not out.parent.is_dir():
         raise UserError(f"--out {out}: there is no folder {out.parent}. Make it, or name another folder.")
 
@@ -174,7 +174,7 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
     except ValueError:
         weights = []
     if len(weights) != members or min(weights, default=0) < 0 or not 0 < sum(weights) < float("inf"):
-        raise UserError(
+        raise WrongArgument(
             f"--weights {text}: expected {members} numbers of at least 0, one for each run, not all 0, as in 2,1,1."
         )
     return weights

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from prep.console import UserError
+from prep.console import WrongArgument
 from train.config.choices import PRECISIONS
 
 _BF16_CAPABILITY = (8, 0)  # the lowest compute capability of a GPU that multiplies bfloat16
@@ -30,10 +30,10 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
     Raises UserError for an unknown precision, or if a device does not support the precision.
     """
     if precision not in PRECISIONS:
-        raise UserError(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}.")
+        raise WrongArgument(f"--precision {precision}: expected one of {', '.join(PRECISIONS)}.")
     for device in map(torch.device, devices):
         if precision == "tf32" and device.type == "cpu":
-            raise UserError(
+            raise WrongArgument(
                 "--precision tf32: the device is cpu, and only GPUs have TF32. Pass --precision fp32 or bf16."
             )
         if (
@@ -41,7 +41,7 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
             and device.type == "cuda"
             and torch.cuda.get_device_capability(device) < _BF16_CAPABILITY
         ):
-            raise UserError(
+            raise WrongArgument(
                 f"--precision bf16: {torch.cuda.get_device_name(device)} has compute capability "
                 f"{'.'.join(map(str, torch.cuda.get_device_capability(device)))}; bfloat16 needs 8.0 or higher. "
                 "Pass --precision fp32."

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError
+from prep.version import pip_command
 from train.runs.append_log import AppendLog
 from train.runs.run_dir import tensorboard_scalars
 
@@ -45,7 +46,7 @@ class EventFile:
         except ImportError:
             raise NoTensorBoard(
                 "TensorBoard event files are not written: tensorboard is not installed. Install it with: "
-                "pip install 'alexnet[tensorboard]'"
+                + pip_command("tensorboard")
             ) from None
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
         folder.mkdir(exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.console import UserError
+from prep.console import WrongArgument
 from prep.plot_style import figure_format, render_figure
 from train.report.style import save_figure
 from train.runs.run_dir import last_line, read_description, read_metrics
@@ -42,11 +42,11 @@ class ComparedRun:
 def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
     """Read the runs in `run_dirs`. Raises UserError for fewer than two folders, a repeated folder or a missing run."""
     if len(run_dirs) < 2:
-        raise UserError(f"{len(run_dirs)} run: a comparison needs two or more runs. Name another RUN_DIR.")
+        raise WrongArgument(f"{len(run_dirs)} run: a comparison needs two or more runs. Name another RUN_DIR.")
     resolved = [path.resolve() for path in run_dirs]
     repeated = [path for k, path in enumerate(run_dirs) if resolved[k] in resolved[:k]]
     if repeated:
-        raise UserError(f"{repeated[0]}: named twice. Name each run once.")
+        raise WrongArgument(f"{repeated[0]}: named twice. Name each run once.")
     runs = []
     for run_dir in run_dirs:
         description = read_description(run_dir)

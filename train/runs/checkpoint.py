@@ -25,7 +25,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from prep.console import DiskFull, UserError, disk_error, say, shell_quoted
+from prep.console import DiskFull, UserError, WrongArgument, did_you_mean, disk_error, say, shell_quoted
 from prep.files import atomic_file, sync_folder
 
 FORMAT = 2  # version of the file format, incremented when fields of Checkpoint change their meaning
@@ -283,8 +283,9 @@ def load(run_dir: Path, which: str = "last") -> Checkpoint:
     if not path.is_file() and (run_dir / path).is_file():
         path = run_dir / path
     if not path.is_file():
-        raise UserError(
+        raise WrongArgument(
             f"--checkpoint {which}: no such file in the working directory or in {run_dir}. Pass best, last or a file."
+            + did_you_mean(which, ["best", "last"])
         )
     return read(path)
 

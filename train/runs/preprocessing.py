@@ -70,7 +70,8 @@ def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
     mean, description = recipe.augmentation.mean, read_description(run_dir)
     mean_image = _load_mean_image(run_dir) if mean in _NEED_MEAN_IMAGE else None
     settings = Settings(**description["store"]["settings"])
-    return EvalTransform(settings, mean, saved_color_stats(description).mean_rgb, mean_image)
+    mean_rgb, divisor = saved_color_stats(description).mean_rgb, recipe.augmentation.divisor_in_evaluation
+    return EvalTransform(settings, mean, mean_rgb, mean_image, divisor)
 
 
 def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:

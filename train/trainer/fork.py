@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from prep.console import UserError, count_noun, say
+from prep.console import UserError, WrongArgument, count_noun, say
 from prep.files import hold_lock
 from train.config.identity import check_identity, differences
 from train.model.alexnet import AlexNet
@@ -64,7 +64,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
 def _moved_to(run: Run, new_dir: Path) -> Run:
     """`run` with its folder replaced by `new_dir`."""
     if run.run_dir.resolve() == new_dir.resolve():
-        raise UserError(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
+        raise WrongArgument(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
     return replace(run, config=replace(run.config, run_dir=new_dir))
 
 

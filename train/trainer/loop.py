@@ -150,8 +150,9 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:
-        divisor = 1.0 if colour == "off" else augmentation.divisor
-        augmentation = replace(augmentation, colour=colour, divisor=divisor)
+        if colour == "off":  # without the noise, training divides as evaluation does
+            augmentation = replace(augmentation, divisor=augmentation.divisor_in_evaluation)
+        augmentation = replace(augmentation, colour=colour)
     loader = train_loader(
         config.store,
         config.batch_size,

@@ -158,7 +158,7 @@ def test_without_ray_the_commands_say_how_to_install_it(
     monkeypatch.setenv("ALEXNET_STORE", str(store))
     result = CliRunner().invoke(main, [command])
     assert result.exit_code == 1
-    assert result.output.endswith("Error: Ray is not installed. Install it with: pip install 'alexnet[cluster]'\n")
+    assert result.output.endswith("Error: Ray is not installed. Install it with: pip install 'ray[default]>=2.60,<3'\n")
 
 
 def example_state(**changes: Any) -> dict[str, Any]:

@@ -154,5 +154,5 @@ def test_without_ray(store: Path) -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.splitlines() == [
         "3",
-        "Ray is not installed. Install it with: pip install 'alexnet[cluster]'",
+        "Ray is not installed. Install it with: pip install 'ray[default]>=2.60,<3'",
     ]

@@ -27,9 +27,9 @@ def alexprep(*words: object) -> Result:
     return CliRunner().invoke(main, [str(word) for word in words])
 
 
-def fails(result: Result, *parts: str) -> None:
-    """The command has exit code 1 and prints one line to standard error. The line has all `parts`."""
-    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+def fails(result: Result, *parts: str, code: int = 1) -> None:
+    """The command has exit code `code` and prints one line to standard error. The line has all `parts`."""
+    assert result.exit_code == code and isinstance(result.exception, SystemExit), result.output
     assert result.stdout == "" and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
     for part in parts:
         assert part in result.stderr
@@ -140,7 +140,7 @@ def test_a_key_that_no_record_has_is_a_one_line_error(stores: dict[str, Path], t
         assert not (tmp_path / "out").exists()
     fails(alexprep("inspect", "--store", store, "--key", "30"), "no key 00000030 in train (30 records)")
     fails(alexprep("inspect", "--store", store, "--split", "val", "--key", "12"), "in val (12 records)")
-    fails(alexprep("inspect", "--store", store, "--out", tmp_path / "out"), "--out", "--key")
+    fails(alexprep("inspect", "--store", store, "--out", tmp_path / "out"), "--out", "--key", code=2)
     fails(
         alexprep("inspect", "--store", store, "--key", "1", "--out", tmp_path / "no" / "out"), "--out", "No such file"
     )

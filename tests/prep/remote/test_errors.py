@@ -102,7 +102,7 @@ def test_missing_credentials_name_the_variables(
 def test_a_url_of_another_form_is_refused(small_store: Path, name: str, text: str) -> None:
     for words in ((str(small_store), name), (name, str(small_store))):
         result = CliRunner().invoke(main, ["copy", *words])
-        assert result.exit_code == 1
+        assert result.exit_code == 2
         assert result.stderr.startswith(f"Error: {name}: {text}") and result.stderr.count("\n") == 1
 
 
@@ -113,7 +113,7 @@ def test_without_obstore_the_error_names_the_extra(small_store: Path, monkeypatc
     open_folder.cache_clear()
     result = CliRunner().invoke(main, ["copy", str(small_store), "s3://bucket/store"])
     assert result.exit_code == 1
-    expected = "s3:// needs obstore, which is not installed. Install it with: pip install 'alexnet[remote]'"
+    expected = "s3:// needs obstore, which is not installed. Install it with: pip install 'obstore>=0.12,<0.13'"
     assert result.stderr == f"Error: {expected}\n"
 
 

@@ -18,7 +18,7 @@ WITH_SERVICE = {"service": "imagenet", "service_fallback": "local"}
 
 @pytest.mark.parametrize("command", [["run"], ["ablate"], ["evaluate", "run"]])
 def test_a_fallback_without_a_service_is_refused(store: Path, command: list[str]) -> None:
-    line = refusal(*command, "--store", store, "--service-fallback", "local")
+    line = refusal(*command, "--store", store, "--service-fallback", "local", code=2)
     assert line == "Error: --service-fallback local: no service is named. Pass --service NAME too.\n"
 
 

@@ -65,4 +65,4 @@ def test_features_are_written_with_key_class_and_source_of_every_row(
 
 
 def test_features_in_another_format_are_refused(small_run: Path, store: Path, tmp_path: Path) -> None:
-    assert "a.npy" in refusal("features", small_run, "--store", store, "--out", tmp_path / "a.txt")
+    assert "a.npy" in refusal("features", small_run, "--store", store, "--out", tmp_path / "a.txt", code=2)

@@ -73,5 +73,5 @@ def test_search_refuses_too_many_photographs_and_unknown_formats(
     trained_run: Path, store: Path, photo_folder: Path, tmp_path: Path
 ) -> None:
     photograph = next((photo_folder / "train").rglob("*.JPEG"))
-    assert "a sheet holds 100" in refusal("search", trained_run, *[photograph] * 101, "--store", store)
-    assert "sheet.png" in refusal("search", trained_run, photograph, "--out", tmp_path / "sheet.gif")
+    assert "a sheet holds 100" in refusal("search", trained_run, *[photograph] * 101, "--store", store, code=2)
+    assert "sheet.png" in refusal("search", trained_run, photograph, "--out", tmp_path / "sheet.gif", code=2)

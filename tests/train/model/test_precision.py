@@ -180,7 +180,7 @@ def test_the_commands_refuse_tf32_on_a_cpu_before_they_begin(
     monkeypatch.chdir(tmp_path)
     words = [*command, "--store", str(stores["jpeg"]), "--gpus", "cpu", "--precision", "tf32"]
     result = CliRunner().invoke(cli.main, words)
-    assert result.exit_code == 1 and "only GPUs have TF32" in result.stderr
+    assert result.exit_code == 2 and "only GPUs have TF32" in result.stderr
     assert not list(tmp_path.iterdir())
 
 

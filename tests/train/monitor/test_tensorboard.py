@@ -62,5 +62,5 @@ def test_a_run_without_tensorboard_continues_and_prints_how_to_install_it(
     with MetricsLog(tmp_path, RUN_LENGTH, 0, False, ConsoleView()) as log:
         log.train(training_line(1))
     hint, line = capsys.readouterr().err.splitlines()
-    assert "pip install 'alexnet[tensorboard]'" in hint and line.startswith("epoch   0.10")
+    assert "pip install 'tensorboard>=2.16'" in hint and line.startswith("epoch   0.10")
     assert not (tmp_path / "tensorboard").exists() and len(read_metrics(tmp_path)) == 1

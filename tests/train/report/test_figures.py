@@ -65,4 +65,4 @@ def test_a_missing_matplotlib_is_reported_with_the_command_that_installs_it(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     result = CliRunner().invoke(main, ["figures", str(trained_run)])
-    assert result.exit_code == 1 and "pip install 'alexnet[figures]'" in result.stderr
+    assert result.exit_code == 1 and "pip install 'matplotlib>=3.9'" in result.stderr

@@ -70,7 +70,7 @@ def test_join_of_a_folder_without_a_store_is_refused(tmp_path: Path) -> None:
         (("--part", "0/3"), "--part 0/3: expected I/N"),
         (("--part", "4/3"), "--part 4/3: expected I/N"),
         (("--part", "3"), "--part 3: expected I/N"),
-        (("--part", "1/2", "--cluster", "local"), "--cluster divides the shards itself"),
+        (("--part", "1/2", "--cluster", "local"), "--cluster divides the shards"),
         (("--part", "1/2", "--dry-run"), "--dry-run estimates the whole build"),
         (("--part", "1/2", "--restart"), "--restart would discard the shards of all parts"),
     ],
@@ -79,6 +79,6 @@ def test_wrong_uses_of_part_are_refused_in_one_line(
     photos: Path, tmp_path: Path, words: tuple[str, ...], message: str
 ) -> None:
     result = alexprep("build-lmdb", photos, "--store", tmp_path / "store", *words)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert message in result.stderr and result.stderr.count("\n") == 1
     assert not (tmp_path / "store").exists()
