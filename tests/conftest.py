@@ -63,7 +63,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session")
 def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 training photographs in 3 class folders; 12 validation photographs in one folder, and val_ground_truth.txt.
+    """30 training photographs in 3 class folders; 12 validation photographs in one folder, and val.txt.
 
     Sides are 60 to 400 px. Some photographs are wider than high, others higher than wide. Each split has one gray file,
     one CMYK file, and one PNG file named .JPEG. One training photograph has EXIF orientation 6. Each class has its own
@@ -84,8 +84,8 @@ def photo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         if count >= _TRAIN:
             path = root / "val" / f"Small_val_{count - _TRAIN + 1:08d}.JPEG"
         _save(picture, path, count)
-    truth = [f"{label + 1}\n" for label in labels[_TRAIN:]]
-    (root / "val_ground_truth.txt").write_text("".join(truth))
+    lines = [f"Small_val_{number:08d}.JPEG {CLASSES[label]}\n" for number, label in enumerate(labels[_TRAIN:], 1)]
+    (root / "val.txt").write_text("".join(lines))
     return root
 
 

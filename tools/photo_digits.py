@@ -6,7 +6,7 @@ sizes and orientations vary, some files are greyscale or CMYK, and two PNG files
 
     OUT/train/n00000007/n00000007_0042.JPEG     a folder for each class
     OUT/val/PhotoDigits_val_00000001.JPEG       all validation images in one folder
-    OUT/val_ground_truth.txt                    one number a line, 1..10, in the order of the file names
+    OUT/val.txt                                 the name and the class of a validation image on each line
 
     python -m tools.photo_digits OUT
 
@@ -129,8 +129,8 @@ def make_dataset(out: Path, seed: int = 0, limit: int | None = None, difficulty:
         for label in pool.map(draw, range(len(order))):
             labels.append(label)
             report.advance()
-    truth = [f"{label + 1}\n" for label in labels[:val_count]]
-    (temporary / "val_ground_truth.txt").write_text("".join(truth))
+    lines = [f"PhotoDigits_val_{k:08d}.JPEG n{label:08d}\n" for k, label in enumerate(labels[:val_count], 1)]
+    (temporary / "val.txt").write_text("".join(lines))
     temporary.rename(out)
     return len(order) - val_count, val_count
 

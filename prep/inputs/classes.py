@@ -35,6 +35,7 @@ _SPLIT_NAMES = (b"train", b"training", b"val", b"valid", b"validation", b"test",
 
 NO_CLASS = "a folder of the system or of a program, not a class"
 STRAY_FILE = "a file beside the class folders"
+NO_PHOTOGRAPH = "a file beside the photographs, not a photograph by its name"
 SYSTEM_FILE = "a file of the system, not a photograph"
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prep.console import UserError, say
 from prep.inputs.archive import TarReader, found_inputs, list_archive
-from prep.inputs.classes import refuse_empty_classes, wanted_classes, with_classes
+from prep.inputs.classes import NO_PHOTOGRAPH, may_be_image, refuse_empty_classes, wanted_classes, with_classes
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.formats.class_tars import list_class_tars
 from prep.inputs.formats.csv_list import list_csv
@@ -25,6 +25,7 @@ from prep.inputs.formats.webdataset import list_webdataset
 from prep.inputs.formats.zip_archive import ZipReader, zip_contents
 from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
 from prep.inputs.reader import DEFAULT_OPTIONS, FoundInputs, InputReader, ListOptions, Source
 
 __all__ = ["find_splits", "label_inputs", "list_source"]
@@ -83,11 +84,14 @@ def label_inputs(
     path = reader.root
     if found.is_flat:
         names = [found.listing.path(i) for i in range(len(found.listing))]
-        label_of, classes = read_labels(options.labels, names, path, options.label_order, store_classes)
+        images = [name for name in names if may_be_image(name)] or names
+        label_of, classes, file = read_labels(options, images, path, split, store_classes)
         inputs = Listing()
         for item in found.listing:
-            inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
-        return Source(reader, split, classes, inputs, found.refused, found.ignored)
+            if item.path in label_of:
+                inputs.add(item.path, label_of[item.path], item.size, item.mtime_ns, item.location)
+        strays = [(name_text(name), NO_PHOTOGRAPH) for name in names if name not in label_of]
+        return Source(reader, split, classes, inputs, found.refused, (*found.ignored, *strays), file)
     if options.labels is not None:
         say(f"{path}: class folders give the labels of {split}; --labels is ignored.")
     inputs, classes = found.listing, found.classes

@@ -26,8 +26,9 @@ def test_layout_is_that_of_ilsvrc(dataset: Path) -> None:
     assert classes == [f"n{k:08d}" for k in range(10)]
     assert all(path.name.startswith(path.parent.name) for path in (dataset / "train").glob("*/*.JPEG"))
     assert len(list((dataset / "train").glob("*/*.JPEG"))) == 150 and len(list((dataset / "val").iterdir())) == 30
-    truth = (dataset / "val_ground_truth.txt").read_text().split()
-    assert len(truth) == 30 and {int(number) for number in truth} <= set(range(1, 11))
+    rows = [line.split() for line in (dataset / "val.txt").read_text().splitlines()]
+    assert [name for name, _ in rows] == sorted(path.name for path in (dataset / "val").iterdir())
+    assert {label for _, label in rows} <= set(classes)
 
 
 def test_sizes_orientations_and_file_formats_vary(dataset: Path) -> None:

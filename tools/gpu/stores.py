@@ -56,6 +56,7 @@ def build_store(source: Path, store: Path, format: str) -> None:
     """
     command = [sys.executable, "-m", "prep", "build-lmdb", str(source.absolute()), "--split", "train"]
     command += ["--store", str(store.absolute()), "--format", format]
+    command.append("--allow-empty-classes")  # a small number of photographs may lack some digits
     result = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
     if result.returncode:
         raise UserError(f"alexprep build-lmdb: exit code {result.returncode}. {result.stderr.strip()[-300:]}")

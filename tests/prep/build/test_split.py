@@ -27,6 +27,7 @@ from prep.console import Progress, UserError
 from prep.store import lmdb_shard
 from prep.store.manifest import Settings, Store, StoreError
 from prep.workers import WorkerPool
+from tests.conftest import CLASSES
 from tests.helpers.building import (
     PPM,
     Records,
@@ -96,10 +97,9 @@ def test_training_labels_come_from_the_folders(store: Path, photo_folder: Path, 
     assert manifest["splits"]["train"]["label_counts"] == [counts[name] for name in names]
 
 
-def test_validation_labels_come_from_the_ground_truth(store: Path, photo_folder: Path, records_of: Records) -> None:
-    truth = [int(line) for line in (photo_folder / "val_ground_truth.txt").read_text().split()]
-    names = sorted(path.name for path in (photo_folder / "val").iterdir())
-    expected = {name: number - 1 for name, number in zip(names, truth, strict=True)}
+def test_validation_labels_come_from_the_label_file(store: Path, photo_folder: Path, records_of: Records) -> None:
+    truth = dict(line.split() for line in (photo_folder / "val.txt").read_text().splitlines())
+    expected = {name: CLASSES.index(label) for name, label in truth.items()}
     assert {datum.source.decode(): datum.label for _, datum in records_of(store, "val")} == expected
 
 

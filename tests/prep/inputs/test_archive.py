@@ -85,7 +85,8 @@ def make_ilsvrc_download(photo_folder: Path, root: Path) -> Path:
     rows.append((4, "n00000044", "an inner node", 2))
     kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
     savemat(data / "meta.mat", {"synsets": np.array(sorted(rows), dtype=kind).reshape(-1, 1)})
-    truth = [numbers[int(line)] for line in (photo_folder / "val_ground_truth.txt").read_text().split()]
+    classes = (photo_folder / "val.txt").read_text().split()[1::2]
+    truth = [numbers[names.index(name) + 1] for name in classes]
     (data / "ILSVRC2012_validation_ground_truth.txt").write_text("".join(f"{number}\n" for number in truth))
     return root
 
@@ -167,7 +168,7 @@ def test_class_folders_in_a_tar_give_the_same_store(
 ) -> None:
     (tmp_path / "train.tar").write_bytes(LAYOUTS[layout](photo_folder))
     (tmp_path / "val.tar").write_bytes(tar_of([("./" + member[0], member[1]) for member in val_members(photo_folder)]))
-    (tmp_path / "val.txt").write_text((photo_folder / "val_ground_truth.txt").read_text())
+    (tmp_path / "val.txt").write_text((photo_folder / "val.txt").read_text())
     fingerprint(tmp_path / "train.tar", tmp_path / "store")
     assert fingerprint(tmp_path / "val.tar", tmp_path / "store") == by_folder
 
@@ -176,7 +177,7 @@ def test_labels_make_the_single_folder_of_a_tar_flat(photo_folder: Path, by_fold
     members = [("val/" + member[0], member[1]) for member in val_members(photo_folder)]
     (tmp_path / "v.tar").write_bytes(tar_of([("val", b"", {"type": tarfile.DIRTYPE}), *members]))
     fingerprint(photo_folder / "train", tmp_path / "store")
-    truth = photo_folder / "val_ground_truth.txt"
+    truth = photo_folder / "val.txt"
     assert fingerprint(tmp_path / "v.tar", tmp_path / "store", "--split", "val", "--labels", truth) == by_folder
 
 

@@ -1,0 +1,175 @@
+"""Labels of images without class folders: finds the label file, and gives each image its label."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+from prep.console import UserError, count_noun, say
+from prep.inputs.classes import examples, refuse_empty_classes, wanted_classes
+from prep.inputs.labels.devkit import DEVKIT_NAME, GROUND_TRUTH_NAME, Devkit, find_devkit, open_devkit
+from prep.inputs.labels.label_file import ImageNames, Row, Rows, parse_label_file
+from prep.inputs.labels.numbers import LabelTexts, empty_classes
+from prep.inputs.names import name_text
+from prep.inputs.reader import ListOptions
+
+_ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
+_MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
+
+
+def read_labels(
+    options: ListOptions, names: Sequence[bytes], root: Path, split: str, store_classes: Sequence[str]
+) -> tuple[dict[bytes, int], tuple[str, ...], Path]:
+    """Read the labels of the images `names`: ({name: label 0..K−1}, names of the K classes, the label file).
+
+    If the options name no label file, the file beside `root` is used. `store_classes` are the classes of the store or
+    of the split that was listed before, empty if there are none yet. What is surplus or double is told. Raises
+    UserError if labels are missing or contradict each other, if they are not classes of the store, or if it is unclear
+    what they mean.
+    """
+    if not names:
+        raise UserError(f"{root}: no photograph in it.")
+    file, content, devkit = _find_labels(options, root, split)
+    where = f"--labels {file}"
+    images = ImageNames(names)
+    rows = parse_label_file(file, content, images)
+    for note in rows.notes:
+        say(f"{file}: {note}.")
+    texts: dict[str, Row] = {}
+    for row in rows.rows:
+        texts.setdefault(row.label, row)
+    found = _by_name(file, rows.rows, images, names) if rows.has_names else _by_position(file, rows, names, root)
+    classes, owner = wanted_classes(options.class_file, list(texts), store_classes)
+
+    def example(text: str) -> str:
+        row = texts[text]
+        return f"line {row.line} ({row.name} {text})" if row.name else f"line {row.line} ({text})"
+
+    label_texts = LabelTexts(where, list(texts), classes, owner, devkit, example)
+    if rows.has_names:
+        _refuse_index(where, rows.rows)
+    label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
+    labels = {name: label_of[text] for name, text in found.items()}
+    first = names[0]
+    meaning = {"name": "names of classes", "devkit": f"numbers of {getattr(devkit(), 'path', '')}"}.get(
+        order, f"positions of classes (--label-order {order})"
+    )
+    say(
+        f"{root}: labels from {file}, read as {meaning}; {name_text(first)} is class {classes[labels[first]]}, "
+        f"label {labels[first]}."
+    )
+    empty = empty_classes(classes, labels.values())
+    if empty and not store_classes and not options.allow_empty_classes:
+        refuse_empty_classes(where, empty)
+    if empty:
+        say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph: {examples(empty)}.")
+    return labels, classes, file
+
+
+def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
+    """{image: label text} of a file with names. Raises UserError for a missing label, or for two different labels."""
+    found: dict[bytes, Row] = {}
+    double: list[str] = []
+    surplus: list[str] = []
+    for row in rows:
+        name = images.find(row.name)
+        if name is None:
+            surplus.append(row.name)
+            continue
+        before = found.setdefault(name, row)
+        if before.label != row.label:
+            raise UserError(
+                f"--labels {file}, line {row.line}: {name_text(name)} has two labels, {before.label} (line "
+                f"{before.line}) and {row.label}."
+            )
+        if before is not row:
+            double.append(name_text(name))
+    missing = [name_text(name) for name in names if name not in found]
+    if missing:
+        hint = f" Names in the file without an image: {examples(surplus)}." if surplus else ""
+        raise UserError(
+            f"--labels {file}: no label for {len(missing):,} of {len(names):,} images: {examples(missing)}.{hint} "
+            "Add the missing lines, or move these images away."
+        )
+    if double:
+        say(f"{file}: {count_noun(len(double), 'line')} repeated with the same label: {examples(double)}.")
+    if surplus:
+        say(f"{file}: {count_noun(len(surplus), 'line')} without an image: {examples(surplus)}.")
+    return {name: found[name].label for name in names}
+
+
+def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, str]:
+    """{image: label text} of a file with labels alone. Line k belongs to the k-th image in the order of the names.
+
+    If the images have ILSVRC's names and the file has more lines than there are images, line k belongs to the image
+    with number k. Raises UserError if there are more or fewer lines than images.
+    """
+    numbers = [int(match[1]) for name in names if (match := _ILSVRC_NUMBER.fullmatch(name))]
+    if len(numbers) == len(names) < len(rows.rows) and 0 < min(numbers) and max(numbers) <= len(rows.rows):
+        say(f"{root}: {len(names):,} images, {len(rows.rows):,} lines in {file}: line k is read for image number k.")
+        return {name: rows.rows[number - 1].label for name, number in zip(names, numbers, strict=True)}
+    if len(rows.rows) != len(names):
+        raise UserError(
+            f"--labels {file}: {len(rows.rows):,} lines for {len(names):,} images in {root} "
+            f"({name_text(names[0])} to {name_text(names[-1])}). Expected one line for each image, or `name label`."
+        )
+    return {name: row.label for name, row in zip(names, rows.rows, strict=True)}
+
+
+def _refuse_index(where: str, rows: Sequence[Row]) -> None:
+    """Raise UserError if the labels are the numbers of the lines, as in ImageSets/CLS-LOC/val.txt of ILSVRC."""
+    if len(rows) >= _MIN_INDEX_LINES and all(row.label == str(k) for k, row in enumerate(rows, 1)):
+        raise UserError(
+            f"{where}: the numbers are those of the lines, 1 to {len(rows):,}: an index of the images, not labels. "
+            "Name another label file."
+        )
+
+
+def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, bytes, Callable[[], Devkit | None]]:
+    """(label file, its content, function that returns the devkit, or None if there is none)."""
+    parent = root.resolve().parent
+    file = options.labels
+
+    @cache
+    def devkit() -> Devkit | None:
+        if options.devkit is not None:
+            return open_devkit(options.devkit)
+        return find_devkit(list(dict.fromkeys([*([file.resolve().parent] if file else []), parent])))
+
+    if file is None and not (options.devkit is not None and split != "train"):
+        file = _file_beside(root, parent, split)
+    if file is None:
+        found = devkit()
+        if found is None or not found.ground_truth:
+            fault = f"{found.path} has no {GROUND_TRUTH_NAME}" if found else "no label file is next to this path"
+            raise UserError(f"{root}: the images have no class folders, and {fault}. Name the file with --labels FILE.")
+        return found.path, found.ground_truth, devkit
+    try:
+        return file, file.read_bytes(), devkit
+    except OSError as error:
+        raise UserError(f"--labels {file}: {error.strerror or error}.") from None
+
+
+def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
+    """The label file beside a flat folder or archive; None if there is none. Raises UserError if there are several.
+
+    Its name is `*ground_truth*.txt` (also in a devkit beside `root`), that of `root` with the extension .txt, .csv or
+    .tsv, or LOC_val_solution.csv (Kaggle), which may also lie beside the folder ILSVRC of ILSVRC/Data/CLS-LOC/val. In
+    a folder `root`, the file may be named labels.txt, labels.csv or labels.tsv.
+    """
+    stem = root.resolve().name if root.is_dir() else root.resolve().stem
+    kaggle = [parent] + ([parent.parents[2]] if parent.parts[-3:] == ("ILSVRC", "Data", "CLS-LOC") else [])
+    named = [folder / f"LOC_{split}_solution.csv" for folder in kaggle]
+    for suffix in (".txt", ".csv", ".tsv"):
+        named += [parent / f"{stem}{suffix}", root / f"labels{suffix}"]
+    candidates = {path for path in named if path.is_file()}
+    for folder in (parent, parent / DEVKIT_NAME / "data"):
+        candidates |= set(folder.glob("*ground_truth*.txt"))
+    if len(candidates) > 1:
+        raise UserError(
+            f"{root}: the images have no class folders, and {len(candidates)} files look like label files: "
+            f"{examples([str(path) for path in sorted(candidates)])}. Name one of them with --labels FILE."
+        )
+    return next(iter(candidates), None)

@@ -1,0 +1,105 @@
+"""What a number in a label file means: the name of a class or a position, and when it is asked for with --label-order.
+
+The expected labels are written by hand for each reading.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prep.console import UserError
+from tests.helpers.label_files import label_file, list_labelled, write_devkit
+from tests.helpers.listings import labels_of, touch
+
+WORDS = ("ape", "cat", "dog", "eel")
+FROM_1 = ("1", "2", "3", "4")
+SYNSETS = ("n01", "n02", "n03", "n04")
+
+
+def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
+    """The labels of the images a.jpg, b.jpg, … whose texts in the label file are the words of `numbers`."""
+    names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
+    root = touch(tmp_path / "photos", *names)
+    rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]
+    return labels_of(list_labelled(root, label_file(tmp_path, "".join(rows)), order, classes))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "expected"),
+    [
+        ("0 2 1 3", WORDS, [0, 2, 1, 3]),  # 0 occurs: positions from 0
+        ("0 1 1 0", WORDS, [0, 1, 1, 0]),
+        ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is no position from 0: names
+        ("0 1 2 3", ("0", "1", "2", "3"), [0, 1, 2, 3]),
+        ("2 1", ("0", "1", "2", "3"), [2, 1]),  # as a name and as a position from 0 the same
+        ("20 10", ("10", "20", "30"), [1, 0]),  # no positions: names
+        ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is no name: positions from 0
+        ("7 008", ("007", "8"), [0, 1]),  # the same number, written differently
+        ("3 1 2", (), [2, 0, 1]),  # 1 to K: names, in the order of the numbers
+        ("10 0 1 2 3 4 5 6 7 8 9", (), [10, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+        ("ape dog ape", WORDS, [0, 2, 0]),
+    ],
+)
+def test_a_clear_number_needs_no_option(
+    numbers: str, classes: tuple[str, ...], expected: list[int], tmp_path: Path
+) -> None:
+    assert labels_for(numbers, tmp_path, None, classes) == expected
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes", "readings"),
+    [
+        ("1 2 3", FROM_1, {"name": [0, 1, 2], "sorted-from-0": [1, 2, 3]}),
+        ("1 2 3", WORDS, {"sorted-from-0": [1, 2, 3], "sorted": [0, 1, 2]}),
+        ("1 2 4", WORDS, {"sorted": [0, 1, 3]}),  # ILSVRC's numbers also begin with 1
+        ("1 2", ("10", "2", "1"), {"name": [2, 1], "sorted-from-0": [1, 2]}),  # a store of an earlier version
+        ("0 2 5", (), {"name": [0, 1, 2]}),
+    ],
+)
+def test_an_unclear_number_is_asked_for(
+    numbers: str, classes: tuple[str, ...], readings: dict[str, list[int]], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="--label-order") as caught:
+        labels_for(numbers, tmp_path, None, classes)
+    assert "labels.txt" in str(caught.value) and "unclear" in str(caught.value)
+    for order, expected in readings.items():
+        assert order in str(caught.value)
+        assert labels_for(numbers, tmp_path, order, classes) == expected
+
+
+def test_numbers_with_gaps_leave_classes_without_a_photograph(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"3 classes have no photograph: 1, 3, 4\."):
+        labels_for("0 2 5", tmp_path, "sorted-from-0")
+
+
+def test_devkit_numbers_may_follow_names(tmp_path: Path) -> None:
+    write_devkit(tmp_path / "meta.mat", {1: "n03", 2: "n01", 3: "n02", 4: "n04"})
+    with pytest.raises(UserError, match="devkit"):
+        labels_for("1 2 3 4", tmp_path, None, SYNSETS)
+    assert labels_for("1 2 3 4", tmp_path, "devkit", SYNSETS) == [2, 0, 1, 3]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "order", "classes", "part"),
+    [
+        ("1 x", "sorted", WORDS, "label 'x', expected a whole number for --label-order sorted"),
+        ("0 1", "sorted", WORDS, "number 0, but numbers of --label-order sorted begin with 1"),
+        ("1 5", "sorted", WORDS, "number 5, but the store has 4 classes, numbers 1 to 4"),
+        ("0 4", "sorted-from-0", WORDS, "number 4, but the store has 4 classes, numbers 0 to 3"),
+        ("0 1", "name", WORDS, "2 labels (0, 1) not among the 4 classes of the store (first: ape)"),
+        ("ape owl", None, WORDS, "1 label (owl) not among the 4 classes of the store (first: ape)"),
+        ("9 0", None, WORDS, "number 9, but the store has 4 classes"),
+        ("1.0 2.0 10.0", None, (), "label 1.0, expected the name of a class or a whole number"),
+        ("1 01", None, (), "the same number"),
+        ("1 10 2 x", None, (), "--classes FILE"),
+    ],
+)
+def test_labels_that_cannot_be_read_are_one_line(
+    numbers: str, order: str | None, classes: tuple[str, ...], part: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        labels_for(numbers, tmp_path, order, classes)
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
