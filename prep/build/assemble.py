@@ -15,10 +15,11 @@ import numpy as np
 
 from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes, not_images, tool_versions
 from prep.build.shard_task import summary_path
-from prep.console import UserError
+from prep.console import UserError, count_noun
 from prep.files import save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
-from prep.store.input_log import write_outcomes
+from prep.inputs.classes import examples
+from prep.store.input_log import IGNORED, write_outcomes
 from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerprint
 
 
@@ -48,9 +49,11 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
             shards.append(Shard(**summary["shard"]))
     if policy.max_bad is not None and bad > policy.max_bad:
         raise UserError(f"{too_many_bad(bad, policy.max_bad)} Raise --max-bad to finish the build.")
+    if not policy.allow_empty_classes:
+        _refuse_lost_classes(plan, labels)
     inputs, records = len(source.inputs) + len(source.refused), sum(shard.records for shard in shards)
     if not records:
-        first = next(_outcomes(plan))
+        first = next(outcome for outcome in _outcomes(plan) if outcome["fate"] == "bad")
         raise UserError(f"{source.reader.root}: not one of {inputs:,} inputs is an image (first: {first['why']}).")
     save_array(folder / "mean_image.npy", (square_sum / records).astype(np.float32))
     account = write_outcomes(folder / "inputs.jsonl", _outcomes(plan))
@@ -79,8 +82,24 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     return store
 
 
+def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> None:
+    """Raise UserError if a class had inputs and all of them were left out because they are bad."""
+    source = plan.source
+    counts = source.inputs.label_counts(len(source.classes)).tolist()
+    lost = [label for label, count in enumerate(counts) if count and not records_of_label[label]]
+    if lost and sum(records_of_label.values()):
+        names = examples([f"{source.classes[label]} ({count_noun(counts[label], 'input')})" for label in lost])
+        reason = next(outcome for outcome in _outcomes(plan) if outcome["fate"] == "bad")
+        raise UserError(
+            f"{source.reader.root}: {count_noun(len(lost), 'class', 'classes')} lost all photographs, because they are "
+            f"bad: {names}. The first bad input is {reason['source']}: {reason['why']}. Correct these inputs, or pass "
+            "--allow-empty-classes with the same command: finished shards are kept."
+        )
+
+
 def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
-    """Yield the outcomes for inputs.jsonl: refused inputs first, then the other inputs in record order."""
+    """Yield the outcomes for inputs.jsonl: ignored and refused inputs, then the other inputs in record order."""
+    yield from ({"source": name, "fate": IGNORED, "why": reason} for name, reason in plan.source.ignored)
     yield from ({"source": name, "fate": "bad", "why": reason} for name, reason in plan.source.refused)
     for number in range(plan.shard_count):
         yield from (plan.shard_summary(number) or {"fates": ()})["fates"]

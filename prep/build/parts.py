@@ -185,7 +185,9 @@ def begun_splits(store: Path) -> list[str]:
     return [split for split in SPLITS if (store / split / ".build" / "plan.json").exists()]
 
 
-def join_split(store: Path, split: str, max_bad: int | None) -> tuple[Store | None, dict[Part, list[int]], Parts]:
+def join_split(
+    store: Path, split: str, max_bad: int | None, allow_empty_classes: bool = False
+) -> tuple[Store | None, dict[Part, list[int]], Parts]:
     """Write the manifest of a split whose parts are all finished, from the files in its work folder.
 
     Returns (store, {}, parts). If a shard is missing, returns (None, missing shards of each part, parts). Raises
@@ -197,7 +199,7 @@ def join_split(store: Path, split: str, max_bad: int | None) -> tuple[Store | No
         missing = missing_shards(plan, parts.count)
         if missing:
             return None, missing, parts
-        return _assemble(plan, store, BuildPolicy(skip_bad=True, max_bad=max_bad)), {}, parts
+        return _assemble(plan, store, BuildPolicy(True, max_bad, allow_empty_classes=allow_empty_classes)), {}, parts
 
 
 def _open_plan(store: Path, split: str) -> BuildPlan:
@@ -207,10 +209,10 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
         begun = json.loads((work_dir / "plan.json").read_bytes())
         inputs = Listing.load(work_dir / "inputs.npz")
         refused = tuple((name, reason) for name, reason in begun["refused"])
+        ignored = tuple((name, reason) for name, reason in begun.get("ignored", ()))
         reader, classes, tools = FolderReader(Path(begun["source"])), tuple(begun["classes"]), dict(begun["tools"])
-        plan = BuildPlan(
-            Source(reader, split, classes, inputs, refused), store / split, Settings(**begun["settings"]), skip_bad=True
-        )
+        source = Source(reader, split, classes, inputs, refused, ignored)
+        plan = BuildPlan(source, store / split, Settings(**begun["settings"]), skip_bad=True)
         plan.build_id = begun["id"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

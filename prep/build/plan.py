@@ -34,6 +34,11 @@ class BuildPolicy:
     skip_bad: bool = False  # leave bad inputs out; if False, the first bad input stops the build
     max_bad: int | None = None  # the build stops after more than `max_bad` bad inputs; None: no limit
     restart: bool = False  # discard an unfinished build
+    allow_empty_classes: bool = False  # a class may lose all its photographs because they are bad
+
+    def allows(self, bad: int) -> bool:
+        """Whether a build with this number of bad inputs goes on."""
+        return not bad or (self.skip_bad and (self.max_bad is None or bad <= self.max_bad))
 
 
 DEFAULT_POLICY = BuildPolicy()

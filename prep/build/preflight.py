@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prep.build.plan import BuildPlan, BuildPolicy
+from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes
 from prep.build.shard_task import ShardBuilder, ShardTask
 from prep.console import DiskFull, UserError, bytes_text, count_noun, say
 from prep.files import write_atomic
@@ -82,16 +82,26 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
     bad = list(plan.source.refused)
     if not policy.skip_bad and unfinished:
         bad += probe(plan.source.reader, plan.source.inputs, jobs, plan.sorted_input_indices(unfinished))
-    if not bad or (policy.skip_bad and (policy.max_bad is None or len(bad) <= policy.max_bad)):
+    if policy.allows(len(bad)):
         return
     lines = [json.dumps({"source": name, "fate": "bad", "why": why}, ensure_ascii=False) + "\n" for name, why in bad]
     write_atomic(plan.work_dir / "bad.jsonl", "".join(lines).encode())
+    total = len(plan.source.inputs) + len(plan.source.refused)
+    raise bad_inputs_error(bad, total, policy, plan.work_dir / "bad.jsonl")
+
+
+def bad_inputs_error(
+    bad: Sequence[tuple[str, str]], total: int, policy: BuildPolicy, listed_in: Path | None = None
+) -> UserError:
+    """The error for more `bad` inputs, (name, reason) each, of `total` inputs than `policy` allows."""
     allowed = f", more than --max-bad {policy.max_bad} allows" if policy.skip_bad else ""
-    raise UserError(
-        f"{count_noun(len(bad), 'input')} of {len(plan.source.inputs) + len(plan.source.refused):,} "
+    links = sum("--follow-links" in reason for _, reason in bad)
+    advice = f"Pass --follow-links to follow {count_noun(links, 'link')}. " if links else ""
+    return UserError(
+        f"{count_noun(len(bad), 'input')} of {total:,} "
         f"{'is not an image' if len(bad) == 1 else 'are not images'}{allowed}, found before building "
         f"(first: {bad[0][0]}: {bad[0][1]}). "
-        f"{plan.work_dir / 'bad.jsonl'} lists all of them. "
+        f"{f'{listed_in} lists all of them. ' if listed_in else ''}{advice}"
         "Correct the bad inputs, or pass --on-bad skip to leave them out."
     )
 
@@ -103,9 +113,9 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
     """
     free = free_bytes(plan.folder)
     count = plan.count_inputs(unfinished)
-    if count * _max_record_bytes(plan.settings) < free:
-        return  # even records of the largest expected size fit, so no sample is measured
-    estimate = estimate_resources(plan.sample(unfinished), count, runner)
+    if fits_surely(count, plan.settings, plan.folder):
+        return
+    estimate, _ = estimate_resources(plan.sample(unfinished), count, runner)
     if estimate is None or estimate.bytes <= free:
         return
     text = (
@@ -113,8 +123,18 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
         f"{bytes_text(free)} free"
     )
     if 0.8 * estimate.bytes > free:
-        raise DiskFull(f"{plan.folder}: {text}. Free disk space, or choose another --store; nothing was built.")
+        raise space_error(plan.folder, text)
     say(f"{plan.folder}: {text}. The build starts anyway, since the estimate may be too high.")
+
+
+def space_error(folder: Path, text: str) -> DiskFull:
+    """The error for too little disk space; `text` says how much is needed and how much is free."""
+    return DiskFull(f"{folder}: {text}. Free disk space, or choose another --store; nothing was built.")
+
+
+def fits_surely(count: int, settings: Settings, folder: Path) -> bool:
+    """Whether even `count` records of the largest expected size fit on the disk, so that no sample is measured."""
+    return count * _max_record_bytes(settings) < free_bytes(folder)
 
 
 def _max_record_bytes(settings: Settings) -> int:
@@ -136,27 +156,37 @@ def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
     return f"About {bytes_text(record_bytes * count)} are needed for {count:,} images, "
 
 
-def estimate_resources(tasks: Sequence[ShardTask], inputs: int, runner: Runner) -> ResourceEstimate | None:
+def estimate_resources(
+    tasks: Sequence[ShardTask], inputs: int, runner: Runner
+) -> tuple[ResourceEstimate | None, list[tuple[str, str]]]:
     """Build the records of `tasks` in memory, and extrapolate size and build time to `inputs` inputs.
 
-    Returns None if no input of `tasks` is an image.
+    Returns (estimate, or None if no input of `tasks` is an image; name and reason of each input that is bad).
     """
     count, size, seconds = 0, 0, 0.0
+    bad: list[tuple[str, str]] = []
     for _, result in runner.map(_measure, tasks, lambda counts: None):
         if not isinstance(result, WorkerDied):  # a crash is ignored here; the build itself will report it
             count, size, seconds = count + result[0], size + result[1], seconds + result[2]
+            bad += result[3]
     if not count:
-        return None
-    return ResourceEstimate(size * inputs // count, seconds / count * inputs / runner.jobs, count)
+        return None, bad
+    return ResourceEstimate(size * inputs // count, seconds / count * inputs / runner.jobs, count), bad
 
 
-def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float]:
-    """Build the records of a task in memory: (number of records, bytes of their LMDB pages, seconds)."""
+def _measure(task: ShardTask, task_progress: TaskProgress) -> tuple[int, int, float, list[tuple[str, str]]]:
+    """Build the records of a task in memory.
+
+    Returns (number of records, bytes of their LMDB pages, seconds, name and reason of each bad input).
+    """
     warm_up = replace(task, inputs=task.inputs[:1])
     list(ShardBuilder(warm_up, TaskProgress()).records())  # loads the libraries before the measurement starts
     started = time.monotonic()
-    sizes = [len(value) for _, value in ShardBuilder(task, task_progress).records()]
-    return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), time.monotonic() - started
+    builder = ShardBuilder(task, task_progress)
+    sizes = [len(value) for _, value in builder.records()]
+    seconds = time.monotonic() - started
+    bad = [(outcome["source"], outcome["why"]) for outcome in bad_outcomes(builder.outcomes)]
+    return len(sizes), sum(-(-(size + 16) // _PAGE_BYTES) * _PAGE_BYTES for size in sizes), seconds, bad
 
 
 def free_bytes(path: Path) -> int:

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 import click
 
 from prep.console import bytes_text, count_noun, duration_text, one_line, print_json, shell_quoted
-from prep.store.input_log import read_outcomes
+from prep.inputs.classes import examples, first_labels_text
+from prep.store.input_log import IGNORED, read_outcomes
 from prep.store.manifest import ColorStats, Store
 
 if TYPE_CHECKING:
     from prep.build.parts import Part, PartResult
-    from prep.build.split import BuildEstimate  # a run-time import would load LMDB and Pillow, even for --help
+    from prep.build.split import BuildEstimate
+    from prep.inputs.reader import Source  # a run-time import would load LMDB and Pillow, even for --help
 
 _ALREADY_BUILT = "  already built from the same inputs with the same settings; nothing to do"
 
@@ -45,7 +47,14 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         f"{name}: {count_noun(split.records, 'record')} of {count_noun(len(store.classes), 'class', 'classes')}, "
         f"{bytes_text(split.bytes)} in {count_noun(len(split.shards), 'shard')}, fingerprint {split.fingerprint[:16]}"
     )
+    click.echo(one_line(f"  labels: {first_labels_text(store.classes)}"))
     log = store.root / name / "inputs.jsonl"
+    ignored = split.account.get(IGNORED, {})
+    if ignored:
+        text = ", ".join(f"{count:,} {reason}" for reason, count in ignored.items())
+        click.echo(f"  not part of the data set: {text}. The first:")
+        for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == IGNORED), 3):
+            click.echo(one_line(f"    {outcome['source']}"))
     converted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split.account["converted"].items()))
     if converted:
         click.echo(f"  converted: {converted}")
@@ -87,16 +96,16 @@ def report_part(
     )
 
 
-def report_estimate(estimate: BuildEstimate, name: str, as_json: bool) -> None:
-    """Print the estimate for a build of split `name`."""
-    resources = estimate.resources
+def report_estimate(estimate: BuildEstimate, source: Source, as_json: bool) -> None:
+    """Print the estimate for a build of the split `source`."""
+    resources, name = estimate.resources, source.split
     if as_json:
         print_json(
             {
                 "split": name,
                 "inputs": estimate.inputs,
                 "classes": estimate.classes,
-                "bad": [{"source": source, "why": reason} for source, reason in estimate.bad],
+                "bad": [{"source": bad, "why": reason} for bad, reason in estimate.bad],
                 "done": estimate.done,
                 "bytes": resources and resources.bytes,
                 "seconds": resources and round(resources.seconds, 1),
@@ -105,11 +114,16 @@ def report_estimate(estimate: BuildEstimate, name: str, as_json: bool) -> None:
         )
         return
     click.echo(f"{name}: {count_noun(estimate.inputs, 'input')} of {count_noun(estimate.classes, 'class', 'classes')}")
+    click.echo(one_line(f"  labels: {first_labels_text(source.classes)}"))
+    if source.ignored:
+        names = examples([ignored for ignored, _ in source.ignored])
+        count = count_noun(len(source.ignored), "entry", "entries")
+        click.echo(one_line(f"  not part of the data set: {count} ({names})"))
     if estimate.bad:
         what = "is not an image" if len(estimate.bad) == 1 else "are not images"
         click.echo(f"  {count_noun(len(estimate.bad), 'input')} {what}. The first:")
-        for source, reason in estimate.bad[:10]:
-            click.echo(one_line(f"    {source}: {reason}"))
+        for bad, reason in estimate.bad[:10]:
+            click.echo(one_line(f"    {bad}: {reason}"))
     if estimate.is_built:
         click.echo(_ALREADY_BUILT)
         return

@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -56,8 +56,9 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
         plan.source.inputs.save(plan.work_dir / "inputs.npz")
     begun = json.loads(path.read_bytes())
     refused = [list(entry) for entry in plan.source.refused]
-    if begun.get("refused", []) != refused:
-        write_atomic(path, json.dumps({**begun, "refused": refused}).encode())
+    ignored = [list(entry) for entry in plan.source.ignored]
+    if begun.get("refused", []) != refused or begun.get("ignored", []) != ignored:
+        write_atomic(path, json.dumps({**begun, "refused": refused, "ignored": ignored}).encode())
 
 
 def begin_build(plan: BuildPlan) -> bool:
@@ -80,6 +81,7 @@ def begin_build(plan: BuildPlan) -> bool:
             "edges": plan.boundaries,
             "source": os.path.abspath(plan.source.reader.root),
             "refused": plan.source.refused,
+            "ignored": plan.source.ignored,
         }
         write_atomic(prepared / "plan.json", json.dumps(begun).encode())
         try:
@@ -93,6 +95,16 @@ def begin_build(plan: BuildPlan) -> bool:
         shutil.rmtree(prepared, ignore_errors=True)
     sync_folder(plan.folder)
     return True
+
+
+def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
+    """The classes of an unfinished build of one of the `splits` that has finished shards; empty if there is none."""
+    for split in splits:
+        work_dir = store / split / ".build"
+        if any(work_dir.glob("[0-9]*.json")):
+            with suppress(OSError, ValueError, KeyError, TypeError):  # find_changed_inputs reports a broken plan.json
+                return tuple(str(name) for name in json.loads((work_dir / "plan.json").read_bytes())["classes"])
+    return ()
 
 
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:

@@ -57,7 +57,8 @@ class BuildEstimate:
 
     inputs: int
     classes: int
-    bad: tuple[tuple[str, str], ...]  # (name, reason) of inputs that were refused by the listing or found by `probe`
+    # (name, reason) of inputs that the listing refused, that `probe` found, or that could not be decoded in the sample
+    bad: tuple[tuple[str, str], ...]
     done: int  # inputs in finished shards
     is_built: bool  # the store already has the split, built from the same inputs and settings
     resources: ResourceEstimate | None  # for the remaining inputs; None if no inputs remain or the sample has no image
@@ -142,6 +143,34 @@ def estimate_build(
     source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy = DEFAULT_POLICY
 ) -> BuildEstimate:
     """Estimate a build without writing anything. Raises UserError if build_split would refuse `store`."""
+    plan, is_built, unfinished = open_plan(source, store, settings, policy)
+    remaining = plan.count_inputs(unfinished)
+    if remaining:
+        runner.check_machines(None, source.reader.root, tool_versions)
+    resources: ResourceEstimate | None = None
+    undecodable: list[tuple[str, str]] = []
+    if remaining:
+        resources, undecodable = estimate_resources(plan.sample(unfinished), remaining, runner)
+    bad = [] if is_built else [*source.refused, *probe(source.reader, source.inputs, runner.jobs)]
+    bad += [(name, reason) for name, reason in undecodable if name not in dict(bad)]
+    return BuildEstimate(
+        inputs=len(source.inputs) + len(source.refused),
+        classes=len(source.classes),
+        bad=tuple(bad),
+        done=len(source.inputs) - remaining,
+        is_built=is_built,
+        resources=resources,
+        free_bytes=free_bytes(store),
+    )
+
+
+def open_plan(
+    source: Source, store: Path, settings: Settings, policy: BuildPolicy
+) -> tuple[BuildPlan, bool, Sequence[int]]:
+    """(plan, whether the store already has the split, numbers of the shards to build); writes nothing.
+
+    Raises UserError if build_split would refuse `store`.
+    """
     refuse_store_in_source(source, store)
     plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
     existing = open_existing(store, plan)
@@ -152,26 +181,14 @@ def estimate_build(
         is_begun = (plan.work_dir / "plan.json").exists()
         if not is_begun:
             refuse_foreign_folder(plan)
-        if is_begun and not policy.restart and plan.has_finished_shards():
+        if is_begun and not policy.restart and (plan.has_finished_shards() or plan.crash_counts()):
             changed = find_changed_inputs(plan, store)
             unfinished = [
                 number
                 for number in unfinished
                 if not plan.is_finished(number) or has_changed_input(plan, number, changed)
             ]
-    remaining = plan.count_inputs(unfinished)
-    if remaining:
-        runner.check_machines(None, source.reader.root, tool_versions)
-    bad = () if is_built else (*source.refused, *probe(source.reader, source.inputs, runner.jobs))
-    return BuildEstimate(
-        inputs=len(source.inputs) + len(source.refused),
-        classes=len(source.classes),
-        bad=bad,
-        done=len(source.inputs) - remaining,
-        is_built=is_built,
-        resources=estimate_resources(plan.sample(unfinished), remaining, runner) if remaining else None,
-        free_bytes=free_bytes(store),
-    )
+    return plan, is_built, unfinished
 
 
 def _disk_full(error: Exception, store: Path, need: str = "") -> DiskFull:

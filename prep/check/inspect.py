@@ -9,9 +9,11 @@ from typing import Any
 import lmdb
 
 from prep.console import bytes_text, count_noun
+from prep.inputs.classes import first_labels_text
 from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
+from prep.store.input_log import IGNORED
 from prep.store.manifest import Split, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
@@ -42,6 +44,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
         "converted": account["converted"],
         "exif_orientation": account["exif_orientation"],
         "bad": account["bad"],
+        "ignored": account.get(IGNORED, {}),
         **({"sources": account["sources"]} if "sources" in account else {}),
         "records_of_class": dict(zip(store.classes, split.label_counts, strict=True)),
     }
@@ -54,6 +57,7 @@ def summary_lines(store: Store) -> Iterator[str]:
     shape = "whole images" if settings.keep_aspect else "central squares"
     yield f"{store.root}: {format}, {shape}, shorter side {settings.side_px} px, filter {settings.filter}"
     yield f"  fingerprint {store.fingerprint}, order seed {settings.seed}"
+    yield f"  {count_noun(len(store.classes), 'class', 'classes')}, by label: {first_labels_text(store.classes)}"
     yield "  made with " + ", ".join(f"{name} {version}" for name, version in store.tools.items())
     for name, split in store.splits.items():
         account, counts = split.account, [count for count in split.label_counts if count]
@@ -74,7 +78,9 @@ def summary_lines(store: Store) -> Iterator[str]:
                 yield f"  {title}: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(group.items()))
         for reason, count in account["bad"].items():
             yield f"  left out: {count:,} {reason}"
-        if account["converted"] or bad:
+        for reason, count in account.get(IGNORED, {}).items():
+            yield f"  not part of the data set: {count:,} {reason}"
+        if account["converted"] or account.get(IGNORED) or bad:
             yield f"  {store.root / name / 'inputs.jsonl'} lists these inputs"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -11,8 +12,8 @@ import click
 from click.core import ParameterSource
 
 from prep.build.report import report_build, report_estimate, report_part
-from prep.cli.options import make_runner, path_for, record_options, split_option
-from prep.console import WrongArgument, progress, store_option
+from prep.cli.options import allow_empty_option, make_runner, path_for, record_options, split_option
+from prep.console import UserError, WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
@@ -20,7 +21,8 @@ from prep.store.manifest import SPLITS, Settings, Store
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
     from prep.build.parts import Part
     from prep.build.plan import BuildPolicy
-    from prep.inputs.reader import Source
+    from prep.inputs.formats.layouts import SplitSource
+    from prep.inputs.reader import ListOptions, Source
     from prep.workers import Runner
 
 
@@ -31,16 +33,29 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
 @click.option(
     "--labels",
     type=click.Path(path_type=Path, dir_okay=False),
-    help="Label file of images without class folders: `name label` on each line, or one number on each line (ILSVRC's "
-    "ground truth).  [default: the label file next to SOURCE]",
+    help="Label file of images without class folders: `name label` on each line, with blanks, tabs or commas between "
+    "them, or one number on each line (ILSVRC's ground truth).  [default: the label file beside the images]",
 )
 @click.option(
     "--label-order",
     type=click.Choice(LABEL_ORDERS),
-    help="Meaning of number k in a ground-truth file: the k-th class in sorted order (sorted), or the class whose "
-    "ILSVRC2012_ID is k in the devkit's meta.mat (devkit).  [default: devkit if meta.mat is next to the label file, "
-    "else sorted]",
+    help="Meaning of number k in a label file: the k-th class in sorted order, counted from 1 (sorted) or from 0 "
+    "(sorted-from-0), the class with the name k (name), or the class with ILSVRC2012_ID k in the devkit (devkit).  "
+    "[default: devkit if the file has numbers alone; other numbers must have a single meaning]",
 )
+@click.option(
+    "--devkit",
+    type=click.Path(path_type=Path),
+    help="ILSVRC's devkit: ILSVRC2012_devkit_t12.tar.gz, its unpacked folder or its meta.mat.  [default: the devkit "
+    "beside the label file or the images]",
+)
+@click.option(
+    "--classes",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File with the names of all classes, one on each line in the order of the labels.  [default: the order of the "
+    "store, else sorted by name; names that are numbers are sorted as numbers]",
+)
+@allow_empty_option
 @click.option(
     "--layout",
     type=click.Choice(LAYOUTS),
@@ -48,7 +63,11 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     "names and first bytes]",
 )
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
-@click.option("--dry-run", is_flag=True, help="Print bad inputs, needed disk space and build time, but build nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Make all checks of the build and print bad inputs, needed disk space and build time, but build nothing.",
+)
 @click.option(
     "--part",
     metavar="I/N",
@@ -63,6 +82,9 @@ def build_lmdb(
     split: str | None,
     labels: Path | None,
     label_order: str | None,
+    devkit: Path | None,
+    classes: Path | None,
+    allow_empty_classes: bool,
     layout: str | None,
     follow_links: bool,
     dry_run: bool,
@@ -87,39 +109,66 @@ def build_lmdb(
     Example:
       alexprep build-lmdb /data/ilsvrc --store store
       alexprep build-lmdb /data/ilsvrc --store store --dry-run
-      alexprep build-lmdb /data/val --split val --labels /data/ILSVRC2012_validation_ground_truth.txt
+      alexprep build-lmdb /data/val --split val --devkit /data/ILSVRC2012_devkit_t12.tar.gz
+      alexprep build-lmdb /data/photos --labels /data/labels.csv --classes /data/classes.txt
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --cluster auto
       alexprep build-lmdb /nfs/ilsvrc --store /nfs/store --part 3/16
     """
     chosen_part = _parse_part(part, cluster, dry_run, options["restart"])
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
-        from prep.build.split import estimate_build
+        from prep.build.split_checks import check_splits
         from prep.inputs.reader import ListOptions
-        from prep.inputs.sources import find_splits, list_source
+        from prep.inputs.sources import find_splits
 
-        settings, policy = _settings_and_policy(options)
-        list_options = ListOptions(labels, label_order, follow_links=follow_links)
-        # Classes of the split that was listed before; while parts are built, the store may not have this split yet.
-        classes: tuple[str, ...] = ()
-        for name, path in find_splits(source, split, layout).items():
-            inputs = list_source(path, name, list_options, _store_classes(store) or classes)
-            classes = inputs.classes if chosen_part else ()
+        settings, policy = _settings_and_policy(options, allow_empty_classes)
+        list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links)
+        found = find_splits(source, split, layout)
+        sources = _list_splits(found, list_options, _known_classes(store, found, policy.restart))
+        if dry_run:
+            _dry_run(sources, store, settings, workers, policy, as_json)
+            return
+        check_splits(sources, store, settings, workers, policy, with_space=chosen_part is None)
+        for inputs in sources:
             if chosen_part:
-                _build_part(
-                    inputs,
-                    store,
-                    settings,
-                    workers,
-                    policy,
-                    chosen_part,
-                    _command_line(click.get_current_context()),
-                    as_json,
-                )
-            elif dry_run:
-                report_estimate(estimate_build(inputs, store, settings, workers, policy), name, as_json)
+                command = _command_line(click.get_current_context())
+                _build_part(inputs, store, settings, workers, policy, chosen_part, command, as_json)
             else:
                 _build(inputs, store, settings, workers, policy, as_json)
+
+
+def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, known_classes: Sequence[str]) -> list[Source]:
+    """List all splits. The classes of the first are those of all of them, unless the store has classes.
+
+    Raises UserError if --labels is given and every split has class folders.
+    """
+    from prep.inputs.sources import list_source
+
+    sources: list[Source] = []
+    for name, where in found.items():
+        sources.append(list_source(where, name, options, known_classes))
+        known_classes = known_classes or sources[0].classes
+    if options.labels is not None and all(source.labels_from is None for source in sources):
+        raise UserError(
+            f"--labels {options.labels}: class folders, or the files themselves, give the labels of "
+            f"{' and '.join(found)}, so this file would not be used. Leave out --labels."
+        )
+    return sources
+
+
+def _dry_run(
+    sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool
+) -> None:
+    """Print estimates for all splits. Raises the error with which the build would end before it starts."""
+    from prep.build.split import estimate_build
+    from prep.build.split_checks import check_store_folder, refuse_estimates, say_same_splits
+
+    check_store_folder(store)
+    say_same_splits(sources)
+    estimates = [estimate_build(source, store, settings, runner, policy) for source in sources]
+    for source, estimate in zip(sources, estimates, strict=True):
+        report_estimate(estimate, source, as_json)
+    refuse_estimates(sources, estimates, store, runner.jobs, policy)
 
 
 def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bool) -> Part | None:
@@ -158,7 +207,7 @@ def _command_line(context: click.Context) -> str:
     return " ".join(words)
 
 
-def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy]:
+def _settings_and_policy(options: dict[str, Any], allow_empty_classes: bool = False) -> tuple[Settings, BuildPolicy]:
     from prep.build.plan import BuildPolicy
 
     settings = Settings(
@@ -170,12 +219,21 @@ def _settings_and_policy(options: dict[str, Any]) -> tuple[Settings, BuildPolicy
         seed=options["seed"],
     )
     skip_bad = options["on_bad"] == "skip" or options["max_bad"] is not None
-    return settings, BuildPolicy(skip_bad, options["max_bad"], options["restart"])
+    return settings, BuildPolicy(
+        skip_bad, options["max_bad"], options["restart"], allow_empty_classes=allow_empty_classes
+    )
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
     """The classes of a store; empty if the store has no complete split yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
+
+
+def _known_classes(store: Path, splits: Iterable[str], restart: bool) -> tuple[str, ...]:
+    """The classes of a store, or of an unfinished build in it that the command does not discard."""
+    from prep.build.resume import begun_classes
+
+    return _store_classes(store) or begun_classes(store, [name for name in SPLITS if not (restart and name in splits)])
 
 
 def _build(source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool) -> None:

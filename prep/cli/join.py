@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from prep.build.report import report_build
+from prep.cli.options import allow_empty_option
 from prep.console import UserError, count_noun, json_option, one_line, print_json, store_option
 from prep.store.manifest import SPLITS, Store
 
@@ -22,8 +23,9 @@ from prep.store.manifest import SPLITS, Store
     metavar="N",
     help="Largest number of bad inputs that the parts may have left out.  [default: no limit]",
 )
+@allow_empty_option
 @json_option
-def join(store: Path, split: str | None, max_bad: int | None, as_json: bool) -> None:
+def join(store: Path, split: str | None, max_bad: int | None, allow_empty_classes: bool, as_json: bool) -> None:
     """Complete a store whose shards were built with `build-lmdb --part`.
 
     The part that ends last completes the store itself. This command is needed only if that part was interrupted. If
@@ -43,7 +45,7 @@ def join(store: Path, split: str | None, max_bad: int | None, as_json: bool) -> 
         return
     unfinished = []
     for name in begun:
-        joined, missing, parts = join_split(store, name, max_bad)
+        joined, missing, parts = join_split(store, name, max_bad, allow_empty_classes)
         if joined is not None:
             report_build(joined, name, 0, 0.0, as_json, "  completed from finished shards")
             continue

@@ -32,6 +32,12 @@ cluster_option = click.option(
     "(HOST:PORT), or a new cluster of this machine alone (local).  [default: worker processes without Ray]",
 )
 
+allow_empty_option = click.option(
+    "--allow-empty-classes",
+    is_flag=True,
+    help="Accept classes without a photograph; they have labels all the same.  [default: an error names them]",
+)
+
 _RECORD_OPTIONS = (
     click.option(
         "--side",

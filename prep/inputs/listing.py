@@ -58,10 +58,13 @@ class Listing:
             other._columns["label"] = array("q", np.asarray(labels, np.int64)[old].tobytes())
         return other
 
+    def labels(self) -> npt.NDArray[np.int64]:
+        """The labels of all inputs: int64 (N,)."""
+        return np.array(self._columns["label"], np.int64)
+
     def label_counts(self, classes: int) -> npt.NDArray[np.int64]:
         """Number of inputs of each label 0..`classes` − 1."""
-        labels = np.frombuffer(self._columns["label"], np.int64) if len(self) else np.empty(0, np.int64)
-        return np.bincount(labels, minlength=classes)
+        return np.bincount(self.labels(), minlength=classes)
 
     def __len__(self) -> int:
         return len(self._ends)

@@ -13,7 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from prep.console import UserError, say
-from prep.inputs.archive import TarReader, found_inputs, list_archive
+from prep.inputs.archive import TarReader, list_archive
+from prep.inputs.archive_folders import found_inputs
 from prep.inputs.classes import NO_PHOTOGRAPH, may_be_image, refuse_empty_classes, wanted_classes, with_classes
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.formats.class_tars import list_class_tars

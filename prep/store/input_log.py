@@ -1,9 +1,10 @@
 """Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and the totals for the manifest.
 
 inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. A
-line is the outcome of one input, a JSON object. Every outcome has the keys "source" and "fate" ("kept", "converted" or
-"bad"). "how" (the conversions), "exif_orientation" and "why" (the reason for a bad input) are written only if they
-apply. Outcomes are streamed, so memory never holds all of them.
+line is the outcome of one input, a JSON object. Every outcome has the keys "source" and "fate" ("kept", "converted",
+"bad", or "ignored" for what is no input, such as a file beside class folders). "how" (the conversions),
+"exif_orientation" and "why" (the reason for a bad or ignored input) are written only if they apply. Outcomes are
+streamed, so memory never holds all of them.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO
 
 from prep.files import atomic_file
 
+IGNORED = "ignored"  # fate of what is no input, such as a file beside class folders
 _MAX_REASONS = 20  # keeps the manifest small if there are many different reasons
 
 
@@ -28,16 +30,20 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
+    ignored: Counter[str] = Counter()
     for outcome in outcomes:
         converted.update(outcome.get("how", ()))
         if "exif_orientation" in outcome:
             orientations[str(outcome["exif_orientation"])] += 1
         if outcome["fate"] == "bad":
             reasons[str(outcome["why"])] += 1
+        elif outcome["fate"] == IGNORED:
+            ignored[str(outcome["why"])] += 1
     bad = dict(reasons.most_common(_MAX_REASONS))
     if len(bad) < len(reasons):
         bad["other reasons"] = reasons.total() - sum(bad.values())
-    return {"converted": dict(converted), "exif_orientation": dict(orientations), "bad": bad}
+    account = {"converted": dict(converted), "exif_orientation": dict(orientations), "bad": bad}
+    return {**account, IGNORED: dict(ignored)} if ignored else account
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from prep.console import progress
-from prep.inputs.archive import ArchiveContents, checked_member_name, found_inputs
+from prep.inputs.archive import checked_member_name
+from prep.inputs.archive_folders import ArchiveContents, found_inputs
 from prep.inputs.formats.shards import ShardReader, pack_location
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members

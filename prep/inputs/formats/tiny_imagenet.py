@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.console import UserError
-from prep.inputs.archive import ArchiveContents, found_inputs
+from prep.inputs.archive_folders import ArchiveContents, found_inputs
 from prep.inputs.classes import STRAY_FILE
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.formats.labelled import LabelledRows

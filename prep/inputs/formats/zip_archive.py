@@ -18,7 +18,8 @@ from typing import Any
 
 from prep.console import progress
 from prep.images.codec import MAX_FILE_BYTES, BadImage
-from prep.inputs.archive import ArchiveContents, checked_name
+from prep.inputs.archive import checked_name
+from prep.inputs.archive_folders import ArchiveContents
 from prep.inputs.classes import has_image_name
 from prep.inputs.formats.shards import open_file
 from prep.inputs.formats.zip_directory import ZipEntry, iterate_entries
@@ -166,7 +167,8 @@ def member_named(contents: ArchiveContents, name: bytes) -> Input | None:
 def _checked_entries(path: Path, contents: ArchiveContents | None = None) -> Iterator[tuple[bytes, ZipEntry]]:
     """Yield (name, entry) of the entries with safe names; the others are added to `contents` as refused."""
     for entry in iterate_entries(path):
-        name, reason = checked_name(entry.name.rstrip(b"/") if entry.is_folder else entry.name, entry.is_folder)
+        hidden = None if contents is None else contents.hidden
+        name, reason = checked_name(entry.name.rstrip(b"/") if entry.is_folder else entry.name, entry.is_folder, hidden)
         if reason and contents is not None:
             contents.add(name, reason=reason)
         if name and not reason:

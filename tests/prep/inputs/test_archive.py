@@ -21,9 +21,11 @@ from prep.cli import main
 from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.inputs.archive import TarReader, list_archive
+from prep.inputs.classes import NO_CLASS, STRAY_FILE
 from prep.inputs.reader import FoundInputs, ListOptions
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
+from tests.helpers.listings import paths_and_labels, touch
 from tests.helpers.tars import BLOCK, DAMAGED, MEMBER_BYTES, THREE, A, B, C, Member, header, overwritten, tar_of
 
 pytestmark = pytest.mark.usefixtures("one_minute_timeout")
@@ -280,9 +282,59 @@ def test_class_folders_in_two_parent_folders_are_refused(tmp_path: Path) -> None
             list_tar(tar_of([(name, A) for name in names]), tmp_path / "x.tar")
 
 
-def test_images_next_to_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"2 folders and images side by side \(first image: README\)"):
-        list_tar(tar_of([*THREE, ("README", A)]), tmp_path / "x.tar")
+def test_files_next_to_class_folders_are_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = list_tar(tar_of([*THREE, ("README", A), ("beside.JPEG", A)]), tmp_path / "x.tar")
+    assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"] and found.refused == ()
+    assert sorted(found.ignored) == [("README", STRAY_FILE), ("beside.JPEG", STRAY_FILE)]
+    assert "1 photograph beside the class folders left out (first: beside.JPEG)" in capsys.readouterr().err
+    many = [(f"{k}.JPEG", A) for k in range(11)]
+    with pytest.raises(UserError, match=r"2 folders and 11 photographs side by side \(first: 0\.JPEG\).*--labels"):
+        list_tar(tar_of([*THREE, *many]), tmp_path / "x.tar")
+    assert list_archive(tmp_path / "x.tar", flat=True).is_flat
+
+
+@pytest.mark.parametrize("name", ["lost+found", "@eaDir", "__MACOSX", "__pycache__", ".ipynb_checkpoints", ".git"])
+def test_folders_that_are_no_classes_are_left_out_and_named(name: str, tmp_path: Path) -> None:
+    entry: Member = (name, b"", {"type": tarfile.DIRTYPE})
+    files: list[Member] = [(f"{name}/x.JPEG", A), (f"{name}/n1/._a.JPEG", A), (f"n1/{name}/x.JPEG", A)]
+    for members in ([*THREE, entry], [entry, *files, *THREE], [("d/" + m[0], *m[1:]) for m in (*THREE, *files)]):
+        found = list_tar(tar_of(members), tmp_path / "x.tar")
+        assert names_of(found) == ["n1/a.JPEG", "n1/b.JPEG", "n2/c.JPEG"]
+        assert (found.classes, found.refused) == (("n1", "n2"), ())
+        prefix = "d/" if members[0][0].startswith("d/") else ""
+        expected = [prefix + name] if len(members) == 4 else [prefix + name, f"{prefix}n1/{name}"]
+        assert sorted(found.ignored) == sorted((folder, NO_CLASS) for folder in expected)
+
+
+def test_numbers_and_nested_folders_are_classes_as_on_the_disk(tmp_path: Path) -> None:
+    """The listing of a tar of a folder equals that of the folder."""
+    for k, names in enumerate(
+        (["2/a.jpg", "10/b.jpg", "1/c.jpg"], ["a/air/1.jpg", "a/apt/in/2.jpg", "b/x/3.jpg", "a/README.md"])
+    ):
+        root = touch(tmp_path / str(k), *names)
+        with tarfile.open(tmp_path / "x.tar", "w") as tar:
+            tar.add(root, "around")
+        folder, archive = list_source(root, "train"), list_source(tmp_path / "x.tar", "train")
+        assert archive.classes == folder.classes == (("1", "2", "10"), ("a/air", "a/apt/in", "b/x"))[k]
+        assert paths_and_labels(archive) == paths_and_labels(folder)
+
+
+def test_a_link_beside_the_class_folders_is_refused(tmp_path: Path) -> None:
+    link = {"type": tarfile.SYMTYPE, "linkname": "elsewhere/n5"}
+    for prefix in ("", "train/"):
+        members = [(prefix + name, content) for name, content, *_ in THREE]
+        with pytest.raises(UserError, match=rf"{prefix}n5 is a link beside the class folders.*--dereference"):
+            list_tar(tar_of([*members, (prefix + "n5", b"", link)]), tmp_path / "x.tar")
+        found = list_tar(tar_of([*members, (prefix + "notes.txt", b"", link)]), tmp_path / "x.tar")
+        assert (found.refused, found.ignored) == ((), ((prefix + "notes.txt", STRAY_FILE),))
+    inner = tar_of([("a.JPEG", A)])
+    with pytest.raises(UserError, match=r"n2\.tar is a link"):
+        list_tar(tar_of([("n1.tar", inner), ("n3.tar", inner), ("n2.tar", b"", link)]), tmp_path / "x.tar")
+
+
+def test_a_name_of_many_folders_is_refused(tmp_path: Path) -> None:
+    found = list_tar(tar_of([*THREE, ("a/" * 20000 + "x.JPEG", A)], tarfile.PAX_FORMAT), tmp_path / "x.tar")
+    assert len(found.listing) == 3 and "more than 50 folders" in found.refused[0][1]
 
 
 @pytest.mark.parametrize("damage", [name for name in DAMAGED if not name.startswith(("text", "another", "pax"))])

@@ -124,7 +124,7 @@ def test_a_folder_around_the_class_folders_is_entered(tmp_path: Path) -> None:
 
 
 def test_a_last_folder_that_all_classes_share_is_no_part_of_their_names(tmp_path: Path) -> None:
-    source = list_images(touch(tmp_path / "t", "n1/images/1.jpg", "n2/images/2.jpg", "n1/n1_boxes.txt"))
+    source = list_images(touch(tmp_path / "t", "n1/images/1.jpg", "n2/images/2.jpg", "n1/about.txt"))
     assert source.classes == ("n1", "n2")
     assert paths_and_labels(source) == [(b"n1/images/1.jpg", 0), (b"n2/images/2.jpg", 1)]
 

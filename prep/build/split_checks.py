@@ -1,0 +1,131 @@
+"""Checks of all splits before the first of them is built, and the same checks for --dry-run.
+
+A build can take hours. What is wrong with the second split is therefore found before the first split is built: its
+labels and classes (prep/inputs), an unfinished build of other inputs, files that are no images, and the disk space for
+all splits together.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from prep.build.plan import BuildPolicy, tool_versions
+from prep.build.preflight import bad_inputs_error, estimate_resources, fits_surely, free_bytes, probe, space_error
+from prep.build.split import BuildEstimate, open_plan
+from prep.console import UserError, bytes_text, say
+from prep.inputs.classes import refuse_empty_classes
+from prep.inputs.names import name_text
+from prep.inputs.reader import Source
+from prep.store.manifest import Settings
+from prep.workers import Runner
+
+
+def check_splits(
+    sources: Sequence[Source], store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, with_space: bool
+) -> None:
+    """Check all splits of a build; with `with_space`, also whether they fit on the disk together.
+
+    Raises UserError or DiskFull if the build of any split would be refused.
+    """
+    check_store_folder(store)
+    say_same_splits(sources)
+    plans = [open_plan(source, store, settings, policy) for source in sources]
+    todo = [(plan, unfinished) for plan, _, unfinished in plans if len(unfinished)]
+    for position, (plan, _) in enumerate(todo):
+        source = plan.source
+        check_classes(source, runner.jobs, policy)
+        # The build of the first split checks its inputs itself, and lists the bad ones in a file.
+        is_strict = position > 0 and not policy.skip_bad
+        bad = [*source.refused, *(probe(source.reader, source.inputs, runner.jobs) if is_strict else ())]
+        if position > 0 and not policy.allows(len(bad)):
+            raise bad_inputs_error(bad, len(source.inputs) + len(source.refused), policy)
+    if not with_space or len(todo) < 2:
+        return  # the build of a single split checks the disk space itself
+    counts = [plan.count_inputs(unfinished) for plan, unfinished in todo]
+    if fits_surely(sum(counts), settings, store):
+        return
+    runner.check_machines(None, todo[0][0].source.reader.root, tool_versions)
+    needed = 0
+    for (plan, unfinished), count in zip(todo, counts, strict=True):
+        estimate, _ = estimate_resources(plan.sample(unfinished), count, runner)
+        needed += estimate.bytes if estimate else 0
+    _check_space(needed, sum(counts), store)
+
+
+def _check_space(needed_bytes: int, count: int, store: Path) -> None:
+    """Raise DiskFull if the splits surely do not fit; print a warning if they may not."""
+    free = free_bytes(store)
+    if needed_bytes > free:
+        text = f"{bytes_text(needed_bytes)} needed for {count:,} images of all splits, {bytes_text(free)} free"
+        if 0.8 * needed_bytes > free:
+            raise space_error(store, text)
+        say(f"{store}: {text}. The build starts anyway, since the estimate may be too high.")
+
+
+def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
+    """Raise UserError if all inputs of a class are obviously no images, so that the class would lose all of them.
+
+    Only sizes and first bytes are read. Nothing is read if a bad input stops the build anyway.
+    """
+    if policy.allow_empty_classes or not policy.skip_bad or not len(source.inputs):
+        return
+    labels = source.inputs.labels()
+    order = np.argsort(labels, kind="stable")
+    starts = np.searchsorted(labels[order], np.arange(len(source.classes) + 1))
+    inputs_of = {k: order[starts[k] : starts[k + 1]].tolist() for k in range(len(source.classes))}
+    undecided = {label: 0 for label, indices in inputs_of.items() if indices}  # label -> number of inputs that are bad
+    reasons: list[tuple[str, str]] = []
+    lost: list[int] = []
+    count = 1
+    while undecided:
+        batches = {label: inputs_of[label][done : done + count] for label, done in undecided.items()}
+        bad = probe(source.reader, source.inputs, jobs, [index for batch in batches.values() for index in batch])
+        reasons += bad[: 1000 - len(reasons)]
+        bad_of = _count_bad(source, dict(bad), batches)
+        undecided = {label: done + len(batches[label]) for label, done in undecided.items() if bad_of[label]}
+        lost += [label for label, done in undecided.items() if done == len(inputs_of[label])]
+        undecided = {label: done for label, done in undecided.items() if done < len(inputs_of[label])}
+        count *= 4
+    refuse_empty_classes(str(source.reader.root), [source.classes[label] for label in sorted(lost)], reasons)
+
+
+def _count_bad(source: Source, bad: dict[str, str], batches: dict[int, list[int]]) -> dict[int, bool]:
+    """{label: whether all inputs of its batch are bad}."""
+    return {
+        label: all(name_text(source.inputs.path(index)) in bad for index in batch) for label, batch in batches.items()
+    }
+
+
+def check_store_folder(store: Path) -> None:
+    """Raise UserError if the folder of the store can neither be written to nor be created."""
+    folder = store
+    while not folder.exists():
+        folder = folder.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--store {store}: {folder} is not a folder. Choose another folder.")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
+
+
+def say_same_splits(sources: Sequence[Source]) -> None:
+    """Warn if two splits list the same files."""
+    digests = {source.split: source.inputs.digest() for source in sources if len(sources) > 1}
+    if len(set(digests.values())) < len(digests):
+        say(f"{' and '.join(digests)} have the same files with the same labels. Is one a link to the other?")
+
+
+def refuse_estimates(
+    sources: Sequence[Source], estimates: Sequence[BuildEstimate], store: Path, jobs: int, policy: BuildPolicy
+) -> None:
+    """Raise the error with which the build that --dry-run estimated would end. Returns if the build would start."""
+    for source, estimate in zip(sources, estimates, strict=True):
+        if not estimate.is_built:
+            check_classes(source, jobs, policy)
+            if not policy.allows(len(estimate.bad)):
+                raise bad_inputs_error(estimate.bad, estimate.inputs, policy)
+    needed = sum(estimate.resources.bytes for estimate in estimates if estimate.resources)
+    _check_space(needed, sum(estimate.inputs - estimate.done for estimate in estimates), store)

@@ -1,0 +1,214 @@
+"""Finds the class folders, or the flat folder, in the contents of an archive, by the rules of folders on the disk."""
+
+from __future__ import annotations
+
+from array import array
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from prep.console import UserError, count_noun, say
+from prep.inputs.classes import (
+    NO_CLASS,
+    STRAY_FILE,
+    SYSTEM_FILE,
+    class_names,
+    is_no_class_folder,
+    is_system_file,
+    may_be_image,
+    order_classes,
+)
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+from prep.inputs.reader import FoundInputs
+
+LINK = "a link, not a file"
+_DOUBLE = "another member of the same name follows in the archive"
+_TOO_DEEP = "in a folder inside a class folder"
+
+
+class ArchiveContents:
+    """The images (in the order of the archive), folders, and refused and ignored members of an archive."""
+
+    def __init__(self, mtime_ns: int) -> None:
+        self.mtime_ns = mtime_ns  # modification time of the archive, stored for each member
+        self.images = Listing()
+        self.folders: set[bytes] = set()
+        self.refused: list[tuple[str, str]] = []  # (name, reason)
+        self.hidden: set[bytes] = set()  # folders whose names begin with a dot; their members are left out
+
+    def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
+        """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b""."""
+        if reason:
+            self.refused.append((name_text(name), reason))
+        elif name:
+            self.images.add(name, 0, size, self.mtime_ns, location)
+            if b"/" in name:
+                self.folders.add(name.rpartition(b"/")[0])
+
+
+def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInputs:
+    """Find class folders or a flat folder in the contents of the archive (or folder of archives) `path`.
+
+    The rules are those of prep.inputs.folder.list_folder. Of members with equal names, the last is kept. If `flat` is
+    true and all images are in one folder, there are no classes. Raises UserError if there is no image, if a class
+    folder is a link, or if it is unclear what the classes are.
+    """
+    refused = contents.refused
+    if not len(contents.images):
+        raise UserError(f"{path}: no image found; {count_noun(len(refused), 'member')} refused.")
+    tree = _Tree(path, contents)
+    tree.enter_single_folders()
+    is_flat = tree.is_flat(flat)
+    if not is_flat:
+        tree.find_class_folders(tree.root)
+        tree.check_links()
+        is_flat = flat and len(tree.class_folders) == 1
+    ordered = sorted(tree.class_folders, key=lambda folder: folder.split(b"/"))
+    names = [] if is_flat else class_names([folder[len(tree.root) :] for folder in ordered], str(path))
+    classes = order_classes(names, str(path))
+    position = {name: label for label, name in enumerate(classes)}
+    label_of = {folder: position[name] for folder, name in zip(ordered, names, strict=False)}
+    listing = Listing()
+    for index in tree.indices:
+        item = contents.images[index]
+        folder, slash, name = item.path.rpartition(b"/")
+        below_root = item.path[len(tree.root) :]
+        if is_flat and (folder in tree.class_folders or folder + slash == tree.root):
+            listing.add(name, 0, item.size, item.mtime_ns, item.location)
+        elif folder in label_of:
+            replaced = replace(item, path=below_root, label=label_of[folder])
+            listing.add(replaced.path, replaced.label, replaced.size, replaced.mtime_ns, replaced.location)
+        elif is_flat or folder + slash in tree.inner_folders:
+            tree.ignored.append((name_text(item.path), STRAY_FILE))
+        else:
+            refused.append((name_text(below_root), _TOO_DEEP))
+    return FoundInputs(listing, classes, is_flat, tuple(refused), tuple(tree.ignored))
+
+
+class _Tree:
+    """The folders of an archive. Names of folders that contain folders end with a slash; the root is b""."""
+
+    def __init__(self, path: Path, contents: ArchiveContents) -> None:
+        self.path, self.contents = path, contents
+        self.ignored = [(name_text(folder), NO_CLASS) for folder in sorted(contents.hidden)]
+        self.indices = self._kept_images()
+        self.has_images: set[bytes] = set()  # folders (with a slash at the end) that directly contain images
+        self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)  # folder with a slash -> folders in it
+        self.root = b""
+        self.class_folders: list[bytes] = []  # without a slash at the end
+        self.inner_folders: set[bytes] = set()
+        folders = {folder for folder in contents.folders if not _no_class_part(folder)}
+        for index in self.indices:
+            folder, slash, name = contents.images.path(index).rpartition(b"/")
+            if may_be_image(name):
+                self.has_images.add(folder + slash)
+        for folder in folders:
+            while folder:
+                parent, slash, _ = folder.rpartition(b"/")
+                self.folders_in[parent + slash].add(folder)
+                folder = parent
+
+    def _kept_images(self) -> Sequence[int]:
+        """Indices of the images sorted by class, name and offset; without folders and files of the system."""
+        images, kept = self.contents.images, array("q")
+        junk: set[bytes] = set()
+        order = _sorted_indices(images)
+        no_class: dict[bytes, bytes] = {}  # folder -> part of its path that is no class; b"" if there is none
+        for position, index in enumerate(order):
+            path = images.path(index)
+            folder, _, name = path.rpartition(b"/")
+            if folder not in no_class:
+                no_class[folder] = _no_class_part(folder)
+            if no_class[folder]:
+                junk.add(no_class[folder])
+            elif position + 1 < len(order) and images.path(order[position + 1]) == path:
+                self.contents.refused.append((name_text(path), _DOUBLE))
+            elif is_system_file(name):
+                self.ignored.append((name_text(path), SYSTEM_FILE))
+            else:
+                kept.append(index)
+        junk |= {part for folder in self.contents.folders if (part := _no_class_part(folder))}
+        self.ignored += [(name_text(folder), NO_CLASS) for folder in sorted(junk)]
+        if len(kept) == len(order):
+            return order
+        return kept
+
+    def enter_single_folders(self) -> None:
+        """Make a folder that stands alone the root, if it contains folders and no images."""
+        while self.root not in self.has_images and len(self.folders_in[self.root]) == 1:
+            below = next(iter(self.folders_in[self.root])) + b"/"
+            if below in self.has_images or not self.folders_in[below]:
+                return
+            self.inner_folders.add(self.root)
+            self.root = below
+
+    def is_flat(self, flat: bool) -> bool:
+        """Whether the images are in the root itself. Raises UserError if this is unclear."""
+        folders = self.folders_in[self.root]
+        if not folders:
+            return True
+        if self.root not in self.has_images:
+            return False
+        if flat or not any(folder + b"/" in self.has_images or self.folders_in[folder + b"/"] for folder in folders):
+            return True
+        beside = [name for name in self._names_in_root() if may_be_image(name)]
+        if len(beside) > max(10, len(folders)):
+            raise UserError(
+                f"{self.path}: {count_noun(len(folders), 'folder')} and {count_noun(len(beside), 'photograph')} side "
+                f"by side (first: {name_text(beside[0])}). Expected class folders alone, or images alone with --labels."
+            )
+        say(
+            f"{self.path}: {count_noun(len(beside), 'photograph')} beside the class folders left out (first: "
+            f"{name_text(beside[0])})."
+        )
+        return False
+
+    def _names_in_root(self) -> Iterator[bytes]:
+        for index in self.indices:
+            folder, slash, name = self.contents.images.path(index).rpartition(b"/")
+            if folder + slash == self.root:
+                yield name
+
+    def find_class_folders(self, folder: bytes) -> None:
+        """Collect the class folders in `folder`, which ends with a slash or is the root, and below it."""
+        self.inner_folders.add(folder)
+        for below in sorted(self.folders_in[folder]):
+            if self.folders_in[below + b"/"] and below + b"/" not in self.has_images:
+                self.find_class_folders(below + b"/")
+            else:
+                self.class_folders.append(below)
+
+    def check_links(self) -> None:
+        """Raise UserError if a link stands where class folders are: it may be a class. Links with an ending are not."""
+        inner = {name_text(folder) for folder in self.inner_folders}
+        for entry in list(self.contents.refused):
+            parent, slash, name = entry[0].rpartition("/")
+            if entry[1] != LINK or parent + slash not in inner:
+                continue
+            if "." not in name or name.endswith(".tar"):
+                raise UserError(
+                    f"{self.path}: {entry[0]} is a link beside the class folders, and a link in an archive cannot be "
+                    "followed. Make the archive again with the option --dereference of tar, or without this link."
+                )
+            self.contents.refused.remove(entry)
+            self.ignored.append((entry[0], STRAY_FILE))
+
+
+def _no_class_part(folder: bytes) -> bytes:
+    """The path of the first folder in a path that is never a class, such as `__MACOSX`; b"" if there is none."""
+    parts = folder.split(b"/") if folder else []
+    first = next((k for k, part in enumerate(parts) if is_no_class_folder(part)), None)
+    return b"" if first is None else b"/".join(parts[: first + 1])
+
+
+def _sorted_indices(images: Listing) -> Sequence[int]:
+    """Indices of `images` sorted by class, name and offset: for sorted `images` a range, which saves memory."""
+
+    def key(i: int) -> bytes:
+        return images.path(i).replace(b"/", b"\0") + b"\0" + images[i].location.to_bytes(8)
+
+    if all(key(i) < key(i + 1) for i in range(len(images) - 1)):
+        return range(len(images))
+    return array("q", sorted(range(len(images)), key=key))

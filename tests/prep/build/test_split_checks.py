@@ -1,0 +1,197 @@
+"""Checks of all splits before the first is built, classes that lose their photographs, and the same in --dry-run."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import namedtuple
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from prep.build.plan import BuildPolicy
+from prep.build.resume import begun_classes
+from prep.build.split import build_split, estimate_build
+from prep.build.split_checks import check_splits, check_store_folder, refuse_estimates
+from prep.cli import main
+from prep.console import DiskFull, Progress, UserError
+from prep.inputs.reader import Source
+from prep.inputs.sources import list_source
+from prep.store.manifest import Store
+from tests.helpers.building import PPM, SKIP, STRICT, InlineRunner, Stopped, StoppingRunner, build, make_pictures
+
+Usage = namedtuple("Usage", ["total", "used", "free"])
+ALLOW = BuildPolicy(skip_bad=True, allow_empty_classes=True)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 images of 3 classes."""
+    return make_pictures(tmp_path_factory.mktemp("pictures") / "p", 24, (40, 60), distinct=2)
+
+
+@pytest.fixture
+def source(pictures: Path, tmp_path: Path) -> Path:
+    """The splits train and val, with the same images."""
+    for split in ("train", "val"):
+        shutil.copytree(pictures, tmp_path / "source" / split)
+    return tmp_path / "source"
+
+
+def alexprep(*words: object) -> Result:
+    return CliRunner().invoke(main, [str(word) for word in words])
+
+
+def list_splits(source: Path) -> list[Source]:
+    sources: list[Source] = []
+    for split in ("train", "val"):
+        classes = sources[0].classes if sources else ()
+        sources.append(list_source(source / split, split, store_classes=classes))
+    return sources
+
+
+def check(source: Path, store: Path, policy: BuildPolicy = STRICT) -> None:
+    """The checks of the build and those of --dry-run find the same."""
+    sources, found = list_splits(source), []
+    for attempt in (_check_build, _check_dry_run):
+        try:
+            attempt(sources, store, policy)
+        except UserError as error:
+            found.append(error)
+    assert len(found) != 1, found
+    assert not store.exists() or not (store / "train").exists()
+    if found:
+        assert type(found[0]) is type(found[1])
+        raise found[0]
+
+
+def _check_build(sources: Sequence[Source], store: Path, policy: BuildPolicy) -> None:
+    check_splits(sources, store, PPM, InlineRunner(), policy, with_space=True)
+
+
+def _check_dry_run(sources: Sequence[Source], store: Path, policy: BuildPolicy) -> None:
+    check_store_folder(store)
+    estimates = [estimate_build(each, store, PPM, InlineRunner(), policy) for each in sources]
+    refuse_estimates(sources, estimates, store, 1, policy)
+
+
+def test_sound_splits_pass(source: Path, tmp_path: Path) -> None:
+    check(source, tmp_path / "store")
+
+
+def test_a_bad_input_of_val_is_found_before_train_is_built(source: Path, tmp_path: Path) -> None:
+    (source / "val" / "n1" / "bad.jpg").write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"1 input of 25 is not an image.*n1/bad\.jpg"):
+        check(source, tmp_path / "store")
+    check(source, tmp_path / "store", SKIP)
+    with pytest.raises(UserError, match="more than --max-bad 0 allows"):
+        _check_dry_run(list_splits(source), tmp_path / "store", BuildPolicy(True, 0))
+
+
+def test_linked_photographs_of_val_name_the_option(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").touch()
+    (source / "val" / "n1" / "link.jpg").symlink_to(tmp_path / "x.jpg")
+    with pytest.raises(UserError, match="Pass --follow-links to follow 1 link"):
+        check(source, tmp_path / "store")
+
+
+def test_a_class_of_bad_inputs_alone_is_refused_before_the_build(source: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        shutil.rmtree(source / split / "n2")
+        (source / split / "n2").mkdir()
+        (source / split / "n2" / "README.md").write_text("about")
+        for k in range(7):
+            (source / split / "n2" / f"{k}.txt").write_text("text")
+        with pytest.raises(UserError, match=r"1 class has no photograph: n2\. n2/.*--allow-empty-classes"):
+            check(source, tmp_path / "store", SKIP)
+        check(source, tmp_path / "store", ALLOW)
+        (source / split / "n2" / "z.jpg").write_bytes(next((source / split / "n1").iterdir()).read_bytes())
+        check(source, tmp_path / "store", SKIP)  # one photograph after eight bad inputs is enough
+
+
+def test_a_class_that_loses_its_photographs_is_refused_at_the_end(source: Path, tmp_path: Path) -> None:
+    """The first bytes look like a JPEG, so only decoding shows that the photographs are bad."""
+    for path in (source / "train" / "n2").iterdir():
+        path.write_bytes(b"\xff\xd8\xff\xe0 cut off")
+    bad = len(list((source / "train" / "n2").iterdir()))
+    store = tmp_path / "store"
+    with pytest.raises(UserError, match=rf"1 class lost all photographs.*n2 \({bad} inputs\).*--allow-empty-classes"):
+        build(source / "train", store, policy=SKIP)
+    assert not (store / "manifest.json").exists()
+    built = build(source / "train", store, policy=ALLOW)
+    assert built.classes == ("n1", "n2", "n3")
+    assert built.split("train").label_counts[1] == 0 < built.split("train").label_counts[0]
+
+
+def test_both_splits_must_fit_on_the_disk(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each split alone needs 98 KB: 24 records of one page."""
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 0, 120_000))
+    with pytest.raises(DiskFull, match=r"196\.6 KB needed for 48 images of all splits, 120\.0 KB free"):
+        check(source, tmp_path / "store")
+    monkeypatch.setattr("shutil.disk_usage", lambda path: Usage(10**9, 0, 180_000))
+    check(source, tmp_path / "store")
+
+
+def test_an_unfinished_val_of_other_inputs_is_found_before_train_is_built(source: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    val = list_splits(source)[1]
+    with pytest.raises(Stopped):
+        build_split(val, store, PPM, StoppingRunner(), Progress(24, "pictures"), STRICT)
+    assert begun_classes(store) == ("n1", "n2", "n3")
+    next((source / "val" / "n1").iterdir()).rename(source / "val" / "n1" / "new.jpg")
+    with pytest.raises(UserError, match="holds an unfinished build of other inputs"):
+        check(source, store)
+
+
+def test_two_splits_of_the_same_files_are_told(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    check(source, tmp_path / "store")
+    assert "train and val have the same files" in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for attempt in (_check_build, _check_dry_run):
+        with pytest.raises(UserError, match="file is not a folder"):
+            attempt(list_splits(source), tmp_path / "file" / "store", STRICT)
+
+
+def test_the_command_compares_the_splits_before_it_builds(source: Path, tmp_path: Path) -> None:
+    (source / "val" / "n3").rename(source / "val" / "n4")
+    for words in ([], ["--dry-run"]):
+        result = alexprep("build-lmdb", source, "--store", tmp_path / "store", *words)
+        assert result.exit_code == 1
+        assert "Only here: n4. Only in the store: n3." in result.stderr
+        assert not (tmp_path / "store").exists()
+
+
+def test_a_label_file_that_nothing_uses_is_refused(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels.txt").write_text("a.jpg 0\n")
+    result = alexprep("build-lmdb", source, "--store", tmp_path / "s", "--labels", tmp_path / "labels.txt", "--dry-run")
+    assert result.exit_code == 1 and "give the labels of train and val" in result.stderr
+
+
+def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(source: Path, tmp_path: Path) -> None:
+    (source / "train" / "README.md").write_text("about")
+    (source / "train" / "lost+found").mkdir()
+    store, split = tmp_path / "store", ["--split", "train", "--side", "32", "--jobs", "1"]
+    for words in (["--dry-run"], []):
+        result = alexprep("build-lmdb", source, "--store", store, *split, *words)
+        assert result.exit_code == 0, result.output
+        assert "labels: 0 n1, 1 n2, 2 n3\n" in result.stdout
+        assert "not part of the data set: 2 entries" in result.stdout or "README.md" in result.stdout
+    account = Store.open(store).split("train").account
+    assert account["inputs"] == account["kept"] == 24 and account["bad"] == {}
+    assert account["ignored"] == {
+        "a file beside the class folders": 1,
+        "a folder of the system or of a program, not a class": 1,
+    }
+    lines = [json.loads(line) for line in (store / "train" / "inputs.jsonl").read_text().splitlines()]
+    assert {line["source"] for line in lines if line["fate"] == "ignored"} == {"README.md", "lost+found"}
+    described = alexprep("inspect", "--store", store).stdout
+    assert "3 classes, by label: 0 n1, 1 n2, 2 n3" in described
+    assert "not part of the data set: 1 a file beside the class folders" in described
+    assert alexprep("verify", "--store", store, "--jobs", "1").exit_code == 0
