@@ -31,7 +31,6 @@ def check_splits(
 
     Raises UserError or DiskFull if the build of any split would be refused.
     """
-    check_store_folder(store)
     say_same_splits(sources)
     plans = [open_plan(source, store, settings, policy) for source in sources]
     todo = [(plan, unfinished) for plan, _, unfinished in plans if len(unfinished)]
@@ -106,7 +105,7 @@ def check_store_folder(store: Path) -> None:
     while not folder.exists():
         folder = folder.absolute().parent
     if not folder.is_dir():
-        raise UserError(f"--store {store}: {folder} is not a folder. Choose another folder.")
+        raise UserError(f"--store {store}: {folder} is a file, not a folder. Choose another folder.")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
 

@@ -117,12 +117,13 @@ def build_lmdb(
     chosen_part = _parse_part(part, cluster, dry_run, options["restart"])
     source, store = path_for(cluster, source), path_for(cluster, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
-        from prep.build.split_checks import check_splits
+        from prep.build.split_checks import check_splits, check_store_folder
         from prep.inputs.reader import ListOptions
         from prep.inputs.sources import find_splits
 
         settings, policy = _settings_and_policy(options, allow_empty_classes)
         list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links)
+        check_store_folder(store)
         found = find_splits(source, split, layout)
         sources = _list_splits(found, list_options, _known_classes(store, found, policy.restart))
         if dry_run:
@@ -161,9 +162,8 @@ def _dry_run(
 ) -> None:
     """Print estimates for all splits. Raises the error with which the build would end before it starts."""
     from prep.build.split import estimate_build
-    from prep.build.split_checks import check_store_folder, refuse_estimates, say_same_splits
+    from prep.build.split_checks import refuse_estimates, say_same_splits
 
-    check_store_folder(store)
     say_same_splits(sources)
     estimates = [estimate_build(source, store, settings, runner, policy) for source in sources]
     for source, estimate in zip(sources, estimates, strict=True):

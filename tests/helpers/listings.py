@@ -1,8 +1,13 @@
-"""Folders with empty files, and the expected content of their listings, for tests of input formats."""
+"""Folders with empty files, label files, devkits of ILSVRC, and the content of listings, for tests of input formats."""
 
 from __future__ import annotations
 
+import io
+import tarfile
 from pathlib import Path
+
+import numpy as np
+from scipy.io import savemat
 
 from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
@@ -29,3 +34,42 @@ def paths_and_labels(source: Source) -> list[tuple[bytes, int]]:
 
 def labels_of(source: Source) -> list[int]:
     return [item.label for item in source.inputs]
+
+
+def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / name
+    path.write_bytes(text.encode())
+    return path
+
+
+def list_labelled(
+    folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
+) -> Source:
+    """The listing of a folder without class folders, as the split val."""
+    return list_source(folder, "val", ListOptions(labels, order), store_classes)
+
+
+def write_devkit(file: Path | io.BytesIO, numbered: dict[int, str]) -> None:
+    """A meta.mat like the devkit's: an array of structs `synsets` with ILSVRC2012_ID, WNID and other fields."""
+    kind = [("ILSVRC2012_ID", object), ("WNID", object), ("words", object), ("num_children", object)]
+    rows = [(number, name, f"word of {name}", 0) for number, name in numbered.items()]
+    savemat(file, {"synsets": np.array(rows, dtype=kind).reshape(-1, 1)})
+
+
+def devkit_archive(folder: Path, numbered: dict[int, str], ground_truth: str) -> Path:
+    """ILSVRC2012_devkit_t12.tar.gz with meta.mat, the ground truth of val, and a member with an unsafe name."""
+    meta = io.BytesIO()
+    write_devkit(meta, numbered)
+    data = "ILSVRC2012_devkit_t12/data"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(folder / "ILSVRC2012_devkit_t12.tar.gz", "w:gz") as tar:
+        for name, content in (
+            ("../../readme.txt", b"x"),
+            (f"{data}/ILSVRC2012_validation_ground_truth.txt", ground_truth.encode()),
+            (f"{data}/meta.mat", meta.getvalue()),
+        ):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return folder / "ILSVRC2012_devkit_t12.tar.gz"

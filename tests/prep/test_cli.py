@@ -123,7 +123,7 @@ def test_options_out_of_range_are_usage_errors(words: list[str], tmp_path: Path)
 
 
 def test_every_command_has_help_and_the_group_a_version() -> None:
-    names = ("build-lmdb", "copy", "export-files", "import-caffe", "inspect", "join", "pca-stats", "verify")
+    names = ("build-lmdb", "copy", "export-files", "import-caffe", "inspect", "join", "merge", "pca-stats", "verify")
     assert set(main.commands) == set(names)
     for words in (["--help"], ["-h"], *([name, flag] for name in names for flag in ("--help", "-h"))):
         result = alexprep(*words)

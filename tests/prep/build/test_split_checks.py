@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 from prep.build.plan import BuildPolicy
 from prep.build.resume import begun_classes
 from prep.build.split import build_split, estimate_build
-from prep.build.split_checks import check_splits, check_store_folder, refuse_estimates
+from prep.build.split_checks import check_splits, refuse_estimates
 from prep.cli import main
 from prep.console import DiskFull, Progress, UserError
 from prep.inputs.reader import Source
@@ -72,7 +72,6 @@ def _check_build(sources: Sequence[Source], store: Path, policy: BuildPolicy) ->
 
 
 def _check_dry_run(sources: Sequence[Source], store: Path, policy: BuildPolicy) -> None:
-    check_store_folder(store)
     estimates = [estimate_build(each, store, PPM, InlineRunner(), policy) for each in sources]
     refuse_estimates(sources, estimates, store, 1, policy)
 
@@ -154,9 +153,9 @@ def test_two_splits_of_the_same_files_are_told(
 
 def test_a_store_that_cannot_be_written_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for attempt in (_check_build, _check_dry_run):
-        with pytest.raises(UserError, match="file is not a folder"):
-            attempt(list_splits(source), tmp_path / "file" / "store", STRICT)
+    for store in (tmp_path / "file", tmp_path / "file" / "store"):
+        result = alexprep("build-lmdb", source, "--store", store, "--dry-run")
+        assert result.exit_code == 1 and "file is a file, not a folder" in result.stderr
 
 
 def test_the_command_compares_the_splits_before_it_builds(source: Path, tmp_path: Path) -> None:

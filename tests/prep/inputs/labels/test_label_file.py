@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
-from tests.helpers.label_files import label_file, list_labelled
-from tests.helpers.listings import paths_and_labels, touch
+from tests.helpers.listings import label_file, list_labelled, paths_and_labels, touch
 
 IMAGES = ("a, b.jpg", "cat 1.jpg", "d.JPEG", "x.tar.png")
 CLASSES = ("ape", "big cat", "dog")

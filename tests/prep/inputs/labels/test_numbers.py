@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
-from tests.helpers.label_files import label_file, list_labelled, write_devkit
-from tests.helpers.listings import labels_of, touch
+from tests.helpers.listings import label_file, labels_of, list_labelled, touch, write_devkit
 
 WORDS = ("ape", "cat", "dog", "eel")
 FROM_1 = ("1", "2", "3", "4")

@@ -17,8 +17,15 @@ import pytest
 from prep.console import UserError
 from prep.inputs.reader import ListOptions
 from prep.inputs.sources import list_source
-from tests.helpers.label_files import devkit_archive, label_file, list_labelled, write_devkit
-from tests.helpers.listings import labels_of, paths_and_labels, touch
+from tests.helpers.listings import (
+    devkit_archive,
+    label_file,
+    labels_of,
+    list_labelled,
+    paths_and_labels,
+    touch,
+    write_devkit,
+)
 
 NAMES = ["b.JPEG", "a.JPEG", "c.JPEG", "B.JPEG"]
 SORTED_NAMES = [b"B.JPEG", b"a.JPEG", b"b.JPEG", b"c.JPEG"]  # by bytes
