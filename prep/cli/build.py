@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from prep.build.report import report_build, report_estimate, report_part
 from prep.cli.options import allow_empty_option, make_runner, path_for, record_options, split_option
-from prep.console import UserError, WrongArgument, progress, store_option
+from prep.console import WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
@@ -141,7 +141,7 @@ def build_lmdb(
 def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, known_classes: Sequence[str]) -> list[Source]:
     """List all splits. The classes of the first are those of all of them, unless the store has classes.
 
-    Raises UserError if --labels is given and every split has class folders.
+    Raises WrongArgument if --labels is given and every split has class folders.
     """
     from prep.inputs.sources import list_source
 
@@ -150,7 +150,7 @@ def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, known_c
         sources.append(list_source(where, name, options, known_classes))
         known_classes = known_classes or sources[0].classes
     if options.labels is not None and all(source.labels_from is None for source in sources):
-        raise UserError(
+        raise WrongArgument(
             f"--labels {options.labels}: class folders, or the files themselves, give the labels of "
             f"{' and '.join(found)}, so this file would not be used. Leave out --labels."
         )

@@ -170,7 +170,7 @@ def test_the_command_compares_the_splits_before_it_builds(source: Path, tmp_path
 def test_a_label_file_that_nothing_uses_is_refused(source: Path, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("a.jpg 0\n")
     result = alexprep("build-lmdb", source, "--store", tmp_path / "s", "--labels", tmp_path / "labels.txt", "--dry-run")
-    assert result.exit_code == 1 and "give the labels of train and val" in result.stderr
+    assert result.exit_code == 2 and "give the labels of train and val" in result.stderr
 
 
 def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(source: Path, tmp_path: Path) -> None:
