@@ -1,4 +1,7 @@
-"""Evaluation loader: every image of a split once, without random augmentation. See pipeline.loader for batches."""
+"""Evaluation loader: serves every image of a split once, without random augmentation.
+
+pipeline.loader describes the batches.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ from prep.store.manifest import Store
 
 
 class EvalLoader(Loader):
-    """Serves every image of a split once in each iteration; made by eval_loader.
+    """Serves every image of a split once in each iteration. Create it with eval_loader.
 
     If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
     """
@@ -126,20 +129,21 @@ def eval_loader(
 ) -> EvalLoader:
     """Evaluation batches of a store: every image of `split` exactly once, without random augmentation.
 
-    views         1: the centre crop. 10: the crops at four corners and centre, then the same five crops mirrored
-                  (section 4.1). "square": the complete central square, for a network that slides over it
+    views         1: the centre crop. 10: the crops at the four corners and the centre, then the same five crops
+                  mirrored (section 4.1 of the paper). "square": the complete central square, for dense evaluation
     augmentation  the settings `mean`, `divisor` and `eval_divisor` are used: images are divided as in training, unless
-                  `eval_divisor` is a number. The mean itself is computed from the training split
-    shard         rank of this process: each of `world_size` loaders serves one contiguous range of records.
-                  Together the loaders serve every record
+                  `eval_divisor` is a number. The mean is computed from the training split
+    shard         rank of this process. Each of `world_size` loaders serves one contiguous range of records, and the
+                  loaders together serve every record
 
     train_loader describes the other arguments and the errors.
 
     Every `for` over the loader begins with the first image, also after a `break`.
 
-    Batches are Batch(images, labels). Images are RGB in grey levels minus the mean: (N, 3, 224, 224); for ten views
-    (N, 10, 3, 224, 224); for views="square" (N, 3, side, side) with the side of the store's images. The ten views of an
-    image take 6 MB in float32, so choose a small batch_size. Labels are int64 (N,). The last batch can be smaller.
+    The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. Their shape is
+    (N, 3, 224, 224) for one view, (N, 10, 3, 224, 224) for ten views, and (N, 3, side, side) for views="square", with
+    the side of the store's images. The ten views of an image take 6 MB in float32, so choose a small batch_size for
+    them. Labels are int64 (N,). The last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

@@ -10,8 +10,9 @@ threads nor on the number of loaders that share the records of a step.
 
 Threads prepare batches before the training loop requests them. On a CPU, float32 images are served without a copy. The
 memory of a batch is not reused while one of its tensors exists, so the training loop can keep a batch and change it in
-place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the batch:
-work queued on this stream waits until the batch is complete, and the memory is not reused before this work is done.
+place. On a GPU, a batch is bound to the CUDA stream that is torch's current stream in the thread that takes the batch.
+Work queued on this stream waits until the batch is complete. The memory of the batch is not reused before this work is
+done.
 """
 
 from __future__ import annotations
@@ -253,10 +254,10 @@ def train_loader(
     shard         rank of this process, 0..world_size − 1. In each step, each rank serves its own batch_size records
     world_size    number of ranks that share an epoch. Each rank has a loader. Together these loaders serve the same
                   records as one loader with batch size batch_size · world_size
-    service       "NAME" or "NAME@HOST:PORT": workers of this service decode and cut the images (`alexstream serve`).
+    service       "NAME" or "NAME@HOST:PORT": workers of this service decode and crop the images (`alexstream serve`).
                   The batches are the same, bit for bit, except for JPEG records on a GPU, which DALI decodes
-                  differently. Of the local store, only manifest.json, colour.json and mean_image.npy are read
-    service_fallback  "local": if the service is lost, the loader goes on with the local store, with the same batches
+                  differently. The loader then reads only manifest.json, colour.json and mean_image.npy of its store
+    service_fallback  "local": if the service is lost, the loader continues with the local store and the same batches
 
     Batches are Batch(images, labels). Images are RGB in grey levels minus the mean, (N, 3, 224, 224); labels are int64
     (N,).
@@ -264,7 +265,7 @@ def train_loader(
     Raises StoreError for a store that is missing, damaged or of another version. Raises UserError for a batch larger
     than the split, for a GPU that this machine lacks, for a value that is not allowed, and if the engine needs DALI
     (JPEG records on a GPU, or if the C kernel cannot be used) and DALI is not installed. Raises ServiceError
-    (pipeline.service.errors), a UserError, if there is no such service, if it has another store, and if it is lost.
+    (pipeline.service.errors), a UserError, if the service does not exist, serves another store or is lost.
     """
     return TrainLoader(
         Store.open(store),

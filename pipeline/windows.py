@@ -1,8 +1,9 @@
-"""Windows: the uint8 squares that the images of a batch are made of, decoded and cut from the records of a store.
+"""Windows: squares of uint8 pixels that are decoded and cropped from the records of a store.
 
-A training image needs the window of its random crop (224 × 224 px). Ten views and views="square" need the complete
-central square. The consumer's engine makes the images: it flips, adds the colour noise, subtracts the mean and
-converts. A training image is therefore sent as 150,528 bytes of uint8, not as 602,112 bytes of float32.
+A service sends windows to its loaders. The window of a training image is its random crop of 224 × 224 pixels. For ten
+views and for views="square", the window is the complete central square. The loader's own engine makes the image from
+its window: it flips, adds the colour noise, subtracts the mean and converts to float32. A training image is therefore
+sent as 150,528 bytes of uint8 instead of 602,112 bytes of float32.
 
 The workers of the service use WindowMaker. A loader that has lost its service also uses WindowMaker, with the local
 store.
@@ -25,12 +26,12 @@ from prep.images.central_square import central_offset
 from prep.images.jpeg import decode_jpeg
 from prep.store.manifest import Store, StoreError
 
-LABEL_BYTES = 8  # bytes of a label; for an image, only a window and a label are sent
+LABEL_BYTES = 8  # size of the label that is sent with each window
 
 
 @dataclass(frozen=True)
 class WindowRequest:
-    """The windows of N records, each described by its record and by its position in the record's central square."""
+    """Request for the windows of N records: the numbers of the records, and a window position for each."""
 
     split: str
     numbers: npt.NDArray[np.int64]  # (N,): record numbers
@@ -47,7 +48,7 @@ class WindowRequest:
 
     @property
     def window_bytes(self) -> int:
-        """Size of all windows."""
+        """Size of all windows in bytes."""
         return len(self.numbers) * 3 * self.window_px**2
 
 
@@ -62,7 +63,7 @@ class Windows(NamedTuple):
         return Windows(self.pixels[images], self.labels[images].copy())
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
-        """The windows as raw records for an engine, without a copy."""
+        """The windows as raw records, which an engine can read. The pixels are not copied."""
         count, window_px = self.pixels.shape[:2]
         window_bytes = 3 * window_px**2
         addresses = kernels.address(self.pixels) + window_bytes * np.arange(count)
@@ -78,16 +79,19 @@ class Windows(NamedTuple):
 
 
 class WindowMaker:
-    """Makes windows from the records of one store. Several threads may call `make` at the same time."""
+    """Decodes and crops the records of one store. Several threads may call `make` at the same time."""
 
     def __init__(self, store: Store, threads: int) -> None:
-        """`threads` threads decode and cut."""
+        """`threads` is the number of threads that decode and crop."""
         self._store, self._threads = store, threads
         self._records: dict[str, Records] = {}
         self._pool = ThreadPoolExecutor(threads, "alexstream-decode")
 
     def make(self, request: WindowRequest) -> Windows:
-        """Decode and cut the windows of a batch. Raises StoreError for a damaged record, as the local stream does."""
+        """Decode and crop the windows of a batch.
+
+        Raises the same StoreError for a damaged record as a loader without a service.
+        """
         source = self._records.get(request.split)
         if source is None:
             source = self._records.setdefault(request.split, Records(self._store, request.split))
@@ -108,7 +112,7 @@ class WindowMaker:
             records.close()
 
     def _cut(self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]) -> int:
-        """Write the windows to `out`. Returns the index of the first record that cannot be decoded, or N."""
+        """Write the N windows to `out`. Returns the index of the first record that cannot be decoded; N if all can."""
         kernel = kernels.native
         if kernel is None or not (records.is_raw or kernel.jpeg):
             return self._cut_without_kernel(records, corner, out)
@@ -128,7 +132,7 @@ class WindowMaker:
     def _cut_without_kernel(
         self, records: RecordBatch, corner: npt.NDArray[np.int32], out: npt.NDArray[np.uint8]
     ) -> int:
-        """Like `_cut`, but with simplejpeg, which decodes complete images. Gives the same pixels, and takes longer."""
+        """Do the same as `_cut` without the C kernel: simplejpeg decodes complete images, which takes longer."""
         payloads, corners, side = records.payloads(), corner.tolist(), out.shape[1]
 
         def cut(index: int) -> bool:

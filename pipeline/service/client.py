@@ -1,4 +1,7 @@
-"""The side of the loader: asks the coordinator for blocks and gets their pixels from Ray's object store."""
+"""Client of the service, used by a loader: requests blocks of batches from the coordinator and reads their pixels.
+
+The pixels come from Ray's object store.
+"""
 
 from __future__ import annotations
 
@@ -35,19 +38,22 @@ from prep.cluster import AUTO, NAMESPACE, connected
 from prep.store.manifest import StoreError
 from prep.version import package_version
 
-_POLL_S = 0.5  # time between two looks at whether the loader was closed
-_ALIVE_S = 2.0  # time between two signs of life
+_POLL_S = 0.5  # interval at which a waiting call checks whether the loader was closed
+_ALIVE_S = 2.0  # interval at which the client tells the service that the consumer is still running
 # Longest wait for an object in one call of Ray. After this time, Ray begins the transfer between nodes anew.
 _GET_S = 4.0
-_TRANSFER_S = 12.0  # a block that has not arrived after this time is asked for again, from another worker
-# A service that answers nothing for this time is lost. Ray needs up to 30 s to notice that a node is gone and a few
-# seconds to start the coordinator on another node.
+_TRANSFER_S = 12.0  # if the pixels of a block do not arrive within this time, the client requests the block again
+# A service that gives no answer for this time counts as lost. Ray needs up to 30 s to detect that a node has died, and
+# a few seconds to start the coordinator on another node.
 LOST_S = float(os.environ.get("ALEXSTREAM_LOST_S", "60"))
-_MAX_BLOCKS = 32  # number of blocks that a loader asks for at the same time
+_MAX_BLOCKS = 32  # largest number of blocks that a loader requests at the same time
 
 
 def parse_service(service: str) -> tuple[str, str]:
-    """Name and cluster address of `NAME` or `NAME@HOST:PORT`. Raises UserError if one of them is empty."""
+    """Split `NAME` or `NAME@HOST:PORT` into the service's name and the cluster's address (AUTO if there is none).
+
+    Raises ServiceError if the name or the address is empty.
+    """
     name, separator, address = service.partition("@")
     if not name or (separator and not address):
         raise ServiceError(f"service {service!r}: expected NAME or NAME@HOST:PORT.")
@@ -55,21 +61,22 @@ def parse_service(service: str) -> tuple[str, str]:
 
 
 def service_names(ray: ModuleType) -> list[str]:
-    """The names of the services of the cluster, sorted."""
+    """Sorted names of the services that run in the cluster."""
     prefix = actor_name("")
     actors = ray.util.list_named_actors(all_namespaces=True)
     return sorted(actor["name"].removeprefix(prefix) for actor in actors if actor["name"].startswith(prefix))
 
 
 def find_service(ray: ModuleType, name: str, address: str) -> Any:
-    """The coordinator of a service. Raises ServiceError with the services that the cluster has."""
+    """The coordinator of a service. If there is no such service, raises ServiceError with the names that exist."""
     try:
         return ray.get_actor(actor_name(name), NAMESPACE)
     except ValueError:
         names = service_names(ray)
         raise ServiceError(
-            f"service {name}: cluster {address} has no such service (it has: {', '.join(names) or 'none'}). Start it "
-            f"with: alexstream serve --store STORE --name {name} --cluster {address}"
+            f"service {name}: cluster {address} has no such service (services of the cluster: "
+            f"{', '.join(names) or 'none'}). Start the service with: alexstream serve --store STORE --name {name} "
+            f"--cluster {address}"
         ) from None
 
 
@@ -79,18 +86,19 @@ class ServiceClient:
     def __init__(self, service: str, stream: StreamKey, waited_s: Callable[[], float]) -> None:
         """Connect to the cluster and to the service.
 
-        `waited_s` gives the time for which the training loop has waited for batches since the start. Raises
-        ServiceError if there is no such service, if its store has another fingerprint, or if it runs another version.
+        `waited_s()` returns the seconds for which the training loop has waited for batches since the start. Raises
+        ServiceError if there is no such service, if the service's store has another fingerprint, or if the service
+        runs another version of this package.
         """
         self.name, self._address = parse_service(service)
         self._stream, self._waited_s, self._reported_s = stream, waited_s, 0.0
         self._consumer = f"{socket.gethostname()}/{os.getpid()}/{secrets.token_hex(4)}"
         self._lock = threading.Lock()
         self._first_needed, self._received = 0, set[int]()
-        self._generation = 0  # counts the calls of `start`
-        self._calls = 0  # number of calls of the coordinator that tell a position
+        self._generation = 0  # number of calls of `start`
+        self._calls = 0  # number of Call objects sent to the coordinator
         self._closed = threading.Event()
-        self._lost = ""  # why the service is lost
+        self._lost = ""  # why the service is lost; empty while the service answers
         self._health = Health(0, 0)
         self._exit = ExitStack()
         self._ray = self._exit.enter_context(connected(self._address))
@@ -105,7 +113,8 @@ class ServiceClient:
             raise
         self._ahead = config.ahead
         self.block_steps = block_steps(stream.batch_size, config.ahead, config.max_workers)
-        # Number of batches that are asked for at the same time: enough for all workers, within what the service keeps.
+        # Number of batches to request at the same time: enough to keep all workers busy, and at most the number of
+        # batches that the service keeps.
         blocks = min(2 * config.max_workers + 2, _MAX_BLOCKS)
         self.read_ahead = min(blocks * self.block_steps, config.ahead)
         self._thread = threading.Thread(target=self._show_life, daemon=True, name="alexstream-alive")
@@ -117,21 +126,22 @@ class ServiceClient:
         return ServiceStatus(self.name, self._health.workers, self._health.queue, "connected")
 
     def start(self, position: int) -> None:
-        """Begin to read at a position. Calls of `fetch` that are under way end."""
+        """Begin to read at a position. Running calls of `fetch` end with ServiceError."""
         with self._lock:
             self._generation += 1
             self._first_needed, self._received = position, set()
 
     def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
-        """The windows of consecutive batches, the first of which is at a position; waits until they are made.
+        """Wait until the block of `requests` is ready, and return its windows. `position` is that of its first batch.
 
         Raises StoreError for a damaged record, ServiceLost if the service no longer answers, and ServiceError if the
-        service has a fault or sends something that is not what was asked for.
+        service fails or sends arrays of an unexpected type or shape.
         """
         request, steps = WindowRequest.joined(requests), len(requests)
         generation, digest, lost = self._generation, request_digest(request), ""
         while True:
-            # A job that began before `start` and runs after it has a position that the service does not keep.
+            # A read that was scheduled before a call of `start` may run after that call. The service may no longer
+            # keep the block at the position of such a read.
             if generation != self._generation or not 0 <= position - self._first_needed <= self._ahead:
                 raise ServiceError(f"service {self.name}: the loader continued at another position.")
             fetch = Fetch(position, steps, request, digest, lost)
@@ -157,11 +167,11 @@ class ServiceClient:
 
     def finish(self) -> None:
         """Tell the service that this consumer needs no further batch for now."""
-        with suppress(Exception):  # the service forgets a consumer that says nothing, too
+        with suppress(Exception):  # if this call fails, the service removes the consumer after `forget_s` seconds
             self._coordinator.leave.options(max_task_retries=0).remote(self._consumer)
 
     def stop(self) -> None:
-        """End all calls of `fetch`."""
+        """End all running calls of `fetch` with ServiceError."""
         self._closed.set()
 
     def close(self) -> None:
@@ -181,7 +191,7 @@ class ServiceClient:
             return Call(self._consumer, self._stream, self._first_needed, 0.0, self._calls)
 
     def _call(self, method: Callable[[], Any]) -> Any:
-        """The result of a call of the coordinator. Raises ServiceLost if the service does not answer for LOST_S."""
+        """Call the coordinator and return the result. Raises ServiceLost if no answer comes within LOST_S seconds."""
         exceptions = self._ray.exceptions
         reference = None
         while not self._closed.is_set() and not self._lost:
@@ -207,12 +217,12 @@ class ServiceClient:
         if self._closed.is_set():
             raise ServiceError(f"service {self.name}: the loader is closed.")
         raise ServiceLost(
-            f"service {self.name} is lost: {self._lost}. Start the service again (alexstream serve), or go on without "
-            "it: --service-fallback local, or no --service."
+            f"service {self.name} is lost: {self._lost}. Start the service again (alexstream serve), or train without "
+            "the service: pass --service-fallback local, or leave out --service."
         )
 
     def _get(self, reference: Any) -> Any:
-        """The pixels of a reference; None if they are lost or do not arrive in time."""
+        """The pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
         exceptions = self._ray.exceptions
         deadline = time.monotonic() + _TRANSFER_S
         while time.monotonic() < deadline and not self._closed.is_set():
@@ -228,7 +238,7 @@ class ServiceClient:
         return None
 
     def _checked(self, pixels: Any, labels: Any, request: WindowRequest) -> Windows:
-        """The arrays of an answer, if they have the type and shape that the request asks for."""
+        """The arrays of an answer. Raises ServiceError if their type or shape differs from the request."""
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
         _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))
@@ -238,31 +248,32 @@ class ServiceClient:
         ours = PROTOCOL_VERSION, package_version()
         if tuple(version) != ours:
             raise ServiceError(
-                f"service {self.name} runs alexnet {version[1]} (protocol {version[0]}), this program is {ours[1]} "
-                f"({ours[0]}). Install the same version on all machines."
+                f"service {self.name} runs alexnet {version[1]} (protocol {version[0]}), this program is alexnet "
+                f"{ours[1]} (protocol {ours[0]}). Install the same version on all machines."
             )
         theirs = config.fingerprints.get(self._stream.split)
         if theirs != self._stream.fingerprint:
             raise ServiceError(
                 f"service {self.name} serves another store: split {self._stream.split} has fingerprint "
                 f"{(theirs or 'none')[:16]} in {config.store}, the store of this loader has "
-                f"{self._stream.fingerprint[:16]}. Name the service of this store, or the store of this service."
+                f"{self._stream.fingerprint[:16]}. Choose a service of this loader's store, or choose the store "
+                "of this service."
             )
 
     def _show_life(self) -> None:
-        """Tell the service every few seconds that this consumer lives, until the client is closed.
+        """Tell the service every _ALIVE_S that this consumer is running, until the client is closed.
 
-        If the service is lost, the client leaves the cluster.
+        If the service is lost, disconnect from the cluster.
         """
         while not self._closed.wait(_ALIVE_S) and not self._lost:
             total_s = self._waited_s()
             call = self._say()._replace(waited_s=total_s - self._reported_s)
-            with suppress(ServiceError):  # `fetch` raises it
+            with suppress(ServiceError):  # the next call of `fetch` raises the error
                 self._health = self._call(partial(self._coordinator.alive.remote, call))
                 self._reported_s = total_s
         if not self._closed.is_set():
-            # Ray ends a process that uses the object store of its node after the node has ended, and the node may end
-            # soon. Arrays that this process still uses stay valid.
+            # The node may end soon. Ray then ends every process that is still connected to the node's object store.
+            # Disconnect first. Arrays that this process still uses stay valid.
             self._exit.close()
 
 

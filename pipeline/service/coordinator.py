@@ -1,18 +1,21 @@
-"""The coordinator of a service: a named actor that gives each block to a worker, once, and hands it to all who ask.
+"""Coordinator of a service: a named Ray actor that has each block made once and gives it to every consumer.
 
-A block is one batch of a stream, or several consecutive batches (pipeline.service.protocol.block_steps).
+A consumer is a loader that reads from the service. A block is one batch of a stream, or several consecutive batches
+(pipeline.service.protocol.block_steps).
 
     loader ── Fetch: record numbers and window positions ──▶ coordinator ── request ──▶ worker, on any node
-    loader ◀── reference and labels ────────────────────────    │      ◀── labels ──       │
+    loader ◀── reference to the pixels, and labels ─────────    │      ◀── labels ──       │
        └──────── pixels, through Ray's object store, from the worker's node ◀──────────────┘
 
-A block is a pure function of the records and positions in its request. So whoever is lost is asked again: a worker or a
-node that dies (the coordinator gives the block to another worker), an object that is lost with its node (the loader
-asks again), the coordinator itself (Ray starts it again; it learns the consumers from their next calls). The order of a
-stream is that of the loader's requests. It depends neither on the number of workers nor on who makes a block.
+A block is a pure function of the records and window positions in its request. A lost block can therefore be made again
+with the same bits. If a worker or its node dies, the coordinator gives the block to another worker. If the pixels of a
+block are lost with a node, the loader requests the block again. If the coordinator dies, Ray starts it again, and the
+next calls of the consumers tell the new coordinator which consumers there are.
 
-The coordinator sees no pixels. It owns the references, so Ray frees a block when the coordinator drops it and no
-consumer uses it.
+The order of a stream is the order of the loader's requests. The number of workers has no influence on the order.
+
+The coordinator does not read the pixels, and only keeps references to them. Ray frees the pixels of a block when the
+coordinator has dropped the reference and no consumer uses the pixels.
 """
 
 from __future__ import annotations
@@ -34,19 +37,20 @@ from pipeline.windows import LABEL_BYTES
 from prep.cluster import ray_module
 from prep.version import package_version
 
-_ANSWER_S = 1.0  # a call that must wait is answered after this time, so that the consumer knows that it is heard
-_TICK_S = 0.25  # time between two looks at consumers and workers
-_MAX_TRIES = 20  # number of workers that may be lost with a block before its consumers get an error
+# A block that is not ready within this time is answered with an empty Answer, which shows that the service still runs.
+_ANSWER_S = 1.0
+_TICK_S = 0.25  # interval at which the coordinator checks consumers and workers
+_MAX_TRIES = 20  # after this number of workers have died while making the same block, its consumers get an error
 
 
 @dataclass
 class _Block:
-    """A block that waits, is being made, or is made."""
+    """A block that waits in the queue, is being made by a worker, or is ready."""
 
     stream: StreamKey
     fetch: Fetch
-    tries: int = 0  # number of workers that were lost with this block
-    pixels: Any = None  # reference of the made windows
+    tries: int = 0  # number of workers that died while making this block
+    pixels: Any = None  # reference to the windows in Ray's object store; None until the block is ready
     labels: Any = None
     damage: str = ""
     fault: str = ""
@@ -54,16 +58,16 @@ class _Block:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the windows and labels."""
+        """Size of the windows and labels in bytes."""
         request = self.fetch.request
         return request.window_bytes + LABEL_BYTES * len(request.numbers)
 
 
-_Key = tuple[StreamKey, int, bytes]  # stream, position, digest of the request
+_Key = tuple[StreamKey, int, bytes]  # stream, position of the block's first batch, digest of the request
 
 
 class Coordinator:
-    """The actor's class. All methods run in one event loop."""
+    """Class of the coordinator's Ray actor. All methods run in one asyncio event loop."""
 
     def __init__(self, config: ServiceConfig) -> None:
         self._config = config
@@ -74,15 +78,16 @@ class Coordinator:
         self._sharing = Sharing(config.ahead, config.consumers, config.patience_s, config.forget_s)
         self._blocks: dict[_Key, _Block] = {}
         self._queue: deque[_Block] = deque()
-        self._making = 0  # number of blocks in workers
-        self._made = self._retried = 0  # number of images made, and of batches made again, since the start
+        self._making = 0  # number of blocks that workers are making
+        self._made = 0  # number of images made since the start
+        self._retried = 0  # number of batches made again since the start
         self._started_s = time.time()
-        self._worked_s = time.monotonic()  # time at which there was a worker last, or no block to make
+        self._worked_s = time.monotonic()  # last time at which a worker was ready or no block waited for one
         self._group: WorkerGroup | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def begin(self) -> tuple[int, str]:
-        """Start the workers, if they are not started yet. Returns PROTOCOL_VERSION and the package's version."""
+        """Start the workers, unless they have been started. Returns PROTOCOL_VERSION and the package's version."""
         if self._group is None:
             self._group = WorkerGroup(self._ray, self._config, self._dispatch)
             self._spawn(self._tick())
@@ -95,7 +100,11 @@ class Coordinator:
         return self._config
 
     async def fetch(self, call: Call, fetch: Fetch) -> Answer:
-        """The block of a request; an empty Answer if it is not ready or the consumer must wait for others."""
+        """Return the block of a request.
+
+        The Answer is empty if the block is not ready within _ANSWER_S, or if the consumer must wait for slower
+        consumers. The consumer then calls `fetch` again.
+        """
         await self._hear(call)
         deadline = time.monotonic() + _ANSWER_S
         last = fetch.position + fetch.steps - 1
@@ -103,33 +112,33 @@ class Coordinator:
             if time.monotonic() > deadline:
                 return Answer()
             await asyncio.sleep(0.02)
-            if call.consumer not in self._sharing.consumers:  # it has left meanwhile
+            if call.consumer not in self._sharing.consumers:  # the consumer has left in the meantime
                 return Answer()
         block = self._block(call.stream, fetch)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(block.done.wait(), max(0.01, deadline - time.monotonic()))
         if not block.done.is_set():
             return Answer()
-        if block.damage or block.fault:  # not kept: the store may be repaired
+        if block.damage or block.fault:  # a failed block is not kept, because the store may be repaired
             self._drop((call.stream, fetch.position, fetch.digest), block)
             return Answer(damage=block.damage, fault=block.fault)
         self._metrics.served(len(fetch.request.numbers), block.size_bytes)
         return Answer((block.pixels,), block.labels)
 
     async def alive(self, call: Call) -> Health:
-        """Note that a consumer lives. Consumers call this every few seconds."""
+        """Record that a consumer is still running. Each consumer calls this method every few seconds."""
         await self._hear(call)
         self._metrics.waited(call.waited_s)
         assert self._group is not None
         return Health(len(self._group.ready), self._queued_batches())
 
     async def leave(self, consumer: str) -> None:
-        """Forget a consumer that has ended."""
+        """Remove a consumer that has ended, and drop the blocks that only this consumer needed."""
         self._sharing.leave(consumer)
         self._drop_unneeded()
 
     async def status(self) -> dict[str, Any]:
-        """What `alexstream status` prints."""
+        """The state of the service, which `alexstream status` prints."""
         await self.begin()
         assert self._group is not None
         return {
@@ -167,7 +176,7 @@ class Coordinator:
         }
 
     async def close(self) -> None:
-        """End the workers, before the actor is killed."""
+        """Stop the workers. Call this method before the actor is killed."""
         for task in self._tasks:
             task.cancel()
         if self._group is not None:
@@ -179,7 +188,7 @@ class Coordinator:
             self._drop_unneeded()
 
     def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
-        """The block of a request, put into the queue if nobody has asked for it."""
+        """The block of a request. A block that no consumer has requested before is put into the queue."""
         key = stream, fetch.position, fetch.digest
         block = self._blocks.get(key)
         if block is not None and fetch.lost and block.pixels is not None and block.pixels.hex() == fetch.lost:
@@ -192,11 +201,11 @@ class Coordinator:
         return block
 
     def _dispatch(self) -> None:
-        """Give waiting blocks to free workers."""
+        """Give blocks from the queue to free workers."""
         assert self._group is not None
         while self._queue and (worker := self._group.free()) is not None:
             block = self._queue.popleft()
-            if not self._is_needed(block):  # its consumers have ended
+            if not self._is_needed(block):  # all consumers of the block have ended
                 self._drop((block.stream, block.fetch.position, block.fetch.digest), block)
                 continue
             worker.busy += 1
@@ -205,7 +214,7 @@ class Coordinator:
             self._spawn(self._make(block, worker))
 
     async def _make(self, block: _Block, worker: WorkerHandle) -> None:
-        """Let a worker make a block. If the worker is lost, the block is the next to be made."""
+        """Let a worker make a block. If the worker dies, put the block at the front of the queue."""
         assert self._group is not None
         try:
             pixels, about = worker.actor.make.options(num_returns=2).remote(block.fetch.request)
@@ -215,16 +224,14 @@ class Coordinator:
             if not made.damage:
                 self._made += len(block.fetch.request.numbers)
                 self._metrics.made(len(block.fetch.request.numbers), block.size_bytes)
-        except Exception as error:  # the worker, its node or its memory is lost, or it has a fault of its own
+        except Exception as error:  # the worker or its node has died, or the worker raised an unexpected error
             self._group.remove(worker)
             block.tries += 1
             if block.tries < _MAX_TRIES:
                 self._count_retry(block)
                 self._queue.appendleft(block)
             else:
-                block.fault = (
-                    f"{_MAX_TRIES} workers were lost while they made the same batches. The last: {last_line(error)}"
-                )
+                block.fault = f"{_MAX_TRIES} workers died while making the same batches. Last error: {last_line(error)}"
                 block.done.set()
         finally:
             worker.busy -= 1
@@ -232,7 +239,10 @@ class Coordinator:
             self._dispatch()
 
     async def _tick(self) -> None:
-        """Forget silent consumers, drop blocks that nobody needs, start or end workers."""
+        """Update consumers, blocks and workers every _TICK_S.
+
+        Removes consumers that have stopped calling, drops blocks that no consumer needs, and starts or stops workers.
+        """
         while True:
             self._sharing.forget_silent(time.monotonic())
             self._drop_unneeded()
@@ -245,7 +255,7 @@ class Coordinator:
             await asyncio.sleep(_TICK_S)
 
     def _give_up_without_workers(self) -> None:
-        """Give the consumers an error if workers cannot start, and none has been ready for `start_s`."""
+        """Let all queued blocks fail if workers cannot start and no worker has been ready for `start_s` seconds."""
         assert self._group is not None
         now, fault = time.monotonic(), self._group.fault()
         if self._group.ready or not self._queue or not fault:

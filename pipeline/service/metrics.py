@@ -1,4 +1,7 @@
-"""Metrics of a service, exported by Ray to Prometheus. docs/service.md lists them; Ray puts `ray_` before each name."""
+"""Metrics of a service, which Ray exports to Prometheus. Ray adds the prefix `ray_` to each name.
+
+docs/service.md lists all metrics.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,7 @@ from typing import Any
 
 
 class Metrics:
-    """Counters and gauges of one service. Each has the tag `service`."""
+    """Counters and gauges of one service. Each of them has the tag `service` with the service's name."""
 
     def __init__(self, ray_metrics: ModuleType, service: str) -> None:
         """`ray_metrics` is the module ray.util.metrics."""
@@ -22,7 +25,7 @@ class Metrics:
             made.set_default_tags({"service": service})
             return made
 
-        self._images_made = counter("images_made", "Images that workers decoded and cut.")
+        self._images_made = counter("images_made", "Images that workers decoded and cropped.")
         self._images_served = counter("images_served", "Images that consumers received.")
         self._bytes_made = counter("bytes_made", "Bytes of the windows that workers made.")
         self._bytes_served = counter("bytes_served", "Bytes of the windows that consumers received.")
@@ -34,12 +37,12 @@ class Metrics:
         self._kept_bytes = gauge("kept_bytes", "Bytes of the windows that the service keeps for its consumers.")
 
     def made(self, images: int, size_bytes: int) -> None:
-        """Count the images of a block that a worker made."""
+        """Count the images and bytes of a block that a worker made."""
         self._images_made.inc(images)
         self._bytes_made.inc(size_bytes)
 
     def served(self, images: int, size_bytes: int) -> None:
-        """Count the images of a block that a consumer received."""
+        """Count the images and bytes of a block that a consumer received."""
         self._images_served.inc(images)
         self._bytes_served.inc(size_bytes)
 
@@ -53,7 +56,7 @@ class Metrics:
             self._consumer_wait.inc(seconds)
 
     def show(self, queue: int, workers: int, consumers: int, kept_bytes: int) -> None:
-        """Set the gauges."""
+        """Set the gauges to the present values."""
         self._queue.set(queue)
         self._workers.set(workers)
         self._consumers.set(consumers)

@@ -1,6 +1,6 @@
-"""What loaders, coordinator and workers send each other: settings of a service, names of streams, requests, answers.
+"""Messages between loaders, coordinator and workers: settings of a service, names of streams, requests, answers.
 
-All of it is plain data: NumPy arrays, tuples of numbers and strings.
+All messages consist of NumPy arrays, numbers and strings.
 """
 
 from __future__ import annotations
@@ -13,33 +13,33 @@ from typing import Any, NamedTuple
 from pipeline.windows import WindowRequest
 from prep.console import UserError
 
-# Version of these messages. A loader and a service of different versions refuse each other.
+# Version of these messages. A loader refuses a service of another version.
 PROTOCOL_VERSION = 2
-MAX_AHEAD = 1024
-# Number of images in a block, if the batches are smaller. Ray needs 6 to 8 ms of processor time for each object that a
-# loader gets from a worker, whatever its size. A core decodes 512 images in about 130 ms.
+MAX_AHEAD = 1024  # largest value of ServiceConfig.ahead, in steps
+# Largest number of images in a block of several batches. Large blocks save time: for each object of any size that a
+# loader gets from a worker, Ray needs 6 to 8 ms of CPU time. A core decodes 512 images in about 130 ms.
 _BLOCK_IMAGES = 512
 
 
 @dataclass(frozen=True)
 class ServiceConfig:
-    """Settings of a service; `alexstream serve` sets them."""
+    """Settings of a service, which `alexstream serve` sets. A consumer is a loader that uses the service."""
 
     name: str
     store: str  # absolute path of the store, the same on all nodes
-    fingerprints: Mapping[str, str]  # fingerprint of each split
-    min_workers: int = 1  # number of workers that are always kept
+    fingerprints: Mapping[str, str]  # split -> fingerprint
+    min_workers: int = 1  # number of workers that always run
     max_workers: int = 1  # largest number of workers
-    threads: int = 1  # number of decoding threads of a worker, and of cores that Ray reserves for it
+    threads: int = 1  # number of decoding threads in each worker; Ray reserves the same number of cores for a worker
     ahead: int = 16  # number of steps by which the fastest consumer of a stream may be ahead of the slowest
-    consumers: int = 1  # number of consumers that a stream waits for at its first batch
-    patience_s: float = 60.0  # time after which a consumer that does not move no longer holds the others
-    forget_s: float = 15.0  # time after which a consumer that does not answer is forgotten
-    start_s: float = 30.0  # time without any worker after which consumers get an error if workers cannot start
-    idle_s: float = 60.0  # time after which workers above `min_workers` end if there is no work for them
+    consumers: int = 1  # a stream makes its first batch when this number of consumers has come, or after patience_s
+    patience_s: float = 60.0  # the others no longer wait for a consumer that has made no progress for this time
+    forget_s: float = 15.0  # a consumer that has sent no call for this time is removed
+    start_s: float = 30.0  # consumers get an error if workers cannot start and none was ready for this time
+    idle_s: float = 60.0  # workers above `min_workers` are stopped when they have had no work for this time
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value that is not allowed."""
+        """Raises UserError for a value outside of its range."""
         if not 0 <= self.min_workers <= self.max_workers or self.max_workers < 1:
             raise UserError(
                 f"workers {self.min_workers}:{self.max_workers}: expected MIN:MAX with MIN at least 0 and MAX at least "
@@ -53,7 +53,7 @@ class ServiceConfig:
 
 
 class StreamKey(NamedTuple):
-    """Identifies a stream. Consumers with equal keys need the same windows at the same positions."""
+    """Identifies a stream. Consumers with equal keys read the same windows at the same positions."""
 
     version: int  # STREAM_VERSION of pipeline.loader
     split: str
@@ -71,49 +71,49 @@ class Call(NamedTuple):
 
     consumer: str  # identifies the loader: host, process and a random number
     stream: StreamKey
-    first_needed: int  # the first position that the consumer has not received
-    waited_s: float  # time for which its training loop waited for batches, since its previous call
-    number: int = 0  # counts the calls of a consumer, because a call can arrive after a later one
+    first_needed: int  # lowest position whose batch the consumer has not received yet
+    waited_s: float  # time for which the training loop waited for batches since the consumer's previous call
+    number: int = 0  # counts the consumer's calls, because calls can arrive in another order
 
 
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
-    """Number of consecutive batches in a block, which is what a loader asks for at once.
+    """Number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
 
-    `ahead` batches are at least two blocks for each worker, so that all workers always have work.
+    A block is so small that `ahead` batches are at least two blocks for each worker, so that all workers have work.
     """
     return max(1, min(_BLOCK_IMAGES // batch_size, ahead // (2 * max_workers)))
 
 
 class Fetch(NamedTuple):
-    """Asks for the windows of a block: one batch or several consecutive batches."""
+    """Request for the windows of a block, which is one batch or several consecutive batches."""
 
     # Position of the first batch in the stream: epoch · (number of batches of an epoch) + step, or the step in
     # evaluation.
     position: int
-    steps: int  # number of batches
-    request: WindowRequest  # the windows of all batches
-    digest: bytes  # see request_digest
-    lost: str  # hex of a reference whose object is lost, "" otherwise
+    steps: int  # number of batches in the block
+    request: WindowRequest  # request for the windows of all batches
+    digest: bytes  # request_digest(request)
+    lost: str  # reference (hex) of an earlier answer whose pixels were lost; empty in a first request
 
 
 class Answer(NamedTuple):
-    """The answer to a Fetch. If all fields are empty, the block is not ready: ask again."""
+    """The answer to a Fetch. If all fields are empty, the block is not ready, and the consumer asks again."""
 
-    pixels: tuple[Any, ...] = ()  # (reference of the object with the pixels,)
+    pixels: tuple[Any, ...] = ()  # (reference to the pixels in Ray's object store,)
     labels: Any = None  # int64 (N,)
     damage: str = ""  # text of the StoreError for a damaged record
     fault: str = ""  # text of a ServiceError
 
 
 class Health(NamedTuple):
-    """Numbers that a consumer shows."""
+    """State of the service that a consumer can show to its user."""
 
     workers: int  # number of workers that are ready
     queue: int  # number of batches that wait for a worker
 
 
 def request_digest(request: WindowRequest) -> bytes:
-    """Digest of a request. Consumers share a batch only if their requests are equal."""
+    """Digest of all fields of a request. Consumers share a block only if their requests have the same digest."""
     digest = hashlib.blake2b(request.numbers.tobytes(), digest_size=16)
     digest.update(request.offset.tobytes())
     digest.update(f"{request.split} {request.window_px}".encode())
@@ -121,5 +121,5 @@ def request_digest(request: WindowRequest) -> bytes:
 
 
 def actor_name(service: str) -> str:
-    """Name of the coordinator's actor."""
+    """Name under which Ray knows the coordinator of a service."""
     return f"alexstream:{service}"

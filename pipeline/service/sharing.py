@@ -1,18 +1,18 @@
-"""Which consumers share a stream: how long a made batch is kept, and how far the fastest consumer may run ahead.
+"""Decides how consumers share a stream: how long a batch is kept, and how far the fastest consumer may be ahead.
 
-Consumers of a stream that are close to each other form its group. Batches are made once for the group. A consumer of
-the group may ask for a position only if it is at most `ahead` steps after the first position that each other consumer
-of the group still needs. Otherwise the consumer waits. Consumers outside of the group do not wait, and nobody waits for
-them; their batches are made for them alone. A consumer is outside
+Consumers (loaders) of one stream that are close to each other form the stream's group. Each batch is made once for the
+whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest.
+A consumer outside of the group never waits for others, and no consumer waits for it. Its batches are made for it alone.
+A consumer is outside of the group in two cases:
 
-- if it joins more than `ahead` steps away from the group, for example because it resumed from an older checkpoint,
-- if another consumer would have to wait for it and it has not moved for `patience_s`.
+- It joins the stream more than `ahead` steps away from the group, for example after it resumed from an old checkpoint.
+- It has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
 
-A consumer that comes within `ahead` steps of the group's fastest consumer joins the group again. A consumer that has
-not called for `forget_s` is forgotten. A batch is kept while a consumer may still need it: while its position is 0 to
-`ahead` steps after the first position that some consumer needs.
+A consumer that comes within `ahead` steps of the group's fastest consumer joins the group. A consumer that has sent no
+call for `forget_s` seconds is removed. A batch is kept as long as its position is 0 to `ahead` steps after the lowest
+position that some consumer has not received yet.
 
-The class has no clock and does not know Ray: callers pass the time.
+The class Sharing has no clock and does not use Ray. Its callers pass the time.
 """
 
 from __future__ import annotations
@@ -28,31 +28,32 @@ class Consumer:
     """One loader that reads from a stream."""
 
     stream: StreamKey
-    first_needed: int  # the first position that it has not received
-    heard_s: float  # time of its last call
-    moved_s: float  # time at which `first_needed` changed last
+    first_needed: int  # lowest position whose batch the consumer has not received yet
+    heard_s: float  # time of the consumer's last call
+    moved_s: float  # time at which `first_needed` last changed
     in_group: bool = True
-    number: int = 0  # number of its latest call
+    number: int = 0  # Call.number of the consumer's latest call
 
 
 class Sharing:
     """The consumers of all streams of a service."""
 
     def __init__(self, ahead: int, expected: int, patience_s: float, forget_s: float) -> None:
-        """`expected` is the number of consumers that a stream waits for at its first batch."""
+        """The arguments are the fields `ahead`, `consumers`, `patience_s` and `forget_s` of ServiceConfig."""
         self._ahead, self._expected, self._patience_s, self._forget_s = ahead, expected, patience_s, forget_s
         self.consumers: dict[str, Consumer] = {}
-        self._begun: dict[StreamKey, float | None] = {}  # time at which a stream's first consumer came; None: it began
+        # Time at which the first consumer of a stream came; None after the stream's first batch was allowed.
+        self._begun: dict[StreamKey, float | None] = {}
 
     def touch(self, call: Call, now_s: float) -> bool:
-        """Note a call of a consumer. Returns whether the consumer has moved, so that batches may be unneeded."""
+        """Record a call of a consumer. Returns True if the consumer has moved, so that batches may be unneeded."""
         known = self.consumers.get(call.consumer)
         if known is None or known.stream != call.stream:
             known = Consumer(call.stream, call.first_needed, now_s, now_s, self._is_near(call, default=True))
             self.consumers[call.consumer] = known
             self._begun.setdefault(call.stream, now_s)
         known.heard_s = now_s
-        if call.number < known.number:  # an older call that arrived late
+        if call.number < known.number:  # this call arrived after a later call
             return False
         known.number = call.number
         has_moved = known.first_needed != call.first_needed
@@ -63,20 +64,20 @@ class Sharing:
         return has_moved
 
     def leave(self, consumer: str) -> None:
-        """Forget a consumer that has ended."""
+        """Remove a consumer that has ended."""
         known = self.consumers.pop(consumer, None)
         if known is not None and not any(other.stream == known.stream for other in self.consumers.values()):
             self._begun.pop(known.stream, None)
 
     def forget_silent(self, now_s: float) -> list[str]:
-        """Forget the consumers that have not called for `forget_s`. Returns their names."""
+        """Remove the consumers that have sent no call for `forget_s` seconds. Returns their names."""
         silent = [name for name, known in self.consumers.items() if now_s - known.heard_s > self._forget_s]
         for name in silent:
             self.leave(name)
         return silent
 
     def may_have(self, consumer: str, position: int, now_s: float) -> bool:
-        """Whether a consumer may have the batch at a position now. False if it must wait for other consumers."""
+        """Whether a consumer may receive the batch at a position now. If not, it must wait for slower consumers."""
         known = self.consumers[consumer]
         group = [other for other in self._group(known.stream) if other is not known]
         if not known.in_group:
@@ -93,7 +94,7 @@ class Sharing:
         return not held
 
     def is_needed(self, stream: StreamKey, position: int, steps: int = 1) -> bool:
-        """Whether the `steps` batches from a position on must be kept."""
+        """Whether some consumer may still request one of the `steps` batches from a position on."""
         return any(-steps < position - known.first_needed <= self._ahead for known in self._of(stream))
 
     def _waits_to_begin(self, stream: StreamKey, joined: int, now_s: float) -> bool:
@@ -106,7 +107,10 @@ class Sharing:
         return False
 
     def _is_near(self, call: Call, default: bool) -> bool:
-        """Whether a consumer is within `ahead` steps of the fastest other consumer of its stream's group."""
+        """Whether a consumer is within `ahead` steps of the fastest other consumer of its stream's group.
+
+        Returns `default` if the group has no other consumer.
+        """
         others = [other for other in self._group(call.stream) if other is not self.consumers.get(call.consumer)]
         if not others:
             return default

@@ -1,4 +1,4 @@
-"""Where a loader with a service gets its windows: the service or, after its loss, the local store."""
+"""Source of the windows of a loader that uses a service: the service or, if the service is lost, the local store."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ FALLBACKS = ("local",)
 
 
 class _Block:
-    """Consecutive batches that are fetched together."""
+    """Consecutive batches whose windows are fetched together."""
 
     def __init__(self, requests: Sequence[WindowRequest]) -> None:
         self.requests = requests
         self.windows: Future[Windows] = Future()
-        self.taken = 0  # number of batches that a thread has asked for
+        self.taken = 0  # number of the block's batches that threads have requested so far
 
 
 class WindowSource:
-    """The windows of one loader."""
+    """Fetches the windows of one loader's batches."""
 
     def __init__(
         self,
@@ -42,10 +42,11 @@ class WindowSource:
     ) -> None:
         """Connect to the service.
 
-        `request_at` gives the request of the batch at a position; None after the last position.
+        `request_at(position)` returns the request of the batch at a position; None after the last position.
 
-        With fallback="local", the loader goes on with the local `store` if the service is lost. Raises UserError for
-        another value of `fallback`, StoreError if the fallback's shards are missing, and ServiceError as ServiceClient.
+        With fallback="local", the loader continues with the local `store` if the service is lost. Raises UserError for
+        another value of `fallback`, StoreError if shards of the local store are missing, and the same ServiceErrors as
+        ServiceClient.
         """
         if fallback is not None:
             if fallback not in FALLBACKS:
@@ -56,7 +57,7 @@ class WindowSource:
         self._first = 0  # position of the first batch since `start`
         self._blocks: dict[int, _Block] = {}  # position of the first batch -> block
         self._client = ServiceClient(service, stream, waited_s)
-        self._maker: WindowMaker | None = None  # made when the service is lost
+        self._maker: WindowMaker | None = None  # reads the local store; created when the service is lost
         self._lock = threading.Lock()
 
     @property
@@ -66,7 +67,7 @@ class WindowSource:
 
     @property
     def status(self) -> ServiceStatus:
-        """The state of the service. After its loss, the state is "local"."""
+        """The state of the service. The field `state` is "local" after the service was lost."""
         status = self._client.status
         return status if self._maker is None else status._replace(workers=0, queue=0, state="local")
 
@@ -80,7 +81,7 @@ class WindowSource:
         """The windows of the batch at a position, as raw records.
 
         Several threads may call this method at the same time. Each block is fetched once, by the first thread that
-        needs one of its batches. Raises StoreError, ServiceLost and ServiceError as ServiceClient.fetch.
+        needs one of its batches. Raises the same errors as ServiceClient.fetch.
         """
         request = self._request_at(position)
         assert request is not None
@@ -95,22 +96,22 @@ class WindowSource:
         return self._maker.make(request).records(request.numbers)
 
     def finish(self) -> None:
-        """No further batch is needed for now."""
+        """Tell the service that the loader needs no further batch for now."""
         if self._maker is None:
             self._client.finish()
 
     def stop(self) -> None:
-        """End the calls of `records` that wait for the service."""
+        """End the running calls of `records` that wait for the service. They raise ServiceError."""
         self._client.stop()
 
     def close(self) -> None:
-        """Leave the service, and unmap the files of the fallback."""
+        """Disconnect from the service, and unmap the files of the local store if they are in use."""
         self._client.close()
         if self._maker is not None:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """The windows of one batch, from its block."""
+        """The windows of the batch at a position. They are part of the windows of a block."""
         first, block, is_new = self._block(position)
         if is_new:
             try:
@@ -122,13 +123,16 @@ class WindowSource:
         except StoreError:
             if len(block.requests) == 1:
                 raise
-            # The damaged record may belong to another batch of the block.
+            # The damaged record may belong to another batch of the block, so fetch this batch alone.
             return self._client.fetch(position, [request]).part(slice(None))
         begin = (position - first) * self._batch_size
         return windows.part(slice(begin, begin + len(request.numbers)))
 
     def _block(self, position: int) -> tuple[int, _Block, bool]:
-        """(position of the first batch, block, whether it is new) of the block with the batch at a position."""
+        """Find or create the block that contains the batch at a position.
+
+        Returns (position of the block's first batch, block, whether the block is new).
+        """
         steps = self._client.block_steps
         with self._lock:
             first = position - position % steps
@@ -149,5 +153,5 @@ class WindowSource:
         with self._lock:
             if self._maker is None:
                 reason = str(error).partition(". Start the service")[0]
-                say(f"{reason}. The batches are now made from {self._store.root} on this machine.")
+                say(f"{reason}. This process now makes the batches itself, from {self._store.root}.")
                 self._maker = WindowMaker(self._store, self._threads)

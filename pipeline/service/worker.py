@@ -1,4 +1,4 @@
-"""A worker: an actor on one node that decodes and cuts the blocks that the coordinator gives it."""
+"""Worker of a service: a Ray actor on one node that decodes and crops blocks of batches for the coordinator."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from prep.store.manifest import Store, StoreError
 from prep.version import package_version
 
 _KEEP_BYTES = 512_000_000  # freed memory that a worker keeps for the next blocks
-CONCURRENCY = 2  # number of blocks in a worker: one is decoded while another one is copied to shared memory
+CONCURRENCY = 2  # blocks that a worker has at a time: it decodes one while it copies another to shared memory
 
 
 class WorkerInfo(NamedTuple):
-    """Where a worker runs, and whether it can work."""
+    """Location of a worker, and the reason why the worker cannot serve the store, if there is one."""
 
     node: str  # Ray's id of the node
     host: str  # name of the machine
     pid: int
-    fault: str  # why the node cannot be used; empty if it can
+    fault: str  # why the store cannot be served on this node; empty if it can be served
 
 
 class Made(NamedTuple):
-    """What a worker says about a block, beside its pixels."""
+    """The part of a worker's result that goes to the coordinator. The pixels stay in Ray's object store."""
 
-    labels: Any  # int64 (N,); None after damage
-    damage: str  # text of the StoreError, or empty
+    labels: Any  # int64 (N,); None if a record is damaged
+    damage: str  # text of the StoreError for a damaged record; empty if no record is damaged
 
 
 class Worker:
-    """Reads the store at the service's path on its own node."""
+    """Reads the store on the worker's own node, at the path in the service's settings."""
 
     def __init__(self, config: ServiceConfig, versions: tuple[int, str]) -> None:
-        """`versions` are those of the coordinator: PROTOCOL_VERSION and the package's version."""
+        """`versions` are the coordinator's PROTOCOL_VERSION and package version."""
         keep_freed_memory(_KEEP_BYTES, map_large_blocks=False)
         self._config, self._versions = config, versions
         self._maker: WindowMaker | None = None
 
     def open(self) -> WorkerInfo:
-        """Open the store and compare it with the service's store."""
+        """Open the store on this node, and compare its fingerprints with those in the service's settings."""
         fault = self._fault()
         node = ray_module().get_runtime_context().get_node_id()
         return WorkerInfo(node, socket.gethostname(), os.getpid(), fault)
 
     def ping(self) -> bool:
-        """Answers if the worker lives."""
+        """Return True. The coordinator calls this method to check that the worker still responds."""
         return True
 
     def make(self, request: WindowRequest) -> tuple[Any, Made]:
-        """The pixels of a block, and its labels. Ray returns them as two objects."""
+        """Decode and crop a block. Ray returns the pixels and the labels as two separate objects."""
         assert self._maker is not None
         try:
             windows = self._maker.make(request)
@@ -64,8 +64,8 @@ class Worker:
     def _fault(self) -> str:
         if self._versions != (PROTOCOL_VERSION, package_version()):
             return (
-                f"alexnet {package_version()} (service protocol {PROTOCOL_VERSION}) is installed, the service runs "
-                f"{self._versions[1]} ({self._versions[0]})"
+                f"alexnet {package_version()} (protocol {PROTOCOL_VERSION}) is installed, the service runs alexnet "
+                f"{self._versions[1]} (protocol {self._versions[0]})"
             )
         try:
             store = Store.open(self._config.store)
@@ -73,8 +73,8 @@ class Worker:
                 found = store.split(name).fingerprint
                 if found != fingerprint:
                     return (
-                        f"{store.root} has another split {name}: fingerprint {found[:16]}, the service has "
-                        f"{fingerprint[:16]}"
+                        f"the store at {store.root} differs: split {name} has fingerprint {found[:16]}, the service "
+                        f"expects {fingerprint[:16]}"
                     )
                 store.shard_paths(name)
         except (StoreError, OSError) as error:

@@ -1,8 +1,8 @@
-"""The workers of a service: starts, watches and ends them, between the least and the largest number.
+"""Starts, checks and stops the workers of a service, whose number stays between `min_workers` and `max_workers`.
 
-Ray places the workers on the nodes, spread evenly. A worker that waits for a node is what Ray's autoscaler sees: it
-adds a node if the cluster has an autoscaler. A node whose store is missing or different is remembered with the reason
-and gets no further worker for a while.
+Ray spreads the workers evenly over the nodes. If no node has enough free cores for a worker, the worker waits. If the
+cluster has an autoscaler, the autoscaler then adds a node. A node on which the store is missing or different gets no
+worker for _BAD_NODE_S, and `alexstream status` shows the reason.
 """
 
 from __future__ import annotations
@@ -18,51 +18,53 @@ from pipeline.service.protocol import PROTOCOL_VERSION, ServiceConfig
 from pipeline.service.worker import CONCURRENCY, Worker, WorkerInfo
 from prep.version import package_version
 
-_CHECK_S = 2.0  # time between two pings of a worker
-_SILENT_S = 30.0  # a worker that answers no ping for this time is replaced
-_BAD_NODE_S = 60.0  # time after which a node that could not be used is tried again
+_CHECK_S = 2.0  # interval between two pings of a worker
+_SILENT_S = 30.0  # a worker that does not answer a ping within this time is replaced
+_BAD_NODE_S = 60.0  # a node on which the store cannot be served gets no worker for this time
 
 
 class WorkerHandle:
-    """A worker as the coordinator sees it."""
+    """The coordinator's record of one worker."""
 
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
-        self.busy = 0  # number of blocks in the worker
-        self.used_s = time.monotonic()  # time at which it last got a block
+        self.busy = 0  # number of blocks that the worker is making
+        self.used_s = time.monotonic()  # time at which the worker got its latest block
 
 
 class WorkerGroup:
-    """Keeps the wanted number of workers ready. Runs in the event loop of the coordinator."""
+    """Keeps as many workers running as the load requires. Runs in the event loop of the coordinator."""
 
     def __init__(self, ray: ModuleType, config: ServiceConfig, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when a worker becomes ready."""
+        """`on_change()` is called after a worker has become ready, has failed to start or has been lost."""
         self._ray, self._config, self._on_change = ray, config, on_change
         self.ready: list[WorkerHandle] = []
-        # actor -> (task that waits until the worker is ready, nodes on which it must not start)
+        # actor -> (task that waits until the worker is ready, ids of the nodes on which the worker must not start)
         self.starting: dict[Any, tuple[asyncio.Task[None], frozenset[str]]] = {}
-        self.bad_nodes: dict[str, tuple[str, str, float]] = {}  # node -> (host, reason, time)
-        self.last_fault = ""  # why the last worker could not start at all
-        self._full_s = time.monotonic()  # time at which all workers, ready or starting, were wanted last
+        # id of a node on which the store cannot be served -> (host name, reason, time at which this was found)
+        self.bad_nodes: dict[str, tuple[str, str, float]] = {}
+        self.last_fault = ""  # why the latest worker process could not start; empty after one has started
+        self._full_s = time.monotonic()  # last time at which the load required all ready and starting workers
 
     def free(self) -> WorkerHandle | None:
-        """The least busy worker that can take a block; None if there is none."""
+        """The least busy worker that can take another block; None if all workers are busy."""
         worker = min(self.ready, key=lambda handle: handle.busy, default=None)
         return worker if worker is not None and worker.busy < CONCURRENCY else None
 
     def fault(self) -> str:
-        """Why a worker could not start; empty if all could."""
+        """Why workers could not start; empty if no start has failed."""
         reasons = [f"node {host}: {why}" for host, why, _ in self.bad_nodes.values()]
         return "; ".join(dict.fromkeys(reasons)) or self.last_fault
 
     def adjust(self, load: int) -> None:
-        """Start or end workers for `load` blocks that wait or are being made."""
+        """Start or stop workers. `load` is the number of blocks in the queue or in workers."""
         now = time.monotonic()
         least, most = self._config.min_workers, self._config.max_workers
         wanted = max(least, min(most, -(-load // CONCURRENCY)))
         self.bad_nodes = {node: bad for node, bad in self.bad_nodes.items() if now - bad[2] < _BAD_NODE_S}
         for actor, (task, excluded) in list(self.starting.items()):
-            if excluded - self.bad_nodes.keys():  # a node may be tried again: let the worker start there too
+            # A node is no longer excluded: start this worker again, so that Ray may also choose that node.
+            if excluded - self.bad_nodes.keys():
                 self._cancel_start(actor, task)
         for _ in range(wanted - len(self.ready) - len(self.starting)):
             self._start()
@@ -71,25 +73,25 @@ class WorkerGroup:
         idle = [handle for handle in self.ready if not handle.busy and now - handle.used_s > self._config.idle_s]
         for handle in idle[: max(0, len(self.ready) - wanted)]:
             self.remove(handle)
-        if now - self._full_s > self._config.idle_s:  # for example, Ray has no node for these workers
+        if now - self._full_s > self._config.idle_s:  # these workers still wait for a node, but are not needed
             for actor, (task, _) in list(self.starting.items())[: len(self.ready) + len(self.starting) - wanted]:
                 self._cancel_start(actor, task)
 
     def remove(self, handle: WorkerHandle) -> None:
-        """End a worker that is lost or no longer needed."""
+        """Kill a worker that does not respond or is no longer needed."""
         if handle in self.ready:
             self.ready.remove(handle)
         with contextlib.suppress(Exception):
             self._ray.kill(handle.actor)
 
     async def watch(self) -> None:
-        """Ping the workers until the task is cancelled, and remove those that do not answer."""
+        """Ping all workers every _CHECK_S until the task is cancelled. Removes workers that do not answer."""
         while True:
             await asyncio.sleep(_CHECK_S)
             await asyncio.gather(*(self._ping(handle) for handle in list(self.ready)))
 
     def close(self) -> None:
-        """End all workers."""
+        """Stop all workers, also those that are starting."""
         for handle in list(self.ready):
             self.remove(handle)
         for actor, (task, _) in list(self.starting.items()):
@@ -98,7 +100,7 @@ class WorkerGroup:
     def _start(self) -> None:
         options: dict[str, Any] = {
             "num_cpus": self._config.threads,
-            "max_concurrency": CONCURRENCY + 1,  # pings are answered while blocks are made
+            "max_concurrency": CONCURRENCY + 1,  # one more call, so that a busy worker can answer a ping
             "max_restarts": 0,
             "scheduling_strategy": "SPREAD",
         }
@@ -121,7 +123,7 @@ class WorkerGroup:
             info = await actor.open.remote()
         except Exception as error:  # any failure of the worker's process, its node or its imports
             self.last_fault = f"a worker could not start: {' '.join(str(error).split())[-300:]}"
-            await asyncio.sleep(1)  # a worker that can never start must not be started in a busy loop
+            await asyncio.sleep(1)  # if every start fails, at most one start a second is tried for each worker
         self.starting.pop(actor, None)
         if info is None:
             pass
@@ -136,6 +138,6 @@ class WorkerGroup:
     async def _ping(self, handle: WorkerHandle) -> None:
         try:
             await asyncio.wait_for(handle.actor.ping.remote(), _SILENT_S)
-        except Exception:  # the worker or its node is gone, or it hangs
+        except Exception:  # the worker has died, its node has died, or the worker hangs
             self.remove(handle)
             self._on_change()

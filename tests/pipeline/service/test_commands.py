@@ -1,4 +1,4 @@
-"""`alexstream serve`, `status` and `stop` in a cluster that runs, and the text that they print."""
+"""Tests of `alexstream serve`, `status` and `stop` in a running cluster, and of the text that they print."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.pipeline.service.conftest import TestCluster
 
 
 class Commands:
-    """Runs alexstream in this process, which is connected to the cluster."""
+    """Runs `alexstream` commands in this process, which is connected to the cluster."""
 
     def __init__(self, cluster: TestCluster, store: Path) -> None:
         self.cluster, self.store = cluster, store
@@ -38,7 +38,7 @@ class Commands:
         return self.run("serve", "--store", str(self.store), "--name", name, *options)
 
     def fails(self, command: str, *options: str) -> str:
-        """The one line that a command prints that fails with exit code 1."""
+        """Run a command that must fail with exit code 1 and one line, and return this line."""
         result = self.run(command, *options)
         assert result.exit_code == 1 and result.output.count("\n") == 1, result.output
         return result.output
@@ -79,7 +79,7 @@ def test_a_service_is_started_used_shown_and_stopped(alexstream: Commands) -> No
     stopped = alexstream.run("stop", "--name", "photos")
     assert stopped.exit_code == 0 and "Stopped service photos." in stopped.output
     missing = alexstream.fails("status", "--name", "photos")
-    assert "has no such service (it has: none). Start it with: alexstream serve" in missing
+    assert "has no such service (services of the cluster: none). Start the service with: alexstream serve" in missing
     assert "has no such service" in alexstream.fails("stop", "--name", "photos")
 
 
@@ -127,7 +127,7 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
     monkeypatch.setattr(control, "make_config", of_another_store)
     error = alexstream.fails("serve", "--store", str(alexstream.store), "--name", "other")
     assert f"service other: no node can serve {alexstream.store}." in error
-    assert "has another split train: fingerprint" in error and "the service has 0123456789abcdef" in error
+    assert "split train has fingerprint" in error and "the service expects 0123456789abcdef" in error
     assert alexstream.names() == []
 
 

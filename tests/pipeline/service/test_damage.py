@@ -1,4 +1,4 @@
-"""Damaged records of a service's store: the error of the local stream, at the consumer that needs the record."""
+"""Tests of damaged records: the consumer that needs a damaged record gets the same error as without a service."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from tests.pipeline.service.faults import DEADLY_RECORD, MAX_TRIES, DeadlyCoordi
 from tests.pipeline.streaming import batches_equal, stored_labels, take_batches
 from tests.pipeline.test_damaged_store import DAMAGE, change, stopped_with
 
-DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}  # records of split val, in different thirds of the split
-STEP = 4  # step of the damaged record of split train, in batches of 4 and with seed 0
+DAMAGED = {"flipped bit": 3, "label": 9, "cut off": 17}  # damage -> record of split val; one in each third of the split
+STEP = 4  # the step that needs the damaged record of split train, with batches of 4 and seed 0
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_a_damaged_record_ends_an_evaluation_with_the_error_of_the_local_stream(
     for at in (service.at, None):
         with eval_loader(broken, 2, shard=third, world_size=3, service=at, threads=1) as loader:
             messages.append(stopped_with(loader)[0])
-            assert stopped_with(loader) == (messages[-1], 0)  # the stream does not skip the record
+            assert stopped_with(loader) == (messages[-1], 0)  # the second try fails, too: the record is not skipped
     assert messages[0] == messages[1]
     assert f"{broken}/val/00000, key 000000{DAMAGED[damage]:02d}" in messages[0] and "alexprep verify" in messages[0]
     assert damage == "cut off" or ", source " in messages[0]
@@ -79,9 +79,9 @@ def test_batches_before_a_damaged_record_are_served_and_other_consumers_go_on(
 def test_a_store_that_is_cut_off_while_workers_read_it_ends_in_an_error(
     numbered_store: Path, tmp_path: Path, serve: Serve
 ) -> None:
-    """Reading the missing part kills the worker by SIGBUS. The workers that replace it find the damage at their start.
+    """A worker that reads the missing part of the file is killed by SIGBUS. New workers detect the damage at start.
 
-    No node can be used then. A consumer that waited for a worker would wait for ever.
+    Then no node can serve the store. A consumer must not wait for a worker forever.
     """
     store = Path(shutil.copytree(numbered_store, tmp_path / "store"))
     service = serve(store, 1, start_s=2.0)
@@ -100,7 +100,7 @@ def test_a_store_that_is_cut_off_while_workers_read_it_ends_in_an_error(
 
 
 def test_a_record_that_kills_every_worker_ends_in_an_error(cluster: TestCluster, numbered_store: Path) -> None:
-    """Other consumers go on: a worker that is killed is replaced."""
+    """Other consumers continue, because every dead worker is replaced."""
     ray, name = cluster.ray, "deadly"
     options = {"name": actor_name(name), "namespace": NAMESPACE, "num_cpus": 0, "max_concurrency": 100}
     config = make_config(numbered_store, name, 1, 1, 1)
@@ -114,7 +114,7 @@ def test_a_record_that_kills_every_worker_ends_in_an_error(cluster: TestCluster,
             eval_loader(numbered_store, 4, service=service.at, threads=1) as other,
             eval_loader(numbered_store, 4, threads=1) as local,
         ):
-            with pytest.raises(ServiceError, match=f"{MAX_TRIES} workers were lost while they made") as stopped:
+            with pytest.raises(ServiceError, match=f"{MAX_TRIES} workers died while making") as stopped:
                 remote.seek(0, step)
                 take_batches(remote, 1)
             assert not isinstance(stopped.value, StoreError) and "\n" not in str(stopped.value)

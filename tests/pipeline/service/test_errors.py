@@ -1,4 +1,4 @@
-"""What loaders and services refuse, each with one line: names, stores, versions, arrays, settings, a missing Ray."""
+"""Tests of one-line errors of loaders and services: wrong names, stores, versions, arrays or settings, or no Ray."""
 
 from __future__ import annotations
 
@@ -60,14 +60,14 @@ def test_a_service_that_does_not_exist(store: Path, service: Service) -> None:
     address = service.cluster.address
     with pytest.raises(ServiceError) as refused:
         train_loader(store, 4, service=f"other@{address}")
-    assert str(refused.value).startswith(f"service other: cluster {address} has no such service (it has: ")
+    assert str(refused.value).startswith(f"service other: cluster {address} has no such service (services of the ")
     assert service.name in str(refused.value) and "alexstream serve --store STORE --name other" in str(refused.value)
 
 
 def test_a_name_that_is_taken(store: Path, service: Service) -> None:
     with pytest.raises(ServiceError, match=f"already has a service of this name. Stop it with: .* {service.name}"):
         start_service(service.cluster.ray, make_config(store, service.name, 1, 1, 1))
-    assert service.status()["name"] == service.name  # the service goes on
+    assert service.status()["name"] == service.name  # the existing service still runs
 
 
 def test_a_service_that_was_stopped_can_be_started_again(cluster: TestCluster, store: Path, serve: Serve) -> None:
@@ -93,7 +93,7 @@ def test_a_service_of_another_store(numbered_store: Path, service: Service) -> N
 def test_a_service_of_another_version(store: Path, service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "PROTOCOL_VERSION", PROTOCOL_VERSION + 1)
     ours, theirs = PROTOCOL_VERSION + 1, PROTOCOL_VERSION
-    with pytest.raises(ServiceError, match=rf"\(protocol {theirs}\), this program is .* \({ours}\)\. Install"):
+    with pytest.raises(ServiceError, match=rf"\(protocol {theirs}\), this program is .* \(protocol {ours}\)\. Install"):
         train_loader(store, 4, service=service.at)
 
 
@@ -137,7 +137,7 @@ def test_arrays_of_another_type_or_shape(pixels: Any, labels: Any, message: str)
 
 
 def test_without_ray(store: Path) -> None:
-    """Ray cannot be imported in the subprocess. A loader without a service works."""
+    """In the subprocess, Ray cannot be imported. A loader without a service still works."""
     script = (
         "import sys\n"
         "sys.modules['ray'] = None\n"

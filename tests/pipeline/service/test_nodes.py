@@ -1,4 +1,4 @@
-"""Number and place of the workers: between the least and the largest number, and only on nodes that have the store."""
+"""Tests of the number of workers, which stays within its limits, and of their nodes, which must have the store."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_the_least_number_of_workers_stays(store: Path, serve: Serve) -> None:
 
 
 def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve: Serve) -> None:
-    """The cluster has five cores, and the service may have nine workers."""
+    """The cluster has five cores, and the service may start up to nine workers."""
     service = serve(store, 0, 9, idle_s=1.0, ahead=20)
     with train_loader(store, 2, service=service.at, threads=1) as loader:
         while service.status()["starting"] < 2:
@@ -54,7 +54,7 @@ def test_workers_that_find_no_core_are_given_up_without_load(store: Path, serve:
 def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
     cluster: TestCluster, stores: dict[str, Path], serve: Serve
 ) -> None:
-    """On two simulated machines, the folder of the store is empty, or it is the folder of another store."""
+    """On one simulated machine, the folder of the store is empty. On another one, it is the folder of another store."""
     store, other = stores["jpeg"], stores["ppm"]
     join = until_shut_down(node_commands(cluster.address, cores=2))
     without = Machine(f"mount -t tmpfs none {store} && {join}")
@@ -74,7 +74,7 @@ def test_a_node_without_the_store_and_a_node_with_another_store_are_not_used(
         assert {worker["node"] for worker in service.status()["workers"]} == good
         assert not good & {node["node"] for node in status["unused_nodes"]}
         assert any("manifest.json" in reason or "no store" in reason for reason in reasons), reasons
-        assert any(f"{store} has another split" in reason and "fingerprint" in reason for reason in reasons), reasons
+        assert any(f"{store} differs: split" in reason and "fingerprint" in reason for reason in reasons), reasons
     finally:
         for machine in (without, with_other):
             machine.shut_down(DEADLINE_S)

@@ -1,4 +1,4 @@
-"""Tests of runs with a service: the same bits as without it, also if the service is lost, and their signals."""
+"""Tests of runs with a service: the same bits as without a service, loss of the service, and signals."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_run_with_a_service_reads_no_record_and_has_the_result_of_a_run_withou
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Training and validation take their batches from the service, also after the run has opened a second stream."""
+    """Training and validation read from the service, and continue to do so after the run opens a second stream."""
     config = config_with_two_streams(store_without_records, tmp_path / "run", service=lasting_service.option)
     fit(Run.open(config))
     assert_same_result(tmp_path / "run", local_run)
@@ -74,7 +74,7 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
     capsys: pytest.CaptureFixture[str],
     when: str,
 ) -> None:
-    """After the loss in the first epoch, the run opens its second training stream without the service."""
+    """If the service is lost in the first epoch, the run later opens its second training stream without it."""
     after_step(1 if when == "in the first epoch" else 7, service.stop)
     options = {"service": service.option, "service_fallback": "local"}
     fit(Run.open(config_with_two_streams(stores["jpeg"], tmp_path / "run", **options)))
@@ -88,12 +88,14 @@ def test_a_run_whose_service_is_lost_goes_on_with_the_local_store(
 def test_a_run_without_a_fallback_stops_with_a_log_line_and_a_checkpoint_of_its_last_step_and_resumes(
     stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
 ) -> None:
-    """An epoch has 15 steps and one log line. The service ends after step 1; a few batches have been read ahead."""
+    """An epoch has 15 steps and one log line. The service stops after step 1, when a few batches are read ahead."""
     changes = {"batch_size": 2, "epochs": 1, "log_every": 100, "checkpoint_every": 100}
     fit(Run.open(small_config(stores["jpeg"], tmp_path / "local", **changes)))
     config = small_config(stores["jpeg"], tmp_path / "run", service=service.option, **changes)
     after_step(1, service.stop)
-    with pytest.raises(ServiceLost, match=r"service stopped is lost: .*--service-fallback local, or no --service"):
+    with pytest.raises(
+        ServiceLost, match=r"service stopped is lost: .*--service-fallback local, or leave out --service"
+    ):
         fit(Run.open(config))
     (line,) = metrics_without_clock(tmp_path / "run")
     assert 1 <= line["step"] < 15 and checkpoint.load(tmp_path / "run").step == line["step"]

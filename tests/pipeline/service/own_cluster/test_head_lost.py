@@ -1,7 +1,7 @@
-"""The cluster's head node is lost while a consumer on another machine reads from the service.
+"""Tests of the loss of the head node while a consumer on another machine reads from the service.
 
-The two machines are simulated: neither sees the processes of the other one, and the head node is switched off without
-a farewell. The consumer is a program of its own, whose end is looked at too.
+Both machines are simulated: neither sees the processes of the other one. The head node is switched off without a
+shutdown. The consumer is a separate program, and the tests also check how this program ends.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import HOST, TOKEN, Machine, free_port, head_commands, node_commands, wait_for_file
 from tests.pipeline.streaming import take_batches
 
-pytestmark = pytest.mark.soak  # starts a cluster of its own
+pytestmark = pytest.mark.soak  # the tests take long, because they start their own cluster
 SEED, BATCH, AFTER = 9, 4, 40
 LOST_S = 4.0
 CONSUMER = """
@@ -61,12 +61,12 @@ with (
 
 @pytest.fixture(scope="module")
 def ended(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What the consumer wrote, its exit code, its standard error, and the time between the loss and its end."""
+    """Results of the consumer: its output, exit code and standard error, and the seconds from the loss to its end."""
     folder = tmp_path_factory.mktemp("lost")
     address = f"{HOST}:{free_port()}"
     program = CONSUMER.replace("SEED", str(SEED)).replace("BATCH", str(BATCH)).replace("AFTER", str(AFTER))
     consumer = shlex.join([sys.executable, "-c", program, str(store), address, str(folder)])
-    # The head node has the cores for the coordinator and the worker, the other node has none.
+    # The head node has the core on which the worker runs. The other node has no cores.
     head = Machine(head_commands(int(address.partition(":")[2])), **TOKEN)
     node = None
     try:
@@ -106,8 +106,8 @@ def test_without_a_fallback_the_loader_tells_what_to_do(ended: dict[str, Any]) -
 
 
 def test_the_program_ends_cleanly(ended: dict[str, Any]) -> None:
-    """The only line on its standard error is the one that tells of the fallback."""
+    """The program prints one line to standard error: the message that it continues with the local store."""
     assert ended["code"] == 0
     lines = ended["stderr"].splitlines()
-    assert len(lines) == 1 and "The batches are now made from" in lines[0], ended["stderr"]
+    assert len(lines) == 1 and "This process now makes the batches itself, from" in lines[0], ended["stderr"]
     assert ended["seconds"] < LOST_S + 40
