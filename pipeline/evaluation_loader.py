@@ -140,10 +140,10 @@ def eval_loader(
 
     Every `for` over the loader begins with the first image, also after a `break`.
 
-    The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. Their shape is
-    (N, 3, 224, 224) for one view, (N, 10, 3, 224, 224) for ten views, and (N, 3, side, side) for views="square", with
-    the side of the store's images. The ten views of an image take 6 MB in float32, so choose a small batch_size for
-    them. Labels are int64 (N,). The last batch can be smaller.
+    The loader yields Batch(images, labels). Images are RGB in grey levels (0 to 255) minus the mean. The shape of the
+    images is (N, 3, 224, 224) for one view, (N, 10, 3, 224, 224) for ten views, and (N, 3, side, side) for
+    views="square", with the side of the store's images. The ten views of an image take 6 MB in float32, so choose a
+    small batch_size for them. Labels are int64 (N,). The last batch can be smaller.
     """
     return EvalLoader(
         Store.open(store),

@@ -256,7 +256,7 @@ _pools: dict[str, WorkerPool] = {}  # preloaded module -> pool of this Ray worke
 
 @contextmanager
 def _pool(preload: str) -> Iterator[WorkerPool]:
-    """The pool of this Ray worker. It has one worker process, which later tasks use again.
+    """The pool of this Ray worker. The pool has one worker process, which later tasks use again.
 
     multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this is Ray's own
     program, which the worker process does not need. This function therefore hides the attribute __file__.

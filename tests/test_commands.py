@@ -22,7 +22,7 @@ COMMANDS = [(group, name) for group, main in GROUPS.items() for name in main.com
 
 
 def run_command(group: str, *args: str) -> tuple[int, str, str]:
-    """(exit code, standard output, standard error)."""
+    """Return (exit code, standard output, standard error)."""
     result = CliRunner().invoke(GROUPS[group], list(args))
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

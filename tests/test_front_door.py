@@ -31,7 +31,7 @@ def commands_of_target(target: str) -> list[str]:
 
 
 def docker_instructions() -> list[tuple[str, str]]:
-    """(instruction, arguments) of each instruction of the Dockerfile; continued lines are joined."""
+    """Return (instruction, arguments) of each instruction of the Dockerfile; continued lines are joined."""
     text = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.M).replace("\\\n", " ")
     return [(line.split(None, 1)[0], line.split(None, 1)[1].strip()) for line in text.splitlines() if line]
 

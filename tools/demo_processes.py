@@ -97,7 +97,7 @@ class Trainer:
         return int(lines[-1]["step"]) if lines else 0
 
     def ended(self) -> bool:
-        """Whether the command has ended. Raises UserError if it failed."""
+        """Whether the command has ended. Raises UserError if the command failed."""
         code = self.process.poll()
         if code:
             lines = self._log.read_text(errors="replace").strip().splitlines() or ["no output"]

@@ -163,7 +163,7 @@ def tensors_hash(tensors: Mapping[str, Any]) -> str:
 
 
 def array_hashes(file: Path) -> dict[str, str]:
-    """{name: hash} of the numeric arrays in a file of saved predictions."""
+    """Return {name: hash} of the numeric arrays in a file of saved predictions."""
     import numpy as np
 
     with np.load(file, allow_pickle=False) as arrays:

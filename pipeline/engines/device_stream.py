@@ -92,7 +92,7 @@ class CudaStream:
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Memory that torch reuses in the order of this stream."""
+        """Uninitialized memory on the GPU. Torch reuses the memory in the order of this stream."""
         with torch.cuda.stream(self._stream):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 

@@ -108,8 +108,8 @@ def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[
 def object_store_bytes(ahead: int) -> int:
     """Size of the object store for a Ray cluster of this machine alone, in bytes.
 
-    The object store has room for the batches of two streams with 512 images in each batch. Its size is limited to 30 %
-    of the memory and to 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
+    The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
+    most 30 % of the memory and 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
     """
     wanted = _STREAMS * (ahead + _IN_USE) * _BATCH_IMAGES * (3 * 224**2 + LABEL_BYTES)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

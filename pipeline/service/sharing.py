@@ -1,9 +1,9 @@
 """Decides how consumers share a stream: how long a batch is kept, and how far the fastest consumer may be ahead.
 
 Consumers (loaders) of one stream that are close to each other form the stream's group. Each batch is made once for the
-whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest.
-A consumer outside of the group never waits for others, and no consumer waits for it. Its batches are made for it alone.
-A consumer is outside of the group in two cases:
+whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest. A
+consumer outside of the group never waits for others, and no consumer waits for it. The batches of such a consumer are
+made for it alone. A consumer is outside of the group in two cases:
 
 - It joins the stream more than `ahead` steps away from the group, for example after it resumed from an old checkpoint.
 - It has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
@@ -12,7 +12,7 @@ A consumer that comes within `ahead` steps of the group's fastest consumer joins
 call for `forget_s` seconds is removed. A batch is kept as long as its position is 0 to `ahead` steps after the lowest
 position that some consumer has not received yet.
 
-The class Sharing has no clock and does not use Ray. Its callers pass the time.
+The class Sharing has no clock and does not use Ray. The callers pass the time to Sharing.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ class WindowSource:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """The windows of the batch at a position. They are part of the windows of a block."""
+        """The windows of the batch at a position. These windows are part of the windows of a block."""
         first, block, is_new = self._block(position)
         if is_new:
             try:

@@ -83,7 +83,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
 
 
 def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> None:
-    """Raise UserError if a class had inputs and all of them were left out because they are bad."""
+    """Raise UserError if all inputs of a class were left out because they are bad."""
     source = plan.source
     counts = source.inputs.label_counts(len(source.classes)).tolist()
     lost = [label for label, count in enumerate(counts) if count and not records_of_label[label]]

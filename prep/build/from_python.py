@@ -2,7 +2,8 @@
 
 The images are first written one after another into one file in the store, because a build reads them in the order of
 the records. The file is removed at the end. An encoded image takes as many bytes as it has. Pixels (a PIL image of mode
-RGB, or an array) are rescaled first if they are larger than the records; rescaling them again changes nothing.
+RGB, or an array) are rescaled first if they are larger than the records. The build then does not change them by
+rescaling again.
 """
 
 from __future__ import annotations
@@ -142,7 +143,7 @@ def _check_arguments(settings: Settings, split: str, on_bad: str) -> None:
 
 
 def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: str) -> LabelledRows:
-    """Write all images into the file `path`; `mtime_ns` of an input is the CRC-32 of its content."""
+    """Write all images into the file `path`. The `mtime_ns` of an input is the CRC-32 of its content."""
     rows = LabelledRows(f"the {split} items")
     total = len(items) if isinstance(items, Sized) else 0
     with open(path, "wb") as file, progress(f"{split}: reading items", total, "items") as item_progress:
@@ -161,7 +162,7 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
             rows.add(path_bytes, text, len(content), zlib.crc32(content), location)
             file.write(content)
             item_progress.advance()
-    rows.sort()  # a resumed build may get the items in another order
+    rows.sort()  # a resumed build may yield the items in another order
     return rows
 
 

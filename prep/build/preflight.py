@@ -93,7 +93,10 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 def bad_inputs_error(
     bad: Sequence[tuple[str, str]], total: int, policy: BuildPolicy, listed_in: Path | None = None
 ) -> UserError:
-    """The error for more `bad` inputs, (name, reason) each, of `total` inputs than `policy` allows."""
+    """The error for too many bad inputs.
+
+    `bad` has (name, reason) of each bad input, and `total` is the number of all inputs.
+    """
     allowed = f", more than --max-bad {policy.max_bad} allows" if policy.skip_bad else ""
     links = sum("--follow-links" in reason for _, reason in bad)
     advice = f"Pass --follow-links to follow {count_noun(links, 'link')}. " if links else ""

@@ -108,7 +108,7 @@ def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...
 
 
 def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input, Input]]:
-    """{path: (before, after)} of the inputs that changed since an unfinished build began.
+    """Return {path: (before, after)} of the inputs that changed since an unfinished build began.
 
     Raises UserError if the unfinished build cannot be read, if its settings, tool versions, classes or paths differ
     from `plan`, or if an input of a finished shard changed. For a bad input of a finished shard, only a changed label
@@ -178,7 +178,7 @@ def _difference(before: Input, after: Input) -> str:
     for name, old, new in (("label", before.label, after.label), ("bytes", before.size, after.size)):
         if old != new:
             return f"{name} {old:,}, now {new:,}"
-    if max(before.mtime_ns, after.mtime_ns) < 1 << 32:  # CRC-32 of an item of build_from
+    if max(before.mtime_ns, after.mtime_ns) < 1 << 32:  # these values are CRC-32s of items of build_from, not times
         return "other content of the same size"
     return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
 

@@ -158,7 +158,7 @@ class ShardBuilder:
             self.outcomes.append(outcome)
 
     def results(self, built: Shard) -> tuple[npt.NDArray[np.int64], dict[str, Any]]:
-        """(sum of the central squares of the images, the shard's summary as a JSON object)."""
+        """Return (sum of the central squares of the images, the shard's summary as a JSON object)."""
         return self.sums.square_sum(), {
             "shard": asdict(built),
             "build": self.task.build_id,

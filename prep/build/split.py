@@ -167,7 +167,7 @@ def estimate_build(
 def open_plan(
     source: Source, store: Path, settings: Settings, policy: BuildPolicy
 ) -> tuple[BuildPlan, bool, Sequence[int]]:
-    """(plan, whether the store already has the split, numbers of the shards to build); writes nothing.
+    """Return (plan, whether the store already has the split, numbers of the shards to build); writes nothing.
 
     Raises UserError if build_split would refuse `store`.
     """

@@ -1,8 +1,8 @@
 """Checks of all splits before the first of them is built, and the same checks for --dry-run.
 
-A build can take hours. What is wrong with the second split is therefore found before the first split is built: its
-labels and classes (prep/inputs), an unfinished build of other inputs, files that are no images, and the disk space for
-all splits together.
+A build can take hours. What is wrong with the second split is therefore found before the first split is built. The
+checks find wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and
+too little disk space for all splits together.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
 
 
 def _count_bad(source: Source, bad: dict[str, str], batches: dict[int, list[int]]) -> dict[int, bool]:
-    """{label: whether all inputs of its batch are bad}."""
+    """Return {label: whether all inputs of its batch are bad}."""
     return {
         label: all(name_text(source.inputs.path(index)) in bad for index in batch) for label, batch in batches.items()
     }
@@ -120,7 +120,10 @@ def say_same_splits(sources: Sequence[Source]) -> None:
 def refuse_estimates(
     sources: Sequence[Source], estimates: Sequence[BuildEstimate], store: Path, jobs: int, policy: BuildPolicy
 ) -> None:
-    """Raise the error with which the build that --dry-run estimated would end. Returns if the build would start."""
+    """Raise the error that the build would raise, according to the estimates of --dry-run.
+
+    Returns if the build would not fail.
+    """
     for source, estimate in zip(sources, estimates, strict=True):
         if not estimate.is_built:
             check_classes(source, jobs, policy)

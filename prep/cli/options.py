@@ -35,7 +35,8 @@ cluster_option = click.option(
 allow_empty_option = click.option(
     "--allow-empty-classes",
     is_flag=True,
-    help="Accept classes without a photograph; they have labels all the same.  [default: an error names them]",
+    help="Accept classes without a photograph. Such classes keep their labels.  [default: the command ends with an "
+    "error that names such classes]",
 )
 
 _RECORD_OPTIONS = (

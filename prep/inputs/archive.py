@@ -84,9 +84,11 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 
 
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
-    """(name, reason to refuse). Both are empty for ignored members: the root, and names with a part such as `.git`.
+    """Return (name of the member, reason to refuse it).
 
-    Folders whose names begin with a dot are added to `hidden`, if it is given.
+    Both are empty for ignored members: the root, and names with a part such as `.git`.
+
+    Folders whose names begin with a dot are added to the set `hidden`, if it is given.
     """
     parts = [part for part in name.split(b"/") if part != b"."]
     if is_folder and not parts:

@@ -97,7 +97,7 @@ class _Tree:
         self.has_images: set[bytes] = set()  # folders (with a slash at the end) that directly contain images
         self.folders_in: defaultdict[bytes, set[bytes]] = defaultdict(set)  # folder with a slash -> folders in it
         self.root = b""
-        self.class_folders: list[bytes] = []  # without a slash at the end
+        self.class_folders: list[bytes] = []  # class folders, without a slash at the end
         self.inner_folders: set[bytes] = set()
         folders = {folder for folder in contents.folders if not _no_class_part(folder)}
         for index in self.indices:
@@ -115,7 +115,7 @@ class _Tree:
         images, kept = self.contents.images, array("q")
         junk: set[bytes] = set()
         order = _sorted_indices(images)
-        no_class: dict[bytes, bytes] = {}  # folder -> part of its path that is no class; b"" if there is none
+        no_class: dict[bytes, bytes] = {}  # folder -> the part of its path that is never a class; b"" if there is none
         for position, index in enumerate(order):
             path = images.path(index)
             folder, _, name = path.rpartition(b"/")
@@ -181,7 +181,10 @@ class _Tree:
                 self.class_folders.append(below)
 
     def check_links(self) -> None:
-        """Raise UserError if a link stands where class folders are: it may be a class. Links with an ending are not."""
+        """Raise UserError if there is a link next to class folders, because the link may be a class.
+
+        A link whose name has a file extension is not a class.
+        """
         inner = {name_text(folder) for folder in self.inner_folders}
         for entry in list(self.contents.refused):
             parent, slash, name = entry[0].rpartition("/")

@@ -178,7 +178,9 @@ def with_classes(
 def wanted_classes(
     file: Path | None, found: Sequence[str], store_classes: Sequence[str]
 ) -> tuple[tuple[str, ...], str]:
-    """(classes in the order of the labels, whose classes they are for messages); empty if nothing gives the order.
+    """Return (classes in the order of the labels, text that says whose classes they are).
+
+    Both are empty if nothing gives the order.
 
     The classes of the store come first, then those of the `--classes` file; `found` are the classes of the images.
     Raises UserError if the file has other classes, or another order, than the store.
@@ -226,8 +228,8 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
 
     A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
     classes are given, the name is the longest beginning of the line that is a known class. Otherwise the name is the
-    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if the numbers
-    after the names, from 0 or from 1, are in another order than the lines.
+    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if numbers after
+    the names do not count the lines from 0 or from 1.
     """
     try:
         text = file.read_text("utf-8-sig", "surrogateescape")
@@ -245,18 +247,17 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
             f"--classes {file}: {double} occurs twice. Expected one class on each line, in the order of the labels."
         )
     numbers = [int(rest) for _, rest in rows if is_number(rest)]
-    ordered = sorted(numbers)
-    if numbers != ordered and ordered in (list(range(len(rows))), list(range(1, len(rows) + 1))):
-        wrong = next(k for k, number in enumerate(numbers) if number != ordered[k])
+    if len(numbers) == len(rows) and numbers not in (list(range(len(rows))), list(range(1, len(rows) + 1))):
+        wrong = next(k for k, number in enumerate(numbers) if number - numbers[0] != k or numbers[0] > 1)
         raise UserError(
-            f"--classes {file}, line {wrong + 1}: number {numbers[wrong]} follows {names[wrong]}, but the order of the "
-            "lines gives the labels. Sort the lines by these numbers, or remove the numbers."
+            f"--classes {file}, line {wrong + 1}: number {numbers[wrong]} follows {names[wrong]}. The order of the "
+            "lines gives the labels: sort the lines by number, from 0 or from 1 without gaps."
         )
     return tuple(names)
 
 
 def _class_of_line(line: str, known: Collection[str]) -> tuple[str, str]:
-    """(name of the class, rest of the line)."""
+    """Split a line into (name of the class, rest of the line)."""
     candidates = [line, *(line[: match.start()] for match in reversed(list(re.finditer(r"[\s,;]+", line))))]
     stripped = [(text.strip("\"'").lstrip("/"), line[len(text) :].strip(" \t,;\"'")) for text in candidates]
     for name, rest in stripped:

@@ -71,10 +71,10 @@ class FolderReader:
 def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) -> FoundInputs:
     """List the files of class folders or of a flat folder, sorted by the bytes of their names. No file is opened.
 
-    A class folder is a folder at any depth that contains images, or that contains nothing. Its class is its path. If
-    `root` contains nothing but one folder of folders, that folder takes the place of `root`. Names that begin with a
-    dot, folders of the system and files beside class folders are ignored. If there are images and folders in `root`,
-    the images are listed if `flat` is true, else the class folders.
+    A class folder is a folder at any depth that contains images, or that contains nothing. The class of a class folder
+    is the path of the folder. If `root` contains nothing but one folder of folders, that folder takes the place of
+    `root`. Names that begin with a dot, folders of the system and files beside class folders are ignored. If there are
+    images and folders in `root`, the images are listed if `flat` is true, else the class folders.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if it is unclear what the classes are.
@@ -120,7 +120,7 @@ class _Walk:
         self.ignored: list[tuple[str, str]] = []
 
     def enter_single_folders(self) -> tuple[Path, list[_Entry]]:
-        """(the folder of the class folders, its entries): `root`, or a folder below `root` that stands alone."""
+        """Return (the folder of the class folders, its entries): `root`, or a folder below `root` that stands alone."""
         entries = self._scan(self.folder)
         while True:
             folders, files, links = _sorted_out(entries)
@@ -240,7 +240,7 @@ class _Walk:
 
 
 def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], list[_Entry]]:
-    """(folders that may be classes, files, links to folders that are not followed) of a folder."""
+    """Return (folders that may be classes, files, links to folders that are not followed) of a folder."""
     folders = [entry for entry in entries if stat.S_ISDIR(entry.mode) and not is_no_class_folder(entry.name)]
     files = [entry for entry in entries if stat.S_ISREG(entry.mode)]
     return folders, files, [entry for entry in entries if entry.is_folder_link and not is_no_class_folder(entry.name)]

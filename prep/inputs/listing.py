@@ -145,9 +145,9 @@ class Listing:
         return None
 
     def changed_inputs(self, later: Listing, seed: int) -> dict[bytes, tuple[Input, Input]]:
-        """{path: (before, after)} of the inputs that differ from `later`, a listing with the same paths.
+        """Return {path: (before, after)} of the inputs that differ from `later`, a listing with the same paths.
 
-        An input that has only moved in its archive is not different, if its `mtime_ns` is known and the same.
+        An input that has only moved within its archive counts as unchanged if its `mtime_ns` is known and the same.
         """
         before, after = self.permutation(seed), later.permutation(seed)
         differ = np.zeros(len(before), bool)

@@ -36,7 +36,7 @@ class UnpackingReader(InputReader, Protocol):
     """A reader that reads single inputs slowly, and faster if it may first unpack them into a folder."""
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
-        """A reader that unpacks inputs into `folder` when needed, if that is sensible with `free_bytes` of disk."""
+        """A reader that unpacks inputs into `folder` when needed, if `free_bytes` of disk space are enough."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class Folder(Protocol):
         """Whether the folder holds no file. A missing folder is empty."""
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """{path: state} of the files that exist. Missing files are left out."""
+        """Return {path: state} of the files that exist. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
         """The content of a small file."""

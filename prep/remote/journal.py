@@ -69,7 +69,7 @@ def record_arrival(target: Folder, path: str, arrival: Arrival) -> None:
 
 
 def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
-    """{path: arrival} of the files that the journal lists and the destination still holds unchanged."""
+    """Return {path: arrival} of the files that the journal lists and the destination still holds unchanged."""
     paths = list(paths)
 
     def read(path: str) -> Arrival | None:

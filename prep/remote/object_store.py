@@ -88,7 +88,7 @@ class ObjectFolder:
         return not self._tried("", lambda: next(iter(self._obstore.list(self._store, chunk_size=1)), []))
 
     def states(self, paths: Iterable[str]) -> dict[str, FileState]:
-        """{path: state} of the files that exist. Lists all objects of the folder. See Folder.states."""
+        """Return {path: state} of the files that exist. Lists all objects of the folder. See Folder.states."""
         wanted = set(paths)
 
         def listed() -> dict[str, FileState]:
@@ -161,8 +161,9 @@ class ObjectFolder:
     def _is_temporary(self, error: Exception) -> bool:
         """Whether the same request can succeed later.
 
-        This is so after a broken connection, a timeout, or a status of 408, 429 or 5xx. It is also so if the server has
-        dropped an unfinished multipart upload, because this module then sends the whole upload again.
+        This is so after a broken connection, a timeout, or a status of 408, 429 or 5xx. The same request can also
+        succeed later if the server has dropped an unfinished multipart upload, because this module then sends the whole
+        upload again.
         """
         text = str(error)
         if "NoSuchUpload" in text:

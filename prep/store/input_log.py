@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from prep.files import atomic_file
 
-IGNORED = "ignored"  # fate of what is no input, such as a file beside class folders
+IGNORED = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
 _MAX_REASONS = 20  # keeps the manifest small if there are many different reasons
 
 

@@ -197,7 +197,7 @@ def run_interrupted_builds(photos: Path, work: Path, mode: str) -> list[dict[str
 
 
 def process_group(leader: int) -> dict[int, str]:
-    """{pid: command line} of the living processes of a process group."""
+    """Return {pid: command line} of the living processes of a process group."""
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -106,5 +106,5 @@ def store_with_records(store: Path, copy: Path, records: Records, classes: list[
 
 
 def split_records(store: Path, split: str = "train") -> Records:
-    """(key, value) of all records of a split."""
+    """Return (key, value) of all records of a split."""
     return [record for folder in sorted((store / split).glob("[0-9]*")) for record in read_records(folder)]

@@ -112,7 +112,7 @@ def entry(tag: int, kind: int, count: int, value: int, order: str = "<") -> byte
 
 
 def exifs() -> Iterator[tuple[str, bytes, int]]:
-    """(name, EXIF block, orientation that must be read from the block)."""
+    """Return (name, EXIF block, orientation that must be read from the block)."""
     turn = entry(0x0112, 3, 1, 6)
     yield "whole", exif(turn, 1), 6
     yield "whole and big-endian", exif(struct.pack(">HHIHH", 0x0112, 3, 1, 8, 0), 1, ">"), 8
@@ -315,7 +315,7 @@ def not_images() -> Iterator[tuple[str, bytes, Expected]]:
 
 @cache
 def corpus() -> dict[str, tuple[bytes, Expected]]:
-    """{name: (content, expected outcome)} of all files."""
+    """Return {name: (content, expected outcome)} of all files."""
     files: dict[str, tuple[bytes, Expected]] = {}
     for name, content, expected in (*jpegs(), *pngs(), *others(), *not_images()):
         assert name not in files

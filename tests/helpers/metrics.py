@@ -30,7 +30,7 @@ def validation_line(epoch: int, error: float) -> dict:
 
 
 def tensorboard_points(run_dir: Path) -> list[tuple[str, int, float]]:
-    """(tag, step, value) of every point that TensorBoard reads from a run folder."""
+    """Return (tag, step, value) of every point that TensorBoard reads from a run folder."""
     events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"scalars": 0}).Reload()
     return [(tag, point.step, point.value) for tag in events.Tags()["scalars"] for point in events.Scalars(tag)]
 

@@ -23,7 +23,7 @@ from tests.conftest import Build
 
 
 def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
-    """(folder, key, Datum) of every record, in the order of the store."""
+    """Return (folder, key, Datum) of every record, in the order of the store."""
     paths = store.shard_paths(split)
     return [(path, key, Datum.decode(value)) for path in paths for key, value in lmdb_shard.read(Path(path))]
 

@@ -1,7 +1,8 @@
 """Contestants of `python -m tools.bench.build --cluster`: builds with local processes, and with `--cluster local`.
 
-Both rates come from the JSON output of alexprep. They begin when the inputs are listed, and end when the manifest is
-written. The start of the command, which for a cluster includes the start of Ray, is measured separately.
+Both rates come from the JSON output of alexprep. The times of both rates begin when the inputs are listed, and end when
+the manifest is written. The start of the command, which for a cluster includes the start of Ray, is measured
+separately.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ClusterRace:
         self._start_s: dict[str, list[float]] = {}
 
     def contestants(self) -> list[Contestant]:
-        """The build on a cluster, and the build with local processes as its bound."""
+        """The two contestants: a build on a cluster and, as its upper bound, a build with local processes."""
         pool = "local processes"
         return [self._contestant("--cluster local", pool, "--cluster", "local"), self._contestant(pool, None)]
 

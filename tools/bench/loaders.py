@@ -139,7 +139,7 @@ def write_files(store: Store, folder: Path, count: int | None) -> Path:
 
 
 def build_store(folder: Path, store: Path, settings: Settings, threads: int) -> Store:
-    """Build a store from the class folders in `folder`. Its only split is `train`."""
+    """Build a store from the class folders in `folder`. The only split of the store is `train`."""
     source = list_source(folder, "train")
     with WorkerPool(threads) as workers:
         return build_split(source, store, settings, workers, Progress(len(source.inputs), "pictures"))

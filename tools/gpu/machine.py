@@ -70,7 +70,7 @@ def copy_bytes_per_s(device: str, size: int) -> float:
 
 
 def describe_machine(devices: Devices) -> dict[str, Any]:
-    """{name: value} of versions, cores and GPUs, for the JSON key "machine"."""
+    """Return {name: value} of versions, cores and GPUs, for the JSON key "machine"."""
     try:
         dali_version = str(dali().__version__)
     except UserError:

@@ -74,7 +74,7 @@ def _rates(report: Report) -> dict[str, float]:
 
 
 def _steps(report: Report) -> dict[tuple[str, int], float]:
-    """{(precision, batch): images/s of steps on one batch}."""
+    """Return {(precision, batch): images/s of steps on one batch}."""
     rows = _part(report, "batches")
     rates = {(row["precision"], row["batch"]): row["images_per_s"] for row in rows if row["images_per_s"]}
     alone = {(name, report["batch"]): rate for name, rate in _rates(report).items() if name in ("fp32", "tf32", "bf16")}
@@ -82,7 +82,7 @@ def _steps(report: Report) -> dict[tuple[str, int], float]:
 
 
 def _runs(report: Report) -> dict[tuple[str, int], float]:
-    """{(format, batch): images/s of `alextrain run`}."""
+    """Return {(format, batch): images/s of `alextrain run`}."""
     rows = _part(report, "runs")
     return {(row["format"], row["batch"]): row["images_per_s"] for row in rows if "images_per_s" in row}
 

@@ -88,7 +88,7 @@ class GpuCheckSettings:
         return 2 if self.is_cpu_trial else 64 if self.quick else 512
 
     def stores_by_format(self) -> dict[str, Path]:
-        """{format of the records, jpeg or ppm: path of the store}."""
+        """Return {format of the records, jpeg or ppm: path of the store}."""
         stores = {Store.open(self.store).settings.format: self.store}
         if self.ppm_store is not None:
             stores.setdefault(Store.open(self.ppm_store).settings.format, self.ppm_store)

@@ -206,7 +206,7 @@ def other_batches(settings: GpuCheckSettings, precision: str) -> list[int]:
 
 
 def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
-    """{GPU: peak memory of tensors in GiB} for steps on settings.batch images; empty on a CPU."""
+    """Return {GPU: peak memory of tensors in GiB} for steps on settings.batch images; empty on a CPU."""
     gpus = [device for device in dict.fromkeys(settings.devices) if settings.on_gpu]
     for device in gpus:
         torch.cuda.empty_cache()
@@ -216,7 +216,7 @@ def peak_memory_gib(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, float]:
-    """{kind of kernel: milliseconds in a step on settings.batch images}, largest first.
+    """Return {kind of kernel: milliseconds in a step on settings.batch images}, largest first.
 
     On GPUs the times of kernels are summed over all GPUs. On a CPU the times of operations are summed.
     """
@@ -285,7 +285,7 @@ def host_time_us(settings: GpuCheckSettings) -> float:
 
 
 def summarize_rates(settings: GpuCheckSettings, rows: list[Row]) -> dict[str, Any]:
-    """{precision: figures}, for the JSON key "conclusions".
+    """Return {precision: figures}, for the JSON key "conclusions".
 
     The figures are TFLOP/s and share of the peak for steps alone, and ratios and hours for steps fed by a stream.
     """

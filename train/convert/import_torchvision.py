@@ -90,7 +90,7 @@ def create_run(run: Run, network: AlexNet) -> None:
 
 
 def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """(state_dict, metadata) of a file. The metadata is {} if `alextrain export` did not write the file."""
+    """Return (state_dict, metadata) of a file. The metadata is {} if `alextrain export` did not write the file."""
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -76,7 +76,7 @@ class EventFile:
 
 
 def _next_path(folder: Path) -> tuple[Path, bool]:
-    """(path of the next event file, True if the folder has no event file yet).
+    """Return (path of the next event file, True if the folder has no event file yet).
 
     The name of the next file sorts after the earlier names, because TensorBoard reads files in the order of the names.
     """

@@ -41,7 +41,7 @@ class Schedule:
     finished: bool = field(default=False, init=False)
 
     def learning_rates(self, epochs_done: float) -> tuple[float, float, float]:
-        """(lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
+        """Return (lr of weights, lr of conv1's weights, lr of biases) after `epochs_done` epochs."""
         recipe = self.recipe
         lr, lr_conv1 = recipe.lr, None  # None: conv1 has the same learning rate as the other layers
         if isinstance(recipe.schedule, Plateau):

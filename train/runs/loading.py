@@ -22,7 +22,7 @@ class TrainedNetwork(NamedTuple):
 
 
 def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
-    """(run folder, checkpoint): the checkpoint is "last", "best" or the path of a file.
+    """Return (run folder, checkpoint): the checkpoint is "last", "best" or the path of a file.
 
     path   argument RUN_DIR of a command: a run folder, or a checkpoint file in a run folder
     which  option --checkpoint of a command; ignored if `path` is a checkpoint file

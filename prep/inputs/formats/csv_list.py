@@ -70,8 +70,7 @@ def list_csv(
                 rows.refused.append((name_text(shown), "not a file"))
                 continue
             rows.add(shown, label, status.st_size, status.st_mtime_ns)
-    found = rows.found((), options, store_classes, in_class_folders=False, are_positions=False)
-    return FolderReader(Path(os.fsdecode(root))), found
+    return FolderReader(Path(os.fsdecode(root))), rows.found((), options, store_classes, in_class_folders=False)
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
@@ -102,7 +101,7 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
 
 
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
-    """((column of the paths, of the labels, of the splits or −1), whether `cells` is a header)."""
+    """Return ((column of the paths, of the labels, of the splits or −1), whether `cells` is a header)."""
     names = [cell.lower() for cell in cells]
 
     def find(wanted: Sequence[str]) -> int:

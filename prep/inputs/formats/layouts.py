@@ -13,13 +13,11 @@ csv            a CSV file of paths and labels
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.console import UserError, count_noun, say
-from prep.inputs.classes import is_no_class_folder
 from prep.inputs.formats.csv_list import csv_splits
 from prep.inputs.formats.shards import files_by_split
 from prep.inputs.formats.webdataset import is_webdataset
@@ -38,7 +36,7 @@ class SplitSource:
     """Where the images of a split are."""
 
     path: Path  # a folder, an archive, or a list of files
-    layout: str = "folders"  # one of LAYOUTS, except kaggle: its splits are folders
+    layout: str = "folders"  # one of LAYOUTS, except kaggle, whose splits are folders
     inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
     files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
     labels: Path | None = None  # label file of a split without class folders, used if the user names none
@@ -69,7 +67,7 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
 
 
 def split_source(path: Path, layout: str | None = None) -> SplitSource:
-    """The images in a folder or an archive that is one split. Raises UserError if it has another layout."""
+    """The images in a folder or an archive that is one split. Raises UserError if the source has another layout."""
     found = _splits_of_file(path, layout) if path.is_file() else {_ONLY_SPLIT: _one_folder(path, layout)}
     if _ONLY_SPLIT not in found:
         raise UserError(f"{path}: the splits {' and '.join(found)}, expected one split.")
@@ -83,7 +81,7 @@ def _split_named_by(source: Path) -> str:
 
 
 def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
-    """{split: source}, or {"": source} if the file is one split."""
+    """Return {split: source}, or {"": source} if the file is one split."""
     layout = layout or _layout_of_file(source)
     if layout in ("zip", "tiny-imagenet"):
         splits, is_tiny = zip_splits(source)
@@ -112,7 +110,7 @@ def _layout_of_file(path: Path) -> str:
 
 
 def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource]:
-    """{split: source}, or {"": source} if the folder is one split."""
+    """Return {split: source}, or {"": source} if the folder is one split."""
     base, labels = source, None
     if layout in (None, "kaggle"):
         kaggle = next((source / name for name in _KAGGLE_FOLDERS if (source / name / "train").is_dir()), None)
@@ -145,7 +143,7 @@ def _named_splits(source: Path) -> dict[str, Path]:
             found[name] = paths[0]
     is_class = any(
         found[name] == source / f"{name}.tar" for name in found
-    )  # perhaps: `train` may be the name of a class
+    )  # this is uncertain, because `train` may be the name of a class
     others = [path for path in _files(source, ".tar") if path not in found.values() and "test" not in path.name]
     return {} if is_class and len(others) > len(found) else found
 
@@ -176,9 +174,7 @@ def _one_folder(path: Path, layout: str | None) -> SplitSource:
 
 def _layout_of_folder(path: Path) -> str:
     tars, parquet = _files(path, ".tar"), _files(path, ".parquet")
-    folders = sorted(
-        entry for entry in path.iterdir() if entry.is_dir() and not is_no_class_folder(os.fsencode(entry.name))
-    )
+    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if (path / "val_annotations.txt").is_file():
         return "tiny-imagenet"
     if folders and (folders[0] / "images").is_dir() and any(folders[0].glob("*_boxes.txt")):

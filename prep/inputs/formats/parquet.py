@@ -46,10 +46,10 @@ class ParquetReader:
     files: tuple[str, ...]
     column: str
     unpacked: Path | None = None  # folder for the unpacked images; None: nothing is written
-    size_bytes: int = 0  # of all files together
+    size_bytes: int = 0  # size of all files together
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> ParquetReader:
-        """This reader, made to unpack images into `folder` if that takes at most half of the `free_bytes`."""
+        """A copy of this reader that unpacks images into `folder`, if that takes at most half of `free_bytes`."""
         if 2 * self.size_bytes > free_bytes:
             say(
                 f"{self.root}: unpacking the images once would need {bytes_text(self.size_bytes)}, "
@@ -158,7 +158,7 @@ class _ErrorsOf:
 
 
 def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
-    """(column of the images, column of the labels, class names; () if the schema has none)."""
+    """Return (column of the images, column of the labels, class names; () if the schema has none)."""
     import pyarrow.types as types
 
     def holds_images(field: Any) -> bool:
@@ -214,14 +214,14 @@ def _mean_image_bytes(group: Any, column: str) -> int:
 
 @lru_cache(maxsize=64)
 def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
-    """(open Parquet file, number of the first row of each row group and of the end)."""
+    """Return (open Parquet file, number of the first row of each row group and of the end)."""
     file = _pyarrow_parquet().ParquetFile(path, memory_map=True)
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts])
 
 
 def _group_of(path: str, row: int) -> tuple[int, int]:
-    """(index of the row group that holds a row, number of the group's first row)."""
+    """Return (index of the row group that holds a row, number of the group's first row)."""
     with _ErrorsOf(Path(path)):
         starts = _file(path)[1]
     group = int(np.searchsorted(starts, row, side="right")) - 1
@@ -230,7 +230,7 @@ def _group_of(path: str, row: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=2)
 def _row_group(path: str, group: int, first: int, column: str) -> dict[int, bytes | None]:
-    """{row: image file} of one row group."""
+    """Return {row: image file} of one row group."""
     with _ErrorsOf(Path(path)):
         file = _file(path)[0]
         values = _contents(file.read_row_group(group, columns=[_leaf(file, column)]).column(column))

@@ -22,7 +22,10 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 
 def pack_location(file_index: int, offset: int) -> int:
-    """`Input.location` of the content at byte `offset` of file `file_index`. Raises UserError if one is too large."""
+    """`Input.location` of the content at byte `offset` of file `file_index`.
+
+    Raises UserError if the index or the offset is too large.
+    """
     if file_index >= _MAX_FILES or offset >= 1 << _OFFSET_BITS:
         raise UserError(
             f"file {file_index:,}, byte {offset:,}: at most {_MAX_FILES:,} files of {1 << _OFFSET_BITS:,} bytes each "
@@ -32,7 +35,7 @@ def pack_location(file_index: int, offset: int) -> int:
 
 
 def unpack_location(location: int) -> tuple[int, int]:
-    """(index of the file, offset in the file)."""
+    """Split a location into (index of the file, offset in the file)."""
     return location >> _OFFSET_BITS, location & ((1 << _OFFSET_BITS) - 1)
 
 
@@ -55,7 +58,7 @@ class OpenFile:
 
 
 def open_file(path: str) -> OpenFile:
-    """The file `path`, opened once for many reads. Raises UserError if it cannot be opened."""
+    """The file `path`, opened once for many reads. Raises UserError if the file cannot be opened."""
     try:
         status = os.stat(path)
         return _opened(path, status.st_dev, status.st_ino, status.st_mtime_ns)
@@ -91,7 +94,7 @@ class ShardReader:
 
 
 def root_and_files(paths: Sequence[Path]) -> tuple[Path, tuple[str, ...]]:
-    """(root, names relative to it) of files in one folder; the root of a single file is the file itself."""
+    """Return (root, names relative to it) of files in one folder; the root of a single file is the file itself."""
     if len(paths) == 1:
         return paths[0], ("",)
     return paths[0].parent, tuple(path.name for path in paths)

@@ -88,7 +88,7 @@ def _list_zip(
 
 
 def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
-    """{name of an image: class}."""
+    """Return {name of an image: class}."""
     labels = {}
     for number, line in enumerate(content.splitlines(), 1):
         cells = line.split(b"\t")

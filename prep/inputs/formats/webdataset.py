@@ -46,7 +46,7 @@ class _Member:
 
 
 def is_webdataset(path: Path) -> bool:
-    """Whether the first members of a tar are an image and a label with the same key. False if it is no tar."""
+    """Whether the first members of a tar are an image and a label with the same key. False if the file is not a tar."""
     keys: dict[bytes, set[bool]] = {}
     try:
         for member, _ in zip(_members(path, [], keep_text=False), range(_PEEKED_MEMBERS), strict=False):

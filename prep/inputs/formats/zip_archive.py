@@ -46,11 +46,11 @@ class ZipReader:
         return content
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a member. Raises BadImage if they cannot be read."""
+        """The first `size` bytes of a member. Raises BadImage if the bytes cannot be read."""
         return self._read(item, size)[0]
 
     def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
-        """(the first `max_bytes` of a member, CRC-32 of the member as stored; 0 if the end was not reached)."""
+        """Return (the first `max_bytes` of a member, CRC-32 of the member as stored; 0 if the end was not reached)."""
         file = open_file(str(self.root))
         header = file.read_at(item.location, _LOCAL.size)
         if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):
@@ -67,7 +67,7 @@ class ZipReader:
         return content, crc32
 
     def _decompress(self, method: int, start: int, max_bytes: int) -> tuple[bytes, int]:
-        """(the first `max_bytes` of a compressed member, position behind its compressed bytes or 0)."""
+        """Return (the first `max_bytes` of a compressed member, position behind its compressed bytes or 0)."""
         file = open_file(str(self.root))
         try:
             decompressor, position = _make_decompressor(method, file.read_at(start, 9), start)
@@ -93,13 +93,13 @@ def _has_more(decompressor: Any) -> bool:
 
 
 def _rest(decompressor: Any) -> bytes:
-    """Bytes that zlib's decompressor has not consumed; the others keep them."""
+    """Bytes that zlib's decompressor has not consumed; other decompressors keep these bytes themselves."""
     rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
     return rest
 
 
 def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
-    """(decompressor, position of its first byte). `head` are the first bytes of the member, at `start`."""
+    """Returns (decompressor, position of its first byte). `head` are the first bytes of the member, at `start`."""
     if method == 8:
         return zlib.decompressobj(-15), start
     if method == 12:

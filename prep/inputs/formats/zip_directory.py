@@ -29,7 +29,7 @@ class ZipEntry:
 
     name: bytes
     size: int  # bytes, uncompressed
-    offset: int  # of the local header in the file
+    offset: int  # position of the local header in the file
     reason: str = ""  # why the entry cannot be read; empty if it can be read
 
     @property
@@ -64,7 +64,7 @@ def iterate_entries(path: Path) -> Iterator[ZipEntry]:
 
 
 def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
-    """(position, bytes and entries of the central directory, number of bytes before the archive in the file)."""
+    """Return (position, bytes and entries of the central directory, number of bytes before the archive in the file)."""
     file_bytes = file.seek(0, 2)
     tail_start = max(0, file_bytes - _MAX_COMMENT - 22)
     file.seek(tail_start)
@@ -77,7 +77,8 @@ def _find_directory(file: BinaryIO) -> tuple[int, int, int, int]:
     if at >= 20 and tail.startswith(_END64_LOCATOR, at - 20):
         end64 = struct.unpack_from("<Q", tail, at - 12)[0]
         end -= 20
-        for position in (end64, end - 56):  # the second: bytes stand before the archive, as in a program that unpacks
+        # The second position is right if other bytes precede the archive, as in a self-extracting program.
+        for position in (end64, end - 56):
             file.seek(min(position, file_bytes))
             record = file.read(56)
             if record.startswith(_END64) and len(record) == 56:

@@ -16,7 +16,7 @@ from prep.console import UserError
 
 DEVKIT_NAME = "ILSVRC2012_devkit_t12"
 GROUND_TRUTH_NAME = "ILSVRC2012_validation_ground_truth.txt"
-_MAX_FILE_BYTES = 64 << 20  # of a file in the archive; the devkit's largest file has 300 KB
+_MAX_FILE_BYTES = 64 << 20  # limit for a file in the archive; the devkit's largest file has 300 KB
 _ADVICE = f"Download {DEVKIT_NAME}.tar.gz from https://image-net.org and pass it with --devkit FILE."
 
 

@@ -132,7 +132,8 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             best, chosen, columns = max(scores), delimiter, scores
     if best < 0:
         are_single = [_is_single(line) for _, line in lines]
-        odd = 2 * sum(are_single) < len(lines)  # True: most lines have several columns, so the odd line has one
+        # True: most lines have several columns, so the odd lines have a single column.
+        odd = 2 * sum(are_single) < len(lines)
         number, line = lines[are_single.index(odd)] if odd in are_single else lines[0]
         raise UserError(f"--labels {file}, line {number}: {line[:60]!r}, expected `name label`.")
     table = list(_split(lines, chosen, images))
@@ -177,7 +178,7 @@ def _split(lines: Sequence[tuple[int, str]], delimiter: str, images: ImageNames)
     try:
         for row in reader:
             yield lines[reader.line_num - 1][0], [field.strip() for field in row]
-    except csv.Error:  # for example a field of more than 128 KiB: not a table with this delimiter
+    except csv.Error:  # the text is not a table with this delimiter, for example because a field has more than 128 KiB
         yield lines[0][0], []
 
 
@@ -210,7 +211,10 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
 
 
 def _label_column(file: Path, header: Sequence[str] | None, width: int, name_column: int) -> int:
-    """The column of the labels. Raises UserError if it is unclear, or if the labels stand before the names."""
+    """The column of the labels.
+
+    Raises UserError if it is unclear which column has the labels, or if the labels stand before the names.
+    """
     named = [
         k for k, text in enumerate(header or ()) if text.strip("# ").lower() in _LABEL_HEADERS and k != name_column
     ]

@@ -1,6 +1,6 @@
 """The label of each text in a label file: the name of a class, or a number with one of several meanings.
 
-A text that could mean two classes is never guessed at: UserError asks for --label-order.
+If a text could mean two classes, the program does not guess. UserError asks for --label-order.
 
 | label order   | meaning of the number k                                          |
 | ------------- | ---------------------------------------------------------------- |
@@ -33,7 +33,7 @@ class LabelTexts:
     where: str  # `--labels FILE`, for messages
     texts: Sequence[str]  # all different texts of the file
     classes: tuple[str, ...]  # classes of the store or of --classes; empty if the file gives the classes
-    owner: str  # whose classes these are, for messages
+    owner: str  # text for messages that says where these classes come from
     devkit: Callable[[], Devkit | None]
     example: Callable[[str], str]  # a line of the file with this text, for messages
 
@@ -72,7 +72,7 @@ class LabelTexts:
         if not possible:
             raise UserError(f"{self.where}: {read[orders[-1]] if len(orders) == 1 else read['sorted-from-0']}.")
         if self.classes and "name" in possible:
-            possible.pop("sorted", None)  # nobody counts from 1 if the names of the classes are numbers
+            possible.pop("sorted", None)  # if the names of the classes are numbers, the numbers are not counted from 1
         if not self.classes and self._is_run_of_numbers():
             possible = {"name": possible["name"]}
         labels = [result[0] for result in possible.values()]
@@ -102,7 +102,7 @@ class LabelTexts:
         return numbers[0] in (0, 1) and numbers == list(range(numbers[0], numbers[0] + len(numbers)))
 
     def _read(self, order: str) -> tuple[dict[str, int], tuple[str, ...]] | str:
-        """({text: label}, classes) if the texts are read in this order, or the reason why this is impossible."""
+        """Return ({text: label}, classes) if the texts are read in this order, or the reason why this is impossible."""
         if order == "name":
             return self._read_names()
         wrong = next((text for text in self.texts if not is_number(text)), None)

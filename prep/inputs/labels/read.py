@@ -25,9 +25,9 @@ def read_labels(
     """Read the labels of the images `names`: ({name: label 0..K−1}, names of the K classes, the label file).
 
     If the options name no label file, the file beside `root` is used. `store_classes` are the classes of the store or
-    of the split that was listed before, empty if there are none yet. What is surplus or double is told. Raises
-    UserError if labels are missing or contradict each other, if they are not classes of the store, or if it is unclear
-    what they mean.
+    of the split that was listed before, empty if there are none yet. Prints lines that are surplus or occur twice.
+    Raises UserError if labels are missing or contradict each other, if they are not classes of the store, or if it is
+    unclear what they mean.
     """
     if not names:
         raise UserError(f"{root}: no photograph in it.")
@@ -128,7 +128,7 @@ def _refuse_index(where: str, rows: Sequence[Row]) -> None:
 
 
 def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, bytes, Callable[[], Devkit | None]]:
-    """(label file, its content, function that returns the devkit, or None if there is none)."""
+    """Return (label file, its content, function that returns the devkit, or None if there is none)."""
     parent = root.resolve().parent
     file = options.labels
 

@@ -38,7 +38,10 @@ with train_loader(store, 5, seed=3, service=service or None, service_fallback=fa
 
 
 class Program:
-    """A running Python program whose output can be read line by line. It has its own session, as on a terminal."""
+    """A running Python program whose output can be read line by line.
+
+    The program has its own session, as on a terminal.
+    """
 
     def __init__(self, *words: str) -> None:
         pipe = subprocess.PIPE

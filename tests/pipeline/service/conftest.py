@@ -113,7 +113,7 @@ def cluster() -> Iterator[TestCluster]:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # All nodes must agree whether a token is used. They use one if this machine has a token.
+    # All nodes must agree whether a token is used. All nodes use a token if this machine has one.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -176,5 +176,8 @@ def serve(cluster: TestCluster) -> Iterator[Serve]:
 
 @pytest.fixture(scope="module")
 def module_serve(cluster: TestCluster) -> Iterator[Serve]:
-    """The same function as `serve`. Its services are shared by the tests of a module, and stopped after the last."""
+    """The same function as `serve`.
+
+    The tests of a module share these services, which are stopped after the last test.
+    """
     yield from serving(cluster)

@@ -138,8 +138,8 @@ def test_a_store_that_differs_on_all_nodes_ends_the_start_with_the_reason(
         (["--name", "a@b"], 2, "'a@b': expected letters, digits, dots, hyphens and underscores"),
         (["--workers", "few"], 2, "'few': expected MIN:MAX or one number"),
         (["--workers", "3:2"], 1, "workers 3:2: expected MIN:MAX"),
-        (["--cluster", "ray://head:10001"], 1, "Ray Client is not supported"),
-        (["--cluster", "head"], 1, "cluster 'head': expected local, auto or HOST:PORT"),
+        (["--cluster", "ray://head:10001"], 2, "Ray Client is not supported"),
+        (["--cluster", "head"], 2, "cluster 'head': expected local, auto or HOST:PORT"),
     ],
 )
 def test_wrong_options_are_refused_before_a_cluster_starts(

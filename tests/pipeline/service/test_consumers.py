@@ -34,7 +34,7 @@ def processes(store: Path) -> Iterator[list[ConsumerProcess]]:
 
 @pytest.fixture
 def loaders(store: Path) -> Iterator[list[TrainLoader]]:
-    """A list to which a test adds the loaders that it opens. They are closed after the test."""
+    """A list to which a test adds the loaders that it opens. The loaders are closed after the test."""
     opened: list[TrainLoader] = []
     yield opened
     for loader in opened:

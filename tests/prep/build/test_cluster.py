@@ -224,7 +224,7 @@ def test_a_file_that_kills_its_worker_process_twice_is_left_out_with_on_bad_skip
 
 @pytest.fixture
 def large_photos(tmp_path: Path) -> Path:
-    """A folder of 960 images. Its build has 32 shards and takes some seconds."""
+    """A folder of 960 images. A build of this folder has 32 shards and takes some seconds."""
     return make_pictures(tmp_path / "large", 960, (400, 440), distinct=6)
 
 

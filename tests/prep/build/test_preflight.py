@@ -141,7 +141,8 @@ def test_inputs_without_an_image_give_no_estimate(tmp_path: Path) -> None:
     assert estimate(tmp_path / "photos", tmp_path / "store").resources is None
     result = dry_run(tmp_path / "photos", tmp_path / "store")
     assert "no estimate" in result.stdout
-    assert result.exit_code == 1 and "1 input of 1 is not an image" in result.stderr  # the build would end like this
+    # This is the error with which the build would end.
+    assert result.exit_code == 1 and "1 input of 1 is not an image" in result.stderr
 
 
 def test_dry_run_reports_as_text_and_as_json(photos: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_a_truncated_or_foreign_file_is_a_value_error() -> None:
 
 
 def segments(jpeg: bytes) -> list[tuple[int, bytes]]:
-    """(marker, content) of every segment of a JPEG file up to the start of scan."""
+    """Return (marker, content) of every segment of a JPEG file up to the start of scan."""
     assert jpeg[:2] == b"\xff\xd8"
     parts, offset = [], 2
     while True:

@@ -45,7 +45,7 @@ def noise(height: int, width: int, seed: int = 0) -> Pixels:
 
 
 def new_size(height: int, width: int, side: int) -> tuple[int, int]:
-    """(height, width) after rescaling; the longer side is rounded to the nearest integer; 0.5 rounds up."""
+    """Return (height, width) after rescaling; the longer side is rounded to the nearest integer; 0.5 rounds up."""
     scale, half = Fraction(side, min(height, width)), Fraction(1, 2)
     return math.floor(height * scale + half), math.floor(width * scale + half)
 
@@ -57,7 +57,7 @@ def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.
 
 
 def overlap_matrix(n_in: int, n_out: int) -> Floats:
-    """(n_out, n_in): entry (i, j) is the share of output pixel i that source pixel j covers."""
+    """Return (n_out, n_in): entry (i, j) is the share of output pixel i that source pixel j covers."""
     scale = n_in / n_out
     i, j = np.arange(n_out)[:, None], np.arange(n_in)[None, :]
     covered = np.minimum((i + 1) * scale, j + 1) - np.maximum(i * scale, j)

@@ -42,7 +42,7 @@ def fingerprint(source: Path, store: Path, *options: object) -> str:
 
 
 def tree(root: Path) -> dict[str, tuple[int, int]]:
-    """{path: (size, modification time)} of everything below `root`."""
+    """Return {path: (size, modification time)} of everything below `root`."""
     return {
         str(path.relative_to(root)): (status.st_size, status.st_mtime_ns)
         for path in root.rglob("*")

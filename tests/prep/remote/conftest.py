@@ -90,7 +90,7 @@ def put_store(server: S3Server, prefix: str, store: Path) -> None:
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    """{path: content} of all files of a folder except its lock file."""
+    """Return {path: content} of all files of a folder except its lock file."""
     return {
         str(path.relative_to(root)): path.read_bytes()
         for path in root.rglob("*")

@@ -61,7 +61,7 @@ class S3Server:
             connection.close()
 
     def objects(self, prefix: str) -> dict[str, bytes]:
-        """{path: content} of all objects below `prefix`/."""
+        """Return {path: content} of all objects below `prefix`/."""
         _, listing = self.request("GET", f"/{BUCKET}?list-type=2&prefix={prefix}/")
         keys = re.findall(r"<Key>(.*?)</Key>", listing.decode())
         return {key.removeprefix(f"{prefix}/"): self.request("GET", f"/{BUCKET}/{key}")[1] for key in keys}

@@ -76,7 +76,10 @@ def test_a_copy_that_is_killed_again_and_again_transfers_no_verified_file_twice(
     tmp_path: Path,
     is_upload: bool,
 ) -> None:
-    """The command is killed twice at random requests, and then runs to its end. Its workers must end with it."""
+    """The command is killed twice at random requests, and then runs to its end.
+
+    The workers of a killed command must end with it.
+    """
     rng = np.random.default_rng(31)
     if not is_upload:
         put_store(server, prefix, small_store)

@@ -25,7 +25,7 @@ def datum(number: int, size: int) -> bytes:
 
 
 def find(reader: ShardReader, numbers: list[int]) -> list[tuple[int, ...]]:
-    """(image, bytes, height, width, label) of the records at these indices."""
+    """Return (image, bytes, height, width, label) of the records at these indices."""
     assert kernels.native
     shards = np.array([reader.map_file()], kernels.SHARD_DTYPE)
     shard_of = np.zeros(len(numbers), np.int64)

@@ -94,7 +94,7 @@ def test_a_rate_of_zero_freezes_weights_and_velocity(grads: np.ndarray) -> None:
 
 
 def weight_decays(recipe: Recipe) -> dict[str, float]:
-    """{name of a joined parameter: its weight decay}."""
+    """Return {name of a joined parameter: its weight decay}."""
     model = AlexNet(3, recipe, ("cpu", "cpu"), SMALL)
     decay_of = {
         parameter: group["weight_decay"]

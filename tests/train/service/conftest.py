@@ -59,7 +59,8 @@ def cluster_address() -> Iterator[str]:
     from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
     from ray.cluster_utils import Cluster
 
-    # The node and the runs must agree whether a token is used. They use one if this machine has a token.
+    # The node and the runs must agree whether a token is used. The node and the runs use a token if this machine has
+    # one.
     maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     cluster = started_cluster(Cluster)

@@ -108,7 +108,10 @@ def _run_all(photos: Path, store: Path, count: int) -> list[Result]:
 
 
 def test_parts_of_train_and_val_have_the_classes_of_a_build_without_parts(photo_folder: Path, tmp_path: Path) -> None:
-    """The split val has no class folders. Its labels refer to the classes of train, which is not in the store yet."""
+    """The split val has no class folders.
+
+    The labels of val refer to the classes of train, which is not in the store yet.
+    """
     words = ("build-lmdb", photo_folder, *WORDS, "--jobs", "1", "--store")
     assert alexprep(*words, tmp_path / "whole").exit_code == 0
     for number in (2, 1):
@@ -206,7 +209,10 @@ def test_a_shard_of_a_discarded_build_does_not_count_as_finished(photos: Path, t
 
 
 def test_a_shard_that_two_processes_build_at_the_same_time_is_always_complete(photos: Path, tmp_path: Path) -> None:
-    """The test uses two threads. They have the same process id, as two processes on different machines can have."""
+    """The test uses two threads.
+
+    The two threads have the same process id, as two processes on different machines can have.
+    """
     source = list_source(photos, "train")
     plan = BuildPlan(source, tmp_path / "train", PPM, False)
     begin_build(plan)
