@@ -51,7 +51,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
     log = store.root / name / "inputs.jsonl"
     ignored = split.account.get(IGNORED, {})
     if ignored:
-        text = ", ".join(f"{count:,} {reason}" for reason, count in ignored.items())
+        text = ", ".join(f"{reason} ({count:,})" for reason, count in ignored.items())
         click.echo(f"  not part of the data set: {text}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == IGNORED), 3):
             click.echo(one_line(f"    {outcome['source']}"))

@@ -79,7 +79,7 @@ def summary_lines(store: Store) -> Iterator[str]:
         for reason, count in account["bad"].items():
             yield f"  left out: {count:,} {reason}"
         for reason, count in account.get(IGNORED, {}).items():
-            yield f"  not part of the data set: {count:,} {reason}"
+            yield f"  not part of the data set: {reason} ({count:,})"
         if account["converted"] or account.get(IGNORED) or bad:
             yield f"  {store.root / name / 'inputs.jsonl'} lists these inputs"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from shlex import quote
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from click.core import ParameterSource
 
 from prep.build.report import report_build, report_estimate, report_part
 from prep.cli.options import allow_empty_option, make_runner, path_for, record_options, split_option
-from prep.console import WrongArgument, progress, store_option
+from prep.console import UserError, WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
 from prep.store.manifest import SPLITS, Settings, Store
@@ -125,7 +125,7 @@ def build_lmdb(
         list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links)
         check_store_folder(store)
         found = find_splits(source, split, layout)
-        sources = _list_splits(found, list_options, _known_classes(store, found, policy.restart))
+        sources = _list_splits(found, list_options, store, policy.restart)
         if dry_run:
             _dry_run(sources, store, settings, workers, policy, as_json)
             return
@@ -138,16 +138,24 @@ def build_lmdb(
                 _build(inputs, store, settings, workers, policy, as_json)
 
 
-def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, known_classes: Sequence[str]) -> list[Source]:
-    """List all splits. The classes of the first split are the classes of all splits, unless the store has classes.
+def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: Path, restart: bool) -> list[Source]:
+    """List all splits. All have the classes of the store, of an unfinished build in it, or of the first split.
 
     Raises WrongArgument if --labels is given and every split has class folders.
     """
+    from prep.build.resume import begun_classes
     from prep.inputs.sources import list_source
 
-    sources: list[Source] = []
+    built = _store_classes(store)
+    begun = () if built else begun_classes(store, [name for name in SPLITS if not (restart and name in found)])
+    known_classes, sources = built or begun, []
     for name, where in found.items():
-        sources.append(list_source(where, name, options, known_classes))
+        try:
+            sources.append(list_source(where, name, options, known_classes))
+        except UserError as error:
+            if begun and not built:
+                raise UserError(f"{error} The store holds an unfinished build; --restart discards it.") from error
+            raise
         known_classes = known_classes or sources[0].classes
     if options.labels is not None and all(source.labels_from is None for source in sources):
         raise WrongArgument(
@@ -227,13 +235,6 @@ def _settings_and_policy(options: dict[str, Any], allow_empty_classes: bool = Fa
 def _store_classes(store: Path) -> tuple[str, ...]:
     """The classes of a store; empty if the store has no complete split yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
-
-
-def _known_classes(store: Path, splits: Iterable[str], restart: bool) -> tuple[str, ...]:
-    """The classes of a store, or of an unfinished build in it that the command does not discard."""
-    from prep.build.resume import begun_classes
-
-    return _store_classes(store) or begun_classes(store, [name for name in SPLITS if not (restart and name in splits)])
 
 
 def _build(source: Source, store: Path, settings: Settings, runner: Runner, policy: BuildPolicy, as_json: bool) -> None:

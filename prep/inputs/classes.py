@@ -228,8 +228,8 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
 
     A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
     classes are given, the name is the longest beginning of the line that is a known class. Otherwise the name is the
-    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if numbers after
-    the names do not count the lines from 0 or from 1.
+    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if the numbers
+    after the names, from 0 or from 1, are in another order than the lines.
     """
     try:
         text = file.read_text("utf-8-sig", "surrogateescape")
@@ -247,11 +247,12 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
             f"--classes {file}: {double} occurs twice. Expected one class on each line, in the order of the labels."
         )
     numbers = [int(rest) for _, rest in rows if is_number(rest)]
-    if len(numbers) == len(rows) and numbers not in (list(range(len(rows))), list(range(1, len(rows) + 1))):
-        wrong = next(k for k, number in enumerate(numbers) if number - numbers[0] != k or numbers[0] > 1)
+    ordered = sorted(numbers)
+    if numbers != ordered and ordered in (list(range(len(rows))), list(range(1, len(rows) + 1))):
+        wrong = next(k for k, number in enumerate(numbers) if number != ordered[k])
         raise UserError(
-            f"--classes {file}, line {wrong + 1}: number {numbers[wrong]} follows {names[wrong]}. The order of the "
-            "lines gives the labels: sort the lines by number, from 0 or from 1 without gaps."
+            f"--classes {file}, line {wrong + 1}: number {numbers[wrong]} follows {names[wrong]}, but the order of the "
+            "lines gives the labels. Sort the lines by these numbers, or remove the numbers."
         )
     return tuple(names)
 

@@ -99,6 +99,12 @@ def label_inputs(
     wanted, owner = wanted_classes(options.class_file, classes, store_classes)
     if wanted:
         inputs = with_classes(classes, inputs, wanted, owner, str(path), options.allow_empty_classes)
+        if options.class_file is None and set(wanted) == set(classes) and wanted != classes:
+            label = next(k for k, pair in enumerate(zip(wanted, classes, strict=True)) if pair[0] != pair[1])
+            say(
+                f"{path}: the classes keep the labels of {owner}: label {label} is {wanted[label]}. In a new store it "
+                f"would be {classes[label]}."
+            )
         classes = wanted
     if not options.allow_empty_classes:
         counts = inputs.label_counts(len(classes)).tolist()

@@ -70,7 +70,8 @@ def list_csv(
                 rows.refused.append((name_text(shown), "not a file"))
                 continue
             rows.add(shown, label, status.st_size, status.st_mtime_ns)
-    return FolderReader(Path(os.fsdecode(root))), rows.found((), options, store_classes, in_class_folders=False)
+    found = rows.found((), options, store_classes, in_class_folders=False, are_positions=False)
+    return FolderReader(Path(os.fsdecode(root))), found
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:

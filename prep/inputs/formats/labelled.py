@@ -13,6 +13,8 @@ import numpy as np
 
 from prep.console import UserError
 from prep.inputs.classes import numbered_classes, order_classes, wanted_classes
+from prep.inputs.labels.devkit import open_devkit
+from prep.inputs.labels.numbers import LabelTexts
 from prep.inputs.listing import OWN_FILE, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
@@ -47,9 +49,17 @@ class LabelledRows:
             self.rows.add(item.path, item.label, item.size, item.mtime_ns, item.location)
 
     def found(
-        self, names: Sequence[str], options: ListOptions, store_classes: Sequence[str], in_class_folders: bool
+        self,
+        names: Sequence[str],
+        options: ListOptions,
+        store_classes: Sequence[str],
+        in_class_folders: bool,
+        are_positions: bool = True,
     ) -> FoundInputs:
         """All inputs with their classes.
+
+        If `are_positions` is false, a number can also be the name of a class, as in a label file: then it must have a
+        single meaning, or `options.label_order` says which.
 
         The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
         else of `store_classes`, else it is called k. With `in_class_folders`, an input without a folder in its name
@@ -59,7 +69,19 @@ class LabelledRows:
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
         texts = list(self.texts)
-        if not self.labels_are_names and all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
+        if not are_positions and not names:
+            names, owner = wanted_classes(options.class_file, texts, store_classes)
+            label_texts = LabelTexts(
+                self.origin,
+                texts,
+                tuple(names),
+                owner,
+                lambda: None if options.devkit is None else open_devkit(options.devkit),
+                lambda text: f"The label {text}",
+            )
+            label_of, classes, _ = label_texts.resolve(options.label_order, False)
+            labels = [label_of[text] for text in texts]
+        elif not self.labels_are_names and all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
             labels = [int(text) for text in texts]
             owner = "its list of class names"
             if not names:

@@ -13,11 +13,13 @@ csv            a CSV file of paths and labels
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.console import UserError, count_noun, say
+from prep.inputs.classes import is_no_class_folder
 from prep.inputs.formats.csv_list import csv_splits
 from prep.inputs.formats.shards import files_by_split
 from prep.inputs.formats.webdataset import is_webdataset
@@ -174,7 +176,9 @@ def _one_folder(path: Path, layout: str | None) -> SplitSource:
 
 def _layout_of_folder(path: Path) -> str:
     tars, parquet = _files(path, ".tar"), _files(path, ".parquet")
-    folders = sorted(entry for entry in path.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(
+        entry for entry in path.iterdir() if entry.is_dir() and not is_no_class_folder(os.fsencode(entry.name))
+    )
     if (path / "val_annotations.txt").is_file():
         return "tiny-imagenet"
     if folders and (folders[0] / "images").is_dir() and any(folders[0].glob("*_boxes.txt")):

@@ -192,5 +192,5 @@ def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(s
     assert {line["source"] for line in lines if line["fate"] == "ignored"} == {"README.md", "lost+found"}
     described = alexprep("inspect", "--store", store).stdout
     assert "3 classes, by label: 0 n1, 1 n2, 2 n3" in described
-    assert "not part of the data set: 1 a file beside the class folders" in described
+    assert "not part of the data set: a file beside the class folders (1)" in described
     assert alexprep("verify", "--store", store, "--jobs", "1").exit_code == 0

@@ -174,6 +174,7 @@ def test_many_photographs_beside_folders_are_refused_without_a_label_file(tmp_pa
         ("cat\r\nmy dog\r\n", ("cat", "my dog"), ["cat", "my dog"]),
         ("\ufeffcat,0\ndog,1\n", (), ["cat", "dog"]),
         ("/a/airfield 0\n/b/bar 1\n", (), ["a/airfield", "b/bar"]),
+        ("cat 1300\ndog 900\n", (), ["cat", "dog"]),  # numbers of photographs, not labels
         ('"my dog" 1\ncat 2\n', ("cat", "my dog"), ["my dog", "cat"]),
     ],
 )
@@ -184,7 +185,7 @@ def test_a_file_of_classes_is_read(text: str, known: tuple[str, ...], names: lis
 
 @pytest.mark.parametrize(
     ("text", "part"),
-    [("", "is empty"), ("cat\ncat\n", "cat occurs twice"), ("cat 0\ndog 2\n", "line 2: number 2 follows dog")],
+    [("", "is empty"), ("cat\ncat\n", "cat occurs twice"), ("cat 1\ndog 0\n", "line 1: number 1 follows cat")],
 )
 def test_a_wrong_file_of_classes_is_one_line(text: str, part: str, tmp_path: Path) -> None:
     (tmp_path / "classes.txt").write_text(text)

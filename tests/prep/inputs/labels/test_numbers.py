@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
+from prep.inputs.reader import ListOptions
+from prep.inputs.sources import list_source
 from tests.helpers.listings import label_file, labels_of, list_labelled, touch, write_devkit
 
 WORDS = ("ape", "cat", "dog", "eel")
@@ -66,6 +68,17 @@ def test_an_unclear_number_is_asked_for(
     for order, expected in readings.items():
         assert order in str(caught.value)
         assert labels_for(numbers, tmp_path, order, classes) == expected
+
+
+def test_numbers_in_a_list_of_paths_must_be_clear_too(tmp_path: Path) -> None:
+    root = touch(tmp_path, "d/a.jpg", "d/b.jpg", "d/c.jpg")
+    listed = label_file(root, "path,label\nd/a.jpg,1\nd/b.jpg,2\nd/c.jpg,3\n", "list.csv")
+    with pytest.raises(UserError, match=r"list\.csv: it is unclear what the numbers mean.*--label-order name"):
+        list_source(listed, "val", ListOptions(), FROM_1)
+    for order, expected in (("name", [0, 1, 2]), ("sorted-from-0", [1, 2, 3])):
+        options = ListOptions(label_order=order, allow_empty_classes=True)
+        assert labels_of(list_source(listed, "val", options, FROM_1)) == expected
+    assert list_source(listed, "train").classes == ("1", "2", "3")
 
 
 def test_numbers_with_gaps_leave_classes_without_a_photograph(tmp_path: Path) -> None:
