@@ -62,6 +62,12 @@ if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --hel
     help="Layout of SOURCE; the page `Your own data` of the documentation describes each.  [default: recognized from "
     "names and first bytes]",
 )
+@click.option(
+    "--exclude",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File that names photographs to leave out, one on each line: a path, a name with or without its extension, or "
+    "the number of a file such as ILSVRC2012_val_00000036.JPEG.",
+)
 @click.option("--follow-links", is_flag=True, help="Follow symbolic links that lead out of SOURCE.")
 @click.option(
     "--dry-run",
@@ -86,6 +92,7 @@ def build_lmdb(
     classes: Path | None,
     allow_empty_classes: bool,
     layout: str | None,
+    exclude: Path | None,
     follow_links: bool,
     dry_run: bool,
     part: str | None,
@@ -119,13 +126,17 @@ def build_lmdb(
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         from prep.build.split_checks import check_splits, check_store_folder
         from prep.inputs.reader import ListOptions
+        from prep.inputs.selection import ExclusionList
         from prep.inputs.sources import find_splits
 
         settings, policy = _settings_and_policy(options, allow_empty_classes)
-        list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links)
+        excluded = ExclusionList(exclude) if exclude else None
+        list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links, excluded)
         check_store_folder(store)
         found = find_splits(source, split, layout)
         sources = _list_splits(found, list_options, store, policy.restart)
+        if excluded is not None:
+            excluded.report_unused()
         if dry_run:
             _dry_run(sources, store, settings, workers, policy, as_json)
             return

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.inputs.listing import Input, Listing
+from prep.inputs.selection import ExclusionList
 
 Content = bytes | npt.NDArray[np.uint8]  # an encoded image file, or the RGB pixels (H, W, 3) of a Caffe Datum
 
@@ -50,6 +51,7 @@ class ListOptions:
     class_file: Path | None = None  # file with the classes in the order of the labels
     allow_empty_classes: bool = False  # a class may lack photographs
     follow_links: bool = False  # symbolic links that lead out of the source are followed
+    exclude: ExclusionList | None = None  # files to leave out
 
 
 DEFAULT_OPTIONS = ListOptions()

@@ -9,13 +9,22 @@ with the reason.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 
 from prep.console import UserError, say
 from prep.inputs.archive import TarReader, list_archive
 from prep.inputs.archive_folders import found_inputs
-from prep.inputs.classes import NO_PHOTOGRAPH, may_be_image, refuse_empty_classes, wanted_classes, with_classes
+from prep.inputs.classes import (
+    NO_PHOTOGRAPH,
+    may_be_image,
+    read_class_file,
+    refuse_empty_classes,
+    wanted_classes,
+    with_classes,
+)
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.formats.class_tars import list_class_tars
 from prep.inputs.formats.csv_list import list_csv
@@ -28,6 +37,7 @@ from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import DEFAULT_OPTIONS, FoundInputs, InputReader, ListOptions, Source
+from prep.inputs.selection import EXCLUDED, named_by_position, selected_classes, without
 
 __all__ = ["find_splits", "label_inputs", "list_source"]
 
@@ -46,10 +56,62 @@ def list_source(
     not fit the images, if a class has no image, or if the classes are not those of the store.
     """
     where = split_source(where) if isinstance(where, Path) else where
-    if where.labels is not None and options.labels is None:
-        options = replace(options, labels=where.labels)
     reader, found = _find_inputs(where, split, options, store_classes)
-    return label_inputs(reader, found, split, options, store_classes)
+    if found.is_flat:
+        source = _label_flat_inputs(reader, found, split, options, store_classes)
+    else:
+        found = _select_classes(found, options, store_classes, str(reader.root))
+        source = label_inputs(reader, found, split, options, store_classes)
+    return _without_excluded(source, options)
+
+
+def _select_classes(found: FoundInputs, options: ListOptions, store_classes: Sequence[str], where: str) -> FoundInputs:
+    """Give numbered class folders the names of the store's classes, and leave out classes that are not wanted."""
+    wanted = store_classes or (read_class_file(options.class_file) if options.class_file else ())
+    classes = named_by_position(found.classes, wanted, options.label_order, where)
+    listing, classes, left_out = selected_classes(found.listing, classes, options.class_file, where)
+    return replace(found, listing=listing, classes=classes, ignored=(*found.ignored, *left_out))
+
+
+def _label_flat_inputs(
+    reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
+) -> Source:
+    """Label images without class folders. A label file may have more classes than --classes names."""
+    try:
+        return label_inputs(reader, found, split, options, store_classes)
+    except UserError:
+        if options.class_file is None:
+            raise
+        with suppress(UserError):
+            everything = replace(options, class_file=None, allow_empty_classes=True)
+            source = label_inputs(reader, found, split, everything, ())
+            if set(read_class_file(options.class_file, set(source.classes))) < set(source.classes):
+                labelled = FoundInputs(source.inputs, source.classes, False, source.refused, source.ignored)
+                labelled = _select_classes(labelled, options, (), str(reader.root))
+                selected = label_inputs(reader, labelled, split, replace(options, labels=None), store_classes)
+                return replace(selected, labels_from=source.labels_from)
+        raise
+
+
+def _without_excluded(source: Source, options: ListOptions) -> Source:
+    """Leave out the files that --exclude names. Raises UserError if a class has no other photograph."""
+    if options.exclude is None:
+        return source
+    refused = {name.encode(): name for name, _ in source.refused}
+    paths = (source.inputs.path(k) for k in range(len(source.inputs)))
+    excluded = options.exclude.find(chain(paths, refused), source.split)
+    inputs = without(source.inputs, excluded)
+    if not options.allow_empty_classes:
+        before, after = (listing.label_counts(len(source.classes)).tolist() for listing in (source.inputs, inputs))
+        pairs = zip(source.classes, before, after, strict=True)
+        empty = [name for name, count, left in pairs if count and not left]
+        refuse_empty_classes(f"{source.reader.root}: after --exclude {options.exclude.file}", empty)
+    return replace(
+        source,
+        inputs=inputs,
+        refused=tuple(entry for entry in source.refused if entry[0].encode() not in excluded),
+        ignored=(*source.ignored, *((name_text(path), EXCLUDED) for path in sorted(excluded))),
+    )
 
 
 def _find_inputs(

@@ -29,7 +29,6 @@ from prep.store.manifest import SPLITS
 
 _SUFFIXES = {".zip": "zip", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "tar"}
 _KAGGLE_FOLDERS = ("ILSVRC/Data/CLS-LOC", "Data/CLS-LOC", "CLS-LOC")
-_KAGGLE_LABELS = "LOC_val_solution.csv"
 _ONLY_SPLIT = ""  # key of a split that nothing names
 
 
@@ -41,7 +40,6 @@ class SplitSource:
     layout: str = "folders"  # one of LAYOUTS, except kaggle, whose splits are folders
     inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
     files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
-    labels: Path | None = None  # label file of a split without class folders, used if the user names none
 
 
 def find_splits(source: Path, split: str | None, layout: str | None = None) -> dict[str, SplitSource]:
@@ -88,8 +86,7 @@ def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
     if layout in ("zip", "tiny-imagenet"):
         splits, is_tiny = zip_splits(source)
         where = SplitSource(source, "tiny-imagenet" if is_tiny else "zip")
-        found = {name: replace(where, inside=inside) for name, inside in splits.items()} or {_ONLY_SPLIT: where}
-        return _with_val_labels(found, _kaggle_labels(source.parent))
+        return {name: replace(where, inside=inside) for name, inside in splits.items()} or {_ONLY_SPLIT: where}
     if layout == "csv":
         return dict.fromkeys(csv_splits(source) or [_ONLY_SPLIT], SplitSource(source, "csv"))
     if layout in ("webdataset", "parquet"):
@@ -113,7 +110,7 @@ def _layout_of_file(path: Path) -> str:
 
 def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource]:
     """Return {split: source}, or {"": source} if the folder is one split."""
-    base, labels = source, None
+    base = source
     if layout in (None, "kaggle"):
         kaggle = next((source / name for name in _KAGGLE_FOLDERS if (source / name / "train").is_dir()), None)
         if kaggle is None and (source.resolve().name == "CLS-LOC" or layout == "kaggle"):
@@ -122,10 +119,9 @@ def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource
             raise UserError(f"--layout kaggle: {source} has no {_KAGGLE_FOLDERS[0]}/train.")
         if kaggle is not None:
             base, layout = kaggle, None
-            labels = next(filter(None, map(_kaggle_labels, (source, *kaggle.resolve().parents[:4]))), None)
     named = _named_splits(base)
     if named:
-        return _with_val_labels({name: _one_path(path, layout) for name, path in named.items()}, labels)
+        return {name: _one_path(path, layout) for name, path in named.items()}
     if layout in (None, "webdataset", "parquet"):
         for folder in (base, base / "data"):
             found = _shards_by_split(folder, layout)
@@ -148,10 +144,6 @@ def _named_splits(source: Path) -> dict[str, Path]:
     )  # this is uncertain, because `train` may be the name of a class
     others = [path for path in _files(source, ".tar") if path not in found.values() and "test" not in path.name]
     return {} if is_class and len(others) > len(found) else found
-
-
-def _with_val_labels(found: dict[str, SplitSource], labels: Path | None) -> dict[str, SplitSource]:
-    return {name: replace(where, labels=labels) if name == "val" else where for name, where in found.items()}
 
 
 def _one_path(path: Path, layout: str | None) -> SplitSource:
@@ -215,11 +207,6 @@ def _files(folder: Path, suffix: str) -> list[Path]:
         for path in folder.iterdir()
         if path.name.lower().endswith(suffix) and not path.name.startswith(".") and path.is_file()
     )
-
-
-def _kaggle_labels(folder: Path) -> Path | None:
-    path = folder / _KAGGLE_LABELS
-    return path if path.is_file() else None
 
 
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:

@@ -1,0 +1,161 @@
+"""Inputs that are left out on purpose: files that `--exclude` names, and classes that `--classes` does not name.
+
+A line of `--exclude FILE` is the path of a file in the split (`n01440764/n01440764_36.JPEG`), its name, either without
+the extension, or a number. Number 36 is the file whose name ends in this number, such as ILSVRC2012_val_00000036.JPEG,
+if all names of the split differ only in their numbers. Empty lines and lines that begin with # are ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from prep.console import UserError, count_noun, say
+from prep.inputs.classes import examples, is_number, read_class_file
+from prep.inputs.listing import Listing
+from prep.inputs.names import name_text
+
+EXCLUDED = "named by --exclude"
+OTHER_CLASS = "a class that --classes does not name"
+_NUMBER = re.compile(rb"(.*?)(\d+)(\.[^.]*)?", re.DOTALL)
+
+
+class ExclusionList:
+    """The lines of a file with names of files to leave out. Raises UserError if the file cannot be read or is empty."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        try:
+            lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+        except OSError as error:
+            raise UserError(f"--exclude {file}: {error.strerror or error}.") from None
+        stripped = (line.strip().removeprefix(b"./") for line in lines)
+        self.lines = dict.fromkeys(line for line in stripped if line and not line.startswith(b"#"))
+        if not self.lines:
+            raise UserError(f"--exclude {file}: the file has no lines. Expected the name of a file on each line.")
+        self._split_of: dict[bytes, str] = {}  # line -> split in which a file fits it
+
+    def find(self, paths: Iterable[bytes], split: str) -> set[bytes]:
+        """The paths, of all `paths` of a split, that the lines name.
+
+        Raises UserError if a line fits several files of the split, or files of two splits.
+        """
+        fitting: defaultdict[bytes, list[bytes]] = defaultdict(list)  # line -> paths
+        numbered: dict[int, list[bytes]] | None = defaultdict(list)
+        numbers = {int(line): line for line in self.lines if line.isdigit() and len(line) < 19}
+        prefix: bytes | None = None
+        for path in paths:
+            name = path.rpartition(b"/")[2]
+            texts = dict.fromkeys((path, name, os.path.splitext(path)[0], os.path.splitext(name)[0]))
+            for text in texts:
+                if text in self.lines:
+                    fitting[text].append(path)
+            if numbers and numbered is not None:
+                match = _NUMBER.fullmatch(name)
+                prefix = match[1] if match and prefix is None else prefix
+                if match is None or match[1] != prefix:
+                    numbered = None  # the names differ in more than their numbers
+                elif int(match[2][-18:]) in numbers:
+                    numbered[int(match[2][-18:])].append(path)
+        for number, found in (numbered or {}).items():
+            fitting.setdefault(numbers[number], found)
+        for line, found in fitting.items():
+            self._check(line, found, split)
+        if fitting:
+            say(f"{split}: {count_noun(len(fitting), 'file')} left out by --exclude {self.file}.")
+        return {path for found in fitting.values() for path in found}
+
+    def _check(self, line: bytes, found: list[bytes], split: str) -> None:
+        if len(found) > 1:
+            examples = " and ".join(name_text(path) for path in found[:2])
+            raise UserError(
+                f"--exclude {self.file}: {name_text(line)} fits {len(found)} files of {split}, such as {examples}. "
+                "Write the path of the file with its folder."
+            )
+        other = self._split_of.setdefault(line, split)
+        if other != split:
+            raise UserError(
+                f"--exclude {self.file}: {name_text(line)} fits a file of {other} and a file of {split} "
+                f"({name_text(found[0])}). Build the splits one after the other with --split, each with its own list."
+            )
+
+    def report_unused(self) -> None:
+        """Print how many lines fit no file of the splits so far. Raises UserError if not one line fits a file."""
+        unused = [line for line in self.lines if line not in self._split_of]
+        if not unused:
+            return
+        what = f"--exclude {self.file}: {len(unused):,} of {count_noun(len(self.lines), 'line')}"
+        first = name_text(unused[0])
+        if len(unused) == len(self.lines):
+            raise UserError(
+                f"{what} fit no file (first line: {first}). Expected paths or names of files in SOURCE, or the numbers "
+                "of files that are numbered alike, such as ILSVRC2012_val_00000036.JPEG."
+            )
+        say(f"{what} fit no file (first: {first}).")
+
+
+def without(listing: Listing, paths: set[bytes]) -> Listing:
+    """The inputs of `listing` whose paths are not in `paths`."""
+    if not paths:
+        return listing
+    kept = Listing()
+    for item in listing:
+        if item.path not in paths:
+            kept.add(item.path, item.label, item.size, item.mtime_ns, item.location)
+    return kept
+
+
+def selected_classes(
+    listing: Listing, classes: Sequence[str], class_file: Path | None, where: str
+) -> tuple[Listing, tuple[str, ...], list[tuple[str, str]]]:
+    """Leave out the classes that `class_file` does not name: (inputs, their classes, (class, reason) of the others).
+
+    Nothing is left out if the file names a class that is not in `classes`, or none of them. Labels are indices in the
+    classes.
+    """
+    names = set(read_class_file(class_file, set(classes))) if class_file is not None else set()
+    if not names or not names < set(classes):
+        return listing, tuple(classes), []
+    kept = tuple(name for name in classes if name in names)
+    label_of = {classes.index(name): label for label, name in enumerate(kept)}
+    selected = Listing()
+    for item in listing:
+        if item.label in label_of:
+            selected.add(item.path, label_of[item.label], item.size, item.mtime_ns, item.location)
+    others = [name for name in classes if name not in names]
+    say(
+        f"{where}: {class_file} names {count_noun(len(kept), 'class', 'classes')}; left out: "
+        f"{count_noun(len(listing) - len(selected), 'photograph')} of {len(others):,} others ({examples(others)})."
+    )
+    return selected, kept, [(name, OTHER_CLASS) for name in others]
+
+
+def named_by_position(
+    classes: Sequence[str], wanted: Sequence[str], label_order: str | None, where: str
+) -> tuple[str, ...]:
+    """The names of class folders that are numbers, in a store whose classes have names: ImageNetV2's folders 0 to 999.
+
+    Number k is the class at position k in the sorted order of `wanted`, from 1 if `label_order` is `sorted`, from 0 if
+    it is `sorted-from-0`. Other classes are returned unchanged. Raises UserError if the order is not given, or if a
+    number has no class.
+    """
+    if not classes or not wanted or not all(map(is_number, classes)) or any(map(is_number, wanted)):
+        return tuple(classes)
+    if label_order not in ("sorted", "sorted-from-0"):
+        raise UserError(
+            f"{where}: the class folders are numbers ({examples(classes)}), the classes of the store are names "
+            f"({examples(wanted)}). If a folder is the position of a class in sorted order, pass --label-order "
+            "sorted-from-0 (the first class is 0, as in ImageNetV2) or --label-order sorted (the first class is 1)."
+        )
+    first = 0 if label_order == "sorted-from-0" else 1
+    in_order = sorted(wanted)
+    wrong = next((name for name in classes if not first <= int(name) < first + len(in_order)), None)
+    if wrong is not None:
+        raise UserError(
+            f"{where}: class folder {wrong}; with --label-order {label_order} expected {first} to "
+            f"{first + len(in_order) - 1}, the positions of {len(in_order)} classes."
+        )
+    return tuple(in_order[int(name) - first] for name in classes)
