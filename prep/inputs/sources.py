@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from prep.console import UserError, say
 from prep.inputs.archive import TarReader, list_archive
@@ -32,7 +33,7 @@ from prep.inputs.formats.layouts import SplitSource, find_splits, split_source
 from prep.inputs.formats.parquet import list_parquet
 from prep.inputs.formats.tiny_imagenet import list_tiny_imagenet
 from prep.inputs.formats.webdataset import list_webdataset
-from prep.inputs.formats.zip_archive import ZipReader, zip_contents
+from prep.inputs.formats.zip_archive import KAGGLE_LABELS, ZipReader, zip_contents
 from prep.inputs.labels import read_labels
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
@@ -57,7 +58,13 @@ def list_source(
     """
     where = split_source(where) if isinstance(where, Path) else where
     reader, found = _find_inputs(where, split, options, store_classes)
-    if found.is_flat:
+    if found.is_flat and where.labels is not None and options.labels is None and split == "val":
+        with TemporaryDirectory() as folder:
+            path = Path(folder) / KAGGLE_LABELS
+            path.write_bytes(ZipReader(where.path).read(where.labels))
+            source = _label_flat_inputs(reader, found, split, replace(options, labels=path), store_classes)
+            source = replace(source, labels_from=where.path)
+    elif found.is_flat:
         source = _label_flat_inputs(reader, found, split, options, store_classes)
     else:
         found = _select_classes(found, options, store_classes, str(reader.root))

@@ -23,8 +23,9 @@ from prep.inputs.classes import is_no_class_folder
 from prep.inputs.formats.csv_list import csv_splits
 from prep.inputs.formats.shards import files_by_split
 from prep.inputs.formats.webdataset import is_webdataset
-from prep.inputs.formats.zip_archive import zip_splits
+from prep.inputs.formats.zip_archive import zip_layout
 from prep.inputs.formats.zip_directory import is_zip
+from prep.inputs.listing import Input
 from prep.store.manifest import SPLITS
 
 _SUFFIXES = {".zip": "zip", ".parquet": "parquet", ".csv": "csv", ".tsv": "csv", ".tar": "tar"}
@@ -40,6 +41,7 @@ class SplitSource:
     layout: str = "folders"  # one of LAYOUTS, except kaggle, whose splits are folders
     inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
     files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
+    labels: Input | None = None  # Kaggle's label file of val in a zip archive
 
 
 def find_splits(source: Path, split: str | None, layout: str | None = None) -> dict[str, SplitSource]:
@@ -84,9 +86,9 @@ def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
     """Return {split: source}, or {"": source} if the file is one split."""
     layout = layout or _layout_of_file(source)
     if layout in ("zip", "tiny-imagenet"):
-        splits, is_tiny = zip_splits(source)
-        where = SplitSource(source, "tiny-imagenet" if is_tiny else "zip")
-        return {name: replace(where, inside=inside) for name, inside in splits.items()} or {_ONLY_SPLIT: where}
+        found = zip_layout(source)
+        where = SplitSource(source, "tiny-imagenet" if found.is_tiny_imagenet else "zip", labels=found.val_labels)
+        return {name: replace(where, inside=inside) for name, inside in found.splits.items()} or {_ONLY_SPLIT: where}
     if layout == "csv":
         return dict.fromkeys(csv_splits(source) or [_ONLY_SPLIT], SplitSource(source, "csv"))
     if layout in ("webdataset", "parquet"):

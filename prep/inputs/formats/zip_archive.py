@@ -26,6 +26,7 @@ from prep.inputs.formats.zip_directory import ZipEntry, iterate_entries
 from prep.inputs.listing import Input
 
 _LOCAL = struct.Struct("<4s5H3L2H")  # local header: magic, version, flags, method, time, date, CRC-32, sizes, lengths
+KAGGLE_LABELS = "LOC_val_solution.csv"
 _CHUNK_BYTES = 1 << 16
 _SPLIT_FOLDERS = {b"train": "train", b"val": "val", b"validation": "val", b"test": "test"}
 
@@ -115,16 +116,27 @@ def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
     return lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[filters]), start + 9
 
 
-def zip_splits(path: Path) -> tuple[dict[str, bytes], bool]:
-    """({split: its folder in the archive, with a slash at the end}, whether the archive has the layout Tiny ImageNet).
+@dataclass(frozen=True)
+class ZipLayout:
+    """What the names in a zip archive say about it."""
+
+    splits: dict[str, bytes]  # split -> its folder in the archive, with a slash at the end; {} for a single split
+    is_tiny_imagenet: bool
+    val_labels: Input | None  # Kaggle's LOC_val_solution.csv
+
+
+def zip_layout(path: Path) -> ZipLayout:
+    """Find the splits in a zip archive.
 
     There are no splits unless every photograph is in a folder named train, val, validation or test, and these folders
     are in one folder. Raises UserError if the archive is damaged.
     """
     found: dict[str, bytes] = {}
-    parents, is_tiny, outside = set(), False, False
-    for name, _ in _checked_entries(path):
+    parents, is_tiny, outside, labels = set(), False, False, None
+    for name, entry in _checked_entries(path):
         is_tiny = is_tiny or name.endswith((b"/val_annotations.txt", b"_boxes.txt"))
+        if name.rpartition(b"/")[2] == KAGGLE_LABELS.encode():
+            labels = Input(name, 0, entry.size, 0, entry.offset)
         if outside or not has_image_name(name):
             continue
         parts = name.split(b"/")
@@ -135,7 +147,7 @@ def zip_splits(path: Path) -> tuple[dict[str, bytes], bool]:
         parents.add(b"/".join(parts[:index]))
         found.setdefault(_SPLIT_FOLDERS[parts[index].lower()], b"/".join(parts[: index + 1]) + b"/")
     found.pop("test", None)
-    return ({} if outside or len(parents) > 1 else dict(sorted(found.items()))), is_tiny
+    return ZipLayout({} if outside or len(parents) > 1 else dict(sorted(found.items())), is_tiny, labels)
 
 
 def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:

@@ -13,9 +13,10 @@ import pytest
 from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.inputs.formats.layouts import find_splits
-from prep.inputs.formats.zip_archive import ZipReader, zip_contents, zip_splits
+from prep.inputs.formats.zip_archive import ZipReader, zip_contents, zip_layout
 from prep.inputs.reader import Source
 from prep.inputs.sources import list_source
+from tests.helpers.listings import paths_and_labels
 
 CONTENT = bytes(range(256)) * 300
 Members = dict[str | zipfile.ZipInfo, bytes]
@@ -143,9 +144,25 @@ def test_archives_of_other_programs_are_read(tmp_path: Path, monkeypatch: pytest
 def test_splits_in_an_archive(tmp_path: Path) -> None:
     files = dict.fromkeys(("data/train/n1/a.jpg", "data/val/n1/b.jpg", "data/test/c.jpg", "data/readme.txt"), b"x")
     path = zip_file(tmp_path / "x.zip", {**files})
-    assert zip_splits(path) == ({"train": b"data/train/", "val": b"data/val/"}, False)
+    assert zip_layout(path).splits == {"train": b"data/train/", "val": b"data/val/"}
     found = find_splits(path, None)
     assert [list_source(found[name], name).inputs[0].path for name in found] == [b"n1/a.jpg", b"n1/b.jpg"]
+    assert (list_source(found["val"], "val").reader.root, found["val"].layout) == (path, "zip")
     assert list(find_splits(path, "val")) == ["val"]
     classes = dict.fromkeys(("airplane/a.jpg", "train/a.jpg"), b"x")
-    assert zip_splits(zip_file(tmp_path / "y.zip", {**classes})) == ({}, False)
+    assert zip_layout(zip_file(tmp_path / "y.zip", {**classes})).splits == {}
+
+
+def test_the_zip_of_kaggle_is_read_with_its_labels(tmp_path: Path) -> None:
+    base = "ILSVRC/Data/CLS-LOC"
+    names = (f"{base}/train/n1/a.JPEG", f"{base}/train/n2/b.JPEG", f"{base}/val/1.JPEG", f"{base}/val/2.JPEG")
+    files: Members = dict.fromkeys(
+        (*names, f"{base}/test/3.JPEG", "ILSVRC/Annotations/CLS-LOC/train/n1/a.xml"), CONTENT
+    )
+    files["LOC_val_solution.csv"] = b"ImageId,PredictionString\n2,n1 1 2 3 4\n1,n2 1 2 3 4 n2 1 2 3 4\n"
+    found = find_splits(zip_file(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED), None)
+    train = list_source(found["train"], "train")
+    val = list_source(found["val"], "val", store_classes=train.classes)
+    assert paths_and_labels(train) == [(b"n1/a.JPEG", 0), (b"n2/b.JPEG", 1)]
+    assert paths_and_labels(val) == [(b"1.JPEG", 1), (b"2.JPEG", 0)]
+    assert val.labels_from == tmp_path / "x.zip"

@@ -1,0 +1,76 @@
+"""prep.inputs.formats.csv_list: headers, separators, names, splits and mistakes in CSV files of paths and labels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from prep.console import UserError
+from prep.inputs.sources import find_splits, list_source
+from tests.helpers.listings import paths_and_labels, touch
+
+
+def csv_file(folder: Path, text: str, name: str = "list.csv") -> Path:
+    touch(folder, "cat/1.jpg", "cat/2.jpg", "dog/a b, c.jpg")
+    (folder / name).write_text(text, newline="")
+    return folder / name
+
+
+ROWS = [(b"cat/1.jpg", 0), (b"cat/2.jpg", 0), (b"dog/a b, c.jpg", 1)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'cat/1.jpg,cat\ncat/2.jpg,cat\n"dog/a b, c.jpg",dog\n',
+        'path,label\r\n./cat/1.jpg,cat\r\ncat/2.jpg, cat\r\n"dog/a b, c.jpg",dog\r\n',
+        '\ufeffid;Class;FileName\n1;cat;cat/1.jpg\n2;cat;cat/2.jpg\n\n3;dog;"dog/a b, c.jpg"\n',
+        "cat/1.jpg\t0\ncat/2.jpg\t0\ndog/a b, c.jpg\t1\n",
+    ],
+    ids=["commas", "header, quotes, CRLF", "semicolons, BOM, other columns", "tabs, numbers"],
+)
+def test_separators_headers_and_quotes(text: str, tmp_path: Path) -> None:
+    source = list_source(csv_file(tmp_path, text), "train")
+    assert paths_and_labels(source) == ROWS
+    assert source.classes == (("0", "1") if "\t" in text else ("cat", "dog"))
+    assert [source.reader.read(item) for item in source.inputs] == [b""] * 3 or source.reader.root == tmp_path
+
+
+def test_names_begin_below_the_folder_of_all_images(tmp_path: Path) -> None:
+    touch(tmp_path / "data" / "train", "cat/1.jpg", "dog/2.jpg")
+    path = csv_file(tmp_path, f"data/train/cat/1.jpg,cat\n{tmp_path}/data/train/dog/2.jpg,dog\n")
+    assert paths_and_labels(list_source(path, "train")) == [(b"cat/1.jpg", 0), (b"dog/2.jpg", 1)]
+
+
+def test_a_column_names_the_splits(tmp_path: Path) -> None:
+    rows = "cat/1.jpg,cat,train\ncat/2.jpg,cat,Validation\ndog/a.jpg,dog,test\n"
+    path = csv_file(tmp_path, f"file,label,split\n{rows}")
+    found = find_splits(path, None)
+    assert list(found) == ["train", "val"]
+    assert [item.path for name in found for item in list_source(found[name], name).inputs] == [b"1.jpg", b"2.jpg"]
+
+
+def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
+    source = list_source(csv_file(tmp_path, "cat/1.jpg,cat\ncat/9.jpg,cat\ncat,cat\ncat/2.jpg,\n"), "train")
+    assert paths_and_labels(source) == [(b"cat/1.jpg", 0)]
+    assert source.refused == (
+        ("cat/9.jpg", "cannot be read: No such file or directory"),
+        ("cat", "not a file"),
+        ("cat/2.jpg", "no label"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat,cat/1.jpg\n", "the path comes after the label in the first row"),
+        ("a,b\n1,2\n", r"the first row is 'a, b'\. Expected rows of `path,label`"),
+        ("cat/1.jpg,cat\ncat/2.jpg\n", r"list\.csv, line 2: 1 columns"),
+        ("cat/1.jpg,cat\ncat/1.jpg,cat\n", r"two images have the name 1\.jpg"),
+        ("", "no image found"),
+    ],
+)
+def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        list_source(csv_file(tmp_path, text), "train")
