@@ -22,7 +22,7 @@ from prep.inputs.archive import checked_name
 from prep.inputs.archive_folders import ArchiveContents
 from prep.inputs.classes import has_image_name
 from prep.inputs.formats.shards import open_file
-from prep.inputs.formats.zip_directory import ZipEntry, iterate_entries
+from prep.inputs.formats.zip_directory import ZipEntry, count_entries, iterate_entries
 from prep.inputs.listing import Input
 
 _LOCAL = struct.Struct("<4s5H3L2H")  # local header: magic, version, flags, method, time, date, CRC-32, sizes, lengths
@@ -157,16 +157,16 @@ def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
     the archive is damaged or cut short.
     """
     contents = ArchiveContents(path.stat().st_mtime_ns)
-    with progress(f"{split}: listing", 0, "members") as listing_progress:
-        for count, (name, entry) in enumerate(_checked_entries(path, contents)):
+    with progress(f"{split}: listing", count_entries(path), "members") as listing_progress:
+        for count, (name, entry) in enumerate(_checked_entries(path, contents), 1):
+            if not count % 4096:
+                listing_progress.update(count)
             if not name.startswith(inside) or len(name) == len(inside):
                 continue
             if entry.is_folder:
                 contents.folders.add(name[len(inside) :])
             else:
                 contents.add(name[len(inside) :], entry.size, entry.offset, entry.reason)
-            if not count % 4096:
-                listing_progress.update(count)
     return contents
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import stat
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -42,6 +43,13 @@ def is_zip(path: Path) -> bool:
     """Whether a file begins or ends as a zip archive does."""
     with open(path, "rb") as file:
         return file.read(4) in (b"PK\3\4", _END)
+
+
+def count_entries(path: Path) -> int:
+    """Number of entries that the end record states; 0 if it cannot be read."""
+    with open(path, "rb") as file, suppress(ValueError, struct.error):
+        return _find_directory(file)[2]
+    return 0
 
 
 def iterate_entries(path: Path) -> Iterator[ZipEntry]:

@@ -50,8 +50,8 @@ def test_a_file_gives_the_order_of_the_classes(tmp_path: Path) -> None:
     assert list_source(root, "val", ListOptions(class_file=file), source.classes).classes == source.classes
     with pytest.raises(UserError, match=r"label 0 is golden retriever, in the store ape\. .*keep their labels"):
         list_source(root, "val", ListOptions(class_file=file), ("ape", "cat", "golden retriever"))
-    file.write_text("cat\nape\n")
-    with pytest.raises(UserError, match=r"classes\.txt has 2\. Only here: golden retriever"):
+    file.write_text("cat\nbird\n")
+    with pytest.raises(UserError, match=r"classes\.txt has 2\. Only here: ape, golden retriever\. Only in .*: bird"):
         list_source(root, "train", ListOptions(class_file=file))
 
 
