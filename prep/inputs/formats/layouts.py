@@ -137,7 +137,9 @@ def _named_splits(source: Path) -> dict[str, Path]:
     found = {}
     for name in SPLITS:
         archives = [source / f"ILSVRC2012_img_{name}.tar", *(source / f"{name}{suffix}" for suffix in (".tar", ".zip"))]
-        folders = [source / name, *([source / "validation"] if name == "val" and "train" in found else [])]
+        folders = [source / name, source / f"ILSVRC2012_img_{name}"]
+        if name == "val" and "train" in found:
+            folders.append(source / "validation")
         paths = [path for path in folders if path.is_dir()] + [path for path in archives if path.is_file()]
         if paths:
             found[name] = paths[0]
@@ -169,17 +171,17 @@ def _one_folder(path: Path, layout: str | None) -> SplitSource:
 
 
 def _layout_of_folder(path: Path) -> str:
-    tars, parquet = _files(path, ".tar"), _files(path, ".parquet")
-    folders = sorted(
-        entry for entry in path.iterdir() if entry.is_dir() and not is_no_class_folder(os.fsencode(entry.name))
-    )
-    if (path / "val_annotations.txt").is_file():
+    folders, files = _scan(path)
+    if "val_annotations.txt" in files:
         return "tiny-imagenet"
-    if folders and (folders[0] / "images").is_dir() and any(folders[0].glob("*_boxes.txt")):
+    first = path / folders[0] if folders else path
+    if folders and (first / "images").is_dir() and any(first.glob("*_boxes.txt")):
         return "tiny-imagenet"
+    tars = [name for name in files if name.lower().endswith(".tar")]
     if tars and not folders:
-        return "webdataset" if is_webdataset(tars[0]) else "class-tars"
-    return "parquet" if parquet and not folders else "folders"
+        return "webdataset" if is_webdataset(path / tars[0]) else "class-tars"
+    is_parquet = not folders and any(name.lower().endswith(".parquet") for name in files)
+    return "parquet" if is_parquet else "folders"
 
 
 def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]:
@@ -200,15 +202,24 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
     return found
 
 
+def _scan(folder: Path) -> tuple[list[str], list[str]]:
+    """(names of folders that may be classes, names of the other entries) in a folder, sorted, without hidden ones."""
+    folders: list[str] = []
+    files: list[str] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                if not is_no_class_folder(os.fsencode(entry.name)):
+                    folders.append(entry.name)
+            elif not entry.name.startswith("."):
+                files.append(entry.name)
+    return sorted(folders), sorted(files)
+
+
 def _files(folder: Path, suffix: str) -> list[Path]:
     """The files in a folder with this suffix, sorted; [] if there is no such folder."""
-    if not folder.is_dir():
-        return []
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.name.lower().endswith(suffix) and not path.name.startswith(".") and path.is_file()
-    )
+    names = _scan(folder)[1] if folder.is_dir() else []
+    return [folder / name for name in names if name.lower().endswith(suffix) and (folder / name).is_file()]
 
 
 def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None:
@@ -221,7 +232,7 @@ def _report_ignored_folders(source: Path, found: dict[str, SplitSource]) -> None
         and not any(where.files for where in found.values())
     ):
         names = (*SPLITS, "test", "validation")
-        others = sorted(path.name for path in source.iterdir() if path.is_dir() and path.name not in names)
+        others = [name for name in _scan(source)[0] if name not in names]
         if others:
             taken = " and ".join(path.name for path in paths)
             say(
