@@ -71,7 +71,10 @@ def make_store(folder: Path) -> Path:
 
 
 def commands(store: Path, folder: Path, name: str, steps: int, *more: str) -> list[tuple[Path, list[str]]]:
-    """(run folder, options of `alextrain run`) for each seed. The folder is NAME-SEED. `more` are further options."""
+    """Return (run folder, options of `alextrain run`) for each seed.
+
+    The folder is NAME-SEED. `more` are further options.
+    """
     common = [
         *("--store", str(store), "--gpus", "cpu", "--model", "half", "--recipe", "short", "--batch", str(BATCH)),
         *("--steps", str(steps), "--keep", "1", "--stream-seed", str(STREAM_SEED), *more),

@@ -60,8 +60,8 @@ def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> t
     """Draw a random sample of a split: (pixels, photograph).
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
-    photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor if S would be
-                 2·PHOTOGRAPH_PX or more. Of all records read, this record has the colour distribution closest to a
+    photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor so that S
+                 is less than 2·PHOTOGRAPH_PX. Of all records read, this record has the colour distribution closest to a
                  distribution with the split's mean and half the split's standard deviations. In an image of
                  half contrast, small colour shifts are visible and few shifted values are clipped.
 

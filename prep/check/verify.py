@@ -160,7 +160,10 @@ def check_shard(task: _ShardCheck, task_progress: TaskProgress) -> _ShardFinding
 
 
 def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.uint8] | None]:
-    """(label, pixels) of a record. Raises DatumError or BadImage if the record is damaged or contradicts `task`."""
+    """Return (label, pixels) of a record.
+
+    Raises DatumError or BadImage if the record is damaged or contradicts `task`.
+    """
     datum = Datum.decode(value)
     side, shape = task.settings.side_px, (datum.height, datum.width)
     if min(shape) != side or (not task.settings.keep_aspect and max(shape) != side):

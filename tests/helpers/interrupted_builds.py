@@ -101,7 +101,10 @@ class Environment:
 
 
 def build_in_child(photos: Path, store: Path, operations: int | None, policy: BuildPolicy) -> tuple[int, str]:
-    """(exit code, error) of a build in a forked process. If `operations` is None, the build is not interrupted."""
+    """Return (exit code, error) of a build in a forked process.
+
+    If `operations` is None, the build is not interrupted.
+    """
     global remaining
     reader, writer = os.pipe()
     child = os.fork()

@@ -24,7 +24,9 @@ _ROOT = Path(__file__).parents[2]
 
 
 def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = None) -> dict[str, Path]:
-    """{format: path of the store} of two stores in `folder`. Stores that an earlier call has finished are not rebuilt.
+    """Return {format: path of the store} of two stores in `folder`.
+
+    Stores that an earlier call has finished are not rebuilt.
 
     copies       number of records of each photograph
     photographs  number of digits of which photographs are made; None: all 1,797

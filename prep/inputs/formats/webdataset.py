@@ -41,7 +41,7 @@ class _Member:
 
     @property
     def is_image(self) -> bool:
-        """Whether the extension is that of an image; `seg.png` is not, since it belongs to another image."""
+        """Whether an extension is that of the sample's image. `seg.png` is the extension of another image."""
         return b"." not in self.kind and has_image_name(b"x." + self.kind)
 
 

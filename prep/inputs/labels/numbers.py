@@ -35,7 +35,7 @@ class LabelTexts:
     classes: tuple[str, ...]  # classes of the store or of --classes; empty if the file gives the classes
     owner: str  # text for messages that says where these classes come from
     devkit: Callable[[], Devkit | None]
-    example: Callable[[str], str]  # a line of the file with this text, for messages
+    example: Callable[[str], str]  # returns, for messages, a line of the file that has this text
 
     @cached_property
     def are_numbers(self) -> bool:
@@ -43,7 +43,9 @@ class LabelTexts:
         return all(is_number(text) for text in self.texts)
 
     def resolve(self, order: str | None, is_ground_truth: bool) -> tuple[dict[str, int], tuple[str, ...], str]:
-        """({text: label}, classes, the label order that was used). `order` is the --label-order, None if not given.
+        """Return ({text: label}, classes, the label order that was used).
+
+        `order` is the value of --label-order; None if the option is not given.
 
         Raises UserError if a text is no class, or if the texts can be read in more than one way.
         """

@@ -69,7 +69,10 @@ def read_labels(
 
 
 def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
-    """{image: label text} of a file with names. Raises UserError for a missing label, or for two different labels."""
+    """Return {image: label text} of a file with names.
+
+    Raises UserError for a missing label, or for two different labels.
+    """
     found: dict[bytes, Row] = {}
     double: list[str] = []
     surplus: list[str] = []
@@ -101,7 +104,9 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 
 
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, str]:
-    """{image: label text} of a file with labels alone. Line k belongs to the k-th image in the order of the names.
+    """Return {image: label text} of a file with labels alone.
+
+    Line k belongs to the k-th image in the order of the names.
 
     If the images have ILSVRC's names and the file has more lines than there are images, line k belongs to the image
     with number k. Raises UserError if there are more or fewer lines than images.

@@ -1,7 +1,8 @@
 """Tests of the loss of the head node while a consumer on another machine reads from the service.
 
-Both machines are simulated: neither sees the processes of the other one. The head node is switched off without a
-shutdown. The consumer is a separate program, and the tests also check how this program ends.
+Both machines are simulated: neither sees the processes of the other one. The head node is switched off at once, and its
+processes get no chance to shut down. The consumer is a separate program, and the tests also check how this program
+ends.
 """
 
 from __future__ import annotations
