@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 _IMAGE_COLUMNS = ("image", "img", "picture", "jpg", "png")
 _LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target", "cls")
+_NO_BYTES = "the row has no image, only a path: write the file again with the images in it"
 _UNPACKED_ROWS = 64  # rows that are in memory while a file is unpacked
 _UNPACK_WAIT_S = 3600.0  # a worker waits this long while another worker unpacks the same file
 
@@ -65,13 +66,13 @@ class ParquetReader:
         if self.unpacked is None:
             content: bytes | None = _row_group(str(path), *_group_of(str(path), row), self.column)[row]
             if content is None:
-                raise BadImage("the row has no image, only a path")
+                raise BadImage(_NO_BYTES)
             return content
         packed = self.unpacked / f"{index:05d}.images"
         offsets = _offsets(str(packed)) if packed.exists() else _unpack(path, packed, self.column)
         start, size = int(offsets[row]), int(offsets[row + 1] - offsets[row])
         if not size:
-            raise BadImage("the row has no image, only a path")
+            raise BadImage(_NO_BYTES)
         return open_file(str(packed)).read_at(start, size)
 
     def head(self, item: Input, size: int) -> bytes:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from prep.cli import main
 from prep.console import UserError
 from prep.inputs.reader import ListOptions
 from prep.inputs.selection import ExclusionList
@@ -88,6 +90,14 @@ def test_excluded_files_are_ignored_inputs(tmp_path: Path) -> None:
     (tmp_path / "val.txt").write_text("1.jpg cat\n2.jpg dog\n3.jpg cat\n")
     source = list_source(flat, "val", ListOptions(exclude=exclusions(tmp_path, "3")))
     assert paths_and_labels(source) == [(b"1.jpg", 0), (b"2.jpg", 1)]
+
+
+def test_the_command_tells_lines_that_fit_no_file(tmp_path: Path) -> None:
+    root = touch(tmp_path / "t", "n1/a.JPEG", "n2/b.JPEG")
+    exclusions(tmp_path, "c.JPEG", "36")
+    words = ["build-lmdb", str(root), "--store", str(tmp_path / "s"), "--exclude", str(tmp_path / "list.txt")]
+    result = CliRunner().invoke(main, [*words, "--jobs", "1", "--dry-run"])
+    assert result.exit_code == 1 and "2 of 2 lines fit no file (first line: c.JPEG)" in result.stderr
 
 
 def test_a_class_file_selects_some_of_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +19,8 @@ from prep.build.split import build_split
 from prep.console import Progress
 from prep.inputs.reader import DEFAULT_OPTIONS, ListOptions
 from prep.inputs.sources import find_splits, list_source
-from prep.store.manifest import Store
+from prep.store.manifest import SPLITS, Store
+from prep.workers import Runner
 from tests.helpers.building import PPM, InlineRunner
 
 CLASSES = ("n01", "n02")
@@ -196,15 +197,18 @@ LAYOUTS: dict[str, Callable[[Pictures, Path], Path]] = {
 }
 
 
-def build_all(source: Path, store: Path, options: ListOptions = DEFAULT_OPTIONS, layout: str | None = None) -> Store:
-    """Build every split that is found in `source`."""
+def build_all(
+    source: Path,
+    store: Path,
+    options: ListOptions = DEFAULT_OPTIONS,
+    splits: Sequence[str] = SPLITS,
+    runner: Runner | None = None,
+) -> Store:
+    """Build the splits that are found in `source`."""
     classes: tuple[str, ...] = ()
-    for split, where in find_splits(source, None, layout).items():
-        listed = list_source(where, split, options, classes)
-        classes = listed.classes
-        built = build_split(listed, store, PPM, InlineRunner(), Progress(1, "pictures"))
+    for split, where in find_splits(source, None).items():
+        if split in splits:
+            listed = list_source(where, split, options, classes)
+            classes = listed.classes
+            built = build_split(listed, store, PPM, runner or InlineRunner(), Progress(1, "pictures"))
     return built
-
-
-def fingerprints(store: Store) -> Iterator[str]:
-    return (split.fingerprint for split in store.splits.values())

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from prep.build import plan
 from prep.inputs.reader import ListOptions
 from prep.inputs.sources import find_splits, list_source
+from tests.helpers.building import Stopped, StoppingRunner
 from tests.prep.inputs.formats.sample_data import (
     CLASSES,
     LAYOUTS,
@@ -49,6 +51,22 @@ def test_a_layout_gives_the_fingerprint_of_class_folders(
     for item in listed.inputs:
         assert reader.head(item, 3) == b"\xff\xd8\xff"
     assert sorted(store.splits) == (["train", "val"] if "tiny" in name else ["train"])
+
+
+@pytest.mark.parametrize("name", ["class-tars", "zip, deflate", "tiny-imagenet", "webdataset", "parquet", "csv"])
+def test_an_interrupted_build_is_resumed(
+    name: str, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan, "_MIN_SHARD_RECORDS", 2)
+    source = LAYOUTS[name](pictures, tmp_path / "source")
+    whole = build_all(source, tmp_path / "whole", splits=("train",))
+    with pytest.raises(Stopped):
+        build_all(source, tmp_path / "store", splits=("train",), runner=StoppingRunner())
+    shard = tmp_path / "store" / "train" / "00000" / "data.mdb"
+    before = shard.stat().st_mtime_ns
+    assert build_all(source, tmp_path / "store", splits=("train",)).fingerprint == whole.fingerprint
+    assert shard.stat().st_mtime_ns == before
+    assert not (tmp_path / "store" / "train" / ".build").exists()
 
 
 def test_numbers_as_labels_get_names_from_a_class_file(pictures: Pictures, by_folder: str, tmp_path: Path) -> None:

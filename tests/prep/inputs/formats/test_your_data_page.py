@@ -80,6 +80,7 @@ def make_data(pictures: Pictures, root: Path) -> None:
         labels.append(f"{image}.JPEG {folder}\n")
         truth.append(f"{image},{folder} 1 2 3 4\n")
     put(kaggle / "LOC_val_solution.csv", "".join(truth).encode())
+    shutil.make_archive(str(kaggle), "zip", kaggle)
     put(root / "labels.txt", "".join(labels).encode())
     put(root / "blacklist.txt", b"36\n")
     put(root / "imagenet100.txt", b"n02\n")
@@ -106,6 +107,7 @@ def test_every_line_of_the_page_works(tmp_path: Path, monkeypatch: pytest.Monkey
     for name in (*SAME, "from-python"):
         assert stores[name].split("train").fingerprint == stores["store"].split("train").fingerprint, name
     assert set(stores["ilsvrc-train"].splits) == set(stores["kaggle"].splits) == set(stores["tiny"].splits)
+    assert stores["kaggle-zip"].fingerprint == stores["kaggle"].fingerprint
     assert stores["places"].classes == ("a/n01", "b/n02")
     assert stores["imagenet100"].classes == ("n02",) and stores["imagenet100"].split("train").records == 3
     assert stores["without-blacklist"].split("train").records == 5
