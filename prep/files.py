@@ -13,10 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import click
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError
+from prep.console import UserError, say
 
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 
@@ -55,12 +56,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 
 _LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1
+_uses_locks = True  # False within `without_locks`
+_told_folders: set[Path] = set()  # folders for which this process has said that there are no locks
 
 
 @contextmanager
 def hold_lock(
     folder: Path, activity: str, *, name: str = ".lock", shared: bool = False, wait_s: float = _LOCK_WAIT_S
-) -> Iterator[None]:
+) -> Iterator[bool]:
     """Hold the lock of a folder during a `with` block. The lock is a lock of the file `name` in the folder.
 
     Several processes can hold a `shared` lock at the same time. A shared lock can be taken unless another process holds
@@ -68,14 +71,21 @@ def hold_lock(
     lock cannot be taken, the function tries again for `wait_s`. Then it raises LockHeld, with `activity` in the
     message. The kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file
     systems the lock excludes the processes of other machines, too.
+
+    The value of the block says whether the lock is held. It is False, and nothing is excluded, within `without_locks`
+    and on a file system without locks; then a warning is printed once for each folder.
     """
+    if not _uses_locks:
+        yield False
+        return
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     deadline = time.monotonic() + wait_s
     with open(folder / name, "a+") as handle:  # NFS permits a shared lock only if the file is open for reading
-        while True:
+        is_held = False
+        while not is_held:
             try:
                 fcntl.flock(handle, kind | fcntl.LOCK_NB)
-                break
+                is_held = True
             except BlockingIOError:  # lock_is_held() in another process may hold the lock briefly: try again
                 if time.monotonic() > deadline:
                     raise LockHeld(
@@ -86,25 +96,63 @@ def hold_lock(
             except OSError as error:
                 if error.errno not in _NO_LOCKS:
                     raise
-                raise UserError(
-                    f"{folder}: this file system has no locks ({error.strerror}). Mount it with locks (for Lustre: "
-                    "the option flock), or name a folder on another file system."
-                ) from None
+                _tell_of_missing_locks(folder, activity, error)
+                break
+        yield is_held
+
+
+def _tell_of_missing_locks(folder: Path, activity: str, error: OSError) -> None:
+    if folder not in _told_folders:
+        _told_folders.add(folder)
+        say(
+            f"{folder}: this file system has no locks ({error.strerror}), so a second {activity} in this folder would "
+            "not be noticed. Start only one. Pass --no-lock to work without this warning, or mount the file system "
+            "with locks (for Lustre: the option flock)."
+        )
+
+
+@contextmanager
+def without_locks() -> Iterator[None]:
+    """Let hold_lock lock nothing during a `with` block (option --no-lock)."""
+    global _uses_locks
+    before, _uses_locks = _uses_locks, False
+    try:
         yield
+    finally:
+        _uses_locks = before
 
 
-def lock_is_held(folder: Path) -> bool:
-    """Whether a process holds the folder's lock. The function takes a shared lock briefly and writes nothing.
+def _work_without_locks(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
+    if value:
+        ctx.with_resource(without_locks())
 
-    Raises OSError if the lock file cannot be opened.
+
+no_lock_option = click.option(
+    "--no-lock",
+    is_flag=True,
+    expose_value=False,
+    callback=_work_without_locks,
+    help="Do not lock the folder that is written to, for file systems without locks. Then make sure that no second "
+    "command writes to the folder at the same time.",
+)
+
+
+def lock_is_held(folder: Path) -> bool | None:
+    """Whether a process holds the folder's lock; None if the file system has no locks.
+
+    The function takes a shared lock briefly and writes nothing. Raises OSError if the lock file cannot be opened.
     """
     try:
         with open(folder / ".lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
+    except FileNotFoundError:  # no process has locked the folder, or one works in it with --no-lock
+        return None if not _uses_locks else False
     except BlockingIOError:
         return True
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
     return False
 
 

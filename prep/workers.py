@@ -4,7 +4,8 @@ Every worker is a fresh interpreter (an LMDB environment must not cross a fork) 
 Ctrl-C; the parent handles Ctrl-C. Workers exit when the parent ends, even if SIGKILL ends the parent. An exception in a
 task is raised again in the parent. If a worker crashes, the other workers continue. The result of the crashed task is a
 WorkerDied with the index of the input that the worker was processing. The caller decides whether to try the task again.
-In a build, prep/build/split.py and plan.py decide.
+In a build, prep/build/split.py and plan.py decide. A worker that uses more CPU time for an input than the task allows
+is killed, and its task ends in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import multiprocessing.resource_tracker
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, MutableSequence
 from contextlib import contextmanager, suppress
@@ -33,6 +35,7 @@ R = TypeVar("R")
 
 _KEEP_BYTES = 256_000_000  # freed memory that a worker keeps for reuse; the arrays of a huge image need more
 _POLL_S = 0.2
+_CHECK_CPU_S, _CPU_GRACE_S = 1.0, 2.0  # time between two checks of the workers' CPU time; time over the limit allowed
 NOT_STARTED = -1  # TaskProgress.index of a worker that has not begun its task
 
 
@@ -51,18 +54,25 @@ class TaskProgress:
     `counters` a new list of SIZE elements is used.
     """
 
-    SIZE = 4
+    SIZE = 5
 
     def __init__(self, counters: MutableSequence[int] | None = None, first: int = 0) -> None:
         self._counters = [0] * self.SIZE if counters is None else counters
         self._first = first
 
-    def begin(self, index: int) -> None:
-        """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes."""
+    def begin(self, index: int, cpu_limit_s: float = 0) -> None:
+        """Record that the worker begins input `index` of the task. The parent reports `index` if the worker crashes.
+
+        If the worker then uses `cpu_limit_s` and two more seconds of CPU time before it counts the input, the parent
+        ends the worker. 0: no limit.
+        """
         self._counters[self._first] = index
+        end_s = time.process_time() + cpu_limit_s if cpu_limit_s else 0
+        self._counters[self._first + 4] = int(1000 * end_s)
 
     def count(self, size_bytes: int = 0, bad: bool = False) -> None:
         """Count one more finished input, for which `size_bytes` bytes were written or read."""
+        self._counters[self._first + 4] = 0
         self._counters[self._first + 1] += 1
         self._counters[self._first + 2] += bad
         self._counters[self._first + 3] += size_bytes
@@ -75,7 +85,12 @@ class TaskProgress:
     @property
     def counts(self) -> Counts:
         """Counts of all tasks so far."""
-        return Counts(*self._counters[self._first + 1 : self._first + self.SIZE])
+        return Counts(*self._counters[self._first + 1 : self._first + 4])
+
+    @property
+    def cpu_deadline_s(self) -> float:
+        """CPU time of the worker process at which the limit of the current input is reached; 0 for no limit."""
+        return self._counters[self._first + 4] / 1000
 
 
 @dataclass(frozen=True)
@@ -84,9 +99,12 @@ class WorkerDied:
 
     index: int  # index of the input that the worker was processing (TaskProgress.index), or NOT_STARTED
     exit_code: int  # exit code of the process; −n if signal n killed the process
+    is_too_slow: bool = False  # the parent ended the process, which used too much CPU time for the input
 
     def describe(self) -> str:
         """How the process ended, as a predicate for an error text: `was killed (SIGKILL)`, `ended with code 1`."""
+        if self.is_too_slow:
+            return "used too much CPU time and was ended"
         if self.exit_code >= 0:
             return f"ended with code {self.exit_code}"
         with suppress(ValueError):
@@ -130,6 +148,8 @@ class WorkerPool:
         self._context = multiprocessing.get_context("spawn")
         self._counters = self._context.RawArray("q", TaskProgress.SIZE * jobs)
         self._workers: dict[int, tuple[BaseProcess, Connection]] = {}  # by slot, 0..jobs − 1
+        self._too_slow: set[int] = set()  # slots of workers that were ended because an input took too long
+        self._checked_at = time.monotonic()
 
     def map(
         self, work: Callable[[T, TaskProgress], R], tasks: Iterable[T], on_progress: Callable[[Counts], None]
@@ -170,6 +190,7 @@ class WorkerPool:
                 self._send(slot, (work, task))
             ready = multiprocessing.connection.wait([self._workers[slot][1] for slot in busy], _POLL_S)
             on_progress(self._counts_since(counts_before))
+            self._end_slow_workers(busy)
             for slot in [slot for slot in busy if self._workers[slot][1] in ready]:
                 idle_slots.append(slot)
                 yield busy.pop(slot), self._result(slot)
@@ -186,6 +207,18 @@ class WorkerPool:
             except ConnectionError:
                 raise UserError("Worker processes end as soon as they start. Try again with fewer --jobs.") from None
 
+    def _end_slow_workers(self, slots: Iterable[int]) -> None:
+        """Kill the workers that have used more CPU time for their input than allowed, at most once a second."""
+        if time.monotonic() < self._checked_at + _CHECK_CPU_S:
+            return
+        self._checked_at = time.monotonic()
+        for slot in slots:
+            deadline_s = TaskProgress(self._counters, TaskProgress.SIZE * slot).cpu_deadline_s
+            process = self._workers[slot][0]
+            if deadline_s and _cpu_time_s(process.pid) > deadline_s + _CPU_GRACE_S:
+                self._too_slow.add(slot)
+                process.kill()
+
     def _counts(self) -> Counts:
         each = [TaskProgress(self._counters, TaskProgress.SIZE * slot).counts for slot in range(self.jobs)]
         return Counts(*(sum(counts) for counts in zip(*each, strict=True)))
@@ -201,7 +234,10 @@ class WorkerPool:
             process.join()
             connection.close()
             del self._workers[slot]
-            return WorkerDied(TaskProgress(self._counters, TaskProgress.SIZE * slot).index, process.exitcode or 0)
+            is_too_slow = slot in self._too_slow
+            self._too_slow.discard(slot)
+            index = TaskProgress(self._counters, TaskProgress.SIZE * slot).index
+            return WorkerDied(index, process.exitcode or 0, is_too_slow)
         if error is not None:
             raise error
         return value
@@ -234,6 +270,15 @@ class WorkerPool:
         for process, connection in stopped:
             process.join()
             connection.close()
+
+
+def _cpu_time_s(pid: int | None) -> float:
+    """CPU time of all threads of a process, in user and kernel mode; 0 if it is not known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _serve(connection: Connection, counters: MutableSequence[int], slot: int, preload: str) -> None:

@@ -32,6 +32,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
     source, settings, folder = plan.source, plan.settings, plan.folder
     moments, shards, bad = Moments(), [], len(source.refused)
     labels: Counter[int] = Counter()
+    largest_px = 0
     square_sum = np.zeros((settings.side_px, settings.side_px, 3), np.int64)
     for number in range(plan.shard_count):
         summary = plan.shard_summary(number)
@@ -41,6 +42,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
         square_sum += np.load(path.with_suffix(".npy"))
         moments += Moments.from_json(summary["moments"])
         labels.update(dict(summary["labels"]))
+        largest_px = max(largest_px, summary.get("largest_px", 0))
         shard_bad = len(bad_outcomes(summary["fates"]))
         if summary["shard"]["records"] + shard_bad != plan.count_inputs([number]):
             raise UserError(f"{path} belongs to other inputs. Pass --restart to build from scratch.")
@@ -69,6 +71,7 @@ def assemble_split(plan: BuildPlan, root: Path, existing: Store | None, policy: 
             "plan": plan.digest,
             "inputs": inputs,
             "kept": records,
+            "largest_px": largest_px,
             **account,
             "files": {name: sha256((folder / name).read_bytes()).hexdigest() for name in SPLIT_FILES},
         },

@@ -97,7 +97,7 @@ def build_part(
     `command` is the command line without --part, which `join` shows in messages. Raises the same errors as build_split,
     and UserError if an input has changed since the first part began.
     """
-    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
+    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
     refuse_store_in_source(source, store)
     shards = part.shards(plan.shard_count)
     with disk_errors(store):
@@ -118,7 +118,9 @@ def build_part(
 
 def _clean_up_if_alone(store: Path, plan: BuildPlan) -> None:
     """Remove temporary files of killed processes, unless another part is running."""
-    with suppress(LockHeld), hold_lock(store, "build", wait_s=0):
+    with suppress(LockHeld), hold_lock(store, "build", wait_s=0) as is_alone:
+        if not is_alone:  # without locks, other parts may be running
+            return
         remove_temporary_files(store)
         if not (plan.work_dir / "plan.json").exists():
             shutil.rmtree(plan.work_dir, ignore_errors=True)
@@ -148,8 +150,9 @@ def _finish(plan: BuildPlan, store: Path, part: Part, policy: BuildPolicy) -> Pa
     if missing:
         return PartResult(shards, None, missing)
     try:
-        with hold_lock(store, "build", wait_s=_JOIN_WAIT_S):
-            return PartResult(shards, _assemble(plan, store, policy), {})
+        with hold_lock(store, "build", wait_s=_JOIN_WAIT_S) as is_alone:
+            # Without locks, two parts could complete the store at the same time: `alexprep join` completes it.
+            return PartResult(shards, _assemble(plan, store, policy) if is_alone else None, {})
     except LockHeld:
         return PartResult(shards, None, {})
 
@@ -212,7 +215,7 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
         ignored = tuple((name, reason) for name, reason in begun.get("ignored", ()))
         reader, classes, tools = FolderReader(Path(begun["source"])), tuple(begun["classes"]), dict(begun["tools"])
         source = Source(reader, split, classes, inputs, refused, ignored)
-        plan = BuildPlan(source, store / split, Settings(**begun["settings"]), skip_bad=True)
+        plan = BuildPlan(source, store / split, Settings.from_json(begun["settings"]), skip_bad=True)
         plan.build_id = begun["id"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(

@@ -6,7 +6,7 @@ import json
 import os
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from PIL import features
 
+from prep.build.limits import DEFAULT_LIMITS, InputLimits
 from prep.build.shard_task import ShardTask, summary_path
 from prep.files import write_atomic
+from prep.images.codec import BadImage
 from prep.inputs.reader import Source
 from prep.store.manifest import Settings, digest_json
 from prep.version import package_version
@@ -35,6 +37,7 @@ class BuildPolicy:
     max_bad: int | None = None  # the build stops after more than `max_bad` bad inputs; None: no limit
     restart: bool = False  # discard an unfinished build
     allow_empty_classes: bool = False  # a class may lose all its photographs because they are bad
+    limits: InputLimits = DEFAULT_LIMITS  # limits of the inputs that are kept
 
     def allows(self, bad: int) -> bool:
         """Whether a build with this number of bad inputs goes on."""
@@ -50,8 +53,12 @@ class BuildPlan:
     The state is stored in files in `work_dir` (see prep/build/split.py). Shards have numbers 0 to `shard_count` − 1.
     """
 
-    def __init__(self, source: Source, folder: Path, settings: Settings, skip_bad: bool) -> None:
+    def __init__(
+        self, source: Source, folder: Path, settings: Settings, skip_bad: bool, limits: InputLimits | None = None
+    ) -> None:
+        """Without `limits`, a shard that was built under any limits is finished."""
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
+        self.limits = limits
         self.work_dir = folder / ".build"
         self.boundaries = shard_boundaries(len(source.inputs))
         self.shard_count = len(self.boundaries) - 1
@@ -59,7 +66,7 @@ class BuildPlan:
         # build can still write files for a moment after a new build has begun.
         self.build_id = ""
         self.digest = digest_json(
-            {"settings": asdict(settings), "classes": source.classes, "inputs": source.inputs.digest()}
+            {"settings": settings.to_json(), "classes": source.classes, "inputs": source.inputs.digest()}
         )
 
     @cached_property
@@ -71,7 +78,6 @@ class BuildPlan:
         """The description of shard `number` for the worker process that builds it."""
         start = self.boundaries[number]
         inputs = tuple(self.source.inputs[index] for index in self.input_indices(number))
-        crashing = frozenset(path for path, times in self.crash_counts().items() if self.skip_bad and times > 1)
         return ShardTask(
             number,
             start,
@@ -81,8 +87,9 @@ class BuildPlan:
             self.folder,
             self.settings,
             self.skip_bad,
-            crashing,
+            self._unreadable() if self.skip_bad else {},
             self.build_id,
+            self.limits or DEFAULT_LIMITS,
         )
 
     def input_indices(self, number: int) -> list[int]:
@@ -103,10 +110,7 @@ class BuildPlan:
 
     def crash_counts(self) -> dict[str, int]:
         """{path of an input: number of worker processes that crashed at this input}, over all runs of the build."""
-        try:
-            counts: dict[str, int] = json.loads((self.work_dir / "deaths.json").read_bytes())
-        except (FileNotFoundError, ValueError):
-            return {}
+        counts: dict[str, int] = self._read_json("deaths.json")
         return counts
 
     def record_crash(self, path: str) -> None:
@@ -114,6 +118,30 @@ class BuildPlan:
         counts = self.crash_counts()
         counts[path] = counts.get(path, 0) + 1
         write_atomic(self.work_dir / "deaths.json", json.dumps(counts).encode())
+
+    def record_slow_input(self, path: str, seconds: float) -> None:
+        """Record that a worker process was ended because it used more than `seconds` of CPU time for an input."""
+        slow = self._read_json("slow.json")
+        write_atomic(self.work_dir / "slow.json", json.dumps({**slow, path: seconds}).encode())
+
+    def has_recorded_faults(self) -> bool:
+        """Whether an earlier run of the build has recorded an input that crashed or was too slow."""
+        return any((self.work_dir / name).exists() for name in ("deaths.json", "slow.json"))
+
+    def _unreadable(self) -> dict[str, BadImage]:
+        """Inputs that are not read again: they crashed two worker processes, or are too slow. {path: reason}"""
+        limits = self.limits or DEFAULT_LIMITS
+        slow = self._read_json("slow.json").items()
+        reasons = {path: limits.too_slow() for path, seconds in slow if 0 < limits.time_limit_s <= seconds}
+        crashes = self.crash_counts().items()
+        return reasons | {path: BadImage("killed the process that read it, twice") for path, n in crashes if n > 1}
+
+    def _read_json(self, name: str) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads((self.work_dir / name).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return content
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
         """Tasks for a sample of up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
@@ -147,9 +175,12 @@ class BuildPlan:
         """Whether shard `number` is finished and need not be built again.
 
         Without `skip_bad`, a shard is built again if a bad input was left out, since the input may have been corrected.
+        A shard is also built again if an input would have another outcome under the limits.
         """
         summary = self.shard_summary(number)
-        return summary is not None and (self.skip_bad or not bad_outcomes(summary["fates"]))
+        if summary is None or (not self.skip_bad and bad_outcomes(summary["fates"])):
+            return False
+        return self.limits is None or not self.limits.find_changed(summary["fates"], summary.get("largest_px", 0))
 
     def count_bad_inputs(self, shard_numbers: Iterable[int]) -> int:
         """Number of bad inputs that were left out of the finished shards among `shard_numbers`."""

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes
 from prep.build.shard_task import ShardBuilder, ShardTask
-from prep.console import DiskFull, UserError, bytes_text, count_noun, say
+from prep.console import DiskFull, UserError, bytes_text, count_noun, one_line, say
 from prep.files import write_atomic
-from prep.images.codec import MAX_FILE_BYTES, UNKNOWN_FORMAT, BadImage, has_image_signature
+from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.formats import HEAD_BYTES, unreadable_reason
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader
@@ -67,10 +68,11 @@ def _obvious_fault(reader: InputReader, item: Input) -> str:
     if item.size > MAX_FILE_BYTES:
         return f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}"
     try:
-        head = reader.head(item, 8)
+        return unreadable_reason(reader.head(item, HEAD_BYTES))
     except BadImage as reason:
         return str(reason)
-    return "" if has_image_signature(head) else UNKNOWN_FORMAT
+    except Exception as error:  # the library that reads an archive can raise any exception for damaged bytes
+        return f"cannot be read: {one_line(str(error) or repr(error))}"
 
 
 def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Sequence[int]) -> None:

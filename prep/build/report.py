@@ -11,8 +11,8 @@ import click
 
 from prep.console import bytes_text, count_noun, duration_text, one_line, print_json, shell_quoted
 from prep.inputs.classes import examples, first_labels_text
-from prep.store.input_log import IGNORED, read_outcomes
-from prep.store.manifest import ColorStats, Store
+from prep.store.input_log import IGNORED, WARNED, read_outcomes
+from prep.store.manifest import DROPPED, ColorStats, Store
 
 if TYPE_CHECKING:
     from prep.build.parts import Part, PartResult
@@ -36,6 +36,7 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
                 "records": split.records,
                 "classes": len(store.classes),
                 "skipped": skipped,
+                "warned": sum(split.account.get("warnings", {}).values()),
                 "bytes": split.bytes,
                 "seconds": round(seconds, 3),
                 "images_per_s": round(done / max(seconds, 1e-9), 1),
@@ -55,9 +56,15 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(f"  not part of the data set: {text}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == IGNORED), 3):
             click.echo(one_line(f"    {outcome['source']}"))
-    converted = ", ".join(f"{count:,} {kind}" for kind, count in sorted(split.account["converted"].items()))
+    kinds = {kind: kind for kind in split.account["converted"]} | {"alpha": f"alpha ({_background_text(store)})"}
+    converted = ", ".join(f"{count:,} {kinds[kind]}" for kind, count in sorted(split.account["converted"].items()))
     if converted:
         click.echo(f"  converted: {converted}")
+    warned = sum(split.account.get("warnings", {}).values())
+    if warned:
+        click.echo(f"  kept, with warnings: {count_noun(warned, 'input')}, listed in {log}. The first:")
+        for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == WARNED), 3):
+            click.echo(one_line(f"    {outcome['source']}: {'; '.join(outcome['warnings'])}"))
     if skipped:
         click.echo(f"  left out: {count_noun(skipped, 'input')}, listed with reasons in {log}. The first:")
         for outcome in islice((outcome for outcome in read_outcomes(log) if outcome["fate"] == "bad"), 3):
@@ -66,6 +73,12 @@ def report_build(store: Store, name: str, done: int, seconds: float, as_json: bo
         click.echo(f"  {duration_text(seconds)}, {done / max(seconds, 1e-9):,.0f} images/s")
     else:
         click.echo(if_none or _ALREADY_BUILT)
+
+
+def _background_text(store: Store) -> str:
+    """What happened to the transparent pixels of a store's inputs."""
+    background = store.settings.background
+    return "dropped" if background == DROPPED else f"over {background}"
 
 
 def report_part(

@@ -26,11 +26,11 @@ from prep.console import UserError, count_noun, say
 from prep.files import sync_folder, unique_suffix, write_atomic
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
-from prep.store.manifest import SPLITS, Settings, StoreError
+from prep.store.manifest import DROPPED, SPLITS, Settings, Store, StoreError
 
 _TEMPORARY = re.compile(
     r"(\.(manifest\.json|colour\.json|mean_image\.npy|inputs\.jsonl|inputs\.npz|plan\.json|bad\.jsonl|deaths\.json"
-    rf"|parts\.json|probe|build|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})|\d{{5}})\.\d+(-[0-9a-f]{{8}})?\.tmp"
+    rf"|slow\.json|parts\.json|probe|build|\d{{5}}\.(json|npy)|{'|'.join(SPLITS)})|\d{{5}})\.\d+(-[0-9a-f]{{8}})?\.tmp"
 )
 
 
@@ -75,7 +75,7 @@ def begin_build(plan: BuildPlan) -> bool:
         build_id = secrets.token_hex(8)
         begun = {
             "id": build_id,
-            "settings": asdict(plan.settings),
+            "settings": plan.settings.to_json(),
             "tools": tool_versions(),
             "classes": list(plan.source.classes),
             "edges": plan.boundaries,
@@ -117,9 +117,7 @@ def find_changed_inputs(plan: BuildPlan, store: Path) -> dict[bytes, tuple[Input
     try:
         begun = json.loads((plan.work_dir / "plan.json").read_bytes())
         before = Listing.load(plan.work_dir / "inputs.npz")
-        classes, settings = begun["classes"], dict(begun["settings"])
-        if settings.keys() != asdict(plan.settings).keys():
-            raise ValueError("plan.json has other fields")
+        classes, settings = begun["classes"], asdict(Settings.from_json(begun["settings"]))
         tools, boundaries = dict(begun["tools"]), list(begun["edges"])
         plan.build_id = str(begun.get("id", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -183,10 +181,29 @@ def _difference(before: Input, after: Input) -> str:
     return f"modified at {before.mtime_ns / 1e9:.3f}, now {after.mtime_ns / 1e9:.3f} (seconds since 1970)"
 
 
+def background_of(store: Path, restart: bool) -> str | None:
+    """Settings.background of a store or, unless it is discarded by `restart`, of an unfinished build in it; else None.
+
+    A store of an older version, which had no such setting, keeps what this version did.
+    """
+    if (store / "manifest.json").exists():
+        return Store.open(store).settings.background
+    for split in () if restart else SPLITS:
+        with suppress(OSError, ValueError, KeyError, TypeError):  # find_changed_inputs reports a damaged file
+            begun = json.loads((store / split / ".build" / "plan.json").read_bytes())
+            return Settings.from_json(begun["settings"]).background
+    return None
+
+
 def check_same_settings(requested: Settings, begun: Mapping[str, Any], store: Path) -> None:
     """Raise UserError for the first of the `requested` settings that differs from the store's setting in `begun`."""
     for field in fields(Settings):
         new, old = getattr(requested, field.name), begun[field.name]
+        if new != old and field.name == "background" and old == DROPPED:
+            raise UserError(
+                f"{store} was begun by a version that dropped the alpha channel of images, which --background {new} "
+                "would change. Leave the option out to go on as before, or choose another --store."
+            )
         if new != old:
             option = "side" if field.name == "side_px" else field.name.replace("_", "-")
             raise UserError(

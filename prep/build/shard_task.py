@@ -13,8 +13,8 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,27 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import DiskFull, UserError, disk_error
+from prep.build.limits import DEFAULT_LIMITS, InputLimits
+from prep.console import DiskFull, UserError, disk_error, one_line
 from prep.files import save_array, sync_folder, unique_suffix, write_atomic
-from prep.images.codec import MAX_FILE_BYTES, BadImage, DecodedImage, check_rescaled_size, decode_image, encode_image
+from prep.images.codec import (
+    MAX_FILE_BYTES,
+    BadImage,
+    DecodedImage,
+    check_rescaled_size,
+    check_size,
+    decode_image,
+    encode_image,
+)
 from prep.images.color_stats import PixelSums
 from prep.images.rescale import rescale
+from prep.images.time_limit import cpu_time_limit
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader
 from prep.store import lmdb_shard
 from prep.store.datum import Datum
+from prep.store.input_log import WARNED
 from prep.store.manifest import Settings, Shard
 from prep.workers import TaskProgress
 
@@ -52,8 +63,9 @@ class ShardTask:
     folder: Path  # the split's folder in the store
     settings: Settings
     skip_bad: bool
-    crashing: frozenset[str] = frozenset()  # inputs that crashed two or more worker processes; not read again
+    unreadable: Mapping[str, BadImage] = field(default_factory=dict)  # inputs that are not read again, with the reason
     build_id: str = ""  # BuildPlan.build_id
+    limits: InputLimits = DEFAULT_LIMITS
 
 
 def summary_path(folder: Path, number: int) -> Path:
@@ -115,12 +127,13 @@ class ShardBuilder:
         self.task, self.task_progress = task, task_progress
         self.sums = PixelSums(task.settings.side_px)
         self.labels: Counter[int] = Counter()
+        self.largest_px = 0  # number of pixels of the largest input that was kept
         self.outcomes: list[dict[str, Any]] = []  # lines of inputs.jsonl
 
     def records(self) -> Iterator[tuple[bytes, bytes]]:
         """Yield the (key, value) of each record. If an input is left out, its key is not used."""
         for index, item in enumerate(self.task.inputs):
-            self.task_progress.begin(index)
+            self.task_progress.begin(index, self.task.limits.time_limit_s)
             value = self._record(item)
             self.task_progress.count(len(value or b""), bad=value is None)
             if value is not None:
@@ -129,30 +142,32 @@ class ShardBuilder:
     def _record(self, item: Input) -> bytes | None:
         settings = self.task.settings
         try:
-            if name_text(item.path) in self.task.crashing:
-                raise BadImage("killed the process that read it, twice")
             image = read_input(self.task, item)
+            pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
         except BadImage as reason:
             if not self.task.skip_bad:
                 raise UserError(
                     f"{name_text(item.path)}: {reason}. Correct this input, or pass --on-bad skip to leave it out; "
                     "finished shards are kept."
                 ) from None
-            self.outcomes.append({"source": name_text(item.path), "fate": "bad", "why": str(reason)})
+            outcome = {"source": name_text(item.path), "fate": "bad", "why": str(reason), **reason.limit}
+            self.outcomes.append(outcome)
             return None
-        pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
         height, width = pixels.shape[:2]
         self.sums.add(pixels)
         self.labels[item.label] += 1
+        self.largest_px = max(self.largest_px, image.file_pixels)
         self._add_outcome(item, image)
         data = encode_image(pixels, settings.format, settings.quality)
         return Datum(height, width, data, item.label, item.path).encode()
 
     def _add_outcome(self, item: Input, image: DecodedImage) -> None:
-        if image.converted or image.orientation != 1:
+        if image.converted or image.warnings or image.orientation != 1:
             outcome: dict[str, Any] = {"source": name_text(item.path), "fate": "kept"}
             if image.converted:
                 outcome |= {"fate": "converted", "how": list(image.converted)}
+            if image.warnings:
+                outcome |= {"fate": WARNED, "warnings": list(image.warnings)}
             if image.orientation != 1:
                 outcome["exif_orientation"] = image.orientation
             self.outcomes.append(outcome)
@@ -165,14 +180,33 @@ class ShardBuilder:
             "moments": self.sums.moments.to_json(),
             "labels": sorted(self.labels.items()),
             "fates": self.outcomes,
+            "largest_px": self.largest_px,
         }
 
 
 def read_input(task: ShardTask, item: Input) -> DecodedImage:
-    """Read and decode one input. Raises BadImage, with the reason, if the input cannot be stored."""
+    """Read and decode one input. Raises BadImage, with the reason, if the input cannot be stored.
+
+    Whatever a library raises for an input, except UserError and DiskFull, makes the input bad.
+    """
+    if name_text(item.path) in task.unreadable:
+        raise task.unreadable[name_text(item.path)]
     if item.size > MAX_FILE_BYTES:
         raise BadImage(f"{item.size:,} bytes: more than {MAX_FILE_BYTES:,}")
-    content = task.reader.read(item)
-    image = decode_image(content) if isinstance(content, bytes) else DecodedImage(content, (), 1)
+    try:
+        content = task.reader.read(item)
+    except (UserError, BadImage):
+        raise
+    except Exception as error:  # the library that reads an archive can raise any exception for damaged bytes
+        raise BadImage(f"cannot be read: {one_line(str(error) or repr(error))}") from None
+    options = task.limits.decode_options(task.settings)
+    if isinstance(content, bytes):
+        with cpu_time_limit(task.limits.time_limit_s, task.limits.too_slow()):
+            image = decode_image(content, options)
+    else:
+        height, width = content.shape[:2]
+        check_size(width, height, options)
+        image = DecodedImage(content, (), 1, file_pixels=width * height)
+    task.limits.check_warnings(image)
     check_rescaled_size(image.pixels, task.settings.side_px, task.settings.keep_aspect)
     return image

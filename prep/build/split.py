@@ -1,13 +1,15 @@
 """Builds a split, or estimates a build: plan, checks, shards in worker processes, assembly.
 
 A killed build loses only the shards that were in progress. Running the same command again finishes the build, and the
-fingerprint is the same as after an uninterrupted build. If a worker process crashes, the build stops. The crash
-is counted for the input that the process was reading. These files hold the state of an unfinished build:
+fingerprint is the same as after an uninterrupted build. If a worker process crashes, the crash is counted for the input
+that the process was reading. If bad inputs are left out, the shard is then built again (after a second crash, without
+the input); otherwise the build stops. These files hold the state of an unfinished build:
 
     store/train/.build/plan.json         settings, tool versions, classes, shard boundaries: no run may change these
     store/train/.build/inputs.npz        listing of the inputs, to find inputs that changed between two runs
     store/train/.build/00000.json .npy   summary of one finished shard (prep/build/shard_task.py)
     store/train/.build/deaths.json       {path of an input: number of worker processes that crashed at this input}
+    store/train/.build/slow.json         {path of an input: seconds of CPU time after which its worker was ended}
 
 Records are sorted by a keyed hash of their paths (prep/inputs/listing.py), so the record order depends only on paths
 and seed. The hash mixes the classes well enough for training, which reads blocks of consecutive records
@@ -17,11 +19,12 @@ and seed. The hash mixes the classes well enough for training, which reads block
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from prep.build.assemble import assemble_split, too_many_bad
+from prep.build.limits import InputLimits
 from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, tool_versions
 from prep.build.preflight import (
     ResourceEstimate,
@@ -47,6 +50,7 @@ from prep.console import DiskFull, Progress, UserError, bytes_text, disk_error, 
 from prep.files import hold_lock
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader, Source, UnpackingReader
+from prep.store.input_log import read_outcomes
 from prep.store.manifest import Settings, Store
 from prep.workers import NOT_STARTED, Counts, Runner, WorkerDied
 
@@ -78,7 +82,7 @@ def build_split(
     Raises UserError if the store or an unfinished build has other settings or inputs, if another build holds the lock,
     if `policy` does not allow the bad inputs, or if a worker process crashed. Raises DiskFull if the disk is full.
     """
-    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
+    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
     refuse_store_in_source(source, store)
     with disk_errors(store):
         store.mkdir(parents=True, exist_ok=True)
@@ -91,7 +95,7 @@ def build_split(
                 return existing
             runner.check_machines(store, source.reader.root, tool_versions)
             is_begun = (plan.work_dir / "plan.json").exists()  # every unfinished build has a plan.json
-            if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.crash_counts())):
+            if is_begun and (policy.restart or not (plan.has_finished_shards() or plan.has_recorded_faults())):
                 discard_build(plan, store)
             start_or_resume(plan, store)
             remove_temporary_files(store)
@@ -172,7 +176,7 @@ def open_plan(
     Raises UserError if build_split would refuse `store`.
     """
     refuse_store_in_source(source, store)
-    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad)
+    plan = BuildPlan(source, store / source.split, settings, policy.skip_bad, policy.limits)
     existing = open_existing(store, plan)
     is_built = existing is not None and source.split in existing.splits
     unfinished: Sequence[int] = ()
@@ -209,7 +213,22 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
             f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "
             f"inputs then, {len(plan.source.inputs):,} now). Choose another --store, or delete the store to rebuild it."
         )
+    if split in existing.splits and plan.limits is not None:
+        _check_same_limits(existing, split, plan.limits)
     return existing
+
+
+def _check_same_limits(store: Store, split: str, limits: InputLimits) -> None:
+    """Raise UserError if a complete split has an input that would have another outcome under these limits."""
+    changed = ""
+    with suppress(OSError, ValueError, KeyError):  # alexprep verify reports a damaged inputs.jsonl
+        outcomes = read_outcomes(store.root / split / "inputs.jsonl")
+        changed = limits.find_changed(outcomes, store.split(split).account.get("largest_px", 0))
+    if changed:
+        raise UserError(
+            f"{store.root} holds a split {split} that was built with other values of --max-pixels, --on-warning or "
+            f"--time-limit, which decided about {changed}. Pass the same values, or choose another --store."
+        )
 
 
 def refuse_store_in_source(source: Source, store: Path) -> None:
@@ -233,7 +252,10 @@ def _run_tasks(
     policy: BuildPolicy,
     bad_before: int,
 ) -> None:
-    """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad or a worker process crashed."""
+    """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad or a worker process crashed.
+
+    If `policy` skips bad inputs, the shard of a worker process that crashed is built again instead.
+    """
     done_before = progress.done
     refused = len(plan.source.refused)
 
@@ -245,24 +267,41 @@ def _run_tasks(
                 f"{too_many_bad(bad, policy.max_bad)} Correct the inputs, or raise --max-bad: finished shards are kept."
             )
 
+    again: list[int] = []
     # closing() stops the workers before the caller releases the lock, even after an error.
     reader = plan.source.reader
     if shard_numbers and isinstance(reader, UnpackingReader):
         reader = reader.unpacking_into(plan.work_dir / "unpacked", free_bytes(plan.folder))
     with closing(runner.map(build_shard, _tasks(plan, shard_numbers, reader), on_progress)) as results:
         for task, result in results:
-            if isinstance(result, WorkerDied) and result.index == NOT_STARTED:
-                raise UserError(
-                    f"A worker process {result.describe()} before it read an input. Run the same command again."
-                )
             if isinstance(result, WorkerDied):
-                name = name_text(task.inputs[result.index].path)
-                plan.record_crash(name)
-                raise UserError(
-                    f"{name}: a worker process {result.describe()} at this file. If memory ran "
-                    "out, run the same command again with fewer --jobs: finished shards are kept. "
-                    "With --on-bad skip, a file is left out after two worker processes have crashed at it."
-                )
+                _record_dead_worker(plan, task, result, policy)
+                again.append(task.number)
+    if again:
+        progress.done = done_before + plan.count_inputs(shard_numbers) - plan.count_inputs(again)
+        bad_before += plan.count_bad_inputs(set(shard_numbers) - set(again))
+        _run_tasks(plan, again, runner, progress, policy, bad_before)
+
+
+def _record_dead_worker(plan: BuildPlan, task: ShardTask, died: WorkerDied, policy: BuildPolicy) -> None:
+    """Record the input at which a worker process ended. Raises UserError unless the shard can be built again."""
+    if died.index == NOT_STARTED:
+        raise UserError(f"A worker process {died.describe()} before it read an input. Run the same command again.")
+    name, limit_s = name_text(task.inputs[died.index].path), task.limits.time_limit_s
+    if died.is_too_slow:
+        plan.record_slow_input(name, limit_s)
+        text = f"{name}: {task.limits.too_slow()}."
+        advice = "Correct this input, or pass --on-bad skip to leave it out; finished shards are kept."
+    else:
+        plan.record_crash(name)
+        text = f"{name}: a worker process {died.describe()} at this file."
+        advice = (
+            "If memory ran out, run the same command again with fewer --jobs: finished shards are kept. "
+            "With --on-bad skip, a file is left out after two worker processes have crashed at it."
+        )
+    if not policy.skip_bad:
+        raise UserError(f"{text} {advice}")
+    say(f"{text} The shard is built again.")
 
 
 def _tasks(plan: BuildPlan, shard_numbers: Iterable[int], reader: InputReader) -> Iterator[ShardTask]:

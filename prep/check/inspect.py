@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 import lmdb
@@ -14,7 +13,7 @@ from prep.inputs.names import name_text
 from prep.store import lmdb_shard
 from prep.store.datum import Datum, DatumError
 from prep.store.input_log import IGNORED
-from prep.store.manifest import Split, Store, StoreError
+from prep.store.manifest import DROPPED, Split, Store, StoreError
 from prep.workers import Runner, TaskProgress, WorkerDied
 
 
@@ -23,7 +22,7 @@ def describe_store(store: Store) -> dict[str, Any]:
     return {
         "store": str(store.root),
         "fingerprint": store.fingerprint,
-        "settings": asdict(store.settings),
+        "settings": store.settings.to_json(),
         "tools": dict(store.tools),
         "classes": list(store.classes),
         "splits": {name: _describe_split(store, split) for name, split in store.splits.items()},
@@ -43,6 +42,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
         "kept": account["kept"],
         "converted": account["converted"],
         "exif_orientation": account["exif_orientation"],
+        "warnings": account.get("warnings", {}),
         "bad": account["bad"],
         "ignored": account.get(IGNORED, {}),
         **({"sources": account["sources"]} if "sources" in account else {}),
@@ -56,6 +56,10 @@ def summary_lines(store: Store) -> Iterator[str]:
     format = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
     shape = "whole images" if settings.keep_aspect else "central squares"
     yield f"{store.root}: {format}, {shape}, shorter side {settings.side_px} px, filter {settings.filter}"
+    if settings.background == DROPPED:
+        yield "  alpha channels dropped, as by the version that built the store"
+    else:
+        yield f"  transparent pixels over {settings.background}"
     yield f"  fingerprint {store.fingerprint}, order seed {settings.seed}"
     yield f"  {count_noun(len(store.classes), 'class', 'classes')}, by label: {first_labels_text(store.classes)}"
     yield "  made with " + ", ".join(f"{name} {version}" for name, version in store.tools.items())
@@ -76,11 +80,13 @@ def summary_lines(store: Store) -> Iterator[str]:
         for title, group in (("converted", account["converted"]), ("EXIF orientation", account["exif_orientation"])):
             if group:
                 yield f"  {title}: " + ", ".join(f"{count:,} {kind}" for kind, count in sorted(group.items()))
+        for text, count in account.get("warnings", {}).items():
+            yield f"  kept, with warnings: {count:,} {text}"
         for reason, count in account["bad"].items():
             yield f"  left out: {count:,} {reason}"
         for reason, count in account.get(IGNORED, {}).items():
             yield f"  not part of the data set: {reason} ({count:,})"
-        if account["converted"] or account.get(IGNORED) or bad:
+        if account["converted"] or account.get("warnings") or account.get(IGNORED) or bad:
             yield f"  {store.root / name / 'inputs.jsonl'} lists these inputs"
 
 

@@ -16,7 +16,7 @@ from prep.cli.options import allow_empty_option, make_runner, path_for, record_o
 from prep.console import UserError, WrongArgument, progress, store_option
 from prep.inputs.formats import LAYOUTS
 from prep.inputs.labels import LABEL_ORDERS
-from prep.store.manifest import SPLITS, Settings, Store
+from prep.store.manifest import DEFAULT_BACKGROUND, SPLITS, Settings, Store
 
 if TYPE_CHECKING:  # run-time imports would load LMDB and Pillow, even for --help
     from prep.build.parts import Part
@@ -130,7 +130,7 @@ def build_lmdb(
         from prep.inputs.selection import ExclusionList
         from prep.inputs.sources import find_splits
 
-        settings, policy = _settings_and_policy(options, allow_empty_classes)
+        settings, policy = _settings_and_policy(options, store, allow_empty_classes)
         excluded = ExclusionList(exclude) if exclude else None
         list_options = ListOptions(labels, label_order, devkit, classes, allow_empty_classes, follow_links, excluded)
         check_store_folder(store)
@@ -227,8 +227,12 @@ def _command_line(context: click.Context) -> str:
     return " ".join(words)
 
 
-def _settings_and_policy(options: dict[str, Any], allow_empty_classes: bool = False) -> tuple[Settings, BuildPolicy]:
+def _settings_and_policy(
+    options: dict[str, Any], store: Path, allow_empty_classes: bool = False
+) -> tuple[Settings, BuildPolicy]:
+    from prep.build.limits import InputLimits
     from prep.build.plan import BuildPolicy
+    from prep.build.resume import background_of
 
     settings = Settings(
         side_px=options["side"],
@@ -237,11 +241,12 @@ def _settings_and_policy(options: dict[str, Any], allow_empty_classes: bool = Fa
         quality=options["quality"],
         filter=options["filter"],
         seed=options["seed"],
+        background=options["background"] or background_of(store, options["restart"]) or DEFAULT_BACKGROUND,
+        reduce_above=options["reduce_above"],
     )
+    limits = InputLimits(options["max_pixels"], options["on_warning"] == "keep", options["time_limit"])
     skip_bad = options["on_bad"] == "skip" or options["max_bad"] is not None
-    return settings, BuildPolicy(
-        skip_bad, options["max_bad"], options["restart"], allow_empty_classes=allow_empty_classes
-    )
+    return settings, BuildPolicy(skip_bad, options["max_bad"], options["restart"], allow_empty_classes, limits)
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
@@ -313,8 +318,8 @@ def import_caffe(
     from prep.build.plan import tool_versions
     from prep.inputs.caffe import list_caffe_lmdbs
 
-    settings, policy = _settings_and_policy(options)
     store, lmdbs = path_for(cluster, store), tuple(path_for(cluster, path) for path in lmdbs)
+    settings, policy = _settings_and_policy(options, store)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         workers.check_machines(None, lmdbs[0], tool_versions)
         with progress(f"{split}: listing", 0, "records") as listing_progress:

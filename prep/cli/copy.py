@@ -7,6 +7,7 @@ from dataclasses import asdict
 import click
 
 from prep.console import bytes_text, count_noun, duration_text, json_option, print_json, progress, usable_cores
+from prep.files import no_lock_option
 
 _MAX_DEFAULT_JOBS = 8  # more parallel transfers make each transfer slower without using more of the connection
 
@@ -20,6 +21,7 @@ _MAX_DEFAULT_JOBS = 8  # more parallel transfers make each transfer slower witho
     metavar="N",
     help=f"Number of worker processes that copy files.  [default: number of usable cores, at most {_MAX_DEFAULT_JOBS}]",
 )
+@no_lock_option
 @json_option
 def copy(source: str, target: str, jobs: int | None, as_json: bool) -> None:
     """Copy the store SRC to DST, and verify every file after it has arrived.

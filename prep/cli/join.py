@@ -9,6 +9,7 @@ import click
 from prep.build.report import report_build
 from prep.cli.options import allow_empty_option
 from prep.console import UserError, count_noun, json_option, one_line, print_json, store_option
+from prep.files import no_lock_option
 from prep.store.manifest import SPLITS, Store
 
 
@@ -24,6 +25,7 @@ from prep.store.manifest import SPLITS, Store
     help="Largest number of bad inputs that the parts may have left out.  [default: no limit]",
 )
 @allow_empty_option
+@no_lock_option
 @json_option
 def join(store: Path, split: str | None, max_bad: int | None, allow_empty_classes: bool, as_json: bool) -> None:
     """Complete a store whose shards were built with `build-lmdb --part`.

@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import json_option, usable_cores
-from prep.store.manifest import FILTERS, FORMATS, SPLITS
+from prep.files import no_lock_option
+from prep.store.manifest import BACKGROUNDS, DEFAULT_BACKGROUND, FILTERS, FORMATS, SPLITS
 
 if TYPE_CHECKING:
     from prep.cluster_runner import ClusterRunner
     from prep.workers import WorkerPool
+
+MAX_PIXELS, TIME_LIMIT_S = 200_000_000, 30.0  # prep.images.codec and prep.build.limits have these numbers, too
 
 split_option = click.option(
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Name of the split."
@@ -77,6 +80,46 @@ _RECORD_OPTIONS = (
         help="Seed of the record order.",
     ),
     click.option(
+        "--background",
+        type=click.Choice(BACKGROUNDS),
+        help="Colour behind transparent pixels.  "
+        f"[default: {DEFAULT_BACKGROUND}; for a store that exists, the store's]",
+    ),
+    click.option(
+        "--max-pixels",
+        type=click.IntRange(1),
+        default=MAX_PIXELS,
+        show_default=True,
+        metavar="N",
+        help="Largest number of pixels of an input; an input with more is bad. A process needs 3 to 8 bytes for each "
+        "pixel of its input.",
+    ),
+    click.option(
+        "--reduce-above",
+        type=click.IntRange(0),
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Decode JPEGs with more than N pixels at 1/2, 1/4 or 1/8 of their size, but at least twice --side. This "
+        "bounds the memory of large photographs and changes their pixels slightly. 0: never.",
+    ),
+    click.option(
+        "--time-limit",
+        type=click.FloatRange(0),
+        default=TIME_LIMIT_S,
+        show_default=True,
+        metavar="SECONDS",
+        help="Longest CPU time for decoding one input; an input that takes longer is bad. 0: no limit.",
+    ),
+    click.option(
+        "--on-warning",
+        type=click.Choice(["keep", "bad"]),
+        default="keep",
+        show_default=True,
+        help="What to do with an input that is decoded, but with warnings (such as a JPEG that was cut short): keep it "
+        "and list it, or treat it as a bad input.",
+    ),
+    click.option(
         "--on-bad",
         type=click.Choice(["fail", "skip"]),
         default="fail",
@@ -91,6 +134,7 @@ _RECORD_OPTIONS = (
         "[default: no limit]",
     ),
     click.option("--restart", is_flag=True, help="Discard an unfinished build of the split and start again."),
+    no_lock_option,
     jobs_option,
     cluster_option,
     json_option,

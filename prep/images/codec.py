@@ -1,15 +1,18 @@
-"""Image decoding (JPEG, PNG, GIF, BMP, WebP, TIFF, PNM to RGB) with limits for hostile files; JPEG and PPM encoding.
+"""Image decoding to RGB with limits for hostile files (formats.py lists the formats); JPEG and PPM encoding.
 
-The format is detected from the content, never from the file name: ILSVRC has one PNG file that is named .JPEG. 22 of
-ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
-preparation did not apply it either. An alpha channel is dropped. Nearly all files of ILSVRC are colour JPEGs.
-libjpeg-turbo (prep.images.jpeg) decodes colour JPEGs a quarter faster than Pillow and gives the same pixels. Pillow
-decodes the other formats, the grey and CMYK JPEGs, and the JPEGs that libjpeg-turbo cannot decode or warns about.
+22 of ILSVRC's JPEGs are CMYK and are converted to RGB. EXIF orientation is reported but not applied; the authors' data
+preparation did not apply it either. Transparent images are drawn over a background colour. Of 16-bit channels, the high
+bytes are kept. Nearly all files of ILSVRC are colour JPEGs. libjpeg-turbo (prep.images.jpeg) decodes colour JPEGs a
+quarter faster than Pillow and gives the same pixels. Pillow decodes the other formats, the grey and CMYK JPEGs, and the
+JPEGs that libjpeg-turbo cannot decode or warns about. A decoder may raise any exception for broken bytes; decode_image
+raises BadImage for all of them.
 """
 
 from __future__ import annotations
 
 import io
+import re
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
@@ -21,20 +24,22 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
-from prep.images.jpeg import decode_jpeg, encode_jpeg
+from prep.images.formats import HEAD_BYTES, JPEG_SIGNATURE, pillow_formats, unknown_format, unreadable_reason
+from prep.images.formats import BadImage as BadImage
+from prep.images.jpeg import decode_jpeg, encode_jpeg, find_warning
+from prep.images.library_output import caught_stderr
 from prep.images.rescale import rescaled_size
+from prep.images.rgb import file_facts, rgb_pixels
+from prep.store.manifest import DEFAULT_BACKGROUND
 
-MAX_PIXELS = 100_000_000  # limit for inputs and for rescaled images; a larger input may be a decompression bomb
+MAX_PIXELS = 200_000_000  # default limit for inputs; a larger input may be a decompression bomb
+MAX_RESCALED_PIXELS = 100_000_000  # limit for rescaled images
 MAX_FILE_BYTES = 256_000_000
-UNKNOWN_FORMAT = "not an image in a known format"
 
 T = TypeVar("T")
 
 _EXIF_ORIENTATION = 0x0112
-# Pillow's names of the input formats. EPS is excluded, because Pillow starts Ghostscript to decode it.
-_FORMATS = ("JPEG", "PNG", "GIF", "BMP", "WEBP", "TIFF", "PPM")
-_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG", b"GIF8", b"BM", b"RIFF", b"II", b"MM", b"P")
-_MAX_SCANNED_PIXELS = 20 * MAX_PIXELS  # limit for pixels × scans: 20 scans for a progressive JPEG of MAX_PIXELS
+_MAX_SCANS = 20  # limit for the scans of a progressive JPEG with the largest allowed number of pixels
 _MAX_SEGMENTS = 10_000  # limit for a JPEG's segments before its first scan; Pillow needs at least 1 µs for each segment
 _UNDO_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -46,69 +51,98 @@ _UNDO_ORIENTATION = {
     8: Image.Transpose.ROTATE_270,
 }
 _USUAL_CONTAINER = "jpeg"  # format of ILSVRC's files; an image in another format counts as converted
-_CONVERTED_MODES = {  # Pillow's mode -> name in DecodedImage.converted
-    "L": "grey",
-    "LA": "grey",
-    "1": "grey",
-    "CMYK": "cmyk",
-    "P": "palette",
-    "PA": "palette",
-    "RGBA": "alpha",
-}
 
 
-class BadImage(ValueError):
-    """A file that cannot be used as an image. The message is the reason, without the file's name."""
+@dataclass(frozen=True)
+class DecodeOptions:
+    """Options of decode_image."""
+
+    max_pixels: int = MAX_PIXELS  # an image with more pixels is refused before it is decoded
+    background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, see prep.images.rgb
+    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, but with at least `min_side_px` on the
+    # shorter side. 0: never. This bounds the memory of large photographs, and changes their pixels slightly.
+    reduce_above: int = 0
+    min_side_px: int = 1
+
+
+DEFAULT_OPTIONS = DecodeOptions()
 
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """RGB pixels of a decoded file, with its conversions and EXIF orientation."""
+    """RGB pixels of a decoded file, with its conversions, EXIF orientation and warnings."""
 
     pixels: npt.NDArray[np.uint8]  # (H, W, 3)
-    converted: tuple[str, ...]  # conversions made: "grey", "cmyk", "palette", "alpha", "16-bit", "png"…
+    # conversions made: the format unless it is JPEG ("png"…), "16-bit"…, "grey", "cmyk", "palette", "alpha", "reduced"
+    converted: tuple[str, ...]
     orientation: int  # EXIF orientation, 1..8, not applied to `pixels`; 1 if the file has none
+    warnings: tuple[str, ...] = ()  # what the decoding library said about damage that it passed over
+    file_pixels: int = 0  # number of pixels of the image in the file, which `pixels` has too unless it is reduced
 
 
-def decode_image(content: bytes) -> DecodedImage:
-    """Decode a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file to RGB. Raises BadImage with the reason.
+def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> DecodedImage:
+    """Decode an image file to RGB. Raises BadImage, with the reason, for everything that cannot be decoded.
 
-    Only the first image of an animation or of a file with several images is decoded. MAX_PIXELS limits
-    the memory. A limit on the scans of a progressive JPEG limits the decoding time.
+    Only the first image of an animation or of a file with several images is decoded. `options.max_pixels` limits the
+    memory. A limit on the scans of a progressive JPEG limits the decoding time.
     """
     if not content:
         raise BadImage("empty file")
-    image = _decode_color_jpeg(content) if content.startswith(_SIGNATURES[0]) else None
-    return image or _with_pillow(content, lambda opened: _decode_with_pillow(opened, content))
+    reason = unreadable_reason(content[:HEAD_BYTES])
+    if reason:
+        raise BadImage(reason)
+    warning = ""
+    if content.startswith(JPEG_SIGNATURE):
+        image, warning = _decode_color_jpeg(content, options)
+        if image is not None:
+            return image
+    return _with_pillow(content, options, lambda opened: _decode_with_pillow(opened, content, options, warning))
 
 
-def has_image_signature(head: bytes) -> bool:
-    """Whether a file that begins with `head` (at least 4 bytes) may be in a format that decode_image reads."""
-    return head.startswith(_SIGNATURES)
+def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedImage | None, str]:
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo: (image, ""). Raises BadImage for too many pixels or scans.
 
-
-def _decode_color_jpeg(content: bytes) -> DecodedImage | None:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Raises BadImage for too many pixels, scans or segments.
-
-    Returns None for another colour space, or if libjpeg-turbo cannot decode the file or warns about it.
+    Returns (None, text) for another colour space, or if libjpeg-turbo cannot decode the file or warns about it. `text`
+    is the warning, if it is one.
     """
     has_exif = _has_exif(content)
     try:
         height, width, color_space, _ = simplejpeg.decode_jpeg_header(content)
-        _check_size(width, height)
-        _check_scans(width, height, content)
+        check_size(width, height, options)
+        _check_scans(width, height, content, options)
         if color_space not in ("YCbCr", "RGB"):
-            return None
-        pixels = decode_jpeg(content)
+            return None, ""
     except BadImage:
         raise
+    except Exception:  # simplejpeg raises KeyError for an unusual sampling of the colours
+        return None, ""
+    factor = _reduction(width, height, options)
+    try:
+        pixels = decode_jpeg(content, None if factor == 1 else (-(-height // factor), -(-width // factor)))
     except ValueError:
-        return None
+        return None, find_warning(content, "RGB")
     orientation = 1
     if has_exif:
         with suppress(BadImage):  # ignore a broken EXIF block: the pixels are good
-            orientation = _with_pillow(content, _exif_orientation)
-    return DecodedImage(pixels, (), orientation)
+            orientation = _with_pillow(content, options, _exif_orientation)
+    converted = ("reduced",) if factor > 1 else ()
+    return DecodedImage(pixels, converted, orientation, file_pixels=width * height), ""
+
+
+def _reduction(width: int, height: int, options: DecodeOptions) -> int:
+    """The divisor of both sides at which a JPEG is decoded: 1, or 2, 4 or 8 if it is larger than options.reduce_above.
+
+    The smallest divisor that is enough is chosen. The shorter side keeps at least options.min_side_px.
+    """
+    factor = 1
+    while (
+        factor < 8
+        and options.reduce_above
+        and (width // factor) * (height // factor) > options.reduce_above
+        and min(width, height) // (2 * factor) >= options.min_side_px
+    ):
+        factor *= 2
+    return factor
 
 
 def _has_exif(content: bytes) -> bool:
@@ -130,62 +164,89 @@ def _has_exif(content: bytes) -> bool:
     raise BadImage(f"more than {_MAX_SEGMENTS:,} segments before the first scan")
 
 
-def _with_pillow(content: bytes, use: Callable[[Image.Image], T]) -> T:
+_pillow_lock = threading.Lock()  # _with_pillow sets a limit and a filter that the whole process shares
+
+
+def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> T:
     """Open `content` with Pillow and return `use(image)`. Raises BadImage if Pillow raises an exception."""
-    with warnings.catch_warnings():
+    formats = pillow_formats(content[:HEAD_BYTES])
+    with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd EXIF data (harmless) and large sizes (checked here)
+        largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels  # Pillow allows twice this number
         try:
-            with Image.open(io.BytesIO(content), formats=_FORMATS) as image:
+            with Image.open(io.BytesIO(content), formats=formats) as image:
                 return use(image)
         except BadImage:
             raise
         except UnidentifiedImageError:
-            raise BadImage(UNKNOWN_FORMAT) from None
-        except Image.DecompressionBombError:
-            raise BadImage(f"more than {MAX_PIXELS:,} pixels") from None
-        except Exception as error:  # Pillow's decoders can raise any exception for broken bytes
-            raise BadImage(f"cannot be decoded: {error}" if str(error) else f"cannot be decoded: {error!r}") from None
+            is_known = len(formats) == 1  # the signature alone shows this format
+            raise BadImage("cannot be decoded: damaged or cut short" if is_known else unknown_format()) from None
+        except Image.DecompressionBombError as error:
+            (pixels,) = re.findall(r"\d+", str(error))[:1] or ("0",)
+            raise BadImage(_too_many_pixels(options), limit="max_pixels", pixels=int(pixels)) from None
+        except MemoryError:
+            raise BadImage("cannot be decoded: not enough memory") from None
+        except Exception as error:
+            raise BadImage(f"cannot be decoded: {_text(error)}") from None
+        finally:
+            Image.MAX_IMAGE_PIXELS = largest
 
 
-def _decode_with_pillow(image: Image.Image, content: bytes) -> DecodedImage:
+def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptions, warning: str) -> DecodedImage:
+    """Decode an open image. `warning` is what libjpeg-turbo has said about a JPEG."""
     width, height = image.size
-    _check_size(width, height)
-    if image.format in ("JPEG", "MPO"):  # a JPEG that _decode_color_jpeg left to Pillow
-        _check_scans(width, height, content)
-    converted = []
-    container = (image.format or "unknown").lower()
-    if container not in (_USUAL_CONTAINER, "mpo"):  # an MPO is a JPEG followed by more JPEGs
-        converted.append(container)
-    orientation = _exif_orientation(image)
-    if container == "tiff" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
-        image.load()
-        image = image.transpose(_UNDO_ORIENTATION[orientation])
-    mode = image.mode
-    if mode in _CONVERTED_MODES:
-        converted.append(_CONVERTED_MODES[mode])
-    if mode.startswith("I;16") or (mode == "I" and container == "ppm"):  # Pillow gives a 16-bit PGM the mode I
-        converted += ["16-bit", "grey"]
-        levels = np.asarray(image)
-        pixels = np.empty((*levels.shape, 3), np.uint8)
-        for top in range(0, len(levels), 256):  # in blocks, to save memory
-            pixels[top : top + 256] = (levels[top : top + 256] >> 8)[..., None]
-    elif mode in ("RGB", "YCbCr", "LAB", "HSV", "RGBX", *_CONVERTED_MODES):
-        pixels = np.asarray(image if mode == "RGB" else image.convert("RGB"))
+    check_size(width, height, options)
+    converted, facts = [], file_facts(image, content)
+    is_jpeg = image.format in ("JPEG", "MPO")  # an MPO is a JPEG followed by more JPEGs
+    if is_jpeg:
+        _check_scans(width, height, content, options)
+        factor = _reduction(width, height, options)
+        if factor > 1:
+            image.draft(None, (width // factor, height // factor))  # None keeps the mode
+            converted.append("reduced")
     else:
-        raise BadImage(f"pixel type {mode}, expected 8 or 16 bits per channel")
-    return DecodedImage(pixels, tuple(converted), orientation)
+        converted.append((image.format or "unknown").lower())
+    said: list[str] = []
+    try:
+        with caught_stderr() as said:
+            orientation = _exif_orientation(image)
+            image.load()
+    except Exception as error:
+        if not said:
+            raise
+        raise BadImage(f"cannot be decoded: {'; '.join(said)} ({_text(error)})") from None
+    if is_jpeg:
+        warning = warning or find_warning(content, {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+    elif image.format == "TIFF" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
+        image = image.transpose(_UNDO_ORIENTATION[orientation])
+    pixels, names = rgb_pixels(image, facts, options.background)
+    return DecodedImage(
+        pixels, (*converted, *names), orientation, (*said, *[warning] * bool(warning)), file_pixels=width * height
+    )
 
 
-def _check_size(width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise BadImage(f"{width}×{height}: more than {MAX_PIXELS:,} pixels")
+def _too_many_pixels(options: DecodeOptions) -> str:
+    return f"more than {options.max_pixels:,} pixels; --max-pixels sets this limit"
 
 
-def _check_scans(width: int, height: int, content: bytes) -> None:
+def _text(error: Exception) -> str:
+    """The message of an exception on one line."""
+    return " ".join(str(error).split()) or repr(error)
+
+
+def check_size(width: int, height: int, options: DecodeOptions) -> None:
+    """Raise BadImage if an image of this size has more pixels than options.max_pixels."""
+    if width * height > options.max_pixels:
+        reason = f"{width}×{height}: {_too_many_pixels(options)}"
+        raise BadImage(reason, limit="max_pixels", pixels=width * height)
+
+
+def _check_scans(width: int, height: int, content: bytes, options: DecodeOptions) -> None:
+    most = _MAX_SCANS * options.max_pixels
     # Count no scans in small files: a scan has at least ten bytes, so a small file has few scans.
-    if width * height * len(content) > 16 * _MAX_SCANNED_PIXELS:
+    if width * height * len(content) > 16 * most:
         scans = content.count(b"\xff\xda")
-        if width * height * scans > _MAX_SCANNED_PIXELS:
+        if width * height * scans > most:
             raise BadImage(f"{width}×{height} px in {scans:,} scans: decoding would take minutes")
 
 
@@ -202,11 +263,11 @@ def _exif_orientation(image: Image.Image) -> int:
 def check_rescaled_size(pixels: npt.NDArray[np.uint8], side_px: int, keep_aspect: bool) -> None:
     """Raise BadImage if `keep_aspect` is set and the rescaled image would be too large.
 
-    The limits are MAX_PIXELS for the image and 65,000 px for a side (libjpeg's limit is 65,500 px).
+    The limits are MAX_RESCALED_PIXELS for the image and 65,000 px for a side (libjpeg's limit is 65,500 px).
     """
     height, width = pixels.shape[:2]
     new_width, new_height = rescaled_size(width, height, side_px)
-    if keep_aspect and (new_width * new_height > MAX_PIXELS or max(new_width, new_height) > 65_000):
+    if keep_aspect and (new_width * new_height > MAX_RESCALED_PIXELS or max(new_width, new_height) > 65_000):
         raise BadImage(f"{width}×{height} would become {new_width}×{new_height}")
 
 

@@ -13,13 +13,41 @@ import simplejpeg
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
 
 
-def decode_jpeg(content: bytes) -> Pixels:
+def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pixels:
     """Decode a JPEG to RGB pixels, uint8 (H, W, 3). Decoding releases the GIL.
+
+    With `reduced_to`, a (height, width) of the image divided by 2, 4 or 8 and rounded up, libjpeg makes the smaller
+    image directly from the coefficients, so that the whole image is never in memory.
 
     Raises ValueError for a file that libjpeg cannot decode or warns about. EXIF orientation is not applied.
     """
-    pixels: Pixels = simplejpeg.decode_jpeg(content, "RGB", fastdct=False, fastupsample=False, strict=True)
+    min_height, min_width = reduced_to or (0, 0)
+    try:
+        pixels: Pixels = simplejpeg.decode_jpeg(
+            content, "RGB", fastdct=False, fastupsample=False, min_height=min_height, min_width=min_width, strict=True
+        )
+    except ValueError:
+        raise
+    except Exception as error:  # simplejpeg raises KeyError for an unusual header
+        raise ValueError(f"cannot be decoded: {error!r}") from None
     return pixels
+
+
+def find_warning(content: bytes, color_space: str) -> str:
+    """The first warning of libjpeg-turbo about a JPEG file; empty if there is none, or if it cannot decode the file.
+
+    `color_space` is simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
+    """
+    fast = {"fastdct": True, "fastupsample": True}
+    try:
+        simplejpeg.decode_jpeg(content, color_space, strict=True, **fast)
+    except Exception as warning:
+        try:
+            simplejpeg.decode_jpeg(content, color_space, strict=False, **fast)
+        except Exception:  # this is an error and not a warning
+            return ""
+        return str(warning)
+    return ""
 
 
 def encode_jpeg(pixels: Pixels, quality: int) -> bytes:

@@ -1,10 +1,12 @@
 """Log of a build's inputs: inputs.jsonl (conversions, EXIF orientations, bad inputs) and the totals for the manifest.
 
-inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, or was left out. A
-line is the outcome of one input, a JSON object. Every outcome has the keys "source" and "fate" ("kept", "converted",
-"bad", or "ignored" for what is no input, such as a file beside class folders). "how" (the conversions),
-"exif_orientation" and "why" (the reason for a bad or ignored input) are written only if they apply. Outcomes are
-streamed, so memory never holds all of them.
+inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, was kept although its
+decoder warned about it, or was left out. A line is the outcome of one input, a JSON object. Every outcome has the keys
+"source" and "fate" ("kept", "converted", "kept, with warnings", "bad", or "ignored" for what is no input, such as a
+file beside class folders). These keys are written only if they apply: "how" (the conversions), "exif_orientation",
+"warnings" (the decoder's words), "why" (the reason for a bad or ignored input), and for a bad input about which an
+option decided, "limit" (the option) and the value of the input ("pixels", "seconds"). Outcomes are streamed, so memory
+never holds all of them.
 """
 
 from __future__ import annotations
@@ -18,19 +20,21 @@ from typing import Any, BinaryIO
 from prep.files import atomic_file
 
 IGNORED = "ignored"  # fate of an entry that is not an input, such as a file beside class folders
+WARNED = "kept, with warnings"  # fate of an input that was kept although its decoder warned about it
 _MAX_REASONS = 20  # keeps the manifest small if there are many different reasons
 
 
 def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Count the conversions, the EXIF orientations and the reasons for bad inputs, as in Split.account.
+    """Count conversions, EXIF orientations, warnings about kept inputs and reasons for bad inputs, as in Split.account.
 
     The _MAX_REASONS most frequent reasons are counted by name. All other reasons are counted together as "other
-    reasons".
+    reasons". Of the warnings about an input, the first is counted, in the same way.
     """
     converted: Counter[str] = Counter()
     orientations: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
     ignored: Counter[str] = Counter()
+    warned: Counter[str] = Counter()
     for outcome in outcomes:
         converted.update(outcome.get("how", ()))
         if "exif_orientation" in outcome:
@@ -39,11 +43,20 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
             reasons[str(outcome["why"])] += 1
         elif outcome["fate"] == IGNORED:
             ignored[str(outcome["why"])] += 1
-    bad = dict(reasons.most_common(_MAX_REASONS))
-    if len(bad) < len(reasons):
-        bad["other reasons"] = reasons.total() - sum(bad.values())
-    account = {"converted": dict(converted), "exif_orientation": dict(orientations), "bad": bad}
+        elif "warnings" in outcome:
+            warned[str(outcome["warnings"][0])] += 1
+    account = {"converted": dict(converted), "exif_orientation": dict(orientations)}
+    account |= {"warnings": _most_frequent(warned, "other warnings")} if warned else {}
+    account |= {"bad": _most_frequent(reasons, "other reasons")}
     return {**account, IGNORED: dict(ignored)} if ignored else account
+
+
+def _most_frequent(counts: Counter[str], others: str) -> dict[str, int]:
+    """The _MAX_REASONS largest counts, and under the name `others` the sum of the other counts."""
+    largest = dict(counts.most_common(_MAX_REASONS))
+    if len(largest) < len(counts):
+        largest[others] = counts.total() - sum(largest.values())
+    return largest
 
 
 def write_outcomes(path: Path, outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -5,8 +5,8 @@
       train/00000/data.mdb …      one LMDB per shard: Caffe Datums under 8-digit keys, in a seeded order
       train/colour.json           mean RGB and colour PCA of the split; the stream reads this file
       train/mean_image.npy        float32 (side_px, side_px, 3): the mean of the central squares of all images
-      train/inputs.jsonl          one line for each input that was converted, was left out, or has an EXIF
-                                  orientation other than 1
+      train/inputs.jsonl          one line for each input that was converted, was left out, has an EXIF orientation
+                                  other than 1, or was kept although its decoder warned about it
       val/…
 
 Each time a split is complete, a new manifest.json replaces the old manifest.json by rename. So every file named in
@@ -37,6 +37,9 @@ SPLIT_FILES = ("mean_image.npy", "inputs.jsonl")  # files of a split; Split.acco
 COPY_FOLDER = ".copy"  # journal of an unfinished `alexprep copy` into this store; see prep.remote.journal
 FORMATS = ("jpeg", "ppm")  # formats of a record
 FILTERS = ("area", "bilinear", "bicubic", "lanczos")  # rescaling filters
+BACKGROUNDS = ("white", "black", "grey")  # colours behind transparent pixels
+DEFAULT_BACKGROUND = "white"
+DROPPED = "dropped"  # Settings.background of stores of older versions, which dropped the alpha channel of images
 
 T = TypeVar("T")
 
@@ -55,6 +58,22 @@ class Settings:
     quality: int  # JPEG quality, 1..100; unused for ppm
     filter: str  # rescaling filter: "area", "bilinear", "bicubic" or "lanczos"
     seed: int  # seed of the record order
+    # Manifests of older versions lack the following fields. For them, from_json gives what these versions did.
+    background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, one of BACKGROUNDS, or DROPPED
+    # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
+    reduce_above: int = 0
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> Settings:
+        """The settings in a manifest, a plan.json or a run.json. Raises TypeError for a missing or unknown field."""
+        return Settings(**{**_OLDER_SETTINGS, **data})
+
+    def to_json(self) -> dict[str, Any]:
+        """The settings as a JSON object, without newer fields whose value is what older versions did."""
+        return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
+
+
+_OLDER_SETTINGS = {"background": DROPPED, "reduce_above": 0}
 
 
 @dataclass(frozen=True)
@@ -79,7 +98,9 @@ class Split:
     shards: tuple[Shard, ...]
     moments: Mapping[str, Any]  # exact integers: pixels, sum of RGB (3), sum of RGB·RGBᵀ (3×3)
     # Digest of the build plan, counts of inputs, and digests of SPLIT_FILES: {"plan": SHA-256, "inputs": n, "kept": n,
-    # "converted": {conversion: n}, "exif_orientation": {value: n}, "bad": {reason: n}, "files": {name: SHA-256}}
+    # "largest_px": pixels of the largest input kept, "converted": {conversion: n}, "exif_orientation": {value: n},
+    # "warnings": {text: n}, "bad": {reason: n}, "files": {name: SHA-256}}; older versions wrote neither "largest_px"
+    # nor "warnings"
     account: Mapping[str, Any]
 
 
@@ -128,6 +149,8 @@ def _class_names(value: object) -> tuple[str, ...]:
 def _from_json(cls: type[T], data: Any, where: str) -> T:
     """Make a `cls` object from a JSON object. Raises StoreError if a field is missing, unknown or of a wrong type."""
     names = [f.name for f in fields(cls)]  # type: ignore[arg-type]  # every caller passes a dataclass
+    if cls is Settings and isinstance(data, dict):
+        data = {**_OLDER_SETTINGS, **data}
     if not isinstance(data, dict) or sorted(data) != sorted(names):
         content = sorted(data) if isinstance(data, dict) else type(data).__name__
         raise StoreError(f"{where} holds {content}, expected {sorted(names)}. The store is damaged: build it again.")
@@ -288,7 +311,7 @@ class Store:
             "kind": KIND,
             "schema": SCHEMA,
             "fingerprint": self.fingerprint,
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_json(),
             "tools": dict(self.tools),
             "classes": list(self.classes),
             "splits": {name: asdict(split) for name, split in self.splits.items()},

@@ -12,7 +12,7 @@ import pytest
 
 from prep import files
 from prep.console import UserError
-from prep.files import LockHeld, hold_lock, lock_is_held, save_array, write_atomic
+from prep.files import LockHeld, hold_lock, lock_is_held, save_array, without_locks, write_atomic
 
 
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,8 +93,8 @@ def test_shared_locks_exclude_only_a_lock_that_is_not_shared(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
-def test_a_file_system_without_locks_is_reported_in_one_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+def test_a_file_system_without_locks_is_reported_once_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], code: int
 ) -> None:
     """Lustre gives these errors if it is mounted without the option flock."""
 
@@ -102,5 +102,20 @@ def test_a_file_system_without_locks_is_reported_in_one_line(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr("prep.files.fcntl.flock", flock)
-    with pytest.raises(UserError, match=r"this file system has no locks .*flock"), hold_lock(tmp_path, "build"):
-        pass
+    for _ in range(2):
+        with hold_lock(tmp_path, "build") as is_held:
+            assert not is_held
+    assert lock_is_held(tmp_path) is None
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"{tmp_path}: this file system has no locks ({os.strerror(code)})" in line
+    assert "--no-lock" in line and "flock" in line
+
+
+def test_without_locks_nothing_is_locked_or_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with hold_lock(tmp_path / "..", "build", name="outer.lock"), without_locks():
+        for _ in range(2):
+            with hold_lock(tmp_path, "build") as first, hold_lock(tmp_path, "build") as second:
+                assert not first and not second
+    assert os.listdir(tmp_path) == [] and capsys.readouterr().err == ""
+    with hold_lock(tmp_path, "build") as is_held:
+        assert is_held

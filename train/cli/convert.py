@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from prep.console import bytes_text, json_option, print_json, say, shell_quoted, store_option
+from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
     batch_option,
@@ -88,6 +89,7 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     is_flag=True,
     help="Initialize the last layer anew. Required if FILE and the store have different classes.",
 )
+@no_lock_option
 @json_option
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
     """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.

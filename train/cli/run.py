@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import WrongArgument, count_noun, json_option, print_json, say, shell_quoted, store_option
+from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
     accumulate_option,
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
 @fork_option
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
 @click.option("-q", "--quiet", is_flag=True, help="Print only errors, warnings and the last line.")
+@no_lock_option
 @json_option
 def run(
     gpus: str | None,
@@ -248,6 +250,7 @@ def _result_json(training: Run, run_dir: Path, dry_run: bool) -> dict[str, Any]:
 @gpus_option
 @service_options
 @click.option("-n", "--dry-run", is_flag=True, help="Print what would be trained, and train nothing.")
+@no_lock_option
 @json_option
 def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any) -> None:
     """Train networks with one part removed or replaced; print the measured and the reported increase of the errors.

@@ -33,7 +33,7 @@ def store_facts(store: Store) -> dict[str, Any]:
     """The "store" part of run.json. Raises StoreError if the colour statistics are missing."""
     return {
         "fingerprint": store.fingerprint,
-        "settings": asdict(store.settings),
+        "settings": store.settings.to_json(),
         "tools": dict(store.tools),
         "splits": {
             name: {"records": split.records, "bytes": split.bytes, "label_counts": list(split.label_counts)}
@@ -69,7 +69,7 @@ def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
     """
     mean, description = recipe.augmentation.mean, read_description(run_dir)
     mean_image = _load_mean_image(run_dir) if mean in _NEED_MEAN_IMAGE else None
-    settings = Settings(**description["store"]["settings"])
+    settings = Settings.from_json(description["store"]["settings"])
     mean_rgb, divisor = saved_color_stats(description).mean_rgb, recipe.augmentation.divisor_in_evaluation
     return EvalTransform(settings, mean, mean_rgb, mean_image, divisor)
 

@@ -6,6 +6,7 @@ Reading the status does not disturb a process that is training in the folder.
 from __future__ import annotations
 
 import json
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -49,13 +50,14 @@ def status_of(run_dir: Path) -> dict[str, Any]:
     """
     description = read_description(run_dir)
     identity = description["identity"]
-    alive = lock_is_held(run_dir)
     try:
         written = json.loads((run_dir / STATUS).read_bytes())
     except (OSError, ValueError):
         written = {}
     lines, saved, now = read_metrics(run_dir), newest_checkpoint(run_dir), time.time()
     state = written.get("state", "training")
+    held = lock_is_held(run_dir)
+    alive = _seems_alive(written) if held is None else held
     if alive:
         state = "training"
     elif state == "training":
@@ -88,6 +90,18 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "seconds_since": max(0.0, now - lines[-1]["unix_time_s"]) if lines and "unix_time_s" in lines[-1] else None,
         "checkpoint": {"step": saved[0], "seconds_since": max(0.0, now - saved[1])} if saved else None,
     }
+
+
+def _seems_alive(written: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote a status is training, where locks cannot tell.
+
+    A process of another machine is taken to be alive until it writes that it has ended.
+    """
+    if written.get("state") != "training":
+        return False
+    if written.get("host") != socket.gethostname():
+        return True
+    return Path(f"/proc/{written.get('process')}").exists()
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:

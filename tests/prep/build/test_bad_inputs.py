@@ -21,6 +21,7 @@ from prep.build.split import build_split
 from prep.cli import main
 from prep.console import Progress, UserError
 from prep.images.codec import MAX_FILE_BYTES
+from prep.images.formats import unknown_format
 from prep.inputs.folder import FolderReader
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
@@ -82,8 +83,8 @@ def test_probe_names_obviously_bad_inputs(with_bad: Path) -> None:
     bad = dict(probe(FolderReader(with_bad), source.inputs, 1))
     assert bad == {
         "n1/bad_empty.JPEG": "empty file",
-        "n1/bad_text.JPEG": "not an image in a known format",
-        "n2/bad_too.JPEG": "not an image in a known format",
+        "n1/bad_text.JPEG": unknown_format(),
+        "n2/bad_too.JPEG": unknown_format(),
         "n1/gone.JPEG": "cannot be read: No such file or directory",
         "n1/huge.JPEG": "256,000,001 bytes: more than 256,000,000",
     }
@@ -147,7 +148,7 @@ def test_skipped_files_are_counted_and_named(with_bad: Path, tmp_path: Path, rec
     assert account["inputs"] == 204 == account["kept"] + sum(account["bad"].values())
     assert account["kept"] == built.split("train").records == 200
     assert account["bad"]["empty file"] == 1
-    assert account["bad"]["not an image in a known format"] >= 2
+    assert account["bad"][unknown_format()] >= 2
     assert (progress.done, progress.bad) == (204, 4)
     assert set(record_sources(records_of(tmp_path / "store", "train"))) == set(image_paths(with_bad)) - set(BAD)
     lines = lines_of(tmp_path / "store" / "train" / "inputs.jsonl")

@@ -297,17 +297,32 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
     assert build(slow, tmp_path / "store").splits == slow_store.splits
 
 
-def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(slow: Path, tmp_path: Path) -> None:
-    """After the first crash the file is tried again, since the cause may be a lack of memory."""
+def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(
+    slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """After the first crash the file is tried again, since the cause may be a lack of memory. One build does both."""
     source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
-    for policy in (STRICT, SKIP, STRICT):
-        with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
-            build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), policy)
+    progress = Progress(320, "pictures")
     with WorkerPool(2) as workers:
-        store = build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
+        store = build_split(crashing, tmp_path / "store", PPM, workers, progress, SKIP)
     split = store.split("train")
     assert (split.records, split.account["bad"]) == (319, {"killed the process that read it, twice": 1})
+    assert (progress.done, progress.bad) == (320, 1)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 2 and all(
+        "_100.JPEG: a worker process was killed (SIGKILL) at this file" in line for line in said
+    )
+
+
+def test_a_crash_of_an_earlier_run_counts(slow: Path, tmp_path: Path) -> None:
+    source = list_source(slow, "train")
+    crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
+    with WorkerPool(2) as workers, pytest.raises(UserError, match=r"_100\.JPEG: .*--on-bad skip"):
+        build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), STRICT)
+    with WorkerPool(2) as workers:
+        store = build_split(crashing, tmp_path / "store", PPM, workers, Progress(320, "pictures"), SKIP)
+    assert store.split("train").account["bad"] == {"killed the process that read it, twice": 1}
 
 
 def test_no_worker_goes_on_after_a_failed_build(slow: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from prep.build.preflight import free_bytes
 from prep.build.split import BuildEstimate, estimate_build
 from prep.cli import main
 from prep.console import DiskFull, UserError
+from prep.images.formats import unknown_format
 from prep.inputs.sources import list_source
 from prep.store.manifest import Settings
 from prep.workers import Runner
@@ -93,7 +94,7 @@ def test_an_estimate_writes_nothing(photos: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
     result = estimate(source, store)
     assert (result.inputs, result.classes, result.done, result.is_built) == (401, 3, 0, False)
-    assert result.bad == (("n1/bad.JPEG", "not an image in a known format"),)
+    assert result.bad == (("n1/bad.JPEG", unknown_format()),)
     assert snapshot(tmp_path) == before
     with pytest.raises(Stopped):
         build(source, store, policy=SKIP, runner=StoppingRunner(2))

@@ -1,0 +1,61 @@
+"""Options that decide which inputs a build keeps: pixels, warnings of the decoder, decoding time.
+
+These options may change between two runs of a build. A finished shard is built again only if an input of the shard
+would now have another outcome. So raising --max-pixels keeps all finished shards without a picture that was too large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prep.images.codec import MAX_PIXELS, BadImage, DecodedImage, DecodeOptions
+from prep.store.manifest import Settings
+
+TIME_LIMIT_S = 30.0  # default limit; an image of 200 million pixels takes up to 10 s
+
+
+@dataclass(frozen=True)
+class InputLimits:
+    """Limits of the inputs that a build keeps."""
+
+    max_pixels: int = MAX_PIXELS  # an input with more pixels is bad
+    keep_warned: bool = True  # whether an input with warnings of its decoder is kept; if False, it is bad
+    time_limit_s: float = TIME_LIMIT_S  # an input whose decoding takes more CPU time is bad; 0: no limit
+
+    def decode_options(self, settings: Settings) -> DecodeOptions:
+        """The options of prep.images.codec for a build with these limits and `settings`."""
+        return DecodeOptions(self.max_pixels, settings.background, settings.reduce_above, 2 * settings.side_px)
+
+    def check_warnings(self, image: DecodedImage) -> None:
+        """Raise BadImage if the image has warnings and `keep_warned` is False."""
+        if image.warnings and not self.keep_warned:
+            reason = f"decoded with warnings: {'; '.join(image.warnings)}"
+            raise BadImage(reason, limit="on_warning", warnings=list(image.warnings))
+
+    def too_slow(self) -> BadImage:
+        """The error for an input whose decoding takes more CPU time than `time_limit_s`."""
+        reason = f"decoding took more than {self.time_limit_s:g} s of CPU time; --time-limit sets this limit"
+        return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
+
+    def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
+        """Name an input that would have another outcome under these limits; empty if there is none.
+
+        outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl)
+        largest_px  number of pixels of the largest input that was kept
+        """
+        if largest_px > self.max_pixels:
+            return f"a picture of {largest_px:,} pixels"
+        return next((outcome["source"] for outcome in outcomes if self._changes(outcome)), "")
+
+    def _changes(self, outcome: Mapping[str, Any]) -> bool:
+        limit = outcome.get("limit")
+        if limit == "max_pixels":
+            return bool(outcome["pixels"] <= self.max_pixels)
+        if limit == "time_limit":
+            return not self.time_limit_s or bool(outcome["seconds"] < self.time_limit_s)
+        return "warnings" in outcome and (outcome["fate"] == "bad") == self.keep_warned
+
+
+DEFAULT_LIMITS = InputLimits()

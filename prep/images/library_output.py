@@ -1,0 +1,54 @@
+"""Catches the lines that C libraries write to standard error while they decode a file.
+
+libtiff, for example, reports damaged data there, without the name of the file. The caller adds the name.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+_STDERR = 2
+_MAX_LINES, _MAX_CHARS, _MAX_READ_BYTES = 3, 160, 64_000
+_HARMLESS = ("Unknown field with tag",)  # libtiff writes this about every tag of Photoshop and of cameras
+_lock = threading.Lock()  # standard error belongs to the process, so one thread at a time may redirect it
+
+
+@contextmanager
+def caught_stderr() -> Iterator[list[str]]:
+    """Redirect file descriptor 2 during a `with` block. After the block, the list holds what was written, as lines.
+
+    Empty lines and known harmless lines are left out. At most three lines are kept, each of at most 160 characters; a
+    fourth entry counts the others. Another thread that enters such a block waits.
+    """
+    lines: list[str] = []
+    with _lock:
+        try:
+            before = os.dup(_STDERR)
+        except OSError:  # the process has no standard error
+            yield lines
+            return
+        written = os.memfd_create("stderr")
+        try:
+            os.dup2(written, _STDERR)
+            try:
+                yield lines
+            finally:
+                os.dup2(before, _STDERR)
+                lines += _read_lines(written)
+        finally:
+            os.close(before)
+            os.close(written)
+
+
+def _read_lines(descriptor: int) -> list[str]:
+    content = b""
+    with suppress(OSError):
+        content = os.pread(descriptor, _MAX_READ_BYTES, 0)
+    # Pillow gives libtiff this name for a file in memory.
+    lines = [line.strip().removeprefix("tempfile.tif: ") for line in content.decode("utf-8", "replace").splitlines()]
+    kept = [line[:_MAX_CHARS] for line in lines if line and not any(text in line for text in _HARMLESS)]
+    others = len(kept) - _MAX_LINES
+    return kept[:_MAX_LINES] + [f"{others:,} more lines"] * (others > 0)
