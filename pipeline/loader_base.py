@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import time
+import weakref
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import TYPE_CHECKING, NamedTuple, NoReturn, Self
 
 import torch
 
@@ -29,6 +32,22 @@ STREAM_VERSION = 3
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
+_ADVICE = (
+    "Make the loader in the process that iterates over it, for example in the method __iter__ of an IterableDataset. A "
+    "torch DataLoader around a loader is not needed: the loader has its own threads, and serves batches of tensors."
+)
+_loaders: weakref.WeakSet[Loader] = weakref.WeakSet()
+
+
+def _keep_loaders_of_parent() -> None:
+    """In a forked child, keep the parent's loaders until the process ends, so that nothing waits for their threads."""
+    for loader in list(_loaders):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(loader))
+
+
+os.register_at_fork(after_in_child=_keep_loaders_of_parent)
+
+
 class Batch(NamedTuple):
     """Images and labels of one batch, on the loader's device."""
 
@@ -50,7 +69,12 @@ class WaitTimes(NamedTuple):
 
 
 class Loader:
-    """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader."""
+    """Base of TrainLoader and EvalLoader. `close` or a `with` statement releases the threads and files of a loader.
+
+    A loader can be used only in the process that made it, because its threads exist only there. In a forked child,
+    iteration raises UserError, and `close` and the end of the process leave the parent's loader alone. A loader cannot
+    be pickled.
+    """
 
     def __init__(
         self,
@@ -80,6 +104,8 @@ class Loader:
         self.augmentation, self.layout, self.dtype = augmentation, layout, str(dtype).removeprefix("torch.")
         self.shard, self.world_size, self.threads = shard, world_size, threads
         self.records = store.split(split).records
+        self._process = os.getpid()
+        _loaders.add(self)
         self._waits = WaitTimes(0, 0.0, 0.0)
         self._served_at: float | None = None  # time at which the last batch was served
         self._records = Records(store, split)
@@ -118,13 +144,27 @@ class Loader:
         """Stop the threads, release memory and unmap the files. Batches already served stay valid.
 
         The engines keep the memory of served batches that are still referenced (see the methods `finish` and `close` of
-        CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch.
+        CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch. In a forked child, nothing is closed.
         """
+        if self._process != os.getpid():
+            return
         if self._windows is not None:
             self._windows.stop()
         self._prefetcher.close()
         if self._windows is not None:
             self._windows.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Raises UserError: a loader cannot be pickled, for example for a spawned process, and cannot be copied."""
+        raise UserError(f"a loader cannot be pickled or copied: its threads stay in this process. {_ADVICE}")
+
+    def _check_process(self) -> None:
+        """Raise UserError in a process that was forked from the process of this loader."""
+        if self._process != os.getpid():
+            raise UserError(
+                f"this loader was made in process {self._process} and is used in process {os.getpid()}, which was "
+                f"forked from it and has no copy of its threads. {_ADVICE}"
+            )
 
     def __enter__(self) -> Self:
         return self
@@ -162,6 +202,7 @@ class Loader:
 
     def _start(self, jobs: Iterator[Job], position: int) -> None:
         """Start to prefetch the batches of `jobs`. `position` is the position of the first batch (Fetch.position)."""
+        self._check_process()
         if self._windows is not None:
             self._windows.start(position)
         self._prefetcher.start(jobs)
@@ -174,6 +215,7 @@ class Loader:
 
     def _next(self) -> Batch | None:
         """The next batch; None after the last batch. Raises StoreError for a damaged record."""
+        self._check_process()
         self._prefetcher.wait_for_consumer()
         requested = time.perf_counter()
         since_served_s = 0.0 if self._served_at is None else requested - self._served_at

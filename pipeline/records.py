@@ -70,6 +70,10 @@ class Records:
         self._clear_index()
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Records], tuple[Store, str]]:
+        """A pickled copy opens the files anew, for example in a spawned process."""
+        return Records, (self.store, self.split)
+
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
 

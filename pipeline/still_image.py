@@ -7,9 +7,10 @@ gives the result. EvalTransform needs only the settings and the mean of a store.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -18,19 +19,13 @@ from pipeline.augment import CROP_PX, eval_offsets
 from pipeline.records import Records
 from prep.console import UserError
 from prep.images.central_square import central_offset, central_square
-from prep.images.codec import MAX_FILE_BYTES, BadImage, check_rescaled_size, decode_image, encode_image
+from prep.images.codec import BadImage
 from prep.images.jpeg import decode_jpeg
-from prep.images.rescale import rescale
+from prep.images.limits import MAX_PIXELS
+from prep.images.photograph import Photograph, prepare_photograph, prepare_photographs
 from prep.store.manifest import Settings, Store, StoreError
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3) RGB
-
-
-class Photograph(NamedTuple):
-    """A photograph, prepared like a record of a store."""
-
-    square: Pixels  # (side_px, side_px, 3): rescaled central square; for JPEG stores also encoded and decoded
-    orientation: int  # EXIF orientation, 1 if the file has none; not applied, as in alexprep
 
 
 def read_photograph(path: Path, settings: Settings) -> Photograph:
@@ -39,19 +34,25 @@ def read_photograph(path: Path, settings: Settings) -> Photograph:
     Raises UserError with the path if the file cannot be read, is too large, or is not an image.
     """
     try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise UserError(f"{path}: {size:,} bytes, expected at most {MAX_FILE_BYTES:,}. Choose a smaller file.")
-        image = decode_image(path.read_bytes())
-        check_rescaled_size(image.pixels, settings.side_px, settings.keep_aspect)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}. Choose an image file that can be read.") from None
+        return prepare_photograph(path, settings)
     except BadImage as error:
-        raise UserError(f"{path}: {error}. Choose a JPEG, PNG, GIF, BMP, WebP, TIFF or PNM file.") from None
-    pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
-    if settings.format == "jpeg":
-        pixels = decode_jpeg(encode_image(pixels, "jpeg", settings.quality))
-    return Photograph(central_square(pixels, settings.side_px), image.orientation)
+        raise bad_photograph(path, error) from None
+
+
+def read_photographs(
+    paths: Sequence[Path], settings: Settings, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Path, Photograph | UserError]]:
+    """Prepare image files like read_photograph, in a separate process. Yields (path, photograph), or (path, error).
+
+    No file ends the loop, not even a file at which the decoder crashes or hangs.
+    """
+    for path, photograph in prepare_photographs(paths, settings, max_pixels):
+        yield path, bad_photograph(path, photograph) if isinstance(photograph, BadImage) else photograph
+
+
+def bad_photograph(path: Path, reason: BadImage) -> UserError:
+    """The error for a photograph that cannot be used."""
+    return UserError(f"{path}: {reason}. Choose an image file that can be read, for example a JPEG or PNG file.")
 
 
 @dataclass(frozen=True)

@@ -23,11 +23,12 @@ ALLOWED = {
     # `pipeline` imports prep.images to decode and rescale single photographs exactly as builds do.
     "pipeline": (
         *("pipeline", "prep.cluster", "prep.console", "prep.files", "prep.compiled", "prep.version"),
-        *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.rescale"),
+        *("prep.store", "prep.images.central_square", "prep.images.codec", "prep.images.jpeg", "prep.images.limits"),
+        "prep.images.photograph",
     ),
     "train": (
         *("train", "pipeline", "prep.console", "prep.files", "prep.compiled", "prep.plot_style", "prep.version"),
-        "prep.store.manifest",
+        *("prep.images.limits", "prep.store.manifest"),
     ),
 }
 

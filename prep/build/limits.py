@@ -10,10 +10,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prep.images.codec import MAX_PIXELS, BadImage, DecodedImage, DecodeOptions
+from prep.images.codec import BadImage, DecodedImage, DecodeOptions
+from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S, too_slow_text
 from prep.store.manifest import Settings
-
-TIME_LIMIT_S = 30.0  # default limit; an image of 200 million pixels takes up to 10 s
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class InputLimits:
 
     def too_slow(self) -> BadImage:
         """The error for an input whose decoding takes more CPU time than `time_limit_s`."""
-        reason = f"decoding took more than {self.time_limit_s:g} s of CPU time; --time-limit sets this limit"
+        reason = f"{too_slow_text(self.time_limit_s)}; --time-limit sets this limit"
         return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
 
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:

@@ -14,8 +14,9 @@ from prep.build.plan import BuildPlan, BuildPolicy, bad_outcomes
 from prep.build.shard_task import ShardBuilder, ShardTask
 from prep.console import DiskFull, UserError, bytes_text, count_noun, one_line, say
 from prep.files import write_atomic
-from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.codec import BadImage
 from prep.images.formats import HEAD_BYTES, unreadable_reason
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader

@@ -25,18 +25,10 @@ import numpy.typing as npt
 from prep.build.limits import DEFAULT_LIMITS, InputLimits
 from prep.console import DiskFull, UserError, disk_error, one_line
 from prep.files import save_array, sync_folder, unique_suffix, write_atomic
-from prep.images.codec import (
-    MAX_FILE_BYTES,
-    BadImage,
-    DecodedImage,
-    check_rescaled_size,
-    check_size,
-    decode_image,
-    encode_image,
-)
+from prep.images.codec import BadImage, DecodedImage, check_rescaled_size, check_size, decode_image, encode_image
 from prep.images.color_stats import PixelSums
+from prep.images.limits import MAX_FILE_BYTES, cpu_time_limit
 from prep.images.rescale import rescale
-from prep.images.time_limit import cpu_time_limit
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
 from prep.inputs.reader import InputReader

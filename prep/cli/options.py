@@ -11,13 +11,12 @@ import click
 
 from prep.console import json_option, usable_cores
 from prep.files import no_lock_option
+from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
 from prep.store.manifest import BACKGROUNDS, DEFAULT_BACKGROUND, FILTERS, FORMATS, SPLITS
 
 if TYPE_CHECKING:
     from prep.cluster_runner import ClusterRunner
     from prep.workers import WorkerPool
-
-MAX_PIXELS, TIME_LIMIT_S = 200_000_000, 30.0  # prep.images.codec and prep.build.limits have these numbers, too
 
 split_option = click.option(
     "--split", type=click.Choice(SPLITS), default="train", show_default=True, help="Name of the split."

@@ -28,13 +28,10 @@ from prep.images.formats import HEAD_BYTES, JPEG_SIGNATURE, pillow_formats, unkn
 from prep.images.formats import BadImage as BadImage
 from prep.images.jpeg import decode_jpeg, encode_jpeg, find_warning
 from prep.images.library_output import caught_stderr
+from prep.images.limits import MAX_PIXELS, MAX_RESCALED_PIXELS
 from prep.images.rescale import rescaled_size
 from prep.images.rgb import file_facts, rgb_pixels
 from prep.store.manifest import DEFAULT_BACKGROUND
-
-MAX_PIXELS = 200_000_000  # default limit for inputs; a larger input may be a decompression bomb
-MAX_RESCALED_PIXELS = 100_000_000  # limit for rescaled images
-MAX_FILE_BYTES = 256_000_000
 
 T = TypeVar("T")
 

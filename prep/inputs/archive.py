@@ -16,7 +16,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from prep.console import UserError, progress
-from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.codec import BadImage
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.archive_folders import LINK, ArchiveContents, found_inputs
 from prep.inputs.listing import Input
 from prep.inputs.reader import FoundInputs

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from prep.console import Progress, UserError, count_noun
-from prep.images.codec import MAX_PIXELS, BadImage
+from prep.images.codec import BadImage
+from prep.images.limits import MAX_PIXELS
 from prep.inputs.classes import numbered_classes, read_class_file
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prep.console import Progress, UserError, count_noun, progress, say
-from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.codec import BadImage
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.classes import (
     NO_CLASS,
     STRAY_FILE,

@@ -179,6 +179,15 @@ def _unmap(address: int, size: int) -> None:
 
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a forked child: another thread of the parent may have held the lock, and no thread here would release it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_renew_lock)
 _environments: dict[str, tuple[lmdb.Environment, int]] = {}  # real path -> (environment, number of users)
 
 

@@ -32,7 +32,7 @@ def test_a_photograph_is_prepared_as_its_record_in_a_store(
         for number in range(12):  # one image is grey, one is CMYK, one is a PNG
             source = images.records.source(number)
             (path,) = photo_folder.rglob(Path(source).name)
-            square, orientation = read_photograph(path, store.settings)
+            square, orientation, _ = read_photograph(path, store.settings)
             assert square.shape == (256, 256, 3) and orientation == 1
             assert np.array_equal(square, images[number])
             assert images.records.key(number) == f"{number:08d}" and source in images.records.location(number)
@@ -62,7 +62,7 @@ def test_exif_orientation_is_reported_and_not_applied(tmp_path: Path) -> None:
     pixels = np.zeros((256, 256, 3), np.uint8)
     pixels[:128] = 200
     Image.fromarray(pixels).save(tmp_path / "a.jpg", exif=exif)
-    square, orientation = read_photograph(tmp_path / "a.jpg", SETTINGS)
+    square, orientation, _ = read_photograph(tmp_path / "a.jpg", SETTINGS)
     assert orientation == 6 and square[:100].mean() > 190 and square[156:].mean() < 10
 
 

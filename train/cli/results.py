@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import UserError, WrongArgument, count_noun, json_option, one_line, print_json, say, store_option
+from prep.images.limits import MAX_PIXELS
 from prep.plot_style import FORMATS
 from prep.store.manifest import Store
 from train.cli.options import checkpoint_option, gpus_option, precision_option, run_argument
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; matplotlib cannot draw a sheet with far more rows
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=MAX_PIXELS,
+    show_default=True,
+    metavar="N",
+    help="Largest number of pixels of a photograph.",
+)
 image_store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -174,6 +183,7 @@ def report(
 @click.option(
     "--top", type=click.IntRange(1), default=5, show_default=True, metavar="N", help="Number of classes to print."
 )
+@max_pixels_option
 @checkpoint_option
 @gpus_option
 @precision_option
@@ -183,6 +193,7 @@ def predict(
     images: tuple[Path, ...],
     views: str,
     top: int,
+    max_pixels: int,
     checkpoint: str,
     gpus: str | None,
     precision: str,
@@ -190,19 +201,26 @@ def predict(
 ) -> None:
     """Print the most probable classes of photographs.
 
-    The photographs are prepared like the images of the training store.
+    The photographs are prepared like the images of the training store. For a file that cannot be used, an error is
+    printed, the other photographs follow, and the exit code is 1.
 
     \b
     Example:
       alextrain predict run cat.jpg
       alextrain predict run/best.pt *.jpg --views 1 --json
     """
-    from train.evaluation.predict import load_photograph, top_predictions
+    from train.evaluation.predict import load_photographs, refuse_bad_photographs, top_predictions
     from train.evaluation.trained_run import TrainedRun
 
     trained = TrainedRun.open(run_dir, None, gpus, precision, checkpoint)
-    for path in images:
-        square = load_photograph(path, trained.transform)
+    errors = []
+    for path, square in load_photographs(images, trained.transform, max_pixels):
+        if isinstance(square, UserError):
+            errors.append(square)
+            say(f"Error: {square}")
+            if as_json:
+                print_json({"image": str(path), "error": str(square)})
+            continue
         predictions = top_predictions(trained.network, trained.transform, square, int(views), top, precision)
         names = [trained.classes[label] for label in predictions.labels]
         ranked = list(zip(names, predictions.probabilities, strict=True))
@@ -211,6 +229,7 @@ def predict(
             print_json({"image": str(path), "views": int(views), "step": trained.checkpoint.step, "guesses": guesses})
         else:
             click.echo(one_line(f"{path}: " + ", ".join(f"{name} {p:.1%}" for name, p in ranked)))
+    refuse_bad_photographs(errors, len(images))
 
 
 @click.command()
@@ -279,6 +298,7 @@ def features(
     metavar="FILE.png|.svg",
     help="File for the sheet of images.  [default: RUN_DIR/search.png]",
 )
+@max_pixels_option
 @checkpoint_option
 @gpus_option
 @precision_option
@@ -290,6 +310,7 @@ def search(
     count: int,
     index_records: int,
     out: Path | None,
+    max_pixels: int,
     checkpoint: str,
     gpus: str | None,
     precision: str,
@@ -297,12 +318,15 @@ def search(
 ) -> None:
     """For each photograph, find the training images with the nearest fc7 activations, and draw them on a sheet.
 
+    For a file that cannot be used, an error is printed, and the exit code is 1. The sheet has the other photographs.
+
     \b
     Example:
       alextrain search run cat.jpg --store store
       alextrain search run *.jpg --store store --json --out nearest.svg
     """
     from prep.plot_style import figure_format, render_figure
+    from train.evaluation.predict import refuse_bad_photographs
     from train.evaluation.trained_run import TrainedRun
     from train.report.plots_images import draw_neighbors, neighbors_inches
     from train.report.search import search as find_nearest
@@ -313,14 +337,21 @@ def search(
         raise WrongArgument(f"{len(images)} photographs: a sheet holds {MAX_SHEET_ROWS}. Name fewer photographs.")
     trained = TrainedRun.open(run_dir, store, gpus, precision, checkpoint)
     sheet = out or trained.run_dir / "search.png"
-    results = find_nearest(trained, images, count, index_records)
-    rows = [result.row for result in results]
+    results, errors = find_nearest(trained, images, count, index_records, max_pixels)
+    for path, error in errors.items():
+        say(f"Error: {error}")
+        if as_json:
+            print_json({"image": str(path), "error": str(error)})
+    if not results:
+        refuse_bad_photographs(list(errors.values()), len(images))
+    rows = [result.row for result in results.values()]
     size_inches = neighbors_inches(len(rows), len(rows[0].neighbors))  # a small index has fewer than `count` images
     save_figure(render_figure(lambda figure: draw_neighbors(figure, rows, trained.classes), size_inches, format), sheet)
     say(f"Drawn: {sheet}")
-    for path, result in zip(images, results, strict=True):
+    for path, result in results.items():
         if as_json:
             print_json({"image": str(path), "step": trained.checkpoint.step, "nearest": result.nearest})
         else:
             texts = [f"{n['class']} {n['source'] or n['key']} ({n['distance']:.3g})" for n in result.nearest]
             click.echo(one_line(f"{path}: {', '.join(texts)}"))
+    refuse_bad_photographs(list(errors.values()), len(images))

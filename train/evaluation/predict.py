@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.still_image import EvalTransform, Pixels, read_photograph
-from prep.console import say
+from pipeline.still_image import EvalTransform, Pixels, read_photographs
+from prep.console import UserError, count_noun, say
+from prep.images.limits import MAX_PIXELS
 from train.evaluation.evaluate import log_mean_softmax
 from train.evaluation.features import compute_activations
 from train.model.alexnet import AlexNet
@@ -56,13 +58,26 @@ def image_features(
     return compute_activations(network, images, [layer], precision)[layer][0].numpy()
 
 
-def load_photograph(path: Path, transform: EvalTransform) -> Pixels:
-    """The central square of a photograph, prepared like the images of the training store.
+def load_photographs(
+    paths: Sequence[Path], transform: EvalTransform, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Path, Pixels | UserError]]:
+    """The central squares of photographs, prepared like the images of the training store: (path, square).
 
-    Prints a message if the file has an EXIF orientation other than 1. The orientation is not applied, because alexprep
-    does not apply the orientation of training images either.
+    For a file that cannot be used, yields (path, error). No file ends the loop. Prints a message if a file has an EXIF
+    orientation other than 1, which alexprep does not apply to training images either, or if its decoder warns.
     """
-    photograph = read_photograph(path, transform.settings)
-    if photograph.orientation != 1:
-        say(f"{path}: EXIF orientation {photograph.orientation} is not applied, as in the store.")
-    return photograph.square
+    for path, photograph in read_photographs(paths, transform.settings, max_pixels):
+        if isinstance(photograph, UserError):
+            yield path, photograph
+            continue
+        if photograph.orientation != 1:
+            say(f"{path}: EXIF orientation {photograph.orientation} is not applied, as in the store.")
+        if photograph.warnings:
+            say(f"{path}: decoded with warnings: {'; '.join(photograph.warnings)}")
+        yield path, photograph.square
+
+
+def refuse_bad_photographs(errors: Sequence[UserError], count: int) -> None:
+    """Raise UserError if any of `count` photographs could not be used; `errors` have been printed."""
+    if errors:
+        raise UserError(f"{len(errors):,} of {count_noun(count, 'photograph')} could not be read; see the lines above.")

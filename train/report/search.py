@@ -8,9 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.still_image import StoredImages
+from pipeline.still_image import Pixels, StoredImages
+from prep.console import UserError
+from prep.images.limits import MAX_PIXELS
 from train.evaluation.neighbors import LAYER, load_or_build_index, nearest_neighbors
-from train.evaluation.predict import image_features, load_photograph
+from train.evaluation.predict import image_features, load_photographs
 from train.evaluation.trained_run import TrainedRun
 from train.report.plots_images import ImageAndNeighbors
 
@@ -22,22 +24,35 @@ class SearchResult(NamedTuple):
     nearest: list[dict[str, Any]]  # key, class, source and distance of each neighbor, for `alextrain search --json`
 
 
-def search(trained: TrainedRun, images: Sequence[Path], count: int, index_records: int) -> list[SearchResult]:
+def search(
+    trained: TrainedRun, images: Sequence[Path], count: int, index_records: int, max_pixels: int = MAX_PIXELS
+) -> tuple[dict[Path, SearchResult], dict[Path, UserError]]:
     """Find the `count` training images nearest to each photograph, among at most `index_records` images.
 
-    Raises UserError if there is no store or if a file is not an image, and StoreError if a record is damaged.
+    Returns the results and, for files that cannot be used, the errors. Raises UserError if there is no store, and
+    StoreError if a record is damaged.
     """
     store = trained.require_store("train")
-    squares = [load_photograph(path, trained.transform) for path in images]
+    squares: dict[Path, Pixels] = {}
+    errors: dict[Path, UserError] = {}
+    for path, square in load_photographs(images, trained.transform, max_pixels):
+        if isinstance(square, UserError):
+            errors[path] = square
+        else:
+            squares[path] = square
+    if not squares:
+        return {}, errors
+    network, transform = trained.network, trained.transform
     features = np.stack(
-        [image_features(trained.network, trained.transform, square, LAYER, trained.precision) for square in squares]
+        [image_features(network, transform, square, LAYER, trained.precision) for square in squares.values()]
     )
     index = load_or_build_index(
         trained.run_dir, trained.network, trained.checkpoint, store, index_records, trained.precision
     )
-    results = []
+    results = {}
     with StoredImages(store, "train") as training_images:
-        for path, square, neighbors in zip(images, squares, nearest_neighbors(index, features, count), strict=True):
+        all_neighbors = nearest_neighbors(index, features, count)
+        for (path, square), neighbors in zip(squares.items(), all_neighbors, strict=True):
             shown = [(training_images[n.record], n.label, n.distance) for n in neighbors]
             nearest = [
                 {
@@ -48,5 +63,5 @@ def search(trained: TrainedRun, images: Sequence[Path], count: int, index_record
                 }
                 for n in neighbors
             ]
-            results.append(SearchResult(ImageAndNeighbors(square, path.name, None, shown), nearest))
-    return results
+            results[path] = SearchResult(ImageAndNeighbors(square, path.name, None, shown), nearest)
+    return results, errors

@@ -13,7 +13,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from prep.console import UserError
-from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.codec import BadImage
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.listing import Input
 
 _OFFSET_BITS = 40

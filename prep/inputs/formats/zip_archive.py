@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import progress
-from prep.images.codec import MAX_FILE_BYTES, BadImage
+from prep.images.codec import BadImage
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.archive import checked_name
 from prep.inputs.archive_folders import ArchiveContents
 from prep.inputs.classes import has_image_name

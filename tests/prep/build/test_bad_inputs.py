@@ -20,8 +20,8 @@ from prep.build.preflight import probe
 from prep.build.split import build_split
 from prep.cli import main
 from prep.console import Progress, UserError
-from prep.images.codec import MAX_FILE_BYTES
 from prep.images.formats import unknown_format
+from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.folder import FolderReader
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store

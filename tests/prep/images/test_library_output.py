@@ -13,7 +13,7 @@ from PIL import Image
 
 from prep.images.codec import BadImage, decode_image
 from prep.images.library_output import caught_stderr
-from prep.images.time_limit import cpu_time_limit
+from prep.images.limits import cpu_time_limit
 from tests.prep.images.small_images import file_of
 
 

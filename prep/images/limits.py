@@ -1,4 +1,4 @@
-"""A limit for the CPU time of a computation in the main thread."""
+"""Limits for inputs: numbers of pixels and bytes, and CPU time. Loads no library, so --help can use it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+MAX_PIXELS = 200_000_000  # default limit for an image; a larger image may be a decompression bomb
+MAX_RESCALED_PIXELS = 100_000_000  # limit for a rescaled image
+MAX_FILE_BYTES = 256_000_000  # limit for a file
+TIME_LIMIT_S = 30.0  # default limit for decoding an image; an image of 200 million pixels takes up to 10 s
+
+
+def too_slow_text(seconds: float) -> str:
+    """The reason for an image whose decoding takes more CPU time than `seconds`."""
+    return f"decoding took more than {seconds:g} s of CPU time"
 
 
 @contextmanager

@@ -1,0 +1,87 @@
+"""Prepares single photographs like the inputs of a build: decode, rescale, encode as in the store, central square.
+
+`prepare_photographs` does so in a separate process, which a file can crash or keep busy without harm to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.images.central_square import central_square
+from prep.images.codec import BadImage, DecodeOptions, check_rescaled_size, decode_image, encode_image
+from prep.images.jpeg import decode_jpeg
+from prep.images.limits import MAX_FILE_BYTES, MAX_PIXELS, TIME_LIMIT_S, cpu_time_limit, too_slow_text
+from prep.images.rescale import rescale
+from prep.store.manifest import Settings
+from prep.workers import TaskProgress, WorkerDied, WorkerPool
+
+
+class Photograph(NamedTuple):
+    """A photograph, prepared like a record of a store."""
+
+    # uint8 (side_px, side_px, 3), RGB: the rescaled central square; for JPEG stores also encoded and decoded
+    square: npt.NDArray[np.uint8]
+    orientation: int  # EXIF orientation, 1 if the file has none; not applied, as in alexprep
+    warnings: tuple[str, ...] = ()  # what the decoder said about damage that it passed over
+
+
+def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIXELS) -> Photograph:
+    """Prepare an image file in the same way as `alexprep build-lmdb` with these settings.
+
+    Raises BadImage, with the reason, if the file cannot be read, is too large, takes too long to decode, or is not an
+    image.
+    """
+    try:
+        size = path.stat().st_size
+        if size > MAX_FILE_BYTES:
+            raise BadImage(f"{size:,} bytes: more than {MAX_FILE_BYTES:,}")
+        content = path.read_bytes()
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from None
+    options = DecodeOptions(max_pixels, settings.background, settings.reduce_above, 2 * settings.side_px)
+    with cpu_time_limit(TIME_LIMIT_S, BadImage(too_slow_text(TIME_LIMIT_S))):
+        image = decode_image(content, options)
+    check_rescaled_size(image.pixels, settings.side_px, settings.keep_aspect)
+    pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
+    if settings.format == "jpeg":
+        pixels = decode_jpeg(encode_image(pixels, "jpeg", settings.quality))
+    square = np.ascontiguousarray(central_square(pixels, settings.side_px))
+    return Photograph(square, image.orientation, image.warnings)
+
+
+class _Task(NamedTuple):
+    path: Path
+    settings: Settings
+    max_pixels: int
+
+
+def prepare_photographs(
+    paths: Sequence[Path], settings: Settings, max_pixels: int = MAX_PIXELS
+) -> Iterator[tuple[Path, Photograph | BadImage]]:
+    """Prepare image files, in order, in a separate process. Yields (path, photograph), or (path, error) for a bad file.
+
+    A file at which the process crashes or uses too much CPU time is bad, too; the next file gets a new process.
+    """
+    tasks = [_Task(path, settings, max_pixels) for path in paths]
+    with WorkerPool(1, preload=__name__) as workers, closing(workers.map(_prepare, tasks, lambda counts: None)) as done:
+        for task, result in done:
+            if isinstance(result, WorkerDied):
+                crashed = f"the decoding process {result.describe()}"
+                result = BadImage(too_slow_text(TIME_LIMIT_S) if result.is_too_slow else crashed)
+            yield task.path, result
+
+
+def _prepare(task: _Task, task_progress: TaskProgress) -> Photograph | BadImage:
+    task_progress.begin(0, TIME_LIMIT_S)
+    try:
+        return prepare_photograph(*task)
+    except BadImage as error:
+        return error
+    finally:
+        task_progress.count()
