@@ -52,7 +52,7 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
         return FileFacts(max(tags.get(_TIFF_BITS, (1,))), photometric in (0, 1), photometric == 0)
     if image.format == "PPM":
         (codec, _, _, arguments), *_ = image.tile  # type: ignore[attr-defined]
-        is_deep = codec.startswith("ppm") and arguments[-1] > 255  # the last argument is the largest value
+        is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)  # the largest value
         return FileFacts(bits=16 if is_deep else 8, is_grey=image.mode in ("1", "L", "I"))
     if image.format in ("AVIF", "HEIF"):
         at = content.find(b"pixi", 0, _MAX_BOXES_BYTES) + 8  # a version and flags (4 bytes), then a count, then bits

@@ -170,6 +170,15 @@ def report(
         say(f"Written: {path}, {size_bytes / 1e6:.1f} MB")
 
 
+def _report_bad_photograph(path: Path, error: UserError, count: int, as_json: bool) -> None:
+    """Print the error for one of `count` photographs; raises the error if there is only one photograph."""
+    if as_json:
+        print_json({"image": str(path), "error": str(error)})
+    if count == 1:
+        raise error
+    say(f"Error: {error}")
+
+
 @click.command()
 @run_argument
 @images_argument
@@ -217,9 +226,7 @@ def predict(
     for path, square in load_photographs(images, trained.transform, max_pixels):
         if isinstance(square, UserError):
             errors.append(square)
-            say(f"Error: {square}")
-            if as_json:
-                print_json({"image": str(path), "error": str(square)})
+            _report_bad_photograph(path, square, len(images), as_json)
             continue
         predictions = top_predictions(trained.network, trained.transform, square, int(views), top, precision)
         names = [trained.classes[label] for label in predictions.labels]
@@ -339,9 +346,7 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     results, errors = find_nearest(trained, images, count, index_records, max_pixels)
     for path, error in errors.items():
-        say(f"Error: {error}")
-        if as_json:
-            print_json({"image": str(path), "error": str(error)})
+        _report_bad_photograph(path, error, len(images), as_json)
     if not results:
         refuse_bad_photographs(list(errors.values()), len(images))
     rows = [result.row for result in results.values()]

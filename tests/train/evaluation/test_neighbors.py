@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from prep.store.manifest import Store
-from tests.helpers.alextrain import json_lines, refusal
+from tests.helpers.alextrain import alextrain, json_lines, refusal
 from train.evaluation.neighbors import NeighborIndex, load_or_build_index, nearest_neighbors
 from train.runs.loading import load_trained
 
@@ -67,6 +67,17 @@ def test_search_finds_a_photograph_itself_among_the_training_images(
         assert first["distance"] < 1e-2 < 10 * others[0]["distance"]
         assert [n["distance"] for n in answer["nearest"]] == sorted(n["distance"] for n in answer["nearest"])
     assert np.asarray(Image.open(sheet)).std() > 20
+
+
+def test_bad_photographs_do_not_end_search(trained_run: Path, store: Path, photo_folder: Path, tmp_path: Path) -> None:
+    photographs = sorted((photo_folder / "train").rglob("*.JPEG"))[2:4]
+    (tmp_path / "text.jpg").write_text("no image")
+    words = ("search", trained_run, photographs[0], tmp_path / "text.jpg", photographs[1], "--store", store)
+    result = alextrain(*words, "--out", tmp_path / "sheet.png")
+    assert result.exit_code == 1 and (tmp_path / "sheet.png").exists()
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [str(path) for path in photographs]
+    assert f"Error: {tmp_path}/text.jpg: not an image in a known format" in result.stderr
+    assert "1 of 3 photographs could not be read" in result.stderr.splitlines()[-1]
 
 
 def test_search_refuses_too_many_photographs_and_unknown_formats(

@@ -76,6 +76,24 @@ def test_predict_needs_the_description_of_the_store_in_run_json_but_not_the_stor
     assert "run.json: has no store" in refusal("predict", trained_run, photograph)
 
 
+def test_bad_photographs_do_not_end_predict(small_run: Path, photo_folder: Path, tmp_path: Path) -> None:
+    """One file is no image, and one does not exist."""
+    good = sorted((photo_folder / "val").glob("*.JPEG"))[:2]
+    (tmp_path / "text.jpg").write_text("no image")
+    alone = json_lines("predict", small_run, *good, "--views", "1")
+    words = ["predict", small_run, good[0], tmp_path / "text.jpg", tmp_path / "none.jpg", good[1], "--views", "1"]
+    result = alextrain(*words)
+    assert result.exit_code == 1
+    assert [line.partition(": ")[0] for line in result.stdout.splitlines()] == [str(path) for path in good]
+    lines = result.stderr.splitlines()
+    assert [line for line in lines if line.startswith(f"Error: {tmp_path}/text.jpg: not an image in a known format")]
+    assert [line for line in lines if line.startswith(f"Error: {tmp_path}/none.jpg: cannot be read: No such file")]
+    assert lines[-1] == "Error: 2 of 4 photographs could not be read; see the lines above."
+    answers = [json.loads(line) for line in alextrain(*words, "--json").stdout.splitlines()]
+    assert [answer for answer in answers if "guesses" in answer] == alone
+    assert [Path(answer["image"]).name for answer in answers if "error" in answer] == ["text.jpg", "none.jpg"]
+
+
 def test_the_mean_image_is_kept_in_the_run_folder(store: Path, tmp_path: Path, photo_folder: Path) -> None:
     recipe = replace(SHORT, augmentation=Augmentation(mean="image"))
     small = replace(ALEXNET, widths=Widths(2, 2, 2, 2, 2, 2, 2))
