@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 from prep.console import WrongArgument
+from prep.images.limits import MAX_PIXELS
 from train.config.architecture import ARCHITECTURES
 from train.config.choices import ACTIVATIONS, CHECKPOINTS_KEPT, EVAL_VIEWS, POOLS_PX, PRECISIONS, SCHEDULES
 from train.config.recipes import RECIPES
@@ -128,6 +129,14 @@ fork_option = click.option(
     type=click.Path(path_type=Path),
     metavar="NEW_DIR",
     help="Folder of a new run, which starts from the newest checkpoint of --run-dir with the settings of this command.",
+)
+max_pixels_option = click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=MAX_PIXELS,
+    show_default=True,
+    metavar="N",
+    help="Largest number of pixels of a photograph.",
 )
 checkpoint_option = click.option(
     "--checkpoint",

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from prep.console import UserError, WrongArgument, count_noun, json_option, one_line, print_json, say, store_option
-from prep.images.limits import MAX_PIXELS
 from prep.plot_style import FORMATS
 from prep.store.manifest import Store
-from train.cli.options import checkpoint_option, gpus_option, precision_option, run_argument
+from train.cli.options import checkpoint_option, gpus_option, max_pixels_option, precision_option, run_argument
 from train.config.architecture import LAYERS
 from train.config.choices import INDEX_RECORDS, PREDICT_VIEWS
 
@@ -22,14 +21,6 @@ if TYPE_CHECKING:
 MAX_SHEET_ROWS = 100  # maximum number of photographs for `search`; matplotlib cannot draw a sheet with far more rows
 
 images_argument = click.argument("images", metavar="IMAGE...", nargs=-1, required=True, type=click.Path(path_type=Path))
-max_pixels_option = click.option(
-    "--max-pixels",
-    type=click.IntRange(1),
-    default=MAX_PIXELS,
-    show_default=True,
-    metavar="N",
-    help="Largest number of pixels of a photograph.",
-)
 image_store_option = click.option(
     "--store",
     type=click.Path(path_type=Path),
@@ -170,15 +161,6 @@ def report(
         say(f"Written: {path}, {size_bytes / 1e6:.1f} MB")
 
 
-def _report_bad_photograph(path: Path, error: UserError, count: int, as_json: bool) -> None:
-    """Print the error for one of `count` photographs; raises the error if there is only one photograph."""
-    if as_json:
-        print_json({"image": str(path), "error": str(error)})
-    if count == 1:
-        raise error
-    say(f"Error: {error}")
-
-
 @click.command()
 @run_argument
 @images_argument
@@ -218,7 +200,12 @@ def predict(
       alextrain predict run cat.jpg
       alextrain predict run/best.pt *.jpg --views 1 --json
     """
-    from train.evaluation.predict import load_photographs, refuse_bad_photographs, top_predictions
+    from train.evaluation.predict import (
+        load_photographs,
+        refuse_bad_photographs,
+        report_bad_photograph,
+        top_predictions,
+    )
     from train.evaluation.trained_run import TrainedRun
 
     trained = TrainedRun.open(run_dir, None, gpus, precision, checkpoint)
@@ -226,7 +213,7 @@ def predict(
     for path, square in load_photographs(images, trained.transform, max_pixels):
         if isinstance(square, UserError):
             errors.append(square)
-            _report_bad_photograph(path, square, len(images), as_json)
+            report_bad_photograph(path, square, len(images), as_json)
             continue
         predictions = top_predictions(trained.network, trained.transform, square, int(views), top, precision)
         names = [trained.classes[label] for label in predictions.labels]
@@ -333,7 +320,7 @@ def search(
       alextrain search run *.jpg --store store --json --out nearest.svg
     """
     from prep.plot_style import figure_format, render_figure
-    from train.evaluation.predict import refuse_bad_photographs
+    from train.evaluation.predict import refuse_bad_photographs, report_bad_photograph
     from train.evaluation.trained_run import TrainedRun
     from train.report.plots_images import draw_neighbors, neighbors_inches
     from train.report.search import search as find_nearest
@@ -346,7 +333,7 @@ def search(
     sheet = out or trained.run_dir / "search.png"
     results, errors = find_nearest(trained, images, count, index_records, max_pixels)
     for path, error in errors.items():
-        _report_bad_photograph(path, error, len(images), as_json)
+        report_bad_photograph(path, error, len(images), as_json)
     if not results:
         refuse_bad_photographs(list(errors.values()), len(images))
     rows = [result.row for result in results.values()]

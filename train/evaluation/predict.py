@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from pipeline.still_image import EvalTransform, Pixels, read_photographs
-from prep.console import UserError, count_noun, say
+from prep.console import UserError, count_noun, print_json, say
 from prep.images.limits import MAX_PIXELS
 from train.evaluation.evaluate import log_mean_softmax
 from train.evaluation.features import compute_activations
@@ -75,6 +75,15 @@ def load_photographs(
         if photograph.warnings:
             say(f"{path}: decoded with warnings: {'; '.join(photograph.warnings)}")
         yield path, photograph.square
+
+
+def report_bad_photograph(path: Path, error: UserError, count: int, as_json: bool) -> None:
+    """Print the error for one of `count` photographs; raises the error if there is only one photograph."""
+    if as_json:
+        print_json({"image": str(path), "error": str(error)})
+    if count == 1:
+        raise error
+    say(f"Error: {error}")
 
 
 def refuse_bad_photographs(errors: Sequence[UserError], count: int) -> None:

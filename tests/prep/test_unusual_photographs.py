@@ -257,7 +257,7 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 def rle_bitmap(width: int, height: int) -> bytes:
     """A small BMP whose run-length code Pillow decodes in Python: seconds for a file of kilobytes."""
-    data = b"\x01\x01" * 60_000 + b"\0\1"
+    data = b"\x01\x01" * 400_000 + b"\0\1"
     head = (
         b"BM" + (14 + 40 + 1024 + len(data)).to_bytes(4, "little") + bytes(4) + (14 + 40 + 1024).to_bytes(4, "little")
     )
@@ -268,7 +268,7 @@ def rle_bitmap(width: int, height: int) -> bytes:
 
 
 def test_a_slow_input_is_bad_with_its_name(photos: Path, tmp_path: Path) -> None:
-    (photos / "n1" / "slow.bmp").write_bytes(rle_bitmap(60_000, 1))
+    (photos / "n1" / "slow.bmp").write_bytes(rle_bitmap(400_000, 1))
     store = tmp_path / "store"
     built = build(photos, store, policy=limited(time_limit_s=0.02))
     assert built.split("train").records == 128
