@@ -21,6 +21,9 @@ PACKAGES = {
     "cuda13": ("nvidia-dali-cuda130>=2.4,<3",),
     "export": ("onnx>=1.19", "onnxscript>=0.5", "safetensors>=0.5"),
     "figures": ("matplotlib>=3.9",),
+    "heic": ("pillow-heif>=1.0",),
+    "jxl": ("pillow-jxl-plugin>=1.3",),
+    "parquet": ("pyarrow>=18",),
     "remote": ("obstore>=0.12,<0.13",),
     "tensorboard": ("tensorboard>=2.16",),
 }

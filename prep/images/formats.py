@@ -12,6 +12,8 @@ from typing import Any
 
 from PIL import features
 
+from prep.version import pip_command
+
 HEAD_BYTES = 32  # number of bytes at the beginning of a file that show its format
 
 JPEG_SIGNATURE = b"\xff\xd8\xff"
@@ -54,7 +56,7 @@ def unreadable_reason(head: bytes) -> str:
     if format == "AVIF":
         return "an AVIF image, which this Pillow cannot read: pip install 'pillow>=11.3'"
     name, _, extra = _PLUGINS[format]
-    return f"a {name} image, whose decoder is not installed: pip install 'alexnet[{extra}]'"
+    return f"a {name} image, whose decoder is not installed: {pip_command(extra)}"
 
 
 def pillow_formats(head: bytes) -> tuple[str, ...]:
@@ -68,8 +70,8 @@ def unknown_format() -> str:
     """The reason for a file in an unknown format, with the list of the accepted formats."""
     accepted = ["JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF", "PNM", *["AVIF"] * _can_read("AVIF")]
     accepted += [name for format, (name, _, _) in _PLUGINS.items() if _can_read(format)]
-    missing = [f"{name} with alexnet[{extra}]" for f, (name, _, extra) in _PLUGINS.items() if not _can_read(f)]
-    return f"not an image in a known format (accepted: {', '.join(accepted + missing)})"
+    accepted += [f"{name} after {pip_command(extra)}" for f, (name, _, extra) in _PLUGINS.items() if not _can_read(f)]
+    return f"not an image in a known format (accepted: {', '.join(accepted)})"
 
 
 def _modern_format(head: bytes) -> str | None:

@@ -39,7 +39,7 @@ def fails(result: Result, *parts: str, code: int = 1) -> None:
         assert part in lines[0]
 
 
-BUILD_KEYS = ["split", "records", "classes", "skipped", "bytes", "seconds", "images_per_s", "fingerprint"]
+BUILD_KEYS = ["split", "records", "classes", "skipped", "warned", "bytes", "seconds", "images_per_s", "fingerprint"]
 STATS_KEYS = [
     "records",
     "pixels",
