@@ -67,7 +67,7 @@ def check_batches(batches: Iterator[Any]) -> None:
         if np.array_equal(images[0], images[1]):
             raise ValueError("two images of a batch are equal")
     if np.array_equal(first, second):
-        raise ValueError("two batches are equal")
+        raise ValueError("the first two batches of the stream are equal")
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
