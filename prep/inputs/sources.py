@@ -61,7 +61,7 @@ def list_source(
     if found.is_flat and where.labels is not None and options.labels is None and split == "val":
         with TemporaryDirectory() as folder:
             path = Path(folder) / KAGGLE_LABELS
-            path.write_bytes(ZipReader(where.path).read(where.labels))
+            path.write_bytes(ZipReader(where.path).read_text(where.labels))
             source = _label_flat_inputs(reader, found, split, replace(options, labels=path), store_classes)
             source = replace(source, labels_from=where.path)
     elif found.is_flat:

@@ -66,6 +66,9 @@ def list_csv(
             except OSError as error:
                 rows.refused.append((name_text(shown), f"cannot be read: {error.strerror or error}"))
                 continue
+            except ValueError:
+                rows.refused.append((name_text(shown), "a NUL byte in its path"))
+                continue
             if not stat.S_ISREG(status.st_mode):
                 rows.refused.append((name_text(shown), "not a file"))
                 continue

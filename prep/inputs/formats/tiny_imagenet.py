@@ -83,7 +83,9 @@ def _list_zip(
     found = found_inputs(path, kept, flat=annotations is not None)
     if annotations is not None:
         where = f"{path}: {name_text(inside + _ANNOTATIONS)}"
-        found = _labelled(str(path), found, _parse_annotations(reader.read(annotations), where), options, store_classes)
+        found = _labelled(
+            str(path), found, _parse_annotations(reader.read_text(annotations), where), options, store_classes
+        )
     return reader, replace(found, ignored=(*found.ignored, *ignored))
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.console import progress
+from prep.console import UserError, progress
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.archive import checked_name
@@ -25,6 +25,7 @@ from prep.inputs.classes import has_image_name
 from prep.inputs.formats.shards import open_file
 from prep.inputs.formats.zip_directory import ZipEntry, count_entries, iterate_entries
 from prep.inputs.listing import Input
+from prep.inputs.names import name_text
 
 _LOCAL = struct.Struct("<4s5H3L2H")  # local header: magic, version, flags, method, time, date, CRC-32, sizes, lengths
 KAGGLE_LABELS = "LOC_val_solution.csv"
@@ -46,6 +47,13 @@ class ZipReader:
         if crc32 != zlib.crc32(content):
             raise BadImage(f"CRC-32 {zlib.crc32(content):08x}, the zip archive says {crc32:08x}: the member is damaged")
         return content
+
+    def read_text(self, item: Input) -> bytes:
+        """The bytes of a member that is a file of labels. Raises UserError if the member is damaged."""
+        try:
+            return self.read(item)
+        except BadImage as reason:
+            raise UserError(f"{self.root}: {name_text(item.path)}: {reason}. Download the archive again.") from None
 
     def head(self, item: Input, size: int) -> bytes:
         """The first `size` bytes of a member. Raises BadImage if the bytes cannot be read."""

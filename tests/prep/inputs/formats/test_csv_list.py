@@ -52,11 +52,14 @@ def test_a_column_names_the_splits(tmp_path: Path) -> None:
 
 
 def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
-    source = list_source(csv_file(tmp_path, "cat/1.jpg,cat\ncat/9.jpg,cat\ncat,cat\ncat/2.jpg,\n"), "train")
+    source = list_source(
+        csv_file(tmp_path, "cat/1.jpg,cat\ncat/9.jpg,cat\ncat,cat\ncat/\0.jpg,cat\ncat/2.jpg,\n"), "train"
+    )
     assert paths_and_labels(source) == [(b"cat/1.jpg", 0)]
     assert source.refused == (
         ("cat/9.jpg", "cannot be read: No such file or directory"),
         ("cat", "not a file"),
+        ("cat/\0.jpg", "a NUL byte in its path"),
         ("cat/2.jpg", "no label"),
     )
 

@@ -166,3 +166,8 @@ def test_the_zip_of_kaggle_is_read_with_its_labels(tmp_path: Path) -> None:
     assert paths_and_labels(train) == [(b"n1/a.JPEG", 0), (b"n2/b.JPEG", 1)]
     assert paths_and_labels(val) == [(b"1.JPEG", 1), (b"2.JPEG", 0)]
     assert val.labels_from == tmp_path / "x.zip"
+    content = bytearray((tmp_path / "x.zip").read_bytes())
+    content[content.index(b"LOC_val_solution.csv") + 30] ^= 1
+    (tmp_path / "x.zip").write_bytes(content)
+    with pytest.raises(UserError, match=r"x\.zip: LOC_val_solution\.csv: .* Download the archive again"):
+        list_source(found["val"], "val", store_classes=train.classes)
