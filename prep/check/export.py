@@ -53,7 +53,8 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
                 f"{task.path}, key {name_text(key)}: {error}. Check the store with: alexprep verify"
             ) from None
         name = task.classes[datum.label] if datum.label < len(task.classes) else ""
-        folder = task.out / (name if _is_file_name(os.fsencode(name)) else f"class_{datum.label:04d}")
+        is_path = all(_is_file_name(part) for part in os.fsencode(name).split(b"/"))  # nested classes: a/airfield
+        folder = task.out / (name if is_path else f"class_{datum.label:04d}")
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _write_new_file(os.path.join(os.fsencode(folder), file_name(datum.source, key, task.format)), datum.data)

@@ -1,8 +1,8 @@
 """Parses label files: `name label` on each line, or one label on each line.
 
-The columns are separated by tabs, commas, semicolons or blanks, and may be quoted. The names of the images decide which
-separator and which column are right, so names and classes may contain blanks and commas. A first line that is a header
-is recognised. Kaggle's LOC_val_solution.csv, whose labels are followed by bounding boxes, is read as well.
+The columns are separated by tabs, commas, semicolons, bars or blanks, and may be quoted. The names of the images decide
+which separator and which column are right, so names and classes may contain blanks and commas. A first line that is a
+header is recognized. Kaggle's LOC_val_solution.csv, whose labels are followed by bounding boxes, is read as well.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def _class_text(text: str) -> str:
 
 def _is_single(line: str) -> bool:
     """Whether a line has one column."""
-    return len(re.split(r"[\s,;]+", re.sub(r'"[^"]*"', '""', line.strip().rstrip(",;")))) == 1
+    return len(re.split(r"[\s,;|]+", re.sub(r'"[^"]*"', '""', line.strip().rstrip(",;")))) == 1
 
 
 def _single_column(file: Path, lines: Sequence[tuple[int, str]], images: ImageNames) -> Rows:
@@ -122,8 +122,8 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
     """A file with the name and the label of an image on each line."""
     sample = lines[:: max(1, len(lines) // _SAMPLED_LINES)][-_SAMPLED_LINES:]
     best, table, columns = -1, [], [0]
-    for delimiter in ("\t", ",", ";", ""):
-        found = list(_split(sample, delimiter, images))
+    for delimiter in ("\t", ",", ";", "|", ""):
+        found = _without_empty_columns(list(_split(sample, delimiter, images)))
         width = min((len(row) for _, row in found), default=0)
         if width < 2:
             continue
@@ -136,7 +136,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
         odd = 2 * sum(are_single) < len(lines)
         number, line = lines[are_single.index(odd)] if odd in are_single else lines[0]
         raise UserError(f"--labels {file}, line {number}: {line[:60]!r}, expected `name label`.")
-    table = list(_split(lines, chosen, images))
+    table = _without_empty_columns(list(_split(lines, chosen, images)))
     ragged = next(((number, row) for number, row in table if len(row) < 2), None)
     if ragged:
         raise UserError(f"--labels {file}, line {ragged[0]}: {' '.join(ragged[1])[:60]!r}, expected `name label`.")
@@ -182,6 +182,15 @@ def _split(lines: Sequence[tuple[int, str]], delimiter: str, images: ImageNames)
         yield lines[0][0], []
 
 
+def _without_empty_columns(table: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
+    """The rows without columns that are empty in all of them, such as a last column behind a comma."""
+    width = max((len(row) for _, row in table), default=0)
+    empty = [k for k in range(width) if not any(row[k] for _, row in table if k < len(row))]
+    if not empty:
+        return table
+    return [(number, [field for k, field in enumerate(row) if k not in empty]) for number, row in table]
+
+
 def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
     """The two columns of a line; a column is quoted, or is the name of an image, or has no blanks."""
     quoted = re.fullmatch(r"\"([^\"]*)\"\s+(.*)|(\S+)\s+\"([^\"]*)\"", line)
@@ -206,6 +215,8 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
         return False
     if name in _NAME_HEADERS or any(field in _LABEL_HEADERS for field in others):
         return True
+    if "." not in name and len(rows) > 1 and all(has_image_name(os.fsencode(row[name_column])) for row in rows[1:]):
+        return True  # all other names end as names of images do
     below = [field for row in rows[1:] for k, field in enumerate(row) if k != name_column]
     return len(rows) > 1 and all(is_number(field) for field in below) and not any(is_number(field) for field in others)
 

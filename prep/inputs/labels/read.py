@@ -16,6 +16,7 @@ from prep.inputs.names import name_text
 from prep.inputs.reader import ListOptions
 
 _ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
+_SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
 _MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
 
 
@@ -50,6 +51,11 @@ def read_labels(
     label_texts = LabelTexts(where, list(texts), classes, owner, devkit, example)
     if rows.has_names:
         _refuse_index(where, rows.rows)
+    elif not label_texts.are_numbers and not classes and not all(_SYNSET.fullmatch(text) for text in texts):
+        raise UserError(
+            f"{where}: words alone, such as {examples(list(texts))}, and it is not known whether they are classes. "
+            "Expected `name label` on each line, or the classes in a file: --classes FILE."
+        )
     label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
     labels = {name: label_of[text] for name, text in found.items()}
     first = names[0]

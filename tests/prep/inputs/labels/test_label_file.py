@@ -24,6 +24,8 @@ FORMATS = {
     "no extension, blanks": "d ape\nx.tar big cat\na, b dog\ncat 1 big cat\n",
     "folders": "val/d.JPEG ape\n./x.tar.png big cat\n/data/my val/a, b.jpg dog\nval/cat 1.jpg big cat\n",
     "folders of Windows": 'v\\d.JPEG,ape\nC:\\x.tar.png,big cat\nv\\cat 1.jpg,big cat\n"v\\a, b.jpg",dog\n',
+    "bars": "d.JPEG|ape\nx.tar.png|big cat\na, b.jpg|dog\ncat 1.jpg | big cat\n",
+    "empty columns": 'd.JPEG,,ape,\nx.tar.png,,big cat,\n"a, b.jpg",,dog,\ncat 1.jpg,,big cat,\n',
     "byte order mark": "\ufeffd.JPEG\tape\nx.tar.png\tbig cat\na, b.jpg\tdog\ncat 1.jpg\tbig cat\n",
     "three columns": 'no,label,filename\n7,ape,d.JPEG\n8,big cat,x.tar.png\n9,dog,"a, b.jpg"\n3,big cat,cat 1.jpg\n',
 }
@@ -35,6 +37,8 @@ HEADERS = {
     "semicolons": "name;target",
     "quoted, commas": '"image_id","label"',
     "no extension": "id\tbreed",
+    "no extension, blanks": "filename kind",
+    "folders": "Foo Bar",
 }
 
 
@@ -53,7 +57,7 @@ def test_the_same_labels_in_all_formats(format: str, flat: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("format", HEADERS)
-def test_a_header_is_recognised_and_told(
+def test_a_header_is_recognized_and_told(
     format: str, flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = list_labelled(flat, label_file(tmp_path, HEADERS[format] + "\n" + FORMATS[format]))
@@ -78,7 +82,7 @@ def test_a_first_line_for_a_missing_image_is_no_header(flat: Path, tmp_path: Pat
         list_labelled(flat, label_file(tmp_path, "gone.jpg\teel\n" + FORMATS["tabs"]), None, CLASSES)
 
 
-def test_a_header_of_numbers_alone_is_recognised(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_header_of_numbers_alone_is_recognized(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = touch(tmp_path / "photos", "a.jpg", "b.jpg")
     source = list_labelled(root, label_file(tmp_path, "label\n2\n1\n"), "sorted")
     assert paths_and_labels(source) == [(b"a.jpg", 1), (b"b.jpg", 0)]
