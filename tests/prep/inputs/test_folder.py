@@ -247,8 +247,8 @@ def test_an_unreadable_class_folder_is_a_one_line_error(tmp_path: Path, monkeypa
     root = touch(tmp_path / "t", "n1/a.JPEG", "n2/a.JPEG", "n3/a.JPEG")
     scandir = os.scandir
 
-    def refusing(folder: bytes) -> object:
-        if folder.endswith(b"n2"):
+    def refusing(folder: bytes | Path) -> object:
+        if os.fsencode(folder).endswith(b"n2"):
             raise PermissionError(13, "Permission denied")
         return scandir(folder)
 
