@@ -23,11 +23,14 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from prep.build.limits import InputLimits
 from prep.build.plan import BuildPolicy
+from prep.build.resume import background_of
 from prep.build.split import build_split, disk_errors
 from prep.console import UserError, progress, usable_cores
 from prep.files import hold_lock
 from prep.images.codec import BadImage, check_rescaled_size
+from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
 from prep.images.rescale import rescale
 from prep.inputs.classes import order_classes
 from prep.inputs.formats.labelled import LabelledRows
@@ -35,7 +38,16 @@ from prep.inputs.formats.shards import ShardReader, pack_location
 from prep.inputs.listing import Input
 from prep.inputs.reader import Content, ListOptions
 from prep.inputs.sources import label_inputs
-from prep.store.manifest import FILTERS, FORMATS, SPLITS, Settings, Store
+from prep.store.manifest import (
+    BACKGROUNDS,
+    DEFAULT_BACKGROUND,
+    DROPPED,
+    FILTERS,
+    FORMATS,
+    SPLITS,
+    Settings,
+    Store,
+)
 from prep.workers import WorkerPool
 
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
@@ -78,6 +90,11 @@ def build_from(
     quality: int = 90,
     filter: str = "area",
     seed: int = 0,
+    background: str | None = None,
+    max_pixels: int = MAX_PIXELS,
+    reduce_above: int = 0,
+    time_limit: float = TIME_LIMIT_S,
+    on_warning: str = "keep",
     on_bad: str = "fail",
     max_bad: int | None = None,
     allow_empty_classes: bool = False,
@@ -99,11 +116,13 @@ def build_from(
 
         build_from(((image, label, f"{k:08d}") for k, (image, label) in enumerate(dataset)), "store")
     """
-    settings = Settings(side, keep_aspect, format, quality, filter, seed)
-    _check_arguments(settings, split, on_bad)
     store = Path(store)
+    background = background or background_of(store, restart) or DEFAULT_BACKGROUND
+    settings = Settings(side, keep_aspect, format, quality, filter, seed, background, reduce_above)
+    _check_arguments(settings, split, on_bad, on_warning)
     work = store / f".items-{split}"
-    policy = BuildPolicy(on_bad == "skip" or max_bad is not None, max_bad, restart)
+    limits = InputLimits(max_pixels, on_warning == "keep", time_limit)
+    policy = BuildPolicy(on_bad == "skip" or max_bad is not None, max_bad, restart, allow_empty_classes, limits)
     options = ListOptions(allow_empty_classes=allow_empty_classes)
     with disk_errors(store):
         work.mkdir(parents=True, exist_ok=True)
@@ -124,12 +143,14 @@ def build_from(
             shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_arguments(settings: Settings, split: str, on_bad: str) -> None:
+def _check_arguments(settings: Settings, split: str, on_bad: str, on_warning: str) -> None:
     for name, value, choices in (
         ("split", split, SPLITS),
         ("format", settings.format, FORMATS),
         ("filter", settings.filter, FILTERS),
+        ("background", settings.background, (*BACKGROUNDS, DROPPED)),
         ("on_bad", on_bad, ("fail", "skip")),
+        ("on_warning", on_warning, ("keep", "bad")),
     ):
         if value not in choices:
             raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}.")

@@ -15,7 +15,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import sha256
 from itertools import chain, pairwise
 from pathlib import Path
@@ -41,6 +41,7 @@ from prep.store.input_log import read_outcomes, write_outcomes
 from prep.store.manifest import (
     SPLIT_FILES,
     SPLITS,
+    Settings,
     Shard,
     Split,
     Store,
@@ -76,12 +77,13 @@ def merge_stores(
     full.
     """
     stores = _open_stores(sources, target)
+    settings = _common_settings(stores)
     classes = tuple(dict.fromkeys(name for store in stores for name in store.classes))
     with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         with hold_lock(target, "build"):
             for split in [name for name in SPLITS if any(name in store.splits for store in stores)]:
-                merged = _merge_split(stores, split, classes, target, runner, progress, restart)
+                merged = _merge_split(stores, split, classes, settings, target, runner, progress, restart)
     return merged
 
 
@@ -97,26 +99,45 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
     if target.resolve() in resolved or len(set(resolved)) < len(resolved):
         double = next(path for path, real in zip(sources, resolved, strict=True) if [*resolved, target].count(real) > 1)
         raise UserError(f"{double} is named twice. Name every store once, and a new folder with --store.")
-    stores = [Store.open(path) for path in sources]
-    first = asdict(stores[0].settings)
-    for store in stores[1:]:
+    return [Store.open(path) for path in sources]
+
+
+def _common_settings(stores: Sequence[Store]) -> Settings:
+    """The settings of the new store. Raises UserError if the records of the stores do not have the same form.
+
+    The seed is that of the first store. A background matters only in stores that have transparent inputs.
+    """
+    common = stores[0].settings
+    backgrounds = {store.settings.background for store in stores if _has_converted(store, "alpha", "palette")}
+    if len(backgrounds) == 1:
+        common = replace(common, background=backgrounds.pop())
+    ignored = {"seed"}
+    ignored |= {"quality"} if common.format == "ppm" else set()
+    ignored |= {"reduce_above"} if not any(_has_converted(store, "reduced") for store in stores) else set()
+    for store in stores:
+        free = ignored if _has_converted(store, "alpha", "palette") else {*ignored, "background"}
         for name, value in asdict(store.settings).items():
-            if value != first[name] and name != "seed" and not (name == "quality" and first["format"] == "ppm"):
+            if value != getattr(common, name) and name not in free:
                 raise UserError(
-                    f"{store.root}: {name} {value}, {stores[0].root} has {first[name]}. Stores can be merged only if "
-                    "their records have the same form: build one of them again with the settings of the other."
+                    f"{store.root}: {name} {value}, another of the stores has {getattr(common, name)}. Stores can be "
+                    "merged only if their records have the same form: build one of them again with the settings of the "
+                    "other."
                 )
-        if store.settings.seed != stores[0].settings.seed:
-            say(
-                f"{store.root}: order seed {store.settings.seed}; the new store has that of the first, {first['seed']}."
-            )
-    return stores
+        if store.settings.seed != common.seed:
+            say(f"{store.root}: order seed {store.settings.seed}; the new store has {common.seed}, as the first store.")
+    return common
+
+
+def _has_converted(store: Store, *kinds: str) -> bool:
+    """Whether the store has inputs that were converted in one of these ways."""
+    return any(split.account["converted"].get(kind) for split in store.splits.values() for kind in kinds)
 
 
 def _merge_split(
     stores: Sequence[Store],
     split: str,
     classes: tuple[str, ...],
+    settings: Settings,
     target: Path,
     runner: Runner,
     progress: Progress,
@@ -130,7 +151,6 @@ def _merge_split(
         for store, store_labels in zip(parts, labels, strict=True)
         for path, shard in zip(store.shard_paths(split), store.split(split).shards, strict=True)
     )
-    settings = stores[0].settings
     listing = _list_records(shards, runner)
     plan = BuildPlan(Source(MergeReader(parts[0].root), split, classes, listing), target / split, settings, False)
     fingerprints = [store.split(split).fingerprint for store in parts]
@@ -301,11 +321,13 @@ def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
 
 
 def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of all counts in the accounts: numbers, and objects of numbers."""
+    """Sums of all counts in the accounts, which are numbers and objects of numbers; the maximum of `largest_px`."""
     total: dict[str, Any] = {}
     for account in accounts:
         for name, value in account.items():
-            if isinstance(value, int):
+            if name == "largest_px":
+                total[name] = max(total.get(name, 0), value)
+            elif isinstance(value, int):
                 total[name] = total.get(name, 0) + value
             elif isinstance(value, Mapping) and all(isinstance(count, int) for count in value.values()):
                 total[name] = dict(Counter(total.get(name, {})) + Counter(value))

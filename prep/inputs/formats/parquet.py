@@ -12,7 +12,7 @@ folder, which is removed with the work folder. Without such a folder, `read` dec
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, bytes_text, progress, say
+from prep.console import UserError, bytes_text, disk_error, progress, say
 from prep.files import atomic_file, hold_lock, save_array
 from prep.images.codec import BadImage
 from prep.inputs.formats.labelled import LabelledRows, duplicate_path
@@ -256,17 +256,34 @@ def _offsets(packed: str) -> npt.NDArray[np.int64]:
 
 
 def _unpack(path: Path, packed: Path, column: str) -> npt.NDArray[np.int64]:
-    """Write the images of a Parquet file one after another into `packed`; returns the offsets (rows + 1)."""
-    packed.parent.mkdir(exist_ok=True)
-    with hold_lock(packed.parent, "build", name=f"{packed.name}.lock", wait_s=_UNPACK_WAIT_S):
-        if not packed.exists():
-            with _ErrorsOf(path):
-                file = _file(str(path))[0]
-            ends = [0]
-            with atomic_file(packed) as out, _ErrorsOf(path):
-                for batch in file.iter_batches(batch_size=_UNPACKED_ROWS, columns=[_leaf(file, column)]):
-                    for content in _contents(batch.column(column)):
+    """Write the images of a Parquet file one after another into `packed`; returns the offsets (rows + 1).
+
+    Raises UserError if the file is damaged, DiskFull if the disk is full.
+    """
+    try:
+        packed.parent.mkdir(exist_ok=True)
+        with hold_lock(packed.parent, "build", name=f"{packed.name}.lock", wait_s=_UNPACK_WAIT_S):
+            if not packed.exists():
+                ends = [0]
+                with atomic_file(packed) as out:
+                    for content in _all_contents(path, column):
                         out.write(content or b"")
                         ends.append(ends[-1] + len(content or b""))
-                save_array(Path(f"{packed}.npy"), np.array(ends, np.int64))
+                    save_array(Path(f"{packed}.npy"), np.array(ends, np.int64))
+    except OSError as error:
+        raise disk_error(error, f"{packed}: {error.strerror or error}") from error
     return _offsets(str(packed))
+
+
+def _all_contents(path: Path, column: str) -> Iterator[bytes | None]:
+    """Yield the images of all rows of a file; None for a row without an image."""
+    with _ErrorsOf(path):
+        file = _file(str(path))[0]
+        batches = file.iter_batches(batch_size=_UNPACKED_ROWS, columns=[_leaf(file, column)])
+    while True:
+        with _ErrorsOf(path):
+            batch = next(batches, None)
+            contents = [] if batch is None else _contents(batch.column(column))
+        if batch is None:
+            return
+        yield from contents

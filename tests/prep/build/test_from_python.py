@@ -17,7 +17,7 @@ from PIL import Image
 from prep.build import build_from, from_python
 from prep.console import UserError
 from prep.store.manifest import Store
-from tests.helpers.building import InlineRunner, Records, make_pictures
+from tests.helpers.building import InlineRunner, Records, decoded, make_pictures
 from tests.helpers.building import build as build_folder
 from tests.helpers.project import ROOT
 
@@ -127,8 +127,21 @@ def test_wrong_arguments_and_equal_names_are_refused(tmp_path: Path) -> None:
         build([(jpeg, 0, "a"), (jpeg, "cat", "b")], tmp_path / "store")
     with pytest.raises(UserError, match="format='png': expected one of jpeg, ppm"):
         build_from([], tmp_path / "store", format="png")
+    with pytest.raises(UserError, match="on_warning='skip': expected one of keep, bad"):
+        build_from([], tmp_path / "store", on_warning="skip")
     with pytest.raises(UserError, match="side=8: expected 32 to 4096"):
         build_from([], tmp_path / "store", side=8)
+
+
+def test_limits_and_background_are_those_of_the_command(tmp_path: Path, records_of: Records) -> None:
+    clear = Image.new("RGBA", (32, 32), (255, 0, 0, 0))
+    store = build([(clear, 0, "clear")], tmp_path / "store", background="black")
+    ((_, datum),) = records_of(store.root, "train")
+    assert not decoded(datum).any() and store.settings.background == "black"
+    out = io.BytesIO()
+    Image.new("RGB", (80, 40)).save(out, "JPEG")
+    with pytest.raises(UserError, match="more than 3,000 pixels"):
+        build([(out.getvalue(), 0, "large")], tmp_path / "large", max_pixels=3000)
 
 
 def test_a_program_without_a_main_guard_works(photos: Path, by_folder: Store, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
+from PIL import Image
 
 from prep.check.verify import verify_split
 from prep.cli import main
@@ -157,6 +158,20 @@ def test_the_command_merges_once_and_reports_json(make_store: MakeStore, tmp_pat
     assert shown.stdout.count("merged: ") == 2
     described = json.loads(alexprep("inspect", "--store", tmp_path / "m", "--json").stdout)
     assert [origin["records"] for origin in described["splits"]["train"]["sources"]] == [133, 67]
+
+
+def test_a_background_matters_only_for_transparent_inputs(make_store: MakeStore, tmp_path: Path) -> None:
+    opaque = make_store("one")
+    for color in ("black", "white"):
+        (tmp_path / "clear" / "n1").mkdir(parents=True, exist_ok=True)
+        Image.new("RGBA", (40, 40), (255, 0, 0, 128)).save(tmp_path / "clear" / "n1" / "clear.png")
+        build(tmp_path / "clear", tmp_path / color, replace(PPM, background=color))
+    merged = merge([opaque, tmp_path / "black"], tmp_path / "merged")
+    assert merged.settings.background == "black" and Store.open(opaque).settings.background == "white"
+    assert merged.split("train").account["converted"]["alpha"] == 1
+    assert merged.split("train").account["largest_px"] == Store.open(opaque).split("train").account["largest_px"]
+    with pytest.raises(UserError, match="background black, another of the stores has white"):
+        merge([tmp_path / "white", tmp_path / "black"], tmp_path / "m2")
 
 
 def test_what_cannot_be_merged_is_refused(make_store: MakeStore, photos: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from prep.console import UserError
+from prep.console import DiskFull, UserError
 from prep.images.codec import BadImage
 from prep.inputs.formats import parquet
 from prep.inputs.sources import find_splits, list_source
@@ -79,6 +80,18 @@ def test_images_are_unpacked_once_and_read_the_same(tmp_path: Path, capsys: pyte
     assert packed.stat().st_mtime_ns == before
     assert reader.unpacking_into(tmp_path / "other", 1000) is reader
     assert "The build reads groups of rows instead, which is slower" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_no_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: Path, array: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    source = list_source(write(tmp_path / "x.parquet", {"image": images("a.jpg"), "label": [0]}), "train")
+    assert isinstance(source.reader, parquet.ParquetReader)
+    monkeypatch.setattr(parquet, "save_array", fail)
+    with pytest.raises(DiskFull, match=r"00000\.images: No space left on device"):
+        source.reader.unpacking_into(tmp_path / "unpacked", 10**9).read(source.inputs[0])
+    assert list((tmp_path / "unpacked").glob("*.images")) == []
 
 
 def test_a_row_without_bytes_is_bad(tmp_path: Path) -> None:
