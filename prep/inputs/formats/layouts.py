@@ -85,7 +85,7 @@ def _split_named_by(source: Path) -> str:
 def _splits_of_file(source: Path, layout: str | None) -> dict[str, SplitSource]:
     """Return {split: source}, or {"": source} if the file is one split."""
     layout = layout or _layout_of_file(source)
-    if layout in ("zip", "tiny-imagenet"):
+    if layout in ("zip", "tiny-imagenet") or (layout == "kaggle" and is_zip(source)):
         found = zip_layout(source)
         where = SplitSource(source, "tiny-imagenet" if found.is_tiny_imagenet else "zip", labels=found.val_labels)
         return {name: replace(where, inside=inside) for name, inside in found.splits.items()} or {_ONLY_SPLIT: where}

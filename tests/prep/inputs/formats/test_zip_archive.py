@@ -160,7 +160,9 @@ def test_the_zip_of_kaggle_is_read_with_its_labels(tmp_path: Path) -> None:
         (*names, f"{base}/test/3.JPEG", "ILSVRC/Annotations/CLS-LOC/train/n1/a.xml"), CONTENT
     )
     files["LOC_val_solution.csv"] = b"ImageId,PredictionString\n2,n1 1 2 3 4\n1,n2 1 2 3 4 n2 1 2 3 4\n"
-    found = find_splits(zip_file(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED), None)
+    path = zip_file(tmp_path / "x.zip", files, zipfile.ZIP_DEFLATED)
+    found = find_splits(path, None)
+    assert find_splits(path, None, "kaggle") == found
     train = list_source(found["train"], "train")
     val = list_source(found["val"], "val", store_classes=train.classes)
     assert paths_and_labels(train) == [(b"n1/a.JPEG", 0), (b"n2/b.JPEG", 1)]
