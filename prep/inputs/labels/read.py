@@ -46,7 +46,7 @@ def read_labels(
 
     def example(text: str) -> str:
         row = texts[text]
-        return f"line {row.line} ({row.name} {text})" if row.name else f"line {row.line} ({text})"
+        return f"Line {row.line} ({row.name} {text})" if row.name else f"Line {row.line} ({text})"
 
     label_texts = LabelTexts(where, list(texts), classes, owner, devkit, example)
     if rows.has_names:

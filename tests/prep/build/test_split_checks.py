@@ -144,6 +144,28 @@ def test_an_unfinished_val_of_other_inputs_is_found_before_train_is_built(source
         check(source, store)
 
 
+def test_an_unfinished_build_keeps_the_order_of_its_classes(pictures: Path, tmp_path: Path) -> None:
+    """The build was begun by an earlier version, which sorted numbers as text."""
+    photos, store, text_order = tmp_path / "photos", tmp_path / "store", ("1", "10", "2")
+    shutil.copytree(pictures, photos)
+    for old, new in zip(("n1", "n2", "n3"), ("2", "1", "10"), strict=True):
+        (photos / old).rename(photos / new)
+    begun = list_source(photos, "train", store_classes=text_order)
+    with pytest.raises(Stopped):
+        build_split(begun, store, PPM, StoppingRunner(), Progress(24, "pictures"), STRICT)
+    words = ("build-lmdb", photos, "--store", store, "--side", "32", "--format", "ppm", "--jobs", "1")
+    (photos / "3").mkdir()
+    shutil.copy(next((photos / "1").iterdir()), photos / "3" / "x.jpg")
+    result = alexprep(*words, "--dry-run")
+    assert result.exit_code == 1 and "Only here: 3." in result.stderr and "--restart" in result.stderr
+    assert "labels: 0 1, 1 2, 2 3, 3 10" in alexprep(*words, "--dry-run", "--restart").stdout
+    shutil.rmtree(photos / "3")
+    result = alexprep(*words)
+    assert result.exit_code == 0, result.output
+    assert "keep the labels of the store: label 1 is 10" in result.stderr
+    assert Store.open(store).classes == text_order
+
+
 def test_two_splits_of_the_same_files_are_told(
     source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
