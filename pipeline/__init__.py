@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from pipeline.loader import TrainLoader, train_loader
     from pipeline.loader_base import Batch, WaitTimes
     from prep.console import UserError
-    from prep.store.manifest import StoreError
+    from prep.store.manifest import ChannelStats, StoreError
 
 __all__ = [
     "Augmentation",
     "Batch",
+    "ChannelStats",
     "EvalLoader",
     "StoreError",
     "TrainLoader",
@@ -33,6 +34,7 @@ __all__ = [
 _MODULES = {
     "Augmentation": "pipeline.augment",
     "Batch": "pipeline.loader_base",
+    "ChannelStats": "prep.store.manifest",
     "EvalLoader": "pipeline.evaluation_loader",
     "StoreError": "prep.store.manifest",
     "TrainLoader": "pipeline.loader",

@@ -129,8 +129,16 @@ def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.i
 class Augmenter:
     """Computes the Crops of batches from the means and the noise matrix of one store."""
 
-    def __init__(self, store: Store, augmentation: Augmentation, from_windows: bool = False) -> None:
+    def __init__(
+        self,
+        store: Store,
+        augmentation: Augmentation,
+        from_windows: bool = False,
+        mean_rgb: Sequence[float] | None = None,
+    ) -> None:
         """If `from_windows`, the crops are made for the windows of pipeline.windows instead of whole records.
+
+        `mean_rgb`, in grey levels, replaces the channel means of the store.
 
         Raises StoreError if the store lacks colour statistics, UserError if its images are smaller than 224 px.
         """
@@ -146,6 +154,8 @@ class Augmenter:
         self.max_offset_px = self.side_px - CROP_PX  # the largest offset of a crop in the square
         stats = store.color_stats()
         self.mean_rgb = np.array(stats.mean_rgb if augmentation.mean == "channel" else (0, 0, 0))
+        if mean_rgb is not None:
+            self.mean_rgb = np.array(mean_rgb)
         self.noise = noise_matrix(stats, augmentation.colour, augmentation.strength)
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 

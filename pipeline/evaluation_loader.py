@@ -19,7 +19,7 @@ from pipeline.placement import Placement
 from pipeline.prefetch import BatchInput
 from pipeline.windows import WindowRequest
 from prep.console import WrongArgument, usable_cores
-from prep.store.manifest import Store
+from prep.store.manifest import ChannelStats, Store
 
 
 class EvalLoader(Loader):
@@ -37,6 +37,7 @@ class EvalLoader(Loader):
         views: int | str,
         *,
         augmentation: Augmentation,
+        normalize: ChannelStats | None = None,
         layout: str = "NCHW",
         dtype: str | torch.dtype = "float32",
         threads: int = 1,
@@ -52,6 +53,7 @@ class EvalLoader(Loader):
             batch_size,
             placement,
             augmentation=augmentation,
+            normalize=normalize,
             layout=layout,
             dtype=dtype,
             threads=threads,
@@ -119,6 +121,7 @@ def eval_loader(
     views: int | str = 1,
     split: str = "val",
     augmentation: Augmentation | None = None,
+    normalize: ChannelStats | None = None,
     layout: str = "NCHW",
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
@@ -152,6 +155,7 @@ def eval_loader(
         Placement.parse(device),
         views,
         augmentation=augmentation or Augmentation(),
+        normalize=normalize,
         layout=layout,
         dtype=dtype,
         threads=threads or usable_cores(),

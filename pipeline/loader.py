@@ -35,7 +35,7 @@ from pipeline.prefetch import BatchInput
 from pipeline.sampling import Draws, EpochPermutations, draw_params
 from pipeline.windows import WindowRequest
 from prep.console import UserError, WrongArgument, usable_cores
-from prep.store.manifest import Store
+from prep.store.manifest import ChannelStats, Store
 
 __all__ = ["STREAM_VERSION", "Batch", "EvalLoader", "TrainLoader", "WaitTimes", "eval_loader", "train_loader"]
 
@@ -59,6 +59,7 @@ class TrainLoader(Loader):
         seed: int,
         *,
         augmentation: Augmentation,
+        normalize: ChannelStats | None = None,
         layout: str = "NCHW",
         dtype: str | torch.dtype = "float32",
         threads: int = 1,
@@ -74,6 +75,7 @@ class TrainLoader(Loader):
             batch_size,
             placement,
             augmentation=augmentation,
+            normalize=normalize,
             layout=layout,
             dtype=dtype,
             threads=threads,
@@ -164,7 +166,7 @@ class TrainLoader(Loader):
         step_records = state.get("batch_size", 0) * state.get("world_size", 0)
         if state.get("step") and step_records != self.batch_size * self.world_size:
             may_differ = set()
-        for name, value in self._identity().items():
+        for name, value in ({"normalize": None} | self._identity()).items():
             if name not in may_differ and state.get(name) != value:
                 within = " within an epoch" if name in ("batch_size", "world_size") else ""
                 raise UserError(
@@ -183,6 +185,7 @@ class TrainLoader(Loader):
             "world_size": self.world_size,
             "seed": self.seed,
             "augmentation": {k: v for k, v in asdict(self.augmentation).items() if k != "eval_divisor"},
+            **({} if self.normalize is None else {"normalize": [*map(list, self.normalize[:2]), self.normalize[2]]}),
             "layout": self.layout,
             "dtype": self.dtype,
         }
@@ -227,6 +230,7 @@ def train_loader(
     *,
     split: str = "train",
     augmentation: Augmentation | None = None,
+    normalize: ChannelStats | None = None,
     layout: str = "NCHW",
     dtype: str | torch.dtype = "float32",
     threads: int | None = None,
@@ -248,6 +252,9 @@ def train_loader(
     split         split of the store to read
     augmentation  settings of the mean and of the colour noise (pipeline.Augmentation); None: the mean of each channel,
                   and the colour noise of the authors' code
+    normalize     ChannelStats(mean, std, max_value): each channel is (pixel − mean) / std, for pixels in 0..max_value,
+                  as transforms.Normalize does with max_value 1. `loader.channel_stats()` returns the numbers of the
+                  store. The division is an extra pass over the images. None: the mean of `augmentation`, no std
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use
@@ -274,6 +281,7 @@ def train_loader(
         Placement.parse(device),
         seed,
         augmentation=augmentation or Augmentation(),
+        normalize=normalize,
         layout=layout,
         dtype=dtype,
         threads=threads or usable_cores(),

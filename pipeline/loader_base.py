@@ -18,7 +18,7 @@ from pipeline.placement import Placement
 from pipeline.prefetch import READ_AHEAD, Job, Prefetcher
 from pipeline.records import Records
 from pipeline.windows import WindowRequest
-from prep.console import UserError
+from prep.console import UserError, WrongArgument
 from prep.store.manifest import ChannelStats, Store
 
 if TYPE_CHECKING:  # imported only for loaders with a service
@@ -58,6 +58,24 @@ class Batch(NamedTuple):
     """int64 (N,), indices into the loader's `classes`."""
 
 
+def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of `normalize` in grey levels.
+
+    Raises WrongArgument for numbers that are not allowed, and if `augmentation` has another mean or divisor.
+    """
+    mean, std, max_value = normalize
+    if len(mean) != 3 or len(std) != 3 or min(*std, max_value) <= 0:
+        raise WrongArgument(
+            f"normalize {normalize}: expected three means, and three std and a max_value of more than 0."
+        )
+    if augmentation.mean != "channel" or augmentation.divisor != 1 or augmentation.divisor_in_evaluation != 1:
+        raise WrongArgument(
+            f"normalize with augmentation.mean {augmentation.mean} and divisor {augmentation.divisor:g}: normalize "
+            'replaces both. Leave them at "channel" and 1.'
+        )
+    return [255 / max_value * level for level in mean], [255 / max_value * level for level in std]
+
+
 class WaitTimes(NamedTuple):
     """Times for which a loader and its consumer waited for each other."""
 
@@ -84,6 +102,7 @@ class Loader:
         placement: Placement,
         *,
         augmentation: Augmentation,
+        normalize: ChannelStats | None,
         layout: str,
         dtype: str | torch.dtype,
         threads: int,
@@ -111,7 +130,11 @@ class Loader:
         self._records = Records(store, split)
         check_choice("dtype", self.dtype, tuple(_DTYPES))
         check_choice("layout", layout, LAYOUTS)
-        self._augmenter = Augmenter(store, augmentation, from_windows)
+        self.normalize, self._std, mean_rgb = normalize, None, None
+        if normalize is not None:
+            mean_rgb, std_rgb = grey_levels(normalize, augmentation)
+            self._std = torch.tensor(std_rgb).view((3, 1, 1) if layout == "NCHW" else (3,))
+        self._augmenter = Augmenter(store, augmentation, from_windows, mean_rgb)
         self._windows: WindowSource | None = None  # made by `_connect`
         self._waited_s = 0.0  # time for which the consumer has waited for batches since the start
         self._prefetcher: Prefetcher  # made by `_open`
@@ -125,7 +148,7 @@ class Loader:
         """`mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
 
         255 gives grey levels, the unit of the images of this loader; 1 gives the numbers for pixels in [0, 1]. The
-        loader subtracts the mean as `augmentation` says, and divides by no standard deviation.
+        loader divides by the standard deviation only with the argument `normalize`, which takes such an object.
         """
         return self.store.color_stats().channel_stats(max_value)
 
@@ -213,6 +236,13 @@ class Loader:
         if self._windows is not None:
             self._windows.finish()
 
+    def _divided(self, images: torch.Tensor) -> torch.Tensor:
+        """The images, divided in place by the standard deviations of `normalize`."""
+        if self._std is None:
+            return images
+        self._std = self._std.to(images.device, images.dtype)
+        return images.div_(self._std)
+
     def _next(self) -> Batch | None:
         """The next batch; None after the last batch. Raises StoreError for a damaged record."""
         self._check_process()
@@ -222,7 +252,7 @@ class Loader:
         output = self._prefetcher.next()
         batch = None
         if output is not None:
-            batch = Batch(output.images, output.labels)
+            batch = Batch(self._divided(output.images), output.labels)
         now = self._served_at = time.perf_counter()
         self._waited_s += now - requested
         batches, consumer_wait_s, loader_wait_s = self._waits

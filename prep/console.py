@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
@@ -113,7 +113,8 @@ class Group(click.Group):
         except click.BadParameter as error:
             if error.param is not None and isinstance(error.param.type, click.Choice):
                 choices = [str(choice) for choice in error.param.type.choices]
-                error.message += did_you_mean(error.message.partition("'")[2].partition("'")[0], choices)
+                hint = did_you_mean(error.message.partition("'")[2].partition("'")[0], choices)
+                raise click.BadParameter(error.message + hint, error.ctx, error.param, error.param_hint) from None
             raise
         except UserError as error:
             raise _CommandFailed(str(error), error.exit_code) from error
@@ -127,10 +128,21 @@ class Group(click.Group):
             ctx.exit(128 + (stop.signum if isinstance(stop, Terminated) else signal.SIGINT))
 
 
+_displays: list[Callable[[str], None]] = []  # the function that prints a line above the live display, if there is one
+
+
+def print_above(display: Callable[[str], None] | None) -> None:
+    """Let `say` print with `display`, which prints a line above a live display; None: print directly again."""
+    _displays[:] = [] if display is None else [display]
+
+
 def say(text: str) -> None:
     """Print one line to standard error. A failure to print (closed pipe, full disk) is ignored."""
     with suppress(OSError):
-        click.echo(one_line(text), err=True)
+        if _displays:
+            _displays[0](one_line(text))
+        else:
+            click.echo(one_line(text), err=True)
 
 
 def one_line(text: str) -> str:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 
 import click
 
@@ -63,6 +64,15 @@ def run_demo(folder: Path) -> None:
     )
     for name, description in RESULTS:
         click.echo(f"  {folder / name!s:32} {description}")
+    if sys.prefix != sys.base_prefix:
+        click.secho("\nTo use alexprep, alexstream and alextrain in this shell, run:", bold=True)
+        click.echo(f"  . {activation_script()}")
+
+
+def activation_script() -> str:
+    """The script that adds the commands of this virtual environment to PATH: `.venv/bin/activate`."""
+    script = Path(sys.prefix) / "bin" / "activate"
+    return quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))
 
 
 def _run_command(arguments: list[str]) -> dict[str, float]:

@@ -22,6 +22,8 @@ def main() -> None:
       alexstream preview preview.png --store store
       alexstream inspect --store store
       alexstream bench --store store
+
+    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 130, 143: interrupted.
     """
 
 

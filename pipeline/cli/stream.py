@@ -35,7 +35,7 @@ def _seed_option(max_seed: int) -> Callable[[Command], Command]:
 
 
 @click.command("preview")
-@click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="OUT.png")
+@click.argument("out", type=click.Path(path_type=Path, dir_okay=False), metavar="[OUT.png]", default="preview.png")
 @store_option
 @click.option(
     "--rows", type=click.IntRange(1, 64), default=6, show_default=True, help="Number of images, one in each row."
@@ -45,10 +45,11 @@ def preview(out: Path, store: Path, rows: int, seed: int) -> None:
     """Draw a contact sheet of random augmentations.
 
     Each row shows a stored image, eight random augmentations, and the eighth augmentation again with ten times the
-    colour noise.
+    colour noise. The classes of the images are at the left. Without OUT.png the file is preview.png.
 
     \b
     Example:
+      alexstream preview
       alexstream preview preview.png --store store --rows 4
     """
     opened = Store.open(store)

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -51,7 +52,7 @@ class BenchResult:
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    stages: dict[str, float]  # images/s of each stage together with all stages before it
+    stages: dict[str, float]  # images/s of each stage together with all stages before it; never above theirs
     bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
     batch: int
     threads: int
@@ -93,6 +94,7 @@ def bench_stream(
                     run()
                 rates[name].append(_images_per_s(run, seconds / ROUNDS))
             progress.advance()
+    limit_stages(rates)
     median = {name: float(np.median(values)) for name, values in rates.items()}
     jpeg_bound = f"libjpeg-turbo decode (simplejpeg {simplejpeg.__version__})"
     return BenchResult(
@@ -114,6 +116,15 @@ def result_json(result: BenchResult) -> dict[str, Any]:
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
+
+
+def limit_stages(rates: dict[str, list[float]]) -> None:
+    """Limit the rate of each stage to that of the stage before it in the same round, because it includes that stage.
+
+    The stages of a round are measured one after another, and the speed of a machine varies in the meantime.
+    """
+    for before, stage in pairwise(name for name in STAGES if name in rates):
+        rates[stage] = [min(pair) for pair in zip(rates[before], rates[stage], strict=True)]
 
 
 def _images_per_s(run: Work, seconds: float) -> float:

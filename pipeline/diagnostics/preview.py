@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import numpy.typing as npt
@@ -18,20 +19,21 @@ from pipeline.prefetch import BatchInput, Prefetcher
 from pipeline.records import Records
 from pipeline.sampling import draw_params
 from pipeline.still_image import Pixels, StoredImages
-from prep.console import UserError
+from prep.console import UserError, one_line
 from prep.store.manifest import Store
 
 AUGMENTED = 8  # number of columns with random augmentations
 NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
+_CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9  # width of the class names, in px and characters; lines of one name
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
     """Draw the first `rows` images of a split, one in each row.
 
-    A row shows the stored image, eight random augmentations, and the eighth augmentation again with ten times the
-    colour noise.
+    A row shows the class, the stored image, eight random augmentations, and the eighth augmentation again with ten
+    times the colour noise.
 
     Raises UserError if the file cannot be written, StoreError for a damaged record.
     """
@@ -42,10 +44,15 @@ def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "tr
         f"{AUGMENTED}, {NOISE_FACTOR:.0f}x noise",
     ]
     cell_px = CROP_PX + _GAP_PX
-    sheet = Image.new("RGB", (len(titles) * cell_px + _GAP_PX, _HEADER_PX + rows * cell_px), "white")
+    sheet = Image.new("RGB", (_CLASS_PX + len(titles) * cell_px + _GAP_PX, _HEADER_PX + rows * cell_px), "white")
     pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
-    for column, (title, images) in enumerate(zip(titles, _columns(store, rows, seed, split), strict=True)):
-        left = _GAP_PX + column * cell_px
+    columns, names = _columns(store, rows, seed, split)
+    for row, name in enumerate(names):
+        text = "\n".join(wrap(one_line(name), _CLASS_CHARS)[:_CLASS_LINES])
+        position = _GAP_PX, _HEADER_PX + row * cell_px + CROP_PX // 2
+        pen.multiline_text(position, text, fill="black", font=font, anchor="lm")
+    for column, (title, images) in enumerate(zip(titles, columns, strict=True)):
+        left = _CLASS_PX + _GAP_PX + column * cell_px
         pen.text((left + CROP_PX // 2, _HEADER_PX // 2), title, fill="black", font=font, anchor="mm")
         for row, pixels in enumerate(images):
             image = Image.fromarray(pixels)
@@ -73,8 +80,8 @@ def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
     sheet.save(out)
 
 
-def _columns(store: Store, rows: int, seed: int, split: str) -> list[list[Pixels]]:
-    """The columns of a preview. A column is a list of uint8 (H, W, 3) images, one for each row."""
+def _columns(store: Store, rows: int, seed: int, split: str) -> tuple[list[list[Pixels]], list[str]]:
+    """The columns of a preview, and the class of each row. A column is a list of uint8 (H, W, 3) images, one a row."""
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, Augmentation(mean="none"))
     engine = choose_engine(augmenter, placement, OutputFormat(layout="NHWC"), threads=1)
@@ -87,8 +94,9 @@ def _columns(store: Store, rows: int, seed: int, split: str) -> list[list[Pixels
 
     with StoredImages(store, split) as stored:
         columns = [[stored[number] for number in range(rows)]]
+        names = [store.classes[stored.label(number)] for number in range(rows)]
     with closing(Prefetcher(engine, placement, Records(store, split), rows, threads=1)) as prefetcher:
         prefetcher.start(partial(read_column, column) for column in range(AUGMENTED + 1))
         while (output := prefetcher.next()) is not None:
             columns.append(list(np.clip(np.rint(output.images.numpy()), 0, 255).astype(np.uint8)))
-    return columns
+    return columns, names

@@ -132,10 +132,10 @@ class ColorStats:
 
 
 class ChannelStats(NamedTuple):
-    """Mean and standard deviation of the R, G and B values of a split's pixels, as for transforms.Normalize."""
+    """Mean and standard deviation of the R, G and B values of pixels, as transforms.Normalize takes them."""
 
-    mean: tuple[float, ...]  # (3,)
-    std: tuple[float, ...]  # (3,)
+    mean: Sequence[float]  # (3,)
+    std: Sequence[float]  # (3,)
     max_value: float  # value of a white pixel: 255 for grey levels, 1 for pixels in [0, 1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 from click.testing import CliRunner, Result
@@ -30,3 +31,10 @@ def refusal(*args: object, code: int = 1) -> str:
     result = alextrain(*args)
     assert result.exit_code == code and result.stderr.count("\n") == 1, result.output
     return result.stderr
+
+
+def lose_store(run_dir: Path) -> None:
+    """Change the paths of the training store in run.json to folders that do not exist."""
+    description = json.loads((run_dir / "run.json").read_text())
+    description["settings"] |= {"store": "nowhere", "store_absolute": "/nowhere/store"}
+    (run_dir / "run.json").write_text(json.dumps(description))

@@ -6,6 +6,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ import torch
 
 from pipeline.augment import Augmentation
 from pipeline.loader import STREAM_VERSION, Batch, eval_loader, train_loader
-from prep.console import UserError
-from prep.store.manifest import Store
+from prep.console import UserError, WrongArgument
+from prep.store.manifest import ChannelStats, Store
 from tests.pipeline.augment_formula import stored_squares
 from tests.pipeline.streaming import batches_equal, concatenate_ranks, take_batches
 
@@ -258,3 +259,56 @@ def test_channel_stats_are_mean_and_std_of_the_training_pixels(stores: dict[str,
     pixels = np.concatenate([square.reshape(-1, 3) for _, square in squares])
     assert np.allclose(levels.mean, pixels.mean(0)) and np.allclose(levels.std, pixels.std(0))
     assert np.allclose(unit.mean, pixels.mean(0) / 255) and np.allclose(unit.std, pixels.std(0) / 255)
+
+
+IMAGENET = ChannelStats((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 1)  # of torchvision.transforms
+
+
+@pytest.mark.parametrize(("layout", "dtype"), [("NCHW", "float32"), ("NHWC", torch.float16)])
+def test_normalize_gives_pixels_minus_mean_divided_by_std(
+    stores: dict[str, Path], layout: str, dtype: str | torch.dtype
+) -> None:
+    """ToTensor and Normalize of torchvision compute (pixel / 255 − mean) / std."""
+    quiet = Augmentation(colour="off")
+    plain = {"layout": layout, "dtype": dtype, "threads": 1, "augmentation": replace(quiet, mean="none")}
+    for make, batch_size in ((eval_loader, 12), (train_loader, 10)):
+        with (
+            make(stores["ppm"], batch_size, **plain) as pixels,
+            make(stores["ppm"], batch_size, **{**plain, "augmentation": quiet}, normalize=IMAGENET) as normalized,
+        ):
+            original, images = (next(iter(loader)).images.double() for loader in (pixels, normalized))
+        shape = (3, 1, 1) if layout == "NCHW" else (3,)
+        mean, std = (torch.tensor(numbers).double().view(shape) for numbers in IMAGENET[:2])
+        assert (images - (original / 255 - mean) / std).abs().max() < (1e-5 if dtype == "float32" else 3e-3)
+
+
+def test_the_normalization_is_part_of_the_state(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 5, threads=1, normalize=IMAGENET) as loader:
+        state = json.loads(json.dumps(loader.state_dict()))
+        loader.load_state_dict(state)
+        own = loader.channel_stats()
+    for other in (None, own):
+        with train_loader(numbered_store, 5, threads=1, normalize=other) as loader:
+            with pytest.raises(UserError, match="another normalize"):
+                loader.load_state_dict(state)
+            del state["normalize"]
+            assert other is not None or loader.load_state_dict(state) is None
+            state["normalize"] = [*map(list, IMAGENET[:2]), 1]
+
+
+@pytest.mark.parametrize(
+    ("stats", "augmentation"),
+    [
+        (IMAGENET._replace(std=(0.2, 0.0, 0.2)), None),
+        (IMAGENET._replace(mean=(0.5,)), None),
+        (IMAGENET._replace(max_value=0), None),
+        (IMAGENET, Augmentation(mean="image")),
+        (IMAGENET, Augmentation(divisor=2.0)),
+    ],
+)
+def test_a_normalization_that_is_not_possible_is_refused(
+    numbered_store: Path, stats: ChannelStats, augmentation: Augmentation | None
+) -> None:
+    for make in (train_loader, eval_loader):
+        with pytest.raises(WrongArgument, match="normalize"):
+            make(numbered_store, 5, normalize=stats, augmentation=augmentation)

@@ -128,9 +128,7 @@ def test_version_of_a_checkout(content: bytes | None, expected: str, tmp_path: P
 def test_hints_name_the_packages_of_the_extras_and_no_extra_of_this_project() -> None:
     """pip can install `alexnet[figures]` only from a checkout, but each package of the extra from its index."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {name: list(packages) for name, packages in PACKAGES.items()} == {
-        name: packages for name, packages in extras.items() if name not in ("dev", "docs")
-    }
+    assert {name: list(packages) for name, packages in PACKAGES.items()} == {name: extras[name] for name in PACKAGES}
     assert shlex.split(pip_command("cluster")) == ["pip", "install", "ray[default]>=2.60,<3"]
     for package in ("prep", "pipeline", "train", "tools"):
         for path in (ROOT / package).rglob("*.py"):

@@ -36,7 +36,7 @@ also has `--json`, to print JSON instead.
 | --- | --- |
 | 0 | done |
 | 1 | an error that the user can correct; the message names the error and the next command to type |
-| 2 | the command line is wrong |
+| 2 | the command line is wrong: an unknown command or option, or a value that the command cannot take |
 | 3 | the disk is full |
 | 129, 130, 143 | interrupted by a closed terminal (129), by Ctrl-C (130) or by SIGTERM (143) |
 

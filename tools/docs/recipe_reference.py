@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 
 from train.config.recipe import Recipe, recipe_fields
-from train.config.recipe_table import HEADINGS, recipe_rows
+from train.config.recipe_table import HEADINGS, has_parts, recipe_rows
 from train.config.recipes import RECIPES
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
@@ -64,14 +64,16 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """A row for each field, with its source, and a row for each heading that `alextrain recipe` prints."""
+    """A row for each field, with its source; rows for its parts; and a row for each heading of `alextrain recipe`."""
     lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:
             lines.append(_row(f"**{HEADINGS[field]}**", "", ""))
-        cells = _cells(rows)
-        names = "<br>".join(f"`{name}`" for name in cells)
-        lines.append(_row(names, "<br>".join(cells.values()), _escaped(recipe.sources[field])))
+        source = _escaped(recipe.sources[field])
+        if has_parts(rows):
+            lines.append(_row(f"`{field}`", "", source))
+            source = ""
+        lines += [_row(f"`{name}`", value, source) for name, value in _cells(rows).items()]
     return "\n".join(lines) + "\n"
 
 

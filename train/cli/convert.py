@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from prep.console import bytes_text, json_option, print_json, say, shell_quoted, store_option
+from prep.console import UserError, bytes_text, json_option, print_json, say, shell_quoted
 from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -32,21 +32,23 @@ from train.config.recipes import RECIPES
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    help="File to write; an existing file is replaced atomically.",
+    help="File to write; an existing file is replaced atomically.  [default: alexnet.safetensors, alexnet.pth or "
+    "alexnet.onnx in RUN_DIR]",
 )
 @checkpoint_option
 @json_option
-def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool) -> None:
+def export(run_dir: Path, format: str, out: Path | None, checkpoint: str, as_json: bool) -> None:
     """Write a run's network, class names and preprocessing to one file for other programs.
 
     \b
     Example:
-      alextrain export run --to onnx --out alexnet.onnx
+      alextrain export run --to onnx
       alextrain export run --checkpoint best --to safetensors --out alexnet.safetensors
     """
     from train.convert.export import export as write_export
 
+    folder = run_dir.parent if run_dir.is_file() else run_dir
+    out = out or folder / f"alexnet.{'pth' if format == 'torchvision' else format}"
     result = write_export(run_dir, format, out, checkpoint)
     if as_json:
         print_json(result)
@@ -69,7 +71,13 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
     show_default=True,
     help="Format of FILE: torchvision, a state_dict of torchvision's AlexNet.",
 )
-@store_option
+@click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="ALEXNET_STORE",
+    show_envvar=True,
+    help="Folder of the store.  [default: the training store of the run in whose folder FILE is, else store]",
+)
 @run_dir_option
 @click.option(
     "--recipe",
@@ -94,15 +102,17 @@ def export(run_dir: Path, format: str, out: Path, checkpoint: str, as_json: bool
 def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: Any) -> None:
     """Make a run at step 0 from FILE, a state_dict of torchvision's AlexNet.
 
-    `alextrain evaluate` accepts the run. To train the run further, use `alextrain run` with --model torchvision and
-    with the --recipe, --set, --batch, --epochs, --seed, --stream-seed and --precision of this command.
+    `alextrain evaluate` accepts the run. To train the run further, use `alextrain run --run-dir` with its folder, which
+    continues with the settings of this command.
 
     \b
     Example:
       alextrain import alexnet-owt-7be5be79.pth --store store --run-dir imported
       alextrain import alexnet-owt-7be5be79.pth --run-dir tuned --new-fc8 --set lr=0.001
     """
-    Store.open(options["store"]).split("train")
+    options["store"] = store = options["store"] or _store_beside(file)
+    Store.open(store).split("train")
+    from train.config.devices import parse_devices
     from train.config.overrides import recipe_with_overrides
     from train.config.run_config import RunConfig
     from train.convert.import_torchvision import import_torchvision
@@ -117,11 +127,29 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
         stream_seed=options["stream_seed"],
         precision=options["precision"],
         run_dir=options["run_dir"],
+        devices=parse_devices(None, ARCHITECTURES["torchvision"].columns),
         epochs=options["epochs"] or recipe.epochs,
     )
     import_torchvision(file, config, new_fc8)
     if as_json:
         print_json({"run_dir": str(config.run_dir), "from": layout, "file": str(file), "recipe": recipe.name})
         return
-    evaluate = f"alextrain evaluate {shell_quoted(config.run_dir)} --store {shell_quoted(config.store)}"
-    say(f"{config.run_dir}: imported. Next: {evaluate}")
+    run_dir = shell_quoted(config.run_dir)
+    say(f"{config.run_dir}: imported. Next: alextrain evaluate {run_dir}, or alextrain run --run-dir {run_dir}")
+
+
+def _store_beside(file: Path) -> Path:
+    """The training store of the run in whose folder `file` is; `store` if `file` is not in a run folder.
+
+    Raises UserError if the run's training store is missing.
+    """
+    from train.runs.preprocessing import missing_store_text, saved_store_path, training_store
+    from train.runs.run_dir import DESCRIPTION, read_description
+
+    if not (file.parent / DESCRIPTION).exists():
+        return Path("store")
+    description = read_description(file.parent)
+    store = training_store(file.parent, description)
+    if store is None:
+        raise UserError(missing_store_text(file.parent, saved_store_path(description)))
+    return store.root

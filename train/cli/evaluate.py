@@ -11,9 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import count_noun, json_option, print_json, say, store_option
+from prep.console import UserError, count_noun, json_option, print_json, say
 from prep.store.manifest import Store
-from train.cli.options import checkpoint_option, gpus_option, precision_option, service_options, views_option
+from train.cli.options import (
+    checkpoint_option,
+    gpus_option,
+    precision_option,
+    run_store_option,
+    service_options,
+    views_option,
+)
 
 if TYPE_CHECKING:
     from train.evaluation.evaluate import EvalResult
@@ -22,7 +29,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("runs", metavar="RUN_DIR|FILE.npz...", nargs=-1, required=True, type=click.Path(path_type=Path))
-@store_option
+@run_store_option
 @views_option
 @checkpoint_option
 @click.option("--split", default="val", show_default=True, help="Split of the store to evaluate on.")
@@ -41,7 +48,7 @@ if TYPE_CHECKING:
 @json_option
 def evaluate(
     runs: tuple[Path, ...],
-    store: Path,
+    store: Path | None,
     views: str,
     checkpoint: str,
     split: str,
@@ -60,15 +67,14 @@ def evaluate(
 
     \b
     Example:
-      alextrain evaluate run --store store --views 10
-      alextrain evaluate run --store store --out run.npz
+      alextrain evaluate run
+      alextrain evaluate run --store store --views 10 --out run.npz
       alextrain evaluate run.npz other.npz third-run --weights 2,1,1
       alextrain evaluate run --service imagenet
     """
     is_file = [path.suffix == ".npz" for path in runs]
-    opened_store = None if all(is_file) else Store.open(store)
-    if opened_store is not None:
-        opened_store.split(split)
+    if store is not None and not all(is_file):
+        Store.open(store).split(split)
     from train.evaluation.evaluate import average_probabilities, error_rates
     from train.evaluation.predictions import (
         Predictions,
@@ -92,11 +98,11 @@ def evaluate(
     member_weights, names = parse_weights(weights, len(runs)), [str(path) for path in runs]
     members, results = [], []
     for path, is_saved in zip(runs, is_file, strict=True):
-        if is_saved or opened_store is None:
+        if is_saved:
             member = load_predictions(path)
             result = error_rates(average_probabilities([member.probabilities]), member.labels)
         else:
-            result, member = _evaluate_run(path, opened_store, **options)
+            result, member = _evaluate_run(path, store, **options)
         members.append(member)
         results.append(result)
         if not as_json:
@@ -123,7 +129,7 @@ def evaluate(
 
 def _evaluate_run(
     path: Path,
-    store: Store,
+    store_path: Path | None,
     *,
     views: str,
     checkpoint: str,
@@ -138,19 +144,19 @@ def _evaluate_run(
     from train.evaluation.predictions import DENSE, predict_split, record_evaluation
     from train.model.precision import set_precision
     from train.runs.loading import load_trained, run_and_checkpoint
-    from train.runs.preprocessing import check_classes
-    from train.runs.run_dir import DESCRIPTION
+    from train.runs.preprocessing import find_store, missing_store_text, saved_store_path
+    from train.runs.run_dir import DESCRIPTION, read_description
 
     devices = parse_devices(gpus)
     set_precision(precision, devices)  # an unsupported precision is refused before the network is loaded
     run_dir, which = run_and_checkpoint(path, checkpoint)
     network, loaded = load_trained(run_dir, devices, which)
-    check_classes(run_dir, loaded.classes, store)
+    store = find_store(run_dir, loaded, store_path)
+    if store is None:
+        raise UserError(missing_store_text(run_dir, saved_store_path(read_description(run_dir))))
+    store.split(split)
     if "train" not in store.splits or loaded.identity["store_fingerprint"] != store.split("train").fingerprint:
-        say(
-            f"{store.root} is not the store that {run_dir} was trained on: the mean of {store.root} is subtracted, not "
-            "the mean of the training store."
-        )
+        say(f"The mean of {store.root} is subtracted, not the mean of the training store.")
     count = views if views == DENSE else int(views)
     result, predictions = predict_split(
         network, loaded, store, split, count, precision, str(path), service=service, service_fallback=service_fallback
@@ -168,10 +174,12 @@ def _common_value(members: list[Predictions], key: str) -> Any:
 
 def _print_result(title: str, about: Mapping[str, Any], result: EvalResult) -> None:
     from train.evaluation.predictions import views_text
+    from train.runs.run_dir import shown_errors
 
+    metrics = [name for name, _ in shown_errors(len(about["classes"]))]
     errors = [
-        f"{metric} error {misses / result.images:.2%} ({misses:,}; 95 %: {low:.2%} to {high:.2%})"
-        for metric, misses, (low, high) in zip(("top-1", "top-5"), result.misses, result.intervals, strict=True)
+        f"{metric} {misses / result.images:.2%} ({misses:,}; 95 %: {low:.2%} to {high:.2%})"
+        for metric, misses, (low, high) in zip(metrics, result.misses, result.intervals, strict=False)
     ]
     step = f", step {about['step']:,}" if isinstance(about["step"], int) else ""
     click.echo(

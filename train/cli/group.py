@@ -9,7 +9,8 @@ from prep.version import version_option
 from train.cli.convert import export, import_
 from train.cli.describe import recipe, summary
 from train.cli.evaluate import evaluate
-from train.cli.results import features, figures, predict, report, search
+from train.cli.images import features, predict, search
+from train.cli.results import figures, report
 from train.cli.run import ablate, run
 from train.cli.runs import compare, status
 
@@ -22,7 +23,9 @@ def main() -> None:
     \b
     Example:
       alextrain run --gpus 0,1 --store store
-      alextrain evaluate run --store store --views 10
+      alextrain evaluate run --views 10
+
+    Exit codes: 0: done; 1: an error to correct; 2: wrong usage; 3: the disk is full; 130, 143: interrupted.
     """
 
 

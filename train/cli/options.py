@@ -15,7 +15,15 @@ import click
 from prep.console import WrongArgument
 from prep.images.limits import MAX_PIXELS
 from train.config.architecture import ARCHITECTURES
-from train.config.choices import ACTIVATIONS, CHECKPOINTS_KEPT, EVAL_VIEWS, POOLS_PX, PRECISIONS, SCHEDULES
+from train.config.choices import (
+    ACTIVATIONS,
+    CHECKPOINTS_KEPT,
+    EVAL_VIEWS,
+    INDEX_RECORDS,
+    POOLS_PX,
+    PRECISIONS,
+    SCHEDULES,
+)
 from train.config.recipes import RECIPES
 
 Command = Callable[..., Any]
@@ -23,6 +31,22 @@ Command = Callable[..., Any]
 run_argument = click.argument("run_dir", type=click.Path(path_type=Path))
 run_dir_option = click.option(
     "--run-dir", type=click.Path(path_type=Path), default="run", show_default=True, help="Folder of the run."
+)
+index_option = click.option(
+    "--index",
+    "index_records",
+    type=click.IntRange(1),
+    default=INDEX_RECORDS,
+    show_default=True,
+    metavar="N",
+    help="Maximum number of training images to search through.",
+)
+run_store_option = click.option(
+    "--store",
+    type=click.Path(path_type=Path),
+    envvar="ALEXNET_STORE",
+    show_envvar=True,
+    help="Folder of the store that the images come from.  [default: the run's training store]",
 )
 gpus_option = click.option(
     "--gpus",

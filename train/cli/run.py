@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from prep.console import WrongArgument, count_noun, json_option, print_json, say, shell_quoted, store_option
 from prep.files import no_lock_option
@@ -30,7 +31,7 @@ from train.cli.options import (
     training_precision_option,
 )
 from train.config.ablations import ABLATIONS
-from train.config.architecture import ARCHITECTURES
+from train.runs.run_dir import DESCRIPTION, newest_checkpoint
 
 if TYPE_CHECKING:
     from train.runs.run import Run
@@ -99,54 +100,41 @@ def run(
     quiet: bool,
     as_json: bool,
 ) -> None:
-    """Train AlexNet on a store. To resume a run that was stopped or killed, run the same command again.
+    """Train AlexNet on a store, or go on with the run in --run-dir.
+
+    To go on after a stop or a kill, run the same command again, or `alextrain run --run-dir RUN_DIR` alone: options
+    that are not given have the values of the run. A fork has them too. The service is not kept: name it again.
 
     \b
     Example:
       alextrain run --gpus 0,1 --store store --run-dir run
+      alextrain run --run-dir run
       alextrain run --gpus cpu --recipe short --epochs 2
       alextrain run --model half --set lr=0.02 --no-dropout
       alextrain run --run-dir run --fork cooled --set lr=0.001
       alextrain run --service imagenet --service-fallback local
     """
-    opened = Store.open(store)
-    opened.split("train")
-    from train.config.devices import parse_devices
-    from train.config.overrides import recipe_with_overrides
+    options = dict(locals())
+    context = click.get_current_context()
+    given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+    opened = None
+    if "store" in given or not (run_dir / DESCRIPTION).exists():  # a missing store is reported before torch is imported
+        opened = Store.open(store)
+        opened.split("train")
     from train.config.recipe import insensitive_at_init
-    from train.config.run_config import RunConfig
-    from train.model.precision import default_precision, set_precision
     from train.runs.run import Run
+    from train.runs.saved_config import requested_config, saved_config
 
-    chosen, architecture = recipe_with_overrides(recipe, settings, epochs), ARCHITECTURES[model]
-    devices = parse_devices(gpus, architecture.columns)
-    precision = precision or default_precision(chosen.name, devices)
-    set_precision(precision, devices)  # refuses an unsupported precision before the run starts
-    config = RunConfig(
-        store=store,
-        recipe=chosen,
-        model=architecture,
-        batch_size=batch or chosen.batch_size,
-        accumulate=accumulate,
-        seed=seed,
-        stream_seed=stream_seed,
-        precision=precision,
-        deterministic=deterministic,
-        run_dir=run_dir,
-        devices=devices,
-        epochs=epochs or chosen.epochs,
-        steps=steps,
-        log_every=log_every,
-        checkpoint_every=checkpoint_every,
-        keep=keep,
-        service=service,
-        service_fallback=service_fallback,
-    )
+    saved = saved_config(run_dir)
+    config = requested_config(options, given, saved)
     training = Run.open(config, opened)
-    if insensitive_at_init(chosen):
+    if saved is not None and not quiet:
+        say(f"{run_dir}: options that are not given have the values in {run_dir / DESCRIPTION}.")
+    if insensitive_at_init(config.recipe):
         say(
-            f"recipe {chosen.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly depends "
-            "on the image at first, so learning starts late. --recipe released, as in the authors' code, learns sooner."
+            f"recipe {config.recipe.name}: with weights of standard deviation 0.01 and biases of 1, the output hardly "
+            "depends on the image at first, so learning starts late. --recipe released, as in the authors' code, "
+            "learns sooner."
         )
     for line in _description_lines(training, fork or run_dir):
         if not quiet or dry_run:
@@ -154,7 +142,8 @@ def run(
     if dry_run:
         from train.trainer.fork import preview_fork
 
-        say(preview_fork(training, fork))
+        for line in preview_fork(training, fork):
+            say(line)
     else:
         from train.monitor.view import choose_view
         from train.trainer.fork import fork as start_fork
@@ -162,11 +151,24 @@ def run(
 
         if fork:
             training = start_fork(training, fork)
+        before = newest_checkpoint(training.run_dir)
         fit(training, choose_view(quiet))
-        evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)} --store {shell_quoted(store)}"
-        say(f"{training.run_dir}: trained. Next: {evaluate}")
+        say(_ending_text(training, before[0] if before else 0))
     if as_json:
         print_json(_result_json(training, fork or run_dir, dry_run))
+
+
+def _ending_text(training: Run, first_step: int) -> str:
+    """The last line of a training that began after `first_step`: the steps trained, and what to do next."""
+    newest = newest_checkpoint(training.run_dir)
+    steps = (newest[0] if newest else 0) - first_step
+    evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)}"
+    if steps > 0:
+        return f"{training.run_dir}: {count_noun(steps, 'step')} trained. Next: {evaluate}"
+    return (
+        f"{training.run_dir}: 0 steps trained, because the run had ended after step {first_step:,}. To train further, "
+        f"pass more --epochs or --steps. Next: {evaluate}"
+    )
 
 
 def _description_lines(training: Run, run_dir: Path) -> list[str]:
@@ -264,7 +266,8 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
       alextrain ablate --store store --out ablations --recipe modern --epochs 20 --seeds 3
       alextrain ablate --recipe short --only no-lrn --only one-gpu
     """
-    Store.open(store).split("train")
+    opened = Store.open(store)
+    opened.split("train")
     from train.trainer.ablate import ablate as train_and_measure
     from train.trainer.ablate import outcome_rows, plan_runs, table_lines
 
@@ -280,5 +283,5 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
         settings = {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}
         print_json({"store": str(store), **settings, "ablations": rows})
         return
-    for line in table_lines(rows):
+    for line in table_lines(rows, len(opened.classes)):
         click.echo(line)

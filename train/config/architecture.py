@@ -68,16 +68,17 @@ class Architecture:
 
 
 ALEXNET = Architecture(
-    "alexnet", "sections 3.2 and 3.5, figure 2; net #145 of the authors' code: 60,965,224 parameters for 1000 classes"
+    "alexnet",
+    "sections 3.2 and 3.5, figure 2; net #145 of the authors' code",  # 60,965,224 parameters for 1000 classes
 )
 JOINED = Architecture(
     "joined",
-    "ours: the paper's widths in one column, so that every layer sees all maps; 62,378,344 parameters for 1000 classes",
+    "ours: the paper's widths in one column, so that every layer sees all maps",
     columns=1,
 )
 HALF = Architecture(
     "half",
-    "ours: one of the two columns alone, a third of the multiply-adds; 16,630,440 parameters for 1000 classes",
+    "ours: one of the two columns alone, a third of the multiply-adds",
     columns=1,
     widths=Widths(48, 128, 192, 192, 128, 2048, 2048),
 )
@@ -85,13 +86,13 @@ ONE_GPU = Architecture(
     "one-gpu",
     "section 3.2: 'a net with half as many kernels in each convolutional layer trained on one GPU'; its footnote and "
     "net #145-half (layer-params-145-half.cfg:100) leave conv5 at 256 maps, fc6 and fc7 at 4096 units, for about as "
-    "many parameters: 59,798,312",
+    "many parameters as two GPUs have",
     columns=1,
     widths=Widths(48, 128, 192, 192, 256, 4096, 4096),
 )
 TORCHVISION = Architecture(
     "torchvision",
-    "torchvision.models.alexnet, after Krizhevsky 2014 (arXiv 1404.5997): 61,100,840 parameters for 1000 classes",
+    "torchvision.models.alexnet, after Krizhevsky 2014 (arXiv 1404.5997)",
     columns=1,
     widths=Widths(64, 192, 384, 256, 256, 4096, 4096),
     conv1_padding=2,

@@ -52,10 +52,15 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 
     Raises UserError for an unknown recipe and for an invalid override.
     """
-    recipe = apply_overrides(recipe_named(name), settings)
+    return override(recipe_named(name), settings, epochs)
+
+
+def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -> Recipe:
+    """The recipe `base` with overrides, for a run of `epochs` epochs, as `recipe_with_overrides` describes."""
+    recipe = apply_overrides(base, settings)
     spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
     if epochs and spans_all_epochs:
-        return apply_overrides(recipe_named(name), [*settings, f"epochs={epochs}"])
+        return apply_overrides(base, [*settings, f"epochs={epochs}"])
     return recipe
 
 

@@ -169,7 +169,7 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of an Augmentation. Version 0.1.0, which wrote no `eval_divisor`, divided training images alone."""
-    before = None if augmentation["divisor"] == 1 else 1.0
+    before = None if augmentation.get("divisor", 1) == 1 else 1.0
     return {**augmentation, "eval_divisor": augmentation.get("eval_divisor", before)}
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import zip_longest
 from textwrap import wrap
@@ -20,7 +20,10 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column."""
+    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column.
+
+    A source is in the row of its field. A field that has parts gets a row of its own, above the rows of its parts.
+    """
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]
     name_width, value_width = (max(len(row[k]) for row in all_rows) for k in (0, 1))
@@ -29,10 +32,17 @@ def recipe_lines(recipe: Recipe) -> list[str]:
     for field, rows in rows_by_field.items():
         if field in HEADINGS:
             lines += ["", HEADINGS[field]]
-        for row, source in zip_longest(rows, wrap(recipe.sources[field], source_width, break_on_hyphens=False)):
+        sources = wrap(recipe.sources[field], source_width, break_on_hyphens=False)
+        sourced, parts = ([(field, "")], rows) if has_parts(rows) else (rows, [])
+        for row, source in [*zip_longest(sourced, sources), *((row, "") for row in parts)]:
             name, value = row or ("", "")
             lines.append(f"  {name:{name_width}}  {value:{value_width}}  {source or ''}".rstrip())
     return lines
+
+
+def has_parts(rows: Sequence[tuple[str, str]]) -> bool:
+    """Whether the rows of a field are rows of its parts, such as `lrn.alpha`."""
+    return "." in rows[0][0]
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:

@@ -49,11 +49,15 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """Preprocessing of an image into the network's input. The fields are JSON keys in the exported file.
+    """Preprocessing of an image into the input of the network in the file. The fields are JSON keys in that file.
 
-    The image is RGB in 0..255. The shorter side of the image is rescaled to `shorter_side_px`. A square crop with a
-    side of `window_px` is taken from the central square. An evaluation with one view takes the centre crop. The value
-    of `mean` determines what is subtracted from a crop whose top left corner is at (y, x) in the square:
+    The image has the channels `channel_order` and values in `range`. Its EXIF orientation is not applied. The shorter
+    side is rescaled to `shorter_side_px` with `resize_filter`; the longer side is rounded. The central square begins at
+    row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2. A crop with a side of `window_px` is
+    taken from this square: the centre crop, for an evaluation with one view, begins at row and column
+    (shorter_side_px − window_px) // 2. The mean is subtracted, and the result divided by `input_divisor`. The batch is
+    float32 in the order `layout`. The value of `mean` determines what is subtracted from a crop whose top left corner
+    is at (y, x) in the square:
 
         channel   mean_rgb
         image     the centre crop of the mean image, for every (y, x)
@@ -65,12 +69,21 @@ class Preprocessing:
     mean: str
     mean_rgb: tuple[float, ...]  # subtracted mean per channel; with a mean image, the average of that image
     mean_image: Mapping[str, Any] | None  # keys "shape" (side, side, 3), "dtype" and "base64"
-    # After the mean is subtracted, the pixels are divided by input_divisor. The network in an onnx or torchvision file
-    # already includes this division.
+    # Number by which the pixels minus the mean are divided before they enter the network of the file. An onnx graph and
+    # torchvision weights already contain the recipe's own division, so their input_divisor is 1. A safetensors file has
+    # only parameters, and conv1 expects divided pixels.
     input_divisor: float
+    # "area": the mean of the source pixels that an output pixel covers, as Pillow's BOX and OpenCV's INTER_AREA; images
+    # that must be enlarged use bicubic. The other filters have Pillow's names.
+    resize_filter: str = "area"
+    stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N" or "ppm", which loses nothing
     window_px: int = CROP_PX
-    # Only for torchvision: "mean" and "std" of Normalize, and "exact". "exact" is False if the network subtracts a mean
-    # image, because "mean" is then only the average of this image.
+    layout: str = "NCHW"
+    channel_order: str = "RGB"
+    range: tuple[int, int] = (0, 255)
+    # Only for torchvision, in place of the mean and input_divisor: "mean" and "std" of Normalize, which takes pixels in
+    # [0, 1], and "exact". "exact" is False if the network subtracts a mean image, because "mean" is then only the
+    # average of this image.
     normalise: Mapping[str, Any] | None = None
 
 
@@ -85,7 +98,9 @@ def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Prep
             "dtype": "float32",
             "base64": b64encode(mean_image.astype("<f4").tobytes()).decode(),
         }
-    return Preprocessing(transform.settings.side_px, transform.mean, mean_rgb, image, input_divisor)
+    settings = transform.settings
+    stored_as = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
+    return Preprocessing(settings.side_px, transform.mean, mean_rgb, image, input_divisor, settings.filter, stored_as)
 
 
 def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[str, Any]:
@@ -103,7 +118,9 @@ def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[s
         raise UserError(f"--to {format} needs {' and '.join(missing)}. Install with: {pip_command('export')}")
     run_dir, which = run_and_checkpoint(run_dir, which)
     network, checkpoint = load_trained(run_dir, ("cpu", "cpu"), which)
-    preprocessing = export_preprocessing(load_eval_transform(run_dir, network.recipe), network.recipe.input_divisor)
+    recipe = network.recipe
+    divisors = {"safetensors": recipe.eval_input_divisor, "onnx": recipe.augmentation.divisor_in_evaluation}
+    preprocessing = export_preprocessing(load_eval_transform(run_dir, recipe), divisors.get(format, 1.0))
     if format == "torchvision":
         check_fits(network.architecture, network.recipe)
         mean = [level / 255 for level in preprocessing.mean_rgb]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ def create_run(run: Run, network: AlexNet) -> None:
         ) as loader:
             optimizer = make_optimizer(network, config.recipe)
             torch.manual_seed(config.seed)
-            state = capture_state(run, 0, network, optimizer, Schedule(config.recipe), loader, validation_due=False)
+            on_cpu = replace(run, config=replace(config, devices=("cpu", "cpu")))  # where the network is
+            state = capture_state(on_cpu, 0, network, optimizer, Schedule(config.recipe), loader, validation_due=False)
         write_description(run)
         checkpoint.CheckpointKeeper(run.run_dir, config.keep, None).save(state, is_last=True)
 

@@ -16,7 +16,7 @@ from train.evaluation.predictions import Predictions, load_predictions, predict_
 from train.model.alexnet import AlexNet
 from train.runs.checkpoint import Checkpoint
 from train.runs.loading import load_trained, run_and_checkpoint
-from train.runs.preprocessing import find_store, load_eval_transform
+from train.runs.preprocessing import find_store, load_eval_transform, missing_store_text, saved_store_path
 from train.runs.run_dir import read_description
 
 
@@ -64,9 +64,7 @@ class TrainedRun:
     def require_store(self, split: str) -> Store:
         """The store. Raises UserError if the run has no store, or if the store has no split of the name `split`."""
         if self.store is None:
-            raise UserError(
-                f"{self.run_dir}: the run's training store was moved, removed or rebuilt. Name a store with --store."
-            )
+            raise UserError(missing_store_text(self.run_dir, saved_store_path(self.description)))
         self.store.split(split)
         return self.store
 

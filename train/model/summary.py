@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from pipeline.augment import CROP_PX
+from prep.console import count_noun
 from train.config.architecture import ALEXNET, LAYERS, Architecture
 from train.config.recipe import Recipe
 from train.config.recipes import PAPER
@@ -79,11 +81,18 @@ def summary_json(classes: int, devices: tuple[str, str], architecture: Architect
     }
 
 
+def size_text(rows: Sequence[LayerRow], classes: int) -> str:
+    """The number of parameters of a network: `58,285,954 parameters for 10 classes`."""
+    parameters = sum(row.parameters for row in rows)
+    return f"{count_noun(parameters, 'parameter')} for {count_noun(classes, 'class', 'classes')}"
+
+
 def summary_lines(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> list[str]:
     """The table as text lines, with the device of each column."""
     rows = summarize(classes, architecture)
     lines = [
         f"{architecture.name}: {architecture.source}",
+        size_text(rows, classes),
         f"{'layer':6} {'output':>19}  {'sees':12} {'neurons':>9} {'parameters':>12} {'multiply-adds':>14}  on",
     ]
     for row in rows:

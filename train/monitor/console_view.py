@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from pipeline.service.status import ServiceStatus
 from prep.console import Progress, count_noun, progress, say
+from train.runs.run_dir import shown_errors
 
 Line = Mapping[str, Any]  # an object of metrics.jsonl
 
@@ -21,6 +22,7 @@ class RunLength(NamedTuple):
     steps_per_epoch: int
     steps: int  # total number of steps of the run
     batch_size: int  # images per step
+    classes: int = 1000  # with five classes or fewer, no top-5 error is shown
 
 
 class ConsoleView:
@@ -28,6 +30,7 @@ class ConsoleView:
 
     def __init__(self) -> None:
         self._service_status: Callable[[], ServiceStatus | None] = lambda: None
+        self._length = RunLength(1, 1, 1)
 
     def note(self, text: str) -> None:
         """Print information, which `QuietView` omits."""
@@ -39,6 +42,7 @@ class ConsoleView:
 
     def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
         """Begin the output of a run that starts or resumes after `step`; `lines` are the earlier log lines."""
+        self._length = length
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
         """Set the function that returns, at any time, the number of steps since the last log line."""
@@ -52,14 +56,14 @@ class ConsoleView:
         status = self._service_status()
         say(
             f"epoch {line['epoch']:6.2f}  step {line['step']:,}  loss {line['loss']:.3f}  "
-            f"top-1 {line['top1_error']:6.1%}  top-5 {line['top5_error']:6.1%}  lr {line['lr']:g}  "
+            f"{_columns(line, self._length.classes)}  lr {line['lr']:g}  "
             f"{line['images_per_s']:,.1f} images/s  waits for stream {line['waiting_share']:.1%}, "
             f"stream waits {line['stream_waiting_share']:.1%}" + (f"  {service_text(status)}" if status else "")
         )
 
     def validation(self, line: Line) -> None:
         """Show the log line of a validation that has ended."""
-        say(validation_text(line))
+        say(validation_text(line, self._length.classes))
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
@@ -97,9 +101,13 @@ def service_text(status: ServiceStatus) -> str:
     return f"service {status.name}: {workers}, {batches} queued"
 
 
-def validation_text(line: Line) -> str:
-    """The console line of a validation, as text."""
+def validation_text(line: Line, classes: int) -> str:
+    """The console line of a validation of a network with `classes` classes, as text."""
     return (
-        f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  top-1 {line['top1_error']:6.1%}  "
-        f"top-5 {line['top5_error']:6.1%}  of {line['images']:,} images, centre view"
+        f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  {_columns(line, classes)}  of "
+        f"{line['images']:,} images, centre view"
     )
+
+
+def _columns(line: Line, classes: int) -> str:
+    return "  ".join(f"{name} {line[key]:6.1%}" for name, key in shown_errors(classes))

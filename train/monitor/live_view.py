@@ -6,6 +6,7 @@ output, and a line for each validation, scrolls above the display. The display d
 
 from __future__ import annotations
 
+import termios
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -16,14 +17,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from prep.console import Progress, bytes_text, duration_text
+from prep.console import Progress, bytes_text, duration_text, print_above
 from train.monitor.console_view import ConsoleView, Line, RunLength, service_text, validation_text
-from train.runs.run_dir import RATE_LINES, seconds_left
+from train.runs.run_dir import RATE_LINES, errors_text, seconds_left, shown_errors
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 32  # characters of a sparkline
 _DRAWINGS_PER_S = 2
-_CURVES = (("loss", "loss", ".3f"), ("top-1", "top1_error", ".1%"), ("top-5", "top5_error", ".1%"))
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
@@ -49,9 +49,8 @@ class LiveView(ConsoleView):
         super().__init__()
         self._console = console or Console(stderr=True)
         self._live = RichLive(self, console=self._console, refresh_per_second=_DRAWINGS_PER_S, transient=True)
-        self._length = RunLength(1, 1, 1)
         self._step = 0  # step of the newest log line
-        self._values: dict[str, list[float]] = {key: [] for _, key, _ in _CURVES}
+        self._values = self._empty()
         self._curves = dict.fromkeys(self._values, "")
         self._recent: list[Line] = []  # training lines, at most RATE_LINES
         self._val: Line | None = None
@@ -62,10 +61,13 @@ class LiveView(ConsoleView):
     def begin(self, length: RunLength, lines: Sequence[Line], step: int) -> None:
         """Start the display."""
         self._length, self._step = length, step
+        self._values = self._empty()
         for line in lines:
             self._count(line)
         self._draw_curves()
+        self._keep_output(True)
         self._live.start(refresh=True)
+        print_above(self._print)
         self._console.show_cursor(True)  # rich hides the cursor, and kill -9 would leave the cursor hidden
 
     def follow(self, steps_since_line: Callable[[], int]) -> None:
@@ -82,7 +84,28 @@ class LiveView(ConsoleView):
         """Print the log line of a validation above the display."""
         self._count(line)
         with suppress(OSError):  # the terminal was closed
-            self._console.print(validation_text(line), highlight=False)
+            self._print(validation_text(line, self._length.classes))
+
+    def _empty(self) -> dict[str, list[float]]:
+        """A list for the values of each curve, by the key in metrics.jsonl."""
+        return {key: [] for key in ("loss", *(key for _, key in shown_errors(self._length.classes)))}
+
+    def _keep_output(self, keep: bool) -> None:
+        """Whether the terminal prints output that is on its way when a person presses Ctrl-C. By default, it drops it.
+
+        A display of which lines were dropped would be erased at the wrong place.
+        """
+        try:
+            number = self._console.file.fileno()
+            mode = termios.tcgetattr(number)
+            mode[3] = mode[3] | termios.NOFLSH if keep else mode[3] & ~termios.NOFLSH
+            termios.tcsetattr(number, termios.TCSANOW, mode)
+        except (OSError, ValueError, termios.error):  # not a terminal, or it was closed
+            return
+
+    def _print(self, text: str) -> None:
+        """Print a line above the display. A line that were printed past rich would be overwritten by the display."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
     def progress(self, label: str, total: int, unit: str) -> Iterator[Progress]:
@@ -96,7 +119,11 @@ class LiveView(ConsoleView):
 
     def end(self) -> None:
         """Remove the display."""
-        self._live.stop()
+        print_above(None)
+        try:
+            self._live.stop()
+        finally:
+            self._keep_output(False)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw progress, sparklines, speed, memory, the service, and the last validation."""
@@ -104,7 +131,8 @@ class LiveView(ConsoleView):
         table = Table.grid(padding=(0, 2))
         table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
         table.add_row("epoch", f"{step / self._length.steps_per_epoch:.2f}", self._left(step))
-        for name, key, form in _CURVES:
+        for name, key in (("loss", "loss"), *shown_errors(self._length.classes)):
+            form = ".3f" if key == "loss" else ".1%"
             values, curve = self._values[key], "" if options.ascii_only else self._curves[key]
             table.add_row(name, format(values[-1], form) if values else "", Text(curve, "cyan"))
         yield table
@@ -123,9 +151,10 @@ class LiveView(ConsoleView):
             yield Text(f"{label}: {counter.done:,} of {counter.total:,} {counter.unit}", "cyan")
         elif (val := self._val) is not None and (best := self._best) is not None:
             yield Text(
-                f"validation at epoch {val['epoch']}: top-1 {val['top1_error']:.1%}, top-5 {val['top5_error']:.1%}; "
-                f"best top-1 {best['top1_error']:.1%} at epoch {best['epoch']}"
+                f"validation at epoch {val['epoch']}: {errors_text(val, self._length.classes)}; best top-1 error "
+                f"{best['top1_error']:.1%} at epoch {best['epoch']}"
             )
+        yield Text("")  # the terminal shows ^C here, where it cannot begin another line
 
     def _count(self, line: Line) -> None:
         """Store the values of a log line that the display shows, so that drawing need not read the line again."""

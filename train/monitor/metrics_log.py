@@ -49,7 +49,7 @@ class MetricsLog:
         try:
             if self.path.exists():
                 write_atomic(self.path, b"".join(raw + b"\n" for raw, _ in kept))
-            self._file, self._events = AppendLog(self.path), self._event_file(lines, step)
+            self._file, self._events = AppendLog(self.path), self._event_file(lines, step, length.classes)
             self._write_status("training")
         except OSError as error:
             raise _write_error(run_dir, error) from None
@@ -100,9 +100,9 @@ class MetricsLog:
         except OSError as error:
             raise _write_error(self.path, error) from None
 
-    def _event_file(self, lines: list[dict[str, Any]], step: int) -> EventFile | None:
+    def _event_file(self, lines: list[dict[str, Any]], step: int, classes: int) -> EventFile | None:
         try:
-            return EventFile(self.path.with_name(EVENTS), lines, step)
+            return EventFile(self.path.with_name(EVENTS), lines, step, classes)
         except NoTensorBoard as error:
             self.view.note(str(error))
             return None

@@ -22,7 +22,7 @@ from typing import Any
 from prep.console import UserError
 from prep.version import pip_command
 from train.runs.append_log import AppendLog
-from train.runs.run_dir import tensorboard_scalars
+from train.runs.run_dir import shown_errors, tensorboard_scalars
 
 
 class NoTensorBoard(UserError):
@@ -32,10 +32,11 @@ class NoTensorBoard(UserError):
 class EventFile:
     """A new TensorBoard event file of a run."""
 
-    def __init__(self, folder: Path, lines: Iterable[Mapping[str, Any]], step: int) -> None:
+    def __init__(self, folder: Path, lines: Iterable[Mapping[str, Any]], step: int, classes: int = 1000) -> None:
         """Create the file of a run that starts or resumes after `step`.
 
-        lines  the lines of metrics.jsonl up to `step`
+        lines    the lines of metrics.jsonl up to `step`
+        classes  number of classes of the network; with five or fewer, the top-5 error is left out
 
         Raises NoTensorBoard if the package is not installed, OSError if the folder cannot be made.
         """
@@ -49,6 +50,7 @@ class EventFile:
                 + pip_command("tensorboard")
             ) from None
         self._event, self._summary, self._writer = Event, Summary, RecordWriter
+        self._left_out = {"top1_error", "top5_error"} - {key for _, key in shown_errors(classes)}
         folder.mkdir(exist_ok=True)
         path, is_first = _next_path(folder)
         self._file, now = AppendLog(path), time.time()
@@ -62,7 +64,7 @@ class EventFile:
         self._write([self._event_of(line)])
 
     def _event_of(self, line: Mapping[str, Any]) -> Any:
-        scalars = tensorboard_scalars(line)
+        scalars = tensorboard_scalars({key: value for key, value in line.items() if key not in self._left_out})
         values = [self._summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
         wall_time = line.get("unix_time_s", time.time())  # files of version 0.1.0 have no unix_time_s
         return self._event(step=line["step"], wall_time=wall_time, summary=self._summary(value=values))

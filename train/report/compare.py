@@ -10,11 +10,14 @@ from typing import Any
 
 from prep.console import WrongArgument
 from prep.plot_style import figure_format, render_figure
-from train.report.style import save_figure
-from train.runs.run_dir import last_line, read_description, read_metrics
+from train.report.style import plot_curve, save_figure
+from train.runs.run_dir import last_line, read_description, read_metrics, shown_errors
 
 # Fields that are not compared, because they differ between any two runs or follow from other fields.
-_NOT_COMPARED = ("settings.run_dir", "settings.store", "model.source", "recipe.sources", "length", "classes")
+_NOT_COMPARED = (
+    *("settings.run_dir", "settings.store", "settings.store_absolute"),
+    *("model.source", "recipe.sources", "length", "classes"),
+)
 # Fields that do not change what is learned. The table shows these fields, the legend does not.
 _NOT_IN_LEGEND = (
     "settings.log_every",
@@ -75,10 +78,10 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """A label for each run: the run's values of the fields that differ (`lr 0.02, seed 1`).
+    """A label for each run: its name, and its values of the fields that differ (`run-2: lr 0.02, seed 1`).
 
-    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the run folder. Fields in
-    _NOT_IN_LEGEND do not count. If the labels of two runs are equal, the run folder is added to each label.
+    If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the name alone. Fields in
+    _NOT_IN_LEGEND do not count. The name is that of the run folder, or its path if two folders have the same name.
     """
     rows = {name: values for name, values in differing_fields(runs).items() if not _is_in(name, _NOT_IN_LEGEND)}
     if "model.name" in rows:  # the name determines all other fields of the architecture
@@ -87,18 +90,16 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
         rows = {name: values for name, values in rows.items() if name == "recipe.name" or not _is_in(name, ("recipe",))}
     else:
         rows.pop("recipe.name", None)  # all runs have this recipe; its overrides have their own rows
-    folders = [str(run.run_dir) for run in runs]
+    names = [run.run_dir.resolve().name for run in runs]
+    names = [str(run.run_dir) if names.count(name) > 1 else name for run, name in zip(runs, names, strict=True)]
     if not rows or len(rows) > _LEGEND_FIELDS:
-        return folders
+        return names
     prefixes = {name: "" if name.endswith(".name") else f"{name.rpartition('.')[2]} " for name in rows}
     labels = [
         ", ".join(prefixes[name] + _value_text(name, values[k]) for name, values in rows.items())
         for k in range(len(runs))
     ]
-    return [
-        f"{label}, {folder}" if labels.count(label) > 1 else label
-        for label, folder in zip(labels, folders, strict=True)
-    ]
+    return [f"{name}: {label}" for name, label in zip(names, labels, strict=True)]
 
 
 def run_results(run: ComparedRun) -> dict[str, Any]:
@@ -135,8 +136,8 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
     rows.append(["training loss", *(_cell(r["train"], "{loss:.3f}") for r in results)])
     for which, title in (("val", "last validation"), ("best", "best validation")):
         rows.append([title, *(_cell(r[which], "epoch {epoch}") for r in results)])
-        rows.append(["  top-1 error", *(_cell(r[which], "{top1_error:.2%}") for r in results)])
-        rows.append(["  top-5 error", *(_cell(r[which], "{top5_error:.2%}") for r in results)])
+        for name, key in shown_errors(max(run.fields["classes"] for run in runs)):
+            rows.append([f"  {name}", *(_cell(r[which], f"{{{key}:.2%}}") for r in results)])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -162,11 +163,12 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
             lines = [line for line in run.lines if line["kind"] == kind]
             epochs = [line["epoch"] for line in lines]
             for axes, key, scale in zip(panels, ("loss", "top1_error"), (1, 100), strict=True):
-                axes.plot(epochs, [scale * line[key] for line in lines], color=color, **style)
+                single = "x" if kind == "train" else "o"
+                plot_curve(axes, epochs, [scale * line[key] for line in lines], single, color=color, **style)
     for axes, name in zip(panels, ("loss, nats", "top-1 error, %"), strict=True):
         axes.set(xlabel="epochs", ylabel=name)
         axes.set_ylim(bottom=0)
-    figure.legend(loc="outside lower left", alignment="left", title="training thin, validation with dots")
+    figure.legend(loc="outside lower left", alignment="left", title="training thin (one line: ×), validation with dots")
 
 
 def _shade(position: float) -> tuple[float, float, float]:

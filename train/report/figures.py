@@ -84,7 +84,7 @@ def _figures_without_images(trained: TrainedRun) -> Iterator[RunFigure]:
             "Learning curves",
             "Loss and errors over the epochs. Vertical lines mark drops of the learning rate.",
             LEARNING_CURVE_INCHES,
-            lambda figure: draw_learning_curve(figure, lines),
+            lambda figure: draw_learning_curve(figure, lines, len(trained.classes)),
         )
     parameters, columns = trained.checkpoint.parameters, trained.network.architecture.columns
     yield RunFigure(
@@ -120,9 +120,9 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
         ]
         yield RunFigure(
             "guesses",
-            "Test images and their five most probable labels",
-            f"{len(predicted)} images of {split}, drawn at random, with the five most probable labels by ten views; "
-            "the correct label in orange. The paper's figure 4, left.",
+            "Test images and their most probable labels",
+            f"{len(predicted)} images of {split}, drawn at random, with the {min(5, len(names))} most probable labels "
+            "and their probabilities by ten views; the correct label in orange. The paper's figure 4, left.",
             predictions_inches(len(predicted)),
             lambda figure: draw_predictions(figure, predicted, names),
         )
@@ -182,7 +182,8 @@ def _figures_of_errors(trained: TrainedRun, split: str) -> Iterator[RunFigure]:
     yield RunFigure(
         "confusion",
         "Confusion of the worst classes",
-        "Images of the classes with the highest errors, by predicted class. The correct class is framed.",
+        "Images of the classes with the highest errors, by predicted class: number of images, and shade for their "
+        "share of the class. The correct class is framed.",
         CONFUSION_INCHES,
         lambda figure: draw_confusion_matrix(figure, confusion, names),
     )

@@ -12,15 +12,16 @@ from typing import Any
 
 from prep.console import bytes_text, count_noun, say
 from prep.plot_style import render_figure
+from train.config.architecture import ARCHITECTURES
 from train.config.choices import INDEX_RECORDS
 from train.config.recipe_table import HEADINGS, recipe_rows
 from train.evaluation.evaluate import EvalResult
 from train.evaluation.predictions import read_evaluations, views_text
 from train.evaluation.trained_run import TrainedRun
-from train.model.summary import summarize
+from train.model.summary import size_text, summarize
 from train.report.figures import RunFigure, run_figures
 from train.report.style import save_figure
-from train.runs.run_dir import read_metrics
+from train.runs.run_dir import read_metrics, shown_errors
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1d1f21; --quiet: #61676d; --line: #dcdfe2; --page: #fdfdfc; --link: #2f5f94; }
@@ -123,14 +124,15 @@ def _figure(figure: RunFigure, png: bytes) -> str:
 def _results(trained: TrainedRun, split: str) -> str:
     """The error rates of the checkpoint in large type, and a table of all evaluations of the run."""
     facts, rows = [], []
+    metrics = [name.capitalize() for name, _ in shown_errors(len(trained.classes))]
     lines = read_evaluations(trained.run_dir)
     of_checkpoint = [line for line in lines if line["step"] == trained.checkpoint.step and line["split"] == split]
     for line in of_checkpoint:
         result, views = _eval_result(line), views_text(line["views"])
-        for metric, misses, interval in zip(("Top-1", "Top-5"), result.misses, result.intervals, strict=True):
+        for metric, misses, interval in zip(metrics, result.misses, result.intervals, strict=False):
             facts.append(
                 (
-                    f"{metric} error, {views}",
+                    f"{metric}, {views}",
                     f"{misses / result.images:.2%}",
                     f"{misses:,} of {result.images:,}; 95 %: {interval[0]:.2%} to {interval[1]:.2%}",
                 )
@@ -149,12 +151,19 @@ def _results(trained: TrainedRun, split: str) -> str:
                 escape(line["split"]),
                 views_text(line["views"]),
                 line["precision"],
-                *(_error_text(m, i, result.images) for m, i in zip(result.misses, result.intervals, strict=True)),
+                *(
+                    _error_text(misses, interval, result.images)
+                    for _, misses, interval in zip(metrics, result.misses, result.intervals, strict=False)
+                ),
                 f"{result.loss:.4f}",
             ]
         )
-    heads = ("Step", "Split", "Views", "Precision", "Top-1 error", "Top-5 error", "Loss, nats")
-    table = _table(heads, rows, {0, 4, 5, 6}) if rows else '<p class="quiet">Not evaluated yet: alextrain evaluate.</p>'
+    heads = ("Step", "Split", "Views", "Precision", *metrics, "Loss, nats")
+    table = (
+        _table(heads, rows, {0, *range(4, len(heads))})
+        if rows
+        else '<p class="quiet">Not evaluated yet: alextrain evaluate.</p>'
+    )
     return _facts(facts) + "<h3>Evaluations</h3>" + table + '<p class="quiet">Intervals: 95 %, Wilson.</p>'
 
 
@@ -199,7 +208,10 @@ def _network(trained: TrainedRun) -> str:
     total = [sum(layer.parameters for layer in layers), sum(layer.multiply_adds for layer in layers)]
     rows.append(["total", "", "", *(f"{n:,}" for n in total)])
     heads = ("Layer", "Output", "Sees", "Parameters", "Multiply-adds an image")
-    return f'<p class="quiet">{escape(network.architecture.source)}</p>' + _table(heads, rows, {3, 4})
+    # A checkpoint of version 0.1.0 has a source with the number of parameters for 1000 classes.
+    source = ARCHITECTURES.get(network.architecture.name, network.architecture).source
+    size = size_text(layers, len(trained.classes))
+    return f'<p class="quiet">{size}. Source: {escape(source)}</p>' + _table(heads, rows, {3, 4})
 
 
 def _recipe(trained: TrainedRun) -> str:

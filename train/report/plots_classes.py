@@ -82,7 +82,8 @@ def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str
     """Draw the confusion matrix of the worst classes.
 
     Each row is one of the worst classes, and each column is a predicted class. The shade of a cell shows the share
-    of the row's images for which the column's class is predicted. The columns are the worst classes, and the classes
+    of the row's images for which the column's class is predicted, as the scale at the right says; the number is that of
+    these images. The columns are the worst classes, and the classes
     that are most often predicted wrongly for images of the worst classes.
     """
     from matplotlib.patches import Rectangle
@@ -99,7 +100,9 @@ def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str
     rows = sorted(rows)
     shares = 100 * confusion.counts[np.ix_(rows, columns)] / np.maximum(confusion.images[rows], 1)[:, None]
     axes = figure.subplots()
-    axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    shades = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100, aspect="auto")
+    scale = figure.colorbar(shades, ax=axes, label="share of the images of the class, %", pad=0.02)
+    scale.outline.set_visible(False)
     for y, row in enumerate(rows):
         for x, column in enumerate(columns):
             count = confusion.counts[row, column]

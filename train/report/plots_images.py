@@ -17,7 +17,8 @@ IMAGES_PER_ROW = 4  # number of images in a row of draw_predictions
 FEATURE_MAPS_INCHES = (8.0, 5.0)
 FEATURE_MAPS = 8  # number of maps that are drawn for each column and layer
 
-_CLASS_CHARS = 26  # maximum length of a class name in draw_predictions
+_CLASS_CHARS = 26  # maximum length of the title of an image in draw_predictions
+_GUESS_CHARS = 20  # maximum length of a class name beside its probability in draw_predictions
 _QUERY_CHARS = 22  # maximum length of the title of the left image in draw_neighbors
 _NEIGHBOR_CHARS = 12  # maximum length of the class name of a neighbor in draw_neighbors
 
@@ -45,7 +46,10 @@ def predictions_inches(images: int) -> tuple[float, float]:
 
 
 def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
-    """Draw images with bars for their five most probable classes, the correct class in orange (figure 4, left)."""
+    """Draw images with bars for their most probable classes, the correct class in orange (figure 4, left).
+
+    The bars have the probabilities at the right.
+    """
     rows = -(-len(images) // IMAGES_PER_ROW)
     grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)
     for axes in grid.flat:
@@ -57,7 +61,8 @@ def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: 
         show_image(image, square, shorten(names[label], _CLASS_CHARS))
         for rank, (predicted, p) in enumerate(zip(predictions.labels, predictions.probabilities, strict=True)):
             bars.barh(rank, p, color=ORANGE if predicted == label else BLUE, height=0.78, alpha=0.55)
-            bars.text(0.02, rank, shorten(names[predicted], _CLASS_CHARS), va="center", fontsize=8, clip_on=True)
+            bars.text(0.02, rank, shorten(names[predicted], _GUESS_CHARS), va="center", fontsize=8, clip_on=True)
+            bars.text(0.99, rank, f"{p:.1%}", va="center", ha="right", fontsize=8)
         bars.set(xlim=(0, 1), ylim=(4.6, -0.6))
 
 

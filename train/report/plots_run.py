@@ -10,7 +10,8 @@ import numpy as np
 from torch import Tensor
 
 from prep.store.manifest import ColorStats
-from train.report.style import BLUE, GRAY, ORANGE, scale_to_unit_range, show_image, tile_images
+from train.report.style import BLUE, GRAY, ORANGE, plot_curve, scale_to_unit_range, show_image, tile_images
+from train.runs.run_dir import shown_errors
 
 _KERNELS_PER_ROW = 16
 # If a learning rate is below _DROP_FACTOR times the rate of the previous training line, the change is marked as a drop.
@@ -22,22 +23,27 @@ LEARNING_CURVE_INCHES = (8.0, 3.4)
 COLOR_AXES_INCHES = (8.0, 2.6)
 
 
-def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]]) -> None:
+def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]], classes: int = 1000) -> None:
     """Draw loss, top-1 and top-5 errors of training batches and validation over epochs.
 
-    Vertical lines mark drops of the learning rate. `lines` are the lines of metrics.jsonl.
+    Vertical lines mark drops of the learning rate. `lines` are the lines of metrics.jsonl. With five `classes` or
+    fewer, the top-5 error is always 0 and is left out.
     """
+    metrics = dict(zip((key for _, key in shown_errors(classes)), ("-", ":"), strict=False))
     loss, error = figure.subplots(1, 2)
     lines_of = {kind: [line for line in lines if line["kind"] == kind] for kind in ("train", "val")}
     styles: dict[str, dict[str, Any]] = {"train": {"color": GRAY}, "val": {"color": BLUE, "marker": "o", "ms": 3.5}}
     labels = {"train": "training batches", "val": "validation, centre view"}
     for kind, style in styles.items():
         epochs = [line["epoch"] for line in lines_of[kind]]
-        loss.plot(epochs, [line["loss"] for line in lines_of[kind]], **style)
-        error.plot(epochs, [100 * line["top1_error"] for line in lines_of[kind]], label=labels[kind], **style)
-        error.plot(epochs, [100 * line["top5_error"] for line in lines_of[kind]], ls=":", **style)
+        plot_curve(loss, epochs, [line["loss"] for line in lines_of[kind]], **style)
+        for key, dashes in metrics.items():
+            label = labels[kind] if key == "top1_error" else None
+            style = {**style, "mfc": style["color"] if key == "top1_error" else "white"}
+            plot_curve(error, epochs, [100 * line[key] for line in lines_of[kind]], ls=dashes, label=label, **style)
     drops = learning_rate_drops(lines_of["train"])
-    for axes, name in ((loss, "loss, nats"), (error, "error, %: top-1, and top-5 dotted")):
+    error_name = "error, %: top-1, and top-5 dotted (hollow)" if len(metrics) > 1 else "top-1 error, %"
+    for axes, name in ((loss, "loss, nats"), (error, error_name)):
         for epoch, lr in drops:
             axes.axvline(epoch, color="0.85", lw=1, zorder=0)
             if axes is loss:

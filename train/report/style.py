@@ -5,7 +5,9 @@ The matplotlib style and the rendering to PNG or SVG are in prep/plot_style.py.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 import numpy as np
@@ -13,10 +15,11 @@ import numpy.typing as npt
 
 from prep.console import disk_error, one_line
 from prep.files import write_atomic
-from prep.plot_style import TEXT_GRAY
+from prep.plot_style import TEXT_GRAY, DrawFunction
 
 BLUE, ORANGE, GRAY = "#3b6ea5", "#d1662f", "0.72"  # ORANGE marks correct classes
 
+Inches = tuple[float, float]  # width and height of a figure
 Image = npt.NDArray[Any]  # (H, W, 3), or (H, W) in grey levels; uint8, or floats in 0..1
 
 
@@ -32,6 +35,23 @@ def shorten(name: str, max_chars: int) -> str:
     """`name` with control characters escaped, cut to `max_chars` characters; a name that was cut ends with …."""
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
+
+
+def plot_curve(axes: Any, x: Sequence[float], y: Sequence[float], single: str = "o", **style: Any) -> None:
+    """Plot a line. A line of one point gets the marker `single`, because a line without length is invisible."""
+    marker = {"marker": single, "ms": 4} if len(x) == 1 else {}
+    axes.plot(x, y, **{**marker, **style})
+
+
+def with_caption(draw: DrawFunction, size_inches: tuple[float, float], caption: str) -> tuple[DrawFunction, Inches]:
+    """`draw` with a caption below the figure, and the size of the figure with the caption. For a single picture."""
+    lines = wrap(one_line(caption), round(15 * size_inches[0]))
+
+    def draw_captioned(figure: Any) -> None:
+        draw(figure)
+        figure.supxlabel("\n".join(lines), x=0.01, ha="left", fontsize=8, color="0.35")
+
+    return draw_captioned, (size_inches[0], size_inches[1] + 0.2 + 0.16 * len(lines))
 
 
 def show_image(axes: Any, image: Image, title: str = "", color: str = TEXT_GRAY) -> None:

@@ -83,10 +83,44 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
     return mean_image
 
 
+def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | None:
+    """The training store of a run, found by the paths in run.json; None if it was moved, removed or rebuilt.
+
+    The paths are tried in this order: as given to --store, relative to the working directory; the absolute path at that
+    time; and the path as given, relative to the folder that --run-dir was relative to. The last path finds a store
+    that was moved together with its runs.
+    """
+    settings = description["settings"]
+    given, saved_dir, folder = Path(settings["store"]), Path(settings.get("run_dir", run_dir)), run_dir.resolve()
+    paths = [given, *(Path(path) for path in [settings.get("store_absolute")] if path is not None)]
+    depth = len(saved_dir.parts)
+    if not saved_dir.is_absolute() and folder.parts[-depth:] == saved_dir.parts:
+        paths.append(Path(*folder.parts[:-depth]) / given)
+    for path in paths:
+        try:
+            store = Store.open(path)
+            if store.split("train").fingerprint == description["identity"].get("store_fingerprint"):
+                return store
+        except StoreError:
+            continue
+    return None
+
+
+def saved_store_path(description: Mapping[str, Any]) -> Path:
+    """The path of the training store in run.json; the absolute path, if version 0.1.0 did not write the file."""
+    settings = description["settings"]
+    return Path(settings.get("store_absolute") or settings["store"])
+
+
+def missing_store_text(run_dir: Path, store: Path) -> str:
+    """An error that says where the training store of a run was, and what to do."""
+    return f"{run_dir}: its training store {store} was moved, removed or rebuilt. Name a store with --store."
+
+
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
     """The store that provides images for a run's network.
 
-    store  folder of a store; None: the training store at the path in run.json
+    store  folder of a store; None: the training store, found by the paths in run.json (`training_store`)
 
     Returns None if `store` is None and the training store is missing or has changed.
 
@@ -95,11 +129,8 @@ def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | 
     """
     fingerprint = state.identity["store_fingerprint"]
     if store is None:
-        try:
-            training_store = Store.open(read_description(run_dir)["settings"]["store"])
-            return training_store if training_store.split("train").fingerprint == fingerprint else None
-        except StoreError:
-            return None
+        found = training_store(run_dir, read_description(run_dir))
+        return found if found is not None and found.split("train").fingerprint == fingerprint else None
     opened = Store.open(store)
     check_classes(run_dir, state.classes, opened)
     if "train" not in opened.splits or opened.split("train").fingerprint != fingerprint:

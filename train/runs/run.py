@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -103,7 +104,10 @@ def write_description(run: Run, ancestry: Sequence[Mapping[str, Any]] = ()) -> N
     settings = {name: value for name, value in asdict(run.config).items() if name not in ("recipe", "model")}
     description = {
         "identity": run.identity,
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+        "settings": {
+            **{name: str(value) if isinstance(value, Path) else value for name, value in settings.items()},
+            "store_absolute": os.path.abspath(run.config.store),
+        },
         **run.training_facts(),
         "store": store_facts(run.store),
         "length": {"steps_per_epoch": run.steps_per_epoch, "steps": run.last_step},

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError, shell_quoted
+from train.config.recipe import with_eval_divisor
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
@@ -69,7 +70,10 @@ def read_description(run_dir: Path) -> dict[str, Any]:
             f"{path}: has no {', '.join(missing)}, which this version needs. Repeat the alextrain run command to "
             "rewrite the file."
         )
-    return {**description, "settings": {**_LATER_SETTINGS, **description["settings"]}}
+    recipe = description["recipe"]
+    if isinstance(recipe.get("augmentation"), dict):
+        recipe = {**recipe, "augmentation": with_eval_divisor(recipe["augmentation"])}
+    return {**description, "recipe": recipe, "settings": {**_LATER_SETTINGS, **description["settings"]}}
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
@@ -117,6 +121,17 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
     return max(0, steps - step) * batch_size * seconds_per_image
 
 
+def shown_errors(classes: int) -> tuple[tuple[str, str], ...]:
+    """(name, key in metrics.jsonl) of the errors to show: with five classes or fewer, the top-5 error is always 0."""
+    errors = ("top-1 error", "top1_error"), ("top-5 error", "top5_error")
+    return errors if classes > 5 else errors[:1]
+
+
+def errors_text(line: Mapping[str, Any], classes: int) -> str:
+    """The errors of a line of metrics.jsonl: `top-1 error 88.8%, top-5 error 23.0%`."""
+    return ", ".join(f"{name} {line[key]:.1%}" for name, key in shown_errors(classes))
+
+
 def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
     """The numbers of a line of metrics.jsonl by TensorBoard tag: `train/loss`, `val/top1_error`, `gradient_norm/conv1`.
 
@@ -136,7 +151,11 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
     """(step, modification time in s since 1970) of the newest checkpoint file, damaged or not; None without a file."""
-    by_step = [(int(match[1]), path) for path in run_dir.iterdir() if (match := re.fullmatch(_CHECKPOINT, path.name))]
+    by_step = [
+        (int(match[1]), path)
+        for path in run_dir.glob("checkpoint-*.pt")
+        if (match := re.fullmatch(_CHECKPOINT, path.name))
+    ]
     for step, path in sorted(by_step, reverse=True):
         try:
             return step, path.stat().st_mtime

@@ -14,7 +14,15 @@ from typing import Any
 
 from prep.console import duration_text
 from prep.files import lock_is_held
-from train.runs.run_dir import STATUS, last_line, newest_checkpoint, read_description, read_metrics, seconds_left
+from train.runs.run_dir import (
+    STATUS,
+    errors_text,
+    last_line,
+    newest_checkpoint,
+    read_description,
+    read_metrics,
+    seconds_left,
+)
 
 _STATE_TEXT = {
     "training": "training",
@@ -31,6 +39,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
 
     run_dir            the folder, as given
     model, recipe      names of the architecture and the recipe
+    classes            number of classes
     seed, stream_seed  seed of the run, and seed of its training stream
     service            the service that decodes the images, as given by --service, or None
     state              "training", "finished", "stopped", "failed", "dead" (the process ended without writing a status),
@@ -70,6 +79,7 @@ def status_of(run_dir: Path) -> dict[str, Any]:
         "run_dir": str(run_dir),
         "model": identity["model"],
         "recipe": identity["recipe"],
+        "classes": len(description.get("classes", ())) or identity.get("classes", 0),
         "seed": identity.get("seed"),
         "stream_seed": identity.get("stream_seed", identity.get("seed")),
         "service": settings["service"],
@@ -117,18 +127,18 @@ def status_lines(status: Mapping[str, Any]) -> list[str]:
         + (f", service {status['service']}" if status["service"] else ""),
         f"step {status['step']:,} of {status['steps']:,}, epoch {status['epoch']:.2f} of {status['epochs']}{time_left}",
     ]
+    classes = status["classes"]
     train, val, best, saved = (status[name] for name in ("train", "val", "best", "checkpoint"))
     if train:
         age = "" if status["seconds_since"] is None else f", {duration_text(status['seconds_since'])} ago"
         lines.append(
-            f"step {train['step']:,}{age}: loss {train['loss']:.3f}, top-1 {train['top1_error']:.1%}, top-5 "
-            f"{train['top5_error']:.1%}, lr {train['lr']:g}, {train['images_per_s']:,.1f} images/s, waits for stream "
-            f"{train['waiting_share']:.1%}"
+            f"step {train['step']:,}{age}: loss {train['loss']:.3f}, {errors_text(train, classes)}, "
+            f"lr {train['lr']:g}, {train['images_per_s']:,.1f} images/s, waits for stream {train['waiting_share']:.1%}"
         )
     if val and best:
         lines.append(
-            f"validation at epoch {val['epoch']}: loss {val['loss']:.3f}, top-1 {val['top1_error']:.1%}, top-5 "
-            f"{val['top5_error']:.1%}; best top-1 {best['top1_error']:.1%} at epoch {best['epoch']}"
+            f"validation at epoch {val['epoch']}: loss {val['loss']:.3f}, {errors_text(val, classes)}; "
+            f"best top-1 error {best['top1_error']:.1%} at epoch {best['epoch']}"
         )
     if saved:
         lines.append(f"checkpoint of step {saved['step']:,}, {duration_text(saved['seconds_since'])} ago")

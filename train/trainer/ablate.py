@@ -27,6 +27,7 @@ from train.config.run_config import RunConfig
 from train.evaluation.evaluate import evaluate
 from train.runs.loading import load_trained
 from train.runs.run import Run
+from train.runs.run_dir import shown_errors
 from train.trainer.loop import fit, validation_stream
 from train.trainer.watchdog import Diverged
 
@@ -204,18 +205,28 @@ def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
     return {"mean": mean(percents), "spread": stdev(percents) if len(percents) > 1 else None}
 
 
-def table_lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table."""
-    lines = [
-        f"{'':12}{'paper, points':>14}  {'measured error, %':>26}  {'difference, points':>26}",
-        f"{'':12}{'top-1':>7}{'top-5':>7}" + 2 * f"  {'top-1':>13}{'top-5':>13}",
-    ]
+def table_lines(rows: Sequence[Mapping[str, Any]], classes: int = 1000) -> list[str]:
+    """The rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table.
+
+    With five classes or fewer, the top-5 errors, which are always 0, are left out.
+    """
+    metrics = ("top1", "top5")[: len(shown_errors(classes))]
+    widths = [max(width * len(metrics), smallest) for width, smallest in ((7, 14), (13, 17), (13, 18))]
+
+    def line(first: str, *groups: str) -> str:
+        paper, errors, differences = (group.rjust(width) for group, width in zip(groups, widths, strict=True))
+        return f"{first:12}{paper}  {errors}  {differences}".rstrip()
+
+    heads = [name.removesuffix(" error") for name, _ in shown_errors(classes)]
+    narrow, wide = ("".join(f"{head:>{width}}" for head in heads) for width in (7, 13))
+    lines = [line("", "paper, points", "measured error, %", "difference, points"), line("", narrow, wide, wide)]
     for row in rows:
-        paper = "".join(f"{'' if row[k] is None else format(row[k], '+.1f'):>7}" for k in ("paper_top1", "paper_top5"))
-        errors = "".join(f"{_text(row[k], ''):>13}" for k in ("top1_error", "top5_error"))
-        differences = "".join(f"{_text(row[k], '+'):>13}" for k in ("top1_difference", "top5_difference"))
+        reported = [row[f"paper_{metric}"] for metric in metrics]
+        paper = "".join(f"{'' if value is None else format(value, '+.1f'):>7}" for value in reported)
+        errors = "".join(f"{_text(row[f'{metric}_error'], ''):>13}" for metric in metrics)
+        differences = "".join(f"{_text(row[f'{metric}_difference'], '+'):>13}" for metric in metrics)
         is_baseline = row["ablation"] == BASELINE.name
-        lines.append(f"{row['ablation']:12}{paper}  {errors}  {'' if is_baseline else differences}".rstrip())
+        lines.append(line(row["ablation"], paper, errors, "" if is_baseline else differences))
     lines.append("Errors by the centre view. Sources of the paper's differences:")
     return lines + [f"  {row['ablation']}: {row['source']}" for row in rows if row["ablation"] != BASELINE.name]
 

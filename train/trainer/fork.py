@@ -1,6 +1,8 @@
 """Starts a new run from another run's newest checkpoint, with other settings: `alextrain run --fork NEW_DIR`.
 
-A fork can change any setting that does not change the shape of a parameter. The fork copies the parameters and the
+A fork has the settings of the other run, except those that its command gives (train/runs/saved_config.py). All settings
+that differ are listed before the training. A fork can change any setting that does not change the shape of a parameter.
+The fork copies the parameters and the
 velocity from the checkpoint. The fork begins at the checkpoint's position in the data: a number of whole epochs and a
 fraction of the next epoch. The fraction is rounded down to a whole step of the fork. If the batch size changes, the
 step number at this position also changes. An unchanged schedule continues; a changed schedule begins anew. If the seed
@@ -11,18 +13,20 @@ run was forked, and the ancestors of that checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from prep.console import UserError, WrongArgument, count_noun, say
 from prep.files import hold_lock
-from train.config.identity import check_identity, differences
+from train.config.identity import Difference, check_identity, differences
 from train.model.alexnet import AlexNet
 from train.optim.schedule import Schedule
 from train.runs import checkpoint
 from train.runs.checkpoint import Checkpoint
 from train.runs.run import Run, make_run_dir, write_description
+from train.runs.saved_config import changed_settings, difference_lines, saved_config
 from train.trainer.loop import training_stream, without_service
 
 
@@ -40,10 +44,11 @@ def fork(run: Run, new_dir: Path) -> Run:
     return forked
 
 
-def preview_fork(run: Run, new_dir: Path | None) -> str:
-    """The message of `alextrain run --dry-run`: the step after which the run, or its fork into `new_dir`, would begin.
+def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
+    """The messages of `alextrain run --dry-run`: the step after which the run, or its fork into `new_dir`, would begin.
 
-    Writes nothing. Raises UserError if `alextrain run` would refuse to train because of the content of a run folder.
+    For a new fork, the settings that differ from the other run follow. Writes nothing. Raises UserError if
+    `alextrain run` would refuse to train because of the content of a run folder.
     """
     planned = _moved_to(run, new_dir) if new_dir else run
     resumed = None
@@ -54,11 +59,36 @@ def preview_fork(run: Run, new_dir: Path | None) -> str:
         if new_dir:
             _check_origin(resumed, new_dir, run.run_dir)
         check_identity(resumed.identity, planned.identity, planned.run_dir)
-        return f"{planned.run_dir}: would resume after step {resumed.step:,}."
+        return [f"{planned.run_dir}: would resume after step {resumed.step:,}.", *_no_step_left(planned, resumed.step)]
     if new_dir:
         origin = _load_origin(planned, run.run_dir)
-        return f"{new_dir}: would begin with the checkpoint of {run.run_dir} after step {origin.step:,}."
-    return f"{planned.run_dir}: would begin at step 0."
+        changed = _differences(planned, run.run_dir, origin)
+        step = _position(planned, origin).step
+        return [
+            f"{new_dir}: would begin with the checkpoint of {run.run_dir} after step {origin.step:,}, here step "
+            f"{step:,}; {_count_text(changed)}",
+            *difference_lines(changed),
+            *_no_step_left(planned, step),
+        ]
+    return [f"{planned.run_dir}: would begin at step 0."]
+
+
+def _differences(run: Run, origin: Path, parent: Checkpoint) -> list[Difference]:
+    """The settings in which a fork differs from its origin."""
+    before = saved_config(origin)
+    if before is None:
+        return differences(parent.identity, run.identity)
+    return changed_settings(before, run, parent.identity)
+
+
+def _no_step_left(run: Run, step: int) -> list[str]:
+    is_done = step >= run.last_step
+    return [f"No step is left of {run.last_step:,}. To train further, pass more --epochs or --steps."] * is_done
+
+
+def _count_text(changed: Sequence[Difference]) -> str:
+    names = ", ".join(sorted(difference.name for difference in changed))
+    return f"{count_noun(len(changed), 'difference')}{': ' if names else ''}{names}"
 
 
 def _moved_to(run: Run, new_dir: Path) -> Run:
@@ -122,12 +152,15 @@ def _begin(run: Run, origin: Path) -> None:
         best=None,
         ancestry=ancestry,
     )
-    write_description(run, ancestry)
-    checkpoint.write(run.run_dir, first)
+    shown = _differences(run, origin, parent)
     say(
         f"{run.run_dir}: begins with the checkpoint of {origin} after step {parent.step:,}, here step "
-        f"{position.step:,}; {count_noun(len(changed), 'difference')}{': ' if names else ''}{', '.join(sorted(names))}"
+        f"{position.step:,}; {_count_text(shown)}"
     )
+    for line in difference_lines(shown):
+        say(line)
+    write_description(run, ancestry)
+    checkpoint.write(run.run_dir, first)
 
 
 class _Position(NamedTuple):

@@ -79,7 +79,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
     validation = validation_stream(run)
     if validation is not None:
         streams.enter_context(validation)
-    length = RunLength(steps_per_epoch, last_step, config.batch_size)
+    length = RunLength(steps_per_epoch, last_step, config.batch_size, len(run.store.classes))
     log = streams.enter_context(MetricsLog(run.run_dir, length, step, validation_due, view))
     watchdog = Watchdog(run, network, view.warn)
     counters = StepCounters(network.devices[0], config.log_every)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 from prep.console import Terminated, say
@@ -16,6 +17,7 @@ class StopRequests:
     def __init__(self) -> None:
         self.requested: BaseException | None = None
         self._deferred = True
+        self._message: Thread | None = None
 
     @contextmanager
     def raised_at_once(self) -> Iterator[None]:
@@ -37,8 +39,14 @@ class StopRequests:
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested = stop
-        with suppress(RuntimeError):  # Python's error if the signal interrupted a print to the same stream
-            say("Stopping after this step, with a checkpoint.")
+        # In a thread, because the signal may have interrupted a print to the same stream, which must end first.
+        self._message = Thread(target=say, args=("Stopping after this step, with a checkpoint.",))
+        self._message.start()
+
+    def wait_for_message(self) -> None:
+        """Wait until the message about the stop has been printed, if there is one."""
+        if self._message is not None:
+            self._message.join()
 
 
 @contextmanager
@@ -51,5 +59,6 @@ def stop_requests() -> Iterator[StopRequests]:
     try:
         yield stop
     finally:
+        stop.wait_for_message()
         for signum, handler in before.items():
             signal.signal(signum, handler)

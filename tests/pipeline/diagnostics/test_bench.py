@@ -1,4 +1,4 @@
-"""The command `alexstream bench`: keys and values of its JSON output."""
+"""The command `alexstream bench`: keys and values of its JSON output, and the order of the stages' rates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from pipeline.cli import main
+from pipeline.diagnostics.bench import limit_stages
 
 
 @pytest.mark.parametrize("format", ["jpeg", "ppm"])
@@ -20,3 +21,18 @@ def test_bench_reports_the_speed_and_its_share_of_the_bound(stores: dict[str, Pa
     assert answer["images_per_s"] > 0 and answer["bound_images_per_s"] > 0
     assert answer["format"] == format and answer["threads"] == 1 and answer["batch"] == 8 and answer["device"] == "cpu"
     assert 0 < answer["share_of_bound"] < 100
+    rates = list(answer["stages"].values())
+    assert rates == sorted(rates, reverse=True) and rates[-1] == answer["images_per_s"]
+
+
+def test_a_stage_is_never_faster_than_the_stages_that_it_includes() -> None:
+    """In the second round the machine became faster after `decode` had been measured."""
+    rates = {
+        "bound": [9.0, 9.0],
+        "read": [100.0, 50.0],
+        "decode": [8.0, 6.0],
+        "augment": [7.0, 7.0],
+        "hand over": [5, 9],
+    }
+    limit_stages(rates)
+    assert rates == {"bound": [9, 9], "read": [100, 50], "decode": [8, 6], "augment": [7, 6], "hand over": [5, 6]}

@@ -21,11 +21,16 @@ def test_preview_shows_stored_images_augmentations_and_stronger_noise(stores: di
         assert result.exit_code == 0, result.output
         sheets[kind] = np.asarray(Image.open(out)).astype(float)
     cell = 224 + 6
-    assert sheets["jpeg"].shape == (34 + 3 * cell, 6 + (AUGMENTED + 2) * cell, 3)
+    classes_px = 170
+    assert sheets["jpeg"].shape == (34 + 3 * cell, classes_px + 6 + (AUGMENTED + 2) * cell, 3)
+    for row in range(3):  # the name of the class is at the left
+        name = sheets["ppm"][34 + row * cell :][:224, :classes_px]
+        assert (name < 100).any() and (name[:, -10:] == 255).all()
     assert np.abs(sheets["jpeg"] - sheets["ppm"]).mean() < 3  # both sheets show the same crops of the same images
     for row in range(3):
         cells = [
-            sheets["ppm"][34 + row * cell :][:224, 6 + column * cell :][:, :224] for column in range(AUGMENTED + 2)
+            sheets["ppm"][34 + row * cell :][:224, classes_px + 6 + column * cell :][:, :224]
+            for column in range(AUGMENTED + 2)
         ]
         assert all(np.abs(a - b).mean() > 0.5 for a, b in pairwise(cells[1:]))
         last, stronger = cells[AUGMENTED], cells[AUGMENTED + 1]

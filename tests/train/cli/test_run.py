@@ -74,10 +74,12 @@ def test_a_signal_ends_the_command_with_its_exit_code_and_a_checkpoint_to_resume
     fork_options = ["--batch", "8", "--fork", str(fork_dir), "--epochs", "1"]
     result = run(store, run_dir, *fork_options, "--dry-run")
     assert result.exit_code == 0 and not fork_dir.exists()
-    assert f"into {fork_dir}" in result.stderr and "run after step 2." in result.stderr
+    assert (
+        f"into {fork_dir}" in result.stderr and "run after step 2, here step 2; 1 difference: epochs" in result.stderr
+    )
     result = run(store, run_dir, *fork_options)
     assert result.exit_code == 0, result.output
-    assert "begins with" in result.stderr and "1 difference: accumulate" in result.stderr
+    assert "begins with" in result.stderr and "\n  epochs: 3 -> 1\n" in result.stderr
     assert checkpoint.load(fork_dir).step == 3 and checkpoint.load(run_dir).step == 2
 
 

@@ -17,8 +17,11 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
+from pipeline.loader import eval_loader
+from pipeline.still_image import StoredImages
 from prep.console import DiskFull
 from prep.store.manifest import Store
 from tests.helpers.alextrain import json_lines, refusal
@@ -100,6 +103,50 @@ def test_onnx_gives_the_same_outputs_for_any_batch(
             expected = network(batch)
         (actual,) = session.run(["logits"], {"images": batch.numpy()})
         assert np.abs(actual - expected.numpy()).max() < 1e-4 and expected.std() > 0.01
+
+
+DIVIDED = replace(MODERN, augmentation=replace(MODERN.augmentation, divisor=2.0))
+
+
+@pytest.mark.parametrize("recipe", [PAPER, MODERN, DIVIDED], ids=["mean image", "modern", "loader divides"])
+def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
+    make_run: MakeRun, store: Path, photo_folder: Path, tmp_path: Path, recipe: Recipe
+) -> None:
+    """The test prepares photographs with Pillow, and takes every number from the file.
+
+    Pillow rounds to 8 bits between the two passes of a rescaling, and encodes JPEG with other tables than the build, so
+    the pixels differ from those of the store by a few grey levels.
+    """
+    run_dir, network = make_run(SMALL["joined"], recipe)
+    (result,) = json_lines("export", run_dir, "--to", "onnx")
+    assert result["out"] == str(run_dir / "alexnet.onnx")
+    session = onnxruntime.InferenceSession(result["out"])
+    told = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    assert told["channel_order"] == "RGB" and told["layout"] == "NCHW" and told["range"] == [0, 255]
+    side, window = told["shorter_side_px"], told["window_px"]
+    mean = np.array(told["mean_rgb"])
+    margin = (side - window) // 2
+    if told["mean"] == "image":
+        mean = decoded_mean_image(told)[margin:, margin:][:window, :window]
+    with StoredImages(Store.open(store), "val") as stored:
+        sources = [Path(stored.records.source(number)).name for number in range(12)]
+    batch = []
+    for name in sources:
+        image = Image.open(photo_folder / "val" / name).convert("RGB")
+        short = min(image.size)
+        size = [(2 * length * side + short) // (2 * short) for length in image.size]  # rounded
+        kind = {"area": "BICUBIC" if short < side else "BOX"}.get(told["resize_filter"], told["resize_filter"].upper())
+        pixels = np.asarray(image.resize(size, Image.Resampling[kind]), np.float32)
+        top, left = ((length - side) // 2 + margin for length in pixels.shape[:2])
+        crop = (pixels[top : top + window, left : left + window] - mean) / told["input_divisor"]
+        batch.append(crop.transpose(2, 0, 1))
+    images = np.stack(batch).astype(np.float32)
+    (logits,) = session.run(["logits"], {"images": images})
+    with eval_loader(store, 12, augmentation=recipe.augmentation) as loader:
+        expected = next(iter(loader)).images
+    assert np.abs(images - expected.numpy()).mean() < 2 / recipe.augmentation.divisor
+    with torch.no_grad():
+        assert are_close(torch.from_numpy(logits), network(expected), 0.1)
 
 
 @pytest.mark.parametrize("recipe", [PAPER, CAFFE, MODERN], ids=lambda recipe: recipe.augmentation.mean)

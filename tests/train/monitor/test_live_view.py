@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from pipeline.service.status import ServiceStatus
 from prep.console import Progress
 from tests.helpers.metrics import RUN_LENGTH, training_line
 from tests.train.monitor.conftest import ObservedRun
+from tests.train.monitor.terminal import run_in_terminal
 from train.evaluation.evaluate import EvalResult
+from train.monitor.console_view import ConsoleView
 from train.monitor.live_view import LiveView, sparkline
 from train.monitor.metrics_log import MetricsLog
 
@@ -45,7 +48,7 @@ def test_the_live_view_shows_curves_rates_memory_and_the_time_left() -> None:
     assert "44 s left" in text  # 88 steps of 8 images at 16 images a second
     assert "lr 0.01   16.0 images/s   waits for stream 10.0%" in text
     assert "memory 1.2 GB, GPU 2.5 GB, GPU 700.0 MB" in text
-    assert "validation at epoch 2: top-1 62.5%, top-5 25.0%; best top-1 50.0% at epoch 1" in text
+    assert "validation at epoch 2: top-1 error 62.5%, top-5 error 25.0%; best top-1 error 50.0% at epoch 1" in text
     assert sparkline([3.0 / step for step in range(1, 9)] + [0.25]) in text
     with live.progress("validation", 500, "images") as report:
         report.advance(40)
@@ -89,6 +92,74 @@ def test_a_validation_that_ends_while_the_display_is_drawn_causes_no_error() -> 
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(EndsAfterFirstRead(console))
     assert "validation: 0 of 500 images" in console.export_text()
+
+
+def test_a_network_of_five_classes_has_no_top_5_error_on_a_terminal_and_in_lines(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    validation = {"kind": "val", "epoch": 1, "step": 10, "images": 12, **vars(EvalResult(0.5, 0.0, 2.0, 12))}
+    for classes, parts in ((5, ["top-1 error  50.0%"]), (6, ["top-1 error  50.0%", "top-5 error   0.0%"])):
+        length = RUN_LENGTH._replace(classes=classes)
+        console = Console(force_terminal=True, record=True, width=100, file=io.StringIO())
+        live, lines = LiveView(console), ConsoleView()
+        for view in (live, lines):
+            view.begin(length, [training_line(1)], 1)
+            view.validation(validation)
+            view.end()
+        console.print(live)
+        printed = capsys.readouterr().err
+        assert "  ".join(["loss 2.000", *parts, "of 12 images"]) in printed
+        for text in (console.export_text(), printed):
+            assert ("top-5" in text) == (classes == 6)
+
+
+_STOPPED_RUN = """
+import time
+import click
+from prep.console import Group, say
+from tests.helpers.metrics import RUN_LENGTH, training_line
+from train.monitor.live_view import LiveView
+from train.trainer.stop_requests import stop_requests
+
+@click.group(cls=Group, resumable=("run",))
+def main(): pass
+
+@main.command()
+def run():
+    say("before")
+    view = LiveView()
+    view.begin(RUN_LENGTH, [training_line(1)], 1)
+    try:
+        with stop_requests() as stop:
+            view.warn("a warning")
+            print("ready", flush=True)
+            while not stop.requested:
+                time.sleep(0.02)
+            time.sleep(0.6)  # the step ends; the display is drawn twice a second
+            raise stop.requested
+    finally:
+        view.end()
+
+main()
+"""
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_ctrl_c_leaves_a_clean_screen_with_its_messages(columns: int) -> None:
+    """The terminal itself prints ^C at the cursor, which is in the display."""
+    code, screen = run_in_terminal([sys.executable, "-c", _STOPPED_RUN, "run"], columns, keys={"ready": b"\x03"})
+    assert code == 130
+    lines = [
+        *("before", "a warning", "ready"),
+        "Stopping after this step, with a checkpoint.",
+        "Interrupted. Run the same command again to continue from here.",
+    ]
+    assert screen == [row for line in lines for row in rows_of(line, columns)]
+
+
+def rows_of(line: str, columns: int) -> list[str]:
+    """The rows that a terminal of `columns` columns shows for a line."""
+    return [line[first : first + columns].rstrip() for first in range(0, len(line), columns)]
 
 
 def test_a_run_continues_after_its_terminal_was_closed(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def write_run(
     folder: Path, recipe: Recipe = SHORT, model: Architecture = ALEXNET, errors: tuple[float, ...] = (), **settings: Any
 ) -> Path:
     """Write run.json and metrics.jsonl of a run with one validation for each of `errors`; returns the run's folder."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     description = {
         "identity": {
             "model": model.name,
@@ -83,22 +83,22 @@ def test_only_fields_that_differ_are_listed(tmp_path: Path) -> None:
         "recipe.lr": [SHORT.lr, 0.05],
     }
     assert run_labels(runs) == [
-        f"seed 0, colour {SHORT.augmentation.colour}, lr {SHORT.lr:g}",
-        "seed 1, colour off, lr 0.05",
+        f"a: seed 0, colour {SHORT.augmentation.colour}, lr {SHORT.lr:g}",
+        "b: seed 1, colour off, lr 0.05",
     ]
 
 
 def test_a_field_that_only_one_run_has_differs(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "a"), write_run(tmp_path / "b", accumulate=4, store_fingerprint="f1")])
     assert differing_fields(runs) == {"store fingerprint": ["f0", "f1"], "settings.accumulate": [None, 4]}
-    assert run_labels(runs) == ["store fingerprint f0, accumulate none", "store fingerprint f1, accumulate 4"]
+    assert run_labels(runs) == ["a: store fingerprint f0, accumulate none", "b: store fingerprint f1, accumulate 4"]
 
 
 def test_labels_name_the_network_and_recipe_but_not_their_fields(tmp_path: Path) -> None:
     a, b = write_run(tmp_path / "a", SHORT, HALF), write_run(tmp_path / "b", CAFFE)
     runs = read_runs([a, b])
     assert "model.widths.conv1" in differing_fields(runs) and "recipe.momentum" not in differing_fields(runs)
-    assert run_labels(runs) == ["half, short", "alexnet, caffe"]
+    assert run_labels(runs) == ["a: half, short", "b: alexnet, caffe"]
 
 
 @pytest.mark.parametrize(
@@ -106,9 +106,9 @@ def test_labels_name_the_network_and_recipe_but_not_their_fields(tmp_path: Path)
     [{}, {"log_every": 5}, dict.fromkeys("abcde", 1)],
     ids=["no difference", "only a difference that does not change training", "too many differences"],
 )
-def test_labels_are_folders_if_no_or_too_many_fields_differ(tmp_path: Path, settings: dict[str, int]) -> None:
+def test_labels_are_names_if_no_or_too_many_fields_differ(tmp_path: Path, settings: dict[str, int]) -> None:
     a, b = write_run(tmp_path / "a"), write_run(tmp_path / "b", **settings)  # type: ignore[arg-type]
-    assert run_labels(read_runs([a, b])) == [str(a), str(b)]
+    assert run_labels(read_runs([a, b])) == ["a", "b"]
 
 
 def test_a_fork_is_labelled_with_its_origin(tmp_path: Path) -> None:
@@ -119,12 +119,29 @@ def test_a_fork_is_labelled_with_its_origin(tmp_path: Path) -> None:
     runs = read_runs([write_run(tmp_path / "a"), forked])
     (row,) = [line.split(None, 2) for line in comparison_lines(runs) if line.startswith("ancestry")]
     assert row[1:] == ["none", "a after step 1,030"]
-    assert run_labels(runs) == ["ancestry none", "ancestry a after step 1,030"]
+    assert run_labels(runs) == ["a: ancestry none", "b: ancestry a after step 1,030"]
 
 
-def test_equal_labels_are_followed_by_the_folders(tmp_path: Path) -> None:
-    a, b, c = write_run(tmp_path / "a"), write_run(tmp_path / "b"), write_run(tmp_path / "c", seed=1)
-    assert run_labels(read_runs([a, b, c])) == [f"seed 0, {a}", f"seed 0, {b}", "seed 1"]
+def test_runs_in_folders_of_the_same_name_are_labelled_with_their_paths(tmp_path: Path) -> None:
+    a, b, c = write_run(tmp_path / "x" / "a"), write_run(tmp_path / "y" / "a"), write_run(tmp_path / "c", seed=1)
+    assert run_labels(read_runs([a, b, c])) == [f"{a}: seed 0", f"{b}: seed 0", "c: seed 1"]
+
+
+def test_a_run_with_one_line_is_a_dot_in_the_figure(tmp_path: Path, drawn: list[Any]) -> None:
+    a, b = write_run(tmp_path / "a", errors=(0.5,)), write_run(tmp_path / "b", seed=1, errors=(0.5, 0.25))
+    draw_comparison(read_runs([a, b]), tmp_path / "out.png")
+    for axes in drawn[0].axes:
+        for line in axes.lines:
+            assert len(line.get_xdata()) != 1 or line.get_marker() in ("o", "x")
+
+
+def test_runs_with_five_classes_or_fewer_have_no_top_5_error(tmp_path: Path) -> None:
+    runs = read_runs([write_run(tmp_path / "a", errors=(0.5,)), write_run(tmp_path / "b", seed=1)])
+    texts = {}
+    for classes in (5, 6):
+        of_classes = [replace(run, fields={**run.fields, "classes": classes}) for run in runs]
+        texts[classes] = "\n".join(comparison_lines(of_classes))
+    assert "top-1 error" in texts[5] and "top-5" not in texts[5] and "top-5 error" in texts[6]
 
 
 def test_json_and_table_have_the_last_and_the_best_validation(tmp_path: Path) -> None:
@@ -133,7 +150,7 @@ def test_json_and_table_have_the_last_and_the_best_validation(tmp_path: Path) ->
     first, second = comparison_json(runs)["runs"]
     assert (first["val"]["epoch"], first["val"]["top1_error"]) == (3, 0.625)
     assert (first["best"]["epoch"], first["best"]["top1_error"]) == (2, 0.5) and first["train"]["loss"] == 2.5
-    assert second == {"run_dir": str(b), "label": "seed 1", "train": None, "val": None, "best": None}
+    assert second == {"run_dir": str(b), "label": "b: seed 1", "train": None, "val": None, "best": None}
     head, *rows = [text.split("  ") for text in comparison_lines(runs)]
     cells = {row[0].strip() or row[1]: [cell.strip() for cell in row[1:] if cell.strip()] for row in rows}
     assert [cell.strip() for cell in head if cell.strip()] == [str(a), str(b)]
@@ -147,7 +164,7 @@ def test_the_figure_has_every_run_in_its_own_color(tmp_path: Path, count: int, d
     runs = read_runs([write_run(tmp_path / str(k), seed=k, errors=errors[k]) for k in range(count)])
     draw_comparison(runs, tmp_path / "out.png")
     (figure,) = drawn
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"seed {k}" for k in range(count)]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [f"{k}: seed {k}" for k in range(count)]
     loss, error = ([line.get_xydata().tolist() for line in axes.lines] for axes in figure.axes)
     for k in range(count):
         assert [[epoch, 100 * share] for epoch, share in enumerate(errors[k], 1)] in error

@@ -123,8 +123,11 @@ def test_an_imported_network_without_metrics_has_a_report_with_its_evaluations(t
     names = [figure.name for figure in run_figures(trained)]
     assert names[0] == "kernels" and len(names) == 7
     page_text = Page(report_page(trained, [])).text
-    for text in ("No training step was logged", "Top-1 error, ten views", "Top-5 error, dense windows"):
+    for text in ("No training step was logged", "Top-1 error, ten views", "Top-1 error, dense windows"):
         assert text in page_text
+    assert "op-5 error" not in page_text  # there are three classes
+    parameters = sum(parameter.numel() for parameter in trained.network.parameters())
+    assert f"{parameters:,} parameters for 3 classes" in page_text and "for 1000 classes" not in page_text
 
 
 def browser() -> str | None:

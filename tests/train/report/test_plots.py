@@ -100,7 +100,8 @@ def test_the_confusion_matrix_counts_classes_by_predicted_class() -> None:
     assert [text.get_text() for text in bars.texts] == ["2", "1", "0"]
     figure = Figure()
     draw_confusion_matrix(figure, confusion, "abcd")
-    (axes,) = figure.axes
+    axes, scale = figure.axes
+    assert scale.get_ylabel() == "share of the images of the class, %" and scale.get_ylim() == (0, 100)
     assert [t.get_text() for t in axes.get_yticklabels()] == ["a", "b"]
     assert [t.get_text() for t in axes.get_xticklabels()] == ["a", "b", "c"]
     np.testing.assert_allclose(axes.images[0].get_array(), [[100 / 3, 200 / 3, 0], [0, 50, 50]])
@@ -133,7 +134,7 @@ def test_the_correct_class_is_orange_among_predictions_and_neighbors() -> None:
     picture, bars = (axes for axes in figure.axes if axes.images or axes.patches)
     assert picture.get_title() == "z" and [bar.get_width() for bar in bars.patches] == [0.6, 0.3, 0.1]
     assert [to_hex(bar.get_facecolor()) == ORANGE for bar in bars.patches] == [False, True, False]
-    assert [text.get_text() for text in bars.texts] == ["x", "z", "y"]
+    assert [text.get_text() for text in bars.texts] == ["x", "60.0%", "z", "30.0%", "y", "10.0%"]
     figure = Figure()
     near = [(square + k, k, float(k)) for k in range(3)]
     draw_neighbors(

@@ -65,7 +65,7 @@ def test_a_run_that_ended_without_a_status_is_reported_as_crashed(run_dir: Path)
     text = "\n".join(status_lines(status))
     assert "run: crashed" in text and "step 34 of 100, epoch 3.40 of 10; 33 s left to train" in text
     assert "checkpoint of step 30, 1 min 3" in text and "The same alextrain run command resumes after step 30." in text
-    assert "best top-1 50.0% at epoch 2" in text and "(process" not in text
+    assert "best top-1 error 50.0% at epoch 2" in text and "(process" not in text
 
 
 def test_a_run_in_progress_is_reported_with_its_process(run_dir: Path) -> None:
