@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -45,7 +45,7 @@ _GET_S = 4.0
 _TRANSFER_S = 12.0  # if the pixels of a block do not arrive within this time, the client requests the block again
 # A service that gives no answer for this time counts as lost. Ray needs up to 30 s to detect that a node has died, and
 # a few seconds to start the coordinator on another node.
-LOST_S = float(os.environ.get("ALEXSTREAM_LOST_S", "60"))
+LOST_S = float(os.environ.get("ALEXSTREAM_LOST_S", "45"))
 _MAX_BLOCKS = 32  # largest number of blocks that a loader requests at the same time
 
 
@@ -105,8 +105,8 @@ class ServiceClient:
         try:
             self._coordinator = find_service(self._ray, self.name, self._address)
             self._heard_s = time.monotonic()
-            version = self._call(self._coordinator.begin.remote)
-            config: ServiceConfig = self._call(self._coordinator.config.remote)
+            version = self._call(self._method("begin"))
+            config: ServiceConfig = self._call(self._method("config"))
             self._check(version, config)
         except BaseException:
             self._exit.close()
@@ -168,7 +168,7 @@ class ServiceClient:
     def finish(self) -> None:
         """Tell the service that this consumer needs no further batch for now."""
         with suppress(Exception):  # if this call fails, the service removes the consumer after `forget_s` seconds
-            self._coordinator.leave.options(max_task_retries=0).remote(self._consumer)
+            self._method("leave")(self._consumer)
 
     def stop(self) -> None:
         """End all running calls of `fetch` with ServiceError."""
@@ -182,8 +182,16 @@ class ServiceClient:
             self.finish()
         self._exit.close()
 
+    def _method(self, name: str) -> Callable[..., Any]:
+        """A function that calls a method of the coordinator and returns Ray's reference.
+
+        Ray does not repeat such a call; `_call` does. A call that Ray repeats while this process leaves the cluster can
+        make Ray end the process.
+        """
+        return cast(Callable[..., Any], getattr(self._coordinator, name).options(max_task_retries=0).remote)
+
     def _ask(self, fetch: Fetch) -> Any:
-        return self._coordinator.fetch.remote(self._say(), fetch)
+        return self._method("fetch")(self._say(), fetch)
 
     def _say(self) -> Call:
         with self._lock:
@@ -269,7 +277,7 @@ class ServiceClient:
             total_s = self._waited_s()
             call = self._say()._replace(waited_s=total_s - self._reported_s)
             with suppress(ServiceError):  # the next call of `fetch` raises the error
-                self._health = self._call(partial(self._coordinator.alive.remote, call))
+                self._health = self._call(partial(self._method("alive"), call))
                 self._reported_s = total_s
         if not self._closed.is_set():
             # The node may end soon. Ray then ends every process that is still connected to the node's object store.

@@ -201,14 +201,19 @@ class Coordinator:
         return block
 
     def _dispatch(self) -> None:
-        """Give blocks from the queue to free workers."""
+        """Give blocks from the queue to free workers.
+
+        A worker may have died because of one of its blocks. Each of these blocks is then made by a worker that makes
+        nothing else, so that the other blocks do not die with it again.
+        """
         assert self._group is not None
-        while self._queue and (worker := self._group.free()) is not None:
+        while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:
             block = self._queue.popleft()
             if not self._is_needed(block):  # all consumers of the block have ended
                 self._drop((block.stream, block.fetch.position, block.fetch.digest), block)
                 continue
             worker.busy += 1
+            worker.is_alone = block.tries > 0
             worker.used_s = time.monotonic()
             self._making += 1
             self._spawn(self._make(block, worker))
@@ -235,6 +240,7 @@ class Coordinator:
                 block.done.set()
         finally:
             worker.busy -= 1
+            worker.is_alone = False
             self._making -= 1
             self._dispatch()
 

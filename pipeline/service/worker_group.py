@@ -29,6 +29,7 @@ class WorkerHandle:
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
         self.busy = 0  # number of blocks that the worker is making
+        self.is_alone = False  # whether the worker makes a block that another worker died with, and no other block
         self.used_s = time.monotonic()  # time at which the worker got its latest block
 
 
@@ -46,10 +47,14 @@ class WorkerGroup:
         self.last_fault = ""  # why the latest worker process could not start; empty after one has started
         self._full_s = time.monotonic()  # last time at which the load required all ready and starting workers
 
-    def free(self) -> WorkerHandle | None:
-        """The least busy worker that can take another block; None if all workers are busy."""
-        worker = min(self.ready, key=lambda handle: handle.busy, default=None)
-        return worker if worker is not None and worker.busy < CONCURRENCY else None
+    def free(self, alone: bool) -> WorkerHandle | None:
+        """The least busy worker that can take another block; None if all workers are busy.
+
+        With `alone`, the worker must have no other block.
+        """
+        workers = (worker for worker in self.ready if not worker.is_alone)
+        worker = min(workers, key=lambda handle: handle.busy, default=None)
+        return worker if worker is not None and worker.busy < (1 if alone else CONCURRENCY) else None
 
     def fault(self) -> str:
         """Why workers could not start; empty if no start has failed."""

@@ -39,7 +39,7 @@ class Service:
 
     def start(self) -> None:
         with connected(self.address) as ray:
-            start_service(ray, make_config(self.store, self.name, 1, 1, 1))
+            start_service(ray, make_config(self.store, self.name, 1, 1, 1, ahead=4))
 
     def stop(self) -> None:
         with connected(self.address) as ray:
