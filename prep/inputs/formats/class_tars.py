@@ -5,12 +5,16 @@ The name of a tar without `.tar` is the name of a class. The tars are read in pl
 
 from __future__ import annotations
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
-from prep.console import progress
+from prep.console import UserError, progress
 from prep.inputs.archive import checked_member_name
 from prep.inputs.archive_folders import ArchiveContents, found_inputs
+from prep.inputs.classes import NO_CLASS, STRAY_FILE, examples, is_no_class_folder
 from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members
 
@@ -18,9 +22,14 @@ from prep.inputs.tar_members import BoundedFile, iterate_members
 def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
     """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
 
-    Folders inside a tar are ignored. Raises UserError if a tar is compressed, damaged or cut short.
+    Folders inside a tar are ignored. What lies beside the tars is left out, with the reason in `FoundInputs.ignored`.
+    Raises UserError if a tar is compressed, damaged, cut short, or a link to nothing.
     """
-    tars = sorted(path for path in folder.iterdir() if is_tar_name(path) and path.is_file())
+    entries = sorted(folder.iterdir())
+    tars = [path for path in entries if is_tar_name(path) and path.is_file()]
+    broken = [path.name for path in entries if is_tar_name(path) and not path.exists()]
+    if broken:
+        raise UserError(f"{folder}: {examples(broken)}: a link to a tar that does not exist. Restore it, or remove it.")
     contents = ArchiveContents(0)
     with progress(f"{split}: listing", len(tars), "archives") as listing_progress:
         for index, path in enumerate(tars):
@@ -36,7 +45,18 @@ def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]
                         base_name = name.rsplit(b"/", 1)[-1]
                         contents.add(name and name_of_class + b"/" + base_name, member.size, location, reason)
             listing_progress.advance()
-    return ShardReader(folder, tuple(path.name for path in tars)), found_inputs(folder, contents, flat=False)
+    found = found_inputs(folder, contents, flat=False)
+    listed = {path.name for path in tars}
+    beside = [path for path in entries if path.name not in listed and (path.is_dir() or path.name[0] != ".")]
+    ignored = [(name_text(os.fsencode(path.name)), _reason(path)) for path in beside]
+    return ShardReader(folder, tuple(path.name for path in tars)), replace(found, ignored=(*found.ignored, *ignored))
+
+
+def _reason(path: Path) -> str:
+    """Why an entry beside the tars is left out."""
+    if not path.is_dir():
+        return STRAY_FILE
+    return NO_CLASS if is_no_class_folder(os.fsencode(path.name)) else "a folder beside the class tars"
 
 
 def is_tar_name(path: Path) -> bool:

@@ -332,6 +332,18 @@ def test_a_link_beside_the_class_folders_is_refused(tmp_path: Path) -> None:
         list_tar(tar_of([("n1.tar", inner), ("n3.tar", inner), ("n2.tar", b"", link)]), tmp_path / "x.tar")
 
 
+def test_what_lies_beside_class_tars_is_left_out_and_named(tmp_path: Path) -> None:
+    root = touch(tmp_path / "tars", "README.md", ".hidden", "lost+found/x.jpg")
+    for name in ("n1", "n2"):
+        (root / f"{name}.tar").write_bytes(tar_of([("a.JPEG", A)]))
+    source = list_source(root, "train")
+    assert (source.classes, paths_and_labels(source)) == (("n1", "n2"), [(b"n1/a.JPEG", 0), (b"n2/a.JPEG", 1)])
+    assert dict(source.ignored) == {"README.md": STRAY_FILE, "lost+found": NO_CLASS}
+    os.symlink("nowhere.tar", root / "n3.tar")
+    with pytest.raises(UserError, match=r"n3\.tar: a link to a tar that does not exist"):
+        list_source(root, "train")
+
+
 def test_a_name_of_many_folders_is_refused(tmp_path: Path) -> None:
     found = list_tar(tar_of([*THREE, ("a/" * 20000 + "x.JPEG", A)], tarfile.PAX_FORMAT), tmp_path / "x.tar")
     assert len(found.listing) == 3 and "more than 50 folders" in found.refused[0][1]
