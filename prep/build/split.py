@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 
 from prep.build.assemble import assemble_split, too_many_bad
@@ -208,6 +209,14 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
         return None
     existing, split = Store.open(store), plan.source.split
     check_same_settings(plan.settings, asdict(existing.settings), store)
+    classes = plan.source.classes
+    if classes != existing.classes:
+        label = next(k for k, pair in enumerate(zip_longest(existing.classes, classes)) if pair[0] != pair[1])
+        old, new = (names[label] if label < len(names) else "no class" for names in (existing.classes, classes))
+        raise UserError(
+            f"{store} has {len(existing.classes)} classes, this split has {len(classes)}: label {label} is {old} in "
+            f"the store and {new} in the split. All splits of a store must have the same classes in the same order."
+        )
     if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
         raise UserError(
             f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "

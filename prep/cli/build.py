@@ -294,12 +294,14 @@ def _build_part(
     help="File with the names of the classes, one on each line in the order of the labels (synset_words.txt).  "
     "[default: the classes of the store, else the folder names in the keys, else numbers]",
 )
+@allow_empty_option
 @record_options
 def import_caffe(
     lmdbs: tuple[Path, ...],
     store: Path,
     split: str,
     classes: Path | None,
+    allow_empty_classes: bool,
     jobs: int | None,
     cluster: str | None,
     as_json: bool,
@@ -319,7 +321,7 @@ def import_caffe(
     from prep.inputs.caffe import list_caffe_lmdbs
 
     store, lmdbs = path_for(cluster, store), tuple(path_for(cluster, path) for path in lmdbs)
-    settings, policy = _settings_and_policy(options, store)
+    settings, policy = _settings_and_policy(options, store, allow_empty_classes)
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         workers.check_machines(None, lmdbs[0], tool_versions)
         with progress(f"{split}: listing", 0, "records") as listing_progress:

@@ -19,10 +19,10 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import Progress, UserError, count_noun
+from prep.console import Progress, UserError, count_noun, say
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_PIXELS
-from prep.inputs.classes import numbered_classes, read_class_file
+from prep.inputs.classes import examples, numbered_classes, wanted_classes
 from prep.inputs.listing import Input, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import Content, Source
@@ -106,7 +106,8 @@ def list_caffe_lmdbs(
     -   the folder names in the keys, if every label has exactly one folder and no two labels share a folder
     -   the labels, written as decimal numbers
 
-    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, or if a label has no class name.
+    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, if a label has no class name, or
+    if the folder names in the keys are classes with other labels.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
@@ -131,6 +132,9 @@ def list_caffe_lmdbs(
     if not len(listing):
         raise UserError(f"{folders[0]}: {count_noun(len(refused), 'record')}, and not one is a Datum with a label.")
     classes = _class_names(folders[0], class_names, store_classes, key_folders)
+    empty = [name for label, name in enumerate(classes) if label not in key_folders]
+    if empty:
+        say(f"{folders[0]}: {count_noun(len(empty), 'class', 'classes')} without a record: {examples(empty)}.")
     return Source(CaffeReader(tuple(folders)), split, classes, listing, tuple(refused))
 
 
@@ -142,19 +146,25 @@ def _class_names(
     folder: Path, file: Path | None, store_classes: Sequence[str], key_folders: dict[int, set[bytes]]
 ) -> tuple[str, ...]:
     count = max(key_folders) + 1
-    names = store_classes
-    if file is not None:
-        names = read_class_file(file)
+    names, owner = wanted_classes(file, (), store_classes)
+    owners = {label: name_text(next(iter(found))) for label, found in key_folders.items() if len(found) == 1}
     if names:
         if count > len(names):
             raise UserError(
-                f"{folder}: label {count - 1}, but {file or 'the store'} has {len(names)} classes, "
+                f"{folder}: label {count - 1}, but {owner} has {len(names)} classes, "
                 f"with the labels 0 to {len(names) - 1}."
             )
-        return tuple(names)
-    owners = [next(iter(found)) if len(found) == 1 else b"" for found in key_folders.values()]
-    if len(key_folders) == count and all(owners) and len(set(owners)) == count:
-        return tuple(name_text(next(iter(key_folders[label]))) for label in range(count))
+        position = {name: label for label, name in enumerate(names)}
+        for label, name in sorted(owners.items()):
+            if position.get(name, label) != label:
+                raise UserError(
+                    f"{folder}: the keys of label {label} begin with {name}, but in {owner} this class has the label "
+                    f"{position[name]}. The LMDB numbers the classes in another order: give that order with --classes "
+                    "FILE, and build a store of its own."
+                )
+        return names
+    if len(owners) == count == len(set(owners.values())) and all(owners.values()):
+        return tuple(owners[label] for label in range(count))
     return numbered_classes(0, count - 1, str(folder))
 
 

@@ -307,6 +307,18 @@ def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path
     fails(import_caffe(tmp_path / "other", beyond, "--classes", words), beyond, "label 4", "4 classes")
 
 
+def test_classes_in_another_order_than_in_the_store_are_refused(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done(import_caffe(store, lmdb_of(tmp_path / "l", labelled(datum, ("n1/a.JPEG", 0), ("n2/b.JPEG", 1)))))
+    swapped = lmdb_of(tmp_path / "v", labelled(datum, ("n2/a.JPEG", 0), ("n1/b.JPEG", 1)))
+    fails(import_caffe(store, swapped, "--split", "val"), "label 0 begin with n2", "in the store", "label 1")
+    words = tmp_path / "words.txt"
+    words.write_text("n2\nn1\n")
+    plain = lmdb_of(tmp_path / "p", labelled(datum, ("a.JPEG", 0), ("b.JPEG", 1)))
+    fails(import_caffe(store, plain, "--split", "val", "--classes", words), "n2", "n1", "label 0")
+    assert Store.open(store).classes == ("n1", "n2")
+
+
 def test_class_names_that_do_not_fit_are_refused(datum: Callable[..., bytes], tmp_path: Path) -> None:
     folder = lmdb_of(tmp_path / "l", labelled(datum, ("a.JPEG", 0), ("b.JPEG", 2)))
     words = tmp_path / "words.txt"
