@@ -163,6 +163,14 @@ class Loader:
         """State of the service in its last answer; None if the loader uses no service."""
         return None if self._windows is None else self._windows.status
 
+    def stop_waiting(self) -> None:
+        """End the waiting for the service: batches that have not arrived raise ServiceError.
+
+        Another thread may call this method. Without a service, it does nothing.
+        """
+        if self._windows is not None:
+            self._windows.stop()
+
     def close(self) -> None:
         """Stop the threads, release memory and unmap the files. Batches already served stay valid.
 
@@ -171,8 +179,7 @@ class Loader:
         """
         if self._process != os.getpid():
             return
-        if self._windows is not None:
-            self._windows.stop()
+        self.stop_waiting()
         self._prefetcher.close()
         if self._windows is not None:
             self._windows.close()

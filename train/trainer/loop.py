@@ -113,6 +113,7 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
                 break
 
             interval, saved_step = log.interval(loader, network), step
+            stop.on_request = loader.stop_waiting
             try:
                 for images, labels in loader:
                     lr = schedule.apply(optimizer, step / steps_per_epoch)

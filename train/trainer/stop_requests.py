@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
@@ -16,6 +16,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.requested: BaseException | None = None
+        self.on_request: Callable[[], None] = lambda: None  # called in another thread when a stop is requested
         self._deferred = True
         self._message: Thread | None = None
 
@@ -40,8 +41,12 @@ class StopRequests:
             raise stop
         self.requested = stop
         # In a thread, because the signal may have interrupted a print to the same stream, which must end first.
-        self._message = Thread(target=say, args=("Stopping after this step, with a checkpoint.",))
+        self._message = Thread(target=self._announce)
         self._message.start()
+
+    def _announce(self) -> None:
+        say("Stopping after this step, with a checkpoint.")
+        self.on_request()
 
     def wait_for_message(self) -> None:
         """Wait until the message about the stop has been printed, if there is one."""

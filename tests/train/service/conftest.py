@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -14,7 +15,8 @@ from typing import Any
 import pytest
 
 from pipeline.service.control import make_config, service_status, start_service, stop_service
-from prep.cluster import connected, ray_module
+from pipeline.service.protocol import actor_name
+from prep.cluster import NAMESPACE, connected, ray_module
 from tests.helpers.small_training import small_config
 from train.config.recipe import ScheduleChange
 from train.config.run_config import RunConfig
@@ -44,6 +46,13 @@ class Service:
     def stop(self) -> None:
         with connected(self.address) as ray:
             stop_service(ray, self.name, self.address)
+
+    def coordinator_pid(self) -> int:
+        """Process id of the coordinator."""
+        with connected(self.address) as ray:
+            coordinator = ray.get_actor(actor_name(self.name), NAMESPACE)
+            pid: int = ray.get(coordinator.__ray_call__.remote(lambda actor: os.getpid()), timeout=60)
+            return pid
 
     def images_made(self) -> int:
         """Number of images that the service has decoded since its start."""

@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 
 from pipeline.service.errors import ServiceLost
+from prep.console import Terminated
 from tests.helpers.alextrain import alextrain, json_lines, refusal
 from tests.helpers.project import ROOT
 from tests.helpers.small_training import SMALL_ALEXNET, assert_same_result, metrics_without_clock, small_config
@@ -156,6 +159,36 @@ def test_a_signal_during_a_run_with_a_service_leaves_a_checkpoint(
     assert raised.typename == ("KeyboardInterrupt" if signum == signal.SIGINT else "Terminated")
     assert checkpoint.load(tmp_path / "run").step == step
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_signal_while_a_run_waits_for_a_silent_service_leaves_a_checkpoint_at_once(
+    stores: dict[str, Path], service: Service, tmp_path: Path, after_step: Any
+) -> None:
+    """The coordinator is suspended after step 1. The run counts the service as lost only after 45 s."""
+    pid = service.coordinator_pid()
+    signalled_s = []
+
+    def send_signal() -> None:
+        signalled_s.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    timer = threading.Timer(4.0, send_signal)
+
+    def suspend() -> None:
+        os.kill(pid, signal.SIGSTOP)
+        timer.start()
+
+    after_step(1, suspend)
+    changes = {"batch_size": 2, "epochs": 1, "log_every": 100, "checkpoint_every": 100}
+    try:
+        with pytest.raises(Terminated):
+            fit(Run.open(small_config(stores["jpeg"], tmp_path / "run", service=service.option, **changes)))
+        assert time.monotonic() - signalled_s[0] < 20
+        assert 1 <= checkpoint.load(tmp_path / "run").step < 15
+    finally:
+        timer.cancel()
+        os.kill(pid, signal.SIGCONT)
+        service.stop()
 
 
 def test_sigterm_ends_the_command_with_its_exit_code_and_a_checkpoint(
