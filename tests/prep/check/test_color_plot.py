@@ -373,7 +373,7 @@ def test_without_matplotlib_the_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     opened = Store.open(store)
-    with pytest.raises(UserError, match=r"pip install 'alexnet\[figures\]'"):
+    with pytest.raises(UserError, match=r"pip install 'matplotlib>="):
         plot_colors(opened, "train", opened.color_stats(), tmp_path / "a.png")
 
 

@@ -185,7 +185,10 @@ def test_recomputing_a_ppm_store_gives_the_same_bits_as_the_build(
     store = tmp_path / "store"
     build(photo_folder, store, "ppm")
     at_build = json.loads((store / "train" / "colour.json").read_bytes())
-    assert recomputed(store) == at_build
+    again = recomputed(store)
+    assert {name: again[name] for name in at_build} == at_build
+    assert again["std_rgb"] == np.sqrt(np.diag(at_build["covariance"])).tolist()
+    assert again["unit_range"]["mean_rgb"] == pytest.approx([mean / 255 for mean in at_build["mean_rgb"]])
     pixels = stored_pixels(records_of(store, "train"), tmp_path)
     assert at_build["pixels"] == len(pixels)
     np.testing.assert_allclose(at_build["covariance"], np.cov(pixels, rowvar=False), rtol=1e-9)
