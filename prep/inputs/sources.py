@@ -31,6 +31,7 @@ from prep.inputs.formats.class_tars import list_class_tars
 from prep.inputs.formats.csv_list import list_csv
 from prep.inputs.formats.layouts import SplitSource, find_splits, split_source
 from prep.inputs.formats.parquet import list_parquet
+from prep.inputs.formats.shards import entries_beside
 from prep.inputs.formats.tiny_imagenet import list_tiny_imagenet
 from prep.inputs.formats.webdataset import list_webdataset
 from prep.inputs.formats.zip_archive import KAGGLE_LABELS, ZipReader, zip_contents
@@ -135,10 +136,11 @@ def _find_inputs(
             return ZipReader(path), found_inputs(path, zip_contents(path, where.inside, split), flat)
         case "tiny-imagenet":
             return list_tiny_imagenet(path, where.inside, split, options, store_classes)
-        case "webdataset":
-            return list_webdataset(where.files, split, options, store_classes)
-        case "parquet":
-            return list_parquet(where.files, split, options, store_classes)
+        case "webdataset" | "parquet":
+            list_shards = list_webdataset if where.layout == "webdataset" else list_parquet
+            shard_reader, found = list_shards(where.files, split, options, store_classes)
+            ignored = (*found.ignored, *entries_beside(path, where.files))
+            return shard_reader, replace(found, ignored=ignored)
         case "csv":
             return list_csv(path, split, options, store_classes)
         case "folders":

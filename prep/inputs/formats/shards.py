@@ -16,6 +16,7 @@ from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.listing import Input
+from prep.inputs.names import name_text
 
 _OFFSET_BITS = 40
 _MAX_FILES = 1 << 23
@@ -112,3 +113,17 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
         split = next((_SPLIT_WORDS[word] for word in words if word in _SPLIT_WORDS), "")
         groups.setdefault(split, []).append(path)
     return groups
+
+
+def entries_beside(folder: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
+    """Return (name, reason to leave it out) of what lies beside the shards `files` in `folder`, if it is a folder.
+
+    Hidden files and shards of other splits are not named.
+    """
+    suffix = files[0].suffix.lower()
+    names = [path for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
+    return tuple(
+        (name_text(os.fsencode(path.name)), f"a {'folder' if path.is_dir() else 'file'} beside the {suffix} files")
+        for path in names
+        if path.suffix.lower() != suffix
+    )

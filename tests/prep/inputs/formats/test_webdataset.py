@@ -70,6 +70,12 @@ def test_names_of_shards_name_the_splits(tmp_path: Path, capsys: pytest.CaptureF
     found = find_splits(tmp_path, None)
     assert {name: len(where.files) for name, where in found.items()} == {"train": 2, "val": 1}
     assert "1 file of no split left out (first: imagenet1k-test-00.tar)" in capsys.readouterr().err
+    put(tmp_path / "README.md", b"x")
+    put(tmp_path / "info" / "x.json", b"{}")
+    assert list_source(found["train"], "train").ignored == (
+        ("README.md", "a file beside the .tar files"),
+        ("info", "a folder beside the .tar files"),
+    )
     (only,) = find_splits(tmp_path / "imagenet1k-validation-00.tar", None)
     assert only == "val"
 
