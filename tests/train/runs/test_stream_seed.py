@@ -162,7 +162,8 @@ def test_compare_shows_stream_seeds_only_if_a_run_has_its_own(
     assert shown("default 3", "default 11") == {"settings.seed": [3, 11]}
     assert shown("default 11", "shared 11") == {}
     assert shown("default 3", "shared 4") == {"settings.seed": [3, 4], "settings.stream_seed": [3, 11]}
-    assert run_labels(read_runs([tmp_path / "shared 4", tmp_path / "shared 11"])) == ["seed 4", "seed 11"]
+    labels = run_labels(read_runs([tmp_path / "shared 4", tmp_path / "shared 11"]))
+    assert labels == ["shared 4: seed 4", "shared 11: seed 11"]
 
 
 def test_all_seeds_of_an_ablation_can_share_a_stream(tmp_path: Path) -> None:

@@ -173,5 +173,7 @@ def test_the_command_prints_its_plan_a_table_or_a_json_object(
     assert "trained and measured before" in table.stderr
     error = answer["ablations"][1]["top1_error"]["mean"]
     row = next(line for line in table.stdout.splitlines() if line.startswith("one-gpu"))
-    assert row.split()[1:4] == ["+1.7", "+1.2", f"{error:.1f}"] and "section 3.2" in table.stdout
+    assert row.split()[1:3] == ["+1.7", f"{error:.1f}"] and "section 3.2" in table.stdout
+    assert "top-5" not in table.stdout.partition("Errors by")[0]  # the store has three classes
+    assert "top-5" in table_lines(answer["ablations"], classes=6)[1]
     assert PAPER.name in json.loads((tmp_path / "out" / "one-gpu-seed0" / "run.json").read_text())["recipe"]["name"]
