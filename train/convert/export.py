@@ -77,6 +77,7 @@ class Preprocessing:
     # that must be enlarged use bicubic. The other filters have Pillow's names.
     resize_filter: str = "area"
     stored_as: str = "ppm"  # format of the rescaled training images: "jpeg, quality N" or "ppm", which loses nothing
+    background: str = "white"  # colour behind transparent pixels; "dropped": no colour, alpha is left out
     window_px: int = CROP_PX
     layout: str = "NCHW"
     channel_order: str = "RGB"
@@ -100,7 +101,16 @@ def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Prep
         }
     settings = transform.settings
     stored_as = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
-    return Preprocessing(settings.side_px, transform.mean, mean_rgb, image, input_divisor, settings.filter, stored_as)
+    return Preprocessing(
+        settings.side_px,
+        transform.mean,
+        mean_rgb,
+        image,
+        input_divisor,
+        settings.filter,
+        stored_as,
+        background=settings.background,
+    )
 
 
 def export(run_dir: Path, format: str, out: Path, which: str = "last") -> dict[str, Any]:

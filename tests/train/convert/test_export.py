@@ -122,6 +122,7 @@ def test_the_metadata_of_an_onnx_file_are_enough_to_compute_its_input(
     assert result["out"] == str(run_dir / "alexnet.onnx")
     session = onnxruntime.InferenceSession(result["out"])
     told = json.loads(session.get_modelmeta().custom_metadata_map["preprocessing"])
+    assert told["background"] == Store.open(store).settings.background
     assert told["channel_order"] == "RGB" and told["layout"] == "NCHW" and told["range"] == [0, 255]
     side, window = told["shorter_side_px"], told["window_px"]
     mean = np.array(told["mean_rgb"])
