@@ -17,6 +17,7 @@ from prep.build.plan import BuildPolicy, tool_versions
 from prep.build.preflight import bad_inputs_error, estimate_resources, fits_surely, free_bytes, probe, space_error
 from prep.build.split import BuildEstimate, open_plan
 from prep.console import UserError, bytes_text, say
+from prep.files import LockHeld, lock_is_held
 from prep.inputs.classes import refuse_empty_classes
 from prep.inputs.names import name_text
 from prep.inputs.reader import Source
@@ -124,6 +125,8 @@ def refuse_estimates(
 
     Returns if the build would not fail.
     """
+    if lock_is_held(store):
+        raise LockHeld(f"{store}: another build is at work in this folder. Wait until it ends, or name another folder.")
     for source, estimate in zip(sources, estimates, strict=True):
         if not estimate.is_built:
             check_classes(source, jobs, policy)

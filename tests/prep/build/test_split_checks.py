@@ -17,6 +17,7 @@ from prep.build.split import build_split, estimate_build
 from prep.build.split_checks import check_splits, refuse_estimates
 from prep.cli import main
 from prep.console import DiskFull, Progress, UserError
+from prep.files import hold_lock
 from prep.inputs.reader import Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
@@ -171,6 +172,14 @@ def test_two_splits_of_the_same_files_are_told(
 ) -> None:
     check(source, tmp_path / "store")
     assert "train and val have the same files" in capsys.readouterr().err
+
+
+def test_a_build_at_work_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    store.mkdir()
+    with hold_lock(store, "build"), pytest.raises(UserError, match="another build is at work"):
+        _check_dry_run(list_splits(source), store, STRICT)
+    _check_dry_run(list_splits(source), store, STRICT)
 
 
 def test_a_store_that_cannot_be_written_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
