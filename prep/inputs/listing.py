@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import zipfile
-import zlib
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -121,7 +119,9 @@ class Listing:
                 listing._paths = bytearray(saved["paths"].tobytes())
                 listing._ends = array("q", saved["ends"].tobytes())
                 listing._columns = {name: array("q", saved[key].tobytes()) for name, key in _COLUMNS.items()}
-        except (KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except (OSError, ValueError):
+            raise
+        except Exception as error:  # damage in a .npz file can raise any exception of NumPy, zipfile and zlib
             raise ValueError(f"{path}: {error}") from None
         return listing
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
+import pickle
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from pipeline.loader import Batch, eval_loader, train_loader
+from pipeline.records import Records
+from prep.console import UserError
 from prep.store import lmdb_shard
 from prep.store.manifest import Store
 from tests.conftest import TRAIN_RECORDS, VAL_RECORDS
@@ -143,3 +151,83 @@ def second_epoch(store: Path) -> Batch:
     with train_loader(store, 6, seed=1) as loader:
         loader.seek(1)
         return take_batches(loader, 1)[0]
+
+
+def in_forked_child(work: Callable[[], object]) -> tuple[int, str]:
+    """Run `work` in a forked child that then ends as a program ends: (wait status, text of the exception)."""
+    read_end, write_end = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(60)
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException as error:
+            os.write(write_end, f"{type(error).__name__}: {error}".encode())
+            code = 0
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    with open(read_end) as text:
+        said = text.read()
+    return os.waitpid(child, 0)[1], said
+
+
+@pytest.mark.parametrize("make", [train_loader, eval_loader])
+@pytest.mark.parametrize("started", [False, True])
+def test_a_loader_in_a_forked_child_says_so_at_once_and_is_closed_without_harm(
+    numbered_store: Path, make: Any, started: bool
+) -> None:
+    """A torch DataLoader with workers iterates in forked children. Before, the first batch never came."""
+    with make(numbered_store, 4, threads=1) as loader:
+        iterator = iter(loader)
+        if started:
+            next(iterator)
+        for use in (lambda: next(iter(loader)), lambda: next(iterator)):
+            status, said = in_forked_child(use)
+            assert status == 0 and said.startswith(f"UserError: this loader was made in process {os.getpid()} and")
+            assert "Make the loader in the process that iterates over it" in said
+        assert in_forked_child(loader.close) == (0, "")
+        assert len(list(iterator)) == len(loader) - started  # the parent's loader goes on
+
+
+def test_a_forked_child_may_open_the_same_store(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 6, seed=1, threads=1) as loader:
+        expected = [batch.images.numpy().copy() for batch in take_batches(loader, 2)]
+
+        def work() -> None:  # compares with NumPy: torch's own threads do not survive a fork
+            with train_loader(numbered_store, 6, seed=1, threads=1) as own:
+                for batch, images in zip(own, expected, strict=False):
+                    assert np.array_equal(batch.images.numpy(), images)
+
+        assert in_forked_child(work) == (0, "")
+
+
+def test_a_forked_child_ends_without_a_crash(numbered_store: Path) -> None:
+    """The child ends as a program ends: Python destroys its objects, among them the parent's loader."""
+    script = (
+        "import os, signal, sys\n"
+        "from pipeline.loader import train_loader\n"
+        "loader = train_loader(sys.argv[1], 4, threads=1)\n"
+        "next(iter(loader))\n"
+        "child = os.fork()\n"
+        "if child == 0:\n"
+        "    signal.alarm(60)\n"
+        "    del loader\n"
+        "    sys.exit(7)\n"
+        "print(os.waitpid(child, 0)[1])\n"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, str(numbered_store)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert int(ended.stdout) == 7 << 8 and ended.stderr == ""
+
+
+def test_pickling_or_copying_a_loader_says_so(numbered_store: Path) -> None:
+    with train_loader(numbered_store, 4, threads=1) as loader:
+        for copied in (pickle.dumps, copy.copy, copy.deepcopy):
+            with pytest.raises(UserError, match=r"^a loader cannot be pickled or copied: "):
+                copied(loader)
+    records = pickle.loads(pickle.dumps(Records(Store.open(numbered_store), "train")))
+    assert len(records) == TRAIN_RECORDS and records[0].label in range(len(records.store.classes))

@@ -57,9 +57,9 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
         else:
             _check_classes(file, parameters, metadata, store)
         network.load_joined_tensors(parameters)
-    except (KeyError, ValueError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
+    except UserError:
+        raise
+    except Exception as error:  # tensors of other shapes and types can raise any exception of torch
         raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}).") from None
     create_run(run, network)
     return network

@@ -10,7 +10,6 @@ run, step, checkpoint (the checkpoint's digest, a SHA-256), split, split_fingerp
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +76,7 @@ def load_predictions(path: Path) -> Predictions:
             predictions = Predictions(arrays["probabilities"], arrays["labels"], arrays["keys"], about)
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damage in a .npz file can raise any exception of NumPy, zipfile and zlib
         raise UserError(
             f"{path}: not a file of saved probabilities ({error}). Save probabilities with: alextrain evaluate --out"
         ) from None

@@ -78,7 +78,7 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
     path = run_dir / MEAN_IMAGE
     try:
         mean_image: npt.NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy parses the header as Python code: damage can raise any exception
         raise UserError(f"{path}: cannot be read ({error}). The recipe needs this mean image.") from None
     return mean_image
 
