@@ -151,9 +151,10 @@ class _Tree:
             return True
         if self.root not in self.has_images:
             return False
-        if flat or not any(folder + b"/" in self.has_images or self.folders_in[folder + b"/"] for folder in folders):
-            return True
         beside = [name for name in self._names_in_root() if may_be_image(name)]
+        has_content = any(folder + b"/" in self.has_images or self.folders_in[folder + b"/"] for folder in folders)
+        if (flat and len(beside) >= len(folders)) or not has_content:
+            return True
         if len(beside) > max(10, len(folders)):
             raise UserError(
                 f"{self.path}: {count_noun(len(folders), 'folder')} and {count_noun(len(beside), 'photograph')} side "

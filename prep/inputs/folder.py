@@ -75,7 +75,8 @@ def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) 
     A class folder is a folder at any depth that contains images, or that contains nothing. The class of a class folder
     is the path of the folder. If `root` contains nothing but one folder of folders, that folder takes the place of
     `root`. Names that begin with a dot, folders of the system and files beside class folders are ignored. If there are
-    images and folders in `root`, the images are listed if `flat` is true, else the class folders.
+    images and folders in `root`, the images are listed if `flat` is true and they are not fewer than the folders;
+    otherwise the class folders are.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if it is unclear what the classes are.
@@ -143,7 +144,8 @@ class _Walk:
         images = [file for file in files if may_be_image(file.name)]
         if not images:
             return False
-        if flat or not any(self._scan(os.path.join(self.folder, entry.name)) for entry in folders):
+        has_content = any(self._scan(os.path.join(self.folder, entry.name)) for entry in folders)
+        if (flat and len(images) >= len(folders)) or not has_content:
             return True
         if len(images) > max(10, len(folders)):
             raise UserError(

@@ -5,6 +5,7 @@ Most images are empty files, since the listing opens no file. The expected class
 
 from __future__ import annotations
 
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -155,6 +156,18 @@ def test_files_beside_class_folders_are_left_out_and_named(tmp_path: Path, capsy
     touch(root, "beside.jpg")
     assert ("beside.jpg", STRAY_FILE) in list_images(root).ignored
     assert "1 photograph beside the class folders left out (first: beside.jpg)" in capsys.readouterr().err
+
+
+def test_a_label_file_of_val_does_not_make_train_flat(tmp_path: Path) -> None:
+    """--labels is for the photographs of val. One photograph beside the class folders of train is left out."""
+    root = touch(tmp_path / "train", "n1/a.JPEG", "n2/b.JPEG", "stray.JPEG")
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        tar.add(root, ".")
+    (tmp_path / "labels.txt").write_text("x.jpg n1\n")
+    for where in (root, tmp_path / "train.tar"):
+        source = list_source(where, "train", ListOptions(tmp_path / "labels.txt"))
+        assert paths_and_labels(source) == [(b"n1/a.JPEG", 0), (b"n2/b.JPEG", 1)]
+        assert source.ignored == (("stray.JPEG", STRAY_FILE),)
 
 
 def test_many_photographs_beside_folders_are_refused_without_a_label_file(tmp_path: Path) -> None:
