@@ -16,7 +16,7 @@ import threading
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import numpy as np
@@ -93,7 +93,8 @@ def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> De
         image, warning = _decode_color_jpeg(content, options)
         if image is not None:
             return image
-    return _with_pillow(content, options, lambda opened: _decode_with_pillow(opened, content, options, warning))
+    decoded, said = _with_pillow(content, options, lambda image: _decode_with_pillow(image, content, options, warning))
+    return replace(decoded, warnings=(*said, *decoded.warnings))
 
 
 def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedImage | None, str]:
@@ -121,7 +122,7 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedI
     orientation = 1
     if has_exif:
         with suppress(BadImage):  # ignore a broken EXIF block: the pixels are good
-            orientation = _with_pillow(content, options, _exif_orientation)
+            orientation, _ = _with_pillow(content, options, _exif_orientation)
     converted = ("reduced",) if factor > 1 else ()
     return DecodedImage(pixels, converted, orientation, file_pixels=width * height), ""
 
@@ -164,27 +165,33 @@ def _has_exif(content: bytes) -> bool:
 _pillow_lock = threading.Lock()  # _with_pillow sets a limit and a filter that the whole process shares
 
 
-def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> T:
-    """Open `content` with Pillow and return `use(image)`. Raises BadImage if Pillow raises an exception."""
-    formats = pillow_formats(content[:HEAD_BYTES])
+def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> tuple[T, list[str]]:
+    """Open `content` with Pillow. Returns `use(image)` and the lines that libraries wrote to standard error.
+
+    Raises BadImage if Pillow raises an exception. The lines are then a part of the reason.
+    """
+    formats, said = pillow_formats(content[:HEAD_BYTES]), list[str]()
     with _pillow_lock, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns about odd EXIF data (harmless) and large sizes (checked here)
         largest, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, options.max_pixels  # Pillow allows twice this number
         try:
-            with Image.open(io.BytesIO(content), formats=formats) as image:
-                return use(image)
+            with caught_stderr() as said, Image.open(io.BytesIO(content), formats=formats) as image:
+                result = use(image)
+            return result, said
         except BadImage:
             raise
         except UnidentifiedImageError:
-            is_known = len(formats) == 1  # the signature alone shows this format
-            raise BadImage("cannot be decoded: damaged or cut short" if is_known else unknown_format()) from None
+            if not said and len(formats) > 1:  # a signature of few bytes, which other files may have too
+                raise BadImage(unknown_format()) from None
+            raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or cut short'}") from None
         except Image.DecompressionBombError as error:
             (pixels,) = re.findall(r"\d+", str(error))[:1] or ("0",)
             raise BadImage(_too_many_pixels(options), limit="max_pixels", pixels=int(pixels)) from None
         except MemoryError:
             raise BadImage("cannot be decoded: not enough memory") from None
         except Exception as error:
-            raise BadImage(f"cannot be decoded: {_text(error)}") from None
+            text = f"{'; '.join(said)} ({_text(error)})" if said else _text(error)
+            raise BadImage(f"cannot be decoded: {text}") from None
         finally:
             Image.MAX_IMAGE_PIXELS = largest
 
@@ -203,22 +210,15 @@ def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptio
             converted.append("reduced")
     else:
         converted.append((image.format or "unknown").lower())
-    said: list[str] = []
-    try:
-        with caught_stderr() as said:
-            orientation = _exif_orientation(image)
-            image.load()
-    except Exception as error:
-        if not said:
-            raise
-        raise BadImage(f"cannot be decoded: {'; '.join(said)} ({_text(error)})") from None
+    orientation = _exif_orientation(image)
+    image.load()
     if is_jpeg:
         warning = warning or find_warning(content, {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     elif image.format == "TIFF" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     pixels, names = rgb_pixels(image, facts, options.background)
     return DecodedImage(
-        pixels, (*converted, *names), orientation, (*said, *[warning] * bool(warning)), file_pixels=width * height
+        pixels, (*converted, *names), orientation, (warning,) if warning else (), file_pixels=width * height
     )
 
 

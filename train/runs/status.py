@@ -6,7 +6,7 @@ Reading the status does not disturb a process that is training in the folder.
 from __future__ import annotations
 
 import json
-import socket
+import platform
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -109,7 +109,7 @@ def _seems_alive(written: Mapping[str, Any]) -> bool:
     """
     if written.get("state") != "training":
         return False
-    if written.get("host") != socket.gethostname():
+    if written.get("host") != platform.node():
         return True
     return Path(f"/proc/{written.get('process')}").exists()
 

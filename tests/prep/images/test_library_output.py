@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
+import subprocess
+import sys
 import threading
 import time
 
@@ -15,6 +18,7 @@ from prep.images.codec import BadImage, decode_image
 from prep.images.library_output import caught_stderr
 from prep.images.limits import cpu_time_limit
 from tests.prep.images.small_images import file_of
+from tests.prep.images.test_rgb import tiff
 
 
 def test_lines_on_file_descriptor_2_are_caught(capfd: pytest.CaptureFixture[str]) -> None:
@@ -61,6 +65,22 @@ def test_what_libtiff_says_is_in_the_reason_of_a_bad_file(capfd: pytest.CaptureF
     with pytest.raises(BadImage, match=r"^cannot be decoded: .*(LZW|code)"):
         decode_image(bytes(content))
     assert capfd.readouterr().err == ""
+
+
+def test_what_pillow_logs_while_it_opens_a_file_is_caught() -> None:
+    """Pillow logs an error about a TIFF with 160 samples per pixel, which Python prints if no program handles logs."""
+    content = tiff(2, 8, 1, b"ab").replace(struct.pack("<HHII", 277, 3, 1, 1), struct.pack("<HHII", 277, 3, 1, 160))
+    script = (
+        "import sys\n"
+        "from prep.images.codec import BadImage, decode_image\n"
+        "try:\n"
+        "    decode_image(sys.stdin.buffer.read())\n"
+        "except BadImage as error:\n"
+        "    print(error)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], input=content, capture_output=True, check=True)
+    assert b"More samples per pixel than can be decoded: 160" in ended.stdout
+    assert ended.stderr == b""
 
 
 def spin(seconds: float) -> None:

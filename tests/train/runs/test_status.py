@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from click.testing import CliRunner
 import train.cli
 from prep.files import hold_lock
 from tests.helpers.metrics import training_line, validation_line
+from train.runs.run_dir import STATUS
 from train.runs.status import status_lines, status_of
 
 DESCRIPTION = {
@@ -75,6 +77,20 @@ def test_a_run_in_progress_is_reported_with_its_process(run_dir: Path) -> None:
     first, _, progress, *rest = status_lines(status)
     assert first.endswith("training (process 77 on far)") and progress.endswith("33 s left")
     assert not any("The same alextrain" in text for text in rest)
+
+
+def test_without_locks_the_status_says_whether_the_process_lives(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.runs.status.lock_is_held", lambda folder: None)
+    written = json.loads((run_dir / STATUS).read_text())
+    for host, process, state in (
+        (platform.node(), os.getpid(), "training"),
+        (platform.node(), 2**30, "dead"),
+        ("another-machine", 2**30, "training"),
+    ):
+        (run_dir / STATUS).write_text(json.dumps({**written, "state": "training", "host": host, "process": process}))
+        assert status_of(run_dir)["state"] == state
 
 
 @pytest.mark.parametrize(

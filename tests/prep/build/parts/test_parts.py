@@ -5,6 +5,7 @@ Every store must equal the store of a build without parts: manifest, files and f
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -304,3 +305,23 @@ def test_an_input_that_changed_between_two_parts_is_refused(photos: Path, tmp_pa
     with pytest.raises(UserError, match=f"1 input changed since the first part began.*{changed.name}.*without --part"):
         run_part(copy, store, 2, 2)
     assert len(build(copy, store).split("train").shards) == 8
+
+
+def test_parts_on_a_file_system_without_locks_leave_the_end_to_join(
+    photos: Path, whole: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without locks, two parts could complete the store at the same time, and remove each other's temporary files."""
+
+    def flock(handle: object, kind: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr("prep.files.fcntl.flock", flock)
+    store = tmp_path / "store"
+    assert run_part(photos, store, 2, 2).store is None
+    (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").mkdir()  # of another part at work
+    finished = run_part(photos, store, 1, 2)
+    assert finished.store is None and not finished.missing
+    assert (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").exists()
+    joined = alexprep("join", "--store", store, "--no-lock")
+    assert joined.exit_code == 0, joined.stderr
+    assert Store.open(store).splits == whole.splits
