@@ -12,6 +12,7 @@ folder, which is removed with the work folder. Without such a folder, `read` dec
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -64,16 +65,29 @@ class ParquetReader:
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
-            content: bytes | None = _row_group(str(path), *_group_of(str(path), row), self.column)[row]
+            self._check_unchanged(path, item)
+            rows = _row_group(str(path), *_group_of(str(path), row), self.column, item.mtime_ns)
+            content = rows.get(row)
             if content is None:
                 raise BadImage(_NO_BYTES)
             return content
         packed = self.unpacked / f"{index:05d}.images"
-        offsets = _offsets(str(packed)) if packed.exists() else _unpack(path, packed, self.column)
-        start, size = int(offsets[row]), int(offsets[row + 1] - offsets[row])
-        if not size:
+        if not packed.exists():
+            self._check_unchanged(path, item)
+            _unpack(path, packed, self.column)
+        offsets = _offsets(str(packed), packed.stat().st_mtime_ns)
+        start, end = offsets[row : row + 2].tolist() if row + 1 < len(offsets) else (0, 0)
+        if start == end:
             raise BadImage(_NO_BYTES)
-        return open_file(str(packed)).read_at(start, size)
+        return open_file(str(packed)).read_at(start, end - start)
+
+    def _check_unchanged(self, path: Path, item: Input) -> None:
+        with _ErrorsOf(path):
+            mtime_ns = path.stat().st_mtime_ns
+        if mtime_ns != item.mtime_ns:
+            raise UserError(
+                f"{path} was changed after it was listed. Run the same command again when no program writes to it."
+            )
 
     def head(self, item: Input, size: int) -> bytes:
         """A JPEG signature for every row, so that the check before a build reads no row."""
@@ -99,7 +113,7 @@ def list_parquet(
                 column, label_column, names = _columns(path, file.schema_arrow)
                 row = 0
                 for group in range(file.num_row_groups):
-                    size = _mean_image_bytes(file.metadata.row_group(group), column)
+                    size = _mean_row_bytes(file.metadata.row_group(group))
                     has_path = _has_path(file.schema_arrow, column)
                     wanted = [label_column, *([f"{column}.path"] if has_path else [])]
                     table = file.read_row_group(group, columns=wanted)
@@ -205,18 +219,23 @@ def _label_texts(labels: Sequence[Any]) -> list[str]:
     return ["" if label is None or label == -1 else str(label) for label in labels]
 
 
-def _mean_image_bytes(group: Any, column: str) -> int:
-    """Mean size of the images of a row group. The true sizes are not known before the images are read."""
-    for k in range(group.num_columns):
-        if group.column(k).path_in_schema in (column, f"{column}.bytes"):
-            return max(1, int(group.column(k).total_uncompressed_size) // max(1, int(group.num_rows)))
-    return 1
+def _mean_row_bytes(group: Any) -> int:
+    """Mean size of the rows of a row group: the true sizes of images are not known before they are read.
+
+    The metadata of single columns would be nearer, but if they are damaged, pyarrow ends the process.
+    """
+    return max(1, int(group.total_byte_size) // max(1, int(group.num_rows)))
+
+
+def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
+    """Return (open Parquet file, number of the first row of each row group and of the end)."""
+    return _opened(path, os.stat(path).st_mtime_ns)
 
 
 @lru_cache(maxsize=64)
-def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Return (open Parquet file, number of the first row of each row group and of the end)."""
-    file = _pyarrow_parquet().ParquetFile(path, memory_map=True)
+def _opened(path: str, mtime_ns: int) -> tuple[Any, npt.NDArray[np.int64]]:
+    """Open a file. It is not mapped into memory: a mapped file that becomes shorter would kill the process (SIGBUS)."""
+    file = _pyarrow_parquet().ParquetFile(path, memory_map=False)
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts])
 
@@ -230,7 +249,7 @@ def _group_of(path: str, row: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=2)
-def _row_group(path: str, group: int, first: int, column: str) -> dict[int, bytes | None]:
+def _row_group(path: str, group: int, first: int, column: str, mtime_ns: int) -> dict[int, bytes | None]:
     """Return {row: image file} of one row group."""
     with _ErrorsOf(Path(path)):
         file = _file(path)[0]
@@ -246,17 +265,17 @@ def _leaf(file: Any, column: str) -> str:
 
 
 def _contents(values: Any) -> list[bytes | None]:
-    return [value["bytes"] if isinstance(value, dict) else value for value in values.to_pylist()]
+    return [value.get("bytes") if isinstance(value, dict) else value for value in values.to_pylist()]
 
 
 @lru_cache(maxsize=1024)
-def _offsets(packed: str) -> npt.NDArray[np.int64]:
+def _offsets(packed: str, mtime_ns: int) -> npt.NDArray[np.int64]:
     offsets: npt.NDArray[np.int64] = np.load(packed + ".npy")
     return offsets
 
 
-def _unpack(path: Path, packed: Path, column: str) -> npt.NDArray[np.int64]:
-    """Write the images of a Parquet file one after another into `packed`; returns the offsets (rows + 1).
+def _unpack(path: Path, packed: Path, column: str) -> None:
+    """Write the images of a Parquet file one after another into `packed`, and their offsets (rows + 1) beside it.
 
     Raises UserError if the file is damaged, DiskFull if the disk is full.
     """
@@ -272,7 +291,6 @@ def _unpack(path: Path, packed: Path, column: str) -> npt.NDArray[np.int64]:
                     save_array(Path(f"{packed}.npy"), np.array(ends, np.int64))
     except OSError as error:
         raise disk_error(error, f"{packed}: {error.strerror or error}") from error
-    return _offsets(str(packed))
 
 
 def _all_contents(path: Path, column: str) -> Iterator[bytes | None]:
