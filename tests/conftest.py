@@ -50,6 +50,13 @@ _CLUSTER_TESTS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the long tests a limit of one hour instead of five minutes."""
+    for item in items:
+        if item.get_closest_marker("soak"):
+            item.add_marker(pytest.mark.timeout(3600))
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Run all tests that start Ray clusters in one test process, and the tests of each other file in one process."""
     from xdist.scheduler import LoadScopeScheduling
