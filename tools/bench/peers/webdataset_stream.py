@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
-import webdataset  # type: ignore[import-not-found]
+import webdataset
 from PIL import Image
 
 from tools.bench.peers.stream_turn import BATCH, Mean, Records, parse_arguments, random_crop, take_turns
