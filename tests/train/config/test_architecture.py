@@ -40,9 +40,7 @@ WIDTHS = Widths(8, 12, 12, 16, 8, 20, 24)
     ],
 )
 def test_number_of_parameters_of_each_architecture(name: str, parameters: int) -> None:
-    architecture = ARCHITECTURES[name]
-    assert sum(row.parameters for row in summarize(1000, architecture)) == parameters
-    assert name in ("alexnet", "convolutional") or f"{parameters:,}" in architecture.source
+    assert sum(row.parameters for row in summarize(1000, ARCHITECTURES[name])) == parameters
 
 
 def test_half_and_one_gpu_have_half_the_kernels_of_alexnet() -> None:
