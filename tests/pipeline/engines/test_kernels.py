@@ -147,7 +147,7 @@ def test_random_bytes_never_crash_the_decoder() -> None:
 import numpy as np
 from tests.pipeline.engines.test_kernels import GOOD, decode
 rng, failures = np.random.default_rng(0), 0
-for turn in range(1500):
+for turn in range(600):
     file = bytearray(GOOD)
     for _ in range(1 + turn % 5):
         file[rng.integers(2, 700 if turn % 2 else len(file))] = rng.integers(0, 256)
@@ -155,7 +155,7 @@ for turn in range(1500):
 print(failures)
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and int(done.stdout) > 500, (done.returncode, done.stderr)
+    assert done.returncode == 0 and int(done.stdout) > 200, (done.returncode, done.stderr)
 
 
 @needs_decoder

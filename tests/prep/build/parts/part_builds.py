@@ -66,7 +66,7 @@ class SlowReader(FolderReader):
 class MarkingReader(SlowReader):
     """A reader that creates the file `marker` when a process on the doomed node reads its tenth image.
 
-    The doomed node has the environment variable ALEXNET_DOOMED.
+    The process then waits until it is killed. The doomed node has the environment variable ALEXNET_DOOMED.
     """
 
     marker: Path
@@ -76,6 +76,7 @@ class MarkingReader(SlowReader):
             _read_here.append(item.path)
             if len(_read_here) == 10:
                 self.marker.touch()
+                time.sleep(120)
         return super().read(item)
 
 
