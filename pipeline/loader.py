@@ -254,7 +254,8 @@ def train_loader(
                   and the colour noise of the authors' code
     normalize     ChannelStats(mean, std, max_value): each channel is (pixel − mean) / std, for pixels in 0..max_value,
                   as transforms.Normalize does with max_value 1. `loader.channel_stats()` returns the numbers of the
-                  store. The division is an extra pass over the images. None: the mean of `augmentation`, no std
+                  store. The division is an extra pass over the images. None: subtract the mean of `augmentation`, and
+                  do not divide
     layout        "NCHW" or "NHWC" (channels last)
     dtype         type of the images: "float32", "float16" or "bfloat16", or the torch.dtype of this name
     threads       number of CPU threads that decode and augment; None: one for each core that this process can use

@@ -59,7 +59,7 @@ class Batch(NamedTuple):
 
 
 def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of `normalize` in grey levels.
+    """Return the mean and the standard deviation of `normalize`, in grey levels.
 
     Raises WrongArgument for numbers that are not allowed, and if `augmentation` has another mean or divisor.
     """
@@ -164,7 +164,7 @@ class Loader:
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:
-        """End the waiting for the service: batches that have not arrived raise ServiceError.
+        """Stop waiting for the service: batches that have not arrived raise ServiceError.
 
         Another thread may call this method. Without a service, it does nothing.
         """
@@ -175,7 +175,8 @@ class Loader:
         """Stop the threads, release memory and unmap the files. Batches already served stay valid.
 
         The engines keep the memory of served batches that are still referenced (see the methods `finish` and `close` of
-        CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch. In a forked child, nothing is closed.
+        CpuEngine, and DaliEngine.finish). On a GPU, the memory belongs to torch. In a forked child, this method closes
+        nothing.
         """
         if self._process != os.getpid():
             return
@@ -244,7 +245,7 @@ class Loader:
             self._windows.finish()
 
     def _divided(self, images: torch.Tensor) -> torch.Tensor:
-        """The images, divided in place by the standard deviations of `normalize`."""
+        """Divide the images in place by the standard deviations of `normalize`, and return them."""
         if self._std is None:
             return images
         self._std = self._std.to(images.device, images.dtype)

@@ -51,7 +51,7 @@ def read_photographs(
 
 
 def bad_photograph(path: Path, reason: BadImage) -> UserError:
-    """The error for a photograph that cannot be used."""
+    """Return the error for a photograph that cannot be used."""
     return UserError(f"{path}: {reason}. Choose an image file that can be read, for example a JPEG or PNG file.")
 
 

@@ -57,7 +57,7 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
 
 _LOCK_RETRY_S, _LOCK_WAIT_S = 0.02, 0.1
 _uses_locks = True  # False within `without_locks`
-_told_folders: set[Path] = set()  # folders for which this process has said that there are no locks
+_told_folders: set[Path] = set()  # folders for which this process has printed that they cannot be locked
 
 
 @contextmanager
@@ -72,8 +72,9 @@ def hold_lock(
     message. The kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file
     systems the lock excludes the processes of other machines, too.
 
-    The value of the block says whether the lock is held. It is False, and nothing is excluded, within `without_locks`
-    and on a file system without locks; then a warning is printed once for each folder.
+    The value of the `with` block is True if the folder is locked. The value is False within `without_locks` and on a
+    file system without locks: other processes can then work in the folder. On such a file system, a warning is printed
+    once for each folder.
     """
     if not _uses_locks:
         yield False
@@ -145,7 +146,7 @@ def lock_is_held(folder: Path) -> bool | None:
     try:
         with open(folder / ".lock") as handle:
             fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:  # no process has locked the folder, or one works in it with --no-lock
+    except FileNotFoundError:  # no process has locked the folder, or a process with --no-lock works in it
         return None if not _uses_locks else False
     except BlockingIOError:
         return True

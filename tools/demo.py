@@ -70,7 +70,7 @@ def run_demo(folder: Path) -> None:
 
 
 def activation_script() -> str:
-    """The script that adds the commands of this virtual environment to PATH: `.venv/bin/activate`."""
+    """Return the script that adds the commands of this virtual environment to PATH: `.venv/bin/activate`."""
     script = Path(sys.prefix) / "bin" / "activate"
     return quote(str(script.relative_to(Path.cwd()) if script.is_relative_to(Path.cwd()) else script))
 

@@ -52,7 +52,7 @@ class BenchResult:
     images_per_s: float
     bound_images_per_s: float
     share_of_bound: float
-    stages: dict[str, float]  # images/s of each stage together with all stages before it; never above theirs
+    stages: dict[str, float]  # images/s of each stage with all stages before it; not above the rates of those
     bound: str  # description of the upper bound; for JPEG stores, with the version of simplejpeg
     batch: int
     threads: int

@@ -26,7 +26,7 @@ AUGMENTED = 8  # number of columns with random augmentations
 NOISE_FACTOR = 10.0  # factor of the colour noise in the last column
 
 _GAP_PX, _HEADER_PX = 6, 34
-_CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9  # width of the class names, in px and characters; lines of one name
+_CLASS_PX, _CLASS_CHARS, _CLASS_LINES = 170, 17, 9  # class names: width in px, width in characters, number of lines
 
 
 def save_preview(store: Store, out: Path, rows: int, seed: int, split: str = "train") -> None:
@@ -81,7 +81,10 @@ def save_image_grid(images: npt.NDArray[np.uint8], out: Path) -> None:
 
 
 def _columns(store: Store, rows: int, seed: int, split: str) -> tuple[list[list[Pixels]], list[str]]:
-    """The columns of a preview, and the class of each row. A column is a list of uint8 (H, W, 3) images, one a row."""
+    """Return the columns of a preview, and the class name of each row.
+
+    A column is a list of uint8 (H, W, 3) images, one for each row.
+    """
     placement = Placement.parse("cpu")
     augmenter = Augmenter(store, Augmentation(mean="none"))
     engine = choose_engine(augmenter, placement, OutputFormat(layout="NHWC"), threads=1)

@@ -183,7 +183,7 @@ class ServiceClient:
         self._exit.close()
 
     def _method(self, name: str) -> Callable[..., Any]:
-        """A function that calls a method of the coordinator and returns Ray's reference.
+        """Return a function that calls a method of the coordinator; the function returns Ray's reference to the result.
 
         Ray does not repeat such a call; `_call` does. A call that Ray repeats while this process leaves the cluster can
         make Ray end the process.

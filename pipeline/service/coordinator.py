@@ -203,8 +203,8 @@ class Coordinator:
     def _dispatch(self) -> None:
         """Give blocks from the queue to free workers.
 
-        A worker may have died because of one of its blocks. Each of these blocks is then made by a worker that makes
-        nothing else, so that the other blocks do not die with it again.
+        A worker may have died because of one of its blocks. Each of these blocks is then made by a worker that makes no
+        other block, so that a block that crashes its worker stops no other block.
         """
         assert self._group is not None
         while self._queue and (worker := self._group.free(alone=self._queue[0].tries > 0)) is not None:

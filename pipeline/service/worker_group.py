@@ -29,7 +29,7 @@ class WorkerHandle:
     def __init__(self, actor: Any, info: WorkerInfo) -> None:
         self.actor, self.info = actor, info
         self.busy = 0  # number of blocks that the worker is making
-        self.is_alone = False  # whether the worker makes a block that another worker died with, and no other block
+        self.is_alone = False  # whether the worker makes a single block, at which another worker died
         self.used_s = time.monotonic()  # time at which the worker got its latest block
 
 

@@ -1,7 +1,7 @@
 """Options that decide which inputs a build keeps: pixels, warnings of the decoder, decoding time.
 
 These options may change between two runs of a build. A finished shard is built again only if an input of the shard
-would now have another outcome. So raising --max-pixels keeps all finished shards without a picture that was too large.
+would now have another outcome. For example, a larger --max-pixels keeps all finished shards that left out no picture.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class InputLimits:
     time_limit_s: float = TIME_LIMIT_S  # an input whose decoding takes more CPU time is bad; 0: no limit
 
     def decode_options(self, settings: Settings) -> DecodeOptions:
-        """The options of prep.images.codec for a build with these limits and `settings`."""
+        """Return the decoding options of a build with these limits and `settings`."""
         return DecodeOptions(self.max_pixels, settings.background, settings.reduce_above, 2 * settings.side_px)
 
     def check_warnings(self, image: DecodedImage) -> None:
@@ -34,12 +34,12 @@ class InputLimits:
             raise BadImage(reason, limit="on_warning", warnings=list(image.warnings))
 
     def too_slow(self) -> BadImage:
-        """The error for an input whose decoding takes more CPU time than `time_limit_s`."""
+        """Return the error for an input whose decoding takes more CPU time than `time_limit_s`."""
         reason = f"{too_slow_text(self.time_limit_s)}; --time-limit sets this limit"
         return BadImage(reason, limit="time_limit", seconds=self.time_limit_s)
 
     def find_changed(self, outcomes: Iterable[Mapping[str, Any]], largest_px: int) -> str:
-        """Name an input that would have another outcome under these limits; empty if there is none.
+        """Return the name of an input that would have another outcome under these limits; empty if there is none.
 
         outcomes    the outcomes of inputs of an earlier run (lines of inputs.jsonl)
         largest_px  number of pixels of the largest input that was kept

@@ -56,7 +56,7 @@ class BuildPlan:
     def __init__(
         self, source: Source, folder: Path, settings: Settings, skip_bad: bool, limits: InputLimits | None = None
     ) -> None:
-        """Without `limits`, a shard that was built under any limits is finished."""
+        """If `limits` is None, a shard is finished whatever the limits of its build were."""
         self.source, self.folder, self.settings, self.skip_bad = source, folder, settings, skip_bad
         self.limits = limits
         self.work_dir = folder / ".build"
@@ -125,11 +125,11 @@ class BuildPlan:
         write_atomic(self.work_dir / "slow.json", json.dumps({**slow, path: seconds}).encode())
 
     def has_recorded_faults(self) -> bool:
-        """Whether an earlier run of the build has recorded an input that crashed or was too slow."""
+        """Whether an earlier run of the build has recorded an input that crashed a worker or was too slow."""
         return any((self.work_dir / name).exists() for name in ("deaths.json", "slow.json"))
 
     def _unreadable(self) -> dict[str, BadImage]:
-        """Inputs that are not read again: they crashed two worker processes, or are too slow. {path: reason}"""
+        """Return {path: reason} of the inputs to leave out: they crashed two worker processes, or are too slow."""
         limits = self.limits or DEFAULT_LIMITS
         slow = self._read_json("slow.json").items()
         reasons = {path: limits.too_slow() for path, seconds in slow if 0 < limits.time_limit_s <= seconds}

@@ -182,9 +182,10 @@ def _difference(before: Input, after: Input) -> str:
 
 
 def background_of(store: Path, restart: bool) -> str | None:
-    """Settings.background of a store or, unless it is discarded by `restart`, of an unfinished build in it; else None.
+    """Return Settings.background of a store, or else of an unfinished build in it, or else None.
 
-    A store of an older version, which had no such setting, keeps what this version did.
+    An unfinished build that `restart` will discard does not count. A store of an older version has no such setting;
+    the result is then DROPPED, which is what that version did.
     """
     if (store / "manifest.json").exists():
         return Store.open(store).settings.background

@@ -263,7 +263,7 @@ def _run_tasks(
 ) -> None:
     """Build the shards `shard_numbers`. Raises UserError if too many inputs are bad or a worker process crashed.
 
-    If `policy` skips bad inputs, the shard of a worker process that crashed is built again instead.
+    If `policy` skips bad inputs, a shard is built again after the crash of its worker process.
     """
     done_before = progress.done
     refused = len(plan.source.refused)

@@ -53,7 +53,8 @@ def _export_shard(task: _ExportTask, task_progress: TaskProgress) -> None:
                 f"{task.path}, key {name_text(key)}: {error}. Check the store with: alexprep verify"
             ) from None
         name = task.classes[datum.label] if datum.label < len(task.classes) else ""
-        is_path = all(_is_file_name(part) for part in os.fsencode(name).split(b"/"))  # nested classes: a/airfield
+        # The name of a nested class is a path: a/airfield.
+        is_path = all(_is_file_name(part) for part in os.fsencode(name).split(b"/"))
         folder = task.out / (name if is_path else f"class_{datum.label:04d}")
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -151,7 +151,7 @@ def build_lmdb(
 
 
 def _list_splits(found: Mapping[str, SplitSource], options: ListOptions, store: Path, restart: bool) -> list[Source]:
-    """List all splits. All have the classes of the store, of an unfinished build in it, or of the first split.
+    """List all splits. All splits have the classes of the store, of an unfinished build in it, or of the first split.
 
     Raises WrongArgument if --labels is given and every split has class folders.
     """

@@ -82,7 +82,7 @@ _RECORD_OPTIONS = (
         "--background",
         type=click.Choice(BACKGROUNDS),
         help="Colour behind transparent pixels.  "
-        f"[default: {DEFAULT_BACKGROUND}; for a store that exists, the store's]",
+        f"[default: {DEFAULT_BACKGROUND}; for an existing store, its own colour]",
     ),
     click.option(
         "--max-pixels",

@@ -73,8 +73,8 @@ class DecodedImage:
     # conversions made: the format unless it is JPEG ("png"…), "16-bit"…, "grey", "cmyk", "palette", "alpha", "reduced"
     converted: tuple[str, ...]
     orientation: int  # EXIF orientation, 1..8, not applied to `pixels`; 1 if the file has none
-    warnings: tuple[str, ...] = ()  # what the decoding library said about damage that it passed over
-    file_pixels: int = 0  # number of pixels of the image in the file, which `pixels` has too unless it is reduced
+    warnings: tuple[str, ...] = ()  # warnings of the decoding library about damage that it ignored
+    file_pixels: int = 0  # number of pixels of the image in the file; more than in `pixels` if the image was reduced
 
 
 def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> DecodedImage:
@@ -98,8 +98,9 @@ def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> De
 
 
 def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedImage | None, str]:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo: (image, ""). Raises BadImage for too many pixels or scans.
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo; returns (image, "").
 
+    Raises BadImage for too many pixels or scans.
     Returns (None, text) for another colour space, or if libjpeg-turbo cannot decode the file or warns about it. `text`
     is the warning, if it is one.
     """
@@ -128,9 +129,10 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedI
 
 
 def _reduction(width: int, height: int, options: DecodeOptions) -> int:
-    """The divisor of both sides at which a JPEG is decoded: 1, or 2, 4 or 8 if it is larger than options.reduce_above.
+    """Return the number by which the decoder divides both sides of a JPEG: 1, 2, 4 or 8.
 
-    The smallest divisor that is enough is chosen. The shorter side keeps at least options.min_side_px.
+    The number is the smallest one that gives at most options.reduce_above pixels. It is smaller if the shorter side
+    would otherwise have less than options.min_side_px.
     """
     factor = 1
     while (
@@ -168,7 +170,7 @@ _pillow_lock = threading.Lock()  # _with_pillow sets a limit and a filter that t
 def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> tuple[T, list[str]]:
     """Open `content` with Pillow. Returns `use(image)` and the lines that libraries wrote to standard error.
 
-    Raises BadImage if Pillow raises an exception. The lines are then a part of the reason.
+    Raises BadImage if Pillow raises an exception. The reason then contains these lines.
     """
     formats, said = pillow_formats(content[:HEAD_BYTES]), list[str]()
     with _pillow_lock, warnings.catch_warnings():
@@ -181,7 +183,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
         except BadImage:
             raise
         except UnidentifiedImageError:
-            if not said and len(formats) > 1:  # a signature of few bytes, which other files may have too
+            if not said and len(formats) > 1:  # a short signature, with which files of other formats may also begin
                 raise BadImage(unknown_format()) from None
             raise BadImage(f"cannot be decoded: {'; '.join(said) or 'damaged or cut short'}") from None
         except Image.DecompressionBombError as error:
@@ -197,7 +199,7 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
 
 
 def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptions, warning: str) -> DecodedImage:
-    """Decode an open image. `warning` is what libjpeg-turbo has said about a JPEG."""
+    """Decode an open image. `warning` is libjpeg-turbo's warning about a JPEG."""
     width, height = image.size
     check_size(width, height, options)
     converted, facts = [], file_facts(image, content)
@@ -227,7 +229,7 @@ def _too_many_pixels(options: DecodeOptions) -> str:
 
 
 def _text(error: Exception) -> str:
-    """The message of an exception on one line."""
+    """Return the message of an exception on one line."""
     return " ".join(str(error).split()) or repr(error)
 
 

@@ -32,8 +32,8 @@ _PLUGINS = {"HEIF": ("HEIC", "pillow_heif", "heic"), "JXL": ("JPEG XL", "pillow_
 class BadImage(ValueError):
     """A file that cannot be used as an image. The message is the reason, without the file's name.
 
-    If an option decided (a limit that can be raised), `limit` holds the option's name and the value of the image, such
-    as {"limit": "max_pixels", "pixels": 240000000}. These are keys of the outcome in inputs.jsonl.
+    If an option can raise the limit that made the image bad, `limit` holds the option's name and the value of the
+    image, such as {"limit": "max_pixels", "pixels": 240000000}. These are keys of the outcome in inputs.jsonl.
     """
 
     def __init__(self, reason: str, **limit: Any) -> None:
@@ -42,12 +42,12 @@ class BadImage(ValueError):
 
 
 def has_image_signature(head: bytes) -> bool:
-    """Whether a file that begins with `head` (HEAD_BYTES) may be an image, in a format that needs an extra or not."""
+    """Whether a file that begins with `head` (HEAD_BYTES) may be an image; formats that need an extra count too."""
     return head.startswith(_SIGNATURES) or _modern_format(head) is not None
 
 
 def unreadable_reason(head: bytes) -> str:
-    """Why a file that begins with `head` (HEAD_BYTES) cannot be read as an image here; empty if it may be readable."""
+    """Return why a file that begins with `head` (HEAD_BYTES) cannot be read here; empty if it may be readable."""
     if not has_image_signature(head):
         return unknown_format()
     format = _modern_format(head)
@@ -60,14 +60,17 @@ def unreadable_reason(head: bytes) -> str:
 
 
 def pillow_formats(head: bytes) -> tuple[str, ...]:
-    """Pillow's names of the formats to try for a file that begins with `head`. Loads the plugin that the file needs."""
+    """Return Pillow's names of the formats to try for a file that begins with `head`.
+
+    Loads the plugin that the file needs.
+    """
     format = _modern_format(head)
     return _FORMATS if format is None else (format,)
 
 
 @cache
 def unknown_format() -> str:
-    """The reason for a file in an unknown format, with the list of the accepted formats."""
+    """Return the reason for refusing a file in an unknown format, with the list of the accepted formats."""
     accepted = ["JPEG", "PNG", "GIF", "BMP", "WebP", "TIFF", "PNM", *["AVIF"] * _can_read("AVIF")]
     accepted += [name for format, (name, _, _) in _PLUGINS.items() if _can_read(format)]
     accepted += [f"{name} after {pip_command(extra)}" for f, (name, _, extra) in _PLUGINS.items() if not _can_read(f)]
@@ -75,12 +78,13 @@ def unknown_format() -> str:
 
 
 def _modern_format(head: bytes) -> str | None:
-    """Pillow's name of the format of an AVIF, HEIC or JPEG XL file; None for other files."""
+    """Return Pillow's name of the format of an AVIF, HEIC or JPEG XL file; None for other files."""
     if head.startswith(_JXL_SIGNATURES):
         return "JXL"
     if head[4:8] != b"ftyp":
         return None
-    brands = [head[first : first + 4] for first in (8, *range(16, HEAD_BYTES, 4))]  # the major brand and four others
+    # The major brand of the file and four compatible brands.
+    brands = [head[first : first + 4] for first in (8, *range(16, HEAD_BYTES, 4))]
     if any(brand in _AVIF_BRANDS for brand in brands):
         return "AVIF"
     return "HEIF" if any(brand in _HEIC_BRANDS for brand in brands) else None

@@ -34,7 +34,7 @@ def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pi
 
 
 def find_warning(content: bytes, color_space: str) -> str:
-    """The first warning of libjpeg-turbo about a JPEG file; empty if there is none, or if it cannot decode the file.
+    """Return the first warning of libjpeg-turbo about a JPEG; empty without a warning, or if decoding fails.
 
     `color_space` is simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
     """
@@ -44,7 +44,7 @@ def find_warning(content: bytes, color_space: str) -> str:
     except Exception as warning:
         try:
             simplejpeg.decode_jpeg(content, color_space, strict=False, **fast)
-        except Exception:  # this is an error and not a warning
+        except Exception:  # the file cannot be decoded at all: an error, no warning
             return ""
         return str(warning)
     return ""

@@ -1,6 +1,6 @@
 """Catches the lines that C libraries write to standard error while they decode a file.
 
-libtiff, for example, reports damaged data there, without the name of the file. The caller adds the name.
+libtiff, for example, reports damaged data there, without the name of the file. The caller adds the name of the file.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ TIME_LIMIT_S = 30.0  # default limit for decoding an image; an image of 200 mill
 
 
 def too_slow_text(seconds: float) -> str:
-    """The reason for an image whose decoding takes more CPU time than `seconds`."""
+    """Return the reason for refusing an image whose decoding takes more CPU time than `seconds`."""
     return f"decoding took more than {seconds:g} s of CPU time"
 
 

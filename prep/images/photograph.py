@@ -28,7 +28,7 @@ class Photograph(NamedTuple):
     # uint8 (side_px, side_px, 3), RGB: the rescaled central square; for JPEG stores also encoded and decoded
     square: npt.NDArray[np.uint8]
     orientation: int  # EXIF orientation, 1 if the file has none; not applied, as in alexprep
-    warnings: tuple[str, ...] = ()  # what the decoder said about damage that it passed over
+    warnings: tuple[str, ...] = ()  # warnings of the decoder about damage that it ignored
 
 
 def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIXELS) -> Photograph:

@@ -33,7 +33,7 @@ _MAX_BOXES_BYTES = 20_000  # AVIF and HEIC files describe their images within th
 
 
 class FileFacts(NamedTuple):
-    """Facts about the pixels of a file that Pillow's modes do not tell."""
+    """Facts about the pixels of a file that Pillow's image mode does not show."""
 
     bits: int = 8  # bits of a channel
     is_grey: bool = False  # the file has grey levels, with or without alpha
@@ -43,7 +43,7 @@ class FileFacts(NamedTuple):
 
 
 def file_facts(image: Image.Image, content: bytes) -> FileFacts:
-    """The facts about an image that is open, but not loaded."""
+    """Return the facts about an image that is open, but not loaded."""
     if image.format == "PNG":
         return FileFacts(bits=content[24], is_grey=content[25] in (0, 4))
     if image.format == "TIFF":
@@ -52,7 +52,8 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
         return FileFacts(max(tags.get(_TIFF_BITS, (1,))), photometric in (0, 1), photometric == 0)
     if image.format == "PPM":
         (codec, _, _, arguments), *_ = image.tile  # type: ignore[attr-defined]
-        is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)  # the largest value
+        # The last of `arguments` is the largest value of a channel.
+        is_deep = image.mode == "I" or (codec.startswith("ppm") and arguments[-1] > 255)
         return FileFacts(bits=16 if is_deep else 8, is_grey=image.mode in ("1", "L", "I"))
     if image.format in ("AVIF", "HEIF"):
         at = content.find(b"pixi", 0, _MAX_BOXES_BYTES) + 8  # a version and flags (4 bytes), then a count, then bits
@@ -61,7 +62,7 @@ def file_facts(image: Image.Image, content: bytes) -> FileFacts:
 
 
 def rgb_pixels(image: Image.Image, facts: FileFacts, background: str) -> tuple[npt.NDArray[np.uint8], list[str]]:
-    """RGB pixels (H, W, 3) of a loaded image, and the names of the conversions."""
+    """Return the RGB pixels (H, W, 3) of a loaded image, and the names of the conversions."""
     mode, is_transparent = image.mode, _has_transparency(image)
     names = [f"{facts.bits}-bit"] * (facts.bits > 8)
     is_deep_grey = mode.startswith("I;16") or (mode == "I" and image.format == "PPM")  # 16-bit PGMs have the mode I
@@ -78,7 +79,7 @@ def rgb_pixels(image: Image.Image, facts: FileFacts, background: str) -> tuple[n
 
 
 def _deep_grey_pixels(image: Image.Image, facts: FileFacts, background: str) -> npt.NDArray[np.uint8]:
-    """The high bytes of grey levels of 12 or 16 bits, as RGB pixels (H, W, 3)."""
+    """Return the high bytes of grey levels of 12 or 16 bits, as RGB pixels (H, W, 3)."""
     levels, key = np.asarray(image), image.info.get("transparency")
     pixels = np.empty((*levels.shape, 3), np.uint8)
     for top in range(0, len(levels), 256):  # in blocks, to save memory
@@ -97,7 +98,7 @@ def _has_transparency(image: Image.Image) -> bool:
 
 
 def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint8]:
-    """RGB pixels (H, W, 3) of a transparent image over "white", "black" or "grey".
+    """Return the RGB pixels (H, W, 3) of a transparent image over "white", "black" or "grey".
 
     If `background` is DROPPED, the alpha channel is dropped, and pixels keep the colour that the file gives them.
     """
@@ -119,7 +120,9 @@ def _over_background(image: Image.Image, background: str) -> npt.NDArray[np.uint
 
 
 def _repair_transparent_color(image: Image.Image, bits: int) -> None:
-    """Give the transparent colour of a PNG in the units of Pillow's 8-bit pixels, where Pillow keeps the file's units.
+    """Convert the transparent colour of a PNG to the units of Pillow's 8-bit pixels.
+
+    Pillow keeps the transparent colour in the units of the file.
 
     `bits` is the number of bits of a channel in the file. Pillow scales 2-bit and 4-bit grey levels to 0..255, and
     takes the high bytes of 16-bit colours.

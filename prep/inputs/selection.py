@@ -24,7 +24,10 @@ _NUMBER = re.compile(rb"(.*?)(\d+)(\.[^.]*)?", re.DOTALL)
 
 
 class ExclusionList:
-    """The lines of a file with names of files to leave out. Raises UserError if the file cannot be read or is empty."""
+    """Return the lines of a file that names the files to leave out.
+
+    Raises UserError if the file cannot be read or is empty.
+    """
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -39,7 +42,7 @@ class ExclusionList:
         self._split_of: dict[bytes, str] = {}  # line -> split in which a file fits it
 
     def find(self, paths: Iterable[bytes], split: str) -> set[bytes]:
-        """The paths, of all `paths` of a split, that the lines name.
+        """Return those of all `paths` of a split that the lines name.
 
         Raises UserError if a line fits several files of the split, or files of two splits.
         """
@@ -98,7 +101,7 @@ class ExclusionList:
 
 
 def without(listing: Listing, paths: set[bytes]) -> Listing:
-    """The inputs of `listing` whose paths are not in `paths`."""
+    """Return the inputs of `listing` whose paths are not in `paths`."""
     if not paths:
         return listing
     kept = Listing()
@@ -111,7 +114,9 @@ def without(listing: Listing, paths: set[bytes]) -> Listing:
 def selected_classes(
     listing: Listing, classes: Sequence[str], class_file: Path | None, where: str
 ) -> tuple[Listing, tuple[str, ...], list[tuple[str, str]]]:
-    """Leave out the classes that `class_file` does not name: (inputs, their classes, (class, reason) of the others).
+    """Leave out the classes that `class_file` does not name.
+
+    Returns (inputs, their classes, (class, reason) of the classes that are left out).
 
     Nothing is left out if the file names a class that is not in `classes`, or none of them. Labels are indices in the
     classes.
@@ -136,7 +141,7 @@ def selected_classes(
 def named_by_position(
     classes: Sequence[str], wanted: Sequence[str], label_order: str | None, where: str
 ) -> tuple[str, ...]:
-    """The names of class folders that are numbers, in a store whose classes have names: ImageNetV2's folders 0 to 999.
+    """Return the class names of numbered class folders, such as ImageNetV2's folders 0 to 999.
 
     Number k is the class at position k in the sorted order of `wanted`, from 1 if `label_order` is `sorted`, from 0 if
     it is `sorted-from-0`. Other classes are returned unchanged. Raises UserError if the order is not given, or if a
@@ -146,7 +151,7 @@ def named_by_position(
         return tuple(classes)
     if label_order not in ("sorted", "sorted-from-0"):
         raise UserError(
-            f"{where}: the class folders are numbers ({examples(classes)}), the classes of the store are names "
+            f"{where}: the class folders are numbers ({examples(classes)}), but the classes of the store are names "
             f"({examples(wanted)}). If a folder is the position of a class in sorted order, pass --label-order "
             "sorted-from-0 (the first class is 0, as in ImageNetV2) or --label-order sorted (the first class is 1)."
         )

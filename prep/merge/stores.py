@@ -103,7 +103,7 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
 
 
 def _common_settings(stores: Sequence[Store]) -> Settings:
-    """The settings of the new store. Raises UserError if the records of the stores do not have the same form.
+    """Return the settings of the new store. Raises UserError if the records of the stores do not have the same form.
 
     The seed is that of the first store. A background matters only in stores that have transparent inputs.
     """
@@ -321,7 +321,7 @@ def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
 
 
 def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Sums of all counts in the accounts, which are numbers and objects of numbers; the maximum of `largest_px`."""
+    """Return the sums of all counts in the accounts (numbers, or objects of numbers); of `largest_px` the maximum."""
     total: dict[str, Any] = {}
     for account in accounts:
         for name, value in account.items():

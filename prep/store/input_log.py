@@ -2,8 +2,8 @@
 
 inputs.jsonl has a line for each input that was converted, has an EXIF orientation other than 1, was kept although its
 decoder warned about it, or was left out. A line is the outcome of one input, a JSON object. Every outcome has the keys
-"source" and "fate" ("kept", "converted", "kept, with warnings", "bad", or "ignored" for what is no input, such as a
-file beside class folders). These keys are written only if they apply: "how" (the conversions), "exif_orientation",
+"source" and "fate" ("kept", "converted", "kept, with warnings", "bad", or "ignored" for a file that is no input, such
+as one beside class folders). These keys are written only if they apply: "how" (the conversions), "exif_orientation",
 "warnings" (the decoder's words), "why" (the reason for a bad or ignored input), and for a bad input about which an
 option decided, "limit" (the option) and the value of the input ("pixels", "seconds"). Outcomes are streamed, so memory
 never holds all of them.
@@ -52,7 +52,7 @@ def summarize_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _most_frequent(counts: Counter[str], others: str) -> dict[str, int]:
-    """The _MAX_REASONS largest counts, and under the name `others` the sum of the other counts."""
+    """Return the _MAX_REASONS largest counts, and the sum of the other counts under the name `others`."""
     largest = dict(counts.most_common(_MAX_REASONS))
     if len(largest) < len(counts):
         largest[others] = counts.total() - sum(largest.values())

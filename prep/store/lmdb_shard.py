@@ -182,7 +182,7 @@ _lock = threading.Lock()
 
 
 def _renew_lock() -> None:
-    """In a forked child: another thread of the parent may have held the lock, and no thread here would release it."""
+    """Replace the lock in a forked child: a thread of the parent may hold it, and would never release it here."""
     global _lock
     _lock = threading.Lock()
 

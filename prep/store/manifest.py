@@ -58,7 +58,8 @@ class Settings:
     quality: int  # JPEG quality, 1..100; unused for ppm
     filter: str  # rescaling filter: "area", "bilinear", "bicubic" or "lanczos"
     seed: int  # seed of the record order
-    # Manifests of older versions lack the following fields. For them, from_json gives what these versions did.
+    # Manifests of older versions lack the following fields. For these fields, from_json sets the value that states what
+    # the older versions did.
     background: str = DEFAULT_BACKGROUND  # colour behind transparent pixels, one of BACKGROUNDS, or DROPPED
     # JPEGs with more pixels are decoded at 1/2, 1/4 or 1/8 of their size, to save memory; 0: never
     reduce_above: int = 0
@@ -69,7 +70,7 @@ class Settings:
         return Settings(**{**_OLDER_SETTINGS, **data})
 
     def to_json(self) -> dict[str, Any]:
-        """The settings as a JSON object, without newer fields whose value is what older versions did."""
+        """Return the settings as a JSON object, without newer fields that only state what older versions did."""
         return {name: value for name, value in asdict(self).items() if _OLDER_SETTINGS.get(name) != value}
 
 

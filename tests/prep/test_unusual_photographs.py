@@ -214,7 +214,7 @@ def test_a_warning_is_printed_with_the_name_of_its_file(tmp_path: Path) -> None:
 
 
 class BrokenReader(FolderReader):
-    """Raises, at some images, what libraries raise for damaged archives."""
+    """At some images, raises the exceptions that libraries raise for damaged archives."""
 
     def read(self, item: Any) -> bytes:
         for error in (KeyError("a bug"), MemoryError(), RuntimeError("damaged\nblock"), OverflowError("too large")):
@@ -256,7 +256,7 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 
 def rle_bitmap(width: int, height: int) -> bytes:
-    """A small BMP whose run-length code Pillow decodes in Python: seconds for a file of kilobytes."""
+    """A small BMP whose run-length code Pillow decodes in Python: decoding a file of kilobytes takes seconds."""
     data = b"\x01\x01" * 400_000 + b"\0\1"
     head = (
         b"BM" + (14 + 40 + 1024 + len(data)).to_bytes(4, "little") + bytes(4) + (14 + 40 + 1024).to_bytes(4, "little")

@@ -64,7 +64,7 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """A row for each field, with its source; rows for its parts; and a row for each heading of `alextrain recipe`."""
+    """Return a row for each field with its source, for its parts, and for each heading of `alextrain recipe`."""
     lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:

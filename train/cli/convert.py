@@ -139,7 +139,7 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
 
 
 def _store_beside(file: Path) -> Path:
-    """The training store of the run in whose folder `file` is; `store` if `file` is not in a run folder.
+    """Return the training store of the run in whose folder `file` is; `store` if `file` is not in a run folder.
 
     Raises UserError if the run's training store is missing.
     """

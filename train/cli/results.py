@@ -100,7 +100,7 @@ def figures(
 def _open_run(
     run_dir: Path, store: Path | None, gpus: str | None, precision: str, checkpoint: str, no_images: bool
 ) -> TrainedRun:
-    """The run to draw; without its store if `no_images`."""
+    """Return the run to draw; without its store if `no_images`."""
     from dataclasses import replace
 
     from train.evaluation.trained_run import TrainedRun

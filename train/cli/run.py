@@ -103,7 +103,7 @@ def run(
     """Train AlexNet on a store, or go on with the run in --run-dir.
 
     To go on after a stop or a kill, run the same command again, or `alextrain run --run-dir RUN_DIR` alone: options
-    that are not given have the values of the run. A fork has them too. The service is not kept: name it again.
+    that are not given have the values of the run. A fork also takes these values. --service is not kept: give it again.
 
     \b
     Example:
@@ -159,7 +159,7 @@ def run(
 
 
 def _ending_text(training: Run, first_step: int) -> str:
-    """The last line of a training that began after `first_step`: the steps trained, and what to do next."""
+    """Return the last line of a training that began after `first_step`: the steps trained, and what to do next."""
     newest = newest_checkpoint(training.run_dir)
     steps = (newest[0] if newest else 0) - first_step
     evaluate = f"alextrain evaluate {shell_quoted(training.run_dir)}"

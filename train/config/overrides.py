@@ -56,7 +56,7 @@ def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None
 
 
 def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -> Recipe:
-    """The recipe `base` with overrides, for a run of `epochs` epochs, as `recipe_with_overrides` describes."""
+    """Return the recipe `base` with overrides, for a run of `epochs` epochs, as `recipe_with_overrides` describes."""
     recipe = apply_overrides(base, settings)
     spans_all_epochs = isinstance(recipe.schedule, Cosine) or "schedule=steps" in settings
     if epochs and spans_all_epochs:

@@ -61,7 +61,7 @@ def image_features(
 def load_photographs(
     paths: Sequence[Path], transform: EvalTransform, max_pixels: int = MAX_PIXELS
 ) -> Iterator[tuple[Path, Pixels | UserError]]:
-    """The central squares of photographs, prepared like the images of the training store: (path, square).
+    """Yield (path, central square) of photographs, prepared like the images of the training store.
 
     For a file that cannot be used, yields (path, error). No file ends the loop. Prints a message if a file has an EXIF
     orientation other than 1, which alexprep does not apply to training images either, or if its decoder warns.

@@ -82,7 +82,7 @@ def summary_json(classes: int, devices: tuple[str, str], architecture: Architect
 
 
 def size_text(rows: Sequence[LayerRow], classes: int) -> str:
-    """The number of parameters of a network: `58,285,954 parameters for 10 classes`."""
+    """Return the number of parameters of a network: `58,285,954 parameters for 10 classes`."""
     parameters = sum(row.parameters for row in rows)
     return f"{count_noun(parameters, 'parameter')} for {count_noun(classes, 'class', 'classes')}"
 

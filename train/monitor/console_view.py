@@ -102,7 +102,7 @@ def service_text(status: ServiceStatus) -> str:
 
 
 def validation_text(line: Line, classes: int) -> str:
-    """The console line of a validation of a network with `classes` classes, as text."""
+    """Return the console line of a validation of a network with `classes` classes, as text."""
     return (
         f"epoch {line['epoch']:6.2f}  validation  loss {line['loss']:.3f}  {_columns(line, classes)}  of "
         f"{line['images']:,} images, centre view"

@@ -87,13 +87,14 @@ class LiveView(ConsoleView):
             self._print(validation_text(line, self._length.classes))
 
     def _empty(self) -> dict[str, list[float]]:
-        """A list for the values of each curve, by the key in metrics.jsonl."""
+        """Return an empty list for the values of each curve, by the key in metrics.jsonl."""
         return {key: [] for key in ("loss", *(key for _, key in shown_errors(self._length.classes)))}
 
     def _keep_output(self, keep: bool) -> None:
-        """Whether the terminal prints output that is on its way when a person presses Ctrl-C. By default, it drops it.
+        """Set whether the terminal still prints pending output when Ctrl-C is pressed.
 
-        A display of which lines were dropped would be erased at the wrong place.
+        By default, the terminal drops this output.
+        If lines of the display were dropped, the display would be erased at the wrong place.
         """
         try:
             number = self._console.file.fileno()
@@ -104,7 +105,7 @@ class LiveView(ConsoleView):
             return
 
     def _print(self, text: str) -> None:
-        """Print a line above the display. A line that were printed past rich would be overwritten by the display."""
+        """Print a line above the display. The display would overwrite a line that is not printed through rich."""
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     @contextmanager
@@ -154,7 +155,7 @@ class LiveView(ConsoleView):
                 f"validation at epoch {val['epoch']}: {errors_text(val, self._length.classes)}; best top-1 error "
                 f"{best['top1_error']:.1%} at epoch {best['epoch']}"
             )
-        yield Text("")  # the terminal shows ^C here, where it cannot begin another line
+        yield Text("")  # an empty row, in which the terminal shows ^C
 
     def _count(self, line: Line) -> None:
         """Store the values of a log line that the display shows, so that drawing need not read the line again."""

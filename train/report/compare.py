@@ -78,7 +78,7 @@ def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
 
 
 def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
-    """A label for each run: its name, and its values of the fields that differ (`run-2: lr 0.02, seed 1`).
+    """Return a label for each run: its name, and its values of the fields that differ (`run-2: lr 0.02, seed 1`).
 
     If no field differs, or more than _LEGEND_FIELDS fields differ, the label is the name alone. Fields in
     _NOT_IN_LEGEND do not count. The name is that of the run folder, or its path if two folders have the same name.

@@ -81,10 +81,10 @@ def _set_class_ticks(set_ticks: Any, classes: Sequence[int], names: Sequence[str
 def draw_confusion_matrix(figure: Any, confusion: Confusion, names: Sequence[str]) -> None:
     """Draw the confusion matrix of the worst classes.
 
-    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell shows the share
-    of the row's images for which the column's class is predicted, as the scale at the right says; the number is that of
-    these images. The columns are the worst classes, and the classes
-    that are most often predicted wrongly for images of the worst classes.
+    Each row is one of the worst classes, and each column is a predicted class. The shade of a cell is the share of the
+    row's images for which the column's class is predicted (scale at the right). The number in a cell is the number of
+    these images. The columns are the worst classes, and the classes that are most often predicted wrongly for images of
+    the worst classes.
     """
     from matplotlib.patches import Rectangle
 

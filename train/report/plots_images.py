@@ -48,7 +48,7 @@ def predictions_inches(images: int) -> tuple[float, float]:
 def draw_predictions(figure: Any, images: Sequence[ImageAndPredictions], names: Sequence[str]) -> None:
     """Draw images with bars for their most probable classes, the correct class in orange (figure 4, left).
 
-    The bars have the probabilities at the right.
+    The probabilities are at the right of the bars.
     """
     rows = -(-len(images) // IMAGES_PER_ROW)
     grid = figure.subplots(2 * rows, IMAGES_PER_ROW, squeeze=False, height_ratios=[3, 1.7] * rows)

@@ -44,7 +44,10 @@ def plot_curve(axes: Any, x: Sequence[float], y: Sequence[float], single: str = 
 
 
 def with_caption(draw: DrawFunction, size_inches: tuple[float, float], caption: str) -> tuple[DrawFunction, Inches]:
-    """`draw` with a caption below the figure, and the size of the figure with the caption. For a single picture."""
+    """Return `draw` with a caption below the figure, and the size of the figure with the caption.
+
+    Used for a figure that is saved as a single file.
+    """
     lines = wrap(one_line(caption), round(15 * size_inches[0]))
 
     def draw_captioned(figure: Any) -> None:

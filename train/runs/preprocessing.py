@@ -84,7 +84,7 @@ def _load_mean_image(run_dir: Path) -> npt.NDArray[np.float32]:
 
 
 def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | None:
-    """The training store of a run, found by the paths in run.json; None if it was moved, removed or rebuilt.
+    """Return the training store of a run, found by the paths in run.json; None if it was moved, removed or rebuilt.
 
     The paths are tried in this order: as given to --store, relative to the working directory; the absolute path at that
     time; and the path as given, relative to the folder that --run-dir was relative to. The last path finds a store
@@ -107,13 +107,13 @@ def training_store(run_dir: Path, description: Mapping[str, Any]) -> Store | Non
 
 
 def saved_store_path(description: Mapping[str, Any]) -> Path:
-    """The path of the training store in run.json; the absolute path, if version 0.1.0 did not write the file."""
+    """Return the absolute path of the training store in run.json; a run of version 0.1.0 has only the path as given."""
     settings = description["settings"]
     return Path(settings.get("store_absolute") or settings["store"])
 
 
 def missing_store_text(run_dir: Path, store: Path) -> str:
-    """An error that says where the training store of a run was, and what to do."""
+    """Return an error that says where the training store of a run was, and what to do."""
     return f"{run_dir}: its training store {store} was moved, removed or rebuilt. Name a store with --store."
 
 

@@ -122,13 +122,13 @@ def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batc
 
 
 def shown_errors(classes: int) -> tuple[tuple[str, str], ...]:
-    """(name, key in metrics.jsonl) of the errors to show: with five classes or fewer, the top-5 error is always 0."""
+    """Return (name, key in metrics.jsonl) of the errors to show: no top-5 error with five classes or fewer."""
     errors = ("top-1 error", "top1_error"), ("top-5 error", "top5_error")
     return errors if classes > 5 else errors[:1]
 
 
 def errors_text(line: Mapping[str, Any], classes: int) -> str:
-    """The errors of a line of metrics.jsonl: `top-1 error 88.8%, top-5 error 23.0%`."""
+    """Return the errors of a line of metrics.jsonl as text: `top-1 error 88.8%, top-5 error 23.0%`."""
     return ", ".join(f"{name} {line[key]:.1%}" for name, key in shown_errors(classes))
 
 

@@ -1,4 +1,4 @@
-"""Configuration of `alextrain run`: options that are given, and for all others the run's own settings or defaults.
+"""Configuration of `alextrain run`: the given options, completed by the run's own settings or by defaults.
 
 If the run folder has a run.json, every setting that no option gives is taken from it. So `alextrain run --run-dir R`
 alone continues R, and a fork changes only what its command names.
@@ -30,7 +30,7 @@ _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoin
 
 
 def saved_config(run_dir: Path) -> RunConfig | None:
-    """The configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
+    """Return the configuration in run.json, without its service; None if `run_dir` has no run.json that can be read.
 
     The store is the training store, wherever the run finds it (training_store), or else its absolute path in run.json.
     """
@@ -56,7 +56,7 @@ def saved_config(run_dir: Path) -> RunConfig | None:
 
 
 def requested_config(options: Mapping[str, Any], given: Collection[str], saved: RunConfig | None) -> RunConfig:
-    """The configuration of `alextrain run`.
+    """Return the configuration of `alextrain run`.
 
     options  the values of the command's options by parameter name
     given    names of the options that the user gave
@@ -100,7 +100,7 @@ def requested_config(options: Mapping[str, Any], given: Collection[str], saved: 
 
 
 def _base_name(recipe_name: str) -> str:
-    """The name of a recipe without its overrides."""
+    """Return the name of a recipe without its overrides."""
     return recipe_name.partition(",")[0]
 
 
@@ -117,7 +117,7 @@ def _devices(gpus: str | None, columns: int, saved: RunConfig | None) -> Devices
 
 
 def changed_settings(before: RunConfig, run: Run, theirs: Mapping[str, Any]) -> list[Difference]:
-    """The settings in which `run` differs from a run with the configuration `before` and the identity `theirs`."""
+    """Return the settings in which `run` differs from the configuration `before` with the identity `theirs`."""
     changed = differences(theirs, run.identity)
     pairs = ((name, getattr(before, name), getattr(run.config, name)) for name in _SHOWN)
     return changed + [Difference(name, there, here) for name, there, here in pairs if there != here]

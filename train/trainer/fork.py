@@ -45,7 +45,7 @@ def fork(run: Run, new_dir: Path) -> Run:
 
 
 def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
-    """The messages of `alextrain run --dry-run`: the step after which the run, or its fork into `new_dir`, would begin.
+    """Return the messages of `alextrain run --dry-run`: after which step the run, or its fork, would begin.
 
     For a new fork, the settings that differ from the other run follow. Writes nothing. Raises UserError if
     `alextrain run` would refuse to train because of the content of a run folder.
@@ -74,7 +74,7 @@ def preview_fork(run: Run, new_dir: Path | None) -> list[str]:
 
 
 def _differences(run: Run, origin: Path, parent: Checkpoint) -> list[Difference]:
-    """The settings in which a fork differs from its origin."""
+    """Return the settings in which a fork differs from its origin."""
     before = saved_config(origin)
     if before is None:
         return differences(parent.identity, run.identity)

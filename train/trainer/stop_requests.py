@@ -40,7 +40,8 @@ class StopRequests:
         if self.requested is not None or not self._deferred:
             raise stop
         self.requested = stop
-        # In a thread, because the signal may have interrupted a print to the same stream, which must end first.
+        # Called in a thread, because the signal may have interrupted a print to the same stream, and this print must
+        # end first.
         self._message = Thread(target=self._announce)
         self._message.start()
 

@@ -22,8 +22,8 @@ from prep.inputs.tar_members import BoundedFile, iterate_members
 def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]:
     """List the images of all tars in `folder`. An input has the name CLASS/FILE, as in unpacked class folders.
 
-    Folders inside a tar are ignored. What lies beside the tars is left out, with the reason in `FoundInputs.ignored`.
-    Raises UserError if a tar is compressed, damaged, cut short, or a link to nothing.
+    Folders inside a tar are ignored. Other entries beside the tars are left out, with the reason in
+    `FoundInputs.ignored`. Raises UserError if a tar is compressed, damaged, cut short, or a link to nothing.
     """
     entries = sorted(folder.iterdir())
     tars = [path for path in entries if is_tar_name(path) and path.is_file()]
@@ -53,7 +53,7 @@ def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]
 
 
 def _reason(path: Path) -> str:
-    """Why an entry beside the tars is left out."""
+    """Return the reason why an entry beside the tars is left out."""
     if not path.is_dir():
         return STRAY_FILE
     return NO_CLASS if is_no_class_folder(os.fsencode(path.name)) else "a folder beside the class tars"

@@ -58,8 +58,8 @@ class LabelledRows:
     ) -> FoundInputs:
         """All inputs with their classes.
 
-        If `are_positions` is false, a number can also be the name of a class, as in a label file: then it must have a
-        single meaning, or `options.label_order` says which.
+        If `are_positions` is false, a number can also be the name of a class, as in a label file. The number must then
+        have a single meaning, unless `options.label_order` states the meaning.
 
         The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
         else of `store_classes`, else it is called k. With `in_class_folders`, an input without a folder in its name

@@ -41,7 +41,7 @@ class SplitSource:
     layout: str = "folders"  # one of LAYOUTS, except kaggle, whose splits are folders
     inside: bytes = b""  # the split's folder in a zip archive, with a slash at its end; b"" for the whole archive
     files: tuple[Path, ...] = ()  # the split's WebDataset or Parquet files
-    labels: Input | None = None  # Kaggle's label file of val in a zip archive
+    labels: Input | None = None  # label file of val in Kaggle's zip archive
 
 
 def find_splits(source: Path, split: str | None, layout: str | None = None) -> dict[str, SplitSource]:
@@ -203,7 +203,7 @@ def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]
 
 
 def _scan(folder: Path) -> tuple[list[str], list[str]]:
-    """(names of folders that may be classes, names of the other entries) in a folder, sorted, without hidden ones."""
+    """Return the sorted names of (folders that may be classes, other entries) in a folder, without hidden names."""
     folders: list[str] = []
     files: list[str] = []
     with os.scandir(folder) as entries:

@@ -220,9 +220,9 @@ def _label_texts(labels: Sequence[Any]) -> list[str]:
 
 
 def _mean_row_bytes(group: Any) -> int:
-    """Mean size of the rows of a row group: the true sizes of images are not known before they are read.
+    """Return the mean size of the rows of a row group: the size of a single image is known only after it is read.
 
-    The metadata of single columns would be nearer, but if they are damaged, pyarrow ends the process.
+    The metadata of single columns would give a better estimate, but damaged metadata makes pyarrow end the process.
     """
     return max(1, int(group.total_byte_size) // max(1, int(group.num_rows)))
 
@@ -234,7 +234,10 @@ def _file(path: str) -> tuple[Any, npt.NDArray[np.int64]]:
 
 @lru_cache(maxsize=64)
 def _opened(path: str, mtime_ns: int) -> tuple[Any, npt.NDArray[np.int64]]:
-    """Open a file. It is not mapped into memory: a mapped file that becomes shorter would kill the process (SIGBUS)."""
+    """Open a file.
+
+    The file is not mapped into memory: if a mapped file becomes shorter, the kernel kills the process (SIGBUS).
+    """
     file = _pyarrow_parquet().ParquetFile(path, memory_map=False)
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts])

@@ -116,7 +116,7 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
 
 
 def entries_beside(folder: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
-    """Return (name, reason to leave it out) of what lies beside the shards `files` in `folder`, if it is a folder.
+    """Return (name, reason to leave it out) of each entry beside the shards `files` in `folder`, if it is a folder.
 
     Hidden files and shards of other splits are not named.
     """

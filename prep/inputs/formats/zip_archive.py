@@ -49,7 +49,7 @@ class ZipReader:
         return content
 
     def read_text(self, item: Input) -> bytes:
-        """The bytes of a member that is a file of labels. Raises UserError if the member is damaged."""
+        """Return the bytes of a member that is a file of labels. Raises UserError if the member is damaged."""
         try:
             return self.read(item)
         except BadImage as reason:
@@ -127,7 +127,7 @@ def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
 
 @dataclass(frozen=True)
 class ZipLayout:
-    """What the names in a zip archive say about it."""
+    """The splits and label files of a zip archive, found by the names of its members."""
 
     splits: dict[str, bytes]  # split -> its folder in the archive, with a slash at the end; {} for a single split
     is_tiny_imagenet: bool

@@ -46,7 +46,7 @@ def is_zip(path: Path) -> bool:
 
 
 def count_entries(path: Path) -> int:
-    """Number of entries that the end record states; 0 if it cannot be read."""
+    """Return the number of entries that the end record states; 0 if it cannot be read."""
     with open(path, "rb") as file, suppress(ValueError, struct.error):
         return _find_directory(file)[2]
     return 0

@@ -183,7 +183,7 @@ def _split(lines: Sequence[tuple[int, str]], delimiter: str, images: ImageNames)
 
 
 def _without_empty_columns(table: list[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """The rows without columns that are empty in all of them, such as a last column behind a comma."""
+    """Return the rows without the columns that are empty in every row, such as a last column after a comma."""
     width = max((len(row) for _, row in table), default=0)
     empty = [k for k in range(width) if not any(row[k] for _, row in table if k < len(row))]
     if not empty:
@@ -216,7 +216,7 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
     if name in _NAME_HEADERS or any(field in _LABEL_HEADERS for field in others):
         return True
     if "." not in name and len(rows) > 1 and all(has_image_name(os.fsencode(row[name_column])) for row in rows[1:]):
-        return True  # all other names end as names of images do
+        return True  # all other names end like names of images
     below = [field for row in rows[1:] for k, field in enumerate(row) if k != name_column]
     return len(rows) > 1 and all(is_number(field) for field in below) and not any(is_number(field) for field in others)
 

@@ -75,7 +75,7 @@ def read_labels(
 
 
 def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
-    """Return {image: label text} of a file with names.
+    """Return {image: label text} of a file with a name and a label on each line.
 
     Raises UserError for a missing label, or for two different labels.
     """
@@ -110,7 +110,7 @@ def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequenc
 
 
 def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> dict[bytes, str]:
-    """Return {image: label text} of a file with labels alone.
+    """Return {image: label text} of a file with only a label on each line.
 
     Line k belongs to the k-th image in the order of the names.
 

@@ -300,7 +300,7 @@ def test_a_file_that_kills_its_worker_is_named(slow: Path, slow_store: Store, tm
 def test_a_file_that_kills_its_worker_twice_is_left_out_with_on_bad_skip(
     slow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the first crash the file is tried again, since the cause may be a lack of memory. One build does both."""
+    """After the first crash the file is tried again, since the cause may be a lack of memory. One build tests both."""
     source = list_source(slow, "train")
     crashing = type(source)(CrashingReader(slow), "train", source.classes, source.inputs)
     progress = Progress(320, "pictures")

@@ -25,7 +25,7 @@ SETTINGS = Settings(32, False, "ppm", 90, "area", 0)
 
 
 def prepare_or_die(task: Any, task_progress: TaskProgress) -> Any:
-    """Stands for a decoder: it crashes at one file, and does not end, in C code, at another."""
+    """Replaces a decoder: one file crashes it, and another keeps it in C code for ever."""
     task_progress.begin(0, 0.2)
     if task.path.name == "crash.jpg":
         os.kill(os.getpid(), signal.SIGSEGV)

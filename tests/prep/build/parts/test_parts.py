@@ -318,7 +318,8 @@ def test_parts_on_a_file_system_without_locks_leave_the_end_to_join(
     monkeypatch.setattr("prep.files.fcntl.flock", flock)
     store = tmp_path / "store"
     assert run_part(photos, store, 2, 2).store is None
-    (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").mkdir()  # of another part at work
+    # A temporary folder of another part that is running.
+    (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").mkdir()
     finished = run_part(photos, store, 1, 2)
     assert finished.store is None and not finished.missing
     assert (store / "train" / ".build" / f"00000.{os.getpid()}-01234567.tmp").exists()

@@ -204,7 +204,7 @@ def build_all(
     splits: Sequence[str] = SPLITS,
     runner: Runner | None = None,
 ) -> Store:
-    """Build the splits that are found in `source`."""
+    """Build the splits found in `source`."""
     classes: tuple[str, ...] = ()
     for split, where in find_splits(source, None).items():
         if split in splits:

@@ -43,7 +43,10 @@ def mutant(content: bytes, rng: random.Random) -> bytes:
 
 
 def read_all(source: Path, layout: str | None, contents: set[bytes]) -> bool:
-    """List and read everything; whether it was listed. Members of a zip have a checksum, so they cannot change."""
+    """List and read all inputs; returns whether they could be listed.
+
+    Members of a zip have a checksum, so they cannot change.
+    """
     try:
         for split, where in find_splits(source, None, layout).items():
             listed = list_source(where, split, ListOptions(allow_empty_classes=True))
