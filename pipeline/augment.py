@@ -92,7 +92,7 @@ def check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
 
 
 def noise_matrix(stats: ColorStats, colour: str, strength: float) -> npt.NDArray[np.float64]:
-    """The matrix A of the colour noise, float64 (3, 3): shift = A·z in grey levels, with z ~ N(0, I).
+    """Return the matrix A of the colour noise, float64 (3, 3): shift = A·z in grey levels, with z ~ N(0, I).
 
     Section 4.1 adds [p1, p2, p3][α1 λ1, α2 λ2, α3 λ3]ᵀ, with eigenvectors p, eigenvalues λ, and α of standard deviation
     0.1. The paper does not state the scale of the pixels. The authors' code uses the standard deviations √λ of pixels
@@ -166,7 +166,7 @@ class Augmenter:
         return Crops(self._origin(records, offset), offset, draws.flip[:, None], shift.astype(np.float32))
 
     def eval_crops(self, records: RecordBatch, views: int | str) -> Crops:
-        """The centre crop of each record (views=1), its ten views (10), or its complete central square (SQUARE)."""
+        """Return the centre crop of each record (views=1), its ten views (10) or its central square (SQUARE)."""
         offset, flip = eval_offsets(views, self.max_offset_px)
         count = len(records.numbers)
         offset = np.broadcast_to(offset, (count, *offset.shape))
@@ -178,7 +178,7 @@ class Augmenter:
         )
 
     def _origin(self, records: RecordBatch, offset: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-        """(N, 2): row and column at which the central square begins in each record or, at 0 or less, in each window."""
+        """Return (N, 2): row and column of the central square in each record or, at 0 or less, in each window."""
         if not self.from_windows:
             return central_offset(records.sizes, self.side_px)
         return -offset[:, 0] if offset.shape[1] == 1 else np.zeros_like(records.sizes)

@@ -78,7 +78,7 @@ class EvalLoader(Loader):
             self._open(views, augmentation.divisor_in_evaluation)
 
     def __len__(self) -> int:
-        """Number of batches in one iteration."""
+        """Return the number of batches in one iteration."""
         return -(-len(self._record_numbers) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -109,7 +109,7 @@ class EvalLoader(Loader):
         return WindowRequest(self.split, record_numbers, offset, window_px)
 
     def _step_records(self, step: int) -> npt.NDArray[np.int64]:
-        """Record numbers of the batch of a step; empty after the last step."""
+        """Return the record numbers of the batch of a step; empty after the last step."""
         return self._record_numbers[step * self.batch_size : (step + 1) * self.batch_size]
 
 

@@ -27,7 +27,7 @@ class Placement:
 
     @staticmethod
     def parse(device: str | torch.device) -> Placement:
-        """The placement for `cpu`, `cuda` or `cuda:N`, as a string or a torch.device.
+        """Return the placement for `cpu`, `cuda` or `cuda:N`, as a string or a torch.device.
 
         `cuda` is torch's current GPU. Raises WrongArgument for another device, and for a GPU that this machine lacks.
         """
@@ -52,7 +52,7 @@ class Placement:
         return "cpu" if self.device_id is None else "mixed"
 
     def constant(self, types: Any, values: Any, layout: str | None = None) -> Any:
-        """An array as a DALI constant on the operators' device."""
+        """Return an array as a DALI constant on the operators' device."""
         return types.Constant(values, device="cpu" if self.device_id is None else "gpu", layout=layout)
 
     def to_device(self, node: Any) -> Any:
@@ -60,7 +60,7 @@ class Placement:
         return node if self.device_id is None else node.gpu()
 
     def outputs(self, pipe: Any, stream: Any) -> tuple[Any, ...]:
-        """The next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
+        """Return the next outputs of a DALI pipeline. `stream` is a torch.cuda.Stream, or None on a CPU.
 
         On a GPU the outputs are bound to the stream: work that is launched on this stream afterwards waits for DALI on
         the GPU, and the host does not wait. DALI reuses the memory of the outputs in the order of this stream.
@@ -93,7 +93,7 @@ class Placement:
 
 
 def dali() -> ModuleType:
-    """The module nvidia.dali. If DALI is missing, raises UserError with the command that installs it."""
+    """Return the module nvidia.dali. If DALI is missing, raises UserError with the command that installs it."""
     try:
         import nvidia.dali
         import nvidia.dali.fn

@@ -123,7 +123,7 @@ class Prefetcher:
         self._jobs = jobs
 
     def next(self) -> BatchOutput | None:
-        """The images of the next job; None after the last job.
+        """Return the images of the next job; None after the last job.
 
         Raises StoreError with shard, key and source of a damaged record, in this call and every later call. Raises
         ValueError after close.
@@ -226,7 +226,7 @@ class Prefetcher:
         return batch_input, self._engine.graph_inputs(batch_input.records, batch_input.crops)
 
     def _take_outputs(self) -> tuple[Any, BatchInput]:
-        """The outputs and the input of the oldest batch in the engine. Raises StoreError if DALI has failed."""
+        """Return the outputs and the input of the oldest batch in the engine. Raises StoreError if DALI has failed."""
         outputs: Any = self._in_engine[0][1]
         try:
             if self._pipe is not None:

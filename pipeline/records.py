@@ -47,7 +47,7 @@ class RecordBatch(NamedTuple):
     memory: object = None  # the array that holds the payloads, if they are not in mapped files
 
     def payloads(self) -> list[npt.NDArray[np.uint8]]:
-        """The payloads without copies: (n,) for each JPEG file, or (height, width, 3) for each raw record."""
+        """Return the payloads without copies: (n,) for each JPEG file, or (height, width, 3) for each raw record."""
         parts = zip(self.addresses.tolist(), self.payload_bytes.tolist(), strict=True)
         payloads = [np.frombuffer(_view(address, size, _READ_ONLY), np.uint8) for address, size in parts]
         if not self.is_raw:
@@ -71,7 +71,7 @@ class Records:
         self._lock = threading.Lock()
 
     def __reduce__(self) -> tuple[type[Records], tuple[Store, str]]:
-        """A pickled copy opens the files anew, for example in a spawned process."""
+        """Return a pickled copy opens the files anew, for example in a spawned process."""
         return Records, (self.store, self.split)
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class Records:
         return Record(payload.reshape(height, width, 3) if self._is_raw else payload, height, width, label)
 
     def batch(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
-        """The records `numbers` (N,), in this order.
+        """Return the records `numbers` (N,), in this order.
 
         Raises the same StoreError as `self[number]` for the first bad record.
 
@@ -138,12 +138,12 @@ class Records:
         return f"{self.store.root / self._shards[shard].path}, key {self.key(number)}{suffix}"
 
     def key(self, number: int) -> str:
-        """The LMDB key of record `number`: 8 digits, unique in its split."""
+        """Return the LMDB key of record `number`: 8 digits, unique in its split."""
         shard, index = self._locate(number)
         return self._reader(shard).key(index).decode()
 
     def source(self, number: int) -> str:
-        """The input file of record `number`, relative to the split's input folder; empty if unknown."""
+        """Return the input file of record `number`, relative to the split's input folder; empty if unknown."""
         value = bytes(self._value(number))
         with suppress(DatumError):
             source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE)
@@ -195,7 +195,7 @@ class Records:
                     self._is_indexed[shard] = True
 
     def _value(self, number: int) -> memoryview:
-        """The bytes of record `number` as a view of the mapped file."""
+        """Return the bytes of record `number` as a view of the mapped file."""
         shard, index = self._locate(number)
         return self._reader(shard)[index]
 

@@ -28,7 +28,7 @@ class Draws(NamedTuple):
     normal: npt.NDArray[np.float64]  # (N, 3): standard normal, for the three principal components of the colour noise
 
     def select(self, images: slice) -> Draws:
-        """The parameters of the images in a slice."""
+        """Return the parameters of the images in a slice."""
         return Draws(self.offset[images], self.flip[images], self.normal[images])
 
 
@@ -58,7 +58,7 @@ class EpochPermutations:
         self._lock = threading.Lock()
 
     def __getitem__(self, epoch: int) -> Integers:
-        """The permutation of an epoch, counted from 0; computed only once, even if several threads request it."""
+        """Return the permutation of an epoch, counted from 0; several threads compute it only once."""
         with self._lock:
             if epoch not in self._kept:
                 permutation = epoch_permutation(self._records, self._seed, epoch)
@@ -82,6 +82,6 @@ def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: in
 
 
 def _generator(purpose: int, seed: int, epoch: int, step: int = 0) -> np.random.Generator:
-    """A separate Philox generator for each purpose, seed, epoch and step."""
+    """Return a separate Philox generator for each purpose, seed, epoch and step."""
     words = np.array([seed, epoch, step], np.uint64).view(np.uint32)
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([purpose, *words.tolist()])))

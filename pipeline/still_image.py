@@ -66,7 +66,7 @@ class EvalTransform:
     divisor: float = 1.0  # pipeline.augment.Augmentation.divisor_in_evaluation
 
     def crops(self, square: Pixels, views: int = 1) -> npt.NDArray[np.float32]:
-        """float32 (views, 3, 224, 224): the centre crop, or the ten views. pipeline.augment defines their order.
+        """Return float32 (views, 3, 224, 224): the centre crop, or the ten views. pipeline.augment defines their order.
 
         `square` is (side_px, side_px, 3), the central square of an image; `views` is 1 or 10.
         """
@@ -75,7 +75,7 @@ class EvalTransform:
         return np.stack([self._crop(square, y, x, flip) for (y, x), flip in positions])
 
     def _crop(self, square: Pixels, y: int, x: int, flip: int) -> npt.NDArray[np.float32]:
-        """float32 (3, 224, 224): the crop at row y and column x, mirrored if `flip`, minus the mean, divided."""
+        """Return float32 (3, 224, 224): the crop at row y and column x, mirrored if `flip`, minus the mean, divided."""
         crop = _crop_at(square, y, x).astype(np.float32)
         if self.mean == "aligned":
             crop -= _crop_at(self._mean_image, y, x)
@@ -111,7 +111,7 @@ class StoredImages:
         return len(self.records)
 
     def __getitem__(self, number: int) -> Pixels:
-        """The central square of a record, uint8 (side_px, side_px, 3); raises StoreError if the record is damaged."""
+        """Return the central square of a record, uint8 (side_px, side_px, 3); raises StoreError for damage."""
         pixels = self.records[number].payload
         if pixels.ndim == 1:
             try:
@@ -122,7 +122,7 @@ class StoredImages:
         return central_square(pixels, self._side_px).copy()
 
     def label(self, number: int) -> int:
-        """The class index of a record."""
+        """Return the class index of a record."""
         return self.records[number].label
 
     def close(self) -> None:

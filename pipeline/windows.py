@@ -59,11 +59,11 @@ class Windows(NamedTuple):
     labels: npt.NDArray[np.int64]  # (N,)
 
     def part(self, images: slice) -> Windows:
-        """The windows and labels of some of the records, without a copy of the pixels."""
+        """Return the windows and labels of some of the records, without a copy of the pixels."""
         return Windows(self.pixels[images], self.labels[images].copy())
 
     def records(self, numbers: npt.NDArray[np.int64]) -> RecordBatch:
-        """The windows as raw records, which an engine can read. The pixels are not copied."""
+        """Return the windows as raw records, which an engine can read. The pixels are not copied."""
         count, window_px = self.pixels.shape[:2]
         window_bytes = 3 * window_px**2
         addresses = kernels.address(self.pixels) + window_bytes * np.arange(count)

@@ -35,7 +35,7 @@ _TOKEN = Path("~/.ray/auth_token")  # file in which Ray looks for the authentica
 
 
 def ray_module() -> ModuleType:
-    """The module ray. If Ray is not installed, raises UserError with the command that installs Ray."""
+    """Return the module ray. If Ray is not installed, raises UserError with the command that installs Ray."""
     os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", _NEVER_S)
     # Without this setting, a call after the end of the connection makes Ray connect to any cluster of this machine.
     os.environ.setdefault("RAY_ENABLE_AUTO_CONNECT", "0")
@@ -154,7 +154,7 @@ def _check_listens(address: str) -> None:
 
 
 def _reason(error: Exception, address: str) -> str:
-    """The text of Ray's error in one line, followed by advice to the user."""
+    """Return the text of Ray's error in one line, followed by advice to the user."""
     text = " ".join(str(error).split())
     if isinstance(error, ConnectionError) and "Could not find any running Ray instance" in text:
         return (

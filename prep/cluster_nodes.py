@@ -73,7 +73,7 @@ def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
 
 
 def cause_text(error: Exception) -> str:
-    """The cause of one of Ray's errors in one sentence, without a full stop."""
+    """Return the cause of one of Ray's errors in one sentence, without a full stop."""
     cause = getattr(error, "cause", None)
     if cause is not None and not isinstance(cause, str):
         return f"{type(cause).__name__}: {' '.join(str(cause).split())[:300]}".rstrip(".")

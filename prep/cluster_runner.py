@@ -168,7 +168,7 @@ class ClusterRunner:
 
 
 def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Running]) -> _Running | None:
-    """The next submission. Lost tasks come before new tasks. Returns None if no task is left."""
+    """Return the next submission. Lost tasks come before new tasks. Returns None if no task is left."""
     if lost:
         again = lost.popleft()
         return _Running(secrets.token_hex(8), again.task, again.payload, again.lost_before + 1)
@@ -239,7 +239,7 @@ class _Counters:
         return attempt in self._stopped
 
     def read(self) -> dict[str, Counts]:
-        """The counts of each running task, by attempt."""
+        """Return the counts of each running task, by attempt."""
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:

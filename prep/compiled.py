@@ -22,7 +22,7 @@ Kernels = TypeVar("Kernels")
 
 
 def library_path(source: Path) -> Path:
-    """Path of the library compiled from the current text of `source`. The library need not exist."""
+    """Return the path of the library compiled from the current text of `source`. The library need not exist."""
     return source.with_name(f"{source.stem}-{sha256(source.read_bytes()).hexdigest()[:16]}.so")
 
 

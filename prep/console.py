@@ -146,12 +146,12 @@ def say(text: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """`text` with control characters escaped, since file names may hold newlines and terminal escape sequences."""
+    """Return `text` with escaped control characters: file names may hold newlines and terminal escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def did_you_mean(value: object, allowed: Sequence[str]) -> str:
-    """` Did you mean released?` with the values of `allowed` that are most like `value`; "" if none is."""
+    """Return ` Did you mean released?` with the values of `allowed` that are most like `value`; "" if none is."""
     similar = get_close_matches(str(value), allowed, 2, 0.5)
     return f" Did you mean {' or '.join(similar)}?" if similar else ""
 
@@ -162,17 +162,17 @@ def print_json(data: dict[str, Any]) -> None:
 
 
 def count_noun(n: int, noun: str, plural: str = "") -> str:
-    """A count with its noun: `1 image`, `1,797 images`."""
+    """Return a count with its noun: `1 image`, `1,797 images`."""
     return f"{n:,} {noun if n == 1 else plural or noun + 's'}"
 
 
 def shell_quoted(path: Path) -> str:
-    """A path quoted for a shell command that the user copies: `'my run'`."""
+    """Return a path quoted for a shell command that the user copies: `'my run'`."""
     return quote(str(path))
 
 
 def duration_text(seconds: float) -> str:
-    """A duration as text: `48 s`, `3 min 20 s`, `1 h 05 min`."""
+    """Return a duration as text: `48 s`, `3 min 20 s`, `1 h 05 min`."""
     rounded_s = round(seconds)
     if rounded_s < 60:
         return f"{rounded_s} s"
@@ -182,7 +182,7 @@ def duration_text(seconds: float) -> str:
 
 
 def bytes_text(n: float) -> str:
-    """A number of bytes as text, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
+    """Return a number of bytes as text, in powers of 1000: `812 B`, `27.4 KB`, `31.2 GB`."""
     for unit in ("B", "KB", "MB", "GB"):
         if abs(n) < (999.5 if unit == "B" else 999.95):
             return f"{n:.0f} B" if unit == "B" else f"{n:.1f} {unit}"
@@ -248,7 +248,7 @@ class Progress:
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
     def notes(self) -> list[str]:
-        """The bytes written and the number of bad inputs as texts, where there are any."""
+        """Return the bytes written and the number of bad inputs as texts, where there are any."""
         return [bytes_text(self.size_bytes)] * bool(self.size_bytes) + [f"{self.bad:,} bad"] * bool(self.bad)
 
 

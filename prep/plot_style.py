@@ -59,7 +59,7 @@ def render_figure(
 
 
 def figure_format(path: Path, option: str) -> str:
-    """The format named by the extension of `path`.
+    """Return the format named by the extension of `path`.
 
     Raises UserError, with `option` in its message, if the format is unknown.
     """

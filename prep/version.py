@@ -32,13 +32,13 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def pip_command(extra: str) -> str:
-    """The command that installs the packages of an extra: `pip install 'matplotlib>=3.9'`."""
+    """Return the command that installs the packages of an extra: `pip install 'matplotlib>=3.9'`."""
     return f"pip install {' '.join(map(quote, PACKAGES[extra]))}"
 
 
 @cache
 def package_version() -> str:
-    """The version, such as `0.1.0`.
+    """Return the version, such as `0.1.0`.
 
     The version is read from the metadata that pip wrote. If there is no metadata (a checkout that is only on
     PYTHONPATH), the version is read from the pyproject.toml next to the packages. If pyproject.toml is missing too, the
@@ -53,7 +53,7 @@ def package_version() -> str:
 
 
 def checkout_version(root: Path) -> str:
-    """The version in `root`/pyproject.toml, or `unknown` if the file is missing or of another project."""
+    """Return the version in `root`/pyproject.toml, or `unknown` if the file is missing or of another project."""
     import tomllib
 
     try:

@@ -76,7 +76,7 @@ def test_files_and_modules_of_the_project_that_are_named_exist() -> None:
 
 
 def exported_metrics() -> dict[str, str]:
-    """{name: type} of the service's metrics as Prometheus sees them: Ray adds `ray_`, and `_total` for a counter."""
+    """Return {name: type} of the metrics in Prometheus: Ray adds `ray_`, and `_total` for a counter."""
     made = {}
 
     def record(kind: str) -> Any:

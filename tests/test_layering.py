@@ -66,13 +66,13 @@ FORBIDDEN_LIBRARIES = {"prep": {"torch", "nvidia"}, "pipeline": set(), "train": 
 
 
 def module_name(path: Path, root: Path = ROOT) -> str:
-    """`prep.store.manifest` for prep/store/manifest.py; `prep.store` for prep/store/__init__.py."""
+    """Return `prep.store.manifest` for prep/store/manifest.py; `prep.store` for prep/store/__init__.py."""
     parts = path.relative_to(root).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 2 else parts)
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Every module that a file imports, at the top, inside functions, or only for type checking.
+    """Return every module that a file imports, at the top, inside functions, or only for type checking.
 
     `from prep.store import manifest` imports prep.store.manifest.
     """
@@ -102,7 +102,7 @@ def is_within(module: str, package: str) -> bool:
 
 
 def room_index(module: str) -> int:
-    """The position of a module's room in ROOMS; raises AssertionError for a module that is in no room."""
+    """Return the position of a module's room in ROOMS; raises AssertionError for a module that is in no room."""
     rooms = ROOMS[module.split(".")[0]]
     indices = [index for index, room in enumerate(rooms) if is_within(module, room)]
     assert indices, f"{module} is in no room of ROOMS"

@@ -60,12 +60,12 @@ def older(unpacked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
 
 def alexprep(arguments: str) -> Any:
-    """The JSON object that `alexprep ARGUMENTS --json` prints."""
+    """Return the JSON object that `alexprep ARGUMENTS --json` prints."""
     return json_answer(prep.cli.main, arguments)
 
 
 def alextrain(arguments: str) -> Any:
-    """The JSON object that `alextrain ARGUMENTS --json` prints."""
+    """Return the JSON object that `alextrain ARGUMENTS --json` prints."""
     return json_answer(train.cli.main, arguments)
 
 

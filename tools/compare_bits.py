@@ -191,7 +191,7 @@ def copy_tree(tree: Path, folder: Path) -> None:
 
 
 def compare(revision: str, tree: Path, photographs: int | None, batches: int) -> list[dict[str, Any]]:
-    """A row for each result: name, hash in `revision` ("there"), hash in `tree` ("here"), whether the hashes agree."""
+    """Return a row for each result: name, hash in `revision`, hash in `tree`, whether the hashes agree."""
     with tempfile.TemporaryDirectory(prefix="compare-bits-") as temporary:
         scratch = Path(temporary)
         trees = []
@@ -221,7 +221,7 @@ def compare(revision: str, tree: Path, photographs: int | None, batches: int) ->
 
 
 def table(rows: Sequence[dict[str, Any]], revision: str) -> str:
-    """The rows as text, a line each, with the first 12 digits of the hashes."""
+    """Return the rows as text, a line each, with the first 12 digits of the hashes."""
     width = max(len(row["name"]) for row in rows)
     lines = [f"{'result':<{width}}  {revision[:12]:<12}  {'here':<12}"]
     for row in rows:

@@ -25,7 +25,7 @@ LIMIT_S = 900.0  # longest time of each wait
 
 
 def script(name: str) -> Path:
-    """The path of a command that is installed beside this Python."""
+    """Return the path of a command that is installed beside this Python."""
     return Path(sys.executable).parent / name
 
 

@@ -89,7 +89,7 @@ from train.config.devices import parse_devices
 def parse_settings(
     store: Path, ppm_store: Path | None, device: str, gpus: str | None, batch: int, quick: bool
 ) -> GpuCheckSettings:
-    """The settings for the options; raises UserError if no GPU is available or a store is unsuitable."""
+    """Return the settings for the options; raises UserError if no GPU is available or a store is unsuitable."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError(
             f"torch {torch.__version__} sees no GPU on this machine. Run the tool on a machine with a GPU, "
@@ -220,7 +220,7 @@ def main(
 
 
 def check_line(check: Check) -> str:
-    """`ok      name: found (wanted: …)`."""
+    """Return `ok      name: found (wanted: …)`."""
     return f"{'ok' if check.ok else 'FAILED':7} {check.name}: {check.found} (wanted: {check.wanted})"
 
 
@@ -262,7 +262,7 @@ def print_rows(report: dict[str, Any]) -> None:
 
 
 def batch_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each batch size of each precision."""
+    """Return a line for each batch size of each precision."""
     lines = []
     for row in rows:
         rate = "out of memory" if row["images_per_s"] is None else f"{row['images_per_s']:,.0f} images/s"
@@ -271,7 +271,7 @@ def batch_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def kind_lines(kinds_by_precision: dict[str, dict[str, float]]) -> list[str]:
-    """A line for each precision: time of a step by kind of kernel."""
+    """Return a line for each precision: time of a step by kind of kernel."""
     return [
         f"{precision:5} ms a step: " + ", ".join(f"{kind} {ms:.2f}" for kind, ms in kinds.items())
         for precision, kinds in kinds_by_precision.items()
@@ -279,7 +279,7 @@ def kind_lines(kinds_by_precision: dict[str, dict[str, float]]) -> list[str]:
 
 
 def run_lines(rows: list[dict[str, Any]]) -> list[str]:
-    """A line for each run of `alextrain run`."""
+    """Return a line for each run of `alextrain run`."""
     lines = []
     for row in rows:
         name = f"alextrain run, {row['format']}, {row['precision']}, batch {row['batch']:,}"

@@ -83,7 +83,7 @@ def draw_digit(
 
 
 def _random_part(photograph: Image.Image, width: int, height: int, rng: np.random.Generator) -> Image.Image:
-    """A random part of a photograph, resized to (width, height). The part has the aspect ratio width:height."""
+    """Return a random part of a photograph, resized to (width, height). The part has the aspect ratio width:height."""
     columns, rows = photograph.size
     scale = rng.uniform(0.5, 1.0) * min(columns / width, rows / height)
     part_width, part_height = width * scale, height * scale

@@ -150,7 +150,7 @@ def worker_nodes(status: Mapping[str, Any]) -> list[str]:
 
 
 def status_text(status: Mapping[str, Any], names: Mapping[str, str]) -> str:
-    """The state of a service in one line. `names` is {Ray's id of a node: name}."""
+    """Return the state of a service in one line. `names` is {Ray's id of a node: name}."""
     nodes = " and ".join(sorted(names[node] for node in worker_nodes(status)))
     return (
         f"{count_noun(len(status['workers']), 'worker')}{f' on {nodes}' if nodes else ''}, {status['starting']} "
@@ -178,7 +178,7 @@ def compare_runs(folder: Path) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of `compare_runs` as text, with the first 12 digits of the digests."""
+    """Return the rows of `compare_runs` as text, with the first 12 digits of the digests."""
     width = max(len(row["result"]) for row in rows)
     lines = [f"seed  {'result':<{width}}  {'with service':<12}  {'without':<12}"]
     for row in rows:
@@ -190,7 +190,10 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def images_of_a_run(store: Path, folder: Path) -> int:
-    """Number of images that each run received for training and validation. Both runs receive the same images."""
+    """Return the number of images that each run received for training and validation.
+
+    Both runs receive the same images.
+    """
     from prep.store.manifest import Store
 
     kinds = [line["kind"] for line in read_metrics(folder / f"service-{SEEDS[0]}")]
@@ -218,7 +221,7 @@ def run_demo(folder: Path, steps: int, seed: int) -> dict[str, Any]:
 
 
 def result_text(result: Mapping[str, Any]) -> str:
-    """The table of results, followed by two lines: the number of differences, and the number of decoded images."""
+    """Return the table of results, and two lines: the numbers of differences and of decoded images."""
     rows, images, decoded = result["results"], result["images_of_a_run"], result["end"]["images_made"]
     different = sum(not row["equal"] for row in rows)
     return (

@@ -41,7 +41,7 @@ def check_imports(tree: Path) -> None:
 
 
 def loaded_kernels(tree: Path) -> list[str]:
-    """The compiled C libraries of `tree` that this process has loaded, from /proc/self/maps."""
+    """Return the compiled C libraries of `tree` that this process has loaded, from /proc/self/maps."""
     maps = Path("/proc/self/maps").read_text().splitlines()
     paths = {line.split(maxsplit=5)[5] for line in maps if line.endswith(".so") and str(tree) in line}
     return sorted(str(Path(path).relative_to(tree)) for path in paths)

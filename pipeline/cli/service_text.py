@@ -17,7 +17,7 @@ def print_state(state: dict[str, Any]) -> None:
 
 
 def state_lines(state: dict[str, Any]) -> list[str]:
-    """The lines of `alexstream status`."""
+    """Return the lines of `alexstream status`."""
     workers, consumers = state["workers"], state["consumers"]
     limits = f"{state['min_workers']} to {state['max_workers']}"
     lines = [
@@ -46,7 +46,7 @@ def state_lines(state: dict[str, Any]) -> list[str]:
 
 
 def ready_line(state: dict[str, Any], advice: str) -> str:
-    """A line that says whether the service is ready, followed by `advice`."""
+    """Return a line that says whether the service is ready, followed by `advice`."""
     missing = state["min_workers"] - len(state["workers"])
     if missing <= 0:
         return f"Service {state['name']} is ready. {advice}"
@@ -58,7 +58,7 @@ def ready_line(state: dict[str, Any], advice: str) -> str:
 
 
 def progress_line(state: dict[str, Any], images_per_s: float) -> str:
-    """A line of progress of a running service."""
+    """Return a line of progress of a running service."""
     workers = count_noun(len(state["workers"]), "worker")
     consumers = count_noun(len(state["consumers"]), "consumer")
     return (

@@ -112,7 +112,7 @@ def bench_stream(
 
 
 def result_json(result: BenchResult) -> dict[str, Any]:
-    """The result for --json: speeds are rounded to one decimal, `share_of_bound` to three decimals."""
+    """Return the result for --json: speeds are rounded to one decimal, `share_of_bound` to three decimals."""
     rounded = {name: round(value, 1) for name, value in asdict(result).items() if name.endswith("images_per_s")}
     stages = {name: round(value, 1) for name, value in result.stages.items()}
     return {**asdict(result), **rounded, "stages": stages, "share_of_bound": round(result.share_of_bound, 3)}
@@ -137,7 +137,7 @@ def _images_per_s(run: Work, seconds: float) -> float:
 
 
 def _read_work(records: Records, batch: int) -> Work:
-    """A function that reads batches of records as the stream does, but on one thread."""
+    """Return a function that reads batches of records as the stream does, but on one thread."""
     starts = itertools.cycle(range(0, len(records) - batch + 1, batch))
 
     def run() -> int:
@@ -148,7 +148,7 @@ def _read_work(records: Records, batch: int) -> Work:
 
 
 def _stream_work(loader: TrainLoader) -> Work:
-    """A function that takes a batch from the loader and, on a GPU, waits until the batch is finished."""
+    """Return a function that takes a batch from the loader and, on a GPU, waits until the batch is finished."""
     batches = (batch for _ in itertools.count() for batch in loader)
 
     def run() -> int:
@@ -161,7 +161,7 @@ def _stream_work(loader: TrainLoader) -> Work:
 
 
 def _decode_engine(augmenting: Engine, augmenter: Augmenter, placement: Placement, threads: int) -> Engine:
-    """An engine that decodes crops with the decoder of the engine `augmenting`, and does nothing else."""
+    """Return an engine that decodes crops with the decoder of the engine `augmenting`, and does nothing else."""
     if augmenting.uses_dali or kernels.native is None:
         return _DaliDecodeEngine(placement, augmenting.stream)
     return CpuEngine(augmenter, kernels.native, OutputFormat(), threads, decode_only=True)
@@ -193,7 +193,7 @@ class _DaliDecodeEngine:
 
 
 def _jobs(prefetcher: Prefetcher, augmenter: Augmenter, records: int, batch: int) -> Iterator[Callable[[], BatchInput]]:
-    """An endless sequence of jobs, which read batches in the store's order."""
+    """Yield an endless sequence of jobs, which read batches in the store's order."""
     draws = draw_params(0, 0, 0, batch, augmenter.max_offset_px)
 
     def read(first: int) -> BatchInput:
@@ -210,7 +210,7 @@ def _take(prefetcher: Prefetcher) -> int:
 
 
 def _bound_work(records: Records, is_jpeg: bool, pool: ThreadPoolExecutor, threads: int) -> Work:
-    """A function for the upper bound: `threads` threads decode (JPEG) or copy (PPM) records, and do nothing else."""
+    """Return a function for the upper bound: `threads` threads only decode (JPEG) or copy (PPM) records."""
     process: Callable[[Any], object] = decode_jpeg if is_jpeg else np.copy  # both functions release the GIL
     payloads = [records[number].payload for number in range(min(len(records), _BOUND_RECORDS))]
     contents = [payload.tobytes() if is_jpeg else payload for payload in payloads]

@@ -143,7 +143,10 @@ class _BlockPool:
         self._open = True
 
     def array(self, shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
-        """An uninitialized, contiguous float32 array. The block is not reused while a tensor refers to its memory."""
+        """Return an uninitialized, contiguous float32 array.
+
+        The block is not reused while a tensor refers to its memory.
+        """
         size = int(np.prod(shape))
         spare = _ALIGNMENT_BYTES // 4
         block = self._free.pop() if self._free else None

@@ -56,7 +56,10 @@ def decode_crop(placement: Placement, size_px: int) -> Node:
 
 
 def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[str, Any]:
-    """The inputs of decode_crop. `start` is (N, 2): the row and the column at which each decoded square begins."""
+    """Return the inputs of decode_crop.
+
+    `start` is (N, 2): the row and the column at which each decoded square begins.
+    """
     return {"jpeg": tensor_list(records.payloads()), "start": start}
 
 
@@ -67,7 +70,7 @@ def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> An
 
 
 def external_source(name: str, dtype: Any, dimensions: int, layout: str | None = None) -> Node:
-    """An input of the graph. For each batch, the prefetcher passes the input's values to DALI by name."""
+    """Return an input of the graph. For each batch, the prefetcher passes the input's values to DALI by name."""
     return dali().fn.external_source(name=name, dtype=dtype, ndim=dimensions, layout=layout, no_copy=True)
 
 
@@ -84,11 +87,11 @@ class DaliEngine:
         self._fn, self._types = dali().fn, dali().types
 
     def define_graph(self) -> Node:
-        """The DALI node of the images: one crop or ten views of each record."""
+        """Return the DALI node of the images: one crop or ten views of each record."""
         return self._single_crop() if self._views == 1 else self._ten_views()
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """The values of the graph inputs, by name of the input. Each input has one value for each record."""
+        """Return the values of the graph inputs, by name of the input. Each input has one value for each record."""
         start = crops.origin if self._views > 1 else crops.origin + crops.offset[:, 0]
         if self._augmenter.is_raw:
             if self._views > 1:
@@ -109,7 +112,7 @@ class DaliEngine:
         raise NotImplementedError
 
     def finish(self, outputs: tuple[Any, ...], records: RecordBatch, crops: Crops) -> torch.Tensor:
-        """The images as a tensor. The memory of the images is not reused while a tensor refers to it.
+        """Return the images as a tensor. The memory of the images is not reused while a tensor refers to it.
 
         On a CPU, float32 images share the memory of DALI's output. On a GPU, the images are copied, because DALI would
         reuse the memory of its output in the order of `stream`, while the consumer's stream still reads the images.
@@ -130,7 +133,7 @@ class DaliEngine:
         """Does nothing, because the engine has no threads and no memory to release."""
 
     def _squares(self, records: RecordBatch, start: npt.NDArray[np.int32]) -> list[npt.NDArray[np.uint8]]:
-        """The central squares of raw records."""
+        """Return the central squares of raw records."""
         side, parts = self._augmenter.side_px, zip(records.payloads(), start.tolist(), strict=True)
         return [np.ascontiguousarray(pixels[y : y + side, x : x + side]) for pixels, (y, x) in parts]
 
@@ -156,7 +159,7 @@ class DaliEngine:
         return self._subtract_centre(image)
 
     def _ten_views(self) -> Node:
-        """The ten views (10, …) of each record. All records have the same positions in the central square."""
+        """Return the ten views (10, …) of each record. All records have the same positions in the central square."""
         square, views = self._image(self._augmenter.side_px), []
         offsets, flips = eval_offsets(self._views, self._max_offset_px)
         for (y, x), flip in zip(offsets.tolist(), flips.tolist(), strict=True):
@@ -194,7 +197,7 @@ class DaliEngine:
         return image - self._constant(self._augmenter.mean_image[centre, centre] / self._divisor)
 
     def _constant(self, hwc: npt.NDArray[Any]) -> Node:
-        """A float32 (H, W, C) array in the layout of the output, as a DALI constant."""
+        """Return a float32 (H, W, C) array in the layout of the output, as a DALI constant."""
         values = hwc.transpose(2, 0, 1) if self._layout == "CHW" else hwc
         return self._placement.constant(self._types, np.ascontiguousarray(values, np.float32))
 

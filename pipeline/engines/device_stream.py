@@ -53,10 +53,10 @@ class DeviceStream(Protocol):
         """
 
     def record(self) -> Event:
-        """An event after all work that has been queued."""
+        """Return an event after all work that has been queued."""
 
     def record_consumer(self) -> Event:
-        """An event after all work that the caller has queued in its own current stream of the device."""
+        """Return an event after all work that the caller has queued in its own current stream of the device."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialized memory on the device for the results of `run`."""
@@ -84,11 +84,11 @@ class CudaStream:
             work()
 
     def record(self) -> Event:
-        """An event after all work that has been launched on this stream."""
+        """Return an event after all work that has been launched on this stream."""
         return _CudaEvent(self._stream)
 
     def record_consumer(self) -> Event:
-        """An event after all work that the caller has launched on its current stream of this GPU."""
+        """Return an event after all work that the caller has launched on its current stream of this GPU."""
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -152,7 +152,7 @@ class InOrderStream:
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def upload(self, values: Tensor) -> Tensor:
-        """`values` itself."""
+        """Return `values` itself."""
         return values
 
 
@@ -168,5 +168,5 @@ _PASSED = _PassedEvent()
 
 
 def open_stream(placement: Placement) -> DeviceStream:
-    """A stream on the loader's device."""
+    """Return a stream on the loader's device."""
     return InOrderStream() if placement.device_id is None else CudaStream(placement.device_id)

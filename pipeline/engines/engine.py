@@ -27,16 +27,16 @@ class Engine(Protocol):
     stream: DeviceStream  # the stream whose work computes the images
 
     def define_graph(self) -> Any:
-        """The DALI nodes for `Pipeline.set_outputs`. Called only if the engine uses DALI."""
+        """Return the DALI nodes for `Pipeline.set_outputs`. Called only if the engine uses DALI."""
 
     def graph_inputs(self, records: RecordBatch, crops: Crops) -> dict[str, Any]:
-        """The values of the graph inputs, by name of the input. Each input has one value for each record."""
+        """Return the values of the graph inputs, by name of the input. Each input has one value for each record."""
 
     def start(self, records: RecordBatch, crops: Crops) -> Any:
         """Start a batch without waiting for it. Called only if the engine does not use DALI."""
 
     def finish(self, outputs: Any, records: RecordBatch, crops: Crops) -> torch.Tensor:
-        """The images of a batch, from the graph's outputs or from the result of `start`.
+        """Return the images of a batch, from the graph's outputs or from the result of `start`.
 
         The images are complete when an event has passed that is recorded on `stream` after this call. Raises
         DecodeError for a record that cannot be decoded, if the engine does not use DALI.
@@ -47,7 +47,7 @@ class Engine(Protocol):
 
 
 def choose_engine(augmenter: Augmenter, placement: Placement, output: OutputFormat, threads: int) -> Engine:
-    """The engine for a device.
+    """Return the engine for a device.
 
     On a GPU: a RawGpuEngine for raw records, a DaliEngine for JPEG records. On a CPU: a CpuEngine if the C kernel can
     read the records (pipeline.engines.kernels), otherwise a DaliEngine.

@@ -37,12 +37,12 @@ class CropFinisher:
         self._use_triton = self._triton_works(stream)
 
     def shape(self, records: int) -> tuple[int, ...]:
-        """The shape of the images of a batch: (N · V, 3, side, side) or (N · V, side, side, 3)."""
+        """Return the shape of the images of a batch: (N · V, 3, side, side) or (N · V, side, side, 3)."""
         side, images = self._side_px, records * self._views
         return (images, 3, side, side) if self._layout == "NCHW" else (images, side, side, 3)
 
     def parameters(self, crops: Crops) -> tuple[Tensor, Tensor]:
-        """The parameters of each crop, int32 (N · V, 6), and the shift of each record, float32 (N, 3).
+        """Return the parameters of each crop, int32 (N · V, 6), and the shift of each record, float32 (N, 3).
 
         The six parameters: row and column of the crop in its square, its flip, row and column of the crop in the mean
         image, and whether the mean is mirrored. Each row and column is the position of the crop's upper left pixel
@@ -132,7 +132,7 @@ def _can_try_triton(device: torch.device) -> bool:
 
 
 def _positions(windows: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (M, side, 1) and columns (M, 1, side) of the pixels of M crops.
+    """Return the rows (M, side, 1) and columns (M, 1, side) of the pixels of M crops.
 
     The argument (M, 3) has row, column and flip of each crop.
     """

@@ -109,7 +109,7 @@ class BatchJob(ctypes.Structure):
         position: npt.NDArray[np.int32],
         out: npt.NDArray[np.uint8],
     ) -> BatchJob:
-        """A batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3).
+        """Return a batch for NativeKernels.copy_squares; `out` is uint8 (N, V, side, side, 3).
 
         The other arguments are those of __init__.
         """
@@ -119,7 +119,7 @@ class BatchJob(ctypes.Structure):
 
 
 def address(array: npt.NDArray[Any]) -> int:
-    """The address of the first item of an array."""
+    """Return the address of the first item of an array."""
     return int(array.__array_interface__["data"][0])
 
 
@@ -215,7 +215,7 @@ def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bo
 
 
 def find_libjpeg() -> JpegLibrary | None:
-    """The libjpeg-turbo in Pillow's wheel, else the system's libjpeg-turbo; None if neither can be loaded."""
+    """Return the libjpeg-turbo in Pillow's wheel, else the system's libjpeg-turbo; None if neither can be loaded."""
     pillow = find_spec("PIL")
     folders = [Path(folder).parent for folder in (pillow and pillow.submodule_search_locations) or ()]
     bundled = [path for folder in folders for path in folder.glob("pillow.libs/libjpeg-*.so*")]

@@ -98,7 +98,7 @@ class BlockPool:
         self._copied: deque[tuple[Tensor, Event]] = deque()  # blocks, and the events of their copies
 
     def take(self, size_bytes: int) -> Tensor:
-        """A block of at least `size_bytes`, uint8."""
+        """Return a block of at least `size_bytes`, uint8."""
         if len(self._copied) >= _WAITING_BLOCKS:
             block, copied = self._copied.popleft()
             copied.wait()

@@ -61,14 +61,17 @@ def parse_service(service: str) -> tuple[str, str]:
 
 
 def service_names(ray: ModuleType) -> list[str]:
-    """Sorted names of the services that run in the cluster."""
+    """Return the sorted names of the services that run in the cluster."""
     prefix = actor_name("")
     actors = ray.util.list_named_actors(all_namespaces=True)
     return sorted(actor["name"].removeprefix(prefix) for actor in actors if actor["name"].startswith(prefix))
 
 
 def find_service(ray: ModuleType, name: str, address: str) -> Any:
-    """The coordinator of a service. If there is no such service, raises ServiceError with the names that exist."""
+    """Return the coordinator of a service.
+
+    If there is no such service, raises ServiceError with the names that exist.
+    """
     try:
         return ray.get_actor(actor_name(name), NAMESPACE)
     except ValueError:
@@ -230,7 +233,7 @@ class ServiceClient:
         )
 
     def _get(self, reference: Any) -> Any:
-        """The pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
+        """Return the pixels to which a reference points; None if they are lost or do not arrive within _TRANSFER_S."""
         exceptions = self._ray.exceptions
         deadline = time.monotonic() + _TRANSFER_S
         while time.monotonic() < deadline and not self._closed.is_set():
@@ -246,7 +249,7 @@ class ServiceClient:
         return None
 
     def _checked(self, pixels: Any, labels: Any, request: WindowRequest) -> Windows:
-        """The arrays of an answer. Raises ServiceError if their type or shape differs from the request."""
+        """Return the arrays of an answer. Raises ServiceError if their type or shape differs from the request."""
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
         _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))

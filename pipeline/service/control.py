@@ -29,7 +29,7 @@ _LEAST_BYTES = 80_000_000  # Ray refuses object stores that are smaller than thi
 
 
 def make_config(store: Path, name: str, min_workers: int, max_workers: int, threads: int, **more: Any) -> ServiceConfig:
-    """The settings of a service for a store. `more` sets further fields of ServiceConfig.
+    """Return the settings of a service for a store. `more` sets further fields of ServiceConfig.
 
     Raises StoreError if the store is missing or incomplete.
     """
@@ -106,7 +106,7 @@ def await_workers(ray: ModuleType, config: ServiceConfig, address: str) -> dict[
 
 
 def object_store_bytes(ahead: int) -> int:
-    """Size of the object store for a Ray cluster of this machine alone, in bytes.
+    """Return the size of the object store for a Ray cluster of this machine alone, in bytes.
 
     The object store has room for the batches of two streams with 512 images in each batch. The object store takes at
     most 30 % of the memory and 90 % of the free space in /dev/shm. `ahead` is the field of ServiceConfig.
@@ -124,7 +124,7 @@ def object_store_bytes(ahead: int) -> int:
 
 
 def _cores(ray: ModuleType) -> list[int]:
-    """Number of CPU cores of each living node of the cluster."""
+    """Return the number of CPU cores of each living node of the cluster."""
     return [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
 
 
@@ -145,7 +145,7 @@ def stop_service(ray: ModuleType, name: str, address: str) -> None:
 
 
 def service_status(ray: ModuleType, name: str, address: str) -> dict[str, Any]:
-    """The state of a service, which `alexstream status` prints.
+    """Return the state of a service, which `alexstream status` prints.
 
     Raises ServiceError if there is no such service, or if the service does not answer.
     """

@@ -96,7 +96,7 @@ class Coordinator:
         return PROTOCOL_VERSION, package_version()
 
     async def config(self) -> ServiceConfig:
-        """The settings of the service."""
+        """Return the settings of the service."""
         return self._config
 
     async def fetch(self, call: Call, fetch: Fetch) -> Answer:
@@ -138,7 +138,7 @@ class Coordinator:
         self._drop_unneeded()
 
     async def status(self) -> dict[str, Any]:
-        """The state of the service, which `alexstream status` prints."""
+        """Return the state of the service, which `alexstream status` prints."""
         await self.begin()
         assert self._group is not None
         return {
@@ -188,7 +188,7 @@ class Coordinator:
             self._drop_unneeded()
 
     def _block(self, stream: StreamKey, fetch: Fetch) -> _Block:
-        """The block of a request. A block that no consumer has requested before is put into the queue."""
+        """Return the block of a request. A block that no consumer has requested before is put into the queue."""
         key = stream, fetch.position, fetch.digest
         block = self._blocks.get(key)
         if block is not None and fetch.lost and block.pixels is not None and block.pixels.hex() == fetch.lost:

@@ -6,7 +6,7 @@ from prep.console import UserError
 
 
 def last_line(error: Exception) -> str:
-    """The last line of one of Ray's errors, which names the cause. Longer lines are cut after 300 characters."""
+    """Return the last line of one of Ray's errors, which names the cause. Longer lines are cut after 300 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines or [repr(error)])[-1][:300]
 

@@ -77,7 +77,7 @@ class Call(NamedTuple):
 
 
 def block_steps(batch_size: int, ahead: int, max_workers: int) -> int:
-    """Number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
+    """Return the number of consecutive batches in a block. A loader requests one block at a time from the coordinator.
 
     A block is so small that `ahead` batches are at least two blocks for each worker, so that all workers have work.
     """
@@ -113,7 +113,10 @@ class Health(NamedTuple):
 
 
 def request_digest(request: WindowRequest) -> bytes:
-    """Digest of all fields of a request. Consumers share a block only if their requests have the same digest."""
+    """Return the digest of all fields of a request.
+
+    Consumers share a block only if their requests have the same digest.
+    """
     digest = hashlib.blake2b(request.numbers.tobytes(), digest_size=16)
     digest.update(request.offset.tobytes())
     digest.update(f"{request.split} {request.window_px}".encode())
@@ -121,5 +124,5 @@ def request_digest(request: WindowRequest) -> bytes:
 
 
 def actor_name(service: str) -> str:
-    """Name under which Ray knows the coordinator of a service."""
+    """Return the name under which Ray knows the coordinator of a service."""
     return f"alexstream:{service}"

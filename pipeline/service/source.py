@@ -78,7 +78,7 @@ class WindowSource:
             self._first, self._blocks = position, {}
 
     def records(self, position: int) -> RecordBatch:
-        """The windows of the batch at a position, as raw records.
+        """Return the windows of the batch at a position, as raw records.
 
         Several threads may call this method at the same time. Each block is fetched once, by the first thread that
         needs one of its batches. Raises the same errors as ServiceClient.fetch.
@@ -111,7 +111,7 @@ class WindowSource:
             self._maker.close()
 
     def _windows(self, position: int, request: WindowRequest) -> Windows:
-        """The windows of the batch at a position. These windows are part of the windows of a block."""
+        """Return the windows of the batch at a position. These windows are part of the windows of a block."""
         first, block, is_new = self._block(position)
         if is_new:
             try:

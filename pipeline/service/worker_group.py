@@ -48,7 +48,7 @@ class WorkerGroup:
         self._full_s = time.monotonic()  # last time at which the load required all ready and starting workers
 
     def free(self, alone: bool) -> WorkerHandle | None:
-        """The least busy worker that can take another block; None if all workers are busy.
+        """Return the least busy worker that can take another block; None if all workers are busy.
 
         With `alone`, the worker must have no other block.
         """

@@ -56,11 +56,11 @@ class Part:
         return f"{self.number}/{self.count}"
 
     def shards(self, shard_count: int) -> range:
-        """Numbers of the shards that this part builds, if the split has `shard_count` shards."""
+        """Return the numbers of the shards that this part builds, if the split has `shard_count` shards."""
         return range(self.number - 1, shard_count, self.count)
 
     def count_inputs(self, inputs: int) -> int:
-        """Number of inputs in the shards that this part builds, if the split has `inputs` inputs."""
+        """Return the number of inputs in the shards that this part builds, if the split has `inputs` inputs."""
         boundaries = shard_boundaries(inputs)
         return sum(boundaries[shard + 1] - boundaries[shard] for shard in self.shards(len(boundaries) - 1))
 
@@ -174,7 +174,7 @@ def _assemble(plan: BuildPlan, store: Path, policy: BuildPolicy) -> Store:
 
 
 def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
-    """The unfinished shards of each part. Parts without unfinished shards are left out."""
+    """Return the unfinished shards of each part. Parts without unfinished shards are left out."""
     unfinished = [number for number in range(plan.shard_count) if not plan.is_finished(number)]
     numbers = sorted({shard % part_count + 1 for shard in unfinished})
     return {
@@ -184,7 +184,7 @@ def missing_shards(plan: BuildPlan, part_count: int) -> dict[Part, list[int]]:
 
 
 def begun_splits(store: Path) -> list[str]:
-    """The splits with a build that has begun and is not complete."""
+    """Return the splits with a build that has begun and is not complete."""
     return [split for split in SPLITS if (store / split / ".build" / "plan.json").exists()]
 
 
@@ -206,7 +206,7 @@ def join_split(
 
 
 def _open_plan(store: Path, split: str) -> BuildPlan:
-    """The plan of an unfinished build, from the files in its work folder. The plan cannot read its inputs."""
+    """Return the plan of an unfinished build, from the files in its work folder. The plan cannot read its inputs."""
     work_dir = store / split / ".build"
     try:
         begun = json.loads((work_dir / "plan.json").read_bytes())
@@ -231,7 +231,7 @@ def _open_plan(store: Path, split: str) -> BuildPlan:
 
 
 def _read_parts(plan: BuildPlan) -> Parts:
-    """The division of a build into parts. A build that was begun without --part counts as one part."""
+    """Return the division of a build into parts. A build that was begun without --part counts as one part."""
     try:
         parts = json.loads((plan.work_dir / "parts.json").read_bytes())
         return Parts(int(parts["parts"]), str(parts["command"]))

@@ -75,7 +75,7 @@ class BuildPlan:
         return self.source.inputs.permutation(self.settings.seed)
 
     def task(self, number: int) -> ShardTask:
-        """The description of shard `number` for the worker process that builds it."""
+        """Return the description of shard `number` for the worker process that builds it."""
         start = self.boundaries[number]
         inputs = tuple(self.source.inputs[index] for index in self.input_indices(number))
         return ShardTask(
@@ -93,23 +93,23 @@ class BuildPlan:
         )
 
     def input_indices(self, number: int) -> list[int]:
-        """Indices in `source.inputs` of the inputs of shard `number`, in record order."""
+        """Return the indices in `source.inputs` of the inputs of shard `number`, in record order."""
         indices: list[int] = self.permutation[self.boundaries[number] : self.boundaries[number + 1]].tolist()
         return indices
 
     def sorted_input_indices(self, shard_numbers: Sequence[int]) -> Sequence[int]:
-        """Indices in `source.inputs` of the inputs of the shards `shard_numbers`, in the order of the listing."""
+        """Return the indices in `source.inputs` of the inputs of some shards, in the order of the listing."""
         if len(shard_numbers) == self.shard_count:
             return range(len(self.source.inputs))
         indices = [self.permutation[self.boundaries[s] : self.boundaries[s + 1]] for s in shard_numbers]
         return array("q", np.sort(np.concatenate(indices)).tobytes())
 
     def count_inputs(self, shard_numbers: Iterable[int]) -> int:
-        """Number of inputs in the shards `shard_numbers`."""
+        """Return the number of inputs in the shards `shard_numbers`."""
         return sum(self.boundaries[number + 1] - self.boundaries[number] for number in shard_numbers)
 
     def crash_counts(self) -> dict[str, int]:
-        """{path of an input: number of worker processes that crashed at this input}, over all runs of the build."""
+        """Return {path of an input: number of worker processes that crashed at it}, over all runs of the build."""
         counts: dict[str, int] = self._read_json("deaths.json")
         return counts
 
@@ -157,7 +157,7 @@ class BuildPlan:
         return tasks
 
     def shard_summary(self, number: int) -> dict[str, Any] | None:
-        """The summary of shard `number`; None if a file is missing or cut short, or belongs to another build."""
+        """Return the summary of shard `number`; None if a file is missing or cut short, or belongs to another build."""
         path = summary_path(self.folder, number)
         try:
             summary: dict[str, Any] = json.loads(path.read_bytes())
@@ -183,7 +183,7 @@ class BuildPlan:
         return self.limits is None or not self.limits.find_changed(summary["fates"], summary.get("largest_px", 0))
 
     def count_bad_inputs(self, shard_numbers: Iterable[int]) -> int:
-        """Number of bad inputs that were left out of the finished shards among `shard_numbers`."""
+        """Return the number of bad inputs that were left out of the finished shards among `shard_numbers`."""
         summaries = [self.shard_summary(number) for number in shard_numbers if self.is_finished(number)]
         return sum(len(bad_outcomes(summary["fates"])) for summary in summaries if summary is not None)
 
@@ -202,12 +202,12 @@ def shard_boundaries(count: int) -> list[int]:
 
 
 def bad_outcomes(outcomes: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The outcomes of inputs that were left out."""
+    """Return the outcomes of inputs that were left out."""
     return [outcome for outcome in outcomes if outcome["fate"] == "bad"]
 
 
 def not_images(count: int) -> str:
-    """Text for messages, such as `1 input is not an image` or `3 inputs are not images`."""
+    """Return the text for messages, such as `1 input is not an image` or `3 inputs are not images`."""
     return "1 input is not an image" if count == 1 else f"{count:,} inputs are not images"
 
 

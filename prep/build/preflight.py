@@ -96,7 +96,7 @@ def check_inputs(plan: BuildPlan, policy: BuildPolicy, jobs: int, unfinished: Se
 def bad_inputs_error(
     bad: Sequence[tuple[str, str]], total: int, policy: BuildPolicy, listed_in: Path | None = None
 ) -> UserError:
-    """The error for too many bad inputs.
+    """Return the error for too many bad inputs.
 
     `bad` has (name, reason) of each bad input, and `total` is the number of all inputs.
     """
@@ -134,7 +134,7 @@ def check_disk_space(plan: BuildPlan, unfinished: Sequence[int], runner: Runner)
 
 
 def space_error(folder: Path, text: str) -> DiskFull:
-    """The error for too little disk space; `text` says how much is needed and how much is free."""
+    """Return the error for too little disk space; `text` says how much is needed and how much is free."""
     return DiskFull(f"{folder}: {text}. Free disk space, or choose another --store; nothing was built.")
 
 

@@ -98,7 +98,7 @@ def begin_build(plan: BuildPlan) -> bool:
 
 
 def begun_classes(store: Path, splits: Sequence[str] = SPLITS) -> tuple[str, ...]:
-    """The classes of an unfinished build of one of the `splits` that has finished shards; empty if there is none."""
+    """Return the classes of an unfinished build of one of `splits` that has finished shards; else ()."""
     for split in splits:
         work_dir = store / split / ".build"
         if any(work_dir.glob("[0-9]*.json")):

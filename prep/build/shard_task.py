@@ -61,7 +61,7 @@ class ShardTask:
 
 
 def summary_path(folder: Path, number: int) -> Path:
-    """Path of the summary file of shard `number`; `folder` is the folder of the split."""
+    """Return the path of the summary file of shard `number`; `folder` is the folder of the split."""
     return folder / ".build" / f"{number:05d}.json"
 
 

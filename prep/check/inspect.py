@@ -18,7 +18,10 @@ from prep.workers import Runner, TaskProgress, WorkerDied
 
 
 def describe_store(store: Store) -> dict[str, Any]:
-    """Settings, tools, classes, splits and record counts by class, as a JSON object. Only the manifest is read."""
+    """Return the settings, tools, classes, splits and record counts by class, as a JSON object.
+
+    Only the manifest is read.
+    """
     return {
         "store": str(store.root),
         "fingerprint": store.fingerprint,
@@ -51,7 +54,7 @@ def _describe_split(store: Store, split: Split) -> dict[str, Any]:
 
 
 def summary_lines(store: Store) -> Iterator[str]:
-    """The main facts of `describe_store` as lines of text."""
+    """Yield the main facts of `describe_store` as lines of text."""
     settings = store.settings
     format = f"jpeg, quality {settings.quality}" if settings.format == "jpeg" else settings.format
     shape = "whole images" if settings.keep_aspect else "central squares"

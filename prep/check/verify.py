@@ -57,7 +57,7 @@ class Fault:
     what: str
 
     def text(self) -> str:
-        """The fault as one line of text."""
+        """Return the fault as one line of text."""
         key = f", key {self.key}" if self.key else ""
         source = f" ({self.source})" if self.source else ""
         return f"{self.where}{key}{source}: {self.what}"
@@ -87,7 +87,7 @@ class _ShardFindings:
 
 
 def verify_split(store: Store, split: str, runner: Runner, progress: Progress, decode: bool = True) -> list[Fault]:
-    """All faults of a split, sorted by file and key. Images are decoded only if `decode` is true."""
+    """Return all faults of a split, sorted by file and key. Images are decoded only if `decode` is true."""
     shards = store.split(split).shards
     tasks = [_ShardCheck(store.root, shard, store.settings, len(store.classes), decode) for shard in shards]
     findings: dict[str, _ShardFindings] = {}
@@ -190,7 +190,7 @@ def _check_record(task: _ShardCheck, value: bytes) -> tuple[int, npt.NDArray[np.
 
 
 def _readable_source(value: bytes) -> str:
-    """The source path in a record that may be damaged; empty if the path cannot be read."""
+    """Return the source path in a record that may be damaged; empty if the path cannot be read."""
     try:
         source = parse_fields(value, len(value) - CRC32_BYTES).get(SOURCE, b"")
     except DatumError:

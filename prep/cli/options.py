@@ -148,7 +148,10 @@ def record_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def make_runner(cluster: str | None, jobs: int | None, preload: str = "") -> WorkerPool | ClusterRunner:
-    """The runner that --cluster and --jobs describe, to be used in a `with` block. See WorkerPool for `preload`."""
+    """Return the runner that --cluster and --jobs describe, to be used in a `with` block.
+
+    See WorkerPool for `preload`.
+    """
     if cluster is None:
         from prep.workers import WorkerPool
 

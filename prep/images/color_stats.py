@@ -54,12 +54,12 @@ class Moments:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The moments as a JSON object of integers."""
+        """Return the moments as a JSON object of integers."""
         return {"pixels": self.pixels, "total": list(self.total), "outer": [list(row) for row in self.outer]}
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Moments:
-        """The inverse of to_json."""
+        """Return the inverse of to_json."""
         return Moments(int(data["pixels"]), tuple(data["total"]), tuple(tuple(row) for row in data["outer"]))
 
 
@@ -96,7 +96,7 @@ class PixelSums:
         return Moments(self._pixels, (r, g, b), ((rr, rg, rb), (rg, gg, gb), (rb, gb, bb)))
 
     def square_sum(self) -> npt.NDArray[np.int64]:
-        """Sum of all central squares added so far, int64 (side_px, side_px, 3)."""
+        """Return the sum of all central squares added so far, int64 (side_px, side_px, 3)."""
         self._squares += self._pending_squares
         self._pending_squares[:] = 0
         self._pending = 0
@@ -125,7 +125,7 @@ def _add_moments(image: npt.NDArray[np.uint8], sums: npt.NDArray[np.int64]) -> N
 
 
 def compute_color_stats(records: int, moments: Moments) -> ColorStats:
-    """Mean, covariance (divisor pixels − 1, as in numpy.cov) and principal components of RGB, on the scale 0..255.
+    """Return mean, covariance (divisor pixels − 1, like numpy.cov) and principal components of RGB in 0..255.
 
     Eigenvalues are in descending order. The first nonzero component of each eigenvector, normally red, is positive. In
     natural images the red components of all three eigenvectors are well away from zero, so different sets of natural

@@ -34,7 +34,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def rescaled_size(width: int, height: int, side_px: int) -> tuple[int, int]:
-    """(width, height) in px after rescaling the shorter side to `side_px`; the longer side is rounded, 0.5 upwards."""
+    """Return (width, height) in px with a shorter side of `side_px`; the longer side is rounded, 0.5 upwards."""
     short = min(width, height)
     return (width * side_px + short // 2) // short, (height * side_px + short // 2) // short
 
@@ -186,7 +186,7 @@ _BAND_OUTPUTS = {1: 16, 3: 4}  # channels -> outputs of a band; larger bands mul
 
 
 def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
-    """The matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
+    """Return the matrix of one pass, cut into bands of _BAND_OUTPUTS outputs.
 
     For channels = 1 the weights of a band are a matrix (outputs, inputs) that multiplies pixels from the left. For
     channels = 3 the weights are a matrix (3 · inputs, 3 · outputs) that multiplies interleaved pixels from the right.

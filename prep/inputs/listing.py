@@ -48,7 +48,7 @@ class Listing:
             self._columns[name].append(value)
 
     def relabelled(self, labels: Sequence[int]) -> Listing:
-        """A listing of the same inputs, in which an input with label k has the label `labels[k]`."""
+        """Return a listing of the same inputs, in which an input with label k has the label `labels[k]`."""
         other = Listing()
         other._paths, other._ends, other._columns = self._paths, self._ends, dict(self._columns)
         if len(self):
@@ -57,11 +57,11 @@ class Listing:
         return other
 
     def labels(self) -> npt.NDArray[np.int64]:
-        """The labels of all inputs: int64 (N,)."""
+        """Return the labels of all inputs: int64 (N,)."""
         return np.array(self._columns["label"], np.int64)
 
     def label_counts(self, classes: int) -> npt.NDArray[np.int64]:
-        """Number of inputs of each label 0..`classes` − 1."""
+        """Return the number of inputs of each label 0..`classes` − 1."""
         return np.bincount(self.labels(), minlength=classes)
 
     def __len__(self) -> int:
@@ -74,7 +74,7 @@ class Listing:
         return (self[index] for index in range(len(self)))
 
     def path(self, index: int) -> bytes:
-        """The path of input `index`. Raises IndexError if `index` is negative or too large."""
+        """Return the path of input `index`. Raises IndexError if `index` is negative or too large."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
@@ -87,7 +87,7 @@ class Listing:
         return digest.hexdigest()
 
     def permutation(self, seed: int) -> npt.NDArray[np.int64]:
-        """The record order: indices of inputs, sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of their paths.
+        """Return the record order: input indices sorted by the BLAKE2b hash (8 bytes, keyed by `seed`) of the paths.
 
         Inputs with equal hashes are sorted by path, then by location. So the record order depends only on paths and
         seed, not on the order of the listing or the version of a random number generator.

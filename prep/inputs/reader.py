@@ -26,10 +26,16 @@ class InputReader(Protocol):
         """The folder or file that holds the inputs, for messages."""
 
     def read(self, item: Input) -> Content:
-        """The content of one input. Raises BadImage if reading fails, UserError if the input changed since listing."""
+        """Return the content of one input.
+
+        Raises BadImage if reading fails, UserError if the input changed since listing.
+        """
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of one input, or fewer if the input is shorter. Raises BadImage if reading fails."""
+        """Return the first `size` bytes of one input, or fewer if the input is shorter.
+
+        Raises BadImage if reading fails.
+        """
 
 
 @runtime_checkable
@@ -37,7 +43,7 @@ class UnpackingReader(InputReader, Protocol):
     """A reader that reads single inputs slowly, and faster if it may first unpack them into a folder."""
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> InputReader:
-        """A reader that unpacks inputs into `folder` when needed, if `free_bytes` of disk space are enough."""
+        """Return a reader that unpacks inputs into `folder` when needed, if `free_bytes` of disk space are enough."""
 
 
 @dataclass(frozen=True)

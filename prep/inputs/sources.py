@@ -125,7 +125,7 @@ def _without_excluded(source: Source, options: ListOptions) -> Source:
 def _find_inputs(
     where: SplitSource, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[InputReader, FoundInputs]:
-    """The reader and the inputs of a split, before labels are compared with the classes of the store."""
+    """Return the reader and the inputs of a split, before labels are compared with the classes of the store."""
     path, flat = where.path, options.labels is not None
     match where.layout:
         case "tar":
@@ -152,7 +152,7 @@ def _find_inputs(
 def label_inputs(
     reader: InputReader, found: FoundInputs, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> Source:
-    """The split with the inputs `found`, labelled as list_source says."""
+    """Return the split with the inputs `found`, labelled as list_source says."""
     path = reader.root
     if found.is_flat:
         names = [found.listing.path(i) for i in range(len(found.listing))]

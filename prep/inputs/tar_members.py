@@ -48,7 +48,7 @@ class BoundedFile(io.BufferedReader):
         self._bytes_left = 2 * MAX_HEADER_BYTES
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """The next `size` bytes, or fewer at the end of the file; raises tarfile.ReadError for an invalid size."""
+        """Return the next `size` bytes, fewer at the end of the file; tarfile.ReadError for an invalid size."""
         if size is None or not 0 <= size <= min(MAX_HEADER_BYTES, self._bytes_left):
             raise tarfile.ReadError(f"a header of more than {MAX_HEADER_BYTES:,} bytes, or of a negative size")
         self._bytes_left -= size
@@ -105,7 +105,7 @@ def iterate_members(
 
 
 def name_bytes(member: tarfile.TarInfo) -> bytes:
-    """The bytes of a member's name in the archive."""
+    """Return the bytes of a member's name in the archive."""
     return member.name.encode("utf-8", "surrogateescape")
 
 
@@ -114,7 +114,7 @@ def _text(member: tarfile.TarInfo) -> str:
 
 
 def _count_zeros(file: BoundedFile, position: int, end: int) -> int:
-    """Number of consecutive zero bytes from `position` on. Counting stops soon after _MAX_PADDING_BYTES."""
+    """Return the number of consecutive zero bytes from `position` on. Counting stops soon after _MAX_PADDING_BYTES."""
     file.seek(position)
     count = 0
     while position + count < end and count <= _MAX_PADDING_BYTES:

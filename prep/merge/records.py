@@ -48,7 +48,7 @@ class CopyTask:
 
 
 def list_shard(task: tuple[int, SourceShard], task_progress: TaskProgress) -> Listing:
-    """The records of one shard, with their new labels. Raises UserError if a record is no Datum of a store."""
+    """Return the records of one shard, with their new labels. Raises UserError if a record is no Datum of a store."""
     number, shard = task
     listing = Listing()
     reader = lmdb_shard.ShardReader(shard.folder, shard.records)

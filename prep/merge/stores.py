@@ -88,7 +88,7 @@ def merge_stores(
 
 
 def count_records(sources: Sequence[Path]) -> int:
-    """Number of records in all splits of the stores. Raises StoreError if one of them is no store."""
+    """Return the number of records in all splits of the stores. Raises StoreError if one of them is no store."""
     return sum(split.records for path in sources for split in Store.open(path).splits.values())
 
 
@@ -205,7 +205,7 @@ def _report_equal_names(plan: BuildPlan) -> None:
 
 
 def _list_records(shards: Sequence[SourceShard], runner: Runner) -> Listing:
-    """The records of all shards. `mtime_ns` holds the CRC-32 of a record, `location` its shard and index."""
+    """Return the records of all shards. `mtime_ns` holds the CRC-32 of a record, `location` its shard and index."""
     found: dict[int, Listing] = {}
     for (number, shard), result in runner.map(list_shard, list(enumerate(shards)), lambda counts: None):
         if isinstance(result, WorkerDied):
@@ -302,7 +302,7 @@ def _origin(split: Split) -> dict[str, Any]:
 
 
 def _square_sum(plan: BuildPlan, parts: Sequence[Store]) -> npt.NDArray[Any]:
-    """Sum of the central squares of all records.
+    """Return the sum of the central squares of all records.
 
     For ppm, the workers have summed the copied pixels. For jpeg, the sum over the pixels before compression is
     restored from each store's mean image: exactly up to 65,000 records, then within the rounding of float32.
@@ -335,6 +335,6 @@ def _sum_counts(accounts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _joined_tools(stores: Sequence[Store]) -> dict[str, str]:
-    """The versions of the software that made the records: `1.2` if they agree, else `1.2, 1.3`."""
+    """Return the versions of the software that made the records: `1.2` if they agree, else `1.2, 1.3`."""
     names = dict.fromkeys(name for store in stores for name in store.tools)
     return {name: ", ".join(dict.fromkeys(store.tools.get(name, "none") for store in stores)) for name in names}

@@ -58,7 +58,7 @@ def profile_settings(environment: Mapping[str, str] = os.environ) -> dict[str, s
 
 
 def _section(path: Path, name: str) -> Mapping[str, str] | None:
-    """The section `name` of a file; None if the file or the section does not exist."""
+    """Return the section `name` of a file; None if the file or the section does not exist."""
     parser = configparser.RawConfigParser()
     try:
         parser.read(path, "utf-8")

@@ -43,7 +43,7 @@ class StoreFile:
 
 
 def read_manifest(folder: Folder) -> tuple[Store, bytes]:
-    """The store in `folder`, and the bytes of its manifest.
+    """Return the store in `folder`, and the bytes of its manifest.
 
     Raises StoreError if the manifest is missing or damaged.
     """
@@ -67,7 +67,7 @@ def read_manifest(folder: Folder) -> tuple[Store, bytes]:
 
 
 def store_files(store: Store, name: str) -> list[StoreFile]:
-    """All files of a store except its manifest. The shards come first.
+    """Return all files of a store except its manifest. The shards come first.
 
     Raises StoreError if a path in the manifest points outside of the store.
     """
@@ -133,7 +133,7 @@ def _check_color_stats(expected: ColorStats, path: Path) -> None:
 
 
 def format_checksums(digests: dict[str, str]) -> bytes:
-    """The content of a SHA256SUMS file, with one line for each path. `digests` is {path: SHA-256 (hex)}."""
+    """Return the content of a SHA256SUMS file, with one line for each path. `digests` is {path: SHA-256 (hex)}."""
     return "".join(f"{digest}  {path}\n" for path, digest in sorted(digests.items())).encode()
 
 

@@ -250,7 +250,7 @@ def _holds_store(target: Folder, identity: CopySource, states: dict[str, FileSta
 
 
 def _arrivals(target: Folder, identity: CopySource, paths: list[str]) -> dict[str, Arrival]:
-    """The files of an unfinished copy that have arrived, by path.
+    """Return the files of an unfinished copy that have arrived, by path.
 
     Raises UserError if the destination has other content, or an unfinished copy of another store.
     """
@@ -290,5 +290,5 @@ def _same_folder(source: Folder, target: Folder) -> bool:
 
 
 def _pickled_name(folder: Folder) -> str:
-    """The name by which a worker process can open the folder."""
+    """Return the name by which a worker process can open the folder."""
     return os.path.abspath(folder.name) if isinstance(folder, LocalFolder) else folder.name

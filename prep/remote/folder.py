@@ -39,7 +39,7 @@ class Folder(Protocol):
         """Return {path: state} of the files that exist. Missing files are left out."""
 
     def read(self, path: str) -> bytes:
-        """The content of a small file."""
+        """Return the content of a small file."""
 
     def chunks(self, path: str, state: FileState) -> Iterator[bytes]:
         """Yield the content of a file. Raises UserError if the file no longer has the state `state`."""
@@ -113,7 +113,7 @@ class LocalFolder:
             (self.root / path).unlink(missing_ok=True)
 
     def disk_errors(self) -> _DiskErrors:
-        """A context manager that replaces an OSError by DiskFull or UserError with advice to the user."""
+        """Return a context manager that replaces an OSError by DiskFull or UserError with advice to the user."""
         return _DiskErrors(self.name)
 
 

@@ -49,7 +49,7 @@ class Arrival:
 
 
 def read_source(target: Folder) -> CopySource | None:
-    """The store of which `target` holds an unfinished copy; None if there is no unfinished copy."""
+    """Return the store of which `target` holds an unfinished copy; None if there is no unfinished copy."""
     try:
         return CopySource(**json.loads(target.read(SOURCE)))
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def read_arrivals(target: Folder, paths: Iterable[str]) -> dict[str, Arrival]:
 
 
 def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival]:
-    """The part of `arrivals` whose files still have the recorded size and version in the destination."""
+    """Return the part of `arrivals` whose files still have the recorded size and version in the destination."""
     states = target.states(arrivals)
     return {
         path: arrival

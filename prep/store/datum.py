@@ -54,7 +54,7 @@ class Datum:
     channels: int = 3
 
     def encode(self) -> bytes:
-        """The record as bytes, with the checksum at the end."""
+        """Return the record as bytes, with the checksum at the end."""
         parts = [
             _varint_field(CHANNELS, self.channels),
             _varint_field(HEIGHT, self.height),

@@ -66,7 +66,10 @@ class Tree(NamedTuple):
 
 
 def find_tree(head: bytes, page_bytes: int, transaction: int) -> Tree | None:
-    """The tree after `transaction`, from the first two pages of a file. None if the pages are not as expected."""
+    """Return the tree after `transaction`, from the first two pages of a file.
+
+    None if the pages are not as expected.
+    """
     for start in (0, page_bytes):
         if len(head) >= start + _META.size:
             magic, version, root, _, number = _META.unpack_from(head, start)
@@ -98,7 +101,7 @@ def is_correct(kernels: NativeKernels) -> bool:
 
 
 def _page(flags: int, nodes: list[bytes], page_bytes: int = 512) -> bytes:
-    """A page of a tree, for the self-test."""
+    """Return a page of a tree, for the self-test."""
     offsets, used = [], page_bytes
     for item in nodes:
         used -= len(item)
@@ -108,7 +111,7 @@ def _page(flags: int, nodes: list[bytes], page_bytes: int = 512) -> bytes:
 
 
 def _leaf_node(key: int, value: bytes, long_page: int) -> bytes:
-    """A node of a leaf page, for the self-test. A value of more than 100 bytes is in page `long_page`."""
+    """Return a node of a leaf page, for the self-test. A value of more than 100 bytes is in page `long_page`."""
     is_long = len(value) > 100
     header = struct.pack("<IHH", len(value), is_long, 8) + b"%08d" % key
     return header + (struct.pack("<Q", long_page) if is_long else value)

@@ -29,7 +29,7 @@ _FIRST_MAP_BYTES = 64 << 20
 
 
 def record_key(index: int) -> bytes:
-    """The key of record `index` of a split: b"00000017"."""
+    """Return the key of record `index` of a split: b"00000017"."""
     return b"%08d" % index
 
 
@@ -118,11 +118,11 @@ class ShardReader:
                     self._keys = [bytes(key) for key in islice(cursor.iternext(values=False), records)]
 
     def key(self, index: int) -> bytes:
-        """The key of the record at `index`."""
+        """Return the key of the record at `index`."""
         return record_key(self._first + index) if self._keys is None else self._keys[index]
 
     def __getitem__(self, index: int) -> memoryview:
-        """The record's bytes, valid until `close`. py-lmdb releases the GIL while pages are read from the disk."""
+        """Return the record's bytes, valid until `close`. py-lmdb reads from the disk without holding the GIL."""
         with _lmdb_errors_as_store_errors(self.folder, self._advice):
             value: memoryview | None = self._txn.get(self.key(index))
         if value is None:
@@ -130,7 +130,7 @@ class ShardReader:
         return value
 
     def key_numbers(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """The keys (N,) of the records at `indices` (N,), as numbers."""
+        """Return the keys (N,) of the records at `indices` (N,), as numbers."""
         if self._keys is None:
             return indices + self._first
         if self._numbers is None:

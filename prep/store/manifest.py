@@ -66,7 +66,10 @@ class Settings:
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> Settings:
-        """The settings in a manifest, a plan.json or a run.json. Raises TypeError for a missing or unknown field."""
+        """Return the settings in a manifest, a plan.json or a run.json.
+
+        Raises TypeError for a missing or unknown field.
+        """
         return Settings(**{**_OLDER_SETTINGS, **data})
 
     def to_json(self) -> dict[str, Any]:
@@ -141,7 +144,7 @@ class ChannelStats(NamedTuple):
 
 
 def _class_names(value: object) -> tuple[str, ...]:
-    """The classes of a manifest. Raises TypeError unless the value is a list of strings."""
+    """Return the classes of a manifest. Raises TypeError unless the value is a list of strings."""
     if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
         raise TypeError(f"classes: {value!r:.60}, expected a list of strings")
     return tuple(value)
@@ -217,7 +220,7 @@ class Store:
 
     @staticmethod
     def parse(root: Path, content: bytes, name: str = "") -> Store:
-        """The store whose manifest.json has these bytes. `name` is the store's name in errors; default: `root`.
+        """Return the store whose manifest.json has these bytes. `name` is the store's name in errors; default: `root`.
 
         Raises StoreError unless the manifest has this schema version and all of its fields.
         """
@@ -250,7 +253,7 @@ class Store:
             ) from None
 
     def split(self, name: str) -> Split:
-        """The split `name`. Raises StoreError if the store has no such split."""
+        """Return the split `name`. Raises StoreError if the store has no such split."""
         if name not in self.splits:
             has = ", ".join(self.splits) or "none"
             command = f"Build it: alexprep build-lmdb SOURCE --split {name} --store {shell_quoted(self.root)}"
@@ -259,7 +262,10 @@ class Store:
         return self.splits[name]
 
     def shard_paths(self, split: str) -> list[str]:
-        """Paths of the LMDB folders of a split, in order. Raises StoreError if a data.mdb is missing or truncated."""
+        """Return the paths of the LMDB folders of a split, in order.
+
+        Raises StoreError if a data.mdb is missing or truncated.
+        """
         paths = []
         for shard in self.split(split).shards:
             file = self.root / shard.path / "data.mdb"
@@ -274,7 +280,7 @@ class Store:
         return paths
 
     def color_stats(self, split: str = "train") -> ColorStats:
-        """Mean and colour PCA of a split. Raises StoreError if colour.json is missing or damaged."""
+        """Return the mean and colour PCA of a split. Raises StoreError if colour.json is missing or damaged."""
         self.split(split)
         path = self.root / split / "colour.json"
         try:
@@ -286,7 +292,7 @@ class Store:
             raise StoreError(f"{path}: cannot be read ({error}). {hint}") from None
 
     def mean_image(self, split: str = "train") -> npt.NDArray[np.float32]:
-        """Mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
+        """Return the mean of the central squares of all images of a split: float32 (side_px, side_px, 3), 0..255.
 
         Raises StoreError if mean_image.npy is missing or damaged.
         """
@@ -322,7 +328,10 @@ class Store:
 
 
 def parse_color_stats(content: bytes, name: str) -> ColorStats:
-    """The content of a colour.json. Raises ValueError for text that is not JSON, StoreError for a wrong field."""
+    """Return the content of a colour.json.
+
+    Raises ValueError for text that is not JSON, StoreError for a wrong field.
+    """
     return _from_json(ColorStats, json.loads(content), name)
 
 

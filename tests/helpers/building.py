@@ -170,7 +170,7 @@ class BuildCommand:
         self.wait_for(f"{count} finished shards", lambda: len(self.shard_summaries()) >= count)
 
     def shard_summaries(self) -> list[Path]:
-        """Paths of the summaries of the finished shards."""
+        """Return the paths of the summaries of the finished shards."""
         return sorted(self.work_dir.glob("[0-9]*.json"))
 
     def kill(self) -> None:

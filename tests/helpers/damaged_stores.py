@@ -31,7 +31,10 @@ def faults_of(store: Path, workers: WorkerPool, split: str = "train", decode: bo
 
 
 def the_fault(store: Path, workers: WorkerPool, *parts: str) -> Fault:
-    """The only fault that verification finds in the split `train`. Asserts that the fault's text has all `parts`."""
+    """Return the only fault that verification finds in the split `train`.
+
+    Asserts that the fault's text has all `parts`.
+    """
     faults = faults_of(store, workers)
     assert len(faults) == 1, faults
     for part in parts:
@@ -67,12 +70,12 @@ def replace_records(folder: Path, records: Records) -> None:
 
 
 def with_checksum(body: bytes) -> bytes:
-    """The record with its checksum corrected."""
+    """Return the record with its checksum corrected."""
     return body + b"\xd5\x3e" + zlib.crc32(body).to_bytes(4, "little")
 
 
 def changed_record(value: bytes, **fields: Any) -> bytes:
-    """The record with some fields replaced and its checksum corrected."""
+    """Return the record with some fields replaced and its checksum corrected."""
     return replace(Datum.decode(value), **fields).encode()
 
 
@@ -92,7 +95,7 @@ def make_crashing(store: Path) -> None:
 
 
 def store_with_records(store: Path, copy: Path, records: Records, classes: list[str] | None = None) -> Path:
-    """A copy of `store` whose only training shard holds `records`, and whose classes are `classes`."""
+    """Return a copy of `store` whose only training shard holds `records`, and whose classes are `classes`."""
     shutil.copytree(store, copy)
     replace_records(copy / "train" / "00000", records)
     manifest = json.loads((copy / "manifest.json").read_bytes())

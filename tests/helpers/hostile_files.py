@@ -66,13 +66,13 @@ def with_segment(jpeg: bytes, marker: int, content: bytes) -> bytes:
 
 
 def claiming(jpeg: bytes, height: int, width: int) -> bytes:
-    """The file `jpeg` with another size in its frame header."""
+    """Return the file `jpeg` with another size in its frame header."""
     at = next(m.start() for m in re.finditer(rb"\xff[\xc0\xc2]\x00\x11\x08", jpeg))
     return jpeg[: at + 5] + struct.pack(">HH", height, width) + jpeg[at + 9 :]
 
 
 def many_scans(width: int, height: int, scans: int, sampling: Sequence[int] = (0x22, 0x11, 0x11)) -> bytes:
-    """A progressive JPEG of one colour: a DC scan, then AC scans in which every block ends at its first coefficient.
+    """Return a progressive JPEG of one colour: a DC scan, then AC scans whose blocks have no coefficients.
 
     A scan has only a few bytes, but for each scan a decoder must process all blocks of the image.
     """
@@ -229,7 +229,7 @@ def gif(width: int, height: int, inner_width: int, inner_height: int) -> bytes:
 
 
 def tiff(*tags: tuple[int, int, int], pixels: bytes = b"") -> bytes:
-    """A TIFF with entries (tag, type 3 or 4, value), one value in each entry. The pixels are at byte 8."""
+    """Return a TIFF with entries (tag, type 3 or 4, value), one value in each entry. The pixels are at byte 8."""
     body = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in tags)
     return b"II*\0" + struct.pack("<I", 8 + len(pixels)) + pixels + struct.pack("<H", len(tags)) + body + bytes(4)
 

@@ -69,7 +69,7 @@ def audit(event: str, args: tuple[Any, ...]) -> None:
 
 
 def counted(operation: str, real: Any) -> Any:
-    """A function that calls `real` and counts each call as an operation."""
+    """Return a function that calls `real` and counts each call as an operation."""
 
     def call(*args: Any, **options: Any) -> Any:
         before_operation(operation)
@@ -88,7 +88,7 @@ def counted_step(self: TrainingStep, *batch: torch.Tensor, real: Any = TrainingS
 
 
 def newest_step(run_dir: Path) -> int:
-    """The step of the newest checkpoint, from its file name; 0 without a checkpoint."""
+    """Return the step of the newest checkpoint, from its file name; 0 without a checkpoint."""
     paths = checkpoint.checkpoint_paths(run_dir)
     return int(paths[-1].stem[-8:]) if paths else 0
 

@@ -46,7 +46,7 @@ def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
 def list_labelled(
     folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
 ) -> Source:
-    """The listing of a folder without class folders, as the split val."""
+    """Return the listing of a folder without class folders, as the split val."""
     return list_source(folder, "val", ListOptions(labels, order), store_classes)
 
 

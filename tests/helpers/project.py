@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def own_namespaces(*kinds: str) -> list[str]:
-    """The beginning of a command line that runs a command in its own namespaces of Linux, such as "--mount".
+    """Return the beginning of a command line that runs a command in its own namespaces of Linux, such as "--mount".
 
     Skips the test if this machine does not permit namespaces, as some containers and distributions do.
     """

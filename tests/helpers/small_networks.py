@@ -23,7 +23,7 @@ MakeRun = Callable[[Architecture, Recipe], tuple[Path, AlexNet]]
 
 
 def eval_images(store: Path, mean: str) -> torch.Tensor:
-    """The center crops of the split val minus the mean, float32 (12, 3, 224, 224)."""
+    """Return the center crops of the split val minus the mean, float32 (12, 3, 224, 224)."""
     with eval_loader(store, 12, augmentation=Augmentation(mean=mean)) as loader:
         return next(iter(loader)).images
 

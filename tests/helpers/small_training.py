@@ -20,7 +20,7 @@ SMALL_ALEXNET = replace(ALEXNET, widths=Widths(8, 8, 8, 8, 8, 16, 16))
 
 
 def small_config(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
-    """A run of 9 steps of 8 images: 3 epochs of 3 steps on the 30 training images of the test store."""
+    """Return a run of 9 steps of 8 images: 3 epochs of 3 steps on the 30 training images of the test store."""
     config = RunConfig(
         store=store,
         recipe=replace(SHORT, dropout=0.5, schedule=(ScheduleChange(1.5, lr=0.002),)),
@@ -37,7 +37,7 @@ def small_config(store: Path, run_dir: Path, **changes: Any) -> RunConfig:
 
 
 def metrics_without_clock(run_dir: Path) -> list[dict]:
-    """The lines of metrics.jsonl without the keys that depend on the clock or the machine."""
+    """Return the lines of metrics.jsonl without the keys that depend on the clock or the machine."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in CLOCK_DEPENDENT} for line in lines]
 

@@ -16,7 +16,7 @@ MEMBER_BYTES = 3 * BLOCK  # number of bytes in the archive for a member with 700
 
 
 def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes:
-    """A tar with the members (name, content) or (name, content, fields of the header)."""
+    """Return a tar with the members (name, content) or (name, content, fields of the header)."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format) as tar:
         for name, content, *fields in members:
@@ -29,7 +29,7 @@ def tar_of(members: Sequence[Member], format: int = tarfile.GNU_FORMAT) -> bytes
 
 
 def header(name: bytes, size: bytes, kind: bytes = b"0") -> bytes:
-    """A header block of a tar file. `size` gives the 12 bytes of the size field."""
+    """Return a header block of a tar file. `size` gives the 12 bytes of the size field."""
     block = bytearray(BLOCK)
     for at, field in ((0, name), (100, b"0000644\0"), (124, size), (148, b" " * 8), (156, kind), (257, b"ustar  \0")):
         block[at : at + len(field)] = field
@@ -46,7 +46,7 @@ def with_second_member(content: bytes, block: bytes) -> bytes:
 
 
 def negative_size(size: int) -> bytes:
-    """A size field with a negative number in base 256. GNU tar writes large sizes in base 256."""
+    """Return a size field with a negative number in base 256. GNU tar writes large sizes in base 256."""
     return b"\xff" + (256**11 + size).to_bytes(11, "big")
 
 

@@ -22,7 +22,7 @@ from prep.store.manifest import Store
 
 
 def stored_squares(store: Store, split: str) -> list[tuple[int, np.ndarray]]:
-    """A pair (label, central square) for each record, in the order of the keys."""
+    """Return a pair (label, central square) for each record, in the order of the keys."""
     return list(_stored_squares(store.root, split))
 
 
@@ -51,7 +51,7 @@ def formula(
     store: Store,
     divisor: float = 1.0,
 ) -> np.ndarray:
-    """The augmented image, float64 (3, 224, 224).
+    """Return the augmented image, float64 (3, 224, 224).
 
     Pixel (i, j) is (square[y + i, x + j′] + shift − mean) / divisor. `offset` is (y, x). j′ is j, or 223 − j if `flip`
     is 1.
@@ -68,7 +68,7 @@ def formula(
 
 
 def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np.ndarray:
-    """The colour noise of one image, (3,), for standard normal `z` and pixels in 0..255."""
+    """Return the colour noise of one image, (3,), for standard normal `z` and pixels in 0..255."""
     stats = store.color_stats()
     vectors, variances = np.array(stats.eigenvectors), np.array(stats.eigenvalues)
     if augmentation.colour == "off":
@@ -81,7 +81,7 @@ def formula_shift(store: Store, augmentation: Augmentation, z: np.ndarray) -> np
 def expected_training_images(
     store: Store, augmentation: Augmentation, seed: int, batch_size: int, epochs: int = 1
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The (label, image) pairs of the training stream, beginning with its first batch."""
+    """Yield the (label, image) pairs of the training stream, beginning with its first batch."""
     squares, max_offset_px = stored_squares(store, "train"), store.settings.side_px - 224
     for epoch in range(epochs):
         order = epoch_permutation(len(squares), seed, epoch)

@@ -38,6 +38,6 @@ def batches_equal(first: list[Batch], second: list[Batch]) -> bool:
 
 
 def concatenate_ranks(ranks: list[list[Batch]]) -> list[Batch]:
-    """The batches of all ranks, concatenated step by step in the order of the ranks."""
+    """Return the batches of all ranks, concatenated step by step in the order of the ranks."""
     steps = zip(*ranks, strict=True)
     return [Batch(*(torch.cat(parts) for parts in zip(*batches, strict=True))) for batches in steps]

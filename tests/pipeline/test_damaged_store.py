@@ -51,7 +51,7 @@ DAMAGE = {"flipped bit": flip_a_bit_of_the_jpeg, "label": give_another_label, "c
 
 
 def stopped_with(loader: TrainLoader | EvalLoader) -> tuple[str, int]:
-    """The message of the StoreError that ends a pass, and the number of images served before the error."""
+    """Return the message of the StoreError that ends a pass, and the number of images served before the error."""
     served = 0
     try:
         for batch in loader:

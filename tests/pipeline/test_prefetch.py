@@ -49,7 +49,7 @@ class Harness:
         )
 
     def take(self) -> tuple[int, float]:
-        """The number of the first record in the next batch, and the sum of the batch's pixels."""
+        """Return the number of the first record in the next batch, and the sum of the batch's pixels."""
         images, labels, batch_input = self.prefetcher.next()
         assert labels.tolist() == batch_input.records.labels.tolist()
         return int(batch_input.records.numbers[0]), float(images.numpy().sum(dtype=np.float64))

@@ -29,7 +29,7 @@ def stored(store: Store, split: str) -> list[tuple[str, bytes, Datum]]:
 
 
 def cut_into_shards(source: Path, target: Path, sizes: list[int]) -> Store:
-    """A copy of a store; shard k of the copy's training split has sizes[k] records."""
+    """Return a copy of a store; shard k of the copy's training split has sizes[k] records."""
     shutil.copytree(source, target)
     store = Store.open(target)
     records = [(key, datum.encode()) for _, key, datum in stored(store, "train")]

@@ -66,7 +66,7 @@ def alexprep(*words: object) -> Result:
 
 
 def source_shard(photos: Path, name: str) -> int:
-    """The number of the shard that holds an input."""
+    """Return the number of the shard that holds an input."""
     source = list_source(photos, "train")
     plan = BuildPlan(source, Path("unused"), PPM, True)
     (number,) = [n for n in range(plan.shard_count) if any(item.path == name.encode() for item in plan.task(n).inputs)]
@@ -256,7 +256,7 @@ def test_any_exception_of_a_reader_or_a_decoder_makes_its_input_bad(
 
 
 def rle_bitmap(width: int, height: int) -> bytes:
-    """A small BMP whose run-length code Pillow decodes in Python: decoding a file of kilobytes takes seconds."""
+    """Return a small BMP whose run-length code Pillow decodes in Python: decoding a file of kilobytes takes seconds."""
     data = b"\x01\x01" * 400_000 + b"\0\1"
     head = (
         b"BM" + (14 + 40 + 1024 + len(data)).to_bytes(4, "little") + bytes(4) + (14 + 40 + 1024).to_bytes(4, "little")

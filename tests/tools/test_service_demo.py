@@ -187,7 +187,7 @@ def short_folder() -> Iterator[Path]:
 
 
 def processes_of(folder: Path) -> list[str]:
-    """The command lines of all processes that mention `folder`."""
+    """Return the command lines of all processes that mention `folder`."""
     lines = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:

@@ -73,7 +73,7 @@ T = TypeVar("T")
 
 
 def find_photographs(folder: Path) -> list[Path]:
-    """The image files below `folder`, sorted; recognized by their suffixes. Raises UserError if there are none."""
+    """Return the sorted image files below `folder`, found by their suffixes. Raises UserError if there are none."""
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())
     if not paths:
         raise UserError(f"--source {folder}: no {', '.join(_SUFFIXES)} file in this folder. Name another folder.")
@@ -81,7 +81,7 @@ def find_photographs(folder: Path) -> list[Path]:
 
 
 def resample(paths: Sequence[Path], count: int) -> list[Path]:
-    """`count` paths, evenly spread over `paths`. If `count` is larger than len(paths), paths are repeated."""
+    """Return `count` paths, evenly spread over `paths`. If `count` is larger than len(paths), paths are repeated."""
     if count < len(paths):
         return [paths[len(paths) * index // count] for index in range(count)]
     return list(itertools.islice(itertools.cycle(paths), count))
@@ -124,13 +124,13 @@ class BuildBenchmark:
             path.read_bytes()
 
     def process(self, name: str, command: Sequence[str]) -> LineProcess:
-        """A process that runs `command`; `stop` ends it."""
+        """Return a process that runs `command`; `stop` ends it."""
         process = LineProcess(name, command, self.work_dir / "errors.txt")
         self.processes.append(process)
         return process
 
     def command(self) -> tuple[str, ...]:
-        """The command line of `alexprep build-lmdb`. Raises UserError if alexprep is not installed."""
+        """Return the command line of `alexprep build-lmdb`. Raises UserError if alexprep is not installed."""
         alexprep = Path(sysconfig.get_path("scripts")) / "alexprep"
         if not alexprep.exists():
             raise UserError("alexprep is not installed beside this Python. Install it with: pip install -e .")
@@ -138,7 +138,7 @@ class BuildBenchmark:
         return (str(alexprep), "build-lmdb", str(self.pictures), *options)
 
     def ours(self, name: str) -> Contestant:
-        """`alexprep build-lmdb`, timed from the start of the process to its end."""
+        """Return `alexprep build-lmdb`, timed from the start of the process to its end."""
         process = self.process(name, self.command())
 
         def turn() -> int:
@@ -150,7 +150,7 @@ class BuildBenchmark:
         return Contestant(name, timed(turn), _BOUND, self.reset)
 
     def peer(self, name: str, python: str | Path, module: str, *arguments: str) -> Contestant:
-        """A program of tools.bench.peers, run by the interpreter `python`.
+        """Return a program of tools.bench.peers, run by the interpreter `python`.
 
         A turn is timed from the line `go` to the program's answer. Raises UserError if the program fails to start.
         """
@@ -178,7 +178,7 @@ class BuildBenchmark:
 
 
 def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | None, more: bool) -> list[Contestant]:
-    """The contestants. FFCV and libvips take part only if their Python interpreters are given.
+    """Return the contestants. FFCV and libvips take part only if their Python interpreters are given.
 
     `more` adds variants of FFCV and of the Pillow script. Prints each contestant that is left out, with the reason.
     """

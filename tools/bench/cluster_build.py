@@ -31,7 +31,7 @@ class ClusterRace:
         self._start_s: dict[str, list[float]] = {}
 
     def contestants(self) -> list[Contestant]:
-        """The two contestants: a build on a cluster and, as its upper bound, a build with local processes."""
+        """Return the two contestants: a build on a cluster and, as its upper bound, a build with local processes."""
         pool = "local processes"
         return [self._contestant("--cluster local", pool, "--cluster", "local"), self._contestant(pool, None)]
 

@@ -63,7 +63,7 @@ class Contestant:
 
 
 def timed(work: Callable[[], int]) -> Callable[[], float]:
-    """A function that runs `work` and returns its rate in images/s. `work` returns the number of images."""
+    """Return a function that runs `work` and returns its rate in images/s. `work` returns the number of images."""
 
     def rate() -> float:
         started = time.perf_counter()
@@ -96,7 +96,7 @@ class LineProcess:
             )
 
     def read_line(self) -> str:
-        """The next line that the process prints; raises UserError if the process ends without printing one."""
+        """Return the next line that the process prints; raises UserError if the process ends without printing one."""
         assert self.process is not None and self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
@@ -144,7 +144,7 @@ class Row:
 
 
 def import_simplejpeg() -> ModuleType:
-    """The module simplejpeg, which wraps libjpeg-turbo; raises UserError if simplejpeg is not installed."""
+    """Return the module simplejpeg, which wraps libjpeg-turbo; raises UserError if simplejpeg is not installed."""
     try:
         import simplejpeg
     except ModuleNotFoundError:
@@ -186,12 +186,12 @@ def race(contestants: Sequence[Contestant], rounds: int, pause_s: float = _PAUSE
 
 
 def speedups(rows: Sequence[Row]) -> dict[str, float]:
-    """{name of another contestant: this project's rate / that contestant's rate}. JSON key: "ours_over"."""
+    """Return {name of another contestant: this project's rate / that contestant's rate}. JSON key: "ours_over"."""
     return {row.name: round(1 / row.of_ours, 2) for row in rows if row.name != row.ours}
 
 
 def speedup_lines(rows: Sequence[Row]) -> str:
-    """The speedups as text, one line for each."""
+    """Return the speedups as text, one line for each."""
     ours = {row.name: row.ours for row in rows}
     return "\n".join(f"{ours[name]} / {name}: {ratio:.2f}" for name, ratio in speedups(rows).items())
 
@@ -207,7 +207,7 @@ def print_results(rows: Sequence[Row], as_json: bool, details: dict[str, Any], n
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rates and ratios as text, a line for each contestant."""
+    """Return the rates and ratios as text, a line for each contestant."""
     width = max(len(row.name) for row in rows)
     bounded = any(row.of_bound is not None for row in rows)
     head = f"{'images/s':<{width}} {'median':>8} {'min .. max':>18} {'of ours':>8}{' of bound' if bounded else ''}"

@@ -111,7 +111,7 @@ def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
 
 
 def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
-    """The store of a benchmark, with JPEG records; None: a new store of the pictures of tools.photo_digits.
+    """Return the store of a benchmark, with JPEG records; None: a new store of the pictures of tools.photo_digits.
 
     Raises UserError for a store of PPM records.
     """
@@ -125,7 +125,7 @@ def jpeg_store(store: Path | None, work_dir: Path, threads: int) -> Store:
 
 
 def train_records(store: Store) -> Iterator[Datum]:
-    """The training records in the order of the store."""
+    """Yield the training records in the order of the store."""
     return (Datum.decode(value) for path in store.shard_paths("train") for _, value in lmdb_shard.read(Path(path)))
 
 

@@ -52,7 +52,7 @@ CLASSES = 1000
 
 
 def plain_alexnet(with_lrn: bool) -> nn.Sequential:
-    """The network of the paper in one column, made of PyTorch's modules."""
+    """Return the network of the paper in one column, made of PyTorch's modules."""
 
     def norm() -> nn.Module:
         lrn = PAPER.lrn  # PyTorch divides alpha by the number of maps in the sum, so alpha is multiplied by this number
@@ -112,7 +112,7 @@ def peak_memory_mb(name: str, batch: int) -> int:
 
 
 def make_contestant(name: str, batch: int, steps: int) -> Contestant:
-    """A contestant with a new network. A turn makes `steps` training steps on one batch."""
+    """Return a contestant with a new network. A turn makes `steps` training steps on one batch."""
     step = training_step(name, batch)
     return Contestant(name, timed(lambda: sum(step() for _ in range(steps))))
 

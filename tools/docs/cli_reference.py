@@ -47,7 +47,7 @@ ablate`. Every other command starts from the beginning.
 
 
 def page() -> str:
-    """The text of docs/cli.md: a section for each group, followed by a section for each command of the group."""
+    """Return the text of docs/cli.md: a section for each group, followed by a section for each command of the group."""
     parts = [INTRODUCTION]
     for name, group in GROUPS.items():
         parts.append(f"## {name}\n\n{_block(group, name)}")

@@ -52,7 +52,7 @@ class Box:
         return self.x + 10 + self.depth, self.y - self.depth / 4
 
     def svg(self) -> str:
-        """The three visible faces of the slab as polygons: front, top and side."""
+        """Return the three visible faces of the slab as polygons: front, top and side."""
         x, y, w, up = self.x, self.y - self.height / 2, 10.0, self.depth / 2
         far = x + w + self.depth
         front = f"{x},{y} {x + w},{y} {x + w},{y + self.height} {x},{y + self.height}"
@@ -67,7 +67,7 @@ class Box:
 
 
 def layer_boxes(rows: list[LayerRow]) -> list[list[Box]]:
-    """The boxes of each layer, from left to right: one box for each column that the layer has."""
+    """Return the boxes of each layer, from left to right: one box for each column that the layer has."""
     layers, x = [], 160.0
     for row in rows:
         maps, *sides = row.output_per_column
@@ -79,7 +79,10 @@ def layer_boxes(rows: list[LayerRow]) -> list[list[Box]]:
 
 
 def arrow(start: tuple[float, float], end: tuple[float, float], crossing: bool) -> str:
-    """An arrow from a box to a box of the next layer. The arrow is dashed if the boxes are in different columns."""
+    """Return an arrow from a box to a box of the next layer.
+
+    The arrow is dashed if the boxes are in different columns.
+    """
     dash = ' stroke-dasharray="5 4"' if crossing else ""
     return (
         f'<line x1="{start[0] + 3:.1f}" y1="{start[1]:.1f}" x2="{end[0] - 5:.1f}" y2="{end[1]:.1f}" '
@@ -88,12 +91,12 @@ def arrow(start: tuple[float, float], end: tuple[float, float], crossing: bool) 
 
 
 def text(x: float, y: float, content: str, fill: str = DARK, anchor: str = "middle", size: int = 12) -> str:
-    """A text element; `anchor` is SVG's text-anchor."""
+    """Return a text element; `anchor` is SVG's text-anchor."""
     return f'<text x="{x:.1f}" y="{y:.1f}" fill="{fill}" text-anchor="{anchor}" font-size="{size}">{content}</text>'
 
 
 def draw_network(classes: int = 1000) -> str:
-    """The drawing, as the text of an SVG file."""
+    """Return the drawing, as the text of an SVG file."""
     rows = summarize(classes)
     layers = layer_boxes(rows)
     image = Box(40, sum(COLUMN_Y) / 2, 130, 6, "#cccccc")

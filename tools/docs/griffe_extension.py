@@ -39,7 +39,7 @@ class ReadableDocstrings(griffe.Extension):
 
 
 def with_tables(text: str) -> str:
-    """The docstring with each list of names and meanings as a Markdown table."""
+    """Return the docstring with each list of names and meanings as a Markdown table."""
     lines: list[str] = []
     rows: list[list[str]] = []
     for line in [*text.splitlines(), ""]:
@@ -61,7 +61,10 @@ def _row(name: str, text: str) -> str:
 
 
 def comment_of(source: list[str], first: int, last: int) -> str:
-    """The comment at the end of line `last`, or else the comment lines above line `first`. Lines are counted from 1."""
+    """Return the comment at the end of line `last`, or else the comment lines above line `first`.
+
+    Lines are counted from 1.
+    """
     at_end = re.search(r"\s#\s(?P<text>.*)$", source[last - 1])
     if at_end:
         return at_end["text"]

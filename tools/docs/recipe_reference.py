@@ -43,7 +43,7 @@ marks a choice of this project. Epochs are counted from the start of the trainin
 
 
 def page() -> str:
-    """The text of docs/recipes.md: the values of all recipes side by side, then each recipe with its sources."""
+    """Return the text of docs/recipes.md: the values of all recipes side by side, then each recipe with its sources."""
     parts = [INTRODUCTION, "## Side by side\n", _side_by_side(RECIPES)]
     for recipe in RECIPES.values():
         parts += [f"## {recipe.name}\n", _sourced(recipe)]
@@ -51,7 +51,7 @@ def page() -> str:
 
 
 def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
-    """A row for each setting that at least one recipe has, in the order of the fields."""
+    """Return a row for each setting that at least one recipe has, in the order of the fields."""
     by_recipe = {
         name: {field: _cells(rows) for field, rows in recipe_rows(recipe).items()} for name, recipe in recipes.items()
     }
@@ -78,7 +78,7 @@ def _sourced(recipe: Recipe) -> str:
 
 
 def _cells(rows: list[tuple[str, str]]) -> dict[str, str]:
-    """The value of each setting as Markdown; a row without a name continues the previous row."""
+    """Return the value of each setting as Markdown; a row without a name continues the previous row."""
     cells: dict[str, str] = {}
     for name, value in rows:
         if name:

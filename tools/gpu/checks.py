@@ -52,7 +52,7 @@ _MOST_STEPS = 10**6  # largest number of steps that the counters can hold; the c
 def read_batches(
     store: Path, device: str, batch: int, count: int, layout: str, mean: str, state: Mapping[str, Any] | None = None
 ) -> tuple[list[Batch], dict[str, Any]]:
-    """`count` batches of the training stream, copied to the CPU, and the state of the stream after these batches.
+    """Return `count` batches of the training stream on the CPU, and the state of the stream after them.
 
     The batches are the first of the stream, or the first after `state`.
     """
@@ -103,7 +103,7 @@ def stream_checks(settings: GpuCheckSettings, store: Path, format: str) -> Itera
 
 
 def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, str]) -> AlexNet:
-    """The network with the initialization of He et al., and with the same parameters on every device.
+    """Return the network with the initialization of He et al., and with the same parameters on every device.
 
     With the paper's initialization, each gradient is a sum of terms that are much larger than the sum. The gradients in
     float32 and float64 then differ by up to 10%.
@@ -207,7 +207,7 @@ def lrn_checks(settings: GpuCheckSettings) -> Iterator[Check]:
 def make_step(
     settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[TrainingStep, Tensor, Tensor]:
-    """A training step with a network of 1,000 classes, and random images and labels on the device of column 0.
+    """Return a training step with a network of 1,000 classes, and random images and labels on the device of column 0.
 
     The learning rate is so small that the parameters stay finite, however many steps are made.
     """
@@ -225,7 +225,7 @@ def make_step(
 def make_counted_step(
     settings: GpuCheckSettings, precision: str, devices: tuple[str, str] | None = None, batch: int | None = None
 ) -> tuple[CountedStep, Tensor, Tensor]:
-    """The step of `alextrain run`, with counters and, on one GPU, a CUDA graph; and the batch of make_step."""
+    """Return the step of `alextrain run`, with counters and, on one GPU, a CUDA graph; and the batch of make_step."""
     step, images, labels = make_step(settings, precision, devices, batch)
     device = step.network.devices[0]
     return CountedStep(step, StepCounters(device, _MOST_STEPS), graph_for(step.network.devices)), images, labels

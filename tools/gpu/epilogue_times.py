@@ -39,7 +39,9 @@ class KernelTime:
 
 
 def moved_bytes(case: LayerCase, images: int, itemsize: int) -> dict[str, int]:
-    """Bytes that the kernels must read and write, by direction: "forward" and "backward". Biases are not counted.
+    """Return the bytes that the kernels must read and write, by direction: "forward" and "backward".
+
+    Biases are not counted.
 
     forward   reads x; writes the result and, with pooling, one byte for each pooled value
     backward  reads the gradient of the result, and writes the gradient of x. Reads x if there is a normalization, or
@@ -82,7 +84,7 @@ def measure_epilogues(settings: GpuCheckSettings) -> dict[str, Any]:
 
 
 def kernel_time(kernel: str, seconds: float, moved: int, bytes_per_s: float) -> KernelTime:
-    """The time of a kernel with its floor and share."""
+    """Return the time of a kernel with its floor and share."""
     floor_s = moved / bytes_per_s
     return KernelTime(
         kernel, round(1e3 * seconds, 4), round(moved / 1e9, 4), round(1e3 * floor_s, 4), round(seconds / floor_s, 2)
@@ -126,7 +128,10 @@ def make_works(
 
 
 def seconds_per_work(settings: GpuCheckSettings, works: Sequence[Work], stream: Any) -> float:
-    """Mean time of one function of `works`. On a GPU, all functions are recorded in one CUDA graph on `stream`."""
+    """Return the mean time of one function of `works`.
+
+    On a GPU, all functions are recorded in one CUDA graph on `stream`.
+    """
     if stream is None:
         return elapsed_s(settings.devices, lambda: [work() for work in works]) / len(works)
     device = settings.device
@@ -151,7 +156,7 @@ def seconds_per_work(settings: GpuCheckSettings, works: Sequence[Work], stream: 
 
 
 def kernel_lines(result: dict[str, Any]) -> list[str]:
-    """The times as text lines."""
+    """Return the times as text lines."""
     lines = [
         f"{'ms for ' + str(result['images']) + ' images':28} {'time':>8} {'floor':>8} {'share':>6}   "
         f"({result['dtype']}, copy {result['copy_tb_per_s']} TB/s)"

@@ -60,7 +60,7 @@ class LayerCase:
 
 
 def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -> list[LayerCase]:
-    """The epilogues of the network of the paper, with both columns on one device.
+    """Return the epilogues of the network of the paper, with both columns on one device.
 
     sides_px  sides of the maps of conv1, of conv2, and of conv3 to conv5
     """
@@ -124,7 +124,7 @@ def make_inputs(
 
 
 def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """A random gradient of the result for each column."""
+    """Return a random gradient of the result for each column."""
     generator = torch.Generator(device).manual_seed(1)
     shape = (images, case.maps, case.pooled_px, case.pooled_px)
     return [torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(case.columns)]
@@ -138,7 +138,7 @@ def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
 
 
 def split_columns(case: LayerCase, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """A view of the maps of each column."""
+    """Return a view of the maps of each column."""
     return list(tensors) if len(tensors) == case.columns else list(tensors[0].chunk(case.columns, 1))
 
 
@@ -197,7 +197,7 @@ class Distance:
         self._wanted += float(wanted.square().sum())
 
     def relative(self) -> float:
-        """The relative distance of all parts; infinite if `wanted` is 0 and `found` is not."""
+        """Return the relative distance of all parts; infinite if `wanted` is 0 and `found` is not."""
         if self._wanted == 0.0:
             return 0.0 if self._difference == 0.0 else float("inf")
         return float((self._difference / self._wanted) ** 0.5)
@@ -207,7 +207,7 @@ class Distance:
 
 
 def exact(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """The result for one column, in x's dtype: after(pool(norm(before(x + bias))))."""
+    """Return the result for one column, in x's dtype: after(pool(norm(before(x + bias))))."""
     v = normalized(x, bias, epilogue)
     if epilogue.pool_px:
         v = F.max_pool2d(v, epilogue.pool_px, 2)

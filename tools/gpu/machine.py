@@ -98,7 +98,7 @@ def describe_machine(devices: Devices) -> dict[str, Any]:
 
 
 def peak_tflops(devices: Devices) -> float | None:
-    """Sum of the peak rates of the devices in TFLOP/s; None if a device is a CPU or is not in the table."""
+    """Return the sum of the peak rates of the devices in TFLOP/s; None if a device is a CPU or is not in the table."""
     total = 0.0
     for device in set(devices):
         if not device.startswith("cuda"):

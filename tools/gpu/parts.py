@@ -58,7 +58,7 @@ PART_NAMES = tuple(part.name for part in (*CHECKS, *TIMINGS))
 
 
 def parts_text() -> str:
-    """The parts as a text for --help, a line each, and the sum of their times."""
+    """Return the parts as a text for --help, a line each, and the sum of their times."""
     lines = [f"  {part.name:15} {part.budget_s:3} s  {part.subject}" for part in (STORES, *CHECKS, *TIMINGS)]
     total = sum(part.budget_s for part in (STORES, *CHECKS, *TIMINGS))
     return "\n".join(
@@ -73,7 +73,7 @@ class Times:
     seconds: dict[str, float]
 
     def over_budget(self) -> list[str]:
-        """A text for each part that took longer than planned."""
+        """Return a text for each part that took longer than planned."""
         budgets = {part.name: part.budget_s for part in (STORES, *CHECKS, *TIMINGS)}
         return [
             f"{name} took {taken:.1f} s; planned were {budgets[name]} s"

@@ -30,7 +30,7 @@ class TableRow(NamedTuple):
 
 
 def result_table(report: Report) -> str:
-    """The table as Markdown. `report` is the JSON report of tools.gpu_check, or its Python form."""
+    """Return the table as Markdown. `report` is the JSON report of tools.gpu_check, or its Python form."""
     plain: dict[str, Any] = _plain(report)
     rows = [f"| {row.name} | {row.before} | {row.after(plain) or NOT_MEASURED} |" for row in ROWS]
     return "\n".join((*HEAD, *rows))
@@ -55,7 +55,7 @@ def ratios(report: Report) -> dict[str, float]:
 
 
 def _plain(data: Any) -> Any:
-    """`data` with dicts in the place of dataclasses, as in the JSON file."""
+    """Return `data` with dicts in the place of dataclasses, as in the JSON file."""
     if is_dataclass(data) and not isinstance(data, type):
         return asdict(data)
     if isinstance(data, Mapping):
@@ -64,7 +64,7 @@ def _plain(data: Any) -> Any:
 
 
 def _part(report: Report, name: str) -> Any:
-    """The result of a timing; empty if it was not measured or failed."""
+    """Return the result of a timing; empty if it was not measured or failed."""
     result = report.get(name)
     return () if result is None or isinstance(result, str) else result
 
@@ -88,7 +88,7 @@ def _runs(report: Report) -> dict[tuple[str, int], float]:
 
 
 def _joined(values: Sequence[float | None]) -> str:
-    """The numbers, separated by semicolons; empty if all are missing."""
+    """Return the numbers, separated by semicolons; empty if all are missing."""
     if not any(values):
         return ""
     return "; ".join(f"{value:,.0f}" if value else NOT_MEASURED for value in values)

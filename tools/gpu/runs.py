@@ -40,7 +40,7 @@ _ROOT = Path(__file__).parents[2]
 
 
 def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: int, **options: object) -> list[str]:
-    """The command line of `alextrain run`.
+    """Return the command line of `alextrain run`.
 
     options  further options: log_every=20 becomes --log-every 20; an option whose value is True has no value
     """
@@ -55,7 +55,7 @@ def run_command(settings: GpuCheckSettings, store: Path, run_dir: Path, batch: i
 
 
 def run_precision(settings: GpuCheckSettings) -> str:
-    """The precision of the runs: the last precision of the settings, or fp32 in the trial on a CPU."""
+    """Return the precision of the runs: the last precision of the settings, or fp32 in the trial on a CPU."""
     return settings.precisions[0 if settings.is_cpu_trial else -1]
 
 
@@ -78,7 +78,7 @@ def finish(process: subprocess.Popen[bytes], errors: Path, timeout_s: float = _T
 
 
 def last_line_of(errors: Path) -> str:
-    """The last line of a file of messages, cut to 300 characters."""
+    """Return the last line of a file of messages, cut to 300 characters."""
     lines = errors.read_text(errors="replace").strip().splitlines()
     return lines[-1][:300] if lines else "No message."
 
@@ -107,7 +107,7 @@ class RunRate:
 
 
 def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch: int) -> RunRate:
-    """The rate of a run from the lines of metrics.jsonl. Raises UserError if no interval can be counted."""
+    """Return the rate of a run from the lines of metrics.jsonl. Raises UserError if no interval can be counted."""
     counted: list[tuple[float, float, float]] = []  # (images, seconds, waiting share)
     all_s, step = 0.0, 0
     train = [line for line in lines if line["kind"] == "train"]
@@ -134,7 +134,7 @@ def rate_of_run(lines: Sequence[Mapping[str, Any]], batch: int, steps_per_epoch:
 
 
 def run_rates(settings: GpuCheckSettings, budget_s: float) -> list[dict[str, Any]]:
-    """The rate of `alextrain run` from each store at settings.batch, and at twice this batch size from the last store.
+    """Return the rates of `alextrain run` from each store, and from the last store at twice the batch size.
 
     If a run fails, its row has the key "error" instead of rates. No run is started after `budget_s`.
     """
@@ -250,7 +250,7 @@ def _last_step(run_dir: Path) -> int:
 
 
 def compare_runs(folder: Path, other: Path, steps: int) -> tuple[list[str], int]:
-    """The parameters and velocities that differ between the newest checkpoints of two runs, and their number.
+    """Return the parameters and velocities that differ between the newest checkpoints of two runs, and their number.
 
     Raises UserError if a newest checkpoint is of a step other than `steps`.
     """

@@ -100,7 +100,7 @@ class EndlessLoader:
             yield from self.loader
 
     def next_batch(self) -> Batch:
-        """The next batch."""
+        """Return the next batch."""
         return next(self._batches)
 
 
@@ -113,7 +113,9 @@ def _step_from(step: Callable[..., object], loader: EndlessLoader) -> Work:
 
 
 def decoder_alone(cleanup: ExitStack, store: Path, batch: int, device: str) -> Work:
-    """A function that decodes a batch of JPEG records with DALI, and does nothing else. The records are in memory.
+    """Return a function that decodes a batch of JPEG records with DALI, and does nothing else.
+
+    The records are in memory.
 
     The exit of `cleanup` stops the decoder. Raises UserError if DALI is not installed.
     """
@@ -140,7 +142,7 @@ def make_contestant(
     precision: str | None = None,  # precision of the steps that `work` makes; it is set before each turn
     ours: str | None = None,
 ) -> Contestant:
-    """A contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
+    """Return a contestant. A turn calls `work` repeatedly, for about settings.turn_s seconds."""
     calls: list[int] = []  # empty, or one entry: the number of calls in a turn, found before the first turn
 
     def prepare() -> None:
@@ -159,7 +161,7 @@ def make_contestant(
 
 
 def _calls_per_turn(settings: GpuCheckSettings, work: Work) -> int:
-    """Number of calls of `work` that take settings.turn_s seconds; at least 3."""
+    """Return the number of calls of `work` that take settings.turn_s seconds; at least 3."""
     repeat(work, 3)  # the first calls are slow: they load kernels and choose algorithms
     return max(3, round(3 * settings.turn_s / elapsed_s(settings.devices, lambda: repeat(work, 3))))
 
@@ -249,7 +251,10 @@ def kernel_times_ms(settings: GpuCheckSettings, precision: str) -> dict[str, flo
 
 
 def kernel_kind(call_chain: list[str]) -> str:
-    """The kind of a kernel or operation, call_chain[0]. The callers follow, from the innermost to the outermost."""
+    """Return the kind of a kernel or operation, call_chain[0].
+
+    The callers follow, from the innermost to the outermost.
+    """
     for kind, callers_count, pattern in _KINDS:
         if any(re.search(pattern, name) for name in (call_chain if callers_count else call_chain[:2])):
             return kind

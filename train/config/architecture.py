@@ -129,5 +129,5 @@ def architecture_from_json(data: Mapping[str, Any]) -> Architecture:
 
 
 def architecture_values(architecture: Architecture) -> dict[str, Any]:
-    """The fields of an architecture by name. `source` is left out, because it does not affect the network."""
+    """Return the fields of an architecture by name. `source` is left out, because it does not affect the network."""
     return {name: value for name, value in asdict(architecture).items() if name != "source"}

@@ -12,7 +12,7 @@ Devices = tuple[str, str]  # device of column 0, device of column 1; the two can
 
 
 def parse_devices(gpus: str | None, columns: int = 2) -> Devices:
-    """The devices that a value of `--gpus` selects for a network of `columns` columns.
+    """Return the devices that a value of `--gpus` selects for a network of `columns` columns.
 
     `0,1`  column 0 on GPU 0, column 1 on GPU 1
     `0`    both columns on GPU 0

@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 
 def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
-    """The identity of a run, as JSON values.
+    """Return the identity of a run, as JSON values.
 
     The identity contains the names of the recipe and the architecture only for messages. `differences` compares the
     settings of the recipe and the architecture, and ignores these names. The identity contains the stream's seed only
@@ -55,12 +55,12 @@ def identity_of(config: RunConfig, store: Store) -> dict[str, Any]:
 
 
 def stream_seed_of(identity: Mapping[str, Any]) -> Any:
-    """The seed of the training stream of a run with this identity. None if the identity has no seed."""
+    """Return the seed of the training stream of a run with this identity. None if the identity has no seed."""
     return identity.get("stream_seed", identity.get("seed"))
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
-    """All fields of a recipe except `name` and `sources`, as JSON values.
+    """Return all fields of a recipe except `name` and `sources`, as JSON values.
 
     `augmentation.eval_divisor` is the divisor of evaluation images, and is left out if evaluation does not divide.
     """
@@ -73,12 +73,12 @@ def recipe_values(recipe: Recipe) -> dict[str, Any]:
 
 
 def as_json(data: Any) -> Any:
-    """`data` after a round trip through JSON: tuples become lists, mappings become dicts."""
+    """Return `data` after a round trip through JSON: tuples become lists, mappings become dicts."""
     return json.loads(json.dumps(data))
 
 
 def differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[Difference]:
-    """The settings that differ between two identities, in the order of `ours`.
+    """Return the settings that differ between two identities, in the order of `ours`.
 
     The names of the recipe and the architecture are not compared. An identity without a stream seed has the run's seed
     as stream seed. The stream seeds are compared only if one of the identities contains a stream seed.

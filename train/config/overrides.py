@@ -45,7 +45,7 @@ class _InvalidValue(Exception):
 
 
 def recipe_with_overrides(name: str, settings: Sequence[str], epochs: int | None = None) -> Recipe:
-    """The recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
+    """Return the recipe `name` with the overrides `settings`, each FIELD=VALUE, for a run of `epochs` epochs.
 
     epochs  number of epochs of the run; None: the recipe's `epochs`. `epochs` changes the recipe only if the schedule
             is a cosine or `schedule=steps`, because only these schedules depend on the number of epochs
@@ -65,7 +65,7 @@ def override(base: Recipe, settings: Sequence[str], epochs: int | None = None) -
 
 
 def apply_overrides(recipe: Recipe, settings: Iterable[str]) -> Recipe:
-    """The recipe with each FIELD=VALUE of `settings` applied. The new `name` and `sources` list the overrides.
+    """Return the recipe with each FIELD=VALUE of `settings` applied. The new `name` and `sources` list the overrides.
 
     Raises UserError for an invalid override. The message names the field, the value and the expected values.
     """
@@ -106,7 +106,7 @@ def _apply(recipe: Recipe, path: str, value: str) -> Recipe:
 
 
 def _replace_part(option: str, before: Any, hint: Any, parts: Sequence[str], value: str) -> Any:
-    """`before` with one part replaced by the parsed `value`.
+    """Return `before` with one part replaced by the parsed `value`.
 
     parts  path to the part: names of nested fields, or the name of a layer; empty: `value` replaces all of `before`
     """
@@ -164,7 +164,7 @@ def _parse(hint: Any, text: str) -> Any:
 
 
 def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
-    """The schedule that `text` describes.
+    """Return the schedule that `text` describes.
 
     The learning rates of a list of epochs, such as `25,51,79`, are computed from the recipe's `lr`. The schedule
     `steps` is computed from the recipe's `epochs` and `lr`. `recipe` already has the overrides of `epochs` and `lr`,
@@ -196,7 +196,7 @@ def _parse_schedule(text: str, recipe: Recipe) -> ScheduleSpec:
 
 
 def _canonical_text(value: Any, given: str) -> str:
-    """Text of a value in the recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
+    """Return the text of a value in the recipe's name. Equal numbers have the same text: 2e-2 becomes 0.02.
 
     given  text from the command line. If `value` has parts, like a schedule, the function returns `given`
     """

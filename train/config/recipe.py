@@ -168,7 +168,10 @@ def recipe_from_json(data: Mapping[str, Any]) -> Recipe:
 
 
 def with_eval_divisor(augmentation: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of an Augmentation. Version 0.1.0, which wrote no `eval_divisor`, divided training images alone."""
+    """Return the fields of an Augmentation.
+
+    Version 0.1.0, which wrote no `eval_divisor`, divided training images alone.
+    """
     before = None if augmentation.get("divisor", 1) == 1 else 1.0
     return {**augmentation, "eval_divisor": augmentation.get("eval_divisor", before)}
 
@@ -181,7 +184,7 @@ def _schedule_from_json(data: Any) -> ScheduleSpec:
 
 
 def recipe_fields() -> list[str]:
-    """Names of the hyperparameters, in order: all fields except `name` and `sources`."""
+    """Return the names of the hyperparameters, in order: all fields except `name` and `sources`."""
     return [field.name for field in fields(Recipe) if field.name not in ("name", "sources")]
 
 

@@ -20,7 +20,7 @@ _WIDTH = 120  # characters
 
 
 def recipe_lines(recipe: Recipe) -> list[str]:
-    """The table as aligned lines of at most 120 characters. `--set` accepts the names in the first column.
+    """Return the table as aligned lines of at most 120 characters. `--set` accepts the names in the first column.
 
     A source is in the row of its field. A field that has parts gets a row of its own, above the rows of its parts.
     """
@@ -46,12 +46,15 @@ def has_parts(rows: Sequence[tuple[str, str]]) -> bool:
 
 
 def recipe_rows(recipe: Recipe) -> dict[str, list[tuple[str, str]]]:
-    """The (name, value) rows of each field, by field name. A row with an empty name continues the row above it."""
+    """Return the (name, value) rows of each field, by field name.
+
+    A row with an empty name continues the row above it.
+    """
     return {field: _field_rows(field, getattr(recipe, field)) for field in recipe_fields()}
 
 
 def _field_rows(field: str, value: Any) -> list[tuple[str, str]]:
-    """The (name, value) rows of one field.
+    """Return the (name, value) rows of one field.
 
     A field whose value is a dataclass has one row per part. The text of a mapping or a schedule may take several rows.
     """

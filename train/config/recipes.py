@@ -23,7 +23,7 @@ _BIASED = ("conv2", "conv4", "conv5", "fc6", "fc7")  # layers whose biases do no
 
 
 def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
-    """A recipe. Each keyword argument gives the (value, source) of one field."""
+    """Return a recipe. Each keyword argument gives the (value, source) of one field."""
     return Recipe(
         name=name,
         sources={field: source for field, (_, source) in hyperparameters.items()},
@@ -32,7 +32,7 @@ def _recipe(name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
 
 
 def _variant(base: Recipe, name: str, **hyperparameters: tuple[Any, str]) -> Recipe:
-    """A copy of `base` with a new (value, source) for some fields."""
+    """Return a copy of `base` with a new (value, source) for some fields."""
     sources = {field: source for field, (_, source) in hyperparameters.items()}
     values = {field: value for field, (value, _) in hyperparameters.items()}
     return replace(base, name=name, sources={**base.sources, **sources}, **values)
@@ -226,7 +226,7 @@ RECIPES = {recipe.name: recipe for recipe in (PAPER, RELEASED, CAFFE, MODERN, SH
 
 
 def recipe_named(name: str) -> Recipe:
-    """The recipe of this name; raises UserError for an unknown name."""
+    """Return the recipe of this name; raises UserError for an unknown name."""
     if name not in RECIPES:
         raise WrongArgument(
             f"--recipe {name}: expected one of {', '.join(RECIPES)}.{did_you_mean(name, list(RECIPES))}"

@@ -89,7 +89,7 @@ class Preprocessing:
 
 
 def export_preprocessing(transform: EvalTransform, input_divisor: float) -> Preprocessing:
-    """The `Preprocessing` to export for a network with this evaluation transform and this input divisor."""
+    """Return the `Preprocessing` to export for a network with this evaluation transform and this input divisor."""
     mean_rgb = tuple(transform.mean_rgb if transform.mean == "channel" else (0.0, 0.0, 0.0))
     mean_image, image = transform.mean_image, None
     if mean_image is not None:

@@ -67,7 +67,7 @@ def check_fits(architecture: Architecture, recipe: Recipe) -> None:
 
 
 def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std: Sequence[float]) -> dict[str, Tensor]:
-    """The joined `parameters` as torchvision's state_dict, which expects the input (p − m) / (255 std)."""
+    """Return the joined `parameters` as torchvision's state_dict, which expects the input (p − m) / (255 std)."""
     state = {}
     for torchvision_layer, layer in TORCHVISION_LAYERS.items():
         weight = parameters[f"{layer}.weight"].double()
@@ -81,7 +81,7 @@ def to_torchvision_weights(parameters: Mapping[str, Tensor], recipe: Recipe, std
 def from_torchvision_weights(
     state: Mapping[str, Tensor], recipe: Recipe, normalization: Normalization, mean_rgb: Sequence[float]
 ) -> dict[str, Tensor]:
-    """The weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
+    """Return the weights of torchvision's state_dict as joined parameters, for images minus `mean_rgb` (grey levels).
 
     `normalization` is the normalization with which the weights were trained. Raises KeyError or ValueError if `state`
     has a name that torchvision's AlexNet does not have, no conv1, or a conv1 without 3 input channels. The caller
@@ -101,11 +101,11 @@ def from_torchvision_weights(
 
 
 def _test_time_scale(recipe: Recipe, layer: str) -> float:
-    """The factor by which the inputs of a layer are multiplied in evaluation."""
+    """Return the factor by which the inputs of a layer are multiplied in evaluation."""
     is_scaled = layer in TORCHVISION.dropout_before and not recipe.dropout_scales_training
     return 1 - recipe.dropout if is_scaled else 1.0
 
 
 def _per_channel(values: Sequence[float]) -> Tensor:
-    """float64 (3, 1, 1)."""
+    """Return float64 (3, 1, 1)."""
     return torch.tensor(tuple(values), dtype=torch.float64).view(3, 1, 1)

@@ -26,7 +26,7 @@ Z_95 = 1.959963984540054  # 0.975 quantile of the normal distribution
 
 
 def eval_batch_size(records: int, views: int, device: str) -> int:
-    """Number of images in an evaluation batch, at most `records`.
+    """Return the number of images in an evaluation batch, at most `records`.
 
     `views` is the number of views per image. A batch has at most 32 views on a CPU and 256 views on a GPU. 32 views fit
     into a CPU's caches: an evaluation with batches of 32 views was 1.3 times as fast as with batches of 160 views. A
@@ -36,7 +36,7 @@ def eval_batch_size(records: int, views: int, device: str) -> int:
 
 
 def wilson_interval(misses: int, images: int) -> tuple[float, float]:
-    """The 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
+    """Return the 95 % score interval (low, high), in 0..1, for an error rate of `misses` / `images` (Wilson 1927).
 
     The images are regarded as a sample of a larger population. Unlike p ± 1.96·√(p(1 − p)/images) with
     p = misses / images, the score interval is also valid for error rates near 0.
@@ -73,7 +73,7 @@ class EvalResult:
 
 
 def top_k_misses(scores: Tensor, labels: Tensor) -> Tensor:
-    """Numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
+    """Return the numbers of top-1 and top-5 misses, int64 (2,), for scores (N, classes) and labels (N,).
 
     Among classes with equal scores, the class with the lower index ranks higher, as in argmax. (torch.topk leaves the
     order of equal scores undefined.) If the score of an image's label is NaN, the image is a miss.
@@ -136,7 +136,7 @@ def log_mean_softmax(logits: Tensor) -> Tensor:
 def average_probabilities(
     probabilities: Sequence[npt.NDArray[np.float32]], weights: Sequence[float] | None = None
 ) -> npt.NDArray[np.float64]:
-    """The weighted mean (N, classes) of the probabilities of several networks (in the paper, of 5 or 7 networks).
+    """Return the weighted mean (N, classes) of the probabilities of several networks (paper: 5 or 7).
 
     The weights are divided by their sum. By default, all weights are equal.
     """

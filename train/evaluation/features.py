@@ -72,7 +72,7 @@ def capture_activations(network: AlexNet, layers: Sequence[str]) -> Iterator[dic
 def compute_activations(
     network: AlexNet, images: Tensor, layers: Sequence[str], precision: str = "fp32"
 ) -> dict[str, Tensor]:
-    """The activations of `images` by layer, computed in evaluation mode.
+    """Return the activations of `images` by layer, computed in evaluation mode.
 
     The tensor of a layer is float32 (N, …), on the CPU, with the columns concatenated.
     """
@@ -148,5 +148,5 @@ def write_features(
 
 
 def keys_path(out: Path) -> Path:
-    """The path of the text file that belongs to `out`: F.keys.txt for F.npy."""
+    """Return the path of the text file that belongs to `out`: F.keys.txt for F.npy."""
     return out.with_name(out.stem + ".keys.txt")

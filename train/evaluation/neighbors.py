@@ -50,7 +50,7 @@ def load_or_build_index(
     max_records: int = INDEX_RECORDS,
     precision: str = "fp32",
 ) -> NeighborIndex:
-    """The index for a checkpoint, with at most `max_records` records: read from the run folder, or built and saved.
+    """Return the index of a checkpoint, of at most `max_records` records, from the run folder or newly built.
 
     Raises the errors of eval_loader, and UserError if the index cannot be written.
     """
@@ -80,7 +80,7 @@ def load_or_build_index(
 
 
 def _read_index(path: Path, about: str) -> NeighborIndex | None:
-    """The saved index. None if the file is missing or damaged, or if the file's `about` text differs."""
+    """Return the saved index. None if the file is missing or damaged, or if the file's `about` text differs."""
     try:
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             if str(arrays["about"]) != about:
@@ -91,7 +91,7 @@ def _read_index(path: Path, about: str) -> NeighborIndex | None:
 
 
 def nearest_neighbors(index: NeighborIndex, queries: npt.NDArray[np.float32], count: int = 6) -> list[list[Neighbor]]:
-    """The `count` records at the smallest Euclidean distance from each query, nearest first (section 6.1).
+    """Return the `count` records at the smallest Euclidean distance from each query, nearest first (section 6.1).
 
     queries  activations (Q, units)
     """

@@ -36,7 +36,7 @@ def top_predictions(
     count: int = 5,
     precision: str = "fp32",
 ) -> TopPredictions:
-    """The `count` most probable classes of an image. The softmax is averaged over `views` (1 or 10) crops.
+    """Return the `count` most probable classes of an image. The softmax is averaged over `views` (1 or 10) crops.
 
     square  the central square of the image, uint8 (side_px, side_px, 3)
     """
@@ -52,7 +52,7 @@ def top_predictions(
 def image_features(
     network: AlexNet, transform: EvalTransform, square: Pixels, layer: str, precision: str = "fp32"
 ) -> npt.NDArray[np.float32]:
-    """The activations (units,) of a fully connected layer for the centre crop of an image's central square."""
+    """Return the activations (units,) of a fully connected layer for the centre crop of an image's central square."""
     set_precision(precision, network.devices)
     images = torch.from_numpy(transform.crops(square))
     return compute_activations(network, images, [layer], precision)[layer][0].numpy()

@@ -62,7 +62,10 @@ class TrainedRun:
         return load_eval_transform(self.run_dir, self.network.recipe)
 
     def require_store(self, split: str) -> Store:
-        """The store. Raises UserError if the run has no store, or if the store has no split of the name `split`."""
+        """Return the store.
+
+        Raises UserError if the run has no store, or if the store has no split of the name `split`.
+        """
         if self.store is None:
             raise UserError(missing_store_text(self.run_dir, saved_store_path(self.description)))
         self.store.split(split)

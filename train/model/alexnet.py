@@ -104,7 +104,7 @@ class AlexNet(nn.Module):
         return self._fully_connected(self._fused.maps(images) if fused else self._convolutional(images))
 
     def cross(self, halves: Sequence[Tensor], receivers: Sequence[torch.device] | None = None) -> list[Tensor]:
-        """The activations of both columns, joined along dim 1 with column 0 first: one tensor for each receiver.
+        """Return the activations of both columns, joined along dim 1 with column 0 first: one tensor for each receiver.
 
         receivers  devices that need the joined tensor; None: the device of each column
 
@@ -114,7 +114,7 @@ class AlexNet(nn.Module):
         return join_on_devices(halves, receivers or self.devices)
 
     def joined_tensors(self, part: Callable[[nn.Parameter], Tensor] = lambda p: p.detach()) -> dict[str, Tensor]:
-        """The joined parameters of both columns, by name, on the CPU, whatever the devices of the columns.
+        """Return the joined parameters of both columns, by name, on the CPU, whatever the devices of the columns.
 
         `conv2.weight` has the shape (256, 48, 5, 5) of a convolution with two groups; `fc6.weight` has the shape
         (4096, 9216).
@@ -146,7 +146,7 @@ class AlexNet(nn.Module):
                 part(parameter).copy_(piece)
 
     def parameters_by_joined_name(self) -> dict[str, list[nn.Parameter]]:
-        """The parameters that make up each joined tensor: one per column, or a single one for fc8.
+        """Return the parameters that make up each joined tensor: one per column, or a single one for fc8.
 
         The keys are the names of the joined tensors, such as `conv1.weight`.
         """
@@ -174,12 +174,12 @@ class AlexNet(nn.Module):
         return all(device.type == "cuda" and normalization_fault(device, maps) is None for device in self.devices)
 
     def _convolutional(self, images: Tensor) -> list[Tensor]:
-        """The output of pool5 in each column: (N, 128, 6, 6) for images of 224 px."""
+        """Return the output of pool5 in each column: (N, 128, 6, 6) for images of 224 px."""
         maps = [self._layers_1_and_2(column, x) for column, x in zip(self._columns, self._inputs(images), strict=True)]
         return [self._layers_3_to_5(column, x) for column, x in zip(self._columns, self._visible(maps), strict=True)]
 
     def _fully_connected(self, units: list[Tensor]) -> Tensor:
-        """The logits, computed by fc6, fc7 and fc8.
+        """Return the logits, computed by fc6, fc7 and fc8.
 
         units  output of pool5 in each column: vectors, or maps over which the layers slide
         """
@@ -199,7 +199,7 @@ class AlexNet(nn.Module):
         return self.cross(halves) if self.recipe.crossing else halves
 
     def _inputs(self, images: Tensor) -> list[Tensor]:
-        """The images for each column, divided by input_divisor and padded, on the column's device."""
+        """Return the images for each column, divided by input_divisor and padded, on the column's device."""
         padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
         by_device: dict[torch.device, Tensor] = {}
         for device in self.devices:
@@ -284,7 +284,7 @@ def initialize(network: AlexNet) -> None:
 
 
 def from_torchvision(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of torchvision's AlexNet, renamed for load_joined_tensors of the architecture `torchvision`.
+    """Return torchvision's state_dict, renamed for load_joined_tensors of the architecture `torchvision`.
 
     The weights expect (RGB / 255 − mean) / std as input, with torchvision's mean and std of each channel. The data
     pipeline of this project gives RGB − mean instead. Raises KeyError for a name that is not in torchvision's AlexNet.

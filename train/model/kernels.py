@@ -89,7 +89,7 @@ class NativeKernels:
         return out
 
     def norm_backward(self, x: Tensor, grad: Tensor, norm: NormParams) -> Tensor:
-        """The gradient with respect to x.
+        """Return the gradient with respect to x.
 
         grad  the gradient with respect to the output of `self.norm`
         """
@@ -131,7 +131,7 @@ class NativeKernels:
     def pool_backward(
         self, x: Tensor | None, grad: Tensor, argmax: Tensor, pool: PoolParams, norm: NormParams
     ) -> Tensor:
-        """The gradient with respect to the input of `self.pool`.
+        """Return the gradient with respect to the input of `self.pool`.
 
         x       the input of `self.pool`; None if there was no normalization
         grad    the gradient with respect to the pooled maps

@@ -69,7 +69,9 @@ def drop(x: Tensor, recipe: Recipe, training: bool) -> Tensor:
 
 
 def join_on_devices(parts: Sequence[Tensor], receivers: Sequence[torch.device]) -> list[Tensor]:
-    """The tensors `parts`, joined along dim 1: one tensor for each receiver. Equal receivers share the joined tensor.
+    """Return the tensors `parts`, joined along dim 1: one tensor for each receiver.
+
+    Equal receivers share the joined tensor.
 
     No other function moves activations between devices. A single part is returned unchanged, as the only tensor.
     """

@@ -122,7 +122,7 @@ class _LrnOperators(torch.autograd.Function):
 
 
 def _activations(x: Tensor, relu: bool) -> Tensor:
-    """The values `a` of the formula: x, or max(x, 0) if `relu`. float16 and bfloat16 are converted to float32."""
+    """Return the values `a` of the formula, in float32 or float64: x, or max(x, 0) if `relu`."""
     a = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     return a.relu() if relu else a
 
@@ -146,7 +146,7 @@ def _traceable(a: Tensor, window: tuple[int, int, int], alpha: float, beta: floa
 
 
 def _window_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over a window of `size` neighboring channels, clipped at the first and last channel.
+    """Return the sum over a window of `size` neighboring channels, clipped at the first and last channel.
 
     The sum is computed by shifted additions, which need no padded copy of x.
     """
@@ -200,6 +200,9 @@ class _LrnWithinMap(torch.autograd.Function):
 
 
 def _area_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over a window of `size` × `size` positions of a map. Values beyond the edge of the map count as zero."""
+    """Return the sum over a window of `size` × `size` positions of a map.
+
+    Values beyond the edge of the map count as zero.
+    """
     down = F.avg_pool2d(x, (size, 1), stride=1, padding=(size // 2, 0), divisor_override=1)
     return F.avg_pool2d(down, (1, size), stride=1, padding=(0, size // 2), divisor_override=1)

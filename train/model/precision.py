@@ -52,7 +52,7 @@ def set_precision(precision: str, devices: Sequence[str | torch.device]) -> None
 
 
 def default_precision(recipe_name: str, devices: Sequence[str | torch.device]) -> str:
-    """The precision of a training without --precision: bf16 for the recipe `modern` on GPUs with bf16, else fp32."""
+    """Return the default of --precision: bf16 for the recipe `modern` on GPUs with bf16, else fp32."""
     gpus = [device for device in map(torch.device, devices) if device.type == "cuda"]
     fits = len(gpus) == len(devices) and all(torch.cuda.get_device_capability(gpu) >= _BF16_CAPABILITY for gpu in gpus)
     return "bf16" if recipe_name == "modern" and fits else "fp32"

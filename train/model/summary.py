@@ -32,7 +32,7 @@ class LayerRow:
 
 
 def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe = PAPER) -> list[LayerRow]:
-    """A row for each layer with parameters, for images of 224 px."""
+    """Return a row for each layer with parameters, for images of 224 px."""
     network = AlexNet(classes, recipe, ("meta", "meta"), architecture)
     shapes: dict[nn.Module, tuple[int, ...]] = {}
 
@@ -70,7 +70,7 @@ def summarize(classes: int, architecture: Architecture = ALEXNET, recipe: Recipe
 
 
 def summary_json(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> dict[str, Any]:
-    """The table and its totals as a dict, for `alextrain summary --json`."""
+    """Return the table and its totals as a dict, for `alextrain summary --json`."""
     rows = summarize(classes, architecture)
     return {
         "model": architecture.name,
@@ -88,7 +88,7 @@ def size_text(rows: Sequence[LayerRow], classes: int) -> str:
 
 
 def summary_lines(classes: int, devices: tuple[str, str], architecture: Architecture = ALEXNET) -> list[str]:
-    """The table as text lines, with the device of each column."""
+    """Return the table as text lines, with the device of each column."""
     rows = summarize(classes, architecture)
     lines = [
         f"{architecture.name}: {architecture.source}",

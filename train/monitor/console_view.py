@@ -94,7 +94,7 @@ class QuietView(ConsoleView):
 
 
 def service_text(status: ServiceStatus) -> str:
-    """The state of a service as text."""
+    """Return the state of a service as text."""
     if status.state != "connected":
         return f"service {status.name} lost, this machine decodes"
     workers, batches = count_noun(status.workers, "worker"), count_noun(status.queue, "batch", "batches")

@@ -34,7 +34,7 @@ class IntervalMetrics:
         self.steps, self.images = self.steps + 1, self.images + images
 
     def read(self, counts: Counts, norms: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-        """The metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
+        """Return the metrics of the interval under their keys in metrics.jsonl. Begins the next interval.
 
         counts  the result of StepCounters.read after the interval
         norms   the result of train.trainer.watchdog.parameter_norms
@@ -56,7 +56,7 @@ class IntervalMetrics:
 
 
 def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """The norms of weights in `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
+    """Return the norms of weights in `norms`, as `{"gradient_norm": {"conv1": …}, "weight_norm": {"conv1": …}}`.
 
     The norms of biases are left out, because biases start as a constant. A frozen layer has no gradient norm.
     """

@@ -27,7 +27,7 @@ _DRAWINGS_PER_S = 2
 
 
 def sparkline(values: Sequence[float], width: int = _CURVE_WIDTH) -> str:
-    """A curve of at most `width` block characters, each for an equal part of `values`.
+    """Return a curve of at most `width` block characters, each for an equal part of `values`.
 
     The height of a character shows the mean of the part. The lowest mean has the lowest
     block, and the highest mean has the highest block.

@@ -49,7 +49,7 @@ class StepCounters:
         torch.maximum(self._largest, largest, out=self._largest)
 
     def read(self) -> Counts:
-        """The counts since the last call; resets the counters. Waits once for the device.
+        """Return the counts since the last call; resets the counters. Waits once for the device.
 
         Raises IndexError if more than `max_steps` steps have been added.
         """

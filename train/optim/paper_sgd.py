@@ -39,7 +39,7 @@ class PaperSGD(torch.optim.Optimizer):
         self._rate_tensor_update: RateTensorUpdate | None = None
 
     def velocity(self, parameter: nn.Parameter) -> Tensor:
-        """The velocity of a parameter: a tensor of the same shape, layout and device, initially zero."""
+        """Return the velocity of a parameter: a tensor of the same shape, layout and device, initially zero."""
         state = self.state[parameter]
         if "velocity" not in state:
             state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
@@ -103,7 +103,7 @@ class PaperSGD(torch.optim.Optimizer):
 
 
 def make_optimizer(network: AlexNet, recipe: Recipe) -> PaperSGD:
-    """A PaperSGD with four groups: conv1's weights, conv1's biases, all other weights, all other biases.
+    """Return a PaperSGD with four groups: conv1's weights, conv1's biases, all other weights, all other biases.
 
     Schedule.apply sets the learning rates.
     """

@@ -55,7 +55,7 @@ class Schedule:
         return lr, lr if lr_conv1 is None else lr_conv1, lr_bias
 
     def colour(self, epochs_done: int) -> str:
-        """The colour noise after `epochs_done` complete epochs: a value of Augmentation.colour."""
+        """Return the colour noise after `epochs_done` complete epochs: a value of Augmentation.colour."""
         colour = self.recipe.augmentation.colour
         for change in self._changes_until(epochs_done):
             colour = change.colour or colour
@@ -97,7 +97,7 @@ class Schedule:
             self.drops += 1
 
     def state_dict(self) -> dict[str, float | int | bool]:
-        """The state of the schedule, saved as "schedule" in checkpoints."""
+        """Return the state of the schedule, saved as "schedule" in checkpoints."""
         return {
             "best_error": self.best_error,
             "epochs_since_best": self.epochs_since_best,

@@ -63,7 +63,9 @@ class RunFigure(NamedTuple):
 def run_figures(
     trained: TrainedRun, split: str = "val", seed: int = 0, index_records: int = INDEX_RECORDS
 ) -> Iterator[RunFigure]:
-    """The figures of a run. Figures that need images are left out if there is no store, or no `split` in the store.
+    """Yield the figures of a run.
+
+    Figures that need images are left out if there is no store, or no `split` in the store.
 
     seed           random seed for choosing the images of `split` that are shown
     index_records  maximum number of training records to search for nearest neighbors

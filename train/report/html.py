@@ -85,7 +85,7 @@ def write_report(
 
 
 def report_page(trained: TrainedRun, figures: Sequence[tuple[RunFigure, bytes]], split: str = "val") -> str:
-    """The report as HTML. `figures` are pairs of a figure and the content of its PNG file."""
+    """Return the report as HTML. `figures` are pairs of a figure and the content of its PNG file."""
     name = trained.run_dir.resolve().name
     identity = trained.checkpoint.identity
     sections = [
@@ -122,7 +122,7 @@ def _figure(figure: RunFigure, png: bytes) -> str:
 
 
 def _results(trained: TrainedRun, split: str) -> str:
-    """The error rates of the checkpoint in large type, and a table of all evaluations of the run."""
+    """Return the error rates of the checkpoint in large type, and a table of all evaluations of the run."""
     facts, rows = [], []
     metrics = [name.capitalize() for name, _ in shown_errors(len(trained.classes))]
     lines = read_evaluations(trained.run_dir)
@@ -267,7 +267,7 @@ def _pairs(pairs: dict[str, Any]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[str]], numbers: set[int]) -> str:
-    """A table with HTML cells. `numbers` are the indices of the columns that are aligned right."""
+    """Return a table with HTML cells. `numbers` are the indices of the columns that are aligned right."""
 
     def cells(tag: str, texts: Sequence[str]) -> str:
         classes = (' class="number"' if column in numbers else "" for column in range(len(texts)))

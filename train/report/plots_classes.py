@@ -35,13 +35,16 @@ class Confusion(NamedTuple):
         return np.asarray((self.images - correct) / np.maximum(self.images, 1))
 
     def worst(self, count: int = WORST) -> list[int]:
-        """The `count` classes with the highest errors, highest first; classes without errors are left out."""
+        """Return the `count` classes with the highest errors, highest first; classes without errors are left out."""
         order = np.argsort(-self.errors, kind="stable")[:count]
         return [int(k) for k in order if self.errors[k] > 0]
 
 
 def confusion_matrix(probabilities: npt.NDArray[Any], labels: npt.NDArray[np.int64]) -> Confusion:
-    """The confusion matrix for labels (N,) and probabilities (N, classes). The predicted class is the most probable."""
+    """Return the confusion matrix for labels (N,) and probabilities (N, classes).
+
+    The predicted class is the most probable.
+    """
     classes = probabilities.shape[1]
     cells = labels * classes + probabilities.argmax(1)
     return Confusion(np.bincount(cells, minlength=classes**2).reshape(classes, classes))

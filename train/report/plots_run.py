@@ -55,7 +55,10 @@ def draw_learning_curve(figure: Any, lines: Sequence[Mapping[str, Any]], classes
 
 
 def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
-    """(epoch, new rate) of each sudden drop of the learning rate. The epoch is from the last line before the drop."""
+    """Return (epoch, new rate) of each sudden drop of the learning rate.
+
+    The epoch is from the last line before the drop.
+    """
     pairs = pairwise((line["epoch"], line["lr"]) for line in lines)
     return [(epoch, lr) for (epoch, before), (_, lr) in pairs if lr < _DROP_FACTOR * before]
 

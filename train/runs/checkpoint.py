@@ -75,12 +75,12 @@ class Checkpoint:
 
 
 def path_of(run_dir: Path, step: int) -> Path:
-    """The path of the checkpoint of a step."""
+    """Return the path of the checkpoint of a step."""
     return run_dir / f"checkpoint-{step:08d}.pt"
 
 
 def checkpoint_paths(run_dir: Path) -> list[Path]:
-    """The checkpoints in a run folder, oldest first, without best.pt and files of other names."""
+    """Return the checkpoints in a run folder, oldest first, without best.pt and files of other names."""
     return sorted(run_dir.glob(f"checkpoint-{'[0-9]' * 8}.pt"))
 
 
@@ -238,7 +238,7 @@ def drop_after(run_dir: Path, step: int) -> None:
 
 
 def load_latest(run_dir: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a run; None if the run folder has no checkpoint.
+    """Return the newest intact checkpoint of a run; None if the run folder has no checkpoint.
 
     A damaged file is reported on standard error and skipped. Raises UserError if all files are damaged. Raises
     UserError if the newest intact file has an unknown format, or another step than its file name. Raises UserError if
@@ -263,7 +263,7 @@ def load_latest(run_dir: Path) -> Checkpoint | None:
 
 
 def load(run_dir: Path, which: str = "last") -> Checkpoint:
-    """The checkpoint `which` of a run: "last", "best" or the path of a file.
+    """Return the checkpoint `which` of a run: "last", "best" or the path of a file.
 
     A relative path is looked up in the working directory, then in the run folder. Raises UserError if the checkpoint
     does not exist or cannot be read.

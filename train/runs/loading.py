@@ -31,7 +31,7 @@ def run_and_checkpoint(path: Path, which: str) -> tuple[Path, str]:
 
 
 def load_trained(run_dir: Path, devices: Devices, which: str = "last") -> TrainedNetwork:
-    """A checkpoint of a run, and its network on `devices`.
+    """Return a checkpoint of a run, and its network on `devices`.
 
     run_dir  a run folder, or a checkpoint file
     which    "last", "best" or the path of a file; ignored if `run_dir` is a checkpoint file

@@ -30,7 +30,7 @@ _NEED_MEAN_IMAGE = ("image", "aligned")  # values of Augmentation.mean
 
 
 def store_facts(store: Store) -> dict[str, Any]:
-    """The "store" part of run.json. Raises StoreError if the colour statistics are missing."""
+    """Return the "store" part of run.json. Raises StoreError if the colour statistics are missing."""
     return {
         "fingerprint": store.fingerprint,
         "settings": store.settings.to_json(),
@@ -58,12 +58,12 @@ def save_mean_image(run_dir: Path, store: Store, recipe: Recipe) -> None:
 
 
 def saved_color_stats(description: Mapping[str, Any]) -> ColorStats:
-    """The colour statistics of the training store, from the content of run.json."""
+    """Return the colour statistics of the training store, from the content of run.json."""
     return ColorStats(**description["store"]["colour"])
 
 
 def load_eval_transform(run_dir: Path, recipe: Recipe) -> EvalTransform:
-    """The preprocessing of single images for evaluation with a run's network.
+    """Return the preprocessing of single images for evaluation with a run's network.
 
     Raises UserError if run.json cannot be read, or if the recipe needs a mean image that cannot be read.
     """
@@ -118,7 +118,7 @@ def missing_store_text(run_dir: Path, store: Path) -> str:
 
 
 def find_store(run_dir: Path, state: Checkpoint, store: Path | None) -> Store | None:
-    """The store that provides images for a run's network.
+    """Return the store that provides images for a run's network.
 
     store  folder of a store; None: the training store, found by the paths in run.json (`training_store`)
 

@@ -70,7 +70,9 @@ def plan_runs(
     service_fallback: str | None = None,
     networks: Mapping[str, Architecture] = ARCHITECTURES,
 ) -> list[AblationRun]:
-    """The runs to train, in the order of ABLATIONS. An ablation that changes neither recipe nor model is left out.
+    """Return the runs to train, in the order of ABLATIONS.
+
+    An ablation that changes neither recipe nor model is left out.
 
     Raises the errors of recipe_with_overrides and parse_devices.
     """
@@ -119,7 +121,7 @@ def ablate(runs: Sequence[AblationRun]) -> list[Outcome]:
 
 
 def known_errors(run: Run) -> tuple[float | None, float | None] | None:
-    """The errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
+    """Return the errors (top-1, top-5) in 0..1 in the ablation.json of a run; (None, None) if the training diverged.
 
     Returns None if ablation.json is missing, unreadable, or for a number of steps other than run.last_step. Raises
     UserError if the folder holds another run.
@@ -198,7 +200,7 @@ def _differences(errors: Sequence[float | None], base: Sequence[float | None]) -
 
 
 def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
-    """Mean and spread in percent; both are None if a run diverged."""
+    """Return the mean and spread in percent; both are None if a run diverged."""
     percents = [100 * share for share in shares if share is not None]
     if len(percents) < len(shares):
         return {"mean": None, "spread": None}
@@ -206,7 +208,7 @@ def _statistics(shares: Sequence[float | None]) -> dict[str, float | None]:
 
 
 def table_lines(rows: Sequence[Mapping[str, Any]], classes: int = 1000) -> list[str]:
-    """The rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table.
+    """Return the rows of `outcome_rows` as a text table. The sources of the paper's differences follow the table.
 
     With five classes or fewer, the top-5 errors, which are always 0, are left out.
     """

@@ -147,7 +147,10 @@ def _fit(run: Run, streams: ExitStack, view: ConsoleView) -> None:
 
 
 def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoader:
-    """The training stream after `epochs_done` epochs. `schedule` determines the colour noise of the next epoch."""
+    """Return the training stream after `epochs_done` epochs.
+
+    `schedule` determines the colour noise of the next epoch.
+    """
     config, augmentation = run.config, run.config.recipe.augmentation
     colour = schedule.colour(epochs_done)
     if colour != augmentation.colour:
@@ -169,7 +172,7 @@ def training_stream(run: Run, schedule: Schedule, epochs_done: int) -> TrainLoad
 
 
 def validation_stream(run: Run) -> EvalLoader | None:
-    """The loader for the centre views of the split val; None, after a message, if the store has no split val."""
+    """Return the loader for the centre views of the split val; None, after a message, if the store has no split val."""
     config = run.config
     if "val" not in run.store.splits:
         say(
@@ -190,7 +193,7 @@ def validation_stream(run: Run) -> EvalLoader | None:
 
 
 def without_service(run: Run) -> Run:
-    """A copy of `run` whose streams decode the images in this process, without a service."""
+    """Return a copy of `run` whose streams decode the images in this process, without a service."""
     return replace(run, config=replace(run.config, service=None, service_fallback=None))
 
 

@@ -26,7 +26,7 @@ def capture_state(
     loader: TrainLoader,
     validation_due: bool,
 ) -> Checkpoint:
-    """The checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
+    """Return the checkpoint of a training after `step`. CheckpointKeeper adds the best step and the ancestry.
 
     validation_due  True if an epoch ended at `step`, and the validation of this epoch has not been computed
     """

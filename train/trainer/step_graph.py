@@ -84,7 +84,7 @@ class CudaGraph:
 
 
 def graph_for(devices: Sequence[torch.device]) -> Graph | None:
-    """A CudaGraph if all columns are on one GPU where the Triton kernels work; otherwise None.
+    """Return a CudaGraph if all columns are on one GPU where the Triton kernels work; otherwise None.
 
     Two GPUs have no graph: one graph would have to record the kernels of both GPUs and the copies between the GPUs.
     """

@@ -127,7 +127,7 @@ class Watchdog:
 
 
 def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
-    """The Euclidean norms of parameters and gradients: `{"conv1.weight": {"parameter": …, "gradient": …}}`.
+    """Return the Euclidean norms of parameters and gradients: `{"conv1.weight": {"parameter": …, "gradient": …}}`.
 
     The keys are the joined names. A parameter without a gradient has no key "gradient". The function waits for the
     devices.
@@ -152,7 +152,7 @@ def parameter_norms(network: AlexNet) -> dict[str, dict[str, float]]:
 
 
 def _norm(tensor: Tensor) -> Tensor:
-    """The norm of a tensor, as a tensor of shape (). The norm is computed row by row.
+    """Return the norm of a tensor, as a tensor of shape (). The norm is computed row by row.
 
     On a CPU, a single float32 sum of the squares of fc6's 38 million weights is wrong in the fourth digit.
     """

@@ -69,7 +69,10 @@ def find_splits(source: Path, split: str | None, layout: str | None = None) -> d
 
 
 def split_source(path: Path, layout: str | None = None) -> SplitSource:
-    """The images in a folder or an archive that is one split. Raises UserError if the source has another layout."""
+    """Return the images in a folder or an archive that is one split.
+
+    Raises UserError if the source has another layout.
+    """
     found = _splits_of_file(path, layout) if path.is_file() else {_ONLY_SPLIT: _one_folder(path, layout)}
     if _ONLY_SPLIT not in found:
         raise UserError(f"{path}: the splits {' and '.join(found)}, expected one split.")
@@ -133,7 +136,7 @@ def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource
 
 
 def _named_splits(source: Path) -> dict[str, Path]:
-    """The folders and archives in `source` that are named after splits."""
+    """Return the folders and archives in `source` that are named after splits."""
     found = {}
     for name in SPLITS:
         archives = [source / f"ILSVRC2012_img_{name}.tar", *(source / f"{name}{suffix}" for suffix in (".tar", ".zip"))]
@@ -155,7 +158,7 @@ def _one_path(path: Path, layout: str | None) -> SplitSource:
 
 
 def _one_folder(path: Path, layout: str | None) -> SplitSource:
-    """The images in a folder that is one split."""
+    """Return the images in a folder that is one split."""
     if layout is None:
         layout = _layout_of_folder(path)
     if layout in ("class-tars", "webdataset", "parquet", "csv"):
@@ -185,7 +188,7 @@ def _layout_of_folder(path: Path) -> str:
 
 
 def _shards_by_split(folder: Path, layout: str | None) -> dict[str, SplitSource]:
-    """The splits of a folder with WebDataset or Parquet files; {} if there are no such files."""
+    """Return the splits of a folder with WebDataset or Parquet files; {} if there are no such files."""
     found: dict[str, SplitSource] = {}
     for kind, suffix in (("parquet", ".parquet"), ("webdataset", ".tar")):
         files = _files(folder, suffix) if layout in (None, kind) else []
@@ -217,7 +220,7 @@ def _scan(folder: Path) -> tuple[list[str], list[str]]:
 
 
 def _files(folder: Path, suffix: str) -> list[Path]:
-    """The files in a folder with this suffix, sorted; [] if there is no such folder."""
+    """Return the files in a folder with this suffix, sorted; [] if there is no such folder."""
     names = _scan(folder)[1] if folder.is_dir() else []
     return [folder / name for name in names if name.lower().endswith(suffix) and (folder / name).is_file()]
 

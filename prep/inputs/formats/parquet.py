@@ -51,7 +51,7 @@ class ParquetReader:
     size_bytes: int = 0  # size of all files together
 
     def unpacking_into(self, folder: Path, free_bytes: int) -> ParquetReader:
-        """A copy of this reader that unpacks images into `folder`, if that takes at most half of `free_bytes`."""
+        """Return a copy that unpacks images into `folder`, if they take at most half of `free_bytes`."""
         if 2 * self.size_bytes > free_bytes:
             say(
                 f"{self.root}: unpacking the images once would need {bytes_text(self.size_bytes)}, "
@@ -61,7 +61,7 @@ class ParquetReader:
         return replace(self, unpacked=folder)
 
     def read(self, item: Input) -> bytes:
-        """The image file in a row. Raises BadImage if the row has none, UserError if the file cannot be read."""
+        """Return the image file in a row. Raises BadImage if the row has none, UserError if the file cannot be read."""
         index, row = unpack_location(item.location)
         path = self.root / self.files[index]
         if self.unpacked is None:
@@ -90,7 +90,7 @@ class ParquetReader:
             )
 
     def head(self, item: Input, size: int) -> bytes:
-        """A JPEG signature for every row, so that the check before a build reads no row."""
+        """Return a JPEG signature for every row, so that the check before a build reads no row."""
         return b"\xff\xd8\xff"[:size]
 
 
@@ -194,7 +194,7 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
 
 
 def _features(schema: Any) -> dict[str, Any]:
-    """The features in the metadata that the library `datasets` writes: {column: feature}; {} if there are none."""
+    """Return {column: feature} from the metadata that the library `datasets` writes; {} without metadata."""
     try:
         features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
     except (ValueError, KeyError, TypeError):
@@ -215,7 +215,7 @@ def _has_path(schema: Any, column: str) -> bool:
 
 
 def _label_texts(labels: Sequence[Any]) -> list[str]:
-    """Labels as text; empty for null and for −1, which `datasets` writes where labels are unknown."""
+    """Return the labels as text; empty for null and for −1, which `datasets` writes where labels are unknown."""
     return ["" if label is None or label == -1 else str(label) for label in labels]
 
 
@@ -261,7 +261,7 @@ def _row_group(path: str, group: int, first: int, column: str, mtime_ns: int) ->
 
 
 def _leaf(file: Any, column: str) -> str:
-    """The column of bytes: `image.bytes` for a column of {bytes, path}."""
+    """Return the column of bytes: `image.bytes` for a column of {bytes, path}."""
     import pyarrow.types as types
 
     return f"{column}.bytes" if types.is_struct(file.schema_arrow.field(column).type) else column

@@ -24,7 +24,7 @@ _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "v
 
 
 def pack_location(file_index: int, offset: int) -> int:
-    """`Input.location` of the content at byte `offset` of file `file_index`.
+    """Return `Input.location` of the content at byte `offset` of file `file_index`.
 
     Raises UserError if the index or the offset is too large.
     """
@@ -52,7 +52,7 @@ class OpenFile:
             os.close(self.descriptor)
 
     def read_at(self, offset: int, size: int) -> bytes:
-        """`size` bytes at `offset`, fewer at the end of the file. Raises BadImage if reading fails."""
+        """Return `size` bytes at `offset`, fewer at the end of the file. Raises BadImage if reading fails."""
         try:
             return os.pread(self.descriptor, size, offset)
         except OSError as error:
@@ -60,7 +60,7 @@ class OpenFile:
 
 
 def open_file(path: str) -> OpenFile:
-    """The file `path`, opened once for many reads. Raises UserError if the file cannot be opened."""
+    """Return the file `path`, opened once for many reads. Raises UserError if the file cannot be opened."""
     try:
         status = os.stat(path)
         return _opened(path, status.st_dev, status.st_ino, status.st_mtime_ns)
@@ -70,7 +70,7 @@ def open_file(path: str) -> OpenFile:
 
 @lru_cache(maxsize=128)
 def _opened(path: str, device: int, inode: int, mtime_ns: int) -> OpenFile:
-    """The other arguments identify the file, in case another file takes its place."""
+    """Return the other arguments identify the file, in case another file takes its place."""
     return OpenFile(path)
 
 
@@ -82,11 +82,11 @@ class ShardReader:
     files: tuple[str, ...]
 
     def read(self, item: Input) -> bytes:
-        """The bytes of an input. Raises BadImage if reading fails, UserError if a file became shorter."""
+        """Return the bytes of an input. Raises BadImage if reading fails, UserError if a file became shorter."""
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of an input. Raises the same errors as `read`."""
+        """Return the first `size` bytes of an input. Raises the same errors as `read`."""
         index, offset = unpack_location(item.location)
         path = str(self.root / self.files[index])
         content = open_file(path).read_at(offset, min(size, item.size))

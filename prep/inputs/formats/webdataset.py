@@ -106,7 +106,7 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
 
 
 def _label(sample: Sequence[_Member]) -> str:
-    """The label of a sample as text; empty if it has none."""
+    """Return the label of a sample as text; empty if it has none."""
     texts = {member.kind: member.text for member in sample}
     if b"cls" in texts:
         return texts[b"cls"].decode("utf-8", "backslashreplace").strip()

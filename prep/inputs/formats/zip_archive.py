@@ -40,7 +40,10 @@ class ZipReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a member. Raises BadImage if the member is damaged, UserError if the archive is missing."""
+        """Return the bytes of a member.
+
+        Raises BadImage if the member is damaged, UserError if the archive is missing.
+        """
         content, crc32 = self._read(item, min(item.size, MAX_FILE_BYTES) + 1)
         if len(content) != item.size:
             raise BadImage(f"{len(content):,} bytes in the zip archive, its directory says {item.size:,}")
@@ -56,7 +59,7 @@ class ZipReader:
             raise UserError(f"{self.root}: {name_text(item.path)}: {reason}. Download the archive again.") from None
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a member. Raises BadImage if the bytes cannot be read."""
+        """Return the first `size` bytes of a member. Raises BadImage if the bytes cannot be read."""
         return self._read(item, size)[0]
 
     def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
@@ -103,7 +106,7 @@ def _has_more(decompressor: Any) -> bool:
 
 
 def _rest(decompressor: Any) -> bytes:
-    """Bytes that zlib's decompressor has not consumed; other decompressors keep these bytes themselves."""
+    """Return the bytes that zlib's decompressor has not consumed; other decompressors keep these bytes themselves."""
     rest: bytes = getattr(decompressor, "unconsumed_tail", b"")
     return rest
 
@@ -160,7 +163,9 @@ def zip_layout(path: Path) -> ZipLayout:
 
 
 def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
-    """The members of a zip archive in the folder `inside` (ends with a slash; b"" for all), named without `inside`.
+    """Return the members of a zip archive in the folder `inside` (ends with a slash; b"" for all members).
+
+    The names of the members lack `inside`.
 
     Members with unsafe names, links, encrypted members and unknown compression methods are refused. Raises UserError if
     the archive is damaged or cut short.
@@ -180,7 +185,7 @@ def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:
 
 
 def member_named(contents: ArchiveContents, name: bytes) -> Input | None:
-    """The last member of this name."""
+    """Return the last member of this name."""
     images = contents.images
     return next((images[k] for k in reversed(range(len(images))) if images.path(k) == name), None)
 

@@ -91,7 +91,7 @@ def alexstream(*words: str) -> Program:
 
 
 def session_of(pid: int) -> int:
-    """The session of a process; -1 if the process has ended."""
+    """Return the session of a process; -1 if the process has ended."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

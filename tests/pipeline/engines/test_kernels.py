@@ -37,7 +37,7 @@ needs_decoder = pytest.mark.skipif(
 
 
 def photograph(height: int, width: int, seed: int = 0) -> Pixels:
-    """An image with coarse and fine structure in saturated colours."""
+    """Return an image with coarse and fine structure in saturated colours."""
     rng = np.random.default_rng([height, width, seed])
     coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height))
     return np.clip(np.asarray(coarse) + rng.integers(-20, 21, (height, width, 3)), 0, 255).astype(np.uint8)
@@ -46,7 +46,7 @@ def photograph(height: int, width: int, seed: int = 0) -> Pixels:
 def decode(
     files: Sequence[bytes], positions: Sequence[Sequence[tuple[int, int]]], side: int, threads: int = 1
 ) -> tuple[npt.NDArray[np.float32], int]:
-    """The crops (N · V, side, side, 3) of N files at V positions each, and the first file that cannot be decoded."""
+    """Return the crops (N · V, side, side, 3) of N files at V positions each, and the first bad file."""
     assert kernels.native
     arrays = [np.frombuffer(file, np.uint8) for file in files]
     count, views = len(files), len(positions[0])

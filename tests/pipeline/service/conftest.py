@@ -63,7 +63,7 @@ class TestCluster:
             time.sleep(0.1)
 
     def used_bytes(self) -> int:
-        """Number of bytes that are in use in the object stores of all nodes together."""
+        """Return the number of bytes that are in use in the object stores of all nodes together."""
         from ray._private.internal_api import node_stats
 
         return sum(

@@ -44,7 +44,7 @@ class DeadlyCoordinator(Coordinator):
 
 
 def free_port() -> int:
-    """A port of this machine on which no process listens."""
+    """Return a port of this machine on which no process listens."""
     with socket.create_server((HOST, 0)) as listener:
         port: int = listener.getsockname()[1]
         return port
@@ -88,7 +88,7 @@ class Machine:
 
 
 def head_commands(port: int, *, host: str = HOST, cores: int = 1, options: str = "") -> str:
-    """The shell command that makes a machine the head node of a new cluster."""
+    """Return the shell command that makes a machine the head node of a new cluster."""
     return (
         f"{RAY} start --head --block --port {port} --node-ip-address {host} --num-cpus {cores} "
         f"--object-store-memory 100000000 --include-dashboard false --disable-usage-stats {options} >&2"
@@ -96,7 +96,7 @@ def head_commands(port: int, *, host: str = HOST, cores: int = 1, options: str =
 
 
 def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
-    """The shell command that makes a machine a node of the cluster at `address`."""
+    """Return the shell command that makes a machine a node of the cluster at `address`."""
     return (
         f"{RAY} start --block --address {address} --node-ip-address {address.partition(':')[0]} --num-cpus {cores} "
         f"--object-store-memory 100000000 --disable-usage-stats {options} >&2"
@@ -104,7 +104,7 @@ def node_commands(address: str, *, cores: int = 1, options: str = "") -> str:
 
 
 def until_shut_down(command: str) -> str:
-    """A shell command that runs `command` until the standard input is closed, and then ends it by SIGTERM."""
+    """Return a shell command that runs `command` until the standard input is closed, and then ends it by SIGTERM."""
     return f"{{ {command} & read line; kill $!; wait $!; }}"
 
 

@@ -162,7 +162,7 @@ def test_without_ray_the_commands_say_how_to_install_it(
 
 
 def example_state(**changes: Any) -> dict[str, Any]:
-    """A state as the coordinator returns it."""
+    """Return a state as the coordinator returns it."""
     worker = {"host": "left", "node": "ab12", "pid": 7, "blocks": 1}
     consumer = {"name": "gpu/9/12ab", "split": "train", "seed": 3, "position": 1234, "shares": True}
     state: dict[str, Any] = {

@@ -68,7 +68,7 @@ def test_memory_of_a_consumer_that_is_killed_is_given_back(cluster: TestCluster,
 
 
 def scraped(cluster: TestCluster, service: Service) -> dict[str, float]:
-    """The service's metrics as Prometheus reads them: {name: sum of the values of all nodes}."""
+    """Return the service's metrics as Prometheus reads them: {name: sum of the values of all nodes}."""
     values: dict[str, float] = {}
     for node in cluster.ray.nodes():
         if not node["Alive"]:

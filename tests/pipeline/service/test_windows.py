@@ -118,7 +118,7 @@ class LocalClient:
 
 
 def request_at(position: int) -> WindowRequest | None:
-    """The request of a batch of the stream in these tests."""
+    """Return the request of a batch of the stream in these tests."""
     last = position == BATCHES - 1
     return request(position, 1 if last else BATCH, 224) if 0 <= position < BATCHES else None
 

@@ -141,7 +141,7 @@ def _wait(pid: int, started: float) -> int:
 
 
 def logged_outcomes(store: Path) -> dict[str, dict[str, Any]]:
-    """{name: outcome} from inputs.jsonl, which lists all inputs except inputs that were stored without conversion."""
+    """Return {name: outcome} from inputs.jsonl, which omits inputs that were stored without conversion."""
     lines = (store / "train" / "inputs.jsonl").read_text().splitlines()
     outcomes = {outcome["source"]: outcome for outcome in map(json.loads, lines)}
     assert len(outcomes) == len(lines)

@@ -95,7 +95,7 @@ def noise(seed: int, height: int = 40, width: int = 40) -> npt.NDArray[np.uint8]
 
 
 def unique_pixels(height: int, width: int) -> npt.NDArray[np.uint8]:
-    """An image in which no two pixels have the same colour."""
+    """Return an image in which no two pixels have the same colour."""
     codes = np.random.default_rng(1).permutation(2**24)[: height * width]
     return np.stack([codes >> 16, codes >> 8 & 255, codes & 255], axis=-1).astype(np.uint8).reshape(height, width, 3)
 
@@ -105,12 +105,12 @@ def codes_of(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.int64]:
 
 
 def decoded(records: list[tuple[bytes, Any]]) -> Pictures:
-    """All images of a split, parsed by protobuf and decoded by Pillow."""
+    """Return all images of a split, parsed by protobuf and decoded by Pillow."""
     return [np.asarray(Image.open(io.BytesIO(datum.data)).convert("RGB")) for _, datum in records]
 
 
 def panels(figure: Any) -> list[Any]:
-    """The four matplotlib axes of the figure: cloud, spectrum, photographs, mean colour."""
+    """Return the four matplotlib axes of the figure: cloud, spectrum, photographs, mean colour."""
     assert len(figure.axes) == 4
     return list(figure.axes)
 

@@ -26,7 +26,7 @@ from tests.helpers.damaged_stores import (
 
 
 def faults_of_the_shard(store: Path, workers: WorkerPool) -> list[Fault]:
-    """The faults of a store that has one shard; asserts that each fault names this shard."""
+    """Return the faults of a store that has one shard; asserts that each fault names this shard."""
     faults = faults_of(store, workers)
     assert faults and {fault.where for fault in faults} == {"train/00000"}
     return faults

@@ -138,7 +138,7 @@ def test_a_change_of_one_in_any_moment_of_a_ppm_store_is_a_fault(copy_store: Mak
 
 
 def shifted(true: Moments, levels: int) -> Moments:
-    """The moments after `levels` is added to every pixel value. The covariance does not change."""
+    """Return the moments after `levels` is added to every pixel value. The covariance does not change."""
     n, t = true.pixels, true.total
     outer = tuple(tuple(true.outer[i][j] + levels * (t[i] + t[j]) + n * levels**2 for j in range(3)) for i in range(3))
     return Moments(n, tuple(s + n * levels for s in t), outer)

@@ -10,20 +10,20 @@ from PIL import Image
 
 
 def smooth(height: int, width: int, seed: int = 0) -> Image.Image:
-    """A smooth RGB image of random colours, which JPEG changes little."""
+    """Return a smooth RGB image of random colours, which JPEG changes little."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def file_of(image: Image.Image, format: str, **options: Any) -> bytes:
-    """The bytes of `image` as Pillow writes it."""
+    """Return the bytes of `image` as Pillow writes it."""
     out = io.BytesIO()
     image.save(out, format, **options)
     return out.getvalue()
 
 
 def pillow(content: bytes) -> Image.Image:
-    """The image that Pillow decodes from a file."""
+    """Return the image that Pillow decodes from a file."""
     image = Image.open(io.BytesIO(content))
     image.load()
     return image

@@ -169,7 +169,7 @@ def recomputed(store: Path) -> dict[str, Any]:
 
 
 def stored_pixels(records: Sequence[tuple[bytes, Any]], tmp_path: Path) -> npt.NDArray[np.float64]:
-    """The pixels of all records of the split, decoded by Pillow."""
+    """Return the pixels of all records of the split, decoded by Pillow."""
     images = []
     for key, datum in records:
         path = tmp_path / key.decode()

@@ -18,7 +18,7 @@ MAX_CPU_S = 10.0  # the slowest of 25,000 mutants took less than 3 s
 
 
 def seed_files() -> dict[str, bytes]:
-    """An intact file of each kind."""
+    """Return an intact file of each kind."""
     transparent, grey = PHOTO.copy(), PHOTO.convert("L")
     transparent.putalpha(grey)
     kinds: list[tuple[str, Image.Image, dict[str, Any]]] = [

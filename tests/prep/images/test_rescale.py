@@ -51,7 +51,7 @@ def new_size(height: int, width: int, side: int) -> tuple[int, int]:
 
 
 def central_square(whole: npt.NDArray[np.generic], side: int) -> npt.NDArray[np.generic]:
-    """The central square of `side` px; an odd margin has its extra pixel below and to the right."""
+    """Return the central square of `side` px; an odd margin has its extra pixel below and to the right."""
     top, left = (whole.shape[0] - side) // 2, (whole.shape[1] - side) // 2
     return whole[top : top + side, left : left + side]
 

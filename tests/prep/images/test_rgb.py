@@ -25,7 +25,7 @@ GREY, RGB, PALETTE, GREY_ALPHA, RGB_ALPHA = 0, 2, 3, 4, 6  # colour types of PNG
 def png(
     size: tuple[int, int], color_type: int, bits: int, rows: Sequence[bytes], trns: bytes = b"", plte: bytes = b""
 ) -> bytes:
-    """A PNG file of (width, height) with these rows, and chunks tRNS and PLTE."""
+    """Return a PNG file of (width, height) with these rows, and chunks tRNS and PLTE."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -107,7 +107,7 @@ def test_transparent_palette_entries_of_a_gif_show_the_background() -> None:
 
 
 def tiff(width: int, bits: int, photometric: int, data: bytes) -> bytes:
-    """A little-endian, uncompressed grey TIFF of one row."""
+    """Return a little-endian, uncompressed grey TIFF of one row."""
     tags = [(256, width), (257, 1), (258, bits), (259, 1), (262, photometric), (273, 8), (277, 1), (278, 1)]
     tags.append((279, len(data)))
     entries = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in tags)

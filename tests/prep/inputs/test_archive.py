@@ -57,7 +57,7 @@ def by_folder(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> s
 
 
 def train_members(root: Path) -> list[Member]:
-    """The training images as (class/name, content), not sorted by name."""
+    """Return the training images as (class/name, content), not sorted by name."""
     paths = sorted((root / "train").glob("*/*"), key=lambda path: path.name[::-1])
     return [(f"{path.parent.name}/{path.name}", path.read_bytes()) for path in paths]
 
@@ -67,7 +67,7 @@ def val_members(root: Path) -> list[Member]:
 
 
 def tar_of_tars(root: Path) -> bytes:
-    """A tar of tars, like ILSVRC2012_img_train.tar."""
+    """Return a tar of tars, like ILSVRC2012_img_train.tar."""
     inner: dict[str, list[Member]] = {}
     for member in train_members(root):
         folder, name = member[0].split("/")

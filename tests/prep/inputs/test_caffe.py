@@ -56,7 +56,7 @@ def done(result: Result) -> str:
 
 
 def fails(result: Result, *parts: object) -> str:
-    """The command has exit code 1 and prints one line. The line begins with "Error:" and has all `parts`."""
+    """Return the command has exit code 1 and prints one line. The line begins with "Error:" and has all `parts`."""
     assert result.exit_code == 1, result.output
     assert isinstance(result.exception, SystemExit), result.exception
     errors = [line for line in result.stderr.splitlines() if line]
@@ -199,7 +199,7 @@ def test_the_same_images_as_files_give_the_same_records(
 
 
 def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
-    """{key: (value, reason why the record is left out)}."""
+    """Return {key: (value, reason why the record is left out)}."""
     good = {"data": jpeg(), "encoded": True}
     label = "not a Datum, or a Datum without a label"
     return {

@@ -72,7 +72,7 @@ def test_class_folders_without_a_file_are_refused(tmp_path: Path) -> None:
 
 
 def folder_with_links(tmp_path: Path) -> Path:
-    """A folder with links.
+    """Return a folder with links.
 
     Links point to files and classes inside and outside of the root, to nothing, to themselves, and to parent folders.
     """

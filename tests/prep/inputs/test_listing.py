@@ -188,7 +188,7 @@ print(before, peak_mb())
 
 
 def peak_mb(count: int, folder: Path) -> tuple[float, float]:
-    """(memory after the imports, peak memory) in MB of a process that lists `count` inputs and plans their shards."""
+    """Return (memory after the imports, peak memory) in MB of a process that lists and plans `count` inputs."""
     ended = subprocess.run(
         [sys.executable, "-c", MEMORY, str(count), str(folder)], capture_output=True, text=True, timeout=120
     )

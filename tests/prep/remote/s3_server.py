@@ -114,7 +114,7 @@ class Proxy:
         threading.Thread(target=self._listener.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
 
     def count(self, method: str, path: str) -> int:
-        """Number of requests of a method for a path."""
+        """Return the number of requests of a method for a path."""
         return sum(request.method == method and request.path == path for request in self.log)
 
     def close(self) -> None:
@@ -206,7 +206,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _flipped(content: bytes) -> bytes:
-    """A copy of `content` with one bit of the middle byte changed."""
+    """Return a copy of `content` with one bit of the middle byte changed."""
     changed = bytearray(content)
     changed[len(changed) // 2] ^= 4
     return bytes(changed)

@@ -20,7 +20,7 @@ from tests.prep.remote.s3_server import Fault, Proxy, Request, S3Server
 
 
 def random_cuts(seed: int, share: float, longest: int) -> object:
-    """A function for Proxy.decide that cuts a random share of all requests, in the request or in the answer."""
+    """Return a function for Proxy.decide that cuts a random share of all requests, in the request or in the answer."""
     rng = np.random.default_rng(seed)
 
     def decide(request: Request) -> Fault | None:

@@ -127,7 +127,7 @@ def test_a_complete_copy_is_left_as_it_is(
 
 
 def other_store(small_store: Path, folder: Path) -> Path:
-    """A copy of the store in which one class has another name. The copy therefore has another fingerprint."""
+    """Return a copy of the store in which one class has another name. The copy therefore has another fingerprint."""
     shutil.copytree(small_store, folder)
     store = Store.open(folder)
     classes = ("another", *store.classes[1:])

@@ -57,7 +57,7 @@ def kill_at_request(proxy: Proxy, command: CopyCommand, number: int, signum: int
 
 
 def recorded(files: dict[str, bytes]) -> set[str]:
-    """Paths of the files that the journal lists as verified."""
+    """Return the paths of the files that the journal lists as verified."""
     return {
         path.removeprefix(".copy/").removesuffix(".json")
         for path in files

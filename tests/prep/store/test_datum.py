@@ -42,7 +42,7 @@ EXAMPLES = [
 
 
 def sealed(body: bytes) -> bytes:
-    """`body` with its correct checksum appended, as field 1002 of wire type fixed32."""
+    """Return `body` with its correct checksum appended, as field 1002 of wire type fixed32."""
     return body + bytes([0xD5, 0x3E]) + zlib.crc32(body).to_bytes(4, "little")
 
 
@@ -197,7 +197,7 @@ def test_randomly_changed_records_decode_or_raise_datum_error() -> None:
 
 
 def random_datum(rng: np.random.Generator) -> Datum:
-    """A Datum with integers of 1 to 31 bits (varints of 1 to 5 bytes) and with 0 bytes to 130 kB of data."""
+    """Return a Datum with integers of 1 to 31 bits (varints of 1 to 5 bytes) and with 0 bytes to 130 kB of data."""
     height, width, label = (int(rng.integers(0, 2 ** int(rng.integers(1, 32)))) for _ in range(3))
     data = rng.bytes(int(rng.integers(0, 2 ** int(rng.integers(1, 18)))))
     return Datum(height, width, data, label, rng.bytes(int(rng.integers(0, 200))))

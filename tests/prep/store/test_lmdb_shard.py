@@ -180,7 +180,7 @@ def records_with_keys(numbers: list[int]) -> list[tuple[bytes, bytes]]:
 
 
 def open_handles(folder: Path) -> int:
-    """Number of open file handles of the LMDB at `folder` in this process."""
+    """Return the number of open file handles of the LMDB at `folder` in this process."""
     gc.collect()
     count = 0
     for handle in os.listdir("/proc/self/fd"):

@@ -12,7 +12,7 @@ from tools.bench.harness import Contestant, LineProcess, race, speedup_lines, sp
 
 
 def contestant(name: str, rates: list[float], turns: list[str], **fields: str) -> Contestant:
-    """A contestant with the given rates, one for each round. The first round is not counted."""
+    """Return a contestant with the given rates, one for each round. The first round is not counted."""
     remaining = iter(rates)
 
     def rate() -> float:

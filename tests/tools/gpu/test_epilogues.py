@@ -64,7 +64,7 @@ def with_changed(part: str, change: Callable[[Tensor], Tensor]) -> Apply:
 
 
 def without_last_row(t: Tensor) -> Tensor:
-    """A copy whose last row of maps is 0."""
+    """Return a copy whose last row of maps is 0."""
     return torch.cat([t[:, :, :-1], torch.zeros_like(t[:, :, -1:])], 2)
 
 

@@ -38,7 +38,7 @@ from train.runs.preprocessing import load_eval_transform
 
 
 def decoded_mean_image(preprocessing: dict[str, Any]) -> np.ndarray:
-    """The mean image in the exported JSON, float32 (side, side, 3)."""
+    """Return the mean image in the exported JSON, float32 (side, side, 3)."""
     image = preprocessing["mean_image"]
     return np.frombuffer(b64decode(image["base64"]), "<f4").reshape(image["shape"])
 

@@ -16,7 +16,7 @@ SHAPES = [(48, 5), (128, 5), (96, 5), (7, 3), (3, 5), (1, 5), (12, 9), (2, 101),
 
 
 def lrn_reference(a: Numbers, n: int, alpha: float, beta: float, k: float) -> Numbers:
-    """The formula of section 3.3, computed for one map at a time."""
+    """Return the formula of section 3.3, computed for one map at a time."""
     b = np.empty_like(a)
     maps = a.shape[1]
     for i in range(maps):
@@ -39,7 +39,7 @@ def gradient_reference(a: Numbers, grad: Numbers, n: int, alpha: float, beta: fl
 
 
 def random_maps(count: int, *, last: bool = True, seed: int = 0) -> Tensor:
-    """float32 (2, count, 4, 5) with positive and negative values; channels last if `last`."""
+    """Return float32 (2, count, 4, 5) with positive and negative values; channels last if `last`."""
     x = torch.randn(2, count, 4, 5, generator=torch.Generator().manual_seed(count + seed)) * 30
     return x.contiguous(memory_format=torch.channels_last) if last else x
 

@@ -43,7 +43,7 @@ def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, byt
 
 
 def screen_rows(output: str, columns: int) -> list[str]:
-    """The rows of a terminal after `output`: text, line ends, moves of the cursor upwards, and erased lines."""
+    """Return the rows of a terminal after `output`: text, line ends, moves of the cursor upwards, and erased lines."""
     rows: dict[int, dict[int, str]] = {}
     y = x = 0
     for part in _PARTS.finditer(output):

@@ -158,7 +158,7 @@ def test_ctrl_c_leaves_a_clean_screen_with_its_messages(columns: int) -> None:
 
 
 def rows_of(line: str, columns: int) -> list[str]:
-    """The rows that a terminal of `columns` columns shows for a line."""
+    """Return the rows that a terminal of `columns` columns shows for a line."""
     return [line[first : first + columns].rstrip() for first in range(0, len(line), columns)]
 
 

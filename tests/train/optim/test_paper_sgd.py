@@ -20,7 +20,7 @@ SMALL = replace(ALEXNET, widths=Widths(4, 4, 4, 4, 4, 6, 6))
 def make_steps(
     optimizer: torch.optim.Optimizer, w: torch.nn.Parameter, rates: list[float], grads: np.ndarray
 ) -> np.ndarray:
-    """The values of `w` after each step; step k has learning rate `rates[k]` and gradient `grads[k]`."""
+    """Return the values of `w` after each step; step k has learning rate `rates[k]` and gradient `grads[k]`."""
     for lr, grad in zip(rates, grads, strict=True):
         for group in optimizer.param_groups:
             group["lr"] = lr

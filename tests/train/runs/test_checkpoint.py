@@ -25,7 +25,7 @@ from train.trainer.loop import fit
 
 
 def empty_checkpoint(step: int, **fields: Any) -> Checkpoint:
-    """A checkpoint of `step` without parameters. `fields` replaces the values of other fields."""
+    """Return a checkpoint of `step` without parameters. `fields` replaces the values of other fields."""
     mappings = ("identity", "model", "recipe", "environment", "parameters", "velocity", "schedule", "stream")
     sequences = ("classes", "devices", "random_cuda")
     defaults: dict[str, Any] = {name: {} for name in mappings} | {name: [] for name in sequences}
@@ -34,7 +34,7 @@ def empty_checkpoint(step: int, **fields: Any) -> Checkpoint:
 
 
 def steps_of(run_dir: Path) -> list[int]:
-    """The steps of the checkpoints in a run folder, from their file names."""
+    """Return the steps of the checkpoints in a run folder, from their file names."""
     return [int(path.stem.removeprefix("checkpoint-")) for path in checkpoint_paths(run_dir)]
 
 

@@ -55,7 +55,7 @@ class Service:
             return pid
 
     def images_made(self) -> int:
-        """Number of images that the service has decoded since its start."""
+        """Return the number of images that the service has decoded since its start."""
         with connected(self.address) as ray:
             made: int = service_status(ray, self.name, self.address)["images_made"]
             return made

@@ -27,7 +27,7 @@ SMALL = {
 
 
 def small_runs(store: Path, out: Path, **options: Any) -> list[AblationRun]:
-    """The ablations of the recipe `short` on small networks. Each run has three steps of 8 images."""
+    """Return the ablations of the recipe `short` on small networks. Each run has three steps of 8 images."""
     options = {"recipe": "short", "batch": 8, "steps": 3, "gpus": "cpu", "networks": SMALL, **options}
     return plan_runs(store, out, **options)
 

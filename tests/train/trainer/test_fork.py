@@ -38,7 +38,7 @@ def test_a_fork_without_changes_has_the_result_of_the_uninterrupted_run(
 
 
 def ancestry(run_dir: Path) -> list[dict[str, Any]]:
-    """The checkpoints from which a run and its ancestors were forked, oldest first, as run.json lists them."""
+    """Return the checkpoints from which a run and its ancestors were forked, oldest first, as run.json lists them."""
     return json.loads((run_dir / "run.json").read_text())["ancestry"]
 
 

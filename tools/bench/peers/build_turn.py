@@ -22,7 +22,7 @@ Paths = Sequence[str]
 
 
 def parse_arguments() -> tuple[Paths, Path, int, list[str]]:
-    """The images, the output path, the number of workers, and the further arguments of the command line."""
+    """Return the images, the output path, the number of workers, and the further arguments of the command line."""
     folder, out, jobs, *others = sys.argv[1:]
     return sorted(str(path) for path in Path(folder).glob("*/*")), Path(out), int(jobs), others
 
@@ -38,7 +38,7 @@ def take_turn(versions: str, work: Callable[[], int]) -> None:
 
 
 def start_pool(jobs: int, initialize: Callable[[], object] = lambda: None) -> AbstractContextManager[Any]:
-    """A pool of `jobs` forked processes, returned when every process has called `initialize`."""
+    """Return a pool of `jobs` forked processes, returned when every process has called `initialize`."""
     context = multiprocessing.get_context("fork")
     ready = context.Semaphore(0)
 

@@ -25,7 +25,7 @@ _squares: list[Any] = []  # filled by the parent process before it forks
 
 
 def decodable(paths: Paths) -> tuple[Paths, dict[int, str]]:
-    """The paths of the images that simplejpeg can decode, and {inode: path} with one of the paths of each file."""
+    """Return the paths of the images that simplejpeg can decode, and {inode: one path} of each file."""
     files: dict[int, str] = {}
     bad_inodes: set[int] = set()
     good_paths = []

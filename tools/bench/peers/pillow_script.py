@@ -18,7 +18,7 @@ from tools.bench.peers.build_turn import QUALITY, SIDE_PX, take_lmdb_turn
 
 
 def central_square(path: str, filter: str) -> Image.Image:
-    """The photograph with its shorter side rescaled to SIDE_PX, cropped to the central square."""
+    """Return the photograph with its shorter side rescaled to SIDE_PX, cropped to the central square."""
     image = Image.open(path).convert("RGB")
     scale = SIDE_PX / min(image.size)
     width, height = round(image.width * scale), round(image.height * scale)
@@ -28,7 +28,7 @@ def central_square(path: str, filter: str) -> Image.Image:
 
 
 def make_jpeg(filter: str, path: str) -> bytes:
-    """The central square as a JPEG file."""
+    """Return the central square as a JPEG file."""
     out = io.BytesIO()
     central_square(path, filter).save(out, "JPEG", quality=QUALITY)
     return out.getvalue()

@@ -42,7 +42,7 @@ _IN_FLIGHT = 5  # largest number of batches that wait for the queue, or are in u
 
 
 def crop_with_ffmpeg(path: str) -> Any:
-    """A random crop, mirrored with probability ½, as RGB frames of FFmpeg."""
+    """Return a random crop, mirrored with probability ½, as RGB frames of FFmpeg."""
     packets = spdl.io.demux_image(path)
     codec = packets.codec
     top, left = random_offset(codec.height, codec.width)

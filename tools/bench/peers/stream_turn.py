@@ -27,7 +27,7 @@ Mean = npt.NDArray[np.float32]  # (3,) RGB, in grey levels
 
 
 def parse_arguments() -> tuple[Records, Path, int, Mean, list[str]]:
-    """The records, the output path, the number of threads, the mean, and the further arguments."""
+    """Return the records, the output path, the number of threads, the mean, and the further arguments."""
     folder, out, threads, mean, *others = sys.argv[1:]
     records = [(str(path), int(path.parent.name)) for path in sorted(Path(folder).glob("*/*.jpg"))]
     return records, Path(out), int(threads), np.array(mean.split(","), np.float32), others
@@ -45,7 +45,7 @@ def random_offset(height_px: int, width_px: int) -> tuple[int, int]:
 
 
 def random_crop(pixels: npt.NDArray[np.uint8], mean: Mean, out: Any = None) -> npt.NDArray[np.float32]:
-    """A random crop of uint8 (H, W, 3), mirrored with probability ½, minus the mean: float32 (3, 224, 224)."""
+    """Return a random crop of uint8 (H, W, 3), mirrored with probability ½, minus the mean: float32 (3, 224, 224)."""
     top, left = random_offset(*pixels.shape[:2])
     crop = pixels[top : top + CROP_PX, left : left + CROP_PX]
     if random.random() < 0.5:

@@ -31,7 +31,7 @@ def load_vips() -> None:
 
 
 def make_jpeg(path: str) -> bytes:
-    """The central square of a thumbnail, as a 4:2:0 JPEG file without metadata."""
+    """Return the central square of a thumbnail, as a 4:2:0 JPEG file without metadata."""
     image = _vips.Image.thumbnail(path, SIDE_PX, height=SIDE_PX, crop="centre", no_rotate=True)
     content: bytes = image.colourspace("srgb").jpegsave_buffer(Q=QUALITY, subsample_mode="on", keep="none")
     return content

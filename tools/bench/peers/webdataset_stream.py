@@ -40,7 +40,7 @@ def write_archives(records: Records, out: Path, archives: int) -> list[str]:
 
 
 def crop_image(mean: Mean, image: Image.Image) -> torch.Tensor:
-    """A random crop as a tensor, float32 (3, 224, 224)."""
+    """Return a random crop as a tensor, float32 (3, 224, 224)."""
     return torch.from_numpy(random_crop(np.asarray(image), mean))
 
 

@@ -164,7 +164,7 @@ def kernel_constants(
 
 
 def warps_for(maps: int, backward: bool) -> int:
-    """Number of warps of a kernel: the smallest number for which a program's values fit into registers.
+    """Return the number of warps of a kernel: the smallest number for which a program's values fit into registers.
 
     With more warps, several warps would compute the same inputs of the matrix product.
     """

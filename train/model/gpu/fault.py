@@ -21,7 +21,7 @@ _SHARED_BYTES = 150 << 10  # shared memory in bytes that the kernels need for 25
 
 @functools.cache
 def normalization_fault(device: torch.device, maps: int) -> str | None:
-    """The reason why the Triton kernels cannot normalize `maps` maps of a column on a GPU, or None if they can."""
+    """Return why the Triton kernels cannot normalize `maps` maps of a column on a GPU; None if they can."""
     fault = triton_fault(device)
     if fault is not None or maps <= _MAX_MAPS:
         return fault
@@ -39,7 +39,7 @@ def normalization_fault(device: torch.device, maps: int) -> str | None:
 
 @functools.cache
 def triton_fault(device: torch.device) -> str | None:
-    """The reason why the Triton kernels cannot be used on a GPU, or None if the kernels work.
+    """Return the reason why the Triton kernels cannot be used on a GPU, or None if the kernels work.
 
     Two kernels are compiled, run and compared with PyTorch operators once per process. To launch a kernel, Triton
     compiles C code, for which it needs a C compiler, Python's headers and a writable folder. A container image without

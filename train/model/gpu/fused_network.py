@@ -62,12 +62,12 @@ class FusedNetwork:
         return result
 
     def maps(self, images: Tensor) -> list[Tensor]:
-        """The output of pool5 in each column, for images (N, 3, H, W) with H, W ≥ 224."""
+        """Return the output of pool5 in each column, for images (N, 3, H, W) with H, W ≥ 224."""
         joined = self._pooled_maps(images, channels_first=False)
         return [part for maps, group in zip(joined, self.groups, strict=True) for part in maps.chunk(len(group), dim=1)]
 
     def _pooled_maps(self, images: Tensor, channels_first: bool) -> list[Tensor]:
-        """The output of pool5 in each group, joined."""
+        """Return the output of pool5 in each group, joined."""
         recipe = self.recipe
         blocks = self._blocks(images)
         maps = []
@@ -138,12 +138,12 @@ def _biases(group: Sequence[Column], layer: str) -> list[Tensor]:
 
 
 def _dtype(device: torch.device) -> torch.dtype:
-    """The type of the convolutions' inputs: the type of autocast if autocast is enabled, otherwise float32."""
+    """Return the type of the convolutions' inputs: the type of autocast if autocast is enabled, otherwise float32."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else torch.float32
 
 
 def _join(group: Sequence[Column], name: str, dtype: torch.dtype | None = None) -> Tensor:
-    """A parameter of all columns of a group, joined along dim 0 and converted to `dtype` or the convolutions' type."""
+    """Return a parameter of a group's columns, joined along dim 0, in `dtype` or the convolutions' type."""
     parameters = [column.get_parameter(name) for column in group]
     dtype = dtype or _dtype(parameters[0].device)
     if len(parameters) == 1 and dtype == parameters[0].dtype:

@@ -42,7 +42,10 @@ except UserError as error:
 
 
 def node_address() -> str:
-    """The address that Ray uses for this machine instead of localhost. The certificate must name this address."""
+    """Return the address that Ray uses for this machine instead of localhost.
+
+    The certificate must name this address.
+    """
     address: str = ray_module().util.get_node_ip_address()
     return address
 

@@ -80,7 +80,7 @@ def zip_of(compression: int, prefix: str = "") -> Callable[[Pictures, Path], Pat
 
 
 def streamed_zip(pictures: Pictures, root: Path) -> Path:
-    """A zip written to a pipe: sizes and CRC-32 follow the contents, and sizes are in zip64 fields."""
+    """Return a zip written to a pipe: sizes and CRC-32 follow the contents, and sizes are in zip64 fields."""
 
     class Pipe(io.RawIOBase):
         def __init__(self) -> None:
@@ -120,7 +120,7 @@ def tiny_imagenet(pictures: Pictures, root: Path) -> Path:
 
 
 def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path], Path]:
-    """The folder that `make` writes as a zip archive with one folder in it."""
+    """Return the folder that `make` writes as a zip archive with one folder in it."""
 
     def make_zip(pictures: Pictures, root: Path) -> Path:
         folder = make(pictures, root.with_name(f"{root.name}-folder"))
@@ -165,7 +165,7 @@ def hugging_face_table(pictures: Pictures) -> pa.Table:
 
 
 def parquet(pictures: Pictures, root: Path) -> Path:
-    """A folder like the repository imagenet-1k: data/train-00000-of-00002.parquet and so on."""
+    """Return a folder like the repository imagenet-1k: data/train-00000-of-00002.parquet and so on."""
     (root / "data").mkdir(parents=True)
     table = hugging_face_table(pictures)
     for number in range(2):

@@ -20,7 +20,7 @@ SYNSETS = ("n01", "n02", "n03", "n04")
 
 
 def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: tuple[str, ...] = ()) -> list[int]:
-    """The labels of the images a.jpg, b.jpg, … whose texts in the label file are the words of `numbers`."""
+    """Return the labels of the images a.jpg, b.jpg, … whose texts in the label file are the words of `numbers`."""
     names = [f"{chr(97 + k)}.jpg" for k in range(len(numbers.split()))]
     root = touch(tmp_path / "photos", *names)
     rows = [f"{name} {text}\n" for name, text in zip(names, numbers.split(), strict=True)]

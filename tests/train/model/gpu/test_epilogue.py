@@ -32,7 +32,7 @@ CASES = [
 
 
 def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """The epilogue of one column by PyTorch operators."""
+    """Return the epilogue of one column by PyTorch operators."""
     y = ACTIVATIONS[epilogue.before](x + bias[:, None, None])
     if epilogue.norm is not None:
         n = epilogue.norm

@@ -21,7 +21,7 @@ SIDE_PX = 67  # the smallest image for which pool5 has a row; the interpreter ta
 
 
 def small_network(model: str, recipe: str, **changes: object) -> AlexNet:
-    """A network with few maps, large weights (so that every layer matters) and no dropout."""
+    """Return a network with few maps, large weights (so that every layer matters) and no dropout."""
     torch.manual_seed(5)
     settings = replace(RECIPES[recipe], dropout=0.0, **changes)  # type: ignore[arg-type]
     network = AlexNet(3, settings, architecture=replace(ARCHITECTURES[model], widths=WIDTHS))
