@@ -160,7 +160,7 @@ class Augmenter:
         self.mean_image = store.mean_image() if augmentation.mean in ("image", "aligned") else None
 
     def random_crops(self, records: RecordBatch, draws: Draws) -> Crops:
-        """Crops of a training batch: one random crop of each record."""
+        """Return crops of a training batch: one random crop of each record."""
         shift = draws.normal @ self.noise.T - self.mean_rgb
         offset = draws.offset[:, None]
         return Crops(self._origin(records, offset), offset, draws.flip[:, None], shift.astype(np.float32))

@@ -100,7 +100,7 @@ class TrainLoader(Loader):
         self._open(1, augmentation.divisor)
 
     def __len__(self) -> int:
-        """Number of batches in an epoch."""
+        """Return the number of batches in an epoch."""
         return self.records // (self.batch_size * self.world_size)
 
     @property
@@ -176,7 +176,10 @@ class TrainLoader(Loader):
         self.seek(int(state["epoch"]), int(state["step"]))
 
     def _identity(self) -> dict[str, Any]:
-        """Settings that load_state_dict compares with a state. The names are part of the format of states."""
+        """Return the settings that load_state_dict compares with a state.
+
+        The names are part of the format of states.
+        """
         return {
             "graph_version": STREAM_VERSION,
             "store_fingerprint": self.store.split(self.split).fingerprint,
@@ -191,7 +194,7 @@ class TrainLoader(Loader):
         }
 
     def _positions(self) -> Iterator[tuple[int, int]]:
-        """An endless sequence of positions (epoch, step), from the current position on."""
+        """Yield an endless sequence of positions (epoch, step), from the current position on."""
         position = self.epoch, self.step
         while True:
             yield position
@@ -214,7 +217,7 @@ class TrainLoader(Loader):
         return WindowRequest(self.split, record_numbers, draws.offset, CROP_PX)
 
     def _draw(self, epoch: int, step: int) -> tuple[npt.NDArray[np.int64], Draws]:
-        """Record numbers and random augmentation parameters of this rank's images of a step."""
+        """Return the record numbers and random augmentation parameters of this rank's images of a step."""
         images = self.batch_size * self.world_size
         part = slice(self.shard * self.batch_size, (self.shard + 1) * self.batch_size)
         max_offset_px, shared_by = self._augmenter.max_offset_px, self.augmentation.shared_by

@@ -145,7 +145,7 @@ class Loader:
         return self.store.classes
 
     def channel_stats(self, max_value: float = 255) -> ChannelStats:
-        """`mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
+        """Return `mean` and `std` of R, G and B over the training split, for pixels in 0..`max_value`.
 
         255 gives grey levels, the unit of the images of this loader; 1 gives the numbers for pixels in [0, 1]. The
         loader divides by the standard deviation only with the argument `normalize`, which takes such an object.
@@ -153,14 +153,14 @@ class Loader:
         return self.store.color_stats().channel_stats(max_value)
 
     def wait_times(self) -> WaitTimes:
-        """Number of batches served, and wait times of loader and consumer, since the previous call."""
+        """Return the number of batches served, and wait times of loader and consumer, since the previous call."""
         now, waits = time.perf_counter(), self._waits
         since_served_s = 0.0 if self._served_at is None else now - self._served_at
         self._waits, self._served_at = WaitTimes(0, 0.0, 0.0), now
         return waits._replace(loader_wait_s=waits.loader_wait_s + since_served_s)
 
     def service_status(self) -> ServiceStatus | None:
-        """State of the service in its last answer; None if the loader uses no service."""
+        """Return the state of the service in its last answer; None if the loader uses no service."""
         return None if self._windows is None else self._windows.status
 
     def stop_waiting(self) -> None:
@@ -228,7 +228,7 @@ class Loader:
         self._windows = WindowSource(service, key, self.store, self.threads, waited_s, fallback, self._window_request)
 
     def _window_request(self, position: int) -> WindowRequest | None:
-        """The windows that the batch at a position needs; None after the last batch."""
+        """Return the windows that the batch at a position needs; None after the last batch."""
         raise NotImplementedError
 
     def _start(self, jobs: Iterator[Job], position: int) -> None:
@@ -252,7 +252,7 @@ class Loader:
         return images.div_(self._std)
 
     def _next(self) -> Batch | None:
-        """The next batch; None after the last batch. Raises StoreError for a damaged record."""
+        """Return the next batch; None after the last batch. Raises StoreError for a damaged record."""
         self._check_process()
         self._prefetcher.wait_for_consumer()
         requested = time.perf_counter()

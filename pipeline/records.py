@@ -131,7 +131,7 @@ class Records:
         return RecordBatch(numbers, labels, sizes, addresses, payload_bytes, self._is_raw)
 
     def location(self, number: int) -> str:
-        """Shard folder, key and source file of record `number`, for messages."""
+        """Return the shard folder, key and source file of record `number`, for messages."""
         shard, _ = self._locate(number)
         source = self.source(number)
         suffix = f", source {source}" if source else ""
@@ -200,7 +200,7 @@ class Records:
         return self._reader(shard)[index]
 
     def _locate(self, number: int) -> tuple[int, int]:
-        """Position of record `number`: (index of the shard, index of the record in the shard)."""
+        """Return the position of record `number`: (index of the shard, index of the record in the shard)."""
         shard = bisect_right(self._ends, number)
         return shard, number - (self._ends[shard - 1] if shard else 0)
 

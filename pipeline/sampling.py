@@ -33,7 +33,7 @@ class Draws(NamedTuple):
 
 
 def epoch_permutation(records: int, seed: int, epoch: int) -> Integers:
-    """Order in which an epoch serves the records: int64 (records,), record numbers.
+    """Return the order in which an epoch serves the records: int64 (records,), record numbers.
 
     This is a block shuffle. Blocks of BLOCK_RECORDS consecutive records are put in random order. Then the records
     within each window of WINDOW_RECORDS records are shuffled. The order of the store is itself a random permutation
@@ -67,7 +67,7 @@ class EpochPermutations:
 
 
 def draw_params(seed: int, epoch: int, step: int, images: int, max_offset_px: int, shared_by: int = 1) -> Draws:
-    """Random augmentation parameters for one step, in which all ranks together serve `images` images.
+    """Return random augmentation parameters for one step, in which all ranks together serve `images` images.
 
     Crop offsets are uniform over 0..max_offset_px in each direction. Flips have probability one half. `shared_by`
     consecutive images share one offset and one flip; the authors' code uses 32 (convdata_jpeg.py, crop_chunk).

@@ -40,7 +40,7 @@ class WindowRequest:
 
     @classmethod
     def joined(cls, requests: Sequence[WindowRequest]) -> WindowRequest:
-        """One request for the windows of several requests of the same split, in their order."""
+        """Return one request for the windows of several requests of the same split, in their order."""
         first = requests[0]
         numbers = np.concatenate([request.numbers for request in requests])
         offset = np.concatenate([request.offset for request in requests])

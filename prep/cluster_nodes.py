@@ -60,12 +60,12 @@ def check_nodes(ray: ModuleType, folder: Path | None, source: Path, versions: Ca
 
 
 def worker_nodes(ray: ModuleType) -> list[dict[str, Any]]:
-    """Ray's descriptions of those living nodes that have CPU cores."""
+    """Return Ray's descriptions of those living nodes that have CPU cores."""
     return [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
 
 
 def pinned(ray: ModuleType, node_id: str, soft: bool = False) -> Any:
-    """Scheduling strategy that makes a task or actor run on one node.
+    """Return the scheduling strategy that makes a task or actor run on one node.
 
     With `soft`, Ray may choose another node if this node is not available.
     """
@@ -86,7 +86,10 @@ def _name(node: dict[str, Any]) -> str:
 
 
 def _describe(path: Path) -> str:
-    """Kind of a path (folder, file or missing) and size of a file, as text. All nodes must give the same text."""
+    """Return the kind of a path (folder, file or missing) and size of a file, as text.
+
+    All nodes must give the same text.
+    """
     try:
         status = os.stat(path)
     except OSError as error:

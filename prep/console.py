@@ -240,11 +240,11 @@ class Progress:
         self.done, self.bad, self.size_bytes = done, bad, size_bytes
 
     def rate(self) -> float:
-        """Units that this run has finished per second, on average since its start."""
+        """Return units that this run has finished per second, on average since its start."""
         return (self.done - self.skipped) / max(time.monotonic() - self.started, 1e-9)
 
     def eta_s(self) -> float:
-        """Seconds left at the average rate of this run."""
+        """Return seconds left at the average rate of this run."""
         return max(0, self.total - self.done) / max(self.rate(), 1e-9)
 
     def notes(self) -> list[str]:

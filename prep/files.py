@@ -27,7 +27,7 @@ class LockHeld(UserError):
 
 
 def unique_suffix() -> str:
-    """Suffix of a temporary name, `PID-HEX.tmp`: unique among all machines that share a file system."""
+    """Return the suffix of a temporary name, `PID-HEX.tmp`: unique among all machines that share a file system."""
     return f"{os.getpid()}-{secrets.token_hex(4)}.tmp"
 
 

@@ -273,7 +273,7 @@ class WorkerPool:
 
 
 def _cpu_time_s(pid: int | None) -> float:
-    """CPU time of all threads of a process, in user and kernel mode; 0 if it is not known."""
+    """Return CPU time of all threads of a process, in user and kernel mode; 0 if it is not known."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:

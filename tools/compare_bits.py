@@ -134,7 +134,7 @@ class Tree:
         return json.loads(self._python(*arguments, kernels=kernels).splitlines()[-1])
 
     def _python(self, *arguments: object, kernels: bool) -> str:
-        """Standard output of tools/tree_bits.py in this tree.
+        """Return the standard output of tools/tree_bits.py in this tree.
 
         If the program fails, raises UserError with the errors that the program printed.
         """
@@ -159,7 +159,7 @@ def timed(step: str) -> Iterator[None]:
 
 
 def text_hash(text: str) -> str:
-    """SHA-256 of a text."""
+    """Return the SHA-256 of a text."""
     return sha256(text.encode()).hexdigest()
 
 

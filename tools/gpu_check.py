@@ -294,7 +294,7 @@ def run_lines(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def memory_lines(memory_gib: dict[str, Any]) -> list[str]:
-    """One line with the peak memory of each precision."""
+    """Return one line with the peak memory of each precision."""
     return [f"peak memory of the tensors of a step, GiB: {json.dumps(memory_gib)}"]
 
 

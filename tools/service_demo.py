@@ -145,7 +145,7 @@ def choose_kill(seed: int, steps: int, nodes: Sequence[str], coordinator_node: s
 
 
 def worker_nodes(status: Mapping[str, Any]) -> list[str]:
-    """Ray's id of the node of each worker."""
+    """Return Ray's id of the node of each worker."""
     return [worker["node"] for worker in status["workers"]]
 
 

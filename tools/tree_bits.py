@@ -76,7 +76,7 @@ def tensor_bytes(tensor: Any) -> bytes:
 
 
 def hash_of(parts: Iterable[bytes]) -> str:
-    """SHA-256 of the parts, each preceded by its length."""
+    """Return the SHA-256 of the parts, each preceded by its length."""
     digest = sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "little"))
@@ -85,7 +85,7 @@ def hash_of(parts: Iterable[bytes]) -> str:
 
 
 def batches_hash(loader: Any, batches: int) -> str:
-    """SHA-256 of the first `batches` batches of a loader, across epochs if needed."""
+    """Return the SHA-256 of the first `batches` batches of a loader, across epochs if needed."""
 
     def endless() -> Iterator[Any]:
         while True:
@@ -97,7 +97,7 @@ def batches_hash(loader: Any, batches: int) -> str:
 
 
 def stream_hashes(jpeg: Path, ppm: Path, batches: int) -> dict[str, str]:
-    """Hashes of training batches (batch size 64) and evaluation batches (batch size 32) of the CPU stream.
+    """Return hashes of training batches (batch size 64) and evaluation batches (batch size 32) of the CPU stream.
 
     The batches are made with several settings. If the C kernels are switched off, only some of the settings are used.
     """
@@ -158,7 +158,7 @@ def run_hashes(run_dir: Path) -> dict[str, str]:
 
 
 def tensors_hash(tensors: Mapping[str, Any]) -> str:
-    """SHA-256 of named tensors, in the order of their names."""
+    """Return the SHA-256 of named tensors, in the order of their names."""
     return hash_of(part for name in sorted(tensors) for part in (name.encode(), tensor_bytes(tensors[name])))
 
 

@@ -28,7 +28,9 @@ class ShuffleQuality:
 
 
 def ideal_distinct(label_counts: npt.NDArray[np.int64], batch: int) -> float:
-    """Expected number of classes among `batch` records drawn without replacement. Class k has label_counts[k] records.
+    """Return expected number of classes among `batch` records drawn without replacement.
+
+    Class k has label_counts[k] records.
 
     A class with n of N records is missing from the batch with probability C(N − n, batch) / C(N, batch).
     """

@@ -120,7 +120,7 @@ class CpuEngine:
         self._memory.close()
 
     def _mean_addresses(self, crops: Crops) -> npt.NDArray[np.uint64]:
-        """Addresses (N, V): for each crop, the upper left pixel of the part of the mean image to subtract.
+        """Return addresses (N, V): for each crop, the upper left pixel of the part of the mean image to subtract.
 
         If the mean is "aligned", a mirrored crop gets the mirrored mean.
         """

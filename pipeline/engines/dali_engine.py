@@ -64,7 +64,7 @@ def decode_inputs(records: RecordBatch, start: npt.NDArray[np.int32]) -> dict[st
 
 
 def tensor_list(arrays: Sequence[npt.NDArray[np.uint8]], layout: str = "") -> Any:
-    """Arrays of different shapes as a DALI TensorListCPU, without copies. DALI reads such inputs fastest."""
+    """Return arrays of different shapes as a DALI TensorListCPU, without copies. DALI reads such inputs fastest."""
     tensors = dali().tensors
     return tensors.TensorListCPU([tensors.TensorCPU(array, layout) for array in arrays], layout)
 

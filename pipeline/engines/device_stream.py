@@ -59,10 +59,13 @@ class DeviceStream(Protocol):
         """Return an event after all work that the caller has queued in its own current stream of the device."""
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory on the device for the results of `run`."""
+        """Return uninitialized memory on the device for the results of `run`."""
 
     def host_memory(self, size_bytes: int) -> Tensor:
-        """Uninitialized uint8 memory (size_bytes,) of the host. A copy from this memory never blocks the host."""
+        """Return uninitialized uint8 memory (size_bytes,) of the host.
+
+        A copy from this memory never blocks the host.
+        """
 
     def upload(self, values: Tensor) -> Tensor:
         """Queue a copy of a tensor of the host to the device. On a CPU the result can be `values` itself."""
@@ -92,12 +95,12 @@ class CudaStream:
         return _CudaEvent(torch.cuda.current_stream(self.device))
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory on the GPU. Torch reuses the memory in the order of this stream."""
+        """Return uninitialized memory on the GPU. Torch reuses the memory in the order of this stream."""
         with torch.cuda.stream(self._stream):
             return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
     def host_memory(self, size_bytes: int) -> Tensor:
-        """Pinned memory. A copy from memory that is not pinned would block the host."""
+        """Return pinned memory. A copy from memory that is not pinned would block the host."""
         with torch.cuda.device(self.device):  # without this context, the pinned memory would belong to GPU 0
             return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
 
@@ -144,11 +147,11 @@ class InOrderStream:
         return _PASSED
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """Uninitialized memory of the host."""
+        """Return uninitialized memory of the host."""
         return torch.empty(tuple(shape), dtype=dtype)
 
     def host_memory(self, size_bytes: int) -> Tensor:
-        """Uninitialized memory of the host."""
+        """Return uninitialized memory of the host."""
         return torch.empty(size_bytes, dtype=torch.uint8)
 
     def upload(self, values: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ class NativeKernels:
 
 
 def is_correct(kernel: NativeKernels) -> bool:
-    """True if the library computes a few small crops correctly."""
+    """Return True if the library computes a few small crops correctly."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (47, 53, 3), dtype=np.uint8)
     side, mean = 37, (255 * rng.random((41, 41, 3))).astype(np.float32)
@@ -202,7 +202,7 @@ def is_correct(kernel: NativeKernels) -> bool:
 
 
 def _copies_correctly(kernel: NativeKernels, image: npt.NDArray[np.uint8]) -> bool:
-    """True if the library copies a few squares of an image correctly."""
+    """Return True if the library copies a few squares of an image correctly."""
     side, position = 31, np.array([[(0, 0), (16, 22)], [(3, 5), (15, 1)]], np.int32)
     out = np.zeros((2, 2, side, side, 3), np.uint8)
     sizes = np.full((2, 2), image.shape[:2], np.int32)
@@ -228,7 +228,7 @@ def find_libjpeg() -> JpegLibrary | None:
 
 
 def _decodes_correctly(kernel: NativeKernels, jpeg: JpegLibrary) -> bool:
-    """True if the kernel decodes parts of a small image as simplejpeg does, and finds a damaged file."""
+    """Return True if the kernel decodes parts of a small image as simplejpeg does, and finds a damaged file."""
     rng, side = np.random.default_rng(1), 33
     smooth = rng.integers(0, 256, (12, 14, 3)).repeat(8, 0).repeat(8, 1)[:91, :109]
     content = encode_jpeg(np.clip(smooth + rng.integers(-9, 10, smooth.shape), 0, 255).astype(np.uint8), 90)

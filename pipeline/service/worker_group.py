@@ -57,7 +57,7 @@ class WorkerGroup:
         return worker if worker is not None and worker.busy < (1 if alone else CONCURRENCY) else None
 
     def fault(self) -> str:
-        """Why workers could not start; empty if no start has failed."""
+        """Return why workers could not start; empty if no start has failed."""
         reasons = [f"node {host}: {why}" for host, why, _ in self.bad_nodes.values()]
         return "; ".join(dict.fromkeys(reasons)) or self.last_fault
 

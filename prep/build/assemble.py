@@ -109,7 +109,7 @@ def _outcomes(plan: BuildPlan) -> Iterator[dict[str, Any]]:
 
 
 def too_many_bad(bad: int, max_bad: int) -> str:
-    """First sentence of the error message for a build with more than `max_bad` bad inputs."""
+    """Return the first sentence of the error message for a build with more than `max_bad` bad inputs."""
     return f"{not_images(bad)}, more than --max-bad {max_bad} allows."
 
 

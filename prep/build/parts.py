@@ -240,5 +240,5 @@ def _read_parts(plan: BuildPlan) -> Parts:
 
 
 def shard_list(shards: Sequence[int], shown: int = 5) -> str:
-    """Shard numbers as text for a message: `00003, 00011, …`."""
+    """Return the shard numbers as text for a message: `00003, 00011, …`."""
     return ", ".join(f"{shard:05d}" for shard in shards[:shown]) + (", …" if len(shards) > shown else "")

@@ -144,7 +144,7 @@ class BuildPlan:
         return content
 
     def sample(self, shard_numbers: Sequence[int], count: int = 16) -> list[ShardTask]:
-        """Tasks for a sample of up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
+        """Return tasks for a sample of up to 2·`count` inputs, spread evenly over the shards `shard_numbers`."""
         if not shard_numbers:
             return []
         chosen = dict.fromkeys(shard_numbers[len(shard_numbers) * k // count] for k in range(count))
@@ -195,7 +195,7 @@ class BuildPlan:
 
 
 def shard_boundaries(count: int) -> list[int]:
-    """Boundaries of shards of similar length: shard s has the records boundaries[s] to boundaries[s + 1] − 1."""
+    """Return boundaries of shards of similar length: shard s has the records boundaries[s] to boundaries[s + 1] − 1."""
     length = min(MAX_SHARD_RECORDS, max(_MIN_SHARD_RECORDS, -(-count // _MIN_SHARDS)))
     shard_count = -(-count // length)
     return [count * s // shard_count for s in range(shard_count + 1)] if count else [0]
@@ -212,7 +212,7 @@ def not_images(count: int) -> str:
 
 
 def tool_versions() -> dict[str, str]:
-    """Versions of the software that determines the bytes of a record; the manifest stores these versions."""
+    """Return versions of the software that determines the bytes of a record; the manifest stores these versions."""
     return {
         "alexnet": package_version(),
         "pillow": version("pillow"),

@@ -144,7 +144,7 @@ def fits_surely(count: int, settings: Settings, folder: Path) -> bool:
 
 
 def _max_record_bytes(settings: Settings) -> int:
-    """Upper bound for the size of a record in bytes, for images with an aspect ratio of up to 4:1."""
+    """Return the upper bound for the size of a record in bytes, for images with an aspect ratio of up to 4:1."""
     return 3 * settings.side_px**2 * (4 if settings.keep_aspect else 1) + 8192
 
 

@@ -100,7 +100,7 @@ def _sample_images(store: Store, split: str) -> Iterator[Pixels]:
 
 
 def _divergence(pixels: Pixels, stats: ColorStats) -> float:
-    """Distance between the colours of `pixels` and the split's colours at half contrast.
+    """Return the distance between the colours of `pixels` and the split's colours at half contrast.
 
     The distance is twice the Kullback–Leibler divergence of two normal distributions, plus a constant. 1 (in
     grey levels²) is added to each diagonal entry of both covariances, so that the distance is finite for images without
@@ -216,6 +216,6 @@ def _signed(template: str, value: float, zero: str) -> str:
 
 
 def _displayed(colors: npt.NDArray[np.float64], margin_px: int = 0) -> Pixels:
-    """Colours rounded and clipped to uint8, with a white margin below and to the right."""
+    """Return colours rounded and clipped to uint8, with a white margin below and to the right."""
     pixels = np.clip(np.rint(colors), 0, 255).astype(np.uint8)
     return np.pad(pixels, ((0, margin_px), (0, margin_px), (0, 0)), constant_values=255) if margin_px else pixels

@@ -192,7 +192,7 @@ def _dry_run(
 
 
 def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: bool) -> Part | None:
-    """The value of --part. Raises UserError if the value is wrong, or if another option excludes --part."""
+    """Return the value of --part. Raises UserError if the value is wrong, or if another option excludes --part."""
     if part is None:
         return None
     from prep.build.parts import Part
@@ -213,7 +213,7 @@ def _parse_part(part: str | None, cluster: str | None, dry_run: bool, restart: b
 
 
 def _command_line(context: click.Context) -> str:
-    """The command line of `build-lmdb` without --part, --jobs and --json, to be shown to a person."""
+    """Return the command line of `build-lmdb` without --part, --jobs and --json, to be shown to a person."""
     words = ["alexprep", "build-lmdb"]
     for parameter in context.command.params:
         name, value = parameter.name or "", context.params.get(parameter.name or "")
@@ -250,7 +250,7 @@ def _settings_and_policy(
 
 
 def _store_classes(store: Path) -> tuple[str, ...]:
-    """The classes of a store; empty if the store has no complete split yet."""
+    """Return the classes of a store; empty if the store has no complete split yet."""
     return Store.open(store).classes if (store / "manifest.json").exists() else ()
 
 

@@ -16,7 +16,7 @@ Number = TypeVar("Number", bound=np.generic)
 
 
 def central_offset(length: Length, side_px: int) -> Length:
-    """Index of the first row (column) of the central square in an image of `length` rows (columns).
+    """Return the index of the first row (column) of the central square in an image of `length` rows (columns).
 
     The square has `side_px` rows and columns.
     """

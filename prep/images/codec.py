@@ -281,7 +281,7 @@ def encode_image(pixels: npt.NDArray[np.uint8], format: str, quality: int) -> by
 
 
 def ppm_header(height: int, width: int) -> bytes:
-    """A P6 header of 3·width bytes: a comment pads the header to the size of one row of pixels.
+    """Return a P6 header of 3·width bytes: a comment pads the header to the size of one row of pixels.
 
     Any image library can open a PPM with this header. Code that knows the header's size can view the file's bytes as
     uint8 (height + 1, width, 3) and skip the first row, without decoding or copying. Raises ValueError if `width` is so

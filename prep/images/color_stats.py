@@ -38,7 +38,7 @@ class Moments:
 
     @staticmethod
     def of(image: npt.NDArray[np.uint8]) -> Moments:
-        """Moments of one image, uint8 (H, W, 3), with at most 2^37 pixels."""
+        """Return moments of one image, uint8 (H, W, 3), with at most 2^37 pixels."""
         sums = PixelSums(0)
         sums.add(image)
         return sums.moments

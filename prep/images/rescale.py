@@ -226,7 +226,7 @@ def _banded_matrix(spec: _PassSpec) -> _BandedMatrix:
 
 
 def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, Floats]:
-    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
+    """Return the index of the first input of each output, (outputs,), and weights, (outputs, taps), of the area filter.
 
     Output pixel i covers the interval [i, i + 1)·n_in/n_out, input pixel j the interval [j, j + 1). The weight of
     input j for output i is the length of the overlap of these two intervals, divided by n_in/n_out.

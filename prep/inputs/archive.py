@@ -33,11 +33,11 @@ class TarReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a member. Raises BadImage if reading fails, UserError if the archive became shorter."""
+        """Return the bytes of a member. Raises BadImage if reading fails, UserError if the archive became shorter."""
         return self.head(item, min(item.size, MAX_FILE_BYTES + 1))
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a member. Raises the same errors as `read`."""
+        """Return the first `size` bytes of a member. Raises the same errors as `read`."""
         try:
             content = os.pread(_file_descriptor(str(self.root)), min(size, item.size), item.location)
         except OSError as error:

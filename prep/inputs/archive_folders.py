@@ -201,7 +201,7 @@ class _Tree:
 
 
 def _no_class_part(folder: bytes) -> bytes:
-    """The path of the first folder in a path that is never a class, such as `__MACOSX`; b"" if there is none."""
+    """Return the path of the first folder in a path that is never a class, such as `__MACOSX`; b"" if there is none."""
     parts = folder.split(b"/") if folder else []
     first = next((k for k, part in enumerate(parts) if is_no_class_folder(part)), None)
     return b"" if first is None else b"/".join(parts[: first + 1])

@@ -45,7 +45,7 @@ class CaffeReader:
         return self.folders[0]
 
     def read(self, item: Input) -> Content:
-        """A record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if both are missing."""
+        """Return a record's encoded image, or its pixels as uint8 (H, W, 3). Raises BadImage if both are missing."""
         with _environment(str(self.folders[item.location])).begin() as txn:
             value = txn.get(item.path)
         if value is None:
@@ -169,7 +169,10 @@ def _class_names(
 
 
 def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], list[int | None], list[int]]:
-    """Keys, labels and sizes of the records of one LMDB. A label is None unless the record is a Datum with a label."""
+    """Return the keys, labels and sizes of the records of one LMDB.
+
+    A label is None unless the record is a Datum with a label.
+    """
     keys, labels, sizes = [], [], []
     for key, value in lmdb_shard.read(Path(folder), "Check that it is a complete LMDB from Caffe."):
         try:

@@ -61,7 +61,7 @@ def may_be_image(name: bytes) -> bool:
 
 
 def class_names(folders: Sequence[bytes], where: str) -> list[str]:
-    """The names of class folders: their paths, without a last part that all of them share (`n01/images`).
+    """Return the names of class folders: their paths, without a last part that all of them share (`n01/images`).
 
     Raises UserError if class folders lie at the top and deeper, or if the name of a split is a part of a path: then it
     is unclear which folders are the classes.
@@ -93,7 +93,7 @@ def _text(parts: Sequence[bytes]) -> str:
 
 
 def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
-    """The classes in order: sorted by their names, or as numbers if all names are numbers.
+    """Return the classes in order: sorted by their names, or as numbers if all names are numbers.
 
     The parts of a name with slashes (`a/airfield`) are compared one after another; they are numbers if all names in the
     same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
@@ -139,7 +139,10 @@ def is_number(name: str) -> bool:
 
 
 def numbered_classes(first: int, last: int, origin: str) -> tuple[str, ...]:
-    """Class names `first` to `last`. Raises UserError, which names `origin`, if there are more than MAX_CLASSES."""
+    """Return the class names `first` to `last`.
+
+    Raises UserError, which names `origin`, if there are more than MAX_CLASSES.
+    """
     if last - first + 1 > MAX_CLASSES:
         raise UserError(
             f"{origin}: the labels need {last - first + 1:,} classes; the limit is {MAX_CLASSES:,}. "
@@ -212,13 +215,13 @@ def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tup
 
 
 def examples(names: Collection[str], shown: int = 3) -> str:
-    """The first names of a collection, for a message: `a, b, c and 17 more`."""
+    """Return the first names of a collection, for a message: `a, b, c and 17 more`."""
     first = ", ".join(list(names)[:shown])
     return first + (f" and {len(names) - shown:,} more" if len(names) > shown else "")
 
 
 def first_labels_text(classes: Sequence[str], shown: int = 5) -> str:
-    """The first classes with their labels and the last one: `0 n01440764, 1 n01443537, …, 999 n15075141`."""
+    """Return the first classes with their labels and the last one: `0 n01440764, 1 n01443537, …, 999 n15075141`."""
     rows = [f"{label} {name}" for label, name in enumerate(classes)]
     return ", ".join(rows if len(rows) <= shown + 1 else [*rows[:shown], "…", rows[-1]])
 

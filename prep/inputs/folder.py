@@ -43,11 +43,14 @@ class FolderReader:
     root: Path
 
     def read(self, item: Input) -> bytes:
-        """The bytes of a file. Raises BadImage if reading fails, UserError if size or modification time changed."""
+        """Return the bytes of a file.
+
+        Raises BadImage if reading fails, UserError if size or modification time changed.
+        """
         return self._read(item, MAX_FILE_BYTES + 1, check=True)
 
     def head(self, item: Input, size: int) -> bytes:
-        """The first `size` bytes of a file. Raises BadImage if the file cannot be read."""
+        """Return the first `size` bytes of a file. Raises BadImage if the file cannot be read."""
         return self._read(item, size, check=False)
 
     def _read(self, item: Input, size: int, check: bool) -> bytes:
@@ -160,7 +163,7 @@ class _Walk:
         return False
 
     def flat_inputs(self, entries: Sequence[_Entry]) -> FoundInputs:
-        """The files of a folder without class folders."""
+        """Return the files of a folder without class folders."""
         for entry in entries:
             if stat.S_ISDIR(entry.mode):
                 reason = NO_CLASS if is_no_class_folder(entry.name) else "a folder beside the photographs"
@@ -250,7 +253,10 @@ def _sorted_out(entries: Sequence[_Entry]) -> tuple[list[_Entry], list[_Entry], 
 
 
 def _entries(folder: bytes, base: bytes, follow_links: bool) -> Iterator[_Entry]:
-    """Entries of a folder. Links out of `base` are refused unless `follow_links` is true. Hidden files are left out."""
+    """Yield entries of a folder.
+
+    Links out of `base` are refused unless `follow_links` is true. Hidden files are left out.
+    """
     try:
         scan = os.scandir(folder)
     except OSError as error:

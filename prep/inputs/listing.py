@@ -80,7 +80,7 @@ class Listing:
         return bytes(self._paths[self._ends[index - 1] if index else 0 : self._ends[index]])
 
     def digest(self) -> str:
-        """SHA-256 (hex) of paths, labels and sizes. Records also depend on file contents and settings."""
+        """Return the SHA-256 (hex) of paths, labels and sizes. Records also depend on file contents and settings."""
         digest = hashlib.sha256(self._paths)
         for column in (self._ends, self._columns["label"], self._columns["size"]):
             digest.update(np.frombuffer(column, "<i8").tobytes() if len(column) else b"")

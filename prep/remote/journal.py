@@ -93,7 +93,7 @@ def unchanged(target: Folder, arrivals: dict[str, Arrival]) -> dict[str, Arrival
 
 
 def incoming_file(target: LocalFolder, path: str, suffix: str) -> Path:
-    """Temporary path of a file that is being transferred. `suffix` must be different in every process."""
+    """Return temporary path of a file that is being transferred. `suffix` must be different in every process."""
     return target.root / _INCOMING / suffix / path
 
 

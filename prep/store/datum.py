@@ -124,7 +124,7 @@ def verify_checksum(value: bytes) -> None:
 
 
 def parse_fields(value: bytes, end: int) -> dict[int, int | bytes]:
-    """Known fields of the message in `value[:end]`, by field number: varints as int, strings as bytes.
+    """Return known fields of the message in `value[:end]`, by field number: varints as int, strings as bytes.
 
     If a field is repeated, the last value is used. Unknown and fixed-width fields are skipped. Raises DatumError if the
     bytes are not a protobuf message.

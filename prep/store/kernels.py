@@ -79,7 +79,7 @@ def find_tree(head: bytes, page_bytes: int, transaction: int) -> Tree | None:
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """True if the library finds the records of a small tree: a branch page, two leaf pages and a long value."""
+    """Return True if the library finds the records of a small tree: a branch page, two leaf pages and a long value."""
     if sys.byteorder != "little":
         return False
     page = 512

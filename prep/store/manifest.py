@@ -341,5 +341,5 @@ def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
 
 
 def digest_json(data: Any) -> str:
-    """SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII."""
+    """Return the SHA-256 (hex) of a JSON value in canonical form: sorted keys, no spaces, ASCII."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

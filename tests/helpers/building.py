@@ -112,7 +112,7 @@ def make_pictures(folder: Path, count: int, sizes: tuple[int, int], distinct: in
 
 
 def image_paths(folder: Path) -> list[str]:
-    """CLASS/FILE for each file in the subfolders of `folder`, sorted."""
+    """Return CLASS/FILE for each file in the subfolders of `folder`, sorted."""
     return sorted(f"{path.parent.name}/{path.name}" for path in folder.glob("*/*"))
 
 
@@ -129,7 +129,7 @@ def modification_times(folder: Path) -> dict[Path, int]:
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Mode, modification time and content of a folder and of everything in it."""
+    """Return the mode, modification time and content of a folder and of everything in it."""
     return {
         str(path): (status.st_mode, status.st_mtime_ns, path.read_bytes() if path.is_file() else b"")
         for path in (folder, *folder.rglob("*"))

@@ -201,7 +201,7 @@ def test_a_mirrored_view_has_a_mirrored_mean_only_if_the_mean_is_aligned(stores:
 
 
 def batches(store: Path, loader: str, **options) -> list[torch.Tensor]:
-    """Images of the first two batches. A batch has 8 images, or the ten views of one image."""
+    """Return images of the first two batches. A batch has 8 images, or the ten views of one image."""
     if loader == "train":
         stream = train_loader(store, 8, seed=4, **options)
     elif loader == "centre":

@@ -204,7 +204,7 @@ def make_contestants(benchmark: BuildBenchmark, ffcv: Path | None, vips: Path | 
 
 
 def ms_by_step(paths: Sequence[Path], out: Path, rounds: int) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
+    """Return milliseconds per image in each step of our build, and in libjpeg-turbo alone: medians over the rounds.
 
     `out` is a new folder, to which the shards are written.
     """

@@ -49,5 +49,8 @@ class ClusterRace:
         return Contestant(name, turn, bound, self._reset)
 
     def start_s(self) -> dict[str, float]:
-        """Seconds of each command that its rate leaves out: starting, listing and ending. Medians of all turns."""
+        """Return seconds of each command that its rate leaves out: starting, listing and ending.
+
+        Medians of all turns.
+        """
         return {name: round(median(times), 1) for name, times in self._start_s.items()}

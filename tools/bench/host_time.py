@@ -46,7 +46,7 @@ class _IdleKernel:
 
 
 def host_times(store: Store, batch: int, threads: int, batches: int) -> dict[str, float]:
-    """Microseconds an image of each stage, and of all stages ("sum"), in the order of the module's docstring.
+    """Return microseconds an image of each stage, and of all stages ("sum"), in the order of the module's docstring.
 
     Raises UserError if the C kernel cannot be used, because the stream then uses DALI.
     """

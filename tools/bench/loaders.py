@@ -41,7 +41,7 @@ Batches = Generator[Any, None, None]
 
 
 def decode_with_pillow(content: bytes) -> npt.NDArray[np.uint8]:
-    """RGB pixels, uint8 (H, W, 3), of an image file."""
+    """Return RGB pixels, uint8 (H, W, 3), of an image file."""
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
@@ -67,7 +67,7 @@ class LmdbDataset(Dataset[tuple[Tensor, int]]):
 
 
 def torch_batches(store: Store, threads: int, decode: Decoder) -> Batches:
-    """Batches of torch's DataLoader. Workers are spawned: DALI's threads in this process make forking unsafe."""
+    """Return batches of torch's DataLoader. Workers are spawned: DALI's threads in this process make forking unsafe."""
     dataset = LmdbDataset(store, decode)
     sampler = RandomSampler(dataset, num_samples=1 << 40)  # gives random permutations of the records without end
     for images, _ in DataLoader(dataset, BATCH, sampler=sampler, num_workers=threads, multiprocessing_context="spawn"):
@@ -75,7 +75,7 @@ def torch_batches(store: Store, threads: int, decode: Decoder) -> Batches:
 
 
 def dali_batches(store: Store, threads: int) -> Batches:
-    """Batches of the pipeline in DALI's documentation; raises UserError if DALI is not installed."""
+    """Return batches of the pipeline in DALI's documentation; raises UserError if DALI is not installed."""
     try:
         dali: Any = import_module("nvidia.dali")
     except ModuleNotFoundError:
@@ -102,7 +102,7 @@ def dali_batches(store: Store, threads: int) -> Batches:
 
 
 def our_batches(store: Store, threads: int, mean: str = "channel") -> Batches:
-    """Batches of this project's stream, epoch after epoch."""
+    """Return batches of this project's stream, epoch after epoch."""
     loader = train_loader(store.root, batch_size=BATCH, augmentation=Augmentation(mean), threads=threads)
     with closing(loader):
         while True:

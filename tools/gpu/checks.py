@@ -115,7 +115,7 @@ def make_network(settings: GpuCheckSettings, classes: int, devices: tuple[str, s
 def logits_and_gradients(
     model: AlexNet, images: Tensor, labels: Tensor, precision: str
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Logits, and the gradient of the loss for each parameter, as float64 on the CPU.
+    """Return logits, and the gradient of the loss for each parameter, as float64 on the CPU.
 
     Dropout is off, because its random numbers differ between devices.
     """
@@ -131,7 +131,7 @@ def logits_and_gradients(
 
 
 def relative_distance(found: Tensor, wanted: Tensor) -> float:
-    """‖found − wanted‖ / ‖wanted‖."""
+    """Return ‖found − wanted‖ / ‖wanted‖."""
     return float((found - wanted).norm() / wanted.norm())
 
 

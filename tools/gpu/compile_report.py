@@ -72,7 +72,7 @@ def report(
 def _compile(
     kernel: Any, constants: Mapping[str, Any], dtype: str, options: Mapping[str, int], capability: int
 ) -> tuple[int, int, int]:
-    """Registers and spilled bytes of a thread, and shared bytes of a program."""
+    """Return registers and spilled bytes of a thread, and shared bytes of a program."""
     import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
     from triton.backends.compiler import GPUTarget  # type: ignore[import-not-found,import-untyped,unused-ignore]
     from triton.compiler import ASTSource  # type: ignore[import-not-found,import-untyped,unused-ignore]

@@ -131,7 +131,7 @@ def make_upstream(case: LayerCase, images: int, dtype: torch.dtype, device: torc
 
 
 def as_output(case: LayerCase, by_column: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of the columns, joined or separate, and with the memory layout of the result of `case`."""
+    """Return tensors of the columns, joined or separate, and with the memory layout of the result of `case`."""
     tensors = [torch.cat(list(by_column), 1)] if case.joined_out else list(by_column)
     layout = torch.contiguous_format if case.channels_first else torch.channels_last
     return [tensor.contiguous(memory_format=layout) for tensor in tensors]
@@ -215,7 +215,10 @@ def exact(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def normalized(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
-    """norm(before(x + bias)) for one column. Raises ValueError for a nonlinearity that the paper does not have."""
+    """Return norm(before(x + bias)) for one column.
+
+    Raises ValueError for a nonlinearity that the paper does not have.
+    """
     if not {epilogue.before, epilogue.after} <= {"none", "relu"}:
         raise ValueError(f"{epilogue}: expected only ReLU")
     v = x + bias[:, None, None]
@@ -243,7 +246,7 @@ def operators(
 
 
 def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Tensor:
-    """True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
+    """Return True for each window whose maximum m is above 0 and whose second largest value is above (1 − part) · m.
 
     Windows with a maximum of 0 or less are never left out. These windows have no gradient, because in the paper's
     layers ReLU comes before or after pooling. Without pooling the result is False everywhere.
@@ -267,7 +270,7 @@ def tied_windows(x: Tensor, bias: Tensor, epilogue: Epilogue, part: float) -> Te
 
 
 def nan_faults(case: LayerCase, dtype: torch.dtype, device: torch.device, apply: Apply) -> str:
-    """Faults of the result for an x with one NaN; empty if there are none.
+    """Return faults of the result for an x with one NaN; empty if there are none.
 
     Every value that is NaN in float64 must be NaN. After a normalization, the other maps of the same column may also be
     NaN at the same positions, because a kernel may compute the sums as a matrix product.

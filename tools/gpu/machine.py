@@ -40,7 +40,7 @@ def synchronize(devices: Devices) -> None:
 
 
 def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
-    """Time in seconds that `work` takes, including all operations that it queues on the devices.
+    """Return the time in seconds that `work` takes, including all operations that it queues on the devices.
 
     The devices are idle before and after `work`. Therefore the clock of the host measures the work of
     all devices. A CUDA event would measure only one device.
@@ -112,12 +112,12 @@ def peak_tflops(devices: Devices) -> float | None:
 
 
 def imagenet_hours(images_per_s: float) -> float:
-    """Hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
+    """Return hours that 90 epochs of 1,281,167 images take at a rate of `images_per_s`."""
     return PAPER_EPOCHS * IMAGENET_IMAGES / images_per_s / 3600
 
 
 def _triton_version(devices: Devices) -> str:
-    """Version of Triton, or the reason why the network does not use Triton."""
+    """Return the version of Triton, or the reason why the network does not use Triton."""
     if not devices[0].startswith("cuda"):
         return "not used on a CPU"
     return triton_fault(torch.device(devices[0])) or version("triton")

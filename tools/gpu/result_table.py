@@ -37,7 +37,7 @@ def result_table(report: Report) -> str:
 
 
 def ratios(report: Report) -> dict[str, float]:
-    """Ratios of rates of bf16: {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
+    """Return ratios of rates of bf16: {"from jpeg / bf16": …, "run from jpeg / from jpeg": …}.
 
     A run is compared with steps that are fed from the same format, if both have the same batch size. Rates that the
     report does not have are left out.

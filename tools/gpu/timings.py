@@ -173,7 +173,7 @@ def repeat(work: Work, times: int) -> None:
 
 
 def rates_by_batch_size(settings: GpuCheckSettings) -> list[dict[str, Any]]:
-    """Images/s of steps on batches of other sizes than settings.batch (`other_batches`), in each precision.
+    """Return images/s of steps on batches of other sizes than settings.batch (`other_batches`), in each precision.
 
     For the first batch size that does not fit in memory, images_per_s is None; larger batches are not measured.
     """
@@ -262,7 +262,7 @@ def kernel_kind(call_chain: list[str]) -> str:
 
 
 def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
-    """Images/s of the step in the last precision: launched kernel by kernel, and as `alextrain run` makes it."""
+    """Return images/s of the step in the last precision: launched kernel by kernel, and as `alextrain run` makes it."""
     precision = settings.precisions[-1]
     steps: dict[str, tuple[Callable[..., object], torch.Tensor, torch.Tensor]] = {
         f"{precision}, launched": make_step(settings, precision),
@@ -275,7 +275,7 @@ def cuda_graph_rates(settings: GpuCheckSettings) -> list[Row]:
 
 
 def host_time_us(settings: GpuCheckSettings) -> float:
-    """Time in µs for which a step of the last precision occupies the host, without waiting for the GPU."""
+    """Return the time in µs for which a step of the last precision occupies the host, without waiting for the GPU."""
     precision = settings.precisions[-1]
     set_precision(precision, settings.devices)
     work = _step_on(*make_counted_step(settings, precision))

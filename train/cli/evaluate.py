@@ -167,7 +167,7 @@ def _evaluate_run(
 
 
 def _common_value(members: list[Predictions], key: str) -> Any:
-    """The value of `about[key]` if all members have the same value, else None."""
+    """Return the value of `about[key]` if all members have the same value, else None."""
     values = {member.about[key] for member in members}
     return values.pop() if len(values) == 1 else None
 

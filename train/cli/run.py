@@ -172,7 +172,7 @@ def _ending_text(training: Run, first_step: int) -> str:
 
 
 def _description_lines(training: Run, run_dir: Path) -> list[str]:
-    """Two lines that describe the network and the training, and a third line if the run uses a service.
+    """Return two lines that describe the network and the training, and a third line if the run uses a service.
 
     Raises UserError if the training split has fewer records than a batch.
     """

@@ -53,7 +53,7 @@ class Architecture:
             )
 
     def padding_px(self, side_px: int) -> tuple[int, int]:
-        """Zero padding of conv1's input along one axis: (px at the left or top, px at the right or bottom).
+        """Return the zero padding of conv1's input along one axis: (px at the left or top, px at the right or bottom).
 
         side_px  width or height of the image
 

@@ -189,7 +189,7 @@ def recipe_fields() -> list[str]:
 
 
 def insensitive_at_init(recipe: Recipe) -> bool:
-    """True if the logits of a newly initialized network hardly depend on the image, so that learning is delayed.
+    """Return True if the logits of a newly initialized network hardly depend on the image, so that learning is delayed.
 
     The paper's own initialization has this effect: standard deviation 0.01 in conv3 to conv5, and biases of 1 in conv4
     and conv5 (measured: docs/measurements.md).

@@ -180,7 +180,7 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
 
 
 def views_text(views: int | str | None) -> str:
-    """Text for a value of `about["views"]`; None: an average over networks with different views."""
+    """Return the text for a value of `about["views"]`; None: an average over networks with different views."""
     return {1: "centre view", 10: "ten views", DENSE: "dense windows", None: "different views"}[views]
 
 
@@ -194,7 +194,7 @@ def record_evaluation(run_dir: Path, about: Mapping[str, Any], result: EvalResul
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of evaluations.jsonl. Of several evaluations of the same kind, only the last is returned.
+    """Return the lines of evaluations.jsonl. Of several evaluations of the same kind, only the last is returned.
 
     Two evaluations are of the same kind if step, content of the split (its fingerprint), views and precision are equal.
     """

@@ -72,7 +72,7 @@ class TrainedRun:
         return self.store
 
     def predictions(self, split: str) -> Predictions:
-        """Class probabilities for the centre crops of a split, from a file in the run folder.
+        """Return the class probabilities for the centre crops of a split, from a file in the run folder.
 
         For step 232 and the split val, the file is `scores-val-00000232.npz`. If no file for this checkpoint,
         split and precision exists, the probabilities are computed and saved, and the result is added to

@@ -211,7 +211,7 @@ class AlexNet(nn.Module):
         return [by_device[device] for device in self.devices]
 
     def _layers_1_and_2(self, column: Column, x: Tensor) -> Tensor:
-        """Layers 1 and 2 of a column: from (N, 3, 227, 227) to (N, 128, 13, 13)."""
+        """Return layers 1 and 2 of a column: from (N, 3, 227, 227) to (N, 128, 13, 13)."""
         norm = self._norm
         if self.recipe.norm_before_relu:
             x = self._pool(column.conv1(x), norm, active_after=True)
@@ -226,7 +226,7 @@ class AlexNet(nn.Module):
         return self._pool(within_map_norm(x, **vars(self.recipe.within_map)))
 
     def _layers_3_to_5(self, column: Column, x: Tensor) -> Tensor:
-        """Layers 3 to 5 of a column: from the (N, 256, 13, 13) maps of both columns to (N, 128, 6, 6)."""
+        """Return layers 3 to 5 of a column: from the (N, 256, 13, 13) maps of both columns to (N, 128, 6, 6)."""
         x = self._activation(column.conv3(x))
         x = self._activation(column.conv4(x))
         return self._pool(column.conv5(x), active_after=True)

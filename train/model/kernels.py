@@ -182,7 +182,7 @@ def _address(x: Tensor, position: int) -> int:
 
 
 def is_correct(kernels: NativeKernels) -> bool:
-    """True if the kernels give the same results as float64 PyTorch operators on small tensors.
+    """Return True if the kernels give the same results as float64 PyTorch operators on small tensors.
 
     The two calls of _is_correct_for test every function, windows that are clipped at the first and last map, numbers of
     maps that are not a multiple of the vector length, ReLU before normalization and ReLU after pooling.

@@ -59,7 +59,7 @@ def default_precision(recipe_name: str, devices: Sequence[str | torch.device]) -
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[object]:
-    """Context manager for the forward pass and the loss.
+    """Return the context manager for the forward pass and the loss.
 
     Run the backward pass outside of the context: autograd then uses the same dtypes as in the forward pass.
     """

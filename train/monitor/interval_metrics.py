@@ -68,7 +68,7 @@ def layer_norms(norms: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str,
 
 
 def peak_memory(devices: Sequence[torch.device]) -> dict[str, Any]:
-    """Peak memory since the process began, in units of 10⁶ bytes.
+    """Return the peak memory since the process began, in units of 10⁶ bytes.
 
     `memory_mb` is the resident memory of the process on the host. `gpu_memory_mb` lists, for each GPU,
     the memory that torch allocated for tensors. Without a GPU the key is absent.

@@ -54,7 +54,7 @@ def update(
 
 
 def same_dense_layout(*tensors: Tensor) -> bool:
-    """True if all tensors are contiguous in the same layout: channels first, or channels last.
+    """Return True if all tensors are contiguous in the same layout: channels first, or channels last.
 
     Elements with the same index then have the same memory offset in all tensors, and one pass can update all tensors.
     """
@@ -64,7 +64,7 @@ def same_dense_layout(*tensors: Tensor) -> bool:
 
 @functools.cache
 def fused_update_works(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if the fused update of small tensors of this device and dtype is correct. The result is cached."""
+    """Return True if the fused update of small tensors of this device and dtype is correct. The result is cached."""
     if sgd is None or device.type not in ("cpu", "cuda"):
         return False
     trio = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.25, -4.0], [-1.0, 8.0, 2.0]], dtype=dtype, device=device)

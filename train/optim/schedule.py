@@ -12,7 +12,7 @@ from train.optim.paper_sgd import PaperSGD
 
 
 def cosine_share(cosine: Cosine, epochs_done: float, epochs: int) -> float:
-    """Factor by which a cosine schedule multiplies the recipe's lr after `epochs_done` of `epochs` epochs.
+    """Return the factor by which a cosine schedule multiplies the recipe's lr after `epochs_done` of `epochs` epochs.
 
     The factor rises linearly during the warm-up, then falls along half a cosine.
     After `epochs` epochs the factor stays at `cosine.end`.

@@ -66,7 +66,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[ComparedRun]:
 
 
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """The fields that are not equal in all runs, each with a list of one value per run (None: no such field).
+    """Return the fields that are not equal in all runs, each with a list of one value per run (None: no such field).
 
     The stream's seed is left out if it is the run's seed in every run.
     """
@@ -103,7 +103,7 @@ def run_labels(runs: Sequence[ComparedRun]) -> list[str]:
 
 
 def run_results(run: ComparedRun) -> dict[str, Any]:
-    """The last training line ("train"), the last validation line ("val"), and the best validation line ("best").
+    """Return the last training line ("train"), the last validation line ("val"), and the best validation line ("best").
 
     "best" has the lowest top-1 error. The value is None for a line that does not exist.
     """
@@ -116,7 +116,7 @@ def run_results(run: ComparedRun) -> dict[str, Any]:
 
 
 def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
-    """The object that `alextrain compare --json` prints, except its key "out"."""
+    """Return the object that `alextrain compare --json` prints, except its key "out"."""
     labels = run_labels(runs)
     return {
         "runs": [
@@ -128,7 +128,10 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
 
 
 def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
-    """A table with a column for each run. The rows are the fields that differ, the step, the loss and the errors."""
+    """Return a table with a column for each run.
+
+    The rows are the fields that differ, the step, the loss and the errors.
+    """
     rows = [["", *(str(run.run_dir) for run in runs)]]
     rows += [[name, *(_value_text(name, value) for value in values)] for name, values in differing_fields(runs).items()]
     results = [run_results(run) for run in runs]
@@ -177,7 +180,7 @@ def _shade(position: float) -> tuple[float, float, float]:
 
 
 def _flatten(prefix: str, value: Any) -> dict[str, Any]:
-    """The leaf values of a JSON object by dotted names. A list is one leaf; an empty object has no leaves."""
+    """Return the leaf values of a JSON object by dotted names. A list is one leaf; an empty object has no leaves."""
     if not isinstance(value, dict):
         return {prefix: value}
     return {

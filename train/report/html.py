@@ -250,7 +250,7 @@ def _environment(trained: TrainedRun) -> str:
 
 
 def _facts(facts: Iterable[tuple[str, str, str]]) -> str:
-    """HTML that shows facts in large type. Each item of `facts` is (name, value, note)."""
+    """Return HTML that shows facts in large type. Each item of `facts` is (name, value, note)."""
     cells = (
         f"<div><dt>{escape(n)}</dt><dd>{escape(v)}<small>{escape(note)}</small></dd></div>" for n, v, note in facts
     )

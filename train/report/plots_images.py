@@ -41,7 +41,7 @@ class ImageAndNeighbors(NamedTuple):
 
 
 def predictions_inches(images: int) -> tuple[float, float]:
-    """Width and height of the figure that `draw_predictions` draws for this number of images."""
+    """Return the width and height of the figure that `draw_predictions` draws for this number of images."""
     return 8.0, 3.3 * -(-images // IMAGES_PER_ROW)
 
 

@@ -64,7 +64,7 @@ def learning_rate_drops(lines: Sequence[Mapping[str, Any]]) -> list[tuple[float,
 
 
 def kernels_inches(parameters: Mapping[str, Tensor], columns: int) -> tuple[float, float]:
-    """Width and height of the figure that `draw_kernels` draws."""
+    """Return the width and height of the figure that `draw_kernels` draws."""
     rows = -(-len(parameters["conv1.weight"]) // columns // _KERNELS_PER_ROW)
     return 8.0, columns * (0.5 * rows + 0.25)
 

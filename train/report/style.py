@@ -32,7 +32,7 @@ def save_figure(content: bytes, out: Path) -> None:
 
 
 def shorten(name: str, max_chars: int) -> str:
-    """`name` with control characters escaped, cut to `max_chars` characters; a name that was cut ends with …."""
+    """Return `name` with control characters escaped, cut to `max_chars` characters; a name that was cut ends with …."""
     text = one_line(name)
     return text if len(text) <= max_chars else text[: max_chars - 1] + "…"
 
@@ -76,7 +76,7 @@ def scale_to_unit_range(images: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
 
 
 def tile_images(images: npt.NDArray[np.float64], per_row: int, scale: int, gap_px: int = 2) -> npt.NDArray[np.float64]:
-    """A white sheet that shows images (N, H, W) or (N, H, W, 3), in 0..1, in rows, each enlarged by `scale`."""
+    """Return a white sheet that shows images (N, H, W) or (N, H, W, 3), in 0..1, in rows, each enlarged by `scale`."""
     count, height, width, *rest = images.shape
     rows = -(-count // per_row)
     cell_h, cell_w = height * scale + gap_px, width * scale + gap_px

@@ -37,7 +37,7 @@ class Run:
 
     @staticmethod
     def open(config: RunConfig, store: Store | None = None) -> Run:
-        """The run of a configuration.
+        """Return the run of a configuration.
 
         store  the opened store; None: opens `config.store`
 

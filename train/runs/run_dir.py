@@ -50,7 +50,10 @@ _LATER_SETTINGS = {"deterministic": False, "stream_seed": None, "service": None,
 
 
 def read_description(run_dir: Path) -> dict[str, Any]:
-    """The content of run.json. Raises UserError if the file is missing, cannot be read, or lacks a required part."""
+    """Return the content of run.json.
+
+    Raises UserError if the file is missing, cannot be read, or lacks a required part.
+    """
     if not run_dir.is_dir():
         raise UserError(f"{run_dir}: no such run. Train one with: alextrain run --run-dir {shell_quoted(run_dir)}")
     path = run_dir / DESCRIPTION
@@ -77,7 +80,7 @@ def read_description(run_dir: Path) -> dict[str, Any]:
 
 
 def parse_line(text: bytes) -> dict[str, Any] | None:
-    """The object on a line of metrics.jsonl; None for an incomplete or damaged line."""
+    """Return the object on a line of metrics.jsonl; None for an incomplete or damaged line."""
     try:
         line = json.loads(text)
         return dict(line) if isinstance(line["step"], int) and line["kind"] in ("train", "val") else None
@@ -86,7 +89,7 @@ def parse_line(text: bytes) -> dict[str, Any] | None:
 
 
 def read_raw_lines(run_dir: Path) -> list[bytes]:
-    """All lines of metrics.jsonl, including damaged lines; empty if the file does not exist.
+    """Return all lines of metrics.jsonl, including damaged lines; empty if the file does not exist.
 
     Raises UserError if the file cannot be read.
     """
@@ -99,17 +102,17 @@ def read_raw_lines(run_dir: Path) -> list[bytes]:
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The intact lines of metrics.jsonl in order; empty before the first interval has ended."""
+    """Return the intact lines of metrics.jsonl in order; empty before the first interval has ended."""
     return [line for line in map(parse_line, read_raw_lines(run_dir)) if line is not None]
 
 
 def last_line(lines: Sequence[Mapping[str, Any]], kind: str) -> Mapping[str, Any] | None:
-    """The newest line whose kind is `kind` ("train" or "val"); None if no line has this kind."""
+    """Return the newest line whose kind is `kind` ("train" or "val"); None if no line has this kind."""
     return next((line for line in reversed(lines) if line["kind"] == kind), None)
 
 
 def seconds_left(lines: Sequence[Mapping[str, Any]], step: int, steps: int, batch_size: int) -> float | None:
-    """Predicted time in seconds for training from step `step` to step `steps`, without validations.
+    """Return predicted time in seconds for training from step `step` to step `steps`, without validations.
 
     The prediction uses the mean time per image in the last RATE_LINES training lines. Returns None before the first
     interval has ended.

@@ -124,7 +124,7 @@ def changed_settings(before: RunConfig, run: Run, theirs: Mapping[str, Any]) -> 
 
 
 def difference_lines(changed: Collection[Difference]) -> list[str]:
-    """One line for each setting that differs: `recipe.lr: 0.01 -> 0.001`."""
+    """Return one line for each setting that differs: `recipe.lr: 0.01 -> 0.001`."""
     return [f"  {name}: {_text(there)} -> {_text(here)}" for name, there, here in changed]
 
 

@@ -35,7 +35,7 @@ _STATE_TEXT = {
 
 
 def status_of(run_dir: Path) -> dict[str, Any]:
-    """The object that `alextrain status --json` prints.
+    """Return the object that `alextrain status --json` prints.
 
     run_dir            the folder, as given
     model, recipe      names of the architecture and the recipe
@@ -115,7 +115,7 @@ def _seems_alive(written: Mapping[str, Any]) -> bool:
 
 
 def status_lines(status: Mapping[str, Any]) -> list[str]:
-    """The result of `status_of` as lines of text."""
+    """Return the result of `status_of` as lines of text."""
     process = f" (process {status['process']} on {status['host']})" if status["alive"] and status["process"] else ""
     reason = f": {status['said']}" if status["state"] == "failed" else f" {status['said']}" if status["said"] else ""
     seed, stream_seed, seconds = status["seed"], status["stream_seed"], status["seconds_left"]

@@ -92,7 +92,7 @@ def _count_text(changed: Sequence[Difference]) -> str:
 
 
 def _moved_to(run: Run, new_dir: Path) -> Run:
-    """`run` with its folder replaced by `new_dir`."""
+    """Return `run` with its folder replaced by `new_dir`."""
     if run.run_dir.resolve() == new_dir.resolve():
         raise WrongArgument(f"--fork {new_dir}: that is --run-dir itself. Name another folder.")
     return replace(run, config=replace(run.config, run_dir=new_dir))

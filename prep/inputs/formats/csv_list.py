@@ -39,7 +39,7 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """The splits that the column `split` names; [] if there is no such column."""
+    """Return the splits that the column `split` names; [] if there is no such column."""
     found = {split for _, _, _, split in _rows(path)}
     return [split for split in ("train", "val") if split in found]
 

@@ -56,7 +56,7 @@ class LabelledRows:
         in_class_folders: bool,
         are_positions: bool = True,
     ) -> FoundInputs:
-        """All inputs with their classes.
+        """Return all inputs with their classes.
 
         If `are_positions` is false, a number can also be the name of a class, as in a label file. The number must then
         have a single meaning, unless `options.label_order` states the meaning.
@@ -116,7 +116,7 @@ def _first_reason(refused: Sequence[tuple[str, str]]) -> str:
 
 
 def duplicate_path(listing: Listing) -> bytes | None:
-    """A path that occurs twice in a listing; None if all paths differ."""
+    """Return a path that occurs twice in a listing; None if all paths differ."""
     hashes = np.fromiter((hash(listing.path(k)) for k in range(len(listing))), np.int64, len(listing))
     order = np.argsort(hashes, kind="stable")
     same = order[1:][hashes[order[1:]] == hashes[order[:-1]]]  # equal hashes are rare for different paths

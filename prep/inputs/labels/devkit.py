@@ -29,7 +29,7 @@ class Devkit:
     ground_truth: bytes = b""
 
     def synsets(self) -> dict[int, str]:
-        """{ILSVRC2012_ID: synset}. Raises UserError for a meta.mat of another kind."""
+        """Return {ILSVRC2012_ID: synset}. Raises UserError for a meta.mat of another kind."""
         from scipy.io import loadmat
 
         try:
@@ -56,7 +56,7 @@ def open_devkit(path: Path) -> Devkit:
 
 
 def find_devkit(folders: list[Path]) -> Devkit | None:
-    """The devkit in the first of the `folders` that contains one, unpacked or not; None if no folder does."""
+    """Return the devkit in the first of the `folders` that contains one, unpacked or not; None if no folder does."""
     for folder in folders:
         for data in _data_folders(folder):
             found = _in_folder(data)
@@ -84,7 +84,7 @@ def _read_if_there(path: Path) -> bytes:
 
 
 def _in_archive(path: Path) -> Devkit | None:
-    """The files of the devkit in a tar archive. Raises UserError if the archive is damaged."""
+    """Return the files of the devkit in a tar archive. Raises UserError if the archive is damaged."""
     contents: dict[str, bytes] = {}
     try:
         with tarfile.open(path) as tar:

@@ -76,7 +76,7 @@ class Rows:
 
 
 def parse_label_file(file: Path, content: bytes, images: ImageNames) -> Rows:
-    """The rows of a label file. Raises UserError, which names `file`, if its format is not known."""
+    """Return the rows of a label file. Raises UserError, which names `file`, if its format is not known."""
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
         raise UserError(f"--labels {file}: not UTF-8 text. Save the file as text in UTF-8.")
     text = content.decode("utf-8-sig", "surrogateescape")
@@ -165,7 +165,7 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
 
 
 def images_text(images: ImageNames) -> str:
-    """Examples of the images' names, for a message."""
+    """Return examples of the images' names, for a message."""
     return examples([name_text(name) for name in images._by_name])
 
 
@@ -192,7 +192,7 @@ def _without_empty_columns(table: list[tuple[int, list[str]]]) -> list[tuple[int
 
 
 def _split_at_blanks(line: str, images: ImageNames) -> list[str]:
-    """The two columns of a line; a column is quoted, or is the name of an image, or has no blanks."""
+    """Return the two columns of a line; a column is quoted, or is the name of an image, or has no blanks."""
     quoted = re.fullmatch(r"\"([^\"]*)\"\s+(.*)|(\S+)\s+\"([^\"]*)\"", line)
     if quoted:
         return [(quoted[1] or quoted[3] or "").strip(), (quoted[2] or quoted[4] or "").strip(' "')]
@@ -222,7 +222,7 @@ def _is_header(rows: Sequence[Sequence[str]], name_column: int, images: ImageNam
 
 
 def _label_column(file: Path, header: Sequence[str] | None, width: int, name_column: int) -> int:
-    """The column of the labels.
+    """Return the column of the labels.
 
     Raises UserError if it is unclear which column has the labels, or if the labels stand before the names.
     """
@@ -245,7 +245,7 @@ def _label_column(file: Path, header: Sequence[str] | None, width: int, name_col
 
 
 def _without_boxes(file: Path, rows: list[Row]) -> list[Row]:
-    """The rows of Kaggle's LOC_val_solution.csv without bounding boxes; other rows are returned as they are."""
+    """Return the rows of Kaggle's LOC_val_solution.csv without bounding boxes; other rows are returned as they are."""
     if not all(_KAGGLE_BOXES.match(row.label) for row in rows):
         return rows
     found = []

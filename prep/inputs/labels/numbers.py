@@ -170,6 +170,6 @@ class LabelTexts:
 
 
 def empty_classes(classes: Sequence[str], labels: Collection[int]) -> list[str]:
-    """The classes whose labels are not among `labels`."""
+    """Return the classes whose labels are not among `labels`."""
     present = set(labels)
     return [name for label, name in enumerate(classes) if label not in present]

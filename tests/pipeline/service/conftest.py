@@ -84,7 +84,7 @@ class Service:
         return service_status(self.cluster.ray, self.name, self.cluster.address)
 
     def workers(self) -> list[int]:
-        """Process ids of the workers that are ready."""
+        """Return the process ids of the workers that are ready."""
         return [worker["pid"] for worker in self.status()["workers"]]
 
     def coordinator_pid(self) -> int:

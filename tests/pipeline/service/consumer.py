@@ -23,7 +23,7 @@ from tests.pipeline.streaming import take_batches
 
 
 def digests(batches: Sequence[Batch]) -> list[str]:
-    """One digest for each batch, over its images and labels."""
+    """Return one digest for each batch, over its images and labels."""
     return [sha256(b.images.numpy().tobytes() + b.labels.numpy().tobytes()).hexdigest() for b in batches]
 
 

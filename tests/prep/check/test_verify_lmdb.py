@@ -66,7 +66,10 @@ def test_an_overwritten_page_is_a_fault(content: str, copy_store: MakeStore, wor
 
 
 def newest_header(content: bytes) -> int:
-    """Offset of the header page with the higher transaction number. LMDB uses this page and ignores the other."""
+    """Return the offset of the header page with the higher transaction number.
+
+    LMDB uses this page and ignores the other.
+    """
     return max((0, PAGE_BYTES), key=lambda at: int.from_bytes(content[at + 144 : at + 152], "little"))
 
 

@@ -30,7 +30,7 @@ from tests.helpers.building import InlineRunner
 
 
 def coloured_noise(seed: int, sizes: Sequence[tuple[int, int]]) -> list[npt.NDArray[np.uint8]]:
-    """Images whose channels are correlated, as in natural images."""
+    """Return images whose channels are correlated, as in natural images."""
     rng = np.random.default_rng(seed)
     mixing = np.array([[50.0, 20.0, 5.0], [48.0, -2.0, -9.0], [45.0, -24.0, 6.0]])
     return [

@@ -33,7 +33,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def noise(height: int, width: int) -> Pixels:
-    """Uniform noise; in the upper third, each value is 0 or 255."""
+    """Return uniform noise; in the upper third, each value is 0 or 255."""
     pixels = np.random.default_rng([height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     pixels[: height // 3] = np.where(pixels[: height // 3] < 128, 0, 255)
     return pixels

@@ -37,7 +37,7 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def noise(height: int, width: int, seed: int = 0) -> Pixels:
-    """Uniform noise; in the upper half each value is 0 or 255, the hardest case for a filter."""
+    """Return uniform noise; in the upper half each value is 0 or 255, the hardest case for a filter."""
     pixels = np.random.default_rng([seed, height, width]).integers(0, 256, (height, width, 3), dtype=np.uint8)
     upper = pixels[: height // 2]
     upper[:] = np.where(upper < 128, 0, 255)

@@ -86,7 +86,7 @@ def jpeg(seed: int = 0, height: int = 40, width: int = 50) -> bytes:
 
 
 def bare(pixels: Pixels) -> dict[str, Any]:
-    """Fields of a Datum with bare pixels, as Caffe's CVMatToDatum fills them: layout C,H,W, blue first."""
+    """Return the fields of a Datum with bare pixels, as Caffe's CVMatToDatum fills them: layout C,H,W, blue first."""
     height, width, channels = pixels.shape
     planes = [pixels[:, :, channel].tobytes() for channel in reversed(range(channels))]
     return {"channels": channels, "height": height, "width": width, "data": b"".join(planes), "encoded": False}

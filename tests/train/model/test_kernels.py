@@ -30,7 +30,7 @@ def load(path: Path) -> kernels.NativeKernels | None:
 
 
 def outputs_and_gradients() -> list[Tensor]:
-    """Outputs and gradients of all kernels. No number of maps is a multiple of the vector or block size."""
+    """Return outputs and gradients of all kernels. No number of maps is a multiple of the vector or block size."""
     results = []
     for shape in ((3, 44, 9, 8), (1, 9, 31, 20), (5, 3, 3, 3)):
         x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul_(30).requires_grad_()

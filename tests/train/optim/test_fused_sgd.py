@@ -24,7 +24,7 @@ def clear_cache() -> Iterator[None]:
 
 
 def tensors(dtype: torch.dtype = torch.float32) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Weights, velocities and gradients of a channels-last convolution, a linear layer and biases."""
+    """Return weights, velocities and gradients of a channels-last convolution, a linear layer and biases."""
     generator = torch.Generator().manual_seed(0)
     lists = [[torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES] for _ in range(3)]
     weights, velocities, gradients = ([t.contiguous(memory_format=layout(t)) for t in items] for items in lists)
@@ -36,7 +36,7 @@ def layout(t: Tensor) -> torch.memory_format:
 
 
 def fused_result(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM) -> list[Tensor]:
-    """Weights and velocities after two updates."""
+    """Return weights and velocities after two updates."""
     weights, velocities, gradients = tensors(dtype)
     for _ in range(2):
         fused_sgd.update(weights, velocities, gradients, momentum, LR, DECAY)
@@ -44,7 +44,7 @@ def fused_result(dtype: torch.dtype = torch.float32, momentum: float = MOMENTUM)
 
 
 def rule_result(momentum: float = MOMENTUM) -> list[Tensor]:
-    """Weights and velocities after two updates by the paper's rule in float64."""
+    """Return weights and velocities after two updates by the paper's rule in float64."""
     weights, velocities, gradients = ([t.double() for t in items] for items in tensors())
     for _ in range(2):
         velocities = [

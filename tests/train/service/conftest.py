@@ -48,7 +48,7 @@ class Service:
             stop_service(ray, self.name, self.address)
 
     def coordinator_pid(self) -> int:
-        """Process id of the coordinator."""
+        """Return the process id of the coordinator."""
         with connected(self.address) as ray:
             coordinator = ray.get_actor(actor_name(self.name), NAMESPACE)
             pid: int = ray.get(coordinator.__ray_call__.remote(lambda actor: os.getpid()), timeout=60)
@@ -97,7 +97,7 @@ def started_cluster(cluster_class: Any) -> Any:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of this machine on which no process listens."""
+    """Return ports of this machine on which no process listens."""
     with ExitStack() as listening:
         listeners = [listening.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
         return [listener.getsockname()[1] for listener in listeners]

@@ -77,7 +77,7 @@ class RecordDataset:
 
 
 def side_px(records: Records) -> int:
-    """Side of the images in pixels; exits with a message if the images are not squares of one size."""
+    """Return the side of the images in pixels; exits with a message if the images are not squares of one size."""
     sizes = set()
     for path, _ in records:
         with Image.open(path) as image:
@@ -89,7 +89,7 @@ def side_px(records: Records) -> int:
 
 
 def endless_batches(beton: Path, records: Records, threads: int, mean: Mean, channels_last: bool) -> Iterator[Any]:
-    """Batches of images, epoch after epoch."""
+    """Yield batches of images, epoch after epoch."""
     area_share, crop_size = (CROP_PX / side_px(records)) ** 2, (CROP_PX, CROP_PX)
     image = [
         RandomResizedCropRGBImageDecoder(crop_size, scale=(area_share, area_share), ratio=(1.0, 1.0)),

@@ -65,7 +65,7 @@ def fill_with_simplejpeg(paths: Sequence[str], mean: Mean, out: Any) -> None:
 
 
 def endless_batches(records: Records, threads: int, mean: Mean, fill: Callable[..., None]) -> Iterator[Any]:
-    """Batches of images without end; `fill` is fill_with_ffmpeg or fill_with_simplejpeg."""
+    """Yield batches of images without end; `fill` is fill_with_ffmpeg or fill_with_simplejpeg."""
     buffers = [np.zeros((BATCH, 3, CROP_PX, CROP_PX), np.float32) for _ in range(threads + _IN_FLIGHT + _PREFETCH)]
     next_buffer = cycle(buffers)
 

@@ -34,7 +34,7 @@ def parse_arguments() -> tuple[Records, Path, int, Mean, list[str]]:
 
 
 def shuffle_forever(records: Records) -> Iterator[tuple[str, int]]:
-    """Random permutations of the records, one after another without end."""
+    """Yield random permutations of the records, one after another without end."""
     while True:
         yield from random.sample(records, len(records))
 
@@ -71,7 +71,7 @@ def check_batches(batches: Iterator[Any]) -> None:
 
 
 def images_per_s(batches: Iterator[Any], seconds: float, threads: int) -> float:
-    """Images/s over at least `seconds`. First discards as many batches as the stream can have prefetched."""
+    """Return images/s over at least `seconds`. First discards as many batches as the stream can have prefetched."""
     for _ in range(2 * threads + 6):
         next(batches)
     taken, started = 0, time.perf_counter()

@@ -45,7 +45,7 @@ def crop_image(mean: Mean, image: Image.Image) -> torch.Tensor:
 
 
 def endless_batches(archives: list[str], threads: int, mean: Mean) -> Iterator[Any]:
-    """Batches of images without end."""
+    """Yield batches of images without end."""
     samples = webdataset.WebDataset(archives, resampled=True, shardshuffle=False).shuffle(_SHUFFLE_BUFFER)
     crops = samples.decode("pil").to_tuple("jpg", "cls").map_tuple(partial(crop_image, mean))
     for images, _ in webdataset.WebLoader(crops.batched(BATCH), batch_size=None, num_workers=threads):

@@ -20,7 +20,7 @@ _POSITIONS = 64  # number of blocks that a program of the Triton kernel writes
 
 
 def block_weights(weight: Tensor) -> Tensor:
-    """conv1's weights (maps, 3, 11, 11) as weights (maps, 48, 3, 3) of a convolution over blocks."""
+    """Return conv1's weights (maps, 3, 11, 11) as weights (maps, 48, 3, 3) of a convolution over blocks."""
     maps = len(weight)
     padded = F.pad(weight, (0, 1, 0, 1)).reshape(maps, 3, 3, _BLOCK_PX, 3, _BLOCK_PX)
     blocks = padded.permute(0, 1, 3, 5, 2, 4).reshape(maps, 3 * _BLOCK_PX**2, 3, 3)
@@ -28,7 +28,7 @@ def block_weights(weight: Tensor) -> Tensor:
 
 
 def image_blocks(images: Tensor, padding: Sequence[int], divisor: float, dtype: torch.dtype) -> Tensor:
-    """Images (N, 3, H, W) as blocks (N, 48, rows, columns) of `dtype`, channels last, by a Triton kernel.
+    """Return images (N, 3, H, W) as blocks (N, 48, rows, columns) of `dtype`, channels last, by a Triton kernel.
 
     padding  zero padding in px: (left, right, top, bottom)
     divisor  every pixel is divided by this number

@@ -143,14 +143,14 @@ def _empty(shape: Sequence[int], like: Tensor, layout: torch.memory_format) -> T
 
 
 def _by_column(tensors: Sequence[Tensor], maps: Sequence[int]) -> list[Tensor]:
-    """One tensor per column: views of the joined tensor, or the separate tensors unchanged."""
+    """Return one tensor per column: views of the joined tensor, or the separate tensors unchanged."""
     return list(tensors) if len(tensors) == len(maps) else list(torch.split(tensors[0], list(maps), dim=1))
 
 
 def kernel_constants(
     maps: int, is_float32: bool, epilogue: Epilogue
 ) -> tuple[tuple[float, float, float], dict[str, Any]]:
-    """Arguments that all kernels have: (α, β, k), and the constants that Triton compiles into a kernel."""
+    """Return arguments that all kernels have: (α, β, k), and the constants that Triton compiles into a kernel."""
     norm = epilogue.norm or Lrn(size=1, alpha=0.0, beta=0.75, k=1.0)
     return (norm.alpha, norm.beta, norm.k), {
         "BEFORE": epilogue.before,
@@ -185,7 +185,7 @@ def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -
 
 @functools.cache
 def shared_bytes_of(device: torch.device) -> int:
-    """Shared memory in bytes that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
+    """Return shared memory in bytes that a program can have on a GPU; 0 for Triton's interpreter, which has none."""
     if device.type != "cuda":
         return 0
     return int(getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 0))
@@ -255,7 +255,7 @@ def _launch_backward(
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Strides of images, rows and columns."""
+    """Return strides of images, rows and columns."""
     return x.stride(0), x.stride(2), x.stride(3)
 
 

@@ -47,7 +47,7 @@ class FusedNetwork:
         self._said = False
 
     def logits(self, images: Tensor, training: bool) -> Tensor:
-        """Logits (N, classes) for images (N, 3, 224, 224). Dropout sets values to zero if `training`."""
+        """Return logits (N, classes) for images (N, 3, 224, 224). Dropout sets values to zero if `training`."""
         units = [maps.flatten(1) for maps in self._pooled_maps(images, channels_first=True)]
         activation = ACTIVATION_FUNCTIONS[self.recipe.activation]
         for name in ("fc6", "fc7"):
@@ -112,7 +112,7 @@ class FusedNetwork:
         return pooled
 
     def _blocks(self, images: Tensor) -> dict[torch.device, Tensor]:
-        """conv1's input on each device."""
+        """Return conv1's input on each device."""
         padding = (*self.architecture.padding_px(images.shape[3]), *self.architecture.padding_px(images.shape[2]))
         return {
             device: image_blocks(

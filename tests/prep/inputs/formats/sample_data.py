@@ -28,7 +28,7 @@ Pictures = dict[str, bytes]  # CLASS/FILE.jpg -> content
 
 
 def make_pictures() -> Pictures:
-    """Three JPEGs of each class."""
+    """Return three JPEGs of each class."""
     rng = np.random.default_rng(16)
     pictures = {}
     for name in CLASSES:
@@ -134,7 +134,7 @@ def zipped(make: Callable[[Pictures, Path], Path]) -> Callable[[Pictures, Path],
 
 
 def web_dataset(pictures: Pictures, root: Path) -> Path:
-    """Two shards with text labels, written by webdataset.ShardWriter."""
+    """Return two shards with text labels, written by webdataset.ShardWriter."""
     root.mkdir()
     with webdataset.ShardWriter(str(root / "train-%06d.tar"), maxcount=4, verbose=0) as writer:
         for name, content in pictures.items():
@@ -143,7 +143,7 @@ def web_dataset(pictures: Pictures, root: Path) -> Path:
 
 
 def web_dataset_json(pictures: Pictures, root: Path) -> Path:
-    """One shard with names without folders and labels in JSON, as in timm/imagenet-1k-wds."""
+    """Return one shard with names without folders and labels in JSON, as in timm/imagenet-1k-wds."""
     path = root.with_suffix(".tar")
     with webdataset.TarWriter(str(path)) as writer:
         for name, content in pictures.items():

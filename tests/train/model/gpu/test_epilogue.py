@@ -43,7 +43,7 @@ def expected_output(x: Tensor, bias: Tensor, epilogue: Epilogue) -> Tensor:
 
 
 def columns_last(x: Tensor, columns: int, dtype: torch.dtype, joined: bool) -> list[Tensor]:
-    """Leaf tensors that require gradients: x itself if `joined`, else the part of each column."""
+    """Return leaf tensors that require gradients: x itself if `joined`, else the part of each column."""
     parts = [x] if joined else list(x.chunk(columns, dim=1))
     return [p.to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_() for p in parts]
 
@@ -57,7 +57,7 @@ def run(
     images: int = 1,
     channels_first: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Output and gradients by the kernels and by float64 operators, joined over the columns."""
+    """Return output and gradients by the kernels and by float64 operators, joined over the columns."""
     maps, height, width, epilogue = case
     rng = torch.Generator().manual_seed(maps * height + width)
     if x is None:
