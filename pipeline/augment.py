@@ -118,7 +118,7 @@ class Crops(NamedTuple):
 
 
 def eval_offsets(views: int | str, max_offset_px: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """int32 offsets (V, 2) and flips (V,) for views=1 (centre crop), 10 (ten views) or SQUARE (the central square)."""
+    """Return int32 offsets (V, 2) and flips (V,) for views=1 (centre crop), 10 (ten views) or SQUARE (whole square)."""
     middle, far = 0 if views == SQUARE else max_offset_px // 2, max_offset_px
     if views != 10:
         return np.full((1, 2), middle, np.int32), np.zeros(1, np.int32)

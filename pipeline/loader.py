@@ -148,7 +148,7 @@ class TrainLoader(Loader):
         self._is_prefetching = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The position of the stream and the settings of this loader: a JSON-serializable dict of a few hundred bytes.
+        """Return the position and the settings of the stream: a JSON-serializable dict of a few hundred bytes.
 
         A loader that loads this state continues at this position, bit for bit. The states of all ranks are equal
         except for `shard`.

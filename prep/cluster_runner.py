@@ -259,7 +259,7 @@ def _pool(preload: str) -> Iterator[WorkerPool]:
     """The pool of this Ray worker. The pool has one worker process, which later tasks use again.
 
     multiprocessing makes a new process import the file of the module __main__. In a Ray worker, this is Ray's own
-    program, which the worker process does not need. This function therefore hides the attribute __file__.
+    program, which the worker process does not need. This function therefore hides `__main__.__file__`.
     """
     main = sys.modules["__main__"]
     file = main.__dict__.pop("__file__", None)

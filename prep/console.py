@@ -191,7 +191,7 @@ def bytes_text(n: float) -> str:
 
 
 def usable_cores() -> int:
-    """Number of CPU cores that this process may use: a container or taskset can allow fewer cores than exist."""
+    """Return the number of CPU cores that this process may use; containers and taskset limit them."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

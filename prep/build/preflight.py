@@ -63,7 +63,7 @@ def probe(
 
 
 def _obvious_fault(reader: InputReader, item: Input) -> str:
-    """Why an input is not an image, judged by its size and first bytes; an empty text if neither shows a fault."""
+    """Return why an input is no image, judged by its size and first bytes; empty if neither shows a fault."""
     if not item.size:
         return "empty file"
     if item.size > MAX_FILE_BYTES:
@@ -149,7 +149,7 @@ def _max_record_bytes(settings: Settings) -> int:
 
 
 def needed_space_text(plan: BuildPlan, unfinished: Sequence[int]) -> str:
-    """First part of a message: the disk space that the `unfinished` shards need, extrapolated from finished shards.
+    """Return the first part of a message: the disk space that the `unfinished` shards need, by finished shards.
 
     The text is empty if no record is stored yet or no shard is unfinished.
     """

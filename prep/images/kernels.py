@@ -96,7 +96,7 @@ def is_correct(kernels: NativeKernels) -> bool:
     pixels = rng.integers(0, 256, (61, 83, 3), dtype=np.uint8)
 
     def random_pass(n_in: int, n_out: int, taps: int, denominator: int) -> tuple[Integers, Floats, Floats]:
-        """First inputs, weights (multiples of 1/denominator, of both signs), and a dense matrix of the weights."""
+        """Return first inputs, weights (multiples of 1/denominator, of both signs), and their dense matrix."""
         first_inputs, columns = np.arange(n_out) * n_in // n_out, np.arange(taps)
         weights = (
             4 * rng.multinomial(denominator, np.ones(taps) / taps, n_out) - 3 * denominator // taps

@@ -161,7 +161,7 @@ def _cached(make: Callable[[_PassSpec], Pass], spec: _PassSpec) -> Pass:
 
 
 def _filter_taps(spec: _PassSpec) -> tuple[Integers, npt.NDArray[Any]]:
-    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), scaled as in _Arithmetic."""
+    """Return the first input index (outputs,) and the weights (outputs, taps), scaled as in _Arithmetic."""
     n_in, n_out, first, last, name, channels = spec
     arithmetic = _ARITHMETIC[name]
     bits = arithmetic.first_bits if channels == 1 else arithmetic.second_bits
@@ -239,7 +239,7 @@ def _area_weights(n_in: int, n_out: int, outputs: Integers) -> tuple[Integers, F
 
 
 def _kernel_weights(n_in: int, n_out: int, outputs: Integers, name: str) -> tuple[Integers, Floats]:
-    """Index of the first input of each output, (outputs,), and weights, (outputs, taps), of a filter in _KERNELS.
+    """Return the first input index (outputs,) and the weights (outputs, taps) of each output for a filter in _KERNELS.
 
     If the line shrinks, the kernel is widened by n_in/n_out.
     """

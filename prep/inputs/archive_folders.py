@@ -111,7 +111,7 @@ class _Tree:
                 folder = parent
 
     def _kept_images(self) -> Sequence[int]:
-        """Indices of the images sorted by class, name and offset; without folders and files of the system."""
+        """Return the indices of the images by class, name and offset, without folders and files of the system."""
         images, kept = self.contents.images, array("q")
         junk: set[bytes] = set()
         order = _sorted_indices(images)

@@ -220,7 +220,7 @@ def _counted_chunks(file: Path, chunk_bytes: int, count: CountBytes) -> Iterator
 
 
 def _reason(error: Exception) -> str:
-    """The message of one of obstore's errors as one line, without debug output and the body of the server's answer."""
+    """Return an obstore error's message on one line, without debug output and the server's full answer."""
     text = str(error).partition("\n\nDebug source")[0]
     code = re.search(r"<Code>(\w+)</Code>", text)
     text = re.sub(r"\s*<(\?xml|Error|html|!doctype).*", f" {code[1]}" if code else "", text, flags=re.S | re.I)

@@ -336,7 +336,7 @@ def parse_color_stats(content: bytes, name: str) -> ColorStats:
 
 
 def split_fingerprint(classes: Sequence[str], shards: Sequence[Shard]) -> str:
-    """SHA-256 (hex) of one split, over the names of the classes and the digests of the split's shards in order."""
+    """Return the SHA-256 (hex) of one split: of its class names and the digests of its shards, in order."""
     return digest_json({"classes": list(classes), "shards": [shard.digest for shard in shards]})
 
 

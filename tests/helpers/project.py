@@ -1,4 +1,4 @@
-"""The path of the project's root folder, and commands that see a part of the machine."""
+"""The path of the project's root folder, and commands that run in namespaces of Linux."""
 
 import os
 import subprocess

@@ -76,7 +76,7 @@ def plain_alexnet(with_lrn: bool) -> nn.Sequential:
 
 
 def training_step(name: str, batch: int) -> Callable[[], int]:
-    """The training step of one contestant: a function that makes a step and returns the number of images in it."""
+    """Return the training step of one contestant: a function that returns the number of images in a step."""
     torch.manual_seed(0)
     images, labels = 60 * torch.randn(batch, 3, CROP_PX, CROP_PX), torch.randint(CLASSES, (batch,))
     model: nn.Module

@@ -64,7 +64,7 @@ def _side_by_side(recipes: Mapping[str, Recipe]) -> str:
 
 
 def _sourced(recipe: Recipe) -> str:
-    """Return a row for each field with its source, for its parts, and for each heading of `alextrain recipe`."""
+    """Return the rows of fields with their sources, of the parts of fields, and of `alextrain recipe`'s headings."""
     lines = [_row("field", "value", "source"), _row("---", "---", "---")]
     for field, rows in recipe_rows(recipe).items():
         if field in HEADINGS:

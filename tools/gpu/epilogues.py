@@ -80,7 +80,7 @@ def layer_cases(widths: Widths, sides_px: tuple[int, int, int] = (55, 27, 13)) -
 
 
 def chosen_apply(device: torch.device) -> Apply:
-    """The function to check: the kernels, or PyTorch operators on a CPU, where Triton's interpreter takes minutes."""
+    """Return the function to check: the kernels, or on a CPU PyTorch operators, because they are faster."""
     return apply_epilogue if device.type == "cuda" else operators
 
 
@@ -237,7 +237,7 @@ def _local_response_norm(a: Tensor, norm: Lrn) -> Tensor:
 def operators(
     x: Sequence[Tensor], bias: Sequence[Tensor], epilogue: Epilogue, joined: bool, channels_first: bool
 ) -> list[Tensor]:
-    """The results of apply_epilogue, computed with PyTorch operators in float32, without a GPU and without Triton."""
+    """Return the results of apply_epilogue, computed with PyTorch operators in float32, without Triton."""
     by_column = list(x) if len(x) == len(bias) else list(x[0].chunk(len(bias), 1))
     results = [exact(t.float(), b, epilogue).to(t.dtype) for t, b in zip(by_column, bias, strict=True)]
     results = [torch.cat(results, 1)] if joined else results

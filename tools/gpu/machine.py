@@ -55,7 +55,7 @@ def elapsed_s(devices: Devices, work: Callable[[], object]) -> float:
 def copy_bytes_per_s(device: str, size: int) -> float:
     """Speed of copies within the device's memory: bytes read and written in a second; the best of three turns.
 
-    size  bytes of the copied tensor
+    size  size of the copied tensor in bytes
     """
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)

@@ -54,7 +54,7 @@ def check_device_count(gpus: str) -> None:
 
 
 def describe_devices(devices: Devices, columns: int = 2) -> str:
-    """Text for messages: `one column on cpu`, `both columns on cpu`, or `column 0 on cuda:0, column 1 on cuda:1`."""
+    """Return a text such as `one column on cpu`, `both columns on cpu` or `column 0 on cuda:0, column 1 on cuda:1`."""
     if columns == 1:
         return f"one column on {devices[0]}"
     if devices[0] == devices[1]:

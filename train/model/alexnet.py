@@ -166,7 +166,7 @@ class AlexNet(nn.Module):
         return [column for column in self.columns if isinstance(column, Column)]
 
     def _uses_fused_kernels(self, images: Tensor) -> bool:
-        """True if train/model/gpu computes the layers: on GPUs where Triton works, unless `layer_by_layer` is set."""
+        """Return True if train/model/gpu computes the layers: on GPUs with Triton, unless `layer_by_layer`."""
         if self.layer_by_layer or torch.compiler.is_compiling() or images.requires_grad:
             return False
         widths, columns = self.architecture.widths, self.architecture.columns

@@ -64,7 +64,7 @@ def check_window_size(size: int) -> None:
 
 
 def can_use_kernels(x: Tensor, beta: float) -> bool:
-    """True if kernels.c is compiled and supports x and beta, and PyTorch is not tracing the network for an export."""
+    """Return True if kernels.c is compiled, supports x and beta, and PyTorch is not tracing for an export."""
     if torch.compiler.is_compiling():
         return False
     float32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and x.numel() > 0

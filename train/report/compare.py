@@ -175,7 +175,7 @@ def _draw_curves(figure: Any, runs: Sequence[ComparedRun]) -> None:
 
 
 def _shade(position: float) -> tuple[float, float, float]:
-    """A color between dark blue (position 0) and orange (1), for more runs than matplotlib has distinct colors."""
+    """Return a color from dark blue (position 0) to orange (1), for more runs than matplotlib has colors."""
     return 0.1 + 0.8 * position, 0.25 + 0.3 * position, 0.55 - 0.4 * position
 
 

@@ -165,7 +165,7 @@ def _figures_of_images(trained: TrainedRun, split: str, seed: int, index_records
 
 
 def _feature_maps(trained: TrainedRun, square: Pixels) -> dict[str, list[npt.NDArray[np.float32]]]:
-    """Activations for the centre crop: for each conv layer, one array (maps, height, width) per network column."""
+    """Return the activations for the centre crop: per conv layer, an array (maps, height, width) per column."""
     with evaluation_mode(trained.network), capture_activations(trained.network, _CONV_LAYERS) as captured:
         trained.network(torch.from_numpy(trained.transform.crops(square)))
     return {layer: [part[0].float().cpu().numpy() for part in parts] for layer, parts in captured.items()}

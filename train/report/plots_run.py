@@ -74,7 +74,7 @@ def draw_kernels(figure: Any, parameters: Mapping[str, Tensor], columns: int) ->
 
     Column 0 is drawn above column 1. `parameters` are the joined parameters (AlexNet.joined_tensors) by name.
     """
-    images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # (96, 11, 11, 3)
+    images = scale_to_unit_range(parameters["conv1.weight"].permute(0, 2, 3, 1).numpy())  # shape (96, 11, 11, 3)
     kernels = len(images) // columns  # number of kernels per column
     for column, axes in enumerate(figure.subplots(columns, 1, squeeze=False).flat):
         shown = images[column * kernels :][:kernels]

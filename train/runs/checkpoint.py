@@ -304,7 +304,7 @@ def _append_digest(file: BufferedRandom) -> None:
 
 
 def _digests(file: BinaryIO) -> tuple[str, str]:
-    """Two digests, in hex: the digest in the archive comment, and the actual digest of all bytes before the comment.
+    """Return (digest in the archive comment, actual digest of all bytes before the comment), in hex.
 
     The first digest is "" if the file has no digest comment.
     """

@@ -153,7 +153,7 @@ def tensorboard_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def newest_checkpoint(run_dir: Path) -> tuple[int, float] | None:
-    """(step, modification time in s since 1970) of the newest checkpoint file, damaged or not; None without a file."""
+    """Return (step, modification time in s since 1970) of the newest checkpoint file; None without a file."""
     by_step = [
         (int(match[1]), path)
         for path in run_dir.glob("checkpoint-*.pt")

@@ -172,7 +172,7 @@ def _measured(run: Run) -> tuple[float, float]:
 
 
 def outcome_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """A row for each outcome: the errors in %, and the differences from the baseline's errors in percentage points.
+    """Return a row for each outcome: errors in %, and differences from the baseline in percentage points.
 
     A positive difference means that the ablation has the higher error. "paper_top1" is the paper's difference, and
     "top1_difference" the measured difference between runs with the same seed. Each measured value has a "mean" and a

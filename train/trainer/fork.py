@@ -170,7 +170,7 @@ class _Position(NamedTuple):
 
 
 def _position(run: Run, parent: Checkpoint) -> _Position:
-    """First position of a fork: the epochs that `parent` has completed, fractions included, rounded down to a step."""
+    """Return the first position of a fork: `parent`'s epochs with their fraction, rounded down to a step."""
     epoch, parent_step_of_epoch = divmod(parent.step, parent.steps_per_epoch)
     step_of_epoch = parent_step_of_epoch * run.steps_per_epoch // parent.steps_per_epoch
     return _Position(epoch * run.steps_per_epoch + step_of_epoch, epoch, step_of_epoch)

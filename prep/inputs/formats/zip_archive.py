@@ -63,7 +63,7 @@ class ZipReader:
         return self._read(item, size)[0]
 
     def _read(self, item: Input, max_bytes: int) -> tuple[bytes, int]:
-        """Return (the first `max_bytes` of a member, CRC-32 of the member as stored; 0 if the end was not reached)."""
+        """Return (the first `max_bytes` of a member, the CRC-32 that the archive states; 0 for a part of a member)."""
         file = open_file(str(self.root))
         header = file.read_at(item.location, _LOCAL.size)
         if len(header) < _LOCAL.size or not header.startswith(b"PK\3\4"):

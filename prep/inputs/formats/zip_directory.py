@@ -133,7 +133,7 @@ def _entries(file: BinaryIO, size: int, start: int, shift: int) -> Iterator[ZipE
 
 
 def _with_zip64(extra: bytes, *values: int) -> tuple[int, int, int]:
-    """Uncompressed size, compressed size and offset; a value of FFFFFFFF stands in the extra field 1 instead."""
+    """Return uncompressed size, compressed size and offset; for FFFFFFFF, the extra field 1 has the value."""
     at, numbers = 0, list(values)
     while at + 4 <= len(extra):
         tag, length = struct.unpack_from("<2H", extra, at)

@@ -51,7 +51,7 @@ def open_devkit(path: Path) -> Devkit:
     except OSError as error:
         raise UserError(f"--devkit {path}: {error.strerror or error}. {_ADVICE}") from None
     if found is None:
-        raise UserError(f"--devkit {path}: no meta.mat in it. {_ADVICE}")
+        raise UserError(f"--devkit {path}: contains no meta.mat. {_ADVICE}")
     return found
 
 

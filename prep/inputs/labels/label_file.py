@@ -52,7 +52,7 @@ class ImageNames:
             self._by_stem[stem] = None if stem in self._by_stem else name
 
     def find(self, text: str) -> bytes | None:
-        """The image with this name; None if there is none, or if only the stems of several images are the same."""
+        """Return the image with this name; None if there is none, or if only the stem of several images fits."""
         raw = os.fsencode(text)
         base = raw.rsplit(b"/", 1)[-1]
         for name in (raw, base, raw.replace(b"\\", b"/").rsplit(b"/", 1)[-1]):

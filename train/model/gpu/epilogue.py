@@ -10,7 +10,7 @@ For the backward pass the operation keeps:
 
     x                          with a normalization, or with pooling after a nonlinearity
     one byte per pooled value  with pooling
-    y                          with neither normalization nor pooling, or with tanh or sigmoid after pooling
+    y                          without normalization and pooling, and also with tanh or sigmoid after pooling
 
 Sums of bias gradients are computed in a fixed order, so results repeat bit for bit.
 """
@@ -172,7 +172,7 @@ def warps_for(maps: int, backward: bool) -> int:
 
 
 def stages_for(maps: int, float32: bool, slope_after: bool, shared_bytes: int) -> int:
-    """Number of loop iterations whose loads pooled_backward keeps in flight: 3, or 1 if shared memory is too small.
+    """Return for how many loop iterations pooled_backward loads ahead: 3, or 1 if shared memory is too small.
 
     slope_after   True if the nonlinearity after pooling is "tanh" or "sigmoid", whose gradient needs `out`
     shared_bytes  shared memory in bytes that a program can have: 227 KiB on an H100 or H200, 163 KiB on an A100

@@ -30,13 +30,13 @@ def labels_for(numbers: str, tmp_path: Path, order: str | None = None, classes: 
 @pytest.mark.parametrize(
     ("numbers", "classes", "expected"),
     [
-        ("0 2 1 3", WORDS, [0, 2, 1, 3]),  # 0 occurs: positions from 0
+        ("0 2 1 3", WORDS, [0, 2, 1, 3]),  # 0 occurs, so the numbers are positions from 0
         ("0 1 1 0", WORDS, [0, 1, 1, 0]),
-        ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is no position from 0: names
+        ("4 1 2 3", FROM_1, [3, 0, 1, 2]),  # 4 is no position from 0, so the numbers are names
         ("0 1 2 3", ("0", "1", "2", "3"), [0, 1, 2, 3]),
-        ("2 1", ("0", "1", "2", "3"), [2, 1]),  # as a name and as a position from 0 the same
-        ("20 10", ("10", "20", "30"), [1, 0]),  # no positions: names
-        ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is no name: positions from 0
+        ("2 1", ("0", "1", "2", "3"), [2, 1]),  # names and positions from 0 give the same labels
+        ("20 10", ("10", "20", "30"), [1, 0]),  # these are no positions, so they are names
+        ("0 3 1", FROM_1, [0, 3, 1]),  # 0 is no name, so the numbers are positions from 0
         ("7 008", ("007", "8"), [0, 1]),  # the same number, written differently
         ("3 1 2", (), [2, 0, 1]),  # 1 to K: names, in the order of the numbers
         ("10 0 1 2 3 4 5 6 7 8 9", (), [10, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
