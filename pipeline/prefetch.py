@@ -188,8 +188,9 @@ class Prefetcher:
     def _record(self, images: torch.Tensor, batch_input: BatchInput) -> _Finished:
         """Queue the copy of the labels, and record the event of a batch.
 
-        Then wait until the previous batch is complete, so that the finisher is at most one batch ahead of the GPU. If
-        the stream is too slow, the consumer's thread then waits in `next`, where the waiting time is measured.
+        Before it continues, the finisher waits until the previous batch is complete, so that the finisher is at most
+        one batch ahead of the GPU. If the stream is too slow, the consumer's thread then waits in `next`, where the
+        waiting time is measured.
         """
         stream = self._engine.stream
         labels = stream.upload(torch.from_numpy(batch_input.records.labels))

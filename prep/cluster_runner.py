@@ -243,7 +243,7 @@ class _Counters:
         return self._counts
 
     def stop(self, attempts: list[str]) -> None:
-        """Tell these tasks to stop when they next report."""
+        """Stop the tasks of these attempts when they next report their counts."""
         self._stopped.update(attempts)
 
 

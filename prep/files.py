@@ -41,7 +41,7 @@ def write_atomic(path: Path, content: bytes) -> None:
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file for writing. The file appears at `path` only when it is complete.
 
-    The file is written under a temporary name, synced and renamed. Then the folder is synced.
+    The file is written under a temporary name, synced and renamed. The folder is synced afterwards.
     """
     temporary = path.with_name(f".{path.name}.{unique_suffix()}")
     try:
@@ -68,9 +68,9 @@ def hold_lock(
 
     Several processes can hold a `shared` lock at the same time. A shared lock can be taken unless another process holds
     a lock that is not shared. A lock that is not shared can be taken only if no other process holds any lock. If the
-    lock cannot be taken, the function tries again for `wait_s`. Then it raises LockHeld, with `activity` in the
-    message. The kernel releases the lock when the process ends, even after a crash. On NFS and on most cluster file
-    systems the lock excludes the processes of other machines, too.
+    lock cannot be taken, the function tries again for `wait_s`. After this time, the function raises LockHeld, with
+    `activity` in the message. The kernel releases the lock when the process ends, even after a crash. On NFS and on
+    most cluster file systems the lock excludes the processes of other machines, too.
 
     The value of the `with` block is True if the folder is locked. The value is False within `without_locks` and on a
     file system without locks: other processes can then work in the folder. On such a file system, a warning is printed
@@ -133,8 +133,8 @@ no_lock_option = click.option(
     is_flag=True,
     expose_value=False,
     callback=_work_without_locks,
-    help="Do not lock the folder that is written to, for file systems without locks. Then make sure that no second "
-    "command writes to the folder at the same time.",
+    help="Do not lock the folder that is written to, for file systems without locks. With this option, make sure that"
+    " no second command writes to the folder at the same time.",
 )
 
 

@@ -55,7 +55,7 @@ def cluster_of_nodes(count: int) -> Iterator[tuple[Any, list[Any]]]:
     with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as temporary:
         os.environ["RAY_TMPDIR"] = temporary
         # If Ctrl-C interrupts the start of a node, Ray kills the node only when this program exits, after the `with`
-        # block. So delete its files then.
+        # block. The files of the node are therefore deleted when this program exits.
         atexit.register(shutil.rmtree, temporary, ignore_errors=True)
         cluster: Any = Cluster()
         try:

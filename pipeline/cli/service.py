@@ -60,8 +60,8 @@ _running_cluster_option = _cluster_option(
     "--workers",
     callback=_parse_workers,
     metavar="MIN:MAX",
-    help="Smallest and largest number of workers, for example 2:32. One number fixes the number of workers. Otherwise "
-    "the number follows the load.  [default: 1 to the number of workers for which the cluster has cores]",
+    help="Smallest and largest number of workers, for example 2:32. One number fixes the number of workers. With a "
+    "range, the number follows the load.  [default: 1 to the number of workers for which the cluster has cores]",
 )
 @click.option(
     "--threads",

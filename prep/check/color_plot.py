@@ -57,7 +57,7 @@ def plot_colors(store: Store, split: str, stats: ColorStats, out: Path) -> None:
 
 
 def take_sample(store: Store, split: str, stats: ColorStats, seed: int = 0) -> tuple[Pixels, Pixels]:
-    """Draw a random sample of a split: (pixels, photograph).
+    """Take a random sample of a split; returns (pixels, photograph).
 
     pixels       uint8 (N, 3), N ≤ MAX_PIXELS, an equal share from each of at most MAX_RECORDS records
     photograph   uint8 (S, S, 3), the central square of one of these records, reduced by an integer factor so that S

@@ -131,8 +131,8 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedI
 def _reduction(width: int, height: int, options: DecodeOptions) -> int:
     """Return the number by which the decoder divides both sides of a JPEG: 1, 2, 4 or 8.
 
-    The number is the smallest one that gives at most options.reduce_above pixels. It is smaller if the shorter side
-    would otherwise have less than options.min_side_px.
+    The number is the smallest one that gives at most options.reduce_above pixels. The number is smaller if the shorter
+    side would otherwise have less than options.min_side_px.
     """
     factor = 1
     while (

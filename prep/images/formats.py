@@ -33,7 +33,8 @@ class BadImage(ValueError):
     """A file that cannot be used as an image. The message is the reason, without the file's name.
 
     If an option can raise the limit that made the image bad, `limit` holds the option's name and the value of the
-    image, such as {"limit": "max_pixels", "pixels": 240000000}. These are keys of the outcome in inputs.jsonl.
+    image, such as {"limit": "max_pixels", "pixels": 240000000}. The keys of `limit` become keys of the outcome in
+    inputs.jsonl.
     """
 
     def __init__(self, reason: str, **limit: Any) -> None:

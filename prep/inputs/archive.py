@@ -87,7 +87,7 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
 def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None) -> tuple[bytes, str]:
     """Return (name of the member, reason to refuse it).
 
-    Both are empty for ignored members: the root, and names with a part such as `.git`.
+    Name and reason are empty for ignored members: the root, and names with a part such as `.git`.
 
     Folders whose names begin with a dot are added to the set `hidden`, if it is given.
     """

@@ -183,7 +183,7 @@ def wanted_classes(
 ) -> tuple[tuple[str, ...], str]:
     """Return (classes in the order of the labels, text that says whose classes they are).
 
-    Both are empty if nothing gives the order.
+    Classes and text are empty if nothing gives the order.
 
     The classes of the store come first, then those of the `--classes` file; `found` are the classes of the images.
     Raises UserError if the file has other classes, or another order, than the store.
@@ -230,9 +230,9 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
     A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
-    classes are given, the name is the longest beginning of the line that is a known class. Otherwise the name is the
-    first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if the numbers
-    after the names, from 0 or from 1, are in another order than the lines.
+    classes are given, the name is the longest beginning of the line that is a known class. Without `known` classes, the
+    name is the first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if the
+    numbers after the names, from 0 or from 1, are in another order than the lines.
     """
     try:
         text = file.read_text("utf-8-sig", "surrogateescape")

@@ -79,7 +79,7 @@ def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) 
     is the path of the folder. If `root` contains nothing but one folder of folders, that folder takes the place of
     `root`. Names that begin with a dot, folders of the system and files beside class folders are ignored. If there are
     images and folders in `root`, the images are listed if `flat` is true and there are at least as many images as
-    folders. Otherwise the class folders are listed.
+    folders. In all other cases, the class folders are listed.
 
     Symbolic links that lead out of `root` are refused unless `follow_links` is true. Raises UserError if `root`
     contains no files, if a class folder is a link that is not followed, or if it is unclear what the classes are.

@@ -1,7 +1,8 @@
 """Copies one file of a store, and verifies the copy. Worker processes run these tasks.
 
-From object storage, and between local folders, a file is first written under a temporary name. Its content is compared
-with the manifest (for a shard: SHA-256 over all keys and values) and with SHA256SUMS. Then it gets its final name.
+From object storage, and between local folders, a file is first written under a temporary name. The content of the
+temporary file is compared with the manifest (for a shard: SHA-256 over all keys and values) and with SHA256SUMS. The
+temporary file then gets its final name.
 
 To object storage, the local file is first compared with the manifest, then sent, then read back from the server. The
 returned bytes must have the SHA-256 of the local file. The server's own checksum is not sufficient: the ETag of a
@@ -108,7 +109,7 @@ def _copy_once(task: CopyTask, source: Folder, target: Folder, count: CountBytes
 
 
 def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes) -> str:
-    """Download the file to `temporary`, sync it to the disk and check its content. Returns its SHA-256 (hex)."""
+    """Download the file to `temporary`, sync it to the disk and check its content. Returns the file's SHA-256 (hex)."""
     digest = sha256()
     disk = task.target if task.scratch == Path() else f"{task.scratch} (TMPDIR names another folder)"
     try:

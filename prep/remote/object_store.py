@@ -1,9 +1,9 @@
 """Reads and writes a folder in a bucket of S3 or Google Cloud Storage, with the library obstore.
 
 A request that fails because of the connection or the server is sent again. obstore first repeats the request almost at
-once (INNER_RETRIES). Then this module repeats it after each of the waiting times WAITS_S. A large file is read in parts
-of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload, which appears
-in the bucket as a whole or not at all. obstore repeats a part that failed.
+once (INNER_RETRIES). This module then repeats the request after each of the waiting times WAITS_S. A large file is read
+in parts of CHUNK_BYTES, and only a part that failed is read again. A large file is written as a multipart upload, which
+appears in the bucket as a whole or not at all. obstore repeats a part that failed.
 """
 
 from __future__ import annotations
@@ -161,9 +161,9 @@ class ObjectFolder:
     def _is_temporary(self, error: Exception) -> bool:
         """Whether the same request can succeed later.
 
-        This is so after a broken connection, a timeout, or a status of 408, 429 or 5xx. The same request can also
-        succeed later if the server has dropped an unfinished multipart upload, because this module then sends the whole
-        upload again.
+        A repetition may succeed after a broken connection, a timeout, or a status of 408, 429 or 5xx. The same request
+        can also succeed later if the server has dropped an unfinished multipart upload, because this module then sends
+        the whole upload again.
         """
         text = str(error)
         if "NoSuchUpload" in text:

@@ -91,7 +91,10 @@ def test_the_division_into_shards_does_not_change_the_stream(stores: dict[str, P
 
 @pytest.fixture(scope="module")
 def with_gaps(photo_folder: Path, tmp_path_factory: pytest.TempPathFactory, build: Build) -> Store:
-    """A store built with --on-bad skip from a source with six unreadable files. It has no records for these files."""
+    """A store built with --on-bad skip from a source with six unreadable files.
+
+    The store has no records for these files.
+    """
     source = tmp_path_factory.mktemp("gaps") / "photos"
     shutil.copytree(photo_folder, source)
     for path in sorted((source / "train").rglob("*.JPEG"))[::5]:

@@ -51,6 +51,6 @@ class ClusterRace:
     def start_s(self) -> dict[str, float]:
         """Return seconds of each command that its rate leaves out: starting, listing and ending.
 
-        Medians of all turns.
+        The values are medians of all turns.
         """
         return {name: round(median(times), 1) for name, times in self._start_s.items()}

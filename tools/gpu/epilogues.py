@@ -114,7 +114,7 @@ def check_epilogue(case: LayerCase, images: int, dtype: torch.dtype, device: tor
 def make_inputs(
     case: LayerCase, images: int, dtype: torch.dtype, device: torch.device, seed: int = 0
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Random x and bias; x has channels last, like a convolution's output, and is joined or by column, as in `case`."""
+    """Return random x and bias; x is one joined tensor or one tensor per column, as in `case`, with channels last."""
     generator = torch.Generator(device).manual_seed(seed)
     count, maps = (1, case.columns * case.maps) if case.joined_in else (case.columns, case.maps)
     shape = (images, maps, case.side_px, case.side_px)

@@ -29,7 +29,7 @@ def make_stores(folder: Path, copies: int = COPIES, photographs: int | None = No
     Stores that an earlier call has finished are not rebuilt.
 
     copies       number of records of each photograph
-    photographs  number of digits of which photographs are made; None: all 1,797
+    photographs  number of digits to make photographs of; None: all 1,797
 
     The photographs are deleted at the end.
     """

@@ -137,7 +137,8 @@ accumulate_option = click.option(
     default=1,
     show_default=True,
     metavar="N",
-    help="Number of equal parts in which a batch is computed, one part after another. More parts need less memory. "
+    help="Number of equal parts in which a batch is computed, one part after another. A larger number of parts needs "
+    "less memory. "
     "Apart from rounding, the update does not depend on the number of parts.",
 )
 keep_option = click.option(

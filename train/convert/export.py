@@ -51,10 +51,10 @@ _PACKAGES = {"safetensors": ("safetensors",), "torchvision": (), "onnx": ("onnx"
 class Preprocessing:
     """Preprocessing of an image into the input of the network in the file. The fields are JSON keys in that file.
 
-    The image has the channels `channel_order` and values in `range`. Its EXIF orientation is not applied. The shorter
-    side is rescaled to `shorter_side_px` with `resize_filter`; the longer side is rounded. The central square begins at
-    row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2. A crop with a side of `window_px` is
-    taken from this square: the centre crop, for an evaluation with one view, begins at row and column
+    The image has the channels `channel_order` and values in `range`. The EXIF orientation of the image is not applied.
+    The shorter side is rescaled to `shorter_side_px` with `resize_filter`; the longer side is rounded. The central
+    square begins at row (height − shorter_side_px) // 2 and column (width − shorter_side_px) // 2. A crop with a side
+    of `window_px` is taken from this square: the centre crop, for an evaluation with one view, begins at row and column
     (shorter_side_px − window_px) // 2. The mean is subtracted, and the result divided by `input_divisor`. The batch is
     float32 in the order `layout`. The value of `mean` determines what is subtracted from a crop whose top left corner
     is at (y, x) in the square:

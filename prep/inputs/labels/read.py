@@ -168,8 +168,8 @@ def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
 
     Raises UserError if there are several.
 
-    Its name is `*ground_truth*.txt` (also in a devkit beside `root`), that of `root` with the extension .txt, .csv or
-    .tsv, or LOC_val_solution.csv (Kaggle), which may also lie beside the folder ILSVRC of ILSVRC/Data/CLS-LOC/val. In
+    The file's name is `*ground_truth*.txt` (also in a devkit beside `root`), that of `root` with the extension .txt,
+    .csv or .tsv, or LOC_val_solution.csv (Kaggle), which may also lie beside the folder ILSVRC of Kaggle's download. In
     a folder `root`, the file may be named labels.txt, labels.csv or labels.tsv.
     """
     stem = root.resolve().name if root.is_dir() else root.resolve().stem

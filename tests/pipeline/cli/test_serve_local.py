@@ -105,7 +105,7 @@ def processes_of_session(session: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def serving(store: Path) -> Iterator[tuple[Program, dict[str, Any]]]:
-    """(program, first line of its output): a service that has started its own Ray cluster."""
+    """Start a service that starts its own Ray cluster; yields (program, first line of its output)."""
     pytest.importorskip("ray")
     program = alexstream("serve", "--store", str(store), "--name", "here", "--ahead", "4", "--json")
     try:

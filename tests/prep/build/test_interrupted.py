@@ -75,7 +75,10 @@ def start() -> Iterator[Start]:
 
 @pytest.fixture(scope="module", params=["kill", "restart", "restart-reverse"])
 def ended(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """(folder of the stores, outcomes) of several builds. Each build was killed before a different disk operation."""
+    """Run several builds; returns (folder of the stores, outcomes).
+
+    Each build was killed before a different disk operation.
+    """
     work = tmp_path_factory.mktemp("interrupted")
     photos = make_pictures(work / "photos", 66, (32, 34))  # two shards
     build(photos, work / "whole")

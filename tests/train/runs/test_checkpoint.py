@@ -56,7 +56,7 @@ def test_a_checkpoint_is_a_zip_whose_comment_is_the_sha256_of_the_bytes_before_i
 
 
 def test_every_flipped_bit_and_every_cut_is_detected(uninterrupted_run: Path, tmp_path: Path) -> None:
-    """Flips bits of the header, the tensors, the padding, the zip directory and the digest."""
+    """The test flips bits of the header, the tensors, the padding, the zip directory and the digest."""
     intact = checkpoint_paths(uninterrupted_run)[-1].read_bytes()
     path, rng = tmp_path / "checkpoint-00000001.pt", random.Random(0)
     offsets = [*range(40), *range(len(intact) - 160, len(intact)), *rng.sample(range(len(intact)), 300)]

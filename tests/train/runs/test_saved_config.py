@@ -31,7 +31,10 @@ def small_alexnet(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def own_run(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of one step in a project folder, which also has a copy of the store. Both were named by relative paths."""
+    """A run of one step in a project folder, which also has a copy of the store.
+
+    The run and the store were named by relative paths.
+    """
     project = tmp_path_factory.mktemp("project")
     shutil.copytree(store, project / "store")
     with pytest.MonkeyPatch.context() as patch:
