@@ -42,6 +42,8 @@ ROOT = Path(__file__).parent.parent
 BASE = "595f19d"  # the last revision before the packages were divided into subpackages
 WORKER = Path(__file__).with_name("tree_bits.py")
 COMPARED = ("prep", "pipeline", "train", "tools")
+# Keys of `alexprep pca-stats --json` that all revisions print.
+_STATISTICS = ("records", "pixels", "mean_rgb", "covariance", "eigenvalues", "stdevs", "eigenvectors")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Tree:
             for split, about in manifest["splits"].items():
                 self.hashes[f"store, {name}: fingerprint of {split}"] = about["fingerprint"]
             statistics = self._command("alexprep", f"pca-stats --store {store} --json", kernels)
-            numbers = {name: value for name, value in json.loads(statistics).items() if name != "store"}
+            numbers = {name: json.loads(statistics)[name] for name in _STATISTICS}
             self.hashes[f"store, {name}: colour statistics"] = text_hash(json.dumps(numbers, sort_keys=True))
 
     def read_streams(self, batches: int) -> None:
