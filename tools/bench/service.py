@@ -47,9 +47,8 @@ from tools.bench.stream import StreamBenchmark
 
 _CHECKED_BATCHES = 3
 _JPEG_BOUND, _PPM_BOUND = "bound, JPEG: decode alone", "bound, PPM: copy alone"
-# Size of the object store of a node. In a larger object store, a process has more page faults until it has accessed
-# every page once.
-_OBJECT_STORE_BYTES = 1_000_000_000
+# Size of the object store of a node. All four services keep their batches between their turns: 0.4 GB each.
+_OBJECT_STORE_BYTES = 2_000_000_000
 
 
 def endless(store: Store, threads: int, service: str | None) -> Batches:
