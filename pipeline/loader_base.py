@@ -189,6 +189,10 @@ class Loader:
         """Raises UserError: a loader cannot be pickled, for example for a spawned process, and cannot be copied."""
         raise UserError(f"a loader cannot be pickled or copied: its threads stay in this process. {_ADVICE}")
 
+    def __getitem__(self, index: object) -> NoReturn:
+        """Raises UserError: batches come in the order of the stream. A torch DataLoader asks for items by number."""
+        raise UserError(f"a loader has no items, only batches in their order. {_ADVICE}")
+
     def _check_process(self) -> None:
         """Raise UserError in a process that was forked from the process of this loader."""
         if self._process != os.getpid():

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from itertools import islice
 from typing import Any, NamedTuple
@@ -130,10 +130,15 @@ class Prefetcher:
         """
         if self._closed:
             raise ValueError("the loader is closed")
-        while len(self._finished) < FINISHED_AHEAD:
-            self._finished.append(self._finisher.submit(self._finish_next))
-        wait((self._finished[0],))  # if a KeyboardInterrupt occurs here, no batch is lost
-        finished = self._finished.popleft().result()
+        try:
+            while len(self._finished) < FINISHED_AHEAD:
+                self._finished.append(self._finisher.submit(self._finish_next))
+            wait((self._finished[0],))  # if a KeyboardInterrupt occurs here, no batch is lost
+            finished = self._finished.popleft().result()
+        except (CancelledError, IndexError, RuntimeError):
+            if not self._closed:
+                raise
+            raise ValueError("the loader is closed") from None  # by another thread, during this call
         if finished is None:
             return None
         output = finished.output

@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from prep.console import UserError, say
 
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+# Errors of flock on file systems without locks; EINVAL comes from some file systems in user space.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class LockHeld(UserError):

@@ -20,7 +20,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, MutableSequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -29,6 +29,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from prep.console import UserError, keep_freed_memory
+from prep.worker_start import start_options
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -249,7 +250,7 @@ class WorkerPool:
             parent_end, worker_end = self._context.Pipe()
             args = worker_end, self._counters, slot, self._preload
             process = self._context.Process(target=_serve, args=args, daemon=True)
-            with _one_blas_thread(), _ctrl_c_blocked():
+            with start_options():
                 process.start()
             worker_end.close()
             self._workers[slot] = process, parent_end
@@ -308,36 +309,3 @@ def _exit_with_parent() -> None:
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
-
-
-@contextmanager
-def _ctrl_c_blocked() -> Iterator[None]:
-    """Block SIGINT in a `with` block.
-
-    Processes started in the block inherit the signal mask and never receive SIGINT. If SIGINT is sent to this process
-    during the block, this process receives it at the end of the block.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Limit BLAS to one thread in processes started in a `with` block.
-
-    A BLAS library reads the limit from environment variables when the library is loaded.
-    """
-    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    before = {name: os.environ.get(name) for name in names}
-    os.environ.update(dict.fromkeys(names, "1"))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value

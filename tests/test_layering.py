@@ -35,7 +35,8 @@ ALLOWED = {
 # Rooms of each package from the lowest to the highest: a room may import itself and the rooms before it.
 ROOMS = {
     "prep": (
-        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style", "prep.workers"),
+        *("prep.version", "prep.compiled", "prep.console", "prep.files", "prep.plot_style"),
+        *("prep.worker_start", "prep.workers"),
         *("prep.cluster", "prep.cluster_nodes", "prep.cluster_runner"),
         *(
             "prep.store",

@@ -10,14 +10,11 @@ from __future__ import annotations
 
 import io
 import shutil
-import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from operator import index as as_integer
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +24,7 @@ from prep.build.limits import InputLimits
 from prep.build.plan import BuildPolicy
 from prep.build.resume import background_of
 from prep.build.split import build_split, disk_errors
-from prep.console import UserError, progress, usable_cores
+from prep.console import UserError, one_line, progress, usable_cores
 from prep.files import hold_lock
 from prep.images.codec import BadImage, check_rescaled_size
 from prep.images.limits import MAX_PIXELS, TIME_LIMIT_S
@@ -53,8 +50,10 @@ from prep.workers import WorkerPool
 Pixels = npt.NDArray[np.uint8]  # (H, W, 3), RGB
 Item = tuple["bytes | Image.Image | Pixels", "str | int", "str | bytes"]
 
-_FILE, _PIXELS = b"F", b"P"  # first byte of an item in the file: an image file, or pixels behind height and width
-_PNG_MODES = ("1", "L", "LA", "P", "PA", "RGBA", "I;16", "I")
+# First byte of an item in the file: an image file, pixels behind height and width, or the reason why the item is bad.
+_FILE, _PIXELS, _BAD = b"F", b"P", b"B"
+_PNG_MODES = ("RGB", "1", "L", "LA", "P", "RGBA", "I;16")
+_CONVERTED = {"La": "LA", "PA": "RGBA", "RGBa": "RGBA", "HSV": "RGB"}  # modes that no image format can store
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 
 
@@ -65,8 +64,10 @@ class ItemReader:
     root: Path
 
     def read(self, item: Input) -> Content:
-        """An encoded image, or pixels as uint8 (H, W, 3)."""
+        """An encoded image, or pixels as uint8 (H, W, 3). Raises BadImage for an item that build_from could not use."""
         content = ShardReader(self.root, ("",)).read(item)
+        if content.startswith(_BAD):
+            raise BadImage(content[1:].decode())
         if content.startswith(_FILE):
             return content[1:]
         height, width = (int.from_bytes(content[at : at + 4]) for at in (1, 5))
@@ -75,6 +76,8 @@ class ItemReader:
     def head(self, item: Input, size: int) -> bytes:
         """The first `size` bytes of an encoded image; a JPEG signature for pixels."""
         content = ShardReader(self.root, ("",)).head(item, size + 1)
+        if content.startswith(_BAD):
+            self.read(item)
         return content[1:] if content.startswith(_FILE) else _JPEG_SIGNATURE[:size]
 
 
@@ -103,7 +106,8 @@ def build_from(
 ) -> Store:
     """Build one split of a store from (image, label, name) of each item, and return the store.
 
-    An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). A label is the name of a class or
+    An image is the bytes of an image file, a PIL image, or pixels as uint8 (H, W, 3). Only for bytes, the build knows
+    the warnings of the decoder. A PIL image that Pillow cannot load is a bad input. A label is the name of a class or
     the position of a class from 0. `classes` are the names of the classes in the order of the labels; without it, names
     are sorted, and positions are called 0, 1, 2 and so on. A name is unique and becomes the source path of the record,
     so items named CLASS/FILE give the same fingerprint as files in class folders. The other arguments are the options
@@ -134,7 +138,6 @@ def build_from(
                 found = rows.found(rows_classes, options, known, in_class_folders=False)
                 source = label_inputs(ItemReader(work / "items"), found, split, options, known)
                 with (
-                    _main_module_hidden(),
                     WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers,
                     progress(f"{split}: rescaling", len(source.inputs), "pictures") as build_progress,
                 ):
@@ -208,10 +211,12 @@ def _encode(image: object, settings: Settings, number: int) -> bytes:
     """The bytes of an item in the file."""
     if isinstance(image, bytes | bytearray | memoryview):
         return _FILE + bytes(image)
-    if isinstance(image, Image.Image) and image.mode != "RGB":
-        out = io.BytesIO()
-        image.save(out, "PNG" if image.mode in _PNG_MODES else "TIFF")
-        return _FILE + out.getvalue()
+    if isinstance(image, Image.Image):
+        try:
+            return _encode_pillow_image(image, settings)
+        except Exception as error:  # Pillow decodes an opened file only now, and can raise any exception
+            reason = str(error) if isinstance(error, BadImage) else f"cannot be decoded: {error or repr(error)}"
+            return _BAD + one_line(reason).encode()
     pixels = np.asarray(image)
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or not pixels.size:
         kind = f"{pixels.dtype} of shape {pixels.shape}" if pixels.dtype != object else type(image).__name__
@@ -219,6 +224,28 @@ def _encode(image: object, settings: Settings, number: int) -> bytes:
             f"item {number}: image is {kind}; expected bytes, a PIL image or pixels as uint8 (height, width, 3). "
             "Leave out transforms such as ToTensor."
         )
+    return _encode_pixels(pixels, settings)
+
+
+def _encode_pillow_image(image: Image.Image, settings: Settings) -> bytes:
+    """The bytes of an item that is a PIL image. Raises BadImage, or any exception of Pillow."""
+    image.load()
+    if not image.width * image.height:
+        raise BadImage(f"{image.width}×{image.height}: no pixels")
+    if image.mode == "I" and image.format == "PPM":  # 16-bit grey levels
+        image = Image.fromarray(np.asarray(image).astype(np.uint16))
+    if image.mode in ("I", "F"):
+        raise BadImage(f"pixel type {image.mode}, expected 8 or 16 bits per channel")
+    image = image.convert(_CONVERTED.get(image.mode, image.mode))
+    if image.mode == "RGB" and not isinstance(image.info.get("transparency"), tuple):
+        return _encode_pixels(np.asarray(image), settings)
+    out = io.BytesIO()
+    image.save(out, "PNG" if image.mode in _PNG_MODES else "TIFF")
+    return _FILE + out.getvalue()
+
+
+def _encode_pixels(pixels: Pixels, settings: Settings) -> bytes:
+    """The bytes of an item that is an array of pixels."""
     if min(pixels.shape[:2]) > settings.side_px:
         try:
             check_rescaled_size(pixels, settings.side_px, settings.keep_aspect)
@@ -227,21 +254,3 @@ def _encode(image: object, settings: Settings, number: int) -> bytes:
             pass
     height, width = pixels.shape[:2]
     return b"".join((_PIXELS, height.to_bytes(4), width.to_bytes(4), pixels.tobytes()))
-
-
-@contextmanager
-def _main_module_hidden() -> Iterator[None]:
-    """Keep worker processes from importing the program that called build_from.
-
-    A new process imports the main program to find its functions, and would run the whole program again if the call is
-    not inside `if __name__ == "__main__":`. The workers need only functions of this package.
-    """
-    main = sys.modules["__main__"]
-    hidden: dict[str, Any] = {
-        name: main.__dict__.pop(name) for name in ("__file__", "__spec__") if name in main.__dict__
-    }
-    main.__spec__ = None
-    try:
-        yield
-    finally:
-        main.__dict__.update(hidden)

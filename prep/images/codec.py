@@ -11,6 +11,7 @@ raises BadImage for all of them.
 from __future__ import annotations
 
 import io
+import os
 import re
 import threading
 import warnings
@@ -88,21 +89,18 @@ def decode_image(content: bytes, options: DecodeOptions = DEFAULT_OPTIONS) -> De
     reason = unreadable_reason(content[:HEAD_BYTES])
     if reason:
         raise BadImage(reason)
-    warning = ""
     if content.startswith(JPEG_SIGNATURE):
-        image, warning = _decode_color_jpeg(content, options)
+        image = _decode_color_jpeg(content, options)
         if image is not None:
             return image
-    decoded, said = _with_pillow(content, options, lambda image: _decode_with_pillow(image, content, options, warning))
+    decoded, said = _with_pillow(content, options, lambda image: _decode_with_pillow(image, content, options))
     return replace(decoded, warnings=(*said, *decoded.warnings))
 
 
-def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedImage | None, str]:
-    """Decode an RGB or YCbCr JPEG with libjpeg-turbo; returns (image, "").
+def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> DecodedImage | None:
+    """Decode an RGB or YCbCr JPEG with libjpeg-turbo. Raises BadImage for too many pixels or scans.
 
-    Raises BadImage for too many pixels or scans.
-    Returns (None, text) for another colour space, or if libjpeg-turbo cannot decode the file or warns about it. `text`
-    is the warning, if it is one.
+    Returns None for another colour space, or if libjpeg-turbo cannot decode the file or warns about it.
     """
     has_exif = _has_exif(content)
     try:
@@ -110,22 +108,22 @@ def _decode_color_jpeg(content: bytes, options: DecodeOptions) -> tuple[DecodedI
         check_size(width, height, options)
         _check_scans(width, height, content, options)
         if color_space not in ("YCbCr", "RGB"):
-            return None, ""
+            return None
     except BadImage:
         raise
     except Exception:  # simplejpeg raises KeyError for an unusual sampling of the colours
-        return None, ""
+        return None
     factor = _reduction(width, height, options)
     try:
         pixels = decode_jpeg(content, None if factor == 1 else (-(-height // factor), -(-width // factor)))
     except ValueError:
-        return None, find_warning(content, "RGB")
+        return None
     orientation = 1
     if has_exif:
         with suppress(BadImage):  # ignore a broken EXIF block: the pixels are good
             orientation, _ = _with_pillow(content, options, _exif_orientation)
     converted = ("reduced",) if factor > 1 else ()
-    return DecodedImage(pixels, converted, orientation, file_pixels=width * height), ""
+    return DecodedImage(pixels, converted, orientation, file_pixels=width * height)
 
 
 def _reduction(width: int, height: int, options: DecodeOptions) -> int:
@@ -167,6 +165,15 @@ def _has_exif(content: bytes) -> bool:
 _pillow_lock = threading.Lock()  # _with_pillow sets a limit and a filter that the whole process shares
 
 
+def _unlock_in_child() -> None:
+    """In a forked child, replace the lock: the thread that may have held it does not exist in the child."""
+    global _pillow_lock
+    _pillow_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_unlock_in_child)
+
+
 def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Image], T]) -> tuple[T, list[str]]:
     """Open `content` with Pillow. Returns `use(image)` and the lines that libraries wrote to standard error.
 
@@ -198,8 +205,8 @@ def _with_pillow(content: bytes, options: DecodeOptions, use: Callable[[Image.Im
             Image.MAX_IMAGE_PIXELS = largest
 
 
-def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptions, warning: str) -> DecodedImage:
-    """Decode an open image. `warning` is libjpeg-turbo's warning about a JPEG."""
+def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptions) -> DecodedImage:
+    """Decode an open image."""
     width, height = image.size
     check_size(width, height, options)
     converted, facts = [], file_facts(image, content)
@@ -214,8 +221,9 @@ def _decode_with_pillow(image: Image.Image, content: bytes, options: DecodeOptio
         converted.append((image.format or "unknown").lower())
     orientation = _exif_orientation(image)
     image.load()
+    warning = ""
     if is_jpeg:
-        warning = warning or find_warning(content, {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB"))
+        warning = find_warning(content, {"L": "GRAY", "CMYK": "CMYK"}.get(image.mode, "RGB"))
     elif image.format == "TIFF" and orientation in _UNDO_ORIENTATION:  # undo Pillow, which turns a TIFF upright
         image = image.transpose(_UNDO_ORIENTATION[orientation])
     pixels, names = rgb_pixels(image, facts, options.background)

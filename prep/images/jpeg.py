@@ -34,9 +34,10 @@ def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pi
 
 
 def find_warning(content: bytes, color_space: str) -> str:
-    """Return the first warning of libjpeg-turbo about a JPEG; empty without a warning, or if decoding fails.
+    """Return the first warning of libjpeg-turbo about a JPEG that Pillow can decode; empty without a warning.
 
-    `color_space` is simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
+    A file with an unusual sampling of the colours cannot be checked here; the text then says so. `color_space` is
+    simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
     """
     fast = {"fastdct": True, "fastupsample": True}
     try:
@@ -44,8 +45,8 @@ def find_warning(content: bytes, color_space: str) -> str:
     except Exception as warning:
         try:
             simplejpeg.decode_jpeg(content, color_space, strict=False, **fast)
-        except Exception:  # the file cannot be decoded at all: an error, no warning
-            return ""
+        except Exception as error:
+            return f"cannot be checked for damage: {error}"
         return str(warning)
     return ""
 

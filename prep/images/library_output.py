@@ -14,6 +14,18 @@ _STDERR = 2
 _MAX_LINES, _MAX_CHARS, _MAX_READ_BYTES = 3, 160, 64_000
 _HARMLESS = ("Unknown field with tag",)  # libtiff writes this about every tag of Photoshop and of cameras
 _lock = threading.Lock()  # standard error belongs to the process, so one thread at a time may redirect it
+_before: list[int] = []  # a copy of the descriptor of standard error, while it is redirected
+
+
+def _reset_in_child() -> None:
+    """In a forked child, undo what another thread of the parent was doing: this thread does not exist in the child."""
+    global _lock
+    _lock = threading.Lock()
+    if _before:
+        os.dup2(_before[0], _STDERR)
+
+
+os.register_at_fork(after_in_child=_reset_in_child)
 
 
 @contextmanager
@@ -32,11 +44,13 @@ def caught_stderr() -> Iterator[list[str]]:
             return
         written = os.memfd_create("stderr")
         try:
+            _before[:] = [before]
             os.dup2(written, _STDERR)
             try:
                 yield lines
             finally:
                 os.dup2(before, _STDERR)
+                _before.clear()
                 lines += _read_lines(written)
         finally:
             os.close(before)

@@ -19,25 +19,40 @@ def too_slow_text(seconds: float) -> str:
     return f"decoding took more than {seconds:g} s of CPU time"
 
 
+class _TimeIsUp(BaseException):
+    """Not an Exception, so that no `except Exception` round a library call takes it for an error of the library."""
+
+
 @contextmanager
 def cpu_time_limit(seconds: float, error: Exception) -> Iterator[None]:
     """Raise `error` in a `with` block when this process has used `seconds` of CPU time since the block began.
 
     CPU time is that of all threads of the process; waiting for a disk does not count. There is no limit if `seconds` is
-    0 or if the block does not run in the main thread, which alone receives signals. Python raises `error` between two
+    0 or if the block does not run in the main thread, which alone receives signals. Python stops the block between two
     of its own instructions, so a long call of a C function is not interrupted: prep.workers ends the process then.
+    `error` is raised at the end of such a block, even if a library has swallowed the exception that stops the block.
     """
     if not seconds or threading.current_thread() is not threading.main_thread():
         yield
         return
 
+    is_up = False
+
     def stop(signum: int, frame: FrameType | None) -> None:
-        raise error
+        nonlocal is_up
+        is_up = True
+        raise _TimeIsUp
 
     before = signal.signal(signal.SIGPROF, stop)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
-        yield
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_PROF, 0)
+    except _TimeIsUp:
+        pass  # `is_up` is set
     finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.signal(signal.SIGPROF, before)
+        if is_up:
+            raise error from None

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -13,13 +14,14 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from prep.console import UserError, one_line
 from prep.images.central_square import central_square
 from prep.images.codec import BadImage, DecodeOptions, check_rescaled_size, decode_image, encode_image
 from prep.images.jpeg import decode_jpeg
 from prep.images.limits import MAX_FILE_BYTES, MAX_PIXELS, TIME_LIMIT_S, cpu_time_limit, too_slow_text
 from prep.images.rescale import rescale
 from prep.store.manifest import Settings
-from prep.workers import TaskProgress, WorkerDied, WorkerPool
+from prep.workers import NOT_STARTED, TaskProgress, WorkerDied, WorkerPool
 
 
 class Photograph(NamedTuple):
@@ -37,13 +39,7 @@ def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIX
     Raises BadImage, with the reason, if the file cannot be read, is too large, takes too long to decode, or is not an
     image.
     """
-    try:
-        size = path.stat().st_size
-        if size > MAX_FILE_BYTES:
-            raise BadImage(f"{size:,} bytes: more than {MAX_FILE_BYTES:,}")
-        content = path.read_bytes()
-    except OSError as error:
-        raise BadImage(f"cannot be read: {error.strerror or error}") from None
+    content = _read(path)
     options = DecodeOptions(max_pixels, settings.background, settings.reduce_above, 2 * settings.side_px)
     with cpu_time_limit(TIME_LIMIT_S, BadImage(too_slow_text(TIME_LIMIT_S))):
         image = decode_image(content, options)
@@ -53,6 +49,22 @@ def prepare_photograph(path: Path, settings: Settings, max_pixels: int = MAX_PIX
         pixels = decode_jpeg(encode_image(pixels, "jpeg", settings.quality))
     square = np.ascontiguousarray(central_square(pixels, settings.side_px))
     return Photograph(square, image.orientation, image.warnings)
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file. Raises BadImage for a file that cannot be read, is too large or is a device or FIFO."""
+    try:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise BadImage("a folder, not a file")
+        if not stat.S_ISREG(status.st_mode):  # reading a FIFO or a device can take for ever
+            raise BadImage("not a regular file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise BadImage(f"{status.st_size:,} bytes: more than {MAX_FILE_BYTES:,}")
+        with path.open("rb") as file:
+            return file.read(MAX_FILE_BYTES)
+    except OSError as error:
+        raise BadImage(f"cannot be read: {error.strerror or error}") from None
 
 
 class _Task(NamedTuple):
@@ -66,12 +78,15 @@ def prepare_photographs(
 ) -> Iterator[tuple[Path, Photograph | BadImage]]:
     """Prepare image files, in order, in a separate process. Yields (path, photograph), or (path, error) for a bad file.
 
-    A file at which the process crashes or uses too much CPU time is bad, too; the next file gets a new process.
+    A file at which the process crashes or uses too much CPU time is bad, too; the next file gets a new process. Raises
+    UserError if the process ends before it reads a file.
     """
     tasks = [_Task(path, settings, max_pixels) for path in paths]
     with WorkerPool(1, preload=__name__) as workers, closing(workers.map(_prepare, tasks, lambda counts: None)) as done:
         for task, result in done:
             if isinstance(result, WorkerDied):
+                if result.index == NOT_STARTED:
+                    raise UserError(f"A worker process {result.describe()} before it read a file. Try again.")
                 crashed = f"the decoding process {result.describe()}"
                 result = BadImage(too_slow_text(TIME_LIMIT_S) if result.is_too_slow else crashed)
             yield task.path, result
@@ -83,5 +98,7 @@ def _prepare(task: _Task, task_progress: TaskProgress) -> Photograph | BadImage:
         return prepare_photograph(*task)
     except BadImage as error:
         return error
+    except Exception as error:  # such as MemoryError, or ValueError for a name with a NUL byte
+        return BadImage(f"cannot be used: {one_line(str(error) or repr(error))}")
     finally:
         task_progress.count()

@@ -9,12 +9,14 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from torch.utils.data import DataLoader
 
 from pipeline.loader import Batch, eval_loader, train_loader
 from pipeline.records import Records
@@ -231,3 +233,28 @@ def test_pickling_or_copying_a_loader_says_so(numbered_store: Path) -> None:
                 copied(loader)
     records = pickle.loads(pickle.dumps(Records(Store.open(numbered_store), "train")))
     assert len(records) == TRAIN_RECORDS and records[0].label in range(len(records.store.classes))
+
+
+def test_a_loader_closed_by_another_thread_during_next_says_so(numbered_store: Path) -> None:
+    """The other thread closes the loader exactly while the consumer waits for a batch."""
+    with train_loader(numbered_store, batch_size=8) as loader:
+        iterator = iter(loader)
+        next(iterator)
+        prefetcher = loader._prefetcher
+
+        def wait_and_close(futures: Any) -> None:
+            thread = threading.Thread(target=loader.close)
+            thread.start()
+            thread.join()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("pipeline.prefetch.wait", wait_and_close)
+            with pytest.raises(ValueError, match="the loader is closed"):
+                prefetcher.next()
+
+
+def test_a_torch_dataloader_round_a_loader_says_so(numbered_store: Path) -> None:
+    with train_loader(numbered_store, batch_size=8) as loader:
+        dataset: Any = loader
+        with pytest.raises(UserError, match=r"only batches in their order.*DataLoader around a loader is not needed"):
+            next(iter(DataLoader(dataset, batch_size=None)))

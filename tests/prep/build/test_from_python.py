@@ -158,3 +158,39 @@ def test_a_program_without_a_main_guard_works(photos: Path, by_folder: Store, tm
         command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, check=False
     )
     assert process.stdout.split() == ["begun", by_folder.fingerprint], process.stderr
+
+
+def test_pil_images_that_cannot_be_used_are_bad_inputs(tmp_path: Path, records_of: Records) -> None:
+    """Pillow decodes an opened file only when its pixels are needed, so a data set yields damaged files, too."""
+
+    def opened(image: Image.Image, size_bytes: int = 10**6, **options: Any) -> Image.Image:
+        out = io.BytesIO()
+        image.save(out, "PNG", **options)
+        return Image.open(io.BytesIO(out.getvalue()[:size_bytes]))
+
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
+    closed = noise.convert("P")
+    closed.close()
+    bad = {
+        "cut": opened(noise, 3000),
+        "cut-palette": opened(noise.convert("P"), 3000),
+        "closed": closed,
+        "empty": Image.new("L", (0, 5)),
+        "levels": Image.new("I", (40, 40), 70_000),
+        "floats": noise.convert("F"),
+    }
+    blue = (0, 0, 255)
+    good = {
+        "clear": opened(Image.new("RGB", (40, 40), blue), transparency=blue),  # all white
+        "hsv": Image.new("RGB", (40, 40), blue).convert("HSV"),
+        "pa": Image.new("RGBA", (40, 40), blue).quantize().convert("PA"),
+    }
+    items = [(image, 0, name) for name, image in {**bad, **good}.items()]
+    with pytest.raises(
+        UserError, match=r"6 inputs of 9 are not images.*closed: cannot be decoded: Operation on closed"
+    ):
+        build(items, tmp_path / "store")
+    store = build(items, tmp_path / "store", on_bad="skip")
+    assert store.split("train").account["kept"] == len(good)
+    colors = {datum.source.decode(): decoded(datum)[9, 9].tolist() for _, datum in records_of(store.root, "train")}
+    assert colors == {"clear": [255, 255, 255], "hsv": [0, 0, 255], "pa": [0, 0, 255]}

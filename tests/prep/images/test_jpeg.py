@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from prep.images.jpeg import decode_jpeg, encode_jpeg
+from prep.images.codec import decode_image
+from prep.images.jpeg import decode_jpeg, encode_jpeg, find_warning
 from tests.prep.images.small_images import PHOTO, file_of, pillow, smooth
 
 
@@ -70,3 +72,20 @@ def test_an_encoded_jpeg_decodes_to_nearly_the_same_pixels() -> None:
     decoded = np.asarray(pillow(encode_jpeg(pixels, 95))).astype(float)
     assert decoded.shape == pixels.shape
     assert np.abs(decoded - pixels).mean() < 2
+
+
+def test_a_sampling_that_cannot_be_checked_for_damage_is_said() -> None:
+    """A cut and closed JPEG whose first channel has the sampling 3×1: Pillow decodes it without a warning."""
+    marks, tables = {0xDB, 0xC4}, b""
+    for marker, body in segments(encode_jpeg(np.zeros((8, 8, 3), np.uint8), 90)):
+        if marker in marks:
+            tables += struct.pack(">BBH", 255, marker, len(body) + 2) + body
+    channels = [(1, 0x31, 0), (2, 0x11, 1), (3, 0x11, 1)]  # number, sampling, quantization table
+    frame = struct.pack(">BHHB", 8, 8, 72, 3) + b"".join(map(bytes, channels))
+    scan = b"\x03\x01\x00\x02\x11\x03\x11\x00\x3f\x00"
+    head = b"\xff\xd8" + tables + b"\xff\xc0" + struct.pack(">H", len(frame) + 2) + frame
+    content = head + b"\xff\xda" + struct.pack(">H", len(scan) + 2) + scan + bytes(2) + b"\xff\xd9"
+    image = decode_image(content)
+    assert image.pixels.shape == (8, 72, 3)
+    assert len(image.warnings) == 1 and image.warnings[0].startswith("cannot be checked for damage")
+    assert find_warning(encode_jpeg(np.zeros((8, 8, 3), np.uint8), 90), "RGB") == ""

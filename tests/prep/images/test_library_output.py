@@ -9,15 +9,17 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from prep.images import codec
 from prep.images.codec import BadImage, decode_image
 from prep.images.library_output import caught_stderr
 from prep.images.limits import cpu_time_limit
-from tests.prep.images.small_images import file_of
+from tests.prep.images.small_images import PHOTO, file_of
 from tests.prep.images.test_rgb import tiff
 
 
@@ -114,3 +116,37 @@ def test_a_thread_other_than_the_main_thread_has_no_limit() -> None:
     thread.start()
     thread.join()
     assert ended
+
+
+def test_no_handler_of_exceptions_swallows_the_limit() -> None:
+    with pytest.raises(KeyError, match="slow"), cpu_time_limit(0.03, KeyError("slow")), suppress(Exception):
+        spin(5)
+    with pytest.raises(KeyError, match="slow"), cpu_time_limit(0.03, KeyError("slow")):
+        with suppress(BaseException):
+            spin(5)
+    assert signal.getitimer(signal.ITIMER_PROF) == (0.0, 0.0)
+
+
+def test_a_process_forked_while_a_thread_decodes_can_decode(capfd: pytest.CaptureFixture[str]) -> None:
+    content = file_of(PHOTO, "PNG")
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with codec._pillow_lock, caught_stderr():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait(10)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(5)  # ends a child that waits for ever
+        decode_image(content)
+        os.write(2, b"from the child")
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert status == 0
+    assert "from the child" in capfd.readouterr().err

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -71,3 +73,29 @@ def test_the_background_of_the_store_is_used(tmp_path: Path) -> None:
     for background, level in (("white", 255), ("black", 0), ("grey", 128)):
         settings = Settings(32, False, "ppm", 90, "area", 0, background)
         assert (prepare_photograph(tmp_path / "a.png", settings).square == level).all()
+
+
+def test_what_is_no_file_and_odd_names_and_errors_leave_the_other_photographs(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(file_of(PHOTO, "JPEG"))
+    os.mkfifo(tmp_path / "fifo.jpg")
+    (tmp_path / "zero.jpg").symlink_to("/dev/zero")
+    odd = ["fifo.jpg", "zero.jpg", ".", "n\0ul.jpg", "x" * 300, "a.jpg/b"]
+    results = dict(prepare_photographs([tmp_path / name for name in [*odd, "a.jpg"]], SETTINGS))
+    reasons = [str(results[tmp_path / name]) for name in odd]
+    assert reasons[:3] == ["not a regular file", "not a regular file", "a folder, not a file"]
+    assert "null byte" in reasons[3] and "too long" in reasons[4] and "Not a directory" in reasons[5]
+    assert not isinstance(results[tmp_path / "a.jpg"], BadImage)
+
+
+def test_a_program_without_a_main_guard_can_prepare_photographs(tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(file_of(PHOTO, "JPEG"))
+    (tmp_path / "program.py").write_text(
+        "from pathlib import Path\n"
+        "from prep.images.photograph import Photograph, prepare_photographs\n"
+        "from prep.store.manifest import Settings\n"
+        "settings = Settings(32, False, 'ppm', 90, 'area', 0)\n"
+        f"((_, photograph),) = prepare_photographs([Path({str(tmp_path / 'a.jpg')!r})], settings)\n"
+        "assert isinstance(photograph, Photograph), photograph\n"
+    )
+    ended = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
