@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -133,18 +133,20 @@ class TrainLoader(Loader):
         """Begin epoch `epoch`, counted from 0, with the next iterator, as torch's DistributedSampler does.
 
         Without set_epoch, each iterator continues where the last one stopped. Raises WrongArgument if `epoch` is
-        negative.
+        negative or not a whole number.
         """
         if (epoch, 0) != (self.epoch, self.step):  # otherwise the batches in the queue are the right ones
             self.seek(epoch)
 
     def seek(self, epoch: int, step: int = 0) -> None:
         """Continue at a step of an epoch, both counted from 0; raises UserError if an epoch has no such step."""
-        if epoch < 0 or not 0 <= step < len(self):
+        whole = isinstance(epoch, SupportsIndex) and isinstance(step, SupportsIndex)
+        if not whole or epoch < 0 or not 0 <= step < len(self):
             raise WrongArgument(
-                f"epoch {epoch}, step {step}: expected an epoch of at least 0 and a step of 0 to {len(self) - 1}."
+                f"epoch {epoch}, step {step}: expected whole numbers, an epoch of at least 0 and a step of 0 to "
+                f"{len(self) - 1}."
             )
-        self.epoch, self.step = epoch, step
+        self.epoch, self.step = int(epoch), int(step)
         self._is_prefetching = False
 
     def state_dict(self) -> dict[str, Any]:

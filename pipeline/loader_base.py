@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import time
 import weakref
@@ -63,10 +64,15 @@ def grey_levels(normalize: ChannelStats, augmentation: Augmentation) -> tuple[li
 
     Raises WrongArgument for numbers that are not allowed, and if `augmentation` has another mean or divisor.
     """
-    mean, std, max_value = normalize
-    if len(mean) != 3 or len(std) != 3 or min(*std, max_value) <= 0:
+    try:
+        mean, std, max_value = normalize
+        is_allowed = len(mean) == len(std) == 3 and min(*std, max_value) > 0 and all(map(math.isfinite, (*mean, *std)))
+    except (TypeError, ValueError):
+        is_allowed = False
+    if not is_allowed:
         raise WrongArgument(
-            f"normalize {normalize}: expected three means, and three std and a max_value of more than 0."
+            f"normalize {normalize!r}: expected ChannelStats(mean, std, max_value) with three means, and three std and "
+            "a max_value of more than 0. loader.channel_stats() returns the numbers of the store."
         )
     if augmentation.mean != "channel" or augmentation.divisor != 1 or augmentation.divisor_in_evaluation != 1:
         raise WrongArgument(

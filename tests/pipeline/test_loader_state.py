@@ -235,8 +235,11 @@ def test_a_loop_after_a_break_goes_on_and_set_epoch_begins_an_epoch(numbered_sto
         assert batches_equal(list(loader), epochs[1])
         loader.set_epoch(0)
         assert batches_equal(list(loader), epochs[0])
-        with pytest.raises(UserError, match="epoch -1"):
-            loader.set_epoch(-1)
+        for epoch in (-1, 1.5, "1", None):
+            with pytest.raises(WrongArgument, match=f"epoch {epoch}, step 0: expected whole numbers"):
+                loader.set_epoch(epoch)  # type: ignore[arg-type]
+        loader.set_epoch(np.int64(1))
+        assert type(loader.epoch) is int and batches_equal(list(loader), epochs[1])
 
 
 def test_dtype_and_device_are_names_or_objects_of_torch(numbered_store: Path) -> None:
@@ -302,6 +305,11 @@ def test_the_normalization_is_part_of_the_state(numbered_store: Path) -> None:
         (IMAGENET._replace(std=(0.2, 0.0, 0.2)), None),
         (IMAGENET._replace(mean=(0.5,)), None),
         (IMAGENET._replace(max_value=0), None),
+        (IMAGENET._replace(mean=(0.5, float("nan"), 0.5)), None),
+        (IMAGENET._replace(std="abc"), None),
+        (True, None),
+        ("imagenet", None),
+        ((IMAGENET.mean, IMAGENET.std), None),
         (IMAGENET, Augmentation(mean="image")),
         (IMAGENET, Augmentation(divisor=2.0)),
     ],

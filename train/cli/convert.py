@@ -12,6 +12,7 @@ from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
     batch_option,
+    check_folder,
     checkpoint_option,
     epochs_option,
     precision_option,
@@ -32,6 +33,7 @@ from train.config.recipes import RECIPES
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
+    callback=check_folder,
     help="File to write; an existing file is replaced atomically.  [default: alexnet.safetensors, alexnet.pth or "
     "alexnet.onnx in RUN_DIR]",
 )
@@ -110,6 +112,8 @@ def import_(file: Path, layout: str, new_fc8: bool, as_json: bool, **options: An
       alextrain import alexnet-owt-7be5be79.pth --store store --run-dir imported
       alextrain import alexnet-owt-7be5be79.pth --run-dir tuned --new-fc8 --set lr=0.001
     """
+    if not file.exists():
+        raise UserError(f"{file}: no such file. Name a state_dict of torchvision.models.alexnet.")
     options["store"] = store = options["store"] or _store_beside(file)
     Store.open(store).split("train")
     from train.config.devices import parse_devices

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, json_option, print_json, say
+from prep.console import UserError, WrongArgument, did_you_mean, json_option, print_json, say
 from prep.plot_style import FORMATS
 from train.cli.options import (
+    check_folder,
     checkpoint_option,
     gpus_option,
     index_option,
@@ -119,8 +120,11 @@ def _check_complete(trained: TrainedRun, split: str) -> None:
         where = saved_store_path(trained.description)
         raise UserError(f"{left_out}: the training store {where} was moved, removed or rebuilt. {advice}.")
     if split not in trained.store.splits:
-        splits = " and ".join(trained.store.splits)
-        raise UserError(f"{left_out}: {trained.store.root} has no split {split}, only {splits}. Name another --split.")
+        splits = list(trained.store.splits)
+        raise WrongArgument(
+            f"{left_out}: {trained.store.root} has no split {split}, only {' and '.join(splits)}. Name another --split."
+            + did_you_mean(split, splits)
+        )
 
 
 def _make_folder(folder: Path) -> None:
@@ -135,6 +139,7 @@ def _make_folder(folder: Path) -> None:
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
+    callback=check_folder,
     metavar="FILE.html",
     help="File for the report.  [default: RUN_DIR/report.html]",
 )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 from click.core import ParameterSource
 
-from prep.console import WrongArgument, count_noun, json_option, print_json, say, shell_quoted, store_option
+from prep.console import UserError, count_noun, json_option, print_json, say, shell_quoted, store_option
 from prep.files import no_lock_option
 from prep.store.manifest import Store
 from train.cli.options import (
@@ -118,6 +118,8 @@ def run(
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     opened = None
+    if fork and not (run_dir / DESCRIPTION).exists() and newest_checkpoint(run_dir) is None:
+        raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not (run_dir / DESCRIPTION).exists():  # a missing store is reported before torch is imported
         opened = Store.open(store)
         opened.split("train")
@@ -166,8 +168,8 @@ def _ending_text(training: Run, first_step: int) -> str:
     if steps > 0:
         return f"{training.run_dir}: {count_noun(steps, 'step')} trained. Next: {evaluate}"
     return (
-        f"{training.run_dir}: 0 steps trained, because the run had ended after step {first_step:,}. To train further, "
-        f"pass more --epochs or --steps. Next: {evaluate}"
+        f"{training.run_dir}: 0 steps trained, because the run had ended after step {first_step:,}. "
+        f"{training.how_to_train_further} Next: {evaluate}"
     )
 
 
@@ -181,12 +183,8 @@ def _description_lines(training: Run, run_dir: Path) -> list[str]:
 
     config, store = training.config, training.store
     records, classes = store.split("train").records, len(store.classes)
+    training.check_batch()
     parameters = sum(row.parameters for row in summarize(classes, config.model, config.recipe))
-    if not training.steps_per_epoch:
-        raise WrongArgument(
-            f"--batch {config.batch_size}: {config.store} has only {records:,} training records. "
-            f"Pass --batch {records} or less."
-        )
     stream_seed = "" if config.seed_of_stream == config.seed else f", stream seed {config.seed_of_stream}"
     parts = f" in {config.accumulate} parts" if config.accumulate > 1 else ""
     fallback = "this machine decodes" if config.service_fallback else "the run stops with an error"
@@ -268,10 +266,13 @@ def ablate(store: Path, out: Path, dry_run: bool, as_json: bool, **options: Any)
     """
     opened = Store.open(store)
     opened.split("train")
+    from train.runs.run import Run
     from train.trainer.ablate import ablate as train_and_measure
     from train.trainer.ablate import outcome_rows, plan_runs, table_lines
 
     runs = plan_runs(store, out, **options)
+    for planned in runs:
+        Run.open(planned.config, opened).check_batch()
     if dry_run:
         for run in runs:
             say(f"{run.config.run_dir}: {run.config.model.name}, recipe {run.config.recipe.name}")

@@ -30,6 +30,8 @@ from train.runs import checkpoint
 from train.runs.run import Run, make_run_dir, write_description
 from train.trainer.state import capture_state
 
+_EXPECTED = "Name a state_dict of torchvision.models.alexnet, or a file of alextrain export --to torchvision."
+
 
 def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> AlexNet:
     """Create a run in `config.run_dir` with a checkpoint at step 0 that has the weights of `file`; returns the network.
@@ -42,7 +44,8 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 
     train/convert/torchvision_weights.py explains which conversions are exact. Raises UserError if `file` is not a
     state_dict of torchvision's AlexNet, if `new_fc8` is False and the classes of `file` and store differ, if the
-    recipe or the architecture does not fit, or if the run folder already holds a run.
+    recipe or the architecture does not fit, if a batch is larger than the training split, or if the run folder
+    already holds a run.
     """
     run = Run.open(config)
     store, recipe = run.store, config.recipe
@@ -60,7 +63,7 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
     except UserError:
         raise
     except Exception as error:  # tensors of other shapes and types can raise any exception of torch
-        raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}).") from None
+        raise UserError(f"{file}: not a state_dict of torchvision's AlexNet ({error}). {_EXPECTED}") from None
     create_run(run, network)
     return network
 
@@ -68,8 +71,9 @@ def import_torchvision(file: Path, config: RunConfig, new_fc8: bool = False) -> 
 def create_run(run: Run, network: AlexNet) -> None:
     """Write the run folder with a checkpoint of `network` at step 0. `fit` can continue from this checkpoint.
 
-    Raises UserError if the folder already holds a run or other files.
+    Raises UserError if a batch is larger than the training split, or if the folder already holds a run or other files.
     """
+    run.check_batch()
     make_run_dir(run.run_dir)
     config = run.config
     with hold_lock(run.run_dir, "training"):
@@ -96,11 +100,13 @@ def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}).") from None
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}). {_EXPECTED}") from None
     except Exception:  # torch.load raises many types of exceptions, some of which give wrong advice
-        raise UserError(f"{file}: not a file of tensors that torch.load(weights_only=True) reads.") from None
+        raise UserError(
+            f"{file}: not a file of tensors that torch.load(weights_only=True) reads. {_EXPECTED}"
+        ) from None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"{file}: not a state_dict (a dict from names to tensors).")
+        raise UserError(f"{file}: not a state_dict (a dict from names to tensors). {_EXPECTED}")
     metadata = getattr(state, "_metadata", {}).get("", {})
     return state, metadata if "preprocessing" in metadata else {}
 

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pipeline.augment import SQUARE
 from pipeline.loader import eval_loader
 from pipeline.records import Records
-from prep.console import UserError, WrongArgument, disk_error, progress
+from prep.console import UserError, WrongArgument, count_noun, disk_error, progress
 from prep.files import atomic_file
 from prep.store.manifest import Store
 from train.evaluation.evaluate import EvalResult, eval_batch_size, evaluate
@@ -149,16 +149,24 @@ def check_same_images(names: Sequence[str], members: Sequence[Predictions]) -> N
         for key in ("classes", "split", "split_fingerprint"):
             values = [predictions.about.get(key) for predictions in (first, member)]
             if values[0] != values[1]:
-                shown = [str(value)[:40] for value in values]
+                shown = [_difference_text(value, other) for value, other in (values, values[::-1])]
                 raise UserError(
-                    f"{names[0]} and {name} differ in {key.replace('_', ' ')} ({shown[0]}, {shown[1]}): only "
-                    "probabilities of the same images can be averaged."
+                    f"{names[0]} and {name} differ in {key.replace('_', ' ')} ({shown[0]}; {shown[1]}): only "
+                    "probabilities of the same images can be averaged. Evaluate each run by itself."
                 )
         if not (np.array_equal(first.keys, member.keys) and np.array_equal(first.labels, member.labels)):
             raise UserError(
                 f"{names[0]} and {name} hold different images, or the same images in another order. Evaluate both "
                 "again."
             )
+
+
+def _difference_text(value: Any, other: Any) -> str:
+    """A value of `about` for an error: a list as its length and the first item that `other` does not have."""
+    if not isinstance(value, list):
+        return str(value)[:40]
+    first = next((item for item in value if item not in (other or ())), None)
+    return count_noun(len(value), "class", "classes") + ("" if first is None else f", including {first}")
 
 
 def parse_weights(text: str | None, members: int) -> list[float] | None:
@@ -174,7 +182,8 @@ def parse_weights(text: str | None, members: int) -> list[float] | None:
         weights = []
     if len(weights) != members or min(weights, default=0) < 0 or not 0 < sum(weights) < float("inf"):
         raise WrongArgument(
-            f"--weights {text}: expected {members} numbers of at least 0, one for each run, not all 0, as in 2,1,1."
+            f"--weights {text}: expected {count_noun(members, 'number')} of at least 0, one for each run, not all 0, "
+            "as in 2,1,1 for three runs."
         )
     return weights
 

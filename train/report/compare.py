@@ -140,7 +140,7 @@ def comparison_lines(runs: Sequence[ComparedRun]) -> list[str]:
     for which, title in (("val", "last validation"), ("best", "best validation")):
         rows.append([title, *(_cell(r[which], "epoch {epoch}") for r in results)])
         for name, key in shown_errors(max(run.fields["classes"] for run in runs)):
-            rows.append([f"  {name}", *(_cell(r[which], f"{{{key}:.2%}}") for r in results)])
+            rows.append([f"  {name}", *(_error_cell(run, r[which], key) for run, r in zip(runs, results, strict=True))])
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
@@ -202,6 +202,11 @@ def _value_text(name: str, value: Any) -> str:
         return "none"
     text = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else json.dumps(value)
     return text if len(text) <= _CELL_CHARS else text[: _CELL_CHARS - 1] + "…"
+
+
+def _error_cell(run: ComparedRun, line: Mapping[str, Any] | None, key: str) -> str:
+    is_shown = key in (shown for _, shown in shown_errors(run.fields["classes"]))
+    return _cell(line, f"{{{key}:.2%}}") if is_shown else "none"
 
 
 def _cell(line: Mapping[str, Any] | None, template: str) -> str:

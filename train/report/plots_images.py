@@ -19,7 +19,7 @@ FEATURE_MAPS = 8  # number of maps that are drawn for each column and layer
 
 _CLASS_CHARS = 26  # maximum length of the title of an image in draw_predictions
 _GUESS_CHARS = 20  # maximum length of a class name beside its probability in draw_predictions
-_QUERY_CHARS = 22  # maximum length of the title of the left image in draw_neighbors
+_QUERY_CHARS = 18  # maximum length of the title of the left image in draw_neighbors
 _NEIGHBOR_CHARS = 12  # maximum length of the class name of a neighbor in draw_neighbors
 
 

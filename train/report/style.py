@@ -38,9 +38,10 @@ def shorten(name: str, max_chars: int) -> str:
 
 
 def plot_curve(axes: Any, x: Sequence[float], y: Sequence[float], single: str = "o", **style: Any) -> None:
-    """Plot a line. A line of one point gets the marker `single`, because a line without length is invisible."""
-    marker = {"marker": single, "ms": 4} if len(x) == 1 else {}
-    axes.plot(x, y, **{**marker, **style})
+    """Plot a line. A line of one point is an opaque marker `single`, because a line without length is invisible."""
+    if len(x) == 1:
+        style = {"marker": single, "ms": 4, **style, "alpha": 1}
+    axes.plot(x, y, **style)
 
 
 def with_caption(draw: DrawFunction, size_inches: tuple[float, float], caption: str) -> tuple[DrawFunction, Inches]:

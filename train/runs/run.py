@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from prep.console import UserError, disk_error
+from prep.console import UserError, WrongArgument, count_noun, disk_error
 from prep.files import write_atomic
 from prep.store.manifest import Store
 from prep.version import package_version
@@ -52,10 +52,27 @@ class Run:
             last_step = min(last_step, config.steps)
         return Run(config, store, identity_of(config, store), steps_per_epoch, last_step)
 
+    def check_batch(self) -> None:
+        """Raise WrongArgument if the training split has fewer records than a batch."""
+        if not self.steps_per_epoch:
+            records = self.store.split("train").records
+            raise WrongArgument(
+                f"--batch {self.config.batch_size}: {self.config.store} has only {records:,} training records. "
+                f"Pass --batch {records} or less."
+            )
+
     @property
     def run_dir(self) -> Path:
         """The run folder."""
         return self.config.run_dir
+
+    @property
+    def how_to_train_further(self) -> str:
+        """A sentence that names the option which lets the run train after its last step."""
+        epochs = self.config.epochs
+        if self.config.steps is not None and self.config.steps < epochs * self.steps_per_epoch:
+            return "To train further, pass more --steps or --epochs."
+        return f"To train further, pass more --epochs; {count_noun(epochs, 'epoch')} end after step {self.last_step:,}."
 
     def training_facts(self) -> dict[str, Any]:
         """Architecture, recipe with its sources, classes and software versions, as JSON values.

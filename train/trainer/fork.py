@@ -2,13 +2,12 @@
 
 A fork has the settings of the other run, except those that its command gives (train/runs/saved_config.py). All settings
 that differ are listed before the training. A fork can change any setting that does not change the shape of a parameter.
-The fork copies the parameters and the
-velocity from the checkpoint. The fork begins at the checkpoint's position in the data: a number of whole epochs and a
-fraction of the next epoch. The fraction is rounded down to a whole step of the fork. If the batch size changes, the
-step number at this position also changes. An unchanged schedule continues; a changed schedule begins anew. If the seed
-changes, the random generators are seeded anew. `fork` writes the first checkpoint of the new run. The new run is then
-trained like any other run. The key "ancestry" in run.json and in the checkpoints lists the checkpoint from which the
-run was forked, and the ancestors of that checkpoint.
+The fork copies the parameters and the velocity from the checkpoint. The fork begins at the checkpoint's position in the
+data: a number of whole epochs and a fraction of the next epoch. The fraction is rounded down to a whole step of the
+fork. If the batch size changes, the step number at this position also changes. An unchanged schedule continues; a
+changed schedule begins anew. If the seed changes, the random generators are seeded anew. `fork` writes the first
+checkpoint of the new run. The new run is then trained like any other run. The key "ancestry" in run.json and in the
+checkpoints lists the checkpoint from which the run was forked, and the ancestors of that checkpoint.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def _differences(run: Run, origin: Path, parent: Checkpoint) -> list[Difference]
 
 def _no_step_left(run: Run, step: int) -> list[str]:
     is_done = step >= run.last_step
-    return [f"No step is left of {run.last_step:,}. To train further, pass more --epochs or --steps."] * is_done
+    return [f"No step is left of {run.last_step:,}. {run.how_to_train_further}"] * is_done
 
 
 def _count_text(changed: Sequence[Difference]) -> str:
@@ -106,12 +105,17 @@ def _check_origin(resumed: Checkpoint, new_dir: Path, origin: Path) -> None:
     """
     parent = resumed.ancestry[-1]["path"] if resumed.ancestry else None
     if parent != str(origin.resolve()) and (parent is None or Path(parent).exists()):
-        raise UserError(f"--fork {new_dir}: holds a run that was forked from {parent or 'no run'}, not from {origin}.")
+        held = (
+            f"a run that was forked from {parent}, not from {origin}"
+            if parent
+            else f"a run that is no fork of {origin}"
+        )
+        raise UserError(f"--fork {new_dir}: holds {held}. Name a new folder.")
 
 
 def _load_origin(run: Run, origin: Path) -> Checkpoint:
     if not origin.is_dir():
-        raise UserError(f"--run-dir {origin}: no such run to fork.")
+        raise UserError(f"--run-dir {origin}: no such run to fork. Name the folder of a run.")
     state = checkpoint.load(origin)
     _check_shapes(run, state)
     return state

@@ -156,11 +156,12 @@ def test_files_and_recipes_that_do_not_fit_are_refused(weights: Path, store: Pat
         torch.save(content, tmp_path / name)
         assert "not a state_dict" in refusal("import", tmp_path / name, "--store", store, "--run-dir", tmp_path / "run")
     (tmp_path / "trap.pth").write_bytes(pickle.dumps(Trap(str(tmp_path / "sprung"))))
-    for name, message in (("trap.pth", "not a file of tensors"), ("nowhere.pth", "nowhere.pth: cannot be read")):
+    for name, message in (("trap.pth", "not a file of tensors"), ("nowhere.pth", "nowhere.pth: no such file")):
         assert message in refusal("import", tmp_path / name, "--store", store, "--run-dir", tmp_path / "run")
     args = ["import", weights, "--store", store, "--run-dir", tmp_path / "run"]
     assert "subtracts a mean image" in refusal(*args, "--recipe", "paper")
     assert "tanh" in refusal(*args, "--activation", "tanh")
+    assert "--batch 1000: " in refusal(*args, "--batch", "1000", code=2)
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "sprung").exists()
     with pytest.raises(UserError, match="one column"):

@@ -55,6 +55,7 @@ def test_saved_predictions_are_loaded_and_other_files_are_refused(tmp_path: Path
         ({"about": {**SAVED.about, "split_fingerprint": "g"}}, "differ in split fingerprint"),
         ({"about": {**SAVED.about, "split": "train"}}, "differ in split "),
         ({"about": {**SAVED.about, "classes": ["y", "x"]}}, "differ in classes"),
+        ({"about": {**SAVED.about, "classes": ["z"]}}, r"classes, including \w; 1 class, including z\)"),
         ({"keys": SAVED.keys[::-1]}, "in another order"),
         ({"labels": np.array([0, 1])}, "different images"),
     ],

@@ -132,7 +132,7 @@ def test_a_run_with_one_line_is_a_dot_in_the_figure(tmp_path: Path, drawn: list[
     draw_comparison(read_runs([a, b]), tmp_path / "out.png")
     for axes in drawn[0].axes:
         for line in axes.lines:
-            assert len(line.get_xdata()) != 1 or line.get_marker() in ("o", "x")
+            assert len(line.get_xdata()) != 1 or (line.get_marker() in ("o", "x") and line.get_alpha() == 1)
 
 
 def test_runs_with_five_classes_or_fewer_have_no_top_5_error(tmp_path: Path) -> None:
@@ -142,6 +142,9 @@ def test_runs_with_five_classes_or_fewer_have_no_top_5_error(tmp_path: Path) -> 
         of_classes = [replace(run, fields={**run.fields, "classes": classes}) for run in runs]
         texts[classes] = "\n".join(comparison_lines(of_classes))
     assert "top-1 error" in texts[5] and "top-5" not in texts[5] and "top-5 error" in texts[6]
+    few, many = (replace(run, fields={**run.fields, "classes": n}) for run, n in zip(runs, (5, 6), strict=True))
+    rows = [line.split() for line in comparison_lines([few, many]) if line.startswith("  top-5 error")]
+    assert [row[2] for row in rows] == ["none"] * 2 and all(row[3] == row[-1] != "none" for row in rows)
 
 
 def test_json_and_table_have_the_last_and_the_best_validation(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_correct_class_is_orange_among_predictions_and_neighbors() -> None:
         "xyz",
     )
     shown = [axes for axes in figure.axes if axes.images]
-    assert [axes.get_title() for axes in shown[:4]] == ["…" + "9" + "0123456789" * 2, "x  0", "y  1", "z  2"]
+    assert [axes.get_title() for axes in shown[:4]] == ["…" + "3456789" + "0123456789", "x  0", "y  1", "z  2"]
     assert [to_hex(axes.title.get_color()) == ORANGE for axes in shown] == [*[False] * 2, True, *[False] * 5]
     assert [int(axes.images[0].get_array().max()) for axes in shown[4:]] == [0, 0, 1, 2]
 

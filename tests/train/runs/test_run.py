@@ -23,6 +23,9 @@ WIDER = replace(SMALL_ALEXNET, widths=replace(SMALL_ALEXNET.widths, fc7=18))
 def test_a_run_is_as_long_as_the_shorter_of_epochs_and_steps(stores: dict[str, Path], tmp_path: Path) -> None:
     runs = [Run.open(small_config(stores["ppm"], tmp_path, steps=steps)) for steps in (None, 5, 100)]
     assert [(run.steps_per_epoch, run.last_step) for run in runs] == [(3, 9), (3, 5), (3, 9)]
+    by_epochs = "To train further, pass more --epochs; 3 epochs end after step 9."
+    advice = [by_epochs, "To train further, pass more --steps or --epochs.", by_epochs]
+    assert [run.how_to_train_further for run in runs] == advice
 
 
 def test_a_number_of_parts_that_does_not_divide_the_batch_is_refused(store: Path, tmp_path: Path) -> None:

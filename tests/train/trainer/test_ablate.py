@@ -127,6 +127,7 @@ def test_an_ablation_that_diverges_is_reported_and_does_not_stop_the_others(
     rows = outcome_rows(ablate(runs))
     assert rows[0]["top1_error"]["mean"] is None and rows[1]["top1_error"]["mean"] is not None
     assert rows[1]["top1_difference"]["mean"] is None and "diverged" in "\n".join(table_lines(rows))
+    assert "top-5" in table_lines(rows)[1] and "top-5" not in table_lines(rows, classes=5)[1]
     monkeypatch.setattr(train.trainer.ablate, "fit", lambda config: pytest.fail("trained again"))
     assert outcome_rows(ablate(runs)) == rows
 
@@ -175,5 +176,6 @@ def test_the_command_prints_its_plan_a_table_or_a_json_object(
     row = next(line for line in table.stdout.splitlines() if line.startswith("one-gpu"))
     assert row.split()[1:3] == ["+1.7", f"{error:.1f}"] and "section 3.2" in table.stdout
     assert "top-5" not in table.stdout.partition("Errors by")[0]  # the store has three classes
-    assert "top-5" in table_lines(answer["ablations"], classes=6)[1]
+    small = CliRunner().invoke(train.cli.main, [*command, "--batch", "1000", "--dry-run"])
+    assert small.exit_code == 2 and "--batch 1000:" in small.stderr and "Pass --batch" in small.stderr
     assert PAPER.name in json.loads((tmp_path / "out" / "one-gpu-seed0" / "run.json").read_text())["recipe"]["name"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from prep.console import UserError
+from tests.helpers.alextrain import refusal
 from tests.helpers.small_training import SMALL_ALEXNET, metrics_without_clock, small_config
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
@@ -117,5 +118,10 @@ def test_a_fork_that_changes_shapes_or_has_no_other_run_as_its_origin_is_refused
         fork(Run.open(replace(changed, model=wider)), tmp_path / "fork")
     with pytest.raises(UserError, match="that is --run-dir itself"):
         fork(Run.open(changed), origin)
+    fit(Run.open(replace(changed, run_dir=tmp_path / "own", steps=1)))
+    with pytest.raises(UserError, match=rf"holds a run that is no fork of {origin}\. Name a new folder"):
+        fork(Run.open(changed), tmp_path / "own")
+    missing = refusal("run", "--run-dir", tmp_path / "nowhere", "--fork", tmp_path / "fork", "--store", "nowhere")
+    assert f"--run-dir {tmp_path / 'nowhere'}: no such run to fork." in missing
     with pytest.raises(UserError, match="no such run to fork"):
         fork(Run.open(replace(changed, run_dir=tmp_path / "nowhere")), tmp_path / "fork")
