@@ -135,7 +135,10 @@ class ShardBuilder:
         settings = self.task.settings
         try:
             image = read_input(self.task, item)
-            pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
+            try:
+                pixels = rescale(image.pixels, settings.side_px, settings.keep_aspect, settings.filter)
+            except MemoryError:
+                raise BadImage("too little memory to rescale it") from None
         except BadImage as reason:
             if not self.task.skip_bad:
                 raise UserError(

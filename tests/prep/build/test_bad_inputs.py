@@ -15,6 +15,7 @@ import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from prep.build import shard_task
 from prep.build.plan import BuildPolicy
 from prep.build.preflight import probe
 from prep.build.split import build_split
@@ -269,6 +270,23 @@ def test_a_corrected_file_lets_the_same_command_finish(with_bad: Path, tmp_path:
     for name in BAD:
         shutil.copy(good, with_bad / name)
     assert build(with_bad, tmp_path / "store").fingerprint == build(with_bad, tmp_path / "other").fingerprint
+
+
+def test_a_photograph_that_needs_too_much_memory_is_left_out(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The memory runs out when the third photograph is rescaled."""
+    calls, rescale = iter(range(1000)), shard_task.rescale
+
+    def rescale_twice(*arguments: Any) -> Any:
+        if next(calls) == 2:
+            raise MemoryError
+        return rescale(*arguments)
+
+    monkeypatch.setattr(shard_task, "rescale", rescale_twice)
+    store = build(small, tmp_path / "store", PPM, SKIP)
+    account = store.split("train").account
+    assert store.split("train").records == 199 and list(account["bad"]) == ["too little memory to rescale it"]
 
 
 def test_a_strict_build_reads_again_what_an_earlier_run_skipped(with_bad: Path, tmp_path: Path) -> None:
