@@ -23,7 +23,7 @@ from prep.store.manifest import ChannelStats, Store
 
 
 class EvalLoader(Loader):
-    """Serves every image of a split once in each iteration. Create it with eval_loader.
+    """Serves every image of a split once in each iteration. Create an evaluation loader with eval_loader.
 
     If world_size is more than 1, each rank serves only its range of the split. The last batch can be smaller.
     """

@@ -172,7 +172,7 @@ class Loader:
     def stop_waiting(self) -> None:
         """Stop waiting for the service: batches that have not arrived raise ServiceError.
 
-        Another thread may call this method. Without a service, it does nothing.
+        Another thread may call this method. Without a service, this method does nothing.
         """
         if self._windows is not None:
             self._windows.stop()

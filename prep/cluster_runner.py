@@ -178,7 +178,10 @@ def _next_run(work: Callable[..., Any], tasks: Iterator[Any], lost: deque[_Runni
 
 
 def _lost(run: _Running, failure: Exception) -> _Running:
-    """Return `run`, which is to be submitted again. Raises UserError if its task was lost _LOST_LIMIT times."""
+    """Return `run`, which is to be submitted again.
+
+    Raises UserError if the task of `run` was lost _LOST_LIMIT times.
+    """
     if run.lost_before + 1 >= _LOST_LIMIT:
         raise UserError(
             f"A task was lost {_LOST_LIMIT} times on the cluster, the last time because: {cause_text(failure)}. "

@@ -135,10 +135,11 @@ class ServiceClient:
             self._first_needed, self._received = position, set()
 
     def fetch(self, position: int, requests: Sequence[WindowRequest]) -> Windows:
-        """Wait until the block of `requests` is ready, and return its windows. `position` is that of its first batch.
+        """Wait until the block of `requests` is ready, and return its windows.
 
-        Raises StoreError for a damaged record, ServiceLost if the service no longer answers, and ServiceError if the
-        service fails or sends arrays of an unexpected type or shape.
+        `position` is the position of the block's first batch. Raises StoreError for a damaged record, ServiceLost if
+        the service no longer answers, and ServiceError if the service fails or sends arrays of an unexpected type or
+        shape.
         """
         request, steps = WindowRequest.joined(requests), len(requests)
         generation, digest, lost = self._generation, request_digest(request), ""
@@ -249,7 +250,10 @@ class ServiceClient:
         return None
 
     def _checked(self, pixels: Any, labels: Any, request: WindowRequest) -> Windows:
-        """Return the arrays of an answer. Raises ServiceError if their type or shape differs from the request."""
+        """Return the arrays of an answer.
+
+        Raises ServiceError if the type or shape of an array differs from the request.
+        """
         count, side = len(request.numbers), request.window_px
         _expect(self.name, "pixels", pixels, np.dtype(np.uint8), (count, side, side, 3))
         _expect(self.name, "labels", labels, np.dtype(np.int64), (count,))

@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Metrics:
-    """Counters and gauges of one service. Each of them has the tag `service` with the service's name."""
+    """Counters and gauges of one service. Each metric has the tag `service` with the service's name."""
 
     def __init__(self, ray_metrics: ModuleType, service: str) -> None:
         """`ray_metrics` is the module ray.util.metrics."""

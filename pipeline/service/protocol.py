@@ -39,7 +39,7 @@ class ServiceConfig:
     idle_s: float = 60.0  # workers above `min_workers` are stopped when they have had no work for this time
 
     def __post_init__(self) -> None:
-        """Raises UserError for a value outside of its range."""
+        """Raises UserError for a value outside of its allowed range."""
         if not 0 <= self.min_workers <= self.max_workers or self.max_workers < 1:
             raise UserError(
                 f"workers {self.min_workers}:{self.max_workers}: expected MIN:MAX with MIN at least 0 and MAX at least "

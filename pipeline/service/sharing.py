@@ -2,8 +2,8 @@
 
 Consumers (loaders) of one stream that are close to each other form the stream's group. Each batch is made once for the
 whole group. Within the group, the fastest consumer waits when it is more than `ahead` steps ahead of the slowest. A
-consumer outside of the group never waits for others, and no consumer waits for it. The batches of such a consumer are
-made for it alone. A consumer is outside of the group in two cases:
+consumer outside of the group never waits for others, and no consumer waits for it. The batches of a consumer outside of
+the group are made for this consumer alone. A consumer is outside of the group in two cases:
 
 - It joins the stream more than `ahead` steps away from the group, for example after it resumed from an old checkpoint.
 - It has made no progress for `patience_s` seconds, and another consumer would have to wait for it.
@@ -77,7 +77,10 @@ class Sharing:
         return silent
 
     def may_have(self, consumer: str, position: int, now_s: float) -> bool:
-        """Whether a consumer may receive the batch at a position now. If not, it must wait for slower consumers."""
+        """Whether a consumer may receive the batch at a position now.
+
+        If the result is False, the consumer must wait for slower consumers.
+        """
         known = self.consumers[consumer]
         group = [other for other in self._group(known.stream) if other is not known]
         if not known.in_group:

@@ -1,9 +1,9 @@
 """Builds a split from images that Python code yields: any data set with (image, label, name) for each item.
 
 The images are first written one after another into one file in the store, because a build reads them in the order of
-the records. The file is removed at the end. An encoded image takes as many bytes as it has. Pixels (a PIL image of mode
-RGB, or an array) are rescaled first if they are larger than the records. The build then does not change them by
-rescaling again.
+the records. The file is removed at the end. An encoded image takes the same number of bytes in this file as before.
+Pixels (a PIL image of mode RGB, or an array) are rescaled first if they are larger than the records. The build then
+does not rescale these pixels again.
 """
 
 from __future__ import annotations

@@ -62,9 +62,10 @@ def start_or_resume(plan: BuildPlan, store: Path) -> None:
 
 
 def begin_build(plan: BuildPlan) -> bool:
-    """Create the work folder with plan.json and inputs.npz. Returns False if another process has just created it.
+    """Create the work folder with plan.json and inputs.npz.
 
-    The folder appears by one rename, so several processes can try to begin the same build at the same time.
+    Returns False if another process has just created the folder. The folder appears by one rename, so several processes
+    can try to begin the same build at the same time.
     """
     refuse_foreign_folder(plan)
     plan.folder.mkdir(parents=True, exist_ok=True)

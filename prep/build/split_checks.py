@@ -1,8 +1,8 @@
 """Checks of all splits before the first of them is built, and the same checks for --dry-run.
 
-A build can take hours. What is wrong with the second split is therefore found before the first split is built. The
-checks find wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and
-too little disk space for all splits together.
+A build can take hours. A fault of the second split is therefore found before the first split is built. The checks find
+wrong labels and classes (prep/inputs), an unfinished build of other inputs, files that are not images, and too little
+disk space for all splits together.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
 
 
 def _count_bad(source: Source, bad: dict[str, str], batches: dict[int, list[int]]) -> dict[int, bool]:
-    """Return {label: whether all inputs of its batch are bad}."""
+    """Return {label: whether all inputs of the label's batch are bad}."""
     return {
         label: all(name_text(source.inputs.path(index)) in bad for index in batch) for label, batch in batches.items()
     }

@@ -173,8 +173,8 @@ def label_inputs(
         if options.class_file is None and set(wanted) == set(classes) and wanted != classes:
             label = next(k for k, pair in enumerate(zip(wanted, classes, strict=True)) if pair[0] != pair[1])
             say(
-                f"{path}: the classes keep the labels of {owner}: label {label} is {wanted[label]}. In a new store it "
-                f"would be {classes[label]}."
+                f"{path}: the classes keep the labels of {owner}: label {label} is {wanted[label]}. In a new store, "
+                f"label {label} would be {classes[label]}."
             )
         classes = wanted
     if not options.allow_empty_classes:

@@ -88,7 +88,7 @@ def merge_stores(
 
 
 def count_records(sources: Sequence[Path]) -> int:
-    """Return the number of records in all splits of the stores. Raises StoreError if one of them is no store."""
+    """Return the number of records in all splits of the stores. Raises StoreError if one of the folders is no store."""
     return sum(split.records for path in sources for split in Store.open(path).splits.values())
 
 

@@ -139,7 +139,7 @@ def _download(task: CopyTask, source: Folder, temporary: Path, count: CountBytes
 
 
 def _upload(target: ObjectFolder, path: str, local: Path, digest: str, count: CountBytes) -> journal.Arrival:
-    """Send a local file and read it back. Raises Damaged unless its SHA-256 is then `digest`."""
+    """Send a local file and read it back. Raises Damaged unless the file's SHA-256 is `digest`."""
     state = target.upload(path, local, count)
     stored = sha256()
     for chunk in target.chunks(path, state):

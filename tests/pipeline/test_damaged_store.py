@@ -109,7 +109,10 @@ def test_a_stream_does_not_skip_a_damaged_record_when_it_is_iterated_again(
 
 @pytest.mark.parametrize("views", [1, 10])
 def test_a_loader_closes_safely_when_an_error_leaves_its_with_block(broken: Path, views: int) -> None:
-    """If the loader unmapped files that DALI still reads, the process would crash. The subprocess tries 20 times."""
+    """If the loader unmapped files that DALI still reads, the process would crash.
+
+    The subprocess opens and closes a loader 20 times.
+    """
     change(broken, "val", 0, flip_a_bit_of_the_jpeg)
     script = (
         "import sys\n"

@@ -229,7 +229,7 @@ def test_a_loop_after_a_break_goes_on_and_set_epoch_begins_an_epoch(numbered_sto
         first = next(iter(loader))
         assert batches_equal([first, *loader], epochs[0])  # the second loop goes on after the first batch
         assert (loader.epoch, loader.step) == (1, 0)
-        loader.set_epoch(1)  # the loader is there already
+        loader.set_epoch(1)  # the loader is already at the beginning of epoch 1
         next(iter(loader))
         loader.set_epoch(1)  # begins the epoch again
         assert batches_equal(list(loader), epochs[1])

@@ -43,7 +43,7 @@ STATUS: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def runs(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the run folders of a demo. For each seed, one trained run is there under both names."""
+    """A folder with the run folders of a demo. For each seed, one trained run has both names."""
     folder = tmp_path_factory.mktemp("runs")
     for seed in service_demo.SEEDS:
         run_dir = folder / f"service-{seed}"

@@ -22,7 +22,8 @@ _WIDTH = 120  # characters
 def recipe_lines(recipe: Recipe) -> list[str]:
     """Return the table as aligned lines of at most 120 characters. `--set` accepts the names in the first column.
 
-    A source is in the row of its field. A field that has parts gets a row of its own, above the rows of its parts.
+    The source of a field is in the row of the field. A field that has parts gets a row of its own, above the rows of
+    its parts.
     """
     rows_by_field = recipe_rows(recipe)
     all_rows = [row for rows in rows_by_field.values() for row in rows]

@@ -231,7 +231,7 @@ class CheckpointKeeper:
 
 
 def drop_after(run_dir: Path, step: int) -> None:
-    """Remove the checkpoints after `step`. `load_latest` skipped these files, because they are damaged."""
+    """Remove the checkpoints after `step`. They are damaged, so `load_latest` skipped them."""
     for path in checkpoint_paths(run_dir):
         if path > path_of(run_dir, step):
             path.unlink()

@@ -112,7 +112,10 @@ def _rest(decompressor: Any) -> bytes:
 
 
 def _make_decompressor(method: int, head: bytes, start: int) -> tuple[Any, int]:
-    """Returns (decompressor, position of its first byte). `head` are the first bytes of the member, at `start`."""
+    """Return (decompressor, position of the first compressed byte).
+
+    `head` are the first bytes of the member, at `start`.
+    """
     if method == 8:
         return zlib.decompressobj(-15), start
     if method == 12:

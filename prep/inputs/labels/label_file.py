@@ -68,7 +68,7 @@ class ImageNames:
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a label file, and what to tell the user about it."""
+    """The rows of a label file, and messages about the file for the user."""
 
     rows: list[Row]
     has_names: bool

@@ -166,7 +166,7 @@ def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, by
 def _file_beside(root: Path, parent: Path, split: str) -> Path | None:
     """Return the label file beside a flat folder or archive; None if there is none.
 
-    Raises UserError if there are several.
+    Raises UserError if there are several label files.
 
     The file's name is `*ground_truth*.txt` (also in a devkit beside `root`), that of `root` with the extension .txt,
     .csv or .tsv, or LOC_val_solution.csv (Kaggle), which may also lie beside the folder ILSVRC of Kaggle's download. In

@@ -1,4 +1,5 @@
-"""Program that reads batches from a service in its own process. The class ConsumerProcess starts it for the tests.
+"""Program that reads batches from a service in its own process. The class ConsumerProcess starts this program for the
+tests.
 
     consumer.py STORE BATCH_SIZE SEED
 

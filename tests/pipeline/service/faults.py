@@ -69,7 +69,7 @@ class Machine:
         )
 
     def switch_off(self) -> tuple[str, str]:
-        """Kill all processes of the machine. Returns their standard output and standard error."""
+        """Kill all processes of the machine. Returns the processes' standard output and standard error."""
         self.process.kill()
         return self.process.communicate()
 

@@ -92,7 +92,7 @@ def test_status_without_a_name_shows_all_services_of_the_cluster(alexstream: Com
 
 
 def test_the_largest_number_of_workers_is_what_fits_on_the_nodes(alexstream: Commands) -> None:
-    """The nodes have two and three cores. A worker of two cores fits once on each of them."""
+    """The nodes have two and three cores. A worker of two cores fits once on each node."""
     assert json.loads(alexstream.serve("narrow", "--json").stdout)["max_workers"] == 5
     assert json.loads(alexstream.serve("wide", "--threads", "2", "--json").stdout)["max_workers"] == 2
 

@@ -118,7 +118,10 @@ def test_seek_back_and_forth(store: Path, service: Service) -> None:
 
 
 def test_the_number_of_workers_changes_during_a_stream(store: Path, serve: Serve) -> None:
-    """The stream begins with one worker and has three workers under load. Then two of them are killed."""
+    """The stream begins with one worker and has three workers under load.
+
+    After some batches, two of the workers are killed.
+    """
     service = serve(store, 1, 3)
     with (
         train_loader(store, 4, seed=11, service=service.at, threads=1) as remote,

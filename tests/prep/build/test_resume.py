@@ -165,7 +165,7 @@ def test_a_new_class_is_refused(photos: Path, store: Path) -> None:
 
 
 def test_a_changed_label_of_a_stored_input_is_refused(pictures: Path, tmp_path: Path) -> None:
-    """The source is a folder without class folders. One label in its label file changes."""
+    """The source is a folder without class folders. One label in the label file of the source changes."""
     flat = tmp_path / "flat"
     flat.mkdir()
     for path in pictures.glob("*/*"):

@@ -35,7 +35,7 @@ def test_the_classes_of_the_store_keep_their_labels(tmp_path: Path, capsys: pyte
     source = list_images(root, store_classes=("10", "2"))  # a store of an earlier version: sorted as text
     assert source.classes == ("10", "2")
     assert dict(paths_and_labels(source)) == {b"10/b.JPEG": 0, b"2/a.JPEG": 1}
-    assert "keep the labels of the store: label 0 is 10. In a new store it would be 2" in capsys.readouterr().err
+    assert "keep the labels of the store: label 0 is 10. In a new store, label 0 would be 2" in capsys.readouterr().err
     source = list_source(root, "val", ListOptions(allow_empty_classes=True), ("2", "3", "10"))
     assert (source.classes, dict(paths_and_labels(source))) == (("2", "3", "10"), {b"2/a.JPEG": 0, b"10/b.JPEG": 2})
 

@@ -222,7 +222,10 @@ def test_a_source_that_changes_during_the_copy_is_noticed(
 def test_a_file_that_another_program_overwrites_during_the_copy_is_noticed(
     small_store: Path, copy: Copy, proxy: Proxy, server: S3Server, url: str, prefix: str
 ) -> None:
-    """After a shard was verified, it is overwritten with the same number of bytes. The next copy sends it again."""
+    """After a shard was verified, it is overwritten with the same number of bytes.
+
+    The next copy sends the shard again.
+    """
     path = "train/00001/data.mdb"
 
     def decide(request: Request) -> None:

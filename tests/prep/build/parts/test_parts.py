@@ -138,7 +138,10 @@ def test_parts_at_the_same_time_give_the_same_store(photos: Path, whole: Store, 
 def test_killed_parts_are_finished_by_the_same_commands(
     photos: Path, whole: Store, tmp_path: Path, start: Start
 ) -> None:
-    """Two parts run at the same time and are killed at random moments, three times. Then each part runs to its end."""
+    """Two parts run at the same time and are killed at random moments, three times.
+
+    After the kills, each part runs to its end.
+    """
     store, rng = tmp_path / "store", np.random.default_rng(4)
     for _ in range(3):
         commands = [start(photos, store, "--part", f"{number}/2") for number in (1, 2)]
@@ -156,7 +159,10 @@ def test_killed_parts_are_finished_by_the_same_commands(
 def test_one_of_several_commands_that_end_at_the_same_time_writes_the_manifest(
     photos: Path, whole: Store, all_shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four threads find all shards finished at the same time. Each opens its own files, and so has its own locks."""
+    """Four threads find all shards finished at the same time.
+
+    Each thread opens its own files, and so has its own locks.
+    """
     assembled, at_once = [], threading.Barrier(4)
     real, real_missing = parts.assemble_split, parts.missing_shards
 
@@ -260,7 +266,7 @@ def test_parts_do_not_wait_for_each_other(photos: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(parts, "_BEGIN_WAIT_S", 0.2)
     monkeypatch.setattr(parts, "_JOIN_WAIT_S", 0.2)
     run_part(photos, tmp_path, 1, 2)
-    with hold_lock(tmp_path, "build", shared=True):  # as another part holds it
+    with hold_lock(tmp_path, "build", shared=True):  # the test holds the shared lock that another part would hold
         result = run_part(photos, tmp_path, 2, 2)
     assert result == PartResult(4, None, {})  # no store: the other part will write the manifest
     assert run_part(photos, tmp_path, 1, 2).store is not None
@@ -274,7 +280,7 @@ def test_a_part_and_a_build_without_parts_exclude_each_other(
     before = tree(tmp_path / "store")
     with hold_lock(tmp_path / "store", "build"), pytest.raises(UserError, match="another build is at work"):
         run_part(photos, tmp_path / "store", 2, 2)
-    with hold_lock(tmp_path / "store", "build", shared=True):  # as a part holds it
+    with hold_lock(tmp_path / "store", "build", shared=True):  # the test holds the lock that a part would hold
         with pytest.raises(UserError, match="another build is at work"):
             build(photos, tmp_path / "store")
         with pytest.raises(UserError, match="another build is at work"):
