@@ -152,7 +152,7 @@ def _begin(run: Run, origin: Path) -> None:
         steps_per_epoch=run.steps_per_epoch,
         stream=stream,
         schedule=schedule.state_dict(),
-        devices=[] if "seed" in names else parent.devices,  # []: seed the generators anew
+        devices=[] if "seed" in names else parent.devices,  # an empty list makes the run seed its generators anew
         best=None,
         ancestry=ancestry,
     )
