@@ -19,6 +19,7 @@ from prep.console import UserError, count_noun
 from prep.files import save_array, write_atomic
 from prep.images.color_stats import Moments, compute_color_stats
 from prep.inputs.classes import examples
+from prep.inputs.names import name_text
 from prep.store.input_log import IGNORED, write_outcomes
 from prep.store.manifest import SPLIT_FILES, Shard, Split, Store, split_fingerprint
 
@@ -92,7 +93,8 @@ def _refuse_lost_classes(plan: BuildPlan, records_of_label: Counter[int]) -> Non
     lost = [label for label, count in enumerate(counts) if count and not records_of_label[label]]
     if lost and sum(records_of_label.values()):
         names = examples([f"{source.classes[label]} ({count_noun(counts[label], 'input')})" for label in lost])
-        reason = next(outcome for outcome in _outcomes(plan) if outcome["fate"] == "bad")
+        names_of_lost = {name_text(item.path) for item in source.inputs if item.label in lost}
+        reason = next(outcome for outcome in _outcomes(plan) if outcome["source"] in names_of_lost)
         raise UserError(
             f"{source.reader.root}: {count_noun(len(lost), 'class', 'classes')} lost all photographs, because they are "
             f"bad: {names}. The first bad input is {reason['source']}: {reason['why']}. Correct these inputs, or pass "

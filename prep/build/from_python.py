@@ -134,8 +134,8 @@ def build_from(
             with hold_lock(work, "build"):
                 rows = _write_items(items, work / "items", settings, split)
                 known = Store.open(store).classes if (store / "manifest.json").exists() else ()
-                rows_classes = classes or (order_classes(rows.texts, str(store)) if rows.labels_are_names else ())
-                found = rows.found(rows_classes, options, known, in_class_folders=False)
+                names = classes or (order_classes(rows.texts, str(store)) if rows.labels_are_names else known)
+                found = rows.found(names, options, known, in_class_folders=False)
                 source = label_inputs(ItemReader(work / "items"), found, split, options, known)
                 with (
                     WorkerPool(jobs or usable_cores(), preload="prep.build.shard_task") as workers,

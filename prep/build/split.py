@@ -26,7 +26,7 @@ from pathlib import Path
 
 from prep.build.assemble import assemble_split, too_many_bad
 from prep.build.limits import InputLimits
-from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, tool_versions
+from prep.build.plan import DEFAULT_POLICY, BuildPlan, BuildPolicy, bad_outcomes, tool_versions
 from prep.build.preflight import (
     ResourceEstimate,
     check_disk_space,
@@ -157,6 +157,9 @@ def estimate_build(
     if remaining:
         resources, undecodable = estimate_resources(plan.sample(unfinished), remaining, runner)
     bad = [] if is_built else [*source.refused, *probe(source.reader, source.inputs, runner.jobs)]
+    finished = sorted(set(range(plan.shard_count)) - set(unfinished)) if not is_built else []
+    summaries = [summary for number in finished if (summary := plan.shard_summary(number))]
+    undecodable += [(row["source"], row["why"]) for summary in summaries for row in bad_outcomes(summary["fates"])]
     bad += [(name, reason) for name, reason in undecodable if name not in dict(bad)]
     return BuildEstimate(
         inputs=len(source.inputs) + len(source.refused),
@@ -220,7 +223,8 @@ def open_existing(store: Path, plan: BuildPlan) -> Store | None:
     if split in existing.splits and existing.splits[split].account.get("plan") != plan.digest:
         raise UserError(
             f"{store} holds a split {split} of other inputs ({existing.splits[split].account.get('inputs', 0):,} "
-            f"inputs then, {len(plan.source.inputs):,} now). Choose another --store, or delete the store to rebuild it."
+            f"inputs then, {len(plan.source.inputs):,} now) or other labels. "
+            "Choose another --store, or delete the store to rebuild it."
         )
     if split in existing.splits and plan.limits is not None:
         _check_same_limits(existing, split, plan.limits)

@@ -93,6 +93,18 @@ def check_classes(source: Source, jobs: int, policy: BuildPolicy) -> None:
     refuse_empty_classes(str(source.reader.root), [source.classes[label] for label in sorted(lost)], reasons)
 
 
+def _check_bad_classes(source: Source, bad: dict[str, str], policy: BuildPolicy) -> None:
+    """Raise UserError if a class has no other inputs than those that are known to be `bad` ({name: reason})."""
+    if policy.allow_empty_classes or not policy.skip_bad or not bad:
+        return
+    counts = source.inputs.label_counts(len(source.classes))
+    for item in source.inputs:
+        counts[item.label] -= name_text(item.path) in bad
+    had_inputs = set(source.inputs.labels().tolist())
+    lost = [name for label, name in enumerate(source.classes) if not counts[label] and label in had_inputs]
+    refuse_empty_classes(str(source.reader.root), lost, bad.items())
+
+
 def _count_bad(source: Source, bad: dict[str, str], batches: dict[int, list[int]]) -> dict[int, bool]:
     """Return {label: whether all inputs of the label's batch are bad}."""
     return {
@@ -130,6 +142,7 @@ def refuse_estimates(
     for source, estimate in zip(sources, estimates, strict=True):
         if not estimate.is_built:
             check_classes(source, jobs, policy)
+            _check_bad_classes(source, dict(estimate.bad), policy)
             if not policy.allows(len(estimate.bad)):
                 raise bad_inputs_error(estimate.bad, estimate.inputs, policy)
     needed = sum(estimate.resources.bytes for estimate in estimates if estimate.resources)

@@ -325,5 +325,7 @@ def import_caffe(
     with make_runner(cluster, jobs, preload="prep.build.shard_task") as workers:
         workers.check_machines(None, lmdbs[0], tool_versions)
         with progress(f"{split}: listing", 0, "records") as listing_progress:
-            inputs = list_caffe_lmdbs(lmdbs, split, classes, _store_classes(store), workers, listing_progress)
+            inputs = list_caffe_lmdbs(
+                lmdbs, split, classes, _store_classes(store), workers, listing_progress, allow_empty_classes
+            )
         _build(inputs, store, settings, workers, policy, as_json)

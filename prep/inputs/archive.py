@@ -18,7 +18,13 @@ from pathlib import Path
 from prep.console import UserError, progress
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
-from prep.inputs.archive_folders import LINK, ArchiveContents, found_inputs
+from prep.inputs.archive_folders import (
+    LINK,
+    ArchiveContents,
+    ClassTar,
+    found_inputs,
+    refuse_folders_in_class_tars,
+)
 from prep.inputs.listing import Input
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members, name_bytes
@@ -62,25 +68,25 @@ def list_archive(path: Path, flat: bool) -> FoundInputs:
     Raises UserError for a file that is not a tar, is compressed, is damaged or was cut short.
     """
     size = path.stat().st_size
-    contents = ArchiveContents(path.stat().st_mtime_ns)
+    contents, class_tars = ArchiveContents(path.stat().st_mtime_ns), list[ClassTar]()
     with BoundedFile(path) as file, progress(f"{path.name}: listing", size, "bytes") as listing_progress:
         for member in iterate_members(file, path, 0, size, listing_progress):
             name, reason = checked_member_name(member, contents.hidden)
             if reason or not name:
                 contents.add(name, reason=reason)
             elif member.isreg() and name.lower().endswith(b".tar"):
-                folder = name.rsplit(b"/", 1)[-1][: -len(".tar")]
-                contents.folders.add(folder)
+                class_tar = ClassTar(contents, name.rpartition(b"/")[2])
+                class_tars.append(class_tar)
                 start = member.offset_data
                 for inner in iterate_members(file, path, start, start + member.size, listing_progress):
                     name, reason = checked_member_name(inner)
                     if not inner.isdir():
-                        name = name and folder + b"/" + name.rsplit(b"/", 1)[-1]
-                        contents.add(name, inner.size, inner.offset_data, reason)
+                        class_tar.add(name, inner.size, inner.offset_data, reason)
             elif member.isdir():
                 contents.folders.add(name)
             else:
                 contents.add(name, member.size, member.offset_data)
+    refuse_folders_in_class_tars(str(path), class_tars)
     return found_inputs(path, contents, flat)
 
 

@@ -42,10 +42,50 @@ class ArchiveContents:
         """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b""."""
         if reason:
             self.refused.append((name_text(name), reason))
+            if reason == LINK and b"/" in name and not name.startswith(b"/") and b".." not in name.split(b"/"):
+                self.folders.add(name.rpartition(b"/")[0])  # a class that has only links is a class without photographs
         elif name:
             self.images.add(name, 0, size, self.mtime_ns, location)
             if b"/" in name:
                 self.folders.add(name.rpartition(b"/")[0])
+
+
+class ClassTar:
+    """A tar whose name is that of a class, and whose images are added to `contents`, whatever folders they are in."""
+
+    def __init__(self, contents: ArchiveContents, tar_name: bytes) -> None:
+        self.contents = contents
+        self.class_name = tar_name[: -len(".tar")]
+        self.inner: dict[bytes, bytes] = {}  # folder inside the tar -> an image in it
+        contents.folders.add(self.class_name)
+
+    def add(self, name: bytes, size: int, location: int, reason: str) -> None:
+        """Add a member, which is not a folder, as CLASS/FILE. Folders and files of the system are left out."""
+        folder, _, base = name.rpartition(b"/")
+        if _no_class_part(folder):
+            self.contents.hidden.add(self.class_name + b"/" + _no_class_part(folder))
+            return
+        if folder not in self.inner and may_be_image(base) and not is_system_file(base):
+            self.inner[folder] = name
+        self.contents.add(name and self.class_name + b"/" + base, size, location, reason)
+
+
+def refuse_folders_in_class_tars(where: str, tars: Sequence[ClassTar]) -> None:
+    """Raise UserError if it is unclear whether the tars or the folders inside them are the classes.
+
+    A tar may have its images in one folder that is called like the tar, or alike in all tars (`images`).
+    """
+    alike: set[bytes] = set()
+    for tar in tars:
+        own = [folder for folder in tar.inner if folder.rpartition(b"/")[2] not in (b"", tar.class_name)]
+        alike |= {folder.rpartition(b"/")[2] for folder in own}
+        if len(tar.inner) > 1 or len(alike) > 1:
+            name = name_text(tar.inner[own[0]] if own else next(iter(tar.inner.values())))
+            raise UserError(
+                f"{where}: {name_text(tar.class_name)}.tar has its images in folders ({name}), so it is unclear "
+                "whether the tars or the folders are the classes. Unpack the tars into one folder and name it as "
+                "SOURCE, or make a tar for each class without folders."
+            )
 
 
 def found_inputs(path: Path, contents: ArchiveContents, flat: bool) -> FoundInputs:

@@ -96,6 +96,7 @@ def list_caffe_lmdbs(
     store_classes: Sequence[str],
     runner: Runner,
     progress: Progress,
+    allow_empty_classes: bool = False,
 ) -> Source:
     """List the records of Caffe's LMDBs `folders`, one LMDB after another, as one split.
 
@@ -106,8 +107,8 @@ def list_caffe_lmdbs(
     -   the folder names in the keys, if every label has exactly one folder and no two labels share a folder
     -   the labels, written as decimal numbers
 
-    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, if a label has no class name, or
-    if the folder names in the keys are classes with other labels.
+    Raises UserError if a folder is not an LMDB, if no record is a Datum with a label, if a label has no class name, if
+    a class has no record and `allow_empty_classes` is false, or if the folder names in the keys are other classes.
     """
     if len({folder.resolve() for folder in folders}) < len(folders):
         raise UserError(f"{folders[0]}: one of the LMDBs is named twice.")
@@ -122,8 +123,10 @@ def list_caffe_lmdbs(
                 )
             keys, labels, sizes = result
             for key, label, size in zip(keys, labels, sizes, strict=True):
-                if label is None:
-                    refused.append((name_text(key), "not a Datum, or a Datum without a label"))
+                if label is None or label >= 2**31:
+                    number = 0 if label is None else label - 2**64 if label >= 2**63 else label
+                    fault = f"label {number}, expected 0 to {2**31 - 1:,}" if number else "not a Datum with a label"
+                    refused.append((name_text(key), fault))
                     continue
                 listing.add(key, label, size, 0, index)
                 numbered = _NUMBERED_KEY.fullmatch(key)
@@ -133,6 +136,12 @@ def list_caffe_lmdbs(
         raise UserError(f"{folders[0]}: {count_noun(len(refused), 'record')}, and not one is a Datum with a label.")
     classes = _class_names(folders[0], class_names, store_classes, key_folders)
     empty = [name for label, name in enumerate(classes) if label not in key_folders]
+    if empty and not allow_empty_classes:
+        first = " The smallest label is 1: does the LMDB count from 1?" if min(key_folders) == 1 else ""
+        raise UserError(
+            f"{folders[0]}: {count_noun(len(empty), 'class', 'classes')} without a record: {examples(empty)}.{first} "
+            "Import all LMDBs of the split together, or pass --allow-empty-classes."
+        )
     if empty:
         say(f"{folders[0]}: {count_noun(len(empty), 'class', 'classes')} without a record: {examples(empty)}.")
     return Source(CaffeReader(tuple(folders)), split, classes, listing, tuple(refused))
@@ -147,7 +156,6 @@ def _class_names(
 ) -> tuple[str, ...]:
     count = max(key_folders) + 1
     names, owner = wanted_classes(file, (), store_classes)
-    owners = {label: name_text(next(iter(found))) for label, found in key_folders.items() if len(found) == 1}
     if names:
         if count > len(names):
             raise UserError(
@@ -155,14 +163,18 @@ def _class_names(
                 f"with the labels 0 to {len(names) - 1}."
             )
         position = {name: label for label, name in enumerate(names)}
-        for label, name in sorted(owners.items()):
-            if position.get(name, label) != label:
+        found = sorted((label, name_text(name)) for label, of_label in key_folders.items() for name in of_label)
+        are_classes = any(name in position for _, name in found)
+        for label, name in found if are_classes else ():
+            if position.get(name) != label:
+                other = f"this class has the label {position[name]}" if name in position else "there is no such class"
                 raise UserError(
-                    f"{folder}: the keys of label {label} begin with {name}, but in {owner} this class has the label "
-                    f"{position[name]}. The LMDB numbers the classes in another order: give that order with --classes "
-                    "FILE, and build a store of its own."
+                    f"{folder}: a key of label {label} has the folder {name}, but in {owner} {other}. The LMDB has "
+                    "other classes, or another order of them: give that order with --classes FILE, and build a store "
+                    "of its own."
                 )
         return names
+    owners = {label: name_text(next(iter(found))) for label, found in key_folders.items() if len(found) == 1}
     if len(owners) == count == len(set(owners.values())) and all(owners.values()):
         return tuple(owners[label] for label in range(count))
     return numbered_classes(0, count - 1, str(folder))
@@ -180,7 +192,7 @@ def _list_lmdb(folder: str, task_progress: TaskProgress) -> tuple[list[bytes], l
         except DatumError:
             label = None
         keys.append(key)
-        labels.append(label if isinstance(label, int) and label < 2**31 else None)
+        labels.append(label if isinstance(label, int) else None)
         sizes.append(len(value))
         task_progress.count()
     return keys, labels, sizes

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise, zip_longest
 from pathlib import Path
 
-from prep.console import UserError, count_noun
+from prep.console import UserError, count_noun, say
 from prep.inputs.listing import Listing
 from prep.inputs.names import name_text
 
@@ -20,18 +20,28 @@ MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: ea
 
 # Folders that operating systems, network drives and programs create. Upper and lower case do not matter.
 _NO_CLASS_FOLDERS = re.compile(
-    rb"lost\+found|found\.\d{3}|\$recycle\.bin|\$extend|system volume information|@eadir|@tmp|@__thumb|#recycle|"
-    rb"#snapshot|@recycle|@recently-snapshot|@sharesnap|@syno.*|network trash folder|temporary items|"
+    rb"lost\+found|found\.\d{3}|\$recycle\.bin|(?-i:RECYCLE[DR])|\$extend|\$winreagent|\$sysreset|"
+    rb"system volume information|@eadir|@tmp|@__thumb|#recycle|#snapshot|~snapshot|@recycle|"
+    rb"@recently-snapshot|@sharesnap|@syno.*|network trash folder|temporary items|"
     rb"__macosx|__pycache__|paxheaders?(\.\w+)?|\..*",
     re.IGNORECASE,
 )
-_SYSTEM_FILES = re.compile(rb"(eh)?thumbs(_vista)?\.db|desktop\.ini|icon\r|folder\.htt|.*@syno\w+|\..*", re.IGNORECASE)
+_SYSTEM_FILES = re.compile(
+    rb"(eh)?thumbs(_vista)?\.db(:encryptable)?|desktop\.ini|desktop d[bf]|icon\r|folder\.htt|.*@syno\w+|"
+    rb".*:zone\.identifier|\..*",
+    re.IGNORECASE | re.DOTALL,
+)
+_CLASS_FILE_HEADERS = ("class", "classes", "class_name", "label", "labels", "name", "category", "synset", "wnid")
 _IMAGE_NAMES = re.compile(
     rb".*\.(jpe?g?|jfif|pjpeg|jpg_large|png|apng|gif|bmp|dib|webp|tiff?|p[bgpn]m|avif|hei[cf]s?|jxl|jp2|j2k)",
     re.IGNORECASE | re.DOTALL,
 )
 
-_SPLIT_NAMES = (b"train", b"training", b"val", b"valid", b"validation", b"test", b"testing")
+SPLIT_OF_FOLDER = {  # names of folders, in lower case -> split
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
 
 NO_CLASS = "a folder of the system or of a program, not a class"
 STRAY_FILE = "a file beside the class folders"
@@ -68,7 +78,7 @@ def class_names(folders: Sequence[bytes], where: str) -> list[str]:
     """
     parts = [folder.split(b"/") for folder in folders]
     inner = [path for path in parts if len(path) > 1]
-    of_split = next((path for path in inner if any(part.lower() in _SPLIT_NAMES for part in path)), None)
+    of_split = next((path for path in inner if any(_text([part]).lower() in SPLIT_OF_FOLDER for part in path)), None)
     if of_split:
         raise UserError(
             f"{where}: {_text(of_split)} is a folder of a split around or inside class folders. Expected a folder for "
@@ -229,19 +239,29 @@ def first_labels_text(classes: Sequence[str], shown: int = 5) -> str:
 def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
     """Read the classes of `--classes FILE`, one on each line, in the order of the labels.
 
-    A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. If `known`
-    classes are given, the name is the longest beginning of the line that is a known class. Without `known` classes, the
-    name is the first word of the line. Raises UserError if the file cannot be read, if a class occurs twice, or if the
-    numbers after the names, from 0 or from 1, are in another order than the lines.
+    A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. Lines that
+    begin with `#` and a header (`class`) are left out, unless they are classes. If `known` classes are given, the name
+    is the longest beginning of the line that is a known class. Without `known` classes, the name is the first word of the
+    line. Raises UserError if the file cannot be read, if a class occurs twice, if a line names several classes, or if
+    the numbers after the names, from 0 or from 1, are in another order than the lines.
     """
     try:
-        text = file.read_text("utf-8-sig", "surrogateescape")
+        text = name_text(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except OSError as error:
         raise UserError(f"--classes {file}: {error.strerror or error}.") from None
-    lines = [line.strip() for line in re.split(r"\r\n|\n|\r", text) if line.strip()]
+    written = [line.strip() for line in re.split(r"\r\n|\n|\r", text)]
+    lines = [line for line in written if line and (not line.startswith("#") or _class_of_line(line, known)[0] in known)]
+    if lines and lines[0].lower() in _CLASS_FILE_HEADERS and lines[0] not in known:
+        say(f"--classes {file}: line 1 is taken as a header: {lines.pop(0)}.")
     if not lines:
         raise UserError(f"--classes {file}: the file is empty.")
     rows = [_class_of_line(line, known) for line in lines]
+    of_several = next((row for row in rows if _has_classes(row[1], row[0], known)), None)
+    if of_several:
+        raise UserError(
+            f"--classes {file}: a line names several classes, {of_several[0]} and {of_several[1][:60]}. Expected one "
+            "class on each line."
+        )
     names = [name for name, _ in rows]
     seen: set[str] = set()
     double = next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
@@ -258,6 +278,12 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
             "lines gives the labels. Sort the lines by these numbers, or remove the numbers."
         )
     return tuple(names)
+
+
+def _has_classes(rest: str, name: str, known: Collection[str]) -> bool:
+    """Whether the rest of a line, behind the class `name`, consists of names of other classes."""
+    words = set(re.split(r"[,;\s]+", rest)) - {""}
+    return bool(words) and all(word in known and word != name and not is_number(word) for word in words)
 
 
 def _class_of_line(line: str, known: Collection[str]) -> tuple[str, str]:

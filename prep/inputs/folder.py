@@ -94,6 +94,7 @@ def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) 
         raise UserError(f"{root}: the folder is empty. Expected a folder for each class, or images and --labels.")
     if not len(walk.listing):
         raise UserError(f"{root}: {count_noun(len(walk.class_folders), 'class folder')} without any file.")
+    walk.refuse_aliases()
     names = class_names(walk.class_folders, str(folder))
     classes = order_classes(names, str(folder))
     label_of = {name: label for label, name in enumerate(classes)}
@@ -110,6 +111,7 @@ class _Entry:
     reason: str = ""  # why the entry is refused
     is_folder_link: bool = False  # a refused link to a folder, or to nothing
     is_file_link: bool = False  # a refused link to a file
+    is_link: bool = False  # a link that is followed
 
 
 class _Walk:
@@ -123,6 +125,7 @@ class _Walk:
         self.class_folders: list[bytes] = []  # paths below `folder`
         self.refused: list[tuple[str, str]] = []
         self.ignored: list[tuple[str, str]] = []
+        self.has_linked_folders = False
 
     def enter_single_folders(self) -> tuple[Path, list[_Entry]]:
         """Return (the folder of the class folders, its entries): `root`, or a folder below `root` that stands alone."""
@@ -183,6 +186,7 @@ class _Walk:
         folders, _, links = _sorted_out(entries)
         if links:
             self._refuse_links(parent, links)
+        self.has_linked_folders = self.has_linked_folders or any(entry.is_link for entry in folders)
         self._ignore_strays(parent, entries)
         self.progress.total += len(folders)
         status = os.stat(os.path.join(self.folder, parent))
@@ -193,6 +197,17 @@ class _Walk:
             for path, found in zip(paths, scanned, strict=True):
                 self._add_folder(path, found, around)
                 self.progress.advance()
+
+    def refuse_aliases(self) -> None:
+        """Raise UserError if two class folders are the same folder, so that its photographs would have two labels."""
+        found: dict[bytes, bytes] = {}
+        for path in self.class_folders if self.has_linked_folders else ():
+            other = found.setdefault(os.path.realpath(os.path.join(self.folder, path)), path)
+            if other != path:
+                raise UserError(
+                    f"{name_text(self.folder)}: the class folders {name_text(other)} and {name_text(path)} are the "
+                    "same folder, because of a link: each photograph would have two labels. Remove the link."
+                )
 
     def _add_folder(self, path: bytes, entries: Sequence[_Entry], around: tuple[tuple[int, int], ...]) -> None:
         """Add `path` as a class folder if it contains images or nothing, else the class folders in it."""
@@ -235,10 +250,11 @@ class _Walk:
 
     def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:
         text = ", ".join(f"{name_text(parent + link.name)}: {link.reason}" for link in links[:3])
+        advice = "Restore the folder that the link names" if self.follow_links else "Pass --follow-links"
         what = "class folder is a symbolic link" if len(links) == 1 else "class folders are symbolic links"
         raise UserError(
-            f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). Pass --follow-links, "
-            "or remove what is no class."
+            f"{name_text(self.folder)}: {len(links):,} {what} that cannot be followed ({text}). {advice}, or remove "
+            "what is no class."
         )
 
     def _scan(self, folder: bytes) -> list[_Entry]:
@@ -281,7 +297,7 @@ def _entries(folder: bytes, base: bytes, follow_links: bool) -> Iterator[_Entry]
                 continue
             mode = stat.S_IFMT(status.st_mode)
             if mode in (stat.S_IFREG, stat.S_IFDIR):
-                yield _Entry(entry.name, mode, status.st_size, status.st_mtime_ns)
+                yield _Entry(entry.name, mode, status.st_size, status.st_mtime_ns, is_link=entry.is_symlink())
             else:
                 yield _Entry(entry.name, 0, reason=f"a {_kind(mode)}, not a file")
 

@@ -46,8 +46,9 @@ def label_file(folder: Path, text: str, name: str = "labels.txt") -> Path:
 def list_labelled(
     folder: Path, labels: Path | None = None, order: str | None = None, store_classes: tuple[str, ...] = ()
 ) -> Source:
-    """Return the listing of a folder without class folders, as the split val."""
-    return list_source(folder, "val", ListOptions(labels, order), store_classes)
+    """Return the listing of a folder without class folders, as the split val, which may lack classes of the store."""
+    options = ListOptions(labels, order, allow_empty_classes=bool(store_classes))
+    return list_source(folder, "val", options, store_classes)
 
 
 def write_devkit(file: Path | io.BytesIO, numbered: dict[int, str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from prep.console import UserError, progress
 from prep.inputs.archive import checked_member_name
-from prep.inputs.archive_folders import ArchiveContents, found_inputs
+from prep.inputs.archive_folders import ArchiveContents, ClassTar, found_inputs, refuse_folders_in_class_tars
 from prep.inputs.classes import NO_CLASS, STRAY_FILE, examples, is_no_class_folder
 from prep.inputs.formats.shards import ShardReader, pack_location
 from prep.inputs.names import name_text
@@ -30,21 +30,20 @@ def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]
     broken = [path.name for path in entries if is_tar_name(path) and not path.exists()]
     if broken:
         raise UserError(f"{folder}: {examples(broken)}: a link to a tar that does not exist. Restore it, or remove it.")
-    contents = ArchiveContents(0)
+    contents, class_tars = ArchiveContents(0), []
     with progress(f"{split}: listing", len(tars), "archives") as listing_progress:
         for index, path in enumerate(tars):
             status = path.stat()
             contents.mtime_ns = status.st_mtime_ns
-            name_of_class = path.name[: -len(".tar")].encode("utf-8", "surrogateescape")
-            contents.folders.add(name_of_class)
+            class_tar = ClassTar(contents, os.fsencode(path.name))
+            class_tars.append(class_tar)
             with BoundedFile(path) as file:
                 for member in iterate_members(file, path, 0, status.st_size):
                     name, reason = checked_member_name(member)
                     if not member.isdir():
-                        location = pack_location(index, member.offset_data)
-                        base_name = name.rsplit(b"/", 1)[-1]
-                        contents.add(name and name_of_class + b"/" + base_name, member.size, location, reason)
+                        class_tar.add(name, member.size, pack_location(index, member.offset_data), reason)
             listing_progress.advance()
+    refuse_folders_in_class_tars(str(folder), class_tars)
     found = found_inputs(folder, contents, flat=False)
     listed = {path.name for path in tars}
     beside = [path for path in entries if path.name not in listed and (path.is_dir() or path.name[0] != ".")]

@@ -13,12 +13,13 @@ import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from prep.console import UserError, progress, say
+from prep.console import UserError, count_noun, progress, say
 from prep.inputs.classes import has_image_name
 from prep.inputs.folder import FolderReader
 from prep.inputs.formats.labelled import LabelledRows
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
+from prep.store.manifest import SPLITS
 
 _PATH_NAMES = ("path", "file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "images")
 _LABEL_NAMES = (
@@ -52,7 +53,16 @@ def list_csv(
     Raises UserError if the file is no CSV of paths and labels, or if no image has a label.
     """
     origin = path.absolute().parent
-    images = [(name, label) for _, name, label, row_split in _rows(path) if row_split in ("", split)]
+    images, others = [], []
+    for _, name, label, row_split in _rows(path):
+        if row_split in ("", split):
+            images.append((name, label))
+        elif row_split not in SPLITS:
+            others.append(row_split)
+    if others:
+        say(f"{path}: {count_noun(len(others), 'row')} of no split left out (column split: {others[0]}).")
+    if images and all(has_image_name(os.fsencode(label)) for _, label in images):
+        raise UserError(f"{path}: two paths in each row, such as {name_text(images[0][0])}, {images[0][1]}. {_NO_CSV}")
     folders = {os.path.dirname(os.path.normpath(os.path.join(os.fsencode(origin), name))) for name, _ in images}
     root = os.path.commonpath(folders) if folders else os.fsencode(origin)
     rows = LabelledRows(str(path))
@@ -64,13 +74,13 @@ def list_csv(
             try:
                 status = os.stat(full)
             except OSError as error:
-                rows.refused.append((name_text(shown), f"cannot be read: {error.strerror or error}"))
+                rows.refuse(shown, label, f"cannot be read: {error.strerror or error}")
                 continue
             except ValueError:
-                rows.refused.append((name_text(shown), "a NUL byte in its path"))
+                rows.refuse(shown, label, "a NUL byte in its path")
                 continue
             if not stat.S_ISREG(status.st_mode):
-                rows.refused.append((name_text(shown), "not a file"))
+                rows.refuse(shown, label, "not a file")
                 continue
             rows.add(shown, label, status.st_size, status.st_mtime_ns)
     found = rows.found((), options, store_classes, in_class_folders=False, are_positions=False)
@@ -81,14 +91,14 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
     """Yield (line number, path, label, split) of each row; the split is empty if the file has no such column."""
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-            first_line = file.readline()
+            first_line = next((line for line in file if line.strip() and not line.startswith("#")), "")
             file.seek(0)
             delimiter = max("\t;,", key=first_line.count)
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
             columns: tuple[int, int, int] | None = None
             for row in reader:
                 cells = [cell.strip() for cell in row]
-                if not any(cells):
+                if not any(cells) or _is_comment(cells[0]):
                     continue
                 if columns is None:
                     columns, is_header = _columns(path, cells)
@@ -104,9 +114,18 @@ def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
         raise UserError(f"{path}: {error}. {_NO_CSV}") from None
 
 
+def _is_comment(cell: str) -> bool:
+    """Whether the first cell of a row begins with `#` and is neither the name of an image nor of a column."""
+    return (
+        cell.startswith("#")
+        and not has_image_name(os.fsencode(cell))
+        and cell.strip("# ").lower() not in (*_PATH_NAMES, *_LABEL_NAMES)
+    )
+
+
 def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bool]:
     """Return ((column of the paths, of the labels, of the splits or −1), whether `cells` is a header)."""
-    names = [cell.lower() for cell in cells]
+    names = [cell.strip("# ").lower() for cell in cells]
 
     def find(wanted: Sequence[str]) -> int:
         return next((names.index(name) for name in wanted if name in names), -1)
@@ -118,6 +137,11 @@ def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bo
     is_image = [has_image_name(os.fsencode(cell)) for cell in cells]
     if len(cells) < 2 or not any(is_image):
         raise UserError(f"{path}: the first row is {', '.join(cells)!r:.80}. {_NO_CSV}")
-    if is_image[0]:
+    if is_image[0] and not any(cells[2:]):
         return (0, 1, -1), False
+    if is_image[0]:
+        raise UserError(
+            f"{path}: {len(cells)} columns without a header, so it is unclear which of them has the labels. Write a "
+            "first row such as path,width,height,label, or keep two columns: path, label."
+        )
     raise UserError(f"{path}: the path comes after the label in the first row, {', '.join(cells)!r:.80}. {_NO_CSV}")

@@ -12,15 +12,14 @@ from dataclasses import replace
 import numpy as np
 
 from prep.console import UserError
-from prep.inputs.classes import numbered_classes, order_classes, wanted_classes
+from prep.inputs.classes import is_number, order_classes, wanted_classes
 from prep.inputs.labels.devkit import open_devkit
-from prep.inputs.labels.numbers import LabelTexts
+from prep.inputs.labels.numbers import LabelTexts, refuse_odd_labels
 from prep.inputs.listing import OWN_FILE, Listing
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
 
 NO_LABEL = "no label"
-_MAX_DIGITS = 18
 
 
 class LabelledRows:
@@ -34,10 +33,16 @@ class LabelledRows:
         self.refused: list[tuple[str, str]] = []  # (name, reason)
         self.ignored: list[tuple[str, str]] = []  # (name, reason)
 
+    def refuse(self, path: bytes, label: str, reason: str) -> None:
+        """Refuse an input. Its class is a class all the same, so that other classes keep their labels."""
+        self.refused.append((name_text(path), reason))
+        if label:
+            self.texts.setdefault(label, len(self.texts))
+
     def add(self, path: bytes, label: str, size: int, mtime_ns: int, location: int = OWN_FILE) -> None:
         """Add an input. `label` is a number from 0 or the name of a class; an empty label is refused."""
         if not label:
-            self.refused.append((name_text(path), NO_LABEL))
+            self.refuse(path, label, NO_LABEL)
             return
         self.rows.add(path, self.texts.setdefault(label, len(self.texts)), size, mtime_ns, location)
 
@@ -58,8 +63,9 @@ class LabelledRows:
     ) -> FoundInputs:
         """Return all inputs with their classes.
 
-        If `are_positions` is false, a number can also be the name of a class, as in a label file. The number must then
-        have a single meaning, unless `options.label_order` states the meaning.
+        A number is the position of a class if `are_positions` is true and no class of the store is named by a number.
+        Otherwise the number can also be the name of a class, as in a label file. The number must then have a single
+        meaning, unless `options.label_order` states the meaning.
 
         The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
         else of `store_classes`, else it is called k. With `in_class_folders`, an input without a folder in its name
@@ -69,35 +75,18 @@ class LabelledRows:
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
         texts = list(self.texts)
-        if not are_positions and not names:
-            names, owner = wanted_classes(options.class_file, texts, store_classes)
-            label_texts = LabelTexts(
-                self.origin,
-                texts,
-                tuple(names),
-                owner,
-                lambda: None if options.devkit is None else open_devkit(options.devkit),
-                lambda text: f"The label {text}",
-            )
-            label_of, classes, _ = label_texts.resolve(options.label_order, False)
-            labels = [label_of[text] for text in texts]
-        elif not self.labels_are_names and all(text.isdecimal() and len(text) <= _MAX_DIGITS for text in texts):
-            labels = [int(text) for text in texts]
-            owner = "its list of class names"
-            if not names:
-                names, owner = wanted_classes(options.class_file, (), store_classes)
-            if not names:
-                names = numbered_classes(0, max(labels), self.origin)
-            if max(labels) >= len(names):
+        if not names and not self.labels_are_names:
+            labels, classes = self._read_texts(options, store_classes, are_positions)
+        elif not self.labels_are_names and all(map(is_number, texts)):
+            labels, classes = [int(text) for text in texts], tuple(names)
+            if max(labels) >= len(classes):
                 raise UserError(
-                    f"{self.origin}: label {max(labels)}, but {owner} has {len(names)} classes, with the labels 0 to "
-                    f"{len(names) - 1}."
+                    f"{self.origin}: label {max(labels)}, but the list of class names has {len(classes)} classes, with "
+                    f"the labels 0 to {len(classes) - 1}."
                 )
-            classes = tuple(names)
         else:
             classes = tuple(names) if set(texts) <= set(names) else order_classes(texts, self.origin)
-            label_of = {name: label for label, name in enumerate(classes)}
-            labels = [label_of[text] for text in texts]
+            labels = [classes.index(text) for text in texts]
         listing = Listing()
         for row in self.rows:
             item = replace(row, label=labels[row.label])
@@ -109,6 +98,34 @@ class LabelledRows:
                 f"{self.origin}: two images have the name {name_text(double)}. Every image needs a unique name."
             )
         return FoundInputs(listing, classes, False, tuple(self.refused), tuple(self.ignored))
+
+    def _read_texts(
+        self, options: ListOptions, store_classes: Sequence[str], are_positions: bool
+    ) -> tuple[list[int], tuple[str, ...]]:
+        """Return (label of each of `texts`, classes), if the format itself does not name the classes."""
+        texts = list(self.texts)
+        classes, owner = wanted_classes(options.class_file, texts, store_classes)
+
+        def example(text: str) -> str:
+            return f"The label {text}"
+
+        label_texts = LabelTexts(
+            self.origin,
+            texts,
+            classes,
+            owner,
+            lambda: None if options.devkit is None else open_devkit(options.devkit),
+            example,
+        )
+        order = options.label_order
+        if are_positions and not label_texts.are_numbers:
+            refuse_odd_labels(self.origin, texts, classes, example)
+            classes = order_classes(texts, self.origin)
+            return [classes.index(text) for text in texts], classes
+        if are_positions and order is None and not any(map(is_number, classes)):
+            order = "sorted-from-0"  # in a store whose classes are numbers, the number could also be a name
+        label_of, classes, _ = label_texts.resolve(order, False)
+        return [label_of[text] for text in texts], classes
 
 
 def _first_reason(refused: Sequence[tuple[str, str]]) -> str:

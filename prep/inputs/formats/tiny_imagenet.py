@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from prep.console import UserError
+from prep.console import UserError, count_noun, say
 from prep.inputs.archive_folders import ArchiveContents, found_inputs
-from prep.inputs.classes import STRAY_FILE
+from prep.inputs.classes import NO_PHOTOGRAPH, STRAY_FILE, examples, may_be_image
 from prep.inputs.folder import FolderReader, list_folder
 from prep.inputs.formats.labelled import LabelledRows
 from prep.inputs.formats.zip_archive import ZipReader, member_named, zip_contents
@@ -90,24 +90,38 @@ def _list_zip(
 
 
 def _parse_annotations(content: bytes, where: str) -> dict[bytes, str]:
-    """Return {name of an image: class}."""
-    labels = {}
-    for number, line in enumerate(content.splitlines(), 1):
-        cells = line.split(b"\t")
-        if len(cells) < 2 and line.strip():
+    """Return {name of an image: class}. Raises UserError if a line has no class, or if an image has two classes."""
+    labels: dict[bytes, str] = {}
+    for number, line in enumerate(content.removeprefix(b"\xef\xbb\xbf").splitlines(), 1):
+        if not line.strip():
+            continue
+        cells = [cell.strip() for cell in line.split(b"\t")]
+        if len(cells) < 2 or not cells[1]:
             raise UserError(f"{where}, line {number}: {name_text(line[:40])}, expected name and class, with a tab.")
-        if line.strip():
-            labels[cells[0].strip()] = name_text(cells[1].strip())
+        name, label = cells[0], name_text(cells[1])
+        if labels.setdefault(name, label) != label:
+            raise UserError(f"{where}, line {number}: {name_text(name)} has two labels, {labels[name]} and {label}.")
     return labels
 
 
 def _labelled(
     origin: str, found: FoundInputs, labels: dict[bytes, str], options: ListOptions, store_classes: Sequence[str]
 ) -> FoundInputs:
-    """The inputs of a flat folder with their labels; an input without a label is refused."""
+    """The inputs of a flat folder with their labels; an image without a label is refused."""
     rows = LabelledRows(origin)
+    rows.labels_are_names = True
+    listed = [found.listing.path(k) for k in range(len(found.listing))]
+    surplus = [name_text(name) for name in sorted(labels.keys() - set(listed))]
+    if surplus:
+        say(
+            f"{origin}: {count_noun(len(surplus), 'line')} of {_ANNOTATIONS.decode()} without an image: "
+            f"{examples(surplus)}."
+        )
     for item in found.listing:
-        rows.add(item.path, labels.get(item.path, ""), item.size, item.mtime_ns, item.location)
+        if item.path in labels or may_be_image(item.path):
+            rows.add(item.path, labels.get(item.path, ""), item.size, item.mtime_ns, item.location)
+        else:
+            rows.ignored.append((name_text(item.path), NO_PHOTOGRAPH))
     labelled = rows.found((), options, store_classes, in_class_folders=False)
     refused, ignored = (*found.refused, *labelled.refused), (*found.ignored, *labelled.ignored)
     return replace(labelled, refused=refused, ignored=ignored)

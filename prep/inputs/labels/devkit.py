@@ -34,7 +34,10 @@ class Devkit:
 
         try:
             rows = loadmat(io.BytesIO(self.meta), squeeze_me=True)["synsets"]
-            return {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
+            synsets = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in rows}
+            if len(set(synsets.values())) < len(rows):
+                raise ValueError("a synset or a number occurs twice")
+            return synsets
         except Exception as error:  # loadmat raises many kinds of errors for a broken file
             raise UserError(f"{self.path} is not the devkit's meta.mat ({error}). {_ADVICE}") from None
 
@@ -94,5 +97,6 @@ def _in_archive(path: Path) -> Devkit | None:
                     file = tar.extractfile(member)
                     contents[name] = file.read() if file else b""
     except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-        raise UserError(f"--devkit {path}: the archive is damaged ({error}). {_ADVICE}") from None
+        reason = str(error).partition(":")[0]
+        raise UserError(f"--devkit {path}: the archive is damaged ({reason}). {_ADVICE}") from None
     return Devkit(path, contents["meta.mat"], contents.get(GROUND_TRUTH_NAME, b"")) if "meta.mat" in contents else None

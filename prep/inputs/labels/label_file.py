@@ -10,11 +10,13 @@ from __future__ import annotations
 import csv
 import os
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
-from prep.console import UserError
+from prep.console import UserError, count_noun
 from prep.inputs.classes import examples, has_image_name, is_number
 from prep.inputs.names import name_text
 
@@ -29,6 +31,7 @@ _LABEL_HEADERS = {
     *("category_id", "category_name", "label_id", "label_name", "labelname", "synset", "wnid", "predictionstring", "y"),
     *("species", "breed", "tag", "prediction", "ground_truth", "groundtruth", "class_label", "classlabel", "target_id"),
 }
+_EXTENSIONS = {b".jpeg": ".jpg", b".jpe": ".jpg", b".jfif": ".jpg", b".tiff": ".tif"}
 _KAGGLE_BOXES = re.compile(r"(\S+)(?:\s+-?[\d.]+){4}\s*")  # class and x_min y_min x_max y_max
 
 
@@ -42,7 +45,10 @@ class Row:
 
 
 class ImageNames:
-    """Finds images by the names that label files use: with or without folders, with or without an extension."""
+    """Finds images by the names that label files use: with or without folders, with or without an extension.
+
+    The extension may be written differently (`.JPEG` for `.jpg`), and letters with accents in another Unicode form.
+    """
 
     def __init__(self, names: Sequence[bytes]) -> None:
         self._by_name = {name: name for name in names}
@@ -58,12 +64,33 @@ class ImageNames:
         for name in (raw, base, raw.replace(b"\\", b"/").rsplit(b"/", 1)[-1]):
             if name in self._by_name:
                 return name
-        return self._by_stem.get(base) or self._by_name.get(os.path.splitext(base)[0])
+        found = self._by_stem.get(base) or self._by_name.get(os.path.splitext(base)[0])
+        return found or self._by_spelling.get(_spelling(base))
+
+    @cached_property
+    def _by_spelling(self) -> dict[str, bytes | None]:
+        by_spelling: dict[str, bytes | None] = {}
+        for name in self._by_name:
+            by_spelling[_spelling(name)] = None if _spelling(name) in by_spelling else name
+        return by_spelling
+
+    @cached_property
+    def have_hashes(self) -> bool:
+        """Whether the name of an image begins with `#`, as comments do."""
+        return any(name.startswith(b"#") for name in self._by_name)
 
     def score(self, text: str) -> int:
         """2 if the text is the whole name of an image, 1 if it is an image's name without its extension, else 0."""
         found = self.find(text)
         return 0 if found is None else 1 + (os.path.splitext(found)[1] in os.fsencode(text)[-8:])
+
+
+def _spelling(name: bytes) -> str:
+    """The name in one of its spellings: Unicode's composed form, `.jpg` for `.JPEG`, `.tif` for `.TIFF`."""
+    stem, extension = os.path.splitext(name)
+    extension = extension.lower()
+    text = stem.decode("utf-8", "surrogateescape") + _EXTENSIONS.get(extension, os.fsdecode(extension))
+    return unicodedata.normalize("NFC", text)
 
 
 @dataclass(frozen=True)
@@ -80,12 +107,22 @@ def parse_label_file(file: Path, content: bytes, images: ImageNames) -> Rows:
     if content.startswith((b"\xff\xfe", b"\xfe\xff")) or b"\0" in content[:1000]:
         raise UserError(f"--labels {file}: not UTF-8 text. Save the file as text in UTF-8.")
     text = content.decode("utf-8-sig", "surrogateescape")
-    lines = [(number, line) for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
+    written = [(number, line) for number, line in enumerate(re.split(r"\r\n|\n|\r", text), 1) if line.strip()]
+    lines = [(number, line) for number, line in written if images.have_hashes or not _is_comment(line)]
     if not lines:
         raise UserError(f"--labels {file}: the file is empty.")
-    if all(_is_single(line) for _, line in lines[1:]) and (len(lines) > 1 or _is_single(lines[0][1])):
-        return _single_column(file, lines, images)
-    return _name_and_label(file, lines, images)
+    is_single = all(_is_single(line) for _, line in lines[1:]) and (len(lines) > 1 or _is_single(lines[0][1]))
+    rows = _single_column(file, lines, images) if is_single else _name_and_label(file, lines, images)
+    if len(lines) == len(written):
+        return rows
+    note = f"left out {count_noun(len(written) - len(lines), 'line')} with a comment (#)"
+    return replace(rows, notes=[note, *rows.notes])
+
+
+def _is_comment(line: str) -> bool:
+    """Whether a line begins with `#` and is not a header such as `#filename label`."""
+    words = re.split(r"[\s,;|]+", line.strip("# \t").lower())
+    return line.lstrip().startswith("#") and not all(word in _NAME_HEADERS | _LABEL_HEADERS for word in words)
 
 
 def _class_text(text: str) -> str:
@@ -161,7 +198,31 @@ def _name_and_label(file: Path, lines: Sequence[tuple[int, str]], images: ImageN
             f"--labels {file}, line {rows[0].line}: {rows[0].label[:60]!r} follows the name {rows[0].name[:60]}. "
             "Expected `name label`, without further columns."
         )
-    return Rows(_without_boxes(file, rows), True, notes)
+    rows = _without_boxes(file, rows)
+    if all(has_image_name(os.fsencode(row.label)) for row in rows):
+        raise UserError(
+            f"--labels {file}, line {rows[0].line}: {rows[0].name[:60]}, {rows[0].label[:60]}: two names of images. "
+            "Expected `name label`."
+        )
+    if header is None:
+        _refuse_unknown_header(file, rows, images)
+    return Rows(rows, True, notes)
+
+
+def _refuse_unknown_header(file: Path, rows: Sequence[Row], images: ImageNames) -> None:
+    """Raise UserError if the first line may be a header in unknown words.
+
+    Such a line is the only one that names no image, and its label occurs in no other line.
+    """
+    first, others = rows[0], rows[1:]
+    if "." in first.name or images.find(first.name) is not None or any(row.label == first.label for row in others):
+        return
+    if others and all(images.find(row.name) is not None for row in others):
+        raise UserError(
+            f"--labels {file}, line {first.line}: no image is called {first.name[:60]}, and no other line has the "
+            f"label {first.label[:60]}. If this line has the names of the columns, call them filename and label; "
+            "otherwise remove it."
+        )
 
 
 def images_text(images: ImageNames) -> str:

@@ -23,6 +23,12 @@ from prep.inputs.labels.devkit import DEVKIT_NAME, Devkit
 
 LABEL_ORDERS = ("sorted", "sorted-from-0", "name", "devkit")
 
+_NO_LABELS = ("nan", "<na>", "#n/a", "n/a")  # what programs write where a label is missing, in lower case
+_ODD_NUMBERS = (  # (numbers that are neither names nor positions of classes, what is expected instead)
+    (re.compile(r"-\d+"), "a number from 0"),
+    (re.compile(r"[-+]?(\d+\.\d*|\.\d+)(e[-+]?\d+)?|[-+]?\d+e[-+]\d+|\+\d+|\d{19,}", re.I), "a whole number"),
+)
+
 _FIRST_NUMBERS = {"sorted": 1, "sorted-from-0": 0}
 
 
@@ -49,7 +55,7 @@ class LabelTexts:
 
         Raises UserError if a text is no class, or if the texts can be read in more than one way.
         """
-        self._refuse_odd_numbers()
+        refuse_odd_labels(self.where, self.texts, self.classes, self.example, may_mix=order == "name")
         if order is None and is_ground_truth and self.are_numbers:
             order = "devkit"
             if self.devkit() is None:
@@ -161,12 +167,36 @@ class LabelTexts:
             )
         return {text: label_of[synsets[number]] for text, number in numbers.items()}, classes
 
-    def _refuse_odd_numbers(self) -> None:
-        """Raise UserError for numbers that can be neither names nor positions of classes: `-1`, `1.0`, `10**18`."""
-        for pattern, expected in ((r"-\d+", "a number from 0"), (r"[-+]?\d*\.\d+|\d+\.|\d{19,}", "a whole number")):
-            odd = [text for text in self.texts if re.fullmatch(pattern, text) and text not in self.classes]
-            if odd:
-                raise UserError(f"{self.where}: label {odd[0][:40]}, expected the name of a class or {expected}.")
+
+def refuse_odd_labels(
+    where: str, texts: Sequence[str], known: Collection[str], example: Callable[[str], str], may_mix: bool = False
+) -> None:
+    """Raise UserError for labels that are neither names nor positions of classes: `-1`, `1.0`, `nan`.
+
+    If no classes are `known`, numbers together with other texts are refused, too, unless `may_mix` is true. `example`
+    returns, for the message, a line of the file that has a given text.
+    """
+    unknown = [text for text in texts if text not in known]
+    for pattern, expected in _ODD_NUMBERS:
+        odd = next((text for text in unknown if pattern.fullmatch(text)), None)
+        if odd is not None:
+            raise UserError(
+                f"{where}: label {odd[:40]}, expected the name of a class or {expected}. {example(odd)[:100]}."
+            )
+    missing = next((text for text in unknown if text.lower() in _NO_LABELS), None)
+    if missing is not None:
+        raise UserError(
+            f"{where}: label {missing}, which means that there is no label. See {example(missing)[:100]}. Write the "
+            "label, or remove the line and the image."
+        )
+    number = next((text for text in unknown if is_number(text)), None)
+    word = next((text for text in unknown if not is_number(text)), None)
+    if not (known or may_mix) and number is not None and word is not None:
+        raise UserError(
+            f"{where}: label {word[:40]} is no number, but other labels are, such as {number}. See "
+            f"{example(word)[:100]}. Correct the line. If both are names of classes, pass --label-order name, or "
+            "give the names with --classes FILE."
+        )
 
 
 def empty_classes(classes: Sequence[str], labels: Collection[int]) -> list[str]:

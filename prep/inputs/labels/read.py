@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 from prep.console import UserError, count_noun, say
-from prep.inputs.classes import examples, refuse_empty_classes, wanted_classes
+from prep.inputs.classes import SPLIT_OF_FOLDER, examples, refuse_empty_classes, wanted_classes
 from prep.inputs.labels.devkit import DEVKIT_NAME, GROUND_TRUTH_NAME, Devkit, find_devkit, open_devkit
 from prep.inputs.labels.label_file import ImageNames, Row, Rows, parse_label_file
 from prep.inputs.labels.numbers import LabelTexts, empty_classes
@@ -16,6 +17,8 @@ from prep.inputs.names import name_text
 from prep.inputs.reader import ListOptions
 
 _ILSVRC_NUMBER = re.compile(rb"ILSVRC\d{4}_(?:val|test)_(\d{8})\.\w+")
+_TEST_IMAGE = re.compile(rb"ILSVRC\d{4}_test_")
+_OTHER_YEAR = re.compile(rb"ILSVRC201[01]")
 _SYNSET = re.compile(r"n\d{8}")  # a class of ImageNet
 _MIN_INDEX_LINES = 100  # a file of so many lines whose labels are the line numbers is an index, not a label file
 
@@ -38,6 +41,8 @@ def read_labels(
     rows = parse_label_file(file, content, images)
     for note in rows.notes:
         say(f"{file}: {note}.")
+    if rows.has_names:
+        rows = replace(rows, rows=_of_split(file, rows.rows, split, root))
     texts: dict[str, Row] = {}
     for row in rows.rows:
         texts.setdefault(row.label, row)
@@ -57,6 +62,8 @@ def read_labels(
             "Expected `name label` on each line, or the classes in a file: --classes FILE."
         )
     label_of, classes, order = label_texts.resolve(options.label_order, not rows.has_names)
+    if order == "devkit":
+        _refuse_other_year(file, names[0])
     labels = {name: label_of[text] for name, text in found.items()}
     first = names[0]
     meaning = {"name": "names of classes", "devkit": f"numbers of {getattr(devkit(), 'path', '')}"}.get(
@@ -67,11 +74,44 @@ def read_labels(
         f"label {labels[first]}."
     )
     empty = empty_classes(classes, labels.values())
-    if empty and not store_classes and not options.allow_empty_classes:
+    if empty and not options.allow_empty_classes:
         refuse_empty_classes(where, empty)
     if empty:
         say(f"{root}: {count_noun(len(empty), 'class', 'classes')} without a photograph: {examples(empty)}.")
     return labels, classes, file
+
+
+def _of_split(file: Path, rows: Sequence[Row], split: str, root: Path) -> list[Row]:
+    """The rows without those whose folder names another split than `split` (`train/1.jpg` in a list for val).
+
+    Raises UserError if no other rows are left.
+    """
+    kept: list[Row] = []
+    others: list[Row] = []
+    own_folder = root.resolve().name
+    for row in rows:
+        folders = re.split(r"[\\/]", row.name)[:-1]
+        splits = {SPLIT_OF_FOLDER[folder.lower()] for folder in folders if folder.lower() in SPLIT_OF_FOLDER}
+        is_other = splits and split not in splits and own_folder not in folders
+        (others if is_other else kept).append(row)
+    if others and not kept:
+        raise UserError(
+            f"--labels {file}: the names are those of another split ({others[0].name}), expected images of {split} in "
+            f"{root}. Name the label file of {split}, or pass --split with the right split."
+        )
+    if others:
+        say(f"{file}: {count_noun(len(others), 'line')} of another split left out (first: {others[0].name}).")
+    return kept
+
+
+def _refuse_other_year(file: Path, name: bytes) -> None:
+    """Raise UserError if numbers of ILSVRC 2010 or 2011 would be read in the order of the devkit of 2012."""
+    match = _OTHER_YEAR.search(file.name.encode(errors="replace")) or _OTHER_YEAR.match(name)
+    if match:
+        raise UserError(
+            f"--labels {file}: the numbers for {name_text(name)} are those of {match[0].decode()}, the devkit is that "
+            "of ILSVRC2012, which numbers other classes. Write `name label` on each line, with the synsets as labels."
+        )
 
 
 def _by_name(file: Path, rows: Sequence[Row], images: ImageNames, names: Sequence[bytes]) -> dict[bytes, str]:
@@ -117,6 +157,11 @@ def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> 
     If the images have ILSVRC's names and the file has more lines than there are images, line k belongs to the image
     with number k. Raises UserError if there are more or fewer lines than images.
     """
+    if _TEST_IMAGE.match(names[0]) and "test" not in file.name:
+        raise UserError(
+            f"--labels {file}: {root} has test images ({name_text(names[0])}), and ILSVRC's ground truth is for the "
+            "validation images. Expected `name label` on each line."
+        )
     numbers = [int(match[1]) for name in names if (match := _ILSVRC_NUMBER.fullmatch(name))]
     if len(numbers) == len(names) < len(rows.rows) and 0 < min(numbers) and max(numbers) <= len(rows.rows):
         say(f"{root}: {len(names):,} images, {len(rows.rows):,} lines in {file}: line k is read for image number k.")
@@ -126,16 +171,30 @@ def _by_position(file: Path, rows: Rows, names: Sequence[bytes], root: Path) -> 
             f"--labels {file}: {len(rows.rows):,} lines for {len(names):,} images in {root} "
             f"({name_text(names[0])} to {name_text(names[-1])}). Expected one line for each image, or `name label`."
         )
+    counted = sorted(names, key=_by_numbers)
+    other = next((pair for pair in zip(names, counted, strict=True) if pair[0] != pair[1]), None)
+    if other:
+        raise UserError(
+            f"--labels {file}: the order of the images is ambiguous: {name_text(other[0])} comes before "
+            f"{name_text(other[1])} as text and after it as numbers. Expected `name label` on each line."
+        )
     return {name: row.label for name, row in zip(names, rows.rows, strict=True)}
+
+
+def _by_numbers(name: bytes) -> list[tuple[bytes, int]]:
+    """Sort key that compares the numbers in names as numbers: `2.jpg` comes before `10.jpg`."""
+    parts = re.split(rb"(\d+)", name)
+    return [(text, int(number)) for text, number in zip(parts[::2], [*parts[1::2], b"0"], strict=True)]
 
 
 def _refuse_index(where: str, rows: Sequence[Row]) -> None:
     """Raise UserError if the labels are the numbers of the lines, as in ImageSets/CLS-LOC/val.txt of ILSVRC."""
-    if len(rows) >= _MIN_INDEX_LINES and all(row.label == str(k) for k, row in enumerate(rows, 1)):
-        raise UserError(
-            f"{where}: the numbers are those of the lines, 1 to {len(rows):,}: an index of the images, not labels. "
-            "Name another label file."
-        )
+    for first in (0, 1):
+        if len(rows) >= _MIN_INDEX_LINES and all(row.label == str(k) for k, row in enumerate(rows, first)):
+            raise UserError(
+                f"{where}: the numbers are those of the lines, {first} to {len(rows) - 1 + first:,}: an index of the "
+                "images, not labels. Name another label file."
+            )
 
 
 def _find_labels(options: ListOptions, root: Path, split: str) -> tuple[Path, bytes, Callable[[], Devkit | None]]:

@@ -225,3 +225,21 @@ def test_what_is_left_out_is_in_the_account_and_classes_are_listed_with_labels(s
     assert "3 classes, by label: 0 n1, 1 n2, 2 n3" in described
     assert "not part of the data set: a file beside the class folders (1)" in described
     assert alexprep("verify", "--store", store, "--jobs", "1").exit_code == 0
+
+
+def test_a_class_that_loses_its_inputs_only_when_decoded_is_found_by_a_dry_run(source: Path, tmp_path: Path) -> None:
+    """The first bytes are those of a JPEG. The sample that --dry-run decodes holds all inputs of the class."""
+    for folder in (source / "train").iterdir():
+        for path in sorted(folder.iterdir())[5:]:
+            path.unlink()
+    for path in (source / "train" / "n2").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    listed = list_splits(source)[:1]
+    with pytest.raises(UserError, match=r"1 class has no photograph: n2\. n2/.*cannot be decoded"):
+        _check_dry_run(listed, tmp_path / "store", SKIP)
+    for _ in range(2):  # after the first attempt, all shards are finished
+        with pytest.raises(UserError, match=r"1 class lost all photographs.*bad input is n2/"):
+            build_split(listed[0], tmp_path / "store", PPM, InlineRunner(), Progress("", 24), SKIP)
+        with pytest.raises(UserError, match=r"1 class has no photograph: n2"):
+            _check_dry_run(listed, tmp_path / "store", SKIP)
+    _check_dry_run(listed, tmp_path / "store", ALLOW)

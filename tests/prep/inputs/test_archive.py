@@ -437,10 +437,11 @@ def test_the_command_counts_and_names_refused_members(photo_folder: Path, tmp_pa
     odd = [member for name, (member, _) in ODD.items() if "folder" not in name]
     double: Member = (members[0][0], b"no picture at all")
     (tmp_path / "x.tar").write_bytes(tar_of([double, *odd, *members]))
-    result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store")
+    options = (tmp_path / "x.tar", "--store", tmp_path / "store", "--allow-empty-classes")  # n1 has only links
+    result = alexprep(*options)
     assert result.exit_code == 1
     assert f"{len(odd) + 1} inputs of {30 + len(odd) + 1} are not images" in result.stderr
-    result = alexprep(tmp_path / "x.tar", "--store", tmp_path / "store", "--on-bad", "skip")
+    result = alexprep(*options, "--on-bad", "skip")
     assert result.exit_code == 0, result.output
     account = Store.open(tmp_path / "store").split("train").account
     assert (account["inputs"], account["kept"]) == (30 + len(odd) + 1, 30)
@@ -465,3 +466,42 @@ def test_an_archive_that_was_removed_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.tar").rename(tmp_path / "y.tar")
     with pytest.raises((UserError, BadImage), match="No such file"):
         TarReader(tmp_path / "x.tar").read(found.listing[0])
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize(
+    ("tars", "classes"),
+    [
+        ({"n1": ["a", "b"], "n2": ["c"]}, ("n1", "n2")),
+        ({"n1": ["n1/a"], "n2": ["./n2/c", "n2/@eaDir/c", "n2/Thumbs.db"]}, ("n1", "n2")),
+        ({"n1": ["images/a"], "n2": ["images/c"]}, ("n1", "n2")),
+        ({"part1": ["n1/a", "n2/b"], "part2": ["n1/c"]}, None),
+        ({"part1": ["n1/a"], "part2": ["n2/b"]}, None),
+    ],
+)
+def test_tars_of_class_folders_are_no_class_tars(
+    tars: dict[str, list[str]], classes: tuple[str, ...] | None, nested: bool, tmp_path: Path
+) -> None:
+    """Shards that were made of class folders: the names of the tars would become the classes."""
+    folder = tmp_path / "tars"
+    folder.mkdir()
+    content = {f"{name}.tar": tar_of([(member, A) for member in members]) for name, members in tars.items()}
+    for name, data in content.items():
+        (folder / name).write_bytes(data)
+    (tmp_path / "all.tar").write_bytes(tar_of(list(content.items())))
+    where = tmp_path / "all.tar" if nested else folder
+    if classes is None:
+        with pytest.raises(UserError, match=r"part.\.tar has its images in folders \(n./.\), so it is unclear"):
+            list_source(where, "train")
+        return
+    source = list_source(where, "train")
+    assert source.classes == classes
+    assert {item.path.count(b"/") for item in source.inputs} == {1}
+    assert not source.refused and len(source.inputs) + len(source.ignored) == sum(map(len, tars.values()))
+
+
+def test_a_class_that_has_only_links_is_a_class_without_a_photograph(tmp_path: Path) -> None:
+    link: Member = ("n0/x.JPEG", b"", {"type": tarfile.SYMTYPE, "linkname": "../n1/a.JPEG"})
+    (tmp_path / "x.tar").write_bytes(tar_of([*THREE, link]))
+    with pytest.raises(UserError, match=r"1 class has no photograph: n0\. n0/x\.JPEG: a link"):
+        list_source(tmp_path / "x.tar", "train")

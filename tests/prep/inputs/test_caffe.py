@@ -201,9 +201,9 @@ def test_the_same_images_as_files_give_the_same_records(
 def odd_records(datum: Callable[..., bytes]) -> dict[bytes, tuple[bytes, str]]:
     """Return {key: (value, reason why the record is left out)}."""
     good = {"data": jpeg(), "encoded": True}
-    label = "not a Datum, or a Datum without a label"
+    label = "not a Datum with a label"
     return {
-        b"10_negative_label": (datum(**good, label=-1), label),
+        b"10_negative_label": (datum(**good, label=-1), "label -1, expected 0 to 2,147,483,647"),
         b"11_no_label": (datum(**good), label),
         b"12_floats": (datum(float_data=[0.5] * 27, channels=3, height=3, width=3, label=0), "without 8-bit data"),
         b"13_noise": (b"\xff" * 40, label),
@@ -282,7 +282,10 @@ def labelled(datum: Callable[..., bytes], *names: tuple[str, int]) -> list[tuple
 def test_classes_are_named_by_the_folders_in_the_keys_or_numbered(
     names: tuple[tuple[str, int], ...], classes: tuple[str, ...], datum: Callable[..., bytes], tmp_path: Path
 ) -> None:
-    done(import_caffe(tmp_path / "store", lmdb_of(tmp_path / "l", labelled(datum, *names))))
+    folder = lmdb_of(tmp_path / "l", labelled(datum, *names))
+    if len({label for _, label in names}) < len(classes):
+        fails(import_caffe(tmp_path / "store", folder), "1 class without a record: 1", "--allow-empty-classes")
+    done(import_caffe(tmp_path / "store", folder, "--allow-empty-classes"))
     store = Store.open(tmp_path / "store")
     assert store.classes == classes
     counts = [sum(label == k for _, label in names) for k in range(len(classes))]
@@ -295,12 +298,12 @@ def test_classes_are_named_by_a_file(datum: Callable[..., bytes], tmp_path: Path
     words.write_text(
         "n01440764 tench, Tinca tinca\nn01443537 goldfish\n\nn01484850 great white shark\nn01491361 tiger\n"
     )
-    done(import_caffe(tmp_path / "store", folder, "--classes", words))
+    done(import_caffe(tmp_path / "store", folder, "--classes", words, "--allow-empty-classes"))
     store = Store.open(tmp_path / "store")
     assert store.classes == ("n01440764", "n01443537", "n01484850", "n01491361")
     assert store.split("train").label_counts == (1, 0, 1, 0)
     val = lmdb_of(tmp_path / "v", labelled(datum, ("x.JPEG", 3)))  # a second split needs no --classes
-    done(import_caffe(tmp_path / "store", val, "--split", "val"))
+    done(import_caffe(tmp_path / "store", val, "--split", "val", "--allow-empty-classes"))
     assert Store.open(tmp_path / "store").split("val").label_counts == (0, 0, 0, 1)
     beyond = lmdb_of(tmp_path / "b", labelled(datum, ("x.JPEG", 4)))
     shutil.rmtree(tmp_path / "store" / "val")
@@ -311,7 +314,7 @@ def test_classes_in_another_order_than_in_the_store_are_refused(datum: Callable[
     store = tmp_path / "store"
     done(import_caffe(store, lmdb_of(tmp_path / "l", labelled(datum, ("n1/a.JPEG", 0), ("n2/b.JPEG", 1)))))
     swapped = lmdb_of(tmp_path / "v", labelled(datum, ("n2/a.JPEG", 0), ("n1/b.JPEG", 1)))
-    fails(import_caffe(store, swapped, "--split", "val"), "label 0 begin with n2", "in the store", "label 1")
+    fails(import_caffe(store, swapped, "--split", "val"), "label 0 has the folder n2", "in the store", "label 1")
     words = tmp_path / "words.txt"
     words.write_text("n2\nn1\n")
     plain = lmdb_of(tmp_path / "p", labelled(datum, ("a.JPEG", 0), ("b.JPEG", 1)))
@@ -418,3 +421,17 @@ def test_wrong_usage_has_exit_code_2(tmp_path: Path) -> None:
     assert import_caffe(tmp_path / "s", tmp_path, "--split", "test").exit_code == 2
     help_text = done(CliRunner().invoke(main, ["import-caffe", "--help"]))
     assert "convert_imageset" in help_text
+
+
+def test_labels_that_count_from_1_are_refused(datum: Callable[..., bytes], tmp_path: Path) -> None:
+    folder = lmdb_of(tmp_path / "l", labelled(datum, ("n1/a.JPEG", 1), ("n2/b.JPEG", 2)))
+    fails(import_caffe(tmp_path / "store", folder), "1 class without a record: 0", "does the LMDB count from 1?")
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize("name", ["n1/c.JPEG", "n3/c.JPEG"])
+def test_a_single_key_of_another_class_is_refused(name: str, datum: Callable[..., bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    done(import_caffe(store, lmdb_of(tmp_path / "l", labelled(datum, ("n1/a.JPEG", 0), ("n2/b.JPEG", 1)))))
+    val = lmdb_of(tmp_path / "v", labelled(datum, ("n1/a.JPEG", 0), ("n2/b.JPEG", 1), (name, 1)))
+    fails(import_caffe(store, val, "--split", "val"), f"label 1 has the folder {name[:2]}", "in the store")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def test_names_of_shards_name_the_splits(tmp_path: Path, capsys: pytest.CaptureF
 def test_positions_without_a_name_are_refused(tmp_path: Path) -> None:
     path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", cls=2))
     put(tmp_path / "classes.txt", b"cat\ndog\n")
-    with pytest.raises(UserError, match=r"label 2, but .*classes\.txt has 2 classes, with the labels 0 to 1"):
+    with pytest.raises(UserError, match=r"number 2, but .*classes\.txt has 2 classes, numbers 0 to 1"):
         list_source(path, "train", ListOptions(class_file=tmp_path / "classes.txt"))
     with pytest.raises(UserError, match="no photograph: 1"):  # a gap in the labels is a class without a photograph
         list_source(path, "train")
@@ -97,4 +98,21 @@ def test_a_compressed_or_damaged_shard_is_an_error(tmp_path: Path) -> None:
         list_source(find_splits(path, None, "webdataset")["train"], "train")
     path.write_bytes(gzip.compress(content))
     with pytest.raises(UserError, match=r"is compressed, so nothing in it can be read in place"):
+        list_source(path, "train")
+
+
+def test_positions_that_can_be_names_of_the_stores_classes_are_asked_for(tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", cls=1), sample("b", cls=2))
+    options = ListOptions(allow_empty_classes=True)
+    with pytest.raises(UserError, match=r"unclear what the numbers mean.*--label-order name.*sorted-from-0"):
+        list_source(path, "val", options, ("1", "2", "3"))
+    for order, expected in (("name", [0, 1]), ("sorted-from-0", [1, 2])):
+        source = list_source(path, "val", replace(options, label_order=order), ("1", "2", "3"))
+        assert [label for _, label in paths_and_labels(source)] == expected
+
+
+@pytest.mark.parametrize("label", ["-1", "1.0", "nan", "cat"])
+def test_labels_that_are_no_positions_are_refused(label: str, tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", json={"label": label}))
+    with pytest.raises(UserError, match=f"label {label}"):
         list_source(path, "train")

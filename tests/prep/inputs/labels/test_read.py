@@ -179,7 +179,7 @@ def test_labels_may_be_class_names(flat: Path, tmp_path: Path) -> None:
 
 def test_what_was_read_is_told_with_an_example(flat: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = "a.JPEG dog\nB.JPEG cat\nc.JPEG cat\nb.JPEG ape\na.JPEG dog\ngone.JPEG eel\n"
-    list_source(flat, "val", ListOptions(label_file(tmp_path, text)), ("ape", "cat", "dog", "eel"))
+    list_labelled(flat, label_file(tmp_path, text), None, ("ape", "cat", "dog", "eel"))
     said = capsys.readouterr().err
     assert "1 line repeated with the same label: a.JPEG" in said
     assert "1 line without an image: gone.JPEG" in said
