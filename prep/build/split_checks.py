@@ -16,7 +16,7 @@ import numpy as np
 from prep.build.plan import BuildPolicy, tool_versions
 from prep.build.preflight import bad_inputs_error, estimate_resources, fits_surely, free_bytes, probe, space_error
 from prep.build.split import BuildEstimate, open_plan
-from prep.console import UserError, bytes_text, say
+from prep.console import UserError, bytes_text, count_noun, say
 from prep.files import LockHeld, lock_is_held
 from prep.inputs.classes import refuse_empty_classes
 from prep.inputs.names import name_text
@@ -32,7 +32,7 @@ def check_splits(
 
     Raises UserError or DiskFull if the build of any split would be refused.
     """
-    say_same_splits(sources)
+    compare_splits(sources)
     plans = [open_plan(source, store, settings, policy) for source in sources]
     todo = [(plan, unfinished) for plan, _, unfinished in plans if len(unfinished)]
     for position, (plan, _) in enumerate(todo):
@@ -123,8 +123,18 @@ def check_store_folder(store: Path) -> None:
         raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
 
 
-def say_same_splits(sources: Sequence[Source]) -> None:
-    """Warn if two splits list the same files."""
+def compare_splits(sources: Sequence[Source]) -> None:
+    """Warn if two splits list the same files. Raise UserError if lines of one label file are read for both splits."""
+    files = {source.labels_from for source in sources}
+    if len(sources) > 1 and len(files) == 1 and None not in files:
+        first, second = ({item.path: item.label for item in source.inputs} for source in sources)
+        common = sorted(first.keys() & second.keys())
+        if common and all(first[path] == second[path] for path in common):
+            raise UserError(
+                f"--labels {files.pop()}: {count_noun(len(common), 'line')} would label images of both splits (first: "
+                f"{name_text(common[0])}). Write the folder of the split before the names, such as "
+                f"{sources[0].split}/{name_text(common[0])}, or build each split with --split and its own label file."
+            )
     digests = {source.split: source.inputs.digest() for source in sources if len(sources) > 1}
     if len(set(digests.values())) < len(digests):
         say(f"{' and '.join(digests)} have the same files with the same labels. Is one a link to the other?")

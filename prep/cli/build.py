@@ -182,9 +182,9 @@ def _dry_run(
 ) -> None:
     """Print estimates for all splits. Raises the error with which the build would end before it starts."""
     from prep.build.split import estimate_build
-    from prep.build.split_checks import refuse_estimates, say_same_splits
+    from prep.build.split_checks import compare_splits, refuse_estimates
 
-    say_same_splits(sources)
+    compare_splits(sources)
     estimates = [estimate_build(source, store, settings, runner, policy) for source in sources]
     for source, estimate in zip(sources, estimates, strict=True):
         report_estimate(estimate, source, as_json)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from prep.console import UserError, count_noun, say
 from prep.inputs.listing import Listing
-from prep.inputs.names import name_text
+from prep.inputs.names import composed, name_text, visible
 
 MAX_CLASSES = 1_000_000  # a label beyond this number is taken for a mistake: each class needs memory
 
@@ -109,8 +109,10 @@ def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
     same folder are numbers. Raises UserError, which begins with `origin`, if two names are the same number (`1` and
     `01`), or if some names are numbers and other names are not, and numbers would be sorted differently than text.
     """
+    names = set(names)
+    _compare_spellings(names, origin)
     siblings: defaultdict[str, set[str]] = defaultdict(set)
-    split_names = [name.split("/") for name in set(names)]
+    split_names = [name.split("/") for name in names]
     for parts in split_names:
         for depth, part in enumerate(parts):
             siblings["/".join(parts[:depth])].add(part)
@@ -121,6 +123,22 @@ def order_classes(names: Iterable[str], origin: str) -> tuple[str, ...]:
         return [(int(part) if folder in numbered else 0, part) for folder, part in zip(folders, parts, strict=True)]
 
     return tuple("/".join(parts) for parts in sorted(split_names, key=key))
+
+
+def _compare_spellings(names: Collection[str], origin: str) -> None:
+    """Raise UserError if two names look the same. Print a warning if two names differ only in upper and lower case."""
+    by_sight: dict[str, str] = {}
+    by_letters: dict[str, str] = {}
+    for name in sorted(names):
+        other = by_sight.setdefault(visible(name), name)
+        if other != name:
+            raise UserError(
+                f"{origin}: the classes {other!a} and {name!a} look the same. They differ in invisible "
+                "characters or in the form of accents. Give both the same name."
+            )
+        other = by_letters.setdefault(visible(name).casefold(), name)
+        if other != name:
+            say(f"{origin}: the classes {other} and {name} differ only in upper and lower case.")
 
 
 def _are_numbers(names: set[str], origin: str) -> bool:
@@ -171,9 +189,10 @@ def with_classes(
     """
     if tuple(found) == tuple(wanted):
         return listing
-    position = {name: label for label, name in enumerate(wanted)}
-    new = [name for name in found if name not in position]
-    missing = [] if allow_empty else [name for name in wanted if name not in set(found)]
+    position = {composed(name): label for label, name in enumerate(wanted)}
+    new = [name for name in found if composed(name) not in position]
+    present = {composed(name) for name in found}
+    missing = [] if allow_empty else [name for name in wanted if composed(name) not in present]
     counts = f"{where}: {count_noun(len(found), 'class', 'classes')}, {owner} has {len(wanted):,}. "
     if new or missing:
         rows = []
@@ -185,7 +204,7 @@ def with_classes(
         if not new:
             advice += " To build a split that lacks some of them, pass --allow-empty-classes."
         raise UserError(counts + " ".join(rows) + " " + advice)
-    return listing.relabelled([position[name] for name in found])
+    return listing.relabelled([position[composed(name)] for name in found])
 
 
 def wanted_classes(

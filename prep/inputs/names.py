@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 
 def name_text(name: bytes) -> str:
     r"""A name as text; a byte that is not UTF-8 becomes an escape such as `\xff`."""
     return name.decode("utf-8", "backslashreplace")
+
+
+def composed(text: str) -> str:
+    """Return a text in Unicode's composed form: a letter and its accent are one character, as most systems write."""
+    return unicodedata.normalize("NFC", text)
+
+
+def visible(text: str) -> str:
+    """Return what a person sees of a text: the composed form without invisible characters."""
+    return "".join(c for c in composed(text) if unicodedata.category(c) != "Cf")

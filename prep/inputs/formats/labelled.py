@@ -75,6 +75,9 @@ class LabelledRows:
         if not len(self.rows):
             raise UserError(f"{self.origin}: {_first_reason(self.refused)}.")
         texts = list(self.texts)
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if list(names).count(name) > 1)
+            raise UserError(f"{self.origin}: two classes have the name {twice}. Every class needs a unique name.")
         if not names and not self.labels_are_names:
             labels, classes = self._read_texts(options, store_classes, are_positions)
         elif not self.labels_are_names and all(map(is_number, texts)):

@@ -99,18 +99,27 @@ def list_parquet(
 ) -> tuple[ParquetReader, FoundInputs]:
     """List the rows of Parquet files. Only paths and labels are read, not the images.
 
-    Raises UserError if pyarrow is missing, if a file is damaged, or if it has no column of images or of labels.
+    Raises UserError if pyarrow is missing, if a file is damaged, if it has no column of images or of labels, or if the
+    files have different class names.
     """
     pq = _pyarrow_parquet()
     root, file_names = root_and_files(files)
     rows = LabelledRows(str(root))
-    paths, labels, numbered, names, column = Listing(), list[str](), Listing(), tuple[str, ...](), ""
+    paths, labels, numbered = Listing(), list[str](), Listing()
+    column, label_column, names = "", "", tuple[str, ...]()
     has_paths = True
     with progress(f"{split}: listing", len(files), "files") as listing_progress:
         for index, path in enumerate(files):
             mtime_ns = path.stat().st_mtime_ns
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
-                column, label_column, names = _columns(path, file.schema_arrow)
+                columns = _columns(path, file.schema_arrow)
+                if index and columns != (column, label_column, names):
+                    raise UserError(
+                        f"{path}: the columns or class names differ from those of {files[0].name}, so the labels of "
+                        "the files do not fit together. Write the files again with the same features."
+                    )
+                column, label_column, names = columns
+                rows.labels_are_names = _is_text(file.schema_arrow.field(label_column).type) and not names
                 row = 0
                 for group in range(file.num_row_groups):
                     size = _mean_row_bytes(file.metadata.row_group(group))
@@ -191,6 +200,14 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
         missing = "a column `image` with the bytes of images" if not image else "a column `label`"
         raise UserError(f"{path}: columns {', '.join(schema.names)}; expected {missing}.")
     return image, labels[0], _class_names(features.get(labels[0]))
+
+
+def _is_text(kind: Any) -> bool:
+    """Return whether a column of this type has texts. Digits in a text are the name of a class, not its position."""
+    import pyarrow.types as types
+
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import os
 import re
-import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from prep.console import UserError, count_noun
 from prep.inputs.classes import examples, has_image_name, is_number
-from prep.inputs.names import name_text
+from prep.inputs.names import composed, name_text
 
 _SAMPLED_LINES = 2000  # number of lines from which the separator and the columns are found
 _NAME_HEADERS = {
@@ -90,7 +89,7 @@ def _spelling(name: bytes) -> str:
     stem, extension = os.path.splitext(name)
     extension = extension.lower()
     text = stem.decode("utf-8", "surrogateescape") + _EXTENSIONS.get(extension, os.fsdecode(extension))
-    return unicodedata.normalize("NFC", text)
+    return composed(text)
 
 
 @dataclass(frozen=True)

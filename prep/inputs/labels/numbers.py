@@ -20,6 +20,7 @@ from functools import cached_property
 from prep.console import UserError, count_noun
 from prep.inputs.classes import examples, is_number, numbered_classes, order_classes
 from prep.inputs.labels.devkit import DEVKIT_NAME, Devkit
+from prep.inputs.names import composed
 
 LABEL_ORDERS = ("sorted", "sorted-from-0", "name", "devkit")
 
@@ -133,17 +134,17 @@ class LabelTexts:
 
     def _read_names(self) -> tuple[dict[str, int], tuple[str, ...]] | str:
         classes = self.classes or order_classes(self.texts, self.where)
-        label_of = {name: label for label, name in enumerate(classes)}
+        label_of = {composed(name): label for label, name in enumerate(classes)}
         if self.are_numbers and all(is_number(name) for name in classes):  # 7 may be the class 007
             by_number = {int(name): label for label, name in enumerate(classes)}
             label_of |= {text: by_number[int(text)] for text in self.texts if int(text) in by_number}
-        unknown = sorted(text for text in self.texts if text not in label_of)
+        unknown = sorted(text for text in self.texts if composed(text) not in label_of)
         if unknown:
             return (
                 f"{count_noun(len(unknown), 'label')} ({examples(unknown)}) not among the "
                 f"{count_noun(len(classes), 'class', 'classes')} of {self.owner} (first: {classes[0]})"
             )
-        return {text: label_of[text] for text in self.texts}, classes
+        return {text: label_of[composed(text)] for text in self.texts}, classes
 
     def _read_devkit_numbers(self) -> tuple[dict[str, int], tuple[str, ...]] | str:
         devkit = self.devkit()

@@ -14,14 +14,15 @@ from click.testing import CliRunner, Result
 from prep.build.plan import BuildPolicy
 from prep.build.resume import begun_classes
 from prep.build.split import build_split, estimate_build
-from prep.build.split_checks import check_splits, refuse_estimates
+from prep.build.split_checks import check_splits, compare_splits, refuse_estimates
 from prep.cli import main
 from prep.console import DiskFull, Progress, UserError
 from prep.files import hold_lock
-from prep.inputs.reader import Source
+from prep.inputs.reader import ListOptions, Source
 from prep.inputs.sources import list_source
 from prep.store.manifest import Store
 from tests.helpers.building import PPM, SKIP, STRICT, InlineRunner, Stopped, StoppingRunner, build, make_pictures
+from tests.helpers.listings import touch
 
 Usage = namedtuple("Usage", ["total", "used", "free"])
 ALLOW = BuildPolicy(skip_bad=True, allow_empty_classes=True)
@@ -243,3 +244,18 @@ def test_a_class_that_loses_its_inputs_only_when_decoded_is_found_by_a_dry_run(s
         with pytest.raises(UserError, match=r"1 class has no photograph: n2"):
             _check_dry_run(listed, tmp_path / "store", SKIP)
     _check_dry_run(listed, tmp_path / "store", ALLOW)
+
+
+def test_a_line_that_labels_images_of_both_splits_is_refused(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        touch(tmp_path / "in" / split, "1.jpg", "2.jpg")
+    labels = tmp_path / "labels.csv"
+    labels.write_text("1.jpg,cat\n2.jpg,dog\n")
+    for option in ((), ("--dry-run",)):
+        result = alexprep("build-lmdb", tmp_path / "in", "--store", tmp_path / "s", "--labels", labels, *option)
+        assert result.exit_code == 1
+        assert "2 lines would label images of both splits (first: 1.jpg)" in result.output
+    labels.write_text("train/1.jpg,cat\ntrain/2.jpg,dog\nval/1.jpg,dog\nval/2.jpg,cat\n")
+    splits = {split: list_source(tmp_path / "in" / split, split, ListOptions(labels)) for split in ("train", "val")}
+    compare_splits(list(splits.values()))
+    assert [[item.label for item in source.inputs] for source in splits.values()] == [[0, 1], [1, 0]]

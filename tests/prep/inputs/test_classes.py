@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prep.console import UserError
-from prep.inputs.classes import NO_CLASS, STRAY_FILE, SYSTEM_FILE, read_class_file
+from prep.inputs.classes import NO_CLASS, STRAY_FILE, SYSTEM_FILE, order_classes, read_class_file
 from prep.inputs.reader import ListOptions
 from prep.inputs.sources import list_source
 from tests.helpers.listings import list_images, paths_and_labels, touch
@@ -206,3 +206,20 @@ def test_a_wrong_file_of_classes_is_one_line(text: str, part: str, tmp_path: Pat
         read_class_file(tmp_path / "classes.txt")
     with pytest.raises(UserError, match=r"nowhere\.txt: No such file"):
         read_class_file(tmp_path / "nowhere.txt")
+
+
+def test_classes_that_look_the_same_are_refused_and_other_cases_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for twins in (("Ka\u0308fer", "K\u00e4fer"), ("cat", "cat\u200b")):
+        with pytest.raises(UserError, match=r"the classes '.*' and '.*' look the same"):
+            order_classes(twins, "photos")
+    assert order_classes(("cat", "Cat"), "photos") == ("Cat", "cat")
+    assert "photos: the classes Cat and cat differ only in upper and lower case" in capsys.readouterr().err
+
+
+def test_accents_in_another_unicode_form_name_the_same_class(tmp_path: Path) -> None:
+    root = touch(tmp_path / "val", "Ka\u0308fer/1.jpg", "cat/2.jpg")
+    source = list_images(root, ("cat", "K\u00e4fer"), "val")
+    assert source.classes == ("cat", "K\u00e4fer")
+    assert dict(paths_and_labels(source)) == {"Ka\u0308fer/1.jpg".encode(): 1, b"cat/2.jpg": 0}

@@ -25,6 +25,7 @@ JPEG = b"\xff\xd8\xff"
 def write(path: Path, columns: dict[str, Any], names: list[str] | None = None) -> Path:
     features = {"label": {"names": names, "_type": "ClassLabel"}} if names else {}
     table = pa.table(columns).replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    path.parent.mkdir(exist_ok=True)
     pq.write_table(table, path, row_group_size=2)
     return path
 
@@ -128,3 +129,22 @@ def test_splits_of_a_repository(tmp_path: Path) -> None:
         write(tmp_path / "data" / f"{name}.parquet", {"image": images(f"{name}.jpg"), "label": [0]})
     found = find_splits(tmp_path, None)
     assert {name: len(where.files) for name, where in found.items()} == {"train": 2, "val": 1}
+
+
+def test_digits_in_a_column_of_texts_are_names_of_classes(tmp_path: Path) -> None:
+    """As positions, 1 and 2 would be the second and third class of the store."""
+    three = images("a.jpg", "b.jpg", "c.jpg")
+    texts = write(tmp_path / "texts.parquet", {"image": three, "label": ["1", "10", "2"]})
+    assert list_source(texts, "train").classes == ("1", "2", "10")
+    assert [item.label for item in list_source(texts, "val", store_classes=("1", "2", "10")).inputs] == [0, 2, 1]
+
+
+def test_class_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> None:
+    one = images("a.jpg")
+    double = write(tmp_path / "double.parquet", {"image": one, "label": [0]}, ["cat", "cat"])
+    with pytest.raises(UserError, match="two classes have the name cat"):
+        list_source(double, "train")
+    for name, names in (("train-0", ["cat", "dog"]), ("train-1", ["dog", "cat"])):
+        write(tmp_path / "data" / f"{name}.parquet", {"image": one, "label": [0]}, names)
+    with pytest.raises(UserError, match=r"train-1\.parquet: the columns or class names differ from those of train-0"):
+        list_source(tmp_path / "data", "train")
