@@ -260,9 +260,9 @@ def read_class_file(file: Path, known: Collection[str] = ()) -> tuple[str, ...]:
 
     A line is the name of a class, or begins with the name: `n01440764 tench`, `/a/airfield 0`, `cat,0`. Lines that
     begin with `#` and a header (`class`) are left out, unless they are classes. If `known` classes are given, the name
-    is the longest beginning of the line that is a known class. Without `known` classes, the name is the first word of the
-    line. Raises UserError if the file cannot be read, if a class occurs twice, if a line names several classes, or if
-    the numbers after the names, from 0 or from 1, are in another order than the lines.
+    is the longest beginning of the line that is a known class. Without `known` classes, the name is the first word
+    of the line. Raises UserError if the file cannot be read, if a class occurs twice, if a line names several classes,
+    or if the numbers after the names, from 0 or from 1, are in another order than the lines.
     """
     try:
         text = name_text(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
