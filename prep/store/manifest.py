@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from prep.console import UserError, WrongArgument, did_you_mean, shell_quoted
+from prep.console import UserError, did_you_mean, shell_quoted
 from prep.files import write_atomic
 
 SCHEMA = 1
@@ -46,10 +46,6 @@ T = TypeVar("T")
 
 class StoreError(UserError):
     """The store is missing, unfinished, damaged, or of another schema version."""
-
-
-class NoSuchSplit(StoreError, WrongArgument):
-    """The name of a split is neither that of a split of the store, nor train or val."""
 
 
 @dataclass(frozen=True)
@@ -262,7 +258,7 @@ class Store:
             has = ", ".join(self.splits) or "none"
             text = f"{self.root} has no split {name} (it has: {has})."
             if name not in SPLITS:
-                raise NoSuchSplit(f"{text} Name another --split.{did_you_mean(name, list(self.splits))}")
+                raise StoreError(f"{text} Name another --split.{did_you_mean(name, list(self.splits))}")
             command = f"alexprep build-lmdb SOURCE --split {name} --store {shell_quoted(self.root)}"
             raise StoreError(f"{text} Build it: {command}")
         return self.splits[name]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from prep.console import UserError, WrongArgument, did_you_mean, json_option, print_json, say
+from prep.console import UserError, did_you_mean, json_option, print_json, say
 from prep.plot_style import FORMATS
 from train.cli.options import (
     check_folder,
@@ -121,7 +121,7 @@ def _check_complete(trained: TrainedRun, split: str) -> None:
         raise UserError(f"{left_out}: the training store {where} was moved, removed or rebuilt. {advice}.")
     if split not in trained.store.splits:
         splits = list(trained.store.splits)
-        raise WrongArgument(
+        raise UserError(
             f"{left_out}: {trained.store.root} has no split {split}, only {' and '.join(splits)}. Name another --split."
             + did_you_mean(split, splits)
         )

@@ -118,7 +118,8 @@ def run(
     context = click.get_current_context()
     given = {name for name in options if context.get_parameter_source(name) is ParameterSource.COMMANDLINE}
     opened = None
-    if fork and not (run_dir / DESCRIPTION).exists() and newest_checkpoint(run_dir) is None:
+    is_run = (run_dir / DESCRIPTION).exists() or newest_checkpoint(run_dir) is not None
+    if fork and not is_run and fork.resolve() != run_dir.resolve():  # an equal folder has an error of its own
         raise UserError(f"--run-dir {run_dir}: no such run to fork. Name the folder of a run.")
     if "store" in given or not (run_dir / DESCRIPTION).exists():  # a missing store is reported before torch is imported
         opened = Store.open(store)

@@ -85,7 +85,7 @@ def test_a_figure_has_the_same_bytes_each_time_and_ignores_an_incomplete_line(
     for _ in range(2):
         run_command(trained_run, "--no-images", "--format", "svg", "--out", tmp_path / "svg")
         assert (tmp_path / "svg" / "learning-curve.svg").read_bytes() == expected
-    messages, _ = run_command(trained_run, "--split", "test", "--format", "svg", "--out", tmp_path / "svg", code=2)
+    messages, _ = run_command(trained_run, "--split", "test", "--format", "svg", "--out", tmp_path / "svg", code=1)
     assert "has no split test, only train and val. Name another --split." in messages[-1]
 
 
