@@ -127,6 +127,8 @@ WRONG_ARGUMENTS = [
     (["alextrain", "run", "--model", "alexent"], "Did you mean alexnet?"),
     (["alextrain", "runs"], "Did you mean 'run'"),
     (["alextrain", "run", "--stor", "x"], "'--store'"),
+    (["alexprep", "merge", "STORE", "--store", "new"], "1 store to merge; expected two or more"),
+    (["alexprep", "merge", "STORE", "STORE", "--store", "new"], "named twice"),
     (["alextrain", "compare", "empty"], "a comparison needs two or more runs"),
     (["alextrain", "compare", "empty", "empty"], "empty: named twice"),
     (["alexprep", "copy", "ftp://a/b", "c"], "ftp:// is not supported"),

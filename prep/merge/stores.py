@@ -29,7 +29,7 @@ from prep.build.plan import BuildPlan
 from prep.build.preflight import free_bytes
 from prep.build.resume import discard_build, refuse_foreign_folder, remove_temporary_files, remove_work_dir
 from prep.build.split import disk_errors, open_existing
-from prep.console import DiskFull, Progress, UserError, bytes_text, count_noun, say
+from prep.console import DiskFull, Progress, UserError, WrongArgument, bytes_text, count_noun, say
 from prep.files import hold_lock, save_array, write_atomic
 from prep.images.color_stats import Moments
 from prep.inputs.formats.shards import unpack_location
@@ -94,11 +94,11 @@ def count_records(sources: Sequence[Path]) -> int:
 
 def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
     if len(sources) < 2:
-        raise UserError(f"{count_noun(len(sources), 'store')} to merge; expected two or more.")
+        raise WrongArgument(f"{count_noun(len(sources), 'store')} to merge; expected two or more. Name another store.")
     resolved = [path.resolve() for path in sources]
     if target.resolve() in resolved or len(set(resolved)) < len(resolved):
         double = next(path for path, real in zip(sources, resolved, strict=True) if [*resolved, target].count(real) > 1)
-        raise UserError(f"{double} is named twice. Name every store once, and a new folder with --store.")
+        raise WrongArgument(f"{double} is named twice. Name every store once, and a new folder with --store.")
     return [Store.open(path) for path in sources]
 
 
