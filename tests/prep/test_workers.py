@@ -276,7 +276,10 @@ print(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def test_the_first_worker_of_a_process_leaves_ctrl_c_to_the_parent() -> None:
-    """multiprocessing starts its resource tracker with the first worker, and unblocks SIGINT afterwards."""
+    """The pool blocks SIGINT in its workers, and the block must survive the start of the first worker.
+
+    With the first worker, multiprocessing also starts its resource tracker. It then unblocks SIGINT in the parent.
+    """
     ended = subprocess.run([sys.executable, "-c", FIRST_WORKERS], env=with_this_file(), capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == ["[('1', True), ('1', True)]", "set()"]

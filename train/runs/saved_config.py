@@ -23,7 +23,7 @@ from train.runs.preprocessing import missing_store_text, saved_store_path, train
 from train.runs.run import Run
 from train.runs.run_dir import read_description
 
-# Options of `alextrain run` whose value, if given, is a field of RunConfig.
+# Options of `alextrain run` that set the RunConfig field of the same name, without conversion.
 _PLAIN = ("accumulate", "seed", "stream_seed", "deterministic", "steps", "log_every", "checkpoint_every", "keep")
 # Settings outside of the identity whose change is shown before the training.
 _SHOWN = ("epochs", "steps", "devices", "deterministic", "log_every", "checkpoint_every", "keep")

@@ -1,8 +1,8 @@
 """WebDataset: tar files whose members KEY.EXTENSION form samples, such as `1.jpg` with `1.cls` or `1.json`.
 
-A sample is a run of members with the same key. The key ends at the first dot of the last part of the name, as in
-webdataset/tariterators.py (base_plus_ext). The label is the content of KEY.cls, or an entry of KEY.json. Images are
-read in place, as byte ranges of the tar files.
+A sample is a run of members with the same key. The key of a member is its name up to the first dot after the last
+slash: the key of a/b.seg.png is a/b. The rule is that of webdataset/tariterators.py (base_plus_ext). The label is the
+content of KEY.cls, or an entry of KEY.json. Images are read in place, as byte ranges of the tar files.
 """
 
 from __future__ import annotations
