@@ -9,8 +9,10 @@ does not rescale these pixels again.
 from __future__ import annotations
 
 import io
+import os
 import shutil
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Sequence, Sized
 from dataclasses import dataclass
 from operator import index as as_integer
@@ -124,6 +126,9 @@ def build_from(
     background = background or background_of(store, restart) or DEFAULT_BACKGROUND
     settings = Settings(side, keep_aspect, format, quality, filter, seed, background, reduce_above)
     _check_arguments(settings, split, on_bad, on_warning)
+    double = next((name for name, count in Counter(classes).items() if count > 1), None)
+    if double is not None:
+        raise UserError(f"classes: {double} occurs twice. Expected the name of each class once.")
     work = store / f".items-{split}"
     limits = InputLimits(max_pixels, on_warning == "keep", time_limit)
     policy = BuildPolicy(on_bad == "skip" or max_bad is not None, max_bad, restart, allow_empty_classes, limits)
@@ -175,13 +180,13 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
             if not isinstance(item, Sequence) or len(item) != 3:
                 raise UserError(f"item {number} is a {type(item).__name__}; expected (image, label, name).")
             image, label, name = item
-            content = _encode(image, settings, number)
             path_bytes = _name_bytes(name, number)
-            text = label if isinstance(label, str) else str(_position(label, number))
+            text = _utf8_text(label) if isinstance(label, str) else str(_position(label, number))
             is_name = isinstance(label, str)
             if rows.texts and is_name != rows.labels_are_names:
                 raise UserError(f"item {number}: label {label!r}; expected only class names or only positions.")
             rows.labels_are_names = is_name
+            content = _encode(image, settings, number)
             location = pack_location(0, file.tell())
             rows.add(path_bytes, text, len(content), zlib.crc32(content), location)
             file.write(content)
@@ -191,10 +196,15 @@ def _write_items(items: Iterable[Item], path: Path, settings: Settings, split: s
 
 
 def _name_bytes(name: object, number: int) -> bytes:
-    encoded = name.encode("utf-8", "surrogateescape") if isinstance(name, str) else name
+    encoded = os.fsencode(_utf8_text(name)) if isinstance(name, str) else name
     if not isinstance(encoded, bytes) or not encoded:
         raise UserError(f"item {number}: name {name!r}; expected a text that is not empty, such as cat/1.jpg.")
     return encoded
+
+
+def _utf8_text(text: str) -> str:
+    """A text in which surrogates, which UTF-8 cannot write, are escaped."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _position(label: object, number: int) -> int:

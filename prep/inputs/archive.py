@@ -20,6 +20,7 @@ from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.archive_folders import (
     LINK,
+    MAX_DEPTH,
     ArchiveContents,
     ClassTar,
     found_inputs,
@@ -28,8 +29,6 @@ from prep.inputs.archive_folders import (
 from prep.inputs.listing import Input
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members, name_bytes
-
-_MAX_DEPTH = 50  # largest number of parts of a name
 
 
 @dataclass(frozen=True)
@@ -102,8 +101,8 @@ def checked_name(name: bytes, is_folder: bool, hidden: set[bytes] | None = None)
         return b"", ""
     if name.startswith(b"/") or b".." in parts or b"" in parts:
         return name, "its name leads out of the archive"
-    if len(parts) > _MAX_DEPTH:
-        return name, f"in more than {_MAX_DEPTH} folders"
+    if len(parts) > MAX_DEPTH:
+        return name, f"in more than {MAX_DEPTH} folders"
     first_hidden = next((k for k, part in enumerate(parts) if part.startswith(b".")), None)
     if hidden is not None and first_hidden is not None and (is_folder or first_hidden < len(parts) - 1):
         hidden.add(b"/".join(parts[: first_hidden + 1]))

@@ -14,6 +14,7 @@ from prep.inputs.classes import (
     STRAY_FILE,
     SYSTEM_FILE,
     class_names,
+    has_image_name,
     is_no_class_folder,
     is_system_file,
     may_be_image,
@@ -24,6 +25,7 @@ from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 
 LINK = "a link, not a file"
+MAX_DEPTH = 50  # largest number of parts of a name
 _DOUBLE = "another member of the same name follows in the archive"
 _TOO_DEEP = "in a folder inside a class folder"
 
@@ -39,15 +41,21 @@ class ArchiveContents:
         self.hidden: set[bytes] = set()  # folders whose names begin with a dot; their members are left out
 
     def add(self, name: bytes, size: int = 0, location: int = 0, reason: str = "") -> None:
-        """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b""."""
+        """Add an image and its folder, or, if there is a `reason` to refuse it, a refused member. Ignores b"".
+
+        The folder of a refused image is added too, so that a class does not vanish with its images.
+        """
+        folder, _, file = name.rpartition(b"/")
+        parts = folder.split(b"/")
+        is_safe = len(parts) < MAX_DEPTH and not {b"", b".", b".."}.intersection(parts)
         if reason:
             self.refused.append((name_text(name), reason))
             if reason == LINK and b"/" in name and not name.startswith(b"/") and b".." not in name.split(b"/"):
                 self.folders.add(name.rpartition(b"/")[0])  # a class that has only links is a class without photographs
         elif name:
             self.images.add(name, 0, size, self.mtime_ns, location)
-            if b"/" in name:
-                self.folders.add(name.rpartition(b"/")[0])
+        if folder and (not reason or (is_safe and has_image_name(file))):
+            self.folders.add(folder)
 
 
 class ClassTar:

@@ -234,8 +234,10 @@ def refuse_empty_classes(where: str, empty: Sequence[str], refused: Iterable[tup
     """Raise UserError if there are `empty` classes. `refused` has (name, reason) of each entry that was refused."""
     if not empty:
         return
-    names = set(empty)
-    reason = next((f" {name}: {why}." for name, why in refused if name.rpartition("/")[0] in names), "")
+    entries, names = list(refused), set(empty)
+    reason = next((f" {name}: {why}." for name, why in entries if name.rpartition("/")[0] in names), "")
+    if entries and not reason:
+        reason = f" The first input that cannot be read is {entries[0][0]}: {entries[0][1]}."
     what = "class has" if len(empty) == 1 else "classes have"
     raise UserError(
         f"{where}: {len(empty):,} {what} no photograph: {examples(empty)}.{reason} Add photographs, remove these "

@@ -6,6 +6,7 @@ With class folders, the label of an image is the position of its class folder in
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from prep.inputs.classes import (
     STRAY_FILE,
     SYSTEM_FILE,
     class_names,
+    examples,
     has_image_name,
     is_no_class_folder,
     is_system_file,
@@ -33,6 +35,7 @@ from prep.inputs.reader import FoundInputs
 # Number of class folders in a batch that eight threads list. Threads hide the latency of a slow file system. The
 # number is limited because the listed files of a batch are held in memory.
 _FOLDERS_AT_ONCE = 32
+_CLASS_TAR = re.compile(r"(.*/)?n\d{8}\.tar")
 _KINDS = {stat.S_IFDIR: "folder", stat.S_IFIFO: "FIFO", stat.S_IFSOCK: "socket"}
 
 
@@ -95,6 +98,7 @@ def list_folder(root: Path, split: str, follow_links: bool, flat: bool = False) 
     if not len(walk.listing):
         raise UserError(f"{root}: {count_noun(len(walk.class_folders), 'class folder')} without any file.")
     walk.refuse_aliases()
+    walk.refuse_class_tars()
     names = class_names(walk.class_folders, str(folder))
     classes = order_classes(names, str(folder))
     label_of = {name: label for label, name in enumerate(classes)}
@@ -247,6 +251,17 @@ class _Walk:
                 self.ignored.append((name, STRAY_FILE))
             elif entry.mode == 0:
                 self.refused.append((name, entry.reason))
+
+    def refuse_class_tars(self) -> None:
+        """Raise UserError if ILSVRC's tars of classes lie beside class folders, and not all are unpacked."""
+        classes = {name_text(path) for path in self.class_folders}
+        beside = [name for name, reason in self.ignored if reason == STRAY_FILE and _CLASS_TAR.fullmatch(name)]
+        packed = [name for name in beside if name.removesuffix(".tar") not in classes]
+        if packed:
+            raise UserError(
+                f"{name_text(self.folder)}: {len(packed):,} class tars that are not unpacked ({examples(packed)}) "
+                f"beside {count_noun(len(classes), 'class folder')}. Unpack the rest, each into a folder of its own."
+            )
 
     def _refuse_links(self, parent: bytes, links: Sequence[_Entry]) -> None:
         text = ", ".join(f"{name_text(parent + link.name)}: {link.reason}" for link in links[:3])

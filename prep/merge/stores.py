@@ -72,9 +72,9 @@ def merge_stores(
     """Merge two or more stores into the new store `target`, and return it.
 
     `progress` counts records. With `restart`, an unfinished merge in `target` is discarded. Raises UserError if fewer
-    than two stores are given, if a store is `target`, if the stores have other settings (except the seed, which is
-    taken from the first), if `target` holds something else, or if a record is damaged. Raises DiskFull if the disk is
-    full.
+    than two stores are given, if a store is `target`, if two stores have the same records, if the stores have other
+    settings (except the seed, which is taken from the first), if `target` holds something else, or if a record is
+    damaged. Raises DiskFull if the disk is full.
     """
     stores = _open_stores(sources, target)
     settings = _common_settings(stores)
@@ -99,7 +99,17 @@ def _open_stores(sources: Sequence[Path], target: Path) -> list[Store]:
     if target.resolve() in resolved or len(set(resolved)) < len(resolved):
         double = next(path for path, real in zip(sources, resolved, strict=True) if [*resolved, target].count(real) > 1)
         raise WrongArgument(f"{double} is named twice. Name every store once, and a new folder with --store.")
-    return [Store.open(path) for path in sources]
+    stores = [Store.open(path) for path in sources]
+    owner: dict[tuple[str, str], Path] = {}  # (split, fingerprint) -> the store that has it
+    for store in stores:
+        for name, split in store.splits.items():
+            other = owner.setdefault((name, split.fingerprint), store.root)
+            if other != store.root:
+                raise UserError(
+                    f"{other} and {store.root}: the split {name} has the same fingerprint in both "
+                    f"({split.fingerprint[:16]}), so its photographs would be there twice. Leave one of them out."
+                )
+    return stores
 
 
 def _common_settings(stores: Sequence[Store]) -> Settings:

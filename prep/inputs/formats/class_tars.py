@@ -9,11 +9,11 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from prep.console import UserError, progress
+from prep.console import progress
 from prep.inputs.archive import checked_member_name
 from prep.inputs.archive_folders import ArchiveContents, ClassTar, found_inputs, refuse_folders_in_class_tars
-from prep.inputs.classes import NO_CLASS, STRAY_FILE, examples, is_no_class_folder
-from prep.inputs.formats.shards import ShardReader, pack_location
+from prep.inputs.classes import NO_CLASS, STRAY_FILE, is_no_class_folder
+from prep.inputs.formats.shards import ShardReader, pack_location, refuse_unreadable
 from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs
 from prep.inputs.tar_members import BoundedFile, iterate_members
@@ -27,9 +27,7 @@ def list_class_tars(folder: Path, split: str) -> tuple[ShardReader, FoundInputs]
     """
     entries = sorted(folder.iterdir())
     tars = [path for path in entries if is_tar_name(path) and path.is_file()]
-    broken = [path.name for path in entries if is_tar_name(path) and not path.exists()]
-    if broken:
-        raise UserError(f"{folder}: {examples(broken)}: a link to a tar that does not exist. Restore it, or remove it.")
+    refuse_unreadable([path for path in entries if path.name[0] != "."], ".tar")
     contents, class_tars = ArchiveContents(0), []
     with progress(f"{split}: listing", len(tars), "archives") as listing_progress:
         for index, path in enumerate(tars):

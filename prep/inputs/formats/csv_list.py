@@ -10,11 +10,12 @@ from __future__ import annotations
 import csv
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from prep.console import UserError, count_noun, progress, say
-from prep.inputs.classes import has_image_name
+from prep.inputs.classes import examples, has_image_name
 from prep.inputs.folder import FolderReader
 from prep.inputs.formats.labelled import LabelledRows
 from prep.inputs.names import name_text
@@ -40,9 +41,20 @@ _NO_CSV = "Expected rows of `path,label`, for example `cat/1.jpg,cat`, with or w
 
 
 def csv_splits(path: Path) -> list[str]:
-    """Return the splits that the column `split` names; [] if there is no such column."""
-    found = {split for _, _, _, split in _rows(path)}
-    return [split for split in ("train", "val") if split in found]
+    """The splits that the column `split` names; [] if there is no such column.
+
+    Prints how many rows belong to other splits. Raises UserError if no row belongs to train or val.
+    """
+    counts = Counter(split for _, _, _, split in _rows(path, tell=True))
+    others = {name: count for name, count in counts.items() if name not in ("", *_SPLITS.values())}
+    if others and len(others) == len(counts):
+        raise UserError(
+            f"{path}: the column of the splits has the values {examples(list(others))}; expected train and val. "
+            "Correct the values, or give the column another name if it does not name splits."
+        )
+    if others:
+        say(f"{path}: {count_noun(sum(others.values()), 'row')} of other splits left out ({examples(list(others))}).")
+    return [split for split in ("train", "val") if split in counts]
 
 
 def list_csv(
@@ -87,27 +99,40 @@ def list_csv(
     return FolderReader(Path(os.fsdecode(root))), found
 
 
-def _rows(path: Path) -> Iterator[tuple[int, bytes, str, str]]:
-    """Yield (line number, path, label, split) of each row; the split is empty if the file has no such column."""
+def _rows(path: Path, tell: bool = False) -> Iterator[tuple[int, bytes, str, str]]:
+    """Yield (line number, path, label, split) of each row; the split is empty if the file has no such column.
+
+    With `tell`, a header is printed.
+    """
     try:
         with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
             first_line = next((line for line in file if line.strip() and not line.startswith("#")), "")
             file.seek(0)
             delimiter = max("\t;,", key=first_line.count)
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-            columns: tuple[int, int, int] | None = None
+            columns, width = None, 0
             for row in reader:
                 cells = [cell.strip() for cell in row]
                 if not any(cells) or _is_comment(cells[0]):
                     continue
                 if columns is None:
                     columns, is_header = _columns(path, cells)
+                    width = len(cells)
                     if is_header:
+                        if tell:
+                            paths, labels = cells[columns[0]], cells[columns[1]]
+                            say(f"{path}: header recognized; paths in column {paths}, labels in column {labels}.")
                         continue
-                if len(cells) <= max(columns):
-                    raise UserError(f"{path}, line {reader.line_num}: {len(cells)} columns. {_NO_CSV}")
+                if len(cells) <= max(columns) or any(cells[width:]):
+                    raise UserError(
+                        f"{path}, line {reader.line_num}: {len(cells)} columns, the first row has {width}. {_NO_CSV} "
+                        "Put quotes around a text that contains the separator."
+                    )
                 split = cells[columns[2]].lower() if columns[2] >= 0 else ""
-                yield reader.line_num, os.fsencode(cells[columns[0]]), cells[columns[1]], _SPLITS.get(split, split)
+                if columns[2] >= 0 and not split:
+                    raise UserError(f"{path}, line {reader.line_num}: no split in this row; expected train or val.")
+                label = name_text(os.fsencode(cells[columns[1]]))
+                yield reader.line_num, os.fsencode(cells[columns[0]]), label, _SPLITS.get(split, split)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}.") from None
     except csv.Error as error:
@@ -132,7 +157,6 @@ def _columns(path: Path, cells: Sequence[str]) -> tuple[tuple[int, int, int], bo
 
     columns = find(_PATH_NAMES), find(_LABEL_NAMES), find(_SPLIT_NAMES)
     if columns[0] >= 0 and columns[1] >= 0:
-        say(f"{path}: header recognized; paths in column {cells[columns[0]]}, labels in column {cells[columns[1]]}.")
         return columns, True
     is_image = [has_image_name(os.fsencode(cell)) for cell in cells]
     if len(cells) < 2 or not any(is_image):

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from prep.console import UserError
-from prep.inputs.classes import is_number, order_classes, wanted_classes
+from prep.inputs.classes import examples, is_number, order_classes, wanted_classes
 from prep.inputs.labels.devkit import open_devkit
 from prep.inputs.labels.numbers import LabelTexts, refuse_odd_labels
 from prep.inputs.listing import OWN_FILE, Listing
@@ -69,7 +69,7 @@ class LabelledRows:
 
         The class of number k is the k-th of `names` (which the format contains), else of the file `options.class_file`,
         else of `store_classes`, else it is called k. With `in_class_folders`, an input without a folder in its name
-        gets the name of its class as folder. Raises UserError if there is no input, if a number has no class, or if two
+        gets the name of its class as folder. Raises UserError if there is no input, if a label is no class, or if two
         inputs have the same name.
         """
         if not len(self.rows):
@@ -88,7 +88,13 @@ class LabelledRows:
                     f"the labels 0 to {len(classes) - 1}."
                 )
         else:
-            classes = tuple(names) if set(texts) <= set(names) else order_classes(texts, self.origin)
+            unknown = [text for text in texts if text not in set(names)]
+            if names and unknown:
+                raise UserError(
+                    f"{self.origin}: {len(unknown):,} of the labels ({examples(unknown)}) not among the {len(names):,} "
+                    f"class names ({examples(names)}). Correct the labels or the list of class names."
+                )
+            classes = tuple(names) or order_classes(texts, self.origin)
             labels = [classes.index(text) for text in texts]
         listing = Listing()
         for row in self.rows:

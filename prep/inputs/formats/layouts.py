@@ -19,9 +19,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from prep.console import UserError, count_noun, say
-from prep.inputs.classes import is_no_class_folder
+from prep.inputs.classes import is_no_class_folder, may_be_image
 from prep.inputs.formats.csv_list import csv_splits
-from prep.inputs.formats.shards import files_by_split
+from prep.inputs.formats.shards import files_by_split, refuse_unreadable
 from prep.inputs.formats.webdataset import is_webdataset
 from prep.inputs.formats.zip_archive import zip_layout
 from prep.inputs.formats.zip_directory import is_zip
@@ -124,6 +124,8 @@ def _splits_of_folder(source: Path, layout: str | None) -> dict[str, SplitSource
             raise UserError(f"--layout kaggle: {source} has no {_KAGGLE_FOLDERS[0]}/train.")
         if kaggle is not None:
             base, layout = kaggle, None
+    if layout == "csv" and _files(base, ".csv"):
+        return _splits_of_file(_one_folder(base, "csv").path, "csv")
     named = _named_splits(base)
     if named:
         return {name: _one_path(path, layout) for name, path in named.items()}
@@ -146,6 +148,9 @@ def _named_splits(source: Path) -> dict[str, Path]:
         paths = [path for path in folders if path.is_dir()] + [path for path in archives if path.is_file()]
         if paths:
             found[name] = paths[0]
+        if len(paths) > 1:
+            left_out = ", ".join(path.name for path in paths[1:])
+            say(f"{source}: {name} is read from {paths[0].name}; left out: {left_out}.")
     is_class = any(
         found[name] == source / f"{name}.tar" for name in found
     )  # this is uncertain, because `train` may be the name of a class
@@ -180,6 +185,8 @@ def _layout_of_folder(path: Path) -> str:
     first = path / folders[0] if folders else path
     if folders and (first / "images").is_dir() and any(first.glob("*_boxes.txt")):
         return "tiny-imagenet"
+    if not folders and not any(may_be_image(os.fsencode(name)) for name in files):
+        refuse_unreadable([path / name for name in files], "")
     tars = [name for name in files if name.lower().endswith(".tar")]
     if tars and not folders:
         return "webdataset" if is_webdataset(path / tars[0]) else "class-tars"

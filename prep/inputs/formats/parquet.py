@@ -25,9 +25,11 @@ import numpy.typing as npt
 from prep.console import UserError, bytes_text, disk_error, progress, say
 from prep.files import atomic_file, hold_lock, save_array
 from prep.images.codec import BadImage
+from prep.inputs.classes import examples
 from prep.inputs.formats.labelled import LabelledRows, duplicate_path
 from prep.inputs.formats.shards import open_file, pack_location, root_and_files, unpack_location
 from prep.inputs.listing import Input, Listing
+from prep.inputs.names import name_text
 from prep.inputs.reader import FoundInputs, ListOptions
 
 if TYPE_CHECKING:
@@ -106,28 +108,29 @@ def list_parquet(
     root, file_names = root_and_files(files)
     rows = LabelledRows(str(root))
     paths, labels, numbered = Listing(), list[str](), Listing()
-    column, label_column, names = "", "", tuple[str, ...]()
+    first: _Columns | None = None  # the columns of the first file that has rows
     has_paths = True
     with progress(f"{split}: listing", len(files), "files") as listing_progress:
         for index, path in enumerate(files):
             mtime_ns = path.stat().st_mtime_ns
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
-                if index and columns != (column, label_column, names):
+                if file.metadata.num_rows and columns != (first or columns):
                     raise UserError(
-                        f"{path}: the columns or class names differ from those of {files[0].name}, so the labels of "
-                        "the files do not fit together. Write the files again with the same features."
+                        f"{files[0]} has {first}, but {path} has {columns}. All files of a split must have the same "
+                        "columns and class names: move the others into a folder of their own."
                     )
-                column, label_column, names = columns
-                rows.labels_are_names = _is_text(file.schema_arrow.field(label_column).type) and not names
+                if file.metadata.num_rows:
+                    first = first or columns
+                rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
                 for group in range(file.num_row_groups):
                     size = _mean_row_bytes(file.metadata.row_group(group))
-                    has_path = _has_path(file.schema_arrow, column)
-                    wanted = [label_column, *([f"{column}.path"] if has_path else [])]
+                    has_path = _has_path(file.schema_arrow, columns.image)
+                    wanted = [columns.label, *([f"{columns.image}.path"] if has_path else [])]
                     table = file.read_row_group(group, columns=wanted)
-                    texts = _label_texts(table.column(label_column).to_pylist())
-                    images = table.column(column).to_pylist() if has_path else [{}] * len(texts)
+                    texts = [_label_text(path, label) for label in table.column(columns.label).to_pylist()]
+                    images = table.column(columns.image).to_pylist() if has_path else [{}] * len(texts)
                     for text, image in zip(texts, images, strict=True):
                         location = pack_location(index, row)
                         name = ((image or {}).get("path") or "").encode()
@@ -141,8 +144,9 @@ def list_parquet(
         paths = numbered
     for item in paths:
         rows.add(item.path, labels[item.label], item.size, item.mtime_ns, item.location)
-    reader = ParquetReader(root, file_names, column, size_bytes=sum(path.stat().st_size for path in files))
-    return reader, rows.found(names, options, store_classes, in_class_folders=True)
+    columns = first or columns
+    reader = ParquetReader(root, file_names, columns.image, size_bytes=sum(path.stat().st_size for path in files))
+    return reader, rows.found(columns.names, options, store_classes, in_class_folders=True)
 
 
 def _double(paths: Listing, labels: Sequence[str]) -> bool:
@@ -181,8 +185,23 @@ class _ErrorsOf:
             raise UserError(f"{self.path} is no Parquet file, or is damaged ({text}). Download it again.") from None
 
 
-def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
-    """Return (column of the images, column of the labels, class names; () if the schema has none)."""
+@dataclass(frozen=True)
+class _Columns:
+    """What the schema of a file says."""
+
+    image: str  # column of the images
+    label: str  # column of the labels
+    has_texts: bool  # labels are texts, not numbers
+    names: tuple[str, ...]  # class names; () if the schema has none
+
+    def __str__(self) -> str:
+        kind = "texts" if self.has_texts else "numbers"
+        names = f"the class names {examples(self.names)}" if self.names else "no class names"
+        return f"images in column {self.image}, {kind} in column {self.label} and {names}"
+
+
+def _columns(path: Path, schema: Any) -> _Columns:
+    """Find the columns. Raises UserError if there is no column of images or of labels."""
     import pyarrow.types as types
 
     def holds_images(field: Any) -> bool:
@@ -199,7 +218,8 @@ def _columns(path: Path, schema: Any) -> tuple[str, str, tuple[str, ...]]:
     if not image or not labels or (labels == with_names and len(labels) > 1):
         missing = "a column `image` with the bytes of images" if not image else "a column `label`"
         raise UserError(f"{path}: columns {', '.join(schema.names)}; expected {missing}.")
-    return image, labels[0], _class_names(features.get(labels[0]))
+    has_texts = _is_text(schema.field(labels[0]).type)
+    return _Columns(image, labels[0], has_texts, _class_names(features.get(labels[0])))
 
 
 def _is_text(kind: Any) -> bool:
@@ -231,9 +251,19 @@ def _has_path(schema: Any, column: str) -> bool:
     return bool(types.is_struct(kind)) and any(kind.field(k).name == "path" for k in range(kind.num_fields))
 
 
-def _label_texts(labels: Sequence[Any]) -> list[str]:
-    """Return the labels as text; empty for null and for −1, which `datasets` writes where labels are unknown."""
-    return ["" if label is None or label == -1 else str(label) for label in labels]
+def _label_text(path: Path, label: Any) -> str:
+    """A label as text; empty for null, NaN and −1, which `datasets` writes where labels are unknown.
+
+    Raises UserError if the label is neither a number nor a text.
+    """
+    if label is None or label == -1 or label != label:
+        return ""
+    if isinstance(label, bytes):
+        return name_text(label)
+    if not isinstance(label, int | float | str):
+        raise UserError(f"{path}: label {label!r:.60}; expected the name of one class or a whole number from 0.")
+    # pandas writes whole numbers as floats if some of them are missing
+    return str(int(label) if isinstance(label, float) and label.is_integer() else label)
 
 
 def _mean_row_bytes(group: Any) -> int:

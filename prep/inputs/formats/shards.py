@@ -15,11 +15,13 @@ from pathlib import Path
 from prep.console import UserError
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
+from prep.inputs.classes import examples
 from prep.inputs.listing import Input
 from prep.inputs.names import name_text
 
 _OFFSET_BITS = 40
 _MAX_FILES = 1 << 23
+_COMPRESSED_TAR = re.compile(r".*\.(tar\.(gz|bz2|xz|zst)|tgz|tbz2?|txz)", re.IGNORECASE)
 _SPLIT_WORDS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
@@ -115,13 +117,31 @@ def files_by_split(paths: Iterable[Path]) -> dict[str, list[Path]]:
     return groups
 
 
+def refuse_unreadable(paths: Sequence[Path], suffix: str) -> None:
+    """Raise UserError if there is a compressed tar, or a link with this suffix to a file that does not exist."""
+    broken = [path.name for path in paths if path.suffix.lower() == suffix and not path.exists()]
+    if broken:
+        raise UserError(
+            f"{paths[0].parent}: {examples(broken)}: a link to a {suffix} file that does not exist. Restore the file, "
+            "or remove the link."
+        )
+    packed = [path.name for path in paths if _COMPRESSED_TAR.fullmatch(path.name) and path.is_file()]
+    if packed:
+        raise UserError(
+            f"{paths[0].parent}: {examples(packed)}: compressed, so nothing in it can be read in place. Decompress it, "
+            "or move it away if it is not a part of the data set."
+        )
+
+
 def entries_beside(folder: Path, files: Sequence[Path]) -> tuple[tuple[str, str], ...]:
     """Return (name, reason to leave it out) of each entry beside the shards `files` in `folder`, if it is a folder.
 
-    Hidden files and shards of other splits are not named.
+    Hidden files and shards of other splits are not named. Raises UserError if there is a compressed shard or a link
+    to a shard that does not exist.
     """
     suffix = files[0].suffix.lower()
     names = [path for path in sorted(folder.iterdir()) if path.name[0] != "."] if folder.is_dir() else []
+    refuse_unreadable(names, suffix)
     return tuple(
         (name_text(os.fsencode(path.name)), f"a {'folder' if path.is_dir() else 'file'} beside the {suffix} files")
         for path in names

@@ -67,19 +67,24 @@ def list_tiny_imagenet(
     return ImagesFolderReader(found.root or path), replace(found, listing=listing)
 
 
+def _without_images_folder(path: bytes) -> bytes:
+    return b"/".join(part for part in path.split(b"/") if part != b"images")
+
+
 def _list_zip(
     path: Path, inside: bytes, split: str, options: ListOptions, store_classes: Sequence[str]
 ) -> tuple[InputReader, FoundInputs]:
     reader, contents = ZipReader(path), zip_contents(path, inside, split)
     annotations = member_named(contents, _ANNOTATIONS)
     kept, ignored = ArchiveContents(contents.mtime_ns), []
-    kept.refused = contents.refused
+    kept.refused, kept.hidden = contents.refused, contents.hidden
+    # The folders are kept, so that a class without an image is found.
+    kept.folders = {folder for path in contents.folders if (folder := _without_images_folder(path))}
     for item in contents.images:
-        parts = item.path.split(b"/")
         if item.path.endswith((_ANNOTATIONS, b"_boxes.txt")):
             ignored.append((name_text(item.path), STRAY_FILE))
         else:
-            kept.add(b"/".join(part for part in parts if part != b"images"), item.size, item.location)
+            kept.add(_without_images_folder(item.path), item.size, item.location)
     found = found_inputs(path, kept, flat=annotations is not None)
     if annotations is not None:
         where = f"{path}: {name_text(inside + _ANNOTATIONS)}"

@@ -73,19 +73,26 @@ def list_webdataset(
             mtime_ns = path.stat().st_mtime_ns
             for key, members in groupby(_members(path, rows.refused), key=lambda member: member.key):
                 sample = list(members)
-                image = next((member for member in sample if member.is_image), None)
-                if image is None:
-                    rows.refused.append((f"{path.name}/{name_text(key)}", "a sample without an image"))
+                name = f"{path.name}/{name_text(key)}"
+                label = _label(sample)
+                images = [member for member in sample if member.is_image]
+                reason = _double_member(sample) or ("" if images else "a sample without an image")
+                if reason:
+                    rows.refuse(f"{path.name}/".encode() + key, label, reason)
                     continue
+                image = images[0]
+                for other in images[1:]:
+                    shown = f"{name}.{name_text(other.extension)}"
+                    rows.ignored.append((shown, f"another image of a sample, beside {name_text(image.extension)}"))
                 location = pack_location(index, image.offset)
                 samples.add(key + b"." + image.extension, len(labels), image.size, mtime_ns, location)
-                labels.append(_label(sample))
+                labels.append(label)
             listing_progress.advance()
     needs_shard_names = duplicate_path(samples) is not None
     for item in samples:
         shard = files[unpack_location(item.location)[0]].name.removesuffix(".tar")
-        name = shard.encode("utf-8", "surrogateescape") + b"/" + item.path if needs_shard_names else item.path
-        rows.add(name, labels[item.label], item.size, item.mtime_ns, item.location)
+        key = shard.encode("utf-8", "surrogateescape") + b"/" + item.path if needs_shard_names else item.path
+        rows.add(key, labels[item.label], item.size, item.mtime_ns, item.location)
     return ShardReader(root, names), rows.found((), options, store_classes, in_class_folders=True)
 
 
@@ -105,11 +112,22 @@ def _members(path: Path, refused: list[tuple[str, str]], keep_text: bool = True)
             yield _Member(name, member.size, member.offset_data, text)
 
 
+def _double_member(sample: Sequence[_Member]) -> str:
+    """Reason to refuse a sample with two images or labels of the same extension, as two samples with one key have."""
+    seen: set[bytes] = set()
+    for member in sample:
+        if member.kind in seen and (member.is_image or member.kind in _LABEL_MEMBERS):
+            return f"two members .{name_text(member.extension)} with the same key"
+        seen.add(member.kind)
+    return ""
+
+
 def _label(sample: Sequence[_Member]) -> str:
-    """Return the label of a sample as text; empty if it has none."""
+    """Return the label of a sample as text; empty if it has none, or a pickled one."""
     texts = {member.kind: member.text for member in sample}
     if b"cls" in texts:
-        return texts[b"cls"].decode("utf-8", "backslashreplace").strip()
+        text = texts[b"cls"].decode("utf-8", "backslashreplace").strip()
+        return text if text.isprintable() else ""
     try:
         content = json.loads(texts.get(b"json", b"null"))
     except (ValueError, RecursionError):

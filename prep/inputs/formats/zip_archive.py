@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prep.console import UserError, progress
+from prep.console import UserError, progress, say
 from prep.images.codec import BadImage
 from prep.images.limits import MAX_FILE_BYTES
 from prep.inputs.archive import checked_name
@@ -147,7 +147,7 @@ def zip_layout(path: Path) -> ZipLayout:
     are in one folder. Raises UserError if the archive is damaged.
     """
     found: dict[str, bytes] = {}
-    parents, is_tiny, outside, labels = set(), False, False, None
+    parents, is_tiny, outside, labels, double = set(), False, False, None, None
     for name, entry in _checked_entries(path):
         is_tiny = is_tiny or name.endswith((b"/val_annotations.txt", b"_boxes.txt"))
         if name.rpartition(b"/")[2] == KAGGLE_LABELS.encode():
@@ -160,9 +160,18 @@ def zip_layout(path: Path) -> ZipLayout:
             outside = True
             continue
         parents.add(b"/".join(parts[:index]))
-        found.setdefault(_SPLIT_FOLDERS[parts[index].lower()], b"/".join(parts[: index + 1]) + b"/")
-    found.pop("test", None)
-    return ZipLayout({} if outside or len(parents) > 1 else dict(sorted(found.items())), is_tiny, labels)
+        split, folder = _SPLIT_FOLDERS[parts[index].lower()], b"/".join(parts[: index + 1]) + b"/"
+        if found.setdefault(split, folder) != folder:
+            double = double or (split, found[split], folder)
+    if outside or len(parents) > 1:
+        return ZipLayout({}, is_tiny, labels)
+    if double:
+        first, second = (name_text(folder) for folder in double[1:])
+        raise UserError(f"{path}: {first} and {second} are both the split {double[0]}. Unpack one of them on its own.")
+    test = found.pop("test", None)
+    if test and found:
+        say(f"{path}: the folder {name_text(test)} is left out.")
+    return ZipLayout(dict(sorted(found.items())), is_tiny, labels)
 
 
 def zip_contents(path: Path, inside: bytes, split: str) -> ArchiveContents:

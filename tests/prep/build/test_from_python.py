@@ -194,3 +194,13 @@ def test_pil_images_that_cannot_be_used_are_bad_inputs(tmp_path: Path, records_o
     assert store.split("train").account["kept"] == len(good)
     colors = {datum.source.decode(): decoded(datum)[9, 9].tolist() for _, datum in records_of(store.root, "train")}
     assert colors == {"clear": [255, 255, 255], "hsv": [0, 0, 255], "pa": [0, 0, 255]}
+
+
+def test_class_names_are_checked(tmp_path: Path) -> None:
+    pixels = np.zeros((40, 40, 3), np.uint8)
+    with pytest.raises(UserError, match="classes: x occurs twice"):
+        build([(pixels, 0, "a")], tmp_path / "store", classes=["x", "x"])
+    with pytest.raises(UserError, match=r"1 of the labels \(q\) not among the 2 class names \(x, y\)"):
+        build([(pixels, "x", "a"), (pixels, "q", "b")], tmp_path / "store", classes=["x", "y"])
+    store = build([(pixels, "d\udcff", "n\ud800")], tmp_path / "store")
+    assert store.classes == ("d\\udcff",)

@@ -340,7 +340,7 @@ def test_what_lies_beside_class_tars_is_left_out_and_named(tmp_path: Path) -> No
     assert (source.classes, paths_and_labels(source)) == (("n1", "n2"), [(b"n1/a.JPEG", 0), (b"n2/a.JPEG", 1)])
     assert dict(source.ignored) == {"README.md": STRAY_FILE, "lost+found": NO_CLASS}
     os.symlink("nowhere.tar", root / "n3.tar")
-    with pytest.raises(UserError, match=r"n3\.tar: a link to a tar that does not exist"):
+    with pytest.raises(UserError, match=r"n3\.tar: a link to a \.tar file that does not exist"):
         list_source(root, "train")
 
 

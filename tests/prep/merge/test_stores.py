@@ -196,3 +196,10 @@ def test_what_cannot_be_merged_is_refused(make_store: MakeStore, photos: Path, t
     shard.write_bytes(content)
     with pytest.raises(UserError, match=r"record \d+: checksum .* Check the store with: alexprep verify"):
         merge([one, damaged], tmp_path / "m2")
+
+
+def test_a_store_and_its_copy_are_refused(make_store: MakeStore, tmp_path: Path) -> None:
+    shutil.copytree(make_store("one"), tmp_path / "copy")
+    with pytest.raises(UserError, match=r"copy: the split train has the same fingerprint in both"):
+        merge([make_store("one"), tmp_path / "copy"], tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -77,3 +77,35 @@ def test_missing_files_and_labels_are_refused(tmp_path: Path) -> None:
 def test_mistakes_are_named(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         list_source(csv_file(tmp_path, text), "train")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cat/1.jpg,cat\ncat/2.jpg,tench, Tinca\n", "line 2: 3 columns, the first row has 2.*quotes"),
+        (
+            "path,label,split\ncat/1.jpg,cat,train\ncat/2.jpg,cat,\n",
+            "line 3: no split in this row; expected train or val",
+        ),
+        ("path,label,fold\ncat/1.jpg,cat,0\n", "has the values 0; expected train and val"),
+        ("cat/1.jpg,cat\nant/1.jpg,ant\n", r"1 class has no photograph: ant\. ant/1\.jpg: cannot be read"),
+    ],
+    ids=["unquoted comma", "row without split", "no train, no val", "class without files"],
+)
+def test_rows_whose_meaning_is_unclear_are_refused(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        for name, where in find_splits(csv_file(tmp_path, text), None).items():
+            list_source(where, name)
+
+
+def test_rows_of_other_splits_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = "cat/1.jpg,cat,train\ncat/2.jpg,cat,val\ndog/a.jpg,dog,test\ndog/b.jpg,dog,dev\n"
+    folder = csv_file(tmp_path, f"file,label,split\n{rows}").parent
+    assert list(find_splits(folder, None, "csv")) == ["train", "val"]
+    assert "2 rows of other splits left out (test, dev)" in capsys.readouterr().err
+
+
+def test_a_label_that_is_not_utf_8_is_escaped(tmp_path: Path) -> None:
+    path = csv_file(tmp_path, "")
+    path.write_bytes("cat/1.jpg,k\xe4tze\n".encode("latin-1"))
+    assert list_source(path, "train").classes == (r"k\xe4tze",)

@@ -69,3 +69,23 @@ def test_a_tar_with_json_files_of_other_names_is_no_webdataset(tmp_path: Path) -
             tar.addfile(tarfile.TarInfo(name))
     assert split_source(path).layout == "tar"
     assert split_source(path, "webdataset").layout == "webdataset"
+
+
+def test_packed_classes_are_not_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    half = touch(tmp_path / "half", "n00000001/a.jpg", "n00000002/a.jpg", "n00000002.tar")
+    assert list_source(half, "train").classes == ("n00000001", "n00000002")
+    touch(half, "n00000003.tar")
+    with pytest.raises(
+        UserError, match=r"1 class tars that are not unpacked \(n00000003\.tar\) beside 2 class folders"
+    ):
+        list_source(half, "train")
+    for name in ("n1.tar", "n2.tar"):
+        put(tmp_path / "tars" / name, tar_of([("a.jpg", b"\xff\xd8\xff")]))
+    touch(tmp_path / "tars", "n3.tgz")
+    with pytest.raises(UserError, match=r"n3\.tgz: compressed"):
+        list_source(tmp_path / "tars", "train")
+    with pytest.raises(UserError, match=r"n1\.tar\.gz, n2\.tar\.gz: compressed"):
+        find_splits(touch(tmp_path / "packed", "n1.tar.gz", "n2.tar.gz"), None)
+    both = touch(tmp_path / "both", "train/n1/a.jpg", "val/n1/b.jpg", "validation/n1/c.jpg")
+    assert find_splits(both, None)["val"].path.name == "val"
+    assert "val is read from val; left out: validation" in capsys.readouterr().err

@@ -146,5 +146,42 @@ def test_class_names_that_do_not_fit_together_are_refused(tmp_path: Path) -> Non
         list_source(double, "train")
     for name, names in (("train-0", ["cat", "dog"]), ("train-1", ["dog", "cat"])):
         write(tmp_path / "data" / f"{name}.parquet", {"image": one, "label": [0]}, names)
-    with pytest.raises(UserError, match=r"train-1\.parquet: the columns or class names differ from those of train-0"):
+    with pytest.raises(UserError, match=r"class names cat, dog, but .*train-1\.parquet has .*class names dog, cat"):
         list_source(tmp_path / "data", "train")
+
+
+@pytest.mark.parametrize(
+    ("columns", "names", "message"),
+    [
+        ({"image": images("c.jpg"), "label": [0]}, ["dog", "cat"], "class names cat, dog, but .*class names dog, cat"),
+        ({"image": images("c.jpg"), "label": [0]}, None, "class names cat, dog, but .*no class names"),
+        ({"image": images("c.jpg"), "label": ["cat"]}, ["cat", "dog"], "numbers in column label .*but .*texts"),
+        ({"img": images("c.jpg"), "label": [0]}, ["cat", "dog"], "images in column image, .*images in column img"),
+    ],
+    ids=["other order", "no names", "texts", "other column"],
+)
+def test_files_that_differ_are_refused(
+    columns: dict[str, Any], names: list[str] | None, message: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "train-0.parquet", {"image": images("a.jpg", "b.jpg"), "label": [0, 1]}, ["cat", "dog"])
+    write(tmp_path / "train-1.parquet", columns, names)
+    with pytest.raises(UserError, match=message):
+        list_source(find_splits(tmp_path, None)["train"], "train")
+
+
+def test_kinds_of_labels(tmp_path: Path) -> None:
+    three = images("a.jpg", "b.jpg", "c.jpg")
+    floats = list_source(write(tmp_path / "f.parquet", {"image": three, "label": [1.0, float("nan"), 0.0]}), "train")
+    assert (floats.classes, floats.refused) == (("0", "1"), (("b.jpg", "no label"),))
+    assert list_source(
+        write(tmp_path / "b.parquet", {"image": three, "label": [b"x", b"y", b"x"]}), "train"
+    ).classes == (
+        "x",
+        "y",
+    )
+    with pytest.raises(UserError, match=r"label \[0, 1\]; expected the name of one class"):
+        list_source(write(tmp_path / "l.parquet", {"image": three, "label": [[0, 1], [0], [1]]}), "train")
+    with pytest.raises(UserError, match=r"1 of the labels \(cow\) not among the 2 class names \(cat, dog\)"):
+        list_source(
+            write(tmp_path / "n.parquet", {"image": three, "label": ["cat", "cow", "dog"]}, ["cat", "dog"]), "train"
+        )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import io
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ def sample(key: str, **members: Any) -> dict[str, Any]:
 
 
 def test_samples_without_image_or_label_are_refused(tmp_path: Path) -> None:
-    no_image = {"__key__": "c", "cls": 1}
-    other_image = {"__key__": "d", "seg.png": JPEG, "cls": 1}
+    no_image = {"__key__": "c", "cls": 0}
+    other_image = {"__key__": "d", "seg.png": JPEG, "cls": 0}
     path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", txt="a caption"), no_image, other_image)
     source = list_source(path, "train")
     assert paths_and_labels(source) == [(b"0/a.jpg", 0)]
@@ -116,3 +118,49 @@ def test_labels_that_are_no_positions_are_refused(label: str, tmp_path: Path) ->
     path = shard(tmp_path / "x.tar", sample("a", cls=0), sample("b", json={"label": label}))
     with pytest.raises(UserError, match=f"label {label}"):
         list_source(path, "train")
+
+
+def raw_shard(path: Path, *members: tuple[str, bytes]) -> Path:
+    """A shard that TarWriter would not write."""
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_samples_with_the_same_key_behind_one_another_are_refused(tmp_path: Path) -> None:
+    twice = [("a.jpg", JPEG), ("a.cls", b"0"), ("a.jpg", JPEG), ("a.cls", b"1")]
+    others = [("b.jpg", JPEG), ("b.cls", b"1"), ("c.jpg", JPEG), ("c.png", JPEG), ("c.cls", b"0")]
+    source = list_source(raw_shard(tmp_path / "x.tar", *twice, *others), "train")
+    assert paths_and_labels(source) == [(b"1/b.jpg", 1), (b"0/c.jpg", 0)]
+    assert source.refused == (("x.tar/a", "two members .jpg with the same key"),)
+    assert source.ignored == (("x.tar/c.png", "another image of a sample, beside jpg"),)
+
+
+def test_a_class_whose_samples_have_no_image_keeps_its_place(tmp_path: Path) -> None:
+    path = shard(tmp_path / "x.tar", sample("a", cls="ant"), {"__key__": "b", "cls": "bee"}, sample("c", cls="cat"))
+    with pytest.raises(UserError, match=r"no photograph: bee\. .* x\.tar/b: a sample without an image"):
+        list_source(path, "train")
+    source = list_source(path, "train", ListOptions(allow_empty_classes=True))
+    assert paths_and_labels(source) == [(b"ant/a.jpg", 0), (b"cat/c.jpg", 2)]
+
+
+def test_pickled_labels_are_refused(tmp_path: Path) -> None:
+    members = [("b.jpg", JPEG), ("b.cls", b"\x80\x04K\x01."), ("c.jpg", JPEG)]
+    source = list_source(raw_shard(tmp_path / "x.tar", *members, ("c.cls", b"0")), "train")
+    assert paths_and_labels(source) == [(b"0/c.jpg", 0)]
+    assert source.refused == (("b.jpg", "no label"),)
+
+
+def test_a_shard_that_cannot_be_read_is_not_left_out(tmp_path: Path) -> None:
+    shard(tmp_path / "0.tar", sample("a", cls=0))
+    packed, broken = tmp_path / "1.tar.gz", tmp_path / "2.tar"
+    packed.write_bytes(gzip.compress((tmp_path / "0.tar").read_bytes()))
+    with pytest.raises(UserError, match=r"1\.tar\.gz: compressed"):
+        list_source(tmp_path, "train")
+    packed.unlink()
+    broken.symlink_to(tmp_path / "missing")
+    with pytest.raises(UserError, match=r"2\.tar: a link to a \.tar file that does not exist"):
+        list_source(tmp_path, "train")

@@ -173,3 +173,27 @@ def test_the_zip_of_kaggle_is_read_with_its_labels(tmp_path: Path) -> None:
     (tmp_path / "x.zip").write_bytes(content)
     with pytest.raises(UserError, match=r"x\.zip: LOC_val_solution\.csv: .* Download the archive again"):
         list_source(found["val"], "val", store_classes=train.classes)
+
+
+def test_a_class_of_refused_members_is_not_lost(tmp_path: Path) -> None:
+    link = zipfile.ZipInfo("n2/a.jpg")
+    link.create_system, link.external_attr = 3, (stat.S_IFLNK | 0o777) << 16
+    path = zip_file(tmp_path / "x.zip", {"n1/a.jpg": CONTENT, link: b"../n1/a.jpg", "n3/a.jpg": CONTENT})
+    with pytest.raises(UserError, match=r"1 class has no photograph: n2\. n2/a\.jpg: a link, not a file"):
+        list_source(path, "train")
+
+
+def test_folders_of_the_same_split_and_of_a_test_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members: Members = {f"{split}/n1/a.jpg": CONTENT for split in ("train", "val", "test")}
+    assert list(find_splits(zip_file(tmp_path / "x.zip", members), None)) == ["train", "val"]
+    assert "the folder test/ is left out" in capsys.readouterr().err
+    double = zip_file(tmp_path / "y.zip", {**members, "validation/n1/b.jpg": CONTENT})
+    with pytest.raises(UserError, match="val/ and validation/ are both the split val"):
+        find_splits(double, None)
+
+
+def test_a_class_of_tiny_imagenet_without_images_is_refused(tmp_path: Path) -> None:
+    members: Members = {f"t/train/n{k}/n{k}_boxes.txt": b"" for k in (1, 2, 3)}
+    members |= {f"t/train/n{k}/images/{k}.JPEG": CONTENT for k in (1, 3)}
+    with pytest.raises(UserError, match="1 class has no photograph: n2"):
+        list_source(find_splits(zip_file(tmp_path / "x.zip", members), None)["train"], "train")
