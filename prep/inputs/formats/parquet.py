@@ -107,21 +107,16 @@ def list_parquet(
     pq = _pyarrow_parquet()
     root, file_names = root_and_files(files)
     rows = LabelledRows(str(root))
-    paths, labels, numbered = Listing(), list[str](), Listing()
+    paths, labels, numbered, has_paths = Listing(), list[str](), Listing(), True
     first: _Columns | None = None  # the columns of the first file that has rows
-    has_paths = True
     with progress(f"{split}: listing", len(files), "files") as listing_progress:
         for index, path in enumerate(files):
             mtime_ns = path.stat().st_mtime_ns
             with _ErrorsOf(path), pq.ParquetFile(path) as file:
                 columns = _columns(path, file.schema_arrow)
                 if file.metadata.num_rows and columns != (first or columns):
-                    raise UserError(
-                        f"{files[0]} has {first}, but {path} has {columns}. All files of a split must have the same "
-                        "columns and class names: move the others into a folder of their own."
-                    )
-                if file.metadata.num_rows:
-                    first = first or columns
+                    raise UserError(f"{files[0]} has {first}, but {path} has {columns}. Write both files alike.")
+                first = first or (columns if file.metadata.num_rows else None)
                 rows.labels_are_names = columns.has_texts and not columns.names
                 row = 0
                 for group in range(file.num_row_groups):
@@ -187,16 +182,14 @@ class _ErrorsOf:
 
 @dataclass(frozen=True)
 class _Columns:
-    """What the schema of a file says."""
-
     image: str  # column of the images
     label: str  # column of the labels
     has_texts: bool  # labels are texts, not numbers
     names: tuple[str, ...]  # class names; () if the schema has none
 
     def __str__(self) -> str:
-        kind = "texts" if self.has_texts else "numbers"
         names = f"the class names {examples(self.names)}" if self.names else "no class names"
+        kind = "texts" if self.has_texts else "numbers"
         return f"images in column {self.image}, {kind} in column {self.label} and {names}"
 
 
