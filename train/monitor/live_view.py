@@ -9,7 +9,6 @@ from __future__ import annotations
 import termios
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live as RichLive
@@ -23,6 +22,7 @@ from train.runs.run_dir import RATE_LINES, errors_text, seconds_left, shown_erro
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _CURVE_WIDTH = 32  # characters of a sparkline
+_NUMBERS_WIDTH = 28  # characters beside the progress bar: names and numbers, such as `step  12,345 of 450,000`
 _DRAWINGS_PER_S = 2
 
 
@@ -130,7 +130,7 @@ class LiveView(ConsoleView):
         """Draw progress, sparklines, speed, memory, the service, and the last validation."""
         step = self._step + self._steps_since()
         table = Table.grid(padding=(0, 2))
-        table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, self._length.steps))
+        table.add_row("step", f"{step:,} of {self._length.steps:,}", self._bar(step, options.max_width))
         table.add_row("epoch", f"{step / self._length.steps_per_epoch:.2f}", self._left(step))
         for name, key in (("loss", "loss"), *shown_errors(self._length.classes)):
             form = ".3f" if key == "loss" else ".1%"
@@ -171,8 +171,10 @@ class LiveView(ConsoleView):
     def _draw_curves(self) -> None:
         self._curves = {key: sparkline(values) for key, values in self._values.items()}
 
-    def _bar(self, done: int, total: int) -> Any:
-        return ProgressBar(total=total, completed=done, width=_CURVE_WIDTH)
+    def _bar(self, step: int, display_width: int) -> ProgressBar:
+        """Return the progress bar, so narrow that the display does not exceed the terminal."""
+        width = max(1, min(_CURVE_WIDTH, display_width - _NUMBERS_WIDTH))
+        return ProgressBar(total=self._length.steps, completed=step, width=width)
 
     def _left(self, step: int) -> str:
         seconds = seconds_left(self._recent, step, self._length.steps, self._length.batch_size)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 from prep.console import UserError, shell_quoted
-from train.config.recipe import with_eval_divisor
 
 DESCRIPTION, METRICS, STATUS, EVENTS = "run.json", "metrics.jsonl", "status.json", "tensorboard"
 
@@ -75,6 +74,8 @@ def read_description(run_dir: Path) -> dict[str, Any]:
         )
     recipe = description["recipe"]
     if isinstance(recipe.get("augmentation"), dict):
+        from train.config.recipe import with_eval_divisor  # imports NumPy, which --help must not load
+
         recipe = {**recipe, "augmentation": with_eval_divisor(recipe["augmentation"])}
     return {**description, "recipe": recipe, "settings": {**_LATER_SETTINGS, **description["settings"]}}
 
