@@ -46,7 +46,15 @@ class Program:
     def __init__(self, *words: str) -> None:
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(
-            [sys.executable, *words], cwd=ROOT, text=True, stdin=pipe, stdout=pipe, stderr=pipe, start_new_session=True
+            [sys.executable, *words],
+            cwd=ROOT,
+            text=True,
+            stdin=pipe,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+            # Tests that run as a background job of a shell script ignore SIGINT, and so would the program.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self._lines = queue.Queue[str | None]()  # None after the last line
         self.errors = ""
