@@ -22,7 +22,6 @@ from tests.pipeline.service.consumer import digests
 from tests.pipeline.service.faults import HOST, TOKEN, Machine, free_port, head_commands, node_commands, wait_for_file
 from tests.pipeline.streaming import take_batches
 
-pytestmark = pytest.mark.soak  # the tests take long, because they start their own cluster
 SEED, BATCH, AFTER = 9, 4, 40
 LOST_S = 4.0
 CONSUMER = """
