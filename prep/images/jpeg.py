@@ -36,7 +36,7 @@ def decode_jpeg(content: bytes, reduced_to: tuple[int, int] | None = None) -> Pi
 def find_warning(content: bytes, color_space: str) -> str:
     """Return the first warning of libjpeg-turbo about a JPEG that Pillow can decode; empty without a warning.
 
-    A file with an unusual sampling of the colours cannot be checked here; the text then says so. `color_space` is
+    For a file with an unusual sampling of the colours, the text is that the file cannot be checked. `color_space` is
     simplejpeg's name of a colour space to which libjpeg can convert the image: "GRAY", "RGB", "CMYK".
     """
     fast = {"fastdct": True, "fastupsample": True}

@@ -194,7 +194,7 @@ def refuse_odd_labels(
     word = next((text for text in unknown if not is_number(text)), None)
     if not (known or may_mix) and number is not None and word is not None:
         raise UserError(
-            f"{where}: label {word[:40]} is no number, but other labels are, such as {number}. See "
+            f"{where}: label {word[:40]} is not a number, but others are, such as {number}. See "
             f"{example(word)[:100]}. Correct the line. If both are names of classes, pass --label-order name, or "
             "give the names with --classes FILE."
         )

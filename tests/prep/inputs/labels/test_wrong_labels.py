@@ -1,4 +1,4 @@
-"""Sources whose labels could be wrong without a word: each is refused or read in the only right way."""
+"""Sources whose labels could be wrong without an error: each is refused, or read in the only right way."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_letters_with_accents_are_found_in_another_unicode_form(tmp_path: Path) 
     ("text", "part"),
     [
         ("a.jpg 0\nb.jpg nan\nc.jpg 1\n", r"label nan, which means that there is no label.*Line 2"),
-        ("a.jpg 0\nb.jpg dog\nc.jpg 1\n", r"label dog is no number, but other labels are, such as 0.*--classes FILE"),
+        ("a.jpg 0\nb.jpg dog\nc.jpg 1\n", r"label dog is not a number, but others are, such as 0.*--classes FILE"),
         ("a.jpg 0.0e+00\nb.jpg 1.0e+00\nc.jpg 1.0e+01\n", r"label 0\.0e\+00, expected .* a whole number"),
         ("a.jpg +1\nb.jpg +2\nc.jpg +10\n", r"label \+1, expected .* a whole number"),
         ("a.jpg b.jpg\nb.jpg c.jpg\nc.jpg a.jpg\n", r"line 1: a\.jpg, b\.jpg: two names of images"),
