@@ -156,7 +156,8 @@ def numbered_store(tmp_path_factory: pytest.TempPathFactory, build: Build) -> Pa
             picture = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(picture).resize((260 + k, 256)).save(source / split / f"{k:03d}.jpg")
     labels = source / "numbers.txt"
-    labels.write_text("".join(f"{k:03d}.jpg {k}\n" for k in range(TRAIN_RECORDS)))
+    lines = [f"train/{k:03d}.jpg {k}\n" for k in range(TRAIN_RECORDS)]
+    labels.write_text("".join(lines + [f"val/{k:03d}.jpg {k}\n" for k in range(VAL_RECORDS)]))
     return build(source, "--labels", str(labels), "--allow-empty-classes")
 
 

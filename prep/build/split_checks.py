@@ -8,6 +8,7 @@ disk space for all splits together.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -123,15 +124,24 @@ def check_store_folder(store: Path) -> None:
         raise UserError(f"--store {store}: no permission to write into {folder}. Choose another folder.")
 
 
+def _lines_with(file: Path, path: bytes) -> int:
+    """Return the number of lines of a label file with the name of `path`, with or without folders and extension."""
+    name = re.escape(path.rpartition(b"/")[2].partition(b".")[0])
+    pattern = re.compile(rb"(?<![\w.-])" + name + rb"(?![\w-])")
+    return sum(pattern.search(line) is not None for line in file.read_bytes().splitlines())
+
+
 def compare_splits(sources: Sequence[Source]) -> None:
     """Warn if two splits list the same files. Raise UserError if lines of one label file are read for both splits."""
     files = {source.labels_from for source in sources}
     if len(sources) > 1 and len(files) == 1 and None not in files:
         first, second = ({item.path: item.label for item in source.inputs} for source in sources)
         common = sorted(first.keys() & second.keys())
-        if common and all(first[path] == second[path] for path in common):
+        (file,) = files
+        is_same = common and all(first[path] == second[path] for path in common)
+        if is_same and file is not None and _lines_with(file, common[0]) < 2:
             raise UserError(
-                f"--labels {files.pop()}: {count_noun(len(common), 'line')} would label images of both splits (first: "
+                f"--labels {file}: {count_noun(len(common), 'line')} would label images of both splits (first: "
                 f"{name_text(common[0])}). Write the folder of the split before the names, such as "
                 f"{sources[0].split}/{name_text(common[0])}, or build each split with --split and its own label file."
             )

@@ -26,6 +26,7 @@ def run_in_terminal(command: Sequence[str], columns: int, keys: Mapping[str, byt
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
+        env={name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")},
         start_new_session=True,
         preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
     )
