@@ -126,7 +126,8 @@ def check_store_folder(store: Path) -> None:
 
 def _lines_with(file: Path, path: bytes) -> int:
     """Return the number of lines of a label file with the name of `path`, with or without folders and extension."""
-    name = re.escape(path.rpartition(b"/")[2].partition(b".")[0])
+    file_name = path.rpartition(b"/")[2]
+    name = re.escape(file_name.rpartition(b".")[0] or file_name)
     pattern = re.compile(rb"(?<![\w.-])" + name + rb"(?![\w-])")
     return sum(pattern.search(line) is not None for line in file.read_bytes().splitlines())
 
