@@ -1,0 +1,175 @@
+"""Program that starts torchrun quickly; tests/helpers/torchrun.py starts it and sends it requests.
+
+The import of torch, DALI and alextrain takes a process several seconds. This program imports them once. For each
+request, it forks a process that calls torchrun's `main`. Arguments, environment, rendezvous, monitoring, signals,
+restarts and reports are torchrun's. The only difference from the command torchrun is the start of a rank: instead of
+executing `python -m MODULE ARGUMENTS` or `python FILE ARGUMENTS`, a fork of this program runs the module or the file.
+
+Processes: this program forks a starter for each request. The starter forks torchrun, and later the ranks when torchrun
+asks for them. torchrun has threads, so it cannot fork the ranks itself.
+
+A request is a line of JSON on standard input with the keys `arguments` (of torchrun), `env` (added to the environment),
+`stdout`, `stderr` (files) and `exit_code` (a file, written at the end). The answer is the process ID of torchrun, on a
+line of standard output. Needs OMP_NUM_THREADS=1, because threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from subprocess import TimeoutExpired
+from typing import Any, NoReturn
+
+from torch.distributed import run as torchrun
+from torch.distributed.elastic.multiprocessing.subprocess_handler import SubprocessHandler
+
+import pipeline.placement
+import train.cli
+import train.evaluation.predictions
+import train.trainer.ablate
+import train.trainer.fork
+import train.trainer.loop  # noqa: F401
+
+_PR_SET_PDEATHSIG = 1
+starter: Any = None  # in torchrun: a file for requests to the starter
+
+
+class Rank:
+    """A rank that the starter has forked; has the attributes of subprocess.Popen that torchrun uses."""
+
+    def __init__(self, command: tuple[str, ...], env: Mapping[str, str]) -> None:
+        self.returncode: int | None = None
+        self.pid = ask_starter({"command": command[1:], "env": dict(env)})
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = ask_starter({"poll": self.pid})
+        return self.returncode
+
+    def wait(self, timeout_s: float) -> int:
+        deadline = time.monotonic() + timeout_s
+        while self.poll() is None:
+            if time.monotonic() > deadline:
+                raise TimeoutExpired("rank", timeout_s)
+            time.sleep(0.01)
+        assert self.returncode is not None
+        return self.returncode
+
+
+def ask_starter(request: dict[str, Any]) -> Any:
+    starter.write(json.dumps(request) + "\n")
+    starter.flush()
+    return json.loads(starter.readline())
+
+
+def answer_torchrun(request: dict[str, Any]) -> int | None:
+    """Fork a rank and return its process ID, or return the exit code of a rank; None while it runs."""
+    if "poll" in request:
+        pid, status = os.waitpid(request["poll"], os.WNOHANG)
+        return os.waitstatus_to_exitcode(status) if pid else None
+    pid = os.fork()
+    if pid == 0:
+        end_with_parent()
+        os.setsid()
+        os.environ.clear()
+        os.environ.update(request["env"])
+        exit_with(lambda: run_python(request["command"]))
+    return pid
+
+
+def end_with_parent() -> None:
+    """Let the kernel kill this process when its parent ends."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def run_python(arguments: list[str]) -> None:
+    """Do in this process what `python ARGUMENTS` does. The arguments are `-u -m MODULE …` or `-u FILE …`."""
+    words = [word for word in arguments if word != "-u"]
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def exit_with(function: Callable[[], object]) -> NoReturn:
+    """Call `function`, and end this process as the interpreter would end after a script, but without exit handlers."""
+    code: Any = 0
+    try:
+        function()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError):
+            file.flush()
+    os._exit(code if isinstance(code, int) else code is not None)
+
+
+def run_torchrun(arguments: list[str], connection: socket.socket) -> NoReturn:
+    """Run torchrun in this process, and end the process."""
+    global starter
+    end_with_parent()
+    os.setsid()
+    starter = connection.makefile("rw")
+    SubprocessHandler._popen = Rank  # type: ignore[assignment, method-assign]
+    exit_with(lambda: torchrun.main(arguments))
+
+
+def start(request: dict[str, Any]) -> int:
+    """Start torchrun; returns its process ID. The starter writes the exit code when torchrun ends."""
+    read_fd, write_fd = os.pipe()
+    if os.fork() == 0:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        end_with_parent()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for fd, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644), fd)
+        os.environ.update(request["env"])
+        own, others = socket.socketpair()
+        pid = os.fork()
+        if pid == 0:
+            own.close()
+            os.close(write_fd)
+            run_torchrun(request["arguments"], others)
+        others.close()
+        os.write(write_fd, str(pid).encode())
+        os.close(write_fd)
+        with own.makefile("rw") as file:
+            for line in file:
+                file.write(json.dumps(answer_torchrun(json.loads(line))) + "\n")
+                file.flush()
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        partial = Path(request["exit_code"] + ".partial")
+        partial.write_text(str(code))
+        partial.rename(request["exit_code"])
+        os._exit(0)
+    os.close(write_fd)
+    with os.fdopen(read_fd) as pipe:
+        return int(pipe.read())
+
+
+def main() -> None:
+    pipeline.placement.dali()
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the starters leave no zombies
+    for line in sys.stdin:
+        pid = start(json.loads(line))
+        sys.stdout.write(f"{pid}\n")
+        sys.stdout.flush()
+    os._exit(0)  # skips the exit handlers of libraries; the kernel kills the starters, and so torchrun and the ranks
+
+
+if __name__ == "__main__":
+    main()
