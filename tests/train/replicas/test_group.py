@@ -1,0 +1,148 @@
+"""Tests of train.replicas.group: exchange of values, errors of single ranks, ranks that do not come."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+
+from prep.console import Terminated, UserError, WrongArgument
+from tests.train.replicas.ranks import run_ranks
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost
+from train.replicas.group import ReplicaGroup, group_from_environment, joined
+
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none",
+    "RANK": "5",
+    "WORLD_SIZE": "8",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+
+
+def test_the_group_is_the_one_of_torchruns_environment() -> None:
+    assert group_from_environment(TORCHRUN) == ReplicaGroup(5, 8, 1, 4, launched=True)
+    assert group_from_environment({"PATH": "/bin", "RANK": "3"}) == ReplicaGroup()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"LOCAL_RANK": None}, "no LOCAL_RANK"),
+        ({"MASTER_PORT": None}, "no MASTER_PORT"),
+        ({"WORLD_SIZE": "four"}, "WORLD_SIZE=four: expected a whole number"),
+        ({"RANK": "8"}, "RANK=8 of WORLD_SIZE=8"),
+    ],
+)
+def test_an_incomplete_environment_is_refused(changes: dict[str, str | None], message: str) -> None:
+    environ = {name: value for name, value in {**TORCHRUN, **changes}.items() if value is not None}
+    with pytest.raises(WrongArgument, match=message):
+        group_from_environment(environ)
+
+
+def test_a_group_of_one_replica_exchanges_nothing_and_loads_no_torch() -> None:
+    script = (
+        "import sys, numpy as np\nfrom train.replicas.group import group_from_environment, joined\n"
+        "with joined(group_from_environment({})) as group:\n"
+        "    assert group.sum(np.array([3.5])) == [3.5] and group.broadcast_json({'a': 1}) == {'a': 1}\n"
+        "    assert len(group.gather(np.zeros(2))) == 1 and group.gather_json(7) == [7] and group.is_first\n"
+        "    group.barrier()\n    with group.together(): pass\n"
+        "sys.exit('torch' in sys.modules)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+def test_ranks_exchange_sums_arrays_and_json(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = np.random.default_rng(0)
+    floats = generator.normal(size=(3, 50)) * 10.0 ** generator.integers(-8, 8, (3, 50))
+    counts = generator.integers(-(2**60), 2**60, (3, 2, 2))
+
+    def work(group: ReplicaGroup) -> tuple[Any, ...]:
+        rank = group.rank
+        array = np.full((2, 3), rank, dtype=np.float32)
+        group.broadcast(array)
+        group.barrier()
+        return (
+            group.sum(floats[rank]),
+            group.sum(counts[rank]),
+            group.gather(np.arange(2 * rank, dtype=np.int16).reshape(rank, 2)),
+            group.gather_json({"rank": rank}),
+            group.broadcast_json([rank, "ä" * 70000]),
+            array,
+            group.on_first(lambda: {"by": rank}),
+        )
+
+    for sums, exact, parts, values, text, array, by_first in run_ranks(monkeypatch, 3, work):
+        np.testing.assert_array_equal(sums, (floats[0] + floats[1]) + floats[2])
+        np.testing.assert_array_equal(exact, counts.sum(0))
+        assert [part.shape for part in parts] == [(0, 2), (1, 2), (2, 2)] and parts[2].tolist() == [[0, 1], [2, 3]]
+        assert values == [{"rank": 0}, {"rank": 1}, {"rank": 2}] and text == [0, "ä" * 70000]
+        assert not array.any() and by_first == {"by": 0}
+
+
+def test_a_shared_failure_is_raised_by_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: ReplicaGroup) -> None:
+        with group.together():
+            if group.rank > 0:
+                raise WrongArgument(f"--gpus 1: rank {group.rank} has no GPU.")
+
+    quiet, printed, also_quiet = run_ranks(monkeypatch, 3, work)
+    assert isinstance(printed, WrongArgument) and str(printed) == "rank 1 of 3: --gpus 1: rank 1 has no GPU."
+    for outcome in (quiet, also_quiet):
+        assert isinstance(outcome, OtherReplicaFailed) and outcome.code == 2
+
+
+def test_a_stop_in_a_shared_block_ends_all_ranks_with_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: ReplicaGroup) -> None:
+        with group.together():
+            if group.rank == 1:
+                raise Terminated(15)
+
+    other, stopped = run_ranks(monkeypatch, 2, work)
+    assert isinstance(stopped, Terminated) and isinstance(other, OtherReplicaFailed) and other.code == 143
+
+
+def test_an_error_of_one_rank_ends_the_others_without_a_second_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: ReplicaGroup) -> None:
+        if group.rank == 1:
+            raise UserError("the record is damaged.")
+        group.barrier()
+
+    for rank, outcome in enumerate(run_ranks(monkeypatch, 3, work)):
+        if rank == 1:
+            assert str(outcome) == "rank 1 of 3: the record is damaged."
+        else:
+            assert isinstance(outcome, OtherReplicaFailed) and str(outcome) == "the record is damaged."
+
+
+def test_the_rank_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(group: ReplicaGroup) -> None:
+        group.barrier()
+        if group.rank == 0:
+            time.sleep(3)  # longer than the time-out
+        group.barrier()
+
+    _, printed, quiet = run_ranks(monkeypatch, 3, work, timeout_s=1)
+    assert isinstance(printed, ReplicaLost) and isinstance(quiet, OtherReplicaFailed)
+    assert "rank 0 of 3 (host " in str(printed) and "did not come within 1 s" in str(printed)
+
+
+def test_a_rank_that_never_starts_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # torch does not list it in __all__
+
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    server.set("alextrain/process/1", '{"name": "old", "place": "of an earlier group"}')
+    with (
+        pytest.raises(ReplicaLost, match=r"rank 2 of 3 did not start within 0.2 s"),
+        joined(ReplicaGroup(0, 3, 0, 3, launched=True), 0.2),
+    ):
+        pass

@@ -1,0 +1,214 @@
+"""The group of replicas of a training: rank and size from torchrun's environment, and exchange of host values.
+
+torchrun starts one process for each replica. A process without torchrun is a group of one replica: it exchanges nothing
+and does not load torch.distributed.
+
+    group = group_from_environment()
+    with joined(group, timeout_s=600) as group:
+        total = group.sum(counts)          # the same array on every rank
+        with group.together():             # an error of one rank ends all ranks, and is printed once
+            ...
+
+Ranks must call the methods in the same order. A method that waits for another rank raises ReplicaLost after the
+time-out, or OtherReplicaFailed if another rank has printed its error.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from prep.console import Terminated, UserError, WrongArgument
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost
+from train.replicas.link import Link, connect
+
+Value = TypeVar("Value")
+
+REPLICA_TIMEOUT_S = 600.0  # default of --replica-timeout
+# A rank that prints nothing ends this much later than the rank that prints the error, because torchrun terminates all
+# processes as soon as one has failed.
+_QUIET_END_S = 1.0
+# Set by torchrun, and by hand where another program starts the processes.
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_ALSO_NEEDED = ("LOCAL_RANK", "LOCAL_WORLD_SIZE")
+
+
+@dataclass(frozen=True)
+class ReplicaGroup:
+    """Rank and size of a group. The methods exchange host values; in a group of size 1 they return their argument."""
+
+    rank: int = 0  # number of this replica in the group, 0 to size - 1
+    size: int = 1  # number of replicas
+    local_rank: int = 0  # number of this replica on its machine, 0 to local_size - 1
+    local_size: int = 1  # number of replicas on this machine
+    launched: bool = False  # whether torchrun started this process, also for a group of size 1
+    link: Link | None = field(default=None, repr=False, compare=False)  # None: not joined, or a group of size 1
+
+    @property
+    def is_first(self) -> bool:
+        """True on rank 0, which alone writes into the run folder and prints."""
+        return self.rank == 0
+
+    def sum(self, values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return the sum of an int64 or float64 array over the ranks: the same bits on every rank.
+
+        Arrays must have the same shape on all ranks. Sums of integers are exact. Floats are added in the order of the
+        ranks.
+        """
+        if self.link is None:
+            return values
+        if values.dtype not in (np.int64, np.float64):
+            raise TypeError(f"sum of {values.dtype} over the ranks: expected int64 or float64")
+        total = np.zeros_like(values)
+        for part in self.link.gather_equal(values):
+            total += part
+        return total
+
+    def gather(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return the arrays of all ranks, in the order of the ranks. Shapes may differ between ranks; types may not."""
+        return [values] if self.link is None else self.link.gather(values)
+
+    def gather_json(self, value: Any) -> list[Any]:
+        """Return the values of all ranks, in the order of the ranks. The values pass through JSON."""
+        if self.link is None:
+            return [value]
+        text = np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+        return [json.loads(part.tobytes()) for part in self.link.gather(text)]
+
+    def broadcast_json(self, value: Any) -> Any:
+        """Return rank 0's value, which passes through JSON. The other ranks' values are ignored."""
+        if self.link is None:
+            return value
+        text = json.dumps(value).encode() if self.is_first else b""
+        return json.loads(self.link.broadcast_bytes(text))
+
+    def broadcast(self, array: npt.NDArray[Any]) -> None:
+        """Replace the contents of `array` by those of rank 0's array, which has the same shape and type."""
+        if self.link is not None:
+            self.link.broadcast(array)
+
+    def barrier(self) -> None:
+        """Wait until all ranks have called this method."""
+        if self.link is not None:
+            self.link.gather_equal(np.zeros(1, dtype=np.int64))
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """A block at whose end all ranks wait for each other, and that fails on all ranks if it fails on one.
+
+        The lowest rank with a UserError or a request to stop raises it. All other ranks raise OtherReplicaFailed.
+        """
+        if self.link is None:
+            yield
+            return
+        error: UserError | KeyboardInterrupt | Terminated | None = None
+        try:
+            yield
+        except ReplicaLost:
+            raise
+        except (UserError, KeyboardInterrupt, Terminated) as caught:
+            error = caught
+        outcome = None if error is None else {"text": str(error), "code": exit_code(error)}
+        failed = [(rank, other) for rank, other in enumerate(self.gather_json(outcome)) if other is not None]
+        if not failed:
+            return
+        first, other = failed[0]
+        if first == self.rank and error is not None:
+            raise error
+        raise OtherReplicaFailed(other["text"], other["code"]) from None
+
+    def on_first(self, work: Callable[[], Value]) -> Value:
+        """Return the result of `work`, which only rank 0 calls. The result passes through JSON.
+
+        An error of `work` ends all ranks.
+        """
+        result: Any = None
+        with self.together():
+            if self.is_first:
+                result = work()
+        value: Value = self.broadcast_json(result)
+        return value
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the exit code of a command that ends with this error."""
+    if isinstance(error, UserError):
+        return error.exit_code
+    return 128 + (error.signum if isinstance(error, Terminated) else 2)
+
+
+def group_from_environment(environ: Mapping[str, str] | None = None) -> ReplicaGroup:
+    """Return the group in which torchrun started this process, not yet joined; a group of one without torchrun.
+
+    Raises WrongArgument if the variables of torchrun are incomplete or no whole numbers.
+    """
+    environ = os.environ if environ is None else environ
+    if not all(name in environ for name in _NEEDED):
+        if "TORCHELASTIC_RUN_ID" not in environ:
+            return ReplicaGroup()
+    missing = [name for name in (*_NEEDED, *_ALSO_NEEDED) if name not in environ]
+    if missing:
+        raise WrongArgument(
+            f"the environment has RANK and WORLD_SIZE but no {missing[0]}. Start the replicas with torchrun, which "
+            "sets all variables, or unset RANK and WORLD_SIZE."
+        )
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", *_ALSO_NEEDED):
+        if not environ[name].isdecimal():
+            raise WrongArgument(f"{name}={environ[name]}: expected a whole number, as torchrun sets it.")
+        numbers[name] = int(environ[name])
+    group = ReplicaGroup(
+        rank=numbers["RANK"],
+        size=numbers["WORLD_SIZE"],
+        local_rank=numbers["LOCAL_RANK"],
+        local_size=numbers["LOCAL_WORLD_SIZE"],
+        launched=True,
+    )
+    if group.rank >= group.size or group.local_rank >= group.local_size:
+        raise WrongArgument(
+            f"RANK={group.rank} of WORLD_SIZE={group.size}, LOCAL_RANK={group.local_rank} of "
+            f"LOCAL_WORLD_SIZE={group.local_size}: expected a rank below the size. Start the replicas with torchrun."
+        )
+    return group
+
+
+@contextmanager
+def joined(group: ReplicaGroup, timeout_s: float = REPLICA_TIMEOUT_S) -> Iterator[ReplicaGroup]:
+    """Connect a group to its other ranks during a `with` block. A group of size 1 is returned unchanged.
+
+    timeout_s  seconds for which a rank waits for another rank, here and in each exchange
+
+    At the end of the block all ranks wait for each other. If the block raises an error, the other ranks learn of it in
+    their next exchange. A UserError of rank 1 or higher gets the rank in its message. Raises ReplicaLost if a rank does
+    not come.
+    """
+    if group.size == 1:
+        yield group
+        return
+    link = connect(group.rank, group.size, timeout_s)
+    try:
+        yield replace(group, link=link)
+        link.gather_equal(np.zeros(1, dtype=np.int64))
+    except BaseException as error:
+        is_of_group = isinstance(error, ReplicaLost | OtherReplicaFailed)
+        link.leave(None if is_of_group else _message(error))
+        if isinstance(error, UserError) and not is_of_group and group.rank > 0:
+            error.args = (f"rank {group.rank} of {group.size}: {error}",)
+        if isinstance(error, OtherReplicaFailed):
+            time.sleep(_QUIET_END_S)
+        raise
+    link.leave(None)
+
+
+def _message(error: BaseException) -> str:
+    with suppress(Exception):
+        return str(error) or type(error).__name__
+    return type(error).__name__

@@ -1,0 +1,122 @@
+"""The connection of a rank to the other ranks of its group: gloo's exchanges of host memory.
+
+gloo sends over TCP. GPUs have a second connection for gradients (train/replicas/gradients.py).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from train.replicas.errors import OtherReplicaFailed, ReplicaLost
+from train.replicas.roll_call import RollCall
+from train.replicas.session import begin_session
+
+
+class Link:
+    """The connection of one rank. All ranks must call its methods in the same order."""
+
+    def __init__(self, rank: int, size: int, host: str, port: int, hosts_store: bool, timeout_s: float) -> None:
+        """Connect to all other ranks.
+
+        host, port   address of the store
+        hosts_store  whether this process runs the store's server; False if torchrun runs the server
+        timeout_s    longest time in seconds for which an exchange waits for another rank
+        """
+        from torch.distributed import (  # type: ignore[attr-defined]  # torch does not list the stores in __all__
+            DistError,
+            PrefixStore,
+            ProcessGroupGloo,
+            TCPStore,
+        )
+
+        self.rank, self.size, self.timeout_s = rank, size, timeout_s
+        self.timeout = timedelta(seconds=timeout_s)
+        try:
+            store = TCPStore(host, port, is_master=hosts_store, timeout=self.timeout, wait_for_workers=False)
+            session = begin_session(PrefixStore("alextrain", store), rank, size, timeout_s)
+            # A store waits in get() and set() with a lock, so the thread of the roll call has its own connection.
+            second = TCPStore(host, store.port, is_master=False, timeout=self.timeout, wait_for_workers=False)
+            self.store: Any = PrefixStore(f"alextrain/{session.name}", store)
+            self.roll_call = RollCall(PrefixStore(f"alextrain/{session.name}", second), rank, session.places, timeout_s)
+            self.gloo: Any = ProcessGroupGloo(self.store, rank, size, self.timeout)
+        except (DistError, RuntimeError) as error:
+            raise ReplicaLost(
+                f"rank {rank} of {size} cannot connect to the other replicas through {host}:{port} "
+                f"({str(error).splitlines()[0][:200]}). Check that this address can be reached, or set "
+                "GLOO_SOCKET_IFNAME to the network interface that connects the machines."
+            ) from None
+
+    def gather_equal(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return the arrays of all ranks, which have equal shapes and types, in the order of the ranks."""
+        import torch
+
+        own = torch.from_numpy(np.ascontiguousarray(values))
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        with self.exchange():
+            self.gloo.allgather([parts], [own]).wait()
+        return [part.numpy() for part in parts]
+
+    def gather(self, values: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
+        """Return the arrays of all ranks, which have equal types and numbers of dimensions, in rank order."""
+        shapes = self.gather_equal(np.array(values.shape, dtype=np.int64))
+        parts = []
+        for rank, shape in enumerate(shapes):
+            part = np.array(values, order="C") if rank == self.rank else np.empty(tuple(shape), dtype=values.dtype)
+            self.broadcast(part, rank)
+            parts.append(part)
+        return parts
+
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Return rank 0's bytes."""
+        (size_bytes,) = self.gather_equal(np.array([len(content)], dtype=np.int64))[0]
+        buffer = np.frombuffer(content, dtype=np.uint8).copy() if self.rank == 0 else np.empty(size_bytes, np.uint8)
+        self.broadcast(buffer)
+        return buffer.tobytes()
+
+    def broadcast(self, array: npt.NDArray[Any], source: int = 0) -> None:
+        """Replace the contents of a contiguous array by those of the array of the rank `source`."""
+        import torch
+        from torch.distributed import BroadcastOptions
+
+        if array.nbytes == 0:
+            return
+        options = BroadcastOptions()
+        options.rootRank, options.rootTensor = source, 0
+        with self.exchange():
+            self.gloo.broadcast([torch.from_numpy(array.reshape(-1).view(np.uint8))], options).wait()
+
+    @contextmanager
+    def exchange(self) -> Iterator[None]:
+        """A block that waits for other ranks. Counts as one exchange.
+
+        If torch's operation fails, raises ReplicaLost, or OtherReplicaFailed if another rank prints the error.
+        """
+        self.roll_call.begun += 1
+        started = time.monotonic()
+        try:
+            yield
+        except RuntimeError as error:
+            cause = (str(error).splitlines() or [""])[0][:200]
+            text, is_told = self.roll_call.call(time.monotonic() - started, cause)
+            if is_told:
+                raise OtherReplicaFailed(text, 1) from None
+            raise ReplicaLost(text) from None
+
+    def leave(self, error: str | None) -> None:
+        """End the connection. `error` is the message that this rank prints; None: this rank prints no error."""
+        self.roll_call.leave(error)
+        self.gloo = self.store = None  # closes the connections before the interpreter ends
+
+
+def connect(rank: int, size: int, timeout_s: float) -> Link:
+    """Return a link to the other ranks, through the store whose address torchrun has set."""
+    hosts_store = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    return Link(rank, size, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), hosts_store, timeout_s)

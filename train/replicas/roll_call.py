@@ -1,0 +1,111 @@
+"""The roll call after a failed exchange: finds out which ranks have ended, hang, or wait for another rank.
+
+Every rank has a thread that looks for a roll call in the store twice a second. The thread answers with the number of
+exchanges that its rank has begun. It answers also while the main thread waits in an exchange. The missing ranks are
+those without an answer, or those that have begun fewer exchanges than others. A rank that ends because of an error
+writes the error into the store first.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from contextlib import suppress
+from typing import Any
+
+from train.replicas.session import ranks_text
+
+_POLL_S = 0.5
+_ANSWER_S = 5.0  # time in which a living process answers
+
+
+class RollCall:
+    """The thread of one rank, and the roll call that this rank can start."""
+
+    def __init__(self, store: Any, rank: int, places: tuple[str, ...], timeout_s: float) -> None:
+        """`store` is a torch.distributed.Store of this group alone, on a connection that nothing else uses."""
+        self._store, self._rank, self._places, self._timeout_s = store, rank, places, timeout_s
+        self.begun = 0  # number of exchanges that this rank has begun
+        self._ended, self._lock = threading.Event(), threading.Lock()
+        self._thread = threading.Thread(target=self._answer_calls, name="roll call", daemon=True)
+        self._thread.start()
+
+    def leave(self, error: str | None = None) -> None:
+        """End the thread. `error` is the message that this rank prints; None: this rank prints no error."""
+        self._ended.set()
+        self._thread.join()
+        with suppress(Exception), self._lock:
+            self._store.set(f"left/{self._rank}", json.dumps(error))
+
+    def call(self, waited_s: float, cause: str) -> tuple[str, bool]:
+        """Find the ranks that are missing. Returns (message, True if another rank prints the message).
+
+        waited_s  seconds for which this rank has waited for the others
+        cause     message of the exchange that failed
+        """
+        try:
+            return self._call(waited_s, cause)
+        except Exception as error:  # the store is lost too: torch raises several types
+            return f"the connection to the other replicas is lost ({_first_line(error)}; {cause}).", False
+
+    def _call(self, waited_s: float, cause: str) -> tuple[str, bool]:
+        with self._lock:
+            self._store.set("roll call", b"1")
+        self._answer()
+        ranks = range(len(self._places))
+        deadline = time.monotonic() + _ANSWER_S
+        while True:
+            begun = {rank: self._read(f"begun/{rank}") for rank in ranks}
+            left = {rank: self._read(f"left/{rank}") for rank in ranks if self._exists(f"left/{rank}")}
+            silent = [rank for rank in ranks if begun[rank] is None and rank not in left]
+            if not silent or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        said = [text for text in left.values() if text]
+        if said:
+            return said[0], True
+        waiting = [rank for rank in ranks if begun[rank] is not None]  # also if they left after a roll call
+        furthest = max(begun[rank] for rank in waiting)
+        late = [rank for rank in waiting if begun[rank] < furthest]
+        is_told_by_other = min(set(waiting) - set(late)) != self._rank
+        timed_out = waited_s > 0.9 * self._timeout_s
+        if silent and not timed_out:
+            return f"{self._named(silent)} has ended, so the other replicas stop.", is_told_by_other
+        if silent or late:
+            return (
+                f"{self._named(silent or late)} did not come within {self._timeout_s:g} s, so the other replicas stop. "
+                "Look for what that process waits for, or pass a larger --replica-timeout.",
+                is_told_by_other,
+            )
+        gone = [rank for rank in left if rank not in waiting]
+        if gone:
+            return f"{self._named(gone)} has ended, so the other replicas stop.", is_told_by_other
+        return f"the replicas could not exchange values ({cause}).", is_told_by_other
+
+    def _named(self, ranks: list[int]) -> str:
+        places = "; ".join(self._places[rank] for rank in ranks)
+        return f"{ranks_text(ranks)} of {len(self._places)} ({places})"
+
+    def _answer(self) -> None:
+        with self._lock:
+            self._store.set(f"begun/{self._rank}", json.dumps(self.begun))
+
+    def _exists(self, key: str) -> bool:
+        with self._lock:
+            return bool(self._store.check([key]))
+
+    def _read(self, key: str) -> Any:
+        with self._lock:
+            return json.loads(self._store.get(key)) if self._store.check([key]) else None
+
+    def _answer_calls(self) -> None:
+        with suppress(Exception):  # without the store, this rank cannot answer; its own exchanges fail too
+            while not self._ended.wait(_POLL_S):
+                if self._exists("roll call"):
+                    self._answer()
+                    return
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
