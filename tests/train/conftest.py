@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.small_training import SMALL_ALEXNET, small_config
-from tests.helpers.torchrun import TorchrunServer
+from tests.helpers.torchrun.job import TorchrunServer
 from train.config.recipes import SHORT
 from train.config.run_config import RunConfig
 from train.runs.run import Run

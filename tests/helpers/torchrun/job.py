@@ -90,12 +90,12 @@ def _stat(pid: int) -> tuple[str, str]:
 
 
 class TorchrunServer:
-    """A process that starts torchrun on request (tests/helpers/torchrun_server.py)."""
+    """A process that starts torchrun on request (tests/helpers/torchrun/server.py)."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._jobs = folder, 0
         self._process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/helpers/torchrun_server.py")],
+            [sys.executable, str(ROOT / "tests/helpers/torchrun/server.py")],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Program that starts torchrun quickly; tests/helpers/torchrun.py starts it and sends it requests.
+"""Program that starts torchrun quickly; tests/helpers/torchrun/job.py starts it and sends it requests.
 
 The import of torch, DALI and alextrain takes a process several seconds. This program imports them once. For each
 request, it forks a process that calls torchrun's `main`. Arguments, environment, rendezvous, monitoring, signals,

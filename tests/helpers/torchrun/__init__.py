@@ -1,0 +1,1 @@
+"""Commands under torchrun in tests: a program that starts them quickly, and their jobs."""
